@@ -1,0 +1,1 @@
+"""The light agents inside trainer ranks and vLLM workers."""

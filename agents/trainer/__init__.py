@@ -1,0 +1,1 @@
+"""The trainer side: conversion tables, slots and the TrainerAgent."""

@@ -1,0 +1,1 @@
+"""The vLLM side: plugin, weight-transfer engine, recorded layouts and the InferenceAgent."""

@@ -1,0 +1,107 @@
+"""Layouts and tables: boxes over logical tensors, in columns of int64, as they travel.
+
+A *logical tensor* is a tensor of the checkpoint. A *row* says that one box of it lies at one place of one registered
+region: element ``i`` of the box (counted from the box's corner) is at ``base + offset + sum(i[d] * stride[d])`` bytes.
+Tensors have up to ``MAX_RANK`` dimensions; lower ranks are padded on the left with offset 0, extent 1, stride 0.
+"""
+
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from weightsync.orchestrator.protocol.limits import MAX_RANK
+
+Matrix = npt.NDArray[np.int64]
+
+ITEMSIZE: Final[dict[str, int]] = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "float8_e8m0fnu": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes per element of every dtype that may travel (torch names without the ``torch.`` prefix)."""
+
+# Columns of Layout.rows.
+ROW_TENSOR, ROW_REGION, ROW_OFFSET = 0, 1, 2
+ROW_BOX: Final = 3
+"""First of 3 × MAX_RANK columns: (box offset in elements, box extent in elements, memory stride in bytes) per dim."""
+ROW_COLUMNS: Final = 3 + 3 * MAX_RANK
+
+# Columns of a copy table: one sub-box of one of the reader's own rows, and where its bytes are at the peer.
+COPY_PEER, COPY_ROW, COPY_GROUP, COPY_STAGED = 0, 1, 2, 3
+"""peer: index into Connect.peers; row: index into the agent's own layout; group: pipelining group (layer), ascending;
+staged: byte offset in the peer pair's packed buffer, or -1 for bytes that go straight to their place."""
+COPY_BOX: Final = 4
+"""First of 2 × MAX_RANK columns: (absolute offset in the logical tensor, extent), in elements, per dim."""
+COPY_REMOTE: Final = 4 + 2 * MAX_RANK
+"""Remote region index, then remote byte offset of the sub-box's corner, then MAX_RANK remote byte strides."""
+COPY_COLUMNS: Final = COPY_REMOTE + 2 + MAX_RANK
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True):
+    """A logical tensor: its checkpoint name, wire dtype (a key of ITEMSIZE) and full shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """One registered range of memory. ``base`` is an address in the owner's process, ``length`` in bytes."""
+
+    base: int
+    length: int
+    memory: Literal["DRAM", "VRAM"] = "DRAM"
+    device: int = 0
+
+
+class Derived(msgspec.Struct, frozen=True, array_like=True):
+    """A parameter or attribute of the engine that is recomputed after a write, not written: its name and by what."""
+
+    name: str
+    refresh: str
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What one rank holds (trainer) or needs (inference).
+
+    ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
+    that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
+    placement (empty without one): when it changes, the plan does.
+    """
+
+    tensors: tuple[Tensor, ...]
+    regions: tuple[Region, ...]
+    rows: bytes
+    staging: int = -1
+    derived: tuple[Derived, ...] = ()
+    expert_map: str = ""
+
+    def matrix(self) -> Matrix:
+        """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""
+        return as_matrix(self.rows, ROW_COLUMNS)
+
+
+def as_matrix(data: bytes, columns: int) -> Matrix:
+    """Little-endian int64 bytes as a read-only matrix of ``columns`` columns.
+
+    Raises:
+        ValueError: the length is no whole number of rows.
+    """
+    if len(data) % (8 * columns):
+        raise ValueError(f"a table of {len(data)} bytes is no whole number of rows of {columns} int64 columns")
+    return np.frombuffer(data, dtype="<i8").reshape(-1, columns)
+
+
+def pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    """``values`` padded on the left to MAX_RANK."""
+    if len(values) > MAX_RANK:
+        raise ValueError(f"a tensor of {len(values)} dimensions; at most {MAX_RANK} are supported")
+    return (fill,) * (MAX_RANK - len(values)) + tuple(values)
+
+
+def row(
+    tensor: int, region: int, offset: int, box_offset: tuple[int, ...], extent: tuple[int, ...], stride: tuple[int, ...]
+) -> list[int]:
+    """One row of ``Layout.rows``. Offsets and extents in elements, ``offset`` and ``stride`` in bytes."""
+    interleaved = zip(pad(box_offset, 0), pad(extent, 1), pad(stride, 0), strict=True)
+    return [tensor, region, offset, *(value for dim in interleaved for value in dim)]

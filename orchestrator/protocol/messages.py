@@ -1,0 +1,251 @@
+"""Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
+
+Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Heartbeat, Bye.
+Daemon to agent: Welcome, Refused, Connect, Grant, Verify, Commit, Abort, Outcome, Heartbeat.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from weightsync.orchestrator.protocol.layout import Layout, Region
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Fault = Literal["", "trainer", "engine", "daemon", "network", "config"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# ---------------------------------------------------------------------------------------------- agent to daemon
+class TrainerStatus(msgspec.Struct, frozen=True):
+    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed."""
+
+    staged: Version | None = None
+    open_round: RoundName | None = None
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """What an inference rank's memory holds.
+
+    ``applied``: the last version committed here, None for checkpoint weights. ``window``: the round whose update
+    call is blocking the worker now. ``torn``: live memory may hold anything but ``applied``; the worker refuses to run.
+    """
+
+    applied: Version | None = None
+    window: RoundName | None = None
+    torn: bool = False
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First frame of a connection. ``epoch_seen`` and ``journal_id`` are the last daemon's that this agent obeyed."""
+
+    schema: int
+    run_id: Name
+    member: Member
+    world: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD)]
+    incarnation: Natural
+    generation: Natural = 0
+    epoch_seen: Natural = 0
+    journal_id: Name = ""
+    host: Name = ""
+    pid: Natural = 0
+    trainer: TrainerStatus | None = None
+    engine: EngineStatus | None = None
+
+
+class Announce(Message, frozen=True, kw_only=True):
+    """Rendezvous round 1: the layout, and how the transport reaches this agent."""
+
+    layout: Layout
+    endpoint_name: Name = ""
+    endpoint: bytes = b""
+    capabilities: tuple[Name, ...] = ()
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """Rendezvous round 2 is done: every edge is warm and the tables hash to ``fingerprint``."""
+
+    fingerprint: Name
+
+
+class Staged(Message, frozen=True, kw_only=True):
+    """All of this rank's slots hold ``version``, synchronised and digested."""
+
+    version: Version
+    bytes: Natural
+    convert_seconds: float
+    digest_seconds: float
+
+
+class Quiesced(Message, frozen=True, kw_only=True):
+    """The worker's main thread is inside the update call of ``round`` and its device is idle."""
+
+    round: RoundName
+
+
+class PeerTransfer(msgspec.Struct, frozen=True):
+    """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes."""
+
+    peer: Member
+    bytes: Natural
+    descriptors: Natural
+    seconds: float
+    digest: Digest
+
+
+class Closed(Message, frozen=True, kw_only=True):
+    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it."""
+
+    round: RoundName
+    peers: tuple[PeerTransfer, ...] = ()
+    error: Reason = ""
+    fault: Fault = ""
+
+
+class Verified(Message, frozen=True, kw_only=True):
+    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors."""
+
+    round: RoundName
+    digest: Digest
+    bytes: Natural
+    apply_seconds: float
+    digest_seconds: float
+    error: Reason = ""
+
+
+class Left(Message, frozen=True, kw_only=True):
+    """The update call of ``round`` has ended in this worker; its status is now ``status``."""
+
+    round: RoundName
+    status: EngineStatus
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Alive. Sent by both sides."""
+
+
+class Bye(Message, frozen=True, kw_only=True):
+    """An orderly end of the agent's process."""
+
+    reason: Reason = ""
+
+
+# ---------------------------------------------------------------------------------------------- daemon to agent
+class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
+    """How agents move bytes over NIXL. ``flush_every``: handles in flight before a drain."""
+
+    backends: tuple[str, ...] = ("UCX",)
+    flush_every: int = 100
+    rails: int = 2
+
+
+class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
+    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/``."""
+
+
+class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
+    """Both rounds travel over this connection."""
+
+
+class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
+    """Both rounds travel over vLLM's StatelessProcessGroup; this agent joins as ``rank`` of ``world``."""
+
+    host: str
+    port: int
+    rank: int
+    world: int
+    timeout_seconds: float
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie."""
+
+    epoch: int
+    journal_id: Name
+    heartbeat_seconds: float
+    transfer_seconds: float
+    transport: NixlSettings | FilesystemSettings
+    rendezvous: HubRendezvous | TcpStoreRendezvous
+    run_dir: str = ""
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The daemon does not take this agent in. ``retry`` false: a restart with other settings is needed."""
+
+    reason: Reason
+    fault: Fault
+    retry: bool
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """The other end of an edge."""
+
+    member: Member
+    incarnation: int
+    endpoint_name: str
+    endpoint: bytes
+    regions: tuple[Region, ...]
+
+
+class Connect(Message, frozen=True, kw_only=True):
+    """Rendezvous round 2: this agent's peers and its copies ``[n, COPY_COLUMNS]`` (see ``layout``).
+
+    For a trainer rank the copies are its writes; for an inference rank only those that arrive packed, which it
+    scatters. ``expected_bytes``: of the whole layout. ``fingerprint`` covers all of it.
+    """
+
+    fingerprint: Name
+    root: Name
+    peers: tuple[Peer, ...]
+    copies: bytes
+    expected_bytes: Natural
+
+
+class Grant(Message, frozen=True, kw_only=True):
+    """The right to write ``version`` once, until CLOSED. Only to ``members``: edges to others stay silent."""
+
+    round: RoundName
+    version: Version
+    fingerprint: Name
+    members: tuple[Member, ...]
+    deadline_seconds: float
+
+
+class Verify(Message, frozen=True, kw_only=True):
+    """All writers are CLOSED: scatter, refresh derived tensors, digest live memory."""
+
+    round: RoundName
+    deadline_seconds: float
+
+
+class Commit(Message, frozen=True, kw_only=True):
+    """``version`` is decided; leave the update call as successful."""
+
+    round: RoundName
+    version: Version
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Leave the update call as failed. ``torn``: bytes may have been written."""
+
+    round: RoundName
+    torn: bool
+    reason: Reason
+
+
+class Outcome(Message, frozen=True, kw_only=True):
+    """To trainer ranks: the fate of a version."""
+
+    version: Version
+    committed: bool
+    sequence: int = 0
+    reason: Reason = ""
+
+
+FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye
+FromDaemon = Welcome | Refused | Connect | Grant | Verify | Commit | Abort | Outcome | Heartbeat

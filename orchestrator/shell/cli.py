@@ -1,0 +1,5 @@
+"""Placeholder until the commands land in this same change."""
+
+
+def main() -> int:
+    return 0
