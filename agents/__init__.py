@@ -1,1 +1,5 @@
 """The light agents inside trainer ranks and vLLM workers."""
+
+from weightsync.agents import preload
+
+preload.cudart()  # before any other import of the agents can bring a stub of the CUDA runtime in
