@@ -1,0 +1,117 @@
+"""What the core wants done. Only the shell's runner performs them; each carries the event that caused it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.records import Record
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Connect,
+    FromDaemon,
+    Refused,
+    TcpStoreRendezvous,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accept(Command):
+    member: Member
+    connection: int
+    welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse(Command):
+    member: Member
+    connection: int
+    refused: Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Drop(Command):
+    """Close an accepted connection: its agent broke the protocol."""
+
+    member: Member
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send(Command):
+    member: Member
+    message: FromDaemon
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGroup(Command):
+    """Start the child that joins vLLM's StatelessProcessGroup as rank 0; ``members`` join as ranks 1, 2, …"""
+
+    group: TcpStoreRendezvous
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """One side of a plan."""
+
+    member: Member
+    incarnation: int
+    announce: Announce
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan(Command):
+    number: int
+    sources: tuple[Party, ...]
+    targets: tuple[Party, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver(Command):
+    """Rendezvous round 2 for one member, over whichever rendezvous is configured."""
+
+    member: Member
+    connect: Connect
+
+
+@dataclass(frozen=True, slots=True)
+class CallEngine(Command):
+    """``number`` comes back in CallDone or CallFailed; ``round`` and ``version`` for those calls that belong to one."""
+
+    engine: str
+    call: Call
+    number: int
+    deadline: float
+    round: RoundName | None = None
+    version: Version | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Append(Command):
+    """Make a record durable. With ``answer``, the core waits for Appended before it goes on."""
+
+    record: Record
+    answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WriteMarker(Command):
+    kind: Literal["TRANSFER_READY", "COMMITTED", "FAILED"]
+    version: Version
+    facts: dict[str, str | int | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Say(Command):
+    """One sentence for people: what and why."""
+
+    level: Literal["info", "warning", "error"]
+    sentence: str

@@ -1,0 +1,135 @@
+"""What happened. The shell turns the outside into these; failures are events like any other."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from weightsync.orchestrator.protocol.messages import Connect, FromAgent, Hello
+from weightsync.orchestrator.protocol.names import Member, RoundName
+
+
+class Call(StrEnum):
+    """A call to an engine's HTTP routes."""
+
+    PROBE = "probe"
+    INIT = "init"
+    PAUSE = "pause"
+    UPDATE = "update"
+    FINISH = "finish"
+    RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """``id`` grows by one with every event; commands and log lines carry it as their cause."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConnected(Event):
+    """A Hello arrived on a new connection; the agent waits for Accept or Refuse."""
+
+    member: Member
+    connection: int
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSaid(Event):
+    """A message from an accepted agent."""
+
+    member: Member
+    connection: int
+    message: FromAgent
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLost(Event):
+    """A connection ended or fell silent. It proves nothing about the process behind it."""
+
+    member: Member
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """What the core needs to know about a plan: who connects to whom and how many bytes go where."""
+
+    root: str
+    connects: dict[Member, Connect]
+    flows: dict[tuple[Member, Member], int]
+    """(writer, target) → bytes."""
+    proved: bool
+    """Coverage of every destination byte was checked by the independent algorithm."""
+    seconds: float = 0.0
+
+    def writers_of(self, targets: frozenset[Member]) -> dict[Member, tuple[Member, ...]]:
+        """Each trainer rank that owes bytes to some of ``targets``, and to which."""
+        found: dict[Member, list[Member]] = {}
+        for writer, target in sorted(self.flows):
+            if target in targets:
+                found.setdefault(writer, []).append(target)
+        return {writer: tuple(to) for writer, to in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReady(Event):
+    number: int
+    facts: PlanFacts
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRejected(Event):
+    """The layouts do not fit. ``engine`` names the one to leave out, when it is one engine's."""
+
+    number: int
+    reason: str
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallDone(Event):
+    """An engine answered. ``paused`` is what ``/is_paused`` said, where the call asks it."""
+
+    engine: str
+    call: Call
+    number: int
+    seconds: float
+    paused: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailed(Event):
+    engine: str
+    call: Call
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StableSeen:
+    """A STABLE marker: its step and, when it carries a manifest, the trainer generation that wrote it."""
+
+    step: int
+    generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MarkersSeen(Event):
+    """A rescan of the run directory: the STABLE markers without COMMITTED or FAILED beside them."""
+
+    stable: tuple[StableSeen, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Appended(Event):
+    """A record is durable."""
+
+    kind: str
+    round: RoundName | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick(Event):
+    """Time passed; some deadline may have."""

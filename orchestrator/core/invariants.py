@@ -1,0 +1,89 @@
+"""S1-S6, checked after every event, on the commands that are about to be performed as well as on the state."""
+
+from dataclasses import dataclass
+
+from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
+from weightsync.orchestrator.core.errors import InvariantViolation
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.phases import expected_digest
+from weightsync.orchestrator.core.records import Committed
+from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.protocol.messages import Grant
+from weightsync.orchestrator.protocol.names import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What must not go back."""
+
+    epoch: int
+    sequence: int
+    round: Round | None
+
+
+def snapshot(fleet: Fleet) -> Snapshot:
+    """Taken before the event is handled."""
+    return Snapshot(fleet.epoch, fleet.memory.sequence, fleet.round)
+
+
+def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
+    """Raise on the first invariant that does not hold.
+
+    Raises:
+        InvariantViolation: names the invariant and what breaks it.
+    """
+    if fleet.epoch < before.epoch or fleet.memory.sequence < before.sequence:
+        raise InvariantViolation(
+            f"S3: epoch {before.epoch} → {fleet.epoch}, sequence {before.sequence} → {fleet.memory.sequence}"
+        )
+    for command in commands:
+        match command:
+            case CallEngine(call=Call.RESUME):
+                _resume_is_safe(fleet, command)
+            case Send(message=Grant()):
+                _grant_is_safe(fleet, command)
+            case Append(record=Committed(version=version)):
+                _commit_is_verified(fleet, before.round, version)
+            case _:
+                pass
+
+
+def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
+    current = fleet.round
+    decided = current.version if current is not None and current.decided else None
+    version = fleet.version_of(command.engine)
+    if version is None or fleet.torn(command.engine) or version not in (fleet.memory.committed, decided):
+        raise InvariantViolation(
+            f"S1: resume of {command.engine}, whose ranks hold {version} (committed {fleet.memory.committed}, "
+            f"decided {decided})"
+        )
+
+
+def _grant_is_safe(fleet: Fleet, command: Send) -> None:
+    current, member = fleet.round, command.member
+    grant = command.message
+    assert isinstance(grant, Grant)
+    if current is None or grant.round != current.name or grant.round.epoch != fleet.epoch:
+        raise InvariantViolation(f"S2: grant {grant.round} to {member} outside the round of epoch {fleet.epoch}")
+    foreign = {str(writer) for writer, pending in fleet.unclosed.items() if pending.round != current.name}
+    if foreign:
+        raise InvariantViolation(f"S2: grant {grant.round} while {sorted(foreign)} have not closed an earlier one")
+    if fleet.plan is None or not fleet.plan.proved:
+        raise InvariantViolation(f"S6: grant {grant.round} on a plan whose coverage was not proved")
+    for other in (member, *grant.members):
+        agent = fleet.agents.get(other)
+        known = current.ranks.get(other, agent.hello.incarnation if agent is not None else None)
+        if agent is None or not fleet.is_confirmed(other) or agent.hello.incarnation != known:
+            raise InvariantViolation(f"S5: grant {grant.round} to {member} involves {other}, which is not confirmed")
+
+
+def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -> None:
+    if current is None or current.version != version or not current.decided:
+        raise InvariantViolation(f"S4: COMMITTED of {version} without a decided round")
+    for member in current.ranks_going():
+        verified = current.verified.get(member)
+        left = current.left.get(member)
+        if verified is None or verified.digest != expected_digest(current, member)[0]:
+            raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} is not verified")
+        if left is None or left.applied != version:
+            raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} has not confirmed it")

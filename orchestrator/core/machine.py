@@ -1,0 +1,159 @@
+"""The daemon's decisions: ``step(fleet, event, now) -> commands``. Nothing here touches the outside."""
+
+import msgspec
+from weightsync.orchestrator.core import endings, invariants, rendezvous, rounds, versions
+from weightsync.orchestrator.core import fleet as members
+from weightsync.orchestrator.core.commands import Command, Drop
+from weightsync.orchestrator.core.events import (
+    AgentConnected,
+    AgentLost,
+    AgentSaid,
+    Appended,
+    CallDone,
+    CallFailed,
+    Event,
+    MarkersSeen,
+    PlanReady,
+    PlanRejected,
+    Tick,
+)
+from weightsync.orchestrator.core.policy import Policy
+from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
+from weightsync.orchestrator.core.state import Engine, Fleet, Unclosed
+from weightsync.orchestrator.core.story import sentence
+from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Hello, Left, Quiesced, Ready, Staged
+from weightsync.orchestrator.protocol.names import Member
+
+
+def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float) -> tuple[Fleet, list[Command]]:
+    """The state of a daemon that read ``records`` from its journal, and what it does first.
+
+    A round that was DECIDED is committed now. A round that was not is over; its engines are ours to resume or repair,
+    and its writers count as unclosed until they say otherwise.
+    """
+    memory = Memory()
+    for record in records:
+        replay(memory, record)
+    engines = {config.name: Engine(config.name, probe_at=now) for config in policy.engines}
+    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, engines)
+    turn = Turn(fleet, now, 0)
+    turn.append(EpochBegan(epoch=fleet.epoch))
+    for name, orphan in list(memory.open_rounds.items()):
+        fleet.orphans[name] = orphan
+        for engine in orphan.began.engines:
+            if engine in engines:
+                engines[engine].ours_paused = True
+        if orphan.dirty and not orphan.decided:
+            for writer, incarnation in orphan.writers.items():
+                fleet.unclosed[Member("trainer", "", int(writer.split("/")[1]))] = Unclosed(name, incarnation, {})
+        _end_orphan(turn, orphan.decided, RoundEnded(
+            round=name, version=orphan.began.version, attempt=orphan.began.attempt, engines=orphan.began.engines,
+            evicted=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
+            bytes=0, descriptors=0, times={},
+        ))  # fmt: skip
+    return fleet, turn.commands
+
+
+def _end_orphan(turn: Turn, decided: bool, ended: RoundEnded) -> None:
+    memory = turn.fleet.memory
+    turn.append(ended)
+    if decided and memory.committed != ended.version:
+        turn.append(Committed(round=ended.round, version=ended.version, sequence=memory.sequence + 1))
+        endings.mark_committed(turn, ended.round, ended.version, ended.engines)
+
+
+def step(fleet: Fleet, event: Event, now: float) -> list[Command]:
+    """What ``event`` leads to. ``now``: seconds of one monotonic clock.
+
+    Raises:
+        InvariantViolation: one of S1-S6 does not hold afterwards; nothing of the commands may be performed.
+        ImpossibleTransition: the round's table has no entry for it.
+    """
+    turn = Turn(fleet, now, event.id)
+    before = invariants.snapshot(fleet)
+    _handle(turn, event)
+    members.tend_engines(turn)
+    members.gather_group(turn)
+    rendezvous.evaluate(turn)
+    versions.evaluate(turn)
+    _tell_story(turn)
+    invariants.check(fleet, before, turn.commands)
+    return turn.commands
+
+
+def _handle(turn: Turn, event: Event) -> None:
+    match event:
+        case AgentConnected():
+            members.connected(turn, event)
+            _retell(turn, event.member)
+        case AgentSaid():
+            _said(turn, event)
+        case AgentLost():
+            if members.lost(turn, event):
+                rounds.agent_lost(turn, event.member, event.reason)
+        case PlanReady():
+            rendezvous.planned(turn, event)
+        case PlanRejected():
+            rendezvous.rejected(turn, event)
+        case CallDone() | CallFailed():
+            _call_ended(turn, event)
+        case MarkersSeen():
+            turn.fleet.stable = event.stable
+        case Appended():
+            turn.fleet.waiting_for_journal = False
+            rounds.durable(turn)
+        case Tick():
+            rounds.tick(turn)
+
+
+def _retell(turn: Turn, member: Member) -> None:
+    """A trainer that reconnects may have missed the fate of the version that it waits for."""
+    agent = turn.fleet.agents.get(member)
+    if agent is not None and agent.staged is not None:
+        endings.tell_trainers(turn, agent.staged.version)
+
+
+def _said(turn: Turn, event: AgentSaid) -> None:
+    agent = turn.fleet.agents.get(event.member)
+    if agent is None or agent.connection != event.connection:
+        return
+    message = event.message
+    match message:
+        case Announce():
+            rendezvous.announced(turn, agent, message)
+        case Ready():
+            rendezvous.confirmed(turn, event, agent, message)
+        case Staged():
+            agent.staged = message
+        case Quiesced():
+            agent.status = msgspec.structs.replace(agent.status, window=message.round)
+        case Left():
+            agent.status = message.status
+        case Closed():
+            pending = turn.fleet.unclosed.get(event.member)
+            if pending is not None and pending.round == message.round:
+                del turn.fleet.unclosed[event.member]
+        case Bye():
+            turn.say(f"{event.member} says good-bye: {message.reason}")
+        case Hello():
+            turn.do(Drop(turn.cause, event.member, event.connection, "a second Hello on one connection"))
+        case _:
+            pass
+    rounds.agent_said(turn, event)
+
+
+def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
+    engine = turn.fleet.engines[event.engine]
+    if engine.calls.get(event.call) != event.number:
+        return  # the answer to a call that a newer one replaced
+    del engine.calls[event.call]
+    members.engine_answered(turn, event, engine)
+    rounds.call_ended(turn, event, engine)
+
+
+def _tell_story(turn: Turn) -> None:
+    now = sentence(turn.fleet)
+    if now != turn.fleet.sentence:
+        turn.fleet.sentence = now
+        turn.say(now)

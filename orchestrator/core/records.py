@@ -1,0 +1,135 @@
+"""What the journal holds, and the pure fold that a restarted daemon begins with."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+
+class Record(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base; the tag is the entry's kind."""
+
+
+class EpochBegan(Record, frozen=True, kw_only=True):
+    epoch: int
+
+
+class RoundBegan(Record, frozen=True, kw_only=True):
+    """Engines will be paused from here on; whoever finds this round open must resume or repair them."""
+
+    round: RoundName
+    version: Version
+    attempt: int
+    engines: tuple[str, ...]
+
+
+class LiveDirty(Record, frozen=True, kw_only=True):
+    """Grants may be given from here on: live memory of the round's engines may be torn."""
+
+    round: RoundName
+    writers: dict[str, int]
+    """Trainer ranks that are granted → their incarnation."""
+
+
+class Decided(Record, frozen=True, kw_only=True):
+    """Every byte was verified in live memory; from here only forward. ``digests``: member → hex of its live digest."""
+
+    round: RoundName
+    version: Version
+    digests: dict[str, str]
+
+
+class RoundEnded(Record, frozen=True, kw_only=True):
+    """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock."""
+
+    round: RoundName
+    version: Version
+    attempt: int
+    engines: tuple[str, ...]
+    evicted: tuple[str, ...]
+    outcome: str
+    reason: str
+    bytes: int
+    descriptors: int
+    times: dict[str, float]
+
+
+class Committed(Record, frozen=True, kw_only=True):
+    """``version`` is the fleet's. ``sequence`` is the order of versions."""
+
+    round: RoundName
+    version: Version
+    sequence: int
+
+
+class VersionFailed(Record, frozen=True, kw_only=True):
+    version: Version
+    reason: str
+
+
+AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed
+
+_decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
+
+
+def encode_record(record: Record) -> bytes:
+    """A record as JSON."""
+    return msgspec.json.encode(record)
+
+
+def decode_record(body: bytes) -> AnyRecord:
+    """The record in a journal entry.
+
+    Raises:
+        JournalUnreadable: it is none.
+    """
+    try:
+        return _decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise JournalUnreadable(f"journal entry cannot be read ({error}): {body[:200]!r}") from error
+
+
+@dataclass(slots=True)
+class OpenRound:
+    """A round that the journal saw begin and not end."""
+
+    began: RoundBegan
+    dirty: bool = False
+    decided: bool = False
+    writers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Memory:
+    """The fold of all records."""
+
+    epoch: int = 0
+    round_number: int = 0
+    sequence: int = 0
+    committed: Version | None = None
+    failed: dict[Version, str] = field(default_factory=dict)
+    done: set[Version] = field(default_factory=set)
+    open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
+
+
+def replay(memory: Memory, record: Record) -> None:
+    """Fold one record into ``memory``."""
+    match record:
+        case EpochBegan(epoch=epoch):
+            memory.epoch = max(memory.epoch, epoch)
+        case RoundBegan(round=name) as began:
+            memory.round_number = max(memory.round_number, name.number)
+            memory.open_rounds[name] = OpenRound(began)
+        case LiveDirty(round=name, writers=writers):
+            memory.open_rounds[name].dirty = True
+            memory.open_rounds[name].writers = writers
+        case Decided(round=name):
+            memory.open_rounds[name].decided = True
+        case RoundEnded(round=name):
+            memory.open_rounds.pop(name, None)
+        case Committed(version=version, sequence=sequence):
+            memory.committed, memory.sequence = version, sequence
+            memory.done.add(version)
+        case VersionFailed(version=version, reason=reason):
+            memory.failed[version] = reason

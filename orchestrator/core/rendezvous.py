@@ -1,0 +1,102 @@
+"""The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
+
+from weightsync.orchestrator.core.commands import Deliver, MakePlan, Party
+from weightsync.orchestrator.core.events import AgentSaid, PlanReady, PlanRejected
+from weightsync.orchestrator.core.state import Agent, Fleet
+from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Announce, Ready
+
+
+def announced(turn: Turn, agent: Agent, message: Announce) -> None:
+    """Round 1 of one agent."""
+    agent.announce, agent.delivered, agent.fingerprint = message, "", ""
+    if agent.member.engine in turn.fleet.engines:
+        turn.fleet.engines[agent.member.engine].misfit = ""
+
+
+def confirmed(turn: Turn, event: AgentSaid, agent: Agent, message: Ready) -> None:
+    """Round 2 of one agent. An outdated confirmation is not one."""
+    agent.fingerprint = message.fingerprint
+    fleet = turn.fleet
+    if fleet.plan is not None and all(fleet.is_confirmed(m) for m in fleet.plan.connects):
+        seconds = turn.now - fleet.planned_at
+        turn.say(
+            f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s"
+        )
+
+
+def evaluate(turn: Turn) -> None:
+    """Plan when the set of members changed; deliver what somebody has not got. Never within a round."""
+    fleet = turn.fleet
+    if fleet.round is not None or fleet.planning:
+        return
+    if fleet.trainers_whole():
+        _plan(turn)
+    if fleet.plan is not None and not fleet.planning:
+        _deliver(turn)
+
+
+def _plan(turn: Turn) -> None:
+    fleet = turn.fleet
+    usable = list(fleet.usable())
+    expected = [name for name, engine in fleet.engines.items() if not engine.misfit]
+    first = fleet.plan is None
+    if not usable or (first and len(usable) < len(expected) and turn.now < fleet.started + fleet.policy.join):
+        return
+    sources = fleet.trainers()
+    targets = [agent for name in usable for agent in fleet.ranks_of(name)]
+    members = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
+    if members == fleet.planned_for:
+        return
+    fleet.planned_for, fleet.planning, fleet.plan_error = members, True, ""
+    fleet.plan_number += 1
+    turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
+
+
+def _parties(agents: list[Agent]) -> tuple[Party, ...]:
+    return tuple(Party(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
+
+
+def _deliver(turn: Turn) -> None:
+    fleet = turn.fleet
+    assert fleet.plan is not None
+    for member, connect in fleet.plan.connects.items():
+        agent = fleet.agents.get(member)
+        if agent is not None and agent.announce is not None and agent.delivered != connect.fingerprint:
+            agent.delivered = connect.fingerprint
+            turn.do(Deliver(turn.cause, member, connect))
+
+
+def planned(turn: Turn, event: PlanReady) -> None:
+    """The planner is done."""
+    fleet = turn.fleet
+    if event.number != fleet.plan_number:
+        return
+    fleet.planning, fleet.plan, fleet.planned_at = False, event.facts, turn.now
+    total = sum(event.facts.flows.values())
+    turn.say(
+        f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
+        f"every destination byte covered once, {event.facts.seconds:.2f} s"
+    )
+
+
+def rejected(turn: Turn, event: PlanRejected) -> None:
+    """The layouts do not fit: leave the engine out that is to blame, or wait for other layouts."""
+    fleet = turn.fleet
+    if event.number != fleet.plan_number:
+        return
+    fleet.planning = False
+    turn.say(f"no plan: {event.reason}", "error")
+    if event.engine in fleet.engines:
+        fleet.engines[event.engine].misfit = event.reason
+        fleet.planned_for = frozenset()
+    else:
+        fleet.plan_error = event.reason
+
+
+def obstacle(fleet: Fleet) -> str:
+    """Why there will be no plan with the present layouts; empty while there may be one."""
+    if fleet.plan_error:
+        return fleet.plan_error
+    misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
+    return misfits[0] if misfits and len(misfits) == len(fleet.engines) else ""

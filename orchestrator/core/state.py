@@ -1,0 +1,199 @@
+"""Everything the daemon knows, in one place; changed only by the functions of this package."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
+from weightsync.orchestrator.core.policy import Policy
+from weightsync.orchestrator.core.records import Memory, OpenRound
+from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Hello, Staged, Verified
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+
+@dataclass(slots=True)
+class Agent:
+    """One connected agent process. Gone from the fleet when its connection is."""
+
+    member: Member
+    connection: int
+    hello: Hello
+    welcomed: bool = False
+    announce: Announce | None = None
+    delivered: str = ""
+    """The edge set that it was sent in round 2 …"""
+    fingerprint: str = ""
+    """… and the one that it confirmed."""
+    staged: Staged | None = None
+    status: EngineStatus = field(default_factory=EngineStatus)
+
+
+@dataclass(slots=True)
+class Engine:
+    """One vLLM server of the configuration."""
+
+    name: str
+    reachable: bool = False
+    paused: bool | None = None
+    calls: dict[Call, int] = field(default_factory=dict)
+    """Calls under way: which, and their number."""
+    probe_at: float = 0.0
+    misfit: str = ""
+    """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
+    error: str = ""
+    ours_paused: bool = False
+    """We paused it (in a round or by the plugin's hold) and owe it a resume once its weights are the fleet's."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one engine is within the round."""
+
+    paused_at: float = 0.0
+    paused: bool = False
+    update_over: bool = False
+    update_error: str = ""
+    finished: bool = False
+    resumed: bool = False
+    resumed_at: float = 0.0
+    resume_tried: bool = False
+    evicted: str = ""
+
+
+@dataclass(slots=True)
+class Round:
+    """One attempt to bring ``engines`` to ``version``. Its members are frozen."""
+
+    name: RoundName
+    version: Version
+    attempt: int
+    catch_up: bool
+    engines: dict[str, Progress]
+    ranks: dict[Member, int]
+    """Inference ranks and their incarnations."""
+    writers: dict[Member, tuple[Member, ...]]
+    """Trainer ranks that owe bytes, and to whom."""
+    phase: Phase = Phase.PAUSING
+    phase_began: float = 0.0
+    deadline: float = 0.0
+    dirty: bool = False
+    decided: bool = False
+    reason: str = ""
+    quiesced: set[Member] = field(default_factory=set)
+    closed: dict[Member, Closed] = field(default_factory=dict)
+    verified: dict[Member, Verified] = field(default_factory=dict)
+    left: dict[Member, EngineStatus] = field(default_factory=dict)
+    told: set[Member] = field(default_factory=set)
+    """Workers that were told to leave a torn round."""
+    began: float = 0.0
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds spent in each phase."""
+
+    def going(self) -> list[str]:
+        """Engines of the round that were not evicted."""
+        return [name for name, progress in self.engines.items() if not progress.evicted]
+
+    def ranks_going(self) -> list[Member]:
+        """Their inference ranks."""
+        going = set(self.going())
+        return [member for member in self.ranks if member.engine in going]
+
+
+@dataclass(slots=True)
+class Unclosed:
+    """A grant whose writer has not said CLOSED: its targets are tainted until it does or is proved dead."""
+
+    round: RoundName
+    incarnation: int
+    targets: dict[Member, int]
+    """Inference ranks it may write to, and their incarnations: a restarted one is out of its reach."""
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The whole state."""
+
+    policy: Policy
+    journal_id: str
+    memory: Memory
+    epoch: int
+    started: float
+    engines: dict[str, Engine]
+    agents: dict[Member, Agent] = field(default_factory=dict)
+    generation: int | None = None
+    past_generations: set[int] = field(default_factory=set)
+    stable: tuple[StableSeen, ...] = ()
+    stale_said: set[StableSeen] = field(default_factory=set)
+    waiting_since: dict[Version, float] = field(default_factory=dict)
+    """Versions that some rank staged, and since when."""
+    attempts: dict[Version, int] = field(default_factory=dict)
+    retry_at: float = 0.0
+    unclosed: dict[Member, Unclosed] = field(default_factory=dict)
+    plan: PlanFacts | None = None
+    planned_for: frozenset[tuple[Member, int, int]] = frozenset()
+    """(member, incarnation, connection) of everybody in the plan."""
+    plan_number: int = 0
+    planning: bool = False
+    plan_error: str = ""
+    planned_at: float = 0.0
+    group: tuple[tuple[Member, int], ...] = ()
+    """Members and incarnations of the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
+    orphans: dict[RoundName, OpenRound] = field(default_factory=dict)
+    """Rounds that an earlier daemon left open; workers may still wait inside them."""
+    round: Round | None = None
+    waiting_for_journal: bool = False
+    call_number: int = 0
+    sentence: str = ""
+
+    def trainers(self) -> list[Agent]:
+        """Connected trainer ranks, by rank."""
+        return [a for m, a in sorted(self.agents.items()) if m.role == "trainer"]
+
+    def ranks_of(self, engine: str) -> list[Agent]:
+        """Connected ranks of an engine, by rank."""
+        return [a for m, a in sorted(self.agents.items()) if m.engine == engine and m.role == "inference"]
+
+    def trainer_world(self) -> int | None:
+        """How many trainer ranks there are to be, once one has said so."""
+        return next((agent.hello.world for agent in self.trainers()), self.policy.trainer_world)
+
+    def trainers_whole(self) -> bool:
+        """All ranks of the trainer are connected and have announced their layouts."""
+        ranks = self.trainers()
+        return bool(ranks) and len(ranks) == ranks[0].hello.world and all(a.announce for a in ranks)
+
+    def attached(self, engine: str) -> bool:
+        """All ranks of the engine are connected and have announced, and its routes answer."""
+        ranks = self.ranks_of(engine)
+        return (
+            self.engines[engine].reachable
+            and bool(ranks)
+            and len(ranks) == ranks[0].hello.world
+            and all(a.announce for a in ranks)
+        )
+
+    def version_of(self, engine: str) -> Version | None:
+        """The committed version that every rank of the engine holds, whole; None if they hold none or differ."""
+        ranks = self.ranks_of(engine)
+        if not ranks or len(ranks) != ranks[0].hello.world:
+            return None
+        versions = {None if a.status.torn or a.status.window else a.status.applied for a in ranks}
+        return versions.pop() if len(versions) == 1 else None
+
+    def torn(self, engine: str) -> bool:
+        """Some rank says that its live memory may be neither its old version nor a new one."""
+        return any(agent.status.torn for agent in self.ranks_of(engine))
+
+    def usable(self) -> Iterator[str]:
+        """Engines that a plan may include."""
+        return (name for name, engine in self.engines.items() if self.attached(name) and not engine.misfit)
+
+    def is_confirmed(self, member: Member) -> bool:
+        """The member runs the current plan's edge set."""
+        agent = self.agents.get(member)
+        return (
+            self.plan is not None
+            and agent is not None
+            and member in self.plan.connects
+            and agent.fingerprint == self.plan.connects[member].fingerprint
+        )

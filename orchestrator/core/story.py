@@ -1,0 +1,36 @@
+"""One sentence that says what the daemon is doing and why."""
+
+from weightsync.orchestrator.core import rendezvous, versions
+from weightsync.orchestrator.core.state import Fleet
+
+
+def sentence(fleet: Fleet) -> str:
+    """The state of the fleet for people, without figures that change by themselves."""
+    if fleet.round is not None:
+        current = fleet.round
+        why = f" because {current.reason}" if current.reason else ""
+        return f"round {current.name}: {current.phase} for {current.version}{why}"
+    torn = [name for name in fleet.engines if fleet.torn(name)]
+    if torn:
+        return f"{', '.join(torn)} torn and paused: waiting for {_next(fleet)}"
+    if not fleet.trainers_whole():
+        world = fleet.trainer_world()
+        here = sum(agent.announce is not None for agent in fleet.trainers())
+        return f"{_serving(fleet)}; waiting for trainer ranks ({here} of {world if world else '?'} announced)"
+    late = [name for name in fleet.engines if not fleet.attached(name)]
+    if late and fleet.plan is None:
+        return f"{_serving(fleet)}; waiting for engines {', '.join(late)}"
+    obstacle = rendezvous.obstacle(fleet)
+    if obstacle:
+        return f"{_serving(fleet)}; no plan fits: {obstacle}"
+    return f"{_serving(fleet)}; waiting for {_next(fleet)}"
+
+
+def _serving(fleet: Fleet) -> str:
+    committed = fleet.memory.committed
+    return f"{committed} is committed" if committed is not None else "nothing is committed yet"
+
+
+def _next(fleet: Fleet) -> str:
+    pending = next((v for v in sorted(fleet.waiting_since)), None)
+    return versions.waiting_for(fleet, pending) if pending is not None else "the next version"

@@ -1,0 +1,101 @@
+"""The one transition table: what a round does when something happens, phase by phase.
+
+    PAUSING → QUIESCING → MARKING → WRITING → VERIFYING → DECIDING → APPLYING → FINISHING → RESUMING → RECORDING
+       └──────────┴──────────┴→ CANCELLING     └→ TEARING ←┘ └→ TEARING
+
+Before a grant (left of WRITING) nothing was written and the engines resume with what they had. From WRITING to the
+decision a failure tears: the engines stay paused until every writer is CLOSED and a later round repairs them. After
+DECIDING it only goes forward: an engine that fails is evicted, the others go on.
+"""
+
+from enum import Enum, StrEnum
+from typing import Final
+
+
+class Phase(StrEnum):
+    """Where a round stands; the comment says what it waits for."""
+
+    PAUSING = "pausing"  # every engine's /pause
+    QUIESCING = "quiescing"  # every worker inside the update call, its device idle
+    MARKING = "marking"  # LIVE_DIRTY durable
+    WRITING = "writing"  # CLOSED from every writer
+    VERIFYING = "verifying"  # live digests of every worker
+    DECIDING = "deciding"  # DECIDED durable
+    APPLYING = "applying"  # every worker out of the update call, as committed
+    FINISHING = "finishing"  # vLLM told the version
+    RESUMING = "resuming"  # every engine's /resume
+    RECORDING = "recording"  # COMMITTED durable
+    CANCELLING = "cancelling"  # workers out of the window, engines resumed with what they had
+    TEARING = "tearing"  # CLOSED from every writer or its deadline; workers out of the window, engines kept paused
+
+
+class Happening(StrEnum):
+    """What the round sees of an event."""
+
+    PAUSED = "paused"
+    QUIESCED = "quiesced"
+    DURABLE = "durable"
+    CLOSED = "closed"
+    VERIFIED = "verified"
+    LEFT = "left"
+    UPDATE_OVER = "update over"
+    FINISHED = "finished"
+    RESUMED = "resumed"
+    CALL_FAILED = "call failed"
+    WRITER_LOST = "writer lost"
+    RANK_LOST = "rank lost"
+    DEADLINE = "deadline"
+
+
+class Action(Enum):
+    """What is done about it; the names of functions in ``rounds``."""
+
+    note = "note"  # write it down, then see whether the phase is complete
+    cancel = "cancel"  # give up before anything was written
+    tear = "tear"  # give up after something may have been written
+    evict = "evict"  # go on without that engine
+    evict_missing = "evict_missing"  # go on without the engines that did not get there in time
+    give_up = "give_up"  # end the round as failed with what is known
+    ignore = "ignore"  # late or already accounted for
+
+
+_P, _H, _A = Phase, Happening, Action
+
+_BEFORE_WRITING: Final = {
+    _H.PAUSED: _A.note, _H.QUIESCED: _A.note, _H.UPDATE_OVER: _A.cancel, _H.LEFT: _A.cancel,
+    _H.CALL_FAILED: _A.cancel, _H.WRITER_LOST: _A.cancel, _H.RANK_LOST: _A.cancel, _H.DEADLINE: _A.cancel,
+}  # fmt: skip
+_WRITTEN: Final = {
+    _H.CLOSED: _A.note, _H.VERIFIED: _A.note, _H.LEFT: _A.tear, _H.UPDATE_OVER: _A.note, _H.CALL_FAILED: _A.note,
+    _H.RANK_LOST: _A.tear, _H.DEADLINE: _A.tear,
+}  # fmt: skip
+_FORWARD: Final = {
+    _H.LEFT: _A.note, _H.UPDATE_OVER: _A.note, _H.FINISHED: _A.note, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.evict,
+    _H.WRITER_LOST: _A.ignore, _H.RANK_LOST: _A.evict, _H.DEADLINE: _A.evict_missing,
+}  # fmt: skip
+_BACKWARD: Final = {
+    _H.PAUSED: _A.ignore, _H.QUIESCED: _A.ignore, _H.CLOSED: _A.note, _H.VERIFIED: _A.ignore, _H.LEFT: _A.note,
+    _H.UPDATE_OVER: _A.note, _H.FINISHED: _A.ignore, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.note,
+    _H.WRITER_LOST: _A.note, _H.RANK_LOST: _A.note, _H.DEADLINE: _A.give_up, _H.DURABLE: _A.ignore,
+}  # fmt: skip
+
+TABLE: Final[dict[Phase, dict[Happening, Action]]] = {
+    _P.PAUSING: _BEFORE_WRITING,
+    _P.QUIESCING: _BEFORE_WRITING,
+    _P.MARKING: {**_BEFORE_WRITING, _H.DURABLE: _A.note},
+    _P.WRITING: {**_WRITTEN, _H.WRITER_LOST: _A.tear},
+    _P.VERIFYING: {**_WRITTEN, _H.WRITER_LOST: _A.ignore},
+    _P.DECIDING: {**_FORWARD, _H.DURABLE: _A.note, _H.LEFT: _A.evict, _H.CALL_FAILED: _A.note},
+    _P.APPLYING: {**_FORWARD, _H.CALL_FAILED: _A.note},
+    _P.FINISHING: _FORWARD,
+    _P.RESUMING: _FORWARD,
+    _P.RECORDING: {
+        **_FORWARD,
+        _H.DURABLE: _A.note,
+        _H.CALL_FAILED: _A.ignore,
+        _H.RANK_LOST: _A.ignore,
+        _H.DEADLINE: _A.ignore,
+    },
+    _P.CANCELLING: _BACKWARD,
+    _P.TEARING: _BACKWARD,
+}

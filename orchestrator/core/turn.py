@@ -1,0 +1,53 @@
+"""One turn of the machine: the state, the time, the cause, and the commands collected so far."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.records import Record, replay
+from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.protocol.messages import FromDaemon
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+
+@dataclass(slots=True)
+class Turn:
+    """Collects what one event leads to. ``now``: seconds of the daemon's monotonic clock."""
+
+    fleet: Fleet
+    now: float
+    cause: int
+    commands: list[Command] = field(default_factory=list)
+
+    def do(self, command: Command) -> None:
+        self.commands.append(command)
+
+    def say(self, sentence: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        self.commands.append(Say(self.cause, level, sentence))
+
+    def send(self, member: Member, message: FromDaemon) -> None:
+        """To a connected agent; a lost one learns the state when it says Hello again."""
+        if member in self.fleet.agents:
+            self.commands.append(Send(self.cause, member, message))
+
+    def append(self, record: Record, *, answer: bool = False) -> None:
+        """Into the journal, and into our memory of it."""
+        replay(self.fleet.memory, record)
+        self.fleet.waiting_for_journal |= answer
+        self.commands.append(Append(self.cause, record, answer))
+
+    def call(
+        self,
+        engine: str,
+        call: Call,
+        deadline: float,
+        round_name: RoundName | None = None,
+        version: Version | None = None,
+    ) -> None:
+        """One call of a kind at a time per engine; the newest number is the one whose answer counts."""
+        self.fleet.call_number += 1
+        self.fleet.engines[engine].calls[call] = self.fleet.call_number
+        self.commands.append(
+            CallEngine(self.cause, engine, call, self.fleet.call_number, deadline, round_name, version)
+        )
