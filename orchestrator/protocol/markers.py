@@ -1,0 +1,104 @@
+"""Markers: the durable, human-readable edge between trainer and daemon in the run directory.
+
+``<run directory>/broadcasts/step_<N>/`` holds up to four: ``STABLE`` from the trainer, and ``TRANSFER_READY``,
+``COMMITTED``, ``FAILED`` from the daemon. Each is empty (as ``touch`` makes it) or one JSON manifest.
+"""
+
+import re
+from typing import Annotated, Final, Literal
+
+import msgspec
+from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES, MAX_NAME_CHARS, MAX_REASON_CHARS, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.names import Version
+
+MarkerKind = Literal["STABLE", "TRANSFER_READY", "COMMITTED", "FAILED"]
+
+KINDS: Final[tuple[MarkerKind, ...]] = ("STABLE", "TRANSFER_READY", "COMMITTED", "FAILED")
+OUTCOMES: Final[tuple[MarkerKind, ...]] = ("COMMITTED", "FAILED")
+BROADCASTS: Final = "broadcasts"
+
+_STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})", re.ASCII)
+
+
+class MarkerError(ValueError):
+    """A marker whose contents are not a manifest of this schema. Its writer's fault; not to be retried."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a marker says. ``sequence``: the commit's, ``round`` and ``digest`` as text, ``reason`` of a failure."""
+
+    schema: int
+    run_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+    generation: Annotated[int, msgspec.Meta(ge=0)]
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    sequence: Annotated[int, msgspec.Meta(ge=0)] = 0
+    round: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
+    digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)] = ""
+
+    @property
+    def version(self) -> Version:
+        """The version it speaks of."""
+        return Version(self.generation, self.step)
+
+
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def manifest(
+    run_id: str, version: Version, *, sequence: int = 0, round: str = "", digest: str = "", reason: str = ""
+) -> Manifest:
+    """A Manifest of this schema."""
+    return Manifest(
+        schema=SCHEMA_VERSION, run_id=run_id, generation=version.generation, step=version.step,
+        sequence=sequence, round=round, digest=digest, reason=reason[:MAX_REASON_CHARS],
+    )  # fmt: skip
+
+
+def step_name(step: int) -> str:
+    """Name of the directory of ``step``.
+
+    Raises:
+        ValueError: negative, or more than 18 digits.
+    """
+    name = f"step_{step}"
+    if parse_step(name) is None:
+        raise ValueError(f"a step must have 1 to 18 digits, got {step}")
+    return name
+
+
+def parse_step(name: str) -> int | None:
+    """The step that a directory is named after, or None when it is named otherwise."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of a marker, one JSON object and a newline.
+
+    Raises:
+        MarkerError: longer than MAX_MARKER_BYTES.
+    """
+    data = msgspec.json.encode(manifest) + b"\n"
+    if len(data) > MAX_MARKER_BYTES:
+        raise MarkerError(f"a manifest of {len(data)} bytes exceeds the limit of {MAX_MARKER_BYTES}")
+    return data
+
+
+def decode_manifest(data: bytes) -> Manifest | None:
+    """The manifest in a marker's bytes, or None for an empty marker.
+
+    Raises:
+        MarkerError: too long, torn, no JSON object of the right shape, or of another schema.
+    """
+    if len(data) > MAX_MARKER_BYTES:
+        raise MarkerError(f"it has more than {MAX_MARKER_BYTES} bytes")
+    if not data.strip():
+        return None
+    try:
+        found = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MarkerError(f"it holds no whole manifest: {error}") from error
+    if found.schema != SCHEMA_VERSION:
+        raise MarkerError(f"its schema is {found.schema}, this daemon reads {SCHEMA_VERSION}")
+    return found

@@ -1,0 +1,61 @@
+"""What can go wrong with a call to an engine: whose fault it is, whether a retry helps, whether it may have arrived."""
+
+from typing import ClassVar, Final
+
+from weightsync.orchestrator.protocol.messages import Fault
+
+DEV_MODE: Final = "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment"
+TRANSFER_CONFIG: Final = 'start vLLM with --weight-transfer-config \'{"backend": "weightsync"}\''
+
+
+class EngineError(Exception):
+    """Base. ``sent``: the request may have reached the engine, so its effect is unknown until asked for."""
+
+    fault: ClassVar[Fault] = "engine"
+    retry: bool = True
+
+    def __init__(self, engine: str, call: str, what: str, *, sent: bool = True) -> None:
+        self.engine, self.call, self.sent = engine, call, sent
+        super().__init__(f"engine {engine}: {call}: {what}")
+
+
+class EngineUnreachable(EngineError):
+    """No connection, or it broke before the whole answer had come."""
+
+    fault = "network"
+
+
+class EngineTimeout(EngineError):
+    """The call's total deadline passed, retries included."""
+
+    def __init__(self, engine: str, call: str, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(engine, call, f"no whole answer within {seconds:g} s")
+
+
+class EngineRefused(EngineError):
+    """An answer that is no success. ``excerpt`` is the beginning of its body."""
+
+    def __init__(self, engine: str, call: str, status: int, excerpt: str) -> None:
+        self.status, self.excerpt = status, excerpt
+        self.retry = status >= 500 or status == 429
+        super().__init__(engine, call, f"answered {status}: {excerpt}" if excerpt else f"answered {status}")
+
+
+class EngineNotServable(EngineRefused):
+    """The plugin keeps the engine paused: a worker is torn, or holds no committed version yet. A round must mend it."""
+
+    def __init__(self, engine: str, call: str, status: int, excerpt: str) -> None:
+        super().__init__(engine, call, status, excerpt)
+        self.retry = False
+
+
+class EngineLacksRoute(EngineError):
+    """The server was started without something that we need. ``fix`` says what to set."""
+
+    fault = "config"
+    retry = False
+
+    def __init__(self, engine: str, call: str, what: str, fix: str) -> None:
+        self.fix = fix
+        super().__init__(engine, call, f"{what}. Fix: {fix}")

@@ -1,0 +1,345 @@
+"""The journal: what the daemon has decided, on local disk, durable before anybody acts on it.
+
+SQLite in WAL mode with ``synchronous=FULL``: each commit returns after an fsync of the log. Any error of SQLite or of
+the disk under it leaves the outcome of that commit unknown, so the process must end and read the journal again.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+JOURNAL_SCHEMA: Final = 1
+"""Raised when tables change; a journal of a newer schema is refused."""
+
+MAX_ENTRY_BYTES: Final = 16 * 1024 * 1024
+"""A decision with the digests of 65,536 ranks has 5 MB."""
+
+ROUND_KINDS: Final = ("RoundBegan", "LiveDirty", "Decided", "RoundEnded")
+"""Kinds that ``prune`` may drop, once the last of them was written for a round."""
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE entries (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, unix_time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL
+);
+CREATE INDEX entries_by_kind ON entries (kind, sequence);
+CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
+"""
+
+_PRUNE = """
+DELETE FROM entries WHERE sequence <= :cut AND kind IN (SELECT value FROM json_each(:kinds)) AND
+    json_extract(body, '$.round') IN (
+        SELECT json_extract(body, '$.round') FROM entries WHERE kind = :last AND sequence <= :cut)
+"""
+
+
+class JournalError(Exception):
+    """The journal cannot be opened as it is. The operator's fault; a retry without a change is useless."""
+
+
+class JournalLocked(JournalError):
+    """Another daemon holds the journal. ``pid`` is 0 when it did not say which."""
+
+    def __init__(self, path: Path, pid: int) -> None:
+        self.path, self.pid = path, pid
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(f"{path} is in use by {holder}: one daemon per state directory. Fix: stop that one first")
+
+
+class JournalLost(Exception):
+    """A commit failed and its outcome is unknown. The disk's fault; the process must end, the next one rereads."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry. ``sequence`` grows by appending and is never reused; ``body`` is JSON."""
+
+    sequence: int
+    unix_time: float
+    kind: str
+    body: bytes
+
+
+class Journal:
+    """An open journal. Blocking, and not for two threads at once; ``AsyncJournal`` is for an event loop.
+
+    ``journal_id``: 128 random bits in hex, drawn when the journal was created.
+    """
+
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, lock: int | None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = lock
+        self._clock = clock
+        self._lost: str | None = None
+        self.journal_id = self._meta("journal_id")
+
+    @classmethod
+    def open(cls, path: Path, clock: Callable[[], float] = time.time) -> "Journal":
+        """The journal at ``path``, created with its directory when absent, held exclusively until ``close``.
+
+        Raises:
+            JournalLocked: another daemon holds it.
+            JournalError: no journal, damaged, of a newer schema, or the directory cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = _lock(path)
+        except OSError as error:
+            raise JournalError(f"{path.parent} cannot hold the journal: {error.strerror or error}") from error
+        try:
+            # The file before SQLite opens it, because SQLite would give it the umask's permissions.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                _prepare(path, connection)
+                return cls(path, connection, lock, clock)
+            except BaseException:
+                connection.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            os.close(lock)
+            raise JournalError(f"{path} is no usable journal: {error}") from error
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def read_only(cls, path: Path) -> "Journal":
+        """The journal at ``path`` for reading, also while a daemon holds it.
+
+        Raises:
+            JournalError: absent, no journal, damaged or of a newer schema.
+        """
+        if not path.is_file():
+            raise JournalError(f"there is no journal at {path}")
+        # A directory that we may not write to admits no shared-memory file; without a log the file alone is all.
+        modes = ("mode=ro", "mode=ro&immutable=1") if not path.with_name(path.name + "-wal").exists() else ("mode=ro",)
+        failure: sqlite3.Error | None = None
+        for mode in modes:
+            try:
+                connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)
+                try:
+                    _check_schema(path, connection)
+                    return cls(path, connection, None)
+                except BaseException:
+                    connection.close()
+                    raise
+            except sqlite3.Error as error:
+                failure = error
+        raise JournalError(f"{path} is no readable journal: {failure}") from failure
+
+    def append(self, kind: str, body: bytes) -> int:
+        """Makes one entry durable and returns its sequence.
+
+        Raises:
+            ValueError: ``body`` is no UTF-8 or exceeds MAX_ENTRY_BYTES; nothing was written.
+            JournalLost: the outcome is unknown; end the process.
+        """
+        return self.append_many([(kind, body)])[0]
+
+    def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
+        """Makes all entries durable in one commit, all or none, and returns their sequences. Raises as ``append``."""
+        rows = []
+        for kind, body in entries:
+            if len(body) > MAX_ENTRY_BYTES:
+                raise ValueError(f"an entry of {len(body)} bytes exceeds the limit of {MAX_ENTRY_BYTES}")
+            rows.append((self._clock(), kind, body.decode("utf-8")))
+        with self._commit("append") as connection:
+            insert = "INSERT INTO entries (unix_time, kind, body) VALUES (?, ?, ?) RETURNING sequence"
+            return [int(connection.execute(insert, row).fetchone()[0]) for row in rows]
+
+    def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> Iterator[Entry]:
+        """Entries in ascending order: of ``kinds`` only, and only the ``newest`` so many.
+
+        Raises:
+            JournalLost: the disk cannot be read.
+        """
+        wanted = None if kinds is None else list(kinds)
+        where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
+        latest = f"SELECT sequence, unix_time, kind, body FROM entries {where} ORDER BY sequence DESC LIMIT ?"
+        query = f"SELECT * FROM ({latest}) ORDER BY sequence"
+        arguments = [*(wanted or ()), -1 if newest is None else newest]
+        try:
+            for sequence, unix_time, kind, body in self._usable().execute(query, arguments):
+                yield Entry(sequence, unix_time, kind, body.encode())
+        except sqlite3.Error as error:
+            raise self._lose("read", error) from error
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch given out; 0 before the first."""
+        return int(self._meta("epoch"))
+
+    def next_epoch(self, at_least: int = 0) -> int:
+        """Gives out, durably, an epoch above every earlier one and above ``at_least``. Raises as ``append``."""
+        with self._commit("new epoch") as connection:
+            epoch = max(self.epoch, at_least) + 1
+            connection.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (str(epoch),))
+            return epoch
+
+    def prune(self, keep_rounds: int) -> int:
+        """Drops the entries of rounds that ended before the newest ``keep_rounds`` ended; returns how many.
+
+        Rounds that never ended and entries of other kinds stay. Raises JournalLost as ``append``.
+        """
+        kinds = "[" + ", ".join(f'"{kind}"' for kind in ROUND_KINDS) + "]"
+        with self._commit("prune") as connection:
+            newest = "SELECT sequence FROM entries WHERE kind = ? ORDER BY sequence DESC LIMIT 1 OFFSET ?"
+            row = connection.execute(newest, (ROUND_KINDS[-1], keep_rounds)).fetchone()
+            if row is None:
+                return 0
+            return connection.execute(_PRUNE, {"cut": row[0], "kinds": kinds, "last": ROUND_KINDS[-1]}).rowcount
+
+    def close(self) -> None:
+        """Releases file and lock. Safe to call twice."""
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _usable(self) -> sqlite3.Connection:
+        if self._lost is not None:
+            raise JournalLost(self._lost)
+        return self._connection
+
+    def _lose(self, doing: str, error: Exception) -> JournalLost:
+        self._lost = f"{self.path}: {doing} failed ({error}); its outcome is unknown until the journal is read anew"
+        return JournalLost(self._lost)
+
+    @contextlib.contextmanager
+    def _commit(self, doing: str) -> Iterator[sqlite3.Connection]:
+        connection = self._usable()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            raise self._lose(doing, error) from error
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+    def _meta(self, name: str) -> str:
+        try:
+            row = self._usable().execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._lose(f"reading {name}", error) from error
+        if row is None:
+            raise JournalError(f"{self.path} is no journal: it names no {name}")
+        return str(row[0])
+
+
+class AsyncJournal:
+    """A Journal behind one thread of its own, because an fsync takes milliseconds that the event loop has not."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.journal_id = journal.journal_id
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+
+    async def append(self, kind: str, body: bytes) -> int:
+        """As ``Journal.append``. A cancelled caller does not stop a commit that has begun."""
+        return await self._run(partial(self.journal.append, kind, body))
+
+    async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
+        """As ``Journal.append_many``."""
+        return await self._run(partial(self.journal.append_many, entries))
+
+    async def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> list[Entry]:
+        """As ``Journal.entries``, all at once."""
+        return await self._run(lambda: list(self.journal.entries(kinds, newest)))
+
+    async def next_epoch(self, at_least: int = 0) -> int:
+        """As ``Journal.next_epoch``."""
+        return await self._run(partial(self.journal.next_epoch, at_least))
+
+    async def prune(self, keep_rounds: int) -> int:
+        """As ``Journal.prune``."""
+        return await self._run(partial(self.journal.prune, keep_rounds))
+
+    async def close(self) -> None:
+        """Waits for the commits under way, then closes."""
+        await self._run(self.journal.close)
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _lock(path: Path) -> int:
+    """An exclusive lock beside ``path``; the kernel releases it when the process dies, however that happens."""
+    lock = path.with_name(path.name + ".lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        text = os.pread(descriptor, 32, 0).strip()
+        os.close(descriptor)
+        raise JournalLocked(path, int(text) if text.isdigit() else 0) from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA busy_timeout = 2000")
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    connection.execute("PRAGMA synchronous = FULL")
+    if mode != "wal":
+        raise JournalError(f"{path}: the file system does not allow SQLite's WAL mode. Fix: use a local disk")
+    if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
+        _create(connection)
+        _sync_directory(path.parent)
+    _check_schema(path, connection)
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise JournalError(f"{path} is damaged: {found}. Fix: restore it, or start with a new state directory")
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}")
+    rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA)), ("epoch", "0")]
+    connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", rows)
+    connection.execute("COMMIT")
+
+
+def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
+    row = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+    schema = int(row[0]) if row is not None and str(row[0]).isdigit() else 0
+    if schema > JOURNAL_SCHEMA:
+        fix = "run the newer daemon, or start with a new state directory"
+        raise JournalError(f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix}")
+    if schema != JOURNAL_SCHEMA:
+        raise JournalError(f"{path} is no journal of this program")
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""The sections of the settings: every key with its type, unit, limit and default."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Url = Annotated[str, Field(pattern=r"^https?://[^/?#\s@]+(/[^?#\s]*)?$", max_length=2048)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Which training job, and where its run directory is."""
+
+    id: Identifier = Field(description="Name of the training job; agents of another run are refused.")
+    directory: Path = Field(description="The run directory, shared with the trainer; holds broadcasts/step_<N>/.")
+
+
+class Listen(Section):
+    """Where agents and the command line reach the daemon."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind.")
+    port: int = Field(default=7410, ge=1, le=65535, description="TCP port to bind.")
+    token_file: Path = Field(description="File with the bearer token that agents and the command line present.")
+
+
+class Engine(Section):
+    """One vLLM server."""
+
+    name: Identifier = Field(description="Name of the engine, unique in the run; also the name its agents report.")
+    url: Url = Field(description="Base URL of its API server, such as http://host:8000.")
+    role: Literal["prefill", "decode", "both"] = Field(
+        default="both", description="What it does in a disaggregated pair."
+    )
+    pair: Identifier | None = Field(
+        default=None, description="Prefill and decode engines of one pair pause and resume as one."
+    )
+    api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
+
+
+class Trainer(Section):
+    """The trainer fleet."""
+
+    world: int | None = Field(
+        default=None, ge=1, le=65536, description="Trainer ranks; null takes it from the first Hello."
+    )
+
+
+class NixlTransport(Section):
+    """NIXL writes into registered memory."""
+
+    type: Literal["nixl"] = "nixl"
+    backends: tuple[Identifier, ...] = Field(default=("UCX",), min_length=1, max_length=8, description="NIXL backends.")
+    flush_every: int = Field(default=100, ge=1, le=10_000, description="Handles in flight per rank before a drain.")
+    rails: int = Field(default=2, ge=1, le=16, description="NIC ports that one rank may use at once.")
+
+    def message(self) -> NixlSettings:
+        """What agents are told."""
+        return NixlSettings(backends=self.backends, flush_every=self.flush_every, rails=self.rails)
+
+
+class FilesystemTransport(Section):
+    """The engine reloads a checkpoint from broadcasts/step_<N>/."""
+
+    type: Literal["filesystem"] = "filesystem"
+
+    def message(self) -> FilesystemSettings:
+        """What agents are told."""
+        return FilesystemSettings()
+
+
+class HubRendezvous(Section):
+    """Both rounds of the rendezvous over the agents' control connections."""
+
+    type: Literal["hub"] = "hub"
+
+
+class TcpStoreRendezvous(Section):
+    """Both rounds over vLLM's StatelessProcessGroup; it pickles, so only on a trusted network."""
+
+    type: Literal["tcpstore"] = "tcpstore"
+    host: str = Field(min_length=1, description="Address of the store that every agent can reach.")
+    port: int = Field(default=29501, ge=1, le=65535, description="TCP port of the store.")
+    timeout_seconds: Seconds = Field(default=1200, description="Seconds until an exchange over the store is given up.")
+
+
+class Pause(Section):
+    """How an engine is paused for a round."""
+
+    mode: Literal["keep", "wait", "abort"] = Field(default="keep", description="What happens to requests in flight.")
+    clear_cache: bool = Field(default=True, description="Drop the prefix cache, so that it never mixes two models.")
+
+
+class Deadlines(Section):
+    """Total deadlines in seconds, the daemon's own; agents get shorter ones."""
+
+    join_seconds: Seconds = Field(default=600, description="From the start until every configured rank has connected.")
+    staged_seconds: Seconds = Field(default=300, description="STABLE without STAGED of every rank, or the reverse.")
+    rendezvous_seconds: Seconds = Field(default=120, description="From Connect until every edge is warm and confirmed.")
+    http_seconds: Seconds = Field(default=30, description="One ordinary call to an engine, retries included.")
+    pause_seconds: Seconds = Field(default=120, description="Pausing one engine (mode wait drains its requests).")
+    quiesce_seconds: Seconds = Field(default=60, description="From the update call until every worker stands still.")
+    transfer_seconds: Seconds = Field(default=300, description="From the grant until every writer has closed.")
+    verify_seconds: Seconds = Field(default=120, description="From the last closed writer until every digest is there.")
+    finish_seconds: Seconds = Field(default=60, description="From the decision until every worker has left the update.")
+    probe_seconds: Seconds = Field(default=5, description="Asking one engine for its routes or its state.")
+    heartbeat_seconds: Seconds = Field(default=5, description="Between two signs of life on a control connection.")
+    lost_after_heartbeats: int = Field(
+        default=3, ge=1, le=100, description="Signs of life missed until an agent is lost."
+    )
+
+    @property
+    def update_seconds(self) -> float:
+        """Of the call that spans a whole round in the engine: quiesce, transfer, verify and finish."""
+        return self.quiesce_seconds + self.transfer_seconds + self.verify_seconds + self.finish_seconds
+
+    @property
+    def lost_seconds(self) -> float:
+        """Silence after which an agent is lost."""
+        return self.heartbeat_seconds * self.lost_after_heartbeats
+
+
+class Retry(Section):
+    """A failed round."""
+
+    attempts: int = Field(default=3, ge=1, le=100, description="Rounds per version before FAILED is written.")
+    backoff_seconds: Seconds = Field(
+        default=1.0, description="Before the second attempt; doubles with each further one."
+    )
+
+
+class Log(Section):
+    """The daemon's own log, on standard error."""
+
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto: console on a terminal, else JSON."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe level to print."
+    )
+
+
+def _typed_as(default: str) -> BeforeValidator:
+    """Lets a section without ``type`` mean ``default``, so that one key can be overridden without repeating it."""
+
+    def fill(value: object) -> object:
+        return {"type": default, **value} if isinstance(value, dict) and "type" not in value else value
+
+    return BeforeValidator(fill)
+
+
+Transport = Annotated[NixlTransport | FilesystemTransport, Field(discriminator="type"), _typed_as("nixl")]
+Rendezvous = Annotated[HubRendezvous | TcpStoreRendezvous, Field(discriminator="type"), _typed_as("hub")]
