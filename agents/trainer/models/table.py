@@ -1,0 +1,209 @@
+"""What every model table has: typed access to the configuration, and helpers that name tensors and their treatment."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from weightsync.agents.trainer.conversion import EXPERT, ConversionSpec, Source
+from weightsync.agents.trainer.errors import TableError
+from weightsync.agents.trainer.models.forms import CHECKPOINT, FORMS, TrainerForm
+from weightsync.agents.trainer.quantization import FP8_SUFFIX, QuantizationSpec
+
+Rows = tuple[int, int]
+"""(start, length) of a tensor's rows within a fused trainer tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A Hugging Face ``config.json``, read by type."""
+
+    values: Mapping[str, object]
+
+    @staticmethod
+    def read(path: Path) -> "ModelConfig":
+        """The configuration in the file or model directory ``path``."""
+        return ModelConfig(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """An integer; ``default`` where it is absent or null.
+
+        Raises:
+            TableError: absent without a default, or no integer.
+        """
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, int):
+            raise TableError(f"the model configuration has no integer {name!r}: {value!r}")
+        return value
+
+    def first_integer(self, *names: str) -> int:
+        """The first of ``names`` that is present (the same quantity has several names over versions)."""
+        present = next((name for name in names if self.values.get(name) is not None), names[0])
+        return self.integer(present)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A boolean; ``default`` where it is absent or null."""
+        value = self.values.get(name)
+        return default if value is None else bool(value)
+
+    def text(self, name: str, default: str = "") -> str:
+        """A string; ``default`` where it is absent or null."""
+        value = self.values.get(name)
+        return default if value is None else str(value)
+
+    def sequence(self, name: str) -> tuple[object, ...]:
+        """A list (or string, as its characters); empty where it is absent or null."""
+        value = self.values.get(name)
+        return tuple(value) if isinstance(value, list | tuple | str) else ()
+
+    def part(self, name: str) -> "ModelConfig":
+        """A nested configuration; empty where it is absent or null."""
+        value = self.values.get(name)
+        return ModelConfig(value if isinstance(value, Mapping) else {})
+
+
+class ModelTable:
+    """Base of all tables: ``conversion_specs(layer_idx)`` and ``non_layer_specs()`` over one configuration.
+
+    Args:
+        config: the Hugging Face configuration.
+        forward_dtype: what the trainer's forward pass uses; masters are rounded to it before anything else.
+        fp8: whether engines serve 128 × 128 FP8 blocks; None: what the configuration's ``quantization_config`` says.
+        form: the trainer's names; None: recognised from its keys (``for_keys``).
+
+    Raises:
+        TableError: a quantisation that no block of FP8 expresses.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        forward_dtype: torch.dtype = torch.bfloat16,
+        fp8: bool | None = None,
+        form: TrainerForm | None = None,
+    ) -> None:
+        self.config = config
+        self.forward_dtype = forward_dtype
+        quantization = config.part("quantization_config")
+        method = quantization.text("quant_method")
+        self.fp8 = fp8 if fp8 is not None else bool(method)
+        if self.fp8 and method not in ("", "fp8"):
+            raise TableError(f"quantisation method {method!r} has no conversion here; fp8 in blocks of 128 × 128 has")
+        if self.fp8 and method and quantization.sequence("weight_block_size") != (128, 128):
+            raise TableError(f"fp8 weight_block_size {quantization.sequence('weight_block_size')} is not 128 × 128")
+        self._unquantized = {str(name) for name in quantization.sequence("modules_to_not_convert")}
+        self.explicit_form = form
+        self.form = form or CHECKPOINT
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, without those of multi-token prediction."""
+        return self.config.integer("num_hidden_layers")
+
+    def conversion_specs(self, layer_idx: int) -> Iterator[ConversionSpec]:
+        """All logical tensors of one layer, in an order that is the same on every rank."""
+        raise NotImplementedError
+
+    def non_layer_specs(self) -> Iterator[ConversionSpec]:
+        """Embeddings, final norm and, unless tied, the head."""
+        yield self._spec("model.embed_tokens.weight", self._cast())
+        yield self._spec("model.norm.weight", self._cast())
+        if not self.config.flag("tie_word_embeddings"):
+            yield self._spec("lm_head.weight", self._cast())
+
+    def all_specs(self) -> Iterator[ConversionSpec]:
+        """Non-layer tensors, then layer after layer."""
+        yield from self.non_layer_specs()
+        for layer_idx in range(self.layers):
+            yield from self.conversion_specs(layer_idx)
+
+    def for_keys(self, keys: Collection[str]) -> Self:
+        """This table in the form whose names match most of ``keys``; unchanged where a form was given explicitly."""
+        if self.explicit_form is not None:
+            return self
+        present = frozenset(keys)
+
+        def matches(form: TrainerForm) -> int:
+            specs = self._in(form).all_specs()
+            return len({source.key for spec in specs for source in spec.sources} & present)
+
+        return self._in(max(FORMS, key=matches))
+
+    def _in(self, form: TrainerForm) -> Self:
+        copy = type(self)(self.config, forward_dtype=self.forward_dtype, fp8=self.fp8, form=form)
+        copy.explicit_form = None
+        return copy
+
+    # ---------------------------------------------------------------- for tables: one line per logical tensor
+    def linear(self, layer: int, name: str, rows: Rows | None = None) -> ConversionSpec:
+        """A matrix that is quantised where the model is. ``rows``: its place, should the trainer fuse it."""
+        return self._layer_spec(layer, name, self._blocks(f"model.layers.{layer}.{name}"), rows)
+
+    def plain(self, layer: int, name: str, rows: Rows | None = None) -> ConversionSpec:
+        """A tensor that is only cast to the forward dtype."""
+        return self._layer_spec(layer, name, self._cast(), rows)
+
+    def widened(self, layer: int, name: str) -> ConversionSpec:
+        """A tensor that checkpoints store in the forward dtype and engines keep in float32."""
+        return self._layer_spec(layer, name, QuantizationSpec(torch.float32, forward_dtype=self.forward_dtype))
+
+    def float32(self, layer: int, name: str) -> ConversionSpec:
+        """A tensor that the model declares float32: never rounded."""
+        treatment = QuantizationSpec(torch.float32, forward_dtype=self.forward_dtype, keeps_master=True)
+        return self._layer_spec(layer, name, treatment)
+
+    def experts(self, layer: int, count: int, intermediate: int) -> Iterator[ConversionSpec]:
+        """gate, up and down projections of ``count`` routed experts, stacked or one by one as the form has them."""
+        for order, projection in enumerate(("gate_proj", "up_proj", "down_proj")):
+            stack = self.form.stacks.get(projection)
+            treatment = self._blocks(f"model.layers.{layer}.mlp.experts.0.{projection}.weight")
+            if stack is None:
+                for expert in range(count):
+                    name = f"mlp.experts.{expert}.{projection}.weight"
+                    yield self._layer_spec(layer, name, treatment, expert=expert)
+                continue
+            shared = list(self.form.stacks.values()).count(stack) > 1
+            part = (0, order * intermediate, intermediate) if shared else (0, 0, None)
+            yield ConversionSpec(
+                f"model.layers.{layer}.mlp.experts.{EXPERT}.{projection}.weight",
+                (Source(f"model.layers.{layer}.{stack}", *part),),
+                quantization=treatment,
+                experts=count,
+                layer=layer,
+            )
+
+    def _cast(self) -> QuantizationSpec:
+        return QuantizationSpec(forward_dtype=self.forward_dtype)
+
+    def _blocks(self, name: str) -> QuantizationSpec:
+        module = name.removesuffix(".weight")
+        kept = any(module == m or module.startswith(m + ".") or module.endswith("." + m) for m in self._unquantized)
+        if not self.fp8 or kept:
+            return self._cast()
+        return QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX, forward_dtype=self.forward_dtype)
+
+    def _spec(self, name: str, treatment: QuantizationSpec) -> ConversionSpec:
+        return ConversionSpec(name, (Source(self.form.renames.get(name, name)),), quantization=treatment)
+
+    def _layer_spec(
+        self,
+        layer: int,
+        name: str,
+        treatment: QuantizationSpec,
+        rows: Rows | None = None,
+        expert: int | None = None,
+    ) -> ConversionSpec:
+        prefix = f"model.layers.{layer}."
+        fused = self.form.fused.get(name)
+        if fused is not None and rows is not None:
+            source = Source(prefix + fused, 0, *rows)
+        else:
+            source = Source(prefix + self.form.renames.get(name, name))
+        return ConversionSpec(prefix + name, (source,), quantization=treatment, layer=layer, expert_id=expert)
