@@ -20,7 +20,8 @@ MAX_CONNECTIONS: Final = 8
 """To one engine at a time: the update call and a probe beside it, with room for the routes' probing."""
 
 ATTEMPTS: Final = 4
-"""Of an idempotent call, within its deadline; a server restart behind a proxy shows as one or two failures."""
+"""Of an idempotent call, within its deadline; a server restart behind a proxy shows as one or two failures. aiohttp
+repeats a GET whose connection broke once by itself, so that the server may see twice as many of those."""
 
 BACKOFF_SECONDS: Final = 0.1
 """Before the second attempt; doubles with each further one."""
@@ -39,7 +40,9 @@ class EngineHttp:
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS),
+            # A connection of its own per call: the server closes idle ones after 5 s, and a call sent into one that is
+            # closing could not be told from a call that was lost.
+            connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, force_close=True),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None),  # Ours covers the retries too.
             auto_decompress=False,
