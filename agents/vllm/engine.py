@@ -1,0 +1,135 @@
+"""vLLM's weight-transfer engine of our backend: what its versions have in common.
+
+vLLM makes one in every worker after the model is loaded and before it profiles memory, and its RPCs call it on the
+worker's main thread. It owns the ``InferenceAgent`` of the worker and hands everything on to it. What differs between
+versions of vLLM is in ``engine_lifecycle`` and ``engine_callback``; ``engine_adapter`` chooses.
+"""
+
+import os
+from typing import Annotated, Any, Final, Protocol, TypeVar
+
+import msgspec
+import torch
+from weightsync.agents.vllm import gate, hold
+from weightsync.agents.vllm.plugin import logger
+from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
+
+ENVIRONMENT: Final = {
+    "hub_url": "WEIGHTSYNC_HUB_URL",
+    "token_file": "WEIGHTSYNC_TOKEN_FILE",
+    "run_id": "WEIGHTSYNC_RUN_ID",
+    "engine": "WEIGHTSYNC_ENGINE",
+}
+"""Fields of ``init_info`` that the environment may give. It then wins: vLLM's admin routes ask for no password, and
+whoever reaches them must not be able to send the agent, with its token, to another hub."""
+
+T = TypeVar("T")
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+
+
+class InfoError(ValueError):
+    """``init_info`` or ``update_info`` is not what this version of weightsync understands. The caller's fault."""
+
+
+class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/init_weight_transfer_engine``: how the agent of each worker reaches its daemon.
+
+    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks as ``GET /get_world_size`` tells
+    it (0: as the workers' configuration says), ``deadline_seconds`` the time within which the first connection, the
+    rendezvous and NIXL must be set up.
+    """
+
+    hub_url: Text
+    token_file: Text
+    run_id: Text
+    engine: Text
+    deadline_seconds: Seconds
+    world: Natural = 0
+
+
+class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/update_weights``: one round in this engine.
+
+    ``token`` makes the call idempotent; ``generation`` and ``step`` name the version; ``path`` is the checkpoint
+    directory of the filesystem transport, empty otherwise. The call returns within ``deadline_seconds``.
+    """
+
+    token: Text
+    round_epoch: Natural
+    round_number: Natural
+    generation: Natural
+    step: Natural
+    deadline_seconds: Seconds
+    path: str = ""
+
+
+class Agent(Protocol):
+    """What an engine asks of the agent of its worker (``weightsync.agents.vllm.agent.InferenceAgent``)."""
+
+    def begin(self, init_info: InitInfo) -> None: ...
+    def update(self, update_info: UpdateInfo) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def may_run(self) -> bool: ...
+    @property
+    def status(self) -> Any: ...
+
+
+def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> Agent:
+    """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
+    from weightsync.agents.vllm.agent import InferenceAgent
+    from weightsync.agents.vllm.recorder import recorded_layout
+
+    agent: Agent = InferenceAgent(ranks=ranks, model=model, device=device, recorded=recorded_layout(model, vllm_config))
+    return agent
+
+
+def equip(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> Agent:
+    """What every adapter's constructor does: gate and agent, or a refusal to start.
+
+    Raises:
+        HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
+        RanksError: the parallel configuration contradicts itself.
+    """
+    hold.require()
+    gate.install()
+    ranks = engine_ranks(vllm_config.parallel_config)
+    agent = make_agent(ranks, model, device, vllm_config)
+    logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
+    return agent
+
+
+def parse_init_info(body: dict[str, Any]) -> InitInfo:
+    """``body`` with what the environment gives.
+
+    Raises:
+        InfoError: a field is missing, unknown or of the wrong type, or contradicts the environment.
+    """
+    given = {field: value for field, name in ENVIRONMENT.items() if (value := os.environ.get(name))}
+    for field, value in given.items():
+        if body.get(field, value) != value:
+            raise InfoError(f"init_info.{field} contradicts {ENVIRONMENT[field]} of the server's environment")
+    return _convert({**body, **given}, InitInfo, "init_info")
+
+
+def parse_update_info(body: dict[str, Any], kind: type[T]) -> T:
+    """``body`` as ``kind``.
+
+    Raises:
+        InfoError: a field is missing, unknown or of the wrong type.
+    """
+    return _convert(body, kind, "update_info")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on ``device`` is done; not every vLLM's pause does."""
+    torch.get_device_module(device.type).synchronize()
+
+
+def _convert(body: Any, kind: type[T], name: str) -> T:
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise InfoError(f"{name}: {error}") from error

@@ -1,0 +1,134 @@
+"""The worker's gate: no scheduled token runs on weights that are not a whole, committed version.
+
+It is the last line, beneath the hold of the scheduler (``hold``): while that one works, nothing ever reaches the gate.
+Warm-up, profiling, graph capture and the dummy batches of data parallelism pass, because they schedule no request.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightsync.agents.vllm.plugin import logger
+
+
+class NotServable(RuntimeError):
+    """The weights in a worker are not a whole, committed version. Cured by the daemon's next round, not by a retry."""
+
+
+class GateUnavailable(RuntimeError):
+    """This vLLM runs batches by a way that the gate does not know. Nothing to retry: another vLLM is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One worker's answer to ``report``. ``reason`` is empty while its weights may be served.
+
+    ``nonce`` is the question's: an answer with another one belongs to an earlier call, see ``hold``.
+    """
+
+    nonce: str
+    rank: int
+    reason: str
+    session_open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call did in one worker: its result, or ``error`` as text."""
+
+    rank: int
+    value: Any = None
+    error: str = ""
+
+
+def reason_not_servable(worker: Any) -> str:
+    """Why this worker's weights may not be served now; empty when they may.
+
+    Args:
+        worker: vLLM's worker or its wrapper.
+    """
+    agent = getattr(getattr(worker, "weight_transfer_engine", None), "agent", None)
+    if agent is None:
+        return "this worker has no weightsync agent"
+    if agent.may_run:
+        return ""
+    status = agent.status
+    if status.torn:
+        return "the weights are torn: a round wrote to them and was not committed"
+    if status.applied is None:
+        return "no version has been committed here since the start"
+    return f"a round is changing the weights ({status.window})" if status.window else "the weights are not committed"
+
+
+def report(worker: Any, nonce: str) -> WorkerReport:
+    """Runs in every worker, called by the engine core. Never raises: see ``call``."""
+    rank = int(getattr(worker, "rank", -1))
+    try:
+        return WorkerReport(nonce, rank, reason_not_servable(worker), bool(_session_open(worker)))
+    except Exception as error:
+        logger.exception("weightsync: this worker cannot say whether its weights may be served")
+        return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
+
+
+def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+    """Runs ``method`` in a worker and answers even when it raises.
+
+    vLLM's multiprocess executor stops reading the answers to a call at the first error; the others stay queued and
+    every later call is given an answer of an earlier one. A call that never fails keeps the ranks in step.
+    """
+    rank = int(getattr(worker, "rank", -1))
+    try:
+        if isinstance(method, str):
+            return Outcome(rank, getattr(worker, method)(*args, **kwargs))
+        return Outcome(rank, method(worker, *args, **kwargs))
+    except Exception as error:
+        logger.exception("weightsync: %s failed in worker rank %d", getattr(method, "__name__", method), rank)
+        return Outcome(rank, error=f"{type(error).__name__}: {error}")
+
+
+def install() -> None:
+    """Puts the gate before every batch of this worker process. Repeating it does no harm.
+
+    Raises:
+        GateUnavailable: this vLLM has no place for it.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    _guard(WorkerWrapperBase, "execute_model")
+    ray_utils = sys.modules.get("vllm.v1.executor.ray_utils")
+    ray_worker = getattr(ray_utils, "RayWorkerWrapper", None)
+    if ray_worker is not None:
+        _guard(ray_worker, "execute_model_ray")
+
+
+def _guard(owner: type[Any], name: str) -> None:
+    execute = getattr(owner, name, None)
+    if execute is None:
+        raise GateUnavailable(
+            f"{owner.__name__}.{name} does not exist in this vLLM, so nothing would stop a batch on uncommitted "
+            "weights; use a vLLM that weightsync supports"
+        )
+    if getattr(execute, "weightsync_gate", False):
+        return
+
+    @functools.wraps(execute)
+    def gated(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduled = batch[0] if isinstance(batch, tuple) else batch  # Ray hands on (scheduler output, grammar, …)
+        if scheduled.total_num_scheduled_tokens:
+            refuse_batch(self, scheduled.total_num_scheduled_tokens)
+        return execute(self, batch, *args, **kwargs)
+
+    gated.weightsync_gate = True  # type: ignore[attr-defined]
+    setattr(owner, name, gated)
+
+
+def refuse_batch(worker: Any, tokens: int) -> None:
+    """Raises NotServable when a batch of ``tokens`` scheduled tokens must not run in ``worker``."""
+    if reason := reason_not_servable(worker):
+        raise NotServable(f"weightsync: a batch of {tokens} tokens is refused: {reason}")
+
+
+def _session_open(worker: Any) -> bool:
+    return getattr(worker, "_weight_update_active", False)

@@ -1,0 +1,253 @@
+"""The hold: a vLLM answers nobody until its weights are a whole version that the daemon has committed.
+
+vLLM starts unpaused. Here every engine core of our backend is born paused as by ``/pause?mode=keep``: requests queue
+and none is answered. Whoever calls ``/resume`` is refused as long as one worker says that its weights may not be
+served; so neither a restart nor a stranger nor a torn round lets a token out.
+
+How: while an ``EngineCore`` initialises (``_initialize_kv_caches``, after its executor and before its scheduler
+exist), its class is replaced by a subclass of it. Nothing is replaced in engine cores of other backends.
+"""
+
+import functools
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from weightsync.agents.vllm import gate
+from weightsync.agents.vllm.plugin import chosen, logger
+
+ASK_SECONDS: Final = 60.0
+"""Total wait for the workers' reports. They answer at once between batches, and a long prefill takes seconds."""
+
+NEEDED: Final = (
+    "_initialize_kv_caches",
+    "resume_scheduler",
+    "pause_scheduler",
+    "is_scheduler_paused",
+    "collective_rpc",
+    "sleep",
+)
+"""Methods of ``EngineCore`` that the hold wraps or relies on."""
+
+REFUSED_CALLS: Final = frozenset({"reload_weights", "reset_weights"})
+"""Worker methods that change live weights outside of a round, where no digest would ever see it."""
+
+
+class HoldUnavailable(RuntimeError):
+    """This vLLM offers no way to hold its scheduler. Nothing to retry: another vLLM is needed."""
+
+
+class EngineNotPaused(RuntimeError):
+    """An update was asked of an engine that is serving. The caller's fault: pause first, then retry."""
+
+
+class CallRefused(RuntimeError):
+    """A call that would change or move weights behind the protocol's back. The caller's fault; not to be retried."""
+
+
+class SessionError(RuntimeError):
+    """Update calls in an impossible order. The caller's fault."""
+
+
+class WorkersFailed(RuntimeError):
+    """A call failed in one or more workers; lists all of them, by rank."""
+
+
+class OutOfStep(RuntimeError):
+    """Workers answered an earlier question (a call timed out in between). Only a restart of the engine cures it."""
+
+
+def missing_hooks() -> list[str]:
+    """What the hold needs and this vLLM does not have; empty when it can be installed."""
+    try:
+        from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+        from vllm.v1.engine.core import EngineCore
+    except ImportError as error:
+        return [str(error)]
+    missing = [f"EngineCore.{name}" for name in NEEDED if not callable(getattr(EngineCore, name, None))]
+    if not hasattr(PauseState, "PAUSED_ALL"):
+        missing.append("PauseState.PAUSED_ALL")
+    if not hasattr(SchedulerInterface, "set_pause_state"):
+        missing.append("SchedulerInterface.set_pause_state")
+    return missing
+
+
+def require() -> None:
+    """Raises HoldUnavailable where an engine could not be held: better no engine than one that cannot be."""
+    if missing := missing_hooks():
+        raise HoldUnavailable(
+            f"this vLLM has no {', '.join(missing)}: weightsync cannot hold its scheduler until a version is "
+            "committed, so it would answer with checkpoint weights; use a vLLM that weightsync supports"
+        )
+
+
+def install() -> None:
+    """Lets every engine core that this process makes be held if our backend is chosen. Repeating it does no harm."""
+    if missing := missing_hooks():
+        logger.debug("weightsync: no hold in this vLLM, it has no %s", ", ".join(missing))
+        return
+    from vllm.v1.engine.core import EngineCore
+
+    initialize = EngineCore._initialize_kv_caches
+    if getattr(initialize, "weightsync_hold", False):
+        return
+
+    @functools.wraps(initialize)
+    def initialize_held(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if chosen(vllm_config):
+            take(self)
+        return initialize(self, vllm_config, *args, **kwargs)
+
+    initialize_held.weightsync_hold = True  # type: ignore[attr-defined]
+    EngineCore._initialize_kv_caches = initialize_held
+
+
+def take(core: Any) -> None:
+    """Puts an engine core whose scheduler does not exist yet under the hold."""
+    core_class: Any = type(core)
+    core.__class__ = held_class(core_class)
+    if hasattr(core, "ignore_start_dp_wave"):
+        core.ignore_start_dp_wave = True  # as after a pause: a request at one rank must not start the others' loops
+    logger.info("weightsync: scheduler held; requests queue until a version is committed and the daemon resumes")
+
+
+@functools.cache
+def held_class(core_class: Any) -> type[Any]:
+    """A subclass of one of vLLM's engine core classes that keeps its scheduler held."""
+
+    class Held(core_class):  # type: ignore[misc]
+        @property
+        def scheduler(self) -> Any:
+            return self.__dict__["scheduler"]
+
+        @scheduler.setter
+        def scheduler(self, scheduler: Any) -> None:
+            self.__dict__["scheduler"] = scheduler
+            _pause_all(self)
+
+        def resume_scheduler(self) -> None:
+            require_servable(self)
+            super().resume_scheduler()
+
+        def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> Any:
+            refusals = [] if mode == "keep" else refusals_of(self)
+            if refusals and mode == "wait":
+                raise gate.NotServable(_not_servable(refusals) + "; mode=wait would go on running requests")
+            result = super().pause_scheduler(mode, clear_cache)
+            if refusals:
+                _pause_all(self)  # mode=abort lets requests that hold KV blocks run
+            return result
+
+        def sleep(self, level: int = 1, mode: str = "abort") -> Any:
+            if level >= 1:
+                raise CallRefused("weightsync: sleep moves the weights from under registered memory; use level 0")
+            return super().sleep(level, mode)
+
+        def collective_rpc(
+            self,
+            method: str | Callable[..., Any],
+            timeout: float | None = None,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> list[Any]:
+            check_call(self, method, kwargs or {})
+            return _call_workers(self, method, timeout, args, kwargs or {})
+
+    Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
+    return Held
+
+
+def refusals_of(core: Any) -> list[str]:
+    """Why the workers of this engine core may not serve, one line per rank that says so; empty when all may.
+
+    Raises:
+        OutOfStep: a worker answered another question.
+        TimeoutError: no answer within ASK_SECONDS.
+    """
+    return [f"rank {report.rank}: {report.reason}" for report in _ask(core) if report.reason]
+
+
+def require_servable(core: Any) -> None:
+    """Raises NotServable while a worker of this engine core, or of a data-parallel peer in step with it, says no."""
+    refusals = refusals_of(core)
+    if _refused_by_a_peer(core, bool(refusals)) and not refusals:
+        refusals = ["a data-parallel peer of this rank is not servable"]
+    if refusals:
+        raise gate.NotServable(_not_servable(refusals))
+
+
+def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses calls that would break the protocol, before any worker has seen them.
+
+    vLLM's workers also check the order of start, update and finish, but a start left over by a daemon that died makes
+    theirs fail for ever; here a new start replaces it.
+
+    Raises:
+        CallRefused: the call changes weights outside of a round.
+        EngineNotPaused: an update while requests are running.
+        SessionError: update or finish without a start.
+    """
+    if method in REFUSED_CALLS:
+        raise CallRefused(f"weightsync: {method} changes the weights outside of a round, unverified; use a round")
+    if method == "start_weight_update":
+        if kwargs.get("is_checkpoint_format", False):
+            raise SessionError(
+                'weightsync: this vLLM needs {"is_checkpoint_format": false} in /start_weight_update; true, its '
+                "default, takes the parameters that the weights are written to away"
+            )
+        if any(report.session_open for report in _ask(core)):
+            logger.warning("weightsync: an update session was left open; ending it for the new one")
+            _call_workers(core, "finish_weight_update", ASK_SECONDS, (), {})
+    elif method in ("update_weights", "finish_weight_update"):
+        if not all(report.session_open for report in _ask(core)):
+            raise SessionError(f"weightsync: {method} without an open update; call /start_weight_update first")
+        if method == "update_weights":
+            _require_paused(core)
+
+
+def _require_paused(core: Any) -> None:
+    if not core.is_scheduler_paused():
+        raise EngineNotPaused("weightsync: the engine is serving; call /pause?mode=keep before /update_weights")
+    if getattr(core, "batch_queue", None):
+        raise EngineNotPaused("weightsync: batches are still in flight; await the answer of /pause first")
+    _pause_all(core)  # after mode=wait or abort, requests that hold KV blocks could still run
+
+
+def _pause_all(core: Any) -> None:
+    core.scheduler.set_pause_state(type(core.scheduler.pause_state).PAUSED_ALL)
+
+
+def _ask(core: Any) -> list[gate.WorkerReport]:
+    nonce = secrets.token_hex(8)
+    reports: list[gate.WorkerReport] = core.model_executor.collective_rpc(gate.report, ASK_SECONDS, (nonce,))
+    if any(getattr(report, "nonce", None) != nonce for report in reports):
+        raise OutOfStep("weightsync: the workers' answers are out of step with the calls; restart this engine")
+    return reports
+
+
+def _call_workers(
+    core: Any, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    outcomes: list[gate.Outcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
+    if failed := [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error]:
+        name = method if isinstance(method, str) else getattr(method, "__name__", "the call")
+        raise WorkersFailed(
+            f"weightsync: {name} failed in {len(failed)} of {len(outcomes)} workers: {'; '.join(failed)}"
+        )
+    return [outcome.value for outcome in outcomes]
+
+
+def _refused_by_a_peer(core: Any, refused: bool) -> bool:
+    """Whether any data-parallel rank that resumes in step with this one refuses.
+
+    Such ranks (mixture-of-experts models) meet in a barrier when they resume; one that refused alone would leave the
+    others waiting in it. The condition is vLLM's own for entering the barrier.
+    """
+    group = getattr(core, "dp_group", None)
+    if group is None or core.pending_pause or core.engines_running:
+        return refused
+    return bool(core.vllm_config.parallel_config.has_unfinished_dp(group, refused))
+
+
+def _not_servable(refusals: list[str]) -> str:
+    return f"weightsync: not servable: {'; '.join(refusals)}"

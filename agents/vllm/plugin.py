@@ -1,0 +1,40 @@
+"""The entry point by which vLLM finds us: group ``vllm.general_plugins``.
+
+vLLM calls ``register`` in the API server, in every engine core and in every worker, possibly more than once in one
+process. A server started without ``--weight-transfer-config '{"backend": "weightsync"}'`` keeps its behaviour: every
+hook asks ``chosen`` first, and what costs anything (recorder, gate, NIXL) is imported only once it said yes.
+"""
+
+import logging
+from typing import Any, Final
+
+logger = logging.getLogger("vllm.weightsync")
+"""Below vLLM's own logger, so that our lines appear in the server's log with its level and format."""
+
+BACKEND: Final = "weightsync"
+"""The name that users choose by ``--weight-transfer-config``."""
+
+ADAPTER_MODULE: Final = "weightsync.agents.vllm.engine_adapter"
+ADAPTER_CLASS: Final = "WeightsyncEngine"
+
+
+def chosen(vllm_config: Any) -> bool:
+    """Whether the user of this ``VllmConfig`` chose our backend."""
+    transfer = getattr(vllm_config, "weight_transfer_config", None)
+    return getattr(transfer, "backend", None) == BACKEND
+
+
+def register() -> None:
+    """Makes the backend known to this vLLM process; does nothing where it is known or vLLM has no such thing."""
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ImportError as error:
+        logger.debug("weightsync: this vLLM has no weight-transfer engines (%s); nothing to register", error)
+        return
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
+    from weightsync.agents.vllm import hold, load_hook
+
+    hold.install()
+    load_hook.install()
+    WeightTransferEngineFactory.register_engine(BACKEND, ADAPTER_MODULE, ADAPTER_CLASS)

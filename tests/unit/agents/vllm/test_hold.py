@@ -1,0 +1,388 @@
+"""The hold of the scheduler, on fakes with the shape of vLLM's engine core."""
+
+import enum
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from weightsync.agents.vllm import gate, hold
+
+
+class PauseState(enum.IntEnum):
+    UNPAUSED = 0
+    PAUSED_NEW = 1
+    PAUSED_ALL = 2
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.pause_state = PauseState.UNPAUSED
+
+    def set_pause_state(self, state: PauseState) -> None:
+        self.pause_state = state
+
+
+class Worker:
+    """One worker process, with the order of calls that vLLM's worker enforces."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.agent = SimpleNamespace(may_run=False, status=SimpleNamespace(torn=False, applied=None, window=None))
+        self.weight_transfer_engine = SimpleNamespace(agent=self.agent)
+        self._weight_update_active = False
+        self.calls: list[str] = []
+        self.failure = ""
+
+    def start_weight_update(self, is_checkpoint_format: bool = False) -> None:
+        self.calls.append("start")
+        assert not self._weight_update_active
+        self._weight_update_active = True
+
+    def update_weights(self, update_info: Any) -> None:
+        self.calls.append("update")
+        if self.failure:
+            self._weight_update_active = False
+            raise RuntimeError(self.failure)
+
+    def finish_weight_update(self) -> str:
+        self.calls.append("finish")
+        self._weight_update_active = False
+        return f"finished {self.rank}"
+
+    def reload_weights(self) -> None:
+        self.calls.append("reload")
+
+
+class Executor:
+    """Reads answers rank by rank and stops at the first error, leaving the others queued, as vLLM's does."""
+
+    def __init__(self, ranks: int) -> None:
+        self.workers = [Worker(rank) for rank in range(ranks)]
+        self.queues: list[list[Any]] = [[] for _ in self.workers]
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        for worker, queue in zip(self.workers, self.queues, strict=True):
+            try:
+                if isinstance(method, str):
+                    queue.append(getattr(worker, method)(*args, **(kwargs or {})))
+                else:
+                    queue.append(method(worker, *args, **(kwargs or {})))
+            except Exception as error:
+                queue.append(error)
+        answers = []
+        for queue in self.queues:
+            answer = queue.pop(0)
+            if isinstance(answer, Exception):
+                raise RuntimeError(f"Worker failed with error '{answer}'")
+            answers.append(answer)
+        return answers
+
+
+class EngineCore:
+    def __init__(self, vllm_config: Any, ranks: int = 1) -> None:
+        self.vllm_config = vllm_config
+        self.model_executor = Executor(ranks)
+        self._initialize_kv_caches(vllm_config)
+        self.scheduler = Scheduler()
+        self.slept: list[int] = []
+        self.batch_queue: list[Any] = []
+
+    def _initialize_kv_caches(self, vllm_config: Any) -> None: ...
+
+    def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL if mode == "keep" else PauseState.PAUSED_NEW)
+
+    def resume_scheduler(self) -> None:
+        self.scheduler.set_pause_state(PauseState.UNPAUSED)
+
+    def is_scheduler_paused(self) -> bool:
+        return self.scheduler.pause_state != PauseState.UNPAUSED
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self.slept.append(level)
+
+    def wake_up(self) -> None:
+        self.resume_scheduler()
+
+    def collective_rpc(self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
+        return self.model_executor.collective_rpc(method, timeout, args, kwargs)
+
+
+class StepGroup:
+    """Stands for the process group of data-parallel ranks in step; ``others`` is what the peers contribute."""
+
+    def __init__(self, others: bool) -> None:
+        self.others = others
+        self.met: list[bool] = []
+
+    def has_unfinished_dp(self, group: Any, own: bool) -> bool:
+        assert group is self
+        self.met.append(own)
+        return own or self.others
+
+
+class DPEngineCore(EngineCore):
+    def __init__(self, vllm_config: Any, ranks: int = 1) -> None:
+        self.pending_pause = False
+        self.ignore_start_dp_wave = False
+        self.engines_running = False
+        self.dp_group = vllm_config.parallel_config
+        super().__init__(vllm_config, ranks)
+
+
+def config(backend: str | None = "weightsync", peers_refuse: bool = False) -> Any:
+    transfer = None if backend is None else SimpleNamespace(backend=backend)
+    return SimpleNamespace(weight_transfer_config=transfer, parallel_config=StepGroup(peers_refuse))
+
+
+@pytest.fixture
+def core_class(monkeypatch: pytest.MonkeyPatch) -> type[EngineCore]:
+    """A fresh engine core class in the place of vLLM's, with the hold installed twice."""
+    fresh = type("EngineCore", (EngineCore,), {"_initialize_kv_caches": EngineCore._initialize_kv_caches})
+    _pretend_vllm(monkeypatch, fresh)
+    hold.install()
+    hold.install()
+    return fresh
+
+
+def _pretend_vllm(monkeypatch: pytest.MonkeyPatch, core: type[Any]) -> None:
+    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched", "vllm.v1.engine"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    interface = ModuleType("vllm.v1.core.sched.interface")
+    interface.PauseState, interface.SchedulerInterface = PauseState, Scheduler  # type: ignore[attr-defined]
+    engine = ModuleType("vllm.v1.engine.core")
+    engine.EngineCore = core  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+
+
+def servable(core: EngineCore, yes: bool = True) -> None:
+    for worker in core.model_executor.workers:
+        worker.agent.may_run = yes
+
+
+def start_and_update(core: EngineCore) -> None:
+    core.collective_rpc("start_weight_update")
+    core.collective_rpc("update_weights", kwargs={"update_info": {}})
+
+
+# ------------------------------------------------------------------------------------------------------------ holding
+@pytest.mark.parametrize("backend", ["nccl", None])
+def test_other_backends_keep_vllms_class_and_start_unpaused(core_class: type[EngineCore], backend: str | None) -> None:
+    core = core_class(config(backend))
+    assert type(core) is core_class
+    assert not core.is_scheduler_paused()
+
+
+def test_an_engine_is_born_paused_and_says_so(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    assert core.is_scheduler_paused()
+    assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+    assert type(core).__name__ == "EngineCore"
+    assert isinstance(core, core_class)
+
+
+def test_resume_is_refused_until_every_worker_is_servable(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    with pytest.raises(gate.NotServable, match=r"rank 0: .*no version.*; rank 1: .*no version"):
+        core.resume_scheduler()
+    core.model_executor.workers[0].agent.may_run = True
+    with pytest.raises(gate.NotServable, match="not servable: rank 1"):
+        core.resume_scheduler()
+    assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+    servable(core)
+    core.resume_scheduler()
+    assert not core.is_scheduler_paused()
+
+
+def test_waking_up_is_no_way_round_the_hold(core_class: type[EngineCore]) -> None:
+    with pytest.raises(gate.NotServable):
+        core_class(config()).wake_up()
+
+
+def test_a_torn_engine_is_not_resumed(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    core.model_executor.workers[0].agent.status.torn = True
+    with pytest.raises(gate.NotServable, match="torn"):
+        core.resume_scheduler()
+
+
+def test_pausing_in_another_mode_does_not_loosen_the_hold(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(gate.NotServable, match="mode=wait"):
+        core.pause_scheduler("wait")
+    core.pause_scheduler("abort")
+    assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+    core.pause_scheduler("keep", False)
+    assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+
+
+def test_a_servable_engine_pauses_in_every_mode(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    servable(core)
+    core.pause_scheduler("wait")
+    assert core.scheduler.pause_state is PauseState.PAUSED_NEW
+
+
+def test_sleep_that_moves_weights_is_refused(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(hold.CallRefused, match="level 0"):
+        core.sleep()
+    core.sleep(0)
+    assert core.slept == [0]
+
+
+def test_without_hooks_nothing_is_installed_and_a_chosen_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = type("EngineCore", (), {"__init__": lambda self: None})
+    _pretend_vllm(monkeypatch, bare)
+    hold.install()
+    assert not hasattr(bare, "_initialize_kv_caches")
+    with pytest.raises(hold.HoldUnavailable, match=r"EngineCore\.resume_scheduler"):
+        hold.require()
+
+
+def test_an_engine_core_that_cannot_be_imported_is_a_missing_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_vllm(monkeypatch, EngineCore)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
+    hold.install()
+    with pytest.raises(hold.HoldUnavailable):
+        hold.require()
+
+
+def test_require_is_content_with_all_hooks(core_class: type[EngineCore]) -> None:
+    hold.require()
+
+
+# ---------------------------------------------------------------------------------------------- data parallel in step
+@pytest.fixture
+def dp_class(core_class: type[EngineCore]) -> type[Any]:
+    return type("DPEngineCoreProc", (DPEngineCore, core_class), {})
+
+
+def test_ranks_in_step_ignore_wake_ups_while_held(dp_class: type[Any]) -> None:
+    assert dp_class(config()).ignore_start_dp_wave
+    assert not dp_class(config("nccl")).ignore_start_dp_wave
+
+
+def test_ranks_in_step_refuse_together(dp_class: type[Any]) -> None:
+    core = dp_class(config(peers_refuse=True))
+    servable(core)
+    with pytest.raises(gate.NotServable, match="peer"):
+        core.resume_scheduler()
+    core.dp_group.others = False
+    core.resume_scheduler()
+    assert core.dp_group.met == [False, False]
+
+
+def test_a_refusing_rank_tells_its_peers(dp_class: type[Any]) -> None:
+    core = dp_class(config())
+    with pytest.raises(gate.NotServable, match="rank 0"):
+        core.resume_scheduler()
+    assert core.dp_group.met == [True]
+
+
+def test_no_meeting_where_vllm_would_not_enter_its_barrier_either(dp_class: type[Any]) -> None:
+    core = dp_class(config())
+    core.pending_pause = True
+    with pytest.raises(gate.NotServable):
+        core.resume_scheduler()
+    assert core.dp_group.met == []
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+def test_a_round_of_calls(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    start_and_update(core)
+    assert core.collective_rpc("finish_weight_update") == ["finished 0", "finished 1"]
+    assert core.model_executor.workers[1].calls == ["start", "update", "finish"]
+
+
+def test_a_failed_update_names_every_rank_and_keeps_them_in_step(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=3)
+    for worker in core.model_executor.workers[1:]:
+        worker.failure = f"broken {worker.rank}"
+    with pytest.raises(hold.WorkersFailed, match=r"2 of 3 workers: rank 1: .*broken 1; rank 2: .*broken 2"):
+        start_and_update(core)
+    assert core.model_executor.queues == [[], [], []]
+    start_and_update_again(core)
+
+
+def start_and_update_again(core: EngineCore) -> None:
+    for worker in core.model_executor.workers:
+        worker.failure = ""
+    start_and_update(core)
+    assert core.collective_rpc("finish_weight_update") == ["finished 0", "finished 1", "finished 2"]
+
+
+def test_a_session_left_open_gives_way_to_a_new_start(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    core.collective_rpc("start_weight_update")
+    core.collective_rpc("start_weight_update")
+    assert core.model_executor.workers[1].calls == ["start", "finish", "start"]
+
+
+@pytest.mark.parametrize("method", ["update_weights", "finish_weight_update"])
+def test_calls_without_a_start_reach_no_worker(core_class: type[EngineCore], method: str) -> None:
+    core = core_class(config())
+    with pytest.raises(hold.SessionError, match="start_weight_update first"):
+        core.collective_rpc(method)
+    assert core.model_executor.workers[0].calls == []
+
+
+def test_a_start_in_checkpoint_format_reaches_no_worker(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(hold.SessionError, match='"is_checkpoint_format": false'):
+        core.collective_rpc("start_weight_update", kwargs={"is_checkpoint_format": True})
+    core.collective_rpc("start_weight_update", kwargs={"is_checkpoint_format": False})
+    assert core.model_executor.workers[0].calls == ["start"]
+
+
+def test_no_update_while_serving_or_with_batches_in_flight(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    servable(core)
+    core.resume_scheduler()
+    with pytest.raises(hold.EngineNotPaused, match="pause"):
+        start_and_update(core)
+    core.pause_scheduler("keep")
+    core.batch_queue.append("batch")
+    with pytest.raises(hold.EngineNotPaused, match="in flight"):
+        start_and_update(core)
+    assert "update" not in core.model_executor.workers[0].calls
+
+
+def test_an_update_stops_requests_that_a_looser_pause_lets_run(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    servable(core)
+    core.pause_scheduler("abort")
+    assert core.scheduler.pause_state is PauseState.PAUSED_NEW
+    start_and_update(core)
+    assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+
+
+def test_calls_that_change_weights_unseen_are_refused(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(hold.CallRefused, match="reload_weights"):
+        core.collective_rpc("reload_weights")
+    assert core.model_executor.workers[0].calls == []
+
+
+def test_other_calls_pass_through(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    assert core.collective_rpc(lambda worker, more: worker.rank + more, args=(10,)) == [10, 11]
+
+
+def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    servable(core)
+    core.model_executor.queues[1].append(gate.WorkerReport("an earlier question", 1, "", False))
+    with pytest.raises(hold.OutOfStep, match="restart"):
+        core.resume_scheduler()
+    assert core.is_scheduler_paused()
