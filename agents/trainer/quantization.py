@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from weightsync.kernels.fp8 import quantize_blocks
 
 BLOCK: Final = (128, 128)
 """Rows and columns of one FP8 block of a DeepSeek-style checkpoint (``weight_block_size``)."""
@@ -80,8 +81,6 @@ class QuantizationSpec:
             return
         if scale_out.dtype != SCALE_DTYPE or tuple(scale_out.shape) != self.scale_shape(tuple(src.shape)):
             raise ValueError(f"scales of {tuple(src.shape)} are not {scale_out.dtype} {tuple(scale_out.shape)}")
-        from weightsync.kernels.fp8 import quantize_blocks
-
         quantize_blocks(src, out, scale_out, block=self.block, forward_dtype=self.forward_dtype)
 
     def _cast(self, src: torch.Tensor, out: torch.Tensor) -> None:
