@@ -1,1 +1,31 @@
-"""The planner: which bytes go from which slot to which target, proved and explained. Pure NumPy."""
+"""The planner: layouts in, tables out. Pure, vectorised NumPy; see docs/plan.md."""
+
+from weightsync.orchestrator.core.plan.errors import (
+    CoverageError,
+    DtypeMismatch,
+    LayoutError,
+    Missing,
+    PlanError,
+    ProofFailed,
+    ShapeMismatch,
+    TooComplex,
+)
+from weightsync.orchestrator.core.plan.inputs import CostModel, Party
+from weightsync.orchestrator.core.plan.plan import Plan, PlanPart, Sends, make_plan
+
+__all__ = [
+    "CostModel",
+    "CoverageError",
+    "DtypeMismatch",
+    "LayoutError",
+    "Missing",
+    "Party",
+    "Plan",
+    "PlanError",
+    "PlanPart",
+    "ProofFailed",
+    "Sends",
+    "ShapeMismatch",
+    "TooComplex",
+    "make_plan",
+]

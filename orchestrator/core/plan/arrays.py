@@ -1,0 +1,119 @@
+"""Small vectorised helpers that the planner's steps share."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from weightsync.orchestrator.protocol.layout import ROW_BOX
+from weightsync.orchestrator.protocol.limits import MAX_RANK
+
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+DENSE_KEYS_PER_ITEM = 4
+"""A table over all possible keys is cheaper than sorting while it has at most this many entries per item."""
+
+
+def offsets_of(matrix: Ints) -> Ints:
+    """Box offsets ``[n, MAX_RANK]`` of layout rows."""
+    return matrix[:, ROW_BOX::3]
+
+
+def extents_of(matrix: Ints) -> Ints:
+    """Box extents ``[n, MAX_RANK]`` of layout rows."""
+    return matrix[:, ROW_BOX + 1 :: 3]
+
+
+def strides_of(matrix: Ints) -> Ints:
+    """Memory strides in bytes ``[n, MAX_RANK]`` of layout rows."""
+    return matrix[:, ROW_BOX + 2 :: 3]
+
+
+def starts(counts: npt.NDArray[Any]) -> Ints:
+    """Exclusive prefix sum, with the total as the last of ``n + 1`` entries."""
+    result = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=result[1:])
+    return result
+
+
+def expand(counts: npt.NDArray[Any]) -> tuple[Ints, Ints]:
+    """For each of ``sum(counts)`` items: which entry it belongs to, and its ordinal within that entry."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - starts(counts)[:-1][owner]
+
+
+def boundaries(ordered: npt.NDArray[Any]) -> Ints:
+    """Where a sorted array takes a new value: the first index of each run, and the length as the last entry."""
+    if len(ordered) == 0:
+        return np.zeros(1, np.int64)
+    return np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, [len(ordered)]))
+
+
+def compress(keys: Ints, bound: int) -> tuple[Ints, Ints]:
+    """The sorted distinct values of non-negative ``keys`` below ``bound``, and each key's index among them."""
+    if bound > DENSE_KEYS_PER_ITEM * len(keys) + 65536:
+        distinct, index = np.unique(keys, return_inverse=True)
+        return distinct, index.reshape(-1)
+    seen = np.zeros(bound, np.bool_)
+    seen[keys] = True
+    distinct = np.flatnonzero(seen)
+    index = np.empty(bound, np.int64)
+    index[distinct] = np.arange(len(distinct))
+    return distinct, index[keys]
+
+
+def distinct_rows(matrix: Ints) -> tuple[Ints, Ints]:
+    """The distinct rows of ``matrix`` in order of first occurrence, and each row's index among them. Exact.
+
+    Rows are grouped by a hash first, which is right unless two different rows collide; that is checked.
+    """
+    if len(matrix) == 0:
+        return matrix, np.zeros(0, np.int64)
+    weights = mix(np.arange(1, matrix.shape[1] + 1)) | np.uint64(1)
+    hashes = matrix @ weights.astype(np.int64)
+    _, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+    if not np.array_equal(matrix[first][index], matrix):
+        _, first, index = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return matrix[first[order]], rank[index.reshape(-1)]
+
+
+def mix(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """A fixed bijection of 64-bit words that looks random (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Contiguous pieces of boxes: their length in bytes and how many there are, both ``[n]``."""
+
+    length: Ints
+    count: Ints
+
+
+def contiguous_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Runs:
+    """How boxes ``[n, MAX_RANK]`` fall into pieces that are contiguous under each of ``strides`` (bytes)."""
+    length = itemsize.astype(np.int64)
+    count = np.ones(len(extents), np.int64)
+    whole = np.ones(len(extents), np.bool_)
+    for dim in range(MAX_RANK - 1, -1, -1):
+        extent = extents[:, dim]
+        single = extent == 1
+        joins = whole.copy()
+        for stride in strides:
+            joins &= stride[:, dim] == length
+        length = np.where(joins & ~single, length * extent, length)
+        count = np.where(joins | single, count, count * extent)
+        whole &= joins | single
+    return Runs(length, count)
