@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 from weightsync.agents import nixl_card, nixl_edge
+from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.nixl_chunks import lanes
 from weightsync.agents.nixl_edge import Describe, Edge, EdgeResult
 from weightsync.agents.nixl_environment import environment
@@ -99,9 +100,11 @@ class NixlEndpoint:
 
         Raises:
             RegionError: a range is empty, overlaps another, or is not mapped.
+            MemoryPlacementError: device memory that no other process or NIC can map.
             NixlError: NIXL cannot pin the range for its transports.
         """
         check_regions(regions, self._regions)
+        check_reachable(regions)
         for memory in ("DRAM", "VRAM"):
             chosen = [r for r in regions if r.memory == memory]
             if not chosen:

@@ -14,7 +14,7 @@ _MAPS = Path("/proc/self/maps")
 
 def check_regions(new: Sequence[Region], registered: Iterable[Region] = ()) -> None:
     """Refuse ranges that are empty, overlap each other or one in ``registered``, or are not mapped readable and
-    writable (DRAM only; device memory is checked where it is allocated).
+    writable (DRAM only; see ``memory.reach`` for device memory).
 
     Raises:
         RegionError: with the range and the reason.

@@ -1,0 +1,88 @@
+"""Arenas: the few large allocations that slots, targets and staging buffers are cut from.
+
+One registration per tensor costs seconds for a large model, one per arena a fraction of a millisecond.
+"""
+
+import contextlib
+import mmap
+import sys
+from typing import Final
+
+import torch
+from weightsync.agents.memory.cuda import Runtime
+from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.pool import device_arena
+from weightsync.orchestrator.protocol.layout import Region
+
+ALIGNMENT: Final = 256
+"""Of every tensor within an arena, in bytes: what cudaMalloc gives, and enough for any vector load or NIC."""
+
+
+class _HostMapping(mmap.mmap):
+    """Anonymous pages that are unpinned before they are unmapped."""
+
+    pinned_at = 0
+
+    def __del__(self) -> None:
+        if self.pinned_at and not sys.is_finalizing():
+            Runtime().unpin(self.pinned_at)
+
+
+def arena(size: int, device: torch.device) -> torch.Tensor:
+    """``size`` bytes (uint8) on ``device``: pinned host memory for the CPU, plain memory for a GPU.
+
+    Raises:
+        MemoryPlacementError: there is no room, or no way to plain memory.
+    """
+    if device.type == "cuda":
+        return device_arena(size, device)
+    return host_arena(size)
+
+
+def host_arena(size: int, *, pin: bool | None = None) -> torch.Tensor:
+    """``size`` zero bytes (uint8) of page-aligned host memory, in huge pages where the system gives them.
+
+    Args:
+        size: bytes, at least 1. Exactly so many: torch's pinned allocator would round up to a power of two.
+        pin: page-lock for CUDA copies; None: if there is a CUDA device.
+
+    Raises:
+        MemoryPlacementError: there is no room, or CUDA cannot pin it.
+    """
+    if size < 1:
+        raise MemoryPlacementError(f"an arena of {size} bytes")
+    try:
+        mapping = _HostMapping(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise MemoryPlacementError(f"no room for a host arena of {size} bytes: {error}") from error
+    with contextlib.suppress(OSError, AttributeError):  # an optimisation that kernels may lack
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    if torch.cuda.is_available() if pin is None else pin:
+        _pin(mapping, memory)
+    return memory
+
+
+def region_of(memory: torch.Tensor) -> Region:
+    """The contiguous tensor's memory as a region to register.
+
+    Raises:
+        MemoryPlacementError: it is not contiguous, so that its bytes are not one range.
+    """
+    if not memory.is_contiguous():
+        raise MemoryPlacementError(f"a tensor of shape {tuple(memory.shape)} and strides {memory.stride()} is no range")
+    on_device = memory.device.type != "cpu"
+    return Region(
+        base=memory.data_ptr(),
+        length=memory.numel() * memory.element_size(),
+        memory="VRAM" if on_device else "DRAM",
+        device=(memory.device.index or 0) if on_device else 0,
+    )
+
+
+def _pin(mapping: _HostMapping, memory: torch.Tensor) -> None:
+    address, size = memory.data_ptr(), memory.numel()
+    failed = Runtime().pin(address, size)
+    if failed:
+        raise MemoryPlacementError(f"CUDA cannot pin {size} bytes of host memory (error {failed}); see ulimit -l")
+    mapping.pinned_at = address
