@@ -1,0 +1,150 @@
+"""What an engine computes from its weights at load and keeps: found by looking, refreshed by vLLM's own code.
+
+Multi-head latent attention keeps ``kv_b_proj`` split and transposed for its decode path (``W_UV``, ``W_UK_T``; packed
+inside the backend on CPU). vLLM computes these in the attention layer's ``process_weights_after_loading``; a refresh
+runs that method again and copies its results into the tensors that exist, because CUDA graphs hold their addresses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+MAX_DEPTH: Final = 3
+"""Helper objects inside helper objects (layer, quantisation method, kernel, experts): deeper ones hold no weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor that some module or helper object holds: where, and under which attribute."""
+
+    name: str
+    holder: Any
+    attribute: str
+    tensor: torch.Tensor
+
+
+def held_tensors(model: nn.Module) -> Iterator[Held]:
+    """Every tensor that a module, or a vLLM object that a module holds, has as an attribute. Each holder once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        yield from _held_by(module, path, 0, seen)
+
+
+def _held_by(holder: Any, path: str, depth: int, seen: set[int]) -> Iterator[Held]:
+    if id(holder) in seen:
+        return
+    seen.add(id(holder))
+    tables = [vars(holder)]
+    if isinstance(holder, nn.Module):
+        tables += [holder._parameters, holder._buffers]
+    for table in tables:
+        for attribute, value in list(table.items()):
+            name = f"{path}.{attribute}" if path else attribute
+            if isinstance(value, torch.Tensor):
+                yield Held(name, holder, attribute, value)
+            elif depth < MAX_DEPTH and _is_helper(value):
+                yield from _held_by(value, name, depth + 1, seen)
+
+
+def _is_helper(value: Any) -> bool:
+    return (
+        not isinstance(value, (nn.Module, type))
+        and type(value).__module__.partition(".")[0] == "vllm"
+        and hasattr(value, "__dict__")
+    )
+
+
+class Census:
+    """The tensors that a model holds before post-processing, so that those which appear in it can be told."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Keeps weak references only: what processing drops is freed."""
+        self._before = {held.name: weakref.ref(held.tensor) for held in held_tensors(model)}
+
+    def appeared(self, model: nn.Module, accounted: set[int]) -> list[Held]:
+        """Non-empty tensors that are new and share no memory with ``accounted`` storages (data pointers)."""
+        new = []
+        known = set(accounted)
+        for held in held_tensors(model):
+            before = self._before.get(held.name)
+            if before is not None and before() is held.tensor:
+                known.add(_pointer(held.tensor))
+            else:
+                new.append(held)
+        return [h for h in new if h.tensor.numel() and _pointer(h.tensor) not in known]
+
+
+def _pointer(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class AbsorbedProjections:
+    """One MLA layer's absorbed projections. ``shadows``: kv_b_proj's parameters that the layer has dropped, by name."""
+
+    name: str
+    layer: Any
+    dtype: torch.dtype
+    shadows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Recompute from the current kv_b_proj, in place."""
+        holders = [self.layer, *([self.layer.impl] if hasattr(self.layer, "impl") else [])]
+        projection = self.layer.kv_b_proj
+        dropped = {name: getattr(projection, name) for name in self.shadows}
+        before = [(holder, _tensors(holder)) for holder in holders]
+        try:
+            for name, shadow in self.shadows.items():
+                setattr(projection, name, nn.Parameter(shadow, requires_grad=False))
+            self.layer.process_weights_after_loading(self.dtype)
+        finally:
+            for name, parameter in dropped.items():
+                setattr(projection, name, parameter)
+        for holder, tensors in before:
+            for attribute, old in tensors.items():
+                new = getattr(holder, attribute, None)
+                if isinstance(new, torch.Tensor) and new is not old:
+                    old.detach().copy_(new.detach())
+                    setattr(holder, attribute, old)
+
+
+def _tensors(holder: Any) -> dict[str, torch.Tensor]:
+    found = {k: v for k, v in vars(holder).items() if isinstance(v, torch.Tensor)}
+    if isinstance(holder, nn.Module):
+        found |= {k: v for k, v in holder._parameters.items() if v is not None}
+    return found
+
+
+def is_mla(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention layer that absorbs a ``kv_b_proj`` after loading."""
+    return (
+        hasattr(module, "kv_b_proj")
+        and hasattr(module, "kv_lora_rank")
+        and (callable(getattr(module, "process_weights_after_loading", None)))
+    )
+
+
+def dropped_by_mla(model: nn.Module) -> set[int]:
+    """ids of the projections whose parameters an MLA backend may drop after packing them (vLLM's AMX backend)."""
+    return {
+        id(module.kv_b_proj)
+        for module in model.modules()
+        if is_mla(module) and getattr(module, "is_amx_bmm_enabled", False)
+    }
+
+
+CONSTANTS: Final = frozenset(
+    {"workspace"} | {f"_{which}_scale{where}" for which in ("q", "k", "v", "prob") for where in ("", "_cpu")}
+)
+"""Scratch memory of kernels, and the KV cache's scales, which stay at what the engine started with."""
+
+
+def is_constant(held: Held) -> bool:
+    """Tensors that processing makes without looking at a weight."""
+    return held.attribute in CONSTANTS

@@ -1,0 +1,270 @@
+"""Tiny models of every architecture that the engine side must handle: configs, and the tensors of their checkpoints.
+
+Names and shapes are written down here from the published checkpoints, not taken from vLLM or from the recorder, so that
+tests compare two independent sources. Sizes are odd on purpose where the architecture allows it (a vocabulary that is
+padded, one key head for two ranks, more latent than rotary dimensions), and small everywhere else.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+VOCABULARY = 500
+"""Not a multiple of 64: vLLM pads embeddings, and the padding must stay as it is."""
+HIDDEN = 128
+FLOAT32_SUFFIXES = ("e_score_correction_bias", "k_norm.bias", "indexer.k_norm.weight")
+"""Tensors that published checkpoints keep in float32."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """A config and its checkpoint. ``generates``: the CPU build can run it with written weights (TP 1)."""
+
+    name: str
+    config: dict[str, Any]
+    shapes: Shapes
+    generates: bool = True
+    unused: tuple[str, ...] = ()
+    """Prefixes of checkpoint tensors that the served model does not have."""
+
+
+def _common(**own: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | own
+
+
+# ------------------------------------------------------------------------------------------------------- dense models
+def llama(**overrides: Any) -> TinyModel:
+    """Llama with grouped heads and tied embeddings."""
+    own = {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "tie_word_embeddings": True}
+    config = _common(architectures=["LlamaForCausalLM"], model_type="llama", **own) | overrides
+    return TinyModel("llama", config, _checkpoint(config, lambda i: _attention(config) | _mlp(HIDDEN, 256, "mlp")))
+
+
+def qwen3(**overrides: Any) -> TinyModel:
+    """Qwen3: norms on queries and keys, one key head that both ranks of TP 2 hold."""
+    own = {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 256}
+    config = _common(architectures=["Qwen3ForCausalLM"], model_type="qwen3", **own) | overrides
+    layer = lambda i: _attention(config) | _head_norms(32) | _mlp(HIDDEN, 256, "mlp")  # noqa: E731
+    return TinyModel("qwen3", config, _checkpoint(config, layer))
+
+
+# ------------------------------------------------------------------------------------------------------ expert models
+def qwen3_moe(**overrides: Any) -> TinyModel:
+    """Qwen3-MoE: every layer has experts, no shared one."""
+    own = {
+        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "moe_intermediate_size": 64,
+        "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }  # fmt: skip
+    config = _common(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **own) | overrides
+    layer = lambda i: _attention(config) | _head_norms(32) | _experts(8, 64, shared=0, bias=False)  # noqa: E731
+    return TinyModel("qwen3_moe", config, _checkpoint(config, layer))
+
+
+def glm4_moe(**overrides: Any) -> TinyModel:
+    """GLM4-MoE: first layer dense, a shared expert, a bias on expert scores, an MTP layer that is not served."""
+    own = {
+        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "moe_intermediate_size": 64,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": True,
+        "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    config = _common(architectures=["Glm4MoeForCausalLM"], model_type="glm4_moe", **own) | overrides
+
+    def layer(index: int) -> Shapes:
+        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _attention(config) | _head_norms(32) | feed_forward
+
+    shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
+    return TinyModel("glm4_moe", config, shapes, unused=("model.layers.2.",))
+
+
+def _latent_config(**own: Any) -> dict[str, Any]:
+    return _common(
+        num_key_value_heads=4, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
+        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32,
+        v_head_dim=32, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, moe_layer_freq=1,
+    ) | own  # fmt: skip
+
+
+def deepseek_v2(**overrides: Any) -> TinyModel:
+    """DeepSeek-V2-Lite's shape: latent keys, queries that are not compressed, two shared experts."""
+    config = _latent_config(
+        architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", q_lora_rank=None, n_shared_experts=2,
+        topk_method="greedy", scoring_func="softmax",
+    ) | overrides  # fmt: skip
+
+    def layer(index: int) -> Shapes:
+        feed_forward = _experts(8, 64, shared=2, bias=False) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(q_lora_rank=0) | feed_forward
+
+    return TinyModel("deepseek_v2", config, _checkpoint(config, layer))
+
+
+def deepseek_v3(**overrides: Any) -> TinyModel:
+    """DeepSeek-V3: queries compressed too (fused with the latent keys), bias on expert scores, an MTP layer."""
+    config = _latent_config(
+        architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", q_lora_rank=96, n_shared_experts=1,
+        topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=1,
+    ) | overrides  # fmt: skip
+
+    def layer(index: int) -> Shapes:
+        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(q_lora_rank=96) | feed_forward
+
+    shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
+    return TinyModel("deepseek_v3", config, shapes, unused=("model.layers.2.",))
+
+
+def glm_moe_dsa(**overrides: Any) -> TinyModel:
+    """GLM-5's architecture: DeepSeek-V3's with an indexer for sparse attention, whose two projections are fused."""
+    config = _latent_config(
+        architectures=["GlmMoeDsaForCausalLM"], model_type="glm_moe_dsa", q_lora_rank=96, n_shared_experts=1,
+        topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=1, index_topk=64,
+        index_head_dim=128, index_n_heads=4, qk_nope_head_dim=32,
+    ) | overrides  # fmt: skip
+
+    def layer(index: int) -> Shapes:
+        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(q_lora_rank=96) | _indexer(96) | feed_forward
+
+    shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
+    return TinyModel("glm_moe_dsa", config, shapes, generates=False, unused=("model.layers.2.",))
+
+
+ALL: dict[str, Callable[..., TinyModel]] = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "glm4_moe": glm4_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "glm_moe_dsa": glm_moe_dsa,
+}
+
+
+# --------------------------------------------------------------------------------------------------- parts of a layer
+def _checkpoint(config: Mapping[str, Any], layer: Callable[[int], Shapes]) -> Shapes:
+    shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], HIDDEN)}
+    for index in range(config["num_hidden_layers"]):
+        shapes |= dict(_layer(index, layer))
+    shapes["model.norm.weight"] = (HIDDEN,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], HIDDEN)
+    return shapes
+
+
+def _layer(index: int, layer: Callable[[int], Shapes]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    norms = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+    for name, shape in (norms | layer(index)).items():
+        yield f"model.layers.{index}.{name}", shape
+
+
+def _mtp_layer(index: int, layer: Callable[[int], Shapes]) -> Shapes:
+    extra = {"enorm.weight": (HIDDEN,), "hnorm.weight": (HIDDEN,), "eh_proj.weight": (HIDDEN, 2 * HIDDEN)}
+    extra["shared_head.norm.weight"] = (HIDDEN,)
+    return dict(_layer(index, layer)) | {f"model.layers.{index}.{name}": shape for name, shape in extra.items()}
+
+
+def _attention(config: Mapping[str, Any]) -> Shapes:
+    head = config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    return {
+        "self_attn.q_proj.weight": (queries, HIDDEN),
+        "self_attn.k_proj.weight": (keys, HIDDEN),
+        "self_attn.v_proj.weight": (keys, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, queries),
+    }
+
+
+def _head_norms(head: int) -> Shapes:
+    return {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+
+
+def _latent_attention(q_lora_rank: int) -> Shapes:
+    heads, nope, rope, value, latent = 4, 32, 32, 32, 64
+    if q_lora_rank:
+        queries: Shapes = {
+            "self_attn.q_a_proj.weight": (q_lora_rank, HIDDEN),
+            "self_attn.q_a_layernorm.weight": (q_lora_rank,),
+            "self_attn.q_b_proj.weight": (heads * (nope + rope), q_lora_rank),
+        }
+    else:
+        queries = {"self_attn.q_proj.weight": (heads * (nope + rope), HIDDEN)}
+    return queries | {
+        "self_attn.kv_a_proj_with_mqa.weight": (latent + rope, HIDDEN),
+        "self_attn.kv_a_layernorm.weight": (latent,),
+        "self_attn.kv_b_proj.weight": (heads * (nope + value), latent),
+        "self_attn.o_proj.weight": (HIDDEN, heads * value),
+    }
+
+
+def _indexer(q_lora_rank: int) -> Shapes:
+    heads, head = 4, 128
+    return {
+        "self_attn.indexer.wq_b.weight": (heads * head, q_lora_rank),
+        "self_attn.indexer.wk.weight": (head, HIDDEN),
+        "self_attn.indexer.k_norm.weight": (head,),
+        "self_attn.indexer.k_norm.bias": (head,),
+        "self_attn.indexer.weights_proj.weight": (heads, HIDDEN),
+    }
+
+
+def _mlp(hidden: int, inner: int, prefix: str) -> Shapes:
+    return {
+        f"{prefix}.gate_proj.weight": (inner, hidden),
+        f"{prefix}.up_proj.weight": (inner, hidden),
+        f"{prefix}.down_proj.weight": (hidden, inner),
+    }
+
+
+def _experts(count: int, inner: int, *, shared: int, bias: bool) -> Shapes:
+    shapes: Shapes = {"mlp.gate.weight": (count, HIDDEN)}
+    if bias:
+        shapes["mlp.gate.e_score_correction_bias"] = (count,)
+    for expert in range(count):
+        shapes |= _mlp(HIDDEN, inner, f"mlp.experts.{expert}")
+    return shapes | (_mlp(HIDDEN, shared * inner, "mlp.shared_experts") if shared else {})
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """0.15·randn (norms around 1) in bfloat16, in float32 where checkpoints have that: answers differ by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        value = 0.15 * torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):
+            value = value + 1
+        weights[name] = value.to(torch.float32 if name.endswith(FLOAT32_SUFFIXES) else torch.bfloat16)
+    return weights
+
+
+def save(directory: Path, model: TinyModel, weights: Mapping[str, torch.Tensor]) -> Path:
+    """Write a model directory that vLLM loads; returns it. Without weights only the config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model.config, indent=2))
+    if weights:
+        save_file(dict(weights), directory / "model.safetensors")
+    return directory
