@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsync.agents import tables
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, ITEMSIZE, Layout, Region, Tensor, pad, row
@@ -100,12 +100,14 @@ def bytes_of_table(table: np.ndarray) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases())
 def test_runs_move_each_byte_where_the_copies_say(case: Case) -> None:
     table = tables.runs(case.copies, case.layout)
     assert bytes_of_runs(table) == bytes_of_moves(case.moves)
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases())
 def test_no_two_runs_continue_each_other(case: Case) -> None:
     table = tables.runs(case.copies, case.layout).tolist()
@@ -114,6 +116,7 @@ def test_no_two_runs_continue_each_other(case: Case) -> None:
         assert (peer, region, local + length, far_region, far + length) not in starts
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases(staged=True))
 def test_pack_and_scatter_mirror_each_other(case: Case) -> None:
     packed = tables.pack_table(case.copies, case.layout)
@@ -123,6 +126,7 @@ def test_pack_and_scatter_mirror_each_other(case: Case) -> None:
     assert tables.table_bytes(packed) == tables.table_bytes(scattered) == len(mirrored)
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases(staged=True))
 def test_packing_fills_the_staging_bytes_in_the_order_of_the_box(case: Case) -> None:
     targets = sorted(place for _, _, region, place in bytes_of_table(tables.pack_table(case.copies, case.layout)))
@@ -133,6 +137,7 @@ def test_packing_fills_the_staging_bytes_in_the_order_of_the_box(case: Case) -> 
     assert sources == sorted((r, a + i) for _, r, a, _, _, size in case.moves for i in range(size))
 
 
+@settings(deadline=None, max_examples=60)
 @given(cases(staged=True))
 def test_staged_copies_leave_as_they_lie(case: Case) -> None:
     case.copies[:, 12] = 1
