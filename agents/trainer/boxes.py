@@ -159,10 +159,9 @@ class Holding:
         return _profile(self.shape[dim], tuple(c for c in cuts if mesh_dims is None or c.mesh_dim in mesh_dims))[1]
 
     def _intervals(self, dim: int) -> list[Interval]:
-        if self.grid is None:
-            return [(0, self.shape[dim])]
         cuts = self.cuts_of(dim)
-        return _share(self.shape[dim], cuts, [self.grid.coordinate[cut.mesh_dim] for cut in cuts])
+        at = self.grid.coordinate if self.grid else ()
+        return _share(self.shape[dim], cuts, [at[cut.mesh_dim] for cut in cuts])
 
 
 def holding(name: str, tensor: torch.Tensor) -> Holding:
@@ -211,7 +210,7 @@ def _profile(size: int, cuts: tuple[Cut, ...]) -> tuple[bool, tuple[int, ...]]:
 
 def _share(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> list[Interval]:
     """Indices of a dimension of ``size`` that remain after ``cuts``, at ``coordinate`` of each."""
-    intervals = [(0, size)]
+    intervals = [(0, size)] if size else []
     for cut, index in zip(cuts, coordinate, strict=True):
         intervals = _taken(intervals, cut, index)
     return intervals
