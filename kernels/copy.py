@@ -1,0 +1,51 @@
+"""Strided copy: pack, scatter, and shadow → live, all runs of a table in one launch."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy.typing as npt
+import torch
+from weightsync.kernels.copy_reference import ReferenceCopy
+from weightsync.kernels.dispatch import common_device, use_triton
+from weightsync.kernels.strided import as_table, check_bounds, check_regions
+
+__all__ = ["PreparedCopy", "prepare", "strided_copy"]
+
+
+class PreparedCopy(Protocol):
+    """A copy whose table is already where it is needed."""
+
+    def __call__(self) -> None:
+        """Copy every run, on the current stream; returns at once on CUDA."""
+
+
+def prepare(
+    sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: npt.ArrayLike
+) -> PreparedCopy:
+    """The copies of ``table``, ready to be made many times.
+
+    Args:
+        sources: contiguous uint8[n] tensors; their addresses are kept, so they must stay.
+        destinations: likewise, on the same device. Runs of one table must not overlap here.
+        table: int64[n, 14] (:mod:`weightsync.kernels.strided`).
+
+    Raises:
+        TableError: a row reaches outside its regions.
+        KernelUnavailableError: the regions are on CUDA and Triton is missing.
+    """
+    rows = as_table(table)
+    check_regions(sources, "source")
+    check_regions(destinations, "destination")
+    check_bounds(rows, [region.numel() for region in sources], destination=False)
+    check_bounds(rows, [region.numel() for region in destinations], destination=True)
+    device = common_device([*sources, *destinations])
+    if use_triton(device):
+        from weightsync.kernels.copy_triton import TritonCopy
+
+        return TritonCopy(sources, destinations, rows)
+    return ReferenceCopy(sources, destinations, rows)
+
+
+def strided_copy(sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: npt.ArrayLike) -> None:
+    """Copy every run of ``table`` from ``sources`` to ``destinations``, once. See :func:`prepare`."""
+    prepare(sources, destinations, table)()

@@ -1,0 +1,75 @@
+"""Strided copies on the CPU: a whole table in a few NumPy and torch calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from weightsync.kernels.strided import (
+    COUNTS,
+    DST_OFFSET,
+    DST_REGION,
+    RUN_BYTES,
+    SRC_OFFSET,
+    SRC_REGION,
+    Table,
+    canonical,
+    sheets,
+)
+
+LARGE_BYTES: Final = 64 * 1024
+"""Rows from this size on get a copy of their own; smaller ones are gathered by length."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Runs of one length between one pair of regions."""
+
+    src_region: int
+    dst_region: int
+    length: int
+    src: Table
+    dst: Table
+
+
+class ReferenceCopy:
+    """A copy prepared once and made many times."""
+
+    def __init__(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table) -> None:
+        """Regions are uint8[n] on the CPU; ``table`` is int64[n, 14], checked by the caller."""
+        self._sources, self._destinations = list(sources), list(destinations)
+        rows = canonical(table)
+        size = rows[:, RUN_BYTES] * np.prod(rows[:, list(COUNTS)], axis=1)
+        self._large = rows[size >= LARGE_BYTES]
+        small = rows[(size > 0) & (size < LARGE_BYTES)]
+        runs = sheets(small).unrolled()
+        pair = small[runs.row][:, [SRC_REGION, DST_REGION]]
+        order = np.lexsort((runs.src, runs.run, pair[:, 1], pair[:, 0]))
+        signature = np.column_stack([pair, runs.run])[order]
+        breaks = np.flatnonzero((signature[1:] != signature[:-1]).any(axis=1)) + 1
+        self._groups = [
+            _Group(int(pair[part[0], 0]), int(pair[part[0], 1]), int(runs.run[part[0]]), runs.src[part], runs.dst[part])
+            for part in np.split(order, breaks)
+            if len(part)
+        ]
+
+    def __call__(self) -> None:
+        """Copy every run. Runs of one table must not overlap in the destination."""
+        for row in self._large:
+            _copy_row(self._sources[int(row[SRC_REGION])], self._destinations[int(row[DST_REGION])], row)
+        for group in self._groups:
+            source = self._sources[group.src_region].numpy()
+            destination = self._destinations[group.dst_region].numpy()
+            windows = (len(source) - group.length + 1, group.length)
+            gathered = np.lib.stride_tricks.as_strided(source, windows, (1, 1))[group.src]
+            windows = (len(destination) - group.length + 1, group.length)
+            np.lib.stride_tricks.as_strided(destination, windows, (1, 1))[group.dst] = gathered
+
+
+def _copy_row(source: torch.Tensor, destination: torch.Tensor, row: Table) -> None:
+    """One row with all its loops as one strided copy."""
+    shape = [*(int(row[column]) for column in COUNTS), int(row[RUN_BYTES])]
+    src = source.as_strided(shape, [*(int(row[column + 1]) for column in COUNTS), 1], int(row[SRC_OFFSET]))
+    dst = destination.as_strided(shape, [*(int(row[column + 2]) for column in COUNTS), 1], int(row[DST_OFFSET]))
+    dst.copy_(src)

@@ -1,0 +1,40 @@
+"""Which implementation serves a device: Triton on CUDA, the reference elsewhere."""
+
+import os
+
+import torch
+from weightsync.kernels.errors import KernelUnavailableError
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for (``TRITON_INTERPRET=1``), which runs the kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether tensors on ``device`` go through the Triton kernels.
+
+    Raises:
+        KernelUnavailableError: the device is CUDA and Triton cannot be imported.
+    """
+    if device.type != "cuda" and not interpreting():
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise KernelUnavailableError(
+            f"weights on {device} need Triton: pip install 'weightsync-orchestrator[kernels]'"
+        ) from error
+    return True
+
+
+def common_device(tensors: "list[torch.Tensor]") -> torch.device:
+    """The one device that all ``tensors`` are on (the CPU when there are none).
+
+    Raises:
+        ValueError: they are on different devices.
+    """
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors of one call are on different devices: {sorted(map(str, devices))}")
+    return devices.pop() if devices else torch.device("cpu")

@@ -1,0 +1,262 @@
+"""The digest: its definition, additivity over any cut, and every fault that it must catch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from weightsync.kernels import digest as digest_module
+from weightsync.kernels.digest import digest, tensor_key
+from weightsync.kernels.digest_reference import ReferenceDigest
+from weightsync.kernels.digest_weights import TILE_BYTES, TILE_WORDS, inner_weights, outer_keys, outer_weights
+from weightsync.kernels.errors import TableError
+
+MASK = (1 << 64) - 1
+KEY = tensor_key("model.layers.0.mlp.down_proj.weight")
+OTHER = tensor_key("model.layers.0.mlp.up_proj.weight")
+KNOWN_KEY = 8183605209020681030
+KNOWN_SUMS = (3617562774208320134, 10222050793271602013)
+
+hypothesis_settings = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def row(run: int, src: int, dst: int, *loops: tuple[int, int, int], region: int = 0, key: int = KEY) -> list[int]:
+    """One row of a strided table."""
+    padded = [*loops, *[(1, 0, 0)] * (3 - len(loops))]
+    return [run, region, src, key, dst, *(value for loop in padded for value in loop)]
+
+
+def table(*rows: list[int]) -> np.ndarray:
+    return np.array(rows, np.int64)
+
+
+def random_bytes(count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def add(*sums: tuple[int, int]) -> tuple[int, int]:
+    return sum(one[0] for one in sums) & MASK, sum(one[1] for one in sums) & MASK
+
+
+def by_definition(runs: list[tuple[int, int, bytes]]) -> tuple[int, int]:
+    """The digest as docs define it, byte by byte in Python integers; runs are (key, logical offset, bytes)."""
+    inner = inner_weights()
+    total = [0, 0]
+    for key, offset, data in runs:
+        packed = outer_keys(np.array([key]))
+        for index, value in enumerate(data):
+            word, place = divmod(offset + index, 4)
+            tile, position = divmod(word, TILE_WORDS)
+            outer = outer_weights(packed, np.array([tile]))[0]
+            count = (value + 1) << (8 * place)
+            for seed in range(2):
+                weight = int(outer[2 * seed]) * int(inner[position, 0]) + int(outer[2 * seed + 1]) * int(
+                    inner[position, 1]
+                )
+                total[seed] += weight * count
+    return total[0] & MASK, total[1] & MASK
+
+
+def test_the_sums_are_those_of_the_definition(device: torch.device) -> None:
+    region = random_bytes(20_000, 1, device)
+    rows = table(
+        row(7, 3, 2 * TILE_BYTES - 5),
+        row(5, 100, 9, (3, 11, 64), (4, 200, 4096)),
+        row(1, 19_999, 7 * TILE_BYTES, key=OTHER),
+        row(0, 0, 0),
+        row(9, 0, 0, (0, 1, 1)),
+    )
+    host = region.cpu().numpy().tobytes()
+    runs = [(KEY, 2 * TILE_BYTES - 5, host[3:10]), (OTHER, 7 * TILE_BYTES, host[19_999:])]
+    runs += [(KEY, 9 + 64 * i + 4096 * j, host[100 + 11 * i + 200 * j :][:5]) for i in range(3) for j in range(4)]
+    assert digest([region], rows) == by_definition(runs)
+
+
+def test_known_values() -> None:
+    """The digest is part of the protocol: another release must compute the same sums."""
+    region = torch.arange(256, dtype=torch.uint8).repeat(100)
+    assert tensor_key("lm_head.weight") == KNOWN_KEY
+    assert digest([region], table(row(25_600, 0, 0, key=KNOWN_KEY))) == KNOWN_SUMS
+
+
+def test_zero_bytes_count(device: torch.device) -> None:
+    region = torch.zeros(4096, dtype=torch.uint8, device=device)
+    assert digest([region], table(row(4096, 0, 0))) != digest([region], table(row(4095, 0, 0)))
+    assert digest([region], table(row(4096, 0, 0))) != (0, 0)
+
+
+def test_no_bytes_are_zero(device: torch.device) -> None:
+    assert digest([], np.zeros((0, 14), np.int64)) == (0, 0)
+    assert digest([random_bytes(8, 1, device)], table(row(0, 0, 0), row(8, 0, 0, (0, 0, 0)))) == (0, 0)
+
+
+@hypothesis_settings
+@given(
+    length=st.integers(1, 3 * TILE_BYTES),
+    start=st.integers(0, 2 * TILE_BYTES),
+    cuts=st.lists(st.integers(0, 3 * TILE_BYTES), max_size=4),
+    pads=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    seed=st.integers(0, 2**32),
+)
+def test_disjoint_runs_add_up_wherever_they_lie(
+    device: torch.device, length: int, start: int, cuts: list[int], pads: list[int], seed: int
+) -> None:
+    data = random_bytes(length, seed, device)
+    whole = digest([data], table(row(length, 0, start)))
+    edges = sorted({0, length, *(cut for cut in cuts if cut < length)})
+    pieces, rows, offset = [], [], 0
+    for index, (begin, end) in enumerate(itertools.pairwise(edges)):
+        pad = random_bytes(pads[index], seed + 1, device)
+        pieces += [pad, data[begin:end]]
+        rows.append(row(end - begin, offset + pads[index], start + begin))
+        offset += pads[index] + end - begin
+    scattered = torch.cat(pieces)
+    assert digest([scattered], table(*rows)) == whole
+    assert add(*(digest([scattered], table(one)) for one in rows)) == whole
+
+
+@pytest.mark.parametrize(("rows", "columns", "ranks"), [(96, 2048, 8), (33, 1536, 3), (64, 24, 4), (7, 20, 5)])
+def test_row_and_column_slices_add_up_to_the_whole(device: torch.device, rows: int, columns: int, ranks: int) -> None:
+    full = random_bytes(rows * columns, 5, device).view(rows, columns)
+    whole = digest([full.reshape(-1)], table(row(rows * columns, 0, 0)))
+    width = columns // ranks
+    by_columns = [
+        digest(
+            [full[:, rank * width : (rank + 1) * width].contiguous().view(-1)],
+            table(row(width, 0, rank * width, (rows, width, columns))),
+        )
+        for rank in range(ranks)
+    ]
+    assert add(*by_columns) == whole
+    in_place = table(*(row(width, rank * width, rank * width, (rows, columns, columns)) for rank in range(ranks)))
+    assert digest([full.reshape(-1)], in_place) == whole
+
+
+@hypothesis_settings
+@given(data=st.data())
+def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st.DataObject) -> None:
+    regions = [random_bytes(40_000, 8, device), random_bytes(30_001, 9, device)[1:]]
+    loop = st.tuples(st.integers(0, 4), st.integers(0, 900), st.integers(0, 9000))
+    one = st.builds(
+        lambda run, src, dst, loops, region, key: row(run, src, dst, *loops, region=region, key=key),
+        st.one_of(st.integers(0, 300), st.integers(0, 9000), st.sampled_from([16, 256, 512, 8192])),
+        st.one_of(st.integers(0, 9000), st.integers(0, 500).map(lambda n: 16 * n)),
+        st.one_of(st.integers(0, 10**6), st.integers(0, 5000).map(lambda n: 256 * n)),
+        st.lists(loop, max_size=3),
+        st.integers(0, 1),
+        st.sampled_from([KEY, OTHER]),
+    )
+    rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
+    host = [region.cpu() for region in regions]
+    assert digest(regions, rows) == ReferenceDigest(host, rows)()
+
+
+def test_long_runs_of_whole_tiles(device: torch.device) -> None:
+    """Through the path without a gather, at every relative alignment of memory and tensor."""
+    size = 70 * TILE_BYTES
+    data = random_bytes(size, 3)
+    whole = add(*(digest([data], table(row(1000, at, at))) for at in range(0, size - size % 1000, 1000)))
+    whole = add(whole, digest([data], table(row(size % 1000, size - size % 1000, size - size % 1000))))
+    for shift in (0, 1, 2, 3, 4, 16):
+        moved = torch.cat([random_bytes(shift, 4), data]).to(device)
+        assert digest([moved], table(row(size, shift, 0))) == whole
+
+
+def test_prepared_digests_read_the_bytes_of_now(device: torch.device) -> None:
+    region = random_bytes(5000, 6, device)
+    prepared = digest_module.prepare([region], table(row(5000, 0, 0)))
+    before = prepared()
+    assert prepared() == before
+    region[4321] ^= 1
+    prepared.launch()
+    assert prepared.result() == digest([region], table(row(5000, 0, 0))) != before
+
+
+SIZE = 6 * TILE_BYTES
+POSITIONS = st.integers(0, SIZE // 256 - 1)
+
+
+@hypothesis_settings
+@given(byte=st.integers(0, SIZE - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_seen(device: torch.device, byte: int, bit: int) -> None:
+    region = random_bytes(SIZE, 2, device)
+    before = digest([region], table(row(SIZE, 0, 0)))
+    region[byte] ^= 1 << bit
+    after = digest([region], table(row(SIZE, 0, 0)))
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+@hypothesis_settings
+@given(first=POSITIONS, second=POSITIONS, width=st.sampled_from([1, 2, 4, 64, 256]))
+def test_swapped_bytes_words_and_rows_are_seen(device: torch.device, first: int, second: int, width: int) -> None:
+    region = random_bytes(SIZE, 2, device)
+    one, two = region[256 * first :][:width].clone(), region[256 * second :][:width].clone()
+    before = digest([region], table(row(SIZE, 0, 0)))
+    region[256 * first :][:width], region[256 * second :][:width] = two, one
+    assert (digest([region], table(row(SIZE, 0, 0))) != before) == (not torch.equal(one, two))
+
+
+def test_swapped_neighbouring_words_are_seen(device: torch.device) -> None:
+    region = torch.zeros(4096, dtype=torch.uint8, device=device)
+    region[100] = 1
+    before = digest([region], table(row(4096, 0, 0)))
+    region[100], region[104] = 0, 1
+    assert digest([region], table(row(4096, 0, 0))) != before
+
+
+def test_swapped_regions_and_tensors_are_seen(device: torch.device) -> None:
+    regions = [random_bytes(9000, 1, device), random_bytes(9000, 2, device)]
+    rows = table(row(9000, 0, 0, region=0), row(9000, 0, 9000, region=1))
+    assert digest(regions, rows) != digest(regions[::-1], rows)
+    rows = table(row(9000, 0, 0, region=0), row(9000, 0, 0, region=1, key=OTHER))
+    assert digest(regions, rows) != digest(regions[::-1], rows)
+
+
+def test_a_swap_far_apart_is_seen(device: torch.device) -> None:
+    regions = [random_bytes(9000, 1, device), random_bytes(9000, 2, device)]
+    for distance in (1 << 20, 1 << 29, 1 << 31, 1 << 34, 1 << 40):
+        rows = table(row(9000, 0, 0, region=0), row(9000, 0, distance, region=1))
+        assert digest(regions, rows) != digest(regions[::-1], rows)
+
+
+@hypothesis_settings
+@given(start=st.integers(0, SIZE - 1), length=st.integers(1, SIZE), seed=st.integers(10, 20))
+def test_a_stale_region_is_seen(device: torch.device, start: int, length: int, seed: int) -> None:
+    new, old = random_bytes(SIZE, 2, device), random_bytes(SIZE, seed, device)
+    mixed = new.clone()
+    mixed[start : start + length] = old[start : start + length]
+    seen = digest([mixed], table(row(SIZE, 0, 0))) != digest([new], table(row(SIZE, 0, 0)))
+    assert seen == (not torch.equal(mixed, new))
+
+
+@hypothesis_settings
+@given(missing=st.integers(1, 400), fill=st.sampled_from([0, 1, 0xA5, 0xFF]))
+def test_a_missing_tail_and_a_doubled_region_are_seen(device: torch.device, missing: int, fill: int) -> None:
+    region = torch.full((4096,), fill, dtype=torch.uint8, device=device)
+    whole = digest([region], table(row(4096, 0, 0)))
+    assert digest([region], table(row(4096 - missing, 0, 0))) != whole
+    assert digest([region], table(row(4096, 0, 0), row(missing, 0, 0))) != whole
+    doubled = table(row(4096 - missing, 0, 0), row(missing, 0, 0))
+    assert digest([region], doubled) != whole
+
+
+def test_rows_outside_are_refused_by_number(device: torch.device) -> None:
+    region = random_bytes(100, 1, device)
+    for wrong, words in [
+        (row(101, 0, 0), "row 1 reaches byte 101 of source region 0, which has 100"),
+        (row(10, 0, 0, (2, 95, 0)), "row 1 reaches byte 105"),
+        (row(10, 0, 0, region=1), "row 1 names source region 1; there are 1"),
+        (row(10, -1, 0), "row 1 of the strided table has a negative"),
+        (row(10, 0, 1 << 44), "row 1 reaches past"),
+    ]:
+        with pytest.raises(TableError, match=words):
+            digest([region], table(row(100, 0, 0), wrong))
+    with pytest.raises(TableError, match="float64"):
+        digest([region], np.zeros((1, 14)))
+    with pytest.raises(TableError, match="contiguous uint8"):
+        digest([region.view(10, 10)], table(row(10, 0, 0)))
