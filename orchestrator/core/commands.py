@@ -59,8 +59,8 @@ class OpenGroup(Command):
 
 
 @dataclass(frozen=True, slots=True)
-class Party:
-    """One side of a plan."""
+class Announced:
+    """One agent of a plan, with what it announced."""
 
     member: Member
     incarnation: int
@@ -70,8 +70,8 @@ class Party:
 @dataclass(frozen=True, slots=True)
 class MakePlan(Command):
     number: int
-    sources: tuple[Party, ...]
-    targets: tuple[Party, ...]
+    sources: tuple[Announced, ...]
+    targets: tuple[Announced, ...]
 
 
 @dataclass(frozen=True, slots=True)

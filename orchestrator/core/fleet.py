@@ -1,7 +1,7 @@
 """Who is there: agents that come and go, engines that are probed, held and released."""
 
 from weightsync.orchestrator.core import endings
-from weightsync.orchestrator.core.commands import Accept, Drop, OpenGroup, Refuse, Send
+from weightsync.orchestrator.core.commands import Accept, Drop, OpenGroup, Refuse
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Call, CallDone, CallFailed
 from weightsync.orchestrator.core.records import EpochBegan
 from weightsync.orchestrator.core.state import Agent, Engine, Fleet, Unclosed
@@ -31,16 +31,16 @@ def connected(turn: Turn, event: AgentConnected) -> None:
         turn.do(Refuse(turn.cause, event.member, event.connection, refused))
         turn.say(f"{event.member} is refused: {reason}", "warning")
         return
-    before = fleet.agents.pop(event.member, None)
+    before = fleet.leave(event.member)
     if before is not None:
         turn.do(Drop(turn.cause, before.member, before.connection, "the same process connected again"))
     if event.member.role == "trainer":
         _enter_generation(turn, hello.generation)
-    fleet.agents[event.member] = agent = Agent(event.member, event.connection, hello)
+    agent = Agent(event.member, event.connection, hello)
+    fleet.enter(agent)
     _learn(turn, agent)
     _raise_epoch(turn, hello)
-    if fleet.policy.group is None:
-        _welcome(turn, agent)
+    turn.do(Accept(turn.cause, event.member, event.connection, _first_welcome(fleet)))
 
 
 def _objection(fleet: Fleet, member: Member, hello: Hello) -> tuple[Fault, str, bool] | None:
@@ -52,10 +52,10 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> tuple[Fault, str, 
         return "config", f"it belongs to run {hello.run_id!r}, this daemon serves run {fleet.policy.run_id!r}", False
     if member.rank >= hello.world:
         return "config", f"rank {member.rank} is outside its world of {hello.world}", False
-    peers = fleet.trainers() if member.role == "trainer" else fleet.ranks_of(member.engine)
     if member.role == "inference" and member.engine not in fleet.engines:
         known = ", ".join(fleet.engines)
         return "config", f"engine {member.engine!r} is not configured; engines are: {known}", False
+    peers = fleet.trainers() if member.role == "trainer" else fleet.ranks_of(member.engine)
     worlds = {agent.hello.world for agent in peers if agent.member != member}
     if member.role == "trainer" and fleet.policy.trainer_world is not None:
         worlds.add(fleet.policy.trainer_world)
@@ -133,14 +133,14 @@ def _raise_epoch(turn: Turn, hello: Hello) -> None:
     """An agent obeyed a later epoch than ours (our journal was lost or replaced): go above it."""
     fleet = turn.fleet
     if hello.epoch_seen > fleet.epoch or (hello.epoch_seen == fleet.epoch and hello.journal_id != fleet.journal_id):
-        fleet.epoch = hello.epoch_seen + 1
+        fleet.epoch, fleet.group = hello.epoch_seen + 1, ()
         turn.append(EpochBegan(epoch=fleet.epoch))
         for agent in fleet.agents.values():
-            if agent.welcomed:
-                turn.do(Send(turn.cause, agent.member, welcome(fleet, HubRendezvous())))
+            if agent.hello is not hello:
+                turn.send(agent.member, _first_welcome(fleet))
 
 
-def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous) -> Welcome:
+def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None) -> Welcome:
     """What an accepted agent is told."""
     policy = fleet.policy
     return Welcome(
@@ -154,13 +154,12 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous) -> Wel
     )
 
 
-def _welcome(turn: Turn, agent: Agent) -> None:
-    agent.welcomed = True
-    turn.do(Accept(turn.cause, agent.member, agent.connection, welcome(turn.fleet, HubRendezvous())))
+def _first_welcome(fleet: Fleet) -> Welcome:
+    return welcome(fleet, HubRendezvous() if fleet.policy.group is None else None)
 
 
 def gather_group(turn: Turn) -> None:
-    """``rendezvous: tcpstore``: once everybody is here, open a group and welcome all with their ranks in it."""
+    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it."""
     fleet = turn.fleet
     address = fleet.policy.group
     if address is None or fleet.round is not None:
@@ -181,11 +180,7 @@ def gather_group(turn: Turn) -> None:
     for rank, agent in enumerate(agents, start=1):
         place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
         agent.announce, agent.delivered, agent.fingerprint = None, "", ""
-        if agent.welcomed:
-            turn.send(agent.member, welcome(fleet, place))
-        else:
-            agent.welcomed = True
-            turn.do(Accept(turn.cause, agent.member, agent.connection, welcome(fleet, place)))
+        turn.send(agent.member, welcome(fleet, place))
 
 
 def lost(turn: Turn, event: AgentLost) -> bool:
@@ -194,7 +189,7 @@ def lost(turn: Turn, event: AgentLost) -> bool:
     agent = fleet.agents.get(event.member)
     if agent is None or agent.connection != event.connection:
         return False
-    del fleet.agents[event.member]
+    fleet.leave(event.member)
     turn.say(f"{event.member} is gone: {event.reason}", "warning")
     if event.member.engine in fleet.engines:
         fleet.engines[event.member.engine].probe_at = turn.now

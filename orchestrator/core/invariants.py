@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.phases import expected_digest
 from weightsync.orchestrator.core.records import Committed
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.protocol.messages import Grant
@@ -83,7 +82,7 @@ def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -
     for member in current.ranks_going():
         verified = current.verified.get(member)
         left = current.left.get(member)
-        if verified is None or verified.digest != expected_digest(current, member)[0]:
+        if verified is None or (verified.digest, verified.bytes) != current.expected[member]:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} is not verified")
         if left is None or left.applied != version:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} has not confirmed it")

@@ -1,4 +1,6 @@
-"""The daemon's decisions: ``step(fleet, event, now) -> commands``. Nothing here touches the outside."""
+"""The daemon's decisions: ``step(fleet, events, now) -> commands``. Nothing here touches the outside."""
+
+from collections.abc import Sequence
 
 import msgspec
 from weightsync.orchestrator.core import endings, invariants, rendezvous, rounds, versions
@@ -63,16 +65,18 @@ def _end_orphan(turn: Turn, decided: bool, ended: RoundEnded) -> None:
         endings.mark_committed(turn, ended.round, ended.version, ended.engines)
 
 
-def step(fleet: Fleet, event: Event, now: float) -> list[Command]:
-    """What ``event`` leads to. ``now``: seconds of one monotonic clock.
+def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
+    """What ``events``, which came together, lead to. ``now``: seconds of one monotonic clock.
 
     Raises:
         InvariantViolation: one of S1-S6 does not hold afterwards; nothing of the commands may be performed.
         ImpossibleTransition: the round's table has no entry for it.
     """
-    turn = Turn(fleet, now, event.id)
+    turn = Turn(fleet, now, 0)
     before = invariants.snapshot(fleet)
-    _handle(turn, event)
+    for event in events:
+        turn.cause = event.id
+        _handle(turn, event)
     members.tend_engines(turn)
     members.gather_group(turn)
     rendezvous.evaluate(turn)

@@ -7,8 +7,8 @@ from weightsync.orchestrator.core.records import Decided, LiveDirty
 from weightsync.orchestrator.core.state import Round, Unclosed
 from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Abort, Closed, Commit, Grant, Verify
-from weightsync.orchestrator.protocol.names import Digest, Member, add_digests
+from weightsync.orchestrator.protocol.messages import Abort, Closed, Commit, Grant, Verified, Verify
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, add_digests
 
 _NEXT = {
     Phase.PAUSING: Phase.QUIESCING,
@@ -89,6 +89,12 @@ def _write(turn: Turn, current: Round) -> None:
 
 
 def _verify(turn: Turn, current: Round) -> None:
+    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(current.ranks, (NO_BYTES, 0))
+    for closed in current.closed.values():
+        for sent in closed.peers:
+            digest, size = sums[sent.peer]
+            sums[sent.peer] = (add_digests(digest, sent.digest), size + sent.bytes)
+    current.expected = sums
     for member in current.ranks:
         turn.send(member, Verify(round=current.name, deadline_seconds=turn.fleet.policy.verify * 0.9))
 
@@ -156,6 +162,12 @@ def complete(turn: Turn, current: Round) -> bool:
             return _torn_and_left(turn, current)
         case Phase.APPLYING | Phase.FINISHING | Phase.RESUMING if not current.going():
             return True
+        case Phase.QUIESCING:
+            return len(current.quiesced) == len(current.ranks)
+        case Phase.WRITING:
+            return len(current.closed) == len(current.writers)
+        case Phase.VERIFYING:
+            return len(current.verified) == len(current.ranks)
         case _:
             return not missing(turn, current)
 
@@ -200,23 +212,30 @@ def overdue(turn: Turn, current: Round) -> str:
     return f"{current.phase} took longer than {seconds:.0f} s; missing: {', '.join(missing(turn, current)) or 'nobody'}"
 
 
-def trouble(turn: Turn, current: Round) -> str:
-    """What is wrong with the reports so far; empty when nothing is."""
-    for member, closed in current.closed.items():
+def trouble(turn: Turn, current: Round, member: Member | None) -> str:
+    """What is wrong with the latest report of ``member``; empty when nothing is."""
+    if member in current.verified:
+        return _wrong_digest(member, current.verified[member], *current.expected[member])
+    if member in current.closed:
+        closed = current.closed[member]
+        strangers = {sent.peer for sent in closed.peers} - set(current.writers[member])
         if closed.error:
             return f"{member} could not write: {closed.error}"
+        if strangers:
+            return f"{member} reports writes to {sorted(map(str, strangers))}, which it was not granted"
         rate = _impossible_rate(closed, turn.fleet.policy.max_bytes_per_second)
-        if rate:
-            return f"{member} reports {rate}"
-    for member, verified in current.verified.items():
-        if verified.error:
-            return f"{member} could not verify: {verified.error}"
-        expected = expected_digest(current, member)
-        if verified.digest != expected[0] or verified.bytes != expected[1]:
-            return (
-                f"{member}: digest of live memory {_hex(verified.digest)} over {verified.bytes} bytes differs from "
-                f"the slots' {_hex(expected[0])} over {expected[1]} bytes"
-            )
+        return f"{member} reports {rate}" if rate else ""
+    return ""
+
+
+def _wrong_digest(member: Member, verified: Verified, digest: Digest, size: int) -> str:
+    if verified.error:
+        return f"{member} could not verify: {verified.error}"
+    if verified.digest != digest or verified.bytes != size:
+        return (
+            f"{member}: digest of live memory {_hex(verified.digest)} over {verified.bytes} bytes differs from "
+            f"the slots' {_hex(digest)} over {size} bytes"
+        )
     return ""
 
 
@@ -225,12 +244,6 @@ def _impossible_rate(closed: Closed, ceiling: float | None) -> str:
         if ceiling is not None and peer.bytes > ceiling * peer.seconds:
             return f"{peer.bytes} bytes in {peer.seconds:.6f} s to {peer.peer}, above the link's {ceiling:.3g} bytes/s"
     return ""
-
-
-def expected_digest(current: Round, member: Member) -> tuple[Digest, int]:
-    """What the writers say they sent to ``member``: digest and bytes, summed over disjoint boxes."""
-    sent = [peer for closed in current.closed.values() for peer in closed.peers if peer.peer == member]
-    return add_digests(*(peer.digest for peer in sent)), sum(peer.bytes for peer in sent)
 
 
 def _hex(digest: Digest) -> str:

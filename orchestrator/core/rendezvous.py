@@ -1,6 +1,6 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
-from weightsync.orchestrator.core.commands import Deliver, MakePlan, Party
+from weightsync.orchestrator.core.commands import Announced, Deliver, MakePlan
 from weightsync.orchestrator.core.events import AgentSaid, PlanReady, PlanRejected
 from weightsync.orchestrator.core.state import Agent, Fleet
 from weightsync.orchestrator.core.turn import Turn
@@ -53,8 +53,8 @@ def _plan(turn: Turn) -> None:
     turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
 
 
-def _parties(agents: list[Agent]) -> tuple[Party, ...]:
-    return tuple(Party(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
+def _parties(agents: list[Agent]) -> tuple[Announced, ...]:
+    return tuple(Announced(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
 
 
 def _deliver(turn: Turn) -> None:

@@ -116,7 +116,7 @@ def happened(turn: Turn, current: Round, happening: Happening, why: str, member:
 
 def _note(turn: Turn, current: Round, why: str, member: Member | None) -> None:
     if current.phase in (Phase.WRITING, Phase.VERIFYING):
-        trouble = phases.trouble(turn, current)
+        trouble = phases.trouble(turn, current, member)
         if trouble:
             _tear(turn, current, trouble, member)
 

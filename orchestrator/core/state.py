@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory, OpenRound
 from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Hello, Staged, Verified
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 
 @dataclass(slots=True)
@@ -18,7 +18,6 @@ class Agent:
     member: Member
     connection: int
     hello: Hello
-    welcomed: bool = False
     announce: Announce | None = None
     delivered: str = ""
     """The edge set that it was sent in round 2 …"""
@@ -40,6 +39,8 @@ class Engine:
     probe_at: float = 0.0
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
+    ranks: dict[int, Agent] = field(default_factory=dict)
+    """Its connected agents."""
     error: str = ""
     ours_paused: bool = False
     """We paused it (in a round or by the plugin's hold) and owe it a resume once its weights are the fleet's."""
@@ -81,6 +82,8 @@ class Round:
     reason: str = ""
     quiesced: set[Member] = field(default_factory=set)
     closed: dict[Member, Closed] = field(default_factory=dict)
+    expected: dict[Member, tuple[Digest, int]] = field(default_factory=dict)
+    """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
     verified: dict[Member, Verified] = field(default_factory=dict)
     left: dict[Member, EngineStatus] = field(default_factory=dict)
     told: set[Member] = field(default_factory=set)
@@ -120,6 +123,7 @@ class Fleet:
     started: float
     engines: dict[str, Engine]
     agents: dict[Member, Agent] = field(default_factory=dict)
+    trainer_ranks: dict[int, Agent] = field(default_factory=dict)
     generation: int | None = None
     past_generations: set[int] = field(default_factory=set)
     stable: tuple[StableSeen, ...] = ()
@@ -145,13 +149,27 @@ class Fleet:
     call_number: int = 0
     sentence: str = ""
 
+    def enter(self, agent: Agent) -> None:
+        """Take a connected agent in."""
+        self.agents[agent.member] = agent
+        self._home(agent.member)[agent.member.rank] = agent
+
+    def leave(self, member: Member) -> Agent | None:
+        """Forget a connection; returns what was known of it."""
+        self._home(member).pop(member.rank, None)
+        return self.agents.pop(member, None)
+
+    def _home(self, member: Member) -> dict[int, Agent]:
+        return self.trainer_ranks if member.role == "trainer" else self.engines[member.engine].ranks
+
     def trainers(self) -> list[Agent]:
         """Connected trainer ranks, by rank."""
-        return [a for m, a in sorted(self.agents.items()) if m.role == "trainer"]
+        return [self.trainer_ranks[rank] for rank in sorted(self.trainer_ranks)]
 
     def ranks_of(self, engine: str) -> list[Agent]:
         """Connected ranks of an engine, by rank."""
-        return [a for m, a in sorted(self.agents.items()) if m.engine == engine and m.role == "inference"]
+        ranks = self.engines[engine].ranks
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def trainer_world(self) -> int | None:
         """How many trainer ranks there are to be, once one has said so."""

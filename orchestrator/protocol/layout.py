@@ -61,12 +61,22 @@ class Derived(msgspec.Struct, frozen=True, array_like=True):
     refresh: str
 
 
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """What rows ``[first_row, end_row)`` are to their owner, for people: the kind of slot and why it is that kind."""
+
+    first_row: int
+    end_row: int
+    slot: str
+    reason: str
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
     ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
     that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
-    placement (empty without one): when it changes, the plan does.
+    placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
+    transfer depends on them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -75,6 +85,7 @@ class Layout(msgspec.Struct, frozen=True):
     staging: int = -1
     derived: tuple[Derived, ...] = ()
     expert_map: str = ""
+    notes: tuple[Note, ...] = ()
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

@@ -25,7 +25,8 @@ class MarkerError(ValueError):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a marker says. ``sequence``: the commit's, ``round`` and ``digest`` as text, ``reason`` of a failure."""
+    """What a marker says. Beyond the version: the commit's ``sequence``, ``round`` and ``digest`` as text, the
+    fingerprint of the ``plan``, the names of the ``engines``, the ``reason`` of a failure; each where it applies."""
 
     schema: int
     run_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -34,6 +35,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence: Annotated[int, msgspec.Meta(ge=0)] = 0
     round: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
     digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
+    plan: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
+    engines: Annotated[str, msgspec.Meta(max_length=MAX_MARKER_BYTES // 2)] = ""
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)] = ""
 
     @property
@@ -45,14 +48,22 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 _decoder = msgspec.json.Decoder(Manifest)
 
 
-def manifest(
-    run_id: str, version: Version, *, sequence: int = 0, round: str = "", digest: str = "", reason: str = ""
-) -> Manifest:
-    """A Manifest of this schema."""
-    return Manifest(
-        schema=SCHEMA_VERSION, run_id=run_id, generation=version.generation, step=version.step,
-        sequence=sequence, round=round, digest=digest, reason=reason[:MAX_REASON_CHARS],
-    )  # fmt: skip
+def manifest(run_id: str, version: Version, **facts: str | int | float) -> Manifest:
+    """A Manifest of this schema; ``facts`` are its optional fields, the reason cut to its limit.
+
+    Raises:
+        MarkerError: a fact that is no field, or does not fit it.
+    """
+    unknown = facts.keys() - set(Manifest.__struct_fields__)
+    if unknown:
+        raise MarkerError(f"a manifest has no {', '.join(sorted(unknown))}")
+    fields = {"schema": SCHEMA_VERSION, "run_id": run_id, "generation": version.generation, "step": version.step}
+    if "reason" in facts:
+        facts["reason"] = str(facts["reason"])[:MAX_REASON_CHARS]
+    try:
+        return msgspec.convert({**facts, **fields}, Manifest)
+    except msgspec.ValidationError as error:
+        raise MarkerError(f"no manifest can say this: {error}") from error
 
 
 def step_name(step: int) -> str:

@@ -163,14 +163,17 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie."""
+    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
+
+    ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
+    """
 
     epoch: int
     journal_id: Name
     heartbeat_seconds: float
     transfer_seconds: float
     transport: NixlSettings | FilesystemSettings
-    rendezvous: HubRendezvous | TcpStoreRendezvous
+    rendezvous: HubRendezvous | TcpStoreRendezvous | None
     run_dir: str = ""
 
 

@@ -1,0 +1,568 @@
+"""A simulated fleet under the real core: virtual time, seeded faults, workers whose memory is the judge.
+
+Only the core runs for real. Trainers, engines, wires and the disk are models small enough to be read; what they get
+wrong is what real ones get wrong: answers that are lost, writers that stop and write later, processes that die and
+return, digests that do not match. ``World.check`` looks at the workers alone, never at the daemon's own state.
+"""
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from weightsync.orchestrator.core.commands import (
+    Accept,
+    Append,
+    CallEngine,
+    Command,
+    Deliver,
+    Drop,
+    MakePlan,
+    Refuse,
+    Send,
+    WriteMarker,
+)
+from weightsync.orchestrator.core.events import (
+    AgentConnected,
+    AgentLost,
+    AgentSaid,
+    Appended,
+    Call,
+    CallDone,
+    CallFailed,
+    Event,
+    MarkersSeen,
+    PlanFacts,
+    PlanReady,
+    StableSeen,
+    Tick,
+)
+from weightsync.orchestrator.core.machine import start, step
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
+from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Announce,
+    Closed,
+    Commit,
+    Connect,
+    EngineStatus,
+    FromDaemon,
+    Grant,
+    Hello,
+    Left,
+    NixlSettings,
+    Outcome,
+    PeerTransfer,
+    Quiesced,
+    Ready,
+    Staged,
+    TrainerStatus,
+    Verified,
+    Verify,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version, add_digests
+
+LAYOUT = Layout((), (), b"")
+BYTES_PER_EDGE = 100
+
+
+def digest_of(writer: int, version: Version | None, target: Member) -> tuple[int, int]:
+    """Of the bytes that one writer owes one target, at a version."""
+    return (hash((writer, version, target)) & (2**64 - 1), hash((version, target, writer)) & (2**64 - 1))
+
+
+@dataclass
+class Agent:
+    """A process with one connection at most."""
+
+    world: "World"
+    member: Member
+    incarnation: int
+    connection: int = 0
+    epoch: int = 0
+    journal_id: str = ""
+    alive: bool = True
+
+    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
+        raise NotImplementedError
+
+    def heard(self, message: FromDaemon) -> None:
+        raise NotImplementedError
+
+    def say(self, message: object) -> None:
+        """Over the present connection, if there is one; order is kept."""
+        if self.alive and self.connection:
+            self.world.to_daemon(AgentSaid(self.world.next_id(), self.member, self.connection, message))  # type: ignore[arg-type]
+
+    def receive(self, message: FromDaemon) -> None:
+        match message:
+            case Welcome():
+                if (message.epoch, message.journal_id) < (self.epoch, "") or (
+                    message.epoch == self.epoch and message.journal_id != self.journal_id
+                ):
+                    raise AssertionError(f"{self.member} was welcomed by an older daemon")
+                self.epoch, self.journal_id = message.epoch, message.journal_id
+                self.say(Announce(layout=LAYOUT))
+            case Connect():
+                self.world.later(0.05, lambda: self.say(Ready(fingerprint=message.fingerprint)))
+            case _:
+                self.heard(message)
+
+
+@dataclass
+class Worker(Agent):
+    """One rank of an engine. ``memory``: which version each writer's share holds; None is the checkpoint."""
+
+    memory: dict[int, Version | None] = field(default_factory=dict)
+    applied: Version | None = None
+    torn: bool = False
+    window: RoundName | None = None
+    window_version: Version | None = None
+    over: Callable[[bool], None] | None = None
+    refused: set[RoundName] = field(default_factory=set)
+
+    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
+        return {"engine": EngineStatus(self.applied, self.window, self.torn)}
+
+    @property
+    def may_run(self) -> bool:
+        return self.applied is not None and not self.torn and self.window is None
+
+    def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[bool], None]) -> None:
+        """The update call reaches the worker."""
+        if name in self.refused or self.window is not None:
+            over(False)
+            return
+        self.window, self.window_version, self.over = name, version, over
+        self.say(Quiesced(round=name))
+        self.world.later(deadline, lambda: self.leave(name, False, True))
+
+    def leave(self, name: RoundName, good: bool, torn: bool) -> None:
+        if self.window != name or not self.alive:
+            return
+        version, over = self.window_version, self.over
+        self.window, self.over = None, None
+        if good:
+            self.applied, self.torn = version, False
+        else:
+            self.torn = self.torn or torn
+        self.say(Left(round=name, status=EngineStatus(self.applied, None, self.torn)))
+        assert over is not None
+        over(good)
+
+    def heard(self, message: FromDaemon) -> None:
+        match message:
+            case Verify():
+                self.world.later(self.world.short(), lambda: self._verify(message))
+            case Commit():
+                self.leave(message.round, True, False)
+            case Abort():
+                self.refused.add(message.round)
+                self.leave(message.round, False, message.torn)
+            case _:
+                pass
+
+    def _verify(self, message: Verify) -> None:
+        if self.window != message.round:
+            return
+        digest = add_digests(*(digest_of(w, v, self.member) for w, v in self.memory.items()))
+        size = BYTES_PER_EDGE * self.world.trainers
+        self.say(Verified(round=message.round, digest=digest, bytes=size, apply_seconds=0.0, digest_seconds=0.0))
+
+
+@dataclass
+class Trainer(Agent):
+    """One trainer rank."""
+
+    generation: int = 0
+    staged: Version | None = None
+    open: RoundName | None = None
+
+    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
+        return {"trainer": TrainerStatus(self.staged, self.open)}
+
+    def heard(self, message: FromDaemon) -> None:
+        match message:
+            case Grant():
+                self._write(message)
+            case Outcome():
+                self.world.outcome(self, message)
+            case _:
+                pass
+
+    def _write(self, grant: Grant) -> None:
+        if self.open is not None or self.staged != grant.version or grant.round.epoch != self.epoch:
+            self.say(Closed(round=grant.round, error="the slots hold another version", fault="trainer"))
+            return
+        self.open = grant.round
+        version, rank = grant.version, self.member.rank
+        targets = [self.world.workers[m] for m in grant.members]
+        stopped = self.world.fault("stopped writer")
+        for worker in targets:
+            delay = self.world.rng.uniform(1, 60) if stopped else self.world.short()
+            corrupt = self.world.fault("corrupt write")
+            self.world.later(delay, lambda w=worker, c=corrupt: self._land(w, version, c))
+        ends = 61.0 if stopped else self.world.SHORT
+        self.world.later(ends, lambda: self._close(grant, targets))
+
+    def _land(self, worker: Worker, version: Version, corrupt: bool) -> None:
+        if worker.alive and self.alive:  # a dead process writes nothing more; a stopped one does
+            worker.memory[self.member.rank] = Version(0, -1) if corrupt else version
+
+    def _close(self, grant: Grant, targets: list[Worker]) -> None:
+        if not self.alive:
+            return
+        rank = self.member.rank
+        self.open = None
+        peers = tuple(
+            PeerTransfer(w.member, BYTES_PER_EDGE, 1, 0.01, digest_of(rank, grant.version, w.member)) for w in targets
+        )
+        dead = [w for w in targets if not w.alive]
+        error = f"{dead[0].member} is gone" if dead else ""
+        self.say(Closed(round=grant.round, peers=() if dead else peers, error=error))
+
+
+@dataclass
+class Server:
+    """An engine's API server and core: held from its start, serving when not paused."""
+
+    name: str
+    paused: bool = True
+
+
+class World:
+    """Everything, and the clock."""
+
+    SHORT = 0.2
+
+    def __init__(self, seed: int, engines: int = 2, ranks: int = 2, trainers: int = 2, faults: float = 0.0) -> None:
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        self.faults, self.trainers, self.ranks = faults, trainers, ranks
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._ids = itertools.count(1)
+        self.log: list[str] = []
+        self.policy = Policy(
+            run_id="sim", engines=tuple(EngineConfig(f"e{i}") for i in range(engines)), transport=NixlSettings(),
+            attempts=4, backoff=0.5, join=2000.0, staged=500.0, rendezvous=20.0, probe=2.0, pause=10.0, quiesce=10.0,
+            transfer=10.0, verify=10.0, finish=10.0,
+        )  # fmt: skip
+        self.disk: list[bytes] = []
+        self.stable: set[StableSeen] = set()
+        self.committed: list[Version] = []
+        self.decided: set[Version] = set()
+        self.servers: dict[str, Server] = {}
+        self.workers: dict[Member, Worker] = {}
+        self.trainer_ranks: list[Trainer] = []
+        self.generation = 0
+        self.step_number = 0
+        self.waiting: Version | None = None
+        self.fleet: Fleet | None = None
+        self.life = 0
+        self.finished_versions = 0
+        for i in range(engines):
+            self.start_engine(f"e{i}")
+        self.start_trainer()
+        self.start_daemon()
+
+    # ------------------------------------------------------------------------------------------------------ machinery
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def later(self, delay: float, work: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (self.now + delay, next(self._order), work))
+
+    def short(self) -> float:
+        return self.rng.uniform(0.001, self.SHORT / 2)
+
+    def fault(self, what: str) -> bool:
+        happens = self.rng.random() < self.faults
+        if happens:
+            self.log.append(f"{self.now:9.3f} FAULT {what}")
+        return happens
+
+    def run(self, until: float) -> None:
+        """Advance to ``until``, checking after everything that happens."""
+        while self._heap and self._heap[0][0] <= until:
+            self.now, _, work = heapq.heappop(self._heap)
+            work()
+            self.check()
+        self.now = until
+
+    def check(self) -> None:
+        """S1, judged from the workers: who serves holds one whole version that was decided."""
+        for server in self.servers.values():
+            if server.paused:
+                continue
+            workers = [w for w in self.workers.values() if w.member.engine == server.name]
+            held = {version for w in workers for version in w.memory.values()}
+            applied = {w.applied for w in workers}
+            assert len(held) == 1, f"{server.name} serves a mixture: {held}\n{self.story()}"
+            assert held == applied, f"{server.name} serves {held}, its workers say {applied}\n{self.story()}"
+            assert held <= self.decided, f"{server.name} serves {held}, decided {self.decided}\n{self.story()}"
+
+    def story(self) -> str:
+        return "\n".join(self.log[-80:])
+
+    # --------------------------------------------------------------------------------------------------------- daemon
+    def start_daemon(self) -> None:
+        self.life += 1
+        records: list[AnyRecord] = [decode_record(body) for body in self.disk]
+        self.fleet, commands = start(self.policy, "journal", records, self.now)
+        self.log.append(f"{self.now:9.3f} daemon starts with epoch {self.fleet.epoch}")
+        self._perform(commands)
+        self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
+        self._tick(self.life)
+        for agent in [*self.trainer_ranks, *self.workers.values()]:
+            agent.connection = 0
+            self.later(self.rng.uniform(0, 3), lambda a=agent: self.connect(a))
+
+    def crash_daemon(self) -> None:
+        self.log.append(f"{self.now:9.3f} daemon is killed")
+        self.fleet = None
+        self.life += 1
+        for agent in [*self.trainer_ranks, *self.workers.values()]:
+            agent.connection = 0
+        self.later(self.rng.uniform(0.1, 20), self.start_daemon)
+
+    def _tick(self, life: int) -> None:
+        if life == self.life:
+            self.to_daemon(Tick(self.next_id()))
+            self.later(0.25, lambda: self._tick(life))
+
+    def to_daemon(self, event: Event) -> None:
+        """Delivered at once, in order; lost when there is no daemon."""
+        life = self.life
+        self.later(0.0, lambda: self._step(event, life))
+
+    def _step(self, event: Event, life: int) -> None:
+        if self.fleet is None or life != self.life:
+            return
+        if not isinstance(event, Tick):
+            self.log.append(f"{self.now:9.3f} {event}")
+        self._perform(step(self.fleet, [event], self.now))
+
+    def _perform(self, commands: list[Command]) -> None:
+        life = self.life
+        for number, command in enumerate(commands):
+            if not isinstance(command, Append):
+                self._do(command)
+                continue
+            self.log.append(f"{self.now:9.3f} journal {command.record}")
+            if self.fault("killed at a record") and self.faults:
+                if self.rng.random() < 0.5:
+                    self._durable(command.record)
+                self.crash_daemon()
+                return
+            self._durable(command.record)
+            if command.answer:
+                kind, name = type(command.record).__name__, getattr(command.record, "round", None)
+                self.later(0.002, lambda k=kind, n=name: self._step(Appended(self.next_id(), k, n), life))
+            del number
+
+    def _durable(self, record: Record) -> None:
+        self.disk.append(encode_record(record))
+        if isinstance(record, Decided):
+            self.decided.add(record.version)
+        if isinstance(record, Committed):
+            self.committed.append(record.version)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Accept():
+                self._deliver(command.member, command.connection, command.welcome)
+            case Refuse() | Drop():
+                agent = self.agent(command.member)
+                if agent.connection == command.connection:
+                    agent.connection = 0
+                    self.later(self.rng.uniform(0.5, 2), lambda: self.connect(agent))
+            case Send():
+                self._deliver(command.member, None, command.message)
+            case Deliver():
+                self._deliver(command.member, None, command.connect)
+            case MakePlan():
+                self.to_daemon(PlanReady(self.next_id(), command.number, plan_facts(command)))
+            case CallEngine():
+                self._call(command)
+            case WriteMarker():
+                if command.kind != "TRANSFER_READY":
+                    self.stable = {s for s in self.stable if s.step != command.version.step}
+            case _:
+                self.log.append(f"{self.now:9.3f} {command}")
+
+    def agent(self, member: Member) -> Agent:
+        return self.trainer_ranks[member.rank] if member.role == "trainer" else self.workers[member]
+
+    def _deliver(self, member: Member, connection: int | None, message: FromDaemon) -> None:
+        agent = self.agent(member)
+        at = agent.connection if connection is None else connection
+
+        def arrive() -> None:
+            if agent.alive and agent.connection == at and at:
+                agent.receive(message)
+
+        self.later(0.001, arrive)
+
+    # --------------------------------------------------------------------------------------------------------- agents
+    def connect(self, agent: Agent) -> None:
+        if not agent.alive or agent.connection or self.fleet is None:
+            if agent.alive and not agent.connection:
+                self.later(1.0, lambda: self.connect(agent))
+            return
+        agent.connection = self.next_id()
+        hello = Hello(
+            schema=1, run_id="sim", member=agent.member, incarnation=agent.incarnation,
+            world=self.trainers if agent.member.role == "trainer" else self.ranks,
+            generation=getattr(agent, "generation", 0), epoch_seen=agent.epoch, journal_id=agent.journal_id,
+            **agent.status(),  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.to_daemon(AgentConnected(self.next_id(), agent.member, agent.connection, hello))
+
+    def disconnect(self, agent: Agent) -> None:
+        if agent.connection:
+            self.to_daemon(AgentLost(self.next_id(), agent.member, agent.connection, "connection reset"))
+            agent.connection = 0
+            self.later(self.rng.uniform(0.1, 5), lambda: self.connect(agent))
+
+    def start_engine(self, name: str) -> None:
+        self.servers[name] = Server(name)
+        for rank in range(self.ranks):
+            member = Member("inference", name, rank)
+            self.workers[member] = Worker(
+                self, member, self.next_id(), memory=dict.fromkeys(range(self.trainers), None)
+            )
+
+    def kill_engine(self, name: str) -> None:
+        """All its processes die; they return with checkpoint weights, held."""
+        self.log.append(f"{self.now:9.3f} engine {name} dies")
+        self.servers[name].paused = True
+        for worker in [w for w in self.workers.values() if w.member.engine == name]:
+            worker.alive = False
+            if worker.over is not None:
+                over, worker.over = worker.over, None
+                over(False)
+            if worker.connection:
+                self.to_daemon(AgentLost(self.next_id(), worker.member, worker.connection, "process died"))
+                worker.connection = 0
+        self.start_engine(name)
+
+    def start_trainer(self) -> None:
+        self.generation += 1
+        self.step_number += 1
+        self.trainer_ranks = [
+            Trainer(self, Member("trainer", "", rank), self.next_id(), generation=self.generation)
+            for rank in range(self.trainers)
+        ]
+        for agent in self.trainer_ranks:
+            self.later(self.rng.uniform(0, 2), lambda a=agent: self.connect(a))
+        self.waiting = None
+        generation = self.generation
+        self.later(3.0, lambda: self.publish(generation))
+
+    def kill_trainer(self) -> None:
+        self.log.append(f"{self.now:9.3f} the trainer dies")
+        for agent in self.trainer_ranks:
+            agent.alive = False
+            if agent.connection:
+                self.to_daemon(AgentLost(self.next_id(), agent.member, agent.connection, "process died"))
+                agent.connection = 0
+        self.later(self.rng.uniform(1, 10), self.start_trainer)
+
+    def publish(self, generation: int) -> None:
+        """All ranks stage the next version, rank 0 marks it; again when its fate is known."""
+        if generation != self.generation or not all(agent.alive for agent in self.trainer_ranks):
+            return
+        if self.waiting is not None or any(agent.open for agent in self.trainer_ranks):
+            self.later(1.0, lambda: self.publish(generation))
+            return
+        self.step_number += 1
+        self.waiting = version = Version(generation, self.step_number)
+        for agent in self.trainer_ranks:
+            agent.staged = version
+            agent.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
+        self.stable.add(StableSeen(version.step, generation if self.rng.random() < 0.5 else None))
+        self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
+
+    def outcome(self, trainer: Trainer, message: Outcome) -> None:
+        if message.version == self.waiting and trainer.generation == self.generation:
+            if message.committed:
+                assert message.version in self.committed, f"told of a commit that is not durable\n{self.story()}"
+            self.waiting = None
+            self.finished_versions += 1
+            generation = self.generation
+            self.later(self.rng.uniform(0.5, 5), lambda: self.publish(generation))
+
+    # -------------------------------------------------------------------------------------------------------- engines
+    def _call(self, command: CallEngine) -> None:
+        life = self.life
+
+        def answer(good: bool, paused: bool | None = None) -> None:
+            if self.fault("answer lost"):
+                left = max(0.0, command.deadline - 0.2)
+                self.later(left, lambda: report(CallFailed(self.next_id(), name, call, command.number, "no answer")))
+            elif good:
+                report(CallDone(self.next_id(), name, call, command.number, 0.01, paused))
+            else:
+                report(CallFailed(self.next_id(), name, call, command.number, "500"))
+
+        def report(event: Event) -> None:
+            self.later(0.0, lambda: self._step(event, life))
+
+        name, call = command.engine, command.call
+        self.later(self.short(), lambda: self._route(command, answer))
+
+    def _route(self, command: CallEngine, answer: Callable[..., None]) -> None:
+        server = self.servers[command.engine]
+        workers = [w for w in self.workers.values() if w.member.engine == server.name]
+        if self.fault("call refused"):
+            answer(False)
+            return
+        match command.call:
+            case Call.PROBE:
+                answer(True, server.paused)
+            case Call.INIT:
+                for worker in workers:
+                    self.connect(worker)
+                answer(True)
+            case Call.PAUSE:
+                server.paused = True
+                answer(True, True)
+            case Call.UPDATE:
+                self._update(command, workers, answer)
+            case Call.FINISH:
+                answer(True)
+            case Call.RESUME:
+                servable = all(w.may_run for w in workers)
+                if servable:
+                    server.paused = False
+                answer(servable, server.paused)
+
+    def _update(self, command: CallEngine, workers: list[Worker], answer: Callable[..., None]) -> None:
+        assert command.round is not None
+        assert command.version is not None
+        results: list[bool] = []
+
+        def over(good: bool) -> None:
+            results.append(good)
+            if len(results) == len(workers):
+                answer(all(results), True)
+
+        for worker in workers:
+            worker.enter(command.round, command.version, command.deadline * 0.9, over)
+
+
+def plan_facts(command: MakePlan) -> PlanFacts:
+    """Everybody sends to everybody; the fingerprint names the incarnations."""
+    members = sorted((p.member, p.incarnation) for p in (*command.sources, *command.targets))
+    connects = {
+        member: Connect(fingerprint=str(hash((member, tuple(members)))), root="r", peers=(), copies=b"", expected_bytes=1)
+        for member, _ in members
+    }
+    flows = {(s.member, t.member): BYTES_PER_EDGE for s in command.sources for t in command.targets}
+    return PlanFacts("root", connects, flows, True)
