@@ -5,6 +5,7 @@ worker's main thread. It owns the ``InferenceAgent`` of the worker and hands eve
 versions of vLLM is in ``engine_lifecycle`` and ``engine_callback``; ``engine_adapter`` chooses.
 """
 
+import logging
 import os
 from typing import Annotated, Any, Final, Protocol, TypeVar
 
@@ -36,9 +37,8 @@ class InfoError(ValueError):
 class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``/init_weight_transfer_engine``: how the agent of each worker reaches its daemon.
 
-    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks as ``GET /get_world_size`` tells
-    it (0: as the workers' configuration says), ``deadline_seconds`` the time within which the first connection, the
-    rendezvous and NIXL must be set up.
+    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas,
+    as ``GET /get_world_size`` tells it. ``deadline_seconds`` bounds each attempt to connect.
     """
 
     hub_url: Text
@@ -46,14 +46,14 @@ class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     run_id: Text
     engine: Text
     deadline_seconds: Seconds
-    world: Natural = 0
+    world: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``/update_weights``: one round in this engine.
 
-    ``token`` makes the call idempotent; ``generation`` and ``step`` name the version; ``path`` is the checkpoint
-    directory of the filesystem transport, empty otherwise. The call returns within ``deadline_seconds``.
+    ``token`` names the call in logs; the round makes it idempotent; ``generation`` and ``step`` name the version. The
+    call returns within ``deadline_seconds``.
     """
 
     token: Text
@@ -62,14 +62,16 @@ class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     generation: Natural
     step: Natural
     deadline_seconds: Seconds
-    path: str = ""
 
 
 class Agent(Protocol):
-    """What an engine asks of the agent of its worker (``weightsync.agents.vllm.agent.InferenceAgent``)."""
+    """What an engine asks of the agent of its worker (``weightsync.agents.vllm.agent.InferenceAgent``).
 
-    def begin(self, init_info: InitInfo) -> None: ...
-    def update(self, update_info: UpdateInfo) -> None: ...
+    ``begin`` takes an ``InitInfo``, ``update`` an ``UpdateInfo``.
+    """
+
+    def begin(self, info: Any, /) -> None: ...
+    def update(self, info: Any, /) -> None: ...
     def close(self) -> None: ...
     @property
     def may_run(self) -> bool: ...
@@ -82,20 +84,24 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     from weightsync.agents.vllm.agent import InferenceAgent
     from weightsync.agents.vllm.recorder import recorded_layout
 
-    agent: Agent = InferenceAgent(ranks=ranks, model=model, device=device, recorded=recorded_layout(model, vllm_config))
-    return agent
+    return InferenceAgent(ranks=ranks, device=device, recorded=recorded_layout(model, vllm_config))
 
 
-def equip(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> Agent:
+def equip(model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any = None) -> Agent:
     """What every adapter's constructor does: gate and agent, or a refusal to start.
+
+    Args:
+        vllm_config: where the adapter knows it; it only makes errors clearer.
 
     Raises:
         HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
         RanksError: the parallel configuration contradicts itself.
+        RecordError: the model's layout is not known.
     """
+    _log_where_vllm_does()
     hold.require()
     gate.install()
-    ranks = engine_ranks(vllm_config.parallel_config)
+    ranks = engine_ranks(parallel_config)
     agent = make_agent(ranks, model, device, vllm_config)
     logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
     return agent
@@ -126,6 +132,14 @@ def parse_update_info(body: dict[str, Any], kind: type[T]) -> T:
 def synchronize(device: torch.device) -> None:
     """Waits until everything queued on ``device`` is done; not every vLLM's pause does."""
     torch.get_device_module(device.type).synchronize()
+
+
+def _log_where_vllm_does() -> None:
+    """Our lines belong into the server's log; vLLM gives handlers to its own logger only."""
+    ours, theirs = logging.getLogger("weightsync"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)
 
 
 def _convert(body: Any, kind: type[T], name: str) -> T:

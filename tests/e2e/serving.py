@@ -426,12 +426,18 @@ class Hammer:
     ``answers`` are (seconds on the monotonic clock, answer) pairs; ``failures`` counts attempts without an answer.
     """
 
-    def __init__(self, server: VllmServer, prompt: Sequence[int] = DEFAULT_PROMPTS[0], clients: int = 2) -> None:
+    def __init__(
+        self,
+        server: VllmServer,
+        prompt: Sequence[int] = DEFAULT_PROMPTS[0],
+        clients: int = 2,
+        timeout: float = ANSWER_SECONDS,
+    ) -> None:
         self.answers: list[tuple[float, Answer]] = []
         self.failures = 0
         self._first = threading.Event()
         self._stop = threading.Event()
-        self._server, self._prompt = server, prompt
+        self._server, self._prompt, self._timeout = server, prompt, timeout
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(clients)]
 
     def __enter__(self) -> Self:
@@ -444,7 +450,7 @@ class Hammer:
     ) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=2 * ANSWER_SECONDS)
+            thread.join(timeout=2 * self._timeout)
 
     def wait_answer(self, seconds: float = ANSWER_SECONDS) -> bool:
         """Waits for the first answer since the start; false when none came."""
@@ -453,7 +459,7 @@ class Hammer:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                answer = self._server.complete(self._prompt, 4, timeout=ANSWER_SECONDS)
+                answer = self._server.complete(self._prompt, 4, timeout=self._timeout)
             except (OSError, HTTPException, RequestFailed, KeyError):
                 self.failures += 1
                 self._stop.wait(0.05)

@@ -4,13 +4,15 @@ The CPU build packs linear weights at load and empties their parameters, so that
 build does nothing of the kind. The directory of this file goes on ``PYTHONPATH`` (see ``serving.environment``).
 """
 
+import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 SERVABLE_FLAG = "WEIGHTSYNC_TEST_SERVABLE"
-"""Environment variable naming a file. While the variable is set, every worker says that its weights may be served when
-that file exists and not otherwise, whatever its agent says: a double for tests of the hold and the gate alone."""
+"""Environment variable naming a file. If it is set, workers get a ``FlagAgent`` that follows this file in place of
+their real agent: for tests of the hold, the gate and the calls, without a daemon."""
 
 
 def register() -> None:
@@ -42,9 +44,45 @@ def _keep_linear_weights_live() -> None:
 
 
 def _follow(flag: Path) -> None:
-    from weightsync.agents.vllm import gate
+    from weightsync.agents.vllm import engine
 
-    def reason(worker: Any) -> str:
-        return "" if flag.exists() else f"the test has not made {flag.name}"
+    def make_agent(ranks: Any, *others: Any) -> FlagAgent:
+        flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))
+        return FlagAgent(flag)
 
-    gate.reason_not_servable = reason
+    engine.make_agent = make_agent
+
+
+@dataclass(frozen=True, slots=True)
+class FlagStatus:
+    """Where ``FlagAgent`` stands, in the words of the real agent's status."""
+
+    torn: bool
+    applied: None = None
+    window: None = None
+
+
+class FlagAgent:
+    """The double: servable while ``flag`` exists, torn while ``flag`` with the suffix ``.torn`` does.
+
+    Each one leaves its ranks in ``flag`` with the suffix ``.rank<rank>``.
+    """
+
+    def __init__(self, flag: Path) -> None:
+        self._flag = flag
+
+    @property
+    def may_run(self) -> bool:
+        return self._flag.exists()
+
+    @property
+    def status(self) -> FlagStatus:
+        return FlagStatus(torn=self._flag.with_suffix(".torn").exists())
+
+    def begin(self, init_info: Any) -> None: ...
+
+    def update(self, update_info: Any) -> None:
+        if self.status.torn:
+            raise RuntimeError(f"round {update_info.round_number} tore the weights")
+
+    def close(self) -> None: ...

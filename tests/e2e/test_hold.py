@@ -1,0 +1,188 @@
+"""A real vLLM under the hold: nobody gets a token before the weights are servable, nor after they are torn.
+
+The workers' agents are doubles that follow a file (``weightsync_cpu_test_plugin.FlagAgent``), so that no daemon takes
+part: what is shown is the hold, the gate and the calls alone.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Answer, Hammer, VllmServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PROMPT = (5, 6, 7, 8)
+QUIET_SECONDS = 2.0
+"""How long clients must get nothing; an answer of this model takes some 50 ms."""
+
+INIT = {
+    "hub_url": "ws://127.0.0.1:1",
+    "token_file": "/nonexistent",
+    "run_id": "run",
+    "engine": "engine",
+    "deadline_seconds": 5.0,
+}
+UPDATE = {"token": "1.1", "round_epoch": 1, "round_number": 1, "generation": 1, "step": 1, "deadline_seconds": 5.0}
+
+
+@dataclass
+class Held:
+    """A server whose workers follow ``flag``, and what clients got that asked it from its start on."""
+
+    server: VllmServer
+    flag: Path
+    early: list[Any] = field(default_factory=list)
+
+    @property
+    def torn(self) -> Path:
+        return self.flag.with_suffix(".torn")
+
+    def ranks(self) -> list[dict[str, int]]:
+        """What each worker took for its ranks, in their order."""
+        found = [json.loads(path.read_text()) for path in self.flag.parent.glob("*.rank*")]
+        return sorted(found, key=lambda ranks: ranks["rank"])
+
+    def refused_to_resume(self) -> str:
+        """Asks for a resume that must be refused, with the engine paused and healthy afterwards; the reason."""
+        status, body = self.server.post("/resume")
+        assert status >= 400, body
+        assert self.server.is_paused()
+        assert self.server.healthy()
+        return str(body["error"])
+
+    def update(self, expect: int = 200) -> Any:
+        """Start, update and finish as the daemon calls them; the answer to the update."""
+        body = {"is_checkpoint_format": False}
+        assert self.server.post("/start_weight_update", body)[0] == 200
+        status, answer = self.server.post("/update_weights", {"update_info": UPDATE})
+        assert status == expect, answer
+        if status == 200:
+            assert self.server.post("/finish_weight_update", {"weight_version": "v1"})[0] == 200
+        return answer
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp2", "dp2"])
+def held(request: pytest.FixtureRequest, qwen3: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Held:
+    """A server that clients hammered until it was ready and for a while longer."""
+    tp, dp = request.param
+    flag = tmp_path_factory.mktemp("held") / "servable"
+    server = serve(qwen3, tp=tp, dp=dp, env={"WEIGHTSYNC_TEST_SERVABLE": str(flag)}, log=flag.with_suffix(".log"))
+    with Hammer(server, clients=1, timeout=QUIET_SECONDS) as hammer:
+        server.wait_ready()
+        hammer.wait_answer(QUIET_SECONDS)
+    return Held(server, flag, hammer.answers)
+
+
+def in_background(action: Callable[[], Answer]) -> tuple[threading.Thread, list[Answer]]:
+    """Runs ``action`` in a thread; its result appears in the list."""
+    results: list[Answer] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def test_clients_that_hammer_from_the_start_get_nothing(held: Held) -> None:
+    assert held.early == []
+    assert held.server.is_paused()
+
+
+def test_workers_know_their_ranks(held: Held) -> None:
+    ranks = held.ranks()
+    assert [r["rank"] for r in ranks] == [0, 1]
+    assert [r["tp_rank"] for r in ranks] == ([0, 1] if held.server.tp == 2 else [0, 0])
+    assert [r["dp_rank"] for r in ranks] == ([0, 1] if held.server.dp == 2 else [0, 0])
+    assert held.server.get("/get_world_size") == (200, {"world_size": 2})
+
+
+def test_a_strangers_resume_is_refused(held: Held) -> None:
+    assert "not servable: rank 0: no version has been committed" in held.refused_to_resume()
+    assert held.server.post("/pause?mode=wait&clear_cache=false")[0] >= 400
+    assert held.server.post("/pause?mode=abort&clear_cache=false")[0] == 200
+    assert "not servable" in held.refused_to_resume()
+
+
+def test_calls_out_of_order_do_no_harm(held: Held) -> None:
+    for path, body in (("/update_weights", {"update_info": UPDATE}), ("/finish_weight_update", {})):
+        status, answer = held.server.post(path, body)
+        assert status == 500
+        assert "/start_weight_update first" in json.dumps(answer)
+    for _ in range(2):  # as when a daemon dies after its start
+        assert held.server.post("/start_weight_update", {"is_checkpoint_format": False})[0] == 200
+    status, answer = held.server.post("/update_weights", {"update_info": {"token": 1}})
+    assert status == 500
+    assert "update_info" in json.dumps(answer)
+    assert "not servable" in held.refused_to_resume()
+
+
+def test_weights_cannot_be_changed_outside_of_a_round(held: Held) -> None:
+    assert held.server.post("/collective_rpc", {"method": "reload_weights"})[0] == 500
+    assert held.server.post("/sleep?level=1")[0] == 500
+    assert "not servable" in held.refused_to_resume()
+
+
+def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None:
+    thread, results = in_background(lambda: held.server.complete(PROMPT, 4))
+    assert held.server.post("/pause?mode=keep&clear_cache=true")[0] == 200
+    assert held.server.post("/init_weight_transfer_engine", {"init_info": {**INIT, "world": 2}})[0] == 200
+    held.update()
+    assert "not servable" in held.refused_to_resume()
+    assert results == []
+    held.flag.touch()
+    assert held.server.post("/resume") == (200, {"status": "resumed"})
+    assert not held.server.is_paused()
+    thread.join(60)
+    assert results == [held.server.complete(PROMPT, 4)]
+
+
+def test_an_update_needs_a_pause(held: Held) -> None:
+    assert "pause" in json.dumps(held.update(expect=500))
+    assert len(held.server.complete(PROMPT, 4).tokens) == 4
+
+
+def test_a_torn_engine_stays_paused_until_it_is_repaired(held: Held) -> None:
+    before = held.server.complete(PROMPT, 4)
+    assert held.server.post("/pause?mode=keep&clear_cache=true")[0] == 200
+    held.flag.unlink()
+    held.torn.touch()
+    answer = json.dumps(held.update(expect=500))
+    assert "round 1 tore the weights" in answer
+    if held.server.tp == 2:
+        assert "2 of 2 workers: rank 0: " in answer
+    thread, results = in_background(lambda: held.server.complete(PROMPT, 4))
+    assert "torn" in held.refused_to_resume()
+    held.torn.unlink()
+    held.update()
+    held.flag.touch()
+    assert results == []
+    assert held.server.post("/resume")[0] == 200
+    thread.join(60)
+    assert results == [before]
+
+
+def test_a_restarted_engine_is_held_again(held: Held) -> None:
+    held.flag.unlink()
+    held.server.kill()
+    held.server.start()
+    with Hammer(held.server, clients=1, timeout=QUIET_SECONDS) as hammer:
+        held.server.wait_ready()
+        assert held.server.is_paused()
+        assert not hammer.wait_answer(QUIET_SECONDS)
+    assert "not servable" in held.refused_to_resume()
+    held.flag.touch()
+    assert held.server.post("/resume")[0] == 200
+    assert len(held.server.complete(PROMPT, 4).tokens) == 4
+
+
+def test_the_gate_stops_what_the_hold_would_let_through(held: Held) -> None:
+    """Last of all, because an engine whose worker refuses a batch ends."""
+    held.flag.unlink()
+    status, body = held.server.request(
+        "POST", "/v1/completions", {"model": "tiny", "prompt": list(PROMPT), "max_tokens": 1}
+    )
+    assert status >= 500, body
+    assert "a batch of 4 tokens is refused: no version has been committed" in held.server.log_path.read_text()
