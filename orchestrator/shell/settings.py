@@ -15,6 +15,7 @@ from weightsync.orchestrator.shell.settings_document import ConfigError as Confi
 from weightsync.orchestrator.shell.settings_document import Document
 from weightsync.orchestrator.shell.settings_document import Problem as Problem
 from weightsync.orchestrator.shell.settings_explain import explain
+from weightsync.orchestrator.shell.settings_secrets import read_secret as read_secret
 from weightsync.orchestrator.shell.settings_sections import Deadlines as Deadlines
 from weightsync.orchestrator.shell.settings_sections import Engine as Engine
 from weightsync.orchestrator.shell.settings_sections import FilesystemTransport as FilesystemTransport
@@ -34,9 +35,6 @@ from weightsync.orchestrator.shell.settings_sections import Url as Url
 
 MAX_ENGINES: Final = 4096
 """Engines of one run; the hub was measured to 4096 agents."""
-
-MAX_SECRET_BYTES: Final = 4096
-"""A bearer token; longer files are something else."""
 
 
 class Settings(BaseSettings):
@@ -145,22 +143,3 @@ def _anchored(model: Model, base: Path) -> Model:
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             update[name] = tuple(_anchored(item, base) for item in value)
     return model.model_copy(update=update)
-
-
-def read_secret(path: Path) -> str:
-    """The one-line secret in ``path``, without surrounding white space.
-
-    Raises:
-        ConfigError: unreadable, empty, too long, or more than one line.
-    """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_SECRET_BYTES + 1)
-    except OSError as error:
-        fix = "create it, readable by the daemon's user only (mode 0600)"
-        raise ConfigError(path, Problem("", "", f"secret cannot be read: {error.strerror or error}", fix)) from error
-    text = data.decode("utf-8", "replace").strip()
-    if not text or len(data) > MAX_SECRET_BYTES or not text.isprintable() or " " in text or not text.isascii():
-        fix = "write one line, for example: openssl rand -hex 32 > FILE"
-        raise ConfigError(path, Problem("", "", "is no secret of one line of printable ASCII without spaces", fix))
-    return text

@@ -38,15 +38,13 @@ class Problem:
     variable: str = ""
 
     def where(self) -> str:
-        """``line 12: engines[0].url`` or the environment variable that set it."""
-        key = self.key or "(whole file)"
-        if self.variable:
-            return f"environment variable {self.variable}: {key}"
-        return key if self.line is None else f"line {self.line}: {key}"
+        """``line 12: engines[0].url: ``, or the environment variable that set it; empty for the whole file."""
+        source = f"environment variable {self.variable}" if self.variable else f"line {self.line}" if self.line else ""
+        return "".join(f"{part}: " for part in (source, self.key) if part)
 
     def __str__(self) -> str:
         found = f" (found {self.value})" if self.value else ""
-        return f"{self.where()}: {self.problem}{found}. Fix: {self.fix}"
+        return f"{self.where()}{self.problem}{found}. Fix: {self.fix}"
 
 
 class ConfigError(Exception):

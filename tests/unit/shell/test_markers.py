@@ -317,3 +317,12 @@ def test_a_manifest_has_a_limit() -> None:
     with pytest.raises(MarkerError, match="more than"):
         decode_manifest(b"x" * (MAX_MARKER_BYTES + 1))
     assert decode_manifest(b" \n") is None
+
+
+def test_a_manifest_says_only_what_it_has_fields_for() -> None:
+    told = manifest(RUN, Version(1, 2), round="1.2", engines="a, b", reason="x" * 10_000)
+    assert (told.engines, len(told.reason)) == ("a, b", 4000)
+    with pytest.raises(MarkerError, match="has no colour"):
+        manifest(RUN, Version(1, 2), colour="red")
+    with pytest.raises(MarkerError, match="sequence"):
+        manifest(RUN, Version(1, 2), sequence=-1)

@@ -1,0 +1,181 @@
+"""What the daemon shows of itself, as ``/status`` and ``/rounds`` answer it and as the command line prints it."""
+
+from collections.abc import Iterable
+from typing import Any, Final, Literal
+
+import msgspec
+from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.names import Member, Version
+
+VIEW_SCHEMA: Final = 1
+"""Raised when a field changes its meaning; new fields do not raise it."""
+
+HISTORY_ROUNDS: Final = 20
+"""Rounds in a StatusView; ``/rounds`` tells more."""
+
+
+class VersionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight version. ``sequence`` is its place in the order of commits, 0 where it has none."""
+
+    step: int
+    generation: int
+    sequence: int = 0
+    digest: str = ""
+    unix_time: float = 0.0
+
+
+def version_view(version: Version | None, sequence: int = 0, unix_time: float = 0.0) -> VersionView | None:
+    """A version of the protocol as a view."""
+    if version is None:
+        return None
+    return VersionView(step=version.step, generation=version.generation, sequence=sequence, unix_time=unix_time)
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine. ``state``: serving, paused, torn, held, joining, unreachable, updating; ``since`` in unix time.
+
+    ``paused`` is what the engine itself said last, None where it did not say.
+    """
+
+    name: str
+    url: str
+    role: str
+    state: str
+    version: VersionView | None = None
+    ranks_connected: int = 0
+    ranks_expected: int = 0
+    paused: bool | None = None
+    torn: bool = False
+    error: str = ""
+    since: float = 0.0
+
+
+class TrainerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer rank."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    state: str = ""
+    staged: VersionView | None = None
+    since: float = 0.0
+
+
+class ProgressView(msgspec.Struct, frozen=True, kw_only=True):
+    """The round under way."""
+
+    round: str
+    version: VersionView
+    phase: str
+    attempt: int
+    elapsed_seconds: float
+
+
+class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished round. ``bytes`` over all edges; ``wire_gb_per_s`` in 10^9 bytes per second, 0 if nothing moved.
+
+    ``pause_ms``: until the last engine was paused; ``stall_ms``: from the first pause to the last resume;
+    ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole round.
+    """
+
+    round: str
+    step: int
+    generation: int
+    attempt: int
+    outcome: str
+    engines: tuple[str, ...] = ()
+    evicted: tuple[str, ...] = ()
+    bytes: int = 0
+    descriptors: int = 0
+    wire_gb_per_s: float = 0.0
+    pause_ms: float = 0.0
+    stall_ms: float = 0.0
+    verify_ms: float = 0.0
+    total_ms: float = 0.0
+    times_ms: dict[str, float] = {}
+    reason: str = ""
+    unix_time: float = 0.0
+
+    def fields(self) -> dict[str, Any]:
+        """Name to value, for a log line."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("times_ms", "unix_time")}
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon at a glance. ``state`` is one sentence: what it does and why.
+
+    ``source``: "daemon", or "journal" when the daemon was down and only the journal spoke.
+    """
+
+    run: str
+    state: str
+    epoch: int = 0
+    journal_id: str = ""
+    source: Literal["daemon", "journal"] = "daemon"
+    unix_time: float = 0.0
+    started: float = 0.0
+    committed: VersionView | None = None
+    engines: tuple[EngineView, ...] = ()
+    trainers: tuple[TrainerView, ...] = ()
+    round: ProgressView | None = None
+    rounds: tuple[RoundRow, ...] = ()
+    problems: tuple[str, ...] = ()
+    schema: int = VIEW_SCHEMA
+
+
+class RoundsView(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of ``/rounds``: oldest first."""
+
+    run: str
+    rounds: tuple[RoundRow, ...]
+    source: Literal["daemon", "journal"] = "daemon"
+    schema: int = VIEW_SCHEMA
+
+
+class PartyView(msgspec.Struct, frozen=True, kw_only=True):
+    """One side of the plan: who it is, as ``Member`` prints it and in parts, and the layout that it announced."""
+
+    name: str
+    member: Member
+    incarnation: int
+    layout: Layout
+
+
+class LayoutsView(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of ``/plan/layouts``: what the current plan was made from; ``root`` is its fingerprint."""
+
+    run: str
+    root: str
+    parties: tuple[PartyView, ...]
+    schema: int = VIEW_SCHEMA
+
+
+def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
+    """The row of a journal record."""
+    times = {name: round(seconds * 1e3, 3) for name, seconds in record.times.items()}
+    wire = record.times.get("wire", 0.0)
+    return RoundRow(
+        round=str(record.round),
+        step=record.version.step,
+        generation=record.version.generation,
+        attempt=record.attempt,
+        outcome=record.outcome,
+        engines=record.engines,
+        evicted=record.evicted,
+        bytes=record.bytes,
+        descriptors=record.descriptors,
+        wire_gb_per_s=round(record.bytes / wire / 1e9, 3) if wire > 0 else 0.0,
+        pause_ms=times.get("pausing", 0.0),
+        stall_ms=times.get("stall", 0.0),
+        verify_ms=times.get("verifying", 0.0),
+        total_ms=times.get("total", 0.0),
+        times_ms=times,
+        reason=record.reason,
+        unix_time=unix_time,
+    )
+
+
+def newest(rows: Iterable[RoundRow], count: int = HISTORY_ROUNDS) -> tuple[RoundRow, ...]:
+    """The last ``count`` rows, oldest first."""
+    return tuple(rows)[-count:] if count > 0 else ()
