@@ -1,6 +1,7 @@
 """Which implementation serves a device: Triton on CUDA, the reference elsewhere."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from weightsync.kernels.errors import KernelUnavailableError
@@ -38,3 +39,8 @@ def common_device(tensors: "list[torch.Tensor]") -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"tensors of one call are on different devices: {sorted(map(str, devices))}")
     return devices.pop() if devices else torch.device("cpu")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside go to ``device``'s current stream, whatever device the caller is on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

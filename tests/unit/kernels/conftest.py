@@ -1,7 +1,10 @@
 """Every kernel test runs through the reference, Triton's interpreter where Triton is, and on a GPU (``-m gpu``)."""
 
 import importlib.util
+import warnings
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +15,14 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where the tensors of a test live; decides which implementation the public functions choose."""
     if request.param == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return torch.device("cuda" if request.param == "cuda" else "cpu")
+    # The interpreter computes in NumPy, which warns where a GPU does not, and of habits of the interpreter's own.
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        if request.param == "interpreter":
+            warnings.simplefilter("ignore")
+        yield torch.device("cuda" if request.param == "cuda" else "cpu")

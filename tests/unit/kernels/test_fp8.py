@@ -106,18 +106,24 @@ def test_the_cast_to_the_forward_dtype_comes_first(device: torch.device, forward
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides(device: torch.device, dtype: torch.dtype) -> None:
-    base = normal(3, 300, 410, dtype=dtype).to(device)
-    for src in (base.transpose(1, 2), base[:, ::2, 1::3], base[0].T, base[1:2, 5:140, 7:200], base.permute(1, 0, 2)):
+    base = normal(2, 150, 210, dtype=dtype).to(device)
+    for src in (
+        base.transpose(1, 2),
+        base[:, ::2, 1::3],
+        base[0].T,
+        base[1:2, 5:140, 7:200],
+        base[:, :3].permute(1, 0, 2),
+    ):
         check(src)
-    wide = torch.zeros(260, 400, dtype=torch.uint8, device=device)
-    codes, scales = wide[3:203, 5:391:2].view(E4M3), torch.zeros(4, 7, device=device)[::2, 1:3]
-    src = base[0, :200, :193]
+    wide = torch.zeros(160, 400, dtype=torch.uint8, device=device)
+    codes, scales = wide[3:153, 5:391:2].view(E4M3), torch.zeros(4, 7, device=device)[::2, 1:3]
+    src = base[0, :150, :193]
     quantize_blocks(src, codes, scales)
     expected = check(src)
     assert same(codes.contiguous(), expected[0])
     assert same(scales.contiguous(), expected[1])
     untouched = wide.clone()
-    untouched[3:203, 5:391:2] = 0
+    untouched[3:153, 5:391:2] = 0
     assert not bool(untouched.any())
 
 

@@ -1,0 +1,258 @@
+"""The digest in Triton: all regions and rows in one launch, at the speed of reading.
+
+Runs become items of two kinds. *Tiles*: whole 8 KiB tiles, 16-byte aligned, with the inner weights in registers.
+*Chunks*: rows of pieces of at most 256 bytes, each within one 256-byte chunk of the tensor, at any alignment. A run
+gives tiles for its middle and chunks for its ends; short runs are chunks only.
+"""
+# Triton's functions are compiled from their source and have types of their own.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from weightsync.kernels.digest_weights import TILE_BYTES, inner_weights, outer_keys
+from weightsync.kernels.dispatch import common_device, on_device
+from weightsync.kernels.strided import DST_REGION, SRC_REGION, Sheets, Table, canonical, concatenate, sheets
+
+ITEM_COLUMNS: Final = 10
+"""Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys."""
+TILES, ALIGNED_CHUNKS, CHUNKS = range(3)
+CHUNK_BYTES: Final = 256
+CHUNK_ROWS: Final = 32
+ITEM_TILES: Final = 32
+"""Tiles per item: 256 KiB amortise the 16 KiB of weights that each program loads, and still balance over a GPU."""
+ITEM_CHUNKS: Final = 512
+SMALL_RUN: Final = 2 * TILE_BYTES
+"""Runs below this are chunks only; they need not hold a whole tile."""
+WARPS: Final = 4
+
+
+@triton.jit
+def _outer(key, tile):
+    """One outer weight: MurmurHash3's finaliser of a 32-bit key and a tile's index."""
+    state = (tile.to(tl.uint32)) ^ key
+    state = (state ^ (state >> 16)) * 0x85EBCA6B
+    state = (state ^ (state >> 13)) * 0xC2B2AE35
+    return (state ^ (state >> 16)).to(tl.uint64)
+
+
+@triton.jit
+def _outer_sums(first, second, key_low, key_high, tile):
+    """``H_s·D + H'_s·D'`` of both seeds; ``key_low`` and ``key_high`` are the two packed words of the key."""
+    low = first * _outer(key_low.to(tl.uint32), tile) + second * _outer((key_low >> 32).to(tl.uint32), tile)
+    high = first * _outer(key_high.to(tl.uint32), tile) + second * _outer((key_high >> 32).to(tl.uint32), tile)
+    return low, high
+
+
+@triton.jit
+def _tiles(item, weights):
+    """Both sums over whole tiles."""
+    address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
+    key_low, key_high = tl.load(item + 8), tl.load(item + 9)
+    # Rows of 512 words: a thread owns 4 of each, so that sums over the first axis stay inside it.
+    place = tl.arange(0, 4)[:, None] * 512 + tl.arange(0, 512)[None, :]
+    inner, inner_too = tl.load(weights + place), tl.load(weights + 2048 + place)
+    present = tl.sum(inner.to(tl.uint64) * 0x01010101, axis=0)
+    present_too = tl.sum(inner_too.to(tl.uint64) * 0x01010101, axis=0)
+    low, high = tl.zeros((128,), tl.uint64), tl.zeros((128,), tl.uint64)  # one partial sum per thread
+    start = ((address >> 4) * 16).to(tl.pointer_type(tl.uint32))
+    tile = logical >> 13
+    for step in range(count):
+        words = tl.load(start + step * 2048 + place).to(tl.uint64)
+        first = tl.sum(words * inner.to(tl.uint64), axis=0) + present
+        second = tl.sum(words * inner_too.to(tl.uint64), axis=0) + present_too
+        first, second = tl.sum(tl.reshape(first, (128, 4)), axis=1), tl.sum(tl.reshape(second, (128, 4)), axis=1)
+        more_low, more_high = _outer_sums(first, second, key_low, key_high, tile + step)
+        low += more_low
+        high += more_high
+    return tl.sum(low), tl.sum(high)
+
+
+@triton.jit
+def _aligned_chunks(item, weights):
+    """Both sums over rows of whole 256-byte chunks, 16-byte aligned."""
+    address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
+    source_step, logical_step = (tl.load(item + 5) >> 4) * 16, (tl.load(item + 6) >> 8) * 256
+    key_low, key_high = tl.load(item + 8), tl.load(item + 9)
+    word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    low, high = tl.zeros((32, 16), tl.uint64), tl.zeros((32, 16), tl.uint64)
+    start, first_logical = (address >> 4) * 16, (logical >> 8) * 256
+    for step in range(0, count, 32):
+        row = step + tl.arange(0, 32)
+        inside = row < count
+        source = (start + row * source_step)[:, None, None].to(tl.pointer_type(tl.uint32)) + word
+        offset = first_logical + row * logical_step
+        place = ((offset & 8191) >> 8)[:, None, None] * 64 + word
+        words = tl.load(source, mask=inside[:, None, None], other=0).to(tl.uint64) + 0x01010101
+        first = tl.sum(words * tl.load(weights + place).to(tl.uint64), axis=2)
+        second = tl.sum(words * tl.load(weights + 2048 + place).to(tl.uint64), axis=2)
+        more_low, more_high = _outer_sums(first, second, key_low, key_high, (offset >> 13)[:, None])
+        low += tl.where(inside[:, None], more_low, 0)
+        high += tl.where(inside[:, None], more_high, 0)
+    return tl.sum(low), tl.sum(high)
+
+
+@triton.jit
+def _chunks(item, weights):
+    """Both sums over rows of pieces at any alignment."""
+    address, logical, run, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    source_step, logical_step, pieces = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    key_low, key_high = tl.load(item + 8), tl.load(item + 9)
+    word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    low, high = tl.zeros((32, 16), tl.uint64), tl.zeros((32, 16), tl.uint64)
+    for step in range(0, count * pieces, 32):
+        piece = step + tl.arange(0, 32).to(tl.int64)
+        row = piece // pieces
+        begin = logical + row * logical_step
+        chunk = (begin >> 8) + piece - row * pieces
+        # Bytes of this chunk that the run has; none for pieces past its end.
+        left = tl.maximum(begin - chunk * 256, 0)
+        right = tl.where(row < count, tl.minimum(begin + run - chunk * 256, 256), 0)
+        source = address + row * source_step + chunk * 256 - begin
+        after, before = right[:, None, None] - word * 4, left[:, None, None] - word * 4
+        some = (after > 0) & (before < 4)
+        where = source[:, None, None] + word * 4
+        # Memory is read in whole aligned words, the second only where the run's bytes reach into it.
+        skew = where & 3
+        aligned = (where - skew).to(tl.pointer_type(tl.uint32))
+        below = tl.load(aligned, mask=some & (before + skew < 4), other=0).to(tl.uint64)
+        above = tl.load(aligned + 1, mask=some & (tl.minimum(after, 4) + skew > 4), other=0).to(tl.uint64)
+        words = ((above << 32) | below) >> (skew * 8).to(tl.uint64)
+        ones = tl.full((32, 16, 4), 0xFFFFFFFF, tl.uint64)
+        keep = (ones << (tl.minimum(tl.maximum(before, 0), 4) * 8).to(tl.uint64)) & (
+            ones >> ((4 - tl.minimum(tl.maximum(after, 0), 4)) * 8).to(tl.uint64)
+        )
+        keep = tl.where(some, keep, 0)
+        words = (words & keep) + (keep & 0x01010101)
+        place = (chunk & 31)[:, None, None] * 64 + word
+        first = tl.sum(words * tl.load(weights + place).to(tl.uint64), axis=2)
+        second = tl.sum(words * tl.load(weights + 2048 + place).to(tl.uint64), axis=2)
+        more_low, more_high = _outer_sums(first, second, key_low, key_high, (chunk >> 5)[:, None])
+        low += more_low
+        high += more_high
+    return tl.sum(low), tl.sum(high)
+
+
+@triton.jit
+def _digest_kernel(items, weights, sums):
+    item = items + tl.program_id(0).to(tl.int64) * 10
+    kind = tl.load(item)
+    if kind == 0:
+        low, high = _tiles(item, weights)
+    elif kind == 1:
+        low, high = _aligned_chunks(item, weights)
+    else:
+        low, high = _chunks(item, weights)
+    tl.atomic_add(sums, low.to(tl.int64, bitcast=True))
+    tl.atomic_add(sums + 1, high.to(tl.int64, bitcast=True))
+
+
+class TritonDigest:
+    """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
+
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table) -> None:
+        """``regions`` and ``table`` as checked by ``prepare``. Items are uploaded here."""
+        self._regions = list(regions)  # their memory must outlive the addresses in the items
+        self._device = common_device(self._regions)
+        items = digest_items([region.data_ptr() for region in regions], table)
+        self._programs = len(items)
+        self._items = torch.from_numpy(items).to(self._device)
+        weights = np.ascontiguousarray(inner_weights().T.astype(np.uint32)).view(np.int32)
+        self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
+        self._sums = torch.zeros(2, dtype=torch.int64, device=self._device)
+
+    def launch(self) -> None:
+        """Start on the current stream."""
+        self._sums.zero_()
+        if self._programs:
+            with on_device(self._device):
+                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, num_warps=WARPS)
+
+    def result(self) -> tuple[int, int]:
+        """The sums of the last launch; waits for the device."""
+        low, high = self._sums.tolist()
+        return low & ((1 << 64) - 1), high & ((1 << 64) - 1)
+
+    def __call__(self) -> tuple[int, int]:
+        """``launch`` and ``result``."""
+        self.launch()
+        return self.result()
+
+
+def digest_items(bases: list[int], table: Table) -> Table:
+    """The table as items int64[n, ITEM_COLUMNS], the largest first; ``bases`` are the regions' addresses."""
+    rows = canonical(table)
+    keys = outer_keys(rows[:, DST_REGION]).view(np.int64)
+    region = np.asarray(bases, np.int64)[rows[:, SRC_REGION]] if len(bases) else np.zeros(len(rows), np.int64)
+    all_sheets = sheets(rows)
+    long = all_sheets.run >= SMALL_RUN
+    runs = all_sheets.take(long).unrolled()
+    aligned = (region[runs.row] + runs.src - runs.dst) % 16 == 0
+    runs, odd = runs.take(aligned), runs.take(~aligned)
+    head = -runs.dst % TILE_BYTES
+    middle = (runs.run - head) // TILE_BYTES * TILE_BYTES
+    ends = [runs.part(0 * head, head), runs.part(head + middle, runs.run - head - middle)]
+    tiles = runs.part(head, middle).folded(TILE_BYTES)
+    tiles = tiles.at_most(np.full(len(tiles), ITEM_TILES))
+    pieces = concatenate([all_sheets.take(~long), odd, *ends])
+    items = [_items(TILES, tiles, region, keys), *_chunk_items(pieces, region, keys)]
+    return np.ascontiguousarray(np.concatenate(items))
+
+
+def _chunk_items(pieces: Sheets, region: Table, keys: Table) -> list[Table]:
+    """Sheets of short runs (and long misaligned ones) as items of both kinds of chunks."""
+    single = pieces.count == 1
+    whole = (pieces.dst % CHUNK_BYTES == 0) & (pieces.run % CHUNK_BYTES == 0)
+    aligned = whole & ((region[pieces.row] + pieces.src) % 16 == 0)
+    aligned &= single | ((pieces.src_step % 16 == 0) & (pieces.dst_step % CHUNK_BYTES == 0))
+    fast, rest = pieces.take(aligned), pieces.take(~aligned)
+    # A sheet of few long runs becomes a sheet of 256-byte runs for each; of many short ones, one for each column.
+    tall = fast.count * CHUNK_BYTES >= fast.run
+    wide = fast.take(~tall).unrolled().folded(CHUNK_BYTES)
+    columns = _columns(fast.take(tall))
+    fast = concatenate([wide, columns])
+    fast = fast.at_most(np.full(len(fast), ITEM_CHUNKS))
+    per_run = (rest.dst % CHUNK_BYTES + rest.run - 1) // CHUNK_BYTES + 1
+    regular = (rest.count == 1) | (rest.dst_step % CHUNK_BYTES == 0)
+    per_run = np.where(regular, per_run, (CHUNK_BYTES - 1 + rest.run - 1) // CHUNK_BYTES + 1)
+    rest = _limited(rest, per_run)
+    return [_items(ALIGNED_CHUNKS, fast, region, keys), _items(CHUNKS, rest, region, keys)]
+
+
+def _columns(tall: Sheets) -> Sheets:
+    """Each sheet of runs of several chunks as sheets of one chunk per run, side by side."""
+    which = np.repeat(np.arange(len(tall)), tall.run // CHUNK_BYTES)
+    spread = tall.take(which)
+    starts = np.cumsum(tall.run // CHUNK_BYTES) - tall.run // CHUNK_BYTES
+    skip = (np.arange(len(which), dtype=np.int64) - starts[which]) * CHUNK_BYTES
+    return spread.part(skip, np.full(len(which), CHUNK_BYTES, np.int64))
+
+
+def _limited(rest: Sheets, per_run: Table) -> Sheets:
+    """Sheets of at most about ITEM_CHUNKS pieces; single long runs are cut as well."""
+    long = per_run > ITEM_CHUNKS
+    runs = rest.take(long).unrolled()
+    step = ITEM_CHUNKS * CHUNK_BYTES
+    which = np.repeat(np.arange(len(runs)), -(-runs.run // step))
+    starts = np.cumsum(-(-runs.run // step)) - -(-runs.run // step)
+    skip = (np.arange(len(which), dtype=np.int64) - starts[which]) * step
+    spread = runs.take(which)
+    cut = spread.part(skip, np.minimum(spread.run - skip, step))
+    short = rest.take(~long)
+    return concatenate([cut, short.at_most(np.maximum(1, ITEM_CHUNKS // np.maximum(1, per_run[~long])))])
+
+
+def _items(kind: int, part: Sheets, region: Table, keys: Table) -> Table:
+    """Items of one kind, int64[n, ITEM_COLUMNS]."""
+    per_run = (part.dst % CHUNK_BYTES + part.run - 1) // CHUNK_BYTES + 1
+    regular = (part.count == 1) | (part.dst_step % CHUNK_BYTES == 0)
+    per_run = np.where(regular, per_run, (CHUNK_BYTES - 1 + part.run - 1) // CHUNK_BYTES + 1)
+    columns = [
+        np.full(len(part), kind, np.int64), region[part.row] + part.src, part.dst, part.run, part.count,
+        part.src_step, part.dst_step, per_run,
+    ]  # fmt: skip
+    return np.column_stack([*columns, keys[part.row]])
