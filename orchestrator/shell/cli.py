@@ -150,7 +150,7 @@ def _run(options: argparse.Namespace) -> int:
     log.configure(loaded.log)
     log.withhold(token)
 
-    from weightsync.orchestrator.core.errors import WeightsyncError
+    from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
     from weightsync.orchestrator.shell.journal import JournalError, JournalLocked, JournalLost
     from weightsync.orchestrator.shell.runner import run
 
@@ -158,6 +158,7 @@ def _run(options: argparse.Namespace) -> int:
         JournalLocked: Exit.TEMPORARY,
         JournalError: Exit.CONFIG,
         JournalLost: Exit.IO,
+        JournalUnreadable: Exit.CONFIG,
         WeightsyncError: Exit.INTERNAL,
         OSError: Exit.TEMPORARY,
     }

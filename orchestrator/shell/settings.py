@@ -48,6 +48,11 @@ class Settings(BaseSettings):
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
     )
+    agents_token_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
+    )
     engines: tuple[Engine, ...] = Field(min_length=1, max_length=MAX_ENGINES, description="The vLLM servers.")
     trainer: Trainer = Trainer()
     transport: Transport = Field(default=NixlTransport(), description="How weights travel.")
@@ -94,6 +99,11 @@ class Settings(BaseSettings):
             return self.advertise_url.rstrip("/")
         host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
         return f"http://{host}:{self.listen.port}"
+
+    @property
+    def agents_token_path(self) -> str:
+        """Where the engines' agents find the token, on their own hosts."""
+        return self.agents_token_file or str(self.listen.token_file)
 
     @property
     def journal_path(self) -> Path:

@@ -1,23 +1,15 @@
-"""The admin routes over real HTTP, and the views of a live state."""
+"""The admin routes over real HTTP, the row of a round, and the metrics."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from weightsync.orchestrator.core.events import AgentConnected
-from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
-from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
-from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
-from weightsync.orchestrator.protocol.messages import EngineStatus, Hello, NixlSettings, TrainerStatus
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.shell import admin
-from weightsync.orchestrator.shell.admin_fleet import FleetViews, admin_routes
 from weightsync.orchestrator.shell.admin_views import (
     EngineView,
     LayoutsView,
@@ -27,10 +19,7 @@ from weightsync.orchestrator.shell.admin_views import (
     VersionView,
     round_row,
 )
-from weightsync.orchestrator.shell.journal import AsyncJournal, Journal
-from weightsync.orchestrator.shell.markers import MarkerDirectory
 from weightsync.orchestrator.shell.metrics import render
-from weightsync.orchestrator.shell.settings import load
 
 TOKEN = "t0ken-of-the-test"
 
@@ -144,76 +133,3 @@ def test_a_row_of_a_record() -> None:
     assert (row.round, row.step, row.generation, row.evicted) == ("2.9", 40, 7, ("b",))
     assert (row.wire_gb_per_s, row.pause_ms, row.verify_ms, row.stall_ms, row.total_ms) == (12, 33.1, 50, 400, 500)
     assert round_row(msgspec.structs.replace(record, times={}, bytes=0), 5.0).wire_gb_per_s == 0
-
-
-class Daemon:
-    """A real state, journal and run directory, without a network."""
-
-    def __init__(self, base: Path) -> None:
-        (base / "token").write_text(TOKEN)
-        (base / "config.yaml").write_text(
-            "run: {id: glm, directory: run}\nstate_directory: state\nlisten: {token_file: token}\n"
-            "engines:\n  - {name: a, url: 'http://a:1'}\n  - {name: b, url: 'http://b:1', role: decode}\n"
-        )
-        (base / "run" / "broadcasts" / "step_007").mkdir(parents=True)
-        self.settings = load(base / "config.yaml", {})
-        self.journal = AsyncJournal(Journal.open(self.settings.journal_path))
-        self.markers = MarkerDirectory(self.settings.run.directory, "glm")
-        self.started_unix = 50.0
-        policy = Policy(run_id="glm", engines=(EngineConfig("a"), EngineConfig("b")), transport=NixlSettings())
-        self.fleet, _ = start(policy, self.journal.journal_id, [], 0.0)
-
-    def connect(self, member: Member, world: int) -> None:
-        hello = Hello(
-            schema=SCHEMA_VERSION, run_id="glm", member=member, world=world, incarnation=1, generation=7,
-            host="node", pid=4,
-            trainer=TrainerStatus() if member.role == "trainer" else None,
-            engine=EngineStatus(torn=True) if member.role == "inference" else None,
-        )  # fmt: skip
-        step(self.fleet, [AgentConnected(1, member, 1, hello)], 1.0)
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    made = Daemon(tmp_path)
-    yield made
-    made.journal.journal.close()
-
-
-async def test_views_of_a_daemon_that_waits(daemon: Daemon) -> None:
-    daemon.markers.scan()
-    status = await FleetViews(daemon).status()
-    assert status.run == "glm"
-    assert status.journal_id == daemon.journal.journal_id
-    assert status.state == "waits for a, b to join"
-    assert [(engine.name, engine.state, engine.role) for engine in status.engines] == [
-        ("a", "unreachable", "both"), ("b", "unreachable", "decode"),
-    ]  # fmt: skip
-    assert status.committed is None
-    assert ["step_007" in problem for problem in status.problems] == [True]
-    assert await FleetViews(daemon).layouts() is None
-
-
-async def test_views_of_ranks_and_history(daemon: Daemon) -> None:
-    daemon.connect(Member("trainer", "", 0), world=2)
-    daemon.connect(Member("inference", "a", 1), world=2)
-    ended = RoundEnded(
-        round=RoundName(1, 1), version=Version(7, 3), attempt=1, engines=("a",), evicted=(), outcome="committed",
-        reason="", bytes=5, descriptors=1, times={},
-    )  # fmt: skip
-    committed = Committed(round=RoundName(1, 1), version=Version(7, 3), sequence=4)
-    for record in (ended, committed):
-        await daemon.journal.append(type(record).__name__, encode_record(record))
-    async with serving(admin_routes(daemon)) as url:
-        _, body = await get(url + "/status")
-        _, history = await get(url + "/rounds?last=1")
-    status = msgspec.json.decode(body, type=StatusView)
-    (trainer,) = status.trainers
-    assert (trainer.rank, trainer.host, trainer.pid, trainer.state) == (0, "node", 4, "connected")
-    engine = status.engines[0]
-    assert (engine.ranks_connected, engine.ranks_expected, engine.torn, engine.state) == (1, 2, True, "torn")
-    assert status.committed is not None
-    assert (status.committed.step, status.committed.sequence) == (3, 4)
-    assert status.rounds == msgspec.json.decode(history, type=RoundsView).rounds
-    assert [row.step for row in status.rounds] == [3]
-    assert not asyncio.all_tasks() - {asyncio.current_task()}

@@ -54,6 +54,7 @@ def test_defaults_and_paths_relative_to_the_file(config: Path, tmp_path: Path) -
     assert settings.listen.token_file == tmp_path / "token"
     assert settings.journal_path == tmp_path / "state" / "journal.sqlite"
     assert settings.agents_url == "http://127.0.0.1:7410"
+    assert settings.agents_token_path == str(tmp_path / "token")
     assert settings.transport == NixlTransport(backends=("UCX",), flush_every=100, rails=2)
     assert settings.rendezvous == HubRendezvous()
     assert settings.pause.mode == "keep"
@@ -85,6 +86,7 @@ def test_every_value_can_come_from_the_environment(config: Path) -> None:
     assert not settings.pause.clear_cache
     assert settings.deadlines.http_seconds == 1.5
     assert settings.run.id == "77"
+    assert loaded(config, "agents_token_file: /else/where\n").agents_token_path == "/else/where"
 
 
 def test_the_environment_beats_the_file(config: Path) -> None:
