@@ -58,6 +58,7 @@ class CheckpointError(TrainerError):
 class ReplicaFailed(TrainerError):
     """Another rank failed inside the section that all leave together."""
 
-    def __init__(self, rank: int) -> None:
-        super().__init__(f"rank {rank} failed; its own log says why")
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
+        self.reason = reason

@@ -4,7 +4,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +18,15 @@ from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 T = TypeVar("T")
 InRanks = Callable[[int, Callable[[int], T]], list[T]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_operator() -> Iterator[None]:
+    """Ranks are threads already, and tiny tensors gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -52,10 +61,10 @@ def in_ranks() -> Iterator[InRanks[Any]]:
     torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
-@dataclass(frozen=True)
 class Weights:
-    """Reference values: a function of a tensor's name and shape, the same in every rank."""
+    """Reference values: a function of a tensor's name and shape, the same in every rank. Not to be written to."""
 
+    @lru_cache(maxsize=200)  # noqa: B019  (one object, for the session)
     def __call__(self, name: str, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         return torch.randn(shape, generator=generator)

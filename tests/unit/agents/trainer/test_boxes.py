@@ -45,7 +45,7 @@ def test_boxes_are_what_each_rank_of_a_real_mesh_holds(in_ranks, weights, mesh_s
 
     def body(rank):
         mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-        tensor = distribute_tensor(full, mesh, placements)
+        tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
         assert torch.equal(local_from_boxes(full, tensor), tensor.to_local())
         assert torch.equal(tensor.full_tensor(), full)
         return holding("w", tensor)
