@@ -17,10 +17,12 @@ IN_FLIGHT_BYTES: Final = 16 << 30
 TURN_SECONDS: Final = 0.002
 """Posting and polling in one go before other tasks get their turn."""
 
-POLL_SECONDS: Final = 0.0005
-"""Between polls while nothing moves; twice each time, up to the following."""
-MAX_POLL_SECONDS: Final = 0.002
-"""NIXL has no descriptor to wait on. 2 ms is small beside a round, and an idle poll costs microseconds."""
+EAGER_SECONDS: Final = 0.005
+"""After the last movement, polling goes on at every turn of the loop: 4 GiB within a GPU take 2 ms, and an event loop's
+shortest sleep of 1 ms would double that."""
+
+POLL_SECONDS: Final = 0.001
+"""Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
 
 RATE_FLOOR_BYTES: Final = 16 << 20
 """Smaller writes fit in a cache, where any rate is plausible."""
@@ -74,17 +76,16 @@ class Writer:
     async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
         """Post everything once and wait for it; results in the order of ``edges``."""
         all_progress = [self._begin(edge) for edge in edges]
-        pause = POLL_SECONDS
+        eager_until = 0.0
         while any(progress.active for progress in all_progress):
             if time.monotonic() >= self._deadline:
                 self._expire(all_progress)
                 break
-            moved = False
-            for progress in all_progress:
-                if progress.active and self._turn(progress):
-                    moved = True
-            pause = POLL_SECONDS if moved else min(pause * 2, MAX_POLL_SECONDS)
-            await asyncio.sleep(0 if moved else pause)
+            moved = [self._turn(progress) for progress in all_progress if progress.active]
+            now = time.monotonic()
+            if any(moved):
+                eager_until = now + EAGER_SECONDS
+            await asyncio.sleep(0 if now < eager_until else POLL_SECONDS)
         for progress in all_progress:
             self._judge_rate(progress)
             progress.edge.last_error = progress.error

@@ -10,7 +10,7 @@ from weightsync.agents.memory.errors import MemoryPlacementError
 _RANGE_START: Final = 11
 _RANGE_SIZE: Final = 12
 _MEMORY_TYPE: Final = 2
-_LEGACY_IPC: Final = 13
+_LEGACY_IPC: Final = 10
 """CUpointer_attribute values, from cuda.h (stable since CUDA 11.1)."""
 _DEVICE_MEMORY: Final = 2
 """CU_MEMORYTYPE_DEVICE."""
