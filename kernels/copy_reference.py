@@ -70,6 +70,10 @@ class ReferenceCopy:
 def _copy_row(source: torch.Tensor, destination: torch.Tensor, row: Table) -> None:
     """One row with all its loops as one strided copy."""
     shape = [*(int(row[column]) for column in COUNTS), int(row[RUN_BYTES])]
-    src = source.as_strided(shape, [*(int(row[column + 1]) for column in COUNTS), 1], int(row[SRC_OFFSET]))
-    dst = destination.as_strided(shape, [*(int(row[column + 2]) for column in COUNTS), 1], int(row[DST_OFFSET]))
+    src = source.as_strided(
+        shape, [*(int(row[column + 1]) for column in COUNTS), 1], source.storage_offset() + int(row[SRC_OFFSET])
+    )
+    dst = destination.as_strided(
+        shape, [*(int(row[column + 2]) for column in COUNTS), 1], destination.storage_offset() + int(row[DST_OFFSET])
+    )
     dst.copy_(src)

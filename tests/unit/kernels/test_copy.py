@@ -123,3 +123,12 @@ def test_rows_outside_are_refused_before_anything_is_written(device: torch.devic
     with pytest.raises(TableError, match="row 0 reaches byte 101 of source region 0"):
         strided_copy([source], [target], np.array([row(10, 91, 0)], np.int64))
     assert bool((target == POISON).all())
+
+
+def test_regions_may_begin_inside_an_allocation() -> None:
+    """Aligned arenas are narrowed tensors: their own byte 0 is not their storage's."""
+    memory = torch.arange(200_000, dtype=torch.int64).to(torch.uint8)
+    source, destination = memory[100:80_100], torch.zeros(90_000, dtype=torch.uint8)[64:]
+    strided_copy([source], [destination], [[70_000, 0, 7, 0, 11, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
+    assert torch.equal(destination[11:70_011], source[7:70_007])
+    assert not destination[:11].any()
