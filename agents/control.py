@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from aiohttp import hdrs
-from weightsync.agents.control_connection import Connection, ConnectionLost, NotConnected, RefusedForGood, message_in
+from weightsync.agents.control_connection import Connection, ConnectionLost, NotConnected, RefusedForGood, upgrade
 from weightsync.agents.control_token import TokenError, read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
-from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Heartbeat, Hello, Welcome
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
+from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
 
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
 
 log = logging.getLogger(__name__)
-
-HTTP_UNAUTHORIZED: Final = 401
 
 MAX_DOUBLINGS: Final = 32
 """Of a wait: beyond any sensible longest / first, and small enough for a float."""
@@ -61,7 +58,7 @@ class ControlClient:
         connect_seconds: total deadline from the first SYN to Welcome.
         on_lost: called with the reason whenever a connection that had its Welcome ends, unless by ``close``.
         missed_heartbeats: silence of so many heartbeats (``Welcome.heartbeat_seconds``) is a loss.
-        close_seconds: deadline of the farewell, and again of the closing handshake.
+        close_seconds: deadline of the farewell and the closing handshake.
         ssl_context: for ``wss``; with a client certificate for mutual TLS.
 
     Raises:
@@ -106,26 +103,29 @@ class ControlClient:
     @property
     def connected(self) -> bool:
         """Whether there is a connection with a Welcome."""
-        return self._connection is not None
+        return self._connection is not None and self._connection.welcomed.done() and not self._connection.lost.done()
 
     def send(self, message: FromAgent) -> None:
-        """Queue ``message`` on the present connection.
+        """Send ``message`` on the present connection, without waiting.
 
         Raises:
-            NotConnected: there is none, or its queue is full (which ends it).
+            NotConnected: there is none, or too much waits for the daemon already (which ends the connection).
             ProtocolError: the message exceeds MAX_FRAME_BYTES.
         """
-        if self._connection is None:
+        if self._connection is None or not self.connected:
             raise NotConnected("no connection to the daemon")
-        self._connection.queue(encode(message))
+        self._connection.send(encode(message))
 
     async def close(self, reason: str = "") -> None:
-        """Say Bye, end the connection and wait for ``run`` to return; 2 × ``close_seconds`` at most."""
-        self._closing.set()
-        if self._connection is not None:
-            self._connection.finish(encode(Bye(reason=reason)), self._close_seconds)
-        if self._attempt is not None and not self._attempt.expired():
-            self._attempt.reschedule(asyncio.get_running_loop().time())
+        """Say Bye, end the connection and wait for ``run`` to return."""
+        if not self._closing.is_set():
+            self._closing.set()
+            with contextlib.suppress(NotConnected):
+                self.send(Bye(reason=reason))
+            if self._connection is not None:
+                self._connection.finish()
+            if self._attempt is not None and not self._attempt.expired():
+                self._attempt.reschedule(asyncio.get_running_loop().time())
         if self._started:
             await self._ended.wait()
 
@@ -150,12 +150,9 @@ class ControlClient:
         while not self._closing.is_set():
             welcomed = False
             try:
-                socket, welcome = await self._connect(session)
+                connection = await self._connect(session)
                 welcomed = True
-                if self._closing.is_set():
-                    await self._hang_up(socket)
-                    return
-                await self._talk(socket, welcome)
+                await self._until_lost(connection)
             except ConnectionLost as lost:
                 if self._closing.is_set():
                     return
@@ -168,78 +165,52 @@ class ControlClient:
                     async with asyncio.timeout(wait):
                         await self._closing.wait()
 
-    # -------------------------------------------------------------------------------------------------- connecting
-    async def _connect(self, session: aiohttp.ClientSession) -> tuple[aiohttp.ClientWebSocketResponse, Welcome]:
+    async def _connect(self, session: aiohttp.ClientSession) -> Connection:
+        """A connection that has its Welcome.
+
+        Raises:
+            ConnectionLost: not within ``connect_seconds``, or not at all.
+            RefusedForGood: as it says.
+        """
         try:
             async with asyncio.timeout(self._connect_seconds) as self._attempt:
-                socket = await self._dial(session)
+                connection = await self._dial(session)
                 try:
-                    return socket, await self._introduce(socket)
+                    self._introduce(connection)
+                    await connection.welcomed
                 except BaseException:
-                    await self._hang_up(socket)
+                    await self._hang_up(connection)
                     raise
+                return connection
         except TimeoutError:
             raise ConnectionLost(f"no Welcome within {self._connect_seconds:g} s") from None
         finally:
             self._attempt = None
 
-    async def _dial(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
-        headers = {}
+    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
         try:
-            if self._token_file is not None:
-                headers[hdrs.AUTHORIZATION] = f"Bearer {read_token(self._token_file)}"
-            return await session.ws_connect(
-                self._url,
-                headers=headers,
-                max_msg_size=MAX_FRAME_BYTES,
-                compress=0,
-                timeout=aiohttp.ClientWSTimeout(ws_close=self._close_seconds),
-                ssl=True if self._ssl_context is None else self._ssl_context,
-            )
-        except aiohttp.WSServerHandshakeError as error:
-            if error.status == HTTP_UNAUTHORIZED:
-                raise ConnectionLost(f"it rejects the token in {self._token_file}: compare the two files") from error
-            raise ConnectionLost(f"it answers {error.status} {error.message}") from error
-        except (aiohttp.ClientError, OSError, TokenError) as error:
-            raise ConnectionLost(str(error) or type(error).__name__) from error
+            token = None if self._token_file is None else read_token(self._token_file)
+        except TokenError as error:
+            raise ConnectionLost(str(error)) from error
+        response = await upgrade(session, self._url, token)
+        return Connection(response, self._on_message, self._missed_heartbeats)
 
-    async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> Welcome:
+    def _introduce(self, connection: Connection) -> None:
         hello = encode(self._hello())
         if len(hello) > MAX_HELLO_BYTES:
             raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
-        try:
-            await socket.send_bytes(hello)
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(str(error) or type(error).__name__) from error
-        while True:
-            message = message_in(socket, await socket.receive())
-            if isinstance(message, Welcome):
-                return message
-            if not isinstance(message, Heartbeat):
-                raise ConnectionLost(f"it answers Hello with {type(message).__name__}")
+        self._connection = connection  # Before its Welcome is delivered, so that the answer to it can be sent.
+        with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
+            connection.send(hello)
 
-    # ----------------------------------------------------------------------------------------------------- talking
-    async def _talk(self, socket: aiohttp.ClientWebSocketResponse, welcome: Welcome) -> None:
-        connection = Connection(socket, welcome.heartbeat_seconds, self._missed_heartbeats)
-        self._connection = connection
+    async def _until_lost(self, connection: Connection) -> None:
+        if self._closing.is_set():
+            connection.finish()
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(connection.write(), name="control writer")
-                group.create_task(connection.beat(), name="control heartbeat")
-                group.create_task(self._read(connection, welcome), name="control reader")
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from failures  # The first has cancelled the others.
+            await connection.lost
         finally:
-            self._connection = None
-            await self._hang_up(socket)
+            await self._hang_up(connection)
 
-    async def _read(self, connection: Connection, message: FromDaemon) -> None:
-        while True:
-            if type(message) is not Heartbeat:
-                self._on_message(message)
-            message = await connection.receive()
-
-    async def _hang_up(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._close_seconds):
-                await socket.close()
+    async def _hang_up(self, connection: Connection) -> None:
+        self._connection = None
+        await connection.close(self._close_seconds)

@@ -1,20 +1,28 @@
-"""One connection of the control client: its bounded queue, its heartbeats, its end; and what may go wrong."""
+"""One connection of the control client: its bounded way out, its heartbeats, its end; and what may go wrong."""
 
 import asyncio
+import base64
+import hashlib
 import random
-from collections import deque
+import secrets
+from collections.abc import Callable
 from typing import Final
 
 import aiohttp
+from aiohttp import hdrs
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
-from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused
+from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused, Welcome
+from weightsync.orchestrator.protocol.websocket import CloseCode, Endpoint
 
-MAX_QUEUED_MESSAGES: Final = 4096
-"""Messages that wait for the socket. An agent says a handful per round: more means that the daemon has stopped."""
+MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
+"""Unsent bytes to the daemon: one message of the largest allowed size, and as much again behind it."""
 
-MAX_QUEUED_BYTES: Final = 2 * MAX_FRAME_BYTES
-"""One message of the largest allowed size, and as much again behind it."""
+_ACCEPT_SUFFIX: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+"""RFC 6455 §1.3."""
+
+_SWITCHING_PROTOCOLS: Final = 101
+_UNAUTHORIZED: Final = 401
 
 _HEARTBEAT: Final = encode(Heartbeat())
 
@@ -35,134 +43,180 @@ class RefusedForGood(RuntimeError):
         self.refused = refused
 
 
-class Connection:
-    """A connection that had its Welcome. ``write``, ``beat`` and the reader of ``receive`` run beside each other."""
+async def upgrade(session: aiohttp.ClientSession, url: str, token: str | None) -> aiohttp.ClientResponse:
+    """Ask ``url`` for a WebSocket (RFC 6455 §4.1); the response holds the connection.
+
+    Raises:
+        ConnectionLost: nobody answers there, or not with a WebSocket.
+    """
+    key = base64.b64encode(secrets.token_bytes(16))
+    headers = {
+        hdrs.UPGRADE: "websocket",
+        hdrs.CONNECTION: "Upgrade",
+        hdrs.SEC_WEBSOCKET_VERSION: "13",
+        hdrs.SEC_WEBSOCKET_KEY: key.decode(),
+    }
+    if token is not None:
+        headers[hdrs.AUTHORIZATION] = f"Bearer {token}"
+    try:
+        response = await session.get(url, headers=headers, allow_redirects=False)
+    except (aiohttp.ClientError, OSError) as error:
+        raise ConnectionLost(str(error) or type(error).__name__) from error
+    accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()
+    if response.status == _SWITCHING_PROTOCOLS and response.headers.get(hdrs.SEC_WEBSOCKET_ACCEPT) == accept:
+        return response
+    response.close()
+    if response.status == _UNAUTHORIZED:
+        raise ConnectionLost("it rejects the token (401): compare this agent's token file with the daemon's")
+    raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
+
+
+class Connection(asyncio.Protocol):
+    """One WebSocket from its upgrade to its end; nothing here waits.
+
+    Args:
+        response: the upgrade's; its transport is taken over.
+        on_message: called with each message but Heartbeat and Refused, in order.
+        missed_heartbeats: silence of so many heartbeats is a loss.
+
+    Attributes:
+        welcomed: done when the daemon has said Welcome.
+        lost: gets the exception that ended the connection: ConnectionLost, RefusedForGood or what a callback raised.
+    """
 
     def __init__(
-        self, socket: aiohttp.ClientWebSocketResponse, heartbeat_seconds: float, missed_heartbeats: int
+        self, response: aiohttp.ClientResponse, on_message: Callable[[FromDaemon], None], missed_heartbeats: int
     ) -> None:
-        self._socket = socket
-        self._heartbeat_seconds = heartbeat_seconds
-        self._silence_seconds = heartbeat_seconds * missed_heartbeats
+        held = response.connection
+        if held is None or held.transport is None or held.protocol is None:
+            raise ConnectionLost("the connection broke during its upgrade")
         self._loop = asyncio.get_running_loop()
+        self.welcomed: asyncio.Future[None] = self._loop.create_future()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self._gone = asyncio.Event()
+        self._response = response
+        self._http = held.protocol
+        self._transport = held.transport
+        self._on_message = on_message
+        self._missed_heartbeats = missed_heartbeats
+        self._heartbeat_seconds = 0.0
+        self._heartbeat_due = 0.0
         self._heard_at = self._loop.time()
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
-        self._wake = asyncio.Event()
-        self._finishing = False
-        self._overflowed = False
-        self._due: float | None = None
-        self._deadline: asyncio.Timeout | None = None
+        self._broken = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._endpoint = Endpoint(MAX_FRAME_BYTES, _mask_key)
+        self._transport.set_protocol(self)
 
-    def queue(self, data: bytes) -> None:
-        """Have ``write`` send ``data``.
+    # ------------------------------------------------------------------------------------------------------ reading
+    def data_received(self, data: bytes) -> None:
+        """Handle what has come, to the end of the last whole frame."""
+        if self._broken:
+            return
+        self._heard_at = self._loop.time()
+        try:
+            for message in self._endpoint.receive(data):
+                self._heard(message)
+        except ProtocolError as error:
+            self._broken = True
+            self._end(ConnectionLost(f"it broke the protocol: {error}"))
+        except Exception as error:
+            self._end(error)
+        if self._endpoint.outgoing:
+            self._transport.write(self._endpoint.answers())
+        if self._endpoint.peer_closed is not None:
+            code, reason = self._endpoint.peer_closed
+            self._end(ConnectionLost(f"it closed the connection: code {code} {reason}".rstrip()))
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport has ended, by whoever's wish."""
+        self._end(ConnectionLost(f"the connection broke: {exc or 'end of stream'}"))
+        self._http.connection_lost(exc)
+        self._gone.set()
+
+    def _heard(self, data: bytes) -> None:
+        if self.lost.done():
+            return
+        message = decode_from_daemon(data)
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Refused):
+            raise ConnectionLost(f"it refuses for now: {message.reason}") if message.retry else RefusedForGood(message)
+        if isinstance(message, Welcome):
+            self._welcome(message)
+        elif not self.welcomed.done():
+            raise ConnectionLost(f"it answers Hello with {type(message).__name__}")
+        self._on_message(message)
+
+    def _welcome(self, welcome: Welcome) -> None:
+        if not self.welcomed.done():
+            self._heartbeat_seconds = welcome.heartbeat_seconds
+            self.welcomed.set_result(None)
+            self._schedule()
+
+    # ------------------------------------------------------------------------------------------------------ writing
+    def send(self, data: bytes) -> None:
+        """Hand a message to the transport.
 
         Raises:
             NotConnected: the connection is ending, or its queue is full (which ends it).
         """
-        if self._finishing or self._overflowed:
+        if self.lost.done() or self._transport.is_closing():
             raise NotConnected("the connection to the daemon is ending")
-        if len(self._waiting) >= MAX_QUEUED_MESSAGES or self._waiting_bytes + len(data) > MAX_QUEUED_BYTES:
-            self._overflowed = True
-            self._end_by(self._loop.time())
-            raise NotConnected(f"the daemon takes nothing: {len(self._waiting)} messages wait for it")
-        self._append(data)
+        waiting = self._transport.get_write_buffer_size()
+        if waiting + len(data) > MAX_SEND_QUEUE_BYTES:
+            self._end(ConnectionLost(f"it takes no messages: {waiting} bytes wait for it"))
+            self._transport.abort()
+            raise NotConnected("the daemon takes no messages")
+        self._transport.write(self._endpoint.message(data))
 
-    def finish(self, farewell: bytes, seconds: float) -> None:
-        """Have ``write`` send what waits, then ``farewell``, and end the connection, all within ``seconds``."""
-        if not self._finishing:
-            self._append(farewell)
-            self._finishing = True
-            self._end_by(self._loop.time() + seconds)
+    def finish(self) -> None:
+        """Count the connection as lost by this side's wish; ``close`` is to follow."""
+        self._end(ConnectionLost("closed by this side"))
 
-    def _end_by(self, due: float) -> None:
-        self._due = due
-        if self._deadline is not None and not self._deadline.expired():
-            self._deadline.reschedule(due)
-
-    def _append(self, data: bytes) -> None:
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        self._wake.set()
-
-    async def write(self) -> None:
-        """Send what is queued until the connection ends; always raises.
-
-        Raises:
-            ConnectionLost: the socket broke, the queue overflowed, or ``finish`` has done its work.
-        """
+    async def close(self, seconds: float) -> None:
+        """Say Close behind all that was sent, and wait for the transport's end; ``seconds`` at most."""
+        self.finish()
+        if not self._transport.is_closing():
+            self._transport.write(self._endpoint.close(CloseCode.NORMAL, ""))
         try:
-            async with asyncio.timeout_at(self._due) as self._deadline:
-                while not self._finishing or self._waiting:
-                    while self._waiting:
-                        data = self._waiting.popleft()
-                        await self._socket.send_bytes(data)
-                        self._waiting_bytes -= len(data)
-                    self._wake.clear()
-                    if not self._finishing:
-                        await self._wake.wait()
-                await self._socket.close()
+            async with asyncio.timeout(seconds):
+                await self._gone.wait()
         except TimeoutError:
-            raise ConnectionLost("it takes no messages") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(str(error) or type(error).__name__) from error
-        finally:
-            self._deadline = None
-        raise ConnectionLost("closed by this side")
+            self._transport.abort()
+        self._response.close()
 
-    async def beat(self) -> None:
-        """Send heartbeats and watch for the daemon's; always raises.
+    def _end(self, error: Exception) -> None:
+        """The first reason is the one that counts."""
+        if not self.lost.done():
+            self.lost.set_exception(error)
+            self.lost.exception()  # Whoever waits for the Welcome learns it there, and nobody may wait for ``lost``.
+        if not self.welcomed.done():
+            self.welcomed.set_exception(error)
+            self.welcomed.exception()
+        if self._timer is not None:
+            self._timer.cancel()
 
-        Raises:
-            ConnectionLost: the daemon was silent for too long.
-        """
-        while True:
-            # Spread over the interval, or the heartbeats of a fleet that was welcomed at once stay together.
-            interval = self._heartbeat_seconds * random.uniform(0.75, 1.0)
-            due = self._loop.time() + interval
-            await asyncio.sleep(interval)
-            now = self._loop.time()
-            if now - due > self._heartbeat_seconds:
-                # This process stood still: the daemon may have spoken meanwhile, and gets one more interval.
-                self._heard_at = max(self._heard_at, now - self._silence_seconds + self._heartbeat_seconds)
-            if now - self._heard_at > self._silence_seconds:
-                raise ConnectionLost(f"it was silent for {now - self._heard_at:.1f} s")
-            if not self._waiting:
-                self._append(_HEARTBEAT)
+    # --------------------------------------------------------------------------------------------------- heartbeats
+    def _schedule(self) -> None:
+        # Spread over the interval, or the heartbeats of a fleet that was welcomed at once stay together.
+        interval = self._heartbeat_seconds * random.uniform(0.75, 1.0)
+        self._heartbeat_due = self._loop.time() + interval
+        self._timer = self._loop.call_later(interval, self._beat)
 
-    async def receive(self) -> FromDaemon:
-        """The next message.
-
-        Raises:
-            ConnectionLost: the connection ended, or the daemon broke the protocol.
-            RefusedForGood: as it says.
-        """
-        frame = await self._socket.receive()
-        self._heard_at = self._loop.time()
-        return message_in(self._socket, frame)
+    def _beat(self) -> None:
+        now, silence_seconds = self._loop.time(), self._heartbeat_seconds * self._missed_heartbeats
+        if now - self._heartbeat_due > self._heartbeat_seconds:
+            # This process stood still: the daemon may have spoken meanwhile, and gets one more interval.
+            self._heard_at = max(self._heard_at, now - silence_seconds + self._heartbeat_seconds)
+        if now - self._heard_at > silence_seconds:
+            self._end(ConnectionLost(f"it was silent for {now - self._heard_at:.1f} s"))
+            self._transport.abort()
+            return
+        if not self._transport.get_write_buffer_size() and not self._transport.is_closing():
+            self._transport.write(self._endpoint.message(_HEARTBEAT))
+        self._schedule()
 
 
-def message_in(socket: aiohttp.ClientWebSocketResponse, frame: aiohttp.WSMessage) -> FromDaemon:
-    """What ``frame``, just received from ``socket``, says.
-
-    Raises:
-        ConnectionLost: it ends the connection, breaks the protocol or refuses for now.
-        RefusedForGood: it refuses for good.
-    """
-    if frame.type is aiohttp.WSMsgType.BINARY:
-        try:
-            message = decode_from_daemon(frame.data)
-        except ProtocolError as error:
-            raise ConnectionLost(f"it broke the protocol: {error}") from error
-        if not isinstance(message, Refused):
-            return message
-        if message.retry:
-            raise ConnectionLost(f"it refuses for now: {message.reason}")
-        raise RefusedForGood(message)
-    if frame.type is aiohttp.WSMsgType.CLOSE:
-        raise ConnectionLost(f"it closed the connection: code {frame.data} {frame.extra or ''}".rstrip())
-    if frame.type is aiohttp.WSMsgType.ERROR:
-        raise ConnectionLost(f"it broke the protocol: {frame.data}")
-    if frame.type is aiohttp.WSMsgType.TEXT:
-        raise ConnectionLost("it broke the protocol: a text frame")
-    raise ConnectionLost(f"the connection broke (code {socket.close_code})")
+def _mask_key() -> bytes:
+    return secrets.token_bytes(4)

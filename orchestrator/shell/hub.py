@@ -17,12 +17,13 @@ from typing import Final
 
 import msgspec
 import structlog
-from aiohttp import WSCloseCode, WSMessage, WSMsgType, hdrs, web
+from aiohttp import hdrs, web
 from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_agent, encode
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import FromAgent, FromDaemon, Heartbeat, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.shell.hub_connection import Connection, HubTiming, Phase, close_reason, server_frame
+from weightsync.orchestrator.protocol.websocket import CloseCode, Opcode, frame
+from weightsync.orchestrator.shell.hub_connection import Connection, HubTiming, Phase
 from weightsync.orchestrator.shell.hub_token import bears, read_token
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,9 @@ ACCEPT_BACKLOG: Final = 4096
 
 SWEEP_SLICES: Final = 32
 """A sweep looks at one slice of the connections, so that no burst of heartbeats delays a barrier."""
+
+
+_HEARTBEAT: Final = frame(Opcode.BINARY, encode(Heartbeat()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +121,28 @@ class Hub:
         self._numbers = itertools.count(1)
         self._connections: dict[int, Connection] = {}
         self._members: dict[Member, Connection] = {}
-        self._endings: set[asyncio.Task[None]] = set()
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
+        self._site: web.TCPSite | None = None
         self._last: tuple[FromDaemon, bytes] | None = None
 
     # ------------------------------------------------------------------------------------------------- life
-    async def start(self, host: str, port: int) -> int:
-        """Listen on ``host``:``port`` (0: any free port) and return the port.
+    async def start(self, host: str, port: int, configure: Callable[[web.Application], None] | None = None) -> int:
+        """Listen on ``host``:``port`` (0: any free port) and return the port. ``configure`` may add routes of others.
 
         Raises:
             OSError: the address is taken or not ours.
         """
         app = web.Application()
-        app.router.add_get(AGENTS_PATH, self.handle)
+        app.router.add_get(AGENTS_PATH, self._handle)
+        if configure is not None:
+            configure(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=self._timing.close_seconds)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, ssl_context=self._ssl_context, backlog=ACCEPT_BACKLOG)
+        self._site = web.TCPSite(self._runner, host, port, ssl_context=self._ssl_context, backlog=ACCEPT_BACKLOG)
         try:
-            await site.start()
+            await self._site.start()
         except OSError:
             await self._runner.cleanup()
             raise
@@ -150,10 +156,13 @@ class Hub:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
             self._sweeper = None
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
         for connection in list(self._connections.values()):
-            self._end(connection, WSCloseCode.GOING_AWAY, reason)
-        while self._endings or self._handlers:
-            await asyncio.wait(self._endings | self._handlers)
+            self._end(connection, CloseCode.GOING_AWAY, reason)
+        if self._handlers:
+            await asyncio.wait(self._handlers)  # Each connection has a timer that ends it within close_seconds.
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -174,8 +183,8 @@ class Hub:
             return False
         older = self._members.get(member)
         if older is not None:
-            self._end(older, WSCloseCode.POLICY_VIOLATION, "a newer connection of this agent took its place")
-        connection.phase = Phase.ACCEPTED
+            self._end(older, CloseCode.POLICY_VIOLATION, "a newer connection of this agent took its place")
+        connection.accepted()
         self._members[member] = connection
         return self._write(connection, self._frame(welcome))
 
@@ -209,84 +218,66 @@ class Hub:
         connection = self._members.get(member)
         if connection is None:
             return False
-        self._end(connection, WSCloseCode.POLICY_VIOLATION, reason)
+        self._end(connection, CloseCode.POLICY_VIOLATION, reason)
         return True
 
     # ------------------------------------------------------------------------------------------- one connection
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """The request handler of AGENTS_PATH, for owners that bring their own application."""
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         remote = request.remote or "unknown"
         if self._token is not None and not bears(request, self._token):
             log.warning("agent turned away: wrong or missing token", remote=remote)
             return web.Response(status=401, text="wrong or missing token\n", headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
+        if self._site is None:
+            return web.Response(status=503, text="the daemon is stopping\n")
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("agent turned away: too many connections", remote=remote, limit=MAX_CONNECTIONS)
             return web.Response(status=503, text=f"more than {MAX_CONNECTIONS} connections\n")
-        socket = web.WebSocketResponse(
-            compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=self._timing.close_seconds, decode_text=False
-        )
-        await socket.prepare(request)
+        upgrade = web.WebSocketResponse(compress=False)
+        await upgrade.prepare(request)
         transport, task = request.transport, asyncio.current_task()
         if transport is None or task is None:
-            return socket
+            return upgrade
+        connection = Connection(next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose)
+        self._connections[connection.number] = connection
+        connection.expect(self._timing.hello_seconds, lambda: self._undecided(connection))
         self._handlers.add(task)
         try:
-            await self._serve(Connection(next(self._numbers), socket, transport, remote, self._now()))
+            await connection.gone.wait()
         finally:
             self._handlers.discard(task)
-        return socket
+        return upgrade
 
-    async def _serve(self, connection: Connection) -> None:
-        self._connections[connection.number] = connection
-        code, reason = WSCloseCode.GOING_AWAY, "the daemon is stopping"
+    def _on_frame(self, connection: Connection, data: bytes) -> None:
         try:
-            hello = await self._hello(connection)
-            connection.hello = hello
-            connection.phase = Phase.DECISION
-            connection.decision_due = self._now() + self._timing.hello_seconds
-            self._on_event(AgentConnected(hello.member, hello, connection.number))
-            reason = await self._listen(connection, hello.member)
+            if connection.phase is Phase.HELLO:
+                self._introduce(connection, data)
+                return
+            message = decode_from_agent(data)
+            if type(message) is Heartbeat:
+                return
+            if connection.phase is not Phase.ACCEPTED or connection.hello is None or type(message) is Hello:
+                raise ProtocolError(f"{type(message).__name__} out of turn: in phase {connection.phase.name}")
         except _Unwelcome as error:
             self._refuse(connection, error.message)
         except ProtocolError as error:
-            code, reason = WSCloseCode.PROTOCOL_ERROR, str(error)
-        finally:
-            self._lose(connection, code, reason)
+            self._lose(connection, CloseCode.PROTOCOL_ERROR, str(error))
+        else:
+            self._on_event(AgentMessage(connection.hello.member, connection.number, message))
 
-    async def _hello(self, connection: Connection) -> Hello:
-        try:
-            frame = await connection.socket.receive(timeout=self._timing.hello_seconds)
-        except TimeoutError:
-            raise ProtocolError(f"no Hello within {self._timing.hello_seconds:g} s") from None
-        connection.heard_at = self._now()
-        data = _payload(frame)
-        if data is None:
-            raise ProtocolError(f"no Hello: {_end_of(connection, frame)}")
+    def _introduce(self, connection: Connection, data: bytes) -> None:
         _same_schema(data)
         hello = decode_from_agent(data, MAX_HELLO_BYTES)
         if not isinstance(hello, Hello):
             raise ProtocolError(f"the first message is {type(hello).__name__} and not Hello")
         if hello.run_id != self._run_id:
             raise _Unwelcome(f"this daemon serves run {self._run_id!r}, not {hello.run_id!r}")
-        return hello
+        connection.hello = hello
+        connection.phase = Phase.DECISION
+        self._on_event(AgentConnected(hello.member, hello, connection.number))
 
-    async def _listen(self, connection: Connection, member: Member) -> str:
-        """Turn frames into events until the connection ends; returns why it did."""
-        receive, now, on_event, number = connection.socket.receive, self._now, self._on_event, connection.number
-        while True:
-            frame = await receive()
-            data = _payload(frame)
-            if data is None:
-                return _end_of(connection, frame)
-            if connection.phase is Phase.ENDED:
-                return "ended"
-            connection.heard_at = now()
-            message = decode_from_agent(data)
-            if type(message) is Heartbeat:
-                continue
-            if connection.phase is not Phase.ACCEPTED or type(message) is Hello:
-                raise ProtocolError(f"{type(message).__name__} out of turn: in phase {connection.phase.name}")
-            on_event(AgentMessage(member, number, message))
+    def _undecided(self, connection: Connection) -> None:
+        missing = "no Hello" if connection.phase is Phase.HELLO else "no decision on its Hello"
+        self._lose(connection, CloseCode.POLICY_VIOLATION, f"{missing} within {self._timing.hello_seconds:g} s")
 
     # --------------------------------------------------------------------------------------------------- endings
     def _waiting(self, member: Member, connection_id: int) -> Connection | None:
@@ -298,41 +289,37 @@ class Hub:
     def _refuse(self, connection: Connection, refused: Refused) -> None:
         log.warning("agent refused", agent=str(connection), reason=refused.reason, fault=refused.fault)
         connection.write(self._frame(refused))
-        self._end(connection, WSCloseCode.POLICY_VIOLATION, refused.reason)
+        self._end(connection, CloseCode.POLICY_VIOLATION, refused.reason)
 
-    def _lose(self, connection: Connection, code: int, reason: str, *, abort: bool = False) -> None:
-        """End a connection against its owner's wish: report it, once."""
-        if connection.phase is Phase.ENDED:
-            return
-        reported = connection.phase in (Phase.DECISION, Phase.ACCEPTED)
+    def _lose(self, connection: Connection, code: CloseCode, reason: str) -> None:
+        """A connection ends against its owner's wish: report it, once."""
+        if connection.phase is not Phase.ENDED:
+            phase = connection.phase
+            self._end(connection, code, reason)
+            self._report(connection, phase, reason)
+
+    def _cut(self, connection: Connection, reason: str) -> None:
+        """``_lose`` without a closing handshake."""
+        if connection.phase is not Phase.ENDED:
+            phase = connection.phase
+            self._forget(connection)
+            connection.abort()
+            self._report(connection, phase, reason)
+
+    def _report(self, connection: Connection, phase: Phase, reason: str) -> None:
         log.warning("agent lost", agent=str(connection), reason=reason)
-        self._end(connection, code, reason, abort=abort)
-        if reported and connection.member is not None:
+        if connection.member is not None and phase in (Phase.DECISION, Phase.ACCEPTED):
             self._on_event(AgentLost(connection.member, connection.number, reason))
 
-    def _end(self, connection: Connection, code: int, reason: str, *, abort: bool = False) -> None:
-        if connection.phase is Phase.ENDED:
-            return
-        connection.phase = Phase.ENDED
+    def _end(self, connection: Connection, code: CloseCode, reason: str) -> None:
+        self._forget(connection)
+        connection.end(code, reason, self._timing.close_seconds)
+
+    def _forget(self, connection: Connection) -> None:
         del self._connections[connection.number]
         member = connection.member
         if member is not None and self._members.get(member) is connection:
             del self._members[member]
-        if abort:  # It takes no bytes, or says nothing: a closing handshake would only wait for it again.
-            connection.transport.abort()
-            return
-        task = asyncio.get_running_loop().create_task(self._handshake(connection, code, reason))
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
-
-    async def _handshake(self, connection: Connection, code: int, reason: str) -> None:
-        try:
-            async with asyncio.timeout(self._timing.close_seconds):
-                await connection.socket.close(code=code, message=close_reason(reason))
-        except TimeoutError:
-            connection.transport.abort()
-        if connection.transport.get_write_buffer_size():
-            connection.transport.abort()
 
     # ------------------------------------------------------------------------------------------------ heartbeats
     async def _sweep_for_ever(self) -> None:
@@ -341,8 +328,7 @@ class Hub:
         for turn in itertools.count():
             due += interval
             await asyncio.sleep(due - self._now())
-            late = self._now() - due
-            if late > self._timing.heartbeat_seconds:
+            if self._now() - due > self._timing.heartbeat_seconds:
                 due = self._now()
                 self._excuse_all()
             self.sweep(self._now(), turn % SWEEP_SLICES)
@@ -355,69 +341,36 @@ class Hub:
 
     def sweep(self, now: float, turn: int) -> None:
         """Give up the overdue and send heartbeats to the others of slice ``turn`` of SWEEP_SLICES."""
-        heartbeat = self._frame(_HEARTBEAT)
         for connection in [c for c in self._connections.values() if c.number % SWEEP_SLICES == turn]:
-            reason = "" if connection.phase is Phase.HELLO else connection.overdue(now, self._timing)
-            if reason:
-                self._lose(connection, WSCloseCode.GOING_AWAY, reason, abort=True)
-            elif connection.phase is Phase.ACCEPTED:
-                self._write(connection, heartbeat)
+            if connection.phase is Phase.ACCEPTED:
+                reason = connection.overdue(now, self._timing)
+                if reason:
+                    self._cut(connection, reason)
+                else:
+                    self._write(connection, _HEARTBEAT)
 
     # ---------------------------------------------------------------------------------------------------- writing
     def _frame(self, message: FromDaemon) -> bytes:
-        if message is _HEARTBEAT:
-            return _HEARTBEAT_FRAME
         if self._last is None or self._last[0] is not message:
-            self._last = (message, server_frame(encode(message)))
+            self._last = (message, frame(Opcode.BINARY, encode(message)))
         return self._last[1]
 
-    def _write(self, connection: Connection, frame: bytes) -> bool:
-        if connection.write(frame):
+    def _write(self, connection: Connection, data: bytes) -> bool:
+        if connection.write(data):
             return True
         # Later, not now: the owner is in the middle of its own commands and must not meet a new event among them.
-        asyncio.get_running_loop().call_soon(self._lose_slow, connection)
+        asyncio.get_running_loop().call_soon(self._cut, connection, "slow: its send queue is full")
         return False
-
-    def _lose_slow(self, connection: Connection) -> None:
-        self._lose(connection, WSCloseCode.POLICY_VIOLATION, "slow: its send queue is full", abort=True)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
 
-_HEARTBEAT: Final = Heartbeat()
-_HEARTBEAT_FRAME: Final = server_frame(encode(_HEARTBEAT))
-
-
 def _same_schema(data: bytes) -> None:
     """Refuse another schema by name, even where its Hello is not ours any more."""
-    if len(data) > MAX_HELLO_BYTES:
-        return
     try:
         schema = msgspec.msgpack.decode(data, type=_AnyHello).schema
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return  # Whatever it is, the real decoder says it better.
     if schema != SCHEMA_VERSION:
         raise _Unwelcome(f"the agent speaks schema {schema}, the daemon {SCHEMA_VERSION}: update the older side")
-
-
-def _payload(frame: WSMessage) -> bytes | None:
-    """The bytes of a binary frame; None when the connection has ended.
-
-    Raises:
-        ProtocolError: a text frame.
-    """
-    if frame.type is WSMsgType.BINARY:
-        data: bytes = frame.data
-        return data
-    if frame.type is WSMsgType.TEXT:
-        raise ProtocolError("a text frame: messages are binary")
-    return None
-
-
-def _end_of(connection: Connection, frame: WSMessage) -> str:
-    if frame.type is WSMsgType.ERROR:
-        return f"broken by its sender: {frame.data}"
-    if frame.type is WSMsgType.CLOSE:
-        return f"closed by the agent: code {frame.data} {frame.extra or ''}".rstrip()
-    return f"the connection broke (code {connection.socket.close_code})"

@@ -1,53 +1,35 @@
 """One agent's connection as the hub sees it: its phase, its deadlines and its bounded way out.
 
-Frames go out through the transport itself and not through a coroutine per send. A server's WebSocket frames are not
-masked, so one broadcast is one run of bytes for every peer, and a write that never waits needs no task; the
-transport's own buffer is the queue, and its size is what is limited.
+Nothing here waits. Bytes are handled in the call that read them, and frames go out through the transport itself: a
+server's frames are not masked, so one broadcast is one run of bytes for every peer; the transport's own buffer is the
+queue, and its size is what is limited.
 """
 
 import asyncio
 import enum
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from aiohttp import web
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.websocket import CloseCode, Endpoint, FrameError
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Unsent bytes to one agent: one frame of the largest allowed size, and as much again queued behind it."""
 
-MAX_CLOSE_REASON_BYTES: Final = 123
-"""RFC 6455 §5.5: a control frame carries at most 125 bytes, two of which are the close code."""
-
-_FIN_BINARY: Final = 0x82
-_ONE_BYTE_LENGTHS: Final = 126
-_TWO_BYTE_LENGTHS: Final = 65_536
-
-
-def server_frame(payload: bytes) -> bytes:
-    """``payload`` as one unmasked, unfragmented binary frame (RFC 6455 §5.2)."""
-    length = len(payload)
-    if length < _ONE_BYTE_LENGTHS:
-        return struct.pack("!BB", _FIN_BINARY, length) + payload
-    if length < _TWO_BYTE_LENGTHS:
-        return struct.pack("!BBH", _FIN_BINARY, 126, length) + payload
-    return struct.pack("!BBQ", _FIN_BINARY, 127, length) + payload
-
-
-def close_reason(text: str) -> bytes:
-    """``text`` as UTF-8 within MAX_CLOSE_REASON_BYTES, cut between characters."""
-    return text.encode()[:MAX_CLOSE_REASON_BYTES].decode(errors="ignore").encode()
+READ_BYTES: Final = 64 * 1024
+"""Read at once from one agent. asyncio's own 256 KiB is above glibc's mmap threshold: every heartbeat would map and
+unmap that much, which doubles the cost of a small message."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubTiming:
     """Total deadlines of one connection, in seconds.
 
-    ``hello_seconds`` bounds the upgrade to Hello and again Hello to the decision; a peer that is silent, or takes no
-    bytes, for ``missed_heartbeats`` × ``heartbeat_seconds`` is lost; ``close_seconds`` bounds the closing handshake.
+    ``hello_seconds`` bounds upgrade to decision (Hello lies between them); a peer that is silent, or takes no bytes,
+    for ``missed_heartbeats`` × ``heartbeat_seconds`` is lost; ``close_seconds`` bounds the closing handshake.
     """
 
     heartbeat_seconds: float = 5.0
@@ -70,21 +52,46 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
-class Connection:
-    """One WebSocket between upgrade and end. ``number`` grows over the hub's life and is never used twice."""
+class Connection(asyncio.Protocol):
+    """One WebSocket from its upgrade to its end; takes over the transport of the HTTP request that asked for it.
 
-    number: int
-    socket: web.WebSocketResponse
-    transport: asyncio.Transport
-    remote: str
-    heard_at: float
-    phase: Phase = Phase.HELLO
-    hello: Hello | None = None
-    decision_due: float = 0.0
-    _written: int = field(default=0, repr=False)
-    _taken: int = field(default=0, repr=False)
-    _taken_at: float = field(default=0.0, repr=False)
+    Args:
+        number: grows over the hub's life and is never used twice.
+        remote: the peer's address, for log lines.
+        http: the protocol that served the request; it is told of the transport's end, for its own books.
+        on_message: called with each binary message until the connection is ENDED.
+        on_end: called once with the reason when the peer ended it or broke the protocol.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        remote: str,
+        transport: asyncio.Transport,
+        http: asyncio.Protocol,
+        on_message: "Callable[[Connection, bytes], None]",
+        on_end: "Callable[[Connection, CloseCode, str], None]",
+    ) -> None:
+        self.number = number
+        self.remote = remote
+        self.phase = Phase.HELLO
+        self.hello: Hello | None = None
+        self.gone = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
+        self._transport = transport
+        self._http = http
+        self._on_message = on_message
+        self._on_end = on_end
+        self._endpoint = Endpoint(MAX_HELLO_BYTES, None)
+        self._broken = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._written = 0
+        self._taken = 0
+        self._taken_at = self.heard_at
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
+        transport.set_protocol(self)
 
     @property
     def member(self) -> Member | None:
@@ -94,25 +101,82 @@ class Connection:
     def __str__(self) -> str:
         return f"{self.member or 'stranger'} at {self.remote} (connection {self.number})"
 
+    # ------------------------------------------------------------------------------------------------------ reading
+    def data_received(self, data: bytes) -> None:
+        """Handle what has come, to the end of the last whole frame."""
+        if self._broken:
+            return  # Whatever it sends until it has read our Close means nothing.
+        self.heard_at = self._loop.time()
+        try:
+            messages = self._endpoint.receive(data)
+        except FrameError as error:
+            self._broken = True
+            self._on_end(self, error.code, str(error))
+            return
+        for message in messages:
+            if self.phase is Phase.ENDED:
+                break
+            self._on_message(self, message)
+        if self._endpoint.outgoing:
+            self._transport.write(self._endpoint.answers())
+        if self._endpoint.peer_closed is not None:
+            code, reason = self._endpoint.peer_closed
+            self._on_end(self, CloseCode.NORMAL, f"closed by the agent: code {code} {reason}".rstrip())
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport has ended, by whoever's wish."""
+        self._on_end(self, CloseCode.GOING_AWAY, f"the connection broke: {exc or 'end of stream'}")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._http.connection_lost(exc)
+        self.gone.set()
+
+    # ------------------------------------------------------------------------------------------------------ writing
     def write(self, frame: bytes) -> bool:
         """Hand ``frame`` to the transport; False when that would exceed MAX_SEND_QUEUE_BYTES (nothing is sent)."""
-        if self.transport.is_closing():
-            return True  # The end of this connection is already on its way to the reader.
-        if self.transport.get_write_buffer_size() + len(frame) > MAX_SEND_QUEUE_BYTES:
+        transport = self._transport
+        if transport.is_closing():
+            return True  # The end of this connection is already on its way to ``connection_lost``.
+        if transport.get_write_buffer_size() + len(frame) > MAX_SEND_QUEUE_BYTES:
             return False
-        self.transport.write(frame)
+        transport.write(frame)
         self._written += len(frame)
         return True
 
+    # ---------------------------------------------------------------------------------------------------- deadlines
+    def expect(self, seconds: float, late: Callable[[], None]) -> None:
+        """Call ``late`` after ``seconds`` unless ``expect``, ``accepted`` or the end come first."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, late)
+
+    def accepted(self) -> None:
+        """It belongs here: large messages are welcome, and only silence is watched."""
+        self.phase = Phase.ACCEPTED
+        self._endpoint.limit = MAX_FRAME_BYTES
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def end(self, code: CloseCode, reason: str, close_seconds: float) -> None:
+        """Begin the closing handshake; the transport ends within ``close_seconds`` whatever the peer does."""
+        self.phase = Phase.ENDED
+        self.expect(close_seconds, self._transport.abort)
+        if not self._transport.is_closing():
+            self._transport.write(self._endpoint.close(code, reason))
+
+    def abort(self) -> None:
+        """End at once: it takes no bytes or says nothing, and a closing handshake would only wait for it again."""
+        self.phase = Phase.ENDED
+        self._transport.abort()
+
     def overdue(self, now: float, timing: HubTiming) -> str:
         """Why this peer is to be given up at ``now`` (seconds of the loop's clock), or an empty string."""
-        if self.phase is Phase.DECISION and now > self.decision_due:
-            return f"nobody decided on its Hello within {timing.hello_seconds:g} s"
         if now - self.heard_at > timing.silence_seconds:
             return f"silent for {now - self.heard_at:.1f} s, {timing.missed_heartbeats} heartbeats"
-        waiting = self.transport.get_write_buffer_size()
+        waiting = self._transport.get_write_buffer_size()
         taken = self._written - waiting
-        if taken > self._taken or not waiting or not self._taken_at:
+        if taken > self._taken or not waiting:
             self._taken, self._taken_at = taken, now
         elif now - self._taken_at > timing.silence_seconds:
             return f"slow: took none of {waiting} waiting bytes for {now - self._taken_at:.1f} s"
