@@ -1,6 +1,7 @@
 """NixlEndpoint: one NIXL agent of ours, its registered memory, its peers, and the writes to them.
 
-One thread owns an endpoint and makes every call on it. Facts of NIXL 1.5 that shape it: posting to a peer on the same
+One thread owns an endpoint and makes every call on it; with device memory, the thread whose current CUDA device is that
+memory's. Facts of NIXL 1.5 that shape it: posting to a peer on the same
 host blocks for the copy; nothing tells when a transfer ends but asking; a target that never polls keeps its writers
 waiting; a stopped peer leaves a transfer in progress for ever; a posted transfer cannot be taken back; and adding and
 removing a live peer leaks descriptors, so connections are kept.
@@ -15,8 +16,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
+import structlog
 from weightsync.agents import nixl_card, nixl_edge
-from weightsync.agents.memory.reach import check_reachable
+from weightsync.agents.memory.reach import check_reachable, why_not_by_nic
 from weightsync.agents.nixl_chunks import lanes
 from weightsync.agents.nixl_edge import Describe, Edge, EdgeResult
 from weightsync.agents.nixl_environment import environment
@@ -27,6 +29,8 @@ from weightsync.agents.nixl_write import Writer
 from weightsync.agents.tables import RUN_COLUMNS
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
+
+log = structlog.get_logger(__name__)
 
 SCRATCH_BYTES: Final = mmap.PAGESIZE
 WARM_UP_BYTES: Final = 8
@@ -66,6 +70,7 @@ class NixlEndpoint:
         self.rank = name
         self.name = f"{name}-{secrets.token_hex(8)}"
         self._settings = settings
+        self._by_nic = net_devices is not None
         self._ceiling = ceiling
         self._bindings = bindings or load()
         made: dict[str, str | None] = {"UCX_MAX_RMA_RAILS": str(settings.rails)}
@@ -105,6 +110,7 @@ class NixlEndpoint:
         """
         check_regions(regions, self._regions)
         check_reachable(regions)
+        self._warn_without_gpu_direct(regions)
         for memory in ("DRAM", "VRAM"):
             chosen = [r for r in regions if r.memory == memory]
             if not chosen:
@@ -226,14 +232,18 @@ class NixlEndpoint:
             deadline=time.monotonic() + deadline_seconds,
             ceiling=self._ceiling,
         )
-        results = await writer.write(edges)
-        for edge in edges:
-            self._remember_taint(edge)
-        return results
+        try:
+            return await writer.write(edges)
+        finally:  # also when the caller's task is cancelled: what was posted stays posted
+            for edge in edges:
+                self._remember_taint(edge)
 
     def poll(self) -> None:
         """Let NIXL work: answers peers that write here (they never see DONE otherwise), and notices when a transfer
-        that outlived its deadline ends after all. Call it every millisecond or two while a grant is open."""
+        that outlived its deadline ends after all. Call it every millisecond or two while a grant is open; once
+        closed it does nothing."""
+        if self._agent is None:
+            return
         self._agent.get_new_notifs()
         for peer in list(self._tainted):
             edges = self._edges_to(peer)
@@ -289,6 +299,13 @@ class NixlEndpoint:
                 f" registered on both sides? ({error})"
             ) from error
         return edge
+
+    def _warn_without_gpu_direct(self, regions: Sequence[Region]) -> None:
+        if not self._by_nic:
+            return
+        for device in sorted({region.device for region in regions if region.memory == "VRAM"}):
+            if reason := why_not_by_nic(device):
+                log.warning("gpu_direct_unavailable", rank=self.rank, device=device, reason=reason)
 
     def _remove(self, peer_name: str) -> None:
         with suppress(*self._bindings.errors):  # gone already is what was asked for

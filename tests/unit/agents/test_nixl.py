@@ -340,6 +340,34 @@ async def test_a_tainted_edge_that_is_released_still_taints(make_endpoint: MakeE
     assert peer.ask("digest") == hashlib.sha256(source).hexdigest()
 
 
+async def test_a_cancelled_write_still_taints(make_endpoint: MakeEndpoint, start_peer: StartPeer) -> None:
+    peer, writer, source = start_peer(1 << 20, "tcp"), make_endpoint("writer", "tcp"), random_bytes(1 << 20)
+    writer.register([region(source)])
+    writer.connect(peer.name, peer.card)
+    edge = writer.prepare_edge(peer.name, [region(source)], [peer.region], whole(1 << 20))
+    succeeded(await writer.warm_up([edge], PATIENCE))
+    peer.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await writer.write([edge], deadline_seconds=PATIENCE)
+    assert list(writer.tainted_peers) == [peer.name]
+
+
+@pytest.mark.parametrize("tls", TRANSPORTS)
+async def test_closing_does_not_wait_for_a_stopped_peer(
+    make_endpoint: MakeEndpoint, start_peer: StartPeer, tls: str | None
+) -> None:
+    peer, writer, source = start_peer(1 << 20, tls), make_endpoint("writer", tls), random_bytes(1 << 20)
+    writer.register([region(source)])
+    writer.connect(peer.name, peer.card)
+    edge = writer.prepare_edge(peer.name, [region(source)], [peer.region], whole(1 << 20))
+    succeeded(await writer.warm_up([edge], PATIENCE))
+    peer.process.send_signal(signal.SIGSTOP)
+    await writer.write([edge], deadline_seconds=0.1)
+    writer.close()
+    writer.poll()
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 def test_torn_metadata_is_refused_before_nixl_sees_it(make_endpoint: MakeEndpoint) -> None:
     writer, target = make_endpoint("writer"), make_endpoint("target")
