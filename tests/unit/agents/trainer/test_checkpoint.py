@@ -1,0 +1,154 @@
+"""Parts of a checkpoint: what all ranks save is what the trainer has; a gap, an overlap or a lost part is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from weightsync.agents.trainer.checkpoint import load_checkpoint_parts, save_checkpoint_part
+from weightsync.agents.trainer.errors import CheckpointError
+from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 130,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+LAYER = "model.layers.0."
+SHAPES = {
+    "model.embed_tokens.weight": (130, 128),
+    "model.norm.weight": (128,),
+    "lm_head.weight": (130, 128),
+    LAYER + "input_layernorm.weight": (128,),
+    LAYER + "post_attention_layernorm.weight": (128,),
+    LAYER + "self_attn.q_proj.weight": (128, 128),
+    LAYER + "self_attn.k_proj.weight": (64, 128),
+    LAYER + "self_attn.v_proj.weight": (64, 128),
+    LAYER + "self_attn.o_proj.weight": (128, 128),
+    LAYER + "mlp.gate_proj.weight": (256, 128),
+    LAYER + "mlp.up_proj.weight": (256, 128),
+    LAYER + "mlp.down_proj.weight": (128, 256),
+}
+
+
+@pytest.fixture
+def saved(in_ranks, weights, tmp_path):
+    """(directory, masters): saved by an HSDP trainer of 2 × 2 ranks, in FP8."""
+    masters = weights.state(SHAPES)
+
+    def body(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+        state = {n: distribute_tensor(t, mesh, [Replicate(), Shard(0)], src_data_rank=None) for n, t in masters.items()}
+        slots = TrainerSlots(state, model_table(CONFIG, fp8=True), options=SlotOptions(1000, staging_bytes=0))
+        slots.convert(state)
+        save_checkpoint_part(tmp_path / "step_7", slots)
+
+    in_ranks(4, body)
+    return tmp_path / "step_7", masters
+
+
+def edit(index, change):
+    content = json.loads(index.read_text())
+    change(content)
+    index.write_text(json.dumps(content))
+
+
+def test_all_parts_together_are_the_checkpoint(saved, fp8_reference):
+    folder, masters = saved
+    whole = dict(load_checkpoint_parts(folder))
+    for name, master in masters.items():
+        if "proj" in name:
+            values, scales = fp8_reference(master)
+            assert torch.equal(whole.pop(name).view(torch.uint8), values.view(torch.uint8))
+            assert torch.equal(whole.pop(name + "_scale_inv"), scales)
+        else:
+            assert torch.equal(whole.pop(name), master.to(torch.bfloat16))
+    assert not whole
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == [], "no temporary file stays"
+
+
+def test_replicas_save_nothing_twice(saved):
+    folder, _ = saved
+    boxes = [box for index in folder.glob("*.json") for box in json.loads(index.read_text())["boxes"]]
+    places = [(box["tensor"][0], tuple(box["offset"])) for box in boxes]
+    assert len(places) == len(set(places))
+
+
+def test_a_lost_part_is_named(saved):
+    folder, _ = saved
+    (folder / "part-00002-of-00004.boxes.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the parts of ranks \[2\]"):
+        load_checkpoint_parts(folder)
+    with pytest.raises(CheckpointError, match="holds no finished part"):
+        load_checkpoint_parts(folder.parent)
+
+
+def test_a_lost_box_is_named(saved):
+    folder, _ = saved
+
+    def lose(content):
+        content["boxes"] = [b for b in content["boxes"] if b["tensor"][0] != "model.embed_tokens.weight"]
+
+    edit(folder / "part-00001-of-00004.boxes.json", lose)
+    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight' of shape \(130, 128\) lacks 8320 elements"):
+        load_checkpoint_parts(folder)
+
+
+def test_boxes_that_overlap_or_reach_outside_are_named(saved):
+    folder, _ = saved
+
+    def move(offset):
+        def change(content):
+            box = next(b for b in content["boxes"] if b["tensor"][0] == "model.embed_tokens.weight")
+            box["offset"] = offset
+
+        edit(folder / "part-00001-of-00004.boxes.json", change)
+
+    move([64, 0])
+    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight'.*overlaps"):
+        load_checkpoint_parts(folder)
+    move([100, 0])
+    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight'.*outside its shape"):
+        load_checkpoint_parts(folder)
+
+
+def test_parts_of_two_worlds_or_kinds_do_not_mix(saved):
+    folder, _ = saved
+    index = folder / "part-00001-of-00004.boxes.json"
+    edit(index, lambda content: content.update(world=8))
+    with pytest.raises(CheckpointError, match=r"trainers of \[4, 8\] ranks"):
+        load_checkpoint_parts(folder)
+    edit(index, lambda content: (content.update(world=4), content["boxes"][0]["tensor"].__setitem__(1, "float16")))
+    with pytest.raises(CheckpointError, match="several shapes or dtypes"):
+        load_checkpoint_parts(folder)
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="no index of a part"):
+        load_checkpoint_parts(folder)
+
+
+def test_a_torn_file_is_named_when_it_is_read(saved):
+    folder, _ = saved
+    save_file({"other": torch.zeros(1)}, folder / "part-00001-of-00004.safetensors")
+    with pytest.raises(CheckpointError, match="part-00001"):
+        list(load_checkpoint_parts(folder))
+    (folder / "part-00001-of-00004.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="part-00001"):
+        list(load_checkpoint_parts(folder))
+
+
+def test_a_rank_that_holds_nothing_saves_an_empty_part(weights, tmp_path):
+    state = weights.state(SHAPES)
+    full = TrainerSlots(state, model_table(CONFIG), rank=0, world=2)
+    full.convert(state)
+    empty = TrainerSlots({}, model_table(CONFIG), options=SlotOptions(pipeline=True), rank=1, world=2)
+    save_checkpoint_part(tmp_path, full)
+    save_checkpoint_part(tmp_path, empty)
+    assert {name for name, _ in load_checkpoint_parts(tmp_path)} == SHAPES.keys()
