@@ -1,0 +1,238 @@
+"""A whole fleet for the e2e tests: the daemon, trainer ranks and vLLM servers, each a real process."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from serving import HOST, VllmServer, free_port
+
+HERE = Path(__file__).resolve().parent
+DAEMON_READY_SECONDS = 20.0
+ANSWER_SECONDS = 120.0
+STOP_SECONDS = 15.0
+
+
+class Timeout(AssertionError):
+    """Something did not happen in time; the message carries the daemon's log."""
+
+
+@dataclass
+class Process:
+    """A child in a session of its own, with its output in a file."""
+
+    command: Sequence[str]
+    log: Path
+    env: Mapping[str, str]
+    pipe: bool = False
+    child: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> Self:
+        with self.log.open("ab") as log:
+            self.child = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.PIPE if self.pipe else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if self.pipe else log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.child is not None and self.child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, number)
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL; its exit code."""
+        assert self.child is not None
+        self.kill(signal.SIGTERM)
+        try:
+            code = self.child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self.child.wait()
+        for pipe in (self.child.stdin, self.child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        return code
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+
+@dataclass
+class Trainer:
+    """``scripted_trainer.py`` on ``world`` ranks."""
+
+    ranks: list[Process]
+
+    def tell(self, **order: Any) -> None:
+        child = self.ranks[0].child
+        assert child is not None
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(order).encode() + b"\n")
+        child.stdin.flush()
+
+    def hear(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+        """The next answer of rank 0."""
+        import select
+
+        child = self.ranks[0].child
+        assert child is not None
+        assert child.stdout is not None
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if select.select([child.stdout], [], [], 0.2)[0]:
+                line = child.stdout.readline()
+                if not line:
+                    raise AssertionError(f"the trainer ended\n{self.ranks[0].tail()}")
+                if line.startswith(b"{"):
+                    return dict(json.loads(line))
+            elif any(rank.child is not None and rank.child.poll() not in (None, 0) for rank in self.ranks):
+                raise AssertionError("a trainer rank failed\n" + "\n".join(rank.tail(20) for rank in self.ranks))
+        raise Timeout(f"no answer of the trainer within {seconds} s\n" + "\n".join(r.tail(20) for r in self.ranks))
+
+    def publish(self, step: int, **more: Any) -> dict[str, Any]:
+        self.tell(do="publish", step=step, **more)
+        return self.hear()
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            rank.stop()
+
+
+@dataclass
+class Fleet:
+    """One run: its directory, its configuration, and the processes that were started."""
+
+    directory: Path
+    engines: Mapping[str, VllmServer]
+    settings: dict[str, Any] = field(default_factory=dict)
+    run_id: str = "e2e"
+    port: int = field(default_factory=free_port)
+    daemon: Process | None = None
+    trainers: list[Trainer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "run").mkdir(exist_ok=True)
+        self.token = self.directory / "token"
+        if not self.token.exists():
+            self.token.write_text(secrets.token_hex(16))
+            self.token.chmod(0o600)
+        self.config = self.directory / "config.yaml"
+        self.config.write_text(yaml.safe_dump(self._document()))
+
+    def _document(self) -> dict[str, Any]:
+        quick = {"probe_seconds": 2, "heartbeat_seconds": 2, "transfer_seconds": 60, "quiesce_seconds": 30}
+        document: dict[str, Any] = {
+            "run": {"id": self.run_id, "directory": str(self.directory / "run")},
+            "state_directory": str(self.directory / "state"),
+            "listen": {"host": HOST, "port": self.port, "token_file": str(self.token)},
+            "engines": [{"name": name, "url": server.url} for name, server in self.engines.items()],
+            "deadlines": quick,
+            "rescan_seconds": 1,
+        }
+        for key, value in self.settings.items():
+            document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+        return document
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    # ---------------------------------------------------------------------------------------------------------- daemon
+    def start_daemon(self) -> Process:
+        command = [sys.executable, "-m", "weightsync.orchestrator.shell.cli", "run", "--config", str(self.config)]
+        self.daemon = Process(command, self.directory / "daemon.log", dict(os.environ)).start()
+        self.until(self._serves, "the daemon to listen", DAEMON_READY_SECONDS)
+        return self.daemon
+
+    def _serves(self) -> bool:
+        assert self.daemon is not None
+        assert self.daemon.child is not None
+        if self.daemon.child.poll() is not None:
+            raise AssertionError(f"the daemon ended with {self.daemon.child.returncode}\n{self.daemon.tail()}")
+        return self.ask("/healthz") is not None
+
+    def ask(self, path: str) -> Any:
+        """GET of the daemon's admin routes; None when it does not answer."""
+        headers = {"Authorization": f"Bearer {self.token.read_text().strip()}"}
+        request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                body = response.read()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return None
+        return json.loads(body) if body.startswith(b"{") else body.decode()
+
+    def status(self) -> Any:
+        return self.ask("/status")
+
+    def engine(self, name: str) -> dict[str, Any]:
+        status = self.status()
+        return {} if status is None else next(dict(e) for e in status["engines"] if e["name"] == name)
+
+    def until(self, holds: Callable[[], Any], what: str, seconds: float = ANSWER_SECONDS) -> Any:
+        """Wait until ``holds`` is true, by looking."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            result = holds()
+            if result:
+                return result
+            time.sleep(0.05)
+        tail = self.daemon.tail(60) if self.daemon is not None else ""
+        raise Timeout(f"waited {seconds} s for {what}\nstatus: {self.status()}\n{tail}")
+
+    # --------------------------------------------------------------------------------------------------------- trainer
+    def start_trainer(self, model_dir: Path, world: int = 1, script: str = "scripted_trainer.py") -> Trainer:
+        """Its ranks; ``hear`` tells when they are connected."""
+        rendezvous = free_port()
+        processes = []
+        for rank in range(world):
+            env = {
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": HOST,
+                "MASTER_PORT": str(rendezvous), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+                "UCX_TLS": "tcp,self,sm", "PYTHONPATH": str(HERE),
+            }  # fmt: skip
+            command = [
+                sys.executable, str(HERE / script), "--hub-url", f"ws://{HOST}:{self.port}/agents",
+                "--token-file", str(self.token), "--run-id", self.run_id, "--run-dir", str(self.directory / "run"),
+                "--model-config", str(model_dir / "config.json"), "--checkpoints", str(self.checkpoints),
+            ]  # fmt: skip
+            log = self.directory / f"trainer-{len(self.trainers)}-{rank}.log"
+            processes.append(Process(command, log, env, pipe=True).start())
+        trainer = Trainer(processes)
+        self.trainers.append(trainer)
+        return trainer
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.stop()
+        if self.daemon is not None:
+            self.daemon.stop()
+
+
+@contextlib.contextmanager
+def fleet(directory: Path, engines: Mapping[str, VllmServer], **more: Any) -> Iterator[Fleet]:
+    """A Fleet with its daemon running; everything but the engines is ended at the end."""
+    whole = Fleet(directory, engines, **more)
+    try:
+        whole.start_daemon()
+        yield whole
+    finally:
+        whole.close()

@@ -1,0 +1,85 @@
+"""A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ranks under gloo.
+
+Its masters are fp32 with bits that bf16 cannot hold, so that the cast to the forward dtype is part of what is tested.
+Commands arrive on rank 0's standard input, one JSON object a line; so do the answers on its standard output.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from serving import qwen3_shapes, save_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from weightsync.agents.trainer.agent import PublishError, TrainerAgent
+from weightsync.agents.trainer.models import model_table
+
+
+def masters(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """fp32 weights of 0.15·randn, norms around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: value + (value.ndim == 1) for name, value in noise.items()}
+
+
+def sharded(state: dict[str, torch.Tensor], world: int) -> dict[str, torch.Tensor]:
+    """Rows over the ranks, as FSDP2 does."""
+    if world == 1:
+        return state
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+    return {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
+
+
+def told(rank: int, world: int) -> dict[str, Any]:
+    """The next command, the same on every rank."""
+    line = [sys.stdin.readline() if rank == 0 else ""]
+    if world > 1:
+        dist.broadcast_object_list(line, src=0)
+    return json.loads(line[0]) if line[0] else {"do": "close"}
+
+
+def answer(rank: int, **fields: Any) -> None:
+    if rank == 0:
+        print(json.dumps(fields), flush=True)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    for name in ("hub-url", "token-file", "run-id", "run-dir", "model-config", "checkpoints"):
+        arguments.add_argument(f"--{name}", required=True)
+    arguments.add_argument("--publish-seconds", type=float, default=120.0)
+    given = arguments.parse_args()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("gloo")
+    config = json.loads(Path(given.model_config).read_text())
+    shapes = qwen3_shapes(config)
+    state = sharded(masters(shapes, 0), world)
+    agent = TrainerAgent(
+        lambda: state, model_table(config), hub_url=given.hub_url, token_file=Path(given.token_file),
+        run_id=given.run_id, run_dir=Path(given.run_dir), rank=rank, world=world,
+        publish_seconds=given.publish_seconds,
+    )  # fmt: skip
+    answer(rank, ready=True, generation=agent.generation)
+    while (order := told(rank, world))["do"] != "close":
+        step = order["step"]
+        full = masters(shapes, order.get("seed", step))
+        state = sharded(full, world)
+        if rank == 0:
+            save_model(Path(given.checkpoints) / f"step_{step}", config, {n: v.bfloat16() for n, v in full.items()})
+        try:
+            answer(rank, step=step, sequence=agent.publish(step))
+        except PublishError as error:
+            answer(rank, step=step, error=str(error))
+    agent.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
