@@ -87,8 +87,10 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     return InferenceAgent(ranks=ranks, device=device, recorded=recorded_layout(model, vllm_config))
 
 
-def equip(model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any = None) -> Agent:
-    """What every adapter's constructor does: gate and agent, or a refusal to start.
+def equip(
+    model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any = None
+) -> tuple[EngineRanks, Agent]:
+    """What every adapter's constructor does: gate, ranks and agent, or a refusal to start.
 
     Args:
         vllm_config: where the adapter knows it; it only makes errors clearer.
@@ -104,7 +106,7 @@ def equip(model: torch.nn.Module, device: torch.device, parallel_config: Any, vl
     ranks = engine_ranks(parallel_config)
     agent = make_agent(ranks, model, device, vllm_config)
     logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
-    return agent
+    return ranks, agent
 
 
 def parse_init_info(body: dict[str, Any]) -> InitInfo:

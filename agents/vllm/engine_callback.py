@@ -23,7 +23,7 @@ class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
     def __init__(self, config: Any, parallel_config: Any, model: torch.nn.Module) -> None:
         super().__init__(config, parallel_config, model)
         self.device = next(model.parameters()).device
-        self.agent = engine.equip(model, self.device, parallel_config)
+        self.ranks, self.agent = engine.equip(model, self.device, parallel_config)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> engine.InitInfo:
         return engine.parse_init_info(init_dict)

@@ -16,7 +16,7 @@ class LifecycleEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.agent = engine.equip(model, device, vllm_config.parallel_config, vllm_config)
+        self.ranks, self.agent = engine.equip(model, device, vllm_config.parallel_config, vllm_config)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> engine.InitInfo:
         return engine.parse_init_info(init_dict)

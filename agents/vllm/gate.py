@@ -23,7 +23,8 @@ class GateUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker's answer to ``report``. ``reason`` is empty while its weights may be served.
+    """One worker's answer to ``report``. ``rank`` counts over the whole engine, data-parallel replicas included;
+    ``reason`` is empty while its weights may be served.
 
     ``nonce`` is the question's: an answer with another one belongs to an earlier call, see ``hold``.
     """
@@ -64,7 +65,7 @@ def reason_not_servable(worker: Any) -> str:
 
 def report(worker: Any, nonce: str) -> WorkerReport:
     """Runs in every worker, called by the engine core. Never raises: see ``call``."""
-    rank = int(getattr(worker, "rank", -1))
+    rank = _rank(worker)
     try:
         return WorkerReport(nonce, rank, reason_not_servable(worker), bool(_session_open(worker)))
     except Exception as error:
@@ -78,7 +79,7 @@ def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwa
     vLLM's multiprocess executor stops reading the answers to a call at the first error; the others stay queued and
     every later call is given an answer of an earlier one. A call that never fails keeps the ranks in step.
     """
-    rank = int(getattr(worker, "rank", -1))
+    rank = _rank(worker)
     try:
         if isinstance(method, str):
             return Outcome(rank, getattr(worker, method)(*args, **kwargs))
@@ -128,6 +129,11 @@ def refuse_batch(worker: Any, tokens: int) -> None:
     """Raises NotServable when a batch of ``tokens`` scheduled tokens must not run in ``worker``."""
     if reason := reason_not_servable(worker):
         raise NotServable(f"weightsync: a batch of {tokens} tokens is refused: {reason}")
+
+
+def _rank(worker: Any) -> int:
+    ranks = getattr(getattr(worker, "weight_transfer_engine", None), "ranks", None)
+    return int(getattr(worker, "rank", -1) if ranks is None else ranks.rank)
 
 
 def _session_open(worker: Any) -> bool:

@@ -55,6 +55,14 @@ class Held:
         assert self.server.healthy()
         return str(body["error"])
 
+    def resume_of_all_but_rank_1(self) -> None:
+        """Ranks of one engine core stay together; independent replicas each answer for their own weights."""
+        if self.server.dp == 1:
+            assert "not servable: rank 1: " in self.refused_to_resume()
+        else:
+            status, body = self.server.post("/resume")
+            assert (status, "not servable: rank 1: " in body["error"]) == (500, True)
+
     def update(self, expect: int = 200) -> Any:
         """Start, update and finish as the daemon calls them; the answer to the update."""
         body = {"is_checkpoint_format": False}
@@ -132,7 +140,11 @@ def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None
     held.update()
     assert "not servable" in held.refused_to_resume()
     assert results == []
+    refusal = held.flag.with_suffix(".refuse1")
+    refusal.touch()
     held.flag.touch()
+    held.resume_of_all_but_rank_1()
+    refusal.unlink()
     assert held.server.post("/resume") == (200, {"status": "resumed"})
     assert not held.server.is_paused()
     thread.join(60)

@@ -48,7 +48,7 @@ def _follow(flag: Path) -> None:
 
     def make_agent(ranks: Any, *others: Any) -> FlagAgent:
         flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))
-        return FlagAgent(flag)
+        return FlagAgent(flag, ranks.rank)
 
     engine.make_agent = make_agent
 
@@ -65,15 +65,17 @@ class FlagStatus:
 class FlagAgent:
     """The double: servable while ``flag`` exists, torn while ``flag`` with the suffix ``.torn`` does.
 
+    ``flag`` with the suffix ``.refuse<rank>`` makes one rank not servable.
+
     Each one leaves its ranks in ``flag`` with the suffix ``.rank<rank>``.
     """
 
-    def __init__(self, flag: Path) -> None:
-        self._flag = flag
+    def __init__(self, flag: Path, rank: int) -> None:
+        self._flag, self._refusal = flag, flag.with_suffix(f".refuse{rank}")
 
     @property
     def may_run(self) -> bool:
-        return self._flag.exists()
+        return self._flag.exists() and not self._refusal.exists()
 
     @property
     def status(self) -> FlagStatus:

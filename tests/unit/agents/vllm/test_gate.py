@@ -126,6 +126,12 @@ def test_reports() -> None:
     assert "no version" in found.reason
 
 
+def test_replicas_are_told_apart_by_their_rank_in_the_engine() -> None:
+    worker = Wrapper(Agent(may_run=True))
+    worker.weight_transfer_engine.ranks = SimpleNamespace(rank=7)
+    assert gate.report(worker, "n").rank == gate.call(worker, "double", (1,), {}).rank == 7
+
+
 def test_a_report_that_fails_is_a_reason_and_no_exception() -> None:
     found = gate.report(SimpleNamespace(rank=1, weight_transfer_engine=SimpleNamespace(agent=object())), "n")
     assert "AttributeError" in found.reason
