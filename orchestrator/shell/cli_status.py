@@ -95,6 +95,9 @@ async def fetch(url: str, token: str | None, timeout_seconds: float) -> bytes:
             return bytes(data)
     except TimeoutError as error:
         raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error
+    except aiohttp.ClientConnectorError as error:
+        reason = error.os_error.strerror or str(error)
+        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error
 

@@ -133,7 +133,8 @@ class EngineHttp:
                     raise EngineRefused(self.name, call, response.status, what)
                 return response.status, await self._body(response, call)
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            raise EngineUnreachable(self.name, call, f"cannot be reached: {error}", sent=False) from error
+            reason = _reason(error)
+            raise EngineUnreachable(self.name, call, f"{self._url} cannot be reached: {reason}", sent=False) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             text = str(error) or type(error).__name__
             raise EngineUnreachable(self.name, call, f"the connection broke: {text}") from error
@@ -147,6 +148,11 @@ class EngineHttp:
                 what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {_excerpt(bytes(data[:100]))}"
                 raise EngineRefused(self.name, call, response.status, what)
         return bytes(data)
+
+
+def _reason(error: aiohttp.ClientConnectorError | aiohttp.InvalidURL) -> str:
+    """The operating system's words, without aiohttp's about host and port, which stand before them."""
+    return (isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror) or str(error)
 
 
 def _excerpt(data: bytes) -> str:

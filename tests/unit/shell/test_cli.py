@@ -331,7 +331,7 @@ def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: p
         closed.bind(("127.0.0.1", 0))
         config.write_text(config.read_text().replace(":8000", f":{closed.getsockname()[1]}"))
         assert main(["config", "check", str(config), "--probe"]) == 0
-    assert "engine a: OPTIONS /pause: cannot be reached" in capsys.readouterr().out
+    assert "cannot be reached: Connect" in capsys.readouterr().out
 
 
 MOUNTS = """\

@@ -1,0 +1,142 @@
+"""The engine client against vLLM's own routes, served by vLLM's own application; only the engine behind is a double."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from weightsync.orchestrator.shell.engine import (
+    OPTIONAL,
+    REQUIRED,
+    EngineClient,
+    EngineLacksRoute,
+    EngineNotServable,
+    EngineRefused,
+)
+from weightsync.orchestrator.shell.settings import Deadlines
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+
+DEADLINES = Deadlines(probe_seconds=30)
+
+
+class Engine:
+    """Stands in for vLLM's AsyncLLM: what the routes call, and in which order."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[str, object]] = []
+        self.paused = False
+        self.version: str | None = "default"
+        self.fail = ""
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2, world_size_across_dp=4))
+
+    async def pause_generation(self, **options: object) -> None:
+        self.called.append(("pause", options))
+        self.paused = True
+
+    async def resume_generation(self) -> None:
+        self._may_fail()
+        self.paused = False
+
+    async def is_paused(self) -> bool:
+        return self.paused
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        self._may_fail()
+        self.called.append(("init", request.init_info))
+
+    async def start_weight_update(self, **options: object) -> None:
+        self.called.append(("start", options))
+
+    async def update_weights(self, request: Any) -> None:
+        self._may_fail()
+        self.called.append(("update", request.update_info))
+
+    async def finish_weight_update(self, version: str | None = None) -> None:
+        self.called.append(("finish", version))
+        self.version = version
+
+    async def get_weight_version(self) -> str | None:
+        return self.version
+
+    async def reset_prefix_cache(self, *options: bool) -> bool:
+        return options[0]
+
+    def _may_fail(self) -> None:
+        if self.fail:
+            raise RuntimeError(self.fail)
+
+
+@contextlib.asynccontextmanager
+async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator[str]:
+    import uvicorn
+    from fastapi import FastAPI
+    from vllm.entrypoints.rl.online.api_router import router as rl
+    from vllm.entrypoints.serve.dev.cache.api_router import router as cache
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+    from vllm.entrypoints.serve.instrumentator.basic import router as basic
+
+    app = FastAPI()
+    app.include_router(basic)
+    if dev_mode:
+        app.include_router(rl)
+        app.include_router(cache)
+    init_exception_handler(app)
+
+    app.state.engine_client = engine
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        task = asyncio.create_task(server.serve([listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await task
+
+
+async def test_a_round_through_vllms_routes() -> None:
+    engine = Engine()
+    async with vllm_routes(engine) as url, EngineClient("a", url, None, DEADLINES) as client:
+        facts = await client.probe()
+        assert facts.routes == REQUIRED.keys() | OPTIONAL.keys()
+        assert facts.world_size == 4
+        assert facts.version
+        await client.init_transfer({"hub_url": "ws://h"})
+        await client.pause("keep", clear_cache=True)
+        assert await client.is_paused()
+        await client.start_update()
+        await client.update({"token": "t"})
+        await client.finish_update("40")
+        assert await client.weight_info() == "40"
+        assert not await client.reset_prefix_cache()
+        assert await client.reset_prefix_cache(running=True)
+        await client.resume()
+        assert not await client.is_paused()
+    assert [name for name, _ in engine.called] == ["init", "pause", "start", "update", "finish"]
+    assert engine.called[1] == ("pause", {"mode": "keep", "clear_cache": True})
+    assert engine.called[3] == ("update", {"token": "t"})
+
+
+async def test_errors_of_workers_keep_their_words() -> None:
+    engine = Engine()
+    async with vllm_routes(engine) as url, EngineClient("a", url, None, DEADLINES) as client:
+        engine.fail = "Call to collective_rpc method failed: digest differs on rank 1"
+        with pytest.raises(EngineRefused, match="digest differs on rank 1"):
+            await client.update({"token": "t"})
+        engine.fail = "Weight transfer not configured. Please set weight_transfer_config"
+        with pytest.raises(EngineLacksRoute, match="--weight-transfer-config"):
+            await client.init_transfer({})
+        engine.fail = "weightsync: not servable: rank 0 holds no committed version"
+        with pytest.raises(EngineNotServable, match="rank 0"):
+            await client.resume()
+
+
+async def test_without_dev_mode_it_says_so() -> None:
+    async with vllm_routes(Engine(), dev_mode=False) as url, EngineClient("a", url, None, DEADLINES) as client:
+        with pytest.raises(EngineLacksRoute, match="VLLM_SERVER_DEV_MODE=1"):
+            await client.probe()
