@@ -1,15 +1,29 @@
 """How a trainer's value becomes the byte that engines serve: one entry point for casts and FP8 blocks."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from weightsync.kernels.fp8 import quantize_blocks
+from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize
 
 BLOCK: Final = (128, 128)
 """Rows and columns of one FP8 block of a DeepSeek-style checkpoint (``weight_block_size``)."""
 
 SCALE_DTYPE: Final = torch.float32
+
+
+Prepared = Callable[[Sequence[torch.Tensor]], None]
+"""Converts sources that look like those that it was prepared with (dtype, shape, strides, device)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One tensor to convert; see ``QuantizationSpec.apply`` for shapes and dtypes."""
+
+    src: torch.Tensor
+    out: torch.Tensor
+    scale_out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +86,40 @@ class QuantizationSpec:
         Raises:
             ValueError: shapes or dtypes that do not belong together, or scales given or lacking against the spec.
         """
+        self.prepare([Conversion(src, out, scale_out)])([src])
+
+    def prepare(self, conversions: Sequence[Conversion]) -> Prepared:
+        """``apply`` to many tensors in few launches, to be called again and again with the sources of the moment.
+
+        Raises:
+            ValueError: as ``apply``.
+        """
+        for conversion in conversions:
+            self._check(conversion)
+        outs = [conversion.out for conversion in conversions]
+        if not self.quantizes:
+            return lambda sources: self._cast(sources, outs)
+        jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
+        return prepare_quantize(jobs, block=self.block, forward_dtype=self.forward_dtype)
+
+    def _check(self, conversion: Conversion) -> None:
+        src, out, scale_out = conversion.src, conversion.out, conversion.scale_out
         if out.shape != src.shape or out.dtype != self.dtype:
             raise ValueError(f"{tuple(src.shape)} → {out.dtype} {tuple(out.shape)}: expected {self.dtype} of one shape")
         if self.quantizes != (scale_out is not None):
             raise ValueError("scales are written if and only if the specification has a scale suffix")
         if scale_out is None:
-            self._cast(src, out)
             return
         if scale_out.dtype != SCALE_DTYPE or tuple(scale_out.shape) != self.scale_shape(tuple(src.shape)):
             raise ValueError(f"scales of {tuple(src.shape)} are not {scale_out.dtype} {tuple(scale_out.shape)}")
-        quantize_blocks(src, out, scale_out, block=self.block, forward_dtype=self.forward_dtype)
 
-    def _cast(self, src: torch.Tensor, out: torch.Tensor) -> None:
-        if src.dtype != self.gather_dtype and out.dtype != self.gather_dtype:
-            src = src.to(self.gather_dtype)
-        out.copy_(src)
+    def _cast(self, sources: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> None:
+        through = self.gather_dtype
+        rounded = [
+            src.to(through) if out.dtype != through and src.dtype != through else src
+            for src, out in zip(sources, outs, strict=True)
+        ]
+        torch._foreach_copy_(outs, rounded)
 
 
 PLAIN: Final = QuantizationSpec()

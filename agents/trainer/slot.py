@@ -16,7 +16,7 @@ from weightsync.agents.trainer.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.boxes import Box, Holding
 from weightsync.agents.trainer.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
-from weightsync.agents.trainer.quantization import SCALE_DTYPE, QuantizationSpec
+from weightsync.agents.trainer.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
 from weightsync.agents.trainer.routing import Kind, Piece, Route
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
 
@@ -57,8 +57,8 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """One conversion: which source, what of it, into which bound memory."""
+class Move:
+    """One conversion of a slot: which source, what of it, into which bound memory."""
 
     source: int
     index: tuple[slice, ...]
@@ -75,7 +75,7 @@ class Slot:
     holdings: tuple[Holding, ...]
     places: tuple[_Place, ...]
     rows: range = range(0)
-    _moves: tuple[_Move, ...] = field(default=(), repr=False)
+    moves: tuple[Move, ...] = field(default=(), repr=False)
 
     kind: ClassVar[Kind]
 
@@ -93,8 +93,8 @@ class Slot:
 
     def bind(self, arena: torch.Tensor) -> None:
         """Point the slot at its memory; ``arena`` is uint8 and holds all that was reserved."""
-        self._moves = tuple(
-            _Move(
+        self.moves = tuple(
+            Move(
                 place.piece.source,
                 place.piece.index,
                 place.values.view(arena),
@@ -130,6 +130,11 @@ class Slot:
             MissingTensor: the state lacks a source.
             ChangedTensor: a source's shape or sharding is not the one that the slot was made for.
         """
+        for source, move in zip(self.sources(state), self.moves, strict=True):
+            self.spec.quantization.apply(source, move.out, move.scale_out)
+
+    def sources(self, state: State) -> list[torch.Tensor]:
+        """What each of ``moves`` converts, now. Errors as ``convert``."""
         raise NotImplementedError
 
     def _take(self, state: State, number: int) -> torch.Tensor:
@@ -152,10 +157,9 @@ class ShardedSlot(Slot):
 
     kind: ClassVar[Kind] = "sharded"
 
-    def convert(self, state: State) -> None:
+    def sources(self, state: State) -> list[torch.Tensor]:
         locals_ = [self._local(state, number) for number in range(len(self.spec.sources))]
-        for move in self._moves:
-            self.spec.quantization.apply(locals_[move.source][move.index], move.out, move.scale_out)
+        return [locals_[move.source][move.index] for move in self.moves]
 
     def _local(self, state: State, number: int) -> torch.Tensor:
         tensor, held = self._take(state, number), self.holdings[number]
@@ -186,14 +190,12 @@ class GatheredSlot(Slot):
 
     kind: ClassVar[Kind] = "gathered"
 
-    def convert(self, state: State) -> None:
+    def sources(self, state: State) -> list[torch.Tensor]:
         wholes = [self._whole(state, number, source) for number, source in enumerate(self.spec.sources)]
-        if not self._moves:
-            return
-        cat = self.spec.cat_dim + int(self.spec.experts > 0)
-        joined = wholes[0] if len(wholes) == 1 else torch.cat(wholes, cat)
-        for move in self._moves:
-            self.spec.quantization.apply(joined[move.index], move.out, move.scale_out)
+        if not self.moves:
+            return []
+        joined = wholes[0] if len(wholes) == 1 else torch.cat(wholes, self.spec.cat_dim)
+        return [joined[move.index] for move in self.moves]
 
     def _whole(self, state: State, number: int, source: Source) -> torch.Tensor:
         tensor = self._take(state, number)
@@ -203,6 +205,47 @@ class GatheredSlot(Slot):
         if source.length is None:
             return tensor
         return tensor.narrow(source.dim + int(self.spec.experts > 0), source.start, source.length)
+
+
+class LocalBatch:
+    """Slots of one treatment that need no other rank, converted in few launches with tables that stay on the device.
+
+    Args:
+        slots: Sharded and Expert ones, bound, all of one ``QuantizationSpec``.
+        state: the trainer's tensors; the later ones look like them.
+
+    Raises:
+        As ``Slot.convert``.
+    """
+
+    def __init__(self, slots: Sequence[Slot], state: State) -> None:
+        self._slots = slots
+        sources = self._sources(state)
+        self._looks = [_look(source) for source in sources]
+        moves = [move for slot in slots for move in slot.moves]
+        jobs = [Conversion(src, m.out, m.scale_out) for src, m in zip(sources, moves, strict=True)]
+        self._convert = slots[0].spec.quantization.prepare(jobs)
+
+    def convert(self, state: State) -> None:
+        """Convert all slots. Errors as ``Slot.convert``."""
+        sources = self._sources(state)
+        looks = [_look(source) for source in sources]
+        if looks != self._looks:
+            number = next(n for n, (now, then) in enumerate(zip(looks, self._looks, strict=True)) if now != then)
+            spec = [slot.spec for slot in self._slots for _ in slot.moves][number]
+            raise ChangedTensor(
+                f"a source of {spec.dst!r} has dtype, shape, strides and device {looks[number]} now;"
+                f" its slot was made for {self._looks[number]}"
+            )
+        self._convert(sources)
+
+    def _sources(self, state: State) -> list[torch.Tensor]:
+        return [source for slot in self._slots for source in slot.sources(state)]
+
+
+def _look(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a prepared conversion depends on."""
+    return (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
 
 
 KINDS: dict[Kind, type[Slot]] = {"sharded": ShardedSlot, "gathered": GatheredSlot, "expert": ExpertSlot}

@@ -16,6 +16,7 @@ from weightsync.agents.trainer.slot import (
     Explanation,
     GatheredSlot,
     LayoutEntry,
+    LocalBatch,
     ShardedSlot,
     Slot,
     State,
@@ -90,6 +91,9 @@ class TrainerSlots:
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
         self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        local = [slot for slot in self.slots if slot.kind != "gathered"]
+        treatments = dict.fromkeys(slot.spec.quantization for slot in local)
+        self._batches = [LocalBatch([s for s in local if s.spec.quantization == t], state) for t in treatments]
 
     @torch.no_grad()
     def convert(self, state: State) -> None:
@@ -106,7 +110,10 @@ class TrainerSlots:
                 if source.key not in state:
                     raise MissingTensor(source.key, slot.spec.dst)
         for slot in self.slots:
-            slot.convert(state)
+            if slot.kind == "gathered":
+                slot.convert(state)
+        for batch in self._batches:
+            batch.convert(state)
 
     def entries(self) -> Iterator[LayoutEntry]:
         """The rows of the layout, in its order."""
