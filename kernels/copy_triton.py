@@ -34,17 +34,17 @@ SMALL_RUN: Final = 8192
 """Runs below this are pieces only."""
 ITEM_BYTES: Final = 65536
 ITEM_PIECES: Final = 512
-WARPS: Final = 4
+OPTIONS: Final = {"num_warps": 4}
 
 
 @triton.jit
 def _long(item):
-    """One aligned stretch, 16 KiB at a time; its length is a multiple of 16."""
-    source = ((tl.load(item + 1) >> 4) * 16).to(tl.pointer_type(tl.uint32))
-    destination = ((tl.load(item + 2) >> 4) * 16).to(tl.pointer_type(tl.uint32))
+    """One aligned stretch, 8 KiB at a time; its length is a multiple of 16."""
+    source = tl.multiple_of(tl.load(item + 1).to(tl.pointer_type(tl.uint32)), 16)
+    destination = tl.multiple_of(tl.load(item + 2).to(tl.pointer_type(tl.uint32)), 16)
     words = (tl.load(item + 3) >> 4) * 4
-    place = tl.arange(0, 4096)
-    for start in range(0, words, 4096):
+    place = tl.arange(0, 2048)
+    for start in range(0, words, 2048):
         mask = start + place < words
         value = tl.load(source + start + place, mask=mask)
         tl.store(destination + start + place, value, mask=mask)
@@ -52,19 +52,21 @@ def _long(item):
 
 @triton.jit
 def _pieces(item, UNIT: tl.constexpr):
-    """A sheet of runs, 64 pieces of 64 elements at a time; elements are 4 bytes, or one where UNIT is."""
+    """A sheet of runs, 32 pieces of 64 elements at a time; elements are 4 bytes, or one where UNIT is."""
     SIZE: tl.constexpr = 1 if UNIT == 1 else 4
     kind: tl.constexpr = tl.uint8 if UNIT == 1 else tl.uint32
-    source, destination, run = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    source = tl.load(item + 1).to(tl.pointer_type(tl.uint8))
+    destination = tl.load(item + 2).to(tl.pointer_type(tl.uint8))
+    run = tl.load(item + 3)
     count, source_step, destination_step = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     pieces = tl.load(item + 7).to(tl.int32)
     if UNIT == 16:
-        source, destination, run = (source >> 4) * 16, (destination >> 4) * 16, (run >> 4) * 16
+        source, destination = tl.multiple_of(source, 16), tl.multiple_of(destination, 16)
         source_step, destination_step = (source_step >> 4) * 16, (destination_step >> 4) * 16
     total = count.to(tl.int32) * pieces
     element = tl.arange(0, 64)[None, :]
-    for step in range(0, total, 64):
-        piece = step + tl.arange(0, 64)
+    for step in range(0, total, 32):
+        piece = step + tl.arange(0, 32)
         row = piece // pieces
         skip = ((piece - row * pieces) * (64 * SIZE)).to(tl.int64)
         left = tl.where(piece < total, (run - skip) // SIZE, 0).to(tl.int32)
@@ -72,9 +74,9 @@ def _pieces(item, UNIT: tl.constexpr):
         if UNIT == 16:
             mask = element < ((left >> 2) * 4)[:, None]
         there = row.to(tl.int64)
-        load_at = (source + there * source_step + skip)[:, None].to(tl.pointer_type(kind)) + element
-        store_at = (destination + there * destination_step + skip)[:, None].to(tl.pointer_type(kind)) + element
-        tl.store(store_at, tl.load(load_at, mask=mask), mask=mask)
+        load_at = (source + there * source_step + skip).to(tl.pointer_type(kind), bitcast=True)[:, None]
+        store_at = (destination + there * destination_step + skip).to(tl.pointer_type(kind), bitcast=True)[:, None]
+        tl.store(store_at + element, tl.load(load_at + element, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -107,7 +109,7 @@ class TritonCopy:
         """Copy on the current stream."""
         if self._programs:
             with on_device(self._device):
-                _copy_kernel[(self._programs,)](self._items, num_warps=WARPS)
+                _copy_kernel[(self._programs,)](self._items, **OPTIONS)
 
 
 def copy_items(source_bases: list[int], destination_bases: list[int], table: Table) -> Table:

@@ -22,13 +22,12 @@ ITEM_COLUMNS: Final = 10
 """Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys."""
 TILES, ALIGNED_CHUNKS, CHUNKS = range(3)
 CHUNK_BYTES: Final = 256
-CHUNK_ROWS: Final = 32
 ITEM_TILES: Final = 32
 """Tiles per item: 256 KiB amortise the 16 KiB of weights that each program loads, and still balance over a GPU."""
 ITEM_CHUNKS: Final = 512
 SMALL_RUN: Final = 2 * TILE_BYTES
 """Runs below this are chunks only; they need not hold a whole tile."""
-WARPS: Final = 4
+OPTIONS: Final = {"num_warps": 4}
 
 
 @triton.jit
@@ -59,10 +58,13 @@ def _tiles(item, weights):
     present = tl.sum(inner.to(tl.uint64) * 0x01010101, axis=0)
     present_too = tl.sum(inner_too.to(tl.uint64) * 0x01010101, axis=0)
     low, high = tl.zeros((128,), tl.uint64), tl.zeros((128,), tl.uint64)  # one partial sum per thread
-    start = ((address >> 4) * 16).to(tl.pointer_type(tl.uint32))
+    start = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
     tile = logical >> 13
+    following = tl.load(start + place)
     for step in range(count):
-        words = tl.load(start + step * 2048 + place).to(tl.uint64)
+        words = following.to(tl.uint64)
+        # One tile ahead, so that there are always loads in flight.
+        following = tl.load(start + tl.minimum(step + 1, count - 1) * 2048 + place)
         first = tl.sum(words * inner.to(tl.uint64), axis=0) + present
         second = tl.sum(words * inner_too.to(tl.uint64), axis=0) + present_too
         first, second = tl.sum(tl.reshape(first, (128, 4)), axis=1), tl.sum(tl.reshape(second, (128, 4)), axis=1)
@@ -80,11 +82,11 @@ def _aligned_chunks(item, weights):
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
     word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     low, high = tl.zeros((32, 16), tl.uint64), tl.zeros((32, 16), tl.uint64)
-    start, first_logical = (address >> 4) * 16, (logical >> 8) * 256
+    start, first_logical = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16), (logical >> 8) * 256
     for step in range(0, count, 32):
         row = step + tl.arange(0, 32)
         inside = row < count
-        source = (start + row * source_step)[:, None, None].to(tl.pointer_type(tl.uint32)) + word
+        source = (start + row * source_step).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None, None] + word
         offset = first_logical + row * logical_step
         place = ((offset & 8191) >> 8)[:, None, None] * 64 + word
         words = tl.load(source, mask=inside[:, None, None], other=0).to(tl.uint64) + 0x01010101
@@ -103,9 +105,9 @@ def _chunks(item, weights):
     source_step, logical_step, pieces = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
     word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    low, high = tl.zeros((32, 16), tl.uint64), tl.zeros((32, 16), tl.uint64)
-    for step in range(0, count * pieces, 32):
-        piece = step + tl.arange(0, 32).to(tl.int64)
+    low, high = tl.zeros((8, 16), tl.uint64), tl.zeros((8, 16), tl.uint64)
+    for step in range(0, count * pieces, 8):
+        piece = step + tl.arange(0, 8).to(tl.int64)
         row = piece // pieces
         begin = logical + row * logical_step
         chunk = (begin >> 8) + piece - row * pieces
@@ -122,7 +124,7 @@ def _chunks(item, weights):
         below = tl.load(aligned, mask=some & (before + skew < 4), other=0).to(tl.uint64)
         above = tl.load(aligned + 1, mask=some & (tl.minimum(after, 4) + skew > 4), other=0).to(tl.uint64)
         words = ((above << 32) | below) >> (skew * 8).to(tl.uint64)
-        ones = tl.full((32, 16, 4), 0xFFFFFFFF, tl.uint64)
+        ones = tl.full((8, 16, 4), 0xFFFFFFFF, tl.uint64)
         keep = (ones << (tl.minimum(tl.maximum(before, 0), 4) * 8).to(tl.uint64)) & (
             ones >> ((4 - tl.minimum(tl.maximum(after, 0), 4)) * 8).to(tl.uint64)
         )
@@ -170,7 +172,7 @@ class TritonDigest:
         self._sums.zero_()
         if self._programs:
             with on_device(self._device):
-                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, num_warps=WARPS)
+                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, **OPTIONS)
 
     def result(self) -> tuple[int, int]:
         """The sums of the last launch; waits for the device."""

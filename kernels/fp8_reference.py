@@ -10,11 +10,8 @@ A block of ``x`` (already in the forward dtype, read as fp32) with ``amax = max 
 * zeros: scale 1e-12 (2**-39 in ue8m0), bytes 0x00 (0x80 for -0.0);
 * tiny (amax < 4.48e-10): scale 1e-12, values kept down to half the smallest e4m3 subnormal times the scale;
 * huge: scale up to 7.6e35, no overflow anywhere;
-* NaN: the block's scale is the quiet NaN 0x7FC00000 (0xFF as an e8m0 byte) and all its bytes are 0x7F;
-* ±inf: with fp32 scales the scale is +inf, finite values become ±0 and infinite ones 0x7F; e8m0 has no infinity, so
-  there the block is as with NaN.
-
-So a block that holds anything but finite numbers is recognised by its scale.
+* NaN or ±inf anywhere in a block: its scale is the quiet NaN 0x7FC00000 (0xFF as an e8m0 byte) and all its bytes are
+  0x7F, the NaN of e4m3, so that such a block is recognised by its scale and never looks like weights.
 """
 
 from collections.abc import Iterator
@@ -79,7 +76,7 @@ def _blocks(
     scale = torch.maximum(amax / limit, torch.full_like(limit, SCALE_FLOOR))
     if scale_format == "ue8m0":
         scale = round_up_to_power_of_two(scale)
-    scale = torch.where(scale.isnan(), torch.full_like(limit, float("nan")), scale)
+    scale = torch.where(amax.isfinite(), scale, torch.full_like(limit, float("nan")))
     quotient = (grid / scale[:, :, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = quotient.to(torch.float8_e4m3fn).view(torch.uint8)
     codes.masked_fill_(quotient.isnan(), NAN_BYTE)
@@ -87,10 +84,8 @@ def _blocks(
 
 
 def round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two that is at least ``scale`` (positive, normal fp32); NaN for what is not finite."""
-    exponent = (scale.view(torch.int32) + 0x7FFFFF) >> 23
-    power = (exponent << 23).view(torch.float32)
-    return torch.where(scale.isfinite(), power, torch.full_like(scale, float("nan")))
+    """The smallest power of two that is at least ``scale`` (normal fp32 above 0; anything for what is not finite)."""
+    return ((scale.view(torch.int32) + 0x7FFFFF) >> 23 << 23).view(torch.float32)
 
 
 def _store_scales(target: torch.Tensor, scale: torch.Tensor) -> None:

@@ -188,17 +188,17 @@ def test_nan_marks_its_block_and_no_other(device: torch.device, dtype: torch.dty
     assert scales.view(torch.int32).unique().tolist() == [0x7FC00000]
 
 
-def test_infinity(device: torch.device) -> None:
-    src = normal(4, 256, dtype=torch.bfloat16)
-    src[1, 3], src[2, 7] = float("inf"), float("-inf")
-    codes, scales = check(src.to(device))
-    assert scales[0, 0] == float("inf")
-    assert codes.view(torch.uint8)[1, 3] == codes.view(torch.uint8)[2, 7] == 0x7F
-    assert (codes.view(torch.uint8)[0, :128] & 0x7F == 0).all()
-    assert scales[0, 1].isfinite()
-    codes, scales = check(src.to(device), scale_format="ue8m0", scale_dtype=torch.uint8)
-    assert scales[0, 0] == 0xFF
+@pytest.mark.parametrize(("scale_format", "scale_dtype"), [("fp32", torch.float32), ("ue8m0", torch.uint8)])
+def test_infinity_marks_its_block_as_nan_does(
+    device: torch.device, scale_format: str, scale_dtype: torch.dtype
+) -> None:
+    src = normal(4, 384, dtype=torch.bfloat16)
+    src[1, 3], src[2, 300] = float("inf"), float("-inf")
+    codes, scales = check(src.to(device), scale_format=scale_format, scale_dtype=scale_dtype)
+    marked = scales == 0xFF if scale_dtype == torch.uint8 else scales.view(torch.int32) == 0x7FC00000
+    assert marked.tolist() == [[True, False, True]]
     assert (codes.view(torch.uint8)[:, :128] == 0x7F).all()
+    assert not (codes.view(torch.uint8)[:, 128:256] == 0x7F).any()
 
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, 32)])
@@ -237,6 +237,10 @@ def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> Non
     others = [torch.randn_like(src) for src in sources]
     launch(others)
     for job, src in zip(jobs, others, strict=True):
+        assert same(job.out.contiguous(), check(src)[0])
+    shifted = [torch.randn(src.numel() + 1).to(src)[1:].view(src.shape) for src in sources]
+    launch(shifted)
+    for job, src in zip(jobs, shifted, strict=True):
         assert same(job.out.contiguous(), check(src)[0])
     launch()
     assert same(jobs[0].out.contiguous(), check(sources[0])[0])
