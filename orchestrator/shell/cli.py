@@ -47,8 +47,11 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; ``run`` of the parsed arguments is the command."""
+def parser(command: str = "plan") -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``run`` of the parsed arguments is the command.
+
+    The planner's own options are there only where ``command`` is "plan": they need NumPy, which takes a while.
+    """
     top = argparse.ArgumentParser(
         prog="weightsync-orchestrator",
         description="Moves new weights from a trainer fleet into live vLLM engines, whole and verified.",
@@ -61,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
     _add_config(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
-    _add_plan(commands)
+    if command == "plan":
+        importlib.import_module("weightsync.orchestrator.shell.plan_cli").add_plan_commands(commands)
+    else:
+        commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one", add_help=False)
     return top
 
 
@@ -71,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest: list[str] = []
     if given[:1] == ["demo"]:  # It has a parser of its own.
         given, rest = given[:1], given[1:]
-    options = parser().parse_args(given)
+    options = parser(given[0] if given else "").parse_args(given)
     options.rest = rest
     try:
         return int(options.run(options))
@@ -115,16 +121,6 @@ def _add_config(commands: Commands) -> None:
     check.set_defaults(run=_check)
     schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
     schema.set_defaults(run=_schema)
-
-
-def _add_plan(commands: Commands) -> None:
-    try:
-        plan = importlib.import_module("weightsync.orchestrator.shell.plan_cli")
-    except ModuleNotFoundError as error:
-        if error.name != "weightsync.orchestrator.shell.plan_cli":
-            raise
-        return
-    plan.add_plan_commands(commands)
 
 
 def add_config_option(command: argparse.ArgumentParser, required: bool = True) -> None:

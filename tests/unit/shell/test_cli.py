@@ -257,7 +257,7 @@ async def test_wrong_usage_is_2(config: Path) -> None:
 async def test_help_lists_commands_and_exit_codes() -> None:
     done = await process("--help")
     assert done.code == 0
-    for word in ("run", "status", "rounds", "config", "demo", "75", "77", "78"):
+    for word in ("run", "status", "rounds", "config", "plan", "demo", "75", "77", "78"):
         assert word in done.out
 
 
