@@ -18,6 +18,7 @@ def render(status: StatusView) -> str:
     if status.committed is not None:
         _family(lines, "committed_step", "Step of the committed version.", [({}, status.committed.step)])
         _family(lines, "committed_sequence", "Number of the last commit.", [({}, status.committed.sequence)])
+    if status.committed is not None and status.committed.unix_time:
         _family(lines, "committed_unix_seconds", "When it was committed.", [({}, status.committed.unix_time)])
     _engines(lines, status)
     if status.rounds:
