@@ -123,6 +123,16 @@ class Slot:
         keys = tuple(key for s in self.spec.sources for key in (s.key, self.spec.per_source_scale_key(s)) if key)
         return Explanation(self.spec.dst, self.kind, self.route.reason, keys, size)
 
+    def check(self, state: State) -> None:
+        """That ``state`` has what the slot was made for, without touching a value or another rank.
+
+        Raises:
+            MissingTensor, ChangedTensor: as ``convert``.
+        """
+        for number in range(len(self.spec.sources)):
+            self._take(state, number)
+
+    @torch.no_grad()
     def convert(self, state: State) -> None:
         """Write the current weights into the slot.
 
@@ -148,7 +158,7 @@ class Slot:
                 f"{source.key!r} is {type(tensor).__name__} {shape} now; its slot was made for {held.shape}"
                 f" over {held.grid or 'no mesh'}"
             )
-        return tensor.detach()
+        return tensor
 
 
 @dataclass(slots=True)
@@ -156,6 +166,11 @@ class ShardedSlot(Slot):
     """This rank's own share of a logical tensor."""
 
     kind: ClassVar[Kind] = "sharded"
+
+    @torch.no_grad()
+    def check(self, state: State) -> None:
+        for number in range(len(self.spec.sources)):
+            self._local(state, number)
 
     def sources(self, state: State) -> list[torch.Tensor]:
         locals_ = [self._local(state, number) for number in range(len(self.spec.sources))]
@@ -218,6 +233,7 @@ class LocalBatch:
         As ``Slot.convert``.
     """
 
+    @torch.no_grad()
     def __init__(self, slots: Sequence[Slot], state: State) -> None:
         self._slots = slots
         sources = self._sources(state)
@@ -226,6 +242,7 @@ class LocalBatch:
         jobs = [Conversion(src, m.out, m.scale_out) for src, m in zip(sources, moves, strict=True)]
         self._convert = slots[0].spec.quantization.prepare(jobs)
 
+    @torch.no_grad()
     def convert(self, state: State) -> None:
         """Convert all slots. Errors as ``Slot.convert``."""
         sources = self._sources(state)

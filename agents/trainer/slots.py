@@ -95,20 +95,27 @@ class TrainerSlots:
         treatments = dict.fromkeys(slot.spec.quantization for slot in local)
         self._batches = [LocalBatch([s for s in local if s.spec.quantization == t], state) for t in treatments]
 
-    @torch.no_grad()
+    def check(self, state: State) -> None:
+        """That ``convert`` can be called: what is wrong with this rank's tensors is found without any other rank.
+
+        Ranks that agree on its outcome before they convert never leave one another waiting in a collective.
+
+        Raises:
+            MissingTensor: the state lacks a tensor.
+            ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
+        """
+        for slot in self.slots:
+            slot.check(state)
+
     def convert(self, state: State) -> None:
         """Write the current weights into all slots, on the caller's thread and stream, without waiting for a device.
 
         Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight.
 
         Raises:
-            MissingTensor: the state lacks a tensor; named before anything is written.
-            ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
+            MissingTensor, ChangedTensor: as ``check``, before anything is written.
         """
-        for slot in self.slots:
-            for source in slot.spec.sources:
-                if source.key not in state:
-                    raise MissingTensor(source.key, slot.spec.dst)
+        self.check(state)
         for slot in self.slots:
             if slot.kind == "gathered":
                 slot.convert(state)
