@@ -81,11 +81,14 @@ class Writer:
             if time.monotonic() >= self._deadline:
                 self._expire(all_progress)
                 break
-            moved = [self._turn(progress) for progress in all_progress if progress.active]
-            now = time.monotonic()
-            if any(moved):
-                eager_until = now + EAGER_SECONDS
-            await asyncio.sleep(0 if now < eager_until else POLL_SECONDS)
+            turn_ends = time.monotonic() + TURN_SECONDS
+            for progress in all_progress:
+                if progress.active and self._turn(progress, turn_ends):
+                    eager_until = time.monotonic() + EAGER_SECONDS
+                if time.monotonic() >= turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + TURN_SECONDS
+            await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
         for progress in all_progress:
             self._judge_rate(progress)
             progress.edge.last_error = progress.error
@@ -101,9 +104,8 @@ class Writer:
             progress.error = self._error(TransferError, progress, "", reason, fault, retry=True)
         return progress
 
-    def _turn(self, progress: _Progress) -> bool:
-        """Collect what is DONE and post what the window allows, for TURN_SECONDS at most. Whether anything moved."""
-        until = time.monotonic() + TURN_SECONDS
+    def _turn(self, progress: _Progress, until: float) -> bool:
+        """Collect what is DONE and post what the window allows, not beyond ``until``. Whether anything moved."""
         moved = self._collect(progress)
         while progress.error is None and progress.waiting and self._has_room(progress):
             self._post(progress, progress.waiting.popleft())
