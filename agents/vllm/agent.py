@@ -172,7 +172,7 @@ class InferenceAgent:
         )
 
     def _apply(self, version: Version) -> None:
-        """What remains once the bytes are here: scatter the packed ones (or read the files), refresh what is derived."""
+        """What remains once the bytes are here: scatter those that came packed (or read the files), and refresh."""
         if self._endpoint is None:
             parts = Path(self._run_dir) / BROADCASTS / step_name(version.step)
             self._recorded.load(load_checkpoint_parts(parts))

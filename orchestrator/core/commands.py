@@ -52,10 +52,10 @@ class Send(Command):
 
 @dataclass(frozen=True, slots=True)
 class OpenGroup(Command):
-    """Start the child that joins vLLM's StatelessProcessGroup as rank 0; ``members`` join as ranks 1, 2, …"""
+    """Start the child that joins vLLM's StatelessProcessGroup as rank 0; the members as 1, 2, …, in this order."""
 
     group: TcpStoreRendezvous
-    members: tuple[Member, ...]
+    connections: tuple[tuple[Member, int], ...]
 
 
 @dataclass(frozen=True, slots=True)

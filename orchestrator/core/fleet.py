@@ -176,7 +176,7 @@ def gather_group(turn: Turn) -> None:
     fleet.group = group
     size = len(agents) + 1
     store = TcpStoreRendezvous(address.host, address.port, 0, size, address.timeout_seconds)
-    turn.do(OpenGroup(turn.cause, store, tuple(agent.member for agent in agents)))
+    turn.do(OpenGroup(turn.cause, store, group))
     for rank, agent in enumerate(agents, start=1):
         place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
         agent.announce, agent.delivered, agent.fingerprint = None, "", ""

@@ -72,8 +72,6 @@ def _mark(turn: Turn, current: Round) -> None:
 def _write(turn: Turn, current: Round) -> None:
     fleet = turn.fleet
     assert fleet.plan is not None
-    facts: dict[str, str | int | float] = {"round": str(current.name), "plan": fleet.plan.root}
-    turn.do(WriteMarker(turn.cause, "TRANSFER_READY", current.version, facts))
     for writer, targets in current.writers.items():
         agent = fleet.agents[writer]
         reach = {target: current.ranks[target] for target in targets}
@@ -86,6 +84,8 @@ def _write(turn: Turn, current: Round) -> None:
             deadline_seconds=fleet.policy.transfer * 0.9,  # the agent's deadline is the shorter one
         )
         turn.send(writer, grant)
+    facts: dict[str, str | int | float] = {"round": str(current.name), "plan": fleet.plan.root}
+    turn.do(WriteMarker(turn.cause, "TRANSFER_READY", current.version, facts))
 
 
 def _verify(turn: Turn, current: Round) -> None:

@@ -3,58 +3,37 @@
 import asyncio
 import contextlib
 import itertools
-import logging
 import signal
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
 from weightsync.orchestrator.core import versions
-from weightsync.orchestrator.core.commands import (
-    Accept,
-    Append,
-    CallEngine,
-    Command,
-    Deliver,
-    Drop,
-    MakePlan,
-    OpenGroup,
-    Refuse,
-    Say,
-    Send,
-    WriteMarker,
-)
 from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
     AgentSaid,
-    Appended,
     Event,
     MarkersSeen,
-    PlanReady,
-    PlanRejected,
     StableSeen,
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.plan import PlanError
 from weightsync.orchestrator.core.policy import EngineConfig, GroupAddress, Policy
-from weightsync.orchestrator.core.records import RoundEnded, decode_record, encode_record
+from weightsync.orchestrator.core.records import RoundEnded, decode_record
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.markers import manifest
 from weightsync.orchestrator.protocol.messages import FilesystemSettings
 from weightsync.orchestrator.shell import hub as hubs
 from weightsync.orchestrator.shell.admin import routes
 from weightsync.orchestrator.shell.admin_views import (
-    HISTORY_ROUNDS,
     LayoutsView,
     RoundRow,
     RoundsView,
     StatusView,
-    newest,
     round_row,
 )
 from weightsync.orchestrator.shell.engines import Engines
@@ -63,8 +42,8 @@ from weightsync.orchestrator.shell.hub import Hub
 from weightsync.orchestrator.shell.hub_connection import HubTiming
 from weightsync.orchestrator.shell.hub_token import read_token
 from weightsync.orchestrator.shell.journal import AsyncJournal, Journal
-from weightsync.orchestrator.shell.log import round_line
 from weightsync.orchestrator.shell.markers import MarkerDirectory
+from weightsync.orchestrator.shell.outbox import Outbox
 from weightsync.orchestrator.shell.planning import Planning
 from weightsync.orchestrator.shell.settings import Settings, TcpStoreRendezvous
 from weightsync.orchestrator.shell.view import View
@@ -77,6 +56,9 @@ TICK_SECONDS: Final = 0.25
 
 LOOK_SECONDS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """Between looks for a STABLE that every rank's STAGED announces: the file system's own notice takes 50 ms and more."""
+
+KEPT_ROUNDS: Final = 10_000
+"""Of history, at every start. A round each minute fills them in a week; each has about 1 kB."""
 
 STOP_SECONDS: Final = 10.0
 """For the goodbye: what is not done by then is left to the next daemon, which reads the journal."""
@@ -119,13 +101,12 @@ class Runner:
         self._ids = itertools.count(1)
         self._pending: list[Event] = []
         self._flush_due = False
-        self._outbox: asyncio.Queue[list[Command]] = asyncio.Queue()
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._looks = 0
-        self._look: asyncio.TimerHandle | None = None
-        self._planner: set[asyncio.Task[None]] = set()
-        self._rounds: tuple[RoundRow, ...] = ()
+        self._look: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="markers")
         self._view = View(settings, time.time())
         self.markers = MarkerDirectory(settings.run.directory, settings.run.id)
         timing = HubTiming(
@@ -153,17 +134,19 @@ class Runner:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped.set)
         self.journal = AsyncJournal(Journal.open(self.settings.journal_path))
-        records = [decode_record(entry.body) for entry in await self.journal.entries()]
-        self._rounds = tuple(await self._history(HISTORY_ROUNDS))
+        await self.journal.prune(KEPT_ROUNDS)
+        entries = await self.journal.entries()
+        records = [decode_record(entry.body) for entry in entries]
         self.fleet, commands = start(policy_of(self.settings), self.journal.journal_id, records, loop.time())
-        self.engines = Engines(self.settings, lambda: next(self._ids), self.post)
-        self.group = Group(lambda: next(self._ids), self.post)
+        self._open_outbox()
+        for entry, record in zip(entries, records, strict=True):
+            self._outbox.remember(record, entry.unix_time)
         try:
             port = await self._listen()
-            self._outbox.put_nowait(commands)
+            self._outbox.put(commands)
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._perform_for_ever(), name="outbox"),
+                    group.create_task(self._outbox.run(), name="outbox"),
                     group.create_task(self._watch(), name="markers"),
                     group.create_task(self._tick(), name="ticks"),
                 ]
@@ -178,6 +161,27 @@ class Runner:
         finally:
             await self._close()
 
+    def _open_outbox(self) -> None:
+        self.engines = Engines(self.settings, self._next_id, self.post)
+        self.group = Group(self._next_id, self.post)
+        self._outbox = Outbox(
+            run_id=self.settings.run.id,
+            journal=self.journal,
+            hub=self.hub,
+            engines=self.engines,
+            group=self.group,
+            markers=self.markers,
+            files=self._files,
+            planning=self.planning,
+            post=self.post,
+            next_id=self._next_id,
+            spawn=self._spawn,
+            fail=self._fail,
+        )
+
+    def _next_id(self) -> int:
+        return next(self._ids)
+
     async def _listen(self) -> int:
         def configure(app: web.Application) -> None:
             app.router.add_routes(routes(self, read_token(self.settings.listen.token_file)))
@@ -187,7 +191,8 @@ class Runner:
     async def status(self) -> StatusView:
         """What ``/status`` answers."""
         problems = [str(problem) for problem in self.markers.problems]
-        return self._view.status(self.fleet, self._rounds, problems, asyncio.get_running_loop().time())
+        now, outbox = asyncio.get_running_loop().time(), self._outbox
+        return self._view.status(self.fleet, outbox.rounds, outbox.committed_at, problems, now)
 
     async def rounds(self, last: int) -> RoundsView:
         """What ``/rounds`` answers."""
@@ -208,9 +213,17 @@ class Runner:
                 await self.engines.close()
                 await self.group.close()
                 await self.hub.close()
-                for task in self._planner:
+                for task in self._tasks:
                     task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._files.shutdown()
         await self.journal.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # -------------------------------------------------------------------------------------------------------- events
     def post(self, event: Event) -> None:
@@ -231,7 +244,7 @@ class Runner:
             self._fail(error)
             return
         if commands:
-            self._outbox.put_nowait(commands)
+            self._outbox.put(commands)
         self._look_for_stable()
 
     def _fail(self, error: BaseException) -> None:
@@ -242,7 +255,7 @@ class Runner:
         self._stopped.set()
 
     def _hub_event(self, event: hubs.HubEvent) -> None:
-        number = next(self._ids)
+        number = self._next_id()
         match event:
             case hubs.AgentConnected():
                 self.post(AgentConnected(number, event.member, event.connection_id, event.hello))
@@ -253,16 +266,16 @@ class Runner:
 
     async def _tick(self) -> None:
         while True:
-            self.post(Tick(next(self._ids)))
+            self.post(Tick(self._next_id()))
             await asyncio.sleep(TICK_SECONDS)
 
     async def _watch(self) -> None:
         async with contextlib.aclosing(wakes(self.settings.run.directory, self.settings.rescan_seconds)) as woken:
             async for _ in woken:
-                self._scan()
+                await self._scan()
 
-    def _scan(self) -> None:
-        scan = self.markers.scan()
+    async def _scan(self) -> None:
+        scan = await asyncio.get_running_loop().run_in_executor(self._files, self.markers.scan)
         for problem in scan.problems:
             log.warning("marker not believed", problem=str(problem))
         seen = tuple(
@@ -271,7 +284,7 @@ class Runner:
             if waiting.stable is not None
         )
         if seen != self.fleet.stable:
-            self.post(MarkersSeen(next(self._ids), seen))
+            self.post(MarkersSeen(self._next_id(), seen))
 
     def _look_for_stable(self) -> None:
         """All ranks have staged: STABLE is a moment away, so look instead of waiting to be told."""
@@ -280,98 +293,21 @@ class Runner:
         if version is None or settled or versions.is_stable(self.fleet, version):
             self._looks = 0
         elif self._look is None and self._looks < len(LOOK_SECONDS):
-            self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS[self._looks], self._looked)
+            self._look = self._spawn(self._look_after(LOOK_SECONDS[self._looks]), "look for STABLE")
             self._looks += 1
 
-    def _looked(self) -> None:
+    async def _look_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._scan()
         self._look = None
-        self._scan()
         if not self._flush_due:
             self._look_for_stable()
-
-    # ------------------------------------------------------------------------------------------------------ commands
-    async def _perform_for_ever(self) -> None:
-        """One batch after the other; a record is durable before any later command is performed."""
-        try:
-            while True:
-                for command in await self._outbox.get():
-                    if isinstance(command, Append):
-                        await self._append(command)
-                    else:
-                        self._perform(command)
-        except Exception as error:
-            self._fail(error)
-
-    async def _append(self, command: Append) -> None:
-        record = command.record
-        await self.journal.append(type(record).__name__, encode_record(record))
-        if isinstance(record, RoundEnded):
-            row = round_row(record, time.time())
-            self._rounds = newest([*self._rounds, row])
-            round_line(row)
-        if command.answer:
-            self.post(Appended(next(self._ids), type(record).__name__, getattr(record, "round", None)))
-
-    def _perform(self, command: Command) -> None:
-        match command:
-            case Accept():
-                self.hub.accept(command.member, command.connection, command.welcome)
-            case Refuse():
-                self.hub.refuse(command.member, command.connection, command.refused)
-            case Drop():
-                self.hub.drop(command.member, command.reason)
-            case Send():
-                self.hub.send(command.member, command.message)
-            case Deliver():
-                if not self.group.deliver(command.member, command.connect):
-                    self.hub.send(command.member, command.connect)
-            case OpenGroup():
-                connections = {member: self.fleet.agents[member].connection for member in command.members}
-                self.group.open(command.group, connections)
-            case MakePlan():
-                self._plan(command)
-            case CallEngine():
-                self.engines.call(command)
-            case WriteMarker():
-                self._mark(command)
-            case Say():
-                log.log(getattr(logging, command.level.upper()), command.sentence, cause=command.cause)
-            case _:
-                raise TypeError(f"no performer for {type(command).__name__}")
-
-    def _plan(self, command: MakePlan) -> None:
-        async def plan() -> None:
-            try:
-                facts = await asyncio.to_thread(self.planning.make, command)
-            except PlanError as error:
-                engine = error.member.engine if error.member is not None else ""
-                self.post(PlanRejected(next(self._ids), command.number, str(error), engine))
-            except Exception as error:
-                self._fail(error)
-            else:
-                self.post(PlanReady(next(self._ids), command.number, facts))
-
-        task = asyncio.get_running_loop().create_task(plan(), name="planner")
-        self._planner.add(task)
-        task.add_done_callback(self._planner.discard)
-
-    def _mark(self, command: WriteMarker) -> None:
-        facts = command.facts
-        text = manifest(
-            self.settings.run.id,
-            command.version,
-            sequence=int(facts.get("sequence", 0)),
-            round=str(facts.get("round", "")),
-            reason=str(facts.get("reason", "")),
-        )
-        try:
-            self.markers.write(command.kind, text)
-        except OSError as error:
-            # Derived from the journal and for people: its absence stops nobody.
-            log.error("marker not written", marker=command.kind, version=str(command.version), reason=str(error))
 
 
 def run(settings: Settings) -> int:
     """Entry of the command ``run``."""
-    asyncio.run(Runner(settings).run())
+    try:
+        asyncio.run(Runner(settings).run())
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group  # the first has cancelled the others; its type is the exit code
     return 0

@@ -24,8 +24,10 @@ class View:
         self._started = started_unix
         self._since: dict[str, tuple[str, float]] = {}
 
-    def status(self, fleet: Fleet, rounds: Sequence[RoundRow], problems: Sequence[str], now: float) -> StatusView:
-        """Of this moment. ``now``: of the clock that the fleet's rounds are timed with."""
+    def status(
+        self, fleet: Fleet, rounds: Sequence[RoundRow], committed_at: float, problems: Sequence[str], now: float
+    ) -> StatusView:
+        """Of this moment. ``committed_at`` in unix time; ``now`` of the clock that the rounds are timed with."""
         return StatusView(
             run=self._settings.run.id,
             state=fleet.sentence,
@@ -33,7 +35,7 @@ class View:
             journal_id=fleet.journal_id,
             unix_time=time.time(),
             started=self._started,
-            committed=_version(fleet.memory.committed, fleet.memory.sequence),
+            committed=_version(fleet.memory.committed, fleet.memory.sequence, committed_at),
             engines=tuple(self._engine(fleet, engine) for engine in self._settings.engines),
             trainers=self._trainers(fleet),
             round=_progress(fleet, now),
@@ -96,8 +98,10 @@ def engine_state(fleet: Fleet, name: str) -> str:
     return "paused" if engine.paused or engine.ours_paused else "serving"
 
 
-def _version(version: Version | None, sequence: int = 0) -> VersionView | None:
-    return VersionView(step=version.step, generation=version.generation, sequence=sequence) if version else None
+def _version(version: Version | None, sequence: int = 0, unix_time: float = 0.0) -> VersionView | None:
+    if version is None:
+        return None
+    return VersionView(step=version.step, generation=version.generation, sequence=sequence, unix_time=unix_time)
 
 
 def _progress(fleet: Fleet, now: float) -> ProgressView | None:

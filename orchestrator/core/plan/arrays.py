@@ -45,6 +45,16 @@ def expand(counts: npt.NDArray[Any]) -> tuple[Ints, Ints]:
     return owner, np.arange(len(owner)) - starts(counts)[:-1][owner]
 
 
+def stable_order(keys: npt.NDArray[Any], bound: int) -> Ints:
+    """Stable argsort of non-negative ``keys`` below ``bound``, 16 bits at a time: NumPy sorts those by radix."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    shift = 16
+    while bound > 1 << shift:
+        order = order[np.argsort((keys >> shift).astype(np.uint16)[order], kind="stable")]
+        shift += 16
+    return order
+
+
 def boundaries(ordered: npt.NDArray[Any]) -> Ints:
     """Where a sorted array takes a new value: the first index of each run, and the length as the last entry."""
     if len(ordered) == 0:
@@ -92,6 +102,31 @@ def mix(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+class Growing:
+    """An int32 array that values are appended to."""
+
+    def __init__(self) -> None:
+        self._store = np.zeros(1024, np.int32)
+        self._used = 0
+
+    def __len__(self) -> int:
+        return self._used
+
+    def extend(self, values: list[int]) -> None:
+        """Append ``values``; views handed out earlier keep their length and values."""
+        end = self._used + len(values)
+        if end > len(self._store):
+            grown = np.zeros(max(end, 2 * len(self._store)), np.int32)
+            grown[: self._used] = self.view()
+            self._store = grown
+        self._store[self._used : end] = values
+        self._used = end
+
+    def view(self) -> Ids:
+        """The values so far."""
+        return self._store[: self._used]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Which pieces go straight to their place and which are packed into one run per edge, and where they are staged.
 
-A piece costs ``runs * alpha`` when it goes straight and ``bytes / pack rate`` when it is gathered and scattered. What
-is packed must fit both sides' staging; the shortest runs, where packing saves most per staged byte, come first.
+A piece that goes straight costs ``runs * alpha``, as far as its ``bytes / beta`` on the wire do not hide them; one that
+is packed costs ``bytes / pack rate`` for gathering and scattering. What is packed must fit both sides' staging; the
+shortest runs, where packing saves most per staged byte, come first.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def pack(
         source_room, target_room: length of the staging regions, 0 without one.
     """
     staged = Staged(np.full(len(edge), -1, np.int64), np.full(len(edge), -1, np.int64))
-    wanted = np.flatnonzero(runs * cost.alpha_seconds > size / cost.pack_bytes_per_second)
+    wanted = np.flatnonzero(size < runs * cost.pack_below_bytes)
     wanted = wanted[(target_room[target[wanted]] > 0) & (source_room[source[wanted]] > used[source[wanted]])]
     wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
     density = size // np.maximum(runs, 1)
@@ -60,13 +61,13 @@ def pack(
 
 
 def _worthwhile(edge: Ints, size: Ints, runs: Ints, cost: CostModel) -> Flags:
-    """Pieces of edges that save more descriptors by packing than the packed run and the copies cost."""
+    """Pieces of edges where packing still pays when the packed run's own descriptor is counted."""
     if len(edge) == 0:
         return np.zeros(0, np.bool_)
     first = boundaries(edge)
-    saved = (np.add.reduceat(runs, first[:-1]) - 1) * cost.alpha_seconds
-    spent = np.add.reduceat(size, first[:-1]) / cost.pack_bytes_per_second
-    return np.repeat(saved > spent, np.diff(first))
+    saved = np.add.reduceat(runs, first[:-1]) - 1
+    worth = np.add.reduceat(size, first[:-1]) < saved * cost.pack_below_bytes
+    return np.repeat(worth, np.diff(first))
 
 
 def _within(side: Ids, target: Ids, density: Ints, size: Ints, edge: Ints, room: Ints) -> Flags:

@@ -39,7 +39,7 @@ from weightsync.orchestrator.protocol.layout import (
 from weightsync.orchestrator.protocol.names import Member
 
 MIN_SHARDED_BYTES: Final = 2 << 20
-"""A smaller tensor is gathered; the trainer agents' default."""
+"""Of a rank's share; smaller ones are gathered. A sharded tensor costs as many writes as shards times engine ranks."""
 
 ALIGNMENT: Final = 256
 """Of every slot."""
@@ -49,8 +49,8 @@ Pair = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TrainerFleet:
-    """``replicas`` of ``expert_parallel * fsdp`` ranks. ``expert_shards``: along which dimension FSDP splits the experts
-    of an expert-parallel rank; experts that do not divide are held whole by its FSDP ranks in turn."""
+    """``replicas`` of ``expert_parallel * fsdp`` ranks. ``expert_shards``: along which dimension FSDP splits the
+    experts of an expert-parallel rank; experts that do not divide are held whole by its FSDP ranks in turn."""
 
     expert_parallel: int
     fsdp: int
@@ -173,8 +173,8 @@ def trainer_parties(g: Geometry, fleet: TrainerFleet, layers: int | None = None)
 
 def _trainer_rank(g: Geometry, fleet: TrainerFleet, names: _Names, depth: int, rank: int) -> Party:
     place = _Rank(Member("trainer", "", rank), fleet.staging, [0], arena=True)
-    routed, (slot, reason) = _experts(g, fleet), _expert_rule(g, fleet)
-    experts = _expert_blocks(g, fleet, routed, rank % fleet.world)
+    experts = _expert_slots(g, fleet, rank % fleet.world)
+    fsdp_rank = rank % fleet.world // fleet.expert_parallel
     turn = 0
     for layer in range(-1, depth):
         weights = other_weights(g) if layer < 0 else layer_weights(g, layer)
@@ -183,10 +183,12 @@ def _trainer_rank(g: Geometry, fleet: TrainerFleet, names: _Names, depth: int, r
             _hold(place, weight, own, fleet.world, rank % fleet.world, turn)
             turn += 1
         if layer >= g.dense_layers:
-            for nth, (first, count, block) in enumerate(experts):
-                if slot == "expert" or (layer * len(experts) + nth) % fleet.fsdp == _fsdp_rank(fleet, rank):
-                    held = names.experts[layer][first : first + count]
-                    place.add(block, [t for e in held for t in e[routed[nth]]], slot, reason)
+            for nth, share in enumerate(experts):
+                if share.slot == "expert" or (layer * len(experts) + nth) % fleet.fsdp == fsdp_rank:
+                    held = names.experts[layer][share.first : share.first + share.count]
+                    place.add(
+                        share.block, [t for e in held for t in e[2 * nth : 2 * nth + 2]], share.slot, share.reason
+                    )
     return place.party()
 
 
@@ -211,7 +213,107 @@ def sharding_obstacle(weight: Weight, world: int) -> str:
         return f"{rows} rows are not divisible by {world} ranks"
     if weight.dtype == FP8 and rows // world % BLOCK:
         return f"{rows // world} rows per rank cut a block of {BLOCK}"
-    size = prod(weight.shape) * ITEMSIZE[weight.dtype]
-    if size // world < MIN_SHARDED_BYTES:
-        return f"{size // world} bytes per rank are fewer than {MIN_SHARDED_BYTES}"
+    size = prod(weight.shape) * ITEMSIZE[weight.dtype] // world
+    if size < MIN_SHARDED_BYTES:
+        return f"{size} bytes per rank are fewer than {MIN_SHARDED_BYTES}"
     return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _ExpertShare:
+    """What one rank may hold of one of the matrices of experts ``[first, first + count)``, in every layer."""
+
+    first: int
+    count: int
+    block: _Block
+    slot: str
+    reason: str
+
+
+def _expert_slots(g: Geometry, fleet: TrainerFleet, rank: int) -> list[_ExpertShare]:
+    """Per matrix of an expert; a gathered share is held only when it is the rank's turn."""
+    expert_rank, fsdp_rank = rank % fleet.expert_parallel, rank // fleet.expert_parallel
+    if g.experts % fleet.expert_parallel:
+        raise ValueError(f"{g.experts} experts are not divisible by {fleet.expert_parallel} expert-parallel ranks")
+    local = g.experts // fleet.expert_parallel
+    shares = []
+    for weight in expert_weights(g):
+        first, count, (low, rows), slot = expert_rank * local, local, (0, weight.shape[0]), "expert"
+        reason = "routed by global expert id"
+        if fleet.expert_shards == "rows" and rows % (fleet.fsdp * BLOCK) == 0:
+            rows //= fleet.fsdp
+            low = fsdp_rank * rows
+        elif fleet.expert_shards == "experts" and local % fleet.fsdp == 0:
+            count //= fleet.fsdp
+            first += fsdp_rank * count
+        elif fleet.fsdp > 1:
+            slot, reason = "gathered", f"{local} experts are not divisible by {fleet.fsdp} FSDP ranks"
+            if fleet.expert_shards == "rows":
+                reason = f"{rows} rows do not divide into blocks of {BLOCK} over {fleet.fsdp} FSDP ranks"
+        block = _Block()
+        for nth in range(count):
+            block.slot(2 * nth, weight.dtype, (low, 0), (rows, weight.shape[1]))
+        for nth in range(count):
+            block.slot(2 * nth + 1, FP32, (low // BLOCK, 0), scale_shape((rows, weight.shape[1])))
+        shares.append(_ExpertShare(first, count, block, slot, reason))
+    return shares
+
+
+# ----------------------------------------------------------------------------------------------------- the engines
+def engine_parties(g: Geometry, fleet: EngineFleet, layers: int | None = None) -> list[Party]:
+    """What the ranks of the engines need; ``layers`` as for the trainer."""
+    depth = g.all_layers if layers is None else layers
+    if g.experts % fleet.expert_parallel:
+        raise ValueError(f"{g.experts} experts are not divisible by {fleet.expert_parallel} expert-parallel ranks")
+    names = _Names(g, depth)
+    return [
+        _engine_rank(g, fleet, names, depth, f"engine-{engine}", rank)
+        for engine in range(fleet.engines)
+        for rank in range(fleet.expert_parallel)
+    ]
+
+
+def _engine_rank(g: Geometry, fleet: EngineFleet, names: _Names, depth: int, engine: str, rank: int) -> Party:
+    place = _Rank(Member("inference", engine, rank), fleet.staging, [], arena=False)
+    local = g.experts // fleet.expert_parallel
+    experts = _fused_experts(g, local)
+    blocks: dict[int, _Block] = {}
+    for layer in range(-1, depth):
+        weights = other_weights(g) if layer < 0 else layer_weights(g, layer)
+        tensors = names.other if layer < 0 else names.layers[layer]
+        key = len(weights)
+        if key not in blocks:
+            blocks[key] = _fused(weights)
+        place.add(blocks[key], [t for own in tensors for t in own])
+        if layer >= g.dense_layers:
+            place.add(experts, [t for e in names.experts[layer][rank * local : (rank + 1) * local] for t in e])
+    return place.party()
+
+
+def _fused(weights: Sequence[Weight]) -> _Block:
+    """Whole weights, those of one parameter below each other; their scales likewise in a parameter of their own."""
+    block = _Block()
+    regions: dict[str, int] = {}
+    tensor = 0
+    for weight in weights:
+        into = weight.into or weight.name
+        block.part(tensor, weight.dtype, weight.shape, regions.setdefault(into, len(block.regions)))
+        tensor += 1
+        if weight.dtype == FP8:
+            place = regions.setdefault(into + "_scale_inv", len(block.regions))
+            block.part(tensor, FP32, scale_shape(weight.shape), place)
+            tensor += 1
+    return block
+
+
+def _fused_experts(g: Geometry, local: int) -> _Block:
+    """w13, its scales, w2, its scales; in each one expert after the other."""
+    block = _Block()
+    for nth in range(local):
+        for i, weight in enumerate(expert_weights(g)):
+            tensor, region = 2 * (3 * nth + i), 0 if i < 2 else 2
+            if region == len(block.regions):
+                block.regions += [0, 0]
+            block.part(tensor, weight.dtype, weight.shape, region)
+            block.part(tensor + 1, FP32, scale_shape(weight.shape), region + 1)
+    return block

@@ -28,6 +28,12 @@ class CostModel:
     bytes_per_second: float = 44e9
     pack_bytes_per_second: float = 500e9
 
+    @property
+    def pack_below_bytes(self) -> float:
+        """Contiguous bytes below which a descriptor is worth avoiding: the wire does not hide it, and copying is
+        cheaper."""
+        return self.alpha_seconds * min(self.bytes_per_second, self.pack_bytes_per_second)
+
     def seconds(self, descriptors: int, size: int) -> float:
         """Predicted seconds of ``descriptors`` writes that carry ``size`` bytes in all."""
         return descriptors * self.alpha_seconds + size / self.bytes_per_second

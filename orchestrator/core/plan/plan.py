@@ -1,18 +1,23 @@
 """From layouts to a plan: every member's table, proved, fingerprinted, and kept for whoever joins later."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
 import numpy as np
+from weightsync.orchestrator.core.plan.arrays import Ids
 from weightsync.orchestrator.core.plan.catalogue import Catalogue, make_catalogue
 from weightsync.orchestrator.core.plan.errors import PlanError
-from weightsync.orchestrator.core.plan.fingerprint import layout_digest, part_fingerprint, root_fingerprint
+from weightsync.orchestrator.core.plan.fingerprint import PartyDigest, part_fingerprint, party_digest, root_fingerprint
 from weightsync.orchestrator.core.plan.inputs import CostModel, Party
 from weightsync.orchestrator.core.plan.match import unneeded
 from weightsync.orchestrator.core.plan.proof import Told, prove
 from weightsync.orchestrator.core.plan.tables import Slice, source_table, target_tables
 from weightsync.orchestrator.core.plan.unit import Unit, plan_unit
 from weightsync.orchestrator.protocol.names import Member
+
+NOTHING_MEANT: Final = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class Plan:
     flows: dict[tuple[Member, Member], int]
     """(source, target) → bytes."""
     unneeded: tuple[str, ...]
-    layout_digests: dict[Member, bytes]
+    digests: dict[Member, PartyDigest]
 
     def part(self, member: Member) -> PlanPart:
         """What ``member`` is told.
@@ -132,21 +137,19 @@ def _plan_units(
 
 
 def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel, previous: Plan | None) -> Plan:
-    digests = dict(previous.layout_digests) if previous and previous.catalogue is catalogue else {}
+    digests = dict(previous.digests) if previous and previous.catalogue is catalogue else {}
     known = dict(previous.parts) if digests and previous else {}
     old_units = set(map(id, previous.units)) if known and previous else set()
-    parties = (*catalogue.sources, *(p for u in units for p in u.targets))
     fresh_targets = {p.member for u in units if id(u) not in old_units for p in u.targets}
-    digests = {
-        p.member: digests[p.member] if p.member in known and p.member not in fresh_targets else layout_digest(p.layout)
-        for p in parties
-    }
+    for party, ids in _parties(catalogue, units):
+        if party.member not in known or party.member in fresh_targets:
+            digests[party.member] = party_digest(party, catalogue.decoder.names.digests(ids))
     told_sources = [
-        Told(party, catalogue.tensor_ids[i], *source_table(i, _slices(units, i)))
-        for i, party in enumerate(catalogue.sources)
+        Told(party, catalogue.tensor_ids[i], *source_table(i, slices))
+        for i, (party, slices) in enumerate(zip(catalogue.sources, _slices(units, len(catalogue.sources)), strict=True))
     ]
     told_targets = [
-        Told(party, ids, *table)
+        Told(party, ids, *table, NOTHING_MEANT)
         for unit in units
         for party, ids, table in zip(unit.targets, unit.tensor_ids, target_tables(unit, catalogue.sources), strict=True)
     ]
@@ -157,10 +160,10 @@ def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel, pr
         moved[source] = moved.get(source, 0) + size
         moved[target] = moved.get(target, 0) + size
     parts: dict[Member, PlanPart] = {}
-    for told in (*told_sources, *told_targets):
+    for told in _consume(told_sources, told_targets):
         member, copies = told.party.member, told.table.tobytes()
         expected = moved.get(member, 0)
-        fingerprint = part_fingerprint(told.party, digests[member], told.peers, copies, expected)
+        fingerprint = part_fingerprint(digests[member], [digests[p.member] for p in told.peers], copies, expected)
         parts[member] = PlanPart(tuple(p.member for p in told.peers), copies, fingerprint, expected)
     root = root_fingerprint({member: part.fingerprint for member, part in parts.items()})
     needed = np.unique(np.concatenate([np.zeros(0, np.int32), *(u.tensor for u in units)]))
@@ -169,12 +172,28 @@ def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel, pr
     )
 
 
-def _slices(units: Sequence[Unit], source: int) -> list[Slice]:
-    found = []
+def _parties(catalogue: Catalogue, units: Sequence[Unit]) -> Iterator[tuple[Party, Ids]]:
+    yield from zip(catalogue.sources, catalogue.tensor_ids, strict=True)
     for unit in units:
-        start, end = np.searchsorted(unit.source, [source, source + 1]).tolist()
-        if end > start:
-            found.append(Slice(unit, start, end))
+        yield from zip(unit.targets, unit.tensor_ids, strict=True)
+
+
+def _consume(*lists: list[Told]) -> Iterator[Told]:
+    """Each entry once; it is let go before the next, because tables are large."""
+    for entries in lists:
+        entries.reverse()
+        while entries:
+            yield entries.pop()
+
+
+def _slices(units: Sequence[Unit], sources: int) -> list[list[Slice]]:
+    """The transfers of each source, by unit."""
+    found: list[list[Slice]] = [[] for _ in range(sources)]
+    for unit in units:
+        limits = unit.of_source(sources).tolist()
+        for source, (start, end) in enumerate(pairwise(limits)):
+            if end > start:
+                found[source].append(Slice(unit, start, end))
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Ints
+from weightsync.orchestrator.core.plan.arrays import Ids, Ints
 from weightsync.orchestrator.core.plan.inputs import Party
 from weightsync.orchestrator.core.plan.unit import Unit
 from weightsync.orchestrator.protocol.layout import (
@@ -28,8 +28,9 @@ class Slice:
     end: int
 
 
-def source_table(number: int, slices: Sequence[Slice]) -> tuple[tuple[Party, ...], Ints]:
-    """The peers of source ``number``, sorted, and its writes by group, then peer, then place at the peer.
+def source_table(number: int, slices: Sequence[Slice]) -> tuple[tuple[Party, ...], Ints, Ids]:
+    """The peers of source ``number``, sorted; its writes by group, then peer, then place at the peer; and the row of
+    the peer's layout that each write is meant for.
 
     Each source begins a group with another peer, so that they do not all fall on the same one.
     """
@@ -37,6 +38,7 @@ def source_table(number: int, slices: Sequence[Slice]) -> tuple[tuple[Party, ...
     peers = tuple(sorted(parties, key=lambda party: party.member))
     position = {party.member: i for i, party in enumerate(peers)}
     table = np.empty((sum(s.end - s.start for s in slices), COPY_COLUMNS), np.int64)
+    meant = np.concatenate([np.zeros(0, np.int32), *(s.unit.target_row[s.start : s.end] for s in slices)])
     at = 0
     for piece in slices:
         part = table[at : at + piece.end - piece.start]
@@ -44,7 +46,7 @@ def source_table(number: int, slices: Sequence[Slice]) -> tuple[tuple[Party, ...
         at += len(part)
     turn = (table[:, COPY_PEER] - number) % max(1, len(peers))
     order = np.argsort(table[:, COPY_GROUP] * max(1, len(peers)) + turn, kind="stable")
-    return peers, table[order]
+    return peers, table[order], meant[order]
 
 
 def _fill_writes(table: Ints, piece: Slice, position: Ints) -> None:
@@ -63,7 +65,7 @@ def _fill_writes(table: Ints, piece: Slice, position: Ints) -> None:
     table[packed, COPY_REMOTE + 2 :] = 0
 
 
-def _fill_boxes(table: Ints, unit: Unit, shape: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> None:
+def _fill_boxes(table: Ints, unit: Unit, shape: Ids) -> None:
     table[:, COPY_BOX : COPY_BOX + 2 * MAX_RANK : 2] = unit.shapes.offset[shape]
     table[:, COPY_BOX + 1 : COPY_BOX + 2 * MAX_RANK : 2] = unit.shapes.extent[shape]
 

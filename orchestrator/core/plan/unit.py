@@ -56,6 +56,10 @@ class Unit:
     load: Ints
     staging_used: Ints
 
+    def of_source(self, sources: int) -> Ints:
+        """First transfer of each of the plan's ``sources``, and the number of transfers as the last entry."""
+        return np.searchsorted(self.source, np.arange(sources + 1, dtype=np.int32))
+
     def edges(self) -> Ints:
         """First transfer of each (source, target), and the number of transfers as the last entry."""
         return boundaries(self.source.astype(np.int64) * max(1, len(self.targets)) + self.target)
