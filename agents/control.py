@@ -192,7 +192,7 @@ class ControlClient:
             token = None if self._token_file is None else read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        response = await upgrade(session, self._url, token)
+        response = await upgrade(session, self._url, token, self._ssl_context)
         return Connection(response, self._on_message, self._missed_heartbeats)
 
     def _introduce(self, connection: Connection) -> None:

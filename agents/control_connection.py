@@ -5,6 +5,7 @@ import base64
 import hashlib
 import random
 import secrets
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -43,7 +44,9 @@ class RefusedForGood(RuntimeError):
         self.refused = refused
 
 
-async def upgrade(session: aiohttp.ClientSession, url: str, token: str | None) -> aiohttp.ClientResponse:
+async def upgrade(
+    session: aiohttp.ClientSession, url: str, token: str | None, ssl_context: ssl.SSLContext | None
+) -> aiohttp.ClientResponse:
     """Ask ``url`` for a WebSocket (RFC 6455 §4.1); the response holds the connection.
 
     Raises:
@@ -59,7 +62,7 @@ async def upgrade(session: aiohttp.ClientSession, url: str, token: str | None) -
     if token is not None:
         headers[hdrs.AUTHORIZATION] = f"Bearer {token}"
     try:
-        response = await session.get(url, headers=headers, allow_redirects=False)
+        response = await session.get(url, headers=headers, allow_redirects=False, ssl=ssl_context or True)
     except (aiohttp.ClientError, OSError) as error:
         raise ConnectionLost(str(error) or type(error).__name__) from error
     accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()
@@ -89,6 +92,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         held = response.connection
         if held is None or held.transport is None or held.protocol is None:
+            response.close()
             raise ConnectionLost("the connection broke during its upgrade")
         self._loop = asyncio.get_running_loop()
         self.welcomed: asyncio.Future[None] = self._loop.create_future()
@@ -183,8 +187,10 @@ class Connection(asyncio.Protocol):
             async with asyncio.timeout(seconds):
                 await self._gone.wait()
         except TimeoutError:
+            pass
+        finally:  # Also when the wait itself is cut short.
             self._transport.abort()
-        self._response.close()
+            self._response.close()
 
     def _end(self, error: Exception) -> None:
         """The first reason is the one that counts."""
