@@ -1,0 +1,80 @@
+"""Model directories small enough to load in a second, with real weights drawn from a seed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def qwen3_config(**overrides: Any) -> dict[str, Any]:
+    """The config.json of a Qwen3 small enough to load in a second; ``overrides`` replace its keys."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+
+
+def qwen3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the checkpoint that belongs to ``config``."""
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for index in range(config["num_hidden_layers"]):
+        layer = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """bf16 weights of 0.15·randn (norms around 1): greedy answers that differ clearly from seed to seed."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: (value + (value.ndim == 1)).to(torch.bfloat16) for name, value in noise.items()}
+
+
+def save_model(directory: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Path:
+    """Writes a model directory that vLLM loads with ``--skip-tokenizer-init``; returns it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(dict(config), indent=2))
+    save_file({name: value.contiguous() for name, value in state.items()}, directory / "model.safetensors")
+    return directory
+
+
+def tiny_qwen3(directory: Path, seed: int, **overrides: Any) -> Path:
+    """A tiny Qwen3 with real weights drawn from ``seed``; ``overrides`` replace keys of its config.json."""
+    config = qwen3_config(**overrides)
+    return save_model(directory, config, random_state(qwen3_shapes(config), seed))
