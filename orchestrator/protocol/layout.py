@@ -37,7 +37,7 @@ COPY_REMOTE: Final = 4 + 2 * MAX_RANK
 COPY_COLUMNS: Final = COPY_REMOTE + 2 + MAX_RANK
 
 
-class Tensor(msgspec.Struct, frozen=True, array_like=True):
+class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A logical tensor: its checkpoint name, wire dtype (a key of ITEMSIZE) and full shape."""
 
     name: str
@@ -45,7 +45,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
 
 
-class Region(msgspec.Struct, frozen=True, array_like=True):
+class Region(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One registered range of memory. ``base`` is an address in the owner's process, ``length`` in bytes."""
 
     base: int

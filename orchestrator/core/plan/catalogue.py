@@ -10,8 +10,17 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Ids, Ints, boundaries, distinct_rows, expand, mix, starts
-from weightsync.orchestrator.core.plan.decode import Decoder, FormTable, Rows
+from weightsync.orchestrator.core.plan.arrays import (
+    Ids,
+    Ints,
+    boundaries,
+    distinct_rows,
+    expand,
+    mix,
+    stable_order,
+    starts,
+)
+from weightsync.orchestrator.core.plan.decode import Decoded, Decoder, FormTable, Rows
 from weightsync.orchestrator.core.plan.errors import TooComplex
 from weightsync.orchestrator.core.plan.inputs import Party
 from weightsync.orchestrator.protocol.limits import MAX_RANK
@@ -40,14 +49,12 @@ class Held:
 class Catalogue:
     """Everything that targets are matched against; it does not depend on them.
 
-    ``tensor_ids``: per source, the number of each tensor of its table. ``shard_first [shards + 1]``: the rows of
-    ``held`` of each shard. ``shard_holders [shards]``: which of ``holder_sets`` holds it. ``tensor_first [tensors]``:
-    first shard of each tensor. ``pattern [tensors]``: -1 for a tensor that no source holds.
-    ``pattern_first [patterns + 1]`` delimits ``box_offset``, ``box_extent [m, MAX_RANK]``.
+    ``shard_first [shards + 1]``: the rows of ``held`` of each shard. ``shard_holders [shards]``: which of
+    ``holder_sets`` holds it. ``tensor_first [tensors]``: first shard of each tensor. ``pattern [tensors]``: -1 for a
+    tensor that no source holds. ``pattern_first [patterns + 1]`` delimits ``box_offset``, ``box_extent [m, MAX_RANK]``.
     """
 
-    sources: tuple[Party, ...]
-    tensor_ids: tuple[Ids, ...]
+    sources: tuple[Decoded, ...]
     decoder: Decoder
     held: Held
     shard_first: Ints
@@ -68,33 +75,43 @@ def make_catalogue(sources: Sequence[Party]) -> Catalogue:
         TooComplex: overlapping shards would be cut into more than MAX_CELLS boxes.
     """
     decoder = Decoder()
-    decoded = [decoder.rows(party) for party in sources]
-    held = _concatenate([rows for rows, _ in decoded])
+    decoded = tuple(decoder.decode(party) for party in sources)
+    held = _concatenate(decoded, decoder.form_table())
     tensors = len(decoder.names)
-    boxes, held_box = _boxes(decoder.forms.table(), held.form)
+    boxes, held_box = _boxes(decoder.form_table(), held.form)
     held, held_box, shard_first = _group(held, held_box, len(boxes))
     pattern, pattern_boxes = _patterns(held, held_box, shard_first, tensors)
     overlapping = [p for p, members in enumerate(pattern_boxes) if _overlap(boxes[members])]
     if overlapping:
         cut = {p: _cells(boxes[pattern_boxes[p]]) for p in overlapping}
         held = _cut_rows(held, held_box, boxes, pattern, cut, decoder)
-        boxes, held_box = _boxes(decoder.forms.table(), held.form)
+        boxes, held_box = _boxes(decoder.form_table(), held.form)
         held, held_box, shard_first = _group(held, held_box, len(boxes))
         pattern, pattern_boxes = _patterns(held, held_box, shard_first, tensors)
     holders, holder_sets = _holder_sets(held.source, shard_first)
     shard_tensor = held.tensor[shard_first[:-1]]
     members = np.concatenate([np.zeros(0, np.int64), *pattern_boxes])
     return Catalogue(
-        tuple(sources), tuple(ids for _, ids in decoded), decoder, held, shard_first, holders, holder_sets,
-        np.searchsorted(shard_tensor, np.arange(tensors)), pattern,
+        decoded, decoder, held, shard_first, holders, holder_sets,
+        np.searchsorted(shard_tensor, np.arange(tensors, dtype=np.int32)), pattern,
         starts(np.array([len(p) for p in pattern_boxes], np.int64)),
         boxes[members, :MAX_RANK], boxes[members, MAX_RANK:],
     )  # fmt: skip
 
 
-def _concatenate(parts: list[Rows]) -> Held:
-    source = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p.tensor) for p in parts])
-    return Held(source, *(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
+def _concatenate(sources: Sequence[Decoded], forms: FormTable) -> Held:
+    """All rows of all sources but those with empty boxes."""
+    counts = [len(s.rows.tensor) for s in sources]
+    source = np.repeat(np.arange(len(sources), dtype=np.int32), counts)
+    index = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
+    columns = {f.name: np.concatenate([getattr(s.rows, f.name) for s in sources]) for f in fields(Rows)}
+    held = Held(source, index=index, **columns)
+    full = forms.elements[held.form] > 0
+    return held if full.all() else _take(held, np.flatnonzero(full))
+
+
+def _take(held: Held, rows: Ints) -> Held:
+    return Held(*(getattr(held, f.name)[rows] for f in fields(Held)))
 
 
 def _boxes(forms: FormTable, form: Ids) -> tuple[Ints, Ints]:
@@ -106,12 +123,12 @@ def _boxes(forms: FormTable, form: Ids) -> tuple[Ints, Ints]:
 def _group(held: Held, box: Ints, boxes: int) -> tuple[Held, Ints, Ints]:
     """Sort rows by (tensor, box, source); a source that holds a shard twice serves it from its first row."""
     shard_key = held.tensor.astype(np.int64) * max(boxes, 1) + box
-    order = np.argsort(shard_key, kind="stable")
+    order = stable_order(shard_key, int(shard_key.max(initial=0)) + 1)
     key, source = shard_key[order], held.source[order]
     if len(order):
         again = np.concatenate([[False], (key[1:] == key[:-1]) & (source[1:] == source[:-1])])
         order, key = order[~again], key[~again]
-    return Held(*(getattr(held, f.name)[order] for f in fields(Held))), box[order], boundaries(key)
+    return _take(held, order), box[order], boundaries(key)
 
 
 def _patterns(held: Held, box: Ints, shard_first: Ints, tensors: int) -> tuple[Ids, list[Ints]]:
@@ -175,15 +192,16 @@ def _cut_rows(held: Held, box: Ints, boxes: Ints, pattern: Ids, cut: dict[int, I
     cells = np.concatenate([p[1] for p in pieces])
     order = np.argsort(rows, kind="stable")
     rows, cells = rows[order], cells[order]
-    forms = decoder.forms.table()
+    forms = decoder.form_table()
     old = held.form[rows]
     keys = np.empty((len(rows), 1 + 3 * MAX_RANK), np.int64)
     keys[:, 0] = forms.kind[old]
     keys[:, 1::3], keys[:, 2::3], keys[:, 3::3] = cells[:, :MAX_RANK], cells[:, MAX_RANK:], forms.stride[old]
+    distinct, index = distinct_rows(keys)
     shift = ((cells[:, :MAX_RANK] - forms.offset[old]) * forms.stride[old]).sum(axis=1)
     return Held(
-        held.source[rows], held.tensor[rows], decoder.forms.ids(keys), held.region[rows], held.offset[rows] + shift,
-        held.index[rows],
+        held.source[rows], held.tensor[rows], decoder.forms.numbers(distinct)[index], held.region[rows],
+        held.offset[rows] + shift, held.index[rows],
     )  # fmt: skip
 
 

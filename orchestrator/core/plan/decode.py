@@ -144,9 +144,9 @@ class Decoder:
         shape = np.array(self.names.kind_shape, np.int64).reshape(-1, MAX_RANK)[forms[:, 0]]
         offset, extent, stride = forms[:, 1::3], forms[:, 2::3], forms[:, 3::3]
         outside = (offset < 0) | (offset > shape) | (extent < 0) | (extent > shape - offset)
-        self._refuse(member, tensor, outside.any(axis=1)[form], "a box outside of the tensor's shape")
+        self._refuse(member, tensor, np.asarray(outside.any(axis=1))[form], "a box outside of the tensor's shape")
         wild = (stride < 0) | (stride > MAX_BYTES // np.maximum(shape, 1))
-        self._refuse(member, tensor, wild.any(axis=1)[form], "a stride that no region can hold")
+        self._refuse(member, tensor, np.asarray(wild.any(axis=1))[form], "a stride that no region can hold")
 
     def _refuse(self, member: Member, tensor: Ids, wrong: Flags, why: str) -> None:
         if wrong.any():

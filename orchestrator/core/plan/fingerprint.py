@@ -17,7 +17,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 @dataclass(frozen=True, slots=True)
 class PartyDigest:
-    """What a party's own fingerprint depends on, all of its ``layout``; and what its peers' do: who and ``where`` it is."""
+    """``layout``: what a party's own fingerprint depends on. ``where``: what its peers' do, who and where it is."""
 
     layout: bytes
     where: bytes

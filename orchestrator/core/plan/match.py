@@ -6,7 +6,7 @@ Per (pattern, target form) the intersections are computed once; rows of the same
 from dataclasses import dataclass
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Ids, Ints, boundaries, compress, expand, starts
+from weightsync.orchestrator.core.plan.arrays import Ids, Ints, compress, expand, starts
 from weightsync.orchestrator.core.plan.catalogue import Catalogue
 from weightsync.orchestrator.core.plan.decode import FormTable
 from weightsync.orchestrator.core.plan.errors import CoverageError, Missing
@@ -15,14 +15,14 @@ from weightsync.orchestrator.core.plan.inputs import Party
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Rows of several targets in columns ``[n]``; ``target`` is the index of the party."""
+    """Rows of several targets in columns ``[n]``; ``target`` is the index of the party, ``index`` of its row."""
 
     target: Ids
+    index: Ids
     tensor: Ids
     form: Ids
     region: Ids
     offset: Ints
-    index: Ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,13 @@ def match(catalogue: Catalogue, targets: tuple[Party, ...], wanted: Wanted) -> t
     Raises:
         CoverageError: some of a row is held by no source; lists every such row.
     """
-    forms = catalogue.decoder.forms.table()
-    kinds = np.array(catalogue.decoder.names.kind_itemsize, np.int64)
+    forms = catalogue.decoder.form_table()
     pattern = np.full(len(wanted.tensor), -1, np.int64)
     known = wanted.tensor < len(catalogue.pattern)
     pattern[known] = catalogue.pattern[wanted.tensor[known]]
-    bound = (len(catalogue.pattern_first) + 1) * max(1, len(forms.kind))
-    classes, row_class = compress((pattern + 1) * len(forms.kind) + wanted.form, bound)
-    of_pattern, of_form = classes // max(1, len(forms.kind)) - 1, classes % max(1, len(forms.kind))
+    bound = (len(catalogue.pattern_first) + 1) * max(1, len(forms))
+    classes, row_class = compress((pattern + 1) * len(forms) + wanted.form, bound)
+    of_pattern, of_form = classes // max(1, len(forms)) - 1, classes % max(1, len(forms))
 
     sizes = np.where(of_pattern >= 0, np.diff(catalogue.pattern_first, append=0)[of_pattern], 0)
     owner, ordinal = expand(sizes)
@@ -72,7 +71,7 @@ def match(catalogue: Catalogue, targets: tuple[Party, ...], wanted: Wanted) -> t
 
     covered = np.zeros(len(classes), np.int64)
     np.add.at(covered, owner, volume)
-    lacking = forms.extent[of_form].prod(axis=1) - covered
+    lacking = forms.elements[of_form] - covered
     if lacking.any():
         raise _coverage_error(catalogue, targets, wanted, forms, lacking[row_class])
 
@@ -81,7 +80,7 @@ def match(catalogue: Catalogue, targets: tuple[Party, ...], wanted: Wanted) -> t
     row, nth = expand(count[row_class])
     cell = first[row_class[row]] + nth
     shard = catalogue.tensor_first[wanted.tensor[row]] + ordinal[cell]
-    return Pieces(row, shard, cell), Cells(low, extent, volume * kinds[forms.kind[form]], form.astype(np.int32))
+    return Pieces(row, shard, cell), Cells(low, extent, volume * forms.itemsize[form], form.astype(np.int32))
 
 
 def _coverage_error(
@@ -97,12 +96,3 @@ def _coverage_error(
         member = targets[wanted.target[row]].member
         missing.append(Missing(tensor.name, member, offset, extent, int(lacking[row])))
     return CoverageError(missing)
-
-
-def unneeded(catalogue: Catalogue, needed: Ints) -> tuple[str, ...]:
-    """Names of tensors that sources hold and that are not among the tensor numbers ``needed``."""
-    mask = np.zeros(len(catalogue.decoder.names), np.bool_)
-    held = catalogue.held.tensor[boundaries(catalogue.held.tensor)[:-1]]
-    mask[held] = True
-    mask[needed] = False
-    return tuple(catalogue.decoder.names.tensors[i].name for i in np.flatnonzero(mask).tolist())

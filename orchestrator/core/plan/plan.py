@@ -1,23 +1,17 @@
 """From layouts to a plan: every member's table, proved, fingerprinted, and kept for whoever joins later."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Ids
 from weightsync.orchestrator.core.plan.catalogue import Catalogue, make_catalogue
 from weightsync.orchestrator.core.plan.errors import PlanError
-from weightsync.orchestrator.core.plan.fingerprint import PartyDigest, part_fingerprint, party_digest, root_fingerprint
+from weightsync.orchestrator.core.plan.fingerprint import part_fingerprint, root_fingerprint
 from weightsync.orchestrator.core.plan.inputs import CostModel, Party
-from weightsync.orchestrator.core.plan.match import unneeded
-from weightsync.orchestrator.core.plan.proof import Told, prove
-from weightsync.orchestrator.core.plan.tables import Slice, source_table, target_tables
+from weightsync.orchestrator.core.plan.proof import Proof
+from weightsync.orchestrator.core.plan.tables import Tables, Told
 from weightsync.orchestrator.core.plan.unit import Unit, plan_unit
 from weightsync.orchestrator.protocol.names import Member
-
-NOTHING_MEANT: Final = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,6 @@ class Plan:
     flows: dict[tuple[Member, Member], int]
     """(source, target) → bytes."""
     unneeded: tuple[str, ...]
-    digests: dict[Member, PartyDigest]
 
     def part(self, member: Member) -> PlanPart:
         """What ``member`` is told.
@@ -97,7 +90,7 @@ def make_plan(
     kept = _kept_units(sources, targets, cost, previous)
     catalogue = previous.catalogue if previous and kept is not None else make_catalogue(sources)
     units = _plan_units(catalogue, targets, cost, kept or [])
-    return _assemble(catalogue, units, cost, previous)
+    return _assemble(catalogue, units, cost)
 
 
 def _engines(targets: Sequence[Party]) -> list[tuple[Party, ...]]:
@@ -111,10 +104,10 @@ def _kept_units(
     sources: Sequence[Party], targets: Sequence[Party], cost: CostModel, previous: Plan | None
 ) -> list[Unit] | None:
     """Units of ``previous`` that still hold; None where its sources or costs do not."""
-    if previous is None or previous.cost != cost or previous.catalogue.sources != tuple(sources):
+    if previous is None or previous.cost != cost or [s.party for s in previous.catalogue.sources] != list(sources):
         return None
-    wanted = {ranks[0].member.engine: ranks for ranks in _engines(targets)}
-    return [u for u in previous.units if wanted.get(u.targets[0].member.engine) == u.targets]
+    wanted = {ranks[0].member.engine: list(ranks) for ranks in _engines(targets)}
+    return [u for u in previous.units if wanted.get(u.engine) == [t.party for t in u.targets]]
 
 
 def _plan_units(
@@ -127,7 +120,7 @@ def _plan_units(
     for unit in kept:
         load += unit.load
         staging_used = np.maximum(staging_used, unit.staging_used)
-    have = {unit.targets[0].member.engine for unit in kept}
+    have = {unit.engine for unit in kept}
     for ranks in _engines(targets):
         if ranks[0].member.engine not in have:
             units.append(plan_unit(catalogue, ranks, cost, load, staging_used))
@@ -136,65 +129,39 @@ def _plan_units(
     return tuple(units)
 
 
-def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel, previous: Plan | None) -> Plan:
-    digests = dict(previous.digests) if previous and previous.catalogue is catalogue else {}
-    known = dict(previous.parts) if digests and previous else {}
-    old_units = set(map(id, previous.units)) if known and previous else set()
-    fresh_targets = {p.member for u in units if id(u) not in old_units for p in u.targets}
-    for party, ids in _parties(catalogue, units):
-        if party.member not in known or party.member in fresh_targets:
-            digests[party.member] = party_digest(party, catalogue.decoder.names.digests(ids))
-    told_sources = [
-        Told(party, catalogue.tensor_ids[i], *source_table(i, slices))
-        for i, (party, slices) in enumerate(zip(catalogue.sources, _slices(units, len(catalogue.sources)), strict=True))
-    ]
-    told_targets = [
-        Told(party, ids, *table, NOTHING_MEANT)
-        for unit in units
-        for party, ids, table in zip(unit.targets, unit.tensor_ids, target_tables(unit, catalogue.sources), strict=True)
-    ]
-    prove(told_sources, told_targets, catalogue.decoder.names.itemsize())
+def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel) -> Plan:
+    """Tables, proof and fingerprints. Sources' tables are large: each is let go once it is proved and in bytes."""
+    tables = Tables(catalogue.sources, units)
     flows = _flows(catalogue, units)
     moved: dict[Member, int] = {}
     for (source, target), size in flows.items():
         moved[source] = moved.get(source, 0) + size
         moved[target] = moved.get(target, 0) + size
+    targets = list(tables.of_targets())
+    proof = Proof(targets, catalogue.decoder.form_table())
     parts: dict[Member, PlanPart] = {}
-    for told in _consume(told_sources, told_targets):
-        member, copies = told.party.member, told.table.tobytes()
-        expected = moved.get(member, 0)
-        fingerprint = part_fingerprint(digests[member], [digests[p.member] for p in told.peers], copies, expected)
-        parts[member] = PlanPart(tuple(p.member for p in told.peers), copies, fingerprint, expected)
+    for number, decoded in enumerate(catalogue.sources):
+        told = tables.of_source(number)
+        proof.writes(told)
+        parts[decoded.party.member] = _part(told, moved)
+    proof.finish()
+    parts.update((told.member.party.member, _part(told, moved)) for told in targets)
     root = root_fingerprint({member: part.fingerprint for member, part in parts.items()})
-    needed = np.unique(np.concatenate([np.zeros(0, np.int32), *(u.tensor for u in units)]))
-    return Plan(
-        root, cost, catalogue, units, parts, _sends(catalogue, units), flows, unneeded(catalogue, needed), digests
-    )
+    return Plan(root, cost, catalogue, units, parts, _sends(catalogue, units), flows, _unneeded(catalogue, units))
 
 
-def _parties(catalogue: Catalogue, units: Sequence[Unit]) -> Iterator[tuple[Party, Ids]]:
-    yield from zip(catalogue.sources, catalogue.tensor_ids, strict=True)
+def _part(told: Told, moved: dict[Member, int]) -> PlanPart:
+    copies, expected = told.table.tobytes(), moved.get(told.member.party.member, 0)
+    fingerprint = part_fingerprint(told.member.digest, [peer.digest for peer in told.peers], copies, expected)
+    return PlanPart(tuple(peer.party.member for peer in told.peers), copies, fingerprint, expected)
+
+
+def _unneeded(catalogue: Catalogue, units: Sequence[Unit]) -> tuple[str, ...]:
+    needed = np.zeros(len(catalogue.decoder.names), np.bool_)
     for unit in units:
-        yield from zip(unit.targets, unit.tensor_ids, strict=True)
-
-
-def _consume(*lists: list[Told]) -> Iterator[Told]:
-    """Each entry once; it is let go before the next, because tables are large."""
-    for entries in lists:
-        entries.reverse()
-        while entries:
-            yield entries.pop()
-
-
-def _slices(units: Sequence[Unit], sources: int) -> list[list[Slice]]:
-    """The transfers of each source, by unit."""
-    found: list[list[Slice]] = [[] for _ in range(sources)]
-    for unit in units:
-        limits = unit.of_source(sources).tolist()
-        for source, (start, end) in enumerate(pairwise(limits)):
-            if end > start:
-                found[source].append(Slice(unit, start, end))
-    return found
+        needed[unit.tensor] = True
+    held = np.unique(catalogue.held.tensor)
+    return tuple(catalogue.decoder.names.tensors[i].name for i in held[~needed[held]].tolist())
 
 
 def _flows(catalogue: Catalogue, units: Sequence[Unit]) -> dict[tuple[Member, Member], int]:
@@ -204,7 +171,7 @@ def _flows(catalogue: Catalogue, units: Sequence[Unit]) -> dict[tuple[Member, Me
         if len(unit.source):
             totals = np.add.reduceat(unit.shapes.bytes[unit.shape], edges[:-1]).tolist()
             for at, size in zip(edges[:-1].tolist(), totals, strict=True):
-                key = (catalogue.sources[unit.source[at]].member, unit.targets[unit.target[at]].member)
+                key = (catalogue.sources[unit.source[at]].party.member, unit.targets[unit.target[at]].party.member)
                 flows[key] = size
     return flows
 
@@ -215,4 +182,4 @@ def _sends(catalogue: Catalogue, units: Sequence[Unit]) -> dict[Member, Sends]:
     for unit in units:
         size += unit.load
         descriptors += np.bincount(unit.source, weights=unit.descriptors(), minlength=count).astype(np.int64)
-    return {p.member: Sends(int(size[i]), int(descriptors[i])) for i, p in enumerate(catalogue.sources)}
+    return {s.party.member: Sends(int(size[i]), int(descriptors[i])) for i, s in enumerate(catalogue.sources)}

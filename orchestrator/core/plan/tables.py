@@ -1,12 +1,12 @@
 """Copy tables as they travel: each member's own, from the units' columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Ids, Ints
-from weightsync.orchestrator.core.plan.inputs import Party
-from weightsync.orchestrator.core.plan.unit import Unit
+from weightsync.orchestrator.core.plan.arrays import Ids, Ints, stable_order, starts
+from weightsync.orchestrator.core.plan.decode import Decoded
+from weightsync.orchestrator.core.plan.unit import MAX_GROUPS, Unit
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
     COPY_COLUMNS,
@@ -18,75 +18,96 @@ from weightsync.orchestrator.protocol.layout import (
 )
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
+NOTHING: Ids = np.zeros(0, np.int32)
+
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """Transfers ``[start, end)`` of a unit."""
+class Told:
+    """What a member is told; for a source's writes also the row of the peer's layout that each is meant for."""
 
-    unit: Unit
-    start: int
-    end: int
-
-
-def source_table(number: int, slices: Sequence[Slice]) -> tuple[tuple[Party, ...], Ints, Ids]:
-    """The peers of source ``number``, sorted; its writes by group, then peer, then place at the peer; and the row of
-    the peer's layout that each write is meant for.
-
-    Each source begins a group with another peer, so that they do not all fall on the same one.
-    """
-    parties = [s.unit.targets[t] for s in slices for t in np.unique(s.unit.target[s.start : s.end]).tolist()]
-    peers = tuple(sorted(parties, key=lambda party: party.member))
-    position = {party.member: i for i, party in enumerate(peers)}
-    table = np.empty((sum(s.end - s.start for s in slices), COPY_COLUMNS), np.int64)
-    meant = np.concatenate([np.zeros(0, np.int32), *(s.unit.target_row[s.start : s.end] for s in slices)])
-    at = 0
-    for piece in slices:
-        part = table[at : at + piece.end - piece.start]
-        _fill_writes(part, piece, np.array([position.get(p.member, -1) for p in piece.unit.targets], np.int64))
-        at += len(part)
-    turn = (table[:, COPY_PEER] - number) % max(1, len(peers))
-    order = np.argsort(table[:, COPY_GROUP] * max(1, len(peers)) + turn, kind="stable")
-    return peers, table[order], meant[order]
+    member: Decoded
+    peers: tuple[Decoded, ...]
+    table: Ints
+    meant: Ids
 
 
-def _fill_writes(table: Ints, piece: Slice, position: Ints) -> None:
-    unit, rows = piece.unit, slice(piece.start, piece.end)
-    shape, target = unit.shape[rows], unit.target[rows]
-    packed = unit.staged_source[rows] >= 0
-    table[:, COPY_PEER] = position[target]
-    table[:, COPY_ROW] = unit.source_row[rows]
-    table[:, COPY_GROUP] = unit.group[rows]
-    table[:, COPY_STAGED] = unit.staged_source[rows]
-    _fill_boxes(table, unit, shape)
-    staging = np.array([party.layout.staging for party in unit.targets], np.int64)
-    table[:, COPY_REMOTE] = np.where(packed, staging[target], unit.region[rows])
-    table[:, COPY_REMOTE + 1] = np.where(packed, unit.staged_target[rows], unit.offset[rows])
-    table[:, COPY_REMOTE + 2 :] = unit.shapes.stride[shape]
-    table[packed, COPY_REMOTE + 2 :] = 0
+class Tables:
+    """Makes the table of every member of a plan."""
+
+    def __init__(self, sources: Sequence[Decoded], units: Sequence[Unit]) -> None:
+        self._sources = sources
+        self._units = units
+        self._of_source = [unit.of_source(len(sources)).tolist() for unit in units]
+        self._first_shape = starts(np.array([len(unit.shapes.bytes) for unit in units], np.int64))
+        self._box = np.concatenate([np.zeros((0, 2 * MAX_RANK), np.int64), *(u.shapes.box for u in units)])
+        self._stride = np.concatenate([np.zeros((0, MAX_RANK), np.int64), *(u.shapes.stride for u in units)])
+
+    def of_source(self, number: int) -> Told:
+        """The writes of the plan's source ``number`` by group, then peer, then place at the peer.
+
+        Each source begins a group with another peer, so that they do not all fall on the same one.
+        """
+        mine = [(i, slice(of[number], of[number + 1])) for i, of in enumerate(self._of_source)]
+        mine = [(i, rows) for i, rows in mine if rows.stop > rows.start]
+        if not mine:
+            return Told(self._sources[number], (), np.zeros((0, COPY_COLUMNS), np.int64), NOTHING)
+        peers, position = _positions(
+            [self._units[i].targets for i, _ in mine], [self._units[i].target[rows] for i, rows in mine]
+        )
+        peer = np.concatenate([p[self._units[i].target[rows]] for p, (i, rows) in zip(position, mine, strict=True)])
+        group = np.concatenate([self._units[i].group[rows] for i, rows in mine])
+        order = stable_order(group * len(peers) + (peer - number) % len(peers), MAX_GROUPS * len(peers))
+        shape = np.concatenate([self._units[i].shape[rows] + self._first_shape[i] for i, rows in mine])[order]
+
+        def column(name: str) -> Ints:
+            values: Ints = np.concatenate([getattr(self._units[i], name)[rows] for i, rows in mine])[order]
+            return values
+
+        peer = peer[order]
+        staged = column("staged_source")
+        packed = staged >= 0
+        staging = np.array([p.party.layout.staging for p in peers], np.int64)
+        table = np.empty((len(order), COPY_COLUMNS), np.int64)
+        table[:, COPY_PEER] = peer
+        table[:, COPY_ROW] = column("source_row")
+        table[:, COPY_GROUP] = group[order]
+        table[:, COPY_STAGED] = staged
+        table[:, COPY_BOX:COPY_REMOTE] = self._box[shape]
+        table[:, COPY_REMOTE] = np.where(packed, staging[peer], column("region"))
+        table[:, COPY_REMOTE + 1] = np.where(packed, column("staged_target"), column("offset"))
+        table[:, COPY_REMOTE + 2 :] = self._stride[shape]
+        table[packed, COPY_REMOTE + 2 :] = 0
+        return Told(self._sources[number], peers, table, column("target_row").astype(np.int32))
+
+    def of_targets(self) -> Iterator[Told]:
+        """Per target of every unit: the sources that write to it, and what arrives packed, by group and place."""
+        for unit in self._units:
+            by_target = stable_order(unit.target, len(unit.targets))
+            limits = np.searchsorted(unit.target[by_target], np.arange(len(unit.targets) + 1, dtype=np.int32)).tolist()
+            for number, target in enumerate(unit.targets):
+                mine = by_target[limits[number] : limits[number + 1]]
+                peers, (position,) = _positions([self._sources], [unit.source[mine]])
+                mine = mine[unit.staged_target[mine] >= 0]
+                # Staging was given out in the order of sources, so that the unit's order is the place's.
+                mine = mine[stable_order(unit.group[mine], MAX_GROUPS)]
+                table = np.zeros((len(mine), COPY_COLUMNS), np.int64)
+                table[:, COPY_PEER] = position[unit.source[mine]]
+                table[:, COPY_ROW] = unit.target_row[mine]
+                table[:, COPY_GROUP] = unit.group[mine]
+                table[:, COPY_STAGED] = unit.staged_target[mine]
+                table[:, COPY_BOX:COPY_REMOTE] = unit.shapes.box[unit.shape[mine]]
+                yield Told(target, peers, table, NOTHING)
 
 
-def _fill_boxes(table: Ints, unit: Unit, shape: Ids) -> None:
-    table[:, COPY_BOX : COPY_BOX + 2 * MAX_RANK : 2] = unit.shapes.offset[shape]
-    table[:, COPY_BOX + 1 : COPY_BOX + 2 * MAX_RANK : 2] = unit.shapes.extent[shape]
-
-
-def target_tables(unit: Unit, sources: Sequence[Party]) -> list[tuple[tuple[Party, ...], Ints]]:
-    """Per target of the unit: all sources that write to it, sorted, and what arrives packed, by group and place."""
-    tables = []
-    by_target = np.argsort(unit.target, kind="stable")
-    limits = np.searchsorted(unit.target[by_target], np.arange(len(unit.targets) + 1))
-    for start, end in zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True):
-        mine = by_target[start:end]
-        peers = tuple(sorted((sources[i] for i in np.unique(unit.source[mine]).tolist()), key=lambda p: p.member))
-        position = {party.member: i for i, party in enumerate(peers)}
-        of_source = np.array([position.get(party.member, -1) for party in sources], np.int64)
-        mine = mine[unit.staged_target[mine] >= 0]
-        mine = mine[np.lexsort((unit.staged_target[mine], unit.group[mine]))]
-        table = np.zeros((len(mine), COPY_COLUMNS), np.int64)
-        table[:, COPY_PEER] = of_source[unit.source[mine]]
-        table[:, COPY_ROW] = unit.target_row[mine]
-        table[:, COPY_GROUP] = unit.group[mine]
-        table[:, COPY_STAGED] = unit.staged_target[mine]
-        _fill_boxes(table, unit, unit.shape[mine])
-        tables.append((peers, table))
-    return tables
+def _positions(parties: Sequence[Sequence[Decoded]], used: Sequence[Ids]) -> tuple[tuple[Decoded, ...], list[Ints]]:
+    """Those parties of each list whose indices are ``used``, all sorted by member, and per list the place of each of
+    its parties among them (-1 if unused)."""
+    present = [np.flatnonzero(np.bincount(u, minlength=1)).tolist() for u in used]
+    found = [
+        (p[i].party.member, nth, i) for nth, (p, some) in enumerate(zip(parties, present, strict=True)) for i in some
+    ]
+    found.sort()
+    position = [np.full(len(p), -1, np.int64) for p in parties]
+    for place, (_, nth, i) in enumerate(found):
+        position[nth][i] = place
+    return tuple(parties[nth][i] for _, nth, i in found), position

@@ -1,17 +1,27 @@
 """The transfers into one engine: planned on top of what earlier engines load, and kept as they are when others come."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from weightsync.orchestrator.core.plan.arrays import Flags, Ids, Ints, boundaries, compress, contiguous_runs
+from weightsync.orchestrator.core.plan.arrays import (
+    Flags,
+    Ids,
+    Ints,
+    boundaries,
+    compress,
+    contiguous_runs,
+    stable_order,
+)
 from weightsync.orchestrator.core.plan.catalogue import Catalogue
 from weightsync.orchestrator.core.plan.choose import choose
 from weightsync.orchestrator.core.plan.coalesce import pack
-from weightsync.orchestrator.core.plan.decode import NO_LAYER, Rows
+from weightsync.orchestrator.core.plan.decode import Decoded, FormTable
 from weightsync.orchestrator.core.plan.inputs import CostModel, Party
 from weightsync.orchestrator.core.plan.match import Cells, Pieces, Wanted, match
+from weightsync.orchestrator.core.plan.names import NO_LAYER
+from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 MAX_GROUPS: Final = 64
 """Pipelining groups of a plan: enough to overlap, few enough that a group's packed run is worth a descriptor."""
@@ -19,11 +29,10 @@ MAX_GROUPS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Distinct transfers up to their place: box ``offset``, ``extent`` in elements and ``stride`` at the target in
-    bytes, each ``[m, MAX_RANK]``; ``bytes``, descriptors ``runs [m]`` if it goes straight."""
+    """Distinct transfers up to their place: ``box [m, 2 * MAX_RANK]`` (offset, extent per dimension, in elements),
+    ``stride [m, MAX_RANK]`` at the target in bytes; ``bytes``, and descriptors ``runs`` if it goes straight ``[m]``."""
 
-    offset: Ints
-    extent: Ints
+    box: Ints
     stride: Ints
     bytes: Ints
     runs: Ints
@@ -38,8 +47,7 @@ class Unit:
     ``load`` and ``staging_used [sources]`` are what this unit adds, and where its staging ends.
     """
 
-    targets: tuple[Party, ...]
-    tensor_ids: tuple[Ids, ...]
+    targets: tuple[Decoded, ...]
     shapes: Shapes
     source: Ids
     target: Ids
@@ -55,6 +63,11 @@ class Unit:
     merged: Flags
     load: Ints
     staging_used: Ints
+
+    @property
+    def engine(self) -> str:
+        """The engine whose ranks these are."""
+        return self.targets[0].party.member.engine
 
     def of_source(self, sources: int) -> Ints:
         """First transfer of each of the plan's ``sources``, and the number of transfers as the last entry."""
@@ -84,8 +97,8 @@ def plan_unit(
     """
     load_before = load
     load, staging_used = load.copy(), staging_used.copy()
-    decoded = [catalogue.decoder.rows(party) for party in targets]
-    wanted = _in_memory_order([rows for rows, _ in decoded])
+    decoded = tuple(catalogue.decoder.decode(party) for party in targets)
+    wanted = _in_memory_order(decoded, catalogue.decoder.form_table())
     pieces, cells = match(catalogue, targets, wanted)
     held_row = choose(catalogue, pieces.shard, cells.bytes[pieces.cell], load)
     order, edge_group = _order(catalogue, targets, wanted, pieces, held_row)
@@ -101,7 +114,7 @@ def plan_unit(
     edge = source.astype(np.int64) * len(targets) + target
     staged = pack(
         edge, source, target, size, runs, cost, staging_used,
-        staging_lengths(catalogue.sources), staging_lengths(targets),
+        staging_lengths(catalogue.sources), staging_lengths(decoded),
     )  # fmt: skip
     whole = (runs == 1) & (staged.at_source < 0)
     merged = np.zeros(len(size), np.bool_)
@@ -112,16 +125,16 @@ def plan_unit(
     )  # fmt: skip
     group = edge_group % MAX_GROUPS
     return Unit(
-        targets, tuple(ids for _, ids in decoded), shapes, source, target, wanted.tensor[pieces.row],
+        decoded, shapes, source, target, wanted.tensor[pieces.row],
         group.astype(np.int32),
         catalogue.held.index[held_row], wanted.index[pieces.row], region, offset, shape.astype(np.int32),
         staged.at_source, staged.at_target, merged, load - load_before, staging_used,
     )  # fmt: skip
 
 
-def staging_lengths(parties: tuple[Party, ...]) -> Ints:
+def staging_lengths(parties: Sequence[Decoded]) -> Ints:
     """Bytes of each party's staging region, 0 without one."""
-    layouts = [p.layout for p in parties]
+    layouts = [p.party.layout for p in parties]
     return np.array([y.regions[y.staging].length if y.staging >= 0 else 0 for y in layouts], np.int64)
 
 
@@ -138,12 +151,16 @@ def groups(catalogue: Catalogue) -> Ids:
     return np.where(layers == NO_LAYER, min(count, MAX_GROUPS - 1), group).astype(np.int32)
 
 
-def _in_memory_order(rows: Sequence[Rows]) -> Wanted:
+def _in_memory_order(targets: Sequence[Decoded], forms: FormTable) -> Wanted:
     """The rows of all targets, each target's by place in memory, so that neighbours can share descriptors."""
-    orders = [np.lexsort((r.offset, r.region)) for r in rows]
-    target = np.repeat(np.arange(len(rows), dtype=np.int32), [len(o) for o in orders])
-    columns = [np.concatenate([getattr(r, f.name)[o] for r, o in zip(rows, orders, strict=True)]) for f in fields(Rows)]
-    return Wanted(target, *columns)
+    parts = []
+    for number, target in enumerate(targets):
+        rows = target.rows
+        order = np.lexsort((rows.offset, rows.region)).astype(np.int32)
+        order = order[forms.elements[rows.form[order]] > 0]
+        at = np.full(len(order), number, np.int32)
+        parts.append((at, order, rows.tensor[order], rows.form[order], rows.region[order], rows.offset[order]))
+    return Wanted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _order(
@@ -152,24 +169,23 @@ def _order(
     """The order by source, target, group, and the sorted key whose remainder by MAX_GROUPS is the group."""
     edge = catalogue.held.source[held_row].astype(np.int64) * len(targets) + wanted.target[pieces.row]
     key = edge * MAX_GROUPS + groups(catalogue)[wanted.tensor[pieces.row]]
-    order = np.argsort(key, kind="stable")
+    order = stable_order(key, len(catalogue.sources) * len(targets) * MAX_GROUPS)
     return order, key[order]
 
 
 def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> tuple[Shapes, Ints, Ints, Ints]:
     """The distinct (cell, source form), which one each piece is, and the corner's byte offset within both rows."""
-    forms = catalogue.decoder.forms.table()
-    key = cell * len(forms.kind) + catalogue.held.form[held_row]
-    distinct, shape = compress(key, len(cells.bytes) * len(forms.kind) + 1)
-    of_cell, of_source = distinct // max(1, len(forms.kind)), distinct % max(1, len(forms.kind))
+    forms = catalogue.decoder.form_table()
+    key = cell * len(forms) + catalogue.held.form[held_row]
+    distinct, shape = compress(key, len(cells.bytes) * len(forms) + 1)
+    of_cell, of_source = distinct // max(1, len(forms)), distinct % max(1, len(forms))
     of_target = cells.form[of_cell]
     offset, extent = cells.offset[of_cell], cells.extent[of_cell]
     source_shift = ((offset - forms.offset[of_source]) * forms.stride[of_source]).sum(axis=1)
     target_shift = ((offset - forms.offset[of_target]) * forms.stride[of_target]).sum(axis=1)
-    itemsize = np.array(catalogue.decoder.names.kind_itemsize, np.int64)[forms.kind[of_target]]
-    runs = contiguous_runs(extent, itemsize, forms.stride[of_source], forms.stride[of_target]).count
-    stride = forms.stride[of_target]
-    return Shapes(offset, extent, stride, cells.bytes[of_cell], runs), shape, source_shift, target_shift
+    runs = contiguous_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target]).count
+    box = np.stack([offset, extent], axis=2).reshape(-1, 2 * MAX_RANK)
+    return Shapes(box, forms.stride[of_target], cells.bytes[of_cell], runs), shape, source_shift, target_shift
 
 
 def _adjoins(region: Ids, offset: Ints, size: Ints) -> Flags:

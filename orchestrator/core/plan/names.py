@@ -1,0 +1,140 @@
+"""Logical tensors of all parties as small integers, their declarations checked against each other."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, Final, TypeVar, cast
+
+import numpy as np
+from weightsync.orchestrator.core.plan.arrays import Growing, Ids, Ints
+from weightsync.orchestrator.core.plan.errors import DtypeMismatch, LayoutError, ShapeMismatch
+from weightsync.orchestrator.core.plan.inputs import Party
+from weightsync.orchestrator.protocol.layout import ITEMSIZE, Tensor, pad
+from weightsync.orchestrator.protocol.limits import MAX_RANK, MAX_TENSORS
+from weightsync.orchestrator.protocol.names import Member
+
+MAX_BYTES: Final = 1 << 50
+"""Of one tensor, region or stride: keeps every sum of addresses within int64."""
+
+NO_LAYER: Final = -1
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+_layer = re.compile(r"\.(\d{1,6})\.").search
+_name = attrgetter("name")
+
+
+class Names:
+    """Numbers tensors in order of first appearance; grows only."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.kind_shape: list[tuple[int, ...]] = []
+        self.kind_itemsize: list[int] = []
+        self._index: dict[str, int] = {}
+        self._declared_by: list[tuple[int, Member]] = []
+        self._kind_index: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._kinds = Growing()
+        self._layers = Growing()
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def kinds(self) -> Ids:
+        """Kind (dtype and shape) of each tensor."""
+        return self._kinds.view()
+
+    def itemsize(self) -> Ints:
+        """Bytes per element of each tensor."""
+        return np.array(self.kind_itemsize, np.int64)[self.kinds()]
+
+    def layers(self) -> Ids:
+        """Layer of each tensor, by the first number between dots of its name; NO_LAYER without one."""
+        return self._layers.view()
+
+    def ids(self, party: Party) -> tuple[Ids, bytes]:
+        """Number of each tensor of the party's table, and a digest of the table.
+
+        Raises:
+            LayoutError: an unknown dtype, too many dimensions, or a size that is none.
+            ShapeMismatch, DtypeMismatch: another party declared the tensor differently.
+        """
+        tensors = party.layout.tensors
+        if len(tensors) > MAX_TENSORS:
+            raise LayoutError(party.member, f"{len(tensors)} tensors exceed the limit of {MAX_TENSORS}")
+        names = list(map(_name, tensors))
+        try:
+            numbers = _pick(self._index, names)
+        except KeyError:
+            self._add(party.member, [t for t in tensors if t.name not in self._index])
+            numbers = _pick(self._index, names)
+        if _pick(self.tensors, numbers) != tensors:
+            self._explain_difference(party.member, tensors, numbers)
+        ids = np.array(numbers, np.int32)
+        digest = hashlib.sha256("\n".join(names).encode())
+        digest.update(self._kind_words(self.kinds()[ids]))
+        return ids, digest.digest()
+
+    def _kind_words(self, kinds: Ids) -> bytes:
+        """A word per tensor that names its dtype and shape whatever the numbers of kinds are."""
+        words = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in self._kind_index]
+        return np.frombuffer(b"".join(words), np.int64)[kinds].tobytes() if words else b""
+
+    def _add(self, member: Member, tensors: list[Tensor]) -> None:
+        fresh = {tensor.name: tensor for tensor in tensors}
+        known = self._kind_index.get
+        kinds = [known((t.dtype, t.shape)) for t in fresh.values()]
+        if None in kinds:
+            kinds = [self._kind(member, tensor) for tensor in fresh.values()]
+        self._declared_by.append((len(self.tensors), member))
+        self._index.update(zip(fresh, range(len(self.tensors), len(self.tensors) + len(fresh)), strict=True))
+        self.tensors.extend(fresh.values())
+        self._kinds.extend(cast(list[int], kinds))
+        self._layers.extend([_layer_of(name) for name in fresh])
+
+    def _kind(self, member: Member, tensor: Tensor) -> int:
+        key = (tensor.dtype, tensor.shape)
+        known = self._kind_index.get(key)
+        if known is not None:
+            return known
+        itemsize = ITEMSIZE.get(tensor.dtype)
+        if itemsize is None:
+            raise LayoutError(member, f"dtype {tensor.dtype!r} is not one that may travel", tensor.name)
+        if len(tensor.shape) > MAX_RANK:
+            raise LayoutError(member, f"{len(tensor.shape)} dimensions; at most {MAX_RANK}", tensor.name)
+        size = itemsize
+        for extent in tensor.shape:
+            size *= max(extent, 1)
+        if min(tensor.shape, default=0) < 0 or size > MAX_BYTES:
+            raise LayoutError(member, f"impossible shape {tensor.shape}", tensor.name)
+        self._kind_index[key] = len(self.kind_shape)
+        self.kind_shape.append(pad(tensor.shape, 1))
+        self.kind_itemsize.append(itemsize)
+        return self._kind_index[key]
+
+    def _explain_difference(self, member: Member, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> None:
+        for tensor, number in zip(tensors, numbers, strict=True):
+            known = self.tensors[number]
+            if known == tensor:
+                continue
+            first = next(who for start, who in reversed(self._declared_by) if start <= number)
+            if known.shape != tensor.shape:
+                raise ShapeMismatch(tensor.name, first, known.shape, member, tensor.shape)
+            raise DtypeMismatch(tensor.name, first, known.dtype, member, tensor.dtype)
+
+
+def _pick(table: dict[Key, Value] | list[Value], keys: Sequence[Any]) -> tuple[Value, ...]:
+    """``tuple(table[k] for k in keys)``, without a Python step per key.
+
+    Raises:
+        KeyError: a key is not in the table.
+    """
+    if len(keys) > 1:
+        return cast(tuple[Value, ...], itemgetter(*keys)(table))
+    return tuple(table[k] for k in keys)
+
+
+def _layer_of(name: str) -> int:
+    found = _layer(name)
+    return int(found.group(1)) if found else NO_LAYER
