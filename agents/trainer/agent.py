@@ -108,19 +108,10 @@ class TrainerAgent:
     def publish_async(self, step: int) -> Publication:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
         version = Version(self._generation, step)
-        trouble = ""
-        try:
-            self._claim_slots()
-            self._stage(version)
-        except BusyError:
-            trouble = "the slots are busy with an earlier version"
-            busy = True
-        except Exception as error:
-            log.exception("rank %d cannot stage %s", self._rank, version)
-            trouble, busy = f"{type(error).__name__}: {error}", False
-        else:
-            busy = False
-        self._agree(version, trouble, busy)
+        # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
+        self._together(version, self._claim_slots)
+        # … and after, so that STABLE speaks for all.
+        self._together(version, lambda: self._stage(version))
         publication = Publication(version, self._agent.call(lambda: self._body.staged(version)))
         if self._rank == 0:
             write_stable(self._run_dir, self._run_id, version)
@@ -138,6 +129,7 @@ class TrainerAgent:
             raise BusyError(f"{self._last.version} has not ended")
         if not self._agent.call(self._body.claim):
             raise BusyError("a write from the slots is still in flight")
+        self.slots.check(self._state())
 
     def _stage(self, version: Version) -> None:
         began = time.monotonic()
@@ -152,8 +144,16 @@ class TrainerAgent:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
             torch.cuda.synchronize()
 
-    def _agree(self, version: Version, trouble: str, busy: bool) -> None:
-        """All ranks staged it, or all raise: one collective, reached on every path."""
+    def _together(self, version: Version, work: Callable[[], None]) -> None:
+        """All ranks succeed, or all raise: one collective, reached on every path."""
+        trouble, busy = "", False
+        try:
+            work()
+        except BusyError as error:
+            trouble, busy = str(error), True
+        except Exception as error:
+            log.exception("rank %d cannot stage %s", self._rank, version)
+            trouble = f"{type(error).__name__}: {error}"
         troubles = [trouble]
         if self._world > 1:
             gathered: list[str | None] = [None] * self._world

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightsync.agents.endpoint import open_endpoint
 from weightsync.agents.nixl import NixlEndpoint
 from weightsync.agents.trainer.checkpoint import save_checkpoint_part
 from weightsync.agents.trainer.plan import TransportPlan
@@ -83,7 +84,8 @@ class TrainerBody:
     def welcomed(self, welcome: Welcome) -> None:
         self._saves = not isinstance(welcome.transport, NixlSettings)
         if isinstance(welcome.transport, NixlSettings) and self._endpoint is None:
-            self._endpoint = NixlEndpoint(str(self._member), welcome.transport)
+            device = self._slots.arenas[0].device
+            self._endpoint = open_endpoint(str(self._member), welcome.transport, device)
             self._plan.register(self._endpoint)
 
     def announcement(self) -> tuple[Layout, str, bytes]:

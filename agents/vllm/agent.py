@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 from weightsync.agents.agent import Agent, ControlAddress, Identity
+from weightsync.agents.endpoint import open_endpoint
 from weightsync.agents.memory.arena import arena, region_of
 from weightsync.agents.nixl import NixlEndpoint
 from weightsync.agents.tables import digest_table, scatter_table, table_bytes
@@ -106,6 +107,8 @@ class InferenceAgent:
         agent = self._agent
         if agent is None:
             raise UpdateFailed("/init_weight_transfer_engine has not been called on this worker")
+        if agent.failure is not None:
+            raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
         update = Update(
             RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), info.deadline_seconds
         )
@@ -194,7 +197,7 @@ class _Body:
         owner = self._owner
         owner._run_dir = welcome.run_dir
         if isinstance(welcome.transport, NixlSettings) and owner._endpoint is None:
-            endpoint = NixlEndpoint(str(self._member), welcome.transport)
+            endpoint = open_endpoint(str(self._member), welcome.transport, owner._device)
             endpoint.register(owner._layout.regions)
             owner._endpoint = endpoint
 

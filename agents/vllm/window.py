@@ -72,8 +72,8 @@ class Windows:
         failure = "the worker failed inside the update call"
         try:
             synchronise()
-            self._torn_on_leave = True  # from here on a grant may be given
             tell(update.round)
+            self._torn_on_leave = True  # from here on a grant may be given
             failure = self._serve(update, ends, verify, tell)
         finally:
             self._leave(update, before, failure)

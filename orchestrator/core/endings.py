@@ -88,6 +88,8 @@ def _summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     resumed = [p.resumed_at for p in current.engines.values() if p.resumed]
     if resumed:
         times["stall"] = max(resumed) - current.began
+    waits = max((p.http_seconds for p in current.engines.values()), default=0.0)
+    times["http"] = waits + times.get("quiescing", 0.0) + times.get("applying", 0.0)
     times["total"] = turn.now - current.began
     peers = [peer for closed in current.closed.values() for peer in closed.peers]
     verified = current.verified.values()
@@ -96,6 +98,7 @@ def _summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     times["digest"] = max((v.digest_seconds for v in verified), default=0.0)
     staged = [agent.staged for agent in turn.fleet.trainers() if agent.staged is not None]
     times["convert"] = max((s.convert_seconds for s in staged), default=0.0)
+    times["slot_digest"] = max((s.digest_seconds for s in staged), default=0.0)
     return RoundEnded(
         round=current.name,
         version=current.version,

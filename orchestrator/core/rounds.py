@@ -51,6 +51,8 @@ def call_ended(turn: Turn, event: CallDone | CallFailed, engine: Engine) -> None
 
 
 def _done_call(turn: Turn, progress: Progress, event: CallDone) -> Happening | None:
+    if event.call is not Call.UPDATE:
+        progress.http_seconds += event.seconds
     match event.call:
         case Call.PAUSE:
             progress.paused, progress.paused_at = True, turn.now

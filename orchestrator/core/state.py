@@ -57,6 +57,8 @@ class Progress:
     finished: bool = False
     resumed: bool = False
     resumed_at: float = 0.0
+    http_seconds: float = 0.0
+    """In the calls that do nothing but wait for the engine: pause, finish, resume."""
     resume_tried: bool = False
     evicted: str = ""
 

