@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, rank: int, world: int) -> int:
     forward = DTYPES[options.forward_dtype]
-    model, blank = build_model(options.model_config, options.seed)
+    model, blank = build_model(options.model_config, options.seed, forward)
     shard(model, world, forward)
     agent = TrainerAgent(
         lambda: current_state(model),
@@ -82,10 +82,10 @@ def _run(options: argparse.Namespace, rank: int, world: int) -> int:
     return int(failed)
 
 
-def build_model(folder: Path, seed: int) -> tuple[nn.Module, Any]:
+def build_model(folder: Path, seed: int, forward: torch.dtype) -> tuple[nn.Module, Any]:
     """The model of ``folder/config.json`` with float32 masters, the same on every rank, and an empty twin.
 
-    The twin has no storage; it knows how the model's tensors are named in a checkpoint.
+    The twin has the forward dtype and no storage; it knows how the model's tensors are named in a checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -96,7 +96,7 @@ def build_model(folder: Path, seed: int) -> tuple[nn.Module, Any]:
     torch.manual_seed(seed)
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        blank = AutoModelForCausalLM.from_config(config, dtype=forward)
     return model, blank
 
 
@@ -144,7 +144,6 @@ def save_checkpoint(model: nn.Module, blank: Any, forward: torch.dtype, folder: 
         if rank == 0:
             whole[name] = full if name.endswith(ALWAYS_FLOAT32) else full.to(forward)
     if rank == 0:
-        blank.config.dtype = forward
         blank.save_pretrained(folder, state_dict=whole)
 
 
