@@ -4,8 +4,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from operator import attrgetter, itemgetter
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
+import msgspec
 import numpy as np
 from weightsync.orchestrator.core.plan.arrays import Growing, Ids, Ints
 from weightsync.orchestrator.core.plan.errors import DtypeMismatch, LayoutError, ShapeMismatch
@@ -21,6 +22,7 @@ NO_LAYER: Final = -1
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+_encoder = msgspec.msgpack.Encoder()
 _layer = re.compile(r"\.(\d{1,6})\.").search
 _name = attrgetter("name")
 
@@ -32,7 +34,9 @@ class Names:
         self.tensors: list[Tensor] = []
         self.kind_shape: list[tuple[int, ...]] = []
         self.kind_itemsize: list[int] = []
-        self._index: dict[str, int] = {}
+        self._index: dict[Tensor, int] = {}
+        self._by_name: dict[str, int] = {}
+        self._tables: dict[bytes, Ids] = {}
         self._declared_by: list[tuple[int, Member]] = []
         self._kind_index: dict[tuple[str, tuple[int, ...]], int] = {}
         self._kinds = Growing()
@@ -63,35 +67,36 @@ class Names:
         tensors = party.layout.tensors
         if len(tensors) > MAX_TENSORS:
             raise LayoutError(party.member, f"{len(tensors)} tensors exceed the limit of {MAX_TENSORS}")
-        names = list(map(_name, tensors))
-        try:
-            numbers = _pick(self._index, names)
-        except KeyError:
-            self._add(party.member, [t for t in tensors if t.name not in self._index])
-            numbers = _pick(self._index, names)
-        if _pick(self.tensors, numbers) != tensors:
-            self._explain_difference(party.member, tensors, numbers)
-        ids = np.array(numbers, np.int32)
-        digest = hashlib.sha256("\n".join(names).encode())
-        digest.update(self._kind_words(self.kinds()[ids]))
-        return ids, digest.digest()
+        digest = hashlib.sha256(_encoder.encode(tensors)).digest()
+        known = self._tables.get(digest)
+        if known is None:
+            try:
+                numbers = _pick(self._index, tensors)
+            except KeyError:
+                self._add(party.member, tensors)
+                numbers = _pick(self._index, tensors)
+            known = self._tables[digest] = np.array(numbers, np.int32)
+        return known, digest
 
-    def _kind_words(self, kinds: Ids) -> bytes:
-        """A word per tensor that names its dtype and shape whatever the numbers of kinds are."""
-        words = [hashlib.sha256(repr(key).encode()).digest()[:8] for key in self._kind_index]
-        return np.frombuffer(b"".join(words), np.int64)[kinds].tobytes() if words else b""
-
-    def _add(self, member: Member, tensors: list[Tensor]) -> None:
-        fresh = {tensor.name: tensor for tensor in tensors}
+    def _add(self, member: Member, tensors: tuple[Tensor, ...]) -> None:
+        fresh = list(dict.fromkeys([t for t in tensors if t not in self._index]))
+        declared = list(map(self._by_name.get, map(_name, fresh)))
+        if any(number is not None for number in declared):
+            self._explain_difference(member, fresh, declared)
         known = self._kind_index.get
-        kinds = [known((t.dtype, t.shape)) for t in fresh.values()]
+        kinds = [known((t.dtype, t.shape)) for t in fresh]
         if None in kinds:
-            kinds = [self._kind(member, tensor) for tensor in fresh.values()]
-        self._declared_by.append((len(self.tensors), member))
-        self._index.update(zip(fresh, range(len(self.tensors), len(self.tensors) + len(fresh)), strict=True))
-        self.tensors.extend(fresh.values())
+            kinds = [self._kind(member, tensor) for tensor in fresh]
+        first = len(self.tensors)
+        self._declared_by.append((first, member))
+        numbers = range(first, first + len(fresh))
+        self._by_name.update(zip(map(_name, fresh), numbers, strict=True))
+        if len(self._by_name) != first + len(fresh):
+            raise LayoutError(member, "its table declares a tensor in two ways", _declared_twice(fresh))
+        self._index.update(zip(fresh, numbers, strict=True))
+        self.tensors.extend(fresh)
         self._kinds.extend(cast(list[int], kinds))
-        self._layers.extend([_layer_of(name) for name in fresh])
+        self._layers.extend([_layer_of(tensor.name) for tensor in fresh])
 
     def _kind(self, member: Member, tensor: Tensor) -> int:
         key = (tensor.dtype, tensor.shape)
@@ -113,18 +118,25 @@ class Names:
         self.kind_itemsize.append(itemsize)
         return self._kind_index[key]
 
-    def _explain_difference(self, member: Member, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> None:
-        for tensor, number in zip(tensors, numbers, strict=True):
-            known = self.tensors[number]
-            if known == tensor:
-                continue
-            first = next(who for start, who in reversed(self._declared_by) if start <= number)
-            if known.shape != tensor.shape:
-                raise ShapeMismatch(tensor.name, first, known.shape, member, tensor.shape)
-            raise DtypeMismatch(tensor.name, first, known.dtype, member, tensor.dtype)
+    def _explain_difference(self, member: Member, tensors: list[Tensor], numbers: list[int | None]) -> None:
+        tensor, number = next((t, n) for t, n in zip(tensors, numbers, strict=True) if n is not None)
+        known = self.tensors[number]
+        first = next(who for start, who in reversed(self._declared_by) if start <= number)
+        if known.shape != tensor.shape:
+            raise ShapeMismatch(tensor.name, first, known.shape, member, tensor.shape)
+        raise DtypeMismatch(tensor.name, first, known.dtype, member, tensor.dtype)
 
 
-def _pick(table: dict[Key, Value] | list[Value], keys: Sequence[Any]) -> tuple[Value, ...]:
+def _declared_twice(tensors: list[Tensor]) -> str:
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            return tensor.name
+        seen.add(tensor.name)
+    return ""
+
+
+def _pick(table: dict[Key, Value], keys: Sequence[Key]) -> tuple[Value, ...]:
     """``tuple(table[k] for k in keys)``, without a Python step per key.
 
     Raises:
