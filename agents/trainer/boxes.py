@@ -218,16 +218,16 @@ def _share(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> list[In
 
 def _taken(intervals: list[Interval], cut: Cut, index: int) -> list[Interval]:
     """The part of ``intervals`` (a concatenation) that position ``index`` of the mesh dimension keeps."""
-    pieces = _chunks(intervals, cut.factor) if cut.factor > 1 else [intervals]
-    kept = itertools.chain.from_iterable(_chunks(piece, cut.parts)[index] for piece in pieces)
+    pieces = (_chunk(intervals, cut.factor, number) for number in range(cut.factor))
+    kept = itertools.chain.from_iterable(_chunk(piece, cut.parts, index) for piece in pieces)
     return list(_merged(kept))
 
 
-def _chunks(intervals: list[Interval], parts: int) -> list[list[Interval]]:
-    """``intervals`` cut as torch.chunk cuts: equal pieces of ceil(n / parts), the last ones short or empty."""
+def _chunk(intervals: list[Interval], parts: int, index: int) -> list[Interval]:
+    """One piece of ``intervals``, cut as torch.chunk cuts: ceil(n / parts) each, the last ones short or empty."""
     total = sum(b - a for a, b in intervals)
     size = -(-total // parts)
-    return [_window(intervals, min(total, i * size), min(total, (i + 1) * size)) for i in range(parts)]
+    return _window(intervals, min(total, index * size), min(total, (index + 1) * size))
 
 
 def _window(intervals: list[Interval], start: int, stop: int) -> list[Interval]:

@@ -1,6 +1,7 @@
 """How a trainer's own names and stacking differ from the checkpoint's. The tables are the same for all forms."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -51,4 +52,25 @@ STACKED: Final = TrainerForm(
 """Grouped-GEMM trainers: experts w1, w2, w3 ``[experts, …]``, own router and bias names, one MLA down-projection."""
 
 FORMS: Final = (CHECKPOINT, TRANSFORMERS, STACKED)
-"""What is recognised by itself, the first of the best matches winning."""
+"""What is recognised by itself."""
+
+_IN_LAYER: Final = re.compile(r"\blayers\.\d+\.(.+)")
+
+
+def recognised(keys: Iterable[str]) -> TrainerForm:
+    """The form of a trainer with these names: of the known ones, what occurs, tensor by tensor.
+
+    A trainer may thus stack its experts as one form does and name its router as another.
+    """
+    present = {found[1] for key in keys if (found := _IN_LAYER.search(key))}
+
+    def occurring(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+        pairs = [pair for mapping in mappings for pair in mapping.items()]
+        return {ours: theirs for ours, theirs in reversed(pairs) if theirs in present and ours not in present}
+
+    return TrainerForm(
+        "recognised",
+        occurring(form.renames for form in FORMS),
+        occurring(form.stacks for form in FORMS),
+        occurring(form.fused for form in FORMS),
+    )

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from weightsync.agents.trainer.conversion import EXPERT, ConversionSpec, Source
 from weightsync.agents.trainer.errors import TableError
-from weightsync.agents.trainer.models.forms import CHECKPOINT, FORMS, TrainerForm
+from weightsync.agents.trainer.models.forms import CHECKPOINT, TrainerForm, recognised
 from weightsync.agents.trainer.quantization import FP8_SUFFIX, QuantizationSpec
 
 Rows = tuple[int, int]
@@ -99,7 +99,7 @@ class ModelTable:
         if self.fp8 and method and quantization.sequence("weight_block_size") != (128, 128):
             raise TableError(f"fp8 weight_block_size {quantization.sequence('weight_block_size')} is not 128 × 128")
         self._unquantized = {str(name) for name in quantization.sequence("modules_to_not_convert")}
-        self.explicit_form = form
+        self._form_is_given = form is not None
         self.form = form or CHECKPOINT
 
     @property
@@ -125,21 +125,10 @@ class ModelTable:
             yield from self.conversion_specs(layer_idx)
 
     def for_keys(self, keys: Collection[str]) -> Self:
-        """This table in the form whose names match most of ``keys``; unchanged where a form was given explicitly."""
-        if self.explicit_form is not None:
+        """This table in the form that ``keys`` show; unchanged where a form was given explicitly."""
+        if self._form_is_given:
             return self
-        present = frozenset(keys)
-
-        def matches(form: TrainerForm) -> int:
-            specs = self._in(form).all_specs()
-            return len({source.key for spec in specs for source in spec.sources} & present)
-
-        return self._in(max(FORMS, key=matches))
-
-    def _in(self, form: TrainerForm) -> Self:
-        copy = type(self)(self.config, forward_dtype=self.forward_dtype, fp8=self.fp8, form=form)
-        copy.explicit_form = None
-        return copy
+        return type(self)(self.config, forward_dtype=self.forward_dtype, fp8=self.fp8, form=recognised(keys))
 
     # ---------------------------------------------------------------- for tables: one line per logical tensor
     def linear(self, layer: int, name: str, rows: Rows | None = None) -> ConversionSpec:

@@ -99,9 +99,7 @@ def test_a_trainer_with_checkpoint_names_gives_the_same_bytes(saved, assemble, a
 def test_a_trainer_that_stacks_experts_under_its_own_names(saved, assemble, architecture):
     config, _, checkpoint = saved(architecture)
     state = stacked(checkpoint)
-    table = model_table(config).for_keys(state)
-    assert table.form is STACKED, "recognised from the keys"
-    slots = TrainerSlots(state, table)
+    slots = TrainerSlots(state, model_table(config))
     slots.convert(state)
     logical = assemble([slots])
     for name in logical:
@@ -110,6 +108,18 @@ def test_a_trainer_that_stacks_experts_under_its_own_names(saved, assemble, arch
         ), name
     assert set(logical) >= {name for name in checkpoint if "experts" in name}
     assert not slots.unrouted
+
+
+def test_forms_may_be_mixed(saved, assemble):
+    config, _, checkpoint = saved("DeepseekV3ForCausalLM")
+    other = stacked(checkpoint)
+    grouped = {n: t for n, t in other.items() if n.split(".")[-1] in ("w1", "w2", "w3")}
+    state = {n: t for n, t in checkpoint.items() if ".experts." not in n} | grouped
+    form = model_table(config).for_keys(state).form
+    assert (form.stacks, form.renames, form.fused) == (STACKED.stacks, {}, {})
+    slots = TrainerSlots(state, model_table(config))
+    slots.convert(state)
+    assert assemble([slots]).keys() == checkpoint.keys()
 
 
 def stacked(checkpoint):
