@@ -1,6 +1,7 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from weightsync.agents.trainer.slot import (
     State,
     made_slots,
 )
-from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.codec import cut
+from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
 
 __all__ = [
     "ExpertParallel",
@@ -143,7 +145,15 @@ def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
         slot.rows = range(first, len(rows))
     matrix = np.array(rows, dtype="<i8")
     staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
-    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging)
+    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=tuple(_notes(slots)))
+
+
+def _notes(slots: Sequence[Slot]) -> Iterator[Note]:
+    """Kind and reason of all rows, neighbours of one kind and reason together."""
+    owning = (slot for slot in slots if slot.rows)
+    for (kind, reason), alike in groupby(owning, key=lambda slot: (slot.kind, slot.route.reason)):
+        rows = [slot.rows for slot in alike]
+        yield Note(rows[0].start, rows[-1].stop, kind, cut(reason))
 
 
 def _held_specs(table: ModelTable, keys: Collection[str], options: SlotOptions) -> Iterator[ConversionSpec]:

@@ -133,6 +133,9 @@ def test_what_is_sharded_and_what_is_gathered_and_why(in_ranks, weights):
     assert "ends at 64 of dimension 0, inside a block of 128" in found["self_attn.o_proj.weight"][1]
     assert found["input_layernorm.weight"][0] == "gathered"
     assert "512 bytes are fewer than 100000" in found["input_layernorm.weight"][1]
+    for slots in ranks:
+        noted = {row: (n.slot, n.reason) for n in slots.layout.notes for row in range(n.first_row, n.end_row)}
+        assert noted == {row: (s.kind, s.route.reason) for s in slots.slots for row in s.rows}
     owners = [len([s for s in r.slots if s.route.kind == "gathered" and s.places]) for r in ranks]
     assert max(owners) - min(owners) <= 1, "round robin"
     assert sum(owners) == len([s for s in ranks[0].slots if s.route.kind == "gathered"])
@@ -436,6 +439,9 @@ def test_a_slot_knows_its_rows_and_its_writes(weights):
         copies[:, 4 + 2 * dim] = matrix[:, 3 + 3 * dim]
         copies[:, 5 + 2 * dim] = matrix[:, 4 + 3 * dim]
         copies[:, 14 + dim] = matrix[:, 5 + 3 * dim]
+    assert [(n.first_row, n.end_row, n.slot, n.reason) for n in slots.layout.notes] == [
+        (0, len(matrix), "sharded", "a plain tensor, held whole")
+    ]
     for slot in slots.slots:
         writes = slot.writes(copies, slots.layout)
         assert writes[:, RUN_LENGTH].sum() == slot.explain().bytes
