@@ -71,6 +71,8 @@ class TransportPlan:
         self._fingerprint = ""
         self._describe = tensor_names(slots.layout)
         self._writing = asyncio.Lock()
+        arena = slots.arenas[0]
+        self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # not behind the training's kernels
 
     @property
     def fingerprint(self) -> str:
@@ -214,10 +216,11 @@ class TransportPlan:
     def _gather(self, ways: Sequence[_Way]) -> None:
         """Collect packed bytes in the staging region; they are there when this returns."""
         packs = [way.pack for way in ways if way.pack is not None]
-        for pack in packs:
-            pack()
-        if packs and self._slots.arenas[0].is_cuda:
-            torch.cuda.current_stream(self._slots.arenas[0].device).synchronize()
+        with torch.cuda.stream(self._stream):
+            for pack in packs:
+                pack()
+        if packs and self._stream is not None:
+            self._stream.synchronize()
 
 
 def _nothing_sent(way: _Way, digests: Mapping[Member, Digest]) -> PeerTransfer:
