@@ -72,7 +72,8 @@ class TransportPlan:
         self._describe = tensor_names(slots.layout)
         self._writing = asyncio.Lock()
         arena = slots.arenas[0]
-        self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # not behind the training's kernels
+        # Of its own, so that packing does not queue behind the kernels of the training.
+        self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # type: ignore[no-untyped-call]
 
     @property
     def fingerprint(self) -> str:
