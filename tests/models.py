@@ -103,7 +103,7 @@ def glm4_moe(**overrides: Any) -> TinyModel:
 def _latent_config(**own: Any) -> dict[str, Any]:
     return _common(
         num_key_value_heads=4, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
-        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32,
+        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64,
         v_head_dim=32, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, moe_layer_freq=1,
     ) | own  # fmt: skip
 
@@ -203,7 +203,7 @@ def _head_norms(head: int) -> Shapes:
 
 
 def _latent_attention(q_lora_rank: int) -> Shapes:
-    heads, nope, rope, value, latent = 4, 32, 32, 32, 64
+    heads, nope, rope, value, latent = 4, 32, 64, 32, 512
     if q_lora_rank:
         queries: Shapes = {
             "self_attn.q_a_proj.weight": (q_lora_rank, HIDDEN),

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder import Recording, keep
+from weightsync.agents.vllm.recorder import Recording, keep, keep_draft
 from weightsync.agents.vllm.recorder_names import checkpoint_of
 from weightsync.agents.vllm.recorder_trace import Checkpoint
 
@@ -36,7 +36,11 @@ def install() -> None:
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
-        return _recorded_load(load, self, served=model_config is vllm_config.model_config)
+        if model_config is vllm_config.model_config:
+            return _recorded_load(load, self)
+        draft: nn.Module = load()
+        keep_draft(draft)
+        return draft
 
     setattr(load_model, _INSTALLED, True)
     BaseModelLoader.load_model = load_model
@@ -47,7 +51,7 @@ def _is_ours(vllm_config: Any) -> bool:
     return getattr(transfer, "backend", None) == BACKEND
 
 
-def _recorded_load(load: Callable[[], nn.Module], loader: Any, *, served: bool) -> nn.Module:
+def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
     recordings: list[Recording] = []
 
     def load_weights(model: nn.Module, config: Any) -> None:
@@ -65,7 +69,7 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any, *, served: bool) 
         del loader.load_weights
     for recording in recordings:
         recording.finish()
-        keep(recording, served=served)
+        keep(recording)
     return model
 
 

@@ -6,13 +6,14 @@ afterwards. ``recorded_layout`` turns it into what the agent announces, register
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder_experts import expert_map_fingerprint
+from weightsync.agents.vllm.recorder_experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder_fill import fill
 from weightsync.agents.vllm.recorder_recording import Recording
 from weightsync.agents.vllm.recorder_rows import build_rows
@@ -20,10 +21,20 @@ from weightsync.agents.vllm.recorder_trace import RecordError
 from weightsync.agents.vllm.recorder_unreached import Unrecorded
 from weightsync.orchestrator.protocol.layout import Layout
 
-__all__ = ["RecordError", "Recorded", "Recording", "Unrecorded", "keep", "recorded_layout"]
+__all__ = [
+    "RecordError",
+    "Recorded",
+    "Recording",
+    "Unrecorded",
+    "expert_map_fingerprint",
+    "keep",
+    "keep_draft",
+    "recorded_layout",
+]
 
 _ATTRIBUTE: Final = "_weightsync_recording"
-_drafts: list[str] = []
+_drafts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of speculative decoding that this process has loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +58,20 @@ class Recorded:
     shadows: tuple[str, ...]
 
 
-def keep(recording: Recording, *, served: bool) -> None:
-    """Leave ``recording`` with its model, for ``recorded_layout``. ``served``: not a draft model of speculation."""
-    if served:
-        setattr(recording.model, _ATTRIBUTE, recording)
-    else:
-        _drafts.append(type(recording.model).__name__)
+def keep(recording: Recording) -> None:
+    """Leave a finished recording with its model, for ``recorded_layout``."""
+    setattr(recording.model, _ATTRIBUTE, recording)
+
+
+def keep_draft(model: nn.Module) -> None:
+    """Remember that ``model``, of speculative decoding, was loaded too: no layout covers its weights."""
+    _drafts.add(model)
 
 
 def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
     """The layout of ``model``, with everything needed to keep it current.
+
+    Call it again when ``expert_map_fingerprint(model)`` is no longer that of the layout: experts have moved.
 
     Raises:
         RecordError: the model was not loaded under the hook, or speculation brings weights that no round would update.
@@ -69,9 +84,10 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
             f"then, or load format {loader!r} does not go through vLLM's BaseModelLoader"
         )
     if _drafts:
-        raise RecordError(f"speculative decoding with {', '.join(_drafts)}: its weights are in no layout yet")
+        names = ", ".join(sorted({type(draft).__name__ for draft in _drafts}))
+        raise RecordError(f"speculative decoding with {names}: no layout covers weights of MTP layers or drafts")
     finished = recording.finished
-    rows = build_rows(finished.targets)
+    rows = build_rows(relocated(finished.targets, model))
     layout = Layout(
         tensors=rows.tensors,
         regions=rows.regions,

@@ -122,13 +122,16 @@ def _split(base: View, walk: _Walk, others: list[_Walk], near: int, far: int, st
     head = size - start if start else 0
     rows, tail = divmod(walk.count - head, size)
     if head:
-        yield from from_step(0, [*others, _Walk(head, walk.near, walk.far)])
+        yield from from_step(0, [*others, *_loop(head, walk.near, walk.far)])
     if rows:
-        whole = [_Walk(rows, walk.near * size, walk.far * size)] if rows > 1 else []
-        yield from from_step(head, [*others, *whole, _Walk(size, walk.near, walk.far)])
+        whole = _loop(rows, walk.near * size, walk.far * size)
+        yield from from_step(head, [*others, *whole, *_loop(size, walk.near, walk.far)])
     if tail:
-        last = [_Walk(tail, walk.near, walk.far)] if tail > 1 else []
-        yield from from_step(head + rows * size, [*others, *last])
+        yield from from_step(head + rows * size, [*others, *_loop(tail, walk.near, walk.far)])
+
+
+def _loop(count: int, near: int, far: int) -> list[_Walk]:
+    return [_Walk(count, near, far)] if count > 1 else []
 
 
 def _dimension_of(base: View, step: int) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from weightsync.agents.vllm.recorder_trace import Checkpoint
+from weightsync.agents.vllm.recorder_unreached import CACHE_SCALES
 
 
 def expected_checkpoint(model: nn.Module) -> list[Checkpoint]:
@@ -22,12 +23,19 @@ def expected_checkpoint(model: nn.Module) -> list[Checkpoint]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in seen or attribute in module._non_persistent_buffers_set:
+            if tensor is None or id(tensor) in seen or _is_computed(module, attribute):
                 continue
             seen.add(id(tensor))
             for entry in _entries(path, module, attribute, tensor, packed):
                 found[entry.name] = entry
     return list(found.values())
+
+
+def _is_computed(module: nn.Module, attribute: str) -> bool:
+    """Rotary tables, expert maps, scales of the KV cache: what a model fills itself."""
+    buffer = attribute in module._buffers
+    private = attribute.startswith("_") or attribute in module._non_persistent_buffers_set
+    return (buffer and private) or attribute in CACHE_SCALES
 
 
 def _entries(

@@ -100,7 +100,8 @@ class Recording:
                 place = (target.untyped_storage().data_ptr(), target.storage_offset())
                 if landings and place not in taken:
                     taken.add(place)
-                    done.targets.append(Target(target, first.slot.place.offset, landings))
+                    slot = first.slot
+                    done.targets.append(Target(target, slot.place.offset, landings, slot.module, slot.attribute))
         self._absorbed(done, shadows)
         faults += self._unclaimed(done)
         if faults:
@@ -113,8 +114,9 @@ class Recording:
     ) -> torch.Tensor | None:
         """The live tensor if it is as loaded, else a shadow with its refresh, else None."""
         slot, live = before.slot, before.slot.current()
-        if live is not None and _unchanged(before, live):
-            return live.detach()
+        as_loaded = None if live is None else _as_loaded(before, live.detach())
+        if as_loaded is not None:
+            return as_loaded
         if before.copy is None:
             return None
         for layout in KERNEL_LAYOUTS:
@@ -173,19 +175,23 @@ def _inside(slot: Slot, landings: Sequence[Landing]) -> tuple[Landing, ...]:
     return tuple(landing for landing in landings if first <= landing.place.offset < last)
 
 
-def _unchanged(before: _Before, live: torch.Tensor) -> bool:
-    slot = before.slot
-    return (
-        tuple(live.shape) == slot.shape
-        and live.dtype == slot.dtype
-        and tuple(live.stride()) == before.stride
-        and order_sensitive_digest(live) == before.digest
-    )
+def _as_loaded(before: _Before, live: torch.Tensor) -> torch.Tensor | None:
+    """A view of ``live`` with the geometry and the bytes that the loader left; None if processing changed either.
+
+    Some kernels want their weight as a transposed view of the same bytes.
+    """
+    views = (live, live.transpose(-1, -2)) if live.dim() > 1 else (live,)
+    for view in views:
+        same_geometry = tuple(view.shape) == before.slot.shape and tuple(view.stride()) == before.stride
+        same_geometry = same_geometry and view.dtype == before.slot.dtype
+        if same_geometry and order_sensitive_digest(view) == before.digest:
+            return view
+    return None
 
 
 def _same_memory(before: _Before, target: torch.Tensor) -> bool:
     live = before.slot.current()
-    return live is not None and live.data_ptr() == target.data_ptr() and tuple(live.shape) == tuple(target.shape)
+    return live is not None and live.data_ptr() == target.data_ptr() and live.numel() == target.numel()
 
 
 def _state(slot: Slot) -> str:

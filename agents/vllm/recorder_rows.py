@@ -20,11 +20,16 @@ TARGET_DTYPES: Final = {getattr(torch, name): name for name in protocol.ITEMSIZE
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Memory that receives writes: ``tensor`` (live or shadow) holds what landed at ``start`` bytes of a storage."""
+    """Memory that receives writes: ``tensor`` (live or shadow) holds what landed at ``start`` bytes of a storage.
+
+    ``owner`` and ``attribute`` say which parameter it is (or, for a shadow, stands for).
+    """
 
     tensor: torch.Tensor
     start: int
     landings: tuple[Landing, ...]
+    owner: object = None
+    attribute: str = ""
 
 
 @dataclass(frozen=True, slots=True)

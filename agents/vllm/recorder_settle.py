@@ -99,7 +99,7 @@ def _settle_one(writes: list[Write]) -> Settled:
     if length(union(places)) != sum(length(runs) for runs in places):
         writes = _uncovered(writes, places)
     landings = [mark for write in writes for mark in write.marks if isinstance(mark, Landing)]
-    opaque = [mark for write in writes for mark in write.marks if isinstance(mark, Blot) and mark.reason]
+    opaque = [mark for write in writes for mark in write.marks if isinstance(mark, Blot)]
     pieces = [runs_of(mark.place, mark.dtype.itemsize) for mark in landings]
     pieces += [runs_of(mark.place, mark.itemsize) for mark in opaque]
     reached = union(pieces)
@@ -110,16 +110,14 @@ def _settle_one(writes: list[Write]) -> Settled:
 
 
 def _uncovered(writes: list[Write], places: list[Runs]) -> list[Write]:
-    """The writes that are still there after all later ones; constants that others were written over do not count."""
+    """The writes with marks that are still there after all later ones; constants leave nothing to record."""
     kept: list[Write] = []
     later: Runs = np.empty((0, 2), dtype=np.int64)
     for write, runs in zip(reversed(writes), reversed(places), strict=True):
         left = missing(later, runs)
-        if not write.marks:
-            kept.append(write) if left == length(runs) else None
-        elif left == length(runs):
+        if write.marks and left == length(runs):
             kept.append(write)
-        elif left:
+        elif write.marks and left:
             raise RecordError(f"a later write covers a part of {_source(write)} only")
         later = union([later, runs])
     return kept[::-1]

@@ -51,7 +51,7 @@ class Landing:
 
 @dataclass(frozen=True, slots=True)
 class Blot:
-    """Bytes of a storage that do not come from the checkpoint as they are; ``reason`` empty: a constant."""
+    """Bytes of a storage that are computed from the checkpoint's, and how."""
 
     storage: int
     place: View
@@ -64,7 +64,10 @@ Mark: TypeAlias = Landing | Blot
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One assignment into a storage, in the loader's order. Marks lie inside ``place`` (bytes, of ``itemsize``)."""
+    """One assignment into a storage, in the loader's order. Marks lie inside ``place`` (bytes, of ``itemsize``).
+
+    What of ``place`` no mark covers becomes a constant.
+    """
 
     storage: int
     place: View
@@ -179,8 +182,9 @@ class LoadTracer(TorchDispatchMode):
             return
         if origin.target is not None:
             place = in_bytes(view_of(tensor), tensor.element_size())
-            blot = Blot(origin.target, place, tensor.element_size(), reason)
-            self.writes.append(Write(origin.target, place, tensor.element_size(), (blot,)))
+            size = tensor.element_size()
+            marks = (Blot(origin.target, place, size, reason),) if reason else ()
+            self.writes.append(Write(origin.target, place, size, marks))
         elif reason:
             origin.opaque = reason
 
