@@ -1,24 +1,10 @@
 """One large allocation that slots are cut from: first reserved, then bound to memory, so that nothing moves later."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 import torch
-from weightsync.orchestrator.protocol.layout import Region
-
-ALIGNMENT: Final = 256
-"""Bytes. What cudaMalloc gives and what the widest vector loads and DMA descriptors want."""
-
-Allocate = Callable[[int], torch.Tensor]
-"""Bytes → a one-dimensional contiguous uint8 tensor of that size, aligned to ALIGNMENT, that may be registered."""
-
-
-def host_allocate(size: int) -> torch.Tensor:
-    """``size`` bytes of ordinary host memory, aligned to ALIGNMENT."""
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    return memory.narrow(0, -memory.data_ptr() % ALIGNMENT, size)
+from weightsync.agents.memory.arena import ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +45,3 @@ class ArenaPlan:
         place = Reservation(self.size, shape, dtype)
         self.size += -(-place.nbytes // ALIGNMENT) * ALIGNMENT
         return place
-
-
-def region_of(memory: torch.Tensor) -> Region:
-    """``memory`` (uint8, contiguous) as the protocol names it."""
-    if memory.is_cuda:
-        return Region(memory.data_ptr(), memory.numel(), "VRAM", memory.device.index or 0)
-    return Region(memory.data_ptr(), memory.numel())

@@ -1,12 +1,16 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from typing import Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from weightsync.agents.trainer.arena import ALIGNMENT, Allocate, ArenaPlan, host_allocate, region_of
+from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
+from weightsync.agents.trainer.arena import ArenaPlan
 from weightsync.agents.trainer.boxes import Holding, holding
 from weightsync.agents.trainer.conversion import ConversionSpec
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
@@ -38,8 +42,11 @@ __all__ = [
     "TrainerSlots",
 ]
 
-ARENA_REGION = 0
-STAGING_REGION = 1
+ARENA_REGION: Final = 0
+STAGING_REGION: Final = 1
+
+Allocate = Callable[[int], torch.Tensor]
+"""Bytes → a one-dimensional contiguous uint8 tensor of that size, aligned to ALIGNMENT, that may be registered."""
 
 
 class TrainerSlots:
@@ -51,8 +58,7 @@ class TrainerSlots:
         options: see SlotOptions.
         rank: this rank, as device meshes number it; None: torch.distributed's, or 0 without it.
         world: number of ranks; None likewise.
-        allocate: makes the arena and the staging region; None: host memory, or plain device memory for device
-            tensors.
+        allocate: makes the arena and the staging region; None: memory that may be registered, on the tensors' device.
 
     Attributes:
         layout: for Announce. Region 0 is the arena, region 1 (if any) the staging region.
@@ -206,7 +212,9 @@ def _in_first_replica(holdings: Collection[Holding], replicate_dim: str) -> bool
 
 
 def _allocator_for(state: State) -> Allocate:
-    device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
-    if device.type == "cpu":
-        return host_allocate
-    return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+    """Arenas on the device that most of the state's elements are on."""
+    elements: Counter[torch.device] = Counter()
+    for tensor in state.values():
+        elements[tensor.device] += tensor.numel()
+    device = max(elements, key=elements.__getitem__, default=torch.device("cpu"))
+    return partial(arena, device=device)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.nixl import NixlEndpoint
 from weightsync.agents.nixl_edge import EdgeResult
 from weightsync.agents.nixl_errors import DeadlineError
 from weightsync.agents.tables import digest_table, scatter_table
-from weightsync.agents.trainer.arena import host_allocate, region_of
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.plan import PlanMismatch, PushError, TransportPlan
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
@@ -94,11 +94,11 @@ class Target:
                 tensors.append(Tensor(logical, "bfloat16", SHAPES[logical]))
                 offset += 2 * torch.Size(extent).numel()
             parameters[name] = (len(memory), parts)
-            memory.append(host_allocate(offset))
+            memory.append(host_arena(offset))
         at = -1
         if staging:
             at = len(memory)
-            memory.append(host_allocate(staging))
+            memory.append(host_arena(staging))
         regions = tuple(region_of(m.zero_()) for m in memory)
         layout = Layout(tuple(tensors), regions, np.array(rows, dtype="<i8").tobytes(), at)
         return Target(Member("inference", engine, rank), memory, layout, parameters)

@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
+from weightsync.agents.memory.arena import ALIGNMENT, host_arena
 from weightsync.agents.tables import RUN_LENGTH
-from weightsync.agents.trainer.arena import ALIGNMENT, host_allocate
 from weightsync.agents.trainer.errors import ChangedTensor, ExpertPartitionError, MissingTensor, OffGridError
 from weightsync.agents.trainer.models import STACKED, model_table
 from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots
@@ -416,7 +416,7 @@ def test_memory_comes_from_the_given_allocator_in_aligned_places(weights):
 
     def allocate(size):
         asked.append(size)
-        return host_allocate(size)
+        return host_arena(size)
 
     slots = TrainerSlots(
         weights.state(DENSE_SHAPES), table(DENSE), options=SlotOptions(staging_bytes=4096), allocate=allocate
