@@ -69,8 +69,8 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     return code
 
 
-async def fetch(url: str, token: str | None, timeout_seconds: float) -> bytes:
-    """The body of a 200 answer, within a total of ``timeout_seconds``.
+async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:
+    """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
 
     Raises:
         Unreachable, Denied.
@@ -90,8 +90,8 @@ async def fetch(url: str, token: str | None, timeout_seconds: float) -> bytes:
             data = bytearray()
             async for chunk in response.content.iter_any():
                 data += chunk
-                if len(data) > MAX_ANSWER_BYTES:
-                    raise Unreachable(f"{where} answers with more than {MAX_ANSWER_BYTES} bytes")
+                if len(data) > limit:
+                    raise Unreachable(f"{where} answers with more than {limit} bytes")
             return bytes(data)
     except TimeoutError as error:
         raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error

@@ -11,6 +11,7 @@ from weightsync.orchestrator.protocol.limits import MAX_RANK
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 DENSE_KEYS_PER_ITEM = 4
