@@ -296,7 +296,7 @@ class Hub:
         if connection.phase is not Phase.ENDED:
             phase = connection.phase
             self._end(connection, code, reason)
-            self._report(connection, phase, reason)
+            self._report(connection, phase, reason, orderly=code is CloseCode.NORMAL)
 
     def _cut(self, connection: Connection, reason: str) -> None:
         """``_lose`` without a closing handshake."""
@@ -306,8 +306,8 @@ class Hub:
             connection.abort()
             self._report(connection, phase, reason)
 
-    def _report(self, connection: Connection, phase: Phase, reason: str) -> None:
-        log.warning("agent lost", agent=str(connection), reason=reason)
+    def _report(self, connection: Connection, phase: Phase, reason: str, *, orderly: bool = False) -> None:
+        (log.info if orderly else log.warning)("agent lost", agent=str(connection), reason=reason)
         if connection.member is not None and phase in (Phase.DECISION, Phase.ACCEPTED):
             self._on_event(AgentLost(connection.member, connection.number, reason))
 
