@@ -561,7 +561,9 @@ def plan_facts(command: MakePlan) -> PlanFacts:
     """Everybody sends to everybody; the fingerprint names the incarnations."""
     members = sorted((p.member, p.incarnation) for p in (*command.sources, *command.targets))
     connects = {
-        member: Connect(fingerprint=str(hash((member, tuple(members)))), root="r", peers=(), copies=b"", expected_bytes=1)
+        member: Connect(
+            fingerprint=str(hash((member, tuple(members)))), root="r", peers=(), copies=b"", expected_bytes=1
+        )
         for member, _ in members
     }
     flows = {(s.member, t.member): BYTES_PER_EDGE for s in command.sources for t in command.targets}

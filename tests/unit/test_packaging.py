@@ -1,4 +1,4 @@
-"""What is installed is what is in the folders: setuptools is told each package by name, because the folders are mapped."""
+"""What is installed is what is in the folders: setuptools is told every package by name, for they are mapped."""
 
 import tomllib
 from pathlib import Path
