@@ -200,7 +200,7 @@ class Trainer(Agent):
             self.say(Closed(round=grant.round, error="the slots hold another version", fault="trainer"))
             return
         self.open = grant.round
-        version, rank = grant.version, self.member.rank
+        version = grant.version
         targets = [self.world.workers[m] for m in grant.members]
         stopped = self.world.fault("stopped writer")
         for worker in targets:
