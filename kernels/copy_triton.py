@@ -32,9 +32,9 @@ PIECE_BYTES: Final = {WIDE: 256, WORDS: 256, SINGLE: 64}
 """Of each run, what one row of a program's block moves at a time: 64 elements of 4 bytes, or of one."""
 SMALL_RUN: Final = 8192
 """Runs below this are pieces only."""
-ITEM_BYTES: Final = 65536
-ITEM_PIECES: Final = 512
-OPTIONS: Final = {"num_warps": 4}
+ITEM_BYTES: Final = 16384
+ITEM_PIECES: Final = 64
+OPTIONS: Final = {"num_warps": 8}
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """The digest in Triton: all regions and rows in one launch, at the speed of reading.
 
-Runs become items of two kinds. *Tiles*: whole 8 KiB tiles, 16-byte aligned, with the inner weights in registers.
-*Chunks*: rows of pieces of at most 256 bytes, each within one 256-byte chunk of the tensor, at any alignment. A run
-gives tiles for its middle and chunks for its ends; short runs are chunks only.
+Runs become items of three kinds. *Tiles*: whole 8 KiB tiles, 16-byte aligned. *Columns*: the same 256-byte chunk of
+many tiles, as a slice of every row of a tensor has. Both hold their inner weights in registers. *Chunks*: rows of
+pieces of at most 256 bytes, each within one 256-byte chunk of the tensor; aligned ones, and those at any alignment. A
+long run gives tiles for its middle and chunks for its ends.
 """
 # Triton's functions are compiled from their source and have types of their own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -20,14 +21,19 @@ from weightsync.kernels.strided import DST_REGION, SRC_REGION, Sheets, Table, ca
 
 ITEM_COLUMNS: Final = 10
 """Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys."""
-TILES, ALIGNED_CHUNKS, CHUNKS = range(3)
+TILES, COLUMNS, ALIGNED_CHUNKS, CHUNKS = range(4)
 CHUNK_BYTES: Final = 256
+MIN_COLUMN_ROWS: Final = 1024
+"""Sheets of at least this many runs become columns: up to 32 each, so that each fills a program's 32 rows."""
 ITEM_TILES: Final = 32
 """Tiles per item: 256 KiB amortise the 16 KiB of weights that each program loads, and still balance over a GPU."""
 ITEM_CHUNKS: Final = 512
+ITEM_COLUMN_ROWS: Final = 2048
+"""Chunks per item of columns: 512 KiB, because each program first loads weights for all its threads."""
 SMALL_RUN: Final = 2 * TILE_BYTES
 """Runs below this are chunks only; they need not hold a whole tile."""
-OPTIONS: Final = {"num_warps": 4}
+OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
+"""At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
 
 
 @triton.jit
@@ -71,6 +77,48 @@ def _tiles(item, weights):
         more_low, more_high = _outer_sums(first, second, key_low, key_high, tile + step)
         low += more_low
         high += more_high
+    return tl.sum(low), tl.sum(high)
+
+
+@triton.jit
+def _product(words, inner):
+    """Sums of each thread's four words times their weights: uint64[32, 4]."""
+    return tl.sum(words.to(tl.uint64) * inner.to(tl.uint64), axis=2)
+
+
+@triton.jit
+def _columns(item, weights):
+    """Both sums over one chunk of each of many tiles, 16-byte aligned. Four threads share a chunk, in four parts."""
+    address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
+    source_step, tile_step = (tl.load(item + 5) >> 4) * 16, tl.load(item + 6) >> 13
+    key_low, key_high = tl.load(item + 8), tl.load(item + 9)
+    rows = tl.arange(0, 32)
+    word = tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    # Every row has the same weights; they take the shape of the data so that they lie in the same threads.
+    inner = weights + ((logical & 8191) >> 8) * 64 + word + (rows * 0)[:, None, None]
+    first_0, first_1, first_2, first_3 = tl.load(inner), tl.load(inner + 16), tl.load(inner + 32), tl.load(inner + 48)
+    inner += 2048
+    other_0, other_1, other_2, other_3 = tl.load(inner), tl.load(inner + 16), tl.load(inner + 32), tl.load(inner + 48)
+    ones = tl.full((32, 4, 4), 0x01010101, tl.uint32)
+    present = _product(ones, first_0) + _product(ones, first_1) + _product(ones, first_2) + _product(ones, first_3)
+    present_too = _product(ones, other_0) + _product(ones, other_1) + _product(ones, other_2) + _product(ones, other_3)
+    low, high = tl.zeros((32, 4), tl.uint64), tl.zeros((32, 4), tl.uint64)
+    start = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+    for step in range(0, count, 32):
+        row = step + rows
+        inside = row < count
+        source = (start + row * source_step).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None, None] + word
+        mask = inside[:, None, None]
+        words_0, words_1 = tl.load(source, mask=mask, other=0), tl.load(source + 16, mask=mask, other=0)
+        words_2, words_3 = tl.load(source + 32, mask=mask, other=0), tl.load(source + 48, mask=mask, other=0)
+        first = present + _product(words_0, first_0) + _product(words_1, first_1)
+        first += _product(words_2, first_2) + _product(words_3, first_3)
+        second = present_too + _product(words_0, other_0) + _product(words_1, other_1)
+        second += _product(words_2, other_2) + _product(words_3, other_3)
+        tile = ((logical >> 13) + row * tile_step)[:, None]
+        more_low, more_high = _outer_sums(first, second, key_low, key_high, tile)
+        low += tl.where(inside[:, None], more_low, 0)
+        high += tl.where(inside[:, None], more_high, 0)
     return tl.sum(low), tl.sum(high)
 
 
@@ -146,6 +194,8 @@ def _digest_kernel(items, weights, sums):
     if kind == 0:
         low, high = _tiles(item, weights)
     elif kind == 1:
+        low, high = _columns(item, weights)
+    elif kind == 2:
         low, high = _aligned_chunks(item, weights)
     else:
         low, high = _chunks(item, weights)
@@ -206,26 +256,41 @@ def digest_items(bases: list[int], table: Table) -> Table:
 
 
 def _chunk_items(pieces: Sheets, region: Table, keys: Table) -> list[Table]:
-    """Sheets of short runs (and long misaligned ones) as items of both kinds of chunks."""
+    """Sheets of short runs (and long misaligned ones) as items of all kinds but tiles."""
     single = pieces.count == 1
     whole = (pieces.dst % CHUNK_BYTES == 0) & (pieces.run % CHUNK_BYTES == 0)
     aligned = whole & ((region[pieces.row] + pieces.src) % 16 == 0)
     aligned &= single | ((pieces.src_step % 16 == 0) & (pieces.dst_step % CHUNK_BYTES == 0))
     fast, rest = pieces.take(aligned), pieces.take(~aligned)
-    # A sheet of few long runs becomes a sheet of 256-byte runs for each; of many short ones, one for each column.
-    tall = fast.count * CHUNK_BYTES >= fast.run
+    tall = fast.count >= MIN_COLUMN_ROWS
+    columns = _same_place(_by_chunk(fast.take(tall)))
+    columns = columns.at_most(np.full(len(columns), ITEM_COLUMN_ROWS))
     wide = fast.take(~tall).unrolled().folded(CHUNK_BYTES)
-    columns = _columns(fast.take(tall))
-    fast = concatenate([wide, columns])
-    fast = fast.at_most(np.full(len(fast), ITEM_CHUNKS))
-    per_run = (rest.dst % CHUNK_BYTES + rest.run - 1) // CHUNK_BYTES + 1
-    regular = (rest.count == 1) | (rest.dst_step % CHUNK_BYTES == 0)
-    per_run = np.where(regular, per_run, (CHUNK_BYTES - 1 + rest.run - 1) // CHUNK_BYTES + 1)
-    rest = _limited(rest, per_run)
-    return [_items(ALIGNED_CHUNKS, fast, region, keys), _items(CHUNKS, rest, region, keys)]
+    wide = wide.at_most(np.full(len(wide), ITEM_CHUNKS))
+    rest = _limited(rest, _pieces_per_run(rest))
+    return [
+        _items(kind, part, region, keys) for kind, part in ((COLUMNS, columns), (ALIGNED_CHUNKS, wide), (CHUNKS, rest))
+    ]
 
 
-def _columns(tall: Sheets) -> Sheets:
+def _same_place(sheets_of_chunks: Sheets) -> Sheets:
+    """Each sheet as sheets whose logical step is a multiple of a tile: every second, every fourth … of its chunks."""
+    phases = TILE_BYTES // np.gcd(sheets_of_chunks.dst_step, TILE_BYTES)
+    which = np.repeat(np.arange(len(phases)), phases)
+    phase = np.arange(len(which), dtype=np.int64) - (np.cumsum(phases) - phases)[which]
+    part, stride = sheets_of_chunks.take(which), phases[which]
+    return Sheets(
+        part.row,
+        part.run,
+        part.src + phase * part.src_step,
+        part.dst + phase * part.dst_step,
+        (part.count - phase + stride - 1) // stride,
+        part.src_step * stride,
+        part.dst_step * stride,
+    )
+
+
+def _by_chunk(tall: Sheets) -> Sheets:
     """Each sheet of runs of several chunks as sheets of one chunk per run, side by side."""
     which = np.repeat(np.arange(len(tall)), tall.run // CHUNK_BYTES)
     spread = tall.take(which)
@@ -248,13 +313,17 @@ def _limited(rest: Sheets, per_run: Table) -> Sheets:
     return concatenate([cut, short.at_most(np.maximum(1, ITEM_CHUNKS // np.maximum(1, per_run[~long])))])
 
 
+def _pieces_per_run(part: Sheets) -> Table:
+    """In how many chunks each run of a sheet has bytes; the most, where that differs between the runs."""
+    regular = (part.count == 1) | (part.dst_step % CHUNK_BYTES == 0)
+    before = np.where(regular, part.dst % CHUNK_BYTES, CHUNK_BYTES - 1)
+    return np.asarray((before + part.run - 1) // CHUNK_BYTES + 1, np.int64)
+
+
 def _items(kind: int, part: Sheets, region: Table, keys: Table) -> Table:
     """Items of one kind, int64[n, ITEM_COLUMNS]."""
-    per_run = (part.dst % CHUNK_BYTES + part.run - 1) // CHUNK_BYTES + 1
-    regular = (part.count == 1) | (part.dst_step % CHUNK_BYTES == 0)
-    per_run = np.where(regular, per_run, (CHUNK_BYTES - 1 + part.run - 1) // CHUNK_BYTES + 1)
     columns = [
         np.full(len(part), kind, np.int64), region[part.row] + part.src, part.dst, part.run, part.count,
-        part.src_step, part.dst_step, per_run,
+        part.src_step, part.dst_step, _pieces_per_run(part),
     ]  # fmt: skip
     return np.column_stack([*columns, keys[part.row]])

@@ -17,6 +17,8 @@ __all__ = ["BLOCKS", "PreparedQuantize", "QuantizeJob", "ScaleFormat", "prepare_
 
 BLOCKS: Final = ((128, 128), (1, 128), (1, 32))
 """Rows and columns per scale: block FP8 of weights, of activations, and MXFP8 (with ``scale_format="ue8m0"``)."""
+EXPONENT_DTYPES: Final = [torch.uint8, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else [])]
+"""Of scales that are biased exponents; torch has a dtype for them since 2.7."""
 SOURCE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -64,9 +66,9 @@ def check_job(job: QuantizeJob, block: tuple[int, int], forward_dtype: torch.dty
     if out.dtype not in (torch.float8_e4m3fn, torch.uint8) or out.shape != src.shape:
         raise KernelError(f"out must be float8_e4m3fn (or uint8) {list(src.shape)}: {out.dtype}{list(out.shape)}")
     grid = [*src.shape[:-2], -(-src.shape[-2] // block[0]), -(-src.shape[-1] // block[1])]
-    kinds = [torch.float32] if fmt == "fp32" else [torch.float32, torch.uint8, torch.float8_e8m0fnu]
+    kinds = [torch.float32, *(EXPONENT_DTYPES if fmt == "ue8m0" else [])]
     if scale.dtype not in kinds or list(scale.shape) != grid:
-        raise KernelError(f"scale_out must be {kinds[-1]}{grid}: {scale.dtype}{list(scale.shape)}")
+        raise KernelError(f"scale_out must be {' or '.join(map(str, kinds))} {grid}: {scale.dtype}{list(scale.shape)}")
     if not src.device == out.device == scale.device:
         raise KernelError(f"one job on several devices: {src.device}, {out.device}, {scale.device}")
 

@@ -1,9 +1,10 @@
 """FP8 block quantise in Triton: one program per 128 × 128 tile, any number of tensors in one launch.
 
-Tables on the device say what each program does: an item names a job and a tile of it, a job has addresses, shape and
-strides. Sources, codes and scales are raw addresses, so that no launch depends on how many tensors there are.
+A table on the device says what each program does: addresses, shape and strides of its tile. Addresses are raw, so that
+no launch depends on how many tensors there are.
 """
 # Triton's functions are compiled from their source and have types of their own.
+# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from collections.abc import Sequence
@@ -11,24 +12,25 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from weightsync.kernels.dispatch import interpreting, on_device
 from weightsync.kernels.fp8 import QuantizeJob, stand_ins
 from weightsync.kernels.fp8_reference import ScaleFormat
+from weightsync.kernels.strided import Table
 
 TILE: Final = 128
-JOB_COLUMNS: Final = 16
-"""Of int64: out, scale, rows, columns, 3 source strides, 3 code strides, 3 scale strides, 3 unused."""
-ITEM_COLUMNS: Final = 4
-"""Of int32: job, group, row of tiles, column of tiles."""
+TILE_COLUMNS: Final = 10
+"""Of int64: addresses of codes and of the first scale, rows and columns left, strides of rows (source, codes), of
+columns (source, codes) and of scales (rows, columns)."""
 VECTORS, ROWS, ANY = range(3)
 """How a tile is reached: rows of aligned 16-byte vectors, rows at any alignment, any strides."""
 MAX_ROW_STRIDE: Final = 1 << 23
 """Rows of at most this many elements let a tile's offsets be 32 bits wide."""
-OPTIONS: Final = {"num_warps": 8}
+OPTIONS: Final = {2: {"num_warps": 8}, 4: {"num_warps": 8, "maxnreg": 80}}
+"""Per bytes of a source element. At 64 and 80 registers four and three tiles of 48 and 80 KiB of traffic share a
+multiprocessor, which is what hides the memory's latency; fp32 tiles would otherwise take 115 registers, for two."""
 DTYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -42,40 +44,56 @@ def _at(address, kind: tl.constexpr, ACCESS: tl.constexpr):
 
 
 @triton.jit
-def _load(address, offsets, mask, DTYPE: tl.constexpr, ACCESS: tl.constexpr):
-    """Source values as fp32, and 0 where ``mask`` is false."""
+def _narrow(values, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 as the bits of DTYPE, rounded to nearest even."""
     if tl.bfloat16 == DTYPE:
-        raw = tl.load(_at(address, tl.uint16, ACCESS) + offsets, mask=mask, other=0)
-        values = (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        values = tl.load(_at(address, DTYPE, ACCESS) + offsets, mask=mask, other=0.0).to(tl.float32)
-    return values
-
-
-@triton.jit
-def _forward(values, FORWARD: tl.constexpr, NATIVE: tl.constexpr):
-    """``values`` as the forward dtype holds them, in fp32."""
-    if tl.bfloat16 == FORWARD:
         if NATIVE:
-            values = values.to(tl.bfloat16).to(tl.float32)
+            bits = values.to(tl.bfloat16).to(tl.uint16, bitcast=True)
         else:
-            bits = values.to(tl.uint32, bitcast=True)
-            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-            nan = (bits & 0x7FFFFFFF) > 0x7F800000
-            values = tl.where(nan, bits, rounded).to(tl.float32, bitcast=True)
-    elif tl.float16 == FORWARD:
-        values = values.to(tl.float16).to(tl.float32)
+            wide = values.to(tl.uint32, bitcast=True)
+            rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+            bits = tl.where((wide & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+    elif tl.float16 == DTYPE:
+        bits = values.to(tl.float16).to(tl.uint16, bitcast=True)
+    else:
+        bits = values.to(tl.uint32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def _widen(bits, DTYPE: tl.constexpr):
+    """The bits of DTYPE as fp32."""
+    if tl.bfloat16 == DTYPE:
+        values = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif tl.float16 == DTYPE:
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        values = bits.to(tl.float32, bitcast=True)
     return values
 
 
 @triton.jit
-def _scale_of(amax_bits, POW2: tl.constexpr):
-    """The scale, fp32, from the largest magnitude's bits: infinity and NaN sort above all numbers there."""
-    scale = tl.maximum(tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0), 1e-12)
-    bits = scale.to(tl.int32, bitcast=True)
+def _magnitude(bits, DTYPE: tl.constexpr):
+    """The bits without the sign, int32: they sort as the numbers do, infinity and NaN above all."""
+    if tl.float32 == DTYPE:
+        magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
+    else:
+        magnitude = (bits & 0x7FFF).to(tl.int32)
+    return magnitude
+
+
+@triton.jit
+def _scale_of(largest, DTYPE: tl.constexpr, POW2: tl.constexpr):
+    """The scale, fp32, from the largest magnitude; the quiet NaN where that is not finite."""
+    if tl.float32 == DTYPE:
+        amax = largest.to(tl.float32, bitcast=True)
+    else:
+        amax = _widen(largest.to(tl.uint16), DTYPE)
+    bits = tl.maximum(tl.div_rn(amax, 448.0), 1e-12).to(tl.int32, bitcast=True)
     if POW2:
         bits = ((bits + 0x7FFFFF) >> 23) << 23
-    return tl.where(amax_bits >= 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    infinite = amax.to(tl.int32, bitcast=True) >= 0x7F800000
+    return tl.where(infinite, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,10 +105,12 @@ def _divide(values, scale, NATIVE: tl.constexpr):
     per scale, and five multiplications replace a division. The interpreter has no fused multiplication.
     """
     if NATIVE:
-        reciprocal = tl.div_rn(1.0, scale)
-        quotient = values * reciprocal
-        quotient = tl.fma(tl.fma(-quotient, scale, values), reciprocal, quotient)
-        quotient = tl.fma(tl.fma(-quotient, scale, values), reciprocal, quotient)
+        # With signs turned round twice, so that -0 stays -0: an exact remainder of zero is +0, whatever the value.
+        opposite = (values.to(tl.int32, bitcast=True) ^ -0x80000000).to(tl.float32, bitcast=True)
+        reciprocal = tl.div_rn(-1.0, scale)
+        quotient = opposite * reciprocal
+        quotient = tl.fma(tl.fma(quotient, scale, opposite), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(quotient, scale, opposite), reciprocal, quotient)
     else:
         quotient = tl.div_rn(values, scale)
     return quotient
@@ -124,63 +144,91 @@ def _store_scale(address, offsets, scale, mask, SCALE_BYTES: tl.constexpr):
 
 
 @triton.jit
-def _quantize_kernel(
-    sources, jobs, items, ACCESS: tl.constexpr, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, FORWARD: tl.constexpr,
-    SCALE_BYTES: tl.constexpr, POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    item = items + tl.program_id(0) * 4
-    job, group = tl.load(item), tl.load(item + 1).to(tl.int64)
-    first_row, first_column = tl.load(item + 2) * 128, tl.load(item + 3) * 128
-    at = jobs + job * 16
-    source, out, scales = tl.load(sources + job), tl.load(at), tl.load(at + 1)
-    rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
-    source_row, out_row = tl.load(at + 5), tl.load(at + 8)
-    scale_row, scale_column = tl.load(at + 11), tl.load(at + 12)
-    row, column = tl.arange(0, 128)[:, None], tl.arange(0, 128)[None, :]
-    if ACCESS == 2:
-        source_column, out_column = tl.load(at + 6), tl.load(at + 9)
-        source += (group * tl.load(at + 4) + first_row * source_row + first_column * source_column) * ITEMSIZE
-        out += group * tl.load(at + 7) + first_row * out_row + first_column * out_column
-        source_offsets, out_offsets = row * source_row + column * source_column, row * out_row + column * out_column
+def _load(
+    source, offsets, mask, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Bits of the forward dtype, 0 where ``mask`` is false."""
+    if tl.float32 == DTYPE:
+        bits = tl.load(_at(source, tl.uint32, ACCESS) + offsets, mask=mask, other=0)
     else:
-        source += (group * tl.load(at + 4) + first_row * source_row + first_column) * ITEMSIZE
-        out += group * tl.load(at + 7) + first_row * out_row + first_column
-        source_pitch, out_pitch = source_row.to(tl.int32), out_row.to(tl.int32)
+        bits = tl.load(_at(source, tl.uint16, ACCESS) + offsets, mask=mask, other=0)
+    if FORWARD != DTYPE:
+        bits = _narrow(_widen(bits, DTYPE), FORWARD, NATIVE)
+    return bits
+
+
+@triton.jit
+def _encode_rows(
+    bits, scales, scale_row, scale_column, first, rows, columns, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    POW2: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Codes of 64 rows from row ``first`` of the tile on, with a scale for every WIDTH columns, which is stored."""
+    parts: tl.constexpr = 128 // WIDTH
+    grouped = tl.reshape(bits, (64, parts, WIDTH))
+    scale = _scale_of(tl.max(_magnitude(grouped, FORWARD), axis=2), FORWARD, POW2)
+    row, part = first + tl.arange(0, 64)[:, None], tl.arange(0, parts)[None, :]
+    inside = (row < rows) & (part * WIDTH < columns)
+    _store_scale(scales, row * scale_row + part * scale_column, scale, inside, SCALE_BYTES)
+    quotient = _divide(_widen(grouped, FORWARD), tl.expand_dims(scale, 2), NATIVE)
+    return tl.reshape(_encode(quotient, NATIVE), (64, 128))
+
+
+@triton.jit
+def _quantize_kernel(
+    sources, tiles, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    at = tiles + tile.to(tl.int64) * 10
+    source, out, scales = tl.load(sources + tile), tl.load(at), tl.load(at + 1)
+    rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
+    source_row, out_row = tl.load(at + 4), tl.load(at + 5)
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, 128)[None, :]
+    if ACCESS == 2:
+        source_offsets = row * source_row + column * tl.load(at + 6)
+        out_offsets = row * out_row + column * tl.load(at + 7)
+    else:
+        source_row, out_row = source_row.to(tl.int32), out_row.to(tl.int32)
         if ACCESS == 0:
             # Shifting down and up again shows the compiler what the table promises: 16-byte vectors.
-            source_pitch, out_pitch, columns = (source_pitch >> 4) * 16, (out_pitch >> 4) * 16, (columns >> 4) * 16
-        source_offsets, out_offsets = row * source_pitch + column, row * out_pitch + column
-    block_row, block_column = first_row // HEIGHT, first_column // WIDTH
-    scales += (group * tl.load(at + 10) + block_row * scale_row + block_column * scale_column) * SCALE_BYTES
-    mask = (first_row + row < rows) & (first_column + column < columns)
-    values = _forward(_load(source, source_offsets, mask, DTYPE, ACCESS), FORWARD, NATIVE)
+            source_row, out_row, columns = (source_row >> 4) * 16, (out_row >> 4) * 16, (columns >> 4) * 16
+        source_offsets, out_offsets = row * source_row + column, row * out_row + column
+    # In two halves, and in the forward dtype's own width until the scale is known: registers decide how many tiles
+    # are in flight, and those how much of the memory's speed is reached.
+    upper_mask, lower_mask = (row < rows) & (column < columns), (64 + row < rows) & (column < columns)
+    upper = _load(source, source_offsets, upper_mask, ACCESS, DTYPE, FORWARD, NATIVE)
+    lower = _load(source, source_offsets + 64 * source_row, lower_mask, ACCESS, DTYPE, FORWARD, NATIVE)
+    pointer = _at(out, tl.uint8, ACCESS)
     if HEIGHT == 128:
-        amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        scale = _scale_of(amax, POW2)
+        largest = tl.max(tl.maximum(_magnitude(upper, FORWARD), _magnitude(lower, FORWARD)))
+        scale = _scale_of(largest, FORWARD, POW2)
         _store_scale(scales, 0, scale, True, SCALE_BYTES)
-        codes = _encode(_divide(values, scale, NATIVE), NATIVE)
+        codes = _encode(_divide(_widen(upper, FORWARD), scale, NATIVE), NATIVE)
+        tl.store(pointer + out_offsets, codes, mask=upper_mask)
+        codes = _encode(_divide(_widen(lower, FORWARD), scale, NATIVE), NATIVE)
+        tl.store(pointer + (out_offsets + 64 * out_row), codes, mask=lower_mask)
     else:
-        parts: tl.constexpr = 128 // WIDTH
-        grouped = tl.reshape(values, (128, parts, WIDTH))
-        amax = tl.max(grouped.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
-        scale = _scale_of(amax, POW2)
-        part = tl.arange(0, parts)[None, :]
-        inside = (first_row + row < rows) & (first_column + part * WIDTH < columns)
-        _store_scale(scales, row * scale_row + part * scale_column, scale, inside, SCALE_BYTES)
-        codes = tl.reshape(_encode(_divide(grouped, tl.expand_dims(scale, 2), NATIVE), NATIVE), (128, 128))
-    tl.store(_at(out, tl.uint8, ACCESS) + out_offsets, codes, mask=mask)
+        scale_row, scale_column = tl.load(at + 8), tl.load(at + 9)
+        codes = _encode_rows(
+            upper, scales, scale_row, scale_column, 0, rows, columns, FORWARD, SCALE_BYTES, POW2, WIDTH, NATIVE
+        )
+        tl.store(pointer + out_offsets, codes, mask=upper_mask)
+        codes = _encode_rows(
+            lower, scales, scale_row, scale_column, 64, rows, columns, FORWARD, SCALE_BYTES, POW2, WIDTH, NATIVE
+        )
+        tl.store(pointer + (out_offsets + 64 * out_row), codes, mask=lower_mask)
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """One launch: all jobs of one kind."""
+    """One launch: all jobs of one kind. Programs find what they need in their tile, so that one load leads to data."""
 
     dtype: torch.dtype
     scale_bytes: int
     access: int
     which: list[int]
-    jobs: torch.Tensor
-    items: torch.Tensor
+    tiles: torch.Tensor
+    sources: "_Addresses"
 
 
 class TritonQuantize:
@@ -195,7 +243,7 @@ class TritonQuantize:
     ) -> None:
         """Arguments as checked by ``prepare_quantize``. Tables are uploaded here."""
         self._jobs, self._block, self._scale_format = list(jobs), block, scale_format
-        self._forward = DTYPES[forward_dtype] if forward_dtype is not None else None
+        self._forward = forward_dtype
         self._device = self._jobs[0].src.device if self._jobs else torch.device("cpu")
         self._native = not interpreting() and torch.cuda.get_device_capability(self._device) >= (8, 9)
         kinds: dict[tuple[torch.dtype, int, int], list[int]] = {}
@@ -203,62 +251,63 @@ class TritonQuantize:
             if job.src.numel():
                 kinds.setdefault((job.src.dtype, job.scale_out.element_size(), _access(job)), []).append(index)
         self._launches = [self._launch(*kind, which) for kind, which in kinds.items()]
-        self._addresses = [_Addresses(self._device) for _ in self._launches]
 
     def _launch(self, dtype: torch.dtype, scale_bytes: int, access: int, which: list[int]) -> _Launch:
-        table = np.array([_job_row(self._jobs[index]) for index in which], np.int64)
-        items = np.concatenate([_tiles(place, self._jobs[index].src.shape) for place, index in enumerate(which)])
+        parts = [_tiles(self._jobs[index], self._block) for index in which]
+        jobs = np.repeat(np.arange(len(which)), [len(part[0]) for part in parts])
+        offsets, tiles = (np.concatenate(side) for side in zip(*parts, strict=True))
         return _Launch(
             dtype,
             scale_bytes,
             access,
             which,
-            torch.from_numpy(table).to(self._device),
-            torch.from_numpy(np.ascontiguousarray(items)).to(self._device),
+            torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device),
+            _Addresses(self._device, jobs, offsets),
         )
 
     def __call__(self, sources: Sequence[torch.Tensor] | None = None) -> None:
         """Quantise on the current stream; sources as in :class:`weightsync.kernels.fp8.PreparedQuantize`."""
         chosen = stand_ins(self._jobs, sources)
-        for launch, upload in zip(self._launches, self._addresses, strict=True):
+        for launch in self._launches:
             addresses = [chosen[index].data_ptr() for index in launch.which]
             access = launch.access
             if access == VECTORS and any(address % 16 for address in addresses):
                 access = ROWS  # a source that stands in may be aligned worse than the one it was prepared with
             with on_device(self._device):
-                _quantize_kernel[(len(launch.items),)](
-                    upload(addresses),
-                    launch.jobs,
-                    launch.items,
+                _quantize_kernel[(len(launch.tiles),)](
+                    launch.sources.at(addresses),
+                    launch.tiles,
                     ACCESS=access,
                     DTYPE=DTYPES[launch.dtype],
-                    ITEMSIZE=launch.dtype.itemsize,
-                    FORWARD=self._forward if self._forward != DTYPES[launch.dtype] else None,
+                    FORWARD=DTYPES[self._forward or launch.dtype],
                     SCALE_BYTES=launch.scale_bytes,
                     POW2=self._scale_format == "ue8m0",
                     HEIGHT=self._block[0],
                     WIDTH=self._block[1],
                     NATIVE=self._native,
-                    **OPTIONS,
+                    **OPTIONS[launch.dtype.itemsize],
                 )
 
 
 class _Addresses:
-    """Source addresses on the device, sent again only when they change."""
+    """Where each tile of a launch begins in its source; computed again only when the sources move."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, jobs: Table, offsets: Table) -> None:
+        """``jobs`` and ``offsets`` are int64[tiles]: each tile's job, and its byte offset in that job's source."""
         self._device = device
-        self._values: list[int] = []
-        self._tensor = torch.empty(0, dtype=torch.int64)
+        self._jobs, self._offsets = torch.from_numpy(jobs).to(device), torch.from_numpy(offsets).to(device)
+        self._bases: list[int] = []
+        self._tiles = self._offsets
 
-    def __call__(self, values: list[int]) -> torch.Tensor:
-        """``values`` as int64[n] on the device, ordered with the current stream."""
-        if values != self._values:
-            host = torch.tensor(values, dtype=torch.int64)
+    def at(self, bases: list[int]) -> torch.Tensor:
+        """Addresses of all tiles, int64[tiles] on the device, for sources at ``bases``."""
+        if bases != self._bases:
+            host = torch.tensor(bases, dtype=torch.int64)
             if self._device.type == "cuda":
                 host = host.pin_memory()  # so that a round does not wait for the copy
-            self._tensor, self._values = host.to(self._device, non_blocking=True), values
-        return self._tensor
+            self._tiles = host.to(self._device, non_blocking=True)[self._jobs] + self._offsets
+            self._bases = bases
+        return self._tiles
 
 
 def _three_dimensional(job: QuantizeJob) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -276,15 +325,21 @@ def _access(job: QuantizeJob) -> int:
     return VECTORS if all(unit % 16 == 0 for unit in units) else ROWS
 
 
-def _job_row(job: QuantizeJob) -> list[int]:
-    """A job's columns."""
+def _tiles(job: QuantizeJob, block: tuple[int, int]) -> tuple[Table, Table]:
+    """A job's tiles, those of a row side by side: byte offsets in the source, and int64[n, TILE_COLUMNS]."""
     src, out, scale = _three_dimensional(job)
-    strides = [*src.stride(), *out.stride(), *scale.stride()]
-    return [out.data_ptr(), scale.data_ptr(), src.shape[1], src.shape[2], *strides, 0, 0, 0]
+    grid = (src.shape[0], -(-src.shape[1] // TILE), -(-src.shape[2] // TILE))
+    group, down, across = (axis.reshape(-1) for axis in np.indices(grid, dtype=np.int64))
+    row, column = down * TILE, across * TILE
 
+    def place(tensor: torch.Tensor, height: int, width: int) -> Table:
+        steps = tensor.stride()
+        elements = group * steps[0] + row // height * steps[1] + column // width * steps[2]
+        return np.asarray(elements * tensor.element_size(), np.int64)
 
-def _tiles(job: int, shape: torch.Size) -> npt.NDArray[np.int32]:
-    """Items of one job: its tiles, those of a row side by side."""
-    groups = shape[0] if len(shape) == 3 else 1
-    grid = np.indices((groups, -(-shape[-2] // TILE), -(-shape[-1] // TILE)), dtype=np.int32).reshape(3, -1).T
-    return np.column_stack([np.full(len(grid), job, np.int32), grid])
+    columns = [
+        out.data_ptr() + place(out, 1, 1), scale.data_ptr() + place(scale, *block),
+        np.minimum(src.shape[1] - row, TILE), np.minimum(src.shape[2] - column, TILE),
+    ]  # fmt: skip
+    fixed = [src.stride(1), out.stride(1), src.stride(2), out.stride(2), scale.stride(1), scale.stride(2)]
+    return place(src, 1, 1), np.column_stack([*columns, *(np.full(len(row), value, np.int64) for value in fixed)])

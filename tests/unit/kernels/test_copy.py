@@ -10,7 +10,7 @@ from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.errors import TableError
 
 hypothesis_settings = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 POISON = 0xEE
 

@@ -20,7 +20,7 @@ KNOWN_KEY = 8183605209020681030
 KNOWN_SUMS = (3617562774208320134, 10222050793271602013)
 
 hypothesis_settings = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -119,7 +119,9 @@ def test_disjoint_runs_add_up_wherever_they_lie(
     assert add(*(digest([scattered], table(one)) for one in rows)) == whole
 
 
-@pytest.mark.parametrize(("rows", "columns", "ranks"), [(96, 2048, 8), (33, 1536, 3), (64, 24, 4), (7, 20, 5)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "ranks"), [(12, 2048, 8), (33, 1536, 3), (64, 24, 4), (7, 20, 5), (1040, 768, 1)]
+)
 def test_row_and_column_slices_add_up_to_the_whole(device: torch.device, rows: int, columns: int, ranks: int) -> None:
     full = random_bytes(rows * columns, 5, device).view(rows, columns)
     whole = digest([full.reshape(-1)], table(row(rows * columns, 0, 0)))
@@ -157,10 +159,9 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
     """Through the path without a gather, at every relative alignment of memory and tensor."""
-    size = 70 * TILE_BYTES
+    size = 34 * TILE_BYTES
     data = random_bytes(size, 3)
-    whole = add(*(digest([data], table(row(1000, at, at))) for at in range(0, size - size % 1000, 1000)))
-    whole = add(whole, digest([data], table(row(size % 1000, size - size % 1000, size - size % 1000))))
+    whole = ReferenceDigest([data], table(*(row(min(1000, size - at), at, at) for at in range(0, size, 1000))))()
     for shift in (0, 1, 2, 3, 4, 16):
         moved = torch.cat([random_bytes(shift, 4), data]).to(device)
         assert digest([moved], table(row(size, shift, 0))) == whole
@@ -176,7 +177,7 @@ def test_prepared_digests_read_the_bytes_of_now(device: torch.device) -> None:
     assert prepared.result() == digest([region], table(row(5000, 0, 0))) != before
 
 
-SIZE = 6 * TILE_BYTES
+SIZE = 3 * TILE_BYTES
 POSITIONS = st.integers(0, SIZE // 256 - 1)
 
 

@@ -14,7 +14,7 @@ from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize, quantize_block
 from weightsync.kernels.fp8_reference import quantize_reference
 
 hypothesis_settings = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -217,10 +217,10 @@ def test_power_of_two_scales(device: torch.device, block: tuple[int, int], scale
 
 def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> None:
     """q, k, v into one parameter: each on its own grid, codes by rows, scale tiles by ceil(rows / 128)."""
-    sources = [normal(rows, 256, dtype=torch.bfloat16, seed=rows).to(device) for rows in (512, 130, 576, 1)]
+    sources = [normal(rows, 256, dtype=torch.bfloat16, seed=rows).to(device) for rows in (256, 130, 576, 1)]
     sources += [normal(2, 100, 256, dtype=torch.bfloat16).to(device)]
-    slot = torch.full((512 + 130 + 576 + 1 + 200, 256), 0xEE, dtype=torch.uint8, device=device)
-    tile = torch.full((4 + 2 + 5 + 1 + 2, 2), -1.0, device=device)
+    slot = torch.full((256 + 130 + 576 + 1 + 200, 256), 0xEE, dtype=torch.uint8, device=device)
+    tile = torch.full((2 + 2 + 5 + 1 + 2, 2), -1.0, device=device)
     jobs, row, block_row = [], 0, 0
     for src in sources:
         rows = src.shape[-2] * (src.shape[0] if src.dim() == 3 else 1)
@@ -266,7 +266,7 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     for arguments, options, words in [
         ((src.double(), codes, scales), {}, "cannot quantise torch.float64"),
         ((src, codes[:-1], scales), {}, "out must be"),
-        ((src, codes, scales.T), {}, r"scale_out must be torch.float32\[2, 1\]"),
+        ((src, codes, scales.T), {}, r"scale_out must be torch.float32 \[2, 1\]"),
         ((src, codes, scales.to(torch.uint8)), {}, "scale_out must be"),
         ((src, codes, scales), {"block": (64, 64)}, "blocks of"),
         ((src, codes, scales), {"scale_format": "bf16"}, "scale format"),
