@@ -121,7 +121,7 @@ def _boxes(forms: FormTable, form: Ids) -> tuple[Ints, Ints]:
 
 
 def _group(held: Held, box: Ints, boxes: int) -> tuple[Held, Ints, Ints]:
-    """Sort rows by (tensor, box, source); a source that holds a shard twice serves it from its first row."""
+    """Sort rows, which come by source, by (tensor, box, source); of a shard that a source has twice the first stays."""
     shard_key = held.tensor.astype(np.int64) * max(boxes, 1) + box
     order = stable_order(shard_key, int(shard_key.max(initial=0)) + 1)
     key, source = shard_key[order], held.source[order]
@@ -190,7 +190,7 @@ def _cut_rows(held: Held, box: Ints, boxes: Ints, pattern: Ids, cut: dict[int, I
             pieces.append((rows[owner], mine[ordinal]))
     rows = np.concatenate([p[0] for p in pieces])
     cells = np.concatenate([p[1] for p in pieces])
-    order = np.argsort(rows, kind="stable")
+    order = np.lexsort((rows, held.source[rows]))
     rows, cells = rows[order], cells[order]
     forms = decoder.form_table()
     old = held.form[rows]

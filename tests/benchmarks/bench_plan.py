@@ -1,0 +1,132 @@
+"""The planner at full size: JSON lines ``{"figure", "value", "unit", "n", "spread"}``; ``make bench-plan``.
+
+Each figure comes from a process of its own on one core, which decodes the layouts from msgpack (as they arrive) and
+then plans: from decoded layouts to all tables, proved and fingerprinted. Peak memory is that of the whole process,
+layouts included. Layouts are decoded anew for every run, so that nothing is known from the run before.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+CASES = {
+    # FSDP splits the rows of experts: every engine rank gets each expert in 4 pieces from 4 ranks.
+    "kimi_k2_256x128": ("kimi-k2", (64, 4, 1, "rows"), (4, 32), None),
+    # Whole experts; 12 per expert-parallel rank do not divide by 8, so that they are gathered in turn.
+    "kimi_k2_256x128_by_expert": ("kimi-k2", (32, 8, 1, "experts"), (4, 32), None),
+    # Two replicas that may both send.
+    "kimi_k2_256x128_hsdp": ("kimi-k2", (32, 4, 2, "experts"), (4, 32), None),
+    "kimi_k2_eighth_of_layers": ("kimi-k2", (64, 4, 1, "rows"), (4, 32), 8),
+    "kimi_k2_eighth_of_ranks": ("kimi-k2", (8, 4, 1, "rows"), (1, 16), None),
+    "glm5_64x32": ("glm-5", (8, 8, 1, "experts"), (2, 16), None),
+}
+
+
+def build(case: str, directory: Path) -> None:
+    """Write the layouts of a case."""
+    from weightsync.orchestrator.core.plan.fleets import EngineFleet, TrainerFleet, engine_parties, trainer_parties
+    from weightsync.orchestrator.core.plan.geometry import GEOMETRIES
+    from weightsync.orchestrator.shell.plan_cli import write_layouts
+
+    model, (expert_parallel, fsdp, replicas, shards), engines, layers = CASES[case]
+    trainer = TrainerFleet(expert_parallel, fsdp, replicas, "rows" if shards == "rows" else "experts")
+    write_layouts(trainer_parties(GEOMETRIES[model], trainer, layers), directory)
+    write_layouts(engine_parties(GEOMETRIES[model], EngineFleet(*engines), layers), directory)
+
+
+def measure(directory: Path) -> dict[str, float]:
+    """One plan of the layouts in ``directory``, in this process."""
+    from weightsync.orchestrator.core.plan import make_plan
+    from weightsync.orchestrator.shell.plan_cli import read_layouts
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    parties = read_layouts(directory)
+    sources = [p for p in parties if p.member.role == "trainer"]
+    targets = [p for p in parties if p.member.role != "trainer"]
+    gc.collect()
+    began, used = time.perf_counter(), time.process_time()
+    plan = make_plan(sources, targets)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - used
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    joiner = targets[-1].member.engine
+    before = make_plan(sources, [t for t in targets if t.member.engine != joiner]) if len(plan.units) > 1 else None
+    began = time.perf_counter()
+    if before is not None:
+        make_plan(sources, targets, previous=before)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "rss_gb": peak,
+        "join_seconds": time.perf_counter() - began,
+        "writes": sum(len(unit.source) for unit in plan.units),
+        "descriptors": max(sends.descriptors for sends in plan.sends.values()),
+        "terabytes": plan.bytes / 1e12,
+    }
+
+
+def run(case: str, directory: Path, times: int) -> Iterator[dict[str, float]]:
+    """Measure a case in fresh processes."""
+    environment = {**os.environ, **ONE_THREAD}
+    for _ in range(times):
+        command = [sys.executable, __file__, "--measure", str(directory)]
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600).stdout
+        found: dict[str, float] = json.loads(output)
+        yield found
+
+
+def report(figure: str, values: list[float], unit: str) -> float:
+    """Print a figure: the median, and how far the runs are apart."""
+    value = statistics.median(values)
+    line = {"figure": figure, "value": round(value, 4), "unit": unit, "n": len(values)}
+    print(json.dumps({**line, "spread": round(max(values) - min(values), 4)}), flush=True)
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--measure", type=Path)
+    parser.add_argument("--build", nargs=2)
+    options = parser.parse_args()
+    if options.measure:
+        found = measure(options.measure)
+        print(json.dumps(found))
+        return
+    if options.build:
+        build(options.build[0], Path(options.build[1]))
+        return
+    medians: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as top:
+        for case in CASES:
+            directory = Path(top) / case
+            subprocess.run([sys.executable, __file__, "--build", case, str(directory)], check=True, timeout=600)
+            runs = list(run(case, directory, options.times))
+            medians[case] = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+            report(f"plan_{case}_seconds", [r["seconds"] for r in runs], "s")
+            report(f"plan_{case}_cpu_seconds", [r["cpu_seconds"] for r in runs], "s")
+            report(f"plan_{case}_rss_gb", [r["rss_gb"] for r in runs], "GB")
+            report(f"plan_{case}_join_seconds", [r["join_seconds"] for r in runs], "s")
+            report(f"plan_{case}_writes", [r["writes"] for r in runs], "writes")
+    full = medians["kimi_k2_256x128"]
+    report("plan_kimi_k2_descriptors_per_sender_max", [full["descriptors"]], "descriptors")
+    exponents = [
+        math.log(full["cpu_seconds"] / part["cpu_seconds"]) / math.log(full["writes"] / part["writes"])
+        for part in (medians["kimi_k2_eighth_of_layers"], medians["kimi_k2_eighth_of_ranks"])
+    ]
+    report("plan_growth_exponent", [max(exponents)], "")
+
+
+if __name__ == "__main__":
+    main()
