@@ -18,14 +18,21 @@ def may_serve(fleet: Fleet, engine: str) -> bool:
     return version is not None and version == fleet.memory.committed and not fleet.torn(engine)
 
 
+def must_not_serve(fleet: Fleet, engine: str) -> bool:
+    """Every rank is here, and they hold something else than the fleet's committed version."""
+    version, committed = fleet.version_of(engine), fleet.memory.committed
+    return fleet.torn(engine) or (version is not None and committed is not None and version != committed)
+
+
 def record(turn: Turn, current: Round) -> None:
     """Entry of RECORDING: COMMITTED becomes durable before anybody hears of it."""
     memory = turn.fleet.memory
     for name in current.going():
         turn.fleet.engines[name].ours_paused = False
     sequence = memory.sequence if current.catch_up else memory.sequence + 1
+    # In this order: a round that has ended is not looked at again, so whoever finds it ended finds its commit.
+    turn.append_and_wait(Committed(round=current.name, version=current.version, sequence=sequence))
     turn.append(_summary(turn, current, "committed"))
-    turn.append(Committed(round=current.name, version=current.version, sequence=sequence), answer=True)
 
 
 def committed(turn: Turn, current: Round) -> None:
@@ -46,6 +53,7 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
         "sequence": turn.fleet.memory.sequence,
         "engines": ", ".join(engines),
     }
+    turn.fleet.marked.add(version)
     turn.do(WriteMarker(turn.cause, "COMMITTED", version, facts))
 
 
@@ -77,6 +85,7 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     """FAILED: durable, as a marker, and to the trainer."""
     turn.fleet.waiting_since.pop(version, None)
     turn.append(VersionFailed(version=version, reason=reason))
+    turn.fleet.marked.add(version)
     turn.do(WriteMarker(turn.cause, "FAILED", version, {"reason": reason}))
     turn.say(f"{version} failed: {reason}", "error")
     tell_trainers(turn, version)
@@ -118,3 +127,27 @@ def release(turn: Turn, engine: str) -> None:
     fleet = turn.fleet
     turn.say(f"{engine} holds {fleet.memory.committed} and was left paused: it is resumed")
     turn.call(engine, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed)
+
+
+def hold(turn: Turn, engine: str) -> None:
+    """Pause an engine that was to be paused and says that it is not, or that came back with another version."""
+    turn.say(f"{engine} serves another version than {turn.fleet.memory.committed}: it is paused", "warning")
+    turn.fleet.engines[engine].ours_paused = True
+    turn.call(engine, Call.PAUSE, turn.fleet.policy.pause)
+
+
+def mark_again(turn: Turn) -> None:
+    """Outcomes that the journal knows and a daemon did not live to put beside STABLE."""
+    fleet = turn.fleet
+    for seen in fleet.stable:
+        generation = fleet.generation if seen.generation is None else seen.generation
+        version = Version(generation, seen.step) if generation is not None else None
+        if version is None or version in fleet.marked:
+            continue
+        fleet.marked.add(version)
+        if version in fleet.memory.done:
+            turn.do(WriteMarker(turn.cause, "COMMITTED", version, {}))
+        elif version in fleet.memory.failed:
+            turn.do(WriteMarker(turn.cause, "FAILED", version, {"reason": fleet.memory.failed[version]}))
+        else:
+            fleet.marked.discard(version)

@@ -82,8 +82,10 @@ def _enter_generation(turn: Turn, generation: int) -> None:
         return
     if fleet.generation is not None:
         fleet.past_generations.add(fleet.generation)
+        current = fleet.round.version if fleet.round is not None else None  # its fate is the round's
         for version in list(fleet.waiting_since):
-            endings.fail_version(turn, version, "its trainer ended before the version was committed")
+            if version != current:
+                endings.fail_version(turn, version, "its trainer ended before the version was committed")
     fleet.generation = generation
     turn.say(f"trainer generation {generation:x} begins")
 
@@ -121,12 +123,12 @@ def _let_out(turn: Turn, agent: Agent) -> None:
     fleet, window = turn.fleet, agent.status.window
     if window is None or (fleet.round is not None and fleet.round.name == window):
         return
-    orphan = fleet.orphans.get(window)
-    if orphan is not None and orphan.decided:
-        turn.send(agent.member, Commit(round=window, version=orphan.began.version))
+    ended = fleet.memory.ended.get(window)
+    if ended is not None and ended.decided:
+        turn.send(agent.member, Commit(round=window, version=ended.began.version))
     else:
-        torn = orphan is None or orphan.dirty
-        turn.send(agent.member, Abort(round=window, torn=torn, reason="the daemon was restarted during the round"))
+        torn = ended is None or ended.dirty
+        turn.send(agent.member, Abort(round=window, torn=torn, reason="the round ended while this worker was away"))
 
 
 def _raise_epoch(turn: Turn, hello: Hello) -> None:
@@ -207,6 +209,8 @@ def tend_engines(turn: Turn) -> None:
         engine.probe_at = turn.now + fleet.policy.probe
         if engine.ours_paused and fleet.attached(name) and endings.may_serve(fleet, name):
             endings.release(turn, name)
+        elif engine.paused is False and endings.must_not_serve(fleet, name):
+            endings.hold(turn, name)
         elif engine.reachable and not fleet.ranks_of(name):
             turn.call(name, Call.INIT, fleet.policy.probe * 4)
         else:

@@ -25,7 +25,7 @@ from weightsync.orchestrator.core.state import Engine, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Hello, Left, Quiesced, Ready, Staged
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, Role
 
 
 def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float) -> tuple[Fleet, list[Command]]:
@@ -42,13 +42,13 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
     for name, orphan in list(memory.open_rounds.items()):
-        fleet.orphans[name] = orphan
         for engine in orphan.began.engines:
             if engine in engines:
                 engines[engine].ours_paused = True
         if orphan.dirty and not orphan.decided:
             for writer, incarnation in orphan.writers.items():
-                fleet.unclosed[Member("trainer", "", int(writer.split("/")[1]))] = Unclosed(name, incarnation, {})
+                reach = {_named("inference", rank): of for rank, of in orphan.ranks.items()}
+                fleet.unclosed[_named("trainer", writer)] = Unclosed(name, incarnation, reach)
         _end_orphan(turn, orphan.decided, RoundEnded(
             round=name, version=orphan.began.version, attempt=orphan.began.attempt, engines=orphan.began.engines,
             evicted=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
@@ -57,12 +57,18 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     return fleet, turn.commands
 
 
+def _named(role: Role, text: str) -> Member:
+    """The member of ``role`` that prints as ``text``."""
+    engine, _, rank = text.rpartition("/")
+    return Member(role, engine if role == "inference" else "", int(rank))
+
+
 def _end_orphan(turn: Turn, decided: bool, ended: RoundEnded) -> None:
     memory = turn.fleet.memory
-    turn.append(ended)
     if decided and memory.committed != ended.version:
         turn.append(Committed(round=ended.round, version=ended.version, sequence=memory.sequence + 1))
         endings.mark_committed(turn, ended.round, ended.version, ended.engines)
+    turn.append(ended)
 
 
 def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
@@ -104,9 +110,10 @@ def _handle(turn: Turn, event: Event) -> None:
             _call_ended(turn, event)
         case MarkersSeen():
             turn.fleet.stable = event.stable
-        case Appended():
-            turn.fleet.waiting_for_journal = False
-            rounds.durable(turn)
+        case Appended(kind=kind, round=name):
+            if turn.fleet.awaited == (kind, name):
+                turn.fleet.awaited = None
+                rounds.durable(turn, name)
         case Tick():
             rounds.tick(turn)
 
@@ -127,9 +134,10 @@ def _said(turn: Turn, event: AgentSaid) -> None:
         case Announce():
             rendezvous.announced(turn, agent, message)
         case Ready():
-            rendezvous.confirmed(turn, event, agent, message)
+            rendezvous.confirmed(agent, message)
         case Staged():
             agent.staged = message
+            endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
             agent.status = msgspec.structs.replace(agent.status, window=message.round)
         case Left():

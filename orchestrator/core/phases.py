@@ -66,7 +66,8 @@ def _quiesce(turn: Turn, current: Round) -> None:
 def _mark(turn: Turn, current: Round) -> None:
     current.dirty = True
     incarnations = {str(w): turn.fleet.agents[w].hello.incarnation for w in current.writers}
-    turn.append(LiveDirty(round=current.name, writers=incarnations), answer=True)
+    reach = {str(member): incarnation for member, incarnation in current.ranks.items()}
+    turn.append_and_wait(LiveDirty(round=current.name, writers=incarnations, ranks=reach))
 
 
 def _write(turn: Turn, current: Round) -> None:
@@ -102,7 +103,7 @@ def _verify(turn: Turn, current: Round) -> None:
 def _decide(turn: Turn, current: Round) -> None:
     current.decided = True
     digests = {str(m): f"{v.digest[0]:016x}{v.digest[1]:016x}" for m, v in sorted(current.verified.items())}
-    turn.append(Decided(round=current.name, version=current.version, digests=digests), answer=True)
+    turn.append_and_wait(Decided(round=current.name, version=current.version, digests=digests))
 
 
 def _apply(turn: Turn, current: Round) -> None:
@@ -155,7 +156,7 @@ def complete(turn: Turn, current: Round) -> bool:
     """Everything that the phase waits for is here."""
     match current.phase:
         case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
-            return not turn.fleet.waiting_for_journal
+            return turn.fleet.awaited is None
         case Phase.CANCELLING:
             return advance_cancel(turn, current)
         case Phase.TEARING:

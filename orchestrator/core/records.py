@@ -1,6 +1,7 @@
 """What the journal holds, and the pure fold that a restarted daemon begins with."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable
@@ -30,6 +31,8 @@ class LiveDirty(Record, frozen=True, kw_only=True):
     round: RoundName
     writers: dict[str, int]
     """Trainer ranks that are granted → their incarnation."""
+    ranks: dict[str, int] = {}
+    """Inference ranks that they may write to → theirs."""
 
 
 class Decided(Record, frozen=True, kw_only=True):
@@ -92,17 +95,22 @@ def decode_record(body: bytes) -> AnyRecord:
 
 @dataclass(slots=True)
 class OpenRound:
-    """A round that the journal saw begin and not end."""
+    """What the journal saw of a round after its beginning."""
 
     began: RoundBegan
     dirty: bool = False
     decided: bool = False
     writers: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+REMEMBERED_ROUNDS: Final = 64
+"""Ended rounds whose fate is kept for workers that come back from inside one; each engine can be inside one only."""
 
 
 @dataclass(slots=True)
 class Memory:
-    """The fold of all records."""
+    """The fold of all records. ``ended``: the newest rounds that are over, oldest first."""
 
     epoch: int = 0
     round_number: int = 0
@@ -111,6 +119,7 @@ class Memory:
     failed: dict[Version, str] = field(default_factory=dict)
     done: set[Version] = field(default_factory=set)
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
+    ended: dict[RoundName, OpenRound] = field(default_factory=dict)
 
 
 def replay(memory: Memory, record: Record) -> None:
@@ -121,15 +130,23 @@ def replay(memory: Memory, record: Record) -> None:
         case RoundBegan(round=name) as began:
             memory.round_number = max(memory.round_number, name.number)
             memory.open_rounds[name] = OpenRound(began)
-        case LiveDirty(round=name, writers=writers):
-            memory.open_rounds[name].dirty = True
-            memory.open_rounds[name].writers = writers
+        case LiveDirty(round=name, writers=writers, ranks=ranks):
+            opened = memory.open_rounds[name]
+            opened.dirty, opened.writers, opened.ranks = True, writers, ranks
         case Decided(round=name):
             memory.open_rounds[name].decided = True
         case RoundEnded(round=name):
-            memory.open_rounds.pop(name, None)
+            _end(memory, name)
         case Committed(version=version, sequence=sequence):
             memory.committed, memory.sequence = version, sequence
             memory.done.add(version)
         case VersionFailed(version=version, reason=reason):
             memory.failed[version] = reason
+
+
+def _end(memory: Memory, name: RoundName) -> None:
+    ended = memory.open_rounds.pop(name, None)
+    if ended is not None:
+        memory.ended[name] = ended
+    while len(memory.ended) > REMEMBERED_ROUNDS:
+        del memory.ended[next(iter(memory.ended))]

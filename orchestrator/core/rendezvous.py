@@ -1,7 +1,7 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
 from weightsync.orchestrator.core.commands import Announced, Deliver, MakePlan
-from weightsync.orchestrator.core.events import AgentSaid, PlanReady, PlanRejected
+from weightsync.orchestrator.core.events import PlanReady, PlanRejected
 from weightsync.orchestrator.core.state import Agent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Ready
@@ -14,15 +14,9 @@ def announced(turn: Turn, agent: Agent, message: Announce) -> None:
         turn.fleet.engines[agent.member.engine].misfit = ""
 
 
-def confirmed(turn: Turn, event: AgentSaid, agent: Agent, message: Ready) -> None:
+def confirmed(agent: Agent, message: Ready) -> None:
     """Round 2 of one agent. An outdated confirmation is not one."""
     agent.fingerprint = message.fingerprint
-    fleet = turn.fleet
-    if fleet.plan is not None and all(fleet.is_confirmed(m) for m in fleet.plan.connects):
-        seconds = turn.now - fleet.planned_at
-        turn.say(
-            f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s"
-        )
 
 
 def evaluate(turn: Turn) -> None:
@@ -34,6 +28,7 @@ def evaluate(turn: Turn) -> None:
         _plan(turn)
     if fleet.plan is not None and not fleet.planning:
         _deliver(turn)
+        _note_complete(turn)
 
 
 def _plan(turn: Turn) -> None:
@@ -65,6 +60,15 @@ def _deliver(turn: Turn) -> None:
         if agent is not None and agent.announce is not None and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
             turn.do(Deliver(turn.cause, member, connect))
+
+
+def _note_complete(turn: Turn) -> None:
+    fleet = turn.fleet
+    if fleet.plan is None or fleet.met == fleet.plan_number or not all(map(fleet.is_confirmed, fleet.plan.connects)):
+        return
+    fleet.met = fleet.plan_number
+    agents, seconds = len(fleet.plan.connects), turn.now - fleet.planned_at
+    turn.say(f"rendezvous complete: {agents} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
 
 
 def planned(turn: Turn, event: PlanReady) -> None:

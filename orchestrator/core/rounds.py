@@ -9,7 +9,7 @@ from weightsync.orchestrator.core.state import Engine, Progress, Round
 from weightsync.orchestrator.core.transitions import TABLE, Action, Happening, Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
 def agent_said(turn: Turn, event: AgentSaid) -> None:
@@ -20,13 +20,16 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
     match message:
         case Quiesced() if event.member in current.ranks:
             current.quiesced.add(event.member)
-            happened(turn, current, Happening.QUIESCED, str(event.member), event.member)
+            why = f"{event.member} says QUIESCED before it was asked"
+            happened(turn, current, Happening.QUIESCED, why, event.member)
         case Closed() if event.member in current.writers:
-            current.closed[event.member] = message
-            happened(turn, current, Happening.CLOSED, message.error, event.member)
+            current.closed.setdefault(event.member, message)
+            why = message.error or f"{event.member} says CLOSED without a grant"
+            happened(turn, current, Happening.CLOSED, why, event.member)
         case Verified() if event.member in current.ranks:
-            current.verified[event.member] = message
-            happened(turn, current, Happening.VERIFIED, message.error, event.member)
+            current.verified.setdefault(event.member, message)
+            why = message.error or f"{event.member} says VERIFIED before it was asked"
+            happened(turn, current, Happening.VERIFIED, why, event.member)
         case Left() if event.member in current.ranks:
             current.left[event.member] = message.status
             why = f"{event.member} left the update call by itself"
@@ -90,10 +93,11 @@ def agent_lost(turn: Turn, member: Member, reason: str) -> None:
         happened(turn, current, Happening.RANK_LOST, f"{member} was lost: {reason}", member)
 
 
-def durable(turn: Turn) -> None:
-    """The record that the round waits for is on disk."""
-    if turn.fleet.round is not None:
-        happened(turn, turn.fleet.round, Happening.DURABLE, "", None)
+def durable(turn: Turn, name: RoundName | None) -> None:
+    """The record that round ``name`` waits for is on disk; it may have ended meanwhile."""
+    current = turn.fleet.round
+    if current is not None and current.name == name:
+        happened(turn, current, Happening.DURABLE, "", None)
 
 
 def tick(turn: Turn) -> None:
@@ -117,7 +121,7 @@ def happened(turn: Turn, current: Round, happening: Happening, why: str, member:
 
 
 def _note(turn: Turn, current: Round, why: str, member: Member | None) -> None:
-    if current.phase in (Phase.WRITING, Phase.VERIFYING):
+    if current.phase in (Phase.WRITING, Phase.VERIFYING):  # nowhere else can a report tear
         trouble = phases.trouble(turn, current, member)
         if trouble:
             _tear(turn, current, trouble, member)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
-from weightsync.orchestrator.core.records import Memory, OpenRound
+from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Hello, Staged, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
@@ -130,6 +130,8 @@ class Fleet:
     past_generations: set[int] = field(default_factory=set)
     stable: tuple[StableSeen, ...] = ()
     stale_said: set[StableSeen] = field(default_factory=set)
+    marked: set[Version] = field(default_factory=set)
+    """Versions whose outcome this daemon has put beside STABLE."""
     waiting_since: dict[Version, float] = field(default_factory=dict)
     """Versions that some rank staged, and since when."""
     attempts: dict[Version, int] = field(default_factory=dict)
@@ -139,15 +141,16 @@ class Fleet:
     planned_for: frozenset[tuple[Member, int, int]] = frozenset()
     """(member, incarnation, connection) of everybody in the plan."""
     plan_number: int = 0
+    met: int = 0
+    """Number of the last plan whose every member has confirmed."""
     planning: bool = False
     plan_error: str = ""
     planned_at: float = 0.0
     group: tuple[tuple[Member, int], ...] = ()
     """Members and incarnations of the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
-    orphans: dict[RoundName, OpenRound] = field(default_factory=dict)
-    """Rounds that an earlier daemon left open; workers may still wait inside them."""
     round: Round | None = None
-    waiting_for_journal: bool = False
+    awaited: tuple[str, RoundName] | None = None
+    """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     sentence: str = ""
 

@@ -6,6 +6,9 @@
 Before a grant (left of WRITING) nothing was written and the engines resume with what they had. From WRITING to the
 decision a failure tears: the engines stay paused until every writer is CLOSED and a later round repairs them. After
 DECIDING it only goes forward: an engine that fails is evicted, the others go on.
+
+Whatever agents and engines may say at a wrong time has an entry in every phase, so that no peer can end the daemon: out
+of turn it costs the round, said twice it counts once.
 """
 
 from enum import Enum, StrEnum
@@ -62,16 +65,18 @@ class Action(Enum):
 _P, _H, _A = Phase, Happening, Action
 
 _BEFORE_WRITING: Final = {
-    _H.PAUSED: _A.note, _H.QUIESCED: _A.note, _H.UPDATE_OVER: _A.cancel, _H.LEFT: _A.cancel,
-    _H.CALL_FAILED: _A.cancel, _H.WRITER_LOST: _A.cancel, _H.RANK_LOST: _A.cancel, _H.DEADLINE: _A.cancel,
+    _H.PAUSED: _A.note, _H.QUIESCED: _A.cancel, _H.CLOSED: _A.cancel, _H.VERIFIED: _A.cancel, _H.LEFT: _A.cancel,
+    _H.UPDATE_OVER: _A.cancel, _H.CALL_FAILED: _A.cancel, _H.WRITER_LOST: _A.cancel, _H.RANK_LOST: _A.cancel,
+    _H.DEADLINE: _A.cancel,
 }  # fmt: skip
 _WRITTEN: Final = {
-    _H.CLOSED: _A.note, _H.VERIFIED: _A.note, _H.LEFT: _A.tear, _H.UPDATE_OVER: _A.note, _H.CALL_FAILED: _A.note,
-    _H.RANK_LOST: _A.tear, _H.DEADLINE: _A.tear,
+    _H.QUIESCED: _A.ignore, _H.CLOSED: _A.note, _H.VERIFIED: _A.tear, _H.LEFT: _A.tear, _H.UPDATE_OVER: _A.note,
+    _H.CALL_FAILED: _A.note, _H.RANK_LOST: _A.tear, _H.DEADLINE: _A.tear,
 }  # fmt: skip
 _FORWARD: Final = {
-    _H.LEFT: _A.note, _H.UPDATE_OVER: _A.note, _H.FINISHED: _A.note, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.evict,
-    _H.WRITER_LOST: _A.ignore, _H.RANK_LOST: _A.evict, _H.DEADLINE: _A.evict_missing,
+    _H.QUIESCED: _A.ignore, _H.CLOSED: _A.ignore, _H.VERIFIED: _A.ignore, _H.LEFT: _A.note, _H.UPDATE_OVER: _A.note,
+    _H.FINISHED: _A.note, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.evict, _H.WRITER_LOST: _A.ignore,
+    _H.RANK_LOST: _A.evict, _H.DEADLINE: _A.evict_missing,
 }  # fmt: skip
 _BACKWARD: Final = {
     _H.PAUSED: _A.ignore, _H.QUIESCED: _A.ignore, _H.CLOSED: _A.note, _H.VERIFIED: _A.ignore, _H.LEFT: _A.note,
@@ -81,10 +86,10 @@ _BACKWARD: Final = {
 
 TABLE: Final[dict[Phase, dict[Happening, Action]]] = {
     _P.PAUSING: _BEFORE_WRITING,
-    _P.QUIESCING: _BEFORE_WRITING,
-    _P.MARKING: {**_BEFORE_WRITING, _H.DURABLE: _A.note},
+    _P.QUIESCING: {**_BEFORE_WRITING, _H.QUIESCED: _A.note},
+    _P.MARKING: {**_BEFORE_WRITING, _H.QUIESCED: _A.ignore, _H.DURABLE: _A.note},
     _P.WRITING: {**_WRITTEN, _H.WRITER_LOST: _A.tear},
-    _P.VERIFYING: {**_WRITTEN, _H.WRITER_LOST: _A.ignore},
+    _P.VERIFYING: {**_WRITTEN, _H.CLOSED: _A.ignore, _H.VERIFIED: _A.note, _H.WRITER_LOST: _A.ignore},
     _P.DECIDING: {**_FORWARD, _H.DURABLE: _A.note, _H.LEFT: _A.evict, _H.CALL_FAILED: _A.note},
     _P.APPLYING: {**_FORWARD, _H.CALL_FAILED: _A.note},
     _P.FINISHING: _FORWARD,

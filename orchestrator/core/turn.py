@@ -5,7 +5,7 @@ from typing import Literal
 
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import Record, replay
+from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Record, replay
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.messages import FromDaemon
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -31,11 +31,16 @@ class Turn:
         if member in self.fleet.agents:
             self.commands.append(Send(self.cause, member, message))
 
-    def append(self, record: Record, *, answer: bool = False) -> None:
+    def append(self, record: Record) -> None:
         """Into the journal, and into our memory of it."""
         replay(self.fleet.memory, record)
-        self.fleet.waiting_for_journal |= answer
-        self.commands.append(Append(self.cause, record, answer))
+        self.commands.append(Append(self.cause, record))
+
+    def append_and_wait(self, record: LiveDirty | Decided | Committed) -> None:
+        """As ``append``; the round goes on when the record is durable."""
+        replay(self.fleet.memory, record)
+        self.fleet.awaited = (type(record).__name__, record.round)
+        self.commands.append(Append(self.cause, record, answer=True))
 
     def call(
         self,

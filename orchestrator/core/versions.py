@@ -25,6 +25,7 @@ def staged(fleet: Fleet) -> Version | None:
 
 def evaluate(turn: Turn) -> None:
     """Begin a round if one is due; fail versions that waited too long."""
+    endings.mark_again(turn)
     _note_stale_markers(turn)
     _note_waiting(turn)
     version = staged(turn.fleet)

@@ -466,6 +466,8 @@ class World:
         self.later(3.0, lambda: self.publish(generation))
 
     def kill_trainer(self) -> None:
+        if not any(agent.alive for agent in self.trainer_ranks):
+            return  # its next start is on the way
         self.log.append(f"{self.now:9.3f} the trainer dies")
         for agent in self.trainer_ranks:
             agent.alive = False
