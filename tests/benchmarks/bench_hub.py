@@ -24,21 +24,18 @@ import json
 import logging
 import math
 import multiprocessing
-import multiprocessing.connection
-import resource
 import socket
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import numpy as np
 import structlog
+from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
 from weightsync.agents.control import ControlClient
 from weightsync.agents.control_connection import Connection
 from weightsync.orchestrator.protocol.codec import encode
@@ -73,10 +70,7 @@ MANY: Final = 2048
 
 BARRIERS_PER_REPEAT: Final = 100
 SPG_REPEATS: Final = 3
-SETUP_SECONDS: Final = 120.0
-DESCRIPTORS_BESIDE_SOCKETS: Final = 256
 
-Pipe = multiprocessing.connection.Connection
 VERSION: Final = Version(1, 1)
 
 
@@ -154,40 +148,6 @@ def measure_hub(agents: int) -> HubResult:
                     result.barriers.append([barrier for barrier, _ in barriers])
                     result.spans.append([span for _, span in barriers])
     return result
-
-
-class Child:
-    """``function(pipe, *arguments)`` in a process of its own; ended by closing the pipe."""
-
-    def __init__(self, function: Callable[..., None], *arguments: object) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=function, args=(theirs, *arguments))
-        self._process.start()
-        theirs.close()
-
-    def receive(self) -> Any:
-        if not self._pipe.poll(SETUP_SECONDS):
-            raise TimeoutError(f"the {self._process.name} said nothing for {SETUP_SECONDS} s")
-        return self._pipe.recv()
-
-    def __enter__(self) -> "Child":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join(SETUP_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-def allow_sockets(agents: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = agents + DESCRIPTORS_BESIDE_SOCKETS
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        sys.exit(f"{agents} agents need {needed} file descriptors; the hard limit is {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def serve(pipe: Pipe, token_file: Path, agents: int) -> None:
@@ -361,15 +321,6 @@ def announce_of(size: int) -> Announce:
             return announce
         tensors += (Tensor(f"model.layers.{len(tensors)}.self_attn.q_proj.weight", "bfloat16", (4096, 4096)),)
         rows += bytes(8 * ROW_COLUMNS)
-
-
-async def closed(pipe: Pipe) -> None:
-    """Wait until the other end of ``pipe`` is closed."""
-    done = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pipe.fileno(), done.set)
-    await done.wait()
-    loop.remove_reader(pipe.fileno())
 
 
 # ----------------------------------------------------------------------------------------- vLLM's StatelessProcessGroup
