@@ -30,7 +30,7 @@ from weightsync.agents.trainer.state import current_state
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BATCH, LENGTH = 4, 32
 LEARNING_RATE: Final = 3e-3
-"""High for training, right for a demonstration: a few steps change the tokens that an engine chooses."""
+"""Of a tiny model: a few steps change the tokens that an engine chooses. A wider one needs a lower rate."""
 
 ALWAYS_FLOAT32: Final = ("e_score_correction_bias",)
 """What checkpoints of the known models store in float32 whatever their dtype."""
@@ -66,7 +66,8 @@ def _run(options: argparse.Namespace, rank: int, world: int) -> int:
     )
     failed = False
     try:
-        trainer = Trainer(model, forward, rank, options.seed)
+        tokens = training_tokens(model, options.tokens, options.seed, rank, world)
+        trainer = Trainer(model, forward, tokens, options.learning_rate)
         for step in range(1, options.steps + 1):
             loss = trainer.step()
             _say(rank, f"step {step} loss {loss:.4f}")
@@ -111,15 +112,22 @@ def shard(model: nn.Module, world: int, forward: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-class Trainer:
-    """Next-token prediction on a fixed batch: each rank has its own rows of it."""
+def training_tokens(model: nn.Module, file: Path | None, seed: int, rank: int, world: int) -> torch.Tensor:
+    """This rank's rows, int64[rows, length]: every ``world``-th of ``file``'s (JSON, rows of one length), or random."""
+    if file is not None:
+        return torch.tensor(json.loads(file.read_text())[rank::world])
+    generator = torch.Generator().manual_seed(seed + 1000 + rank)
+    return torch.randint(0, int(model.config.vocab_size), (BATCH, LENGTH), generator=generator)  # type: ignore[union-attr,arg-type]
 
-    def __init__(self, model: nn.Module, forward: torch.dtype, rank: int, seed: int) -> None:
+
+class Trainer:
+    """Next-token prediction on a fixed batch: ``tokens`` are this rank's rows of it."""
+
+    def __init__(self, model: nn.Module, forward: torch.dtype, tokens: torch.Tensor, learning_rate: float) -> None:
         self._model = model
         self._forward = forward
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
-        generator = torch.Generator().manual_seed(seed + 1000 + rank)
-        self._tokens = torch.randint(0, int(model.config.vocab_size), (BATCH, LENGTH), generator=generator)  # type: ignore[union-attr,arg-type]
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, foreach=False)
+        self._tokens = tokens
 
     def step(self) -> float:
         """One optimiser step; the mean loss over all ranks before it."""
@@ -181,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-config", type=Path, required=True, metavar="DIR", help="directory with a Hugging Face config.json")
     add("--steps", type=int, default=5)
     add("--publish-every", type=int, default=1, metavar="STEPS")
+    add("--tokens", type=Path, metavar="PATH", help="JSON file with rows of token ids to train on (default: random)")
+    add("--learning-rate", type=float, default=LEARNING_RATE)
     add("--save-checkpoints", type=Path, metavar="DIR", help="save each published version as a checkpoint below DIR")
     add("--forward-dtype", choices=sorted(DTYPES), default="bfloat16")
     add("--min-sharded-bytes", type=int, default=SlotOptions().min_sharded_bytes)

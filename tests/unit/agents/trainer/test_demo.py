@@ -84,3 +84,9 @@ def test_it_trains_on_when_a_version_is_not_taken_and_says_so_in_its_exit_code(r
     out = capsys.readouterr().out
     assert "step 1 was not published: no engine is left" in out
     assert "step 2 loss" in out
+
+
+def test_ranks_share_the_rows_of_a_file(tmp_path):
+    (tmp_path / "tokens.json").write_text("[[1, 2], [3, 4], [5, 6]]")
+    rows = [demo.training_tokens(None, tmp_path / "tokens.json", 0, rank, 2).tolist() for rank in range(2)]
+    assert rows == [[[1, 2], [5, 6]], [[3, 4]]]
