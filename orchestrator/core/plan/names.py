@@ -2,9 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
-from operator import attrgetter, itemgetter
-from typing import Final, TypeVar, cast
+from operator import attrgetter
+from typing import Final, cast
 
 import msgspec
 import numpy as np
@@ -19,9 +18,6 @@ MAX_BYTES: Final = 1 << 50
 """Of one tensor, region or stride: keeps every sum of addresses within int64."""
 
 NO_LAYER: Final = -1
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
 _encoder = msgspec.msgpack.Encoder()
 _layer = re.compile(r"\.(\d{1,6})\.").search
 _name = attrgetter("name")
@@ -70,16 +66,15 @@ class Names:
         digest = hashlib.sha256(_encoder.encode(tensors)).digest()
         known = self._tables.get(digest)
         if known is None:
-            try:
-                numbers = _pick(self._index, tensors)
-            except KeyError:
-                self._add(party.member, tensors)
-                numbers = _pick(self._index, tensors)
+            numbers = list(map(self._index.get, tensors))
+            if None in numbers:
+                self._add(party.member, [t for t, number in zip(tensors, numbers, strict=True) if number is None])
+                numbers = list(map(self._index.get, tensors))
             known = self._tables[digest] = np.array(numbers, np.int32)
         return known, digest
 
-    def _add(self, member: Member, tensors: tuple[Tensor, ...]) -> None:
-        fresh = list(dict.fromkeys([t for t in tensors if t not in self._index]))
+    def _add(self, member: Member, unknown: list[Tensor]) -> None:
+        fresh = list(dict.fromkeys(unknown))
         declared = list(map(self._by_name.get, map(_name, fresh)))
         if any(number is not None for number in declared):
             self._explain_difference(member, fresh, declared)
@@ -136,17 +131,9 @@ def _declared_twice(tensors: list[Tensor]) -> str:
     return ""
 
 
-def _pick(table: dict[Key, Value], keys: Sequence[Key]) -> tuple[Value, ...]:
-    """``tuple(table[k] for k in keys)``, without a Python step per key.
-
-    Raises:
-        KeyError: a key is not in the table.
-    """
-    if len(keys) > 1:
-        return cast(tuple[Value, ...], itemgetter(*keys)(table))
-    return tuple(table[k] for k in keys)
-
-
 def _layer_of(name: str) -> int:
+    parts = name.split(".", 3)
+    if len(parts) == 4 and parts[2].isdecimal() and not parts[1].isdecimal() and len(parts[2]) < 7:
+        return int(parts[2])  # model.layers.N.…: most names, and quicker than the expression.
     found = _layer(name)
     return int(found.group(1)) if found else NO_LAYER

@@ -55,7 +55,7 @@ class Proof:
     def __init__(self, targets: Sequence[Told], forms: FormTable) -> None:
         self.targets = targets
         self.forms = forms
-        self.number = {told.member.party.member: i for i, told in enumerate(targets)}
+        self.number = {id(told.member): i for i, told in enumerate(targets)}
         self.staging = np.array([told.member.party.layout.staging for told in targets], np.int64)
         self.first = starts(np.array([len(told.member.rows.form) for told in targets], np.int64))
         nothing = np.zeros(0, np.int32)
@@ -78,7 +78,7 @@ class Proof:
         if len(source.table) == 0:
             return
         member, columns, own = source.member.party.member, np.ascontiguousarray(source.table.T), source.member.rows
-        peers = np.array([self.number.get(p.party.member, -1) for p in source.peers], np.int64)
+        peers = np.array([self.number.get(id(peer), -1) for peer in source.peers], np.int64)
         _check_range(source, columns[COPY_ROW], len(own.form))
         _check_range(source, columns[COPY_PEER], len(peers))
         target = peers[columns[COPY_PEER]]

@@ -39,6 +39,10 @@ class Tables:
         self._units = units
         self._of_source = [unit.of_source(len(sources)).tolist() for unit in units]
         self._first_shape = starts(np.array([len(unit.shapes.bytes) for unit in units], np.int64))
+        self._source_rank = _ranks(sources)
+        targets = [target for unit in units for target in unit.targets]
+        first = starts(np.array([len(unit.targets) for unit in units], np.int64))
+        self._targets, self._first_target, self._target_rank = targets, first, _ranks(targets)
         self._box = np.concatenate([np.zeros((0, 2 * MAX_RANK), np.int64), *(u.shapes.box for u in units)])
         self._stride = np.concatenate([np.zeros((0, MAX_RANK), np.int64), *(u.shapes.stride for u in units)])
 
@@ -51,10 +55,11 @@ class Tables:
         mine = [(i, rows) for i, rows in mine if rows.stop > rows.start]
         if not mine:
             return Told(self._sources[number], (), np.zeros((0, COPY_COLUMNS), np.int64), NOTHING)
-        peers, position = _positions(
-            [self._units[i].targets for i, _ in mine], [self._units[i].target[rows] for i, rows in mine]
+        peers, peer = _peers(
+            self._targets,
+            self._target_rank,
+            np.concatenate([self._units[i].target[rows] + self._first_target[i] for i, rows in mine]),
         )
-        peer = np.concatenate([p[self._units[i].target[rows]] for p, (i, rows) in zip(position, mine, strict=True)])
         group = np.concatenate([self._units[i].group[rows] for i, rows in mine])
         order = stable_order(group * len(peers) + (peer - number) % len(peers), MAX_GROUPS * len(peers))
         shape = np.concatenate([self._units[i].shape[rows] + self._first_shape[i] for i, rows in mine])[order]
@@ -86,12 +91,14 @@ class Tables:
             limits = np.searchsorted(unit.target[by_target], np.arange(len(unit.targets) + 1, dtype=np.int32)).tolist()
             for number, target in enumerate(unit.targets):
                 mine = by_target[limits[number] : limits[number + 1]]
-                peers, (position,) = _positions([self._sources], [unit.source[mine]])
-                mine = mine[unit.staged_target[mine] >= 0]
+                peers, peer = _peers(self._sources, self._source_rank, unit.source[mine])
+                packed = unit.staged_target[mine] >= 0
+                mine, peer = mine[packed], peer[packed]
                 # Staging was given out in the order of sources, so that the unit's order is the place's.
-                mine = mine[stable_order(unit.group[mine], MAX_GROUPS)]
+                order = stable_order(unit.group[mine], MAX_GROUPS)
+                mine, peer = mine[order], peer[order]
                 table = np.zeros((len(mine), COPY_COLUMNS), np.int64)
-                table[:, COPY_PEER] = position[unit.source[mine]]
+                table[:, COPY_PEER] = peer
                 table[:, COPY_ROW] = unit.target_row[mine]
                 table[:, COPY_GROUP] = unit.group[mine]
                 table[:, COPY_STAGED] = unit.staged_target[mine]
@@ -99,15 +106,17 @@ class Tables:
                 yield Told(target, peers, table, NOTHING)
 
 
-def _positions(parties: Sequence[Sequence[Decoded]], used: Sequence[Ids]) -> tuple[tuple[Decoded, ...], list[Ints]]:
-    """Those parties of each list whose indices are ``used``, all sorted by member, and per list the place of each of
-    its parties among them (-1 if unused)."""
-    present = [np.flatnonzero(np.bincount(u, minlength=1)).tolist() for u in used]
-    found = [
-        (p[i].party.member, nth, i) for nth, (p, some) in enumerate(zip(parties, present, strict=True)) for i in some
-    ]
-    found.sort()
-    position = [np.full(len(p), -1, np.int64) for p in parties]
-    for place, (_, nth, i) in enumerate(found):
-        position[nth][i] = place
-    return tuple(parties[nth][i] for _, nth, i in found), position
+def _ranks(parties: Sequence[Decoded]) -> Ints:
+    """The place of each party among all of them, sorted by member."""
+    ranks = np.empty(len(parties), np.int64)
+    ranks[sorted(range(len(parties)), key=lambda i: parties[i].party.member)] = np.arange(len(parties))
+    return ranks
+
+
+def _peers(parties: Sequence[Decoded], rank: Ints, used: Ids | Ints) -> tuple[tuple[Decoded, ...], Ints]:
+    """Those of ``parties`` that ``used`` points to, sorted by member, and for each pointer the place among them."""
+    present = np.flatnonzero(np.bincount(used, minlength=len(parties)))
+    present = present[np.argsort(rank[present])]
+    position = np.full(len(parties), -1, np.int64)
+    position[present] = np.arange(len(present))
+    return tuple(parties[i] for i in present.tolist()), position[used]
