@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import Committed
+from weightsync.orchestrator.core.records import Committed, RoundBegan
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.protocol.messages import Grant
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
         match command:
             case CallEngine(call=Call.RESUME):
                 _resume_is_safe(fleet, command)
+            case Append(record=RoundBegan(round=name)):
+                _begin_is_safe(fleet, name)
             case Send(message=Grant()):
                 _grant_is_safe(fleet, command)
             case Append(record=Committed(version=version)):
@@ -56,6 +58,12 @@ def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
             f"S1: resume of {command.engine}, whose ranks hold {version} (committed {fleet.memory.committed}, "
             f"decided {decided})"
         )
+
+
+def _begin_is_safe(fleet: Fleet, name: RoundName) -> None:
+    if fleet.unclosed:
+        writers = sorted(map(str, fleet.unclosed))
+        raise InvariantViolation(f"S2: round {name} begins while {writers} have not closed an earlier grant")
 
 
 def _grant_is_safe(fleet: Fleet, command: Send) -> None:

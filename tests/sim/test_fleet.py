@@ -52,7 +52,9 @@ def test_without_faults_version_after_version_is_committed() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_engine_ever_serves_a_mixture_and_all_recover(seed: int) -> None:
-    world = World(seed, engines=1 + seed % 3, ranks=1 + seed % 2, trainers=1 + seed % 2, faults=0.02)
+    world = World(
+        seed, engines=1 + seed % 3, ranks=1 + seed % 2, trainers=1 + seed % 2, faults=0.02, guarded=seed % 4 < 2
+    )
     disturb(world, FAULTY_SECONDS)
     world.run(FAULTY_SECONDS)
     world.faults = 0.0

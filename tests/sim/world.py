@@ -196,7 +196,8 @@ class Trainer(Agent):
                 pass
 
     def _write(self, grant: Grant) -> None:
-        if self.open is not None or self.staged != grant.version or grant.round.epoch != self.epoch:
+        busy = self.open is not None and self.world.guarded
+        if busy or self.staged != grant.version or grant.round.epoch != self.epoch:
             self.say(Closed(round=grant.round, error="the slots hold another version", fault="trainer"))
             return
         self.open = grant.round
@@ -236,14 +237,27 @@ class Server:
 
 
 class World:
-    """Everything, and the clock."""
+    """Everything, and the clock.
+
+    Agents and engines refuse by themselves what would do harm: a resume of what is not servable, a second grant. In a
+    world that is not ``guarded`` they do not, so that the daemon is judged alone.
+    """
 
     SHORT = 0.2
 
-    def __init__(self, seed: int, engines: int = 2, ranks: int = 2, trainers: int = 2, faults: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        engines: int = 2,
+        ranks: int = 2,
+        trainers: int = 2,
+        faults: float = 0.0,
+        *,
+        guarded: bool = True,
+    ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
-        self.faults, self.trainers, self.ranks = faults, trainers, ranks
+        self.faults, self.trainers, self.ranks, self.guarded = faults, trainers, ranks, guarded
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._ids = itertools.count(1)
@@ -517,10 +531,13 @@ class World:
             self.later(0.0, lambda: self._step(event, life))
 
         name, call = command.engine, command.call
-        self.later(self.short(), lambda: self._route(command, answer))
+        server = self.servers[name]
+        self.later(self.short(), lambda: self._route(command, server, answer))
 
-    def _route(self, command: CallEngine, answer: Callable[..., None]) -> None:
-        server = self.servers[command.engine]
+    def _route(self, command: CallEngine, server: Server, answer: Callable[..., None]) -> None:
+        if self.servers[command.engine] is not server:
+            answer(False)  # a call ends with the process that it was made to
+            return
         workers = [w for w in self.workers.values() if w.member.engine == server.name]
         if self.fault("call refused"):
             answer(False)
@@ -540,7 +557,7 @@ class World:
             case Call.FINISH:
                 answer(True)
             case Call.RESUME:
-                servable = all(w.may_run for w in workers)
+                servable = not self.guarded or all(w.may_run for w in workers)
                 if servable:
                     server.paused = False
                 answer(servable, server.paused)

@@ -1,0 +1,258 @@
+"""A small fleet that the tests drive through the real core by hand: one trainer rank, engines of one rank each."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Deliver, MakePlan, Say, Send, WriteMarker
+from weightsync.orchestrator.core.events import (
+    AgentConnected,
+    AgentLost,
+    AgentSaid,
+    Appended,
+    Call,
+    CallDone,
+    CallFailed,
+    Event,
+    MarkersSeen,
+    PlanFacts,
+    PlanReady,
+    StableSeen,
+    Tick,
+)
+from weightsync.orchestrator.core.machine import start, step
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.core.records import AnyRecord, Record
+from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Closed,
+    Connect,
+    EngineStatus,
+    FromAgent,
+    FromDaemon,
+    Hello,
+    Left,
+    NixlSettings,
+    PeerTransfer,
+    Quiesced,
+    Ready,
+    Staged,
+    TrainerStatus,
+    Verified,
+)
+from weightsync.orchestrator.protocol.names import Member, Version
+
+TRAINER = Member("trainer", "", 0)
+GENERATION = 7
+BYTES = 100
+DIGEST = (11, 13)
+
+
+def policy_for(engines: Iterable[str], **more: Any) -> Policy:
+    return Policy("unit", tuple(EngineConfig(name) for name in engines), NixlSettings(), **more)
+
+
+@dataclass
+class Driven:
+    """The fleet, its clock, and everything that it commanded. Calls to engines are answered by the test alone."""
+
+    engines: tuple[str, ...] = ("e0",)
+    records: list[AnyRecord] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.ids = itertools.count(1)
+        self.policy = policy_for(self.engines, **self.options)
+        self.fleet: Fleet
+        self.fleet, self.commands = start(self.policy, "journal", self.records, self.now)
+        self.connections: dict[Member, int] = {}
+        self.incarnations: dict[Member, int] = {}
+
+    # --------------------------------------------------------------------------------------------------------- events
+    def happens(self, *events: Event) -> list[Command]:
+        fresh = step(self.fleet, events, self.now)
+        self.commands.extend(fresh)
+        return fresh
+
+    def id(self) -> int:
+        return next(self.ids)
+
+    def connect(
+        self, member: Member, status: TrainerStatus | EngineStatus | None = None, **hello: Any
+    ) -> list[Command]:
+        """A Hello on a new connection; of the same process as before, unless ``hello`` says otherwise."""
+        self.connections[member] = connection = self.id()
+        trainer = member.role == "trainer"
+        said = Hello(**{
+            "schema": 1, "run_id": "unit", "member": member, "world": 1,
+            "incarnation": self.incarnations.get(member, 100 + member.rank), "generation": GENERATION if trainer else 0,
+            "trainer": status or TrainerStatus() if trainer else None,
+            "engine": None if trainer else status or EngineStatus(), **hello,
+        })  # fmt: skip
+        self.incarnations[member] = said.incarnation
+        return self.happens(AgentConnected(self.id(), member, connection, said))
+
+    def says(self, member: Member, message: FromAgent) -> list[Command]:
+        return self.happens(AgentSaid(self.id(), member, self.connections[member], message))
+
+    def loses(self, member: Member) -> list[Command]:
+        return self.happens(AgentLost(self.id(), member, self.connections[member], "reset"))
+
+    def answers(self, engine: str, call: Call, paused: bool | None = None) -> list[Command]:
+        """The engine's answer to the call of this kind that is under way."""
+        number = self.fleet.engines[engine].calls[call]
+        return self.happens(CallDone(self.id(), engine, call, number, 0.01, paused))
+
+    def fails(self, engine: str, call: Call, reason: str = "500") -> list[Command]:
+        number = self.fleet.engines[engine].calls[call]
+        return self.happens(CallFailed(self.id(), engine, call, number, reason))
+
+    def durable(self) -> list[Command]:
+        assert self.fleet.awaited is not None
+        return self.happens(Appended(self.id(), *self.fleet.awaited))
+
+    def passes(self, seconds: float) -> list[Command]:
+        self.now += seconds
+        return self.happens(Tick(self.id()))
+
+    # ----------------------------------------------------------------------------------------------- towards a round
+    def join(self) -> None:
+        """Everybody connects and announces; the plan is made and confirmed."""
+        self.connect(TRAINER)
+        self.says(TRAINER, Announce(layout=Layout((), (), b"")))
+        for name in self.engines:
+            self.happens(Tick(self.id()))
+            self.answers(name, Call.PROBE, True)
+            self.connect(rank(name))
+            self.says(rank(name), Announce(layout=Layout((), (), b"")))
+        self.plan()
+
+    def plan(self) -> None:
+        """Answer the newest MakePlan, and confirm for everybody."""
+        wanted = [command for command in self.commands if isinstance(command, MakePlan)][-1]
+        self.happens(PlanReady(self.id(), wanted.number, facts_for(wanted)))
+        for command in [command for command in self.commands if isinstance(command, Deliver)]:
+            if self.fleet.agents[command.member].delivered == command.connect.fingerprint:
+                self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
+
+    def stage(self, number: int = 1) -> Version:
+        """The trainer has staged a step and marked it."""
+        version = Version(GENERATION, number)
+        self.says(TRAINER, Staged(version=version, bytes=BYTES, convert_seconds=0.1, digest_seconds=0.1))
+        self.happens(MarkersSeen(self.id(), (StableSeen(number, GENERATION),)))
+        return version
+
+    def settle(self) -> None:
+        """Answer every probe and init, so that nothing but the round is under way."""
+        for name, engine in self.fleet.engines.items():
+            for call in (Call.PROBE, Call.INIT):
+                if call in engine.calls:
+                    self.answers(name, call, True if call is Call.PROBE else None)
+
+    @property
+    def round(self) -> Round:
+        assert self.fleet.round is not None
+        return self.fleet.round
+
+    def to(self, phase: Phase) -> Round:
+        """Go on as a round without trouble does, until it is in ``phase``."""
+        if self.fleet.round is None:
+            self.join()
+            self.settle()
+            self.stage()
+            self.settle()
+        going = self.round
+        while going.phase is not phase:
+            self._forward(going)
+        return going
+
+    def _forward(self, going: Round) -> None:
+        version, everybody = going.version, [rank(name) for name in self.engines]
+        match going.phase:
+            case Phase.PAUSING:
+                self.each(lambda name: self.answers(name, Call.PAUSE, True))
+            case Phase.QUIESCING:
+                for member in everybody:
+                    self.says(member, Quiesced(round=going.name))
+            case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
+                self.durable()
+            case Phase.WRITING:
+                self.says(TRAINER, self.closed())
+            case Phase.VERIFYING:
+                for member in everybody:
+                    self.says(member, self.verified())
+            case Phase.APPLYING:
+                for member in everybody:
+                    self.says(member, Left(round=going.name, status=EngineStatus(applied=version)))
+                self.each(lambda name: self.answers(name, Call.UPDATE))
+            case Phase.FINISHING:
+                self.each(lambda name: self.answers(name, Call.FINISH))
+            case Phase.RESUMING:
+                self.each(lambda name: self.answers(name, Call.RESUME, False))
+            case other:
+                raise AssertionError(f"nothing leads on from {other}")
+
+    def each(self, work: Callable[[str], object]) -> None:
+        for name in self.engines:
+            work(name)
+
+    def closed(self, **more: Any) -> Closed:
+        """What an honest writer says at the end of the round's grant."""
+        peers = tuple(PeerTransfer(rank(name), BYTES, 1, 0.01, DIGEST) for name in self.engines)
+        return Closed(**{"round": self.round.name, "peers": peers, **more})
+
+    def verified(self, **more: Any) -> Verified:
+        """What an honest worker finds."""
+        found = {
+            "round": self.round.name,
+            "digest": DIGEST,
+            "bytes": BYTES,
+            "apply_seconds": 0.0,
+            "digest_seconds": 0.0,
+        }
+        return Verified(**{**found, **more})
+
+    # ------------------------------------------------------------------------------------------------ what was wanted
+    def written(self) -> list[Record]:
+        return [command.record for command in self.commands if isinstance(command, Append)]
+
+    def sent(self, member: Member, kind: type[FromDaemon]) -> list[Any]:
+        sends = [command for command in self.commands if isinstance(command, Send) and command.member == member]
+        return [send.message for send in sends if isinstance(send.message, kind)]
+
+    def called(self, engine: str, call: Call) -> int:
+        return sum(isinstance(c, CallEngine) and (c.engine, c.call) == (engine, call) for c in self.commands)
+
+    def marked(self) -> list[tuple[str, Version]]:
+        return [(command.kind, command.version) for command in self.commands if isinstance(command, WriteMarker)]
+
+    def told(self) -> str:
+        return "\n".join(command.sentence for command in self.commands if isinstance(command, Say))
+
+
+def rank(engine: str, number: int = 0) -> Member:
+    return Member("inference", engine, number)
+
+
+def facts_for(wanted: MakePlan) -> PlanFacts:
+    """Everybody sends to everybody."""
+    parties = (*wanted.sources, *wanted.targets)
+    connects = {
+        party.member: Connect(
+            fingerprint=f"{wanted.number} {party.member}", root="root", peers=(), copies=b"", expected_bytes=BYTES
+        )
+        for party in parties
+    }
+    flows = {(s.member, t.member): BYTES for s in wanted.sources for t in wanted.targets}
+    return PlanFacts("root", connects, flows, True)
+
+
+@pytest.fixture
+def drive() -> type[Driven]:
+    return Driven
