@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 
@@ -16,15 +17,22 @@ import torch.distributed as dist
 from torch import nn
 from weightsync.agents.agent import Agent, ControlAddress, Identity
 from weightsync.agents.trainer.body import TrainerBody
+from weightsync.agents.trainer.errors import ReplicaFailed
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
+from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.state import current_state
+from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
 
 __all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
+
+BUSY: Final = "busy: "
+"""How a rank tells the others that waiting helps."""
 
 CONNECT_SECONDS: Final = 60.0
 """For the daemon's first Welcome; the daemon may start after the trainer."""
@@ -67,24 +75,38 @@ class TrainerAgent:
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        self._state = source.state_dict if isinstance(source, nn.Module) else source
+        self._source = source
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group
         self._publish_seconds = publish_seconds
-        self._generation = self._agree_generation()
+        self._generation = agree_on(secrets.randbits(62), process_group)
         self.slots = TrainerSlots(self._state(), table, options=options, rank=rank, world=world)
-        member = Member("trainer", "", rank)
-        self._body = TrainerBody(member, self.slots, run_dir)
-        identity = Identity(run_id, member, world, self._generation)
-        self._agent = Agent(identity, ControlAddress(hub_url, token_file), self._body)
-        self._body.agent = self._agent
-        self._agent.start()
+        warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         self._last: Publication | None = None
+        self._steps: set[int] = set()
+        senders = [n for n, says in enumerate(gather_texts(str(self.slots.primary), process_group)) if says == "True"]
+        self._body: TrainerBody | None = None
+        self._agent: Agent | None = None
+        if self.slots.primary:
+            member = Member("trainer", "", senders.index(rank))
+            self._start(Identity(run_id, member, len(senders), self._generation), ControlAddress(hub_url, token_file))
+            self._await_welcome(connect_seconds)
+
+    def _start(self, identity: Identity, address: ControlAddress) -> None:
+        self._body = TrainerBody(identity.member, self.slots, self._run_dir)
+        self._agent = self._body.agent = Agent(identity, address, self._body)
+        self._agent.start()
+
+    def _await_welcome(self, seconds: float) -> None:
+        assert self._agent is not None
         try:
-            self._agent.wait_welcome(connect_seconds)
+            self._agent.wait_welcome(seconds)
         except BaseException:
             self._agent.close("no Welcome")
             raise
+
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        return current_state(self._source)
 
     @property
     def generation(self) -> int:
@@ -102,17 +124,23 @@ class TrainerAgent:
             BusyError: an earlier ``publish_async`` has not ended.
         """
         began = time.monotonic()
-        publication = self.publish_async(step)
-        return publication.wait(max(0.1, self._publish_seconds - (time.monotonic() - began)))
+        try:
+            with leave_together(self._group):
+                publication = self.publish_async(step)
+                sequence = publication.wait(max(0.1, self._publish_seconds - (time.monotonic() - began)))
+        except ReplicaFailed as error:
+            raise PublishError(str(error)) from error
+        return agree_on(sequence, self._group)
 
     def publish_async(self, step: int) -> Publication:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
         version = Version(self._generation, step)
         # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-        self._together(version, self._claim_slots)
+        self._together(version, lambda: self._claim_slots(step))
         # … and after, so that STABLE speaks for all.
         self._together(version, lambda: self._stage(version))
-        publication = Publication(version, self._agent.call(lambda: self._body.staged(version)))
+        self._steps.add(step)
+        publication = Publication(version, self._report(version))
         if self._rank == 0:
             write_stable(self._run_dir, self._run_id, version)
         self._last = publication
@@ -120,16 +148,30 @@ class TrainerAgent:
 
     def close(self) -> None:
         """Leave the fleet. Slots are freed only when no write of ours is in flight."""
-        self._agent.close("the trainer closed its agent")
+        if self._agent is not None:
+            self._agent.close("the trainer closed its agent")
 
-    def _claim_slots(self) -> None:
+    def _report(self, version: Version) -> "Future[int]":
+        """STAGED; a replica that sends nothing learns the version's fate from the others, in ``publish``."""
+        if self._agent is None or self._body is None:
+            nothing: Future[int] = Future()
+            nothing.set_result(0)
+            return nothing
+        body = self._body
+        return self._agent.call(lambda: body.staged(version))
+
+    def _claim_slots(self, step: int) -> None:
+        if step in self._steps:
+            raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
+        self.slots.check(self._state())
+        if self._agent is None or self._body is None:
+            return
         if self._agent.failure is not None:
             raise PublishError(f"the agent of rank {self._rank} has ended: {self._agent.failure}")
         if self._last is not None and not self._last.done():
             raise BusyError(f"{self._last.version} has not ended")
         if not self._agent.call(self._body.claim):
             raise BusyError("a write from the slots is still in flight")
-        self.slots.check(self._state())
 
     def _stage(self, version: Version) -> None:
         began = time.monotonic()
@@ -137,8 +179,9 @@ class TrainerAgent:
             self.slots.convert(self._state())
         self._synchronise()
         converted = time.monotonic()
-        self._body.prepare(version)
-        self._body.timings = (converted - began, time.monotonic() - converted)
+        if self._body is not None:
+            self._body.prepare(version)
+            self._body.timings = (converted - began, time.monotonic() - converted)
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
@@ -146,27 +189,16 @@ class TrainerAgent:
 
     def _together(self, version: Version, work: Callable[[], None]) -> None:
         """All ranks succeed, or all raise: one collective, reached on every path."""
-        trouble, busy = "", False
+        trouble = ""
         try:
             work()
         except BusyError as error:
-            trouble, busy = str(error), True
+            trouble = f"{BUSY}{error}"
         except Exception as error:
             log.exception("rank %d cannot stage %s", self._rank, version)
             trouble = f"{type(error).__name__}: {error}"
-        troubles = [trouble]
-        if self._world > 1:
-            gathered: list[str | None] = [None] * self._world
-            dist.all_gather_object(gathered, trouble, group=self._group)
-            troubles = [entry or "" for entry in gathered]
-        wrong = {rank: text for rank, text in enumerate(troubles) if text}
+        wrong = {rank: text for rank, text in enumerate(gather_texts(trouble, self._group)) if text}
         if wrong:
             rank, text = next(iter(wrong.items()))
-            kind = BusyError if busy else PublishError
+            kind = BusyError if all(text.startswith(BUSY) for text in wrong.values()) else PublishError
             raise kind(f"{version} is not staged by {len(wrong)} of {self._world} ranks; rank {rank}: {text}")
-
-    def _agree_generation(self) -> int:
-        drawn = [secrets.randbits(62)]
-        if self._world > 1:
-            dist.broadcast_object_list(drawn, src=0, group=self._group)
-        return drawn[0]

@@ -5,19 +5,21 @@ import logging
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from weightsync.agents.endpoint import open_endpoint
 from weightsync.agents.nixl import NixlEndpoint
 from weightsync.agents.trainer.checkpoint import save_checkpoint_part
 from weightsync.agents.trainer.plan import TransportPlan
 from weightsync.agents.trainer.publication import PublishError
-from weightsync.agents.trainer.slots import TrainerSlots
+from weightsync.agents.trainer.slots import ARENA_REGION, TrainerSlots
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     Connect,
+    Fault,
+    FilesystemSettings,
     FromDaemon,
     Grant,
     NixlSettings,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from weightsync.agents.agent import Agent
 
 log = logging.getLogger(__name__)
+
+NO_FAULT: Final[Fault] = ""
 
 
 class TrainerBody:
@@ -74,7 +78,7 @@ class TrainerBody:
 
     def _report(self, version: Version) -> Staged:
         convert, digest = self.timings
-        size = sum(arena.numel() for arena in self._slots.arenas)
+        size = self._slots.arenas[ARENA_REGION].numel()
         return Staged(version=version, bytes=size, convert_seconds=convert, digest_seconds=digest)
 
     # ------------------------------------------------------------------------------------------ ``agents.agent.Body``
@@ -82,7 +86,7 @@ class TrainerBody:
         return TrainerStatus(staged=self._staged, open_round=self._open)
 
     def welcomed(self, welcome: Welcome) -> None:
-        self._saves = not isinstance(welcome.transport, NixlSettings)
+        self._saves = isinstance(welcome.transport, FilesystemSettings)
         if isinstance(welcome.transport, NixlSettings) and self._endpoint is None:
             device = self._slots.arenas[0].device
             self._endpoint = open_endpoint(str(self._member), welcome.transport, device)
@@ -124,19 +128,24 @@ class TrainerBody:
             return
         self._open = grant.round
         peers: tuple[PeerTransfer, ...] = ()
-        error = ""
+        error, fault = "", NO_FAULT
         try:
             peers = await self._push(grant)
         except RuntimeError as trouble:
             log.warning("%s: round %s: %s", self._member, grant.round, trouble)
-            error = cut(str(trouble))
+            error, fault = cut(str(trouble)), getattr(trouble, "fault", "network")
+            peers = getattr(trouble, "transfers", ())
         await self._until_nothing_is_in_flight()
         self._open = None
-        self.agent.send(Closed(round=grant.round, peers=peers, error=error, fault="network" if error else ""))
+        self.agent.send(Closed(round=grant.round, peers=peers, error=error, fault=fault))
 
     def _objection(self, grant: Grant) -> str:
         if grant.round.epoch != self.agent.epoch:
             return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self.agent.epoch}"
+        if grant.fingerprint != self._plan.fingerprint:
+            return (
+                f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._plan.fingerprint[:12] or 'none'}"
+            )
         if self._open is not None:
             return f"round {self._open} is still being written"
         if self._staged != grant.version:
@@ -145,9 +154,11 @@ class TrainerBody:
 
     async def _push(self, grant: Grant) -> tuple[PeerTransfer, ...]:
         digests = self._digest(grant.version)
-        if self._endpoint is None:
+        if self._saves:
             sizes = self._plan.bytes_per_peer()
-            return tuple(PeerTransfer(peer, sizes[peer], 0, 0.0, digests[peer]) for peer in grant.members)
+            return tuple(
+                PeerTransfer(peer, sizes[peer], 0, 0.0, digests[peer]) for peer in grant.members if peer in digests
+            )
         return await self._plan.push(grant.members, grant.deadline_seconds, digests)
 
     def _digest(self, version: Version) -> dict[Member, Digest]:
