@@ -44,7 +44,7 @@ test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 	$(PYTEST) -m e2e
 
 test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
-	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu -m gpu
+	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu tests/unit/kernels -m gpu
 
 sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 	WEIGHTSYNC_SIM_SEEDS=$(or $(SEEDS),1000) $(PYTEST) tests/sim
