@@ -38,9 +38,9 @@ def connected(turn: Turn, event: AgentConnected) -> None:
         _enter_generation(turn, hello.generation)
     agent = Agent(event.member, event.connection, hello)
     fleet.enter(agent)
-    _learn(turn, agent)
     _raise_epoch(turn, hello)
     turn.do(Accept(turn.cause, event.member, event.connection, _first_welcome(fleet)))
+    _learn(turn, agent)  # what it is told reaches it only once it is accepted
 
 
 def _objection(fleet: Fleet, member: Member, hello: Hello) -> tuple[Fault, str, bool] | None:
@@ -161,17 +161,20 @@ def _first_welcome(fleet: Fleet) -> Welcome:
 
 
 def gather_group(turn: Turn) -> None:
-    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it."""
+    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it.
+
+    As for the first plan, an engine that does not fit is not waited for, one that does not come until it is overdue.
+    """
     fleet = turn.fleet
     address = fleet.policy.group
     if address is None or fleet.round is not None:
         return
-    world = fleet.trainer_world()
-    engines = [fleet.ranks_of(name) for name in fleet.engines]
-    whole = all(ranks and len(ranks) == ranks[0].hello.world for ranks in engines)
-    if world is None or len(fleet.trainers()) != world or not whole:
+    fitting = [fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit]
+    whole = [ranks for ranks in fitting if ranks and len(ranks) == ranks[0].hello.world]
+    patient = turn.now < fleet.started + fleet.policy.join
+    if not whole or (len(whole) < len(fitting) and patient) or len(fleet.trainers()) != fleet.trainer_world():
         return
-    agents = [*fleet.trainers(), *(agent for ranks in engines for agent in ranks)]
+    agents = [*fleet.trainers(), *(agent for ranks in whole for agent in ranks)]
     group = tuple((agent.member, agent.connection) for agent in agents)
     if group == fleet.group:
         return

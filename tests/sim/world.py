@@ -84,6 +84,7 @@ class Agent:
     member: Member
     incarnation: int
     connection: int = 0
+    accepted: int = 0
     epoch: int = 0
     journal_id: str = ""
     alive: bool = True
@@ -414,8 +415,11 @@ class World:
         return self.trainer_ranks[member.rank] if member.role == "trainer" else self.workers[member]
 
     def _deliver(self, member: Member, connection: int | None, message: FromDaemon) -> None:
+        """To a connection that is being accepted, or (None) to the member's accepted one, if it has one now."""
         agent = self.agent(member)
-        at = agent.connection if connection is None else connection
+        if connection is not None:
+            agent.accepted = connection
+        at = agent.accepted
 
         def arrive() -> None:
             if agent.alive and agent.connection == at and at:

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core.commands import Append, Command, Refuse, WriteMarker
+from weightsync.orchestrator.core.commands import Accept, Append, Command, Refuse, Send, WriteMarker
 from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.policy import Policy
@@ -128,6 +128,8 @@ def test_a_worker_inside_is_let_out_as_the_round_ended(
         records = [*records, *fleet.written()]
     fleet.connect(ENGINE, EngineStatus(window=NAME))
     assert fleet.sent(ENGINE, type(told)) == [told]
+    to_agent = [type(command) for command in fleet.commands if isinstance(command, Accept | Send)]
+    assert to_agent == [Accept, Send], "nothing reaches an agent before it is accepted"
 
 
 def test_nobody_remembers_for_ever(drive: Any) -> None:
