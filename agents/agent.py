@@ -4,6 +4,7 @@ The embedding process (a trainer rank, a vLLM worker) keeps its threads; everyth
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -47,6 +48,9 @@ BUSY_POLL_SECONDS: Final = 0.001
 
 CONNECT_ATTEMPTS: Final = 5
 """At warming the edges up, one second longer apart each time; with the warm-ups' own deadlines about a minute."""
+
+GROUP_RETRY_SECONDS: Final = 1.0
+"""Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
 
 STOP_SECONDS: Final = 10.0
 """For the thread to end after ``close``."""
@@ -121,10 +125,15 @@ class Agent:
         """The first Welcome.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: none came in time; says why the last attempt had failed.
             RefusedForGood: the daemon does not want this agent.
         """
-        return self._welcome.result(timeout=seconds)
+        try:
+            return self._welcome.result(timeout=seconds)
+        except TimeoutError:
+            trouble = self._client.trouble if self._client is not None else ""
+            why = f"no Welcome from {self._address.url} within {seconds:g} s"
+            raise TimeoutError(f"{self.identity.member}: {why}; the last attempt: {trouble or 'under way'}") from None
 
     def call(self, work: Callable[[], T], seconds: float = STOP_SECONDS) -> T:
         """Run ``work`` on the agent's thread and wait for its result."""
@@ -200,8 +209,7 @@ class Agent:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            if self._group is not None:
-                self._group.close()
+            self._leave_group()
 
     async def _stop(self, reason: str) -> None:
         if self._client is not None:
@@ -249,6 +257,7 @@ class Agent:
             log.error("daemon of epoch %d refused: this agent obeyed %d", welcome.epoch, self._epoch)
             return
         self._epoch, self._journal_id = welcome.epoch, welcome.journal_id
+        self._leave_group()
         self._body.welcomed(welcome)
         if not self._welcome.done():
             self._welcome.set_result(welcome)
@@ -256,6 +265,14 @@ class Agent:
             self._begin_rendezvous(self._over_group(welcome.rendezvous))
         elif welcome.rendezvous is not None:
             self.send(self._announce())
+
+    def _leave_group(self) -> None:
+        """Each Welcome begins the rendezvous anew, by whichever way it names."""
+        if self._rendezvous is not None:
+            self._rendezvous.cancel()
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
     @property
     def epoch(self) -> int:
@@ -272,6 +289,11 @@ class Agent:
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
+        if await self._prepared(connect):
+            self.send(Ready(fingerprint=connect.fingerprint))
+
+    async def _prepared(self, connect: Connect) -> bool:
+        """Edges warm; false when they will not be, for as long as the members stay the same."""
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
             try:
                 await self._body.connect(connect)
@@ -280,19 +302,60 @@ class Agent:
                 log.warning("%s: edges not ready (attempt %d): %s", self.identity.member, attempt, error)
                 await asyncio.sleep(attempt)
             else:
-                self.send(Ready(fingerprint=connect.fingerprint))
-                return
+                return True
+        return False
 
     async def _over_group(self, place: TcpStoreRendezvous) -> None:
-        """Both rounds over vLLM's StatelessProcessGroup; its calls block, so they run beside the loop."""
-        from weightsync.agents.spg import SpgRendezvous  # imports vLLM, which only this rendezvous needs
+        """Both rounds over vLLM's StatelessProcessGroup, again until its deadline: the store may be the last group's.
 
-        if self._group is not None:
-            self._group.close()
+        When nothing comes of it, the daemon's own deadline ends this connection, and a new Hello opens a new group.
+        """
+        from weightsync.agents.spg import GroupError
+
+        ends = self._loop.time() + place.timeout_seconds
+        while True:
+            try:
+                await self._meet(place)
+                return
+            except GroupError as error:
+                log.warning("%s: %s", self.identity.member, error)
+            if self._loop.time() >= ends:
+                return
+            await asyncio.sleep(GROUP_RETRY_SECONDS)
+
+    async def _meet(self, place: TcpStoreRendezvous) -> None:
+        from weightsync.agents.spg import SpgRendezvous
+
         announce = self._announce()
-        self._group = group = await asyncio.to_thread(SpgRendezvous, place)
-        await asyncio.to_thread(group.announce, announce)
-        connect = await asyncio.to_thread(group.connect)
-        await self._body.connect(connect)
-        await asyncio.to_thread(group.ready, Ready(fingerprint=connect.fingerprint))
-        await asyncio.to_thread(group.barrier, place.timeout_seconds)
+        self._group = group = await _beside(lambda: SpgRendezvous(place))
+        await _beside(lambda: group.announce(announce))
+        connect = await _beside(group.connect)
+        if await self._prepared(connect):
+            await _beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
+            await _beside(lambda: group.barrier(place.timeout_seconds))
+
+
+async def _beside(call: Callable[[], T]) -> T:
+    """``call``, which blocks, on a thread of its own that no end of this process waits for."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: Exception | None) -> None:
+        if result.done():
+            return  # nobody waits any more
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def perform() -> None:
+        value, failure = None, None
+        try:
+            value = call()
+        except Exception as error:  # handed to the loop
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=perform, name="weightsync group", daemon=True).start()
+    return await result

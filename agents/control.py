@@ -99,6 +99,8 @@ class ControlClient:
         self._started = False
         self._attempt: asyncio.Timeout | None = None
         self._connection: Connection | None = None
+        self.trouble = ""
+        """Why the last attempt or connection ended; for whoever gives up waiting."""
 
     @property
     def connected(self) -> bool:
@@ -157,6 +159,7 @@ class ControlClient:
                 if self._closing.is_set():
                     return
                 failures = 1 if welcomed else failures + 1
+                self.trouble = str(lost)
                 wait = self._backoff.seconds(failures, random.random())
                 log.warning("no daemon at %s: %s; next attempt in %.1f s", self._url, lost, wait)
                 if welcomed and self._on_lost is not None:

@@ -24,6 +24,7 @@ from weightsync.agents.vllm.window import Update, UpdateFailed, Windows
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import prepare as prepare_digest
+from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, as_matrix
 from weightsync.orchestrator.protocol.markers import BROADCASTS, step_name
@@ -32,6 +33,7 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    FilesystemSettings,
     FromDaemon,
     Left,
     NixlSettings,
@@ -66,6 +68,7 @@ class InferenceAgent:
         self._recorded = recorded
         self._memory = list(recorded.tensors)
         self._layout = self._with_staging(recorded.layout)
+        warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
         table = digest_table(self._layout.matrix(), self._layout)
         self._digest, self._bytes = prepare_digest(self._memory, table), table_bytes(table)
         self._scatter = self._scattering(b"")
@@ -74,6 +77,7 @@ class InferenceAgent:
         self._info: InitInfo | None = None
         self._endpoint: NixlEndpoint | None = None
         self._run_dir = ""
+        self._reads_files = False
 
     # --------------------------------------------------------------------------------------- the worker's main thread
     @property
@@ -176,7 +180,7 @@ class InferenceAgent:
 
     def _apply(self, version: Version) -> None:
         """What remains once the bytes are here: scatter those that came packed (or read the files), and refresh."""
-        if self._endpoint is None:
+        if self._reads_files:
             parts = Path(self._run_dir) / BROADCASTS / step_name(version.step)
             self._recorded.load(load_checkpoint_parts(parts))
         else:
@@ -196,6 +200,7 @@ class _Body:
     def welcomed(self, welcome: Welcome) -> None:
         owner = self._owner
         owner._run_dir = welcome.run_dir
+        owner._reads_files = isinstance(welcome.transport, FilesystemSettings)
         if isinstance(welcome.transport, NixlSettings) and owner._endpoint is None:
             endpoint = open_endpoint(str(self._member), welcome.transport, owner._device)
             endpoint.register(owner._layout.regions)

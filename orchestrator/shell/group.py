@@ -23,10 +23,15 @@ class _Gathering:
 
 
 class Group:
-    """At most one group at a time; a new one replaces the old one. ``post`` hands events to the core."""
+    """At most one group at a time; a new one replaces the old one.
 
-    def __init__(self, next_id: Callable[[], int], post: Callable[[Event], None]) -> None:
-        self._next_id, self._post = next_id, post
+    ``post`` hands events to the core; ``drop`` ends an agent's connection, so that it says Hello again.
+    """
+
+    def __init__(
+        self, next_id: Callable[[], int], post: Callable[[Event], None], drop: Callable[[Member, str], bool]
+    ) -> None:
+        self._next_id, self._post, self._drop = next_id, post, drop
         self._gathering: _Gathering | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -67,9 +72,11 @@ class Group:
                     self._say(gathering, members[rank], ready)
                 await server.barrier()
         except (TcpStoreError, TimeoutError) as error:
+            reason = f"the tcpstore rendezvous failed: {error or 'its deadline passed'}"
             log.error("the tcpstore rendezvous failed", reason=str(error) or "its deadline passed")
             for member, connection in gathering.connections.items():
-                self._post(AgentLost(self._next_id(), member, connection, "the tcpstore rendezvous failed"))
+                self._drop(member, reason)
+                self._post(AgentLost(self._next_id(), member, connection, reason))
         finally:
             await server.close()
 

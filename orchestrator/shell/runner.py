@@ -163,7 +163,7 @@ class Runner:
 
     def _open_outbox(self) -> None:
         self.engines = Engines(self.settings, self._next_id, self.post)
-        self.group = Group(self._next_id, self.post)
+        self.group = Group(self._next_id, self.post, self.hub.drop)
         self._outbox = Outbox(
             run_id=self.settings.run.id,
             journal=self.journal,
