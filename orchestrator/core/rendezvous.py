@@ -10,8 +10,9 @@ from weightsync.orchestrator.protocol.messages import Announce, Ready
 def announced(turn: Turn, agent: Agent, message: Announce) -> None:
     """Round 1 of one agent."""
     agent.announce, agent.delivered, agent.fingerprint = message, "", ""
-    if agent.member.engine in turn.fleet.engines:
-        turn.fleet.engines[agent.member.engine].misfit = ""
+    for engine in turn.fleet.engines.values():
+        if agent.member.role == "trainer" or engine.name == agent.member.engine:
+            engine.misfit = ""  # it was one of two layouts together
 
 
 def confirmed(agent: Agent, message: Ready) -> None:
@@ -57,7 +58,10 @@ def _deliver(turn: Turn) -> None:
     assert fleet.plan is not None
     for member, connect in fleet.plan.connects.items():
         agent = fleet.agents.get(member)
-        if agent is not None and agent.announce is not None and agent.delivered != connect.fingerprint:
+        if agent is None or agent.announce is None:
+            continue
+        planned = (member, agent.hello.incarnation, agent.connection) in fleet.planned_for
+        if planned and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
             turn.do(Deliver(turn.cause, member, connect))
 
@@ -89,7 +93,7 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
     fleet = turn.fleet
     if event.number != fleet.plan_number:
         return
-    fleet.planning = False
+    fleet.planning, fleet.plan = False, None  # the last one was for other layouts
     turn.say(f"no plan: {event.reason}", "error")
     if event.engine in fleet.engines:
         fleet.engines[event.engine].misfit = event.reason

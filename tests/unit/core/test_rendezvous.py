@@ -1,0 +1,140 @@
+"""Plans: who is left out of them, what is delivered, and what becomes of layouts that do not fit."""
+
+from typing import Any
+
+import pytest
+from weightsync.orchestrator.core.commands import Deliver, MakePlan, OpenGroup
+from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
+from weightsync.orchestrator.core.policy import GroupAddress
+from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import Announce, Outcome, Staged, TcpStoreRendezvous, Welcome
+from weightsync.orchestrator.protocol.names import Member, Version
+
+TRAINER, FIRST, SECOND = Member("trainer", "", 0), Member("inference", "e0", 0), Member("inference", "e1", 0)
+ANNOUNCE = Announce(layout=Layout((), (), b""))
+WHY = "tensor 'w' has shape (2, 2) at trainer/0 but (3, 2) at e0/0"
+
+
+def plans(fleet: Any) -> list[MakePlan]:
+    return [command for command in fleet.commands if isinstance(command, MakePlan)]
+
+
+def restart_trainer(fleet: Any, generation: int) -> None:
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, incarnation=1000 + generation, generation=generation)
+    fleet.says(TRAINER, ANNOUNCE)
+
+
+def reject(fleet: Any, engine: str = "e0") -> None:
+    fleet.happens(PlanRejected(fleet.id(), fleet.fleet.plan_number, WHY, engine))
+
+
+def test_a_trainer_that_does_not_fit_fails_its_version_and_the_engine_serves_on(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    restart_trainer(fleet, 8)
+    reject(fleet)
+    pauses = fleet.called("e0", Call.PAUSE)
+    version = Version(8, 2)
+    fleet.says(TRAINER, Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(2, 8),)))
+    (outcome,) = [o for o in fleet.sent(TRAINER, Outcome) if o.version == version]
+    assert (outcome.committed, outcome.reason) == (False, WHY)
+    assert fleet.called("e0", Call.PAUSE) == pauses
+
+
+@pytest.mark.parametrize("engine", ["e0", ""], ids=["one engine's", "nobody's in particular"])
+def test_the_next_trainer_is_planned_anew(drive: Any, engine: str) -> None:
+    fleet = drive()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    restart_trainer(fleet, 8)
+    reject(fleet, engine)
+    restart_trainer(fleet, 9)
+    wanted = plans(fleet)[-1]
+    assert (wanted.number, {party.incarnation for party in wanted.sources}) == (fleet.fleet.plan_number, {1009})
+    fleet.plan()
+    assert fleet.fleet.is_confirmed(TRAINER)
+    assert fleet.fleet.is_confirmed(FIRST)
+
+
+def test_an_old_plan_is_never_delivered_to_new_layouts(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    before = len(fleet.commands)
+    restart_trainer(fleet, 8)
+    reject(fleet, "")
+    fleet.passes(1.0)
+    assert [command for command in fleet.commands[before:] if isinstance(command, Deliver)] == []
+    assert fleet.fleet.plan is None
+
+
+def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.connect(TRAINER)
+    fleet.says(TRAINER, ANNOUNCE)
+    for name, member in (("e0", FIRST), ("e1", SECOND)):
+        fleet.passes(0.0)
+        fleet.answers(name, Call.PROBE, True)
+        fleet.connect(member)
+        fleet.says(member, ANNOUNCE)
+    assert {party.member for party in plans(fleet)[-1].targets} == {FIRST, SECOND}
+    reject(fleet)
+    assert {party.member for party in plans(fleet)[-1].targets} == {SECOND}
+    assert fleet.fleet.engines["e0"].misfit == WHY
+
+
+def test_an_outdated_plan_or_refusal_is_ignored(drive: Any) -> None:
+    fleet = drive()
+    fleet.join()
+    facts = fleet.fleet.plan
+    fleet.happens(PlanRejected(fleet.id(), 99, WHY, "e0"))
+    fleet.happens(PlanReady(fleet.id(), 99, facts))
+    assert fleet.fleet.plan is facts
+    assert fleet.fleet.engines["e0"].misfit == ""
+
+
+GROUP = GroupAddress("127.0.0.1", 29501, 60.0)
+
+
+def groups(fleet: Any) -> list[list[Member]]:
+    opened = [command for command in fleet.commands if isinstance(command, OpenGroup)]
+    return [[member for member, _ in command.connections] for command in opened]
+
+
+def test_a_group_waits_for_all_and_tells_each_its_rank(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), options={"group": GROUP, "join": 100.0})
+    for member in (TRAINER, SECOND):
+        fleet.connect(member)
+    assert groups(fleet) == []
+    fleet.connect(FIRST)
+    assert groups(fleet) == [[TRAINER, FIRST, SECOND]]
+    for place, member in enumerate((TRAINER, FIRST, SECOND), start=1):
+        told = [welcome.rendezvous for welcome in fleet.sent(member, Welcome)]
+        assert told == [TcpStoreRendezvous("127.0.0.1", 29501, place, 4, 60.0)]
+
+
+def test_a_group_does_not_wait_for_ever_and_grows_when_somebody_comes(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), options={"group": GROUP, "join": 100.0})
+    fleet.connect(TRAINER)
+    fleet.connect(FIRST)
+    fleet.passes(99.0)
+    assert groups(fleet) == []
+    fleet.passes(1.0)
+    assert groups(fleet) == [[TRAINER, FIRST]]
+    fleet.passes(1.0)
+    assert len(groups(fleet)) == 1
+    fleet.connect(SECOND)
+    assert groups(fleet)[1:] == [[TRAINER, FIRST, SECOND]]
+
+
+def test_an_engine_that_does_not_fit_leaves_the_group(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), options={"group": GROUP})
+    for member in (TRAINER, FIRST, SECOND):
+        fleet.connect(member)
+    fleet.fleet.engines["e0"].misfit = WHY
+    fleet.passes(1.0)
+    assert groups(fleet)[1:] == [[TRAINER, SECOND]]
