@@ -142,7 +142,7 @@ def mark_again(turn: Turn) -> None:
     for seen in fleet.stable:
         generation = fleet.generation if seen.generation is None else seen.generation
         version = Version(generation, seen.step) if generation is not None else None
-        if version is None or version in fleet.marked:
+        if version is None or version in fleet.marked or (fleet.round is not None and fleet.round.version == version):
             continue
         fleet.marked.add(version)
         if version in fleet.memory.done:
