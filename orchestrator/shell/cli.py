@@ -24,6 +24,7 @@ class Exit(IntEnum):
     OK = 0
     BUG = 1
     USAGE = 2
+    UNAVAILABLE = 69
     INTERNAL = 70
     IO = 74
     TEMPORARY = 75
@@ -35,8 +36,9 @@ class Exit(IntEnum):
 EXIT_CODES: Final = """\
 exit codes:
   0    done
-  1    an error that is our bug, with its traceback
+  1    an error that is our bug, with its traceback; demo: it failed, or the engines' answers differ
   2    the command line is wrong
+  69   demo: something that it needs is not installed
   70   run: an invariant did not hold; the journal is what the next start believes
   74   run: the journal's disk failed, the last commit's outcome is unknown until the next start rereads it
   75   temporary: the daemon cannot be reached (status then tells what the journal knows), another daemon holds
