@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 VOCABULARY = 500
 """Not a multiple of 64: vLLM pads embeddings, and the padding must stay as it is."""
 HIDDEN = 128
-FLOAT32_SUFFIXES = ("e_score_correction_bias", "k_norm.bias", "indexer.k_norm.weight")
+EXPERTS = 8
+FLOAT32_SUFFIXES = ("e_score_correction_bias", "k_norm.bias", "indexer.k_norm.weight", "_scale_inv")
 """Tensors that published checkpoints keep in float32."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -65,7 +66,7 @@ def qwen3(**overrides: Any) -> TinyModel:
     """Qwen3: norms on queries and keys, one key head that both ranks of TP 2 hold."""
     own = {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 256}
     config = _common(architectures=["Qwen3ForCausalLM"], model_type="qwen3", **own) | overrides
-    layer = lambda i: _attention(config) | _head_norms(32) | _mlp(HIDDEN, 256, "mlp")  # noqa: E731
+    layer = lambda i: _attention(config) | _head_norms(config) | _mlp(HIDDEN, 256, "mlp")  # noqa: E731
     return TinyModel("qwen3", config, _checkpoint(config, layer))
 
 
@@ -78,7 +79,7 @@ def qwen3_moe(**overrides: Any) -> TinyModel:
         "norm_topk_prob": True,
     }  # fmt: skip
     config = _common(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **own) | overrides
-    layer = lambda i: _attention(config) | _head_norms(32) | _experts(8, 64, shared=0, bias=False)  # noqa: E731
+    layer = lambda i: _attention(config) | _head_norms(config) | _experts(config, shared=0, bias=False)  # noqa: E731
     return TinyModel("qwen3_moe", config, _checkpoint(config, layer))
 
 
@@ -93,8 +94,8 @@ def glm4_moe(**overrides: Any) -> TinyModel:
     config = _common(architectures=["Glm4MoeForCausalLM"], model_type="glm4_moe", **own) | overrides
 
     def layer(index: int) -> Shapes:
-        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
-        return _attention(config) | _head_norms(32) | feed_forward
+        feed_forward = _experts(config, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _attention(config) | _head_norms(config) | feed_forward
 
     shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
     return TinyModel("glm4_moe", config, shapes, unused=("model.layers.2.",))
@@ -103,8 +104,8 @@ def glm4_moe(**overrides: Any) -> TinyModel:
 def _latent_config(**own: Any) -> dict[str, Any]:
     return _common(
         num_key_value_heads=4, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
-        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64,
-        v_head_dim=32, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, moe_layer_freq=1,
+        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=512, qk_nope_head_dim=64, qk_rope_head_dim=64,
+        v_head_dim=64, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, moe_layer_freq=1,
     ) | own  # fmt: skip
 
 
@@ -116,8 +117,8 @@ def deepseek_v2(**overrides: Any) -> TinyModel:
     ) | overrides  # fmt: skip
 
     def layer(index: int) -> Shapes:
-        feed_forward = _experts(8, 64, shared=2, bias=False) if index else _mlp(HIDDEN, 256, "mlp")
-        return _latent_attention(q_lora_rank=0) | feed_forward
+        feed_forward = _experts(config, shared=2, bias=False) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(config) | feed_forward
 
     return TinyModel("deepseek_v2", config, _checkpoint(config, layer))
 
@@ -130,8 +131,8 @@ def deepseek_v3(**overrides: Any) -> TinyModel:
     ) | overrides  # fmt: skip
 
     def layer(index: int) -> Shapes:
-        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
-        return _latent_attention(q_lora_rank=96) | feed_forward
+        feed_forward = _experts(config, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(config) | feed_forward
 
     shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
     return TinyModel("deepseek_v3", config, shapes, unused=("model.layers.2.",))
@@ -142,12 +143,12 @@ def glm_moe_dsa(**overrides: Any) -> TinyModel:
     config = _latent_config(
         architectures=["GlmMoeDsaForCausalLM"], model_type="glm_moe_dsa", q_lora_rank=96, n_shared_experts=1,
         topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=1, index_topk=64,
-        index_head_dim=128, index_n_heads=4, qk_nope_head_dim=32,
+        index_head_dim=128, index_n_heads=4,
     ) | overrides  # fmt: skip
 
     def layer(index: int) -> Shapes:
-        feed_forward = _experts(8, 64, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
-        return _latent_attention(q_lora_rank=96) | _indexer(96) | feed_forward
+        feed_forward = _experts(config, shared=1, bias=True) if index else _mlp(HIDDEN, 256, "mlp")
+        return _latent_attention(config) | _indexer(config) | feed_forward
 
     shapes = _checkpoint(config, layer) | _mtp_layer(2, layer)
     return TinyModel("glm_moe_dsa", config, shapes, generates=False, unused=("model.layers.2.",))
@@ -198,12 +199,14 @@ def _attention(config: Mapping[str, Any]) -> Shapes:
     }
 
 
-def _head_norms(head: int) -> Shapes:
+def _head_norms(config: Mapping[str, Any]) -> Shapes:
+    head = config["head_dim"]
     return {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
 
 
-def _latent_attention(q_lora_rank: int) -> Shapes:
-    heads, nope, rope, value, latent = 4, 32, 64, 32, 512
+def _latent_attention(config: Mapping[str, Any]) -> Shapes:
+    heads, nope, rope, value, latent = 4, 64, 64, 64, 512
+    q_lora_rank = config["q_lora_rank"]
     if q_lora_rank:
         queries: Shapes = {
             "self_attn.q_a_proj.weight": (q_lora_rank, HIDDEN),
@@ -220,8 +223,8 @@ def _latent_attention(q_lora_rank: int) -> Shapes:
     }
 
 
-def _indexer(q_lora_rank: int) -> Shapes:
-    heads, head = 4, 128
+def _indexer(config: Mapping[str, Any]) -> Shapes:
+    heads, head, q_lora_rank = 4, 128, config["q_lora_rank"]
     return {
         "self_attn.indexer.wq_b.weight": (heads * head, q_lora_rank),
         "self_attn.indexer.wk.weight": (head, HIDDEN),
@@ -239,13 +242,34 @@ def _mlp(hidden: int, inner: int, prefix: str) -> Shapes:
     }
 
 
-def _experts(count: int, inner: int, *, shared: int, bias: bool) -> Shapes:
+def _experts(config: Mapping[str, Any], *, shared: int, bias: bool) -> Shapes:
+    count, inner = EXPERTS, config["moe_intermediate_size"]
     shapes: Shapes = {"mlp.gate.weight": (count, HIDDEN)}
     if bias:
         shapes["mlp.gate.e_score_correction_bias"] = (count,)
     for expert in range(count):
         shapes |= _mlp(HIDDEN, inner, f"mlp.experts.{expert}")
     return shapes | (_mlp(HIDDEN, shared * inner, "mlp.shared_experts") if shared else {})
+
+
+# ----------------------------------------------------------------------------------------------------- FP8 in blocks
+BLOCK = 128
+KEPT_OUT = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj", "eh_proj")
+"""Parts of the names of tensors that FP8 checkpoints leave in their own dtype."""
+
+
+def in_fp8_blocks(build: Callable[..., TinyModel], **overrides: Any) -> TinyModel:
+    """``build``'s model as a checkpoint quantised in blocks of 128 × 128: sizes on the grid, a scale per block."""
+    quantization = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    }  # fmt: skip
+    plain = build(quantization_config=quantization, moe_intermediate_size=256, **overrides)
+    shapes = dict(plain.shapes)
+    for name, shape in plain.shapes.items():
+        if len(shape) == 2 and not any(part in name for part in KEPT_OUT):
+            shapes[f"{name}_scale_inv"] = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+    return TinyModel(f"{plain.name}_fp8", plain.config, shapes, generates=False, unused=plain.unused)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -257,7 +281,10 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str
         value = 0.15 * torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             value = value + 1
-        weights[name] = value.to(torch.float32 if name.endswith(FLOAT32_SUFFIXES) else torch.bfloat16)
+        if f"{name}_scale_inv" in shapes:
+            weights[name] = value.to(torch.float8_e4m3fn)
+        else:
+            weights[name] = value.to(torch.float32 if name.endswith(FLOAT32_SUFFIXES) else torch.bfloat16)
     return weights
 
 

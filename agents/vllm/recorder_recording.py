@@ -16,18 +16,21 @@ from weightsync.agents.vllm.recorder_rows import Target
 from weightsync.agents.vllm.recorder_settle import settle
 from weightsync.agents.vllm.recorder_trace import Checkpoint, Landing, RecordError
 from weightsync.agents.vllm.recorder_unreached import Unrecorded, judge_unreached, opaque_names
+from weightsync.agents.vllm.recorder_views import Loaded, find, with_halves_exchanged
 from weightsync.agents.vllm.transforms import KERNEL_LAYOUTS, KernelLayout, as_fed
 from weightsync.orchestrator.protocol.layout import Derived
 
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A parameter before processing: its digest, and a copy if it may end in a kernel layout or be dropped."""
+    """A parameter before processing, and a copy of it if it may end in a kernel layout or be dropped."""
 
-    slot: Slot
-    digest: int
-    stride: tuple[int, ...]
+    loaded: Loaded
     copy: torch.Tensor | None
+
+    @property
+    def slot(self) -> Slot:
+        return self.loaded.slot
 
 
 @dataclass(slots=True)
@@ -73,7 +76,7 @@ class Recording:
                 continue
             keep = id(slot.module) in dropped or any(layout.may_apply(slot) for layout in KERNEL_LAYOUTS)
             copy = tensor.detach().clone() if keep else None
-            before.append(_Before(slot, order_sensitive_digest(tensor), tuple(tensor.stride()), copy))
+            before.append(_Before(Loaded(slot, tuple(tensor.stride()), order_sensitive_digest(tensor)), copy))
         return before
 
     def finish(self) -> None:
@@ -91,17 +94,16 @@ class Recording:
         taken: set[tuple[int, int]] = set()
         for storage, group in by_storage.items():
             for first, others in _distinct_places(group):
-                target = self._target(first, done, shadows)
-                moved = [b.slot.name for b in others if target is not None and not _same_memory(b, target)]
+                landings = _inside(first.slot, self._settled[storage].landings)
+                target = self._target(first, landings, done, shadows)
+                moved = [b.slot.name for b in others if target is not None and not _same_memory(b, target.tensor)]
                 if target is None or moved:
                     faults.append(f"{', '.join(moved) or first.slot.name}: {_state(first.slot)}")
                     continue
-                landings = _inside(first.slot, self._settled[storage].landings)
-                place = (target.untyped_storage().data_ptr(), target.storage_offset())
+                place = (target.tensor.untyped_storage().data_ptr(), target.tensor.storage_offset())
                 if landings and place not in taken:
                     taken.add(place)
-                    slot = first.slot
-                    done.targets.append(Target(target, slot.place.offset, landings, slot.module, slot.attribute))
+                    done.targets.append(target)
         self._absorbed(done, shadows)
         faults += self._unclaimed(done)
         if faults:
@@ -110,13 +112,22 @@ class Recording:
         self.finished = done
 
     def _target(
-        self, before: _Before, done: Finished, shadows: dict[int, tuple[Slot, torch.Tensor]]
-    ) -> torch.Tensor | None:
-        """The live tensor if it is as loaded, else a shadow with its refresh, else None."""
+        self,
+        before: _Before,
+        landings: tuple[Landing, ...],
+        done: Finished,
+        shadows: dict[int, tuple[Slot, torch.Tensor]],
+    ) -> Target | None:
+        """The live tensor if it holds what was loaded, else a shadow with its refresh, else None."""
         slot, live = before.slot, before.slot.current()
-        as_loaded = None if live is None else _as_loaded(before, live.detach())
-        if as_loaded is not None:
-            return as_loaded
+
+        def target(tensor: torch.Tensor, where: tuple[Landing, ...]) -> Target:
+            return Target(tensor, slot.place.offset, where, slot.module, slot.attribute)
+
+        found = None if live is None else find(before.loaded, live.detach())
+        if found is not None:
+            where = with_halves_exchanged(landings, before.loaded) if found.halves_exchanged else landings
+            return None if where is None else target(found.tensor, where)
         if before.copy is None:
             return None
         for layout in KERNEL_LAYOUTS:
@@ -124,11 +135,11 @@ class Recording:
                 done.refreshes.append(_refresh(layout, slot, before.copy, live.detach()))
                 done.derived.append(Derived(slot.name, layout.name))
                 done.shadows.append(slot.name)
-                return before.copy
+                return target(before.copy, landings)
         if live is None or not live.numel():
             shadows[id(slot)] = (slot, before.copy)
             done.shadows.append(slot.name)
-            return before.copy
+            return target(before.copy, landings)
         return None
 
     def _absorbed(self, done: Finished, shadows: dict[int, tuple[Slot, torch.Tensor]]) -> None:
@@ -173,20 +184,6 @@ def _inside(slot: Slot, landings: Sequence[Landing]) -> tuple[Landing, ...]:
         reach = sum((n - 1) * s for n, s in zip(slot.place.sizes, slot.place.strides, strict=True))
         first, last = slot.place.offset, slot.place.offset + reach + slot.dtype.itemsize
     return tuple(landing for landing in landings if first <= landing.place.offset < last)
-
-
-def _as_loaded(before: _Before, live: torch.Tensor) -> torch.Tensor | None:
-    """A view of ``live`` with the geometry and the bytes that the loader left; None if processing changed either.
-
-    Some kernels want their weight as a transposed view of the same bytes.
-    """
-    views = (live, live.transpose(-1, -2)) if live.dim() > 1 else (live,)
-    for view in views:
-        same_geometry = tuple(view.shape) == before.slot.shape and tuple(view.stride()) == before.stride
-        same_geometry = same_geometry and view.dtype == before.slot.dtype
-        if same_geometry and order_sensitive_digest(view) == before.digest:
-            return view
-    return None
 
 
 def _same_memory(before: _Before, target: torch.Tensor) -> bool:
