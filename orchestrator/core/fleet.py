@@ -226,8 +226,8 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: Engine) ->
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
         engine.error = event.reason
-        if event.call is Call.PROBE:
-            engine.reachable = False
+        if event.call in (Call.PROBE, Call.INIT):
+            engine.reachable, engine.paused = False, None  # another server may stand there when it answers again
         return
     if event.paused is not None:
         engine.paused = event.paused
@@ -235,7 +235,8 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: Engine) ->
         case Call.PROBE:
             if not engine.reachable:
                 engine.probe_at = turn.now  # its agents are started at once
-            engine.reachable, engine.error = True, ""
+            engine.reachable = True
+            engine.error = engine.error if not engine.ranks else ""  # without agents, what INIT says counts
         case Call.RESUME:
             engine.ours_paused, engine.error = False, ""
         case _:
