@@ -100,14 +100,20 @@ class Body(Protocol):
 
 
 class Agent:
-    """The thread. ``start`` it once; ``close`` ends it within STOP_SECONDS."""
+    """The thread. ``start`` it once; ``close`` ends it within STOP_SECONDS.
 
-    def __init__(self, identity: Identity, address: ControlAddress, body: Body) -> None:
+    ``obeyed``: the agent before this one in the same process. Its memory is this one's, so writers that could reach it
+    still can: the incarnation stays. What it obeyed binds this one too: a daemon of a lower epoch would give its rounds
+    the names of rounds that are over here.
+    """
+
+    def __init__(self, identity: Identity, address: ControlAddress, body: Body, obeyed: "Agent | None" = None) -> None:
         self.identity = identity
-        self.incarnation = secrets.randbits(63)
+        self.incarnation: int = secrets.randbits(63) if obeyed is None else obeyed.incarnation
         self._body = body
         self._address = address
-        self._epoch, self._journal_id = 0, ""
+        self._epoch: int = 0 if obeyed is None else obeyed._epoch
+        self._journal_id: str = "" if obeyed is None else obeyed._journal_id
         self._loop = asyncio.new_event_loop()
         self._client: ControlClient | None = None
         self._group: SpgRendezvous | None = None

@@ -99,7 +99,8 @@ class InferenceAgent:
         member = Member("inference", info.engine, self.ranks.rank)
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         self._info = info
-        self._agent = Agent(identity, ControlAddress(info.hub_url, Path(info.token_file)), _Body(self, member))
+        address = ControlAddress(info.hub_url, Path(info.token_file))
+        self._agent = Agent(identity, address, _Body(self, member), self._agent)
         self._agent.start()
 
     def update(self, info: UpdateInfo) -> None:
