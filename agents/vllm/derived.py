@@ -140,11 +140,17 @@ def dropped_by_mla(model: nn.Module) -> set[int]:
 
 
 CONSTANTS: Final = frozenset(
-    {"workspace"} | {f"_{which}_scale{where}" for which in ("q", "k", "v", "prob") for where in ("", "_cpu")}
+    {"workspace", "fake_input_scale", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"}
+    | {f"_{which}_scale{where}" for which in ("q", "k", "v", "prob") for where in ("", "_cpu")}
 )
-"""Scratch memory of kernels, and the KV cache's scales, which stay at what the engine started with."""
+"""Scratch memory and activation parameters of kernels, and the KV cache's scales, which stay as the engine started."""
 
 
 def is_constant(held: Held) -> bool:
-    """Tensors that processing makes without looking at a weight."""
-    return held.attribute in CONSTANTS
+    """Tensors that processing makes without looking at a weight: the above, and index tables of kernel objects."""
+    is_table = not isinstance(held.holder, nn.Module) and not held.tensor.is_floating_point()
+    return held.attribute in CONSTANTS or (is_table and held.tensor.element_size() >= MIN_INDEX_BYTES)
+
+
+MIN_INDEX_BYTES: Final = 4
+"""Strides and permutations are int32 or int64; smaller integers may be packed weights."""

@@ -87,13 +87,13 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         names = ", ".join(sorted({type(draft).__name__ for draft in _drafts}))
         raise RecordError(f"speculative decoding with {names}: no layout covers weights of MTP layers or drafts")
     finished = recording.finished
-    rows = build_rows(relocated(finished.targets, model))
+    rows = build_rows(relocated(finished.targets, recording.model))
     layout = Layout(
         tensors=rows.tensors,
         regions=rows.regions,
         rows=rows.matrix().tobytes(),
         derived=tuple(finished.derived),
-        expert_map=expert_map_fingerprint(model),
+        expert_map=expert_map_fingerprint(recording.model),
     )
 
     def refresh() -> None:

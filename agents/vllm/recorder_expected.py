@@ -23,7 +23,7 @@ def expected_checkpoint(model: nn.Module) -> list[Checkpoint]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in seen or _is_computed(module, attribute):
+            if tensor is None or id(tensor) in seen or _is_computed(module, attribute, tensor):
                 continue
             seen.add(id(tensor))
             for entry in _entries(path, module, attribute, tensor, packed):
@@ -31,11 +31,11 @@ def expected_checkpoint(model: nn.Module) -> list[Checkpoint]:
     return list(found.values())
 
 
-def _is_computed(module: nn.Module, attribute: str) -> bool:
+def _is_computed(module: nn.Module, attribute: str, tensor: torch.Tensor) -> bool:
     """Rotary tables, expert maps, scales of the KV cache: what a model fills itself."""
-    buffer = attribute in module._buffers
     private = attribute.startswith("_") or attribute in module._non_persistent_buffers_set
-    return (buffer and private) or attribute in CACHE_SCALES
+    is_table = private or not tensor.is_floating_point()
+    return (attribute in module._buffers and is_table) or attribute in CACHE_SCALES
 
 
 def _entries(

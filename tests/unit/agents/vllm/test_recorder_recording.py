@@ -109,6 +109,34 @@ def test_a_tensor_of_unknown_origin_is_refused_by_name() -> None:
         loaded(Model(a=Layer(process=process)), checkpoint(a=(4, 3)))
 
 
+class Kernel:
+    """A helper object as vLLM's layers hold them."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self.__dict__.update(tensors)
+
+
+Kernel.__module__ = "vllm.kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "known"),
+    [
+        ("strides", torch.arange(4), True),
+        ("gemm1_alpha", torch.ones(4), True),
+        ("packed", torch.zeros(4, dtype=torch.uint8), False),
+        ("inverse", torch.ones(4), False),
+    ],
+)
+def test_helpers_may_hold_tables_and_constants_but_no_new_weights(name: str, tensor: torch.Tensor, known: bool) -> None:
+    model = Model(a=Layer(process=lambda layer: setattr(layer, "kernel", Kernel(**{name: tensor}))))
+    if known:
+        assert loaded(model, checkpoint(a=(4, 3))).layout.derived == ()
+    else:
+        with pytest.raises(RecordError, match=rf"a\.kernel\.{name}: \(4,\)"):
+            loaded(model, checkpoint(a=(4, 3)))
+
+
 def test_another_view_of_a_weight_is_not_a_new_tensor() -> None:
     def process(layer: Layer) -> None:
         layer.transposed = layer.weight.data.t()  # type: ignore[assignment]
