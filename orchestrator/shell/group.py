@@ -72,8 +72,8 @@ class Group:
                     self._say(gathering, members[rank], ready)
                 await server.barrier()
         except (TcpStoreError, TimeoutError) as error:
-            reason = f"the tcpstore rendezvous failed: {error or 'its deadline passed'}"
-            log.error("the tcpstore rendezvous failed", reason=str(error) or "its deadline passed")
+            reason = f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}"
+            log.error(reason)
             for member, connection in gathering.connections.items():
                 self._drop(member, reason)
                 self._post(AgentLost(self._next_id(), member, connection, reason))
