@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from weightsync.agents.memory.cuda import Runtime
 from weightsync.agents.nic import NicError, net_devices
 from weightsync.agents.nixl import NixlEndpoint
 from weightsync.orchestrator.protocol.messages import NixlSettings
@@ -16,12 +17,13 @@ def open_endpoint(name: str, settings: NixlSettings, device: torch.device) -> Ni
     CUDA's current device belongs to a thread, and UCX asks for it; so it is set here, where all NIXL calls are made.
 
     Raises:
+        MemoryPlacementError: the device cannot be used.
         NixlError: see ``NixlEndpoint``.
     """
     if device.type != "cuda":
         return NixlEndpoint(name, settings)
     index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_device(index)
+    Runtime().bind(index)
     try:
         ports = net_devices(index)
     except NicError as error:

@@ -47,6 +47,19 @@ class Runtime:
         self._set_device = library.cudaSetDevice
         self._set_device.argtypes = [ctypes.c_int]
 
+    def bind(self, device: int) -> None:
+        """Make ``device`` the calling thread's, with its context.
+
+        torch's ``set_device`` does nothing where the number is current already, as 0 is in every new thread; what asks
+        the driver for a context there (UCX does) finds none.
+
+        Raises:
+            MemoryPlacementError: there is no such device.
+        """
+        failed = self._set_device(device)
+        if failed:
+            raise MemoryPlacementError(f"CUDA device {device} cannot be used (error {failed})")
+
     def malloc(self, size: int, device: int) -> int | None:
         """Address of ``size`` bytes on ``device``; None when there is no room."""
         address = ctypes.c_void_p()

@@ -27,12 +27,15 @@ class Call:
         return self.body(*arguments)
 
 
+DEVICES = 8
+
+
 class FakeCudart(SimpleNamespace):
     """libcudart with ``room`` bytes per device, the current device, and a log of what was asked."""
 
     def __init__(self, room: int = 1 << 40) -> None:
         super().__init__()
-        self.room, self.device, self.log = room, 0, []
+        self.room, self.device, self.log, self.bound = room, 0, [], []
         self.cudaMalloc = Call(self._malloc)
         self.cudaFree = Call(lambda address: self._note("free", address))
         self.cudaGetDevice = Call(self._get)
@@ -55,7 +58,10 @@ class FakeCudart(SimpleNamespace):
         return 0
 
     def _set(self, device: int) -> int:
+        if device >= DEVICES:
+            return 101
         self.device = device
+        self.bound.append(device)
         return 0
 
 
@@ -113,6 +119,19 @@ def test_a_device_arena_without_cuda_says_so() -> None:
         return
     with pytest.raises(MemoryPlacementError, match="torch sees none"):
         arena.arena(1024, torch.device("cuda", 0))
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+def test_a_thread_is_bound_also_to_the_device_that_is_current() -> None:
+    """A new thread says that device 0 is current and has no context of it."""
+    library = FakeCudart()
+    cuda.Runtime(library).bind(0)  # type: ignore[arg-type]
+    assert library.bound == [0]
+
+
+def test_a_device_that_is_not_there_cannot_be_bound() -> None:
+    with pytest.raises(MemoryPlacementError, match=f"device {DEVICES} cannot be used"):
+        cuda.Runtime(FakeCudart()).bind(DEVICES)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ plain allocations
