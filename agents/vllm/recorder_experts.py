@@ -75,7 +75,7 @@ def _placements(model: nn.Module) -> Iterator[tuple[nn.Module, list[int]]]:
         table = getattr(balancer_of(module), "logical_to_physical_map", None)
         if not isinstance(table, torch.Tensor) or not table.numel():
             continue
-        experts = getattr(module, "routed_experts", module)
+        experts: Any = getattr(module, "routed_experts", module)
         config = experts.moe_config
         count = int(config.num_local_experts)
         first = int(config.moe_parallel_config.ep_rank) * count

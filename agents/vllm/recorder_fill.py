@@ -45,7 +45,7 @@ def place(rows: Rows, row: Row) -> torch.Tensor:
     view = torch.empty(0, dtype=dtype, device=rows.memory[row.region].device)
     strides = tuple(stride // dtype.itemsize for stride in row.strides)
     storage = rows.memory[row.region].untyped_storage()
-    return view.set_(storage, row.offset // dtype.itemsize, row.extent, strides)  # type: ignore[call-overload,no-any-return]
+    return view.set_(storage, row.offset // dtype.itemsize, row.extent, strides)
 
 
 def _check(rows: Rows, index: int, full: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from weightsync.agents.vllm.recorder_boxes import View
 from weightsync.agents.vllm.recorder_trace import (
     Checkpoint,
@@ -124,7 +125,7 @@ def _steers_loading(module: nn.Module, attribute: str, tensor: torch.Tensor) -> 
 
 
 def _must_have_memory(name: str, tensor: torch.Tensor) -> None:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta:
         raise RecordError(
             f"{name} has no memory before loading: weights that are quantised or shaped while they load have no "
             "recordable layout; serve a checkpoint that is already in the serving format"

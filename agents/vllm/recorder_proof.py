@@ -47,6 +47,6 @@ def _parts(bits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if bits.numel() <= CHUNK_ELEMENTS or bits.dim() == 0:
         return (bits,)
     if bits.is_contiguous():
-        return bits.view(-1).split(CHUNK_ELEMENTS)
+        return torch.split(bits.view(-1), CHUNK_ELEMENTS)
     rows = max(1, CHUNK_ELEMENTS // max(1, bits[0].numel()))
-    return bits.split(rows)
+    return torch.split(bits, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class Recording:
         self.finished: Finished | None = None
         self._blueprint = Blueprint(model)
         fed = as_fed(checkpoint, {slot.name: slot.dtype for slot in self._blueprint.slots})
-        self._settled = settle(self._blueprint.trace(fed, model.load_weights))
+        self._settled = settle(self._blueprint.trace(fed, cast(Any, model).load_weights))
         opaque = opaque_names(self._settled.values())
         if opaque:
             raise RecordError(f"weights that are computed while they load cannot be written: {'; '.join(opaque)}")
@@ -100,7 +100,7 @@ class Recording:
                 if target is None or moved:
                     faults.append(f"{', '.join(moved) or first.slot.name}: {_state(first.slot)}")
                     continue
-                place = (target.tensor.untyped_storage().data_ptr(), target.tensor.storage_offset())
+                place = (target.tensor.untyped_storage().data_ptr(), int(target.tensor.storage_offset()))
                 if landings and place not in taken:
                     taken.add(place)
                     done.targets.append(target)

@@ -86,7 +86,7 @@ def build_rows(targets: Sequence[Target]) -> Rows:
             elif described[index] != about:
                 raise RecordError(f"{about.name} is loaded as {described[index].dtype} and as {about.dtype}")
             place = landing.place
-            row = Row(index, region, place.offset + shift, landing.corner, place.sizes, place.strides)
+            row = Row(index, region, int(place.offset + shift), landing.corner, place.sizes, place.strides)
             rows[index, region].append(row)
     merged = tuple(row for group in rows.values() for row in merge(group))
     return Rows(tuple(described), tuple(loaded), tuple(_region(t) for t in memory), tuple(memory), merged)
@@ -97,7 +97,7 @@ def bytes_of_storage(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         storage = tensor.detach().untyped_storage()
         view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        return view.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload,no-any-return]
+        return view.set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _region(memory: torch.Tensor) -> protocol.Region:

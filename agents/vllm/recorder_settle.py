@@ -54,7 +54,7 @@ def runs_of(place: View, itemsize: int) -> Runs:
 
 def union(parts: Iterable[Runs]) -> Runs:
     """Sorted union of runs, overlapping and adjacent ones merged."""
-    stacked = np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
+    stacked: Runs = np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
     if not len(stacked):
         return stacked
     stacked = stacked[np.argsort(stacked[:, 0], kind="stable")]

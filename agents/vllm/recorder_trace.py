@@ -123,12 +123,12 @@ def in_bytes(view: View, itemsize: int) -> View:
     return View(view.sizes, tuple(s * itemsize for s in view.strides), view.offset * itemsize)
 
 
-class LoadTracer(TorchDispatchMode):
+class LoadTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode under which ``load_weights`` is run; afterwards ``writes`` says what it did."""
 
     def __init__(self, targets: Sequence[torch.Tensor]) -> None:
         """``targets``: one meta tensor per storage of the model (any dtype); ``Write.storage`` indexes them."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.writes: list[Write] = []
         self.current = ""
         self._origins: dict[int, _Origin] = {}
