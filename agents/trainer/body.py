@@ -135,6 +135,9 @@ class TrainerBody:
             log.warning("%s: round %s: %s", self._member, grant.round, trouble)
             error, fault = cut(str(trouble)), getattr(trouble, "fault", "network")
             peers = getattr(trouble, "transfers", ())
+        except Exception as bug:
+            log.exception("%s: round %s", self._member, grant.round)
+            error, fault = cut(repr(bug)), "trainer"
         await self._until_nothing_is_in_flight()
         self._open = None
         self.agent.send(Closed(round=grant.round, peers=peers, error=error, fault=fault))
