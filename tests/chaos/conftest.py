@@ -1,0 +1,36 @@
+"""Fixtures of the chaos tests: real processes, and a witness that never stops asking."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from serving import VllmServer, tiny_qwen3
+from witness import Scene
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with the weights of seed 1."""
+    return tiny_qwen3(tmp_path_factory.mktemp("models") / "qwen3-seed1", seed=1)
+
+
+@pytest.fixture(scope="module")
+def scene(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """One vLLM for all tests of a module, asked by a witness from its start to its end; daemon and trainer started.
+
+    When the last test is over, every answer that the witness ever got is compared with those of the versions.
+    """
+    directory = tmp_path_factory.mktemp("scene")
+    server = VllmServer(qwen3, log=directory / "vllm.log")
+    scene = Scene(directory, server)
+    try:
+        scene.open()
+        yield scene
+        scene.judge()
+    finally:
+        scene.close()
+        server.close()

@@ -1,0 +1,61 @@
+"""``kill -9`` of the daemon before, in and after a round: nothing torn is served, and the version goes on.
+
+The witness asks throughout; what it was told is judged when the module's last test is over (``conftest.scene``).
+"""
+
+import pytest
+from witness import Scene
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+IN_A_ROUND = [
+    "before RoundBegan",
+    "after RoundBegan",
+    "hearing Quiesced",
+    "before LiveDirty",
+    "after LiveDirty",
+    "hearing Closed",
+    "hearing Verified",
+    "before Decided",
+    "after Decided",
+    "hearing Left",
+    "before Committed",
+    "after Committed",
+]
+
+
+def test_between_rounds(scene: Scene) -> None:
+    """The engine serves on without a daemon; a new one takes everything over and pushes the next version."""
+    scene.kill_daemon()
+    scene.witness.next()
+    assert not scene.server.is_paused()
+    scene.whole.start_daemon()
+    scene.serves(scene.committed[-1])
+    scene.publish()
+
+
+def test_while_nobody_is_there_to_hear_of_a_version(scene: Scene) -> None:
+    """Published without a daemon: STABLE and the trainer's Hello tell the next one."""
+    scene.kill_daemon()
+    step = scene.begin()
+    scene.witness.next()
+    scene.whole.start_daemon()
+    scene.end(step)
+
+
+@pytest.mark.parametrize("point", IN_A_ROUND)
+def test_in_a_round(scene: Scene, point: str) -> None:
+    scene.kill_daemon()
+    scene.start_daemon_to(point, "SIGKILL")
+    step = scene.begin()
+    scene.wait_daemons_death()
+    scene.whole.start_daemon()
+    scene.end(step)
+    rounds = scene.whole.ask("/rounds")["rounds"]
+    assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
+    assert (scene.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED").exists()
+
+
+def test_afterwards_versions_go_on(scene: Scene) -> None:
+    scene.publish()
+    assert scene.whole.status()["committed"]["sequence"] == len(scene.committed)

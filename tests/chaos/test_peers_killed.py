@@ -1,0 +1,65 @@
+"""``kill -9`` of an engine, and of a trainer rank, while idle and in a round.
+
+The witness asks throughout; what it was told is judged when the module's last test is over (``conftest.scene``). An
+answer of a restarted engine before its catch-up would be one of its checkpoint, which no version answers.
+"""
+
+from pathlib import Path
+
+import pytest
+from witness import Scene
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+DYING_TRAINER = Path(__file__).with_name("dying_trainer.py")
+
+
+def test_an_engine_killed_while_idle_serves_nothing_before_it_has_caught_up(scene: Scene) -> None:
+    """From the trainer's slots: nobody publishes anything for it."""
+    scene.publish()
+    scene.server.kill()
+    scene.whole.until(lambda: scene.whole.engine("engine")["state"] == "unreachable", "the engine to be missed")
+    before = scene.witness.count()
+    scene.server.start()
+    scene.serves(scene.committed[-1])
+    assert scene.witness.count() > before
+    rounds = scene.whole.ask("/rounds")["rounds"]
+    assert [row["step"] for row in rounds if row["outcome"] == "committed"] == [1, 2, 2]
+    assert scene.whole.status()["committed"]["sequence"] == len(scene.committed)
+
+
+def test_an_engine_killed_in_a_round_gets_the_version_when_it_returns(scene: Scene) -> None:
+    """Its memory is dirty, by the journal, and then it is gone."""
+    scene.kill_daemon()
+    scene.start_daemon_to("after LiveDirty", "SIGSTOP")
+    step = scene.begin()
+    scene.wait_daemons_stop()
+    scene.server.kill()
+    scene.continue_daemon()
+    scene.server.start()
+    scene.end(step)
+
+
+def test_a_trainer_rank_killed_in_a_round_leaves_the_engine_paused_until_it_is_repaired(scene: Scene) -> None:
+    """Half of the rows are new, half are old; only the next start of the trainer can mend that."""
+    scene.trainer.stop()
+    scene.start_trainer(2, script=str(DYING_TRAINER), env={"WEIGHTSYNC_TEST_DIE": "1"})
+    torn = scene.begin()
+
+    def is_torn() -> bool:
+        engine = scene.whole.engine("engine")
+        return bool(engine["torn"]) and scene.whole.status()["round"] is None
+
+    scene.whole.until(is_torn, "the engine to be torn")
+    assert scene.server.is_paused()
+    status, body = scene.server.post("/resume")
+    assert status == 500, body
+    assert "not servable" in str(body)
+    assert scene.server.is_paused()
+    assert "torn and paused" in scene.whole.status()["state"]
+    for rank in scene.trainer.ranks:
+        rank.kill()
+    scene.start_trainer(2)
+    assert scene.publish() == torn + 1
+    failed = scene.whole.directory / "run" / "broadcasts" / f"step_{torn}" / "FAILED"
+    assert "its trainer ended" in failed.read_text()
