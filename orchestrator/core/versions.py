@@ -86,10 +86,14 @@ def waiting_for(fleet: Fleet, version: Version) -> str:
 
 def _begin_if_due(turn: Turn, version: Version) -> None:
     fleet = turn.fleet
-    if version in fleet.memory.failed or not is_stable(fleet, version) or turn.now < fleet.retry_at:
+    if version in fleet.memory.failed or turn.now < fleet.retry_at:
         return
     catch_up = version in fleet.memory.done
-    if catch_up and version != fleet.memory.committed:
+    if catch_up:
+        wanted = version == fleet.memory.committed  # its STABLE has COMMITTED beside it and waits no more
+    else:
+        wanted = is_stable(fleet, version)
+    if not wanted:
         return
     usable = list(fleet.usable())
     targets = [name for name in usable if not catch_up or fleet.version_of(name) != version]

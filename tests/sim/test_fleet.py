@@ -64,3 +64,17 @@ def test_no_engine_ever_serves_a_mixture_and_all_recover(seed: int) -> None:
     world.generation += 1  # nobody publishes any more
     world.run(world.now + 120.0)
     assert serves_one_version(world), f"{world.fleet and world.fleet.sentence}\n{world.story()}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_that_returns_catches_up_without_a_new_version(seed: int) -> None:
+    """From the slots of a trainer that publishes nothing any more, without a commit of its own."""
+    world = World(seed, engines=2, guarded=seed % 2 == 0)
+    world.run(30.0)
+    world.generation += 1
+    world.run(60.0)
+    committed = list(world.committed)
+    world.kill_engine("e1")
+    world.run(120.0)
+    assert serves_one_version(world), world.story()
+    assert set(world.committed) == set(committed)

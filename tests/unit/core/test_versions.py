@@ -100,6 +100,7 @@ def test_an_engine_that_comes_later_gets_a_round_of_its_own(drive: Any) -> None:
     fleet.loses(ENGINE)
     fleet.connect(ENGINE, EngineStatus(), incarnation=555)
     fleet.says(ENGINE, Announce(layout=Layout((), (), b"")))
+    fleet.happens(MarkersSeen(fleet.id(), ()))
     fleet.plan()
     fleet.settle()
     assert fleet.round.catch_up
