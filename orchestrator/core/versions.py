@@ -89,10 +89,8 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
     if version in fleet.memory.failed or turn.now < fleet.retry_at:
         return
     catch_up = version in fleet.memory.done
-    if catch_up:
-        wanted = version == fleet.memory.committed  # its STABLE has COMMITTED beside it and waits no more
-    else:
-        wanted = is_stable(fleet, version)
+    # The STABLE of a committed version has COMMITTED beside it and is reported no more.
+    wanted = version == fleet.memory.committed if catch_up else is_stable(fleet, version)
     if not wanted:
         return
     usable = list(fleet.usable())
