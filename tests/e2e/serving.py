@@ -7,6 +7,7 @@ log-probabilities, never as text, so that two servers can be compared bit for bi
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ __all__ = [
 CPU_PLUGIN = Path(__file__).resolve().parent / "cpu_plugin"
 HOST = "127.0.0.1"
 MODEL = "tiny"
+PORTS = (15_000, 32_000)
+"""Below Linux's range for outgoing connections, any of which could take a port between its choice and its use."""
 READY_SECONDS = 240.0
 """A server is ready in about 20 s on two idle cores; several at once on busy ones take minutes."""
 ANSWER_SECONDS = 60.0
@@ -72,10 +75,12 @@ class RequestFailed(Exception):
 
 # ------------------------------------------------------------------------------------------------------------- server
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that was free a moment ago; none that the kernel gives to connections."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def environment(shim_parent: Path, extra: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, str]:
