@@ -78,6 +78,9 @@ def waiting_for(fleet: Fleet, version: Version) -> str:
         names = ", ".join(f"{writer} (round {pending.round})" for writer, pending in sorted(fleet.unclosed.items()))
         return f"writers that have not closed their grant and are not proved dead: {names}"
     if fleet.plan is None:
+        misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
+        if misfits:
+            return f"an engine that fits: {misfits[0]}"
         late = [name for name in fleet.engines if not fleet.attached(name)]
         return f"engines that have not joined: {', '.join(late)}" if late else "the plan"
     late = [str(m) for m in fleet.plan.connects if not fleet.is_confirmed(m)]
