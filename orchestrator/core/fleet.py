@@ -5,6 +5,7 @@ from weightsync.orchestrator.core.commands import Accept, Drop, OpenGroup, Refus
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Call, CallDone, CallFailed
 from weightsync.orchestrator.core.records import EpochBegan
 from weightsync.orchestrator.core.state import Agent, Engine, Fleet, Unclosed
+from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -18,7 +19,7 @@ from weightsync.orchestrator.protocol.messages import (
     TcpStoreRendezvous,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
 def connected(turn: Turn, event: AgentConnected) -> None:
@@ -119,16 +120,26 @@ def _untaint(fleet: Fleet, member: Member, incarnation: int) -> None:
 
 
 def _let_out(turn: Turn, agent: Agent) -> None:
-    """A worker that waits inside the window of a round that is not the current one is told how that round ended."""
-    fleet, window = turn.fleet, agent.status.window
-    if window is None or (fleet.round is not None and fleet.round.name == window):
-        return
-    ended = fleet.memory.ended.get(window)
-    if ended is not None and ended.decided:
-        turn.send(agent.member, Commit(round=window, version=ended.began.version))
-    else:
+    """A worker that comes back from inside a round may have missed the word that ends its wait."""
+    if agent.status.window is not None:
+        word = _last_word(turn.fleet, agent.status.window)
+        if word is not None:
+            turn.send(agent.member, word)
+
+
+def _last_word(fleet: Fleet, name: RoundName) -> Commit | Abort | None:
+    """How round ``name`` ends for a worker; None while the round itself will tell it."""
+    current, ended = fleet.round, fleet.memory.ended.get(name)
+    if current is None or current.name != name:
+        if ended is not None and ended.decided:
+            return Commit(round=name, version=ended.began.version)
         torn = ended is None or ended.dirty
-        turn.send(agent.member, Abort(round=window, torn=torn, reason="the round ended while this worker was away"))
+        return Abort(round=name, torn=torn, reason="the round ended while this worker was away")
+    if current.phase in (Phase.CANCELLING, Phase.TEARING):
+        return Abort(round=name, torn=current.phase is Phase.TEARING, reason=current.reason)
+    if current.decided and current.phase is not Phase.DECIDING:
+        return Commit(round=name, version=current.version)
+    return None
 
 
 def _raise_epoch(turn: Turn, hello: Hello) -> None:

@@ -107,7 +107,7 @@ def _decide(turn: Turn, current: Round) -> None:
 
 
 def _apply(turn: Turn, current: Round) -> None:
-    for member in current.ranks_going():
+    for member in current.ranks:  # also of engines that were left out meanwhile: their bytes are verified, too
         turn.send(member, Commit(round=current.name, version=current.version))
 
 

@@ -24,6 +24,7 @@ from weightsync.orchestrator.core.records import (
     replay,
 )
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Outcome, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from world import World
@@ -130,6 +131,33 @@ def test_a_worker_inside_is_let_out_as_the_round_ended(
     assert fleet.sent(ENGINE, type(told)) == [told]
     to_agent = [type(command) for command in fleet.commands if isinstance(command, Accept | Send)]
     assert to_agent == [Accept, Send], "nothing reaches an agent before it is accepted"
+
+
+@pytest.mark.parametrize(
+    ("phase", "word"),
+    [
+        (Phase.QUIESCING, Abort(round=NAME, torn=False, reason="e0/0 was lost: reset")),
+        (Phase.WRITING, Abort(round=NAME, torn=True, reason="e0/0 was lost: reset")),
+        (Phase.APPLYING, Commit(round=NAME, version=VERSION)),
+    ],
+)
+def test_so_is_one_that_comes_back_into_the_round_under_way(drive: Any, phase: Phase, word: Abort | Commit) -> None:
+    """The word that was sent while it was away is sent again."""
+    fleet = drive(("e0", "e1"))
+    fleet.to(phase)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(window=NAME))
+    assert fleet.sent(ENGINE, type(word))[-1] == word
+
+
+def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.to(Phase.DECIDING)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(window=NAME))
+    assert fleet.sent(ENGINE, Commit) == [], "it is not durable yet"
+    fleet.durable()
+    assert fleet.sent(ENGINE, Commit) == [Commit(round=NAME, version=VERSION)]
 
 
 def test_nobody_remembers_for_ever(drive: Any) -> None:
