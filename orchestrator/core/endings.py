@@ -41,6 +41,7 @@ def committed(turn: Turn, current: Round) -> None:
     fleet.round = None
     fleet.waiting_since.pop(current.version, None)
     fleet.attempts.pop(current.version, None)
+    fleet.retry_at.clear()
     if not current.catch_up:
         mark_committed(turn, current.name, current.version, tuple(current.going()))
     tell_trainers(turn, current.version)
@@ -76,7 +77,8 @@ def failed(turn: Turn, current: Round) -> None:
     fleet.round = None
     turn.append(_summary(turn, current, "failed"))
     fleet.attempts[current.version] = current.attempt
-    fleet.retry_at = turn.now + fleet.policy.backoff * 2 ** min(current.attempt - 1, MAX_BACKOFF_DOUBLINGS)
+    wait = fleet.policy.backoff * 2 ** min(current.attempt - 1, MAX_BACKOFF_DOUBLINGS)
+    fleet.retry_at[current.version] = turn.now + wait
     if current.attempt >= fleet.policy.attempts and not current.catch_up:
         fail_version(turn, current.version, f"{current.attempt} attempts failed; the last one: {current.reason}")
 

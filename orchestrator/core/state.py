@@ -135,7 +135,8 @@ class Fleet:
     waiting_since: dict[Version, float] = field(default_factory=dict)
     """Versions that some rank staged, and since when."""
     attempts: dict[Version, int] = field(default_factory=dict)
-    retry_at: float = 0.0
+    retry_at: dict[Version, float] = field(default_factory=dict)
+    """Not before; a version that waits for its next attempt holds up no other."""
     unclosed: dict[Member, Unclosed] = field(default_factory=dict)
     plan: PlanFacts | None = None
     planned_for: frozenset[tuple[Member, int, int]] = frozenset()

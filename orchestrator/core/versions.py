@@ -89,7 +89,7 @@ def waiting_for(fleet: Fleet, version: Version) -> str:
 
 def _begin_if_due(turn: Turn, version: Version) -> None:
     fleet = turn.fleet
-    if version in fleet.memory.failed or turn.now < fleet.retry_at:
+    if version in fleet.memory.failed or turn.now < fleet.retry_at.get(version, 0.0):
         return
     catch_up = version in fleet.memory.done
     # The STABLE of a committed version has COMMITTED beside it and is reported no more.

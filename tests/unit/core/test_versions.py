@@ -83,7 +83,7 @@ def test_attempts_are_bounded_and_spread(drive: Any) -> None:
         assert fleet.round.attempt == attempt
         fleet.fails("e0", Call.PAUSE, "connection reset")
         assert fleet.fleet.round is None
-        pauses.append(fleet.fleet.retry_at - fleet.now)
+        pauses.append(fleet.fleet.retry_at[VERSION] - fleet.now)
         fleet.passes(pauses[-1])
         fleet.settle()
     assert pauses == [1.0, 2.0, 4.0]
@@ -161,3 +161,14 @@ def test_why_agents_do_not_start_stays_visible(drive: Any) -> None:
         fleet.fails("e0", Call.INIT, "no weight transfer is configured in it")
         assert fleet.fleet.engines["e0"].error == "no weight transfer is configured in it"
     assert fleet.told().count("no weight transfer is configured in it") == 1
+
+
+def test_a_version_that_waits_for_its_next_attempt_holds_up_no_other(drive: Any) -> None:
+    """As a catch-up round would that fails again and again."""
+    fleet = joined(drive, backoff=50.0)
+    fleet.says(TRAINER, STAGED)
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    fleet.fails("e0", Call.PAUSE, "connection reset")
+    fleet.stage(2)
+    fleet.settle()
+    assert fleet.round.version == Version(7, 2)
