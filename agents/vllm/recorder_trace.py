@@ -152,6 +152,8 @@ class LoadTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handler = _HANDLERS.get(func.overloadpacket)
         if handler is not None:
             return handler(self, func, args, kwargs)
+        if getattr(func, "is_view", False):
+            return func(*args, **kwargs)  # shares its storage, and with it what is known of it
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tracked = [t for t in inputs if storage_key(t) in self._origins]
         if not tracked or func.overloadpacket in _MAKERS:
