@@ -504,6 +504,14 @@ class World:
         self.step_number += 1
         self.waiting = version = Version(generation, self.step_number)
         for agent in self.trainer_ranks:
+            agent.staged = None  # the slots are being converted into, and written by nobody
+        self.later(self.rng.uniform(0.0, 2.0), lambda: self._staged(version))
+
+    def _staged(self, version: Version) -> None:
+        if version != self.waiting or not all(agent.alive for agent in self.trainer_ranks):
+            return
+        generation = version.generation
+        for agent in self.trainer_ranks:
             agent.staged = version
             agent.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
         self.stable.add(StableSeen(version.step, generation if self.rng.random() < 0.5 else None))
