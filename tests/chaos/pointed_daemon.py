@@ -1,14 +1,16 @@
 """The daemon, which sends itself a signal at a named point, so that no test has to hit it by chance.
 
-``WEIGHTSYNC_TEST_POINT`` names the point in two words: ``before RECORD`` (the core has decided it, the journal does not
-hold it), ``after RECORD`` (durable, and nothing that follows has been done), or ``hearing MESSAGE`` (an agent has said
-it, and nobody has listened yet). Records are those of ``core.records``, messages those of ``protocol.messages``.
-``WEIGHTSYNC_TEST_SIGNAL`` is SIGKILL, or SIGSTOP for a test that does something else at that point; it is sent once.
+``WEIGHTSYNC_TEST_POINT`` names a file. While it exists, its three words are: ``before RECORD`` (the core has decided it
+and the journal does not hold it), ``after RECORD`` (durable, and nothing that follows has been done) or ``hearing
+MESSAGE`` (an agent has said it, and nobody has listened yet); then the signal, SIGKILL, or SIGSTOP for a test that does
+something else at that point. The file is removed first, so that it happens once. Records are those of ``core.records``,
+messages those of ``protocol.messages``.
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 from weightsync.orchestrator.core.commands import Append
 from weightsync.orchestrator.core.events import AgentSaid, Event
@@ -16,18 +18,20 @@ from weightsync.orchestrator.shell import cli
 from weightsync.orchestrator.shell.outbox import Outbox
 from weightsync.orchestrator.shell.runner import Runner
 
-POINT, SIGNAL = "WEIGHTSYNC_TEST_POINT", "WEIGHTSYNC_TEST_SIGNAL"
+POINT = "WEIGHTSYNC_TEST_POINT"
 
 
-def arm(point: str, number: signal.Signals) -> None:
-    """Wrap what the point is about."""
-    when, what = point.split()
+def arm(point: Path) -> None:
+    """Wrap what points are about."""
     append, post = Outbox._append, Runner.post
-    left = [number]
 
     def reached(moment: str, *names: str) -> None:
-        if moment == when and what in names and left:
-            os.kill(os.getpid(), left.pop())
+        if not point.exists():
+            return
+        when, what, number = point.read_text().split()
+        if moment == when and what in names:
+            point.unlink()
+            os.kill(os.getpid(), signal.Signals[number])
 
     async def pointed_append(outbox: Outbox, commands: list[Append]) -> None:
         names = [type(command.record).__name__ for command in commands]
@@ -45,5 +49,5 @@ def arm(point: str, number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    arm(os.environ[POINT], signal.Signals[os.environ[SIGNAL]])
+    arm(Path(os.environ[POINT]))
     sys.exit(cli.main())

@@ -29,7 +29,7 @@ def test_between_rounds(scene: Scene) -> None:
     scene.kill_daemon()
     scene.witness.next()
     assert not scene.server.is_paused()
-    scene.whole.start_daemon()
+    scene.start_daemon()
     scene.serves(scene.committed[-1])
     scene.publish()
 
@@ -39,17 +39,16 @@ def test_while_nobody_is_there_to_hear_of_a_version(scene: Scene) -> None:
     scene.kill_daemon()
     step = scene.begin()
     scene.witness.next()
-    scene.whole.start_daemon()
+    scene.start_daemon()
     scene.end(step)
 
 
 @pytest.mark.parametrize("point", IN_A_ROUND)
 def test_in_a_round(scene: Scene, point: str) -> None:
-    scene.kill_daemon()
-    scene.start_daemon_to(point, "SIGKILL")
+    scene.signal_daemon_at(point, "SIGKILL")
     step = scene.begin()
     scene.wait_daemons_death()
-    scene.whole.start_daemon()
+    scene.start_daemon()
     scene.end(step)
     rounds = scene.whole.ask("/rounds")["rounds"]
     assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds

@@ -30,8 +30,7 @@ def test_an_engine_killed_while_idle_serves_nothing_before_it_has_caught_up(scen
 
 def test_an_engine_killed_in_a_round_gets_the_version_when_it_returns(scene: Scene) -> None:
     """Its memory is dirty, by the journal, and then it is gone."""
-    scene.kill_daemon()
-    scene.start_daemon_to("after LiveDirty", "SIGSTOP")
+    scene.signal_daemon_at("after LiveDirty", "SIGSTOP")
     step = scene.begin()
     scene.wait_daemons_stop()
     scene.server.kill()

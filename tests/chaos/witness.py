@@ -74,12 +74,13 @@ class Scene:
         self.witness = Witness(self.server)
         self.whole = Fleet(self.directory / "fleet", {"engine": self.server})
         self.trainer: Trainer
+        self._point = self.directory / "point"
 
     def open(self) -> None:
         """Start everything and publish the first version."""
         self.witness.start()
         self.server.start()
-        self.whole.start_daemon()
+        self.start_daemon()
         self.start_trainer()
         self.server.wait_ready()
         assert self.witness.count() == 0, "an engine answered before any version was committed"
@@ -104,10 +105,16 @@ class Scene:
         assert daemon.child is not None
         assert daemon.child.wait(POINT_SECONDS) == -signal.SIGKILL, daemon.tail()
 
-    def start_daemon_to(self, point: str, number: str) -> None:
-        """A daemon that sends itself a signal at ``point``; see ``pointed_daemon``."""
+    def start_daemon(self) -> None:
+        """One that can be told to signal itself; see ``pointed_daemon``."""
         script = Path(__file__).with_name("pointed_daemon.py")
-        self.whole.start_daemon(script, {"WEIGHTSYNC_TEST_POINT": point, "WEIGHTSYNC_TEST_SIGNAL": number})
+        self.whole.start_daemon(script, {"WEIGHTSYNC_TEST_POINT": str(self._point)})
+
+    def signal_daemon_at(self, point: str, number: str) -> None:
+        """Have the running daemon send itself a signal when it comes to ``point``."""
+        written = self._point.with_suffix(".new")
+        written.write_text(f"{point} {number}")
+        written.replace(self._point)
 
     def wait_daemons_stop(self) -> None:
         """Until the daemon has stopped itself; ``continue_daemon`` lets it go on."""
