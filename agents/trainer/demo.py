@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", init_method=options.rendezvous, rank=rank, world_size=world)
     try:
         return _run(options, rank, world)
     finally:
@@ -187,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hub", required=True, metavar="URL", help="ws://HOST:PORT/agents of the daemon")
     add("--token-file", type=Path, required=True)
     add("--model-config", type=Path, required=True, metavar="DIR", help="directory with a Hugging Face config.json")
+    add("--rendezvous", default="env://", metavar="URL", help="of the ranks among themselves (default: env://)")
     add("--steps", type=int, default=5)
     add("--publish-every", type=int, default=1, metavar="STEPS")
     add("--tokens", type=Path, metavar="PATH", help="JSON file with rows of token ids to train on (default: random)")

@@ -13,15 +13,14 @@ from weightsync.orchestrator.shell.demo_children import HOST, Child, Children
 from weightsync.orchestrator.shell.demo_client import (
     ANSWER_SECONDS,
     CHECKED_TOKENS,
-    TOP_LOGPROBS,
     Answer,
     DaemonApi,
     EngineApi,
     RequestFailed,
     Traffic,
 )
-from weightsync.orchestrator.shell.demo_setup import RANKS, ROW_BYTES, TEXT, Plan, daemon_environment
-from weightsync.orchestrator.shell.demo_show import Screen, size, summary
+from weightsync.orchestrator.shell.demo_setup import RANKS, TEXT, Plan, daemon_environment
+from weightsync.orchestrator.shell.demo_show import Screen, compared, size, summary
 
 DAEMON_SECONDS: Final = 60.0
 TRAINER_SECONDS: Final = 300.0
@@ -193,7 +192,7 @@ class Demo:
         if row.outcome == "committed":
             prompt, expected = TEXT[0]
             with contextlib.suppress(RequestFailed):
-                said = (await self._engine.complete(prompt, len(expected))).text.lstrip()
+                said = (await self._engine.complete(prompt, len(expected))).text.strip() or "(spaces)"
         losses = dict(_LOSS.findall(self._trainer_log))
         loss = losses.get(str(row.step))
         self._screen.row(row, f"{float(loss):.2f}" if loss else "-", said)
@@ -246,7 +245,7 @@ class Demo:
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         screen.ready("fresh", f"an ordinary vLLM with {size(weights)} from disk", time.monotonic() - began)
         loaded = await self._answers(self._fresh)
-        same = [self._compare_one(*pair) for pair in zip(TEXT, pushed, loaded, strict=True)]
+        same = [compared(screen, *three) for three in zip(TEXT, pushed, loaded, strict=True)]
         screen.line()
         what = f"tokens and log-probabilities of {len(TEXT)} prompts, bit for bit"
         verdict = screen.good("identical") if all(same) else screen.bad("DIFFERENT")
@@ -263,18 +262,6 @@ class Demo:
             return [await engine.complete(prompt, CHECKED_TOKENS) for prompt, _ in TEXT]
         except RequestFailed as error:
             raise DemoFailed(f"an engine does not answer: {error}", self._children.all[-1]) from error
-
-    def _compare_one(self, text: tuple[str, str], pushed: Answer, loaded: Answer) -> bool:
-        prompt, expected = text
-        said = pushed.text[: len(expected)].ljust(ROW_BYTES - len(prompt))
-        shown = f"{prompt}{self._screen.style(said, '36')}"
-        counts = f"{len(pushed.tokens)} tokens, {len(pushed.tokens)} × {TOP_LOGPROBS} log-probabilities"
-        verdict = self._screen.style("the same", "32") if pushed == loaded else self._screen.bad("different")
-        self._screen.line(f"  {shown}  {counts}  {verdict}")
-        if pushed != loaded:
-            self._screen.line(f"    pushed: {pushed.tokens} {pushed.logprobs}")
-            self._screen.line(f"    loaded: {loaded.tokens} {loaded.logprobs}")
-        return pushed == loaded
 
 
 def _news(lines: Sequence[str]) -> str:

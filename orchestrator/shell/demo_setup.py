@@ -123,7 +123,6 @@ class Plan:
     vllm: Vllm
     versions: int
     hub: Port = field(default_factory=Port)
-    trainers: Port = field(default_factory=Port)
     engine: Port = field(default_factory=Port)
     fresh: Port = field(default_factory=Port)
 
@@ -157,7 +156,7 @@ class Plan:
 
     def release(self) -> None:
         """Give the ports back."""
-        for port in (self.hub, self.trainers, self.engine, self.fresh):
+        for port in (self.hub, self.engine, self.fresh):
             port.release()
 
     def write(self) -> None:
@@ -197,6 +196,8 @@ class Plan:
             "--learning-rate", str(LEARNING_RATE), "--steps", str(self.steps[-1]),
             "--publish-every", str(steps_per_version(self.versions)),
             "--save-checkpoints", str(self.directory / "checkpoints"), "--stay",
+            # A file: torch's TCP store would listen on every interface.
+            "--rendezvous", (self.directory / "rendezvous").as_uri(),
         ]  # fmt: skip
 
     def engine_command(self, model: Path, port: Port, *, ours: bool) -> list[str]:
@@ -219,8 +220,6 @@ class Plan:
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": HOST,
-            "MASTER_PORT": str(self.trainers.number),
         }
 
     def engine_environment(self) -> dict[str, str]:
@@ -239,7 +238,7 @@ class Plan:
     def _environment(self) -> dict[str, str]:
         added = {"HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         if self.vllm.cpu_plugin is not None:
-            added["UCX_TLS"] = "tcp,self,sm"
+            added |= {"UCX_TLS": "tcp,self,sm", "UCX_NET_DEVICES": "lo"}
         return {**_outside(), **added}
 
     def _metadata(self) -> list[str]:

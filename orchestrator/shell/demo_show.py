@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
 from weightsync.orchestrator.shell.admin_views import RoundRow
+from weightsync.orchestrator.shell.demo_client import TOP_LOGPROBS, Answer
+from weightsync.orchestrator.shell.demo_setup import ROW_BYTES
 
 WIDTH: Final = 100
 REDRAW_SECONDS: Final = 0.1
@@ -134,6 +136,24 @@ class Screen:
             self.line(f"    {self.bad(row.outcome)}, attempt {row.attempt}: {_printable(row.reason)}")
 
 
+def compared(screen: Screen, text: tuple[str, str], pushed: Answer, loaded: Answer) -> bool:
+    """Prints whether two engines answered the prompt alike, bit for bit, and how they did not; returns it.
+
+    Args:
+        text: the prompt, and the answer that the trainer taught.
+        pushed, loaded: of the engine that was pushed to, and of the one that loaded the checkpoint.
+    """
+    prompt, taught = text
+    said = screen.style(pushed.text[: len(taught)].ljust(ROW_BYTES - len(prompt)), _CYAN)
+    same = pushed == loaded
+    verdict = screen.style("the same", _GREEN) if same else screen.bad("different")
+    counts = f"{len(pushed.tokens)} tokens, {len(pushed.tokens)} × {TOP_LOGPROBS} log-probabilities"
+    screen.line(f"  {prompt}{said}  {counts}  {verdict}")
+    for name, answer in () if same else (("pushed", pushed), ("loaded", loaded)):
+        screen.line(f"    {name}: {answer.tokens} {answer.logprobs}")
+    return same
+
+
 def size(count: int) -> str:
     """A number of bytes for people."""
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count} B"
@@ -151,7 +171,7 @@ def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
             "versions",
             f"{len(done)} pushed" + (f", {others} attempts failed" if others else ", each at the first attempt"),
         ),
-        ("weights", f"{size(moved)} over NIXL{rate}; each byte digested in the engine's own memory and compared"),
+        ("weights", f"{size(moved)} over NIXL{rate}, each byte verified in the engine's memory"),
         (
             "stall",
             f"{statistics.median(row.stall_ms for row in done):.0f} ms (median) from pause to resume;"

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import math
 import os
 import socket
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 from weightsync.orchestrator.shell import cli, demo, demo_setup
 from weightsync.orchestrator.shell.admin_views import RoundRow
 from weightsync.orchestrator.shell.demo_children import HOST, Children, Port, tail
+from weightsync.orchestrator.shell.demo_client import Answer
 from weightsync.orchestrator.shell.demo_run import DemoFailed
 from weightsync.orchestrator.shell.demo_setup import Missing, Plan, Vllm, find_vllm, steps_per_version
-from weightsync.orchestrator.shell.demo_show import WIDTH, Screen, summary
+from weightsync.orchestrator.shell.demo_show import WIDTH, Screen, compared, summary
 from weightsync.orchestrator.shell.settings import load
 
 ROW = RoundRow(
@@ -166,6 +168,16 @@ def test_the_table_fits_a_hundred_columns_and_says_why_an_attempt_failed() -> No
     ]
     assert lines[3] == "    failed, attempt 1: a [2Jb"
     assert "\x1b" not in out.getvalue()
+
+
+def test_the_last_bit_of_a_log_probability_counts() -> None:
+    out = io.StringIO()
+    pushed = Answer((104, 105), (-0.25, -0.5), ((("token_id:104", -0.25),), (("token_id:105", -0.5),)))
+    assert compared(Screen(out), ("ab:", "hi"), pushed, pushed)
+    assert out.getvalue().split() == "ab:hi 2 tokens, 2 × 5 log-probabilities the same".split()
+    loaded = Answer(pushed.tokens, (-0.25, math.nextafter(-0.5, 0)), pushed.top)
+    assert not compared(Screen(out), ("ab:", "hi"), pushed, loaded)
+    assert "different\n    pushed: (104, 105) (-0.25, -0.5)\n    loaded: " in out.getvalue()
 
 
 def test_the_summary_counts_what_failed() -> None:
