@@ -38,8 +38,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Every dimension a multiple of the FP8 block."""
 REPEATABLE = {"TORCHINDUCTOR_DETERMINISTIC": "1"}
-"""Otherwise Inductor measures which of its kernels is fastest, and two processes may choose ones that round differently:
-routers then send a token to another expert."""
+"""Otherwise Inductor takes the kernels that it measures as fastest, and those of two processes may round apart."""
 
 
 def dense() -> dict[str, Any]:
@@ -47,7 +46,7 @@ def dense() -> dict[str, Any]:
 
 
 def experts() -> dict[str, Any]:
-    """32 experts, each two and four blocks; the router stays bf16."""
+    """32 experts a layer; the router stays bf16."""
     routers = {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(4)]}
     blocks = {"quantization_config": FP8_BLOCKS["quantization_config"] | routers}
     return qwen3_moe_config(**SIZES, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=512, **blocks)
