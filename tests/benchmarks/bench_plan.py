@@ -2,8 +2,8 @@
 
 Each figure comes from a process of its own with one thread, which decodes the layouts from msgpack (as they arrive)
 and then plans: from decoded layouts to all tables, proved and fingerprinted. ``_seconds`` are seconds of one core,
-which it takes where a core is free, because the planner waits for nothing; ``_wall_seconds`` hold what other processes took,
-too. Peak memory is that of the whole process, layouts included. Layouts are decoded anew for every run, so that
+which it takes where a core is free, because the planner waits for nothing; ``_wall_seconds`` hold what other processes
+took, too. Peak memory is that of the whole process, layouts included. Layouts are decoded anew for every run, so that
 nothing is known from the run before.
 """
 
