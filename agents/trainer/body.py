@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 NO_FAULT: Final[Fault] = ""
 
+IN_FLIGHT_POLL_SECONDS: Final = 0.005
+"""Short beside a round: once a peer that is gone is forgotten, the next grant must not find this one open."""
+
 
 class TrainerBody:
     """See ``agents.agent.Body``. ``prepare`` alone runs on the trainer's thread, while nothing is granted."""
@@ -176,7 +179,7 @@ class TrainerBody:
     async def _until_nothing_is_in_flight(self) -> None:
         """CLOSED is a promise. A handle whose deadline passed keeps the grant open for as long as it is not DONE."""
         while self._endpoint is not None and self._endpoint.tainted_peers:  # noqa: ASYNC110  (NIXL has no event)
-            await asyncio.sleep(0.05)  # the agent's poll asks after them
+            await asyncio.sleep(IN_FLIGHT_POLL_SECONDS)  # the agent's poll asks after them
 
     def _settle(self, outcome: Outcome) -> None:
         waiting = self._outcome

@@ -4,7 +4,7 @@ from weightsync.orchestrator.core import endings
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Decided, LiveDirty
-from weightsync.orchestrator.core.state import Round, Unclosed
+from weightsync.orchestrator.core.state import Fleet, Round, Unclosed
 from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Closed, Commit, Grant, Verified, Verify
@@ -269,8 +269,7 @@ def advance_cancel(turn: Turn, current: Round) -> bool:
 
 def _torn_and_left(turn: Turn, current: Round) -> bool:
     fleet = turn.fleet
-    open_writers = [w for w in current.writers if w in fleet.unclosed and w in fleet.agents]
-    if open_writers:
+    if any(_may_still_write(fleet, writer) for writer in current.writers):
         return False
     inside = [m for m in current.ranks if m in fleet.agents and m not in current.left]
     for member in inside:
@@ -278,6 +277,12 @@ def _torn_and_left(turn: Turn, current: Round) -> bool:
             current.told.add(member)
             turn.send(member, Abort(round=current.name, torn=True, reason=current.reason))
     return not inside and not any(fleet.engines[name].calls.get(Call.UPDATE) for name in current.engines)
+
+
+def _may_still_write(fleet: Fleet, writer: Member) -> bool:
+    """A writer to wait for: it is here, and so is some target of its. What is left open keeps the next round back."""
+    pending = fleet.unclosed.get(writer)
+    return pending is not None and writer in fleet.agents and not pending.targets.keys().isdisjoint(fleet.agents)
 
 
 def evict(turn: Turn, current: Round, engine: str, why: str) -> None:

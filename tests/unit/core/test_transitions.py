@@ -200,3 +200,16 @@ def test_closed_without_a_grant_of_this_round_changes_nothing(drive: Any) -> Non
     fleet.says(TRAINER, Closed(round=other))
     assert going.phase is Phase.WRITING
     assert going.closed == {}
+
+
+def test_nobody_waits_for_writes_to_an_engine_that_is_gone(drive: Any) -> None:
+    """NIXL may never end them. Its next process is out of their reach, and must not wait to be started."""
+    fleet = drive()
+    going = fleet.to(Phase.WRITING)
+    fleet.loses(ENGINE)
+    assert going.phase is Phase.TEARING
+    fleet.fails("e0", Call.UPDATE, "the connection broke")
+    assert fleet.fleet.round is None
+    assert set(fleet.fleet.unclosed) == {TRAINER}, "no round begins before"
+    fleet.connect(ENGINE, EngineStatus(), incarnation=555)
+    assert fleet.fleet.unclosed == {}
