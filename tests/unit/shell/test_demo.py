@@ -174,7 +174,7 @@ def test_the_last_bit_of_a_log_probability_counts() -> None:
     out = io.StringIO()
     pushed = Answer((104, 105), (-0.25, -0.5), ((("token_id:104", -0.25),), (("token_id:105", -0.5),)))
     assert compared(Screen(out), ("ab:", "hi"), pushed, pushed)
-    assert out.getvalue().split() == "ab:hi 2 tokens, 2 × 5 log-probabilities the same".split()
+    assert out.getvalue().split() == ["ab:hi", "2", "tokens,", "2", "×", "5", "log-probabilities", "the", "same"]
     loaded = Answer(pushed.tokens, (-0.25, math.nextafter(-0.5, 0)), pushed.top)
     assert not compared(Screen(out), ("ab:", "hi"), pushed, loaded)
     assert "different\n    pushed: (104, 105) (-0.25, -0.5)\n    loaded: " in out.getvalue()
