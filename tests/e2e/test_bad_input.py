@@ -1,0 +1,289 @@
+"""Bad input, each kind at its real door: what is refused is named, and whoever did nothing wrong is not disturbed."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fleet import Fleet, Trainer, fleet
+from scripted_trainer import masters
+from serving import HOST, VllmServer, answers, free_port
+from tiny_models import model_shapes, qwen3_config
+from weightsync.agents.control import RefusedForGood
+from weightsync.agents.trainer.agent import PublishError, TrainerAgent
+from weightsync.agents.trainer.models import model_table
+from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
+from weightsync.orchestrator.protocol.names import Version
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+CONFIG = qwen3_config()
+JOIN_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Address:
+    """In the place of a server where the configuration only needs a URL."""
+
+    url: str
+
+
+def stable(step: int, *, run: str = "e2e", generation: int = 1) -> bytes:
+    return encode_manifest(manifest(run, Version(generation, step)))
+
+
+def in_process_trainer(whole: Fleet, **other: Any) -> TrainerAgent:
+    """A trainer rank in this process, with its options as ``other`` says."""
+    state = masters(model_shapes(CONFIG), 0)
+    return TrainerAgent(lambda: state, model_table(CONFIG), **{
+        "hub_url": f"ws://{HOST}:{whole.port}/agents", "token_file": whole.token, "run_id": whole.run_id,
+        "run_dir": whole.directory / "run", "connect_seconds": 3.0, **other,
+    })  # fmt: skip
+
+
+def command_line(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "weightsync.orchestrator.shell.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# ------------------------------------------------------------------------------------------------------ a daemon alone
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A daemon whose one engine does not exist."""
+    nobody = {"engine": Address(f"http://{HOST}:{free_port()}")}
+    with fleet(tmp_path_factory.mktemp("lonely") / "fleet", nobody) as whole:  # type: ignore[arg-type]
+        yield whole
+
+
+def test_bad_markers_are_named_and_harm_nobody(lonely: Fleet) -> None:
+    broadcasts = lonely.directory / "run" / "broadcasts"
+    outside = lonely.directory / "outside"
+    outside.mkdir()
+    (outside / "STABLE").write_bytes(stable(8))
+    found = {step: broadcasts / f"step_{step}" for step in range(1, 8)}
+    for directory in found.values():
+        directory.mkdir(parents=True)
+    (found[1] / "STABLE").write_bytes(stable(1)[:-20])
+    (found[2] / "STABLE").write_bytes(b" " * 70_000)
+    (found[3] / "STABLE").symlink_to(outside / "STABLE")
+    (found[4] / "STABLE").write_bytes(stable(4, run="another-run"))
+    (found[5] / "STABLE").write_bytes(stable(6))
+    (found[6] / "stable.json").write_bytes(stable(6))
+    (found[7] / "STABLE").mkdir()
+    (broadcasts / "step_8").symlink_to(outside)
+    (broadcasts / "step_09").mkdir()
+    expected = {
+        "step_1/STABLE": "no whole manifest",
+        "step_2/STABLE": "70000 bytes",
+        "step_3/STABLE": "symbolic link",
+        "step_4/STABLE": "belongs to run 'another-run'",
+        "step_5/STABLE": "speaks of step 6",
+        "step_6/stable.json": "name it STABLE",
+        "step_7/STABLE": "no regular file",
+        "step_8": "symbolic link",
+        "step_09": "wrongly named",
+    }
+
+    def all_named() -> bool:
+        problems = lonely.status()["problems"]
+        return all(any(name in p and why in p for p in problems) for name, why in expected.items())
+
+    lonely.until(all_named, "every problem to be in the status")
+    assert lonely.status()["round"] is None
+
+
+def test_a_marker_that_is_mended_is_believed(lonely: Fleet) -> None:
+    marker = lonely.directory / "run" / "broadcasts" / "step_20" / "STABLE"
+    marker.parent.mkdir(parents=True)
+    marker.write_text("{")
+    lonely.until(lambda: any("step_20" in p for p in lonely.status()["problems"]), "the problem to be seen")
+    marker.write_bytes(stable(20))
+    lonely.until(lambda: not any("step_20" in p for p in lonely.status()["problems"]), "the problem to be over")
+
+
+def test_a_wrong_token_is_what_the_constructor_says(lonely: Fleet, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("not-the-daemons-token")
+    token.chmod(0o600)
+    with pytest.raises(TimeoutError, match=r"trainer/0: no Welcome .* it rejects the token \(401\)"):
+        in_process_trainer(lonely, token_file=token)
+    assert lonely.status()["trainers"] == []
+
+
+def test_another_run_is_refused_for_good(lonely: Fleet) -> None:
+    with pytest.raises(RefusedForGood, match="serves run 'e2e', not 'another-run'"):
+        in_process_trainer(lonely, run_id="another-run")
+
+
+def test_a_second_daemon_on_the_same_journal_ends_with_75(lonely: Fleet) -> None:
+    done = command_line("run", "--config", str(lonely.config))
+    assert done.returncode == 75, done.stderr
+    assert "journal" in done.stderr
+    assert lonely.status() is not None
+
+
+def test_a_wrong_configuration_ends_with_78_and_says_what_to_do(lonely: Fleet, tmp_path: Path) -> None:
+    wrong = tmp_path / "config.yaml"
+    wrong.write_text(lonely.config.read_text().replace("rescan_seconds", "rescan_second"))
+    done = command_line("run", "--config", str(wrong))
+    assert done.returncode == 78, done.stderr
+    assert str(wrong) in done.stderr
+    assert "rescan_second" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- engines of sorts
+class WithoutRoutes(BaseHTTPRequestHandler):
+    """A vLLM that was started without VLLM_SERVER_DEV_MODE: it is healthy and has none of the admin routes."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_OPTIONS = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def engine_without_routes() -> Iterator[Address]:
+    server = ThreadingHTTPServer((HOST, 0), WithoutRoutes)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield Address(f"http://{HOST}:{server.server_address[1]}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_engine_without_its_routes_is_told_what_to_set(tmp_path: Path) -> None:
+    with (
+        engine_without_routes() as address,
+        fleet(tmp_path / "fleet", {"engine": address}) as whole,  # type: ignore[dict-item]
+    ):
+        whole.until(lambda: "VLLM_SERVER_DEV_MODE=1" in whole.engine("engine")["error"], "the advice")
+        assert "/pause" in whole.engine("engine")["error"]
+        assert whole.engine("engine")["state"] == "unreachable"
+
+
+@contextlib.contextmanager
+def silent_engine() -> Iterator[Address]:
+    """It accepts connections (the kernel does) and never says a word."""
+    with socket.create_server((HOST, 0), backlog=128) as server:
+        yield Address(f"http://{HOST}:{server.getsockname()[1]}")
+
+
+@dataclass
+class Served:
+    """A real engine beside a silent one, both configured; and the trainer whose version the real one serves."""
+
+    whole: Fleet
+    server: VllmServer
+    trainer: Trainer
+    step: int = 0
+
+    def publish(self) -> dict[str, Any]:
+        self.step += 1
+        return self.trainer.publish(self.step)
+
+
+@pytest.fixture(scope="module")
+def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("served")
+    server = VllmServer(qwen3, log=directory / "vllm.log").start()
+    settings = {"deadlines": {"join_seconds": JOIN_SECONDS}}
+    try:
+        server.wait_ready()
+        with (
+            silent_engine() as silent,
+            fleet(directory / "fleet", {"silent": silent, "engine": server}, settings=settings) as whole,  # type: ignore[dict-item]
+        ):
+            trainer = whole.start_trainer(qwen3)
+            assert trainer.hear()["ready"]
+            yield Served(whole, server, trainer)
+    finally:
+        server.close()
+
+
+def test_an_engine_that_never_answers_delays_nobody_beyond_its_deadline(served: Served) -> None:
+    """A stale STABLE and a stale COMMITTED of an earlier trainer lie there, too: one line, and no more."""
+    broadcasts = served.whole.directory / "run" / "broadcasts"
+    (broadcasts / "step_1").mkdir(parents=True)
+    (broadcasts / "step_1" / "COMMITTED").write_bytes(stable(1, generation=1))
+    (broadcasts / "step_77").mkdir()
+    (broadcasts / "step_77" / "STABLE").write_bytes(stable(77, generation=1))
+    assert served.publish()["sequence"] == 1
+    served.whole.until(lambda: "no answer within" in served.whole.engine("silent")["error"], "the silence to be told")
+    assert served.whole.engine("silent")["state"] == "unreachable"
+    assert served.whole.engine("engine")["state"] == "serving"
+    assert not served.server.is_paused()
+    assert served.publish()["sequence"] == 2
+    assert served.whole.daemon is not None
+    log = served.whole.daemon.log.read_text()
+    assert log.count("STABLE of step 77 is of an earlier trainer (1); ignored") == 1
+    told = json.loads((broadcasts / "step_1" / "COMMITTED").read_text())
+    assert told["generation"] != 1
+
+
+def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(served: Served) -> None:
+    before = served.whole.status()["trainers"]
+    with pytest.raises(TimeoutError, match="trainer/0 of another trainer start is still connected"):
+        in_process_trainer(served.whole)
+    assert [rank["pid"] for rank in served.whole.status()["trainers"]] == [rank["pid"] for rank in before]
+    assert served.publish()["sequence"] == served.step
+
+
+def test_a_step_names_one_version_for_good(served: Served) -> None:
+    again = served.trainer.publish(served.step)
+    assert f"has published step {served.step} before" in again["error"]
+    assert not served.server.is_paused()
+
+
+MISFITS = {
+    "shape": (CONFIG | {"intermediate_size": 384}, torch.bfloat16, ["mlp.", "has shape", "384", "256"]),
+    "dtype": (CONFIG, torch.float16, ["has dtype float16 at trainer/0 but bfloat16 at engine/0"]),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_trainer_that_does_not_fit_fails_by_name_and_disturbs_nobody(served: Served, qwen3: Path, what: str) -> None:
+    """Its version is FAILED with the tensor, both sides and their values; the next trainer that fits is served."""
+    config, dtype, words = MISFITS[what]
+    before = answers(served.server)
+    served.trainer.stop()
+    served.whole.until(lambda: not served.whole.status()["trainers"], "the trainer to be gone")
+    state = masters(model_shapes(config), 5)
+    misfit = TrainerAgent(
+        lambda: state, model_table(config, forward_dtype=dtype), hub_url=f"ws://{HOST}:{served.whole.port}/agents",
+        token_file=served.whole.token, run_id=served.whole.run_id, run_dir=served.whole.directory / "run",
+    )  # fmt: skip
+    try:
+        served.step += 1
+        with pytest.raises(PublishError) as failure:
+            misfit.publish(served.step)
+    finally:
+        misfit.close()
+    for word in (*words, "trainer/0", "engine/0"):
+        assert word in str(failure.value)
+    reason = served.whole.directory / "run" / "broadcasts" / f"step_{served.step}" / "FAILED"
+    assert words[0] in json.loads(reason.read_text())["reason"]
+    assert words[0] in served.whole.engine("engine")["error"]
+    assert not served.server.is_paused()
+    assert answers(served.server) == before
+    served.whole.until(lambda: not served.whole.status()["trainers"], "the misfit to be gone")
+    served.trainer = served.whole.start_trainer(qwen3)
+    assert served.trainer.hear()["ready"]
+    assert "sequence" in served.publish()
+    assert answers(served.server) != before
