@@ -229,7 +229,7 @@ class Fleet:
         rendezvous = free_port()
         processes = []
         for rank in range(world):
-            env = {
+            environment = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": HOST,
                 "MASTER_PORT": str(rendezvous), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]), **of_device,
@@ -242,7 +242,7 @@ class Fleet:
                 "--device", device,
             ]  # fmt: skip
             log = self.directory / f"trainer-{len(self.trainers)}-{rank}.log"
-            processes.append(Process(command, log, env, pipe=True).start())
+            processes.append(Process(command, log, environment, pipe=True).start())
         trainer = Trainer(processes)
         self.trainers.append(trainer)
         return trainer
