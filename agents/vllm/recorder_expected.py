@@ -101,7 +101,7 @@ def _block(layer: Any) -> tuple[int, int]:
 def _experts(path: str, layer: Any, attribute: str, tensor: torch.Tensor) -> Iterator[Checkpoint]:
     """One tensor per expert and projection, as Hugging Face checkpoints of these models have them."""
     owner = path.removesuffix(".routed_experts")
-    config = getattr(layer, "moe_config", None) or getattr(layer, "moe", None)
+    config: Any = getattr(layer, "moe_config", None) or getattr(layer, "moe", None)
     count = int(getattr(config, "num_logical_experts", 0) or getattr(config, "num_experts", 0))
     hidden = int(getattr(config, "hidden_dim_unpadded", 0) or config.hidden_dim)
     tp_size = int(config.moe_parallel_config.tp_size)
