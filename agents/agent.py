@@ -290,6 +290,10 @@ class Agent:
             self._rendezvous.cancel()
         self._rendezvous = self.spawn(work)
 
+    def announce(self) -> None:
+        """Say the layout anew, because it has changed."""
+        self.send(self._announce())
+
     def _announce(self) -> Announce:
         layout, name, endpoint = self._body.announcement()
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)

@@ -7,6 +7,7 @@ agent's thread. Nothing of ours touches the device before the first update call,
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -60,18 +61,22 @@ class InferenceAgent:
         ranks: from vLLM's parallel configuration.
         device: of the model.
         recorded: the layout of the live weights.
+        rebalanced: given the expert map of the layout, the layout anew if experts have moved since, else None.
     """
 
-    def __init__(self, ranks: EngineRanks, device: torch.device, recorded: Recorded) -> None:
+    def __init__(
+        self,
+        ranks: EngineRanks,
+        device: torch.device,
+        recorded: Recorded,
+        rebalanced: Callable[[str], Recorded | None] = lambda known: None,
+    ) -> None:
         self.ranks = ranks
         self._device = device
-        self._recorded = recorded
-        self._memory = list(recorded.tensors)
-        self._layout = self._with_staging(recorded.layout)
+        self._rebalanced = rebalanced
+        self._staging = self._make_staging()
         warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
-        table = digest_table(self._layout.matrix(), self._layout)
-        self._digest, self._bytes = prepare_digest(self._memory, table), table_bytes(table)
-        self._scatter = self._scattering(b"")
+        self._adopt(recorded)
         self._windows = Windows()
         self._agent: Agent | None = None
         self._info: InitInfo | None = None
@@ -114,6 +119,7 @@ class InferenceAgent:
             raise UpdateFailed("/init_weight_transfer_engine has not been called on this worker")
         if agent.failure is not None:
             raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
+        self._refuse_moved_experts(agent)
         update = Update(
             RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), info.deadline_seconds
         )
@@ -135,13 +141,31 @@ class InferenceAgent:
             self._agent.close("the worker ends")
 
     # ----------------------------------------------------------------------------------------------------- internals
-    def _with_staging(self, layout: Layout) -> Layout:
+    def _refuse_moved_experts(self, agent: Agent) -> None:
+        """Rebalancing (EPLB) between rounds: the plan's targets hold other experts now, so it must be made anew."""
+        known = self._layout.expert_map
+        fresh = self._rebalanced(known) if known else None
+        if fresh is not None:
+            self._adopt(fresh)
+            agent.post(agent.announce)
+            raise UpdateFailed("experts were rebalanced since the plan was made; the layout is announced anew")
+
+    def _adopt(self, recorded: Recorded) -> None:
+        self._recorded = recorded
+        self._memory = [*recorded.tensors, *self._staging]
+        self._layout = self._with_staging(recorded.layout)
+        table = digest_table(self._layout.matrix(), self._layout)
+        self._digest, self._bytes = prepare_digest(self._memory, table), table_bytes(table)
+        self._scatter = self._scattering(b"")
+
+    def _make_staging(self) -> list[torch.Tensor]:
         size = int(os.environ.get(STAGING_VARIABLE, DEFAULT_STAGING_MIB)) * 1024 * 1024
-        if size == 0:
+        return [arena(size, self._device)] if size else []
+
+    def _with_staging(self, layout: Layout) -> Layout:
+        if not self._staging:
             return layout
-        staging = arena(size, self._device)
-        self._memory.append(staging)
-        regions = (*layout.regions, region_of(staging))
+        regions = (*layout.regions, *map(region_of, self._staging))
         return Layout(
             tensors=layout.tensors,
             regions=regions,

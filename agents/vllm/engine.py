@@ -82,9 +82,12 @@ class Agent(Protocol):
 def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> Agent:
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.vllm.agent import InferenceAgent
-    from weightsync.agents.vllm.recorder import recorded_layout
+    from weightsync.agents.vllm.recorder import Recorded, expert_map_fingerprint, recorded_layout
 
-    return InferenceAgent(ranks=ranks, device=device, recorded=recorded_layout(model, vllm_config))
+    def rebalanced(known: str) -> Recorded | None:
+        return recorded_layout(model, vllm_config) if expert_map_fingerprint(model) != known else None
+
+    return InferenceAgent(ranks, device, recorded_layout(model, vllm_config), rebalanced)
 
 
 def equip(
