@@ -52,7 +52,8 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.end(step)
     rounds = scene.whole.ask("/rounds")["rounds"]
     assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
-    assert (scene.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED").exists()
+    marker = scene.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED"
+    scene.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
 
 
 def test_afterwards_versions_go_on(scene: Scene) -> None:
