@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import signal
 import time
@@ -104,6 +105,7 @@ class Runner:
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._looks = 0
+        self._frozen_for = 0
         self._look: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="markers")
@@ -245,6 +247,9 @@ class Runner:
             return
         if commands:
             self._outbox.put(commands)
+        if self._frozen_for != self.fleet.met:
+            self._frozen_for = self.fleet.met
+            gc.freeze()  # what a fleet is made of stays; walking it again and again costs barriers tens of milliseconds
         self._look_for_stable()
 
     def _fail(self, error: BaseException) -> None:

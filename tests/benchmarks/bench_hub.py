@@ -20,6 +20,7 @@ another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -205,6 +206,7 @@ class Coordinator:
             return
         if self._ready == self._agents:
             self._pipe.send(time.monotonic())
+            gc.freeze()  # as the daemon does when its fleet has met
         self._hub.broadcast(self._announced, Outcome(version=VERSION, committed=True))
 
 
@@ -266,6 +268,7 @@ class Fleet:
             self._clients.append(self._client(rank, url, token_file, gate))
         runs = [asyncio.create_task(client.run()) for client in self._clients]
         await self._released.wait()  # The hub answers the last Ready of the rendezvous as it does a barrier's.
+        gc.freeze()  # a process of its own, as agents are, has no other agents' objects to walk
         barriers = [await self._barrier() for _ in range(BARRIERS_PER_REPEAT)]
         self._pipe.send((gate.opened_at, barriers))
         await closed(self._pipe)
