@@ -1,7 +1,7 @@
 """Order-sensitive digest of weights: two 64-bit sums over logical bytes, additive over disjoint boxes.
 
 What is computed, and the probability that it misses a fault (below 2**-58), is in
-:mod:`weightsync.kernels.digest_weights`.
+:mod:`weightsync.kernels.digest_multipliers`.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy.typing as npt
 import torch
+from weightsync.kernels.digest_multipliers import tensor_key
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.digest_weights import tensor_key
 from weightsync.kernels.dispatch import common_device, use_triton
 from weightsync.kernels.strided import as_table, check_bounds, check_logical, check_regions
 

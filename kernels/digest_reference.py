@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from weightsync.kernels.digest_weights import (
+from weightsync.kernels.digest_multipliers import (
     PRESENT,
     TILE_BYTES,
     TILE_WORDS,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.digest_weights import TILE_BYTES, inner_weights, outer_keys
+from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_weights, outer_keys
 from weightsync.kernels.dispatch import common_device, on_device
 from weightsync.kernels.strided import DST_REGION, SRC_REGION, Sheets, Table, canonical, concatenate, sheets
 

@@ -4,7 +4,7 @@ import ctypes
 import functools
 from typing import Final
 
-from weightsync.agents import preload
+from weightsync.agents.memory import preload
 from weightsync.agents.memory.errors import MemoryPlacementError
 
 _RANGE_START: Final = 11

@@ -15,15 +15,15 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import nn
-from weightsync.agents.agent import Agent, ControlAddress, Identity
-from weightsync.agents.trainer.body import TrainerBody
+from weightsync.agents.link.thread import Agent, ControlAddress, Identity
 from weightsync.agents.trainer.errors import ReplicaFailed
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
-from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
+from weightsync.agents.trainer.thread_side import TrainerBody
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
 

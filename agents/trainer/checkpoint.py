@@ -15,9 +15,9 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from weightsync.agents.trainer.boxes import Box
 from weightsync.agents.trainer.errors import CheckpointError
-from weightsync.agents.trainer.slots import ARENA_REGION, LayoutEntry, TrainerSlots
+from weightsync.agents.trainer.slots.boxes import Box
+from weightsync.agents.trainer.slots.slots import ARENA_REGION, LayoutEntry, TrainerSlots
 from weightsync.orchestrator.protocol.layout import Tensor
 
 INDEX_SUFFIX: Final = ".boxes.json"

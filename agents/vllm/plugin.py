@@ -14,7 +14,7 @@ logger = logging.getLogger("vllm.weightsync")
 BACKEND: Final = "weightsync"
 """The name that users choose by ``--weight-transfer-config``."""
 
-ADAPTER_MODULE: Final = "weightsync.agents.vllm.engine_adapter"
+ADAPTER_MODULE: Final = "weightsync.agents.vllm.adapter.choose"
 ADAPTER_CLASS: Final = "WeightsyncEngine"
 
 
@@ -33,7 +33,8 @@ def register() -> None:
         return
     if BACKEND in WeightTransferEngineFactory._registry:
         return
-    from weightsync.agents.vllm import hold, load_hook
+    from weightsync.agents.vllm import hold
+    from weightsync.agents.vllm.recorder import load_hook
 
     hold.install()
     load_hook.install()

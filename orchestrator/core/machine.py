@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import endings, invariants, rendezvous, rounds, versions
-from weightsync.orchestrator.core import fleet as members
+from weightsync.orchestrator.core import invariants, members, rendezvous, versions
 from weightsync.orchestrator.core.commands import Command, Drop
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -21,6 +20,8 @@ from weightsync.orchestrator.core.events import (
 )
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
+from weightsync.orchestrator.core.round import endings
+from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import Engine, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence
 from weightsync.orchestrator.core.turn import Turn

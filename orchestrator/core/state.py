@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory
-from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Hello, Staged, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 

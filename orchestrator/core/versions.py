@@ -1,10 +1,11 @@
 """Which version is wanted, what it waits for, and when a round for it begins."""
 
-from weightsync.orchestrator.core import endings, phases, rendezvous
+from weightsync.orchestrator.core import rendezvous
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import RoundBegan
+from weightsync.orchestrator.core.round import endings, phases
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Progress, Round
-from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import RoundName, Version
 

@@ -13,9 +13,9 @@ import time
 from typing import Any, Self
 
 import numpy as np
-from weightsync.agents.nixl_loader import load
-from weightsync.agents.tables import runs
-from weightsync.orchestrator.core.plan import Party, make_plan
+from weightsync.agents.tables.runs import runs
+from weightsync.agents.transport.nixl.loader import load
+from weightsync.orchestrator.planner import Party, make_plan
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix, as_matrix
 from weightsync.orchestrator.protocol.names import Member
 

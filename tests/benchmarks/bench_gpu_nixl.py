@@ -30,8 +30,8 @@ os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when 
 import numpy as np
 import torch
 from weightsync.agents.memory.arena import arena, region_of
-from weightsync.agents.nixl import NixlEndpoint
-from weightsync.agents.nixl_edge import Edge
+from weightsync.agents.transport.nixl.edge import Edge
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.kernels.copy import PreparedCopy, prepare
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings

@@ -37,8 +37,10 @@ import aiohttp
 import numpy as np
 import structlog
 from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
-from weightsync.agents.control import ControlClient
-from weightsync.agents.control_connection import Connection
+from weightsync.agents.link.client import ControlClient
+from weightsync.agents.link.connection import Connection
+from weightsync.orchestrator.daemon.hub.connection import READ_BYTES, HubTiming
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.layout import ROW_COLUMNS, Layout, Region, Tensor
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -55,8 +57,6 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
-from weightsync.orchestrator.shell.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
-from weightsync.orchestrator.shell.hub_connection import READ_BYTES, HubTiming
 
 RUN: Final = "bench"
 LAYOUT_BYTES: Final = 20_000

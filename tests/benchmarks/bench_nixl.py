@@ -17,8 +17,8 @@ import time
 from typing import Any
 
 import numpy as np
-from weightsync.agents.nixl import NixlEndpoint
-from weightsync.agents.nixl_edge import Edge
+from weightsync.agents.transport.nixl.edge import Edge
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 

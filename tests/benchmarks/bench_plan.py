@@ -38,9 +38,14 @@ CASES = {
 
 def build(case: str, directory: Path) -> None:
     """Write the layouts of a case."""
-    from weightsync.orchestrator.core.plan.fleets import EngineFleet, TrainerFleet, engine_parties, trainer_parties
-    from weightsync.orchestrator.core.plan.geometry import GEOMETRIES
-    from weightsync.orchestrator.shell.plan_cli import write_layouts
+    from weightsync.orchestrator.cli.plan import write_layouts
+    from weightsync.orchestrator.forecast.published_models import GEOMETRIES
+    from weightsync.orchestrator.forecast.synthetic_fleets import (
+        EngineFleet,
+        TrainerFleet,
+        engine_parties,
+        trainer_parties,
+    )
 
     model, (expert_parallel, fsdp, replicas, shards), engines, layers = CASES[case]
     trainer = TrainerFleet(expert_parallel, fsdp, replicas, "rows" if shards == "rows" else "experts")
@@ -50,8 +55,8 @@ def build(case: str, directory: Path) -> None:
 
 def measure(directory: Path) -> dict[str, float]:
     """One plan of the layouts in ``directory``, in this process."""
-    from weightsync.orchestrator.core.plan import make_plan
-    from weightsync.orchestrator.shell.plan_cli import read_layouts
+    from weightsync.orchestrator.cli.plan import read_layouts
+    from weightsync.orchestrator.planner import make_plan
 
     parties = read_layouts(directory)
     sources = [p for p in parties if p.member.role == "trainer"]

@@ -8,7 +8,7 @@ import signal
 from typing import Any
 
 import scripted_trainer
-from weightsync.agents.trainer.body import TrainerBody
+from weightsync.agents.trainer.thread_side import TrainerBody
 from weightsync.orchestrator.protocol.messages import FromDaemon, Grant
 
 VARIABLE = "WEIGHTSYNC_TEST_DIE"

@@ -12,11 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
+from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.core.commands import Append
 from weightsync.orchestrator.core.events import AgentSaid, Event
-from weightsync.orchestrator.shell import cli
-from weightsync.orchestrator.shell.outbox import Outbox
-from weightsync.orchestrator.shell.runner import Runner
+from weightsync.orchestrator.daemon.outbox import Outbox
+from weightsync.orchestrator.daemon.runner import Runner
 
 POINT = "WEIGHTSYNC_TEST_POINT"
 

@@ -165,7 +165,7 @@ class Fleet:
     # ---------------------------------------------------------------------------------------------------------- daemon
     def start_daemon(self, script: Path | None = None, env: Mapping[str, str] | None = None) -> Process:
         """The daemon itself, or ``script`` that runs it in a way of its own."""
-        runs = ["-m", "weightsync.orchestrator.shell.cli"] if script is None else [str(script)]
+        runs = ["-m", "weightsync.orchestrator.cli.main"] if script is None else [str(script)]
         command = [sys.executable, *runs, "run", "--config", str(self.config)]
         self.daemon = Process(command, self.directory / "daemon.log", {**os.environ, **(env or {})}).start()
         self.until(self._serves, "the daemon to listen", DAEMON_READY_SECONDS)

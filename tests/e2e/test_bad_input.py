@@ -18,7 +18,7 @@ from fleet import Fleet, Trainer, fleet
 from scripted_trainer import masters
 from serving import HOST, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
-from weightsync.agents.control import RefusedForGood
+from weightsync.agents.link.client import RefusedForGood
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.models import model_table
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
@@ -51,7 +51,7 @@ def in_process_trainer(whole: Fleet, **other: Any) -> TrainerAgent:
 
 
 def command_line(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "weightsync.orchestrator.shell.cli", *arguments]
+    command = [sys.executable, "-m", "weightsync.orchestrator.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -34,7 +34,7 @@ def marked(mark: str) -> list[int]:
 
 @pytest.fixture
 def demo(mark: str, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", "weightsync.orchestrator.shell.cli", "demo", "--versions", "2"]
+    command = [sys.executable, "-m", "weightsync.orchestrator.cli.main", "demo", "--versions", "2"]
     name, _, value = mark.partition("=")
     process = subprocess.Popen(
         [*command, "--directory", str(tmp_path / "run")],

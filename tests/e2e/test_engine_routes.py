@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.shell.engine import (
+from weightsync.orchestrator.daemon.engines.vllm import (
     OPTIONAL,
     REQUIRED,
     EngineClient,
@@ -16,7 +16,7 @@ from weightsync.orchestrator.shell.engine import (
     EngineNotServable,
     EngineRefused,
 )
-from weightsync.orchestrator.shell.settings import Deadlines
+from weightsync.orchestrator.settings.settings import Deadlines
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from weightsync.agents import nic
+from weightsync.agents.memory import nic
 from weightsync.agents.memory.arena import arena, host_arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.memory.reach import check_reachable
-from weightsync.agents.nixl import NixlEndpoint
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
@@ -102,7 +102,7 @@ def test_the_machines_gpus_are_those_that_torch_sees() -> None:
 TARGET = """
 import hashlib, json, select, sys, torch
 from weightsync.agents.memory.arena import arena, region_of
-from weightsync.agents.nixl import NixlEndpoint
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.orchestrator.protocol.messages import NixlSettings
 memory = arena(int(sys.argv[1]), torch.device("cuda", 0))
 memory.zero_()

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from weightsync.agents.trainer.conversion import ConversionSpec
 from weightsync.agents.trainer.models.moe import Glm4MoeTable
+from weightsync.agents.trainer.slots.conversion import ConversionSpec
 
 
 class DeepseekV3Table(Glm4MoeTable):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from weightsync.agents.trainer.conversion import ConversionSpec
 from weightsync.agents.trainer.models.dense import LlamaTable, Qwen3Table
+from weightsync.agents.trainer.slots.conversion import ConversionSpec
 
 
 class Qwen3MoeTable(Qwen3Table):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from weightsync.agents.trainer.conversion import EXPERT, ConversionSpec, Source
 from weightsync.agents.trainer.errors import TableError
 from weightsync.agents.trainer.models.forms import CHECKPOINT, TrainerForm, recognised
-from weightsync.agents.trainer.quantization import FP8_SUFFIX, QuantizationSpec
+from weightsync.agents.trainer.slots.conversion import EXPERT, ConversionSpec, Source
+from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 
 Rows = tuple[int, int]
 """(start, length) of a tensor's rows within a fused trainer tensor."""

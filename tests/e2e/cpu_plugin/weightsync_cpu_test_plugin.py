@@ -44,7 +44,7 @@ def _keep_linear_weights_live() -> None:
 
 
 def _follow(flag: Path) -> None:
-    from weightsync.agents.vllm import engine
+    from weightsync.agents.vllm.adapter import common as engine
 
     def make_agent(ranks: Any, *others: Any) -> FlagAgent:
         flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))

@@ -25,8 +25,8 @@ from weightsync.orchestrator.core.events import (
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import AnyRecord, Record
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
-from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,

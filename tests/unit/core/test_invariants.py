@@ -10,8 +10,8 @@ from weightsync.orchestrator.core.commands import Append, CallEngine, Command, S
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, RoundBegan
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Unclosed
-from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.messages import EngineStatus, Grant
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 

@@ -6,7 +6,7 @@ import pytest
 from weightsync.orchestrator.core.commands import Deliver, MakePlan, OpenGroup
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
 from weightsync.orchestrator.core.policy import GroupAddress
-from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, Outcome, Staged, TcpStoreRendezvous, Welcome
 from weightsync.orchestrator.protocol.names import Member, Version

@@ -23,8 +23,8 @@ from weightsync.orchestrator.core.records import (
     encode_record,
     replay,
 )
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.core.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Outcome, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from world import World

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from weightsync.orchestrator.core.events import AgentSaid, Call, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.records import VersionFailed
-from weightsync.orchestrator.core.transitions import Phase
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Outcome, Staged, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, Version

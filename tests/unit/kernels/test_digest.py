@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels import digest as digest_module
 from weightsync.kernels.digest import digest, tensor_key
+from weightsync.kernels.digest_multipliers import TILE_BYTES, TILE_WORDS, inner_weights, outer_keys, outer_weights
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.digest_weights import TILE_BYTES, TILE_WORDS, inner_weights, outer_keys, outer_weights
 from weightsync.kernels.errors import TableError
 
 MASK = (1 << 64) - 1

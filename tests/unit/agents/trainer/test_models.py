@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from weightsync.agents.trainer.errors import MissingTensor, TableError, UnknownArchitecture
 from weightsync.agents.trainer.models import CHECKPOINT, STACKED, model_table
-from weightsync.agents.trainer.slots import TrainerSlots
+from weightsync.agents.trainer.slots.slots import TrainerSlots
 from weightsync.agents.trainer.state import current_state
 
 DENSE = {

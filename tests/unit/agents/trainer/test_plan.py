@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.memory.arena import host_arena, region_of
-from weightsync.agents.nixl import NixlEndpoint
-from weightsync.agents.nixl_edge import EdgeResult
-from weightsync.agents.nixl_errors import DeadlineError
-from weightsync.agents.tables import digest_table, scatter_table
+from weightsync.agents.tables.runs import digest_table, scatter_table
 from weightsync.agents.trainer.models import model_table
-from weightsync.agents.trainer.plan import PlanMismatch, PushError, TransportPlan
-from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.transport.nixl.edge import EdgeResult
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
+from weightsync.agents.transport.nixl.errors import DeadlineError
+from weightsync.agents.transport.nixl.sender import PlanMismatch, PushError, TransportPlan
 from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.digest import digest
-from weightsync.orchestrator.core.plan import CostModel, Party, make_plan
+from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Tensor, as_matrix, row
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings, Peer
 from weightsync.orchestrator.protocol.names import Member

@@ -5,7 +5,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsync.agents.vllm import hold, load_hook, plugin
+from weightsync.agents.vllm import hold, plugin
+from weightsync.agents.vllm.recorder import load_hook
 
 
 class Factory:
@@ -38,7 +39,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_registering_twice_does_no_harm(installed: list[str]) -> None:
     plugin.register()
     plugin.register()
-    assert Factory._registry["weightsync"] == ("weightsync.agents.vllm.engine_adapter", "WeightsyncEngine")
+    assert Factory._registry["weightsync"] == ("weightsync.agents.vllm.adapter.choose", "WeightsyncEngine")
     assert installed == ["hold", "load_hook"]
 
 

@@ -1,0 +1,1 @@
+"""The agent inside an inference engine's worker, whichever engine that is."""

@@ -1,0 +1,1 @@
+"""The agent's own thread and its control channel to the daemon."""

@@ -1,0 +1,219 @@
+"""The agent's end of the control channel: one connection to the daemon, kept up for as long as the process lives.
+
+``run`` connects, introduces the agent, delivers what the daemon says and comes back after every loss. It resends
+nothing: ``hello`` is asked anew for each connection and carries the agent's state, and the daemon decides from that.
+Everything here belongs to the loop that ``run`` runs on, usually in a thread of its own inside a trainer or a vLLM
+worker; other threads go through ``loop.call_soon_threadsafe``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+from weightsync.agents.link.connection import Connection, ConnectionLost, NotConnected, RefusedForGood, upgrade
+from weightsync.agents.link.token import TokenError, read_token
+from weightsync.orchestrator.protocol.codec import ProtocolError, encode
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
+from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
+
+__all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
+
+log = logging.getLogger(__name__)
+
+MAX_DOUBLINGS: Final = 32
+"""Of a wait: beyond any sensible longest / first, and small enough for a float."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Waits between attempts, in seconds: doubling from ``first`` to ``longest``, each drawn from its upper half.
+
+    The draw keeps a fleet that lost its daemon at one instant from coming back at one instant.
+    """
+
+    first: float = 0.2
+    longest: float = 10.0
+
+    def seconds(self, failures: int, draw: float) -> float:
+        """The wait after ``failures`` in a row (from 1); ``draw`` is uniform in [0, 1)."""
+        doublings = min(failures - 1, MAX_DOUBLINGS)
+        return min(self.longest, self.first * 2.0**doublings) * (0.5 + draw / 2)
+
+
+class ControlClient:
+    """One agent's connection.
+
+    Args:
+        url: of the daemon's endpoint, as ``ws://host:port/agents`` or ``wss://…``.
+        token_file: holds the bearer token, read again for each attempt; None only with a client certificate.
+        hello: the agent's introduction and current state, asked for each attempt.
+        on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
+        connect_seconds: total deadline from the first SYN to Welcome.
+        on_lost: called with the reason whenever a connection that had its Welcome ends, unless by ``close``.
+        missed_heartbeats: silence of so many heartbeats (``Welcome.heartbeat_seconds``) is a loss.
+        close_seconds: deadline of the farewell and the closing handshake.
+        ssl_context: for ``wss``; with a client certificate for mutual TLS.
+
+    Raises:
+        TokenError: the token file cannot serve.
+        ValueError: nothing would authenticate this agent.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token_file: Path | None,
+        hello: Callable[[], Hello],
+        on_message: Callable[[FromDaemon], None],
+        *,
+        connect_seconds: float = 30.0,
+        on_lost: Callable[[str], None] | None = None,
+        missed_heartbeats: int = 4,
+        close_seconds: float = 2.0,
+        backoff: Backoff | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        if token_file is None and ssl_context is None:
+            raise ValueError("without a token file the control client needs a TLS context with a client certificate")
+        if token_file is not None:
+            read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
+        self._url = url
+        self._token_file = token_file
+        self._hello = hello
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._connect_seconds = connect_seconds
+        self._missed_heartbeats = missed_heartbeats
+        self._close_seconds = close_seconds
+        self._backoff = backoff or Backoff()
+        self._ssl_context = ssl_context
+        self._closing = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._started = False
+        self._attempt: asyncio.Timeout | None = None
+        self._connection: Connection | None = None
+        self.trouble = ""
+        """Why the last attempt or connection ended; for whoever gives up waiting."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection with a Welcome."""
+        return self._connection is not None and self._connection.welcomed.done() and not self._connection.lost.done()
+
+    def send(self, message: FromAgent) -> None:
+        """Send ``message`` on the present connection, without waiting.
+
+        Raises:
+            NotConnected: there is none, or too much waits for the daemon already (which ends the connection).
+            ProtocolError: the message exceeds MAX_FRAME_BYTES.
+        """
+        if self._connection is None or not self.connected:
+            raise NotConnected("no connection to the daemon")
+        self._connection.send(encode(message))
+
+    async def close(self, reason: str = "") -> None:
+        """Say Bye, end the connection and wait for ``run`` to return."""
+        if not self._closing.is_set():
+            self._closing.set()
+            with contextlib.suppress(NotConnected):
+                self.send(Bye(reason=reason))
+            if self._connection is not None:
+                self._connection.finish()
+            if self._attempt is not None and not self._attempt.expired():
+                self._attempt.reschedule(asyncio.get_running_loop().time())
+        if self._started:
+            await self._ended.wait()
+
+    async def run(self) -> None:
+        """Keep the connection up until ``close``. May be called once.
+
+        Raises:
+            RefusedForGood: the daemon said Refused with ``retry`` false.
+            Exception: whatever ``hello``, ``on_message`` or ``on_lost`` raised.
+        """
+        if self._started:
+            raise RuntimeError("a ControlClient runs once")
+        self._started = True
+        try:
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+                await self._run(session)
+        finally:
+            self._ended.set()
+
+    async def _run(self, session: aiohttp.ClientSession) -> None:
+        failures = 0
+        while not self._closing.is_set():
+            welcomed = False
+            try:
+                connection = await self._connect(session)
+                welcomed = True
+                await self._until_lost(connection)
+            except ConnectionLost as lost:
+                if self._closing.is_set():
+                    return
+                failures = 1 if welcomed else failures + 1
+                self.trouble = str(lost)
+                wait = self._backoff.seconds(failures, random.random())
+                log.warning("no daemon at %s: %s; next attempt in %.1f s", self._url, lost, wait)
+                if welcomed and self._on_lost is not None:
+                    self._on_lost(str(lost))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._closing.wait()
+
+    async def _connect(self, session: aiohttp.ClientSession) -> Connection:
+        """A connection that has its Welcome.
+
+        Raises:
+            ConnectionLost: not within ``connect_seconds``, or not at all.
+            RefusedForGood: as it says.
+        """
+        try:
+            async with asyncio.timeout(self._connect_seconds) as self._attempt:
+                connection = await self._dial(session)
+                try:
+                    self._introduce(connection)
+                    await connection.welcomed
+                except BaseException:
+                    await self._hang_up(connection)
+                    raise
+                return connection
+        except TimeoutError:
+            raise ConnectionLost(f"no Welcome within {self._connect_seconds:g} s") from None
+        finally:
+            self._attempt = None
+
+    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
+        try:
+            token = None if self._token_file is None else read_token(self._token_file)
+        except TokenError as error:
+            raise ConnectionLost(str(error)) from error
+        response = await upgrade(session, self._url, token, self._ssl_context)
+        return Connection(response, self._on_message, self._missed_heartbeats)
+
+    def _introduce(self, connection: Connection) -> None:
+        hello = encode(self._hello())
+        if len(hello) > MAX_HELLO_BYTES:
+            raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
+        self._connection = connection  # Before its Welcome is delivered, so that the answer to it can be sent.
+        with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
+            connection.send(hello)
+
+    async def _until_lost(self, connection: Connection) -> None:
+        if self._closing.is_set():
+            connection.finish()
+        try:
+            await connection.lost
+        finally:
+            await self._hang_up(connection)
+
+    async def _hang_up(self, connection: Connection) -> None:
+        self._connection = None
+        await connection.close(self._close_seconds)

@@ -1,0 +1,371 @@
+"""What both agents share: a thread of its own with the control channel, the rendezvous, and all calls of NIXL.
+
+The embedding process (a trainer rank, a vLLM worker) keeps its threads; everything of ours that waits does so here.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
+from weightsync.orchestrator.protocol.codec import cut
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Connect,
+    EngineStatus,
+    FromAgent,
+    FromDaemon,
+    Hello,
+    Ready,
+    TcpStoreRendezvous,
+    TrainerStatus,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member
+
+if TYPE_CHECKING:
+    from weightsync.agents.link.process_group import SpgRendezvous
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+IDLE_POLL_SECONDS: Final = 0.01
+"""Between looks at the transport when nothing is expected: only warm-ups of peers wait for it."""
+
+BUSY_POLL_SECONDS: Final = 0.001
+"""While a grant is open on either side; NIXL has neither a descriptor nor a callback to wait for."""
+
+CONNECT_ATTEMPTS: Final = 5
+"""At warming the edges up, one second longer apart each time; with the warm-ups' own deadlines about a minute."""
+
+GROUP_RETRY_SECONDS: Final = 1.0
+"""Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
+
+STOP_SECONDS: Final = 10.0
+"""For the thread to end after ``close``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this agent is. ``generation`` is 0 for inference ranks."""
+
+    run_id: str
+    member: Member
+    world: int
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ControlAddress:
+    """The daemon: ``ws://host:port/agents`` and the file with the bearer token."""
+
+    url: str
+    token_file: Path
+
+
+class Body(Protocol):
+    """What differs between a trainer rank and a vLLM worker. Every method runs on the agent's thread."""
+
+    def status(self) -> TrainerStatus | EngineStatus:
+        """What this rank's memory holds now."""
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """The transport is known; open it on the first call."""
+
+    def announcement(self) -> tuple[Layout, str, bytes]:
+        """Layout, and name and metadata of the transport's endpoint."""
+
+    async def connect(self, connect: Connect) -> None:
+        """Prepare and warm up the edges."""
+
+    def heard(self, message: FromDaemon) -> None:
+        """A message that is not part of the rendezvous."""
+
+    def poll(self) -> bool:
+        """Let the transport make progress; true while a grant is open here."""
+
+    def shut(self) -> None:
+        """Close the transport."""
+
+
+class Agent:
+    """The thread. ``start`` it once; ``close`` ends it within STOP_SECONDS.
+
+    ``obeyed``: the agent before this one in the same process. Its memory is this one's, so writers that could reach it
+    still can: the incarnation stays. What it obeyed binds this one too: a daemon of a lower epoch would give its rounds
+    the names of rounds that are over here.
+    """
+
+    def __init__(self, identity: Identity, address: ControlAddress, body: Body, obeyed: "Agent | None" = None) -> None:
+        self.identity = identity
+        self.incarnation: int = secrets.randbits(63) if obeyed is None else obeyed.incarnation
+        self._body = body
+        self._address = address
+        self._epoch: int = 0 if obeyed is None else obeyed._epoch
+        self._journal_id: str = "" if obeyed is None else obeyed._journal_id
+        self._loop = asyncio.new_event_loop()
+        self._client: ControlClient | None = None
+        self._group: SpgRendezvous | None = None
+        self._rendezvous: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
+        self._welcome: Future[Welcome] = Future()
+        self.failure: BaseException | None = None
+
+    # ------------------------------------------------------------------------------------ for the embedding's threads
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_welcome(self, seconds: float) -> Welcome:
+        """The first Welcome.
+
+        Raises:
+            TimeoutError: none came in time; says why the last attempt had failed.
+            RefusedForGood: the daemon does not want this agent.
+        """
+        try:
+            return self._welcome.result(timeout=seconds)
+        except TimeoutError:
+            trouble = self._client.trouble if self._client is not None else ""
+            why = f"no Welcome from {self._address.url} within {seconds:g} s"
+            raise TimeoutError(f"{self.identity.member}: {why}; the last attempt: {trouble or 'under way'}") from None
+
+    def call(self, work: Callable[[], T], seconds: float = STOP_SECONDS) -> T:
+        """Run ``work`` on the agent's thread and wait for its result."""
+        result: Future[T] = Future()
+
+        def perform() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:  # handed to the caller's thread
+                result.set_exception(error)
+
+        self._loop.call_soon_threadsafe(perform)
+        return result.result(timeout=seconds)
+
+    def post(self, work: Callable[[], object]) -> None:
+        """Run ``work`` on the agent's thread, without waiting."""
+        self._loop.call_soon_threadsafe(work)
+
+    def close(self, reason: str = "") -> None:
+        """Say Bye and end the thread."""
+        if self._thread.is_alive() and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self.spawn(self._stop(reason)))
+        self._thread.join(STOP_SECONDS)
+
+    # ---------------------------------------------------------------------------------------- on the agent's thread
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """A task of this thread; its failure is logged and ends nothing else."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def send(self, message: FromAgent) -> bool:
+        """Tell the daemon, if it is there; Hello carries the state otherwise."""
+        try:
+            if self._client is not None:
+                self._client.send(message)
+                return True
+        except NotConnected:
+            log.info("%s could not say %s: no daemon", self.identity.member, type(message).__name__)
+        return False
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s: %s", self.identity.member, cut(repr(task.exception())), exc_info=task.exception())
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._live())
+        except BaseException as error:  # the embedding learns it from its next call
+            self.failure = error
+            log.error("%s ends: %s", self.identity.member, error)
+            if not self._welcome.done():
+                self._welcome.set_exception(error)
+        finally:
+            self._body.shut()
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    async def _live(self) -> None:
+        self._client = ControlClient(self._address.url, self._address.token_file, self._hello, self._heard)
+        polling = self.spawn(self._poll())
+        try:
+            await self._client.run()
+        except RefusedForGood as error:
+            log.error("%s: the daemon refuses this agent: %s", self.identity.member, error)
+            raise
+        finally:
+            polling.cancel()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._leave_group()
+
+    async def _stop(self, reason: str) -> None:
+        if self._client is not None:
+            self._tasks.discard(asyncio.current_task())  # it outlives the others
+            await self._client.close(reason)
+
+    async def _poll(self) -> None:
+        while True:
+            busy = self._body.poll()
+            await asyncio.sleep(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
+
+    def _hello(self) -> Hello:
+        status = self._body.status()
+        return Hello(
+            schema=SCHEMA_VERSION,
+            run_id=self.identity.run_id,
+            member=self.identity.member,
+            world=self.identity.world,
+            incarnation=self.incarnation,
+            generation=self.identity.generation,
+            epoch_seen=self._epoch,
+            journal_id=self._journal_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            trainer=status if isinstance(status, TrainerStatus) else None,
+            engine=status if isinstance(status, EngineStatus) else None,
+        )
+
+    def _heard(self, message: FromDaemon) -> None:
+        match message:
+            case Welcome():
+                self._welcomed(message)
+            case Connect() if self._group is None:
+                self._begin_rendezvous(self._connect(message))
+            case Connect():
+                log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
+            case _:
+                self._body.heard(message)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        older = welcome.epoch < self._epoch
+        foreign = welcome.epoch == self._epoch and welcome.journal_id != self._journal_id
+        if older or foreign:
+            # Hello told it the epoch that we obey; a daemon that stays below it is not ours to follow.
+            log.error("daemon of epoch %d refused: this agent obeyed %d", welcome.epoch, self._epoch)
+            return
+        self._epoch, self._journal_id = welcome.epoch, welcome.journal_id
+        self._leave_group()
+        self._body.welcomed(welcome)
+        if not self._welcome.done():
+            self._welcome.set_result(welcome)
+        if isinstance(welcome.rendezvous, TcpStoreRendezvous):
+            self._begin_rendezvous(self._over_group(welcome.rendezvous))
+        elif welcome.rendezvous is not None:
+            self.send(self._announce())
+
+    def _leave_group(self) -> None:
+        """Each Welcome begins the rendezvous anew, by whichever way it names."""
+        if self._rendezvous is not None:
+            self._rendezvous.cancel()
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    @property
+    def epoch(self) -> int:
+        """Of the daemon that this agent obeys."""
+        return self._epoch
+
+    def _begin_rendezvous(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.cancel()
+        self._rendezvous = self.spawn(work)
+
+    def announce(self) -> None:
+        """Say the layout anew, because it has changed."""
+        self.send(self._announce())
+
+    def _announce(self) -> Announce:
+        layout, name, endpoint = self._body.announcement()
+        return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
+
+    async def _connect(self, connect: Connect) -> None:
+        if await self._prepared(connect):
+            self.send(Ready(fingerprint=connect.fingerprint))
+
+    async def _prepared(self, connect: Connect) -> bool:
+        """Edges warm; false when they will not be, for as long as the members stay the same."""
+        for attempt in range(1, CONNECT_ATTEMPTS + 1):
+            try:
+                await self._body.connect(connect)
+            except RuntimeError as error:
+                # A peer may be starting, or be gone; the daemon sends another Connect when the members change.
+                log.warning("%s: edges not ready (attempt %d): %s", self.identity.member, attempt, error)
+                await asyncio.sleep(attempt)
+            else:
+                return True
+        return False
+
+    async def _over_group(self, place: TcpStoreRendezvous) -> None:
+        """Both rounds over vLLM's StatelessProcessGroup, again until its deadline: the store may be the last group's.
+
+        When nothing comes of it, the daemon's own deadline ends this connection, and a new Hello opens a new group.
+        """
+        from weightsync.agents.link.process_group import GroupError
+
+        ends = self._loop.time() + place.timeout_seconds
+        while True:
+            try:
+                await self._meet(place)
+                return
+            except GroupError as error:
+                log.warning("%s: %s", self.identity.member, error)
+            if self._loop.time() >= ends:
+                return
+            await asyncio.sleep(GROUP_RETRY_SECONDS)
+
+    async def _meet(self, place: TcpStoreRendezvous) -> None:
+        from weightsync.agents.link.process_group import SpgRendezvous
+
+        announce = self._announce()
+        self._group = group = await _beside(lambda: SpgRendezvous(place))
+        await _beside(lambda: group.announce(announce))
+        connect = await _beside(group.connect)
+        if await self._prepared(connect):
+            await _beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
+            await _beside(lambda: group.barrier(place.timeout_seconds))
+
+
+async def _beside(call: Callable[[], T]) -> T:
+    """``call``, which blocks, on a thread of its own that no end of this process waits for."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: Exception | None) -> None:
+        if result.done():
+            return  # nobody waits any more
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def perform() -> None:
+        value, failure = None, None
+        try:
+            value = call()
+        except Exception as error:  # handed to the loop
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=perform, name="weightsync group", daemon=True).start()
+    return await result

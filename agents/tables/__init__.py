@@ -1,0 +1,1 @@
+"""Tables of copies, writes and digests made from a plan's rows."""

@@ -1,0 +1,1 @@
+"""Registered trainer memory that holds converted weights ready to send."""

@@ -1,0 +1,266 @@
+"""Sharded, Gathered or Expert, and why: decided alike on every rank from global shapes and the mesh alone."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from weightsync.agents.trainer.errors import ExpertPartitionError, OffGridError, TableError
+from weightsync.agents.trainer.slots.boxes import Box, HeldBox, Holding, with_entry
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
+
+Kind = Literal["sharded", "gathered", "expert"]
+
+MIN_SHARDED_BYTES: Final = 2 * 1024 * 1024
+"""Tensors below go out whole from one rank: their shards would be many small writes, each with its own cost."""
+
+STAGING_BYTES: Final = 64 * 1024 * 1024
+"""Room for writes that are packed before they leave: norms, biases and narrow slices of the largest known models."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertParallel:
+    """Expert parallelism that the tensors' own meshes do not show: this rank's place on an axis of ``size`` ranks."""
+
+    size: int
+    rank: int
+    name: str = "ep"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOptions:
+    """How slots are chosen.
+
+    ``hsdp``: whether only the first replica holds slots, or all do; ``replicate_dim`` names the mesh dimension.
+    ``tensor_parallel_dims``: mesh dimensions whose slices must lie on the quantisation grid.
+    ``pipeline``: a rank may lack whole layers and tensors outside the layers.
+    """
+
+    min_sharded_bytes: int = MIN_SHARDED_BYTES
+    staging_bytes: int = STAGING_BYTES
+    hsdp: Literal["primary", "shared"] = "shared"
+    replicate_dim: str = "dp_replicate"
+    tensor_parallel_dims: tuple[str, ...] = ("tp",)
+    expert_parallel: ExpertParallel | None = None
+    pipeline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One box of the logical tensor (with the global expert id as its first dimension, if stacked) and where the
+    source numbered ``source`` has it: an index of this rank's local tensor, or of the whole one when gathered."""
+
+    source: int
+    index: tuple[slice, ...]
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What becomes of one specification. ``shape``: of the logical tensor, stacked ones with all experts first.
+    ``pieces``: what this rank keeps in a slot. ``reason`` is a sentence for ``plan explain``."""
+
+    kind: Kind
+    reason: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    first_replica: bool
+
+
+@dataclass(slots=True)
+class Turns:
+    """Whose turn it is to own the next gathered tensor, per group of candidate ranks."""
+
+    taken: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def next_owner(self, candidates: tuple[int, ...]) -> int:
+        """The next of ``candidates``, round robin."""
+        turn = self.taken.get(candidates, 0)
+        self.taken[candidates] = turn + 1
+        return candidates[turn % len(candidates)]
+
+
+class Router:
+    """Chooses the route of each specification. All ranks call ``route`` in the same order.
+
+    Args:
+        options: see SlotOptions.
+        rank: this rank, as device meshes number it.
+        primary: whether this rank's replica holds slots.
+    """
+
+    def __init__(self, options: SlotOptions, rank: int, primary: bool) -> None:
+        self._options = options
+        self._rank = rank
+        self._primary = primary
+        self._turns = Turns()
+
+    def route(self, spec: ConversionSpec, holdings: Mapping[str, Holding]) -> Route:
+        """The route of ``spec``.
+
+        Raises:
+            TableError: sources whose shapes do not fit each other or the specification.
+            ExpertPartitionError: stacked experts that do not add up to the model's.
+            OffGridError: a tensor-parallel slice that cuts a quantisation block.
+        """
+        held = [holdings[source.key] for source in spec.sources]
+        shape, offsets, first_expert = self._geometry(spec, held)
+        self._check_grid(spec, held)
+        obstacle = self._obstacle(spec, held, shape, offsets)
+        if obstacle:
+            return self._gathered(spec, held, shape, obstacle)
+        pieces = tuple(_local_pieces(spec, held, offsets, first_expert)) if self._primary else ()
+        first = all(h.first_replica for h in held)
+        if spec.experts:
+            ids = sorted({p.box.offset[0] for p in pieces} | {p.box.end[0] - 1 for p in pieces})
+            return Route("expert", f"routed by global expert id ({_span(ids)} here)", shape, pieces, first)
+        if all(h.grid is None for h in held):
+            return Route("sharded", "a plain tensor, held whole", shape, pieces, first)
+        return Route("sharded", "each rank's share stands alone", shape, pieces, first)
+
+    # ------------------------------------------------------------------------------------------------- geometry
+    def _geometry(self, spec: ConversionSpec, held: Sequence[Holding]) -> tuple[tuple[int, ...], list[int], int]:
+        """Logical shape, offset of each source's part along ``cat_dim``, and the first expert of the sources."""
+        stacked = int(spec.experts > 0)
+        parts = [_part_shape(source, h, stacked, spec.dst) for source, h in zip(spec.sources, held, strict=True)]
+        cat = spec.cat_dim + stacked
+        if any(len(p) != len(parts[0]) or cat >= len(p) for p in parts) or any(
+            p[:cat] + p[cat + 1 :] != parts[0][:cat] + parts[0][cat + 1 :] for p in parts
+        ):
+            raise TableError(f"{spec.dst!r}: sources of shapes {parts} cannot be joined along dimension {spec.cat_dim}")
+        if spec.quantization.quantizes and len(parts[0]) - stacked != 2:
+            raise TableError(f"{spec.dst!r}: blocks are of matrices; its shape is {parts[0]}")
+        ends = [sum(p[cat] for p in parts[: i + 1]) for i in range(len(parts))]
+        offsets = [end - part[cat] for end, part in zip(ends, parts, strict=True)]
+        shape = with_entry(parts[0], cat, ends[-1])
+        if not stacked:
+            return shape, offsets, 0
+        return (spec.experts, *shape[1:]), offsets, self._first_expert(spec, held[0])
+
+    def _first_expert(self, spec: ConversionSpec, held: Holding) -> int:
+        own = held.shape[0]
+        if own == spec.experts:
+            return 0
+        parallel = self._options.expert_parallel
+        if parallel is not None and own * parallel.size == spec.experts and 0 <= parallel.rank < parallel.size:
+            return own * parallel.rank
+        local, sharded = held.local_shape[0], math.prod(cut.parts for cut in held.cuts_of(0))
+        ep, name = (parallel.size, parallel.name) if parallel else (1, "ep")
+        raise ExpertPartitionError(
+            f"{spec.sources[0].key!r}: {local} local experts × {sharded} (fsdp) × {ep} ({name}) ="
+            f" {local * sharded * ep}, but the model has {spec.experts}; the tensor's mesh is {held.grid or 'none'},"
+            f" its global shape {held.shape}. Declare the axis that its mesh lacks with SlotOptions.expert_parallel"
+        )
+
+    # ------------------------------------------------------------------------------------------------- the rule
+    def _obstacle(
+        self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], offsets: Sequence[int]
+    ) -> str:
+        """Why the ranks' shares cannot stand alone; empty if they can."""
+        meshed = any(h.grid is not None for h in held)
+        for source, h in zip(spec.sources, held, strict=True):
+            if not h.even:
+                return f"{source.key} of shape {h.shape} is not divisible over {h.grid}"
+        if spec.quantization.quantizes:
+            for source, h, offset in zip(spec.sources, held, offsets, strict=True):
+                for dim, block in enumerate(spec.quantization.block):
+                    base = offset if dim == spec.cat_dim else 0
+                    if base % block:
+                        return f"{source.key} begins at {base} of dimension {dim}, inside a block of {block}"
+                    cut = _first_off_grid(spec, source, h, dim, block, None)
+                    if cut is not None:
+                        return f"a shard of {source.key} ends at {cut} of dimension {dim}, inside a block of {block}"
+        size = math.prod(shape) * spec.quantization.dtype.itemsize
+        if meshed and not spec.experts and size < self._options.min_sharded_bytes:
+            return f"{size} bytes are fewer than {self._options.min_sharded_bytes}"
+        return ""
+
+    def _check_grid(self, spec: ConversionSpec, held: Sequence[Holding]) -> None:
+        if not spec.quantization.quantizes:
+            return
+        for source, h in zip(spec.sources, held, strict=True):
+            named = h.grid.names if h.grid else ()
+            slicing = [i for i, name in enumerate(named) if name in self._options.tensor_parallel_dims]
+            for dim, block in enumerate(spec.quantization.block):
+                cut = _first_off_grid(spec, source, h, dim, block, slicing)
+                if cut is not None:
+                    raise OffGridError(
+                        f"{source.key!r}: a tensor-parallel slice ends at {cut} of dimension {dim} (shape {h.shape},"
+                        f" mesh {h.grid}), inside a quantisation block of {block}; {spec.dst!r} cannot be quantised"
+                    )
+
+    def _gathered(self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], reason: str) -> Route:
+        owner = self._turns.next_owner(self._candidates(held))
+        pieces: tuple[Piece, ...] = ()
+        if owner == self._rank and self._primary:
+            box = Box.whole(shape)
+            if spec.experts:
+                first = self._first_expert(spec, held[0])
+                box = Box((first,) + (0,) * (len(shape) - 1), (held[0].shape[0], *shape[1:]))
+            pieces = (Piece(0, tuple(slice(0, extent) for extent in box.extent), box),)
+        return Route("gathered", f"{reason}; rank {owner} has it", shape, pieces, True)
+
+    def _candidates(self, held: Sequence[Holding]) -> tuple[int, ...]:
+        grid = next((h.grid for h in held if h.grid is not None), None)
+        if grid is None:
+            return (self._rank,)
+        replicas = [i for i, name in enumerate(grid.names) if name == self._options.replicate_dim]
+        if self._options.hsdp == "primary":
+            return grid.ranks_where(dict.fromkeys(replicas, 0))
+        return grid.ranks
+
+
+def _part_shape(source: Source, held: Holding, stacked: int, dst: str) -> tuple[int, ...]:
+    """Shape of the cut of the whole tensor that ``source`` names."""
+    if source.length is None:
+        return held.shape
+    dim = source.dim + stacked
+    if dim >= len(held.shape) or source.start + source.length > held.shape[dim]:
+        raise TableError(
+            f"{dst!r}: {source.key!r} of shape {held.shape} has no {source.start}…+{source.length} along {source.dim}"
+        )
+    return with_entry(held.shape, dim, source.length)
+
+
+def _first_off_grid(
+    spec: ConversionSpec, source: Source, held: Holding, dim: int, block: int, mesh_dims: Sequence[int] | None
+) -> int | None:
+    """The first boundary of shares inside the source's part that lies inside a block, or None."""
+    start = source.start if source.length is not None and source.dim == dim else 0
+    length = source.length if source.length is not None and source.dim == dim else None
+    stacked = int(spec.experts > 0)
+    stop = held.shape[dim + stacked] if length is None else start + length
+    inside = (cut - start for cut in held.boundaries(dim + stacked, mesh_dims) if start < cut < stop)
+    return next((cut for cut in inside if cut % block), None)
+
+
+def _local_pieces(
+    spec: ConversionSpec, held: Sequence[Holding], offsets: Sequence[int], first_expert: int
+) -> Iterator[Piece]:
+    stacked = int(spec.experts > 0)
+    for number, (source, h, offset) in enumerate(zip(spec.sources, held, offsets, strict=True)):
+        for held_box in h.boxes:
+            cut = _cut(held_box, source, stacked)
+            if cut is None:
+                continue
+            box = cut.box.shifted(spec.cat_dim + stacked, offset)
+            yield Piece(number, cut.local, box.shifted(0, first_expert) if stacked else box)
+
+
+def _cut(held: HeldBox, source: Source, stacked: int) -> HeldBox | None:
+    """The share of ``held`` in the source's part, in the part's coordinates; None where it has none."""
+    if source.length is None:
+        return held if held.box.volume else None
+    dim = source.dim + stacked
+    low = max(held.box.offset[dim], source.start)
+    high = min(held.box.end[dim], source.start + source.length)
+    if low >= high:
+        return None
+    start = with_entry(held.start, dim, held.start[dim] + low - held.box.offset[dim])
+    extent = with_entry(held.box.extent, dim, high - low)
+    offset = with_entry(held.box.offset, dim, low - source.start)
+    return HeldBox(Box(offset, extent), start)
+
+
+def _span(ids: Sequence[int]) -> str:
+    return f"{ids[0]}–{ids[-1]}" if ids else "none"

@@ -1,0 +1,220 @@
+"""All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
+from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
+from weightsync.agents.trainer.models.table import ModelTable
+from weightsync.agents.trainer.slots.arena import ArenaPlan
+from weightsync.agents.trainer.slots.boxes import Holding, holding
+from weightsync.agents.trainer.slots.conversion import ConversionSpec
+from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
+from weightsync.agents.trainer.slots.slot import (
+    ExpertSlot,
+    Explanation,
+    GatheredSlot,
+    LayoutEntry,
+    LocalBatch,
+    ShardedSlot,
+    Slot,
+    State,
+    made_slots,
+)
+from weightsync.orchestrator.protocol.codec import cut
+from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
+
+__all__ = [
+    "ExpertParallel",
+    "ExpertSlot",
+    "Explanation",
+    "GatheredSlot",
+    "LayoutEntry",
+    "ShardedSlot",
+    "Slot",
+    "SlotOptions",
+    "TrainerSlots",
+]
+
+ARENA_REGION: Final = 0
+STAGING_REGION: Final = 1
+
+Allocate = Callable[[int], torch.Tensor]
+"""Bytes → a one-dimensional contiguous uint8 tensor of that size, aligned to ALIGNMENT, that may be registered."""
+
+
+class TrainerSlots:
+    """The slots of this rank, their memory and their layout.
+
+    Args:
+        state: the trainer's tensors now. Values are not read, only shapes, dtypes and sharding.
+        table: of the model; its form is recognised from the state's names unless given.
+        options: see SlotOptions.
+        rank: this rank, as device meshes number it; None: torch.distributed's, or 0 without it.
+        world: number of ranks; None likewise.
+        allocate: makes the arena and the staging region; None: memory that may be registered, on the tensors' device.
+
+    Attributes:
+        layout: for Announce. Region 0 is the arena, region 1 (if any) the staging region.
+        arenas: uint8 tensors, one per region, in the regions' order.
+        slots: in the table's order.
+        unrouted: names of the state that no specification reads.
+        primary: whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``).
+
+    Raises:
+        MissingTensor: the table reads a tensor that the state lacks.
+        TrainerError: of other kinds, see ``Router.route`` and ``holding``.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        table: ModelTable,
+        *,
+        options: SlotOptions | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+        allocate: Allocate | None = None,
+    ) -> None:
+        options = options or SlotOptions()
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = rank if rank is not None else dist.get_rank() if distributed else 0
+        self.world = world if world is not None else dist.get_world_size() if distributed else 1
+        specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
+        holdings = {source.key: holding(source.key, state[source.key]) for s in specs for source in s.sources}
+        self.primary = options.hsdp == "shared" or _in_first_replica(holdings.values(), options.replicate_dim)
+        self.unrouted = tuple(sorted(set(state) - set(holdings)))
+        router, plan = Router(options, self.rank, self.primary), ArenaPlan()
+        self.slots = made_slots([(s, router.route(s, holdings)) for s in specs], holdings, plan)
+        make = allocate or _allocator_for(state)
+        self.arenas = [make(max(plan.size, ALIGNMENT))]
+        if options.staging_bytes and self.primary:
+            self.arenas.append(make(options.staging_bytes))
+        for slot in self.slots:
+            slot.bind(self.arenas[ARENA_REGION])
+        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        local = [slot for slot in self.slots if slot.kind != "gathered"]
+        treatments = dict.fromkeys(slot.spec.quantization for slot in local)
+        self._batches = [LocalBatch([s for s in local if s.spec.quantization == t], state) for t in treatments]
+
+    def check(self, state: State) -> None:
+        """That ``convert`` can be called: what is wrong with this rank's tensors is found without any other rank.
+
+        Ranks that agree on its outcome before they convert never leave one another waiting in a collective.
+
+        Raises:
+            MissingTensor: the state lacks a tensor.
+            ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
+        """
+        for slot in self.slots:
+            slot.check(state)
+
+    def convert(self, state: State) -> None:
+        """Write the current weights into all slots, on the caller's thread and stream, without waiting for a device.
+
+        Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight.
+
+        Raises:
+            MissingTensor, ChangedTensor: as ``check``, before anything is written.
+        """
+        self.check(state)
+        for slot in self.slots:
+            if slot.kind == "gathered":
+                slot.convert(state)
+        for batch in self._batches:
+            batch.convert(state)
+
+    def entries(self) -> Iterator[LayoutEntry]:
+        """The rows of the layout, in its order."""
+        for slot in self.slots:
+            yield from slot.entries
+
+    def explain(self) -> tuple[Explanation, ...]:
+        """What each slot is and why, in the table's order."""
+        return tuple(slot.explain() for slot in self.slots)
+
+
+def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
+    tensors: dict[Tensor, int] = {}
+    rows: list[list[int]] = []
+    for slot in slots:
+        first = len(rows)
+        for entry in slot.entries:
+            number = tensors.setdefault(entry.tensor, len(tensors))
+            rows.append(row(number, ARENA_REGION, entry.offset, entry.box.offset, entry.box.extent, entry.stride))
+        slot.rows = range(first, len(rows))
+    matrix = np.array(rows, dtype="<i8")
+    staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
+    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=tuple(_notes(slots)))
+
+
+def _notes(slots: Sequence[Slot]) -> Iterator[Note]:
+    """Kind and reason of all rows, neighbours of one kind and reason together."""
+    owning = (slot for slot in slots if slot.rows)
+    for (kind, reason), alike in groupby(owning, key=lambda slot: (slot.kind, slot.route.reason)):
+        rows = [slot.rows for slot in alike]
+        yield Note(rows[0].start, rows[-1].stop, kind, cut(reason))
+
+
+def _held_specs(table: ModelTable, keys: Collection[str], options: SlotOptions) -> Iterator[ConversionSpec]:
+    """The specifications that this rank takes part in.
+
+    Raises:
+        MissingTensor: a tensor is lacking that the rank's place in the pipeline or among the experts does not excuse.
+    """
+    for spec in table.non_layer_specs():
+        if not options.pipeline or any(source.key in keys for source in spec.sources):
+            yield _complete(spec, keys)
+    for layer_idx in range(table.layers):
+        specs = tuple(table.conversion_specs(layer_idx))
+        if options.pipeline and not any(source.key in keys for s in specs for source in s.sources):
+            continue
+        foreign = _foreign_experts(specs, keys, options.expert_parallel)
+        yield from (_complete(s, keys) for s in specs if s.expert_id is None or s.expert_id not in foreign)
+
+
+def _complete(spec: ConversionSpec, keys: Collection[str]) -> ConversionSpec:
+    for source in spec.sources:
+        if source.key not in keys:
+            raise MissingTensor(source.key, spec.dst)
+    return spec
+
+
+def _foreign_experts(
+    specs: Sequence[ConversionSpec], keys: Collection[str], parallel: ExpertParallel | None
+) -> frozenset[int]:
+    """Experts of a layer that other ranks have, where each expert has tensors of its own.
+
+    Raises:
+        ExpertPartitionError: the present ones times the expert parallelism are not all of them.
+    """
+    every = {s.expert_id for s in specs if s.expert_id is not None}
+    if parallel is None or not every:
+        return frozenset()
+    present = {s.expert_id for s in specs if s.expert_id is not None and s.sources[0].key in keys}
+    if len(present) not in (len(every), len(every) // parallel.size) or len(every) % parallel.size:
+        raise ExpertPartitionError(
+            f"layer {specs[0].layer}: {len(present)} local experts × {parallel.size} ({parallel.name}) ="
+            f" {len(present) * parallel.size}, but the model has {len(every)}"
+        )
+    return frozenset(every - present)
+
+
+def _in_first_replica(holdings: Collection[Holding], replicate_dim: str) -> bool:
+    grids = [h.grid for h in holdings if h.grid is not None and replicate_dim in h.grid.names]
+    return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
+
+
+def _allocator_for(state: State) -> Allocate:
+    """Arenas on the device that most of the state's elements are on."""
+    elements: Counter[torch.device] = Counter()
+    for tensor in state.values():
+        elements[tensor.device] += tensor.numel()
+    device = max(elements, key=elements.__getitem__, default=torch.device("cpu"))
+    return partial(arena, device=device)

@@ -1,0 +1,1 @@
+"""How weight bytes move from trainer slots to inference targets."""

@@ -1,0 +1,1 @@
+"""The NIXL transport: endpoints, edges, writes."""

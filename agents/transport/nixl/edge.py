@@ -1,0 +1,108 @@
+"""One edge's prepared transfers, kept from round to round: posting a round builds nothing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from weightsync.agents.transport.nixl.chunks import Chunk, Lane
+from weightsync.agents.transport.nixl.errors import TransferError
+
+Describe = Callable[[int, int], str]
+"""(local region, local offset) → the tensor there."""
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeResult:
+    """What one write moved to one peer; ``seconds`` from the first post to the last DONE. ``error`` None: all of it."""
+
+    peer: str
+    bytes: int
+    descriptors: int
+    seconds: float
+    error: TransferError | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        """0.0 when nothing moved."""
+        return self.bytes / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One NIXL handle that may be posted again once DONE. ``pending``: posted, and not known to have ended."""
+
+    lane: int
+    chunk: Chunk
+    handle: Any = None
+    pending: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Edge:
+    """The way from this agent's regions to one peer's. Made by ``NixlEndpoint.prepare_edge``; opaque to callers."""
+
+    peer: str
+    lanes: Sequence[Lane]
+    describe: Describe
+    transfers: list[Transfer] = field(default_factory=list)
+    lists: list[tuple[Any, Any]] = field(default_factory=list)
+    last_error: TransferError | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one write of this edge carries."""
+        return sum(transfer.chunk.bytes for transfer in self.transfers)
+
+    @property
+    def descriptors(self) -> int:
+        """Descriptors that one write posts, before NIXL merges neighbours."""
+        return sum(len(lane.local) for lane in self.lanes)
+
+    @property
+    def tainted(self) -> bool:
+        """Whether a posted transfer has not ended: its bytes may still be read here and written there."""
+        return any(transfer.pending for transfer in self.transfers)
+
+    def tensor_of(self, transfer: Transfer) -> str:
+        """The tensor at which ``transfer`` begins."""
+        region, offset = self.lanes[transfer.lane].places[transfer.chunk.first]
+        return self.describe(int(region), int(offset))
+
+
+def build(edge: Edge, agent: Any) -> None:
+    """Prepare the edge's descriptor lists and one handle per chunk, with ``agent`` (a nixl_agent)."""
+    for number, lane in enumerate(edge.lanes):
+        local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", lane.local, lane.local_memory)
+        edge.lists.append((local, None))
+        edge.lists[-1] = (local, agent.prep_xfer_dlist(edge.peer, lane.remote, lane.remote_memory))
+        edge.transfers += [Transfer(number, chunk) for chunk in lane.chunks]
+    for transfer in edge.transfers:
+        arm(edge, transfer, agent)
+
+
+def arm(edge: Edge, transfer: Transfer, agent: Any) -> None:
+    """Make the transfer's handle. Both sides are selected by the same indices of whole-edge lists: a list cut to the
+    chunk would need indices from 0, a mistake that shows only when there is more than one chunk."""
+    indices = np.arange(transfer.chunk.first, transfer.chunk.last, dtype=np.int32)
+    local, remote = edge.lists[transfer.lane]
+    transfer.handle = agent.make_prepped_xfer("WRITE", local, indices, remote, indices)
+
+
+def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
+    """Give back the edge's handles and lists. Returns how many NIXL would not let go because they are in flight;
+    their wrappers stay with the agent, which lets them go when it is destroyed."""
+    kept = 0
+    for transfer in edge.transfers:
+        if transfer.handle is not None:
+            try:
+                transfer.handle.release()
+            except errors:
+                kept += 1
+            transfer.handle = None
+    for pair in edge.lists:
+        for prepared in pair:
+            if prepared is not None:
+                prepared.release()
+    edge.transfers, edge.lists = [], []
+    return kept

@@ -1,0 +1,328 @@
+"""NixlEndpoint: one NIXL agent of ours, its registered memory, its peers, and the writes to them.
+
+One thread owns an endpoint and makes every call on it; with device memory, the thread whose current CUDA device is that
+memory's. Facts of NIXL 1.5 that shape it: posting to a peer on the same
+host blocks for the copy; nothing tells when a transfer ends but asking; a target that never polls keeps its writers
+waiting; a stopped peer leaves a transfer in progress for ever; a posted transfer cannot be taken back; and adding and
+removing a live peer leaks descriptors, so connections are kept.
+"""
+
+import mmap
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import structlog
+from weightsync.agents.memory.reach import check_reachable, why_not_by_nic
+from weightsync.agents.tables.runs import RUN_COLUMNS
+from weightsync.agents.transport.nixl import card as nixl_card
+from weightsync.agents.transport.nixl import edge as nixl_edge
+from weightsync.agents.transport.nixl.chunks import lanes
+from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
+from weightsync.agents.transport.nixl.environment import environment
+from weightsync.agents.transport.nixl.errors import NixlError
+from weightsync.agents.transport.nixl.loader import Bindings, load
+from weightsync.agents.transport.nixl.regions import check_regions
+from weightsync.agents.transport.nixl.write import Writer
+from weightsync.orchestrator.protocol.layout import Matrix, Region
+from weightsync.orchestrator.protocol.messages import NixlSettings
+
+log = structlog.get_logger(__name__)
+
+SCRATCH_BYTES: Final = mmap.PAGESIZE
+WARM_UP_BYTES: Final = 8
+"""One word: enough to make UCX wire the connection up, which ``make_connection`` alone does not."""
+
+
+class NixlEndpoint:
+    """This process's end of the data plane.
+
+    Args:
+        name: who this is, for people; the NIXL name (``.name``) adds a random part, because NIXL refuses a
+            restarted peer under its old name.
+        settings: backends, window and rails.
+        net_devices: UCX's network devices, such as ``mlx5_0:1`` (see ``weightsync.agents.memory.nic``); None leaves
+            UCX's choice.
+        variables: further environment for the making of the agent only; None unsets.
+        progress_thread: NIXL's own polling thread. It burns a core while idle, so off.
+        ceiling: bytes per second that no link of this host exceeds; a faster write is an error. None: not judged.
+        bindings: another NIXL than ``load()`` finds.
+
+    Raises:
+        NixlMissingError: NIXL is not installed.
+        NixlError: the agent or its backends cannot be made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: NixlSettings,
+        *,
+        net_devices: str | None = None,
+        variables: Mapping[str, str | None] | None = None,
+        progress_thread: bool = False,
+        ceiling: float | None = None,
+        bindings: Bindings | None = None,
+    ) -> None:
+        self.rank = name
+        self.name = f"{name}-{secrets.token_hex(8)}"
+        self._settings = settings
+        self._by_nic = net_devices is not None
+        self._ceiling = ceiling
+        self._bindings = bindings or load()
+        made: dict[str, str | None] = {"UCX_MAX_RMA_RAILS": str(settings.rails)}
+        if net_devices is not None:
+            made["UCX_NET_DEVICES"] = net_devices
+        failures: tuple[type[Exception], ...] = (*self._bindings.errors, RuntimeError)
+        with environment(made | dict(variables or {})):
+            try:
+                self._agent: Any = self._bindings.agent(
+                    self.name, backends=settings.backends, progress_thread=progress_thread, threads=0
+                )
+            except failures as error:
+                raise NixlError(f"{name}: NIXL cannot start with {settings.backends}: {error}") from error
+        missing = set(settings.backends) - set(self._agent.backends)
+        if missing:
+            raise NixlError(f"{name}: this NIXL has no backend {', '.join(sorted(missing))}")
+        self._registrations: list[Any] = []
+        self._regions: list[Region] = []
+        self._peers: dict[str, bytes] = {}
+        self._edges: list[Edge] = []
+        self._orphans: list[Edge] = []
+        self._warm: dict[str, Edge] = {}
+        self._tainted: dict[str, str] = {}
+        self._scratch_memory = mmap.mmap(-1, SCRATCH_BYTES)
+        address = np.frombuffer(self._scratch_memory, dtype=np.uint8).ctypes.data
+        self._scratch = Region(int(address), SCRATCH_BYTES)
+        self.register([self._scratch])
+
+    # ------------------------------------------------------------------------------------------ memory and peers
+    def register(self, regions: Sequence[Region]) -> None:
+        """Let peers write here. Cheap for a few arenas, seconds for thousands of tensors.
+
+        Raises:
+            RegionError: a range is empty, overlaps another, or is not mapped.
+            MemoryPlacementError: device memory that no other process or NIC can map.
+            NixlError: NIXL cannot pin the range for its transports.
+        """
+        check_regions(regions, self._regions)
+        check_reachable(regions)
+        self._warn_without_gpu_direct(regions)
+        for memory in ("DRAM", "VRAM"):
+            chosen = [r for r in regions if r.memory == memory]
+            if not chosen:
+                continue
+            table = np.array([(r.base, r.length, r.device) for r in chosen], dtype=np.uint64)
+            try:
+                self._registrations.append(self._agent.register_memory(table, memory))
+            except self._bindings.errors as error:
+                raise NixlError(f"{self.rank}: NIXL cannot register {len(chosen)} {memory} ranges: {error}") from error
+            self._regions += chosen
+
+    def metadata(self) -> bytes:
+        """What a peer's ``connect`` needs. Take it after ``register``; each region adds about 44 bytes."""
+        card = nixl_card.Card(nixl_card.SCHEMA, self.name, self._scratch, self._agent.get_agent_metadata())
+        return nixl_card.seal(card)
+
+    def connect(self, peer_name: str, metadata: bytes) -> None:
+        """Learn how to reach a peer. The same metadata again does nothing; newer metadata of a live peer adds its
+        new regions.
+
+        Raises:
+            MetadataError: the metadata is torn or another peer's; nothing has changed.
+            NixlError: NIXL refuses it (another backend or version, say).
+        """
+        if self._peers.get(peer_name) == metadata:
+            return
+        card = nixl_card.unseal(metadata, peer_name)
+        try:
+            self._agent.add_remote_agent(card.metadata)
+        except self._bindings.errors as error:
+            raise NixlError(f"{self.rank}: NIXL refuses the metadata of {peer_name}: {error}") from error
+        self._peers[peer_name] = metadata
+        if peer_name not in self._warm:
+            self._warm[peer_name] = self._make_edge(
+                peer_name,
+                [self._scratch],
+                [card.scratch],
+                np.array([[0, 0, 0, 0, 0, WARM_UP_BYTES]], dtype=np.int64),
+                lambda region, offset: "the warm-up word",
+            )
+
+    def forget(self, peer_name: str) -> None:
+        """Drop a peer that is gone, with its edges and its taint. For a live peer this leaks two descriptors on both
+        sides, so keep those. Unknown names are ignored."""
+        for edge in self._edges_to(peer_name):
+            nixl_edge.release(edge, self._bindings.errors)
+        self._edges = [edge for edge in self._edges if edge.peer != peer_name]
+        self._orphans = [edge for edge in self._orphans if edge.peer != peer_name]
+        self._warm.pop(peer_name, None)
+        self._tainted.pop(peer_name, None)
+        if self._peers.pop(peer_name, None) is not None:
+            self._remove(peer_name)
+
+    # -------------------------------------------------------------------------------------------------- writing
+    def prepare_edge(
+        self,
+        peer_name: str,
+        local_regions: Sequence[Region],
+        remote_regions: Sequence[Region],
+        runs: Matrix,
+        *,
+        describe: Describe | None = None,
+        chunk_bytes: int | None = None,
+    ) -> Edge:
+        """Prepare all transfers to one peer, once for all rounds.
+
+        Args:
+            peer_name: a connected peer.
+            local_regions: registered here, as the runs number them.
+            remote_regions: registered there, likewise.
+            runs: int64 ``[n, 6]`` as from ``tables.runs``; the peer column is ignored.
+            describe: names the tensor at (local region, local offset), see ``tables.tensor_names``.
+            chunk_bytes: bytes per handle; None for a default by kind of memory.
+
+        Raises:
+            EdgeError: a run outside its regions.
+            NixlError: unknown peer, or memory that is not registered on either side.
+        """
+        runs = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, RUN_COLUMNS)
+        names = describe or (lambda region, offset: f"region {region} byte {offset}")
+        edge = self._make_edge(peer_name, local_regions, remote_regions, runs, names, chunk_bytes)
+        self._edges.append(edge)
+        return edge
+
+    def release_edge(self, edge: Edge) -> None:
+        """Give back an edge that is no longer planned. Its peer stays connected. A tainted edge is kept until its
+        transfers have ended or the peer is forgotten."""
+        self._edges = [kept for kept in self._edges if kept is not edge]
+        if edge.tainted:
+            self._orphans.append(edge)
+        else:
+            nixl_edge.release(edge, self._bindings.errors)
+
+    async def warm_up(self, edges: Sequence[Edge], deadline_seconds: float) -> list[EdgeResult]:
+        """Write one word into each peer's scratch memory, so that the first round does not pay for the wiring. The
+        peers must poll meanwhile. Results per distinct peer, errors as in ``write``."""
+        peers = dict.fromkeys(edge.peer for edge in edges)
+        return await self.write([self._warm[peer] for peer in peers], deadline_seconds=deadline_seconds)
+
+    async def write(
+        self, edges: Sequence[Edge], *, flush_every: int | None = None, deadline_seconds: float
+    ) -> list[EdgeResult]:
+        """Write all bytes of the edges once.
+
+        Args:
+            edges: of any peers, each at most once.
+            flush_every: handles in flight per edge; None for the setting.
+            deadline_seconds: for everything together. Transfers still in flight then stay so: NIXL cannot cancel, and
+                their peer is in ``tainted_peers`` until they end or it is forgotten.
+
+        Returns:
+            One result per edge, in their order. A peer's failure is its result's ``error`` and no one else's.
+        """
+        writer = Writer(
+            self.rank,
+            self._agent,
+            self._bindings,
+            flush_every=flush_every or self._settings.flush_every,
+            deadline=time.monotonic() + deadline_seconds,
+            ceiling=self._ceiling,
+        )
+        try:
+            return await writer.write(edges)
+        finally:  # also when the caller's task is cancelled: what was posted stays posted
+            for edge in edges:
+                self._remember_taint(edge)
+
+    def poll(self) -> None:
+        """Let NIXL work: answers peers that write here (they never see DONE otherwise), and notices when a transfer
+        that outlived its deadline ends after all. Call it every millisecond or two while a grant is open; once
+        closed it does nothing."""
+        if self._agent is None:
+            return
+        self._agent.get_new_notifs()
+        for peer in list(self._tainted):
+            edges = self._edges_to(peer)
+            for edge in edges:
+                self._settle(edge)
+            if not any(edge.tainted for edge in edges):
+                del self._tainted[peer]
+        for edge in [orphan for orphan in self._orphans if not orphan.tainted]:
+            self.release_edge(edge)
+            self._orphans.remove(edge)
+
+    @property
+    def tainted_peers(self) -> Mapping[str, str]:
+        """Peers into whose memory a write may still land, with the reason. Neither the bytes it reads here nor those
+        it writes there may be reused until the peer leaves this list or is fenced."""
+        return MappingProxyType(self._tainted)
+
+    def close(self) -> None:
+        """Give everything back; again does nothing. The caller has made sure that no peer still writes here: NIXL's
+        CPU transports do not fence what is deregistered."""
+        if self._agent is None:
+            return
+        for edge in (*self._edges, *self._orphans, *self._warm.values()):
+            nixl_edge.release(edge, self._bindings.errors)
+        self._edges, self._orphans, self._warm = [], [], {}
+        for peer in list(self._peers):
+            self._remove(peer)
+        self._peers.clear()
+        for registration in self._registrations:
+            self._agent.deregister_memory(registration)
+        self._registrations, self._regions = [], []
+        self._agent = None
+
+    # ------------------------------------------------------------------------------------------------- internals
+    def _make_edge(
+        self,
+        peer_name: str,
+        local: Sequence[Region],
+        remote: Sequence[Region],
+        runs: Matrix,
+        describe: Describe,
+        chunk_bytes: int | None = None,
+    ) -> Edge:
+        if peer_name not in self._peers:
+            raise NixlError(f"{self.rank}: {peer_name} is not connected")
+        edge = Edge(peer_name, lanes(runs, local, remote, chunk_bytes), describe)
+        try:
+            nixl_edge.build(edge, self._agent)
+        except self._bindings.errors as error:
+            nixl_edge.release(edge, self._bindings.errors)
+            raise NixlError(
+                f"{self.rank}: NIXL cannot prepare {len(runs)} writes to {peer_name}; is all of their memory"
+                f" registered on both sides? ({error})"
+            ) from error
+        return edge
+
+    def _warn_without_gpu_direct(self, regions: Sequence[Region]) -> None:
+        if not self._by_nic:
+            return
+        for device in sorted({region.device for region in regions if region.memory == "VRAM"}):
+            if reason := why_not_by_nic(device):
+                log.warning("gpu_direct_unavailable", rank=self.rank, device=device, reason=reason)
+
+    def _remove(self, peer_name: str) -> None:
+        with suppress(*self._bindings.errors):  # gone already is what was asked for
+            self._agent.remove_remote_agent(peer_name)
+
+    def _remember_taint(self, edge: Edge) -> None:
+        pending = sum(transfer.pending for transfer in edge.transfers)
+        if pending:
+            self._tainted[edge.peer] = f"{pending} transfers were posted and never seen to end"
+
+    def _edges_to(self, peer: str) -> list[Edge]:
+        return [edge for edge in (*self._edges, *self._orphans, *self._warm.values()) if edge.peer == peer]
+
+    def _settle(self, edge: Edge) -> None:
+        """Ask after transfers that were left behind. DONE ends the doubt; an error does not."""
+        for transfer in edge.transfers:
+            if transfer.pending:
+                with suppress(*self._bindings.errors):
+                    transfer.pending = self._agent.check_xfer_state(transfer.handle) != "DONE"

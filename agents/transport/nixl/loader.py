@@ -1,0 +1,75 @@
+"""Finds NIXL under whichever of its three package names is installed.
+
+``nixl`` is the umbrella that picks a CUDA build, ``nixl-cu13`` and ``nixl-cu12`` are the builds; each of them also
+works on a machine without CUDA. vLLM environments have any of the three.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Final
+
+from weightsync.agents.transport.nixl.errors import NixlMissingError
+
+PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
+
+
+@dataclass(frozen=True, slots=True)
+class Bindings:
+    """One NIXL build: the package it came from, its Python API and its extension module."""
+
+    package: str
+    api: ModuleType
+    native: ModuleType
+
+    def agent(self, name: str, *, backends: tuple[str, ...], progress_thread: bool, threads: int) -> Any:
+        """A new ``nixl_agent`` without a listening socket (NIXL's would bind every interface)."""
+        config = self.api.nixl_agent_config(
+            enable_prog_thread=progress_thread,
+            enable_listen_thread=False,
+            num_threads=threads,
+            backends=list(backends),
+        )
+        return self.api.nixl_agent(name, config)
+
+    @property
+    def disconnected(self) -> type[Exception]:
+        """Raised for a peer whose process or connection is gone."""
+        error: type[Exception] = self.native.nixlRemoteDisconnectError
+        return error
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """Every exception type of the extension module; they share no base of their own."""
+        found = (getattr(self.native, name) for name in dir(self.native) if name.endswith("Error"))
+        return tuple(error for error in found if isinstance(error, type) and issubclass(error, Exception))
+
+
+@functools.cache
+def load() -> Bindings:
+    """The first of PACKAGES that imports.
+
+    Raises:
+        NixlMissingError: none does; the message has each package's reason.
+    """
+    reasons = []
+    for package in PACKAGES:
+        try:
+            api = importlib.import_module(f"{package}._api")
+        except ImportError as error:
+            reasons.append(f"{package}: {error}")
+            continue
+        _quiet()
+        return Bindings(package, api, api.nixlBind)
+    raise NixlMissingError(
+        "NIXL cannot be imported; install one of nixl, nixl-cu13 or nixl-cu12 (tried: " + "; ".join(reasons) + ")"
+    )
+
+
+def _quiet() -> None:
+    """NIXL greets on stdout for each agent and backend, which would mix with its host's output."""
+    if "NIXL_LOG_LEVEL" not in os.environ:
+        logging.getLogger("nixl").setLevel(logging.WARNING)

@@ -1,0 +1,210 @@
+"""The write loop: many edges at once, each with its own window, on one event loop that also does other things."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
+from weightsync.agents.transport.nixl.errors import (
+    DeadlineError,
+    DisconnectedError,
+    ImplausibleRateError,
+    TransferError,
+)
+from weightsync.agents.transport.nixl.loader import Bindings
+
+IN_FLIGHT_BYTES: Final = 16 << 30
+"""Per edge: beyond it a link gains nothing, and a failure leaves more to doubt."""
+
+TURN_SECONDS: Final = 0.002
+"""Posting and polling in one go before other tasks get their turn."""
+
+EAGER_SECONDS: Final = 0.005
+"""After the last movement, polling goes on at every turn of the loop: 4 GiB within a GPU take 2 ms, and an event loop's
+shortest sleep of 1 ms would double that."""
+
+POLL_SECONDS: Final = 0.001
+"""Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
+
+RATE_FLOOR_BYTES: Final = 16 << 20
+"""Smaller writes fit in a cache, where any rate is plausible."""
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """One edge's state within one write."""
+
+    edge: Edge
+    waiting: deque[Transfer]
+    in_flight: list[Transfer] = field(default_factory=list)
+    bytes_in_flight: int = 0
+    bytes_done: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    error: TransferError | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.error is None and bool(self.waiting or self.in_flight)
+
+    def result(self) -> EdgeResult:
+        return EdgeResult(
+            self.edge.peer, self.bytes_done, self.edge.descriptors, max(self.ended - self.started, 0.0), self.error
+        )
+
+
+class Writer:
+    """One write of some edges. A peer that fails or stops ends its own edge only.
+
+    Args:
+        rank: this agent, for errors.
+        agent: the nixl_agent, used only on the calling thread.
+        bindings: for the types of its errors.
+        flush_every: handles in flight per edge.
+        deadline: of the whole write, on ``time.monotonic``'s clock.
+        ceiling: bytes per second that no edge can exceed; None: not judged.
+    """
+
+    def __init__(
+        self, rank: str, agent: Any, bindings: Bindings, *, flush_every: int, deadline: float, ceiling: float | None
+    ) -> None:
+        self._rank = rank
+        self._agent = agent
+        self._bindings = bindings
+        self._flush_every = max(1, flush_every)
+        self._deadline = deadline
+        self._ceiling = ceiling
+
+    async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
+        """Post everything once and wait for it; results in the order of ``edges``."""
+        all_progress = [self._begin(edge) for edge in edges]
+        eager_until = 0.0
+        while any(progress.active for progress in all_progress):
+            if time.monotonic() >= self._deadline:
+                self._expire(all_progress)
+                break
+            turn_ends = time.monotonic() + TURN_SECONDS
+            for progress in all_progress:
+                if progress.active and self._turn(progress, turn_ends):
+                    eager_until = time.monotonic() + EAGER_SECONDS
+                if time.monotonic() >= turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + TURN_SECONDS
+            await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
+        for progress in all_progress:
+            self._judge_rate(progress)
+            progress.edge.last_error = progress.error
+        return [progress.result() for progress in all_progress]
+
+    def _begin(self, edge: Edge) -> _Progress:
+        progress = _Progress(edge, deque(edge.transfers), started=time.monotonic())
+        progress.ended = progress.started
+        if edge.tainted:
+            before = edge.last_error
+            reason = "an earlier write has not ended" + (f" ({before.reason})" if before else "")
+            fault = before.fault if before else "network"
+            progress.error = self._error(TransferError, progress, "", reason, fault, retry=True)
+        return progress
+
+    def _turn(self, progress: _Progress, until: float) -> bool:
+        """Collect what is DONE and post what the window allows, not beyond ``until``. Whether anything moved."""
+        moved = self._collect(progress)
+        while progress.error is None and progress.waiting and self._has_room(progress):
+            self._post(progress, progress.waiting.popleft())
+            moved = True
+            if time.monotonic() >= until:
+                break
+        return moved
+
+    def _has_room(self, progress: _Progress) -> bool:
+        return len(progress.in_flight) < self._flush_every and (
+            not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].chunk.bytes <= IN_FLIGHT_BYTES
+        )
+
+    def _post(self, progress: _Progress, transfer: Transfer) -> None:
+        transfer.pending = True
+        try:
+            state = self._agent.transfer(transfer.handle)
+        except self._bindings.errors as error:
+            progress.error = self._failed(progress, transfer, error)
+            return
+        if state == "DONE":
+            self._done(progress, transfer)
+        elif state == "PROC":
+            progress.in_flight.append(transfer)
+            progress.bytes_in_flight += transfer.chunk.bytes
+        else:
+            progress.error = self._failed(progress, transfer, None)
+
+    def _collect(self, progress: _Progress) -> bool:
+        """Whether any transfer ended."""
+        still: list[Transfer] = []
+        for transfer in progress.in_flight:
+            if progress.error is not None:
+                still.append(transfer)
+                continue
+            try:
+                state = self._agent.check_xfer_state(transfer.handle)
+            except self._bindings.errors as error:
+                progress.error = self._failed(progress, transfer, error)
+                continue
+            if state == "DONE":
+                progress.bytes_in_flight -= transfer.chunk.bytes
+                self._done(progress, transfer)
+            elif state == "PROC":
+                still.append(transfer)
+            else:
+                progress.error = self._failed(progress, transfer, None)
+        moved = len(still) < len(progress.in_flight)
+        progress.in_flight = still
+        return moved
+
+    def _done(self, progress: _Progress, transfer: Transfer) -> None:
+        transfer.pending = False
+        progress.bytes_done += transfer.chunk.bytes
+        progress.ended = time.monotonic()
+
+    def _failed(self, progress: _Progress, transfer: Transfer, cause: Exception | None) -> TransferError:
+        """The error of this edge. The transfer stays pending: nothing proves that none of its bytes will land."""
+        tensor = progress.edge.tensor_of(transfer)
+        if isinstance(cause, self._bindings.disconnected):
+            reason = "the peer's process or its connection is gone (or its memory cannot be reached by this transport)"
+            error = self._error(DisconnectedError, progress, tensor, reason, "engine", retry=True)
+        else:
+            reason = f"NIXL refused: {cause}" if cause is not None else "NIXL reports an error"
+            error = self._error(TransferError, progress, tensor, reason, "network", retry=True)
+        error.__cause__ = cause
+        return error
+
+    def _expire(self, all_progress: Sequence[_Progress]) -> None:
+        for progress in all_progress:
+            if progress.active:
+                stuck = (progress.in_flight or progress.waiting)[0]
+                count = len(progress.in_flight)
+                reason = f"the deadline passed with {count} transfers in flight and {len(progress.waiting)} unposted"
+                tensor = progress.edge.tensor_of(stuck)
+                progress.error = self._error(DeadlineError, progress, tensor, reason, "network", retry=True)
+
+    def _judge_rate(self, progress: _Progress) -> None:
+        result = progress.result()
+        if self._ceiling is None or progress.error is not None or result.bytes < RATE_FLOOR_BYTES:
+            return
+        if result.bytes > self._ceiling * result.seconds:
+            reason = f"{result.bytes_per_second / 1e9:.1f} GB/s on a link of {self._ceiling / 1e9:.1f} GB/s"
+            progress.error = self._error(ImplausibleRateError, progress, "", reason, "network", retry=False)
+
+    def _error(
+        self, kind: type[TransferError], progress: _Progress, tensor: str, reason: str, fault: Any, *, retry: bool
+    ) -> TransferError:
+        return kind(
+            reason,
+            rank=self._rank,
+            peer=progress.edge.peer,
+            tensor=tensor,
+            bytes_done=progress.bytes_done,
+            fault=fault,
+            retry=retry,
+        )

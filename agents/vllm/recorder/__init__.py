@@ -1,0 +1,1 @@
+"""The layout of an inference rank, recorded from vLLM's own weight loader."""

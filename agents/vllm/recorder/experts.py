@@ -1,0 +1,113 @@
+"""Where the experts are on this rank: part of the layout's identity, because rebalancing moves them.
+
+With expert load balancing (EPLB) vLLM moves experts between its physical slots while it serves and updates a map from
+logical to physical experts. A recording knows which expert each slot got at load; ``relocated`` renames its landings to
+those that the slots hold now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from weightsync.agents.vllm.recorder.rows import Target
+from weightsync.agents.vllm.recorder.trace import Landing, RecordError
+
+MAPS: Final = (
+    "_expert_map",
+    "expert_map",
+    "expert_global_to_physical",
+    "expert_physical_to_global",
+    "expert_local_to_global",
+    "logical_to_physical_map",
+    "logical_replica_count",
+)
+"""Attributes of vLLM's expert layers, and of the load balancer's state in them, that say who has which expert."""
+
+_EXPERT: Final = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+"""The expert's number in the name of a checkpoint tensor."""
+
+
+def expert_map_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every expert map of ``model``; empty for a model whose experts are all on this rank in order."""
+    digest = hashlib.sha256()
+    found = False
+    for path, module in model.named_modules():
+        for holder in (module, balancer_of(module)):
+            for attribute in MAPS if holder is not None else ():
+                value = _attribute(holder, attribute)
+                if isinstance(value, torch.Tensor) and value.numel():
+                    found = True
+                    digest.update(f"{path}.{attribute}:{tuple(value.shape)}:".encode())
+                    digest.update(value.detach().to("cpu", torch.int64).numpy().tobytes())
+    return digest.hexdigest() if found else ""
+
+
+def balancer_of(module: nn.Module) -> Any:
+    """The load balancer's state of an expert layer, None without one."""
+    router = getattr(module, "router", None)
+    return getattr(router, "eplb_state", None) or getattr(module, "eplb_state", None)
+
+
+def relocated(targets: Sequence[Target], model: nn.Module) -> list[Target]:
+    """``targets`` with the landings of balanced experts named after the experts that their slots hold now.
+
+    Raises:
+        RecordError: a slot holds no expert, or the checkpoint does not keep experts apart.
+    """
+    now = {id(experts): logical for experts, logical in _placements(model)}
+    moved = []
+    for target in targets:
+        logical = now.get(id(target.owner))
+        is_expert_weight = target.attribute.startswith(("w13_", "w2_"))
+        moved.append(target if logical is None or not is_expert_weight else _renamed(target, logical))
+    return moved
+
+
+def _placements(model: nn.Module) -> Iterator[tuple[nn.Module, list[int]]]:
+    """Each balanced expert layer, and the logical expert in each of its local slots."""
+    for module in model.modules():
+        table = getattr(balancer_of(module), "logical_to_physical_map", None)
+        if not isinstance(table, torch.Tensor) or not table.numel():
+            continue
+        experts: Any = getattr(module, "routed_experts", module)
+        config = experts.moe_config
+        count = int(config.num_local_experts)
+        first = int(config.moe_parallel_config.ep_rank) * count
+        logical = [-1] * count
+        for expert, slots in enumerate(table.detach().cpu().tolist()):
+            for slot in slots:
+                if first <= slot < first + count:
+                    logical[slot - first] = expert
+        yield experts, logical
+
+
+def _renamed(target: Target, logical: Sequence[int]) -> Target:
+    stride = target.tensor.stride(0) * target.tensor.element_size()
+    landings = []
+    for landing in target.landings:
+        slot = (landing.place.offset - target.start) // stride
+        landings.append(_of_expert(landing, logical[slot], slot))
+    return replace(target, landings=tuple(landings))
+
+
+def _of_expert(landing: Landing, expert: int, slot: int) -> Landing:
+    name = landing.source.name
+    if expert < 0:
+        raise RecordError(f"{name}: its slot {slot} holds no expert; the experts are being moved right now")
+    if not _EXPERT.search(name):
+        raise RecordError(f"{name}: a checkpoint that stacks its experts cannot be followed while they are rebalanced")
+    return replace(landing, source=replace(landing.source, name=_EXPERT.sub(str(expert), name, count=1)))
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    try:
+        return getattr(holder, name, None)
+    except (AttributeError, AssertionError, RuntimeError):
+        # Properties of vLLM's layers that assert on a placement which this layer does not have.
+        return None

@@ -1,0 +1,177 @@
+"""``config check`` and ``config schema``: what is wrong before the daemon starts rather than after."""
+
+import asyncio
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from weightsync.orchestrator.cli.main import Exit
+from weightsync.orchestrator.daemon.engines.vllm import EngineClient, EngineError
+from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
+from weightsync.orchestrator.settings.settings import (
+    ConfigError,
+    Engine,
+    Settings,
+    TcpStoreRendezvous,
+    load,
+    read_secret,
+)
+
+SHORT_TOKEN_CHARS: Final = 16
+"""Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
+
+Level = Literal["ok", "note", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    level: Level
+    text: str
+
+
+def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None = None) -> int:
+    """Prints what is found and returns the exit code: 0, or 78 if the daemon could not work with this.
+
+    Raises:
+        ConfigError: the file itself is wrong.
+    """
+    settings = load(path, environ)
+    findings = [Finding("ok", f"{path}: run {settings.run.id}, {_engines(settings)}, {_ways(settings)}")]
+    findings += findings_of(settings)
+    if probe:
+        findings += asyncio.run(_probe(settings))
+    for finding in findings:
+        print(f"{finding.level:<8}{finding.text}")
+    return Exit.CONFIG if any(finding.level == "error" for finding in findings) else Exit.OK
+
+
+def print_schema() -> int:
+    """Prints the JSON schema of the configuration."""
+    print(msgspec.json.format(msgspec.json.encode(Settings.model_json_schema())).decode())
+    return Exit.OK
+
+
+def findings_of(settings: Settings) -> list[Finding]:
+    """Everything that the configuration points to on this machine, without asking another one."""
+    return [
+        *_secret("listen.token_file", settings.listen.token_file),
+        *(
+            finding
+            for engine in settings.engines
+            if engine.api_key_file is not None
+            for finding in _secret(f"api_key_file of engine {engine.name}", engine.api_key_file)
+        ),
+        *_state_directory(settings.state_directory),
+        *_run_directory(settings.run.directory),
+        *_address(settings),
+    ]
+
+
+def _engines(settings: Settings) -> str:
+    names = [engine.name for engine in settings.engines]
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} engine{'s' * (len(names) > 1)} ({shown})"
+
+
+def _ways(settings: Settings) -> str:
+    return f"transport {settings.transport.type}, rendezvous {settings.rendezvous.type}, mode {settings.mode}"
+
+
+def _secret(key: str, path: Path) -> Iterator[Finding]:
+    try:
+        secret = read_secret(path)
+    except ConfigError as error:
+        yield Finding("error", f"{key}: {error}")
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        yield Finding("warning", f"{key}: {path} has mode {mode:04o}, others may read it. Fix: chmod 600 {path}")
+    elif len(secret) < SHORT_TOKEN_CHARS:
+        fix = f"openssl rand -hex 32 > {path}"
+        yield Finding("warning", f"{key}: {path} holds only {len(secret)} characters and can be guessed. Fix: {fix}")
+    else:
+        yield Finding("ok", f"{key}: {path}")
+
+
+def _state_directory(path: Path) -> Iterator[Finding]:
+    kind = file_system_of(path)
+    if is_network(kind):
+        fix = "put it on a local or block device; on a network file system an fsync proves nothing"
+        yield Finding("error", f"state_directory: {path} is on {kind}, a network file system. Fix: {fix}")
+        return
+    yield from _writable("state_directory", path, "error")
+    if forgets(kind):
+        yield Finding("warning", f"state_directory: {path} is on {kind} and is lost when the machine restarts")
+
+
+def _run_directory(path: Path) -> Iterator[Finding]:
+    yield from _writable("run.directory", path, "error")
+    kind = file_system_of(path)
+    if path.is_dir() and is_network(kind):
+        yield Finding("note", f"run.directory: {kind} sends no events, so STABLE is seen at the next rescan")
+
+
+def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
+    """Whether the directory can be written, or made; without making it."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        yield Finding(level, f"{key}: {existing} is no directory. Fix: give the path of a directory")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Finding(level, f"{key}: {existing} cannot be written. Fix: change its owner or its mode")
+    elif existing != path:
+        yield Finding("ok", f"{key}: {path} does not exist yet and can be made")
+    else:
+        yield Finding("ok", f"{key}: {path} can be written ({file_system_of(path)})")
+
+
+def _address(settings: Settings) -> Iterator[Finding]:
+    host, port = settings.listen.host, settings.listen.port
+    yield _port("listen", host, port)
+    yield Finding("ok", f"agents are told to come to {settings.agents_url}")
+    if not _is_loopback(host) and settings.agents_url.startswith("http://"):
+        yield Finding("warning", f"listen: tokens travel unencrypted to {host}; keep them on a trusted network")
+    if isinstance(settings.rendezvous, TcpStoreRendezvous):
+        yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
+
+
+def _port(key: str, host: str, port: int) -> Finding:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        return Finding("note", f"{key}: {host}:{port} cannot be bound now ({error.strerror}); is a daemon running?")
+    return Finding("ok", f"{key}: {host}:{port} is free")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _probe(settings: Settings) -> list[Finding]:
+    return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in settings.engines)))
+
+
+async def _probe_one(engine: Engine, settings: Settings) -> Finding:
+    api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
+    async with EngineClient(engine.name, engine.url, api_key, settings.deadlines) as client:
+        try:
+            facts = await client.probe()
+        except EngineError as error:
+            return Finding("error" if error.fault == "config" else "warning", str(error))
+    told = "tells its weight version" if facts.has_version_route else "cannot tell its weight version"
+    return Finding("ok", f"engine {engine.name}: vLLM {facts.version or '?'}, {facts.world_size} ranks, {told}")

@@ -1,0 +1,198 @@
+"""The command line. Each command imports only what it needs, so that ``--help`` and ``status`` are quick."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from weightsync.orchestrator.settings.document import ConfigError
+
+CONFIG_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Command = Callable[[argparse.Namespace], int]
+
+
+class Exit(IntEnum):
+    """Exit codes; from 64 on they are those of sysexits.h."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    UNAVAILABLE = 69
+    INTERNAL = 70
+    IO = 74
+    TEMPORARY = 75
+    DENIED = 77
+    CONFIG = 78
+    INTERRUPTED = 130
+
+
+EXIT_CODES: Final = """\
+exit codes:
+  0    done
+  1    an error that is our bug, with its traceback; demo: it failed, or the engines' answers differ
+  2    the command line is wrong
+  69   demo: something that it needs is not installed
+  70   run: an invariant did not hold; the journal is what the next start believes
+  74   run: the journal's disk failed, the last commit's outcome is unknown until the next start rereads it
+  75   temporary: the daemon cannot be reached (status then tells what the journal knows), another daemon holds
+       the journal, the address is taken
+  77   the daemon refuses the token
+  78   the configuration is wrong; the message names file, line or variable, key, value and fix
+  130  interrupted
+"""
+
+
+def parser(command: str = "plan") -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``run`` of the parsed arguments is the command.
+
+    The planner's own options are there only where ``command`` is "plan": they need NumPy, which takes a while.
+    """
+    top = argparse.ArgumentParser(
+        prog="weightsync-orchestrator",
+        description="Moves new weights from a trainer fleet into live vLLM engines, whole and verified.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_views(commands)
+    _add_config(commands)
+    demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
+    demo.set_defaults(run=_demo)
+    if command == "plan":
+        importlib.import_module("weightsync.orchestrator.cli.plan").add_plan_commands(commands)
+    else:
+        commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one", add_help=False)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    rest: list[str] = []
+    if given[:1] == ["demo"]:  # It has a parser of its own.
+        given, rest = given[:1], given[1:]
+    options = parser(given[0] if given else "").parse_args(given)
+    options.rest = rest
+    try:
+        return int(options.run(options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return Exit.CONFIG
+    except BrokenPipeError:
+        # The reader (head, less) has enough; the interpreter must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser("run", help="run the daemon in the foreground")
+    add_config_option(run)
+    run.set_defaults(run=_run)
+
+
+def _add_views(commands: Commands) -> None:
+    status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
+    rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
+    rounds.add_argument("--last", type=_count, default=20, metavar="N", help="so many rounds (default 20)")
+    for command in (status, rounds):
+        add_config_option(command, required=False)
+        command.add_argument("--url", help="the daemon's URL, instead of the configuration's")
+        command.add_argument("--token-file", type=Path, metavar="PATH", help="with --url: file with the token")
+        command.add_argument("--json", action="store_true", help="print JSON, as /status and /rounds answer it")
+        command.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="in total (default 10)")
+    status.set_defaults(run=_view("status"))
+    rounds.set_defaults(run=_view("rounds"))
+
+
+def _add_config(commands: Commands) -> None:
+    config = commands.add_parser("config", help="check a configuration, or print its schema")
+    actions = config.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser("check", help="check a configuration and what it points to")
+    check.add_argument("path", type=Path, metavar="PATH")
+    check.add_argument("--probe", action="store_true", help="ask each engine for its routes, too")
+    check.set_defaults(run=_check)
+    schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
+    schema.set_defaults(run=_schema)
+
+
+def add_config_option(command: argparse.ArgumentParser, required: bool = True) -> None:
+    """``--config``, by default the file that the environment variable WEIGHTSYNC_CONFIG names."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    default = Path(named) if named else None
+    text = f"the configuration file (default: ${CONFIG_VARIABLE})"
+    needed = required and default is None
+    command.add_argument("--config", type=Path, metavar="PATH", required=needed, default=default, help=text)
+
+
+def _count(text: str) -> int:
+    if text.isdigit() and 1 <= int(text) <= 10_000:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 10000")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.daemon import log
+    from weightsync.orchestrator.settings import settings
+
+    loaded = settings.load(options.config)
+    token = settings.read_secret(loaded.listen.token_file)
+    log.configure(loaded.log)
+    log.withhold(token)
+
+    from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
+    from weightsync.orchestrator.daemon.journal import JournalError, JournalLocked, JournalLost
+    from weightsync.orchestrator.daemon.runner import run
+
+    codes: dict[type[Exception], Exit] = {
+        JournalLocked: Exit.TEMPORARY,
+        JournalError: Exit.CONFIG,
+        JournalLost: Exit.IO,
+        JournalUnreadable: Exit.CONFIG,
+        WeightsyncError: Exit.INTERNAL,
+        OSError: Exit.TEMPORARY,
+    }
+    try:
+        return run(loaded)
+    except tuple(codes) as error:
+        print(error, file=sys.stderr)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
+
+
+def _view(what: Literal["status", "rounds"]) -> Command:
+    def show(options: argparse.Namespace) -> int:
+        from weightsync.orchestrator.cli import status as cli_status
+
+        return cli_status.show(what, options)
+
+    return show
+
+
+def _check(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli import config as cli_config
+
+    return cli_config.check(options.path, probe=options.probe)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli import config as cli_config
+
+    return cli_config.print_schema()
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo = importlib.import_module("weightsync.orchestrator.demo.command")
+    return int(demo.main(options.rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""``plan explain`` and ``plan simulate``: what a fleet's plan does, and what it would take elsewhere."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from weightsync.orchestrator.cli.main import Commands, Exit, add_config_option
+from weightsync.orchestrator.cli.status import Denied, Unreachable, fetch
+from weightsync.orchestrator.daemon.admin.views import LayoutsView
+from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
+from weightsync.orchestrator.forecast.published_models import GEOMETRIES
+from weightsync.orchestrator.forecast.simulate import Hardware, simulate
+from weightsync.orchestrator.forecast.synthetic_fleets import EngineFleet, TrainerFleet, engine_parties, trainer_parties
+from weightsync.orchestrator.forecast.text import explanation_text, simulation_text
+from weightsync.orchestrator.planner import CostModel, Party, Plan, PlanError, make_plan
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
+from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.settings import load, read_secret
+
+SUFFIX: Final = ".msgpack"
+"""Of layout files."""
+
+MAX_ANSWER_BYTES: Final = 1 << 30
+"""Layouts of a whole fleet: those of Kimi-K2 on 384 ranks are 400 MB of JSON."""
+
+ROUTE: Final = "/plan/layouts"
+
+
+class LayoutFile(msgspec.Struct, frozen=True):
+    """One member's layout in a file, as msgpack."""
+
+    member: Member
+    incarnation: int
+    layout: Layout
+
+
+class Unusable(Exception):
+    """Layouts cannot be read; the message says which and why."""
+
+
+def add_plan_commands(commands: Commands) -> None:
+    """Add ``plan explain`` and ``plan simulate``; ``run`` of the parsed arguments is the command."""
+    plan = commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one")
+    actions = plan.add_subparsers(title="actions", metavar="ACTION", required=True)
+    explained = actions.add_parser("explain", help="who sends what to whom, how, why, and how long it takes")
+    simulated = actions.add_parser("simulate", help="predict the transfer on a fleet that is not there")
+    for command in (explained, simulated):
+        command.add_argument(
+            "--from", dest="source", metavar="PATH_OR_URL",
+            help=f"a layout file, a directory of *{SUFFIX}, or a daemon's URL (default: the configuration's daemon)",
+        )  # fmt: skip
+        add_config_option(command, required=False)
+        command.add_argument("--token-file", type=Path, metavar="PATH", help="file with the daemon's token")
+        command.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of the daemon's answer")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--alpha", type=float, default=CostModel().alpha_seconds, metavar="SECONDS",
+                             help="per descriptor (default %(default)s)")  # fmt: skip
+        command.add_argument("--bytes-per-second", type=float, default=CostModel().bytes_per_second, metavar="RATE",
+                             help="of one edge, for what is packed (default %(default)s)")  # fmt: skip
+    explained.add_argument("--top", type=int, default=20, metavar="N", help="rows per table (default 20)")
+    explained.add_argument("--tensors", action="store_true", help="every tensor, not families of layers and experts")
+    explained.set_defaults(run=_explain)
+    _add_fleet(simulated)
+    simulated.set_defaults(run=_simulate)
+
+
+def _add_fleet(command: argparse.ArgumentParser) -> None:
+    fleet = command.add_argument_group("fleet, without --from")
+    fleet.add_argument("--model", choices=sorted(GEOMETRIES), help="sizes of a published model")
+    fleet.add_argument("--trainer-ep", type=int, default=8, metavar="N", help="expert-parallel ranks (default 8)")
+    fleet.add_argument("--fsdp", type=int, default=8, metavar="N", help="FSDP ranks per expert rank (default 8)")
+    fleet.add_argument("--replicas", type=int, default=1, metavar="N", help="HSDP replicas that send (default 1)")
+    fleet.add_argument("--expert-shards", choices=("experts", "rows"), default="experts", help="what FSDP splits")
+    fleet.add_argument("--engines", type=int, default=2, metavar="N", help="engines (default 2)")
+    fleet.add_argument("--engine-ep", type=int, default=16, metavar="N", help="ranks per engine (default 16)")
+    hardware, default = command.add_argument_group("hardware"), Hardware()
+    hardware.add_argument("--nic-gbps", type=float, default=default.nic_gbps, help="line rate (default %(default)s)")
+    hardware.add_argument("--nics-per-node", type=int, default=default.nics_per_node, help="default %(default)s")
+    hardware.add_argument("--gpus-per-node", type=int, default=default.gpus_per_node, help="default %(default)s")
+    hardware.add_argument("--efficiency", type=float, default=default.efficiency,
+                          help="of line rate that is reached (default %(default)s)")  # fmt: skip
+
+
+def _explain(options: argparse.Namespace) -> int:
+    planned = _planned(options, lambda: _read(options))
+    if isinstance(planned, Exit):
+        return planned
+    asked = CostModel(options.alpha, options.bytes_per_second)
+    transports = dict(TRANSPORTS) if asked == CostModel() else {"asked": asked, **TRANSPORTS}
+    found = explain(planned, transports, every_tensor=options.tensors)
+    print(msgspec.json.encode(found).decode() if options.json else explanation_text(found, options.top))
+    return Exit.OK
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    planned = _planned(options, lambda: _read(options) if options.model is None else _imagined(options))
+    if isinstance(planned, Exit):
+        return planned
+    hardware = Hardware(
+        options.nic_gbps, options.nics_per_node, options.gpus_per_node, options.efficiency,
+        alpha_seconds=options.alpha,
+    )  # fmt: skip
+    found = simulate(planned, hardware)
+    print(msgspec.json.encode(found).decode() if options.json else simulation_text(found))
+    return Exit.OK
+
+
+def _imagined(options: argparse.Namespace) -> list[Party]:
+    geometry = GEOMETRIES[options.model]
+    trainer = TrainerFleet(options.trainer_ep, options.fsdp, options.replicas, options.expert_shards)
+    try:
+        return [
+            *trainer_parties(geometry, trainer),
+            *engine_parties(geometry, EngineFleet(options.engines, options.engine_ep)),
+        ]
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+
+
+def _planned(options: argparse.Namespace, parties: Callable[[], list[Party]]) -> Plan | Exit:
+    """The plan of the parties, or the exit code once the reason is printed."""
+    code = Exit.CONFIG
+    try:
+        found = parties()
+        sources = [p for p in found if p.member.role == "trainer"]
+        targets = [p for p in found if p.member.role != "trainer"]
+        return make_plan(sources, targets, CostModel(options.alpha, options.bytes_per_second))
+    except Denied as error:
+        code, reason = Exit.DENIED, str(error)
+    except Unreachable as error:
+        code, reason = Exit.TEMPORARY, str(error)
+    except (Unusable, PlanError) as error:
+        reason = str(error)
+    print(reason, file=sys.stderr)
+    return code
+
+
+def _read(options: argparse.Namespace) -> list[Party]:
+    """The layouts that ``--from`` or ``--config`` names.
+
+    Raises:
+        Unusable, Denied, Unreachable: none can be had from there.
+        ConfigError: the configuration or the token file cannot be used.
+    """
+    settings = load(options.config) if options.config is not None and options.source is None else None
+    where: str | None = options.source if settings is None else settings.agents_url
+    if where is None:
+        raise Unusable("name the layouts: --from PATH_OR_URL, or --config PATH for the daemon of a configuration")
+    if where.startswith(("http://", "https://")):
+        path: Path | None = options.token_file or (settings.listen.token_file if settings else None)
+        token = None if path is None else read_secret(path)
+        return _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout)
+    return read_layouts(Path(where))
+
+
+def _from_daemon(url: str, token: str | None, timeout_seconds: float) -> list[Party]:
+    data = asyncio.run(fetch(url, token, timeout_seconds, MAX_ANSWER_BYTES))
+    try:
+        view = msgspec.json.decode(data, type=LayoutsView)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Unusable(f"{url}: an answer that is not the daemon's: {error}") from error
+    return [Party(party.member, party.incarnation, party.layout) for party in view.parties]
+
+
+def read_layouts(path: Path) -> list[Party]:
+    """The parties of a layout file, or of all in a directory, by member.
+
+    Raises:
+        Unusable: no such file, or one that is not a layout.
+    """
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    if not files:
+        raise Unusable(f"{path} holds no *{SUFFIX}")
+    parties = []
+    for file in files:
+        try:
+            if file.stat().st_size > MAX_FRAME_BYTES:
+                raise Unusable(f"{file} has more than {MAX_FRAME_BYTES} bytes, which no layout has")
+            found = msgspec.msgpack.decode(file.read_bytes(), type=LayoutFile)
+        except OSError as error:
+            raise Unusable(f"{file} cannot be read: {error.strerror or error}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Unusable(f"{file} is no layout: {error}") from error
+        parties.append(Party(found.member, found.incarnation, found.layout))
+    return sorted(parties, key=lambda party: party.member)
+
+
+def write_layouts(parties: Sequence[Party], directory: Path) -> None:
+    """One file per party, as ``read_layouts`` reads them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for party in parties:
+        data = msgspec.msgpack.encode(LayoutFile(party.member, party.incarnation, party.layout))
+        (directory / (str(party.member).replace("/", "-") + SUFFIX)).write_bytes(data)

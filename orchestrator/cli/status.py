@@ -1,0 +1,119 @@
+"""``status`` and ``rounds``: from the daemon, or from the journal when the daemon is down."""
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import aiohttp
+import msgspec
+from weightsync.orchestrator.cli.main import CONFIG_VARIABLE, Exit
+from weightsync.orchestrator.cli.tables import rounds_text, status_text
+from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
+from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
+from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
+from weightsync.orchestrator.settings.settings import Settings, load, read_secret
+
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""10,000 rounds with long reasons."""
+
+View = TypeVar("View", StatusView, RoundsView)
+
+
+class Unreachable(Exception):
+    """No usable answer from the daemon."""
+
+
+class Denied(Exception):
+    """The daemon refuses the token."""
+
+
+def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
+    """Prints the view and returns the exit code.
+
+    Raises:
+        ConfigError: the configuration or the token file cannot be used.
+    """
+    settings = load(options.config) if options.config is not None and options.url is None else None
+    if settings is None and options.url is None:
+        print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
+        return Exit.USAGE
+    url = options.url or settings.agents_url  # type: ignore[union-attr]
+    path: Path | None = options.token_file or (settings.listen.token_file if settings else None)
+    token = None if path is None else read_secret(path)
+    route = "/status" if what == "status" else f"/rounds?last={options.last}"
+    code: int = Exit.OK
+    view: StatusView | RoundsView
+    try:
+        data = asyncio.run(fetch(url.rstrip("/") + route, token, options.timeout))
+        view = _decode(data, StatusView) if what == "status" else _decode(data, RoundsView)
+    except Denied as error:
+        print(error, file=sys.stderr)
+        return Exit.DENIED
+    except Unreachable as error:
+        print(error, file=sys.stderr)
+        code = Exit.TEMPORARY
+        found = None if settings is None else _from_journal(what, settings, options)
+        if found is None:
+            return code
+        view = found
+    if options.json:
+        print(msgspec.json.format(msgspec.json.encode(view)).decode())
+    elif isinstance(view, StatusView):
+        print(status_text(view, time.time()))
+    else:
+        print(rounds_text(view.rounds, time.time()))
+    return code
+
+
+async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:
+    """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
+
+    Raises:
+        Unreachable, Denied.
+    """
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    where = url.partition("?")[0]
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            aiohttp.ClientSession() as session,
+            session.get(url, headers=headers, allow_redirects=False) as response,
+        ):
+            if response.status in (401, 403):
+                raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
+            if response.status != 200:
+                raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
+            data = bytearray()
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if len(data) > limit:
+                    raise Unreachable(f"{where} answers with more than {limit} bytes")
+            return bytes(data)
+    except TimeoutError as error:
+        raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error
+    except aiohttp.ClientConnectorError as error:
+        reason = error.os_error.strerror or str(error)
+        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error
+
+
+def _decode(data: bytes, kind: type[View]) -> View:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Unreachable(f"an answer that is not the daemon's: {error}") from error
+
+
+def _from_journal(what: str, settings: Settings, options: argparse.Namespace) -> StatusView | RoundsView | None:
+    try:
+        if what == "status":
+            return admin_journal.status_from(settings)
+        return admin_journal.rounds_from(settings, options.last)
+    except (JournalError, JournalLost, JournalUnreadable) as error:
+        print(f"nor can the journal be read: {error}", file=sys.stderr)
+        return None

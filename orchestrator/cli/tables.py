@@ -1,0 +1,136 @@
+"""Status and history as text for people."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, TrainerView, VersionView
+
+SHOWN_ROUNDS: Final = 5
+"""Rounds in ``status``; ``rounds`` shows more."""
+
+SHOWN_TRAINERS: Final = 8
+"""Trainer ranks in ``status`` before they are only counted."""
+
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def status_text(status: StatusView, now: float) -> str:
+    """The whole status; ``now`` in unix time."""
+    daemon = f"daemon epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
+    source = "" if status.source == "daemon" else "  [from the journal: the daemon does not answer]"
+    parts = [f"run {status.run}   {daemon}   journal {status.journal_id[:8] or '-'}{source}", status.state]
+    parts.append(f"committed: {_committed(status.committed, now)}")
+    if status.round is not None:
+        under_way = status.round
+        parts.append(
+            f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, {under_way.phase}"
+            f" for {_age(under_way.elapsed_seconds)}"
+        )
+    parts.append("\n" + _table(_ENGINE_COLUMNS, [_engine(engine, now) for engine in status.engines]))
+    if status.trainers:
+        parts.append("\n" + _trainers(status.trainers, now))
+    if status.rounds:
+        parts.append("\n" + rounds_text(status.rounds[-SHOWN_ROUNDS:], now))
+    if status.problems:
+        parts.append("\nproblems:\n" + "\n".join(f"  {problem}" for problem in status.problems))
+    return "\n".join(parts)
+
+
+def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
+    """A table of rounds, oldest first, each failure's reason below its row."""
+    if not rounds:
+        return "no round has ended yet"
+    table = _table(_ROUND_COLUMNS, [_round(row, now) for row in rounds]).splitlines()
+    lines = [table[0]]
+    for row, line in zip(rounds, table[1:], strict=True):
+        lines.append(line)
+        lines.extend([f"    {row.reason}"] if row.reason else [])
+        lines.extend([f"    left out: {', '.join(row.evicted)}"] if row.evicted else [])
+    return "\n".join(lines)
+
+
+_ENGINE_COLUMNS: Final = ("ENGINE", "ROLE", "STATE", "VERSION", "RANKS", "PAUSED", "SINCE", "URL", "LAST ERROR")
+_ROUND_COLUMNS: Final = (
+    "ROUND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "WIRE GB/S", "PAUSE MS", "STALL MS", "VERIFY MS", "TOTAL MS",
+    "AGO",
+)  # fmt: skip
+
+
+def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
+    ranks = f"{engine.ranks_connected}/{engine.ranks_expected or '?'}"
+    paused = {None: "?", True: "yes", False: "no"}[engine.paused]
+    state = f"{engine.state} (TORN)" if engine.torn and engine.state != "torn" else engine.state
+    since = _age(now - engine.since) if engine.since else "-"
+    version = "-" if engine.version is None else f"step {engine.version.step}"
+    return (engine.name, engine.role, state, version, ranks, paused, since, engine.url, engine.error)
+
+
+def _round(row: RoundRow, now: float) -> tuple[str, ...]:
+    wire = f"{row.wire_gb_per_s:.2f}" if row.wire_gb_per_s else "-"
+    times = (f"{ms:.0f}" for ms in (row.pause_ms, row.stall_ms, row.verify_ms, row.total_ms))
+    ago = _age(now - row.unix_time) if row.unix_time else "-"
+    engines = str(len(row.engines)) if len(row.engines) > 3 else ",".join(row.engines) or "-"
+    return (row.round, str(row.step), str(row.attempt), row.outcome, engines, _bytes(row.bytes), wire, *times, ago)
+
+
+def _trainers(trainers: Sequence[TrainerView], now: float) -> str:
+    rows = []
+    for trainer in trainers[:SHOWN_TRAINERS]:
+        staged = "-" if trainer.staged is None else f"step {trainer.staged.step}"
+        process = f"{trainer.host}:{trainer.pid}" if trainer.pid else "-"
+        since = _age(now - trainer.since) if trainer.since else "-"
+        rows.append((f"trainer/{trainer.rank}", trainer.state, staged, process, since))
+    more = len(trainers) - SHOWN_TRAINERS
+    return _table(("TRAINER", "STATE", "STAGED", "PROCESS", "SINCE"), rows) + (
+        f"\n… and {more} more" if more > 0 else ""
+    )
+
+
+def _committed(version: VersionView | None, now: float) -> str:
+    if version is None:
+        return "nothing yet"
+    age = f", {_age(now - version.unix_time)} ago" if version.unix_time else ""
+    digest = f", digest {version.digest[:16]}" if version.digest else ""
+    return f"step {version.step} (generation {version.generation:x}), commit {version.sequence}{age}{digest}"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right; no column of which nothing is known."""
+    kept = [column for column in range(len(header)) if not rows or any(row[column] not in ("", "-") for row in rows)]
+    header = tuple(header[column] for column in kept)
+    cells = [tuple(_plain(row[column]) for column in kept) for row in rows]
+    widths = [max(len(row[column]) for row in (header, *cells)) for column in range(len(header))]
+    right = [bool(cells) and all(_numeric(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in (header, *cells):
+        padded = (
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Without control characters: names and errors come from other processes, and a terminal obeys escapes."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _numeric(cell: str) -> bool:
+    return cell == "-" or cell.partition(" ")[0].replace(".", "", 1).isdigit()
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}" if count else "-"
+
+
+def _age(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"

@@ -1,0 +1,1 @@
+"""One round: its transition table, its phases, what it is told, how it begins and ends."""

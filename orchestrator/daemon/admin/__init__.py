@@ -1,0 +1,1 @@
+"""The daemon's read-only HTTP routes and what they answer."""

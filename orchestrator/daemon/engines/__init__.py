@@ -1,0 +1,1 @@
+"""Calls to inference engines' admin routes."""

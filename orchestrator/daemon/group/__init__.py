@@ -1,0 +1,1 @@
+"""Rendezvous over vLLM's StatelessProcessGroup (``rendezvous: tcpstore``)."""

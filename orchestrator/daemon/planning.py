@@ -1,0 +1,67 @@
+"""Runs the planner on what agents announced, and turns its tables into what each agent is told."""
+
+import time
+
+from weightsync.orchestrator.core.commands import Announced, MakePlan
+from weightsync.orchestrator.core.events import PlanFacts
+from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
+from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
+from weightsync.orchestrator.protocol.messages import Connect, Peer
+from weightsync.orchestrator.protocol.names import Member
+
+
+class Planning:
+    """Keeps the last plan, so that a joiner costs only its own edges. Blocking; one call at a time."""
+
+    def __init__(self, cost: CostModel | None = None) -> None:
+        self._cost = cost
+        self.plan: Plan | None = None
+        self.announced: dict[Member, Announced] = {}
+
+    def layouts(self, run: str) -> LayoutsView | None:
+        """The parties of the present plan; None before the first one."""
+        if self.plan is None:
+            return None
+        parties = tuple(
+            PartyView(name=str(one.member), member=one.member, incarnation=one.incarnation, layout=one.announce.layout)
+            for one in self.announced.values()
+        )
+        return LayoutsView(run=run, root=self.plan.root, parties=parties)
+
+    def make(self, command: MakePlan) -> PlanFacts:
+        """A proved plan.
+
+        Raises:
+            PlanError: the layouts do not make one; its ``member`` names whose does not fit.
+        """
+        began = time.monotonic()
+        everybody = {party.member: party for party in (*command.sources, *command.targets)}
+        plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost, self.plan)
+        self.plan, self.announced = plan, everybody
+        connects = {member: _connect(plan, member, everybody) for member in plan.parts}
+        return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began)
+
+
+def _parties(announced: tuple[Announced, ...]) -> list[Party]:
+    return [Party(one.member, one.incarnation, one.announce.layout) for one in announced]
+
+
+def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced]) -> Connect:
+    part = plan.part(member)
+    peers = tuple(
+        Peer(
+            member=peer,
+            incarnation=everybody[peer].incarnation,
+            endpoint_name=everybody[peer].announce.endpoint_name,
+            endpoint=everybody[peer].announce.endpoint,
+            regions=everybody[peer].announce.layout.regions,
+        )
+        for peer in part.peers
+    )
+    return Connect(
+        fingerprint=part.fingerprint,
+        root=plan.root,
+        peers=peers,
+        copies=part.copies,
+        expected_bytes=part.expected_bytes,
+    )

@@ -1,0 +1,1 @@
+"""``weightsync-orchestrator demo``: a whole fleet on one machine."""

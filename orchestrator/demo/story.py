@@ -1,0 +1,270 @@
+"""The demo's story: start a fleet, push versions while clients stream, and compare with an engine loaded from disk."""
+
+import asyncio
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.demo.children import HOST, Child, Children
+from weightsync.orchestrator.demo.client import (
+    ANSWER_SECONDS,
+    CHECKED_TOKENS,
+    Answer,
+    DaemonApi,
+    EngineApi,
+    RequestFailed,
+    Traffic,
+)
+from weightsync.orchestrator.demo.setup import RANKS, TEXT, Plan, daemon_environment
+from weightsync.orchestrator.demo.show import Screen, compared, size, summary
+
+DAEMON_SECONDS: Final = 60.0
+TRAINER_SECONDS: Final = 300.0
+ENGINE_SECONDS: Final = 600.0
+"""A vLLM on two idle cores is ready in 20 s; on busy ones it takes minutes."""
+
+VERSION_SECONDS: Final = 300.0
+"""For one version: the training steps, every attempt of its round, and the backoffs between them."""
+
+LOOK_SECONDS: Final = 0.1
+TAIL_LINES: Final = 15
+CLIENTS: Final = 2
+
+T = TypeVar("T")
+
+_LOSS = re.compile(r"^step (\d+) loss (\S+)$", re.MULTILINE)
+_REFUSED = re.compile(r"^step (\d+) was not published: (.*)$", re.MULTILINE)
+_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING|ERROR) [-\d]+ [\d:]+ (\[[^\]]*\] )?")
+
+_REMEDIES: Final = (
+    ("address already in use", "another process took the port in between; run the demo again"),
+    ("no space left", "free some disk space, or give --directory on a larger disk"),
+    ("free memory on device", "free some GPU memory; the demo's engine asks for a fifth of it"),
+    ("out of memory", "free some memory; the demo needs about 4 GB"),
+)
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on. ``log``: the end of the log that tells why; ``remedy``: what to do."""
+
+    def __init__(self, text: str, child: Child | None = None, remedy: str = "") -> None:
+        super().__init__(text)
+        self.log = [] if child is None else child.tail(TAIL_LINES)
+        self.path = None if child is None else child.log
+        known = (fix for sign, fix in _REMEDIES if any(sign in line.lower() for line in self.log))
+        self.remedy = next(known, remedy)
+
+
+class Demo:
+    """One run. ``run`` returns whether everything was as promised."""
+
+    def __init__(self, plan: Plan, screen: Screen, children: Children) -> None:
+        self._plan, self._screen, self._children = plan, screen, children
+        self._engine = EngineApi(f"http://{HOST}:{plan.engine.number}")
+        self._fresh = EngineApi(f"http://{HOST}:{plan.fresh.number}")
+        self._traffic = Traffic(self._engine)
+        self._daemon = DaemonApi(plan.hub_url, plan.token_file.read_text().strip())
+        self._began_at = time.time()
+        self._trainer_log = ""
+
+    async def run(self) -> bool:
+        """The whole story.
+
+        Raises:
+            DemoFailed: something did not start, ended, or took too long.
+        """
+        self._children_start()
+        await self._ready()
+        streaming = asyncio.create_task(self._traffic.run(CLIENTS))
+        try:
+            rows = await self._push()
+            self._traffic.stop()
+            self._screen.awaiting(lambda: "the clients' last requests end")
+            await asyncio.wait_for(streaming, 2 * ANSWER_SECONDS)
+        except TimeoutError as error:
+            raise DemoFailed("the clients' last requests do not end", self._server) from error
+        finally:
+            streaming.cancel()
+            await asyncio.gather(streaming, return_exceptions=True)
+        kept = self._promises(rows)
+        return await self._compare() and kept
+
+    async def close(self) -> None:
+        """Close the connections to the engines."""
+        await self._engine.close()
+        await self._fresh.close()
+
+    # --------------------------------------------------------------------------------------------------------- start
+    def _children_start(self) -> None:
+        plan, start = self._plan, self._children.start
+        self._screen.title(f"Starting a fleet in {plan.directory}")
+        self._hub = start("daemon", plan.daemon_command(), daemon_environment(), plan.log("daemon"))
+        self._trainers = [
+            start(
+                f"trainer-{rank}", plan.trainer_command(), plan.trainer_environment(rank), plan.log(f"trainer-{rank}")
+            )
+            for rank in range(RANKS)
+        ]
+        command = plan.engine_command(plan.model, plan.engine, ours=True)
+        self._server = start("engine", command, plan.engine_environment(), plan.log("engine"))
+        where = "on the CPU" if plan.vllm.cpu_plugin is not None else "on the GPU"
+        self._screen.begins("daemon", f"weightsync-orchestrator run --config {plan.config.name}")
+        self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 19 M parameter Qwen3")
+        self._screen.begins("engine", f"vLLM {plan.vllm.release} {where}, with random weights")
+
+    async def _ready(self) -> None:
+        began = time.monotonic()
+        await self._until(self._daemon.status, "the daemon to answer", DAEMON_SECONDS, self._hub)
+        self._screen.ready("daemon", f"waits for agents at {self._plan.hub_url}", time.monotonic() - began)
+        await self._until(self._trainers_connected, "the trainer ranks", TRAINER_SECONDS, self._trainers[0])
+        text = f"{RANKS} ranks have announced what they hold"
+        self._screen.ready("trainer", text, time.monotonic() - began)
+        await self._until(self._engine.healthy, "the engine to listen", ENGINE_SECONDS, self._server)
+        held = "listens, and is held: it answers nobody before it has a verified version"
+        text = held if await self._held() else "listens"
+        self._screen.ready("engine", text, time.monotonic() - began)
+
+    async def _trainers_connected(self) -> bool:
+        status = await self._daemon.status()
+        return status is not None and len(status.trainers) == RANKS
+
+    async def _held(self) -> bool:
+        try:
+            return await self._engine.paused()
+        except RequestFailed:
+            return False
+
+    async def _until(self, holds: Callable[[], Awaitable[T]], what: str, seconds: float, child: Child) -> T:
+        """What ``holds`` returns once that is true.
+
+        Raises:
+            DemoFailed: a child has ended, or ``seconds`` are over; with the log of the one to blame.
+        """
+        self._screen.awaiting(lambda: f"{what}: {_news(child.tail(TAIL_LINES))}")
+        deadline = time.monotonic() + seconds
+        while not (result := await holds()):
+            self._no_child_ended()
+            if time.monotonic() > deadline:
+                raise DemoFailed(
+                    f"waited {seconds:.0f} s in vain for {what}", child, "is the machine busy? Run it again when idle"
+                )
+            await asyncio.sleep(LOOK_SECONDS)
+        self._screen.awaiting(None)
+        return result
+
+    def _no_child_ended(self) -> None:
+        ended = self._children.ended()
+        if ended is not None:
+            raise DemoFailed(f"{ended.name} ended with exit code {ended.code}", ended, "its log tells why")
+
+    # ---------------------------------------------------------------------------------------------------------- push
+    async def _push(self) -> list[RoundRow]:
+        steps = self._plan.steps
+        self._screen.title(f"Pushing {len(steps)} versions while {CLIENTS} clients stream completions from the engine")
+        self._screen.header()
+        shown: list[RoundRow] = []
+        self._screen.awaiting(self._push_progress)
+        progressed = time.monotonic()
+        while not any(row.step == steps[-1] and row.outcome == "committed" for row in shown):
+            self._no_child_ended()
+            self._trainer_log = self._trainers[0].log.read_text(errors="replace")
+            for row in (await self._daemon.rounds() or ())[len(shown) :]:
+                progressed = time.monotonic()
+                shown.append(row)
+                await self._show(row)
+            refused = {int(step): reason for step, reason in _REFUSED.findall(self._trainer_log)}
+            if steps[-1] in refused:
+                raise DemoFailed(f"version {steps[-1]} failed: {refused[steps[-1]]}", self._hub, "the log tells why")
+            if time.monotonic() - progressed > VERSION_SECONDS:
+                status = await self._daemon.status()
+                state = "it does not answer" if status is None else status.state
+                raise DemoFailed(f"no round ended for {VERSION_SECONDS:.0f} s. The daemon: {state}", self._hub)
+            await asyncio.sleep(LOOK_SECONDS)
+        self._screen.awaiting(None)
+        return shown
+
+    async def _show(self, row: RoundRow) -> None:
+        said = ""
+        if row.outcome == "committed":
+            prompt, expected = TEXT[0]
+            with contextlib.suppress(RequestFailed):
+                said = (await self._engine.complete(prompt, len(expected))).text.strip() or "(spaces)"
+        losses = dict(_LOSS.findall(self._trainer_log))
+        loss = losses.get(str(row.step))
+        self._screen.row(row, f"{float(loss):.2f}" if loss else "-", said)
+        for step in self._plan.steps:
+            if step < row.step:  # only the last version's checkpoint is compared
+                shutil.rmtree(self._plan.checkpoint(step), ignore_errors=True)
+
+    def _push_progress(self) -> str:
+        told = _LOSS.findall(self._trainer_log)
+        step, loss = told[-1] if told else ("0", "-")
+        done = f"{self._traffic.requests} requests answered, {self._traffic.tokens} tokens streamed"
+        return f"training step {step} of {self._plan.steps[-1]}, loss {loss} · {done}"
+
+    # ------------------------------------------------------------------------------------------------------- judging
+    def _promises(self, rows: Sequence[RoundRow]) -> bool:
+        """Prints what happened meanwhile; whether every promise was kept."""
+        screen, traffic, first = self._screen, self._traffic, rows[0]
+        screen.title("Meanwhile")
+        for name, text in summary(rows):
+            screen.line(f"  {name:<9} {text}")
+        answered = f"{traffic.requests} streamed requests, {traffic.tokens} tokens"
+        failures = f"{len(traffic.failures)} failures"
+        failures = screen.bad(failures) if traffic.failures else screen.good("0 failures")
+        screen.line(f"  {'clients':<9} {answered}, {failures}; longest wait for a token {traffic.gap * 1e3:.0f} ms")
+        for failure in traffic.failures[:3]:
+            screen.line(f"  {'':<9} {screen.bad(failure)}")
+        # The engine is held until the first round has decided, so no token can be older than that round.
+        early = traffic.first_token_at < first.unix_time - first.total_ms / 1e3
+        if early:
+            screen.line(f"  {screen.bad('BROKEN')}    a token came before the first version was pushed")
+        else:
+            waited = traffic.first_token_at - traffic.asked_at
+            promise = screen.good("the engine never answered with unverified weights")
+            screen.line(f"  {'promise':<9} {promise}:")
+            screen.line(f"  {'':<9} requests sent while it was held waited {waited:.1f} s for version {first.step}")
+        return not early and not traffic.failures
+
+    async def _compare(self) -> bool:
+        plan, screen = self._plan, self._screen
+        last = plan.steps[-1]
+        screen.title(f"Comparing with a fresh vLLM that loads the trainer's checkpoint of version {last} from disk")
+        pushed = await self._answers(self._engine)
+        began = time.monotonic()
+        screen.awaiting(lambda: "the pushed fleet stops")
+        await self._children.stop(self._children.all)
+        checkpoint = plan.checkpoint(last)
+        command = plan.engine_command(checkpoint, plan.fresh, ours=False)
+        fresh = self._children.start("fresh-engine", command, plan.engine_environment(), plan.log("fresh-engine"))
+        await self._until(self._fresh.healthy, "the fresh engine to listen", ENGINE_SECONDS, fresh)
+        weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        screen.ready("fresh", f"an ordinary vLLM with {size(weights)} from disk", time.monotonic() - began)
+        loaded = await self._answers(self._fresh)
+        same = [compared(screen, *three) for three in zip(TEXT, pushed, loaded, strict=True)]
+        screen.line()
+        what = f"tokens and log-probabilities of {len(TEXT)} prompts, bit for bit"
+        verdict = screen.good("identical") if all(same) else screen.bad("DIFFERENT")
+        screen.line(f"{verdict}: {what}")
+        return all(same)
+
+    async def _answers(self, engine: EngineApi) -> list[Answer]:
+        """One after the other, so that batches have the same shape in both engines.
+
+        Raises:
+            DemoFailed: it does not answer.
+        """
+        try:
+            return [await engine.complete(prompt, CHECKED_TOKENS) for prompt, _ in TEXT]
+        except RequestFailed as error:
+            raise DemoFailed(f"an engine does not answer: {error}", self._children.all[-1]) from error
+
+
+def _news(lines: Sequence[str]) -> str:
+    """The last message in a log, without its prefix of process and time; else the last line."""
+    messages = [line for line in lines if _LOG_PREFIX.match(line)] or lines
+    return _LOG_PREFIX.sub("", messages[-1]) if messages else ""

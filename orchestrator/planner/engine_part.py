@@ -1,0 +1,193 @@
+"""The transfers into one engine: planned on top of what earlier engines load, and kept as they are when others come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from weightsync.orchestrator.planner.arrays import (
+    Flags,
+    Ids,
+    Ints,
+    boundaries,
+    compress,
+    contiguous_runs,
+    stable_order,
+)
+from weightsync.orchestrator.planner.catalogue import Catalogue
+from weightsync.orchestrator.planner.choose import choose
+from weightsync.orchestrator.planner.coalesce import pack
+from weightsync.orchestrator.planner.decode import Decoded, FormTable
+from weightsync.orchestrator.planner.inputs import CostModel, Party
+from weightsync.orchestrator.planner.match import Cells, Pieces, Wanted, match
+from weightsync.orchestrator.planner.names import NO_LAYER
+from weightsync.orchestrator.protocol.limits import MAX_RANK
+
+MAX_GROUPS: Final = 64
+"""Pipelining groups of a plan: enough to overlap, few enough that a group's packed run is worth a descriptor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Distinct transfers up to their place: ``box [m, 2 * MAX_RANK]`` (offset, extent per dimension, in elements),
+    ``stride [m, MAX_RANK]`` at the target in bytes; ``bytes``, and descriptors ``runs`` if it goes straight ``[m]``."""
+
+    box: Ints
+    stride: Ints
+    bytes: Ints
+    runs: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Transfers into the ranks of one engine in columns ``[n]``, sorted by source, target, group, place.
+
+    ``source`` and ``target`` index the plan's sources and ``targets``; ``source_row`` and ``target_row`` the rows of
+    their layouts. ``merged``: the transfer continues the one before in both memories, so they share a descriptor.
+    ``load`` and ``staging_used [sources]`` are what this unit adds, and where its staging ends.
+    """
+
+    targets: tuple[Decoded, ...]
+    shapes: Shapes
+    source: Ids
+    target: Ids
+    tensor: Ids
+    group: Ids
+    source_row: Ids
+    target_row: Ids
+    region: Ids
+    offset: Ints
+    shape: Ids
+    staged_source: Ints
+    staged_target: Ints
+    merged: Flags
+    load: Ints
+    staging_used: Ints
+
+    @property
+    def engine(self) -> str:
+        """The engine whose ranks these are."""
+        return self.targets[0].party.member.engine
+
+    def of_source(self, sources: int) -> Ints:
+        """First transfer of each of the plan's ``sources``, and the number of transfers as the last entry."""
+        return np.searchsorted(self.source, np.arange(sources + 1, dtype=np.int32))
+
+    def edges(self) -> Ints:
+        """First transfer of each (source, target), and the number of transfers as the last entry."""
+        return boundaries(self.source.astype(np.int64) * max(1, len(self.targets)) + self.target)
+
+    def descriptors(self) -> Ints:
+        """Of each transfer: its own, 0 where it shares another's, and the edge's packed run at its first packed one."""
+        packed = self.staged_source >= 0
+        own = np.where(packed, 0, self.shapes.runs[self.shape] - self.merged)
+        at = np.flatnonzero(packed)
+        edge = self.source[at].astype(np.int64) * max(1, len(self.targets)) + self.target[at]
+        own[at[boundaries(edge)[:-1]]] = 1
+        return own
+
+
+def plan_unit(
+    catalogue: Catalogue, targets: tuple[Party, ...], cost: CostModel, load: Ints, staging_used: Ints
+) -> Unit:
+    """Plan the transfers into ``targets``, the ranks of one engine.
+
+    Raises:
+        PlanError: see ``decode`` and ``match``.
+    """
+    load_before = load
+    load, staging_used = load.copy(), staging_used.copy()
+    decoded = tuple(catalogue.decoder.decode(party) for party in targets)
+    wanted = _in_memory_order(decoded, catalogue.decoder.form_table())
+    pieces, cells = match(catalogue, targets, wanted)
+    held_row = choose(catalogue, pieces.shard, cells.bytes[pieces.cell], load)
+    order, edge_group = _order(catalogue, targets, wanted, pieces, held_row)
+    pieces = Pieces(pieces.row[order], pieces.shard[order], pieces.cell[order])
+    held_row = held_row[order]
+
+    shapes, shape, source_shift, target_shift = _shapes(catalogue, cells, pieces.cell, held_row)
+    source = catalogue.held.source[held_row]
+    target = wanted.target[pieces.row]
+    offset = wanted.offset[pieces.row] + target_shift[shape]
+    region = wanted.region[pieces.row]
+    size, runs = shapes.bytes[shape], shapes.runs[shape]
+    edge = source.astype(np.int64) * len(targets) + target
+    staged = pack(
+        edge, source, target, size, runs, cost, staging_used,
+        staging_lengths(catalogue.sources), staging_lengths(decoded),
+    )  # fmt: skip
+    whole = (runs == 1) & (staged.at_source < 0)
+    merged = np.zeros(len(size), np.bool_)
+    source_offset = catalogue.held.offset[held_row] + source_shift[shape]
+    merged[1:] = (
+        whole[1:] & whole[:-1] & (edge_group[1:] == edge_group[:-1])
+        & _adjoins(region, offset, size) & _adjoins(catalogue.held.region[held_row], source_offset, size)
+    )  # fmt: skip
+    group = edge_group % MAX_GROUPS
+    return Unit(
+        decoded, shapes, source, target, wanted.tensor[pieces.row],
+        group.astype(np.int32),
+        catalogue.held.index[held_row], wanted.index[pieces.row], region, offset, shape.astype(np.int32),
+        staged.at_source, staged.at_target, merged, load - load_before, staging_used,
+    )  # fmt: skip
+
+
+def staging_lengths(parties: Sequence[Decoded]) -> Ints:
+    """Bytes of each party's staging region, 0 without one."""
+    layouts = [p.party.layout for p in parties]
+    return np.array([y.regions[y.staging].length if y.staging >= 0 else 0 for y in layouts], np.int64)
+
+
+def groups(catalogue: Catalogue) -> Ids:
+    """Pipelining group of each tensor: its layer, several layers where there are many; what has no layer comes last.
+
+    Only the sources' tensors decide the number of layers, so that a joining engine moves no group.
+    """
+    layers = catalogue.decoder.names.layers()
+    count = int(layers[: len(catalogue.pattern)].max(initial=0)) + 1
+    group = layers.astype(np.int64)
+    if count >= MAX_GROUPS:
+        group = np.minimum(group, count - 1) * (MAX_GROUPS - 1) // count
+    return np.where(layers == NO_LAYER, min(count, MAX_GROUPS - 1), group).astype(np.int32)
+
+
+def _in_memory_order(targets: Sequence[Decoded], forms: FormTable) -> Wanted:
+    """The rows of all targets, each target's by place in memory, so that neighbours can share descriptors."""
+    parts = []
+    for number, target in enumerate(targets):
+        rows = target.rows
+        order = np.lexsort((rows.offset, rows.region)).astype(np.int32)
+        order = order[forms.elements[rows.form[order]] > 0]
+        at = np.full(len(order), number, np.int32)
+        parts.append((at, order, rows.tensor[order], rows.form[order], rows.region[order], rows.offset[order]))
+    return Wanted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _order(
+    catalogue: Catalogue, targets: tuple[Party, ...], wanted: Wanted, pieces: Pieces, held_row: Ints
+) -> tuple[Ints, Ints]:
+    """The order by source, target, group, and the sorted key whose remainder by MAX_GROUPS is the group."""
+    edge = catalogue.held.source[held_row].astype(np.int64) * len(targets) + wanted.target[pieces.row]
+    key = edge * MAX_GROUPS + groups(catalogue)[wanted.tensor[pieces.row]]
+    order = stable_order(key, len(catalogue.sources) * len(targets) * MAX_GROUPS)
+    return order, key[order]
+
+
+def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> tuple[Shapes, Ints, Ints, Ints]:
+    """The distinct (cell, source form), which one each piece is, and the corner's byte offset within both rows."""
+    forms = catalogue.decoder.form_table()
+    key = cell * len(forms) + catalogue.held.form[held_row]
+    distinct, shape = compress(key, len(cells.bytes) * len(forms) + 1)
+    of_cell, of_source = distinct // max(1, len(forms)), distinct % max(1, len(forms))
+    of_target = cells.form[of_cell]
+    offset, extent = cells.offset[of_cell], cells.extent[of_cell]
+    source_shift = ((offset - forms.offset[of_source]) * forms.stride[of_source]).sum(axis=1)
+    target_shift = ((offset - forms.offset[of_target]) * forms.stride[of_target]).sum(axis=1)
+    runs = contiguous_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target]).count
+    box = np.stack([offset, extent], axis=2).reshape(-1, 2 * MAX_RANK)
+    return Shapes(box, forms.stride[of_target], cells.bytes[of_cell], runs), shape, source_shift, target_shift
+
+
+def _adjoins(region: Ids, offset: Ints, size: Ints) -> Flags:
+    """Whether each piece but the first begins where the one before ends."""
+    return np.asarray((region[1:] == region[:-1]) & (offset[1:] == offset[:-1] + size[:-1]))

@@ -1,0 +1,155 @@
+"""The daemon's settings: one YAML file, every value overridable by ``WEIGHTSYNC__…`` in the environment.
+
+Unknown keys are refused, secrets come only from files, relative paths count from the file's own directory.
+``deploy/config.example.yaml`` explains every key; ``weightsync-orchestrator config schema`` prints the JSON schema.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from weightsync.orchestrator.settings.document import ConfigError as ConfigError
+from weightsync.orchestrator.settings.document import Document
+from weightsync.orchestrator.settings.document import Problem as Problem
+from weightsync.orchestrator.settings.explain import explain
+from weightsync.orchestrator.settings.secrets import read_secret as read_secret
+from weightsync.orchestrator.settings.sections import Deadlines as Deadlines
+from weightsync.orchestrator.settings.sections import Engine as Engine
+from weightsync.orchestrator.settings.sections import FilesystemTransport as FilesystemTransport
+from weightsync.orchestrator.settings.sections import HubRendezvous as HubRendezvous
+from weightsync.orchestrator.settings.sections import Listen as Listen
+from weightsync.orchestrator.settings.sections import Log as Log
+from weightsync.orchestrator.settings.sections import NixlTransport as NixlTransport
+from weightsync.orchestrator.settings.sections import Pause as Pause
+from weightsync.orchestrator.settings.sections import Rendezvous as Rendezvous
+from weightsync.orchestrator.settings.sections import Retry as Retry
+from weightsync.orchestrator.settings.sections import Run as Run
+from weightsync.orchestrator.settings.sections import Seconds as Seconds
+from weightsync.orchestrator.settings.sections import TcpStoreRendezvous as TcpStoreRendezvous
+from weightsync.orchestrator.settings.sections import Trainer as Trainer
+from weightsync.orchestrator.settings.sections import Transport as Transport
+from weightsync.orchestrator.settings.sections import Url as Url
+
+MAX_ENGINES: Final = 4096
+"""Engines of one run; the hub was measured to 4096 agents."""
+
+
+class Settings(BaseSettings):
+    """Everything that the daemon is told. Made by ``load``."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, title="weightsync-orchestrator")
+
+    run: Run
+    state_directory: Path = Field(description="Local directory of the journal; never on a network file system.")
+    listen: Listen
+    advertise_url: Url | None = Field(
+        default=None, description="URL by which agents reach the daemon; null: from listen."
+    )
+    agents_token_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
+    )
+    engines: tuple[Engine, ...] = Field(min_length=1, max_length=MAX_ENGINES, description="The vLLM servers.")
+    trainer: Trainer = Trainer()
+    transport: Transport = Field(default=NixlTransport(), description="How weights travel.")
+    rendezvous: Rendezvous = Field(default=HubRendezvous(), description="How agents learn of each other.")
+    mode: Literal["live"] = Field(
+        default="live", description="live: writes go straight into the paused engine's parameters."
+    )
+    pause: Pause = Pause()
+    deadlines: Deadlines = Deadlines()
+    retry: Retry = Retry()
+    rescan_seconds: Seconds = Field(
+        default=5.0, description="Between two scans of the run directory without any event."
+    )
+    log: Log = Log()
+
+    @field_validator("engines")
+    @classmethod
+    def _engines_differ(cls, engines: tuple[Engine, ...]) -> tuple[Engine, ...]:
+        for what in ("name", "url"):
+            seen: dict[str, int] = {}
+            for index, engine in enumerate(engines):
+                value = getattr(engine, what).rstrip("/")
+                if value in seen:
+                    raise ValueError(f"entries {seen[value]} and {index} have the same {what} {value!r}")
+                seen[value] = index
+        for pair in {engine.pair for engine in engines if engine.pair is not None}:
+            roles = {engine.role for engine in engines if engine.pair == pair}
+            if not {"prefill", "decode"} <= roles:
+                raise ValueError(f"pair {pair!r} needs an engine of role prefill and one of role decode")
+        return engines
+
+    @model_validator(mode="after")
+    def _agents_can_reach_us(self) -> "Settings":
+        if self.advertise_url is None and self.listen.host in ("0.0.0.0", "::", "*"):
+            raise ValueError(
+                "listen.host is a wildcard, so advertise_url must say by which URL agents reach the daemon"
+            )
+        return self
+
+    @property
+    def agents_url(self) -> str:
+        """The URL that agents use: ``advertise_url``, else the listening address."""
+        if self.advertise_url is not None:
+            return self.advertise_url.rstrip("/")
+        host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
+        return f"http://{host}:{self.listen.port}"
+
+    @property
+    def agents_token_path(self) -> str:
+        """Where the engines' agents find the token, on their own hosts."""
+        return self.agents_token_file or str(self.listen.token_file)
+
+    @property
+    def journal_path(self) -> Path:
+        """The journal's SQLite file."""
+        return self.state_directory / "journal.sqlite"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what ``load`` passes: pydantic's own source would ignore a mistyped variable instead of refusing it."""
+        return (init_settings,)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load(path: Path | str, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings in ``path`` with the overrides in ``environ`` (default: the process's), paths made absolute.
+
+    Raises:
+        ConfigError: naming file, line and key (or variable), value and fix of everything that is wrong.
+    """
+    file = Path(path).expanduser().absolute()
+    document = Document.read(file, os.environ if environ is None else environ)
+    try:
+        settings = Settings(**document.values)
+    except ValidationError as error:
+        raise ConfigError(file, *explain(document, error, Settings)) from error
+    return _anchored(settings, file.parent)
+
+
+def _anchored(model: Model, base: Path) -> Model:
+    """``model`` with every relative path counted from ``base``."""
+    update: dict[str, Any] = {}
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, Path):
+            update[name] = base / value.expanduser()
+        elif isinstance(value, BaseModel):
+            update[name] = _anchored(value, base)
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            update[name] = tuple(_anchored(item, base) for item in value)
+    return model.model_copy(update=update)

@@ -1,0 +1,219 @@
+"""The window of one worker: who may enter, what lets it go, and what its memory counts as afterwards."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from weightsync.agents.inference.window import REMEMBERED_ROUNDS, Update, UpdateFailed, Windows
+from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Verified, Verify
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+ROUND, OTHER = RoundName(1, 1), RoundName(1, 2)
+OLD, NEW = Version(7, 1), Version(7, 2)
+UPDATE = Update(ROUND, NEW, 60.0)
+
+VERIFY = Verify(round=ROUND, deadline_seconds=1.0)
+COMMIT = Commit(round=ROUND, version=NEW)
+TORN = Abort(round=ROUND, torn=True, reason="a writer was lost")
+CLEAN = Abort(round=ROUND, torn=False, reason="an engine could not pause")
+
+
+@dataclass
+class Worker:
+    """A worker whose daemon answers by script: ``answers`` maps what the worker says to what it hears then."""
+
+    windows: Windows = field(default_factory=Windows)
+    said: list[Any] = field(default_factory=list)
+    answers: dict[type, list[Any]] = field(default_factory=dict)
+
+    def tell(self, word: Any) -> None:
+        self.said.append(word)
+        for answer in self.answers.get(type(word), []):
+            self.windows.heard(answer)
+
+    def verify(self, order: Verify) -> Verified:
+        return Verified(round=order.round, digest=(1, 2), bytes=3, apply_seconds=0.0, digest_seconds=0.0)
+
+    def hold(self, update: Update = UPDATE, synchronise: Callable[[], None] = lambda: None) -> None:
+        self.windows.hold(update, synchronise, self.verify, self.tell)
+
+
+def serving() -> Worker:
+    """A worker that holds a committed version."""
+    worker = Worker(answers={RoundName: [Commit(round=OTHER, version=OLD)]})
+    worker.hold(Update(OTHER, OLD, 60.0))
+    worker.said.clear()
+    return worker
+
+
+def after(worker: Worker, *answers: Any) -> Worker:
+    """The worker, answered so once it stands still."""
+    worker.answers = {RoundName: list(answers)}
+    return worker
+
+
+def test_nothing_may_run_before_the_first_commit() -> None:
+    assert not Windows().may_run
+
+
+def test_a_committed_round_is_served() -> None:
+    worker = after(serving(), VERIFY, COMMIT)
+    worker.hold()
+    assert worker.said[0] == ROUND
+    assert isinstance(worker.said[1], Verified)
+    assert worker.said[2] == EngineStatus(applied=NEW) == worker.windows.status
+    assert worker.windows.may_run
+
+
+def test_nothing_runs_inside() -> None:
+    worker, seen = after(serving(), VERIFY, COMMIT), []
+
+    def verify(order: Verify) -> Verified:
+        seen.append(worker.windows.may_run)
+        return Worker.verify(worker, order)
+
+    worker.verify = verify  # type: ignore[method-assign]
+    worker.hold()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("word", "torn", "reason"), [(TORN, True, "a writer was lost"), (CLEAN, False, "an engine could not pause")]
+)
+def test_an_abort_leaves_the_memory_as_the_daemon_says(word: Abort, torn: bool, reason: str) -> None:
+    worker = after(serving(), word)
+    with pytest.raises(UpdateFailed, match=reason):
+        worker.hold()
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=torn)
+    assert worker.said[-1] == worker.windows.status
+    assert worker.windows.may_run is not torn
+
+
+def test_torn_memory_is_not_mended_by_a_round_that_wrote_nothing() -> None:
+    worker = after(serving(), TORN)
+    with pytest.raises(UpdateFailed):
+        worker.hold()
+    again = Abort(round=RoundName(1, 9), torn=False, reason="given up")
+    with pytest.raises(UpdateFailed):
+        after(worker, again).hold(Update(RoundName(1, 9), NEW, 60.0))
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+
+
+def test_torn_memory_is_repaired_by_a_committed_round() -> None:
+    worker = after(serving(), TORN)
+    with pytest.raises(UpdateFailed):
+        worker.hold()
+    after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
+    assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+def test_the_deadline_tears_because_a_grant_may_have_been_given() -> None:
+    worker = serving()
+    now = iter([0.0, 61.0])
+    worker.windows._clock = lambda: next(now)
+    with pytest.raises(UpdateFailed, match="nothing was decided within 60 s"):
+        worker.hold()
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+
+
+def test_a_worker_that_never_said_quiesced_is_not_torn() -> None:
+    """No grant is given before; so whatever fails until then leaves the memory as it was."""
+    worker = serving()
+
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        worker.hold(synchronise=fail)
+    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert worker.said == [EngineStatus(applied=OLD)]
+
+
+def test_a_worker_that_fails_later_is() -> None:
+    worker = after(serving(), VERIFY)
+
+    def fail(order: Verify) -> Verified:
+        raise MemoryError
+
+    worker.verify = fail  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        worker.hold()
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+
+
+def test_an_abort_before_the_entry_makes_the_call_fail_at_once() -> None:
+    worker = serving()
+    worker.windows.heard(CLEAN)
+    with pytest.raises(UpdateFailed, match="an engine could not pause"):
+        worker.hold()
+    assert worker.said == []
+    assert worker.windows.may_run
+
+
+@pytest.mark.parametrize("word", [VERIFY, COMMIT])
+def test_other_words_before_the_entry_are_forgotten(word: Any) -> None:
+    worker = serving()
+    worker.windows.heard(word)
+    with pytest.raises(UpdateFailed):
+        after(worker, CLEAN).hold()
+
+
+def test_words_about_another_round_or_version_let_nobody_out() -> None:
+    stray = [
+        Commit(round=OTHER, version=NEW),
+        Commit(round=ROUND, version=OLD),
+        Abort(round=OTHER, torn=True, reason=""),
+    ]
+    worker = after(serving(), *stray, COMMIT)
+    worker.hold()
+    assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+def test_words_left_over_from_a_round_are_not_those_of_the_next() -> None:
+    worker = after(serving(), COMMIT, TORN)
+    worker.hold()
+    after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
+    assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+def test_a_repeated_call_gets_the_answer_of_the_first() -> None:
+    worker = after(serving(), COMMIT)
+    worker.hold()
+    said = len(worker.said)
+    worker.hold()
+    assert len(worker.said) == said
+    failing = after(serving(), TORN)
+    for _ in range(2):
+        with pytest.raises(UpdateFailed, match="a writer was lost"):
+            failing.hold()
+    assert len(failing.said) == 2
+
+
+def test_a_late_abort_does_not_undo_a_commit() -> None:
+    worker = after(serving(), COMMIT)
+    worker.hold()
+    worker.windows.heard(TORN)
+    worker.hold()
+    assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+def test_ends_are_remembered_within_bounds() -> None:
+    windows = Windows()
+    for number in range(3 * REMEMBERED_ROUNDS):
+        windows.heard(Abort(round=RoundName(1, number), torn=False, reason="never began"))
+    assert len(windows._ended) == REMEMBERED_ROUNDS
+
+
+def test_the_daemons_word_comes_from_another_thread() -> None:
+    worker = serving()
+    inside = threading.Event()
+    worker.tell = lambda word: inside.set() if isinstance(word, RoundName) else None  # type: ignore[method-assign]
+    call = threading.Thread(target=worker.hold)
+    call.start()
+    assert inside.wait(10)
+    assert worker.windows.status.window == ROUND
+    worker.windows.heard(COMMIT)
+    call.join(10)
+    assert worker.windows.status == EngineStatus(applied=NEW)

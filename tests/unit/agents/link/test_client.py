@@ -1,0 +1,458 @@
+"""The control client against the real hub, and against daemons that misbehave."""
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from weightsync.agents.link import connection as control_connection
+from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood, TokenError
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
+from weightsync.orchestrator.protocol.codec import ProtocolError, encode
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.messages import (
+    Bye,
+    FromDaemon,
+    Hello,
+    HubRendezvous,
+    NixlSettings,
+    Outcome,
+    Ready,
+    Refused,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, Version
+
+SECONDS = 20.0
+"""Nothing here takes so long; a test that would wait for ever fails by it."""
+
+MEMBER = Member("trainer", "", 3)
+READY = Ready(fingerprint="f")
+OUTCOME = Outcome(version=Version(1, 2), committed=True)
+AT_ONCE = Backoff(first=0.001, longest=0.01)
+
+
+def welcome(heartbeat_seconds: float = 5.0) -> Welcome:
+    return Welcome(
+        epoch=1,
+        journal_id="j",
+        heartbeat_seconds=heartbeat_seconds,
+        transfer_seconds=60.0,
+        transport=NixlSettings(),
+        rendezvous=HubRendezvous(),
+    )
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text("a-secret-of-the-test\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+async def _no_task_is_left() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    leaked = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not leaked
+
+
+class Daemon:
+    """A hub that accepts everybody, and what it was told."""
+
+    def __init__(self, token_file: Path, ssl_context: ssl.SSLContext | None = None) -> None:
+        self.events: asyncio.Queue[HubEvent] = asyncio.Queue()
+        self.decide: Callable[[AgentConnected], object] = self.accept
+        self.hub = Hub(
+            run_id="run",
+            token_file=token_file,
+            on_event=self._on_event,
+            timing=HubTiming(close_seconds=0.5),
+            ssl_context=ssl_context,
+        )
+
+    def accept(self, event: AgentConnected) -> object:
+        return self.hub.accept(event.member, event.connection_id, welcome())
+
+    def _on_event(self, event: HubEvent) -> None:
+        self.events.put_nowait(event)
+        if isinstance(event, AgentConnected):
+            self.decide(event)
+
+    async def next(self) -> HubEvent:
+        async with asyncio.timeout(SECONDS):
+            return await self.events.get()
+
+
+class Agent:
+    """A client and what it heard."""
+
+    def __init__(self, port: int, token_file: Path | None, **options: object) -> None:
+        self.hellos = 0
+        self.heard: asyncio.Queue[FromDaemon] = asyncio.Queue()
+        self.losses: asyncio.Queue[str] = asyncio.Queue()
+        scheme = "wss" if options.get("ssl_context") else "ws"
+        options = {"backoff": AT_ONCE, "close_seconds": 0.5, "on_lost": self.losses.put_nowait} | options
+        url = f"{scheme}://127.0.0.1:{port}{AGENTS_PATH}"
+        self.client = ControlClient(url, token_file, self.hello, self.on_message, **options)  # type: ignore[arg-type]
+        self.run = asyncio.create_task(self.client.run())
+
+    def hello(self) -> Hello:
+        self.hellos += 1
+        return Hello(schema=SCHEMA_VERSION, run_id="run", member=MEMBER, world=4, incarnation=self.hellos)
+
+    def on_message(self, message: FromDaemon) -> None:
+        self.heard.put_nowait(message)
+
+    async def next(self) -> FromDaemon:
+        async with asyncio.timeout(SECONDS):
+            return await self.heard.get()
+
+    async def lost(self) -> str:
+        async with asyncio.timeout(SECONDS):
+            return await self.losses.get()
+
+    async def stop(self, reason: str = "") -> None:
+        async with asyncio.timeout(SECONDS):
+            await self.client.close(reason)
+            await self.run
+
+
+@contextlib.asynccontextmanager
+async def living(token_file: Path) -> AsyncIterator[tuple[Daemon, Agent]]:
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file)
+    assert await agent.next() == welcome()
+    assert isinstance(await daemon.next(), AgentConnected)
+    yield daemon, agent
+    if not agent.run.done():
+        await agent.stop()
+    await daemon.hub.close()
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+    """The port of an HTTP server that handles AGENTS_PATH by ``answer``."""
+    app = web.Application()
+    app.router.add_get(AGENTS_PATH, answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def daemon_that_says(*frames: bytes) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Answers Hello with ``frames`` and is silent from then on."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(timeout=0.1)
+        await socket.prepare(request)
+        await socket.receive()
+        for frame in frames:
+            await socket.send_bytes(frame)
+        async for _ in socket:
+            pass
+        return socket
+
+    return answer
+
+
+# --------------------------------------------------------------------------------------------------------- ordinary
+async def test_messages_both_ways_and_a_farewell(token_file: Path) -> None:
+    async with living(token_file) as (daemon, agent):
+        assert agent.client.connected
+        agent.client.send(READY)
+        daemon.hub.send(MEMBER, OUTCOME)
+        assert await agent.next() == OUTCOME
+        await agent.stop("done")
+        said = [await daemon.next() for _ in range(3)]
+        assert [event.message for event in said[:2] if isinstance(event, AgentMessage)] == [READY, Bye(reason="done")]
+        assert isinstance(said[2], AgentLost)
+        assert said[2].reason == "closed by the agent: code 1000"
+        assert agent.losses.empty()
+        assert not agent.client.connected
+
+
+async def test_the_answer_to_welcome_can_be_sent_at_once(token_file: Path) -> None:
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file)
+    agent.on_message = lambda message: agent.client.send(READY)  # type: ignore[method-assign]
+    agent.client._on_message = agent.on_message
+    assert isinstance(await daemon.next(), AgentConnected)
+    event = await daemon.next()
+    assert isinstance(event, AgentMessage)
+    assert event.message == READY
+    await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_without_a_connection_nothing_can_be_said(token_file: Path) -> None:
+    agent = Agent(1, token_file)
+    with pytest.raises(NotConnected):
+        agent.client.send(READY)
+    await agent.stop()
+    with pytest.raises(NotConnected):
+        agent.client.send(READY)
+    with pytest.raises(RuntimeError, match="runs once"):
+        await agent.client.run()
+
+
+# -------------------------------------------------------------------------------------------------- coming back
+async def test_a_daemon_restart_is_survived_and_hello_is_asked_anew(token_file: Path) -> None:
+    first = Daemon(token_file)
+    port = await first.hub.start("127.0.0.1", 0)
+    agent = Agent(port, token_file)
+    assert await agent.next() == welcome()
+    await first.hub.close("restart")
+    assert await agent.lost() == "it closed the connection: code 1001 restart"
+    second = Daemon(token_file)
+    await second.hub.start("127.0.0.1", port)
+    assert await agent.next() == welcome()
+    connected = await second.next()
+    assert isinstance(connected, AgentConnected)
+    assert connected.hello.incarnation == agent.hellos >= 2
+    agent.client.send(READY)
+    said = await second.next()
+    assert isinstance(said, AgentMessage)
+    await agent.stop()
+    await second.hub.close()
+
+
+async def test_a_drop_is_followed_by_a_reconnect(token_file: Path) -> None:
+    async with living(token_file) as (daemon, agent):
+        daemon.hub.drop(MEMBER, "evicted")
+        assert await agent.lost() == "it closed the connection: code 1008 evicted"
+        assert await agent.next() == welcome()
+
+
+async def test_refused_for_now_tries_again(token_file: Path) -> None:
+    daemon = Daemon(token_file)
+    refused = Refused(reason="engine restarting", fault="engine", retry=True)
+
+    def refuse_the_first(event: AgentConnected) -> object:
+        daemon.decide = daemon.accept
+        return daemon.hub.refuse(event.member, event.connection_id, refused)
+
+    daemon.decide = refuse_the_first
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file)
+    assert await agent.next() == welcome()
+    assert agent.hellos == 2
+    assert agent.losses.empty(), "what had no Welcome cannot be lost"
+    await agent.stop()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize("welcomed", [False, True])
+async def test_refused_for_good_ends_run(token_file: Path, welcomed: bool) -> None:
+    refused = Refused(reason="another run", fault="config", retry=False)
+    frames = ([encode(welcome())] if welcomed else []) + [encode(refused)]
+    async with answering(daemon_that_says(*frames)) as port:
+        agent = Agent(port, token_file)
+        with pytest.raises(RefusedForGood, match=r"config fault.*another run") as caught:
+            await agent.run
+        assert caught.value.refused == refused
+        await agent.client.close()
+
+
+async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = Daemon(token_file)
+    port = await daemon.hub.start("127.0.0.1", 0)
+    own, right = token_file.with_name("agents-token"), "a-secret-of-the-test\n"
+    own.write_text("stale-secret")
+    with caplog.at_level(logging.WARNING):
+        agent = Agent(port, own)
+        await logged(caplog, "it rejects the token (401)")
+        own.write_text("")
+        await logged(caplog, "must hold one line")
+        own.write_text(right)
+        assert await agent.next() == welcome()
+    assert "stale-secret" not in caplog.text
+    assert "a-secret-of-the-test" not in caplog.text
+    await agent.stop()
+    await daemon.hub.close()
+
+
+async def logged(caplog: pytest.LogCaptureFixture, words: str) -> None:
+    async with asyncio.timeout(SECONDS):
+        while words not in caplog.text:  # noqa: ASYNC110  # the log has no event to wait for
+            await asyncio.sleep(0)
+
+
+# ---------------------------------------------------------------------------------------------- misbehaving daemons
+async def test_a_daemon_that_never_answers(token_file: Path) -> None:
+    connections: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+    server = await asyncio.start_server(lambda _, writer: connections.put_nowait(writer), "127.0.0.1", 0)
+    agent = Agent(server.sockets[0].getsockname()[1], token_file, connect_seconds=0.05)
+    async with asyncio.timeout(SECONDS):
+        for _ in range(3):
+            (await connections.get()).close()
+    await agent.stop()
+    while not connections.empty():
+        connections.get_nowait().close()
+    server.close()
+
+
+async def test_a_daemon_that_answers_hello_with_silence(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with answering(daemon_that_says()) as port:
+        agent = Agent(port, token_file, connect_seconds=0.05)
+        await logged(caplog, "no Welcome within 0.05 s")
+        await agent.stop()
+
+
+async def test_a_daemon_that_falls_silent(token_file: Path) -> None:
+    async with answering(daemon_that_says(encode(welcome(heartbeat_seconds=0.02)))) as port:
+        agent = Agent(port, token_file)
+        assert (await agent.lost()).startswith("it was silent for")
+        await agent.stop()
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (b"junk", "it broke the protocol: malformed frame of 4 bytes"),
+        (encode(OUTCOME), "it answers Hello with Outcome"),
+        (encode(READY), "it broke the protocol: malformed frame"),
+    ],
+)
+async def test_a_daemon_that_talks_nonsense(
+    token_file: Path, caplog: pytest.LogCaptureFixture, frame: bytes, reason: str
+) -> None:
+    async with answering(daemon_that_says(frame)) as port:
+        agent = Agent(port, token_file)
+        await logged(caplog, reason)
+        assert agent.heard.empty()
+        await agent.stop()
+
+
+async def test_something_else_that_answers_there(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text="an API server")
+
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        await logged(caplog, "it answers 200 OK and no WebSocket")
+        await agent.stop()
+
+
+async def test_a_daemon_that_takes_nothing(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_connection, "MAX_SEND_QUEUE_BYTES", 100_000)
+    taking: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(timeout=0.1)
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_bytes(encode(welcome()))
+        assert request.transport is not None
+        request.transport.pause_reading()
+        done = asyncio.Event()
+        taking.put_nowait(done)
+        await done.wait()
+        return socket
+
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        done = await taking.get()
+        assert await agent.next() == welcome()
+        with pytest.raises(NotConnected, match="takes no messages"):
+            fill(agent)
+        assert "bytes wait for it" in await agent.lost()
+        done.set()
+        (await taking.get()).set()
+        await agent.stop()
+
+
+def fill(agent: Agent) -> None:
+    for _ in range(10_000):
+        agent.client.send(Bye(reason="x" * 4000))
+
+
+# ---------------------------------------------------------------------------------------------------- own mistakes
+async def test_what_a_callback_raises_ends_run_with_it(token_file: Path) -> None:
+    async with living(token_file) as (daemon, agent):
+
+        def fail(message: FromDaemon) -> None:
+            raise ZeroDivisionError("a bug of the agent")
+
+        assert agent.client._connection is not None
+        agent.client._connection._on_message = fail
+        daemon.hub.send(MEMBER, OUTCOME)
+        with pytest.raises(ZeroDivisionError, match="a bug of the agent"):
+            await agent.run
+        assert not agent.client.connected
+        await agent.client.close()
+
+
+async def test_a_hello_that_is_too_long_is_the_agents_own_fault(token_file: Path) -> None:
+    daemon = Daemon(token_file)
+    port = await daemon.hub.start("127.0.0.1", 0)
+    giant = Hello(schema=SCHEMA_VERSION, run_id="x" * MAX_HELLO_BYTES, member=MEMBER, world=4, incarnation=1)
+    client = ControlClient(f"ws://127.0.0.1:{port}{AGENTS_PATH}", token_file, lambda: giant, lambda _: None)
+    with pytest.raises(ProtocolError, match="Hello of"):
+        await client.run()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize("content", [None, "", "two words", "x" * 5000])
+def test_token_files_that_cannot_serve(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TokenError, match=str(path)):
+        ControlClient("ws://127.0.0.1:1/agents", path, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
+
+
+def test_nothing_to_authenticate_with() -> None:
+    with pytest.raises(ValueError, match="client certificate"):
+        ControlClient("ws://127.0.0.1:1/agents", None, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
+
+
+def test_backoff_doubles_to_its_longest_within_its_upper_half() -> None:
+    backoff = Backoff(first=0.2, longest=10.0)
+    assert [backoff.seconds(failures, 1.0) for failures in (1, 2, 3, 6, 7, 1000)] == [0.2, 0.4, 0.8, 6.4, 10.0, 10.0]
+    assert backoff.seconds(3, 0.0) == 0.4
+
+
+# -------------------------------------------------------------------------------------------------------- mutual TLS
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A self-signed certificate, good for both ends; its key is key.pem beside it."""
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=weightsync"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(chain)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    return chain
+
+
+def context(certificate: Path, purpose: ssl.Purpose, *, with_own: bool = True) -> ssl.SSLContext:
+    made = ssl.create_default_context(purpose, cafile=certificate)
+    made.verify_mode = ssl.CERT_REQUIRED
+    if with_own:
+        made.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    return made
+
+
+async def test_mutual_tls_takes_the_place_of_the_token(certificate: Path, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = Daemon(None, context(certificate, ssl.Purpose.CLIENT_AUTH))  # type: ignore[arg-type]
+    port = await daemon.hub.start("127.0.0.1", 0)
+    agent = Agent(port, None, ssl_context=context(certificate, ssl.Purpose.SERVER_AUTH))
+    assert await agent.next() == welcome()
+    agent.client.send(Bye(reason="x" * 4000))
+    daemon.hub.send(MEMBER, OUTCOME)
+    assert await agent.next() == OUTCOME
+    await agent.stop()
+    stranger = Agent(port, None, ssl_context=context(certificate, ssl.Purpose.SERVER_AUTH, with_own=False))
+    await logged(caplog, "no daemon at")
+    assert stranger.heard.empty()
+    await stranger.stop()
+    await daemon.hub.close()

@@ -1,0 +1,262 @@
+"""What binds an agent: the highest epoch that it obeyed, one journal per epoch, its process's incarnation."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsync.agents.link.thread import Agent, ControlAddress, Identity, _beside
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Connect,
+    FromAgent,
+    FromDaemon,
+    HubRendezvous,
+    NixlSettings,
+    Ready,
+    TcpStoreRendezvous,
+    TrainerStatus,
+    Verify,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName
+
+MEMBER = Member("trainer", "", 0)
+
+
+class Body:
+    """A body that writes down what it is asked; ``refusals`` are what ``connect`` raises first."""
+
+    def __init__(self) -> None:
+        self.welcomes: list[Welcome] = []
+        self.connects: list[Connect] = []
+        self.words: list[FromDaemon] = []
+        self.refusals: list[Exception] = []
+        self.is_shut = False
+
+    def status(self) -> TrainerStatus:
+        return TrainerStatus()
+
+    def welcomed(self, welcome: Welcome) -> None:
+        self.welcomes.append(welcome)
+
+    def announcement(self) -> tuple[Layout, str, bytes]:
+        return Layout((), (), b""), "endpoint", b"where"
+
+    async def connect(self, connect: Connect) -> None:
+        self.connects.append(connect)
+        if self.refusals:
+            raise self.refusals.pop()
+
+    def heard(self, message: FromDaemon) -> None:
+        self.words.append(message)
+
+    def poll(self) -> bool:
+        return False
+
+    def shut(self) -> None:
+        self.is_shut = True
+
+
+class Alone(Agent):
+    """An agent whose daemon is the test: what it says is in ``said``. Its thread is not started."""
+
+    def __init__(self, obeyed: Agent | None = None) -> None:
+        self.body = Body()
+        address = ControlAddress("ws://127.0.0.1:1/agents", Path("token"))
+        super().__init__(Identity("run", MEMBER, 1), address, self.body, obeyed)
+        self.said: list[FromAgent] = []
+
+    def send(self, message: FromAgent) -> bool:
+        self.said.append(message)
+        return True
+
+    def hears(self, *messages: FromDaemon) -> None:
+        async def listen() -> None:
+            for message in messages:
+                self._heard(message)
+            await asyncio.gather(*self._tasks)
+
+        self._loop.run_until_complete(listen())
+
+
+@pytest.fixture
+def agent() -> Any:
+    alone = Alone()
+    yield alone
+    alone._loop.close()
+
+
+def welcome(epoch: int, journal: str = "j", **more: Any) -> Welcome:
+    return Welcome(**{
+        "epoch": epoch, "journal_id": journal, "heartbeat_seconds": 1.0, "transfer_seconds": 1.0,
+        "transport": NixlSettings(), "rendezvous": HubRendezvous(), **more,
+    })  # fmt: skip
+
+
+CONNECT = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
+
+
+def test_a_welcome_is_answered_with_the_layout(agent: Alone) -> None:
+    agent.hears(welcome(3))
+    assert agent.said == [Announce(layout=Layout((), (), b""), endpoint_name="endpoint", endpoint=b"where")]
+    assert agent.wait_welcome(0.0).epoch == 3
+    assert agent.epoch == 3
+
+
+@pytest.mark.parametrize("stale", [welcome(2), welcome(3, "another journal")], ids=["lower epoch", "foreign journal"])
+def test_a_daemon_of_the_past_is_not_obeyed(agent: Alone, stale: Welcome) -> None:
+    agent.hears(welcome(3), stale)
+    assert len(agent.said) == len(agent.body.welcomes) == 1
+    assert (agent.epoch, agent._hello().journal_id) == (3, "j")
+
+
+@pytest.mark.parametrize("next_one", [welcome(3), welcome(4), welcome(4, "another journal")])
+def test_the_same_or_a_later_one_is(agent: Alone, next_one: Welcome) -> None:
+    agent.hears(welcome(3), next_one)
+    assert len(agent.said) == 2
+    assert agent._hello().epoch_seen == next_one.epoch
+
+
+def test_hello_says_what_was_obeyed(agent: Alone) -> None:
+    assert (agent._hello().epoch_seen, agent._hello().journal_id) == (0, "")
+    agent.hears(welcome(9))
+    hello = agent._hello()
+    assert (hello.epoch_seen, hello.journal_id, hello.incarnation) == (9, "j", agent.incarnation)
+
+
+def test_an_agent_in_the_place_of_another_is_bound_by_what_that_one_obeyed(agent: Alone) -> None:
+    """Same process, same memory: round 1.1 of a new journal must not be taken for the one that is over here."""
+    agent.hears(welcome(9))
+    heir = Alone(obeyed=agent)
+    heir.hears(welcome(1, "a new journal"))
+    assert heir.said == []
+    assert heir._hello().epoch_seen == 9
+    assert heir.incarnation == agent.incarnation
+    heir._loop.close()
+
+
+def test_edges_are_confirmed_when_they_are_warm(agent: Alone) -> None:
+    agent.hears(welcome(1), CONNECT)
+    assert agent.body.connects == [CONNECT]
+    assert agent.said[1:] == [Ready(fingerprint="edges")]
+
+
+def test_edges_that_are_not_ready_are_tried_again(agent: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def no_time_passes(seconds: float) -> None:
+        waited.append(seconds)
+
+    agent.body.refusals = [RuntimeError("the peer is starting")] * 2
+    agent.hears(welcome(1))
+    monkeypatch.setattr("weightsync.agents.link.thread.asyncio.sleep", no_time_passes)
+    agent.hears(CONNECT)
+    assert waited == [1, 2]
+    assert agent.said[1:] == [Ready(fingerprint="edges")]
+
+
+def test_other_words_go_to_the_body(agent: Alone) -> None:
+    word = Verify(round=RoundName(1, 1), deadline_seconds=1.0)
+    agent.hears(welcome(1), word)
+    assert agent.body.words == [word]
+
+
+def test_a_welcome_without_a_way_waits_for_the_next(agent: Alone) -> None:
+    agent.hears(welcome(1, rendezvous=None))
+    assert agent.said == []
+    assert agent.wait_welcome(0.0).rendezvous is None
+
+
+class Group:
+    """In the place of ``SpgRendezvous``; joins fail as often as ``failures`` says."""
+
+    failures = 0
+    told: list[Any] = []  # noqa: RUF012  (one list for all of a test's)
+
+    def __init__(self, place: TcpStoreRendezvous) -> None:
+        from weightsync.agents.link.process_group import GroupError
+
+        type(self).failures -= 1
+        if self.failures >= 0:
+            raise GroupError("the store is another group's")
+
+    def announce(self, announce: Announce) -> None:
+        self.told.append(announce)
+
+    def connect(self) -> Connect:
+        return CONNECT
+
+    def ready(self, ready: Ready) -> None:
+        self.told.append(ready)
+
+    def barrier(self, seconds: float) -> None:
+        self.told.append(seconds)
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+
+PLACE = TcpStoreRendezvous("127.0.0.1", 1, 1, 2, 30.0)
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> type[Group]:
+    monkeypatch.setattr("weightsync.agents.link.process_group.SpgRendezvous", Group)
+    monkeypatch.setattr("weightsync.agents.link.thread.GROUP_RETRY_SECONDS", 0.0)
+    Group.failures, Group.told = 0, []
+    return Group
+
+
+@pytest.mark.parametrize("failures", [0, 2], ids=["at once", "after the last group's store has gone"])
+def test_both_rounds_over_the_group(agent: Alone, group: type[Group], failures: int) -> None:
+    group.failures = failures
+    agent.hears(welcome(1, rendezvous=None), welcome(1, rendezvous=PLACE))
+    kinds = [type(word) for word in group.told]
+    assert kinds == [Announce, Ready, float]
+    assert agent.said == [], "nothing of the rendezvous goes over the hub"
+
+
+def test_a_connect_over_the_hub_is_not_heard_in_a_group(agent: Alone, group: type[Group]) -> None:
+    agent.hears(welcome(1, rendezvous=PLACE))
+    agent.hears(CONNECT)
+    assert agent.said == []
+
+
+def test_a_daemon_with_the_hub_ends_the_group(agent: Alone, group: type[Group]) -> None:
+    agent.hears(welcome(1, rendezvous=PLACE))
+    agent.hears(welcome(2), CONNECT)
+    assert group.told[-1] == "closed"
+    assert agent.said[-1] == Ready(fingerprint="edges")
+
+
+async def test_what_blocks_beside_the_loop_keeps_nobody_from_ending() -> None:
+    release, seen = threading.Event(), []
+    waiting = asyncio.create_task(_beside(lambda: release.wait(30)))
+    seen.append(await _beside(threading.current_thread))
+    assert seen[0].daemon
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    release.set()
+    with pytest.raises(ZeroDivisionError):
+        await _beside(lambda: 1 // 0)
+
+
+def test_waiting_for_nobody_says_why(agent: Alone) -> None:
+    with pytest.raises(TimeoutError, match=r"trainer/0: no Welcome from ws://127\.0\.0\.1:1/agents within 0 s"):
+        agent.wait_welcome(0.0)
+
+
+@pytest.mark.timeout(30)
+def test_a_wrong_token_file_is_told_at_once(tmp_path: Path) -> None:
+    """To the thread that waits for the Welcome."""
+    body = Body()
+    lost = Agent(Identity("run", MEMBER, 1), ControlAddress("ws://127.0.0.1:1", tmp_path / "none"), body)
+    lost.start()
+    with pytest.raises(ValueError, match="none"):
+        lost.wait_welcome(20.0)
+    lost.close()
+    assert body.is_shut

@@ -1,0 +1,87 @@
+"""Casts and FP8 blocks, against plain arithmetic."""
+
+import pytest
+import torch
+from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+
+FP8 = QuantizationSpec(torch.float8_e4m3fn, "_scale_inv")
+THIRD = torch.tensor([1 / 3, 1e-3, -2.7182817])
+
+
+def applied(spec, src):
+    out = torch.empty(src.shape, dtype=spec.dtype)
+    scales = torch.empty(spec.scale_shape(tuple(src.shape))) if spec.quantizes else None
+    spec.apply(src, out, scales)
+    return (out, scales) if spec.quantizes else out
+
+
+def test_masters_are_rounded_to_the_forward_dtype_first():
+    assert torch.equal(applied(QuantizationSpec(), THIRD), THIRD.to(torch.bfloat16))
+    half = applied(QuantizationSpec(torch.float16), THIRD)
+    assert torch.equal(half, THIRD.to(torch.bfloat16).to(torch.float16))
+    assert not torch.equal(half, THIRD.to(torch.float16))
+
+
+def test_tensors_declared_float32_are_not_rounded():
+    assert torch.equal(applied(QuantizationSpec(torch.float32, keeps_master=True), THIRD), THIRD)
+
+
+def test_tensors_that_engines_widen_are_rounded_and_widened():
+    assert torch.equal(applied(QuantizationSpec(torch.float32), THIRD), THIRD.to(torch.bfloat16).float())
+
+
+def test_a_float32_forward_keeps_float32():
+    spec = QuantizationSpec(forward_dtype=torch.float32)
+    assert spec.dtype == torch.float32
+    assert torch.equal(applied(spec, THIRD), THIRD)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (300, 200), (1, 1), (576, 130)])
+def test_blocks_in_two_dimensions(weights, fp8_reference, shape):
+    master = weights("w", *shape) * 3
+    values, scales = applied(FP8, master)
+    expected, expected_scales = fp8_reference(master)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scales, expected_scales)
+    rounding = (
+        values.float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+    ) - master
+    assert rounding.abs().max() <= master.abs().max() / 16, "e4m3 keeps three bits of mantissa"
+
+
+def test_blocks_in_three_dimensions_are_each_experts_own(weights, fp8_reference):
+    master = weights("w", 3, 200, 130)
+    values, scales = applied(FP8, master)
+    for expert in range(3):
+        expected, expected_scales = fp8_reference(master[expert])
+        assert torch.equal(values[expert].view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(scales[expert], expected_scales)
+
+
+def test_tiny_blocks_keep_their_values_and_zero_blocks_stay_zero():
+    values, scales = applied(FP8, torch.full((128, 128), 1e-9))
+    assert scales.item() == pytest.approx(1e-9 / 448, rel=1e-2) or scales.item() == pytest.approx(1e-12, rel=1e-6)
+    assert values.float().min() > 0
+    values, scales = applied(FP8, torch.zeros(128, 128))
+    assert scales.item() == pytest.approx(1e-12, rel=1e-6)
+    assert (values.float() == 0).all()
+
+
+def test_names_and_shapes_of_scales():
+    assert FP8.scale_name("a.weight") == "a.weight_scale_inv"
+    assert FP8.scale_shape((28672, 512)) == (224, 4)
+    assert FP8.scale_shape((8, 576, 6144)) == (8, 5, 48)
+    with pytest.raises(ValueError, match="no scales"):
+        QuantizationSpec().scale_name("a.weight")
+
+
+def test_outputs_that_do_not_belong_are_refused():
+    src = torch.zeros(128, 128)
+    with pytest.raises(ValueError, match="one shape"):
+        QuantizationSpec().apply(src, torch.zeros(128, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="one shape"):
+        QuantizationSpec().apply(src, torch.zeros(128, 128))
+    with pytest.raises(ValueError, match="scale suffix"):
+        FP8.apply(src, torch.zeros(128, 128, dtype=torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="scales of"):
+        FP8.apply(src, torch.zeros(128, 128, dtype=torch.float8_e4m3fn), torch.zeros(2, 1))

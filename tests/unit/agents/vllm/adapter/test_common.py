@@ -1,0 +1,255 @@
+"""Bodies of vLLM's calls, and the adapters to both shapes of its engine class, on fakes of that class."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from weightsync.agents.vllm import gate, hold
+from weightsync.agents.vllm.adapter import choose as engine_adapter
+from weightsync.agents.vllm.adapter import common as engine
+
+INIT = {
+    "hub_url": "ws://127.0.0.1:9000",
+    "token_file": "/run/secrets/token",
+    "run_id": "run",
+    "engine": "engine-0",
+    "deadline_seconds": 30.0,
+    "world": 2,
+}
+UPDATE = {
+    "token": "1.7",
+    "round_epoch": 1,
+    "round_number": 7,
+    "generation": 9,
+    "step": 100,
+    "deadline_seconds": 60.0,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- bodies
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in engine.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_init_info() -> None:
+    info = engine.parse_init_info(INIT)
+    assert (info.hub_url, info.engine, info.world) == ("ws://127.0.0.1:9000", "engine-0", 2)
+    assert info == engine.parse_init_info(dict(INIT))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hub_url": ""}, "hub_url"),
+        ({"world": 0}, "world"),
+        ({"world": "2"}, "world"),
+        ({"deadline_seconds": 0}, "deadline_seconds"),
+        ({"deadline_seconds": float("nan")}, "deadline_seconds"),
+        ({"token": "secret"}, "token"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(engine.InfoError, match=f"init_info: .*{named}"):
+        engine.parse_init_info({**INIT, **change})
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(engine.InfoError, match="engine"):
+        engine.parse_init_info({name: value for name, value in INIT.items() if name != "engine"})
+
+
+def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTSYNC_TOKEN_FILE", "/etc/token")
+    body = {name: value for name, value in INIT.items() if name != "token_file"}
+    assert engine.parse_init_info(body).token_file == "/etc/token"
+
+
+def test_nobody_redirects_an_agent_whose_hub_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTSYNC_HUB_URL", "wss://hub.example")
+    with pytest.raises(engine.InfoError, match="hub_url contradicts WEIGHTSYNC_HUB_URL"):
+        engine.parse_init_info(INIT)
+    assert engine.parse_init_info({**INIT, "hub_url": "wss://hub.example"}).hub_url == "wss://hub.example"
+
+
+def test_update_info() -> None:
+    info = engine.parse_update_info(UPDATE, engine.UpdateInfo)
+    assert (info.token, info.round_number, info.step) == ("1.7", 7, 100)
+
+
+@pytest.mark.parametrize("change", [{"step": -1}, {"token": None}, {"extra": 1}, {"deadline_seconds": -1.0}])
+def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(engine.InfoError, match="update_info"):
+        engine.parse_update_info({**UPDATE, **change}, engine.UpdateInfo)
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+class LifecycleBase:
+    """The base class of vLLM versions whose engine owns the update."""
+
+    def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
+        self.device, self.model = device, model
+
+
+class CallbackBase:
+    """The base class of vLLM versions whose worker owns the update."""
+
+    def __init__(self, config: Any, parallel_config: Any, model: Any) -> None:
+        self.model = model
+
+
+class Agent:
+    may_run = True
+    status = None
+
+    def __init__(self, story: list[Any]) -> None:
+        self.story = story
+
+    def begin(self, info: Any) -> None:
+        self.story.append(info)
+
+    def update(self, info: Any) -> None:
+        self.story.append(info)
+        if info.step == 13:
+            raise RuntimeError("the round failed")
+
+    def close(self) -> None:
+        self.story.append("closed")
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def load_weights(self, weights: Any) -> None: ...
+
+
+@pytest.fixture
+def story(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What an adapter does, in order, with its surroundings replaced by doubles."""
+    story: list[Any] = []
+    monkeypatch.setattr(hold, "require", lambda: story.append("hold required"))
+    monkeypatch.setattr(gate, "install", lambda: story.append("gate installed"))
+    monkeypatch.setattr(engine, "make_agent", lambda ranks, *_: story.append(ranks.rank) or Agent(story))
+    monkeypatch.setattr(engine, "synchronize", lambda device: story.append(f"synchronised {device}"))
+    return story
+
+
+@pytest.fixture
+def pretend_base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Puts a class in the place of vLLM's base; adapters made from it are forgotten afterwards."""
+    adapters = [module for module, _ in engine_adapter.SHAPES.values()]
+
+    def pretend(base: type[Any]) -> type[Any]:
+        for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        module = ModuleType("vllm.distributed.weight_transfer.base")
+        module.WeightTransferEngine = base  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        for adapter in adapters:
+            monkeypatch.delitem(sys.modules, adapter, raising=False)
+        found: type[Any] = importlib.import_module(engine_adapter.__name__).WeightsyncEngine
+        return found
+
+    yield pretend
+    for adapter in adapters:
+        sys.modules.pop(adapter, None)
+
+
+PARALLEL = SimpleNamespace(
+    rank=1,
+    world_size=2,
+    tensor_parallel_size=2,
+    pipeline_parallel_size=1,
+    data_parallel_size=1,
+    data_parallel_index=0,
+)
+
+
+def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
+    adapter = pretend_base(LifecycleBase)(None, SimpleNamespace(parallel_config=PARALLEL), torch.device("cpu"), Model())
+    assert adapter.supports_draft_weight_update is False
+    adapter.init_transfer_engine(adapter.parse_init_info(INIT))
+    adapter.start_weight_update()
+    adapter.update_weights(UPDATE)
+    adapter.finish_weight_update()
+    adapter.shutdown()
+    update = engine.parse_update_info(UPDATE, engine.UpdateInfo)
+    assert story == [
+        "hold required",
+        "gate installed",
+        1,
+        engine.parse_init_info(INIT),
+        "synchronised cpu",
+        update,
+        "closed",
+    ]
+
+
+def test_the_callback_shape(pretend_base: Any, story: list[Any]) -> None:
+    adapter = pretend_base(CallbackBase)(None, PARALLEL, Model())
+    update = adapter.parse_update_info(UPDATE)
+    assert update.update_kind == "dense"
+    adapter.init_transfer_engine(adapter.parse_init_info(INIT))
+    adapter.receive_weights(update, lambda weights: None)
+    adapter.shutdown()
+    assert story[2:] == [1, engine.parse_init_info(INIT), "synchronised cpu", update, "closed"]
+
+
+def test_the_callback_shape_refuses_checkpoint_format(pretend_base: Any, story: list[Any]) -> None:
+    model = Model()
+    adapter = pretend_base(CallbackBase)(None, PARALLEL, model)
+    with pytest.raises(engine.InfoError, match="is_checkpoint_format=false"):
+        adapter.receive_weights(adapter.parse_update_info(UPDATE), load_weights=model.load_weights)
+    assert len(story) == 3
+
+
+def test_the_callback_shape_sends_trainers_to_ours(pretend_base: Any, story: list[Any]) -> None:
+    with pytest.raises(NotImplementedError, match="TrainerAgent"):
+        pretend_base(CallbackBase).trainer_send_weights(iter(()), {})
+
+
+@pytest.mark.parametrize("base", [LifecycleBase, CallbackBase])
+def test_a_failed_round_is_the_callers_to_see(pretend_base: Any, story: list[Any], base: type[Any]) -> None:
+    kind = pretend_base(base)
+    if base is LifecycleBase:
+        adapter = kind(None, SimpleNamespace(parallel_config=PARALLEL), torch.device("cpu"), Model())
+        with pytest.raises(RuntimeError, match="the round failed"):
+            adapter.update_weights({**UPDATE, "step": 13})
+    else:
+        adapter = kind(None, PARALLEL, Model())
+        with pytest.raises(RuntimeError, match="the round failed"):
+            adapter.receive_weights(adapter.parse_update_info({**UPDATE, "step": 13}), lambda weights: None)
+
+
+def test_an_unheld_vllm_makes_no_engine(pretend_base: Any, story: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise hold.HoldUnavailable("no hook")
+
+    monkeypatch.setattr(hold, "require", refuse)
+    with pytest.raises(hold.HoldUnavailable):
+        pretend_base(CallbackBase)(None, PARALLEL, Model())
+    assert story == []
+
+
+def test_an_unknown_shape_is_refused_by_name(pretend_base: Any) -> None:
+    class Unknown:
+        def __init__(self, settings: Any) -> None: ...
+
+    with pytest.raises(engine_adapter.UnsupportedVllm, match="Unknown is made from"):
+        pretend_base(Unknown)
+
+
+def test_the_module_has_no_other_lazy_names() -> None:
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = engine_adapter.Nothing
+
+
+def test_synchronising_the_cpu_is_harmless() -> None:
+    engine.synchronize(torch.device("cpu"))

@@ -1,0 +1,135 @@
+"""The admin routes over real HTTP, the row of a round, and the metrics."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.daemon.admin import routes as admin
+from weightsync.orchestrator.daemon.admin.views import (
+    EngineView,
+    LayoutsView,
+    RoundRow,
+    RoundsView,
+    StatusView,
+    VersionView,
+    round_row,
+)
+from weightsync.orchestrator.daemon.metrics import render
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+TOKEN = "t0ken-of-the-test"
+
+ROW = RoundRow(
+    round="2.9", step=40, generation=7, attempt=1, outcome="committed", engines=("a",), bytes=10**9,
+    wire_gb_per_s=12.5, pause_ms=30, stall_ms=210, verify_ms=25, total_ms=220, unix_time=1000.0,
+)  # fmt: skip
+VIEW = StatusView(
+    run="glm", state="all is well", epoch=2, journal_id="ab" * 16,
+    committed=VersionView(step=40, generation=7, sequence=3),
+    engines=(
+        EngineView(name="a", url="http://a", role="both", state="serving", paused=False, ranks_connected=2,
+                   ranks_expected=2, version=VersionView(step=40, generation=7)),
+        EngineView(name='q"\n', url="http://b", role="decode", state="torn", torn=True),
+    ),
+    rounds=(ROW,),
+)  # fmt: skip
+
+
+class Fixed:
+    """Views that say what they are told."""
+
+    def __init__(self, layouts: LayoutsView | None = None) -> None:
+        self.asked: list[int] = []
+        self._layouts = layouts
+
+    async def status(self) -> StatusView:
+        return VIEW
+
+    async def rounds(self, last: int) -> RoundsView:
+        self.asked.append(last)
+        return RoundsView(run="glm", rounds=(ROW,))
+
+    async def layouts(self) -> LayoutsView | None:
+        return self._layouts
+
+
+@contextlib.asynccontextmanager
+async def serving(routes: list[web.RouteDef]) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_routes(routes)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def get(url: str, token: str | None = TOKEN) -> tuple[int, bytes]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
+        return response.status, await response.read()
+
+
+async def test_status_and_rounds() -> None:
+    views = Fixed()
+    async with serving(admin.routes(views, TOKEN)) as url:
+        status, body = await get(url + "/status")
+        assert status == 200
+        assert msgspec.json.decode(body, type=StatusView) == VIEW
+        status, body = await get(url + "/rounds")
+        assert msgspec.json.decode(body, type=RoundsView).rounds == (ROW,)
+        await get(url + "/rounds?last=7")
+        assert views.asked == [admin.DEFAULT_ROUNDS, 7]
+        for bad in ("0", "x", "-1", "10001", "1" * 30, "٣"):
+            assert (await get(f"{url}/rounds?last={bad}"))[0] == 400
+
+
+@pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1]])
+async def test_nothing_without_the_token_but_health(token: str | None) -> None:
+    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+        for path in ("/status", "/rounds", "/metrics", "/plan/layouts"):
+            assert await get(url + path, token) == (401, b"wrong or missing token\n")
+        assert await get(url + "/healthz", token) == (200, b"ok\n")
+
+
+async def test_layouts() -> None:
+    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+        assert (await get(url + "/plan/layouts"))[0] == 404
+    async with serving(admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())), TOKEN)) as url:
+        assert msgspec.json.decode((await get(url + "/plan/layouts"))[1])["root"] == "f"
+
+
+async def test_metrics() -> None:
+    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+        status, body = await get(url + "/metrics")
+    assert status == 200
+    lines = body.decode().splitlines()
+    assert 'weightsync_engine_serving_committed{engine="a",role="both"} 1' in lines
+    assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1' in lines
+    assert 'weightsync_engine_paused{engine="q\\"\\n",role="decode"} -1' in lines
+    assert 'weightsync_last_round_seconds{part="stall"} 0.21' in lines
+    assert "weightsync_last_round_bytes 1000000000" in lines
+    names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+
+
+def test_metrics_of_an_empty_status() -> None:
+    assert "weightsync_epoch 0" in render(StatusView(run="glm", state="")).splitlines()
+
+
+def test_a_row_of_a_record() -> None:
+    record = RoundEnded(
+        round=RoundName(2, 9), version=Version(7, 40), attempt=2, engines=("a", "b"), evicted=("b",),
+        outcome="committed", reason="", bytes=3_000_000_000, descriptors=12,
+        times={"pausing": 0.0331, "wire": 0.25, "verifying": 0.05, "stall": 0.4, "total": 0.5},
+    )  # fmt: skip
+    row = round_row(record, 5.0)
+    assert (row.round, row.step, row.generation, row.evicted) == ("2.9", 40, 7, ("b",))
+    assert (row.wire_gb_per_s, row.pause_ms, row.verify_ms, row.stall_ms, row.total_ms) == (12, 33.1, 50, 400, 500)
+    assert round_row(msgspec.structs.replace(record, times={}, bytes=0), 5.0).wire_gb_per_s == 0

@@ -1,0 +1,436 @@
+"""The engine client against real servers on 127.0.0.1: both shapes of vLLM, and every way to misbehave."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from weightsync.orchestrator.daemon.engines import http as engine_http
+from weightsync.orchestrator.daemon.engines.vllm import (
+    REQUIRED,
+    EngineClient,
+    EngineError,
+    EngineLacksRoute,
+    EngineNotServable,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnreachable,
+)
+from weightsync.orchestrator.settings.settings import Deadlines
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+LONG = Deadlines(probe_seconds=30, http_seconds=30, pause_seconds=30)
+SHORT = Deadlines(probe_seconds=0.1, http_seconds=0.1, pause_seconds=0.1)
+BRIEF = 0.1
+"""Total deadline, in seconds, of calls that are meant to run into it."""
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_http, "BACKOFF_SECONDS", 0.0)
+
+
+class Vllm:
+    """The admin routes of one vLLM, with what it was asked."""
+
+    def __init__(self, *, told_version: bool = True) -> None:
+        self.paused = False
+        self.told_version = told_version
+        self.version: str | None = None
+        self.asked: list[tuple[str, object]] = []
+        self.replaced: dict[str, Handler] = {}
+        self.without: set[str] = set()
+        self.headers: dict[str, str] = {}
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        posts = ["/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+                 "/finish_weight_update", "/reset_prefix_cache"]  # fmt: skip
+        gets = ["/is_paused", "/get_world_size", "/version", "/health"]
+        gets += ["/weight_info"] if self.told_version else []
+        for path in posts:
+            if path not in self.without:
+                app.router.add_post(path, self.handle)
+        for path in gets:
+            if path not in self.without:
+                app.router.add_get(path, self.handle)
+        return app
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.path
+        body = await request.json() if request.can_read_body else dict(request.query)
+        self.asked.append((path, body))
+        self.headers = dict(request.headers)
+        if path in self.replaced:
+            return await self.replaced[path](request)
+        return self.answer(path, body)
+
+    def answer(self, path: str, body: object) -> web.Response:
+        if path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+            return web.json_response({"status": "paused" if self.paused else "resumed"})
+        if path == "/finish_weight_update" and self.told_version and isinstance(body, dict):
+            self.version = body.get("weight_version")
+        answers: dict[str, object] = {
+            "/is_paused": {"is_paused": self.paused}, "/get_world_size": {"world_size": 4},
+            "/version": {"version": "0.32.0+cpu"}, "/weight_info": {"weight_version": self.version},
+            "/reset_prefix_cache": {"success": True}, "/health": {},
+        }  # fmt: skip
+        return web.json_response(answers.get(path, {"message": "done"}))
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[str]:
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server = site._server
+    assert isinstance(server, asyncio.Server)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def talking(vllm: Vllm, deadlines: Deadlines = LONG, api_key: str | None = None) -> AsyncIterator[EngineClient]:
+    async with serving(vllm.app()) as url, EngineClient("a", url + "/", api_key, deadlines) as client:
+        yield client
+
+
+def asked(vllm: Vllm) -> list[str]:
+    return [path for path, _ in vllm.asked]
+
+
+@pytest.mark.parametrize("told_version", [True, False])
+async def test_a_whole_round(told_version: bool) -> None:
+    vllm = Vllm(told_version=told_version)
+    async with talking(vllm) as client:
+        facts = await client.probe()
+        assert facts.world_size == 4
+        assert facts.version == "0.32.0+cpu"
+        assert facts.has_version_route is told_version
+        assert facts.routes >= REQUIRED.keys()
+        assert client.facts == facts
+        assert not await client.is_paused()
+        await client.init_transfer({"hub_url": "http://h"})
+        await client.pause("keep", clear_cache=True)
+        assert await client.is_paused()
+        await client.start_update()
+        await client.update({"token": "t"})
+        await client.finish_update("7-12")
+        await client.resume()
+        assert not vllm.paused
+        assert await client.reset_prefix_cache()
+        assert await client.weight_info() == ("7-12" if told_version else None)
+        assert await client.is_alive()
+    assert [entry for entry in vllm.asked if entry[0] not in ("/version", "/get_world_size", "/is_paused")] == [
+        ("/init_weight_transfer_engine", {"init_info": {"hub_url": "http://h"}}),
+        ("/pause", {"mode": "keep", "clear_cache": "true"}),
+        ("/start_weight_update", {"is_checkpoint_format": False}),
+        ("/update_weights", {"update_info": {"token": "t"}}),
+        ("/finish_weight_update", {"weight_version": "7-12"}),
+        ("/resume", {}),
+        ("/reset_prefix_cache", {"reset_running_requests": "false"}),
+        *([("/weight_info", {})] if told_version else []),
+        ("/health", {}),
+    ]
+
+
+async def test_the_probe_performs_nothing() -> None:
+    vllm = Vllm()
+    async with talking(vllm) as client:
+        await client.probe()
+    assert asked(vllm) == ["/get_world_size", "/version"]
+
+
+async def test_missing_routes_say_what_to_set() -> None:
+    vllm = Vllm()
+    vllm.without = {"/pause", "/update_weights"}
+    async with talking(vllm) as client:
+        with pytest.raises(EngineLacksRoute, match=r"no /pause, /update_weights") as caught:
+            await client.probe()
+    assert "VLLM_SERVER_DEV_MODE=1" in caught.value.fix
+    assert '--weight-transfer-config \'{"backend": "weightsync"}\'' in caught.value.fix
+    assert caught.value.fault == "config"
+    assert not caught.value.retry
+
+
+async def test_a_proxy_that_answers_options_is_seen_through() -> None:
+    vllm = Vllm()
+
+    @web.middleware
+    async def proxy(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return web.Response(status=204) if request.method == "OPTIONS" else await handler(request)
+
+    async def document(_: web.Request) -> web.StreamResponse:
+        paths = {path: {method.lower(): {"summary": "x"}} for path, method in REQUIRED.items()}
+        return web.json_response({"openapi": "3.1.0", "paths": paths})
+
+    app = vllm.app()
+    app.middlewares.append(proxy)
+    app.router.add_get("/openapi.json", document)
+    async with serving(app) as url, EngineClient("a", url, None, LONG) as client:
+        facts = await client.probe()
+    assert facts.routes == REQUIRED.keys()
+    assert not facts.has_version_route
+
+
+async def test_the_key_is_sent_and_only_then() -> None:
+    vllm = Vllm()
+    async with talking(vllm, api_key="k3y") as client:
+        await client.is_paused()
+    assert vllm.headers["Authorization"] == "Bearer k3y"
+    async with talking(vllm) as client:
+        await client.is_paused()
+    assert "Authorization" not in vllm.headers
+
+
+async def test_nobody_listens() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        async with EngineClient("a", url, None, LONG) as client:
+            for call in (client.probe(), client.update({}), client.pause("keep", True)):
+                with pytest.raises(EngineUnreachable) as caught:
+                    await call
+                assert not caught.value.sent
+                assert caught.value.fault == "network"
+
+
+async def test_an_engine_that_accepts_and_never_answers() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        async with EngineClient("a", url, None, SHORT) as client:
+            for call in (
+                client.probe(),
+                client.is_paused(),
+                client.pause("keep", True),
+                client.resume(),
+                client.init_transfer({}),
+                client.start_update(),
+                client.update({}, BRIEF),
+                client.finish_update("1"),
+            ):
+                with pytest.raises(EngineTimeout) as caught:
+                    await call
+                assert caught.value.sent
+                assert caught.value.retry
+                assert "within 0.1 s" in str(caught.value)
+
+
+async def endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(b"x" * 65536)
+    return response
+
+
+async def drip(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(b"x")
+            await asyncio.sleep(0.01)
+    return response
+
+
+async def test_an_endless_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_http, "MAX_ANSWER_BYTES", 1_000_000)
+    vllm = Vllm()
+    vllm.replaced = {"/is_paused": endless, "/update_weights": endless}
+    async with talking(vllm) as client:
+        for call in (client.is_paused(), client.update({})):
+            with pytest.raises(EngineRefused, match="a body over 1000000 bytes"):
+                await call
+
+
+async def test_a_body_that_drips_for_ever_meets_the_deadline() -> None:
+    vllm = Vllm()
+    vllm.replaced["/is_paused"] = drip
+    async with talking(vllm, SHORT) as client:
+        with pytest.raises(EngineTimeout):
+            await client.is_paused()
+
+
+async def test_a_compressed_bomb_stays_compressed() -> None:
+    async def bomb(request: web.Request) -> web.StreamResponse:
+        response = web.Response(body=b"\0" * 50_000_000)
+        response.enable_compression(web.ContentCoding.gzip)
+        return response
+
+    vllm = Vllm()
+    vllm.replaced["/is_paused"] = bomb
+    async with talking(vllm) as client:
+        with pytest.raises(EngineRefused, match="not vLLM's"):
+            await client.is_paused()
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    elsewhere = Vllm()
+    async with serving(elsewhere.app()) as other:
+
+        async def redirect(request: web.Request) -> web.StreamResponse:
+            raise web.HTTPTemporaryRedirect(other + request.path)
+
+        vllm = Vllm()
+        vllm.replaced = {"/is_paused": redirect, "/update_weights": redirect}
+        async with talking(vllm, api_key="k3y") as client:
+            for call in (client.is_paused(), client.update({})):
+                with pytest.raises(EngineRefused, match="not followed") as caught:
+                    await call
+                assert caught.value.status == 307
+                assert not caught.value.retry
+    assert elsewhere.asked == []
+
+
+@pytest.mark.parametrize(
+    ("body", "excerpt"),
+    [
+        ('{"error": {"message": "collective_rpc failed", "code": 500}}', "collective_rpc failed"),
+        ('{"error": "Failed to pause"}', "Failed to pause"),
+        ('{"detail": "Missing"}', "Missing"),
+        ('{"detail": [{"msg": "no object"}]}', "[{'msg': 'no object'}]"),
+        ("<html>\n  oops</html>", "<html> oops</html>"),
+        ("y" * 5000, "y" * 999 + "…"),
+        ("", ""),
+    ],
+)
+async def test_a_refusal_carries_its_message(body: str, excerpt: str) -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500, text=body)
+
+    vllm = Vllm()
+    vllm.replaced["/update_weights"] = refuse
+    async with talking(vllm) as client:
+        with pytest.raises(EngineRefused) as caught:
+            await client.update({})
+    assert (caught.value.status, caught.value.excerpt, caught.value.retry) == (500, excerpt, True)
+    assert asked(vllm) == ["/update_weights"]
+
+
+async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "Weight transfer not configured. Please set"}}, status=500)
+
+    vllm = Vllm()
+    vllm.replaced["/init_weight_transfer_engine"] = refuse
+    async with talking(vllm) as client:
+        with pytest.raises(EngineLacksRoute, match="--weight-transfer-config"):
+            await client.init_transfer({})
+
+
+async def test_a_held_engine_does_not_resume() -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": "Failed: weightsync: not servable: rank 0 is torn"}, status=500)
+
+    vllm = Vllm()
+    vllm.replaced["/resume"] = refuse
+    async with talking(vllm) as client:
+        with pytest.raises(EngineNotServable, match="rank 0 is torn") as caught:
+            await client.resume()
+        assert not caught.value.retry
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"is_paused": "maybe"}', '{"is_paused": 1', "\udcff"])
+async def test_an_answer_that_is_not_vllms(content: str) -> None:
+    async def odd(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=content.encode("utf-8", "surrogateescape"))
+
+    vllm = Vllm()
+    vllm.replaced["/is_paused"] = odd
+    async with talking(vllm) as client:
+        with pytest.raises(EngineRefused, match="not vLLM's"):
+            await client.is_paused()
+
+
+def failing(times: int, status: int | None, vllm: Vllm) -> Handler:
+    """Breaks the connection (or answers ``status``) so many times, then answers as always."""
+    left = [times]
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if not left[0]:
+            return vllm.answer(request.path, {})
+        left[0] -= 1
+        if status is not None:
+            return web.Response(status=status)
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    return handle
+
+
+@pytest.mark.parametrize("status", [None, 502, 503, 504])
+async def test_idempotent_calls_are_repeated_with_a_bound(status: int | None) -> None:
+    vllm = Vllm()
+    async with talking(vllm) as client:
+        vllm.replaced["/is_paused"] = failing(3, status, vllm)
+        assert not await client.is_paused()
+        assert asked(vllm) == ["/is_paused"] * 4
+        vllm.replaced["/is_paused"] = failing(100, status, vllm)
+        with pytest.raises((EngineUnreachable, EngineRefused)):
+            await client.is_paused()
+        by_aiohttp = 2 if status is None else 1
+        assert asked(vllm) == ["/is_paused"] * (4 + 4 * by_aiohttp)
+
+
+@pytest.mark.parametrize("status", [None, 503])
+@pytest.mark.parametrize("path", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
+async def test_the_others_are_never_repeated(path: str, status: int | None) -> None:
+    vllm = Vllm()
+    vllm.replaced[path] = failing(1, status, vllm)
+    async with talking(vllm) as client:
+        calls: dict[str, Callable[[], Awaitable[None]]] = {
+            "/start_weight_update": client.start_update,
+            "/update_weights": lambda: client.update({}),
+            "/finish_weight_update": lambda: client.finish_update("1"),
+        }
+        with pytest.raises(EngineError) as caught:
+            await calls[path]()
+        assert caught.value.sent
+    assert asked(vllm) == [path]
+
+
+@pytest.mark.parametrize("path", ["/pause", "/resume"])
+@pytest.mark.parametrize("happened", [True, False])
+async def test_is_paused_decides_when_the_answer_was_lost(path: str, happened: bool) -> None:
+    vllm = Vllm()
+    vllm.paused = path == "/resume"
+    never = asyncio.Event()
+
+    async def lose(_: web.Request) -> web.StreamResponse:
+        if happened:
+            vllm.paused = path == "/pause"
+        await never.wait()
+        return web.Response()
+
+    vllm.replaced[path] = lose
+    async with talking(vllm) as client:
+        call = client.pause("keep", True, BRIEF) if path == "/pause" else client.resume(BRIEF)
+        if happened:
+            await call
+        else:
+            with pytest.raises(EngineTimeout):
+                await call
+        never.set()
+    assert asked(vllm) == [path, "/is_paused"]
+
+
+async def test_an_engine_whose_core_died() -> None:
+    async def dead(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=503)
+
+    vllm = Vllm()
+    vllm.replaced["/health"] = dead
+    async with talking(vllm) as client:
+        assert not await client.is_alive()

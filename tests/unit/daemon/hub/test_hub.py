@@ -1,0 +1,514 @@
+"""The hub over real sockets on 127.0.0.1, with aiohttp's own WebSocket client as the peer."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+import pytest
+import structlog
+from aiohttp import WSCloseCode, WSMsgType, web
+from weightsync.orchestrator.daemon.hub import connection as hub_connection
+from weightsync.orchestrator.daemon.hub import hub as hub_module
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import (
+    AGENTS_PATH,
+    SWEEP_SLICES,
+    AgentConnected,
+    AgentLost,
+    AgentMessage,
+    Hub,
+    HubEvent,
+)
+from weightsync.orchestrator.daemon.hub.token import TokenError, read_token
+from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.messages import (
+    Bye,
+    Connect,
+    FromDaemon,
+    Heartbeat,
+    Hello,
+    HubRendezvous,
+    NixlSettings,
+    Outcome,
+    Ready,
+    Refused,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, Version
+
+TOKEN = "a-secret-of-the-test"
+SECONDS = 20.0
+"""Nothing here takes so long; a test that would wait for ever fails by it."""
+
+E = TypeVar("E", AgentConnected, AgentMessage, AgentLost)
+
+WELCOME = Welcome(
+    epoch=1,
+    journal_id="j",
+    heartbeat_seconds=5.0,
+    transfer_seconds=60.0,
+    transport=NixlSettings(),
+    rendezvous=HubRendezvous(),
+)
+READY = Ready(fingerprint="f")
+
+
+def member(rank: int = 0) -> Member:
+    return Member("inference", "engine", rank)
+
+
+def hello(rank: int = 0, incarnation: int = 7, run_id: str = "run") -> Hello:
+    return Hello(schema=SCHEMA_VERSION, run_id=run_id, member=member(rank), world=8, incarnation=incarnation)
+
+
+class Bench:
+    """A hub, its events in order, and clients of it."""
+
+    def __init__(self, hub: Hub, events: "asyncio.Queue[HubEvent]", url: str, session: aiohttp.ClientSession) -> None:
+        self.hub, self.events, self.url, self.session = hub, events, url, session
+        self._sockets: list[aiohttp.ClientWebSocketResponse] = []
+
+    async def next(self, kind: type[E]) -> E:
+        async with asyncio.timeout(SECONDS):
+            event = await self.events.get()
+        assert isinstance(event, kind), event
+        return event
+
+    async def open(self, token: str | None = TOKEN) -> aiohttp.ClientWebSocketResponse:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        socket = await self.session.ws_connect(
+            self.url, headers=headers, max_msg_size=0, autoping=False, timeout=aiohttp.ClientWSTimeout(ws_close=0.1)
+        )
+        self._sockets.append(socket)
+        return socket
+
+    async def hang_up(self) -> None:
+        for socket in self._sockets:
+            await socket.close()
+
+    async def introduce(self, rank: int = 0, incarnation: int = 7) -> tuple[aiohttp.ClientWebSocketResponse, int]:
+        socket = await self.open()
+        await socket.send_bytes(encode(hello(rank, incarnation)))
+        connected = await self.next(AgentConnected)
+        assert connected.hello == hello(rank, incarnation)
+        return socket, connected.connection_id
+
+    async def admit(self, rank: int = 0, incarnation: int = 7) -> tuple[aiohttp.ClientWebSocketResponse, int]:
+        socket, connection_id = await self.introduce(rank, incarnation)
+        assert self.hub.accept(member(rank), connection_id, WELCOME)
+        assert await said(socket) == WELCOME
+        return socket, connection_id
+
+    async def quiet(self) -> None:
+        """Let everything that is under way happen, by a round trip over a new connection; no event is to come of it."""
+        socket = await self.open()
+        await socket.close()
+        assert self.events.empty()
+
+
+async def said(socket: aiohttp.ClientWebSocketResponse) -> FromDaemon:
+    async with asyncio.timeout(SECONDS):
+        frame = await socket.receive()
+    assert frame.type is WSMsgType.BINARY, frame
+    return decode_from_daemon(frame.data)
+
+
+async def closed(socket: aiohttp.ClientWebSocketResponse) -> tuple[int, str]:
+    """Code and reason with which the hub closes."""
+    async with asyncio.timeout(SECONDS):
+        while True:
+            frame = await socket.receive()
+            if frame.type is WSMsgType.CLOSE:
+                return frame.data, frame.extra or ""
+            assert frame.type in (WSMsgType.BINARY, WSMsgType.PONG), frame
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    return path
+
+
+@contextlib.asynccontextmanager
+async def serving(token_file: Path, **timing: Any) -> AsyncIterator[Bench]:
+    before = asyncio.all_tasks()
+    events: asyncio.Queue[HubEvent] = asyncio.Queue()
+    timing.setdefault("close_seconds", 0.1)  # Most peers here never read what is said to them at the end.
+    hub = Hub(run_id="run", token_file=token_file, on_event=events.put_nowait, timing=HubTiming(**timing))
+    port = await hub.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession() as session:
+        bench = Bench(hub, events, f"http://127.0.0.1:{port}{AGENTS_PATH}", session)
+        yield bench
+        async with asyncio.timeout(SECONDS):
+            await hub.close()
+            await bench.hang_up()
+    leaked = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not leaked
+
+
+@pytest.fixture
+async def bench(token_file: Path) -> AsyncIterator[Bench]:
+    async with serving(token_file) as bench:
+        yield bench
+
+
+# ------------------------------------------------------------------------------------------------------- strangers
+@pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1], "ä"])
+async def test_a_wrong_token_is_turned_away_before_the_upgrade(bench: Bench, token: str | None) -> None:
+    with structlog.testing.capture_logs() as logs:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await bench.open(token)
+        assert caught.value.status == 401
+    assert [entry["event"] for entry in logs] == ["agent turned away: wrong or missing token"]
+    assert TOKEN not in repr(logs)
+    await bench.quiet()
+
+
+async def test_another_scheme_is_no_bearer(bench: Bench) -> None:
+    with pytest.raises(aiohttp.WSServerHandshakeError):
+        await bench.session.ws_connect(bench.url, headers={"Authorization": f"Basic {TOKEN}"})
+
+
+async def test_no_hello_within_its_deadline(token_file: Path) -> None:
+    async with serving(token_file, hello_seconds=0.01) as bench:
+        code, reason = await closed(await bench.open())
+        assert (code, reason) == (WSCloseCode.POLICY_VIOLATION, "no Hello within 0.01 s")
+        assert bench.events.empty()
+
+
+async def test_an_oversized_hello(bench: Bench) -> None:
+    socket = await bench.open()
+    await socket.send_bytes(bytes(MAX_HELLO_BYTES + 1))
+    code, reason = await closed(socket)
+    assert code == WSCloseCode.MESSAGE_TOO_BIG
+    assert f"exceeds the limit of {MAX_HELLO_BYTES}" in reason
+    await bench.quiet()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"junk", encode(hello())[:-1], encode(hello()) + b"\x00"])
+async def test_a_malformed_hello(bench: Bench, data: bytes) -> None:
+    socket = await bench.open()
+    await socket.send_bytes(data)
+    code, reason = await closed(socket)
+    assert code == WSCloseCode.PROTOCOL_ERROR
+    assert "malformed frame" in reason
+    await bench.quiet()
+
+
+async def test_another_first_message(bench: Bench) -> None:
+    socket = await bench.open()
+    await socket.send_bytes(encode(READY))
+    assert await closed(socket) == (WSCloseCode.PROTOCOL_ERROR, "the first message is Ready and not Hello")
+    await bench.quiet()
+
+
+async def test_another_schema_is_refused_by_name_even_if_its_hello_is_not_ours(bench: Bench) -> None:
+    socket = await bench.open()
+    await socket.send_bytes(msgspec.msgpack.encode({"type": "Hello", "schema": 99, "novelty": [1, 2]}))
+    refused = await said(socket)
+    assert isinstance(refused, Refused)
+    assert (refused.fault, refused.retry) == ("config", False)
+    assert f"schema 99, the daemon {SCHEMA_VERSION}" in refused.reason
+    assert (await closed(socket))[0] == WSCloseCode.POLICY_VIOLATION
+    await bench.quiet()
+
+
+async def test_another_run_is_refused_by_name(bench: Bench) -> None:
+    socket = await bench.open()
+    await socket.send_bytes(encode(hello(run_id="other")))
+    refused = await said(socket)
+    assert isinstance(refused, Refused)
+    assert refused.reason == "this daemon serves run 'run', not 'other'"
+    assert not refused.retry
+    await closed(socket)
+    await bench.quiet()
+
+
+async def test_too_many_connections(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "MAX_CONNECTIONS", 1)
+    first, _ = await bench.admit()
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await bench.open()
+    assert caught.value.status == 503
+    assert not first.closed
+
+
+# --------------------------------------------------------------------------------------------------------- members
+async def test_messages_both_ways_in_order(bench: Bench) -> None:
+    socket, connection_id = await bench.admit()
+    assert bench.hub.connected == {member()}
+    await socket.send_bytes(encode(READY))
+    await socket.send_bytes(encode(Heartbeat()))
+    await socket.send_bytes(encode(Bye(reason="enough")))
+    assert await bench.next(AgentMessage) == AgentMessage(member(), connection_id, READY)
+    assert await bench.next(AgentMessage) == AgentMessage(member(), connection_id, Bye(reason="enough"))
+    outcomes = [Outcome(version=Version(1, step), committed=True) for step in range(3)]
+    for outcome in outcomes:
+        assert bench.hub.send(member(), outcome)
+    assert [await said(socket) for _ in outcomes] == outcomes
+
+
+async def test_a_large_message_both_ways(bench: Bench) -> None:
+    socket, _ = await bench.admit()
+    large = Connect(fingerprint="f", root="r", peers=(), copies=bytes(5_000_000), expected_bytes=1)
+    assert bench.hub.send(member(), large)
+    assert await said(socket) == large
+    await socket.send_bytes(encode(Bye(reason="x" * 4000)))
+    assert (await bench.next(AgentMessage)).message == Bye(reason="x" * 4000)
+
+
+async def test_a_broadcast_is_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[FromDaemon] = []
+    sockets = [(await bench.admit(rank))[0] for rank in range(3)]
+
+    def counted(message: FromDaemon) -> bytes:
+        encoded.append(message)
+        return encode(message)
+
+    monkeypatch.setattr(hub_module, "encode", counted)
+    outcome = Outcome(version=Version(1, 1), committed=True)
+    everybody = [member(rank) for rank in range(4)]
+    assert bench.hub.broadcast(everybody, outcome) == [member(3)]
+    assert [await said(socket) for socket in sockets] == [outcome] * 3
+    assert encoded == [outcome]
+
+
+async def test_the_agent_closes(bench: Bench) -> None:
+    socket, connection_id = await bench.admit()
+    await socket.close(message=b"had enough")
+    lost = await bench.next(AgentLost)
+    assert lost == AgentLost(member(), connection_id, "closed by the agent: code 1000 had enough")
+    assert not bench.hub.send(member(), WELCOME)
+    assert bench.hub.connected == frozenset()
+
+
+async def test_the_connection_breaks(bench: Bench) -> None:
+    socket, connection_id = await bench.admit()
+    transport = socket.get_extra_info("socket")
+    transport.shutdown(2)
+    lost = await bench.next(AgentLost)
+    assert lost.connection_id == connection_id
+    assert lost.reason.startswith("the connection broke")
+
+
+@pytest.mark.parametrize(
+    ("send", "code", "reason"),
+    [
+        (lambda socket: socket.send_bytes(b"junk"), WSCloseCode.PROTOCOL_ERROR, "malformed frame of 4 bytes"),
+        (lambda socket: socket.send_str("text"), WSCloseCode.UNSUPPORTED_DATA, "text frame"),
+        (lambda socket: socket.send_bytes(encode(hello())), WSCloseCode.PROTOCOL_ERROR, "Hello out of turn"),
+        (lambda socket: socket.send_bytes(encode(WELCOME)), WSCloseCode.PROTOCOL_ERROR, "malformed frame"),
+        (lambda socket: socket.send_frame(b"x", 0x3), WSCloseCode.PROTOCOL_ERROR, "unknown kind"),
+        (lambda socket: socket.send_frame(b"x" * 9, WSMsgType.BINARY, 15), WSCloseCode.PROTOCOL_ERROR, "reserved bits"),
+    ],
+    ids=["junk", "text", "second hello", "a daemon's message", "unknown opcode", "compressed"],
+)
+async def test_a_violation_costs_its_own_connection_and_no_other(
+    bench: Bench, send: Callable[[aiohttp.ClientWebSocketResponse], Any], code: int, reason: str
+) -> None:
+    good, good_id = await bench.admit(1)
+    bad, bad_id = await bench.admit(0)
+    await send(bad)
+    lost = await bench.next(AgentLost)
+    assert (lost.member, lost.connection_id) == (member(0), bad_id)
+    assert reason in lost.reason
+    given, told = await closed(bad)
+    assert given == code
+    assert reason in told
+    await good.send_bytes(encode(READY))
+    assert await bench.next(AgentMessage) == AgentMessage(member(1), good_id, READY)
+
+
+async def test_an_oversized_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_connection, "MAX_FRAME_BYTES", 100_000)
+    socket, connection_id = await bench.admit()
+    await socket.send_bytes(bytes(100_001))
+    lost = await bench.next(AgentLost)
+    assert lost == AgentLost(member(), connection_id, "frame of 100001 bytes exceeds the limit of 100000")
+    assert (await closed(socket))[0] == WSCloseCode.MESSAGE_TOO_BIG
+
+
+async def test_a_message_before_the_decision(bench: Bench) -> None:
+    socket, connection_id = await bench.introduce()
+    await socket.send_bytes(encode(READY))
+    assert await bench.next(AgentLost) == AgentLost(member(), connection_id, "Ready out of turn: in phase DECISION")
+    assert not bench.hub.accept(member(), connection_id, WELCOME)
+
+
+async def test_ping_is_answered(bench: Bench) -> None:
+    socket, _ = await bench.admit()
+    await socket.ping(b"there?")
+    async with asyncio.timeout(SECONDS):
+        frame = await socket.receive()
+    assert (frame.type, bytes(frame.data)) == (WSMsgType.PONG, b"there?")
+
+
+# ------------------------------------------------------------------------------------------------------- decisions
+async def test_a_duplicate_rank_is_refused_by_name_and_the_first_stays(bench: Bench) -> None:
+    first, first_id = await bench.admit(incarnation=1)
+    second, second_id = await bench.introduce(incarnation=2)
+    refused = Refused(reason="engine/0 is taken by another living process", fault="config", retry=True)
+    assert bench.hub.refuse(member(), second_id, refused)
+    assert await said(second) == refused
+    assert await closed(second) == (WSCloseCode.POLICY_VIOLATION, refused.reason)
+    await first.send_bytes(encode(READY))
+    assert await bench.next(AgentMessage) == AgentMessage(member(), first_id, READY)
+    await bench.quiet()
+
+
+async def test_a_reconnect_takes_the_place_of_the_old_connection(bench: Bench) -> None:
+    old, _ = await bench.admit()
+    new, new_id = await bench.admit()
+    assert (await closed(old))[1] == "a newer connection of this agent took its place"
+    await new.send_bytes(encode(READY))
+    assert await bench.next(AgentMessage) == AgentMessage(member(), new_id, READY)
+    outcome = Outcome(version=Version(1, 1), committed=True)
+    assert bench.hub.send(member(), outcome)
+    assert await said(new) == outcome
+    await bench.quiet()
+
+
+async def test_drop_is_the_owners_wish_and_no_loss(bench: Bench) -> None:
+    socket, _ = await bench.admit()
+    assert bench.hub.drop(member(), "evicted")
+    assert await closed(socket) == (WSCloseCode.POLICY_VIOLATION, "evicted")
+    assert not bench.hub.drop(member(), "evicted")
+    await bench.quiet()
+
+
+async def test_decisions_about_the_gone_and_the_decided_are_false(bench: Bench) -> None:
+    refused = Refused(reason="", fault="", retry=True)
+    socket, connection_id = await bench.introduce()
+    assert not bench.hub.accept(member(1), connection_id, WELCOME)
+    assert bench.hub.accept(member(), connection_id, WELCOME)
+    assert not bench.hub.accept(member(), connection_id, WELCOME)
+    assert not bench.hub.refuse(member(), connection_id, refused)
+    await socket.close()
+    await bench.next(AgentLost)
+    assert not bench.hub.refuse(member(), connection_id, refused)
+
+
+async def test_nobody_decides(token_file: Path) -> None:
+    async with serving(token_file, hello_seconds=0.05) as bench:
+        socket, connection_id = await bench.introduce()
+        assert await bench.next(AgentLost) == AgentLost(
+            member(), connection_id, "no decision on its Hello within 0.05 s"
+        )
+        await closed(socket)
+
+
+# ------------------------------------------------------------------------------------------------------ heartbeats
+def sweep_all(hub: Hub, now: float) -> None:
+    for turn in range(SWEEP_SLICES):
+        hub.sweep(now, turn)
+
+
+async def test_the_hub_sends_heartbeats(token_file: Path) -> None:
+    async with serving(token_file, heartbeat_seconds=0.02, missed_heartbeats=1000) as bench:
+        socket, _ = await bench.admit()
+        assert [await said(socket) for _ in range(3)] == [Heartbeat()] * 3
+
+
+async def test_a_silent_peer_is_lost_after_its_heartbeats(bench: Bench) -> None:
+    now = asyncio.get_running_loop().time()
+    timing = HubTiming()
+    socket, connection_id = await bench.admit()
+    sweep_all(bench.hub, now + timing.silence_seconds - 1)
+    assert bench.events.empty()
+    sweep_all(bench.hub, now + timing.silence_seconds + 1)
+    lost = await bench.next(AgentLost)
+    assert lost.connection_id == connection_id
+    assert lost.reason.startswith("silent for")
+    assert not socket.closed, "it was not the peer who went away"
+    assert bench.hub.connected == frozenset()
+
+
+async def test_a_slow_peer_is_dropped_and_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_connection, "MAX_SEND_QUEUE_BYTES", 1_000_000)
+    good, _ = await bench.admit(1)
+    slow, slow_id = await bench.admit(0)
+    pause_reading(slow)
+    large = Connect(fingerprint="f", root="r", peers=(), copies=bytes(900_000), expected_bytes=1)
+    sent = 0
+    while bench.hub.send(member(0), large):
+        sent += 1
+        assert sent < 100, "the kernel never stops taking"
+    assert bench.events.empty(), "an event came from within the owner's own command"
+    assert await bench.next(AgentLost) == AgentLost(member(0), slow_id, "slow: its send queue is full")
+    assert bench.hub.send(member(1), large)
+    assert await said(good) == large
+
+
+def pause_reading(socket: aiohttp.ClientWebSocketResponse) -> None:
+    connection = socket._response.connection
+    assert connection is not None
+    assert connection.transport is not None
+    connection.transport.pause_reading()
+
+
+# ------------------------------------------------------------------------------------------------------------ life
+async def test_close_ends_everybody_with_a_reason(token_file: Path) -> None:
+    async with serving(token_file) as bench:
+        socket, _ = await bench.admit()
+        waiting = await bench.open()
+        ended = asyncio.gather(closed(socket), closed(waiting))
+        await bench.hub.close("restart")
+        assert list(await ended) == [(WSCloseCode.GOING_AWAY, "restart")] * 2
+        assert bench.events.empty()
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await bench.open()
+
+
+async def test_close_does_not_wait_for_a_peer_that_does_not_answer(token_file: Path) -> None:
+    async with serving(token_file, close_seconds=0.05) as bench:
+        socket, _ = await bench.admit()
+        pause_reading(socket)
+        async with asyncio.timeout(SECONDS):
+            await bench.hub.close()
+
+
+async def test_others_may_serve_at_the_same_address(token_file: Path) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text="here")
+
+    def configure(app: web.Application) -> None:
+        app.router.add_get("/status", answer)
+
+    hub = Hub(run_id="run", token_file=token_file, on_event=lambda _: None)
+    port = await hub.start("127.0.0.1", 0, configure)
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/status") as response:
+        assert await response.text() == "here"
+    with pytest.raises(OSError, match="address already in use"):
+        await Hub(run_id="run", token_file=token_file, on_event=lambda _: None).start("127.0.0.1", port)
+    await hub.close()
+
+
+def test_without_a_token_and_without_certificates_there_is_no_hub() -> None:
+    with pytest.raises(ValueError, match="client certificates"):
+        Hub(run_id="run", token_file=None, on_event=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"two words", "without blanks"),
+        (b"two\nlines", "without blanks"),
+        ("ä".encode(), "printable ASCII"),
+        (b"x" * 5000, "longer than 4096 bytes"),
+    ],
+)
+def test_token_files_that_cannot_serve(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TokenError, match=reason):
+        read_token(path)

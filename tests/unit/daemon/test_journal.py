@@ -1,0 +1,288 @@
+"""The journal: real files, real fsync, real deaths of the process and of the disk."""
+
+import asyncio
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from weightsync.orchestrator.daemon.journal import (
+    MAX_ENTRY_BYTES,
+    AsyncJournal,
+    Journal,
+    JournalError,
+    JournalLocked,
+    JournalLost,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "journal.sqlite"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    with Journal.open(path, clock=lambda: 12.5) as opened:
+        yield opened
+
+
+def spawn(script: str, path: Path) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", script, str(path)], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def test_entries_come_back_in_order(journal: Journal) -> None:
+    assert journal.append("A", b'{"n": 1}') == 1
+    assert journal.append_many([("B", b'{"n": 2}'), ("A", b'{"n": 3}')]) == [2, 3]
+    found = list(journal.entries())
+    assert [(entry.sequence, entry.kind, json.loads(entry.body)["n"]) for entry in found] == [
+        (1, "A", 1), (2, "B", 2), (3, "A", 3),
+    ]  # fmt: skip
+    assert found[0].unix_time == 12.5
+    assert [entry.sequence for entry in journal.entries(["A"])] == [1, 3]
+    assert [entry.sequence for entry in journal.entries(newest=2)] == [2, 3]
+    assert [entry.sequence for entry in journal.entries(["A", "B"], newest=1)] == [3]
+    assert list(journal.entries([])) == []
+
+
+def test_it_survives_closing(path: Path) -> None:
+    with Journal.open(path) as first:
+        first.append("A", b"{}")
+        name = first.journal_id
+    with Journal.open(path) as second:
+        assert second.journal_id == name
+        assert len(name) == 32
+        assert [entry.kind for entry in second.entries()] == ["A"]
+    with Journal.open(path.with_name("other")) as other:
+        assert other.journal_id != name
+
+
+def test_epochs_only_grow(path: Path) -> None:
+    with Journal.open(path) as journal:
+        assert [journal.next_epoch(), journal.next_epoch(), journal.next_epoch(at_least=9)] == [1, 2, 10]
+    with Journal.open(path) as journal:
+        assert journal.epoch == 10
+        assert journal.next_epoch(at_least=3) == 11
+
+
+def test_files_are_private(journal: Journal, path: Path) -> None:
+    assert path.parent.stat().st_mode & 0o077 == 0
+    for file in path.parent.iterdir():
+        assert file.stat().st_mode & 0o077 == 0, file
+
+
+def test_commits_are_synchronous(journal: Journal) -> None:
+    connection = journal._connection
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_entries_are_final(journal: Journal) -> None:
+    journal.append("A", b"{}")
+    with pytest.raises(sqlite3.DatabaseError, match="entries are final"):
+        journal._connection.execute("UPDATE entries SET kind = 'B'")
+
+
+def test_a_second_daemon_is_told_the_pid_of_the_first(journal: Journal, path: Path) -> None:
+    with pytest.raises(JournalLocked, match=f"process {os.getpid()}") as caught:
+        Journal.open(path)
+    assert caught.value.pid == os.getpid()
+    journal.close()
+    Journal.open(path).close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from weightsync.orchestrator.daemon.journal import Journal
+journal = Journal.open(Path(sys.argv[1]))
+number = 0
+while True:
+    number += 1
+    print(journal.append("A", b'{"n": %d}' % number), flush=True)
+    if number == 3:
+        sys.stdin.read()
+"""
+
+
+def test_kill_9_loses_no_acknowledged_entry_and_frees_the_lock(path: Path) -> None:
+    process = spawn(HOLD, path)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    acknowledged = [int(process.stdout.readline()) for _ in range(3)]
+    with pytest.raises(JournalLocked) as caught:
+        Journal.open(path)
+    assert caught.value.pid == process.pid
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    with Journal.open(path) as journal:
+        assert [entry.sequence for entry in journal.entries()] == acknowledged == [1, 2, 3]
+        assert journal.append("B", b"{}") == 4
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from weightsync.orchestrator.daemon.journal import Journal, JournalLost
+journal = Journal.open(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+count = 0
+try:
+    for count in range(1000):
+        journal.append("A", b'{"text": "%s"}' % (b"x" * 2000))
+except JournalLost as error:
+    print(count)
+    print(error)
+try:
+    journal.append("A", b"{}")
+except JournalLost:
+    print("stays lost")
+"""
+
+
+def test_a_full_disk_ends_it_and_keeps_what_was_acknowledged(path: Path) -> None:
+    process = spawn(FULL, path)
+    output, _ = process.communicate(timeout=60)
+    count, reason, after = output.splitlines()
+    assert 0 < int(count) < 999
+    assert "append failed" in reason
+    assert "outcome is unknown" in reason
+    assert after == "stays lost"
+    with Journal.open(path) as journal:
+        assert len(list(journal.entries())) >= int(count)
+        journal.append("B", b"{}")
+
+
+def test_a_failed_commit_is_all_or_nothing(journal: Journal, path: Path) -> None:
+    journal._connection.execute("CREATE TRIGGER t BEFORE INSERT ON entries WHEN NEW.kind = 'X' BEGIN SELECT RAISE(ABORT, 'no'); END")  # fmt: skip # noqa: E501
+    with pytest.raises(JournalLost):
+        journal.append_many([("A", b"{}"), ("X", b"{}")])
+    with pytest.raises(JournalLost):
+        list(journal.entries())
+    journal.close()
+    with Journal.open(path) as reread:
+        assert list(reread.entries()) == []
+
+
+def test_bodies_have_a_limit_and_are_text(journal: Journal) -> None:
+    with pytest.raises(ValueError, match="limit"):
+        journal.append("A", b" " * (MAX_ENTRY_BYTES + 1))
+    with pytest.raises(UnicodeDecodeError):
+        journal.append("A", b"\xff")
+    assert journal.append("A", b"{}") == 1
+
+
+def test_a_newer_schema_is_refused(path: Path) -> None:
+    with Journal.open(path) as journal:
+        journal._connection.execute("UPDATE meta SET value = '2' WHERE name = 'schema'")
+    for opened in (Journal.open, Journal.read_only):
+        with pytest.raises(JournalError, match="has schema 2"):
+            opened(path)
+    # The lock of the failed attempt is free again.
+    with pytest.raises(JournalError, match="has schema 2"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("content", [b"no database" * 1000, b"SQLite format 3\x00" + b"\x07" * 5000])
+def test_other_files_are_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match="no usable journal"):
+        Journal.open(path)
+    assert path.read_bytes() == content
+
+
+def test_another_database_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    with pytest.raises(JournalError, match="journal"):
+        Journal.open(path)
+
+
+def test_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="cannot hold the journal"):
+        Journal.open(tmp_path / "file" / "journal.sqlite")
+
+
+def test_damage_is_noticed(path: Path) -> None:
+    with Journal.open(path) as journal:
+        journal.append_many([("A", b'{"text": "%s"}' % (b"x" * 3000))] * 50)
+    data = bytearray(path.read_bytes())
+    data[4096 * 6 : 4096 * 9] = b"\xa5" * (4096 * 3)
+    path.write_bytes(data)
+    with pytest.raises(JournalError):
+        Journal.open(path)
+
+
+def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> None:
+    journal.append("A", b"{}")
+    journal.next_epoch()
+    with Journal.read_only(path) as reader:
+        assert [entry.kind for entry in reader.entries()] == ["A"]
+        assert reader.epoch == 1
+        assert reader.journal_id == journal.journal_id
+        journal.append("B", b"{}")
+        assert [entry.kind for entry in reader.entries()] == ["A", "B"]
+        with pytest.raises(JournalLost):
+            reader.append("C", b"{}")
+    journal.close()
+    with Journal.read_only(path) as reader:
+        assert [entry.kind for entry in reader.entries()] == ["A", "B"]
+    with pytest.raises(JournalError, match="no journal at"):
+        Journal.read_only(path.with_name("absent"))
+
+
+def test_pruning_keeps_open_rounds_other_kinds_and_the_newest(journal: Journal) -> None:
+    def write(kind: str, number: int) -> None:
+        journal.append(kind, json.dumps({"type": kind, "round": [1, number]}).encode())
+
+    write("RoundBegan", 99)
+    for number in range(5):
+        for kind in ("RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"):
+            write(kind, number)
+    write("LiveDirty", 99)
+    assert journal.prune(keep_rounds=10) == 0
+    assert journal.prune(keep_rounds=2) == 3 * 4
+    assert journal.prune(keep_rounds=2) == 0
+    left = [(entry.kind, json.loads(entry.body)["round"][1]) for entry in journal.entries()]
+    whole = ["RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"]
+    assert left == [
+        ("RoundBegan", 99), ("Committed", 0), ("Committed", 1), ("Committed", 2),
+        *((kind, 3) for kind in whole), *((kind, 4) for kind in whole), ("LiveDirty", 99),
+    ]  # fmt: skip
+    assert journal.append("A", b"{}") == 28
+
+
+async def test_behind_a_thread(path: Path) -> None:
+    journal = AsyncJournal(Journal.open(path))
+    sequences = await asyncio.gather(*(journal.append("A", b"{}") for _ in range(20)))
+    assert sorted(sequences) == list(range(1, 21))
+    assert await journal.append_many([("B", b"{}")]) == [21]
+    assert await journal.next_epoch(4) == 5
+    assert [entry.sequence for entry in await journal.entries(["B"])] == [21]
+    assert await journal.prune(1) == 0
+    await journal.close()
+    Journal.open(path).close()
+
+
+async def test_a_cancelled_caller_does_not_stop_the_commit(path: Path) -> None:
+    journal = AsyncJournal(Journal.open(path))
+    task = asyncio.create_task(journal.append("A", b"{}"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await journal.append("B", b"{}")
+    assert [entry.kind for entry in await journal.entries()][-1] == "B"
+    await journal.close()

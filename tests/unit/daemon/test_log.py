@@ -1,0 +1,122 @@
+"""The log: its two forms, the round's line, and what it must not show."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from weightsync.orchestrator.daemon import log
+from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.settings.settings import Log
+
+SECRET = "s3cret-0f-the-fleet"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log, "_secrets", set())
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_where_nobody_watches_console_where_somebody_does() -> None:
+    file, terminal = io.StringIO(), Terminal()
+    log.configure(Log(), file)
+    structlog.get_logger().info("hello", engine="a")
+    log.configure(Log(), terminal)
+    structlog.get_logger().info("hello", engine="a")
+    (line,) = lines(file)
+    assert (line["event"], line["engine"], line["level"]) == ("hello", "a", "info")
+    assert str(line["timestamp"]).endswith("Z")
+    assert "hello" in terminal.getvalue()
+    with pytest.raises(ValueError, match=r"Expecting|Extra"):
+        lines(terminal)
+
+
+def test_the_form_can_be_forced() -> None:
+    terminal = Terminal()
+    log.configure(Log(format="json"), terminal)
+    structlog.get_logger().info("hello")
+    assert lines(terminal)[0]["event"] == "hello"
+
+
+def test_levels_and_the_libraries_own_logs() -> None:
+    stream = io.StringIO()
+    log.configure(Log(level="warning"), stream)
+    structlog.get_logger().info("quiet")
+    logging.getLogger("aiohttp").info("quiet")
+    logging.getLogger("aiohttp").warning("lib says %d", 5)
+    assert [(line["event"], line["level"]) for line in lines(stream)] == [("lib says 5", "warning")]
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_no_secret_is_shown(form: str) -> None:
+    stream = io.StringIO()
+    log.configure(Log.model_validate({"format": form}), stream)
+    log.withhold(SECRET)
+    logger = structlog.get_logger()
+    logger.info("got " + SECRET, token="abcdef", engine={"api_key": "abcdef", "urls": [SECRET]}, text=f"x{SECRET}x")
+    logger.info("header", value="Authorization: Bearer abcdef")
+    logger.info("objects", error=ValueError(SECRET), authorization=1)
+    logging.getLogger("lib").warning("lib %s", SECRET)
+    hidden = "abcdef" + SECRET
+    try:
+        raise ValueError(SECRET)
+    except ValueError:
+        logger.exception("failed")
+    shown = stream.getvalue()
+    assert hidden
+    assert SECRET not in shown
+    assert "abcdef" not in shown
+    assert "ValueError" in shown
+    assert shown.count(log.WITHHELD) >= 9
+
+
+def test_token_file_is_no_secret_and_short_words_are_not_searched_for() -> None:
+    stream = io.StringIO()
+    log.configure(Log(format="json"), stream)
+    log.withhold("a")
+    structlog.get_logger().info("a path", token_file="/etc/token")
+    (line,) = lines(stream)
+    assert (line["event"], line["token_file"]) == ("a path", "/etc/token")
+
+
+def test_one_line_per_round() -> None:
+    stream = io.StringIO()
+    log.configure(Log(format="json"), stream)
+    row = RoundRow(
+        round="3.7", step=12, generation=5, attempt=1, outcome="committed", engines=("a", "b"), bytes=2_000_000_000,
+        wire_gb_per_s=10.0, pause_ms=33.1, stall_ms=250.0, verify_ms=40.0, total_ms=260.0,
+    )  # fmt: skip
+    log.round_line(row)
+    log.round_line(RoundRow(round="3.8", step=13, generation=5, attempt=3, outcome="failed", reason="digest differs"))
+    first, second = lines(stream)
+    assert first["event"] == "round committed"
+    assert first["level"] == "info"
+    assert (first["round"], first["step"], first["engines"], first["stall_ms"]) == ("3.7", 12, ["a", "b"], 250.0)
+    assert "reason" not in first
+    assert (second["event"], second["level"], second["reason"]) == ("round failed", "warning", "digest differs")
+
+
+def test_configuring_twice_prints_once() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    log.configure(Log(), first)
+    log.configure(Log(), second)
+    structlog.get_logger().info("hello")
+    assert first.getvalue() == ""
+    assert len(lines(second)) == 1

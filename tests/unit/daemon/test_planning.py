@@ -1,0 +1,76 @@
+"""From what agents announced to what each of them is told."""
+
+import numpy as np
+import pytest
+from weightsync.orchestrator.core.commands import Announced, MakePlan
+from weightsync.orchestrator.daemon.planning import Planning
+from weightsync.orchestrator.planner import PlanError
+from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.messages import Announce
+from weightsync.orchestrator.protocol.names import Member
+
+ROWS, COLUMNS = 64, 1024
+BYTES = ROWS * COLUMNS * 2
+
+
+def announced(member: Member, first: int, end: int, *, dtype: str = "bfloat16", base: int = 1 << 20) -> Announced:
+    """A party that holds rows ``[first, end)`` of the one tensor, densely, in one region."""
+    box = row(0, 0, 0, (first, 0), (end - first, COLUMNS), (COLUMNS * 2, 2))
+    rows = np.asarray([box], dtype="<i8").tobytes()
+    region = Region(base, (end - first) * COLUMNS * 2)
+    layout = Layout((Tensor("w", dtype, (ROWS, COLUMNS)),), (region,), rows)
+    endpoint = str(member).encode()
+    return Announced(
+        member, 100 + member.rank, Announce(layout=layout, endpoint_name=f"of {member}", endpoint=endpoint)
+    )
+
+
+TRAINERS = tuple(announced(Member("trainer", "", rank), 32 * rank, 32 * rank + 32) for rank in (0, 1))
+ENGINE = announced(Member("inference", "e0", 0), 0, ROWS, base=1 << 30)
+
+
+def test_each_agent_is_told_its_own_edges() -> None:
+    planning = Planning()
+    assert planning.layouts("run") is None
+    facts = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,)))
+    assert facts.proved
+    assert facts.flows == {(trainer.member, ENGINE.member): BYTES // 2 for trainer in TRAINERS}
+    assert facts.writers_of(frozenset({ENGINE.member})) == {t.member: (ENGINE.member,) for t in TRAINERS}
+    assert set(facts.connects) == {party.member for party in (*TRAINERS, ENGINE)}
+    for trainer in TRAINERS:
+        connect = facts.connects[trainer.member]
+        (peer,) = connect.peers
+        assert (peer.member, peer.incarnation) == (ENGINE.member, ENGINE.incarnation)
+        assert (peer.endpoint_name, peer.endpoint) == ("of e0/0", b"e0/0")
+        assert peer.regions == ENGINE.announce.layout.regions
+        assert connect.root == facts.root
+    assert len({connect.fingerprint for connect in facts.connects.values()}) == 3
+
+
+def test_the_view_names_every_party_of_the_present_plan() -> None:
+    planning = Planning()
+    root = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,))).root
+    view = planning.layouts("run")
+    assert view is not None
+    assert (view.run, view.root) == ("run", root)
+    assert [party.name for party in view.parties] == ["trainer/0", "trainer/1", "e0/0"]
+
+
+def test_a_plan_that_fails_leaves_the_last_one() -> None:
+    planning = Planning()
+    planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,)))
+    before = planning.plan
+    with pytest.raises(PlanError, match="'w' has dtype bfloat16 at trainer/0 but float16 at e0/0"):
+        planning.make(MakePlan(2, 2, TRAINERS, (announced(ENGINE.member, 0, ROWS, dtype="float16"),)))
+    with pytest.raises(PlanError, match="w"):
+        planning.make(MakePlan(3, 3, TRAINERS[:1], (ENGINE,)))
+    assert planning.plan is before
+
+
+def test_another_incarnation_is_another_plan() -> None:
+    """And the same parties make the same one."""
+    planning = Planning()
+    root = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,))).root
+    restarted = Announced(ENGINE.member, ENGINE.incarnation + 1, ENGINE.announce)
+    assert planning.make(MakePlan(2, 2, TRAINERS, (restarted,))).root != root
+    assert planning.make(MakePlan(3, 3, TRAINERS, (ENGINE,))).root == root

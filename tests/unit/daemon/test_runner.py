@@ -1,0 +1,174 @@
+"""The daemon's life in one process: it starts, is asked, is told to stop, and ends when it must not go on."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable
+from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
+from weightsync.orchestrator.core.policy import Policy
+from weightsync.orchestrator.daemon import runner as runners
+from weightsync.orchestrator.daemon.journal import Journal, JournalLocked
+from weightsync.orchestrator.daemon.runner import Runner, policy_of
+from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
+from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.settings.settings import Settings, load
+
+SECONDS = 20.0
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Of a daemon whose one engine does not exist."""
+    (tmp_path / "token").write_text("the-token")
+    (tmp_path / "token").chmod(0o600)
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+run: {{id: glm, directory: {tmp_path / "run"}}}
+state_directory: {tmp_path / "state"}
+listen: {{host: 127.0.0.1, port: 1, token_file: {tmp_path / "token"}}}
+engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
+rescan_seconds: 1
+""")
+    loaded = load(config, {})
+    return loaded.model_copy(update={"listen": loaded.listen.model_copy(update={"port": 0})})
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[tuple[Runner, int, "asyncio.Task[None]"]]:
+    """A daemon in this loop, its port and its task; stopped at the end if it still runs."""
+    runner = Runner(settings)
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(runner.run(port.set_result))
+    await asyncio.wait({task, port}, return_when=asyncio.FIRST_COMPLETED, timeout=SECONDS)
+    try:
+        yield runner, port.result() if port.done() else 0, task
+    finally:
+        runner._stopped.set()
+        await asyncio.wait({task}, timeout=SECONDS)
+
+
+async def asked(port: int, path: str) -> Any:
+    headers = {"Authorization": "Bearer the-token"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.get(f"http://127.0.0.1:{port}{path}") as answer,
+    ):
+        assert answer.status == 200
+        return await answer.json()
+
+
+async def until(holds: Callable[[], Awaitable[Any]]) -> Any:
+    """Wait until ``holds`` is true, by looking."""
+    async with asyncio.timeout(SECONDS):
+        while not (result := await holds()):  # noqa: ASYNC110  (what a client sees has no event)
+            await asyncio.sleep(0.01)
+    return result
+
+
+async def test_it_serves_until_it_is_told_to_stop(settings: Settings) -> None:
+    async with running(settings) as (runner, port, task):
+        status = await asked(port, "/status")
+        assert (status["run"], status["epoch"], status["round"]) == ("glm", 1, None)
+        assert (await asked(port, "/rounds"))["rounds"] == []
+        assert await runner.layouts() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(task, SECONDS)
+
+
+async def test_each_start_is_an_epoch_of_the_same_journal(settings: Settings) -> None:
+    seen = []
+    for _ in range(3):
+        async with running(settings) as (_, port, task):
+            status = await asked(port, "/status")
+            seen.append((status["epoch"], status["journal_id"]))
+        await task
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert len({journal for _, journal in seen}) == 1
+
+
+async def test_markers_become_events(settings: Settings) -> None:
+    async with running(settings) as (runner, _, _):
+        step = settings.run.directory / "broadcasts" / "step_5"
+        step.mkdir(parents=True)
+        (step / "STABLE").write_bytes(encode_manifest(manifest("glm", Version(9, 5))))
+
+        async def seen() -> bool:
+            return runner.fleet.stable == (StableSeen(5, 9),)
+
+        await until(seen)
+
+
+async def test_problems_of_markers_are_in_the_status(settings: Settings) -> None:
+    async with running(settings) as (_, port, _):
+        (settings.run.directory / "broadcasts" / "step_x").mkdir(parents=True)
+
+        async def told() -> Any:
+            return [p for p in (await asked(port, "/status"))["problems"] if "step_x" in p]
+
+        assert "wrongly named" in (await until(told))[0]
+
+
+async def test_a_broken_invariant_ends_it_and_nothing_is_performed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def violated(*_: Any) -> Any:
+        raise InvariantViolation("S1: made up")
+
+    async with running(settings) as (runner, _, task):
+        performed: list[Any] = []
+        monkeypatch.setattr(runners, "step", violated)
+        monkeypatch.setattr(runner._outbox, "put", performed.append)
+        runner.post(MarkersSeen(1, ()))
+        with pytest.raises(InvariantViolation, match="made up"):
+            await asyncio.wait_for(asyncio.shield(task), SECONDS)
+        assert performed == []
+
+
+async def test_so_does_a_lost_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lost(*_: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    runner = Runner(settings)
+    monkeypatch.setattr(runners.AsyncJournal, "append_many", lost)
+    with pytest.raises(OSError, match="the disk is gone"):
+        await asyncio.wait_for(runner.run(), SECONDS)
+
+
+async def test_one_daemon_per_journal(settings: Settings) -> None:
+    async with running(settings):
+        with pytest.raises(JournalLocked):
+            await Runner(settings).run()
+
+
+async def test_a_journal_that_it_cannot_read_is_not_guessed_at(settings: Settings) -> None:
+    journal = Journal.open(settings.journal_path)
+    journal.append("RoundBegan", json.dumps({"type": "OfTheFuture"}).encode())
+    journal.close()
+    with pytest.raises(JournalUnreadable, match="OfTheFuture"):
+        await Runner(settings).run()
+
+
+def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> None:
+    changed = settings.model_copy(
+        update={"deadlines": settings.deadlines.model_copy(update={
+            name: number + 1000.0 for number, name in enumerate(type(settings.deadlines).model_fields)
+            if name.endswith("_seconds")
+        })}
+    )  # fmt: skip
+    policy = policy_of(changed)
+    named = {name.removesuffix("_seconds") for name in type(settings.deadlines).model_fields}
+    for field in fields(Policy):
+        if field.name in named:
+            assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
+    assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
+    assert policy.run_dir == "", "files are no transport here"

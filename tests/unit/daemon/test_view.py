@@ -1,0 +1,56 @@
+"""The state of an engine in one word, and since when."""
+
+from typing import Any
+
+import pytest
+from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.state import Agent, Fleet, Progress, Round
+from weightsync.orchestrator.daemon.view import engine_state
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, NixlSettings
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
+HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
+
+
+def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
+    """One engine; ``status`` is its only rank's, None without one."""
+    fleet, _ = start(Policy("run", (EngineConfig("e0"),), NixlSettings()), "j", [], 0.0)
+    if status is not None:
+        fleet.enter(Agent(MEMBER, 1, HELLO, Announce(layout=Layout((), (), b"")), status=status))
+    fleet.memory.committed = VERSION
+    for name, value in {"reachable": True, **engine}.items():
+        setattr(fleet.engines["e0"], name, value)
+    return fleet
+
+
+SERVING = EngineStatus(applied=VERSION)
+
+
+@pytest.mark.parametrize(
+    ("status", "engine", "word"),
+    [
+        (SERVING, {"paused": False}, "serving"),
+        (SERVING, {"paused": True}, "paused"),
+        (SERVING, {"ours_paused": True}, "paused"),
+        (SERVING, {"reachable": False}, "unreachable"),
+        (EngineStatus(), {"paused": True}, "held"),
+        (EngineStatus(applied=VERSION, torn=True), {"paused": True}, "torn"),
+        (EngineStatus(applied=VERSION, torn=True), {"reachable": False}, "torn"),
+        (None, {}, "joining"),
+        (None, {"reachable": False}, "unreachable"),
+    ],
+)
+def test_one_word_for_an_engine(status: EngineStatus | None, engine: dict[str, Any], word: str) -> None:
+    assert engine_state(fleet_with(status, **engine), "e0") == word
+
+
+def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
+    fleet = fleet_with(SERVING, paused=True)
+    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING)
+    assert engine_state(fleet, "e0") == "updating"
+    fleet.round.engines["e0"].evicted = "its /resume failed"
+    assert engine_state(fleet, "e0") == "paused"

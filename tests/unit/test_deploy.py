@@ -1,0 +1,115 @@
+"""The files under deploy/: they parse, agree with the program, and the job script does what it says."""
+
+import configparser
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from weightsync.orchestrator.cli.main import EXIT_CODES, Exit
+from weightsync.orchestrator.settings.settings import load
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNIT = DEPLOY / "systemd" / "weightsync-orchestrator@.service"
+JOB = DEPLOY / "slurm" / "weightsync.sbatch"
+
+
+def unit() -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(UNIT)
+    return parser
+
+
+def test_the_unit_does_not_restart_what_cannot_get_better() -> None:
+    service = unit()["Service"]
+    assert service["Restart"] == "on-failure"
+    assert set(service["RestartPreventExitStatus"].split()) == {str(Exit.USAGE.value), str(Exit.CONFIG.value)}
+    assert unit()["Unit"]["StartLimitIntervalSec"] == "0"
+    assert service["LoadCredential"].startswith("token:")
+    for hardening in ("NoNewPrivileges", "ProtectHome", "PrivateDevices", "RestrictSUIDSGID"):
+        assert service[hardening] == "yes"
+
+
+def test_the_units_environment_fits_the_settings(tmp_path: Path) -> None:
+    text = (DEPLOY / "config.example.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text)
+    given = dict(re.findall(r"^Environment=(WEIGHTSYNC__\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    assert len(given) == 3
+    settings = load(tmp_path / "config.yaml", {key: value.replace("%d", "/cred") for key, value in given.items()})
+    assert settings.listen.token_file == Path("/cred/token")
+    assert settings.log.format == "json"
+
+
+STUBS = {
+    "scontrol": 'case "$3" in zero) printf "n0\\nn1\\n" ;; one) printf "e0\\ne1\\n" ;; esac',
+    "srun": """
+        echo "$*" >> "$CALLS"
+        case "$*" in
+            *"weightsync-orchestrator run"*)
+                count=$(cat "$COUNT" 2> /dev/null || echo 0)
+                echo $((count + 1)) > "$COUNT"
+                [ "$count" -ge 1 ] && exit 78; exit 70 ;;
+            *"vllm serve"*) exit 0 ;;
+            *) while [ "$(cat "$COUNT" 2> /dev/null)" != 2 ]; do command sleep 0.02; done ;;
+        esac""",
+    "sleep": "exit 0",
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name, body in STUBS.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{body.replace('command sleep', '/bin/sleep')}\n")
+        (stubs / name).chmod(0o755)
+    return {
+        "PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "COUNT": str(tmp_path / "count"),
+        "RUN_ID": "glm", "RUN_DIRECTORY": str(tmp_path / "run"), "MODEL": "/m", "TRAINER": "python -m trainer",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "zero", "SLURM_JOB_NODELIST_HET_GROUP_1": "one", "SLURM_JOB_ID": "5",
+        "SLURM_NTASKS_HET_GROUP_0": "16",
+    }  # fmt: skip
+
+
+def run(environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(JOB)], env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_job_writes_a_configuration_that_loads_and_restarts_the_daemon(job: dict[str, str], tmp_path: Path) -> None:
+    done = run(job)
+    assert done.returncode == 0, done.stderr
+    assert "ended with 70 and is started again" in done.stderr
+    settings = load(tmp_path / "run" / "weightsync.yaml", {})
+    assert settings.run.id == "glm"
+    assert settings.agents_url == "http://n0:7410"
+    assert settings.trainer.world == 16
+    assert [(engine.name, engine.url) for engine in settings.engines] == [
+        ("engine-0", "http://e0:8000"), ("engine-1", "http://e1:8000"),
+    ]  # fmt: skip
+    assert settings.listen.token_file.stat().st_mode & 0o077 == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum("weightsync-orchestrator run" in call for call in calls) == 2
+    assert any(call.endswith("python -m trainer") for call in calls)
+    assert any('--weight-transfer-config {"backend": "weightsync"}' in call for call in calls)
+
+
+def test_the_job_names_what_it_needs(job: dict[str, str]) -> None:
+    done = run(job | {"MODEL": ""})
+    assert done.returncode != 0
+    assert "model directory for vLLM" in done.stderr
+
+
+def test_the_image_runs_the_daemon() -> None:
+    text = (DEPLOY / "container" / "Containerfile").read_text()
+    assert 'ENTRYPOINT ["weightsync-orchestrator"]' in text
+    assert "USER weightsync" in text
+    assert "/healthz" in text
+
+
+def test_the_operators_page_and_the_help_name_every_exit_code() -> None:
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    for code in Exit:
+        assert f"| {code.value} |" in page
+        assert re.search(rf"^ +{code.value} ", EXIT_CODES, re.MULTILINE)
