@@ -1,36 +1,18 @@
 """Small vectorised helpers that the planner's steps share."""
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.protocol.layout import ROW_BOX
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-Scalar = TypeVar("Scalar", bound=np.generic)
 
-DENSE_KEYS_PER_ITEM = 4
+DENSE_KEYS_PER_ITEM: Final = 4
 """A table over all possible keys is cheaper than sorting while it has at most this many entries per item."""
-
-
-def offsets_of(matrix: Ints) -> Ints:
-    """Box offsets ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX::3]
-
-
-def extents_of(matrix: Ints) -> Ints:
-    """Box extents ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX + 1 :: 3]
-
-
-def strides_of(matrix: Ints) -> Ints:
-    """Memory strides in bytes ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX + 2 :: 3]
 
 
 def starts(counts: npt.NDArray[Any]) -> Ints:
@@ -112,9 +94,6 @@ class Growing:
         self._store = np.zeros(1024, np.int32)
         self._used = 0
 
-    def __len__(self) -> int:
-        return self._used
-
     def extend(self, values: list[int]) -> None:
         """Append ``values``; views handed out earlier keep their length and values."""
         end = self._used + len(values)
@@ -130,26 +109,29 @@ class Growing:
         return self._store[: self._used]
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Contiguous pieces of boxes: their length in bytes and how many there are, both ``[n]``."""
+def count_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Ints:
+    """Into how many runs, contiguous under each of ``strides``, boxes fall.
 
-    length: Ints
-    count: Ints
+    Args:
+        extents: elements per dimension ``[n, MAX_RANK]``, the innermost dimension last.
+        itemsize: bytes per element ``[n]``.
+        strides: one or more of bytes ``[n, MAX_RANK]``; a run must be contiguous in all of these memories.
 
-
-def contiguous_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Runs:
-    """How boxes ``[n, MAX_RANK]`` fall into pieces that are contiguous under each of ``strides`` (bytes)."""
+    Returns:
+        Runs per box ``[n]``; 0 for a box without elements.
+    """
     length = itemsize.astype(np.int64)
     count = np.ones(len(extents), np.int64)
     whole = np.ones(len(extents), np.bool_)
     for dim in range(MAX_RANK - 1, -1, -1):
         extent = extents[:, dim]
+        # The stride of a dimension of one element leads nowhere: whatever it says, it does not break a run.
         single = extent == 1
         joins = whole.copy()
         for stride in strides:
             joins &= stride[:, dim] == length
         length = np.where(joins & ~single, length * extent, length)
         count = np.where(joins | single, count, count * extent)
+        # Once a dimension has a gap, no dimension further out can join: the inner ones are not one run any more.
         whole &= joins | single
-    return Runs(length, count)
+    return count

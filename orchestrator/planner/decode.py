@@ -68,9 +68,6 @@ class Forms:
         self._rows: list[Ints] = []
         self._table: FormTable | None = None
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def numbers(self, distinct: Ints) -> Ids:
         """Number of each of ``distinct`` forms ``[n, FORM_COLUMNS]``: kind, then box and strides as in a layout."""
         numbers = np.empty(len(distinct), np.int32)

@@ -11,7 +11,7 @@ from weightsync.orchestrator.planner.arrays import (
     Ints,
     boundaries,
     compress,
-    contiguous_runs,
+    count_runs,
     stable_order,
 )
 from weightsync.orchestrator.planner.catalogue import Catalogue
@@ -183,7 +183,7 @@ def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> t
     offset, extent = cells.offset[of_cell], cells.extent[of_cell]
     source_shift = ((offset - forms.offset[of_source]) * forms.stride[of_source]).sum(axis=1)
     target_shift = ((offset - forms.offset[of_target]) * forms.stride[of_target]).sum(axis=1)
-    runs = contiguous_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target]).count
+    runs = count_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target])
     box = np.stack([offset, extent], axis=2).reshape(-1, 2 * MAX_RANK)
     return Shapes(box, forms.stride[of_target], cells.bytes[of_cell], runs), shape, source_shift, target_shift
 

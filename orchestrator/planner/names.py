@@ -7,7 +7,7 @@ from typing import Final, cast
 
 import msgspec
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Growing, Ids, Ints
+from weightsync.orchestrator.planner.arrays import Growing, Ids
 from weightsync.orchestrator.planner.errors import DtypeMismatch, LayoutError, ShapeMismatch
 from weightsync.orchestrator.planner.inputs import Party
 from weightsync.orchestrator.protocol.layout import ITEMSIZE, Tensor, pad
@@ -44,10 +44,6 @@ class Names:
     def kinds(self) -> Ids:
         """Kind (dtype and shape) of each tensor."""
         return self._kinds.view()
-
-    def itemsize(self) -> Ints:
-        """Bytes per element of each tensor."""
-        return np.array(self.kind_itemsize, np.int64)[self.kinds()]
 
     def layers(self) -> Ids:
         """Layer of each tensor, by the first number between dots of its name; NO_LAYER without one."""
