@@ -19,10 +19,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.planner.apart import check_apart
 from weightsync.orchestrator.planner.arrays import Flags, Ids, Ints, mix, starts
 from weightsync.orchestrator.planner.decode import Decoded, FormTable, Rows
 from weightsync.orchestrator.planner.errors import ProofFailed
+from weightsync.orchestrator.planner.overlap import check_apart
 from weightsync.orchestrator.planner.tables import Told
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
