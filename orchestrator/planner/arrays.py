@@ -24,12 +24,14 @@ def starts(counts: npt.NDArray[Any]) -> Ints:
 
 def expand(counts: npt.NDArray[Any]) -> tuple[Ints, Ints]:
     """For each of ``sum(counts)`` items: which entry it belongs to, and its ordinal within that entry."""
+    # [2, 0, 3] gives owners [0, 0, 2, 2, 2] and ordinals [0, 1, 0, 1, 2].
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - starts(counts)[:-1][owner]
 
 
 def stable_order(keys: npt.NDArray[Any], bound: int) -> Ints:
     """Stable argsort of non-negative ``keys`` below ``bound``, 16 bits at a time: NumPy sorts those by radix."""
+    # From the lowest digit up: each stable pass keeps the order of the ones before among equal digits.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     shift = 16
     while bound > 1 << shift:
@@ -46,7 +48,7 @@ def boundaries(ordered: npt.NDArray[Any]) -> Ints:
 
 
 def compress(keys: Ints, bound: int) -> tuple[Ints, Ints]:
-    """The sorted distinct values of non-negative ``keys`` below ``bound``, and each key's index among them."""
+    """The sorted distinct values of ``keys [n]``, all in ``[0, bound)``, and each key's index among them ``[n]``."""
     if bound > DENSE_KEYS_PER_ITEM * len(keys) + 65536:
         distinct, index = np.unique(keys, return_inverse=True)
         return distinct, index.reshape(-1)
@@ -71,6 +73,7 @@ def distinct_rows(matrix: Ints) -> tuple[Ints, Ints]:
     if not np.array_equal(matrix[first][index], matrix):
         _, first, index = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
+    # np.unique sorts by value; numbers must not depend on the hash, so that they are given by first occurrence.
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     return matrix[first[order]], rank[index.reshape(-1)]

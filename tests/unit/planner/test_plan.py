@@ -101,7 +101,7 @@ def test_a_join_touches_only_its_own_edges(make):
         assert changed == {trainer(0)}
         assert after.root != before.root
     assert cached.root == alone.root
-    assert set(map(id, before.units)) <= set(map(id, cached.units)), "kept units are not planned again"
+    assert set(map(id, before.engines)) <= set(map(id, cached.engines)), "kept engines are not planned again"
 
 
 def test_an_engine_that_leaves_changes_no_other(make):
