@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from layouts import Builder, assert_delivered, execute, full_tensors
 from weightsync.orchestrator.planner import (
     CostModel,
     CoverageError,
@@ -47,11 +48,11 @@ def whole(tensor):
 
 
 @pytest.fixture(scope="session")
-def make(bench):
+def make():
     """Parties that hold whole tensors."""
 
     def made(member, tensors, *, staging=-1, incarnation=1):
-        builder = bench.Builder(member, staging)
+        builder = Builder(member, staging)
         for tensor in tensors:
             builder.dense(whole(tensor))
         return builder.party(incarnation)
@@ -114,15 +115,15 @@ def test_an_engine_that_leaves_changes_no_other(make):
         assert after.part(rank_of(name)) == before.part(rank_of(name))
 
 
-def test_a_small_staging_region_is_not_given_to_two_engines(make, bench):
+def test_a_small_staging_region_is_not_given_to_two_engines(make):
     model = [Tensor(f"model.layers.{i}.norm", "bfloat16", (32,)) for i in range(40)]
     sources = [make(trainer(0), model, staging=4096)]
     engines = [make(rank_of(name), model, staging=1 << 16) for name in "ab"]
     before = make_plan(sources, engines[:1])
     plan = make_plan(sources, engines, previous=before)
     assert plan.part(rank_of("a")) == before.part(rank_of("a"))
-    full = bench.full_tensors(sources, 1)
-    bench.assert_delivered(engines, full, bench.execute(plan, sources, engines, full))
+    full = full_tensors(sources, 1)
+    assert_delivered(engines, full, execute(plan, sources, engines, full))
 
 
 @pytest.mark.parametrize("change", ["incarnation", "regions", "expert_map", "rows"])
@@ -224,9 +225,9 @@ def test_missing_tensors_are_all_named(make):
     assert model[4].name in str(error.value)
 
 
-def test_a_hole_is_named_with_its_box(bench, make):
+def test_a_hole_is_named_with_its_box(make):
     (tensor,) = weights(1)
-    builder = bench.Builder(trainer(0))
+    builder = Builder(trainer(0))
     builder.dense((tensor, ((0, 0), (SIZE - 1, SIZE))))
     with pytest.raises(CoverageError, match=rf"{tensor.name}\[0:64, 0:64\] lacks 64 elements at e/0"):
         make_plan([builder.party()], [make(rank_of("e"), [tensor])])
@@ -332,10 +333,10 @@ def test_ragged_rows_staging_and_twins_are_refused(make):
         make_plan([], [])
 
 
-def test_rows_that_share_memory_are_refused_by_name(bench, make):
+def test_rows_that_share_memory_are_refused_by_name(make):
     one, two = weights(2)
     source = make(trainer(0), [one, two])
-    builder = bench.Builder(rank_of("e"))
+    builder = Builder(rank_of("e"))
     builder.regions.append(1 << 16)
     builder.hold(whole(one), 0, 0, (SIZE * 2, 2))
     builder.hold(whole(two), 0, SIZE * SIZE * 2 - 2, (SIZE * 2, 2))
@@ -343,21 +344,21 @@ def test_rows_that_share_memory_are_refused_by_name(bench, make):
         make_plan([source], [builder.party()])
 
 
-def test_a_row_that_folds_onto_itself_is_refused(bench, make):
+def test_a_row_that_folds_onto_itself_is_refused(make):
     (one,) = weights(1)
-    builder = bench.Builder(rank_of("e"))
+    builder = Builder(rank_of("e"))
     builder.regions.append(1 << 16)
     builder.hold(whole(one), 0, 0, (SIZE, 2))
     with pytest.raises(LayoutError, match="elements that share memory"):
         make_plan([make(trainer(0), [one])], [builder.party()])
 
 
-def test_empty_boxes_are_ignored(bench, make):
+def test_empty_boxes_are_ignored(make):
     (one,) = weights(1)
-    builder = bench.Builder(trainer(0))
+    builder = Builder(trainer(0))
     builder.dense((one, ((SIZE, 0), (0, SIZE))))
     builder.dense(whole(one))
-    target = bench.Builder(rank_of("e"))
+    target = Builder(rank_of("e"))
     target.dense(whole(one))
     target.dense((one, ((0, 0), (0, SIZE))))
     plan = make_plan([builder.party()], [target.party()])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from layouts import Builder
 from weightsync.orchestrator.planner import CostModel, ProofFailed, make_plan
 from weightsync.orchestrator.planner.catalogue import make_catalogue
 from weightsync.orchestrator.planner.engine_part import plan_engine
@@ -22,13 +23,13 @@ ROWS, COLUMNS = 8, 16
 
 
 @pytest.fixture
-def plan_tables(bench):
+def plan_tables():
     """Tables of two sources and two targets; all matrices go straight, all norms packed."""
     matrices = [Tensor(f"model.layers.{i}.w", "bfloat16", (ROWS, COLUMNS)) for i in range(3)]
     norms = [Tensor(f"model.layers.{i}.norm", "float32", (2,)) for i in range(3)]
     sources = []
     for rank in range(2):
-        builder = bench.Builder(Member("trainer", "", rank), 4096)
+        builder = Builder(Member("trainer", "", rank), 4096)
         for tensor in matrices:
             builder.dense((tensor, ((rank * ROWS // 2, 0), (ROWS // 2, COLUMNS))))
         for tensor in norms:
@@ -36,7 +37,7 @@ def plan_tables(bench):
         sources.append(builder.party())
     targets = []
     for rank in range(2):
-        builder = bench.Builder(Member("inference", "e", rank), 4096)
+        builder = Builder(Member("inference", "e", rank), 4096)
         for tensor in (*norms, *matrices):
             builder.dense((tensor, ((0,) * len(tensor.shape), tensor.shape)))
         targets.append(builder.party())
@@ -174,9 +175,9 @@ def test_the_group_is_not_a_matter_of_right_or_wrong(plan_tables):
     check((sources, targets, forms))
 
 
-def test_every_plan_is_proved(bench, monkeypatch):
+def test_every_plan_is_proved(monkeypatch):
     tensor = Tensor("w", "bfloat16", (4, 4))
-    builders = [bench.Builder(Member("trainer", "", 0)), bench.Builder(Member("inference", "e", 0))]
+    builders = [Builder(Member("trainer", "", 0)), Builder(Member("inference", "e", 0))]
     for builder in builders:
         builder.dense((tensor, ((0, 0), (4, 4))))
     source, target = (b.party() for b in builders)

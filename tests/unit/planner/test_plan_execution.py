@@ -2,6 +2,7 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import assert_delivered, execute, fleets, full_tensors
 from weightsync.orchestrator.planner import CostModel, make_plan
 
 ALPHAS = st.sampled_from([0.0, 1e-9, 1e-6, 1.0])
@@ -14,26 +15,26 @@ fleets_with_fixtures = settings(
 
 @fleets_with_fixtures
 @given(data=st.data(), alpha=ALPHAS)
-def test_any_sharding_into_any_sharding(data, alpha, bench, fleet_strategy):
-    sources, targets = data.draw(fleet_strategy)
+def test_any_sharding_into_any_sharding(data, alpha):
+    sources, targets = data.draw(fleets())
     plan = make_plan(sources, targets, CostModel(alpha_seconds=alpha))
-    full = bench.full_tensors(sources, seed=1)
-    bench.assert_delivered(targets, full, bench.execute(plan, sources, targets, full))
+    full = full_tensors(sources, seed=1)
+    assert_delivered(targets, full, execute(plan, sources, targets, full))
     assert sum(send.bytes for send in plan.sends.values()) == plan.bytes
 
 
 @fleets_with_fixtures
 @given(data=st.data(), alpha=ALPHAS)
-def test_engines_that_come_and_go(data, alpha, bench, fleet_strategy):
-    sources, targets = data.draw(fleet_strategy)
+def test_engines_that_come_and_go(data, alpha):
+    sources, targets = data.draw(fleets())
     names = sorted({t.member.engine for t in targets})
     plan = None
     for _ in range(3):
         chosen = data.draw(st.permutations(names))[: data.draw(st.integers(1, len(names)))]
         present = [t for name in chosen for t in targets if t.member.engine == name]
         before, plan = plan, make_plan(sources, present, CostModel(alpha_seconds=alpha), plan)
-        full = bench.full_tensors(sources, seed=2)
-        bench.assert_delivered(present, full, bench.execute(plan, sources, present, full))
+        full = full_tensors(sources, seed=2)
+        assert_delivered(present, full, execute(plan, sources, present, full))
         if before is not None:
             stayed = [t.member for t in present if t.member in before.parts]
             assert all(plan.part(member) == before.part(member) for member in stayed)

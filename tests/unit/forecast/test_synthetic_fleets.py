@@ -4,6 +4,7 @@ from math import prod
 
 import numpy as np
 import pytest
+from layouts import assert_delivered, execute, full_tensors
 from weightsync.orchestrator.forecast.published_models import (
     BLOCK,
     GEOMETRIES,
@@ -151,12 +152,12 @@ def test_fused_parameters_join_rows_and_scale_tiles(glm):
         TrainerFleet(expert_parallel=1, fsdp=3),
     ],
 )
-def test_every_byte_of_a_small_model_of_the_same_kinds(bench, trainer):
+def test_every_byte_of_a_small_model_of_the_same_kinds(trainer):
     sources = trainer_parties(TINY, trainer)
     targets = engine_parties(TINY, EngineFleet(engines=2, expert_parallel=2, staging=1 << 20))
     plan = make_plan(sources, targets)
-    full = bench.full_tensors(sources, seed=3)
-    bench.assert_delivered(targets, full, bench.execute(plan, sources, targets, full))
+    full = full_tensors(sources, seed=3)
+    assert_delivered(targets, full, execute(plan, sources, targets, full))
     sent = [plan.sends[s.member].bytes for s in sources]
     assert min(sent) > 0
 

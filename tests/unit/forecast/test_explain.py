@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from layouts import Builder
 from weightsync.orchestrator.forecast.explain import explain, family
 from weightsync.orchestrator.forecast.simulate import Hardware, simulate
 from weightsync.orchestrator.forecast.text import explanation_text, simulation_text, size
@@ -13,11 +14,11 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def plan(bench):
+def plan():
     """Two sources with a layer each, and two engines; 1 MiB matrices go straight, norms of 512 bytes are packed."""
     sources, layers = [], []
     for rank in range(2):
-        builder = bench.Builder(Member("trainer", "", rank), 1 << 16)
+        builder = Builder(Member("trainer", "", rank), 1 << 16)
         layer = [Tensor(f"model.layers.{rank}.w", "bfloat16", (512, 1024))]
         layer += [Tensor(f"model.layers.{rank}.norms.{i}.weight", "float32", (128,)) for i in range(4)]
         for tensor in layer:
@@ -29,7 +30,7 @@ def plan(bench):
         layers.append(layer)
     targets = []
     for engine in "ab":
-        builder = bench.Builder(Member("inference", engine, 0), 1 << 16)
+        builder = Builder(Member("inference", engine, 0), 1 << 16)
         for tensor in (*layers[0][::-1], *layers[1][::-1]):
             builder.dense((tensor, ((0,) * len(tensor.shape), tensor.shape)))
         targets.append(builder.party())
@@ -68,9 +69,9 @@ def test_tensors_by_family_and_one_by_one(plan):
     assert {t.reason for t in every.tensors if "layers.1.norms" in t.name} == {"512 bytes; rank 1 has it"}
 
 
-def test_what_could_have_been_packed_but_was_not_says_why(bench):
+def test_what_could_have_been_packed_but_was_not_says_why():
     tensor = Tensor("norm", "float32", (4,))
-    builders = [bench.Builder(Member("trainer", "", 0)), bench.Builder(Member("inference", "e", 0))]
+    builders = [Builder(Member("trainer", "", 0)), Builder(Member("inference", "e", 0))]
     for builder in builders:
         builder.dense((tensor, ((0,), (4,))))
     source, target = (b.party() for b in builders)
@@ -90,21 +91,21 @@ def test_text_and_json_say_the_same(plan):
     assert data["tensors"][1]["slot"] == "gathered"
 
 
-def test_an_empty_plan_can_be_explained_and_simulated(bench):
-    plan = make_plan([bench.Builder(Member("trainer", "", 0)).party()], [])
+def test_an_empty_plan_can_be_explained_and_simulated():
+    plan = make_plan([Builder(Member("trainer", "", 0)).party()], [])
     assert "nothing moves" in explanation_text(explain(plan), top=3)
     assert simulate(plan, Hardware()).best_seconds == 0.0
 
 
-def test_incast_and_shared_nics_limit_a_simulated_fleet(bench):
+def test_incast_and_shared_nics_limit_a_simulated_fleet():
     """16 senders of 1 MiB each into one rank: its one NIC takes the sum, whatever the senders can do."""
     tensors = [Tensor(f"model.layers.{r}.w", "bfloat16", (512, 1024)) for r in range(16)]
     sources = []
     for rank, tensor in enumerate(tensors):
-        builder = bench.Builder(Member("trainer", "", rank))
+        builder = Builder(Member("trainer", "", rank))
         builder.dense((tensor, ((0, 0), tensor.shape)))
         sources.append(builder.party())
-    builder = bench.Builder(Member("inference", "e", 0))
+    builder = Builder(Member("inference", "e", 0))
     for tensor in tensors:
         builder.dense((tensor, ((0, 0), tensor.shape)))
     plan = make_plan(sources, [builder.party()])

@@ -3,13 +3,12 @@
 The executor shares no code with the planner: it works on one byte address per element and byte.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from hypothesis import strategies as st
 from weightsync.orchestrator.planner import Party, Plan
 from weightsync.orchestrator.protocol.layout import (
@@ -299,23 +298,3 @@ def place(draw: st.DrawFn, where: Builder, tensor: Tensor, box: Box) -> None:
         where.dense((tensor, box), draw(st.integers(0, 2)), order[::-1] if how == "columns" else order)
     if quantised(tensor):
         where.dense((scales_of(tensor), scaled(box)))
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the tests need from here, by one fixture (test modules cannot import each other)."""
-
-    Builder: type[Builder]
-    execute: Callable[..., Memory]
-    full_tensors: Callable[..., dict[str, Bytes]]
-    assert_delivered: Callable[..., None]
-
-
-@pytest.fixture(scope="session")
-def bench() -> Bench:
-    return Bench(Builder, execute, full_tensors, assert_delivered)
-
-
-@pytest.fixture(scope="session")
-def fleet_strategy() -> st.SearchStrategy[tuple[list[Party], list[Party]]]:
-    return fleets()
