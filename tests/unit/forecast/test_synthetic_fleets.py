@@ -4,7 +4,7 @@ from math import prod
 
 import numpy as np
 import pytest
-from layouts import assert_delivered, execute, full_tensors
+from plan_executor import assert_delivered, execute, full_tensors
 from weightsync.orchestrator.forecast.published_models import (
     BLOCK,
     GEOMETRIES,

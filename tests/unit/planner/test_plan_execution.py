@@ -2,7 +2,8 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import assert_delivered, execute, fleets, full_tensors
+from layouts import fleets
+from plan_executor import assert_delivered, execute, full_tensors
 from weightsync.orchestrator.planner import CostModel, make_plan
 
 ALPHAS = st.sampled_from([0.0, 1e-9, 1e-6, 1.0])
