@@ -1,18 +1,11 @@
-"""The reference protocol's fleets: GLM-5 and Kimi-K2 by their published sizes, every row and scale tile."""
+"""Fleets by published sizes, GLM-5's above all: every row and scale tile."""
 
 from math import prod
 
 import numpy as np
 import pytest
 from plan_executor import assert_delivered, execute, full_tensors
-from weightsync.orchestrator.forecast.published_models import (
-    BLOCK,
-    GEOMETRIES,
-    Geometry,
-    expert_weights,
-    layer_weights,
-    other_weights,
-)
+from weightsync.orchestrator.forecast.published_models import BLOCK, GEOMETRIES, Geometry, layer_weights, other_weights
 from weightsync.orchestrator.forecast.synthetic_fleets import (
     EngineFleet,
     TrainerFleet,
@@ -27,18 +20,6 @@ TINY = Geometry(
     "tiny", hidden=256, layers=2, dense_layers=1, intermediate=512, expert_intermediate=256, experts=8, heads=4,
     q_lora=128, kv_lora=64, rope=16, nope=32, value=32, vocab=512, indexer=(4, 32), next_token_layers=1,
 )  # fmt: skip
-
-
-def parameters(geometry):
-    layers = range(geometry.layers)
-    found = sum(prod(w.shape) for w in other_weights(geometry))
-    found += sum(prod(w.shape) for i in layers for w in layer_weights(geometry, i))
-    routed = (geometry.layers - geometry.dense_layers) * geometry.experts
-    return found + routed * sum(prod(w.shape) for w in expert_weights(geometry))
-
-
-def test_kimi_has_a_trillion_parameters():
-    assert parameters(GEOMETRIES["kimi-k2"]) == pytest.approx(1.03e12, rel=0.005)
 
 
 def weight(geometry, name):
