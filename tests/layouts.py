@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise, product
 
 import numpy as np
@@ -111,6 +112,19 @@ DTYPES = ("float8_e4m3fn", "bfloat16", "float32")
 BLOCK = 4
 """Rows and columns per scale in random fleets; real ones have 128."""
 
+# Drawing is most of what these fleets cost, and half of that is making strategies anew: they are made once.
+FLAGS = st.booleans()
+GAPS = st.integers(0, 2)
+WAYS = st.sampled_from(["rows", "columns", "interleaved"])
+STAGING = st.sampled_from([-1, 0, 600, 1 << 20])
+WIRE_DTYPES = st.sampled_from(DTYPES)
+up_to = cache(lambda most: st.integers(1, most))
+cuts_below = cache(lambda most: st.sets(st.integers(1, most), max_size=2))
+some_of = cache(lambda count: st.sets(st.integers(0, count - 1), min_size=1))
+shapes = cache(lambda rank: st.lists(up_to(9 if rank < 3 else 5), min_size=rank, max_size=rank))
+ordered_choice = cache(lambda count: st.lists(st.integers(0, count - 1), unique=True))
+RANKS = st.integers(0, 4)
+
 
 def cells(cuts: Sequence[Sequence[int]]) -> list[Box]:
     """Boxes of the grid with these cut points (ends included) per dimension."""
@@ -123,7 +137,7 @@ def grids(draw: st.DrawFn, shape: tuple[int, ...], unit: int = 1) -> list[Box]:
     """A random uneven mesh over a tensor, cut only at multiples of ``unit``."""
     cuts = []
     for extent in shape:
-        inner = draw(st.sets(st.integers(1, max(1, (extent - 1) // unit)), max_size=2))
+        inner = draw(cuts_below(max(1, (extent - 1) // unit)))
         cuts.append(sorted({0, extent, *(c * unit for c in inner if c * unit < extent)}))
     return cells(cuts)
 
@@ -142,13 +156,12 @@ def scales_of(tensor: Tensor) -> Tensor:
 
 @st.composite
 def models(draw: st.DrawFn) -> list[Tensor]:
-    count = draw(st.integers(1, 4))
+    count = draw(up_to(4))
     found = []
     for i in range(count):
-        rank = draw(st.integers(0, 4))
-        shape = tuple(draw(st.lists(st.integers(1, 9 if rank < 3 else 5), min_size=rank, max_size=rank)))
-        layer = draw(st.sampled_from([f"model.layers.{i % 2}.", "model."]))
-        found.append(Tensor(f"{layer}t{i}.weight", draw(st.sampled_from(DTYPES)), shape))
+        shape = tuple(draw(shapes(draw(RANKS))))
+        layer = f"model.layers.{i % 2}." if draw(FLAGS) else "model."
+        found.append(Tensor(f"{layer}t{i}.weight", draw(WIRE_DTYPES), shape))
     return found
 
 
@@ -160,30 +173,29 @@ def quantised(tensor: Tensor) -> bool:
 def fleets(draw: st.DrawFn) -> tuple[list[Party], list[Party]]:
     """Sources that together hold a random model (with replicas, some sharded otherwise), and targets that need it."""
     model = draw(models())
-    staging = st.sampled_from([-1, 0, 600, 1 << 20])
-    senders = [Builder(Member("trainer", "", r), draw(staging)) for r in range(draw(st.integers(1, 5)))]
+    senders = [Builder(trainer(r), draw(STAGING)) for r in range(draw(up_to(5)))]
     for tensor in model:
-        for _ in range(draw(st.integers(1, 2))):
+        for _ in range(draw(up_to(2))):
             for box in draw(grids(tensor.shape, BLOCK if quantised(tensor) else 1)):
-                for holder in draw(st.sets(st.sampled_from(range(len(senders))), min_size=1)):
+                for holder in draw(some_of(len(senders))):
                     place(draw, senders[holder], tensor, box)
     targets = []
-    for engine in range(draw(st.integers(1, 3))):
-        for rank in range(draw(st.integers(1, 3))):
-            target = Builder(Member("inference", f"e{engine}", rank), draw(staging))
+    for engine in range(draw(up_to(3))):
+        for rank in range(draw(up_to(3))):
+            target = Builder(engine_rank(f"e{engine}", rank), draw(STAGING))
             for tensor in model:
                 mesh = draw(grids(tensor.shape, BLOCK if quantised(tensor) else 1))
-                for box in draw(st.lists(st.sampled_from(mesh), unique=True)):
-                    place(draw, target, tensor, box)
+                for nth in draw(ordered_choice(len(mesh))):
+                    place(draw, target, tensor, mesh[nth])
             targets.append(target)
     return [s.party() for s in senders], [t.party() for t in targets]
 
 
 def place(draw: st.DrawFn, where: Builder, tensor: Tensor, box: Box) -> None:
     """Put a box (and its scales) into a rank's memory in one of several ways."""
-    if draw(st.booleans()):
+    if draw(FLAGS):
         where.regions.append(0)
-    how = draw(st.sampled_from(["rows", "columns", "interleaved"]))
+    how = draw(WAYS)
     if how == "interleaved" and len(tensor.shape) == 2 and box[1][1] > 1:
         left = box[1][1] // 2
         low, extent = box
@@ -194,6 +206,6 @@ def place(draw: st.DrawFn, where: Builder, tensor: Tensor, box: Box) -> None:
         where.side_by_side(halves)
     else:
         order = list(range(len(tensor.shape)))
-        where.dense((tensor, box), draw(st.integers(0, 2)), order[::-1] if how == "columns" else order)
+        where.dense((tensor, box), draw(GAPS), order[::-1] if how == "columns" else order)
     if quantised(tensor):
         where.dense((scales_of(tensor), scaled(box)))

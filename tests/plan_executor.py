@@ -89,11 +89,12 @@ def send(plan: Plan, source: Party, parties: Mapping[Member, Party], memory: Mem
     part = plan.part(source.member)
     table = as_matrix(part.copies, COPY_COLUMNS)
     own = memory.regions[source.member]
+    rows = source.layout.matrix().tolist()
     packed: dict[Member, list[tuple[int, int, int, int]]] = {}
     for copy in table.tolist():
         peer = part.peers[copy[COPY_PEER]]
         low, extent = copy[COPY_BOX:COPY_REMOTE:2], copy[COPY_BOX + 1 : COPY_REMOTE : 2]
-        values = source.layout.matrix()[copy[COPY_ROW]].tolist()
+        values = rows[copy[COPY_ROW]]
         strides = values[ROW_BOX + 2 :: 3]
         item = ITEMSIZE[source.layout.tensors[values[0]].dtype]
         corner = values[2] + sum((a - b) * s for a, b, s in zip(low, values[ROW_BOX::3], strides, strict=True))
@@ -121,10 +122,11 @@ def send(plan: Plan, source: Party, parties: Mapping[Member, Party], memory: Mem
 def scatter(plan: Plan, target: Party, memory: Memory) -> None:
     part = plan.part(target.member)
     own = memory.regions[target.member]
+    rows = target.layout.matrix().tolist()
     for copy in as_matrix(part.copies, COPY_COLUMNS).tolist():
         assert 0 <= copy[COPY_PEER] < len(part.peers)
         low, extent = copy[COPY_BOX:COPY_REMOTE:2], copy[COPY_BOX + 1 : COPY_REMOTE : 2]
-        values = target.layout.matrix()[copy[COPY_ROW]].tolist()
+        values = rows[copy[COPY_ROW]]
         strides = values[ROW_BOX + 2 :: 3]
         item = ITEMSIZE[target.layout.tensors[values[0]].dtype]
         corner = values[2] + sum((a - b) * s for a, b, s in zip(low, values[ROW_BOX::3], strides, strict=True))

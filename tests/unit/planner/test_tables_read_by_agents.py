@@ -15,7 +15,7 @@ def moved(kernel_table):
     return int(kernel_table[:, [0, 5, 8, 11]].prod(axis=1).sum())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), alpha=st.sampled_from([0.0, 1e-9, 1.0]))
 def test_bytes_and_descriptors(data, alpha):
     sources, targets = data.draw(fleets())
