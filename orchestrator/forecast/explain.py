@@ -190,6 +190,7 @@ def _tensors(plan: Plan, transfers: Transfers, every: bool) -> list[TensorReport
         at = first[key]
         slot, reason = _note(plan.catalogue.sources[transfers.source[at]], int(transfers.source_row[at]))
         if not every:
+            # A family's members lie at many ranks; the one of the first would mislead.
             reason = _rank.sub("a rank", reason)
         how = _how(moved, transfers.size[at], transfers.runs[at], plan.cost)
         reports.append(
@@ -216,6 +217,7 @@ def _seconds(moved: Moved, transports: Mapping[str, CostModel]) -> dict[str, flo
 
 
 def _bottleneck(end: EndReport, cost: CostModel, sends: bool) -> str:
+    """Which end is the slowest, and whether bytes or descriptors take longer there."""
     does, peers = ("sends", "targets") if sends else ("receives", "sources")
     wire, posts = end.moved.bytes / cost.bytes_per_second, end.moved.descriptors * cost.alpha_seconds
     cause = "the wire" if wire >= posts else "descriptors"
@@ -226,6 +228,7 @@ def _bottleneck(end: EndReport, cost: CostModel, sends: bool) -> str:
 
 
 def _note(source: Decoded, row: int) -> tuple[str, str]:
+    """Kind of slot, and why, as the trainer notes them for a row; both empty without a note."""
     for note in source.party.layout.notes:
         if note.first_row <= row < note.end_row:
             return note.slot, note.reason
@@ -233,7 +236,7 @@ def _note(source: Decoded, row: int) -> tuple[str, str]:
 
 
 def _how(moved: Moved, size: int, runs: int, cost: CostModel) -> str:
-    """Of the first piece, which stands for the others."""
+    """Why pieces go straight or packed, told by the ``size`` and ``runs`` of the first, which stands for the others."""
     shape = f"{int(size)} bytes in {int(runs)} run{'s' if runs > 1 else ''}"
     limit = int(cost.pack_below_bytes)
     if moved.packed_pieces == moved.pieces:

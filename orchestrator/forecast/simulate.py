@@ -101,6 +101,7 @@ class _Load:
             return Limit(self.what, "-", 0.0, 0, 0)
         total = np.bincount(self.place, weights=self.seconds)
         worst = int(np.argmax(total))
+        # Only what takes time here: a transfer between nodes passes NVLink by, and the other way round.
         mine = self.place == worst
         peers = len(np.unique(self.peer[mine & (self.seconds > 0)]))
         used = int(self.size[mine & (self.seconds > 0)].sum())
@@ -111,6 +112,7 @@ class _Load:
         if len(self.place) == 0:
             return np.zeros(groups)
         count = int(self.place.max()) + 1
+        # (group, resource) as one number; resources without load in a group get 0 and are never the slowest.
         total = np.bincount(group * count + self.place, weights=self.seconds, minlength=groups * count)
         slowest: Floats = total.reshape(groups, count).max(axis=1)
         return slowest
@@ -128,6 +130,7 @@ class _Ends:
 def _ends(plan: Plan, transfers: Transfers, hardware: Hardware) -> _Ends:
     """Put ranks on GPUs: the trainer's from node 0 on, and those of each engine on nodes of its own after them."""
     per_node = hardware.gpus_per_node
+    # Rounded up: a node that the trainer fills in part is not shared with engines.
     node = -(-len(plan.catalogue.sources) // per_node)
     gpus: list[int] = []
     for engine in plan.engines:
