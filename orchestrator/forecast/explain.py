@@ -110,7 +110,8 @@ def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, eve
     edges = _edges(transfers, sources, transports)
     senders = _ends(transfers, transfers.source, transfers.target, sources, transports)
     receivers = _ends(transfers, transfers.target, transfers.source, transfers.targets, transports)
-    seconds, bottleneck = {}, {}
+    seconds: dict[str, float] = {}
+    bottleneck: dict[str, str] = {}
     for name, cost in transports.items():
         slowest = max([*senders, *receivers], key=lambda end: end.seconds[name], default=None)
         seconds[name] = slowest.seconds[name] if slowest else 0.0

@@ -73,7 +73,8 @@ def match(catalogue: Catalogue, targets: tuple[Party, ...], wanted: Wanted) -> t
     low = np.maximum(catalogue.box_offset[box], forms.offset[form])
     high = np.minimum(catalogue.box_offset[box] + catalogue.box_extent[box], forms.offset[form] + forms.extent[form])
     real = (low < high).all(axis=1)
-    owner, ordinal, low, extent, form = owner[real], ordinal[real], low[real], (high - low)[real], form[real]
+    owner, ordinal, form = owner[real], ordinal[real], form[real]
+    low, extent = low[real], (high - low)[real]
     volume = extent.prod(axis=1)
 
     # The boxes of a pattern do not overlap, so a row is covered exactly when the volumes add up.

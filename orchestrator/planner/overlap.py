@@ -47,8 +47,8 @@ def check_overlap(member: Decoded, forms: FormTable) -> None:
 def _folds(extent: Ints, stride: Ints, itemsize: Ints) -> Flags:
     """Which forms ``[n]`` may have two elements on one byte: each stride must step over all that smaller ones reach.
 
-    ``extent`` and ``stride`` (bytes) are ``[n, MAX_RANK]``. Strict: some strides that interleave without a clash are
-    refused, too; no framework makes such tensors.
+    ``extent`` and ``stride`` (bytes) are ``[n, MAX_RANK]``. Strict: strides that interleave without a clash are
+    refused, too.
     """
     stride = np.where(extent > 1, stride, 0)
     order = np.argsort(stride, axis=1, kind="stable")

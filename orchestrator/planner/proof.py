@@ -78,7 +78,10 @@ class Proof:
         """
         if len(source.copies) == 0:
             return
-        member, columns, own = source.member.party.member, np.ascontiguousarray(source.copies.T), source.member.rows
+        member = source.member.party.member
+        own = source.member.rows
+        # Transposed, so that each column of the table lies densely in memory and is read as a whole.
+        columns = np.ascontiguousarray(source.copies.T)
         peers = np.array([self.number.get(id(peer), -1) for peer in source.peers], np.int64)
         _check_range(source, columns[COPY_ROW], len(own.form))
         _check_range(source, columns[COPY_PEER], len(peers))
@@ -86,7 +89,8 @@ class Proof:
         meant = self.first[target] + source.target_row
         if (target < 0).any() or (source.target_row < 0).any() or (meant >= self.first[target + 1]).any():
             raise ProofFailed(f"a write of {member} is meant for a row that no target of the plan has", member)
-        tensor, form = own.tensor[columns[COPY_ROW]], self.rows.form[meant]
+        tensor = own.tensor[columns[COPY_ROW]]
+        form = self.rows.form[meant]
         packed = columns[COPY_STAGED] >= 0
         # A packed write goes into staging, where ``finish`` follows it; a direct one must be right where it lands.
         good = self._inside(columns, own.form[columns[COPY_ROW]]) & self._inside(columns, form)
@@ -116,7 +120,8 @@ class Proof:
 
     def _scatter(self, number: int, table: MemberTable) -> None:
         """Check that what a target scatters is what its sources pack."""
-        member, columns = table.member.party.member, np.ascontiguousarray(table.copies.T)
+        member = table.member.party.member
+        columns = np.ascontiguousarray(table.copies.T)
         _check_range(table, columns[COPY_ROW], int(self.first[number + 1] - self.first[number]))
         row = self.first[number] + columns[COPY_ROW]
         if not self._inside(columns, self.rows.form[row]).all():
@@ -131,7 +136,8 @@ class Proof:
         wrong = np.flatnonzero(due != self.arrived)
         if len(wrong):
             number = int(np.searchsorted(self.first, wrong[0], side="right")) - 1
-            member, row = self.targets[number].member, int(wrong[0] - self.first[number])
+            member = self.targets[number].member
+            row = int(wrong[0] - self.first[number])
             name, who = member.party.layout.tensors[_tensor_of(member, row)].name, member.party.member
             what = "nothing arrives" if self.arrived[wrong[0]] == 0 else "some elements not at all or more than once"
             raise ProofFailed(
