@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from weightsync.orchestrator.settings.document import ConfigError
+from weightsync.orchestrator.settings.problems import ConfigError
 
 CONFIG_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
 
@@ -142,10 +142,11 @@ def _count(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.daemon import log
-    from weightsync.orchestrator.settings import settings
+    from weightsync.orchestrator.settings.secrets import read_secret
+    from weightsync.orchestrator.settings.settings import load
 
-    loaded = settings.load(options.config)
-    token = settings.read_secret(loaded.listen.token_file)
+    loaded = load(options.config)
+    token = read_secret(loaded.listen.token_file)
     log.configure(loaded.log)
     log.withhold(token)
 

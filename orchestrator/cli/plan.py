@@ -20,7 +20,8 @@ from weightsync.orchestrator.planner import CostModel, Party, Plan, PlanError, m
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.settings.settings import load, read_secret
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import load
 
 SUFFIX: Final = ".msgpack"
 """Of layout files."""

@@ -15,7 +15,8 @@ from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
-from weightsync.orchestrator.settings.settings import Settings, load, read_secret
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import Settings, load
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """10,000 rounds with long reasons."""
