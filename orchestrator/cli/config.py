@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
-from weightsync.orchestrator.cli.main import Exit
+from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.vllm import EngineClient, EngineError
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.settings.problems import ConfigError

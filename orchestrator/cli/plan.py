@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.orchestrator.cli.main import Commands, Exit, add_config_option
-from weightsync.orchestrator.cli.status import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
-from weightsync.orchestrator.cli.status import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView, StatusView
 from weightsync.orchestrator.demo.setup import MODEL_NAME, TEXT
 

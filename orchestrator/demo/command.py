@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.cli.main import Exit
+from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.demo.children import Children, Survivors, become_reaper
 from weightsync.orchestrator.demo.setup import RANKS, Missing, Plan, Vllm, find_vllm
 from weightsync.orchestrator.demo.show import Screen
@@ -78,10 +78,10 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, interrupt, number)
-    code: int = Exit.BUG
+    code: int = Exit.FAILURE
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            code = Exit.OK if await story else Exit.BUG
+            code = Exit.OK if await story else Exit.FAILURE
         if signals:
             code = 128 + signals[0]
             screen.line(f"  interrupted by {signal.Signals(signals[0]).name}; everything is being stopped …")
@@ -93,7 +93,7 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
         try:
             await children.close()
         except Survivors as error:
-            code, keep = Exit.BUG, True
+            code, keep = Exit.FAILURE, True
             screen.line(screen.bad(str(error)))
         else:
             screen.line(screen.dim("every process that was started has ended"))

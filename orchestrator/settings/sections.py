@@ -46,7 +46,7 @@ class EngineSection(Section):
         default="both", description="What it does in a disaggregated pair."
     )
     pair: Identifier | None = Field(
-        default=None, description="Prefill and decode engines of one pair pause and resume as one."
+        default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
     api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
 
