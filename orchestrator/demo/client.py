@@ -1,4 +1,4 @@
-"""The demo as a client: of the engine, whose answers are taken as tokens and log-probabilities, and of the daemon."""
+"""HTTP clients of the demo: for the engine's completions (tokens and log-probabilities) and the daemon's status."""
 
 import asyncio
 import json
