@@ -1,9 +1,12 @@
 """Asking a running daemon over its HTTP port."""
 
 import asyncio
+from pathlib import Path
 from typing import Final
 
 import aiohttp
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import Settings
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """10,000 rounds with long reasons."""
@@ -15,6 +18,17 @@ class Unreachable(Exception):
 
 class Denied(Exception):
     """The daemon refuses the token."""
+
+
+def token_for(token_file: Path | None, settings: Settings | None) -> str | None:
+    """The token in ``token_file``, else in the file that ``settings`` name; None where there is neither.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if token_file is None and settings is not None:
+        token_file = settings.listen.token_file
+    return None if token_file is None else read_secret(token_file)
 
 
 async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:

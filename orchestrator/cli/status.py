@@ -4,18 +4,16 @@ import argparse
 import asyncio
 import sys
 import time
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
 from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
 from weightsync.orchestrator.cli.tables import rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
-from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.settings import Settings, load
 
 View = TypeVar("View", StatusView, RoundsView)
@@ -32,8 +30,7 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
         print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
         return Exit.USAGE
     url = options.url or settings.agents_url  # type: ignore[union-attr]
-    path: Path | None = options.token_file or (settings.listen.token_file if settings else None)
-    token = None if path is None else read_secret(path)
+    token = token_for(options.token_file, settings)
     route = "/status" if what == "status" else f"/rounds?last={options.last}"
     code: int = Exit.OK
     view: StatusView | RoundsView

@@ -98,16 +98,17 @@ def _follow(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Ke
             owner = holders[0]
             siblings = siblings if owner in siblings else holders
             field = owner.model_fields.get(part)
-            candidates = list(_models(field.annotation)) if field else []
+            candidates = list(models_in(field.annotation)) if field else []
     return tuple(key), owner, siblings if owner in siblings else candidates
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field of this annotation may hold, one by one or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif typing.get_origin(annotation) in (Union, types.UnionType, tuple, list, typing.Annotated):
         for argument in typing.get_args(annotation):
-            yield from _models(argument)
+            yield from models_in(argument)
 
 
 def _tag(model: Any) -> str:

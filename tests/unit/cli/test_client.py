@@ -3,8 +3,10 @@
 import socket
 from pathlib import Path
 
+import pytest
 from aiohttp import web
-from command_line import cli
+from command_line import TOKEN, cli
+from weightsync.orchestrator.cli.client import Unreachable, fetch, token_for
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -35,3 +37,35 @@ async def test_a_daemon_that_never_answers(config: Path) -> None:
         done = await cli("status", "--config", config, "--timeout", "0.2")
     assert done.code == 75
     assert "did not answer within 0.2 s" in done.err
+
+
+def test_the_token_file_that_is_given_beats_that_of_the_configuration(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("another-token")
+    settings = load(config, {})
+    assert token_for(None, settings) == TOKEN
+    assert token_for(tmp_path / "other", settings) == "another-token"
+    assert token_for(None, None) is None
+
+
+async def test_an_answer_above_the_limit_and_a_redirect_are_refused(config: Path) -> None:
+    async def large(_: web.Request) -> web.Response:
+        return web.Response(body=b"x" * 1001)
+
+    async def elsewhere(_: web.Request) -> web.Response:
+        raise web.HTTPFound("/status")
+
+    app = web.Application()
+    app.router.add_get("/status", large)
+    app.router.add_get("/rounds", elsewhere)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = load(config, {}).listen.port
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        assert len(await fetch(f"http://127.0.0.1:{port}/status", None, 10, 1001)) == 1001
+        with pytest.raises(Unreachable, match="more than 1000 bytes"):
+            await fetch(f"http://127.0.0.1:{port}/status", None, 10, 1000)
+        with pytest.raises(Unreachable, match="answered 302"):
+            await fetch(f"http://127.0.0.1:{port}/rounds?last=1", None, 10)
+    finally:
+        await runner.cleanup()

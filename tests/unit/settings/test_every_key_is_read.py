@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, create_model
-from weightsync.orchestrator.settings.explain import _models
+from weightsync.orchestrator.settings.explain import models_in
 from weightsync.orchestrator.settings.sections import DeadlinesSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -61,7 +61,7 @@ class Read:
 def keys(model: Model, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Each key that decides something, as (dotted key, class, attribute)."""
     for name, field in model.model_fields.items():
-        inner = list(_models(field.annotation))
+        inner = list(models_in(field.annotation))
         for section in inner:
             yield from keys(section, f"{prefix}{name}.")
         # A Literal of one value, like the types of transports, has nothing to decide.
@@ -72,7 +72,7 @@ def keys(model: Model, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 def models_of(model: Model) -> dict[str, Model]:
     found = {model.__name__: model}
     for field in model.model_fields.values():
-        for section in _models(field.annotation):
+        for section in models_in(field.annotation):
             found |= models_of(section)
     return found
 
@@ -110,7 +110,7 @@ class Walk(ast.NodeVisitor):
             self.reads.add(Read(model.__name__, node.attr, self._scope, self._carried))
             field = model.model_fields.get(node.attr)
             if field is not None:
-                found += _models(field.annotation)
+                found += models_in(field.annotation)
                 many = many or get_origin(field.annotation) is tuple
         return Kind(tuple(self.models[model.__name__] for model in found), many)
 
