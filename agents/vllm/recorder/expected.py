@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.trace import Checkpoint
-from weightsync.agents.vllm.recorder.unreached import CACHE_SCALES
+from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.unreached import CACHE_SCALES
 
 
 def expected_checkpoint(model: nn.Module) -> list[Checkpoint]:

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.rows import Target
-from weightsync.agents.vllm.recorder.trace import Landing, RecordError
+from weightsync.agents.recorder.rows import Target
+from weightsync.agents.recorder.trace import Landing, RecordError
 
 MAPS: Final = (
     "_expert_map",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from weightsync.agents.vllm.recorder.blueprint import Slot
-from weightsync.agents.vllm.recorder.trace import Checkpoint
+from weightsync.agents.recorder.blueprint import Slot
+from weightsync.agents.recorder.trace import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.names import checkpoint_of
+from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of
 from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft
-from weightsync.agents.vllm.recorder.trace import Checkpoint
 
 BACKEND: Final = "weightsync"
 _INSTALLED: Final = "_weightsync_recorder"

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.fill import fill
+from weightsync.agents.recorder.recording import Recording
+from weightsync.agents.recorder.rows import build_rows
+from weightsync.agents.recorder.trace import RecordError
+from weightsync.agents.recorder.unreached import Unrecorded
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
-from weightsync.agents.vllm.recorder.fill import fill
-from weightsync.agents.vllm.recorder.recording import Recording
-from weightsync.agents.vllm.recorder.rows import build_rows
-from weightsync.agents.vllm.recorder.trace import RecordError
-from weightsync.agents.vllm.recorder.unreached import Unrecorded
 from weightsync.orchestrator.protocol.layout import Layout
 
 __all__ = [

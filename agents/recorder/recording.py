@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.blueprint import Blueprint, Slot
+from weightsync.agents.recorder.blueprint import Blueprint, Slot
+from weightsync.agents.recorder.located import Loaded, find, with_halves_exchanged
+from weightsync.agents.recorder.proof import order_sensitive_digest
+from weightsync.agents.recorder.rows import Target
+from weightsync.agents.recorder.settled import settle
+from weightsync.agents.recorder.trace import Checkpoint, Landing, RecordError
+from weightsync.agents.recorder.unreached import Unrecorded, judge_unreached, opaque_names
 from weightsync.agents.vllm.recorder.derived import AbsorbedProjections, Census, dropped_by_mla, is_constant, is_mla
 from weightsync.agents.vllm.recorder.kernel_layouts import KERNEL_LAYOUTS, KernelLayout, as_fed
-from weightsync.agents.vllm.recorder.proof import order_sensitive_digest
-from weightsync.agents.vllm.recorder.rows import Target
-from weightsync.agents.vllm.recorder.settle import settle
-from weightsync.agents.vllm.recorder.trace import Checkpoint, Landing, RecordError
-from weightsync.agents.vllm.recorder.unreached import Unrecorded, judge_unreached, opaque_names
-from weightsync.agents.vllm.recorder.views import Loaded, find, with_halves_exchanged
 from weightsync.orchestrator.protocol.layout import Derived
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.trace import Checkpoint, RecordError
 from weightsync.agents.vllm.recorder.expected import expected_checkpoint
-from weightsync.agents.vllm.recorder.trace import Checkpoint, RecordError
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit for the JSON header."""

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from weightsync.agents.vllm.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
+from weightsync.agents.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
 
 aten = torch.ops.aten
 DtypeChain: TypeAlias = tuple[torch.dtype, ...]

@@ -9,8 +9,8 @@ from typing import Final
 
 import numpy as np
 import torch
-from weightsync.agents.vllm.recorder.boxes import Ints
-from weightsync.agents.vllm.recorder.trace import Landing, RecordError
+from weightsync.agents.recorder.boxes import Ints
+from weightsync.agents.recorder.trace import Landing, RecordError
 from weightsync.orchestrator.protocol import layout as protocol
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 

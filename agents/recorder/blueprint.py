@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from weightsync.agents.vllm.recorder.boxes import View
-from weightsync.agents.vllm.recorder.trace import (
+from weightsync.agents.recorder.boxes import View
+from weightsync.agents.recorder.trace import (
     Checkpoint,
     LoadTracer,
     RecordError,

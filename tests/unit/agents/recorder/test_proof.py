@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsync.agents.vllm.recorder import proof as recorder_proof
-from weightsync.agents.vllm.recorder.proof import order_sensitive_digest
+from weightsync.agents.recorder import proof as recorder_proof
+from weightsync.agents.recorder.proof import order_sensitive_digest
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsync.agents.vllm.recorder import boxes as recorder_boxes
-from weightsync.agents.vllm.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
+from weightsync.agents.recorder import boxes as recorder_boxes
+from weightsync.agents.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
 
 
 def geometry(tensor: torch.Tensor) -> View:

@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from weightsync.agents.vllm.recorder.boxes import View
-from weightsync.agents.vllm.recorder.trace import Blot, Landing, RecordError, Write
+from weightsync.agents.recorder.boxes import View
+from weightsync.agents.recorder.trace import Blot, Landing, RecordError, Write
 
 Runs = npt.NDArray[np.int64]
 """``[n, 2]``: first byte and byte after the last of each contiguous run, sorted."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from weightsync.agents.vllm.recorder.blueprint import Slot
-from weightsync.agents.vllm.recorder.settle import Settled, length, missing, runs_of, union
-from weightsync.agents.vllm.recorder.trace import RecordError
+from weightsync.agents.recorder.blueprint import Slot
+from weightsync.agents.recorder.settled import Settled, length, missing, runs_of, union
+from weightsync.agents.recorder.trace import RecordError
 
 CACHE_SCALES: Final = ("q_scale", "k_scale", "v_scale", "prob_scale")
 """Scales of a quantised KV cache: constants from the engine's start unless the checkpoint brings them."""

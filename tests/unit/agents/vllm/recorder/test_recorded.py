@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.recorder import recorded as recorder
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint
 from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, Recording, keep, keep_draft, recorded_layout
-from weightsync.agents.vllm.recorder.trace import Checkpoint
 
 CONFIG = SimpleNamespace(dtype=torch.float32)
 VLLM_CONFIG = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))

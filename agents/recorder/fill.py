@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from weightsync.agents.vllm.recorder.rows import TARGET_DTYPES, Row, Rows
-from weightsync.agents.vllm.recorder.trace import RecordError
+from weightsync.agents.recorder.rows import TARGET_DTYPES, Row, Rows
+from weightsync.agents.recorder.trace import RecordError
 
 _BY_NAME = {name: dtype for dtype, name in TARGET_DTYPES.items()}
 

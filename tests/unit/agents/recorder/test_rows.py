@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from weightsync.agents.vllm.recorder.boxes import View
-from weightsync.agents.vllm.recorder.fill import fill
-from weightsync.agents.vllm.recorder.rows import Row, Rows, Target, build_rows, merge
-from weightsync.agents.vllm.recorder.trace import Checkpoint, Landing, RecordError
+from weightsync.agents.recorder.boxes import View
+from weightsync.agents.recorder.fill import fill
+from weightsync.agents.recorder.rows import Row, Rows, Target, build_rows, merge
+from weightsync.agents.recorder.trace import Checkpoint, Landing, RecordError
 from weightsync.orchestrator.protocol import layout as protocol
 
 F32 = torch.float32

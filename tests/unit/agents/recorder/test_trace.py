@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.blueprint import Blueprint
-from weightsync.agents.vllm.recorder.boxes import View
-from weightsync.agents.vllm.recorder.settle import Settled, settle
-from weightsync.agents.vllm.recorder.trace import Blot, Checkpoint, Landing, RecordError
+from weightsync.agents.recorder.blueprint import Blueprint
+from weightsync.agents.recorder.boxes import View
+from weightsync.agents.recorder.settled import Settled, settle
+from weightsync.agents.recorder.trace import Blot, Checkpoint, Landing, RecordError
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 BF16, F32 = torch.bfloat16, torch.float32

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from weightsync.agents.vllm.recorder.blueprint import Slot
-from weightsync.agents.vllm.recorder.proof import order_sensitive_digest
-from weightsync.agents.vllm.recorder.trace import Landing
+from weightsync.agents.recorder.blueprint import Slot
+from weightsync.agents.recorder.proof import order_sensitive_digest
+from weightsync.agents.recorder.trace import Landing
 
 
 @dataclass(frozen=True, slots=True)
