@@ -9,15 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from weightsync.agents.recorder.blueprint import Blueprint, Slot
-from weightsync.agents.recorder.located import Loaded, find, with_halves_exchanged
-from weightsync.agents.recorder.proof import order_sensitive_digest
+from weightsync.agents.recorder.blueprint import Blueprint, ParameterPlace
+from weightsync.agents.recorder.interface import EngineFacts, KernelLayout, Shadow
+from weightsync.agents.recorder.located import LoadedParameter, locate, order_sensitive_digest, with_halves_exchanged
 from weightsync.agents.recorder.rows import Target
-from weightsync.agents.recorder.settled import settle
+from weightsync.agents.recorder.settled import Unrecorded, judge_unreached, opaque_names, settle
 from weightsync.agents.recorder.trace import Checkpoint, Landing, RecordError
-from weightsync.agents.recorder.unreached import Unrecorded, judge_unreached, opaque_names
-from weightsync.agents.vllm.recorder.derived import AbsorbedProjections, Census, dropped_by_mla, is_constant, is_mla
-from weightsync.agents.vllm.recorder.kernel_layouts import KERNEL_LAYOUTS, KernelLayout, as_fed
 from weightsync.orchestrator.protocol.layout import Derived
 
 
@@ -25,12 +22,12 @@ from weightsync.orchestrator.protocol.layout import Derived
 class _Before:
     """A parameter before processing, and a copy of it if it may end in a kernel layout or be dropped."""
 
-    loaded: Loaded
+    loaded: LoadedParameter
     copy: torch.Tensor | None
 
     @property
-    def slot(self) -> Slot:
-        return self.loaded.slot
+    def parameter(self) -> ParameterPlace:
+        return self.loaded.parameter
 
 
 @dataclass(slots=True)
@@ -46,37 +43,48 @@ class Finished:
 class Recording:
     """A load, recorded. ``finish`` after post-load processing; ``finished`` then holds the targets."""
 
-    def __init__(self, model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Sequence[Checkpoint], engine: EngineFacts) -> None:
         """Record ``model``, loaded and not yet processed, fed with the tensors of ``checkpoint``.
+
+        Args:
+            model: has a ``load_weights`` that takes pairs of name and tensor. Its weights are read, never written.
+            checkpoint: every tensor that the engine's own load was fed with, more if it skips some.
+            engine: what is to be known about the engine that the model belongs to.
 
         Raises:
             RecordError: the loader does what bytes cannot follow, or leaves a parameter unfilled.
         """
         self.model = model
-        self.model_config = model_config
+        self._engine = engine
         self.finished: Finished | None = None
         self._blueprint = Blueprint(model)
-        fed = as_fed(checkpoint, {slot.name: slot.dtype for slot in self._blueprint.slots})
+        fed = engine.as_fed(checkpoint, {parameter.name: parameter.dtype for parameter in self._blueprint.parameters})
         self._settled = settle(self._blueprint.trace(fed, cast(Any, model).load_weights))
         opaque = opaque_names(self._settled.values())
         if opaque:
             raise RecordError(f"weights that are computed while they load cannot be written: {'; '.join(opaque)}")
-        self.unrecorded: list[Unrecorded] = judge_unreached(self._blueprint.slots, self._settled)
+        self.unrecorded: list[Unrecorded] = judge_unreached(
+            self._blueprint.parameters, self._settled, engine.reason_to_stay
+        )
         landed = {mark.source.name for state in self._settled.values() for mark in state.landings}
         self.unused: list[str] = [entry.name for entry in checkpoint if entry.name not in landed]
         self._before = self._before_processing()
-        self._census = Census(model)
+        self._derivations = engine.derivations(model)
 
     def _before_processing(self) -> list[_Before]:
-        dropped = dropped_by_mla(self.model)
+        dropped = self._engine.may_be_dropped(self.model)
         before = []
-        for slot in self._blueprint.slots:
-            tensor = slot.current()
-            if slot.storage not in self._settled or tensor is None or not slot.nbytes:
+        for parameter in self._blueprint.parameters:
+            tensor = parameter.current()
+            if parameter.storage not in self._settled or tensor is None or not parameter.nbytes:
                 continue
-            keep = id(slot.module) in dropped or any(layout.may_apply(slot) for layout in KERNEL_LAYOUTS)
+            keep = id(parameter.module) in dropped or any(
+                layout.may_apply(parameter) for layout in self._engine.kernel_layouts
+            )
             copy = tensor.detach().clone() if keep else None
-            before.append(_Before(Loaded(slot, tuple(tensor.stride()), order_sensitive_digest(tensor)), copy))
+            before.append(
+                _Before(LoadedParameter(parameter, tuple(tensor.stride()), order_sensitive_digest(tensor)), copy)
+            )
         return before
 
     def finish(self) -> None:
@@ -87,25 +95,27 @@ class Recording:
         """
         done = Finished()
         faults: list[str] = []
-        shadows: dict[int, tuple[Slot, torch.Tensor]] = {}
+        shadows: list[Shadow] = []
         by_storage: dict[int, list[_Before]] = defaultdict(list)
         for before in self._before:
-            by_storage[before.slot.storage].append(before)
+            by_storage[before.parameter.storage].append(before)
         taken: set[tuple[int, int]] = set()
         for storage, group in by_storage.items():
             for first, others in _distinct_places(group):
-                landings = _inside(first.slot, self._settled[storage].landings)
+                landings = _inside(first.parameter, self._settled[storage].landings)
                 target = self._target(first, landings, done, shadows)
-                moved = [b.slot.name for b in others if target is not None and not _same_memory(b, target.tensor)]
+                moved = [b.parameter.name for b in others if target is not None and not _same_memory(b, target.tensor)]
                 if target is None or moved:
-                    faults.append(f"{', '.join(moved) or first.slot.name}: {_state(first.slot)}")
+                    faults.append(f"{', '.join(moved) or first.parameter.name}: {_state(first.parameter)}")
                     continue
                 place = (target.tensor.untyped_storage().data_ptr(), int(target.tensor.storage_offset()))
                 if landings and place not in taken:
                     taken.add(place)
                     done.targets.append(target)
-        self._absorbed(done, shadows)
-        faults += self._unclaimed(done)
+        done.refreshes += self._derivations.refreshes(shadows)
+        derived, unknown = self._derivations.appeared(self._accounted(done))
+        done.derived += derived
+        faults += unknown
         if faults:
             raise RecordError(f"post-load processing leaves layouts that are not known: {'; '.join(sorted(faults))}")
         self._before = []
@@ -116,91 +126,76 @@ class Recording:
         before: _Before,
         landings: tuple[Landing, ...],
         done: Finished,
-        shadows: dict[int, tuple[Slot, torch.Tensor]],
+        shadows: list[Shadow],
     ) -> Target | None:
         """The live tensor if it holds what was loaded, else a shadow with its refresh, else None."""
-        slot, live = before.slot, before.slot.current()
+        parameter, live = before.parameter, before.parameter.current()
 
         def target(tensor: torch.Tensor, where: tuple[Landing, ...]) -> Target:
-            return Target(tensor, slot.place.offset, where, slot.module, slot.attribute)
+            return Target(tensor, parameter.place.offset, where, parameter.module, parameter.attribute)
 
-        found = None if live is None else find(before.loaded, live.detach())
+        may_exchange = self._engine.may_exchange_halves(parameter)
+        found = None if live is None else locate(before.loaded, live.detach(), may_exchange_halves=may_exchange)
         if found is not None:
             where = with_halves_exchanged(landings, before.loaded) if found.halves_exchanged else landings
             return None if where is None else target(found.tensor, where)
         if before.copy is None:
             return None
-        for layout in KERNEL_LAYOUTS:
-            if layout.may_apply(slot) and live is not None and _gives(layout, slot, before.copy, live):
-                done.refreshes.append(_refresh(layout, slot, before.copy, live.detach()))
-                done.derived.append(Derived(slot.name, layout.name))
-                done.shadows.append(slot.name)
+        for layout in self._engine.kernel_layouts:
+            if layout.may_apply(parameter) and live is not None and _gives(layout, parameter, before.copy, live):
+                done.refreshes.append(_refresh(layout, parameter, before.copy, live.detach()))
+                done.derived.append(Derived(parameter.name, layout.name))
+                done.shadows.append(parameter.name)
                 return target(before.copy, landings)
         if live is None or not live.numel():
-            shadows[id(slot)] = (slot, before.copy)
-            done.shadows.append(slot.name)
+            # The engine has taken the parameter away after deriving something from it; the copy stands in for it.
+            shadows.append(Shadow(parameter, before.copy))
+            done.shadows.append(parameter.name)
             return target(before.copy, landings)
         return None
 
-    def _absorbed(self, done: Finished, shadows: dict[int, tuple[Slot, torch.Tensor]]) -> None:
-        for path, module in self.model.named_modules():
-            if is_mla(module):
-                layer: Any = module
-                own = {slot.attribute: copy for slot, copy in shadows.values() if slot.module is layer.kv_b_proj}
-                absorbed = AbsorbedProjections(path, layer, self.model_config.dtype, own)
-                done.refreshes.append(absorbed.refresh)
-
-    def _unclaimed(self, done: Finished) -> list[str]:
+    def _accounted(self, done: Finished) -> set[int]:
+        """Data pointers of the storages whose bytes a write reaches, or that are parameters and buffers by name."""
         accounted = {target.tensor.untyped_storage().data_ptr() for target in done.targets}
-        for slot in self._blueprint.slots:
-            tensor = slot.current()
+        for parameter in self._blueprint.parameters:
+            tensor = parameter.current()
             if tensor is not None:
                 accounted.add(tensor.untyped_storage().data_ptr())
-        absorbed = [(path, module) for path, module in self.model.named_modules() if is_mla(module)]
-        faults = []
-        for held in self._census.appeared(self.model, accounted):
-            owner = next((m for _, m in absorbed if held.holder is m or held.holder is getattr(m, "impl", None)), None)
-            if is_constant(held):
-                continue
-            if owner is not None:
-                done.derived.append(Derived(held.name, "mla-absorbed-projections"))
-            else:
-                faults.append(f"{held.name}: {tuple(held.tensor.shape)} {held.tensor.dtype} appeared")
-        return faults
+        return accounted
 
 
 def _distinct_places(group: Sequence[_Before]) -> list[tuple[_Before, list[_Before]]]:
-    """Slots of one storage by their place: one to stand for each, and those that are the same memory (tied weights)."""
+    """Parameters of one storage by their place: one to stand for each, and those of the same memory (tied weights)."""
     places: dict[Any, list[_Before]] = defaultdict(list)
     for before in group:
-        places[before.slot.place].append(before)
-    return [(slots[0], slots[1:]) for slots in places.values()]
+        places[before.parameter.place].append(before)
+    return [(parameters[0], parameters[1:]) for parameters in places.values()]
 
 
-def _inside(slot: Slot, landings: Sequence[Landing]) -> tuple[Landing, ...]:
-    if not slot.place.sizes:
-        first, last = slot.place.offset, slot.place.offset + slot.dtype.itemsize
+def _inside(parameter: ParameterPlace, landings: Sequence[Landing]) -> tuple[Landing, ...]:
+    if not parameter.place.sizes:
+        first, last = parameter.place.offset, parameter.place.offset + parameter.dtype.itemsize
     else:
-        reach = sum((n - 1) * s for n, s in zip(slot.place.sizes, slot.place.strides, strict=True))
-        first, last = slot.place.offset, slot.place.offset + reach + slot.dtype.itemsize
+        reach = sum((n - 1) * s for n, s in zip(parameter.place.sizes, parameter.place.strides, strict=True))
+        first, last = parameter.place.offset, parameter.place.offset + reach + parameter.dtype.itemsize
     return tuple(landing for landing in landings if first <= landing.place.offset < last)
 
 
 def _same_memory(before: _Before, target: torch.Tensor) -> bool:
-    live = before.slot.current()
+    live = before.parameter.current()
     return live is not None and live.data_ptr() == target.data_ptr() and live.numel() == target.numel()
 
 
-def _state(slot: Slot) -> str:
-    live = slot.current()
+def _state(parameter: ParameterPlace) -> str:
+    live = parameter.current()
     if live is None:
         return "removed"
-    return f"{slot.shape} {slot.dtype} became {tuple(live.shape)} {live.dtype} strides {tuple(live.stride())}"
+    return f"{parameter.shape} {parameter.dtype} became {tuple(live.shape)} {live.dtype} strides {tuple(live.stride())}"
 
 
-def _gives(layout: KernelLayout, slot: Slot, loaded: torch.Tensor, live: torch.Tensor) -> bool:
+def _gives(layout: KernelLayout, parameter: ParameterPlace, loaded: torch.Tensor, live: torch.Tensor) -> bool:
     try:
-        result = layout.forward(slot, loaded)
+        result = layout.forward(parameter, loaded)
     except LookupError:
         return False
     return (
@@ -212,8 +207,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _refresh(layout: KernelLayout, slot: Slot, shadow: torch.Tensor, live: torch.Tensor) -> Callable[[], None]:
+def _refresh(
+    layout: KernelLayout, parameter: ParameterPlace, shadow: torch.Tensor, live: torch.Tensor
+) -> Callable[[], None]:
     def refresh() -> None:
-        live.copy_(layout.forward(slot, shadow))
+        live.copy_(layout.forward(parameter, shadow))
 
     return refresh

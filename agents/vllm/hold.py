@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from weightsync.agents.vllm import gate
-from weightsync.agents.vllm.plugin import chosen, logger
+from weightsync.agents.vllm.backend import chosen, logger
 
 ASK_SECONDS: Final = 60.0
 """Total wait for the workers' reports. They answer at once between batches, and a long prefill takes seconds."""
@@ -228,7 +228,7 @@ def _ask(core: Any) -> list[gate.WorkerReport]:
 def _call_workers(
     core: Any, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
-    outcomes: list[gate.Outcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
+    outcomes: list[gate.CallOutcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
     if failed := [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error]:
         name = method if isinstance(method, str) else getattr(method, "__name__", "the call")
         raise WorkersFailed(

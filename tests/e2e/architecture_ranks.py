@@ -186,22 +186,22 @@ def lay_out_unprocessed(place: Place, case: Mapping[str, Any]) -> dict[str, Any]
                 tensor.data.zero_()
     blueprint = Blueprint(written)
     fed = [Checkpoint(name, tuple(tensor.shape), tensor.dtype) for name, tensor in new.items()]
-    fed = as_fed(fed, {slot.name: slot.dtype for slot in blueprint.slots})
+    fed = as_fed(fed, {parameter.name: parameter.dtype for parameter in blueprint.parameters})
     with set_current_vllm_config(config):
         states = settle(blueprint.trace(fed, written.load_weights))
         loaded.load_weights(iter(new.items()))
     targets = []
-    for slot in blueprint.slots:
-        tensor, state = slot.current(), states.get(slot.storage)
+    for parameter in blueprint.parameters:
+        tensor, state = parameter.current(), states.get(parameter.storage)
         if state is not None and tensor is not None:
-            targets.append(Target(tensor.detach(), slot.place.offset, state.landings))
+            targets.append(Target(tensor.detach(), parameter.place.offset, state.landings))
     rows = build_rows(targets)
     layout = protocol.Layout(rows.tensors, rows.regions, rows.matrix().tobytes())
     write_by_rows(layout, rows.memory, new)
     return {
         "tensors": [tensor.name for tensor in layout.tensors],
         "dtypes": {tensor.name: tensor.dtype for tensor in layout.tensors},
-        "opaque": [blot.reason for state in states.values() for blot in state.opaque],
+        "opaque": [opaque.reason for state in states.values() for opaque in state.opaque],
         "different": different(written, loaded),
     }
 

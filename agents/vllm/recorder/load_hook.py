@@ -15,10 +15,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.vllm.backend import chosen
 from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of
-from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft
+from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft, record
 
-BACKEND: Final = "weightsync"
 _INSTALLED: Final = "_weightsync_recorder"
 
 
@@ -32,7 +32,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        if not _is_ours(vllm_config):
+        if not chosen(vllm_config):
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
@@ -46,11 +46,6 @@ def install() -> None:
     BaseModelLoader.load_model = load_model
 
 
-def _is_ours(vllm_config: Any) -> bool:
-    transfer = getattr(vllm_config, "weight_transfer_config", None)
-    return getattr(transfer, "backend", None) == BACKEND
-
-
 def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
     recordings: list[Recording] = []
 
@@ -59,7 +54,7 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
         with _observed(model, seen):
             original(model, config)
         checkpoint = list(seen.values()) or checkpoint_of(model, config)
-        recordings.append(Recording(model, config, checkpoint))
+        recordings.append(record(model, config, checkpoint))
 
     original = loader.load_weights
     loader.load_weights = load_weights

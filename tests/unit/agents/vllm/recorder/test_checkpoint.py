@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint, RecordError
-from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of, read_header
-from weightsync.agents.vllm.recorder.expected import expected_checkpoint
+from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of, expected_checkpoint, read_header
 from weightsync.agents.vllm.recorder.kernel_layouts import as_fed
 
 BF16 = torch.bfloat16

@@ -10,7 +10,7 @@ from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.recorder import recorded as recorder
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint
-from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, Recording, keep, keep_draft, recorded_layout
+from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, keep, keep_draft, record, recorded_layout
 
 CONFIG = SimpleNamespace(dtype=torch.float32)
 VLLM_CONFIG = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
@@ -46,7 +46,7 @@ def checkpoint(**shapes: tuple[int, ...]) -> list[Checkpoint]:
 
 
 def loaded(model: Model, entries: list[Checkpoint]) -> Recorded:
-    recording = Recording(model, CONFIG, entries)
+    recording = record(model, CONFIG, entries)
     for layer in model.children():
         if isinstance(layer, Layer):
             layer.process(layer)
@@ -146,12 +146,12 @@ def test_another_view_of_a_weight_is_not_a_new_tensor() -> None:
 
 def test_a_parameter_that_the_checkpoint_does_not_reach_is_refused_by_name() -> None:
     with pytest.raises(RecordError, match=r"reaches b\.weight \(48 of 48 bytes\)"):
-        Recording(Model(a=Layer(), b=Layer()), CONFIG, checkpoint(a=(4, 3)))
+        record(Model(a=Layer(), b=Layer()), CONFIG, checkpoint(a=(4, 3)))
 
 
 def test_a_parameter_that_is_reached_in_part_is_refused_unless_it_is_padded() -> None:
     with pytest.raises(RecordError, match=r"a\.weight \(24 of 48 bytes\)"):
-        Recording(Model(a=Layer()), CONFIG, checkpoint(a=(2, 3)))
+        record(Model(a=Layer()), CONFIG, checkpoint(a=(2, 3)))
     vocabulary = Layer()
     vocabulary.org_vocab_size = 2  # type: ignore[assignment]
     model = Model(a=vocabulary)
@@ -230,7 +230,7 @@ def test_absorbed_projections_are_refreshed_in_place(drops: bool, replaces: bool
     model.load_weights = lambda weights: [  # type: ignore[assignment, method-assign]
         projection.weight.data.copy_(tensor) for _, tensor in weights
     ]
-    recording = Recording(model, CONFIG, checkpoint(projection=(4, 3)))
+    recording = record(model, CONFIG, checkpoint(projection=(4, 3)))
     attention.process_weights_after_loading(F32)
     recording.finish()
     keep(recording)
@@ -270,7 +270,7 @@ class ExpertModel(nn.Module):
 
 
 def expert_recording(model: ExpertModel, name: str = "mlp.experts.{}.w") -> None:
-    recording = Recording(model, CONFIG, [Checkpoint(name.format(e), (3,), F32) for e in range(4)])
+    recording = record(model, CONFIG, [Checkpoint(name.format(e), (3,), F32) for e in range(4)])
     recording.finish()
     keep(recording)
 
@@ -320,7 +320,7 @@ class Fused(nn.Module):
 def test_experts_whose_halves_a_kernel_wants_exchanged_are_written_there() -> None:
     model = Fused()
     names = [f"{expert}.{part}" for expert in range(2) for part in ("gate", "up")]
-    recording = Recording(model, CONFIG, [Checkpoint(name, (2, 3), F32) for name in names])
+    recording = record(model, CONFIG, [Checkpoint(name, (2, 3), F32) for name in names])
     model.exchange_halves()
     recording.finish()
     keep(recording)
@@ -334,7 +334,7 @@ def test_experts_whose_halves_a_kernel_wants_exchanged_are_written_there() -> No
 
 def test_exchanged_halves_of_what_the_checkpoint_keeps_whole_are_refused() -> None:
     model = Fused()
-    recording = Recording(model, CONFIG, [Checkpoint(f"{expert}.all", (4, 3), F32) for expert in range(2)])
+    recording = record(model, CONFIG, [Checkpoint(f"{expert}.all", (4, 3), F32) for expert in range(2)])
     model.exchange_halves()
     with pytest.raises(RecordError, match="w13_weight"):
         recording.finish()

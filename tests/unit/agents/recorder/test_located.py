@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsync.agents.recorder import proof as recorder_proof
-from weightsync.agents.recorder.proof import order_sensitive_digest
+from weightsync.agents.recorder import located
+from weightsync.agents.recorder.located import order_sensitive_digest
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_moving_a_value_between_zeros_is_seen() -> None:
 def test_pieces_give_the_same_sum_as_the_whole(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
     tensor = torch.randn(10, 7) if contiguous else torch.randn(7, 10).t()
     whole = order_sensitive_digest(tensor)
-    monkeypatch.setattr(recorder_proof, "CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr(located, "CHUNK_ELEMENTS", 16)
     assert order_sensitive_digest(tensor) == whole
 
 
