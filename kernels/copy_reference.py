@@ -6,13 +6,17 @@ from typing import Final
 
 import numpy as np
 import torch
-from weightsync.kernels.strided import (
+from weightsync.kernels.columns import (
     COUNTS,
     DST_OFFSET,
     DST_REGION,
+    DST_STRIDE,
     RUN_BYTES,
     SRC_OFFSET,
     SRC_REGION,
+    SRC_STRIDE,
+)
+from weightsync.kernels.strided import (
     Table,
     canonical,
     sheets,
@@ -37,7 +41,7 @@ class ReferenceCopy:
     """A copy prepared once and made many times."""
 
     def __init__(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table) -> None:
-        """Regions are uint8[n] on the CPU; ``table`` is int64[n, 14], checked by the caller."""
+        """Regions are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller."""
         self._sources, self._destinations = list(sources), list(destinations)
         rows = canonical(table)
         size = rows[:, RUN_BYTES] * np.prod(rows[:, list(COUNTS)], axis=1)
@@ -71,9 +75,13 @@ def _copy_row(source: torch.Tensor, destination: torch.Tensor, row: Table) -> No
     """One row with all its loops as one strided copy."""
     shape = [*(int(row[column]) for column in COUNTS), int(row[RUN_BYTES])]
     src = source.as_strided(
-        shape, [*(int(row[column + 1]) for column in COUNTS), 1], source.storage_offset() + int(row[SRC_OFFSET])
+        shape,
+        [*(int(row[column + SRC_STRIDE]) for column in COUNTS), 1],
+        source.storage_offset() + int(row[SRC_OFFSET]),
     )
     dst = destination.as_strided(
-        shape, [*(int(row[column + 2]) for column in COUNTS), 1], destination.storage_offset() + int(row[DST_OFFSET])
+        shape,
+        [*(int(row[column + DST_STRIDE]) for column in COUNTS), 1],
+        destination.storage_offset() + int(row[DST_OFFSET]),
     )
     dst.copy_(src)

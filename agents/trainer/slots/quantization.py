@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize
+from weightsync.kernels.fp8 import prepare_quantize
+from weightsync.kernels.fp8_jobs import QuantizeJob
 
 BLOCK: Final = (128, 128)
 """Rows and columns of one FP8 block of a DeepSeek-style checkpoint (``weight_block_size``)."""
