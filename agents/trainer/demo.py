@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, rank: int, world: int) -> int:
     failed = False
     try:
         tokens = training_tokens(model, options.tokens, options.seed, rank, world)
-        trainer = Trainer(model, forward, tokens, options.learning_rate)
+        trainer = DemoTrainer(model, forward, tokens, options.learning_rate)
         for step in range(1, options.steps + 1):
             loss = trainer.step()
             _say(rank, f"step {step} loss {loss:.4f}")
@@ -120,7 +120,7 @@ def training_tokens(model: nn.Module, file: Path | None, seed: int, rank: int, w
     return torch.randint(0, int(model.config.vocab_size), (BATCH, LENGTH), generator=generator)  # type: ignore[union-attr,arg-type]
 
 
-class Trainer:
+class DemoTrainer:
     """Next-token prediction on a fixed batch: ``tokens`` are this rank's rows of it."""
 
     def __init__(self, model: nn.Module, forward: torch.dtype, tokens: torch.Tensor, learning_rate: float) -> None:

@@ -186,6 +186,7 @@ def holding(name: str, tensor: torch.Tensor) -> Holding:
     held = Holding(tuple(tensor.shape), tensor.dtype, cuts, grid)
     local: tuple[int, ...] = tuple(tensor.to_local().shape)
     expected = held.local_shape
+    # Empty shares have whatever shape torch gave them; only elements count.
     if local != expected and math.prod(local) + math.prod(expected) > 0:
         raise UnsupportedPlacement(name, f"local shape {local}, but {tensor.placements} over {grid} gives {expected}")
     return held
@@ -218,6 +219,7 @@ def _share(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> list[In
 
 def _taken(intervals: list[Interval], cut: Cut, index: int) -> list[Interval]:
     """The part of ``intervals`` (a concatenation) that position ``index`` of the mesh dimension keeps."""
+    # _StridedShard: an axis to the right was sharded first, so this one cuts each of its ``factor`` parts anew.
     pieces = (_chunk(intervals, cut.factor, number) for number in range(cut.factor))
     kept = itertools.chain.from_iterable(_chunk(piece, cut.parts, index) for piece in pieces)
     return list(_merged(kept))
