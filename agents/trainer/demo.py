@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.models import model_table
-from weightsync.agents.trainer.slots.slots import SlotOptions
+from weightsync.agents.trainer.slots import SlotOptions
 from weightsync.agents.trainer.state import current_state
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

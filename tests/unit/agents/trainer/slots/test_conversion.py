@@ -6,9 +6,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.models import ModelConfig, ModelTable
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 
 FP8 = QuantizationSpec(torch.float8_e4m3fn, "_scale_inv")
 

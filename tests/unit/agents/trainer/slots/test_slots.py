@@ -10,8 +10,7 @@ from weightsync.agents.memory.arena import ALIGNMENT, host_arena
 from weightsync.agents.tables.runs import RUN_LENGTH
 from weightsync.agents.trainer.errors import ChangedTensor, ExpertPartitionError, MissingTensor, OffGridError
 from weightsync.agents.trainer.models import STACKED, model_table
-from weightsync.agents.trainer.slots import quantization
-from weightsync.agents.trainer.slots.slots import ExpertParallel, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots, quantization
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW
 
 DENSE = {

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.recorder import recorded as recorder
-from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint
 from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, keep, keep_draft, record, recorded_layout
 
 CONFIG = SimpleNamespace(dtype=torch.float32)
@@ -109,34 +108,6 @@ def test_a_tensor_of_unknown_origin_is_refused_by_name() -> None:
         loaded(Model(a=Layer(process=process)), checkpoint(a=(4, 3)))
 
 
-class Kernel:
-    """A helper object as vLLM's layers hold them."""
-
-    def __init__(self, **tensors: torch.Tensor) -> None:
-        self.__dict__.update(tensors)
-
-
-Kernel.__module__ = "vllm.kernels"
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "known"),
-    [
-        ("strides", torch.arange(4), True),
-        ("gemm1_alpha", torch.ones(4), True),
-        ("packed", torch.zeros(4, dtype=torch.uint8), False),
-        ("inverse", torch.ones(4), False),
-    ],
-)
-def test_helpers_may_hold_tables_and_constants_but_no_new_weights(name: str, tensor: torch.Tensor, known: bool) -> None:
-    model = Model(a=Layer(process=lambda layer: setattr(layer, "kernel", Kernel(**{name: tensor}))))
-    if known:
-        assert loaded(model, checkpoint(a=(4, 3))).layout.derived == ()
-    else:
-        with pytest.raises(RecordError, match=rf"a\.kernel\.{name}: \(4,\)"):
-            loaded(model, checkpoint(a=(4, 3)))
-
-
 def test_another_view_of_a_weight_is_not_a_new_tensor() -> None:
     def process(layer: Layer) -> None:
         layer.transposed = layer.weight.data.t()  # type: ignore[assignment]
@@ -200,147 +171,6 @@ def test_weights_untied_by_processing_are_refused() -> None:
         loaded(Model(embed=embed, head=head), checkpoint(embed=(4, 3)))
 
 
-# ------------------------------------------------------------------------------------------- absorbed projections
-class Attention(nn.Module):
-    """Keeps a transposed half of its projection, as multi-head latent attention does."""
-
-    def __init__(self, projection: nn.Module, *, drops: bool, replaces: bool) -> None:
-        super().__init__()
-        self.kv_b_proj = projection
-        self.kv_lora_rank = 3
-        self.is_amx_bmm_enabled = drops
-        self.replaces = replaces
-
-    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
-        absorbed = self.kv_b_proj.weight.data[:2].t().contiguous().to(dtype)
-        if self.replaces or not hasattr(self, "W_UK_T"):
-            self.W_UK_T = absorbed
-        else:
-            self.W_UK_T.copy_(absorbed)
-        if self.is_amx_bmm_enabled:
-            self.kv_b_proj.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-
-
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("replaces", [False, True])
-def test_absorbed_projections_are_refreshed_in_place(drops: bool, replaces: bool) -> None:
-    projection = Layer()
-    attention = Attention(projection, drops=drops, replaces=replaces)
-    model = Model(projection=projection, attention=attention)
-    model.load_weights = lambda weights: [  # type: ignore[assignment, method-assign]
-        projection.weight.data.copy_(tensor) for _, tensor in weights
-    ]
-    recording = record(model, CONFIG, checkpoint(projection=(4, 3)))
-    attention.process_weights_after_loading(F32)
-    recording.finish()
-    keep(recording)
-    recorded = recorded_layout(model, VLLM_CONFIG)
-    assert [(d.name, d.refresh) for d in recorded.layout.derived] == [("attention.W_UK_T", "mla-absorbed-projections")]
-    address = attention.W_UK_T.data_ptr()
-    new = torch.randn(4, 3)
-    recorded.load([("projection.weight", new)])
-    assert torch.equal(attention.W_UK_T, new[:2].t())
-    assert attention.W_UK_T.data_ptr() == address
-    assert attention.kv_b_proj.weight.numel() == (0 if drops else 12)
-    assert bool(recorded.shadows) is drops
-
-
-# -------------------------------------------------------------------------------------------------------- experts
-class Experts(nn.Module):
-    """Two local slots of four experts, with a load balancer's map that the test may change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w13_weight = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
-        parallel = SimpleNamespace(ep_rank=1)
-        self.moe_config = SimpleNamespace(num_local_experts=2, moe_parallel_config=parallel)
-        self.eplb_state = SimpleNamespace(logical_to_physical_map=torch.tensor([[0], [1], [2], [3]]))
-
-
-class ExpertModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = Experts()
-
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in weights:
-            slot = int(name.split(".")[2]) - 2
-            if slot >= 0:
-                self.mlp.w13_weight.data[slot].copy_(tensor)
-
-
-def expert_recording(model: ExpertModel, name: str = "mlp.experts.{}.w") -> None:
-    recording = record(model, CONFIG, [Checkpoint(name.format(e), (3,), F32) for e in range(4)])
-    recording.finish()
-    keep(recording)
-
-
-def test_rebalanced_experts_are_written_to_the_slots_that_hold_them_now() -> None:
-    model = ExpertModel()
-    expert_recording(model)
-    first = recorded_layout(model, VLLM_CONFIG)
-    assert [t.name for t in first.layout.tensors] == ["mlp.experts.2.w", "mlp.experts.3.w"]
-    model.mlp.eplb_state.logical_to_physical_map = torch.tensor([[3, -1], [0, 2], [1, -1], [-1, -1]])
-    second = recorded_layout(model, VLLM_CONFIG)
-    assert [t.name for t in second.layout.tensors] == ["mlp.experts.1.w", "mlp.experts.0.w"]
-    assert second.layout.expert_map == expert_map_fingerprint(model) != first.layout.expert_map
-    second.load([(f"mlp.experts.{e}.w", torch.full((3,), float(e))) for e in range(4)])
-    assert model.mlp.w13_weight.tolist() == [[1, 1, 1], [0, 0, 0]]
-
-
-def test_an_empty_slot_and_stacked_experts_are_refused_while_balancing() -> None:
-    model = ExpertModel()
-    expert_recording(model)
-    model.mlp.eplb_state.logical_to_physical_map = torch.tensor([[0], [1], [2], [0]])
-    with pytest.raises(RecordError, match="slot 1 holds no expert"):
-        recorded_layout(model, VLLM_CONFIG)
-    stacked = ExpertModel()
-    expert_recording(stacked, "mlp.stack.{}.w")
-    with pytest.raises(RecordError, match="stacks its experts"):
-        recorded_layout(stacked, VLLM_CONFIG)
-
-
-class Fused(nn.Module):
-    """Two experts of gate and up, and a loader for ``<expert>.<gate|up>``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w13_weight = nn.Parameter(torch.randn(2, 4, 3), requires_grad=False)
-
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in weights:
-            expert, part = name.split(".")
-            start = {"gate": 0, "up": 2, "all": 0}[part]
-            self.w13_weight.data[int(expert), start : start + len(tensor)].copy_(tensor)
-
-    def exchange_halves(self) -> None:
-        self.w13_weight = nn.Parameter(self.w13_weight.data.roll(2, dims=1), requires_grad=False)
-
-
-def test_experts_whose_halves_a_kernel_wants_exchanged_are_written_there() -> None:
-    model = Fused()
-    names = [f"{expert}.{part}" for expert in range(2) for part in ("gate", "up")]
-    recording = record(model, CONFIG, [Checkpoint(name, (2, 3), F32) for name in names])
-    model.exchange_halves()
-    recording.finish()
-    keep(recording)
-    new = {name: torch.randn(2, 3) for name in names}
-    recorded_layout(model, VLLM_CONFIG).load(new.items())
-    expected = Fused()
-    expected.load_weights(iter(new.items()))
-    expected.exchange_halves()
-    assert torch.equal(model.w13_weight, expected.w13_weight)
-
-
-def test_exchanged_halves_of_what_the_checkpoint_keeps_whole_are_refused() -> None:
-    model = Fused()
-    recording = record(model, CONFIG, [Checkpoint(f"{expert}.all", (4, 3), F32) for expert in range(2)])
-    model.exchange_halves()
-    with pytest.raises(RecordError, match="w13_weight"):
-        recording.finish()
-
-
-# --------------------------------------------------------------------------------------------------- the public door
 def test_a_model_loaded_without_the_hook_is_refused() -> None:
     with pytest.raises(RecordError, match="Model was loaded without the recorder"):
         recorded_layout(Model(a=Layer()), VLLM_CONFIG)

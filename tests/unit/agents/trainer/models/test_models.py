@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from weightsync.agents.trainer.errors import ConversionTableError, MissingTensor, UnknownArchitecture
 from weightsync.agents.trainer.models import CHECKPOINT, STACKED, model_table
-from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.slots import TrainerSlots
 from weightsync.agents.trainer.state import current_state
 
 DENSE = {
@@ -209,7 +209,7 @@ def test_a_new_architecture_is_a_table_of_under_forty_lines(assemble):
     """The example of docs/adding-a-model.md runs as it stands there: OLMo 2, which no shipped table knows."""
     import transformers
 
-    page = (Path(__file__).parents[4] / "docs" / "adding-a-model.md").read_text()
+    page = (Path(__file__).parents[5] / "docs" / "adding-a-model.md").read_text()
     example = page.split("```python\n", 1)[1].split("```", 1)[0]
     assert len(example.splitlines()) < 40
     with pytest.raises(UnknownArchitecture):
