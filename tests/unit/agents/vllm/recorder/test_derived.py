@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.vllm.recorder.derived import MAX_DEPTH, held_tensors
 from weightsync.agents.vllm.recorder.recorded import RecordError, keep, record, recorded_layout
 
 CONFIG = SimpleNamespace(dtype=torch.float32)
@@ -83,8 +84,8 @@ def test_absorbed_projections_are_refreshed_in_place(drops: bool, replaces: bool
 class Kernel:
     """A helper object as vLLM's layers hold them."""
 
-    def __init__(self, **tensors: torch.Tensor) -> None:
-        self.__dict__.update(tensors)
+    def __init__(self, **held: object) -> None:
+        self.__dict__.update(held)
 
 
 Kernel.__module__ = "vllm.kernels"
@@ -110,3 +111,24 @@ def test_helpers_may_hold_tables_and_constants_but_no_new_weights(name: str, ten
     else:
         with pytest.raises(RecordError, match=rf"layer\.kernel\.{name}: \(4,\)"):
             recording.finish()
+
+
+def test_held_tensors_names_each_holder_once_and_stays_inside_vllm() -> None:
+    layer = Layer()
+    shared = Kernel(scales=torch.ones(2))
+    layer.first = Kernel(inner=Kernel(codes=torch.ones(3)), again=shared)  # type: ignore[assignment]
+    layer.second = shared  # type: ignore[assignment]
+    layer.foreign = SimpleNamespace(weight=torch.ones(4))  # type: ignore[assignment]
+    names = [held.name for held in held_tensors(Model(layer))]
+    assert sorted(names) == ["layer.first.again.scales", "layer.first.inner.codes", "layer.weight"]
+
+
+def test_helpers_deeper_than_the_limit_are_not_searched() -> None:
+    deep = Kernel(codes=torch.ones(1))
+    for _ in range(MAX_DEPTH):
+        deep = Kernel(inner=deep)
+    layer = Layer()
+    layer.kernel = deep  # type: ignore[assignment]
+    assert [held.name for held in held_tensors(Model(layer))] == ["layer.weight"]
+    layer.kernel = deep.inner  # type: ignore[attr-defined]
+    assert "layer.kernel" + ".inner" * (MAX_DEPTH - 1) + ".codes" in [held.name for held in held_tensors(Model(layer))]
