@@ -27,7 +27,7 @@ LARGE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _RunGroup:
     """Runs of one length between one pair of regions."""
 
     src_region: int
@@ -53,7 +53,9 @@ class ReferenceCopy:
         signature = np.column_stack([pair, runs.run])[order]
         breaks = np.flatnonzero((signature[1:] != signature[:-1]).any(axis=1)) + 1
         self._groups = [
-            _Group(int(pair[part[0], 0]), int(pair[part[0], 1]), int(runs.run[part[0]]), runs.src[part], runs.dst[part])
+            _RunGroup(
+                int(pair[part[0], 0]), int(pair[part[0], 1]), int(runs.run[part[0]]), runs.src[part], runs.dst[part]
+            )
             for part in np.split(order, breaks)
             if len(part)
         ]
@@ -65,6 +67,7 @@ class ReferenceCopy:
         for group in self._groups:
             source = self._sources[group.src_region].numpy()
             destination = self._destinations[group.dst_region].numpy()
+            # Every offset as the beginning of a window of one run's length: one index then moves all runs at once.
             windows = (len(source) - group.length + 1, group.length)
             gathered = np.lib.stride_tricks.as_strided(source, windows, (1, 1))[group.src]
             windows = (len(destination) - group.length + 1, group.length)

@@ -43,7 +43,7 @@ class _Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _PieceGroup:
     """Pieces of ``length`` bytes that begin ``start`` bytes into their tiles; ``outer`` is uint64[n, 4]."""
 
     region: int
@@ -103,7 +103,7 @@ def _cut(runs: Sheets) -> Sheets:
     return spread.part(begin - spread.dst, end - begin)
 
 
-def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_Group]:
+def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_PieceGroup]:
     """Pieces of one length, one place in the tile and one region, together."""
     start, where = pieces.dst % TILE_BYTES, region[pieces.row]
     outer = outer_multipliers(keys[pieces.row], pieces.dst // TILE_BYTES)
@@ -111,7 +111,7 @@ def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_Group]:
     signature = np.stack([where[order], pieces.run[order], start[order]])
     breaks = np.flatnonzero((signature[:, 1:] != signature[:, :-1]).any(axis=0)) + 1
     return [
-        _Group(int(where[part[0]]), int(start[part[0]]), int(pieces.run[part[0]]), pieces.src[part], outer[part])
+        _PieceGroup(int(where[part[0]]), int(start[part[0]]), int(pieces.run[part[0]]), pieces.src[part], outer[part])
         for part in np.split(order, breaks)
         if len(part)
     ]
@@ -120,6 +120,7 @@ def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_Group]:
 def _stretch_sum(region: Bytes, stretch: _Stretch) -> Words:
     data = np.frombuffer(region, "<u4", stretch.tiles * TILE_WORDS, stretch.offset).reshape(-1, TILE_WORDS)
     weights = inner_multipliers()
+    # Each byte counts as its value plus one; the ones of a whole tile are the same for all tiles.
     present = np.uint64(PRESENT) * weights.sum(axis=0)
     total = np.zeros(2, np.uint64)
     for first in range(0, stretch.tiles, CHUNK_TILES):
@@ -129,10 +130,11 @@ def _stretch_sum(region: Bytes, stretch: _Stretch) -> Words:
     return total
 
 
-def _group_sum(region: Bytes, group: _Group) -> Words:
+def _group_sum(region: Bytes, group: _PieceGroup) -> Words:
     skip = group.start % 4
     words = (skip + group.length + 3) // 4
     weights = inner_multipliers()[group.start // 4 : group.start // 4 + words]
+    # The ones of the bytes that are there, in words that the piece may cover in part.
     covered = np.zeros(4 * words, np.uint8)
     covered[skip : skip + group.length] = 1
     present = covered.view("<u4").astype(np.uint64) @ weights

@@ -160,6 +160,7 @@ def check_bounds(table: Table, lengths: Sequence[int], *, destination: bool) -> 
     if not used.any():
         return
     end = _end(table, destination=destination)
+    # Rows without bytes may name any region.
     sizes = np.asarray(lengths, np.int64)[np.where(used, region, 0)]
     wrong = used & (end > sizes)
     if wrong.any():
@@ -213,6 +214,7 @@ def canonical(table: Table) -> Table:
         for outer in COUNTS:
             if inner != outer:
                 _chain(out, inner, outer)
+    # The longest loop last: it stays one sheet, while the outer two are written out row by row.
     order = np.argsort(out[:, list(COUNTS)], axis=1, kind="stable")
     loops = out[:, COUNTS[0] :].reshape(-1, LOOPS, LOOP_COLUMNS)
     out[:, COUNTS[0] :] = np.take_along_axis(loops, order[:, :, None], axis=1).reshape(-1, LOOPS * LOOP_COLUMNS)

@@ -1,6 +1,6 @@
 """What the recorder must be told about an engine: facts that tracing its loader cannot show.
 
-Each engine implements :class:`EngineFacts` once (vLLM: ``weightsync.agents.vllm.recorder.facts``). A recording asks it
+Each engine implements :class:`LayerFacts` once (vLLM: ``weightsync.agents.vllm.recorder.facts``). A recording asks it
 for ``as_fed`` before it traces the loader, for ``reason_to_stay`` about parameters that the loader did not fill, for
 ``may_be_dropped``, ``kernel_layouts`` and ``derivations`` before the engine processes the loaded weights, and for
 everything else afterwards.
@@ -54,7 +54,7 @@ class Derivations(Protocol):
         """
 
 
-class EngineFacts(Protocol):
+class LayerFacts(Protocol):
     """One engine's knowledge of its own layers."""
 
     @property

@@ -71,7 +71,7 @@ def with_halves_exchanged(landings: Sequence[Landing], loaded: LoadedParameter) 
         first = (place.offset - loaded.parameter.place.offset) % expert
         last = first + sum((n - 1) * s for n, s in zip(place.sizes, place.strides, strict=True))
         if first // half != last // half:
-            return None  # one box over both halves would become two, and its middle would be wrong
+            return None  # the box would have to be cut in two where the halves meet
         shift = half if first < half else -half
         moved.append(replace(landing, place=replace(place, offset=place.offset + shift)))
     return tuple(moved)
@@ -101,8 +101,7 @@ def order_sensitive_digest(tensor: torch.Tensor) -> int:
     bits = tensor.detach()
     if bits.is_complex() or bits.element_size() not in _INTEGER_OF_SIZE:
         raise TypeError(f"no digest for {tensor.dtype}")
-    # torch reinterprets no scalar, only what has a dimension.
-    bits = (bits if bits.dim() else bits.reshape(1)).view(_INTEGER_OF_SIZE[bits.element_size()])
+    bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     position = 0
     for part in _parts(bits):

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint, ParameterPlace
-from weightsync.agents.recorder.interface import EngineFacts, KernelLayout, Shadow
+from weightsync.agents.recorder.interface import KernelLayout, LayerFacts, Shadow
 from weightsync.agents.recorder.located import LoadedParameter, locate, order_sensitive_digest, with_halves_exchanged
 from weightsync.agents.recorder.rows import Target
 from weightsync.agents.recorder.settled import Unrecorded, judge_unreached, opaque_names, settle
@@ -43,7 +43,7 @@ class Finished:
 class Recording:
     """A load, recorded. ``finish`` after post-load processing; ``finished`` then holds the targets."""
 
-    def __init__(self, model: nn.Module, checkpoint: Sequence[Checkpoint], engine: EngineFacts) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Sequence[Checkpoint], engine: LayerFacts) -> None:
         """Record ``model``, loaded and not yet processed, fed with the tensors of ``checkpoint``.
 
         Args:

@@ -83,7 +83,7 @@ class Write:
 
 
 @dataclass(slots=True)
-class _Part:
+class _CopiedBox:
     """A box of a temporary tensor and the older tensor that its elements were taken from."""
 
     corner: tuple[int, ...]
@@ -102,7 +102,7 @@ class _Origin:
     source: Checkpoint | None = None
     target: int | None = None
     opaque: str = ""
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[_CopiedBox] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class LoadTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             chain = (source.dtype, out.dtype)
             # A box of the temporary for each run of the view over it, so that later views intersect boxes only.
             for piece in decompose(origin.base, view_of(view), view_of(source)):
-                origin.parts.append(_Part(piece.corner, piece.extent, taken, piece.as_far_view(), chain))
+                origin.parts.append(_CopiedBox(piece.corner, piece.extent, taken, piece.as_far_view(), chain))
 
     def copied(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """``destination.copy_(source)``; sizes may broadcast."""

@@ -173,6 +173,7 @@ def tensor_names(layout: Layout) -> Callable[[int, int], str]:
     def name(region: int, offset: int) -> str:
         if region == layout.staging:
             return "packed tensors"
+        # The last row of the region that begins at the offset or before it.
         low, high = np.searchsorted(regions, [region, region + 1])
         place = low + int(np.searchsorted(offsets[low:high], offset, side="right")) - 1
         if place < low:
@@ -205,6 +206,7 @@ class _TensorFacts:
 def _keys(layout: Layout) -> Column:
     from weightsync.kernels.digest import tensor_key  # here, because it brings torch and only digests need it
 
+    # Columns are signed; what counts is the bit pattern.
     unsigned = np.fromiter(
         (tensor_key(t.name) & 0xFFFF_FFFF_FFFF_FFFF for t in layout.tensors), np.uint64, len(layout.tensors)
     )
@@ -351,6 +353,7 @@ def _table(boxes: Boxes) -> Matrix:
     """Kernel table of the boxes; those with more loops than a row has are unrolled along their outermost ones."""
     boxes = solid(boxes)
     loops = loops_of(boxes)
+    # Loops that do not loop come first, so this multiplies only rows with more loops than the table has columns for.
     owner, steps = unroll(loops.count[:, : MAX_RANK - LOOPS])
     outer = slice(0, MAX_RANK - LOOPS)
     inner = slice(MAX_RANK - LOOPS, MAX_RANK)

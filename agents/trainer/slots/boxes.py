@@ -109,7 +109,7 @@ class HeldBox:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class LocalShare:
     """What this rank holds of one trainer tensor of global ``shape``. ``grid`` is None for a plain tensor."""
 
     shape: tuple[int, ...]
@@ -164,14 +164,14 @@ class Holding:
         return _share(self.shape[dim], cuts, [at[cut.mesh_dim] for cut in cuts])
 
 
-def holding(name: str, tensor: torch.Tensor) -> Holding:
+def local_share(name: str, tensor: torch.Tensor) -> LocalShare:
     """What this rank holds of ``tensor``: all of a plain one, the placements' share of a DTensor.
 
     Raises:
         UnsupportedPlacement: a placement that is neither a shard nor a replica (a pending reduction, for example).
     """
     if not isinstance(tensor, DTensor):
-        return Holding(tuple(tensor.shape), tensor.dtype)
+        return LocalShare(tuple(tensor.shape), tensor.dtype)
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -183,7 +183,7 @@ def holding(name: str, tensor: torch.Tensor) -> Holding:
     )
     names = mesh.mesh_dim_names or tuple(f"dim{index}" for index in range(mesh.ndim))
     grid = Grid(tuple(mesh.mesh.shape), tuple(names), tuple(coordinate), tuple(mesh.mesh.flatten().tolist()))
-    held = Holding(tuple(tensor.shape), tensor.dtype, cuts, grid)
+    held = LocalShare(tuple(tensor.shape), tensor.dtype, cuts, grid)
     local: tuple[int, ...] = tuple(tensor.to_local().shape)
     expected = held.local_shape
     # Empty shares have whatever shape torch gave them; only elements count.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
-from weightsync.agents.trainer.slots.boxes import Box, HeldBox, Holding, with_entry
+from weightsync.agents.trainer.slots.boxes import Box, HeldBox, LocalShare, with_entry
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 
 Kind = Literal["sharded", "gathered", "expert"]
@@ -95,7 +95,7 @@ class Router:
         self._primary = primary
         self._turns = Turns()
 
-    def route(self, spec: ConversionSpec, holdings: Mapping[str, Holding]) -> Route:
+    def route(self, spec: ConversionSpec, shares: Mapping[str, LocalShare]) -> Route:
         """The route of ``spec``.
 
         Raises:
@@ -103,7 +103,7 @@ class Router:
             ExpertPartitionError: stacked experts that do not add up to the model's.
             OffGridError: a tensor-parallel slice that cuts a quantisation block.
         """
-        held = [holdings[source.key] for source in spec.sources]
+        held = [shares[source.key] for source in spec.sources]
         shape, offsets, first_expert = self._geometry(spec, held)
         self._check_grid(spec, held)
         # Every rank comes to the same answer, from global shapes and the mesh: the turns of owners depend on it.
@@ -120,7 +120,7 @@ class Router:
         return Route("sharded", "each rank's share stands alone", shape, pieces, first)
 
     # ------------------------------------------------------------------------------------------------- geometry
-    def _geometry(self, spec: ConversionSpec, held: Sequence[Holding]) -> tuple[tuple[int, ...], list[int], int]:
+    def _geometry(self, spec: ConversionSpec, held: Sequence[LocalShare]) -> tuple[tuple[int, ...], list[int], int]:
         """Logical shape, offset of each source's part along ``cat_dim``, and the first expert of the sources."""
         stacked = int(spec.experts > 0)
         parts = [_part_shape(source, h, stacked, spec.dst) for source, h in zip(spec.sources, held, strict=True)]
@@ -140,7 +140,7 @@ class Router:
             return shape, offsets, 0
         return (spec.experts, *shape[1:]), offsets, self._first_expert(spec, held[0])
 
-    def _first_expert(self, spec: ConversionSpec, held: Holding) -> int:
+    def _first_expert(self, spec: ConversionSpec, held: LocalShare) -> int:
         own = held.shape[0]
         if own == spec.experts:
             return 0
@@ -157,7 +157,7 @@ class Router:
 
     # ------------------------------------------------------------------------------------------------- the rule
     def _obstacle(
-        self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], offsets: Sequence[int]
+        self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], offsets: Sequence[int]
     ) -> str:
         """Why the ranks' shares cannot stand alone; empty if they can."""
         meshed = any(h.grid is not None for h in held)
@@ -179,7 +179,7 @@ class Router:
             return f"{size} bytes are fewer than {self._options.min_sharded_bytes}"
         return ""
 
-    def _check_grid(self, spec: ConversionSpec, held: Sequence[Holding]) -> None:
+    def _check_grid(self, spec: ConversionSpec, held: Sequence[LocalShare]) -> None:
         if not spec.quantization.quantizes:
             return
         for source, h in zip(spec.sources, held, strict=True):
@@ -193,7 +193,7 @@ class Router:
                         f" mesh {h.grid}), inside a quantisation block of {block}; {spec.dst!r} cannot be quantised"
                     )
 
-    def _gathered(self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], reason: str) -> Route:
+    def _gathered(self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], reason: str) -> Route:
         owner = self._turns.next_owner(self._candidates(held))
         pieces: tuple[SlotPiece, ...] = ()
         if owner == self._rank and self._primary:
@@ -204,7 +204,7 @@ class Router:
             pieces = (SlotPiece(0, tuple(slice(0, extent) for extent in box.extent), box),)
         return Route("gathered", f"{reason}; rank {owner} has it", shape, pieces, True)
 
-    def _candidates(self, held: Sequence[Holding]) -> tuple[int, ...]:
+    def _candidates(self, held: Sequence[LocalShare]) -> tuple[int, ...]:
         grid = next((h.grid for h in held if h.grid is not None), None)
         if grid is None:
             return (self._rank,)  # a plain tensor is whole on every rank, and each sends its own
@@ -214,7 +214,7 @@ class Router:
         return grid.ranks
 
 
-def _part_shape(source: Source, held: Holding, stacked: int, dst: str) -> tuple[int, ...]:
+def _part_shape(source: Source, held: LocalShare, stacked: int, dst: str) -> tuple[int, ...]:
     """Shape of the cut of the whole tensor that ``source`` names."""
     if source.length is None:
         return held.shape
@@ -227,7 +227,7 @@ def _part_shape(source: Source, held: Holding, stacked: int, dst: str) -> tuple[
 
 
 def _first_off_grid(
-    spec: ConversionSpec, source: Source, held: Holding, dim: int, block: int, mesh_dims: Sequence[int] | None
+    spec: ConversionSpec, source: Source, held: LocalShare, dim: int, block: int, mesh_dims: Sequence[int] | None
 ) -> int | None:
     """The first boundary of shares inside the source's part that lies inside a block, or None."""
     start = source.start if source.length is not None and source.dim == dim else 0
@@ -239,7 +239,7 @@ def _first_off_grid(
 
 
 def _local_pieces(
-    spec: ConversionSpec, held: Sequence[Holding], offsets: Sequence[int], first_expert: int
+    spec: ConversionSpec, held: Sequence[LocalShare], offsets: Sequence[int], first_expert: int
 ) -> Iterator[SlotPiece]:
     stacked = int(spec.experts > 0)
     for number, (source, h, offset) in enumerate(zip(spec.sources, held, offsets, strict=True)):

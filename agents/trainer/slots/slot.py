@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from weightsync.agents.tables.runs import runs
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
-from weightsync.agents.trainer.slots.boxes import Box, Holding
+from weightsync.agents.trainer.slots.boxes import Box, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
@@ -73,7 +73,7 @@ class Slot:
 
     spec: ConversionSpec
     route: Route
-    holdings: tuple[Holding, ...]
+    shares: tuple[LocalShare, ...]
     places: tuple[_Place, ...]
     rows: range = range(0)
     moves: tuple[Move, ...] = field(default=(), repr=False)
@@ -81,7 +81,7 @@ class Slot:
     kind: ClassVar[Kind]
 
     @classmethod
-    def planned(cls, spec: ConversionSpec, route: Route, holdings: tuple[Holding, ...], arena: ArenaPlan) -> "Slot":
+    def planned(cls, spec: ConversionSpec, route: Route, shares: tuple[LocalShare, ...], arena: ArenaPlan) -> "Slot":
         """The slot, with its places reserved in ``arena``."""
         places = []
         for piece in route.pieces:
@@ -90,7 +90,7 @@ class Slot:
             if spec.quantization.quantizes:
                 scales = arena.reserve(spec.quantization.scale_shape(piece.box.extent), SCALE_DTYPE)
             places.append(_Place(piece, values, scales))
-        return cls(spec, route, holdings, tuple(places))
+        return cls(spec, route, shares, tuple(places))
 
     def bind(self, arena: torch.Tensor) -> None:
         """Point the slot at its memory; ``arena`` is uint8 and holds all that was reserved."""
@@ -151,10 +151,10 @@ class Slot:
     @property
     def source_dtypes(self) -> frozenset[torch.dtype]:
         """Dtypes of what ``sources`` gives on this rank; empty where the slot has no bytes."""
-        return frozenset(held.dtype for held in self.holdings) if self.places else frozenset()
+        return frozenset(held.dtype for held in self.shares) if self.places else frozenset()
 
     def _take(self, state: State, number: int) -> torch.Tensor:
-        source, held = self.spec.sources[number], self.holdings[number]
+        source, held = self.spec.sources[number], self.shares[number]
         tensor = state.get(source.key)
         if tensor is None:
             raise MissingTensor(source.key, self.spec.dst)
@@ -183,7 +183,7 @@ class ShardedSlot(Slot):
         return [locals_[move.source][move.index] for move in self.moves]
 
     def _local(self, state: State, number: int) -> torch.Tensor:
-        tensor, held = self._take(state, number), self.holdings[number]
+        tensor, held = self._take(state, number), self.shares[number]
         if not isinstance(tensor, DTensor):
             return tensor
         local = tensor.to_local()
@@ -218,7 +218,7 @@ class GatheredSlot(Slot):
             return frozenset()
         narrow = self.spec.quantization.gather_dtype
         # Sources are joined before they are converted, and torch.cat gives the widest of their dtypes.
-        return frozenset({reduce(torch.promote_types, (narrow if h.grid else h.dtype for h in self.holdings))})
+        return frozenset({reduce(torch.promote_types, (narrow if h.grid else h.dtype for h in self.shares))})
 
     def sources(self, state: State) -> list[torch.Tensor]:
         # Before the question whether anything is kept here: gathering is a collective, and other ranks wait in it.
@@ -315,10 +315,10 @@ def _entries(
 
 
 def made_slots(
-    routed: Sequence[tuple[ConversionSpec, Route]], holdings: Mapping[str, Holding], arena: ArenaPlan
+    routed: Sequence[tuple[ConversionSpec, Route]], shares: Mapping[str, LocalShare], arena: ArenaPlan
 ) -> tuple[Slot, ...]:
     """The slots of all routed specifications, their places reserved in ``arena``."""
     return tuple(
-        KINDS[route.kind].planned(spec, route, tuple(holdings[s.key] for s in spec.sources), arena)
+        KINDS[route.kind].planned(spec, route, tuple(shares[s.key] for s in spec.sources), arena)
         for spec, route in routed
     )

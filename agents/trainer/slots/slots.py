@@ -12,7 +12,7 @@ import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.boxes import Holding, holding
+from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
@@ -69,7 +69,7 @@ class TrainerSlots:
 
     Raises:
         MissingTensor: the table reads a tensor that the state lacks.
-        TrainerError: of other kinds, see ``Router.route`` and ``holding``.
+        TrainerError: of other kinds, see ``Router.route`` and ``local_share``.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class TrainerSlots:
         options = options or SlotOptions()
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
-        holdings = {source.key: holding(source.key, state[source.key]) for s in specs for source in s.sources}
-        self.primary = options.hsdp == "shared" or _in_first_replica(holdings.values(), options.replicate_dim)
-        self.unrouted = tuple(sorted(set(state) - set(holdings)))
+        shares = {source.key: local_share(source.key, state[source.key]) for s in specs for source in s.sources}
+        self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
+        self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
-        self.slots = made_slots([(s, router.route(s, holdings)) for s in specs], holdings, plan)
+        self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
         make = allocate or _allocator_for(state)
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         self.arenas = [make(max(plan.size, ALIGNMENT))]
@@ -230,9 +230,9 @@ def _foreign_experts(
     return frozenset(every - present)
 
 
-def _in_first_replica(holdings: Collection[Holding], replicate_dim: str) -> bool:
+def _in_first_replica(shares: Collection[LocalShare], replicate_dim: str) -> bool:
     # Experts may lie on another mesh than the rest; a rank must be in the first replica of each.
-    grids = [h.grid for h in holdings if h.grid is not None and replicate_dim in h.grid.names]
+    grids = [h.grid for h in shares if h.grid is not None and replicate_dim in h.grid.names]
     return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
 
 

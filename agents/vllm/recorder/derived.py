@@ -75,6 +75,7 @@ class Census:
         known = set(accounted)
         for held in held_tensors(model):
             before = self._before.get(held.name)
+            # The same object as before: known, and so are other views of its memory.
             if before is not None and before() is held.tensor:
                 known.add(_pointer(held.tensor))
             else:
@@ -102,6 +103,7 @@ class AbsorbedProjections:
         dropped = {name: getattr(projection, name) for name in self.shadows}
         before = [(holder, _tensors(holder)) for holder in holders]
         try:
+            # vLLM's method reads the projection, so what was dropped from it is back for as long as that runs.
             for name, shadow in self.shadows.items():
                 setattr(projection, name, nn.Parameter(shadow, requires_grad=False))
             self.layer.process_weights_after_loading(self.dtype)

@@ -44,6 +44,7 @@ def expert_map_fingerprint(model: nn.Module) -> str:
                 value = _attribute(holder, attribute)
                 if isinstance(value, torch.Tensor) and value.numel():
                     found = True
+                    # As int64 on the CPU: the same map has the same fingerprint on every device and build.
                     digest.update(f"{path}.{attribute}:{tuple(value.shape)}:".encode())
                     digest.update(value.detach().to("cpu", torch.int64).numpy().tobytes())
     return digest.hexdigest() if found else ""

@@ -24,7 +24,7 @@ from weightsync.agents.vllm.recorder.vllm_names import (
 
 @dataclass(frozen=True, slots=True)
 class VllmFacts:
-    """:class:`weightsync.agents.recorder.interface.EngineFacts` of vLLM.
+    """:class:`weightsync.agents.recorder.interface.LayerFacts` of vLLM.
 
     ``dtype``: the model's, which vLLM hands to what it runs after loading.
     """

@@ -84,7 +84,8 @@ def as_fed(checkpoint: Sequence[Checkpoint], dtypes: Mapping[str, torch.dtype]) 
         owner, found, kind = entry.name.rpartition(".indexer.wk.")
         fused = dtypes.get(f"{owner}.indexer.wk_weights_proj.weight") if found else None
         if fused is None or (kind == "weight" and entry.dtype.itemsize > 1):
-            fed.append(entry)
+            fed.append(entry)  # not fused, or not quantised: loaded as it is
         elif kind == "weight":
             fed.append(Checkpoint(entry.name, entry.shape, fused))
+        # What remains are scales of such a weight, which are left out.
     return fed

@@ -36,6 +36,7 @@ def install() -> None:
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
+        # A draft model of speculative decoding is loaded with a configuration of its own.
         if model_config is vllm_config.model_config:
             return _recorded_load(load, self)
         draft: nn.Module = load()
@@ -53,6 +54,7 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
         seen: dict[str, Checkpoint] = {}
         with _observed(model, seen):
             original(model, config)
+        # Dummy weights are filled in without a checkpoint: then nothing was seen.
         checkpoint = list(seen.values()) or checkpoint_of(model, config)
         recordings.append(record(model, config, checkpoint))
 
@@ -61,7 +63,7 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
     try:
         model = load()
     finally:
-        del loader.load_weights
+        del loader.load_weights  # the instance's own attribute; the method of its class is there again
     for recording in recordings:
         recording.finish()
         keep(recording)

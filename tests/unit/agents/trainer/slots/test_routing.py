@@ -3,7 +3,7 @@
 import pytest
 import torch
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
-from weightsync.agents.trainer.slots.boxes import Box, Cut, Grid, Holding
+from weightsync.agents.trainer.slots.boxes import Box, Cut, Grid, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions, SlotPiece, Turns
@@ -15,7 +15,7 @@ SMALL = SlotOptions(min_sharded_bytes=0)
 
 def shard(shape, rank, ranks=4, name="dp_shard", dim=0):
     """A tensor of ``shape`` cut along ``dim`` over a mesh of one dimension, as rank ``rank`` holds it."""
-    return Holding(shape, F32, (Cut(0, dim, ranks),), Grid((ranks,), (name,), (rank,), tuple(range(ranks))))
+    return LocalShare(shape, F32, (Cut(0, dim, ranks),), Grid((ranks,), (name,), (rank,), tuple(range(ranks))))
 
 
 def routed(spec, *held, rank=1, primary=True, options=SMALL):
@@ -29,7 +29,7 @@ def test_a_share_that_stands_alone_stays_where_it_is():
 
 
 def test_a_plain_tensor_is_held_whole():
-    route = routed(ConversionSpec("x", (Source("x"),)), Holding((3,), F32))
+    route = routed(ConversionSpec("x", (Source("x"),)), LocalShare((3,), F32))
     assert (route.kind, route.reason) == ("sharded", "a plain tensor, held whole")
     assert route.pieces == (SlotPiece(0, (slice(0, 3),), Box((0,), (3,))),)
 
@@ -88,11 +88,11 @@ def test_stacked_experts_are_numbered_globally():
 def test_sources_that_do_not_fit_are_refused_by_name():
     both = ConversionSpec("x", (Source("a"), Source("b")))
     with pytest.raises(ConversionTableError, match=r"'x': sources of shapes \[\(4, 2\), \(4, 3\)\] cannot be joined"):
-        routed(both, Holding((4, 2), F32), Holding((4, 3), F32))
+        routed(both, LocalShare((4, 2), F32), LocalShare((4, 3), F32))
     with pytest.raises(ConversionTableError, match=r"'a' of shape \(4, 2\) has no 3…\+2 along 0"):
-        routed(ConversionSpec("x", (Source("a", 0, 3, 2),)), Holding((4, 2), F32))
+        routed(ConversionSpec("x", (Source("a", 0, 3, 2),)), LocalShare((4, 2), F32))
     with pytest.raises(ConversionTableError, match="blocks are of matrices"):
-        routed(ConversionSpec("x", (Source("a"),), quantization=FP8), Holding((256,), F32))
+        routed(ConversionSpec("x", (Source("a"),), quantization=FP8), LocalShare((256,), F32))
 
 
 def test_a_tensor_parallel_slice_inside_a_block_is_an_error():

@@ -5,7 +5,7 @@ import torch
 from weightsync.agents.memory.arena import ALIGNMENT
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.boxes import Box, holding
+from weightsync.agents.trainer.slots.boxes import Box, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Router, SlotOptions
@@ -17,9 +17,9 @@ FP8 = QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX)
 
 def made(state, *specs):
     """Bound slots of plain tensors, and the arena."""
-    holdings = {key: holding(key, tensor) for key, tensor in state.items()}
+    shares = {key: local_share(key, tensor) for key, tensor in state.items()}
     router, plan = Router(SlotOptions(), 0, True), ArenaPlan()
-    slots = made_slots([(spec, router.route(spec, holdings)) for spec in specs], holdings, plan)
+    slots = made_slots([(spec, router.route(spec, shares)) for spec in specs], shares, plan)
     arena = torch.zeros(plan.size, dtype=torch.uint8)
     for slot in slots:
         slot.bind(arena)
@@ -90,6 +90,6 @@ def test_dtypes_to_compile_for_are_those_that_this_rank_converts():
     spec = ConversionSpec("x", (Source("a"), Source("b")), quantization=FP8)
     (slot,), _ = made(state, spec)
     assert slot.source_dtypes == {torch.float32, torch.float16}
-    gathered = GatheredSlot(spec, slot.route, slot.holdings, slot.places)
+    gathered = GatheredSlot(spec, slot.route, slot.shares, slot.places)
     assert gathered.source_dtypes == {torch.float32}
-    assert GatheredSlot(spec, slot.route, slot.holdings, ()).source_dtypes == set()
+    assert GatheredSlot(spec, slot.route, slot.shares, ()).source_dtypes == set()
