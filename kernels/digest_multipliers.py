@@ -45,10 +45,13 @@ PRESENT: Final = 0x01010101
 """The plus one of each of a word's four bytes."""
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
+"""SplitMix64's step: 2**64 divided by the golden ratio, made odd."""
 _INNER_SEED: Final = 0x6A09E667F3BCC908
 _OUTER_SEEDS: Final = (0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B)
+"""Nothing up the sleeve: 64 fractional bits of the square roots of 2, 3 and 5, as SHA-512 begins with."""
 FMIX_A: Final = 0x85EBCA6B
 FMIX_B: Final = 0xC2B2AE35
+"""The factors of MurmurHash3's 32-bit finaliser (Appleby, 2011)."""
 
 
 def tensor_key(name: str) -> int:

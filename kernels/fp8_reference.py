@@ -22,6 +22,7 @@ import torch
 ScaleFormat = Literal["fp32", "ue8m0"]
 
 E4M3_MAX: Final = 448.0
+"""The largest finite number of float8_e4m3fn (OCP 8-bit Floating Point Specification, 2023)."""
 SCALE_FLOOR: Final = 1e-12
 """1e-4, as some converters have it, makes zeros of blocks with amax below 0.0448, which LoRA-B and fresh heads have."""
 NAN_BYTE: Final = 0x7F

@@ -39,7 +39,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }  # fmt: skip
 """Safetensors' names of the dtypes that may travel."""
 
-
 _KNOWN_FUSIONS: Final = {
     "gate_up_proj": ["gate_proj", "up_proj"],
     "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
@@ -124,8 +123,7 @@ def _entries(
     layer: Any = module
     if is_expert_weight(attribute):
         yield from _experts(path, layer, attribute, tensor)
-    elif "VocabParallelEmbedding" in kind:
-        rows = vocabulary_rows(layer) or 0
+    elif "VocabParallelEmbedding" in kind and (rows := vocabulary_rows(layer)) is not None:
         yield Checkpoint(f"{path}.{attribute}", (rows, *shape[1:]) if attribute == "weight" else (rows,), tensor.dtype)
     elif "QKVParallelLinear" in kind:
         sizes = [layer.total_num_heads * layer.head_size]

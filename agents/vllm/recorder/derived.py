@@ -1,4 +1,4 @@
-"""What an engine computes from its weights at load and keeps: found by looking, refreshed by vLLM's own code.
+"""What vLLM computes from the weights at load and keeps: found by looking, refreshed by vLLM's own code.
 
 Multi-head latent attention keeps ``kv_b_proj`` split and transposed for its decode path (``W_UV``, ``W_UK_T``; packed
 inside the backend on CPU). vLLM computes these in the attention layer's ``process_weights_after_loading``; a refresh
