@@ -98,6 +98,7 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _guard(WorkerWrapperBase, "execute_model")
+    # Only where vLLM has imported it itself: its import asks for Ray.
     ray_utils = sys.modules.get("vllm.v1.executor.ray_utils")
     ray_worker = getattr(ray_utils, "RayWorkerWrapper", None)
     if ray_worker is not None:

@@ -123,13 +123,14 @@ def held_class(core_class: Any) -> type[Any]:
         @scheduler.setter
         def scheduler(self, scheduler: Any) -> None:
             self.__dict__["scheduler"] = scheduler
-            _pause_all(self)
+            _pause_all(self)  # before anybody else has seen it, so that nothing can be scheduled first
 
         def resume_scheduler(self) -> None:
             require_servable(self)
             super().resume_scheduler()
 
         def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> Any:
+            # mode=keep runs nothing more, so it is safe whatever the weights are.
             refusals = [] if mode == "keep" else refusals_of(self)
             if refusals and mode == "wait":
                 raise gate.NotServable(_not_servable(refusals) + "; mode=wait would go on running requests")

@@ -121,6 +121,7 @@ class LocalShare:
     def boxes(self) -> tuple[HeldBox, ...]:
         """The held boxes, disjoint, in the local tensor's order; empty ones are left out."""
         per_dim = [list(self._intervals(dim)) for dim in range(len(self.shape))]
+        # The local tensor holds the intervals of a dimension one behind the other, whatever lies between them globally.
         starts = [list(itertools.accumulate((b - a for a, b in dim), initial=0))[:-1] for dim in per_dim]
         corners = itertools.product(*(zip(dim, at, strict=True) for dim, at in zip(per_dim, starts, strict=True)))
         return tuple(
@@ -200,6 +201,7 @@ def _cut(name: str, mesh_dim: int, placement: Placement, parts: int) -> Cut:
     raise UnsupportedPlacement(name, f"placement {placement} is neither a shard nor a replica")
 
 
+# Layers repeat the same few shapes, and each answer is a product over the whole mesh.
 @lru_cache(maxsize=4096)
 def _profile(size: int, cuts: tuple[Cut, ...]) -> tuple[bool, tuple[int, ...]]:
     """Whether all shares of a dimension are equal, and all indices inside it at which one begins or ends."""

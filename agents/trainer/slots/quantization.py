@@ -129,7 +129,7 @@ class QuantizationSpec:
             src.to(through) if out.dtype != through and src.dtype != through else src
             for src, out in zip(sources, outs, strict=True)
         ]
-        torch._foreach_copy_(outs, rounded)
+        torch._foreach_copy_(outs, rounded)  # casts too, in few launches where the device can
 
 
 PLAIN: Final = QuantizationSpec()

@@ -138,12 +138,13 @@ class Router:
         shape = with_entry(parts[0], cat, ends[-1])
         if not stacked:
             return shape, offsets, 0
+        # The trainer's tensor may stack this rank's experts only; the logical shape has all of the model.
         return (spec.experts, *shape[1:]), offsets, self._first_expert(spec, held[0])
 
     def _first_expert(self, spec: ConversionSpec, held: LocalShare) -> int:
         own = held.shape[0]
         if own == spec.experts:
-            return 0
+            return 0  # the tensor's own mesh shows which of them are here
         parallel = self._options.expert_parallel
         if parallel is not None and own * parallel.size == spec.experts and 0 <= parallel.rank < parallel.size:
             return own * parallel.rank
@@ -182,6 +183,7 @@ class Router:
     def _check_grid(self, spec: ConversionSpec, held: Sequence[LocalShare]) -> None:
         if not spec.quantization.quantizes:
             return
+        # Shares of FSDP that cut a block are gathered; a tensor-parallel slice that does is the configuration's error.
         for source, h in zip(spec.sources, held, strict=True):
             named = h.grid.names if h.grid else ()
             slicing = [i for i, name in enumerate(named) if name in self._options.tensor_parallel_dims]
@@ -194,6 +196,7 @@ class Router:
                     )
 
     def _gathered(self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], reason: str) -> Route:
+        # On every rank, also those that will not hold it: the ranks count turns without asking one another.
         owner = self._turns.next_owner(self._candidates(held))
         pieces: tuple[SlotPiece, ...] = ()
         if owner == self._rank and self._primary:

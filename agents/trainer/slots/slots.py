@@ -180,6 +180,7 @@ def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
 
 def _notes(slots: Sequence[Slot]) -> Iterator[Note]:
     """Kind and reason of all rows, neighbours of one kind and reason together."""
+    # Neighbours only, because a note names a range of rows; slots without rows on this rank would break ranges up.
     owning = (slot for slot in slots if slot.rows)
     for (kind, reason), alike in groupby(owning, key=lambda slot: (slot.kind, slot.route.reason)):
         rows = [slot.rows for slot in alike]
@@ -192,6 +193,7 @@ def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOpti
     Raises:
         MissingTensor: a tensor is lacking that the rank's place in the pipeline or among the experts does not excuse.
     """
+    # A stage may lack a layer or a tensor outside the layers, but not one source of what it has.
     for spec in table.non_layer_specs():
         if not options.pipeline or any(source.key in keys for source in spec.sources):
             yield _complete(spec, keys)
@@ -199,6 +201,7 @@ def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOpti
         specs = tuple(table.conversion_specs(layer_idx))
         if options.pipeline and not any(source.key in keys for s in specs for source in s.sources):
             continue
+        # Experts of other ranks may be absent here; whatever else is missing is an error by name.
         foreign = _foreign_experts(specs, keys, options.expert_parallel)
         yield from (_complete(s, keys) for s in specs if s.expert_id is None or s.expert_id not in foreign)
 
