@@ -4,15 +4,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsync.agents.vllm.recorder import boxes as recorder_boxes
-from weightsync.agents.vllm.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
+from weightsync.agents.recorder import boxes as recorder_boxes
+from weightsync.agents.recorder.boxes import (
+    BoxPiece,
+    StridedView,
+    TooManyPieces,
+    decompose,
+    dense_strides,
+    intersection,
+)
 
 
-def geometry(tensor: torch.Tensor) -> View:
-    return View(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+def geometry(tensor: torch.Tensor) -> StridedView:
+    return StridedView(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
 
 
-def elements(pieces: list[Piece], base: View) -> list[tuple[int, int]]:
+def elements(pieces: list[BoxPiece], base: StridedView) -> list[tuple[int, int]]:
     """(offset in the base's memory, offset in the far memory) of every element of every piece."""
     pairs = []
     for piece in pieces:
@@ -23,7 +30,7 @@ def elements(pieces: list[Piece], base: View) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def expected(near: View, far: View) -> list[tuple[int, int]]:
+def expected(near: StridedView, far: StridedView) -> list[tuple[int, int]]:
     indices = torch.cartesian_prod(*(torch.arange(n) for n in near.sizes)).reshape(-1, len(near.sizes)).tolist()
     at = lambda view, index: view.offset + sum(i * s for i, s in zip(index, view.strides, strict=True))  # noqa: E731
     return sorted((at(near, index), at(far, index)) for index in indices)
@@ -82,44 +89,44 @@ def test_whole_views_of_a_permuted_base_are_found_too(pair: tuple[torch.Tensor, 
 def test_a_narrowed_matrix_is_one_box() -> None:
     base = torch.empty(8, 6)
     view = base.narrow(0, 2, 4).narrow(1, 3, 3)
-    (piece,) = decompose(geometry(base), geometry(view), View((4, 3), (3, 1)))
-    assert piece == Piece((2, 3), (4, 3), 0, (3, 1))
+    (piece,) = decompose(geometry(base), geometry(view), StridedView((4, 3), (3, 1)))
+    assert piece == BoxPiece((2, 3), (4, 3), 0, (3, 1))
 
 
 def test_a_transposed_copy_is_one_box_with_swapped_strides() -> None:
     base = torch.empty(4, 6)
-    (piece,) = decompose(geometry(base), geometry(base.t()), View((6, 4), (4, 1)))
-    assert piece == Piece((0, 0), (4, 6), 0, (1, 4))
+    (piece,) = decompose(geometry(base), geometry(base.t()), StridedView((6, 4), (4, 1)))
+    assert piece == BoxPiece((0, 0), (4, 6), 0, (1, 4))
 
 
 def test_a_flat_range_is_a_rest_whole_rows_and_a_part() -> None:
     base = torch.empty(5, 4)
-    flat = View((15,), (1,), 3)
-    pieces = decompose(geometry(base), flat, View((15,), (1,)))
+    flat = StridedView((15,), (1,), 3)
+    pieces = decompose(geometry(base), flat, StridedView((15,), (1,)))
     assert pieces == [
-        Piece((0, 3), (1, 1), 0, (0, 0)),
-        Piece((1, 0), (3, 4), 1, (4, 1)),
-        Piece((4, 0), (1, 2), 13, (0, 1)),
+        BoxPiece((0, 3), (1, 1), 0, (0, 0)),
+        BoxPiece((1, 0), (3, 4), 1, (4, 1)),
+        BoxPiece((4, 0), (1, 2), 13, (0, 1)),
     ]
 
 
 def test_a_scalar_is_one_box_without_dimensions() -> None:
-    assert decompose(View((), ()), View((), ()), View((), (), 7)) == [Piece((), (), 7, ())]
+    assert decompose(StridedView((), ()), StridedView((), ()), StridedView((), (), 7)) == [BoxPiece((), (), 7, ())]
 
 
 def test_an_empty_view_is_no_box() -> None:
-    assert decompose(View((4, 4), (4, 1)), View((0, 4), (4, 1)), View((0, 4), (4, 1))) == []
+    assert decompose(StridedView((4, 4), (4, 1)), StridedView((0, 4), (4, 1)), StridedView((0, 4), (4, 1))) == []
 
 
 def test_a_broadcast_repeats_its_box() -> None:
-    pieces = decompose(View((3,), (1,)), View((2, 3), (0, 1)), View((2, 3), (3, 1)))
-    assert pieces == [Piece((0,), (3,), 0, (1,)), Piece((0,), (3,), 3, (1,))]
+    pieces = decompose(StridedView((3,), (1,)), StridedView((2, 3), (0, 1)), StridedView((2, 3), (3, 1)))
+    assert pieces == [BoxPiece((0,), (3,), 0, (1,)), BoxPiece((0,), (3,), 3, (1,))]
 
 
 def test_a_shuffle_of_elements_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_boxes, "MAX_PIECES", 7)
     with pytest.raises(TooManyPieces, match="more than 7 boxes"):
-        decompose(View((16,), (1,)), View((8,), (2,)), View((8,), (1,)))
+        decompose(StridedView((16,), (1,)), StridedView((8,), (2,)), StridedView((8,), (1,)))
 
 
 def test_dense_strides_are_those_of_a_contiguous_tensor() -> None:

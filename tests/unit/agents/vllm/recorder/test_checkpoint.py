@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weightsync.agents.vllm.recorder.expected import expected_checkpoint
-from weightsync.agents.vllm.recorder.kernel_layouts import as_fed
-from weightsync.agents.vllm.recorder.names import checkpoint_of, read_header
-from weightsync.agents.vllm.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of, expected_checkpoint, read_header
 
 BF16 = torch.bfloat16
 
@@ -118,17 +116,3 @@ def test_scales_of_blocks_have_a_rounded_up_shape() -> None:
     model.proj.weight_scale_inv = nn.Parameter(torch.zeros(3, 2), requires_grad=False)
     shapes = {entry.name: entry.shape for entry in expected_checkpoint(model)}
     assert shapes == {"proj.weight": (300, 200), "proj.weight_scale_inv": (3, 2)}
-
-
-def test_a_projection_that_vllm_dequantises_into_a_fused_parameter_travels_in_its_dtype() -> None:
-    wk = "layers.0.indexer.wk"
-    fp8 = [
-        Checkpoint(f"{wk}.weight", (4, 8), torch.float8_e4m3fn),
-        Checkpoint(f"{wk}.weight_scale_inv", (1, 1), torch.float32),
-    ]
-    other = Checkpoint("layers.0.indexer.weights_proj.weight", (2, 8), BF16)
-    fused = {"layers.0.indexer.wk_weights_proj.weight": BF16}
-    assert as_fed([*fp8, other], fused) == [Checkpoint(f"{wk}.weight", (4, 8), BF16), other]
-    plain = [Checkpoint(f"{wk}.weight", (4, 8), BF16), other]
-    assert as_fed(plain, fused) == plain
-    assert as_fed(fp8, {}) == fp8

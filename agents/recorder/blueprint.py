@@ -1,4 +1,4 @@
-"""The model as its loader sees it, once more, without memory: stand-ins for its parameters and buffers."""
+"""Meta-device copies of the model's parameters and buffers, to run its weight loader on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from weightsync.agents.vllm.recorder.boxes import View
-from weightsync.agents.vllm.recorder.trace import (
+from weightsync.agents.recorder.boxes import StridedView
+from weightsync.agents.recorder.trace import (
     Checkpoint,
     LoadTracer,
     RecordError,
@@ -23,8 +23,11 @@ from weightsync.agents.vllm.recorder.trace import (
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """A place in the module tree that holds a parameter or buffer, and the tensor as it was before post-processing."""
+class ParameterPlace:
+    """An attribute of a module that holds a parameter or buffer, and what it held before post-load processing.
+
+    ``storage`` is an index into ``Blueprint.storages``, ``place`` its geometry there, in bytes.
+    """
 
     name: str
     module: nn.Module
@@ -33,8 +36,7 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     storage: int
-    place: View
-    """In bytes of its storage."""
+    place: StridedView
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +44,7 @@ class Slot:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def current(self) -> torch.Tensor | None:
-        """What the place holds now; None if it has been removed."""
+        """What the attribute holds now; None if it has been removed."""
         value = getattr(self.module, self.attribute, None)
         return value if isinstance(value, torch.Tensor) else None
 
@@ -56,8 +58,9 @@ class Blueprint:
         Raises:
             RecordError: a parameter has no memory yet (online quantisation, lazy parameters).
         """
-        self.slots: list[Slot] = []
+        self.parameters: list[ParameterPlace] = []
         self.storages: list[torch.Tensor] = []
+        # Parallel to ``parameters``. Tied weights are one stand-in, because loaders compare parameters by identity.
         self._stand_ins: list[torch.Tensor] = []
         indices: dict[int, int] = {}
         made: dict[int, torch.Tensor] = {}
@@ -74,7 +77,9 @@ class Blueprint:
                         self.storages.append(tensor if real else _meta_storage(tensor))
                     place = in_bytes(view_of(tensor), tensor.element_size())
                     shape = tuple(tensor.shape)
-                    self.slots.append(Slot(name, module, attribute, buffer, shape, tensor.dtype, index, place))
+                    self.parameters.append(
+                        ParameterPlace(name, module, attribute, buffer, shape, tensor.dtype, index, place)
+                    )
                     if id(tensor) not in made:
                         made[id(tensor)] = tensor if real else _stand_in(tensor, self.storages[index])
                     self._stand_ins.append(made[id(tensor)])
@@ -95,28 +100,31 @@ class Blueprint:
                 raise
             except Exception as error:
                 where = f" at {tracer.current}" if tracer.current else ""
-                raise RecordError(f"vLLM's loader cannot run without the values{where}: {error}") from error
-        for slot, stand_in in zip(self.slots, self._stand_ins, strict=True):
-            if storage_key(stand_in) != storage_key(self.storages[slot.storage]):
-                raise RecordError(f"{slot.name}: the loader replaces its memory instead of filling it")
+                # A loader is foreign code and may raise anything; mostly torch says that meta tensors have no values.
+                raise RecordError(f"the model's loader cannot run without the values{where}: {error}") from error
+        for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
+            if storage_key(stand_in) != storage_key(self.storages[parameter.storage]):
+                raise RecordError(f"{parameter.name}: the loader replaces its memory instead of filling it")
         return tracer.writes
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
         """Put the stand-ins into the module tree; afterwards everything is as before, whatever the loader did."""
-        modules = {id(slot.module): slot.module for slot in self.slots}.values()
+        modules = {id(parameter.module): parameter.module for parameter in self.parameters}.values()
         saved = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
         try:
-            for slot, stand_in in zip(self.slots, self._stand_ins, strict=True):
-                table: dict[str, Any] = slot.module._buffers if slot.buffer else slot.module._parameters
-                table[slot.attribute] = stand_in
+            for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
+                table: dict[str, Any] = parameter.module._buffers if parameter.buffer else parameter.module._parameters
+                table[parameter.attribute] = stand_in
             yield
         finally:
-            for module, parameters, buffers in saved:
+            # The tables are filled anew, not replaced: a loader may have added, removed or reordered entries, and
+            # other objects may hold the dictionaries themselves.
+            for module, parameter_table, buffer_table in saved:
                 module._parameters.clear()
-                module._parameters.update(parameters)
+                module._parameters.update(parameter_table)
                 module._buffers.clear()
-                module._buffers.update(buffers)
+                module._buffers.update(buffer_table)
 
 
 def _steers_loading(module: nn.Module, attribute: str, tensor: torch.Tensor) -> bool:
@@ -144,6 +152,7 @@ def _stand_in(tensor: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         stand_in = nn.Parameter(stand_in, requires_grad=False)
         if type(tensor) is not nn.Parameter:
+            # Engines subclass Parameter to carry weight loaders; their constructors would ask for more than a tensor.
             stand_in.__class__ = type(tensor)
     stand_in.__dict__.update(tensor.__dict__)
     return stand_in

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from weightsync.agents.trainer.models import STACKED, model_table
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 
 GLM5 = {
     "architectures": ["GlmMoeDsaForCausalLM"],

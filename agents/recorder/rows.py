@@ -1,4 +1,7 @@
-"""Landings in live memory as the rows of a protocol Layout: few, merged, one region per allocation."""
+"""Landings in live memory as the rows of a protocol Layout: few, merged, one region per allocation.
+
+``fill`` writes whole logical tensors by such rows: what the filesystem transport does in place of remote writes.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from typing import Final
 
 import numpy as np
 import torch
-from weightsync.agents.vllm.recorder.boxes import Ints
-from weightsync.agents.vllm.recorder.trace import Landing, RecordError
+from weightsync.agents.recorder.boxes import Ints
+from weightsync.agents.recorder.trace import Landing, RecordError
 from weightsync.orchestrator.protocol import layout as protocol
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 TARGET_DTYPES: Final = {getattr(torch, name): name for name in protocol.ITEMSIZE}
 """Every dtype that may travel, with its name in the protocol."""
+_BY_NAME: Final = {name: dtype for dtype, name in TARGET_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class LayoutRows:
     """Logical tensors, regions with a byte view of each, and rows; the parts of a Layout."""
 
     tensors: tuple[protocol.Tensor, ...]
@@ -60,7 +64,7 @@ class Rows:
         return np.array(table, dtype="<i8").reshape(len(table), protocol.ROW_COLUMNS)
 
 
-def build_rows(targets: Sequence[Target]) -> Rows:
+def build_rows(targets: Sequence[Target]) -> LayoutRows:
     """Rows of all landings, in the order of the targets.
 
     Raises:
@@ -76,6 +80,8 @@ def build_rows(targets: Sequence[Target]) -> Rows:
         region = regions.setdefault(target.tensor.untyped_storage().data_ptr(), len(memory))
         if region == len(memory):
             memory.append(bytes_of_storage(target.tensor))
+        # Landings count from the start of the loader's storage; rows count from the start of the region, which is the
+        # storage of the live tensor: another one if processing has copied or moved the parameter.
         shift = target.tensor.storage_offset() * target.tensor.element_size() - target.start
         for landing in target.landings:
             index = tensors.setdefault(landing.source.name, len(described))
@@ -89,7 +95,7 @@ def build_rows(targets: Sequence[Target]) -> Rows:
             row = Row(index, region, int(place.offset + shift), landing.corner, place.sizes, place.strides)
             rows[index, region].append(row)
     merged = tuple(row for group in rows.values() for row in merge(group))
-    return Rows(tuple(described), tuple(loaded), tuple(_region(t) for t in memory), tuple(memory), merged)
+    return LayoutRows(tuple(described), tuple(loaded), tuple(_region(t) for t in memory), tuple(memory), merged)
 
 
 def bytes_of_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,6 +128,7 @@ def merge(rows: Iterable[Row]) -> list[Row]:
     rows = list(rows)
     if len(rows) < 2:
         return rows
+    # One dimension at a time: rows that meet along it are neighbours once sorted by everything else.
     for dim in range(len(rows[0].corner)):
         joined: list[Row] = []
         for row in sorted(rows, key=lambda r: (_without(r.corner, dim), r.corner[dim], r.offset)):
@@ -144,6 +151,7 @@ def _joined(first: Row, second: Row, dim: int) -> Row | None:
         return None
     gap = second.offset - first.offset
     stride, rest = divmod(gap, first.extent[dim])
+    # A box of extent 1 has no stride yet; joining gives it one. Others must agree with the gap.
     known = {r.strides[dim] for r in (first, second) if r.extent[dim] > 1}
     if gap <= 0 or rest or known - {stride}:
         return None
@@ -157,3 +165,48 @@ def _without(values: Ints, dim: int) -> Ints:
 
 def _with(values: Ints, dim: int, value: int) -> Ints:
     return (*values[:dim], value, *values[dim + 1 :])
+
+
+# ------------------------------------------------------------------------------------------------ filling by rows
+def fill(layout: LayoutRows, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy every logical tensor's boxes to their places; tensors that no row wants are passed over.
+
+    ``weights`` are full tensors in the wire dtype, or in the checkpoint's where the loader would have cast it.
+
+    Raises:
+        RecordError: a shape or dtype differs from the layout's, or tensors that the layout needs did not come. What
+            came before that is written.
+    """
+    by_tensor: dict[int, list[Row]] = defaultdict(list)
+    for row in layout.rows:
+        by_tensor[row.tensor].append(row)
+    wanted = {tensor.name: index for index, tensor in enumerate(layout.tensors)}
+    with torch.no_grad():
+        for name, full in weights:
+            index = wanted.pop(name, None)
+            if index is not None:
+                _check(layout, index, full)
+                for row in by_tensor[index]:
+                    place(layout, row).copy_(
+                        full[tuple(slice(c, c + n) for c, n in zip(row.corner, row.extent, strict=True))]
+                    )
+    if wanted:
+        names = sorted(wanted)
+        raise RecordError(f"{len(names)} tensors did not come: {', '.join(names[:8])}")
+
+
+def place(layout: LayoutRows, row: Row) -> torch.Tensor:
+    """The memory of ``row`` as a tensor of its box's shape and the wire dtype."""
+    dtype = _BY_NAME[layout.tensors[row.tensor].dtype]
+    view = torch.empty(0, dtype=dtype, device=layout.memory[row.region].device)
+    strides = tuple(stride // dtype.itemsize for stride in row.strides)
+    storage = layout.memory[row.region].untyped_storage()
+    return view.set_(storage, row.offset // dtype.itemsize, row.extent, strides)
+
+
+def _check(layout: LayoutRows, index: int, full: torch.Tensor) -> None:
+    tensor = layout.tensors[index]
+    if tuple(full.shape) != tensor.shape:
+        raise RecordError(f"{tensor.name} has shape {tuple(full.shape)}, the engine expects {tensor.shape}")
+    if full.dtype not in (_BY_NAME[tensor.dtype], layout.loaded_dtypes[index]):
+        raise RecordError(f"{tensor.name} is {full.dtype}, the engine expects {tensor.dtype}")

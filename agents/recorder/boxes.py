@@ -21,7 +21,7 @@ class TooManyPieces(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class StridedView:
     """Sizes of an index space, and where its elements lie: ``offset + sum(i[d] * strides[d])``."""
 
     sizes: Ints
@@ -30,7 +30,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class BoxPiece:
     """A box of the near tensor, and in the far memory the place of its corner and the stride per near dimension."""
 
     corner: Ints
@@ -38,9 +38,9 @@ class Piece:
     offset: int
     strides: Ints
 
-    def as_far_view(self) -> View:
+    def as_far_view(self) -> StridedView:
         """The box's elements in the far memory."""
-        return View(self.extent, self.strides, self.offset)
+        return StridedView(self.extent, self.strides, self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def dense_strides(shape: Sequence[int]) -> Ints:
     return tuple(reversed(strides))
 
 
-def decompose(base: View, near: View, far: View) -> list[Piece]:
+def decompose(base: StridedView, near: StridedView, far: StridedView) -> list[BoxPiece]:
     """Boxes of the dense tensor ``base`` that ``near``, a view over its memory, covers, with their places in ``far``.
 
     ``near`` and ``far`` have the same sizes; ``base`` must be dense (any order of dimensions) with offset 0.
@@ -73,7 +73,7 @@ def decompose(base: View, near: View, far: View) -> list[Piece]:
     if 0 in near.sizes:
         return []
     walks = [_Walk(n, s, d) for n, s, d in zip(near.sizes, near.strides, far.strides, strict=True) if n != 1]
-    pieces: list[Piece] = []
+    pieces: list[BoxPiece] = []
     for piece in _solve(base, _joined(walks), near.offset, far.offset):
         if len(pieces) == MAX_PIECES:
             raise TooManyPieces(f"a view of sizes {near.sizes} over {base.sizes} is more than {MAX_PIECES} boxes")
@@ -93,7 +93,7 @@ def _joined(walks: list[_Walk]) -> list[_Walk]:
     return joined
 
 
-def _solve(base: View, walks: list[_Walk], near: int, far: int) -> Iterator[Piece]:
+def _solve(base: StridedView, walks: list[_Walk], near: int, far: int) -> Iterator[BoxPiece]:
     """Split loops until each walks along one dimension of ``base`` of its own, element by element."""
     corner = _unravel(base, near)
     extent, strides = [1] * len(base.sizes), [0] * len(base.sizes)
@@ -110,13 +110,15 @@ def _solve(base: View, walks: list[_Walk], near: int, far: int) -> Iterator[Piec
             yield from _split(base, walk, others, near, far, corner[dim], base.sizes[dim])
             return
         extent[dim], strides[dim] = walk.count, walk.far
-    yield Piece(corner, tuple(extent), far, tuple(strides))
+    yield BoxPiece(corner, tuple(extent), far, tuple(strides))
 
 
-def _split(base: View, walk: _Walk, others: list[_Walk], near: int, far: int, start: int, size: int) -> Iterator[Piece]:
+def _split(
+    base: StridedView, walk: _Walk, others: list[_Walk], near: int, far: int, start: int, size: int
+) -> Iterator[BoxPiece]:
     """A loop that runs over the end of its dimension: the rest of the first row, whole rows, a part of the last."""
 
-    def from_step(step: int, loops: list[_Walk]) -> Iterator[Piece]:
+    def from_step(step: int, loops: list[_Walk]) -> Iterator[BoxPiece]:
         yield from _solve(base, sorted(loops, key=lambda w: -w.near), near + step * walk.near, far + step * walk.far)
 
     head = size - start if start else 0
@@ -134,7 +136,7 @@ def _loop(count: int, near: int, far: int) -> list[_Walk]:
     return [_Walk(count, near, far)] if count > 1 else []
 
 
-def _dimension_of(base: View, step: int) -> int | None:
+def _dimension_of(base: StridedView, step: int) -> int | None:
     """The dimension of ``base`` whose neighbours are ``step`` elements apart."""
     for dim, (extent, stride) in enumerate(zip(base.sizes, base.strides, strict=True)):
         if extent > 1 and stride == step:
@@ -142,7 +144,7 @@ def _dimension_of(base: View, step: int) -> int | None:
     return None
 
 
-def _unravel(base: View, offset: int) -> Ints:
+def _unravel(base: StridedView, offset: int) -> Ints:
     index = [0] * len(base.sizes)
     for dim in sorted(range(len(base.sizes)), key=lambda d: -base.strides[d]):
         if base.sizes[dim] > 1:
