@@ -16,7 +16,7 @@ from weightsync.agents.inference.window import Update, UpdateFailed, Windows
 from weightsync.agents.link.thread import Agent, ControlAddress, Identity
 from weightsync.agents.memory.arena import arena, region_of
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
-from weightsync.agents.trainer.checkpoint import load_checkpoint_parts
+from weightsync.agents.transport.filesystem import load_checkpoint_parts
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.open import open_endpoint
 from weightsync.agents.vllm.adapter.common import InitInfo, UpdateInfo, synchronize

@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from weightsync.agents.trainer.checkpoint import save_checkpoint_part
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import ARENA_REGION, TrainerSlots
+from weightsync.agents.transport.filesystem import save_checkpoint_part
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.open import open_endpoint
 from weightsync.agents.transport.nixl.sender import TransportPlan

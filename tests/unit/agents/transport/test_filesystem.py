@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from weightsync.agents.trainer.checkpoint import load_checkpoint_parts, save_checkpoint_part
 from weightsync.agents.trainer.errors import CheckpointError
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.transport.filesystem import load_checkpoint_parts, save_checkpoint_part
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
