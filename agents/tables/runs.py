@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.boxes import Boxes, Column, loops_of, solid, unroll
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
@@ -37,8 +38,10 @@ OUTER_LOOPS: Final = 3
 TABLE_COLUMNS: Final = 5 + 3 * OUTER_LOOPS
 
 
-class TableError(ValueError):
+class TableError(AgentError):
     """Copies or rows that do not fit the layout they are read with. The planner's or the caller's fault; no retry."""
+
+    fault = "daemon"
 
 
 def runs(copies: Matrix, layout: Layout) -> Matrix:

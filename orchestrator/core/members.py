@@ -163,7 +163,6 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         transfer_seconds=policy.transfer,
         transport=policy.transport,
         rendezvous=rendezvous,
-        run_dir=policy.run_dir,
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.protocol.messages import TransportSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,8 @@ class Policy:
 
     run_id: str
     engines: tuple[EngineConfig, ...]
-    transport: NixlSettings | FilesystemSettings
+    transport: TransportSettings
     group: GroupAddress | None = None
-    run_dir: str = ""
     trainer_world: int | None = None
     attempts: int = 3
     backoff: float = 1.0

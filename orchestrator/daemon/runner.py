@@ -47,7 +47,6 @@ from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory
 from weightsync.orchestrator.daemon.run_directory.watcher import wakes
 from weightsync.orchestrator.daemon.view import View
-from weightsync.orchestrator.protocol.messages import FilesystemSettings
 from weightsync.orchestrator.settings.settings import Settings, TcpStoreRendezvous
 
 log = structlog.get_logger(__name__)
@@ -74,9 +73,8 @@ def policy_of(settings: Settings) -> Policy:
     return Policy(
         run_id=settings.run.id,
         engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
-        transport=settings.transport.message(),
+        transport=settings.transport.message(settings.run.directory),
         group=group,
-        run_dir=str(settings.run.directory) if isinstance(settings.transport.message(), FilesystemSettings) else "",
         trainer_world=settings.trainer.world,
         attempts=settings.retry.attempts,
         backoff=settings.retry.backoff_seconds,

@@ -99,16 +99,23 @@ class PeerTransfer(msgspec.Struct, frozen=True):
 
 
 class Closed(Message, frozen=True, kw_only=True):
-    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it."""
+    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
+
+    With ``error``, ``fault`` says who must change something and ``retry`` whether another attempt may succeed without.
+    """
 
     round: RoundName
     peers: tuple[PeerTransfer, ...] = ()
     error: Reason = ""
     fault: Fault = ""
+    retry: bool = True
 
 
 class Verified(Message, frozen=True, kw_only=True):
-    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors."""
+    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
+
+    ``error``, ``fault`` and ``retry`` as in Closed.
+    """
 
     round: RoundName
     digest: Digest
@@ -116,6 +123,8 @@ class Verified(Message, frozen=True, kw_only=True):
     apply_seconds: float
     digest_seconds: float
     error: Reason = ""
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Left(Message, frozen=True, kw_only=True):
@@ -137,15 +146,30 @@ class Bye(Message, frozen=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
 class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
-    """How agents move bytes over NIXL. ``flush_every``: handles in flight before a drain."""
+    """How agents move bytes over NIXL.
+
+    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
+    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
+    rates are not judged.
+    """
 
     backends: tuple[str, ...] = ("UCX",)
-    flush_every: int = 100
+    in_flight_per_peer: int = 100
     rails: int = 2
+    max_gb_per_second: float | None = None
 
 
 class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
-    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/``."""
+    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
+
+    Trainer and inference ranks see it under the same path as the daemon.
+    """
+
+    directory: str
+
+
+TransportSettings = NixlSettings | FilesystemSettings
+"""Every transport's settings, told apart by their tags."""
 
 
 class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
@@ -163,7 +187,7 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
+    """The daemon takes this agent in.
 
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
@@ -172,9 +196,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     journal_id: Name
     heartbeat_seconds: float
     transfer_seconds: float
-    transport: NixlSettings | FilesystemSettings
+    transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
-    run_dir: str = ""
 
 
 class Refused(Message, frozen=True, kw_only=True):

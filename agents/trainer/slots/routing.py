@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from weightsync.agents.tables.box import Box, with_entry
 from weightsync.agents.trainer.errors import ExpertPartitionError, OffGridError, TableError
-from weightsync.agents.trainer.slots.boxes import Box, HeldBox, Holding, with_entry
+from weightsync.agents.trainer.slots.boxes import HeldBox, Holding
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 
 Kind = Literal["sharded", "gathered", "expert"]

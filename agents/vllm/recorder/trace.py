@@ -15,14 +15,17 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from weightsync.agents.errors import AgentError
 from weightsync.agents.vllm.recorder.boxes import Piece, TooManyPieces, View, decompose, dense_strides, intersection
 
 aten = torch.ops.aten
 DtypeChain: TypeAlias = tuple[torch.dtype, ...]
 
 
-class RecordError(RuntimeError):
+class RecordError(AgentError):
     """The layout of this model cannot be recorded; the engine must not start with it. Retrying does not help."""
+
+    fault = "engine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from weightsync.orchestrator.daemon import runner as runners
 from weightsync.orchestrator.daemon.journal import Journal, JournalLocked
 from weightsync.orchestrator.daemon.runner import Runner, policy_of
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
+from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
@@ -171,4 +172,4 @@ def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> 
         if field.name in named:
             assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
     assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
-    assert policy.run_dir == "", "files are no transport here"
+    assert policy.transport == NixlSettings()

@@ -55,7 +55,7 @@ def test_defaults_and_paths_relative_to_the_file(config: Path, tmp_path: Path) -
     assert settings.journal_path == tmp_path / "state" / "journal.sqlite"
     assert settings.agents_url == "http://127.0.0.1:7410"
     assert settings.agents_token_path == str(tmp_path / "token")
-    assert settings.transport == NixlTransport(backends=("UCX",), flush_every=100, rails=2)
+    assert settings.transport == NixlTransport(backends=("UCX",), in_flight_per_peer=100, rails=2)
     assert settings.rendezvous == HubRendezvous()
     assert settings.pause.mode == "keep"
     assert settings.pause.clear_cache
@@ -69,19 +69,19 @@ def test_absolute_paths_stay(config: Path) -> None:
 def test_unions(config: Path) -> None:
     settings = loaded(config, "transport: {type: filesystem}\nrendezvous: {type: tcpstore, host: head, port: 29502}\n")
     assert settings.transport == FilesystemTransport()
-    assert settings.transport.message() == FilesystemSettings()
+    assert settings.transport.message(Path("/runs/a")) == FilesystemSettings("/runs/a")
     assert settings.rendezvous == TcpStoreRendezvous(host="head", port=29502, timeout_seconds=1200)
-    assert NixlTransport().message() == NixlSettings()
+    assert NixlTransport().message(Path("/runs/a")) == NixlSettings()
 
 
 def test_every_value_can_come_from_the_environment(config: Path) -> None:
     settings = loaded(
-        config, "", LISTEN__PORT="9", TRANSPORT__FLUSH_EVERY="7", TRANSPORT__BACKENDS="[UCX, GDS]",
+        config, "", LISTEN__PORT="9", TRANSPORT__IN_FLIGHT_PER_PEER="7", TRANSPORT__BACKENDS="[UCX, GDS]",
         ENGINES__0__URL="http://other:1", ENGINES__1="{name: b, url: http://b:1, role: decode}",
         PAUSE__CLEAR_CACHE="false", DEADLINES__HTTP_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
     )  # fmt: skip
     assert settings.listen.port == 9
-    assert settings.transport == NixlTransport(backends=("UCX", "GDS"), flush_every=7)
+    assert settings.transport == NixlTransport(backends=("UCX", "GDS"), in_flight_per_peer=7)
     assert [engine.url for engine in settings.engines] == ["http://other:1", "http://b:1"]
     assert not settings.pause.clear_cache
     assert settings.deadlines.http_seconds == 1.5
@@ -135,8 +135,8 @@ def test_mistakes_name_line_key_and_fix(config: Path, addition: str, line: int |
     ("addition", "key", "says"),
     [
         (
-            "transport:\n  type: filesystem\n  flush_every: 5\n",
-            "transport.flush_every",
+            "transport:\n  type: filesystem\n  in_flight_per_peer: 5\n",
+            "transport.in_flight_per_peer",
             "belongs to transport type nixl, and this transport is of type filesystem",
         ),
         ("rendezvous:\n  port: 5\n", "rendezvous.port", "belongs to rendezvous type tcpstore"),

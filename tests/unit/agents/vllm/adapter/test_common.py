@@ -1,4 +1,4 @@
-"""Bodies of vLLM's calls, and the adapters to both shapes of its engine class, on fakes of that class."""
+"""The adapters to both shapes of vLLM's engine class, on fakes of that class."""
 
 import importlib
 import sys
@@ -30,62 +30,10 @@ UPDATE = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- bodies
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in engine.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
-
-
-def test_init_info() -> None:
-    info = engine.parse_init_info(INIT)
-    assert (info.hub_url, info.engine, info.world) == ("ws://127.0.0.1:9000", "engine-0", 2)
-    assert info == engine.parse_init_info(dict(INIT))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"hub_url": ""}, "hub_url"),
-        ({"world": 0}, "world"),
-        ({"world": "2"}, "world"),
-        ({"deadline_seconds": 0}, "deadline_seconds"),
-        ({"deadline_seconds": float("nan")}, "deadline_seconds"),
-        ({"token": "secret"}, "token"),
-    ],
-)
-def test_a_wrong_field_is_named(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(engine.InfoError, match=f"init_info: .*{named}"):
-        engine.parse_init_info({**INIT, **change})
-
-
-def test_a_missing_field_is_named() -> None:
-    with pytest.raises(engine.InfoError, match="engine"):
-        engine.parse_init_info({name: value for name, value in INIT.items() if name != "engine"})
-
-
-def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_TOKEN_FILE", "/etc/token")
-    body = {name: value for name, value in INIT.items() if name != "token_file"}
-    assert engine.parse_init_info(body).token_file == "/etc/token"
-
-
-def test_nobody_redirects_an_agent_whose_hub_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_HUB_URL", "wss://hub.example")
-    with pytest.raises(engine.InfoError, match="hub_url contradicts WEIGHTSYNC_HUB_URL"):
-        engine.parse_init_info(INIT)
-    assert engine.parse_init_info({**INIT, "hub_url": "wss://hub.example"}).hub_url == "wss://hub.example"
-
-
-def test_update_info() -> None:
-    info = engine.parse_update_info(UPDATE, engine.UpdateInfo)
-    assert (info.token, info.round_number, info.step) == ("1.7", 7, 100)
-
-
-@pytest.mark.parametrize("change", [{"step": -1}, {"token": None}, {"extra": 1}, {"deadline_seconds": -1.0}])
-def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(engine.InfoError, match="update_info"):
-        engine.parse_update_info({**UPDATE, **change}, engine.UpdateInfo)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -249,7 +197,3 @@ def test_an_unknown_shape_is_refused_by_name(pretend_base: Any) -> None:
 def test_the_module_has_no_other_lazy_names() -> None:
     with pytest.raises(AttributeError, match="Nothing"):
         _ = engine_adapter.Nothing
-
-
-def test_synchronising_the_cpu_is_harmless() -> None:
-    engine.synchronize(torch.device("cpu"))
