@@ -10,7 +10,7 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import TrainerSlots
-from weightsync.agents.transport.interface import Moved, PushError, Sender, SourceMemory
+from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends
 from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.codec import cut
@@ -211,7 +211,7 @@ def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:
     return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)
 
 
-def _transfers(moved: tuple[Moved, ...], digests: dict[Member, Digest]) -> tuple[PeerTransfer, ...]:
+def _transfers(moved: tuple[HandedOver, ...], digests: dict[Member, Digest]) -> tuple[PeerTransfer, ...]:
     return tuple(
         PeerTransfer(each.member, each.bytes, each.descriptors, each.seconds, digests.get(each.member, NO_BYTES))
         for each in moved

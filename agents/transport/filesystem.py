@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.box import Box
-from weightsync.agents.transport.interface import Moved, Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.interface import HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REGION, ROW_TENSOR, Layout, Matrix, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_RANK
@@ -62,9 +62,9 @@ class FilesystemSender(Sender):
 
     async def write(
         self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[Moved, ...]:
+    ) -> tuple[HandedOver, ...]:
         """All of it, whichever ``groups`` are named: files are read as a whole."""
-        return tuple(Moved(member, self._sizes[member]) for member in members if member in self._sizes)
+        return tuple(HandedOver(member, self._sizes[member]) for member in members if member in self._sizes)
 
 
 class FilesystemReceiver(Receiver):
@@ -96,14 +96,14 @@ class _SavedBox(msgspec.Struct, frozen=True):
     extent: tuple[int, ...]
 
 
-class _Part(msgspec.Struct, frozen=True):
+class _SavedPart(msgspec.Struct, frozen=True):
     rank: int
     world: int
     boxes: tuple[_SavedBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _FoundBox:
     """A saved box and the file that it is in."""
 
     file: Path
@@ -133,7 +133,7 @@ def save_checkpoint_part(path: Path, memory: SourceMemory) -> Path:
     temporary = path / f".{stem}.tmp"
     save_file({box.key: _bytes_of(box, row, memory) for box, row in zip(boxes, rows, strict=True)}, temporary)
     _settle(temporary, file)
-    temporary.write_bytes(msgspec.json.encode(_Part(rank, world, boxes)))
+    temporary.write_bytes(msgspec.json.encode(_SavedPart(rank, world, boxes)))
     _settle(temporary, index)
     return file
 
@@ -146,11 +146,11 @@ def load_checkpoint_parts(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         CheckpointError: a part is missing or unreadable, or the boxes of a tensor leave a gap or overlap; by name.
     """
-    found: dict[str, list[_Found]] = {}
+    found: dict[str, list[_FoundBox]] = {}
     for file, part in _parts(path):
         for saved in part.boxes:
             box = Box(saved.offset, saved.extent)
-            found.setdefault(saved.tensor.name, []).append(_Found(file, saved.key, saved.tensor, box))
+            found.setdefault(saved.tensor.name, []).append(_FoundBox(file, saved.key, saved.tensor, box))
     distinct = {name: _covering(name, boxes) for name, boxes in sorted(found.items())}
     return _assembled(distinct)
 
@@ -177,7 +177,7 @@ def _settle(temporary: Path, file: Path) -> None:
     temporary.replace(file)
 
 
-def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
+def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
     indices = sorted(path.glob(f"part-*{INDEX_SUFFIX}"))
     if not indices:
         raise CheckpointError(f"{path} holds no finished part of a checkpoint")
@@ -186,7 +186,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise CheckpointError(f"{index} exceeds {MAX_INDEX_BYTES} bytes")
         try:
-            part = msgspec.json.decode(index.read_bytes(), type=_Part)
+            part = msgspec.json.decode(index.read_bytes(), type=_SavedPart)
         except msgspec.MsgspecError as error:
             raise CheckpointError(f"{index} is no index of a part: {error}") from error
         ranks.add(part.rank)
@@ -199,7 +199,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
         raise CheckpointError(f"{path} lacks the parts of ranks {sorted(missing)}")
 
 
-def _covering(name: str, boxes: Sequence[_Found]) -> list[_Found]:
+def _covering(name: str, boxes: Sequence[_FoundBox]) -> list[_FoundBox]:
     """The distinct boxes of a tensor, proved to be all of it, once."""
     tensors = {found.tensor for found in boxes}
     if len(tensors) != 1:
@@ -221,7 +221,7 @@ def _covering(name: str, boxes: Sequence[_Found]) -> list[_Found]:
     return distinct
 
 
-def _assembled(tensors: dict[str, list[_Found]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _assembled(tensors: dict[str, list[_FoundBox]]) -> Iterator[tuple[str, torch.Tensor]]:
     with ExitStack() as stack:
         open_parts: dict[Path, Any] = {}
         for name, boxes in tensors.items():

@@ -85,7 +85,7 @@ class TargetMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class HandedOver:
     """What one write handed over to ``member``.
 
     ``descriptors`` and ``seconds`` (from the first post to the last completion) are 0 where nothing was posted.
@@ -103,7 +103,7 @@ class PushError(AgentError):
     One failure that no retry helps is the one that counts: the others would only be repeated with it.
     """
 
-    def __init__(self, moved: tuple[Moved, ...], failures: Mapping[Member, AgentError]) -> None:
+    def __init__(self, moved: tuple[HandedOver, ...], failures: Mapping[Member, AgentError]) -> None:
         super().__init__("; ".join(f"{member}: {error}" for member, error in failures.items()))
         self.moved = moved
         self.failures = dict(failures)
@@ -136,7 +136,7 @@ class Sender(Protocol):
     @abstractmethod
     async def write(
         self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[Moved, ...]:
+    ) -> tuple[HandedOver, ...]:
         """Hand over what ``members`` are owed of the version in the slots.
 
         Args:

@@ -74,7 +74,7 @@ def build(edge: Edge, agent: Any) -> None:
     """Prepare the edge's descriptor lists and one handle per chunk, with ``agent`` (a nixl_agent)."""
     for number, lane in enumerate(edge.lanes):
         local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", lane.local, lane.local_memory)
-        edge.lists.append((local, None))
+        edge.lists.append((local, None))  # so that it is released if the remote side cannot be prepared
         edge.lists[-1] = (local, agent.prep_xfer_dlist(edge.peer, lane.remote, lane.remote_memory))
         edge.transfers += [Transfer(number, chunk) for chunk in lane.chunks]
     for transfer in edge.transfers:
@@ -97,7 +97,7 @@ def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
         if transfer.handle is not None:
             try:
                 transfer.handle.release()
-            except errors:
+            except errors:  # NIXL does not let go of a handle that is in flight
                 kept += 1
             transfer.handle = None
     for pair in edge.lists:

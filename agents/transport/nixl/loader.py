@@ -68,7 +68,7 @@ def load() -> Bindings:
         except ImportError as error:
             reasons.append(f"{package}: {error}")
             continue
-        _quiet()
+        _quiet()  # after the import, by which NIXL configures its logger
         return Bindings(package, api, api.nixlBind)
     raise NixlMissingError(
         "NIXL cannot be imported; install one of nixl, nixl-cu13 or nixl-cu12 (tried: " + "; ".join(reasons) + ")"
@@ -77,7 +77,7 @@ def load() -> Bindings:
 
 def _quiet() -> None:
     """NIXL greets on stdout for each agent and backend, which would mix with its host's output."""
-    if "NIXL_LOG_LEVEL" not in os.environ:
+    if "NIXL_LOG_LEVEL" not in os.environ:  # who set it wants to hear
         logging.getLogger("nixl").setLevel(logging.WARNING)
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 from weightsync.agents.tables.runs import pack_table, tensor_names
-from weightsync.agents.transport.interface import Moved, PushError, Sender, SourceMemory
+from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.nixl.edge import Edge
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import TransferError
@@ -69,7 +69,7 @@ class NixlSender(Sender):
 
     async def write(
         self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[Moved, ...]:
+    ) -> tuple[HandedOver, ...]:
         """Gather what travels packed, write, and wait until all is DONE.
 
         Raises:
@@ -81,18 +81,18 @@ class NixlSender(Sender):
         edges = [way.edge for way in ways if way.edge is not None]
         remaining = max(until - time.monotonic(), 0.0)
         results = iter(await self._opened.write(edges, groups=groups, deadline_seconds=remaining))
-        moved: list[Moved] = []
+        moved: list[HandedOver] = []
         failures: dict[Member, TransferError] = {}
         for way in ways:
             member = way.share.peer.member
             if way.edge is None:
-                moved.append(Moved(member, 0))
+                moved.append(HandedOver(member, 0))
                 continue
             result = next(results)
             if result.error is not None:
                 failures[member] = result.error
             else:
-                moved.append(Moved(member, result.bytes, result.descriptors, result.seconds))
+                moved.append(HandedOver(member, result.bytes, result.descriptors, result.seconds))
         if failures:
             raise PushError(tuple(moved), failures)
         return tuple(moved)

@@ -115,6 +115,7 @@ class Writer:
         progress = _Progress(edge, deque(chosen), descriptors, started=time.monotonic())
         progress.ended = progress.started
         if edge.tainted:
+            # Its handles cannot be posted again, and the old bytes could land on top of the new ones.
             before = edge.last_error
             reason = "an earlier write has not ended" + (f" ({before.reason})" if before else "")
             fault = before.fault if before else "network"
@@ -137,13 +138,13 @@ class Writer:
         )
 
     def _post(self, progress: _Progress, transfer: Transfer) -> None:
-        transfer.pending = True
+        transfer.pending = True  # before posting: even a post that raises may have begun to move bytes
         try:
             state = self._agent.transfer(transfer.handle)
         except self._bindings.errors as error:
             progress.error = self._failed(progress, transfer, error)
             return
-        if state == "DONE":
+        if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
         elif state == "PROC":
             progress.in_flight.append(transfer)
@@ -156,7 +157,7 @@ class Writer:
         still: list[Transfer] = []
         for transfer in progress.in_flight:
             if progress.error is not None:
-                still.append(transfer)
+                still.append(transfer)  # one of this edge has failed; the endpoint's poll asks after the others
                 continue
             try:
                 state = self._agent.check_xfer_state(transfer.handle)

@@ -11,32 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from weightsync.agents.inference.calls import (
-    ENVIRONMENT,
-    InfoError,
-    InitInfo,
-    UpdateInfo,
-    WeightHolder,
-    parse_init_info,
-    parse_update_info,
-    synchronize,
-)
+from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.plugin import logger
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout
 from weightsync.orchestrator.protocol.layout import Layout
-
-__all__ = [
-    "ENVIRONMENT",
-    "InfoError",
-    "InitInfo",
-    "UpdateInfo",
-    "equip",
-    "parse_init_info",
-    "parse_update_info",
-    "synchronize",
-]
 
 
 @dataclass(frozen=True, slots=True)

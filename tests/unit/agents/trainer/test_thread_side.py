@@ -14,7 +14,7 @@ from weightsync.agents.tables.runs import TableError
 from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
-from weightsync.agents.transport.interface import Moved, PushError, Sender, SourceMemory
+from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.nixl.errors import EdgeError
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
@@ -72,11 +72,11 @@ class Wire(Sender):
 
     async def write(
         self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[Moved, ...]:
+    ) -> tuple[HandedOver, ...]:
         self.granted.append(members)
         if self.failure is not None:
             raise self.failure
-        return (Moved(TARGET, 100, 1, 0.1),)
+        return (HandedOver(TARGET, 100, 1, 0.1),)
 
     def in_flight(self) -> bool:
         self.left -= 1
@@ -198,7 +198,7 @@ async def test_what_went_wrong_is_said(rank: Any) -> None:
 async def test_peers_that_were_written_are_said_beside_those_that_were_not(rank: Any) -> None:
     other = Member("inference", "e1", 0)
     rank.side.staged(VERSION, 0.5, 0.25)
-    rank.wire.failure = PushError((Moved(TARGET, 100, 1, 0.1),), {other: NoRoute("no route")})
+    rank.wire.failure = PushError((HandedOver(TARGET, 100, 1, 0.1),), {other: NoRoute("no route")})
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("e1/0: no route", "network", True)
     assert closed.peers == (SENT,)

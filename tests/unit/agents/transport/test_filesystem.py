@@ -19,7 +19,7 @@ from weightsync.agents.transport.filesystem import (
     parts_of,
     save_checkpoint_part,
 )
-from weightsync.agents.transport.interface import Moved, TargetMemory
+from weightsync.agents.transport.interface import HandedOver, TargetMemory
 from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.messages import FilesystemSettings
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -205,5 +205,5 @@ async def test_a_write_hands_over_what_the_files_hold(weights, tmp_path):
     await sender.connect(shares)
     stranger = Member("inference", "stranger", 0)
     moved = await sender.write([targets[1].member, stranger], 1.0)
-    assert moved == (Moved(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0),)
+    assert moved == (HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0),)
     assert all(target.untouched() for target in targets)

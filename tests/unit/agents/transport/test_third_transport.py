@@ -25,7 +25,7 @@ from weightsync.agents.tables.runs import (
     scatter_table,
 )
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
-from weightsync.agents.transport.interface import Moved, Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.interface import HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import strided_copy
@@ -58,10 +58,10 @@ class MemorySender(Sender):
 
     async def write(
         self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[Moved, ...]:
+    ) -> tuple[HandedOver, ...]:
         return tuple(self._copy(self._shares[member], groups) for member in members if member in self._shares)
 
-    def _copy(self, share: Share, groups: Collection[int] | None) -> Moved:
+    def _copy(self, share: Share, groups: Collection[int] | None) -> HandedOver:
         arenas, there = self._memory.arenas, REACHABLE[share.peer.endpoint_name].tensors
         strided_copy(arenas, arenas, pack_table(share.copies, self._memory.layout))
         moved = 0
@@ -70,7 +70,7 @@ class MemorySender(Sender):
                 source = arenas[run[RUN_LOCAL_REGION]].narrow(0, run[RUN_LOCAL_OFFSET], run[RUN_LENGTH])
                 there[run[RUN_REMOTE_REGION]].narrow(0, run[RUN_REMOTE_OFFSET], run[RUN_LENGTH]).copy_(source)
                 moved += run[RUN_LENGTH]
-        return Moved(share.peer.member, moved)
+        return HandedOver(share.peer.member, moved)
 
 
 class MemoryReceiver(Receiver):

@@ -11,7 +11,7 @@ from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots, planned, replace_name, with_peers
 from weightsync.agents.tables.runs import RUN_LENGTH
 from weightsync.agents.trainer.thread_side import source_of
-from weightsync.agents.transport.interface import Moved, PushError
+from weightsync.agents.transport.interface import HandedOver, PushError
 from weightsync.agents.transport.nixl import sender as senders
 from weightsync.agents.transport.nixl.edge import EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
@@ -228,7 +228,7 @@ async def test_a_peer_that_is_owed_nothing_has_no_edge(weights, pretend):
     idle = Member("inference", "idle", 0)
     await rank.connect(with_peers(connect, (*connect.peers, structs.replace(connect.peers[0], member=idle))))
     assert [call for call, _ in double.calls].count("edge") == 2
-    assert await rank.sender.write([idle], PATIENCE) == (Moved(idle, 0),)
+    assert await rank.sender.write([idle], PATIENCE) == (HandedOver(idle, 0),)
 
 
 @dataclass(frozen=True)

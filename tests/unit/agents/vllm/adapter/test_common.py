@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from weightsync.agents.inference import calls
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
@@ -32,7 +33,7 @@ UPDATE = {
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in engine.ENVIRONMENT.values():
+    for name in calls.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
 
 
@@ -85,7 +86,7 @@ def story(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(hold, "require", lambda: story.append("hold required"))
     monkeypatch.setattr(gate, "install", lambda: story.append("gate installed"))
     monkeypatch.setattr(engine, "make_agent", lambda ranks, *_: story.append(ranks.rank) or Agent(story))
-    monkeypatch.setattr(engine, "synchronize", lambda device: story.append(f"synchronised {device}"))
+    monkeypatch.setattr(calls, "synchronize", lambda device: story.append(f"synchronised {device}"))
     return story
 
 
@@ -128,12 +129,12 @@ def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.update_weights(UPDATE)
     adapter.finish_weight_update()
     adapter.shutdown()
-    update = engine.parse_update_info(UPDATE, engine.UpdateInfo)
+    update = calls.parse_update_info(UPDATE, calls.UpdateInfo)
     assert story == [
         "hold required",
         "gate installed",
         1,
-        engine.parse_init_info(INIT),
+        calls.parse_init_info(INIT),
         "synchronised cpu",
         update,
         "closed",
@@ -147,13 +148,13 @@ def test_the_callback_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.init_transfer_engine(adapter.parse_init_info(INIT))
     adapter.receive_weights(update, lambda weights: None)
     adapter.shutdown()
-    assert story[2:] == [1, engine.parse_init_info(INIT), "synchronised cpu", update, "closed"]
+    assert story[2:] == [1, calls.parse_init_info(INIT), "synchronised cpu", update, "closed"]
 
 
 def test_the_callback_shape_refuses_checkpoint_format(pretend_base: Any, story: list[Any]) -> None:
     model = Model()
     adapter = pretend_base(CallbackBase)(None, PARALLEL, model)
-    with pytest.raises(engine.InfoError, match="is_checkpoint_format=false"):
+    with pytest.raises(calls.InfoError, match="is_checkpoint_format=false"):
         adapter.receive_weights(adapter.parse_update_info(UPDATE), load_weights=model.load_weights)
     assert len(story) == 3
 
