@@ -19,10 +19,10 @@ batches, *agent* is the agent's own event loop (``link.thread``).
    whenever the plan changes, and after a failure with the same arguments.
 5. For each version:
 
-   a. ``Sender.stage(version)`` (main, nothing else of the sender runs meanwhile): the slots hold the version and no
+   a. ``Sender.stage(version)`` (main; the agent may connect and poll meanwhile): the slots hold the version and no
       write is granted. For transports that must copy the bytes elsewhere first; most do nothing.
    b. ``Sender.write(members, deadline, groups)`` (agent): the daemon has granted the write. When it returns, all bytes
-      for ``members`` have been handed over, and none is written any more. Receivers stand still during this.
+      for ``members`` have been handed over, and none is written any more. The engines of ``members`` stand still.
    c. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
       holds the version, derived tensors included; the digest that follows proves it.
    d. A rank may be granted the same version again, after a failed attempt.

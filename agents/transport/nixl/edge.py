@@ -22,11 +22,6 @@ class EdgeResult:
     seconds: float
     error: TransferError | None = None
 
-    @property
-    def bytes_per_second(self) -> float:
-        """0.0 when nothing moved."""
-        return self.bytes / self.seconds if self.seconds > 0 else 0.0
-
 
 @dataclass(slots=True, eq=False)
 class Transfer:
@@ -48,16 +43,6 @@ class Edge:
     transfers: list[Transfer] = field(default_factory=list)
     lists: list[tuple[Any, Any]] = field(default_factory=list)
     last_error: TransferError | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that one write of this edge carries."""
-        return sum(transfer.chunk.bytes for transfer in self.transfers)
-
-    @property
-    def descriptors(self) -> int:
-        """Descriptors that one write posts, before NIXL merges neighbours."""
-        return sum(len(lane.local) for lane in self.lanes)
 
     @property
     def tainted(self) -> bool:

@@ -198,3 +198,31 @@ def test_an_unknown_shape_is_refused_by_name(pretend_base: Any) -> None:
 def test_the_module_has_no_other_lazy_names() -> None:
     with pytest.raises(AttributeError, match="Nothing"):
         _ = engine_adapter.Nothing
+
+
+def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is recorded anew when its experts are somewhere else, not before."""
+    story: list[Any] = []
+
+    def record(module: torch.nn.Module, vllm_config: Any) -> Any:
+        story.append((module, vllm_config))
+        return SimpleNamespace(
+            layout=f"layout {len(story)}",
+            tensors=["region"],
+            refresh=lambda: story.append("refreshed"),
+            load=story.append,
+        )
+
+    monkeypatch.setattr(engine, "recorded_layout", record)
+    monkeypatch.setattr(engine, "expert_map_fingerprint", lambda module: "map of 5")
+    module = Model()
+    model = engine.VllmModel.of(module, "config")
+    assert (model.layout, model.tensors) == ("layout 1", ["region"])
+    model.refresh()
+    model.load([])
+    assert story == [(module, "config"), "refreshed", []]
+    assert model.rebalanced("map of 5") is None
+    fresh = model.rebalanced("map of 3")
+    assert fresh is not None
+    assert fresh.layout == "layout 4", "recorded after the three events so far"
+    assert story[3:] == [(module, "config")]
