@@ -75,7 +75,7 @@ class MakePlan(Command):
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver(Command):
+class SendPlan(Command):
     """Rendezvous round 2 for one member, over whichever rendezvous is configured."""
 
     member: Member

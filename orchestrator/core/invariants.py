@@ -87,7 +87,7 @@ def _grant_is_safe(fleet: Fleet, command: Send) -> None:
 def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -> None:
     if current is None or current.version != version or not current.decided:
         raise InvariantViolation(f"S4: COMMITTED of {version} without a decided round")
-    for member in current.ranks_going():
+    for member in current.remaining_ranks():
         verified = current.verified.get(member)
         left = current.left.get(member)
         if verified is None or (verified.digest, verified.bytes) != current.expected[member]:

@@ -22,7 +22,7 @@ from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round import reports as rounds
-from weightsync.orchestrator.core.state import Engine, Fleet, Unclosed
+from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Hello, Left, Quiesced, Ready, Staged
@@ -38,7 +38,7 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     memory = Memory()
     for record in records:
         replay(memory, record)
-    engines = {config.name: Engine(config.name, probe_at=now) for config in policy.engines}
+    engines = {config.name: EngineState(config.name, probe_at=now) for config in policy.engines}
     fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, engines)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))

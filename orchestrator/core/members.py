@@ -5,7 +5,7 @@ from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Call,
 from weightsync.orchestrator.core.records import EpochBegan
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Agent, Engine, Fleet, Unclosed
+from weightsync.orchestrator.core.state import ConnectedAgent, EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -37,7 +37,7 @@ def connected(turn: Turn, event: AgentConnected) -> None:
         turn.do(Drop(turn.cause, before.member, before.connection, "the same process connected again"))
     if event.member.role == "trainer":
         _enter_generation(turn, hello.generation)
-    agent = Agent(event.member, event.connection, hello)
+    agent = ConnectedAgent(event.member, event.connection, hello)
     fleet.enter(agent)
     _raise_epoch(turn, hello)
     turn.do(Accept(turn.cause, event.member, event.connection, _first_welcome(fleet)))
@@ -91,7 +91,7 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     turn.say(f"trainer generation {generation:x} begins")
 
 
-def _learn(turn: Turn, agent: Agent) -> None:
+def _learn(turn: Turn, agent: ConnectedAgent) -> None:
     """Believe what the agent says about its own memory."""
     fleet, hello, member = turn.fleet, agent.hello, agent.member
     if hello.trainer is not None:
@@ -119,7 +119,7 @@ def _untaint(fleet: Fleet, member: Member, incarnation: int) -> None:
                 del fleet.unclosed[writer]
 
 
-def _let_out(turn: Turn, agent: Agent) -> None:
+def _let_out(turn: Turn, agent: ConnectedAgent) -> None:
     """A worker that comes back from inside a round may have missed the word that ends its wait."""
     if agent.status.window is not None:
         word = _last_word(turn.fleet, agent.status.window)
@@ -231,7 +231,7 @@ def tend_engines(turn: Turn) -> None:
             turn.call(name, Call.PROBE, fleet.policy.probe * 2)
 
 
-def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: Engine) -> None:
+def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineState) -> None:
     """Book what an answer says about the engine itself."""
     if isinstance(event, CallFailed):
         if event.reason != engine.error:

@@ -1,13 +1,13 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
-from weightsync.orchestrator.core.commands import Announced, Deliver, MakePlan
+from weightsync.orchestrator.core.commands import Announced, MakePlan, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
-from weightsync.orchestrator.core.state import Agent, Fleet
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Ready
 
 
-def announced(turn: Turn, agent: Agent, message: Announce) -> None:
+def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
     agent.announce, agent.delivered, agent.fingerprint = message, "", ""
     for engine in turn.fleet.engines.values():
@@ -15,7 +15,7 @@ def announced(turn: Turn, agent: Agent, message: Announce) -> None:
             engine.misfit = ""  # it was one of two layouts together
 
 
-def confirmed(agent: Agent, message: Ready) -> None:
+def confirmed(agent: ConnectedAgent, message: Ready) -> None:
     """Round 2 of one agent. An outdated confirmation is not one."""
     agent.fingerprint = message.fingerprint
 
@@ -49,7 +49,7 @@ def _plan(turn: Turn) -> None:
     turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
 
 
-def _parties(agents: list[Agent]) -> tuple[Announced, ...]:
+def _parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
     return tuple(Announced(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
 
 
@@ -63,14 +63,18 @@ def _deliver(turn: Turn) -> None:
         planned = (member, agent.hello.incarnation, agent.connection) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
-            turn.do(Deliver(turn.cause, member, connect))
+            turn.do(SendPlan(turn.cause, member, connect))
 
 
 def _note_complete(turn: Turn) -> None:
     fleet = turn.fleet
-    if fleet.plan is None or fleet.met == fleet.plan_number or not all(map(fleet.is_confirmed, fleet.plan.connects)):
+    if (
+        fleet.plan is None
+        or fleet.confirmed_plan == fleet.plan_number
+        or not all(map(fleet.is_confirmed, fleet.plan.connects))
+    ):
         return
-    fleet.met = fleet.plan_number
+    fleet.confirmed_plan = fleet.plan_number
     agents, seconds = len(fleet.plan.connects), turn.now - fleet.planned_at
     turn.say(f"rendezvous complete: {agents} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
 

@@ -12,7 +12,7 @@ from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Ve
 
 
 @dataclass(slots=True)
-class Agent:
+class ConnectedAgent:
     """One connected agent process. Gone from the fleet when its connection is."""
 
     member: Member
@@ -28,7 +28,7 @@ class Agent:
 
 
 @dataclass(slots=True)
-class Engine:
+class EngineState:
     """One vLLM server of the configuration."""
 
     name: str
@@ -39,7 +39,7 @@ class Engine:
     probe_at: float = 0.0
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
-    ranks: dict[int, Agent] = field(default_factory=dict)
+    ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     """Its connected agents."""
     error: str = ""
     ours_paused: bool = False
@@ -88,19 +88,19 @@ class Round:
     """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
     verified: dict[Member, Verified] = field(default_factory=dict)
     left: dict[Member, EngineStatus] = field(default_factory=dict)
-    told: set[Member] = field(default_factory=set)
+    aborted: set[Member] = field(default_factory=set)
     """Workers that were told to leave a torn round."""
     began: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
 
-    def going(self) -> list[str]:
+    def remaining(self) -> list[str]:
         """Engines of the round that were not evicted."""
         return [name for name, progress in self.engines.items() if not progress.evicted]
 
-    def ranks_going(self) -> list[Member]:
+    def remaining_ranks(self) -> list[Member]:
         """Their inference ranks."""
-        going = set(self.going())
+        going = set(self.remaining())
         return [member for member in self.ranks if member.engine in going]
 
 
@@ -123,9 +123,9 @@ class Fleet:
     memory: Memory
     epoch: int
     started: float
-    engines: dict[str, Engine]
-    agents: dict[Member, Agent] = field(default_factory=dict)
-    trainer_ranks: dict[int, Agent] = field(default_factory=dict)
+    engines: dict[str, EngineState]
+    agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
+    trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     generation: int | None = None
     past_generations: set[int] = field(default_factory=set)
     stable: tuple[StableSeen, ...] = ()
@@ -142,7 +142,7 @@ class Fleet:
     planned_for: frozenset[tuple[Member, int, int]] = frozenset()
     """(member, incarnation, connection) of everybody in the plan."""
     plan_number: int = 0
-    met: int = 0
+    confirmed_plan: int = 0
     """Number of the last plan whose every member has confirmed."""
     planning: bool = False
     plan_error: str = ""
@@ -155,24 +155,24 @@ class Fleet:
     call_number: int = 0
     sentence: str = ""
 
-    def enter(self, agent: Agent) -> None:
+    def enter(self, agent: ConnectedAgent) -> None:
         """Take a connected agent in."""
         self.agents[agent.member] = agent
         self._home(agent.member)[agent.member.rank] = agent
 
-    def leave(self, member: Member) -> Agent | None:
+    def leave(self, member: Member) -> ConnectedAgent | None:
         """Forget a connection; returns what was known of it."""
         self._home(member).pop(member.rank, None)
         return self.agents.pop(member, None)
 
-    def _home(self, member: Member) -> dict[int, Agent]:
+    def _home(self, member: Member) -> dict[int, ConnectedAgent]:
         return self.trainer_ranks if member.role == "trainer" else self.engines[member.engine].ranks
 
-    def trainers(self) -> list[Agent]:
+    def trainers(self) -> list[ConnectedAgent]:
         """Connected trainer ranks, by rank."""
         return [self.trainer_ranks[rank] for rank in sorted(self.trainer_ranks)]
 
-    def ranks_of(self, engine: str) -> list[Agent]:
+    def ranks_of(self, engine: str) -> list[ConnectedAgent]:
         """Connected ranks of an engine, by rank."""
         ranks = self.engines[engine].ranks
         return [ranks[rank] for rank in sorted(ranks)]

@@ -14,13 +14,13 @@ from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
     MakePlan,
     OpenGroup,
     Refuse,
     Say,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, Event, PlanReady, PlanRejected
@@ -118,7 +118,7 @@ class Outbox:
                 self._hub.drop(command.member, command.reason)
             case Send():
                 self._hub.send(command.member, command.message)
-            case Deliver():
+            case SendPlan():
                 if not self._group.deliver(command.member, command.connect):
                     self._hub.send(command.member, command.connect)
             case OpenGroup():

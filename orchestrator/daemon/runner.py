@@ -247,8 +247,8 @@ class Runner:
             return
         if commands:
             self._outbox.put(commands)
-        if self._frozen_for != self.fleet.met:
-            self._frozen_for = self.fleet.met
+        if self._frozen_for != self.fleet.confirmed_plan:
+            self._frozen_for = self.fleet.confirmed_plan
             gc.freeze()  # what a fleet is made of stays; walking it again and again costs barriers tens of milliseconds
         self._look_for_stable()
 

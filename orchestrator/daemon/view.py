@@ -85,7 +85,7 @@ class View:
 def engine_state(fleet: Fleet, name: str) -> str:
     """One word for what an engine is doing."""
     engine = fleet.engines[name]
-    if fleet.round is not None and name in fleet.round.going():
+    if fleet.round is not None and name in fleet.round.remaining():
         return "updating"
     if fleet.torn(name):
         return "torn"

@@ -16,11 +16,11 @@ from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
     MakePlan,
     Refuse,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import (
@@ -399,7 +399,7 @@ class World:
                     self.later(self.rng.uniform(0.5, 2), lambda: self.connect(agent))
             case Send():
                 self._deliver(command.member, None, command.message)
-            case Deliver():
+            case SendPlan():
                 self._deliver(command.member, None, command.connect)
             case MakePlan():
                 self.to_daemon(PlanReady(self.next_id(), command.number, plan_facts(command)))

@@ -27,7 +27,7 @@ def must_not_serve(fleet: Fleet, engine: str) -> bool:
 def record(turn: Turn, current: Round) -> None:
     """Entry of RECORDING: COMMITTED becomes durable before anybody hears of it."""
     memory = turn.fleet.memory
-    for name in current.going():
+    for name in current.remaining():
         turn.fleet.engines[name].ours_paused = False
     sequence = memory.sequence if current.catch_up else memory.sequence + 1
     # In this order: a round that has ended is not looked at again, so whoever finds it ended finds its commit.
@@ -43,7 +43,7 @@ def committed(turn: Turn, current: Round) -> None:
     fleet.attempts.pop(current.version, None)
     fleet.retry_at.clear()
     if not current.catch_up:
-        mark_committed(turn, current.name, current.version, tuple(current.going()))
+        mark_committed(turn, current.name, current.version, tuple(current.remaining()))
     tell_trainers(turn, current.version)
 
 

@@ -112,12 +112,12 @@ def _apply(turn: Turn, current: Round) -> None:
 
 
 def _finish(turn: Turn, current: Round) -> None:
-    for name in current.going():
+    for name in current.remaining():
         turn.call(name, Call.FINISH, turn.fleet.policy.finish, current.name, current.version)
 
 
 def _resume(turn: Turn, current: Round) -> None:
-    for name in current.going():
+    for name in current.remaining():
         turn.call(name, Call.RESUME, turn.fleet.policy.finish, current.name, current.version)
 
 
@@ -161,7 +161,7 @@ def complete(turn: Turn, current: Round) -> bool:
             return advance_cancel(turn, current)
         case Phase.TEARING:
             return _torn_and_left(turn, current)
-        case Phase.APPLYING | Phase.FINISHING | Phase.RESUMING if not current.going():
+        case Phase.APPLYING | Phase.FINISHING | Phase.RESUMING if not current.remaining():
             return True
         case Phase.QUIESCING:
             return len(current.quiesced) == len(current.ranks)
@@ -193,7 +193,7 @@ def missing(turn: Turn, current: Round) -> list[str]:
 def missing_engines(turn: Turn, current: Round) -> list[str]:
     """Engines that have not done what the phase waits for; only for phases after the decision."""
     late = []
-    for name in current.going():
+    for name in current.remaining():
         progress = current.engines[name]
         ranks = [m for m in current.ranks if m.engine == name]
         done = {
@@ -273,8 +273,8 @@ def _torn_and_left(turn: Turn, current: Round) -> bool:
         return False
     inside = [m for m in current.ranks if m in fleet.agents and m not in current.left]
     for member in inside:
-        if member not in current.told:
-            current.told.add(member)
+        if member not in current.aborted:
+            current.aborted.add(member)
             turn.send(member, Abort(round=current.name, torn=True, reason=current.reason))
     return not inside and not any(fleet.engines[name].calls.get(Call.UPDATE) for name in current.engines)
 
@@ -288,11 +288,11 @@ def _may_still_write(fleet: Fleet, writer: Member) -> bool:
 def evict(turn: Turn, current: Round, engine: str, why: str) -> None:
     """Go on without an engine (and its pair): it stays paused until a round of its own brings it back."""
     pairs = {config.name: config.pair for config in turn.fleet.policy.engines}
-    for name in current.going():
+    for name in current.remaining():
         if name == engine or (pairs[engine] and pairs[name] == pairs[engine]):
             current.engines[name].evicted = why
             turn.say(f"{name} is left out of {current.version}: {why}; it stays paused until it catches up", "error")
-    if not current.going():
+    if not current.remaining():
         current.reason = why
         endings.failed(turn, current)
 

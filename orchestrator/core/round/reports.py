@@ -5,8 +5,8 @@ from collections.abc import Callable
 from weightsync.orchestrator.core.errors import ImpossibleTransition
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
 from weightsync.orchestrator.core.round import phases
-from weightsync.orchestrator.core.round.transitions import TABLE, Action, Happening, Phase
-from weightsync.orchestrator.core.state import Engine, Progress, Round
+from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
+from weightsync.orchestrator.core.state import EngineState, Progress, Round
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
 from weightsync.orchestrator.protocol.names import Member, RoundName
@@ -21,24 +21,24 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
         case Quiesced() if event.member in current.ranks:
             current.quiesced.add(event.member)
             why = f"{event.member} says QUIESCED before it was asked"
-            happened(turn, current, Happening.QUIESCED, why, event.member)
+            handle(turn, current, Report.QUIESCED, why, event.member)
         case Closed() if event.member in current.writers:
             current.closed.setdefault(event.member, message)
             why = message.error or f"{event.member} says CLOSED without a grant"
-            happened(turn, current, Happening.CLOSED, why, event.member)
+            handle(turn, current, Report.CLOSED, why, event.member)
         case Verified() if event.member in current.ranks:
             current.verified.setdefault(event.member, message)
             why = message.error or f"{event.member} says VERIFIED before it was asked"
-            happened(turn, current, Happening.VERIFIED, why, event.member)
+            handle(turn, current, Report.VERIFIED, why, event.member)
         case Left() if event.member in current.ranks:
             current.left[event.member] = message.status
             why = f"{event.member} left the update call by itself"
-            happened(turn, current, Happening.LEFT, why, event.member)
+            handle(turn, current, Report.LEFT, why, event.member)
         case _:
             pass
 
 
-def call_ended(turn: Turn, event: CallDone | CallFailed, engine: Engine) -> None:
+def call_ended(turn: Turn, event: CallDone | CallFailed, engine: EngineState) -> None:
     """An engine's HTTP route answered, or did not."""
     current = turn.fleet.round
     if current is None or event.engine not in current.engines:
@@ -47,28 +47,28 @@ def call_ended(turn: Turn, event: CallDone | CallFailed, engine: Engine) -> None
     if isinstance(event, CallFailed):
         _failed_call(turn, current, progress, event)
         return
-    happening = _done_call(turn, progress, event)
-    if happening is not None:
+    report = _done_call(turn, progress, event)
+    if report is not None:
         why = f"{event.engine} ended its update call before the round did"
-        happened(turn, current, happening, why, Member("inference", event.engine, 0))
+        handle(turn, current, report, why, Member("inference", event.engine, 0))
 
 
-def _done_call(turn: Turn, progress: Progress, event: CallDone) -> Happening | None:
+def _done_call(turn: Turn, progress: Progress, event: CallDone) -> Report | None:
     if event.call is not Call.UPDATE:
         progress.http_seconds += event.seconds
     match event.call:
         case Call.PAUSE:
             progress.paused, progress.paused_at = True, turn.now
-            return Happening.PAUSED
+            return Report.PAUSED
         case Call.UPDATE:
             progress.update_over = True
-            return Happening.UPDATE_OVER
+            return Report.UPDATE_OVER
         case Call.FINISH:
             progress.finished = True
-            return Happening.FINISHED
+            return Report.FINISHED
         case Call.RESUME:
             progress.resumed, progress.resumed_at = True, turn.now
-            return Happening.RESUMED
+            return Report.RESUMED
         case _:
             return None
 
@@ -79,7 +79,7 @@ def _failed_call(turn: Turn, current: Round, progress: Progress, event: CallFail
     if event.call is Call.UPDATE:
         progress.update_over, progress.update_error = True, event.reason
     member = Member("inference", event.engine, 0)
-    happened(turn, current, Happening.CALL_FAILED, f"{event.engine}: {event.call} failed: {event.reason}", member)
+    handle(turn, current, Report.CALL_FAILED, f"{event.engine}: {event.call} failed: {event.reason}", member)
 
 
 def agent_lost(turn: Turn, member: Member, reason: str) -> None:
@@ -88,32 +88,32 @@ def agent_lost(turn: Turn, member: Member, reason: str) -> None:
     if current is None:
         return
     if member in current.writers and member not in current.closed:
-        happened(turn, current, Happening.WRITER_LOST, f"{member} was lost: {reason}", member)
+        handle(turn, current, Report.WRITER_LOST, f"{member} was lost: {reason}", member)
     elif member in current.ranks:
-        happened(turn, current, Happening.RANK_LOST, f"{member} was lost: {reason}", member)
+        handle(turn, current, Report.RANK_LOST, f"{member} was lost: {reason}", member)
 
 
 def durable(turn: Turn, name: RoundName | None) -> None:
     """The record that round ``name`` waits for is on disk; it may have ended meanwhile."""
     current = turn.fleet.round
     if current is not None and current.name == name:
-        happened(turn, current, Happening.DURABLE, "", None)
+        handle(turn, current, Report.DURABLE, "", None)
 
 
 def tick(turn: Turn) -> None:
     """The phase's deadline may have passed."""
     current = turn.fleet.round
     if current is not None and turn.now >= current.deadline:
-        happened(turn, current, Happening.DEADLINE, phases.overdue(turn, current), None)
+        handle(turn, current, Report.DEADLINE, phases.overdue(turn, current), None)
 
 
-def happened(turn: Turn, current: Round, happening: Happening, why: str, member: Member | None) -> None:
+def handle(turn: Turn, current: Round, report: Report, why: str, member: Member | None) -> None:
     """Look the pair up and act; then go on for as long as phases are complete."""
-    action = TABLE[current.phase].get(happening)
+    action = TABLE[current.phase].get(report)
     if action is None:
         raise ImpossibleTransition(
-            f"round {current.name} for {current.version}: {happening} in phase {current.phase} ({why}); "
-            f"engines {current.going()}, closed {sorted(map(str, current.closed))}, times {current.times}"
+            f"round {current.name} for {current.version}: {report} in phase {current.phase} ({why}); "
+            f"engines {current.remaining()}, closed {sorted(map(str, current.closed))}, times {current.times}"
         )
     _ACTIONS[action](turn, current, why, member)
     while turn.fleet.round is current and phases.complete(turn, current):

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Deliver, MakePlan, Say, Send, WriteMarker
+from weightsync.orchestrator.core.commands import (
+    Append,
+    CallEngine,
+    Command,
+    MakePlan,
+    Say,
+    Send,
+    SendPlan,
+    WriteMarker,
+)
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
@@ -137,7 +146,7 @@ class Driven:
         """Answer the newest MakePlan, and confirm for everybody."""
         wanted = [command for command in self.commands if isinstance(command, MakePlan)][-1]
         self.happens(PlanReady(self.id(), wanted.number, facts_for(wanted)))
-        for command in [command for command in self.commands if isinstance(command, Deliver)]:
+        for command in [command for command in self.commands if isinstance(command, SendPlan)]:
             if self.fleet.agents[command.member].delivered == command.connect.fingerprint:
                 self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core.commands import Deliver, MakePlan, OpenGroup
+from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
@@ -68,7 +68,7 @@ def test_an_old_plan_is_never_delivered_to_new_layouts(drive: Any) -> None:
     restart_trainer(fleet, 8)
     reject(fleet, "")
     fleet.passes(1.0)
-    assert [command for command in fleet.commands[before:] if isinstance(command, Deliver)] == []
+    assert [command for command in fleet.commands[before:] if isinstance(command, SendPlan)] == []
     assert fleet.fleet.plan is None
 
 

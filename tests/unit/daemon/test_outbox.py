@@ -12,13 +12,13 @@ from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
     MakePlan,
     OpenGroup,
     Refuse,
     Say,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, Call, Event, PlanFacts, PlanReady, PlanRejected
@@ -125,7 +125,7 @@ async def desk() -> Desk:
 async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
     await desk.performs([
         Accept(1, MEMBER, 5, WELCOME), Refuse(1, MEMBER, 6, REFUSED), Drop(1, MEMBER, 5, "rude"),
-        Send(1, MEMBER, Heartbeat()), Deliver(1, MEMBER, CONNECT), CALL, OpenGroup(1, STORE, ((MEMBER, 5),)),
+        Send(1, MEMBER, Heartbeat()), SendPlan(1, MEMBER, CONNECT), CALL, OpenGroup(1, STORE, ((MEMBER, 5),)),
     ])  # fmt: skip
     assert desk.done == [
         ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, "rude"),
@@ -163,7 +163,7 @@ async def test_an_unknown_command_ends_the_daemon(desk: Desk) -> None:
 
 async def test_a_group_delivers_what_the_hub_would(desk: Desk) -> None:
     desk.in_group = True
-    await desk.performs([Deliver(1, MEMBER, CONNECT)])
+    await desk.performs([SendPlan(1, MEMBER, CONNECT)])
     assert desk.done == []
 
 

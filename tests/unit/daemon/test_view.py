@@ -6,7 +6,7 @@ import pytest
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Agent, Fleet, Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round
 from weightsync.orchestrator.daemon.view import engine_state
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, NixlSettings
@@ -20,7 +20,7 @@ def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
     """One engine; ``status`` is its only rank's, None without one."""
     fleet, _ = start(Policy("run", (EngineConfig("e0"),), NixlSettings()), "j", [], 0.0)
     if status is not None:
-        fleet.enter(Agent(MEMBER, 1, HELLO, Announce(layout=Layout((), (), b"")), status=status))
+        fleet.enter(ConnectedAgent(MEMBER, 1, HELLO, Announce(layout=Layout((), (), b"")), status=status))
     fleet.memory.committed = VERSION
     for name, value in {"reachable": True, **engine}.items():
         setattr(fleet.engines["e0"], name, value)

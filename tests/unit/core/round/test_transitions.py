@@ -6,22 +6,22 @@ import pytest
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.errors import ImpossibleTransition
 from weightsync.orchestrator.core.events import Appended, Call
-from weightsync.orchestrator.core.round.reports import _ACTIONS, happened
-from weightsync.orchestrator.core.round.transitions import TABLE, Action, Happening, Phase
+from weightsync.orchestrator.core.round.reports import _ACTIONS, handle
+from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Closed, EngineStatus, Grant, Left, PeerTransfer, Quiesced
 from weightsync.orchestrator.protocol.names import Member
 
 TRAINER, ENGINE = Member("trainer", "", 0), Member("inference", "e0", 0)
 
-ANYTIME = frozenset(Happening) - {Happening.PAUSED, Happening.DURABLE, Happening.FINISHED, Happening.RESUMED}
+ANYTIME = frozenset(Report) - {Report.PAUSED, Report.DURABLE, Report.FINISHED, Report.RESUMED}
 """What others may say or do at any time, or time itself. The rest answers our own commands."""
 
 ANSWERS = {
-    Happening.PAUSED: {Phase.PAUSING, Phase.CANCELLING, Phase.TEARING},
-    Happening.DURABLE: {Phase.MARKING, Phase.DECIDING, Phase.RECORDING, Phase.CANCELLING, Phase.TEARING},
-    Happening.FINISHED: {Phase.FINISHING},
-    Happening.RESUMED: {Phase.RESUMING, Phase.CANCELLING},
+    Report.PAUSED: {Phase.PAUSING, Phase.CANCELLING, Phase.TEARING},
+    Report.DURABLE: {Phase.MARKING, Phase.DECIDING, Phase.RECORDING, Phase.CANCELLING, Phase.TEARING},
+    Report.FINISHED: {Phase.FINISHING},
+    Report.RESUMED: {Phase.RESUMING, Phase.CANCELLING},
 }
 
 FORWARD_ONLY = (Phase.DECIDING, Phase.APPLYING, Phase.FINISHING, Phase.RESUMING, Phase.RECORDING)
@@ -39,10 +39,10 @@ def test_whatever_others_do_has_an_entry(phase: Phase) -> None:
     assert set(TABLE[phase]) >= ANYTIME
 
 
-@pytest.mark.parametrize("happening", ANSWERS)
-def test_answers_have_an_entry_where_they_are_awaited(happening: Happening) -> None:
-    for phase in ANSWERS[happening]:
-        assert happening in TABLE[phase]
+@pytest.mark.parametrize("report", ANSWERS)
+def test_answers_have_an_entry_where_they_are_awaited(report: Report) -> None:
+    for phase in ANSWERS[report]:
+        assert report in TABLE[phase]
 
 
 def test_nothing_is_cancelled_after_a_grant_and_nothing_torn_before_or_after() -> None:
@@ -57,7 +57,7 @@ def test_a_pair_without_an_entry_tells_its_story(drive: Any) -> None:
     fleet = drive()
     going = fleet.to(Phase.PAUSING)
     with pytest.raises(ImpossibleTransition, match=r"round 1\.1 .* resumed in phase pausing \(why\).*e0"):
-        happened(Turn(fleet.fleet, 0.0, 1), going, Happening.RESUMED, "why", None)
+        handle(Turn(fleet.fleet, 0.0, 1), going, Report.RESUMED, "why", None)
 
 
 @pytest.mark.parametrize("phase", IN_ORDER)
@@ -164,7 +164,7 @@ def test_an_engine_that_fails_after_the_decision_is_left_out_and_the_others_go_o
     fleet = drive(("e0", "e1"))
     going = fleet.to(Phase.APPLYING)
     fleet.loses(ENGINE)
-    assert going.going() == ["e1"]
+    assert going.remaining() == ["e1"]
     fleet.says(Member("inference", "e1", 0), Left(round=going.name, status=EngineStatus(applied=going.version)))
     fleet.answers("e1", Call.UPDATE)
     fleet.answers("e1", Call.FINISH)
