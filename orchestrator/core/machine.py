@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import invariants, members, rendezvous, versions
+from weightsync.orchestrator.core import engines, invariants, members, rendezvous, versions
 from weightsync.orchestrator.core.commands import Command, Drop
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -38,14 +38,14 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     memory = Memory()
     for record in records:
         replay(memory, record)
-    engines = {config.name: EngineState(config.name, probe_at=now) for config in policy.engines}
-    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, engines)
+    known = {config.name: EngineState(config.name, probe_at=now) for config in policy.engines}
+    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
     for name, orphan in list(memory.open_rounds.items()):
         for engine in orphan.began.engines:
-            if engine in engines:
-                engines[engine].ours_paused = True
+            if engine in known:
+                known[engine].ours_paused = True
         if orphan.dirty and not orphan.decided:
             for writer, incarnation in orphan.writers.items():
                 reach = {_named("inference", rank): of for rank, of in orphan.ranks.items()}
@@ -84,8 +84,8 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
-    members.tend_engines(turn)
-    members.gather_group(turn)
+    engines.tend_engines(turn)
+    rendezvous.gather_group(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
     _tell_story(turn)
@@ -161,7 +161,7 @@ def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     if engine.calls.get(event.call) != event.number:
         return  # the answer to a call that a newer one replaced
     del engine.calls[event.call]
-    members.engine_answered(turn, event, engine)
+    engines.engine_answered(turn, event, engine)
     rounds.call_ended(turn, event, engine)
 
 

@@ -1,11 +1,11 @@
-"""Who is there: agents that come and go, engines that are probed, held and released."""
+"""Who is there: agents that connect, are refused, say what their memory holds, and go."""
 
-from weightsync.orchestrator.core.commands import Accept, Drop, OpenGroup, Refuse
-from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Call, CallDone, CallFailed
+from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.records import EpochBegan
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import ConnectedAgent, EngineState, Fleet, Unclosed
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -171,34 +171,6 @@ def _first_welcome(fleet: Fleet) -> Welcome:
     return welcome(fleet, HubRendezvous() if fleet.policy.group is None else None)
 
 
-def gather_group(turn: Turn) -> None:
-    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it.
-
-    As for the first plan, an engine that does not fit is not waited for, one that does not come until it is overdue.
-    """
-    fleet = turn.fleet
-    address = fleet.policy.group
-    if address is None or fleet.round is not None:
-        return
-    fitting = [fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit]
-    whole = [ranks for ranks in fitting if ranks and len(ranks) == ranks[0].hello.world]
-    patient = turn.now < fleet.started + fleet.policy.join
-    if not whole or (len(whole) < len(fitting) and patient) or len(fleet.trainers()) != fleet.trainer_world():
-        return
-    agents = [*fleet.trainers(), *(agent for ranks in whole for agent in ranks)]
-    group = tuple((agent.member, agent.connection) for agent in agents)
-    if group == fleet.group:
-        return
-    fleet.group = group
-    size = len(agents) + 1
-    store = TcpStoreRendezvous(address.host, address.port, 0, size, address.timeout_seconds)
-    turn.do(OpenGroup(turn.cause, store, group))
-    for rank, agent in enumerate(agents, start=1):
-        place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
-        agent.announce, agent.delivered, agent.fingerprint = None, "", ""
-        turn.send(agent.member, welcome(fleet, place))
-
-
 def lost(turn: Turn, event: AgentLost) -> bool:
     """A connection ended. True when it was the member's current one."""
     fleet = turn.fleet
@@ -211,44 +183,3 @@ def lost(turn: Turn, event: AgentLost) -> bool:
         fleet.engines[event.member.engine].probe_at = turn.now
         fleet.engines[event.member.engine].misfit = ""
     return True
-
-
-def tend_engines(turn: Turn) -> None:
-    """Probe engines, start their agents, and resume those that we owe it."""
-    fleet = turn.fleet
-    busy = fleet.round.engines.keys() if fleet.round is not None else frozenset()
-    for name, engine in fleet.engines.items():
-        if name in busy or engine.calls or turn.now < engine.probe_at:
-            continue
-        engine.probe_at = turn.now + fleet.policy.probe
-        if engine.ours_paused and fleet.attached(name) and endings.may_serve(fleet, name):
-            endings.release(turn, name)
-        elif engine.paused is False and endings.must_not_serve(fleet, name):
-            endings.hold(turn, name)
-        elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.INIT, fleet.policy.probe * 4)
-        else:
-            turn.call(name, Call.PROBE, fleet.policy.probe * 2)
-
-
-def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineState) -> None:
-    """Book what an answer says about the engine itself."""
-    if isinstance(event, CallFailed):
-        if event.reason != engine.error:
-            turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
-        engine.error = event.reason
-        if event.call in (Call.PROBE, Call.INIT):
-            engine.reachable, engine.paused = False, None  # another server may stand there when it answers again
-        return
-    if event.paused is not None:
-        engine.paused = event.paused
-    match event.call:
-        case Call.PROBE:
-            if not engine.reachable:
-                engine.probe_at = turn.now  # its agents are started at once
-            engine.reachable = True
-            engine.error = engine.error if not engine.ranks else ""  # without agents, what INIT says counts
-        case Call.RESUME:
-            engine.ours_paused, engine.error = False, ""
-        case _:
-            engine.error = ""

@@ -1,10 +1,11 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
-from weightsync.orchestrator.core.commands import Announced, MakePlan, SendPlan
+from weightsync.orchestrator.core import members
+from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Announce, Ready
+from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous
 
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
@@ -41,10 +42,10 @@ def _plan(turn: Turn) -> None:
         return
     sources = fleet.trainers()
     targets = [agent for name in usable for agent in fleet.ranks_of(name)]
-    members = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
-    if members == fleet.planned_for:
+    everybody = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
+    if everybody == fleet.planned_for:
         return
-    fleet.planned_for, fleet.planning, fleet.plan_error = members, True, ""
+    fleet.planned_for, fleet.planning, fleet.plan_error = everybody, True, ""
     fleet.plan_number += 1
     turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
 
@@ -112,3 +113,31 @@ def obstacle(fleet: Fleet) -> str:
         return fleet.plan_error
     misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
     return misfits[0] if misfits and len(misfits) == len(fleet.engines) else ""
+
+
+def gather_group(turn: Turn) -> None:
+    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it.
+
+    As for the first plan, an engine that does not fit is not waited for, one that does not come until it is overdue.
+    """
+    fleet = turn.fleet
+    address = fleet.policy.group
+    if address is None or fleet.round is not None:
+        return
+    fitting = [fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit]
+    whole = [ranks for ranks in fitting if ranks and len(ranks) == ranks[0].hello.world]
+    patient = turn.now < fleet.started + fleet.policy.join
+    if not whole or (len(whole) < len(fitting) and patient) or len(fleet.trainers()) != fleet.trainer_world():
+        return
+    agents = [*fleet.trainers(), *(agent for ranks in whole for agent in ranks)]
+    group = tuple((agent.member, agent.connection) for agent in agents)
+    if group == fleet.group:
+        return
+    fleet.group = group
+    size = len(agents) + 1
+    store = TcpStoreRendezvous(address.host, address.port, 0, size, address.timeout_seconds)
+    turn.do(OpenGroup(turn.cause, store, group))
+    for rank, agent in enumerate(agents, start=1):
+        place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
+        agent.announce, agent.delivered, agent.fingerprint = None, "", ""
+        turn.send(agent.member, members.welcome(fleet, place))

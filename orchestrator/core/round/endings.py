@@ -1,27 +1,14 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
 from weightsync.orchestrator.core.commands import WriteMarker
-from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, RoundEnded, VersionFailed
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Outcome
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 MAX_BACKOFF_DOUBLINGS = 6
 """A catch-up round is tried for ever; its pauses stop growing at 64 times the first."""
-
-
-def may_serve(fleet: Fleet, engine: str) -> bool:
-    """Every rank holds the fleet's committed version, whole."""
-    version = fleet.version_of(engine)
-    return version is not None and version == fleet.memory.committed and not fleet.torn(engine)
-
-
-def must_not_serve(fleet: Fleet, engine: str) -> bool:
-    """Every rank is here, and they hold something else than the fleet's committed version."""
-    version, committed = fleet.version_of(engine), fleet.memory.committed
-    return fleet.torn(engine) or (version is not None and committed is not None and version != committed)
 
 
 def record(turn: Turn, current: Round) -> None:
@@ -122,20 +109,6 @@ def _summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         descriptors=sum(peer.descriptors for peer in peers),
         times={name: round(seconds, 6) for name, seconds in times.items()},
     )
-
-
-def release(turn: Turn, engine: str) -> None:
-    """Resume an engine that we left paused and that holds the committed version (after a restart, or a failed call)."""
-    fleet = turn.fleet
-    turn.say(f"{engine} holds {fleet.memory.committed} and was left paused: it is resumed")
-    turn.call(engine, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed)
-
-
-def hold(turn: Turn, engine: str) -> None:
-    """Pause an engine that was to be paused and says that it is not, or that came back with another version."""
-    turn.say(f"{engine} serves another version than {turn.fleet.memory.committed}: it is paused", "warning")
-    turn.fleet.engines[engine].ours_paused = True
-    turn.call(engine, Call.PAUSE, turn.fleet.policy.pause)
 
 
 def mark_again(turn: Turn) -> None:

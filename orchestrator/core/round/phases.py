@@ -1,5 +1,6 @@
 """The phases of a round: what entering one commands, when it is complete, what is missing when it is late."""
 
+from weightsync.orchestrator.core import engines
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Decided, LiveDirty
@@ -260,7 +261,7 @@ def advance_cancel(turn: Turn, current: Round) -> bool:
         inside = any(agent.status.window == current.name for agent in fleet.ranks_of(name))
         if inside or engine.calls.keys() & {Call.PAUSE, Call.UPDATE, Call.RESUME}:
             waiting = True
-        elif not progress.resume_tried and endings.may_serve(fleet, name):
+        elif not progress.resume_tried and engines.may_serve(fleet, name):
             progress.resume_tried = True  # once here; ``fleet`` goes on trying after the round
             turn.call(name, Call.RESUME, fleet.policy.finish, current.name, fleet.version_of(name))
             waiting = True
