@@ -1,6 +1,6 @@
-"""What the core wants done. Only the shell's runner performs them; each carries the event that caused it."""
+"""What the core wants done. Only the daemon's outbox performs commands, in their order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from weightsync.orchestrator.core.events import Call
@@ -18,7 +18,9 @@ from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    cause: int
+    """Base. ``cause`` is the id of the event that led to it; ``Turn.do`` fills it in."""
+
+    cause: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

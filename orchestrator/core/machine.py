@@ -150,7 +150,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
         case Bye():
             turn.say(f"{event.member} says good-bye: {message.reason}")
         case Hello():
-            turn.do(Drop(turn.cause, event.member, event.connection, "a second Hello on one connection"))
+            turn.do(Drop(event.member, event.connection, "a second Hello on one connection"))
         case _:
             pass
     rounds.agent_said(turn, event)

@@ -29,18 +29,18 @@ def connected(turn: Turn, event: AgentConnected) -> None:
     if objection is not None:
         fault, reason, retry = objection
         refused = Refused(reason=reason, fault=fault, retry=retry)
-        turn.do(Refuse(turn.cause, event.member, event.connection, refused))
+        turn.do(Refuse(event.member, event.connection, refused))
         turn.say(f"{event.member} is refused: {reason}", "warning")
         return
     before = fleet.leave(event.member)
     if before is not None:
-        turn.do(Drop(turn.cause, before.member, before.connection, "the same process connected again"))
+        turn.do(Drop(before.member, before.connection, "the same process connected again"))
     if event.member.role == "trainer":
         _enter_generation(turn, hello.generation)
     agent = ConnectedAgent(event.member, event.connection, hello)
     fleet.enter(agent)
     _raise_epoch(turn, hello)
-    turn.do(Accept(turn.cause, event.member, event.connection, _first_welcome(fleet)))
+    turn.do(Accept(event.member, event.connection, _first_welcome(fleet)))
     _learn(turn, agent)  # what it is told reaches it only once it is accepted
 
 

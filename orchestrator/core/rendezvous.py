@@ -47,7 +47,7 @@ def _plan(turn: Turn) -> None:
         return
     fleet.planned_for, fleet.planning, fleet.plan_error = everybody, True, ""
     fleet.plan_number += 1
-    turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
+    turn.do(MakePlan(fleet.plan_number, _parties(sources), _parties(targets)))
 
 
 def _parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
@@ -64,7 +64,7 @@ def _deliver(turn: Turn) -> None:
         planned = (member, agent.hello.incarnation, agent.connection) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
-            turn.do(SendPlan(turn.cause, member, connect))
+            turn.do(SendPlan(member, connect))
 
 
 def _note_complete(turn: Turn) -> None:
@@ -136,7 +136,7 @@ def gather_group(turn: Turn) -> None:
     fleet.group = group
     size = len(agents) + 1
     store = TcpStoreRendezvous(address.host, address.port, 0, size, address.timeout_seconds)
-    turn.do(OpenGroup(turn.cause, store, group))
+    turn.do(OpenGroup(store, group))
     for rank, agent in enumerate(agents, start=1):
         place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
         agent.announce, agent.delivered, agent.fingerprint = None, "", ""

@@ -42,7 +42,7 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
         "engines": ", ".join(engines),
     }
     turn.fleet.marked.add(version)
-    turn.do(WriteMarker(turn.cause, "COMMITTED", version, facts))
+    turn.do(WriteMarker("COMMITTED", version, facts))
 
 
 def tell_trainers(turn: Turn, version: Version) -> None:
@@ -75,7 +75,7 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     turn.fleet.waiting_since.pop(version, None)
     turn.append(VersionFailed(version=version, reason=reason))
     turn.fleet.marked.add(version)
-    turn.do(WriteMarker(turn.cause, "FAILED", version, {"reason": reason}))
+    turn.do(WriteMarker("FAILED", version, {"reason": reason}))
     turn.say(f"{version} failed: {reason}", "error")
     tell_trainers(turn, version)
 
@@ -121,8 +121,8 @@ def mark_again(turn: Turn) -> None:
             continue
         fleet.marked.add(version)
         if version in fleet.memory.done:
-            turn.do(WriteMarker(turn.cause, "COMMITTED", version, {}))
+            turn.do(WriteMarker("COMMITTED", version, {}))
         elif version in fleet.memory.failed:
-            turn.do(WriteMarker(turn.cause, "FAILED", version, {"reason": fleet.memory.failed[version]}))
+            turn.do(WriteMarker("FAILED", version, {"reason": fleet.memory.failed[version]}))
         else:
             fleet.marked.discard(version)

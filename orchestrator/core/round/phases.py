@@ -87,7 +87,7 @@ def _write(turn: Turn, current: Round) -> None:
         )
         turn.send(writer, grant)
     facts: dict[str, str | int | float] = {"round": str(current.name), "plan": fleet.plan.root}
-    turn.do(WriteMarker(turn.cause, "TRANSFER_READY", current.version, facts))
+    turn.do(WriteMarker("TRANSFER_READY", current.version, facts))
 
 
 def _verify(turn: Turn, current: Round) -> None:

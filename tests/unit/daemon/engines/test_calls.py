@@ -67,7 +67,7 @@ engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 
 async def performed(engines: Any, call: Call, deadline: float = 5.0) -> tuple[CallDone | CallFailed, list[Any]]:
     """The report and the client's calls."""
-    engines.call(CallEngine(1, "e0", call, 8, deadline, NAME, VERSION))
+    engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION))
     await asyncio.gather(*engines._tasks)
     (report,) = engines.reports
     assert (report.engine, report.call, report.number) == ("e0", call, 8)
@@ -129,7 +129,7 @@ async def test_so_is_one_that_never_answers(engines: Any, monkeypatch: pytest.Mo
 
 async def test_closing_gives_up_what_is_under_way(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "behaviour", staticmethod(for_ever))
-    engines.call(CallEngine(1, "e0", Call.PAUSE, 8, 60.0))
+    engines.call(CallEngine("e0", Call.PAUSE, 8, 60.0))
     await asyncio.sleep(0)
     await engines.close()
     assert engines.reports == []
