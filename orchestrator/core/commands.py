@@ -105,6 +105,13 @@ class Append(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class LookForStable(Command):
+    """Scan the run directory after so many seconds, and post MarkersSeen whatever is found."""
+
+    after_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class WriteMarker(Command):
     kind: Literal["TRANSFER_READY", "COMMITTED", "FAILED"]
     version: Version

@@ -11,6 +11,11 @@ def may_serve(fleet: Fleet, engine: str) -> bool:
     return version is not None and version == fleet.memory.committed and not fleet.torn(engine)
 
 
+def unit_may_serve(fleet: Fleet, engine: str) -> bool:
+    """So does every rank of its pair: a prefill or decode engine alone has nobody to work with."""
+    return all(may_serve(fleet, name) for name in fleet.unit(engine))
+
+
 def must_not_serve(fleet: Fleet, engine: str) -> bool:
     """Every rank is here, and they hold something else than the fleet's committed version."""
     version, committed = fleet.version_of(engine), fleet.memory.committed
@@ -18,31 +23,31 @@ def must_not_serve(fleet: Fleet, engine: str) -> bool:
 
 
 def tend_engines(turn: Turn) -> None:
-    """Probe engines, start their agents, and resume those that we owe it."""
+    """Probe idle engines, start their agents, and resume engines that we paused and that now hold what they should."""
     fleet = turn.fleet
     busy = fleet.round.engines.keys() if fleet.round is not None else frozenset()
     for name, engine in fleet.engines.items():
         if name in busy or engine.calls or turn.now < engine.probe_at:
             continue
-        engine.probe_at = turn.now + fleet.policy.probe
-        if engine.ours_paused and fleet.attached(name) and may_serve(fleet, name):
-            release(turn, name)
+        engine.probe_at = turn.now + fleet.policy.probe_interval
+        if engine.ours_paused and fleet.attached(name) and unit_may_serve(fleet, name):
+            _release(turn, name)
         elif engine.paused is False and must_not_serve(fleet, name):
-            pause_again(turn, name)
+            _pause_again(turn, name)
         elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.INIT, fleet.policy.probe * 4)
+            turn.call(name, Call.INIT, fleet.policy.init)
         else:
-            turn.call(name, Call.PROBE, fleet.policy.probe * 2)
+            turn.call(name, Call.PROBE, fleet.policy.probe)
 
 
-def release(turn: Turn, engine: str) -> None:
+def _release(turn: Turn, engine: str) -> None:
     """Resume an engine that we left paused and that holds the committed version (after a restart, or a failed call)."""
     fleet = turn.fleet
     turn.say(f"{engine} holds {fleet.memory.committed} and was left paused: it is resumed")
     turn.call(engine, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed)
 
 
-def pause_again(turn: Turn, engine: str) -> None:
+def _pause_again(turn: Turn, engine: str) -> None:
     """Pause an engine that was to be paused and says that it is not, or that came back with another version."""
     turn.say(f"{engine} serves another version than {turn.fleet.memory.committed}: it is paused", "warning")
     turn.fleet.engines[engine].ours_paused = True
@@ -54,7 +59,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
     if isinstance(event, CallFailed):
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
-        engine.error = event.reason
+        engine.error, engine.fault = event.reason, event.fault
         if event.call in (Call.PROBE, Call.INIT):
             engine.reachable, engine.paused = False, None  # another server may stand there when it answers again
         return
@@ -65,7 +70,8 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
             if not engine.reachable:
                 engine.probe_at = turn.now  # its agents are started at once
             engine.reachable = True
-            engine.error = engine.error if not engine.ranks else ""  # without agents, what INIT says counts
+            if engine.ranks:  # without agents, why INIT failed is what people must read
+                engine.error = ""
         case Call.RESUME:
             engine.ours_paused, engine.error = False, ""
         case _:

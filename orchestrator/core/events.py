@@ -1,9 +1,9 @@
-"""What happened. The shell turns the outside into these; failures are events like any other."""
+"""What happened. The daemon turns the outside into events; failures are events like any other."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from weightsync.orchestrator.protocol.messages import Connect, FromAgent, Hello
+from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
@@ -86,6 +86,7 @@ class PlanRejected(Event):
     number: int
     reason: str
     engine: str = ""
+    fault: Fault = "config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +102,14 @@ class CallDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class CallFailed(Event):
+    """A call ended without its effect being known. ``retry``: whether the same call may succeed later."""
+
     engine: str
     call: Call
     number: int
     reason: str
+    fault: Fault = "engine"
+    retry: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 from weightsync.orchestrator.core import engines, invariants, members, rendezvous, versions
-from weightsync.orchestrator.core.commands import Command, Drop
+from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
@@ -25,7 +25,7 @@ from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Hello, Left, Quiesced, Ready, Staged
+from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged
 from weightsync.orchestrator.protocol.names import Member, Role
 
 
@@ -38,7 +38,7 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     memory = Memory()
     for record in records:
         replay(memory, record)
-    known = {config.name: EngineState(config.name, probe_at=now) for config in policy.engines}
+    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in policy.engines}
     fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
@@ -53,7 +53,7 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
         _end_orphan(turn, orphan.decided, RoundEnded(
             round=name, version=orphan.began.version, attempt=orphan.began.attempt, engines=orphan.began.engines,
             evicted=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
-            bytes=0, descriptors=0, times={},
+            fault="" if orphan.decided else "daemon", bytes=0, descriptors=0, times={},
         ))  # fmt: skip
     return fleet, turn.commands
 
@@ -79,6 +79,11 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
         InvariantViolation: one of S1-S6 does not hold afterwards; nothing of the commands may be performed.
         ImpossibleTransition: the round's table has no entry for it.
     """
+    # Level-triggered: handling an event only books what it says about the world. What follows from the whole state is
+    # decided in the sweep below, after every batch of events and whatever they were: engines first, since a call to one
+    # keeps it out of a round; then the plan, which a round needs; then the versions, which begin rounds. A decision
+    # that was missed, or whose effect was lost, is thus made again by the next event, of which there is one every
+    # quarter of a second. The invariants look at commands and state last, before anything is performed.
     turn = Turn(fleet, now, 0)
     before = invariants.snapshot(fleet)
     for event in events:
@@ -110,7 +115,7 @@ def _handle(turn: Turn, event: Event) -> None:
         case CallDone() | CallFailed():
             _call_ended(turn, event)
         case MarkersSeen():
-            turn.fleet.stable = event.stable
+            turn.fleet.stable, turn.fleet.looking = event.stable, False
         case Appended(kind=kind, round=name):
             if turn.fleet.awaited == (kind, name):
                 turn.fleet.awaited = None
@@ -120,7 +125,7 @@ def _handle(turn: Turn, event: Event) -> None:
 
 
 def _retell(turn: Turn, member: Member) -> None:
-    """A trainer that reconnects may have missed the fate of the version that it waits for."""
+    """A trainer that reconnects may have missed the result of the version that it waits for."""
     agent = turn.fleet.agents.get(member)
     if agent is not None and agent.staged is not None:
         endings.tell_trainers(turn, agent.staged.version)
@@ -149,8 +154,6 @@ def _said(turn: Turn, event: AgentSaid) -> None:
                 del turn.fleet.unclosed[event.member]
         case Bye():
             turn.say(f"{event.member} says good-bye: {message.reason}")
-        case Hello():
-            turn.do(Drop(event.member, event.connection, "a second Hello on one connection"))
         case _:
             pass
     rounds.agent_said(turn, event)
@@ -162,11 +165,11 @@ def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
         return  # the answer to a call that a newer one replaced
     del engine.calls[event.call]
     engines.engine_answered(turn, event, engine)
-    rounds.call_ended(turn, event, engine)
+    rounds.call_ended(turn, event)
 
 
 def _tell_story(turn: Turn) -> None:
-    now = sentence(turn.fleet)
-    if now != turn.fleet.sentence:
-        turn.fleet.sentence = now
-        turn.say(now)
+    told = sentence(turn.fleet, turn.now)
+    if told != turn.fleet.sentence:
+        turn.fleet.sentence = told
+        turn.say(told)

@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 
@@ -44,7 +45,10 @@ class Decided(Record, frozen=True, kw_only=True):
 
 
 class RoundEnded(Record, frozen=True, kw_only=True):
-    """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock."""
+    """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
+
+    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail.
+    """
 
     round: RoundName
     version: Version
@@ -53,6 +57,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     evicted: tuple[str, ...]
     outcome: str
     reason: str
+    fault: Fault = ""
     bytes: int
     descriptors: int
     times: dict[str, float]

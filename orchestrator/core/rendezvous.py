@@ -22,7 +22,7 @@ def confirmed(agent: ConnectedAgent, message: Ready) -> None:
 
 
 def evaluate(turn: Turn) -> None:
-    """Plan when the set of members changed; deliver what somebody has not got. Never within a round."""
+    """Plan when the set of members changed; send each member the Connect it has not received. Never within a round."""
     fleet = turn.fleet
     if fleet.round is not None or fleet.planning:
         return
@@ -101,7 +101,8 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
     fleet.planning, fleet.plan = False, None  # the last one was for other layouts
     turn.say(f"no plan: {event.reason}", "error")
     if event.engine in fleet.engines:
-        fleet.engines[event.engine].misfit = event.reason
+        engine = fleet.engines[event.engine]
+        engine.misfit, engine.misfit_fault = event.reason, event.fault
         fleet.planned_for = frozenset()
     else:
         fleet.plan_error = event.reason

@@ -56,7 +56,8 @@ class View:
             ranks_expected=ranks[0].hello.world if ranks else 0,
             paused=engine.paused,
             torn=fleet.torn(config.name),
-            error=engine.misfit or engine.error,
+            error=engine.complaint[0],
+            fault=engine.complaint[1],
             since=self._state_since(config.name, state),
         )
 

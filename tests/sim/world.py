@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fleets import ANNOUNCE, BYTES_PER_EDGE, plan_facts, policy_for
 from weightsync.orchestrator.core.commands import (
     Accept,
     Append,
     CallEngine,
     Command,
     Drop,
+    LookForStable,
     MakePlan,
     Refuse,
     Send,
@@ -33,19 +35,16 @@ from weightsync.orchestrator.core.events import (
     CallFailed,
     Event,
     MarkersSeen,
-    PlanFacts,
     PlanReady,
     StableSeen,
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
-    Announce,
     Closed,
     Commit,
     Connect,
@@ -54,7 +53,6 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Hello,
     Left,
-    NixlSettings,
     Outcome,
     PeerTransfer,
     Quiesced,
@@ -66,9 +64,6 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version, add_digests
-
-LAYOUT = Layout((), (), b"")
-BYTES_PER_EDGE = 100
 
 
 def digest_of(writer: int, version: Version | None, target: Member) -> tuple[int, int]:
@@ -108,7 +103,7 @@ class Agent:
                 ):
                     raise AssertionError(f"{self.member} was welcomed by an older daemon")
                 self.epoch, self.journal_id = message.epoch, message.journal_id
-                self.say(Announce(layout=LAYOUT))
+                self.say(ANNOUNCE)
             case Connect():
                 self.world.later(0.05, lambda: self.say(Ready(fingerprint=message.fingerprint)))
             case _:
@@ -255,6 +250,7 @@ class World:
         faults: float = 0.0,
         *,
         guarded: bool = True,
+        paired: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -263,10 +259,10 @@ class World:
         self._order = itertools.count()
         self._ids = itertools.count(1)
         self.log: list[str] = []
-        self.policy = Policy(
-            run_id="sim", engines=tuple(EngineConfig(f"e{i}") for i in range(engines)), transport=NixlSettings(),
-            attempts=4, backoff=0.5, join=2000.0, staged=500.0, rendezvous=20.0, probe=2.0, pause=10.0, quiesce=10.0,
-            transfer=10.0, verify=10.0, finish=10.0,
+        self.policy = policy_for(
+            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", attempts=4, backoff=0.5,
+            join=2000.0, staged=500.0, rendezvous=20.0, probe=4.0, probe_interval=2.0, init=8.0, pause=10.0,
+            quiesce=10.0, transfer=10.0, verify=10.0, finish=10.0,
         )  # fmt: skip
         self.disk: list[bytes] = []
         self.stable: set[StableSeen] = set()
@@ -332,7 +328,7 @@ class World:
         self.fleet, commands = start(self.policy, "journal", records, self.now)
         self.log.append(f"{self.now:9.3f} daemon starts with epoch {self.fleet.epoch}")
         self._perform(commands)
-        self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
+        self.scan()
         self._tick(self.life)
         for agent in [*self.trainer_ranks, *self.workers.values()]:
             agent.connection = 0
@@ -405,6 +401,8 @@ class World:
                 self.to_daemon(PlanReady(self.next_id(), command.number, plan_facts(command)))
             case CallEngine():
                 self._call(command)
+            case LookForStable():
+                self.later(command.after_seconds, self.scan)
             case WriteMarker():
                 if command.kind != "TRANSFER_READY":
                     self.stable = {s for s in self.stable if s.step != command.version.step}
@@ -515,6 +513,10 @@ class World:
             agent.staged = version
             agent.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
         self.stable.add(StableSeen(version.step, generation if self.rng.random() < 0.5 else None))
+        self.scan()
+
+    def scan(self) -> None:
+        """The daemon looks at the run directory."""
         self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
 
     def outcome(self, trainer: Trainer, message: Outcome) -> None:
@@ -585,17 +587,4 @@ class World:
                 answer(all(results), True)
 
         for worker in workers:
-            worker.enter(command.round, command.version, command.deadline * 0.9, over)
-
-
-def plan_facts(command: MakePlan) -> PlanFacts:
-    """Everybody sends to everybody; the fingerprint names the incarnations."""
-    members = sorted((p.member, p.incarnation) for p in (*command.sources, *command.targets))
-    connects = {
-        member: Connect(
-            fingerprint=str(hash((member, tuple(members)))), root="r", peers=(), copies=b"", expected_bytes=1
-        )
-        for member, _ in members
-    }
-    flows = {(s.member, t.member): BYTES_PER_EDGE for s in command.sources for t in command.targets}
-    return PlanFacts("root", connects, flows, True)
+            worker.enter(command.round, command.version, command.deadline * AGENT_SHARE, over)

@@ -45,7 +45,7 @@ def _pause_the_others(turn: Turn, version: Version, engines: list[str]) -> None:
         ):
             engine.ours_paused = True
             turn.say(
-                f"{name} does not take part and is paused until it catches up: {engine.error or engine.misfit}",
+                f"{name} does not take part and is paused until it catches up: {engine.complaint[0]}",
                 "warning",
             )
             turn.call(name, Call.PAUSE, turn.fleet.policy.pause)

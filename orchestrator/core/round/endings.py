@@ -1,7 +1,9 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
 from weightsync.orchestrator.core.commands import WriteMarker
-from weightsync.orchestrator.core.records import Committed, RoundEnded, VersionFailed
+from weightsync.orchestrator.core.records import VersionFailed
+from weightsync.orchestrator.core.round.summary import summary
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Outcome
@@ -9,17 +11,6 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 
 MAX_BACKOFF_DOUBLINGS = 6
 """A catch-up round is tried for ever; its pauses stop growing at 64 times the first."""
-
-
-def record(turn: Turn, current: Round) -> None:
-    """Entry of RECORDING: COMMITTED becomes durable before anybody hears of it."""
-    memory = turn.fleet.memory
-    for name in current.remaining():
-        turn.fleet.engines[name].ours_paused = False
-    sequence = memory.sequence if current.catch_up else memory.sequence + 1
-    # In this order: a round that has ended is not looked at again, so whoever finds it ended finds its commit.
-    turn.append_and_wait(Committed(round=current.name, version=current.version, sequence=sequence))
-    turn.append(_summary(turn, current, "committed"))
 
 
 def committed(turn: Turn, current: Round) -> None:
@@ -46,7 +37,7 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
 
 
 def tell_trainers(turn: Turn, version: Version) -> None:
-    """The fate of ``version`` to every trainer rank; again after a reconnect, so that no publish waits for nothing."""
+    """The result of ``version`` to every trainer rank; again after a reconnect, so that no publish waits for ever."""
     memory = turn.fleet.memory
     if version in memory.done:
         outcome = Outcome(version=version, committed=True, sequence=memory.sequence)
@@ -59,14 +50,23 @@ def tell_trainers(turn: Turn, version: Version) -> None:
 
 
 def failed(turn: Turn, current: Round) -> None:
-    """The attempt failed: another one after a while, or the version is FAILED."""
+    """The attempt failed: another one after a while, or the version is FAILED.
+
+    A version is not tried again after a ``Trouble`` without ``retry``, unless some engine is torn: it can only be
+    repaired by another attempt, which may be the one that finds the cause gone.
+    """
     fleet = turn.fleet
     fleet.round = None
-    turn.append(_summary(turn, current, "failed"))
+    turn.append(summary(turn, current, "failed"))
     fleet.attempts[current.version] = current.attempt
     wait = fleet.policy.backoff * 2 ** min(current.attempt - 1, MAX_BACKOFF_DOUBLINGS)
     fleet.retry_at[current.version] = turn.now + wait
-    if current.attempt >= fleet.policy.attempts and not current.catch_up:
+    if current.catch_up:
+        return  # the version is committed; what failed is one more attempt to bring an engine to it
+    torn = current.phase is not Phase.CANCELLING or any(fleet.torn(name) for name in current.engines)
+    if not current.trouble.retry and not torn:
+        fail_version(turn, current.version, f"{current.reason}; another attempt would fail in the same way")
+    elif current.attempt >= fleet.policy.attempts:
         fail_version(turn, current.version, f"{current.attempt} attempts failed; the last one: {current.reason}")
 
 
@@ -80,39 +80,8 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     tell_trainers(turn, version)
 
 
-def _summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
-    times = dict(current.times)
-    times[current.phase.value] = times.get(current.phase.value, 0.0) + turn.now - current.phase_began
-    resumed = [p.resumed_at for p in current.engines.values() if p.resumed]
-    if resumed:
-        times["stall"] = max(resumed) - current.began
-    waits = max((p.http_seconds for p in current.engines.values()), default=0.0)
-    times["http"] = waits + times.get("quiescing", 0.0) + times.get("applying", 0.0)
-    times["total"] = turn.now - current.began
-    peers = [peer for closed in current.closed.values() for peer in closed.peers]
-    verified = current.verified.values()
-    times["wire"] = max((peer.seconds for peer in peers), default=0.0)
-    times["apply"] = max((v.apply_seconds for v in verified), default=0.0)
-    times["digest"] = max((v.digest_seconds for v in verified), default=0.0)
-    staged = [agent.staged for agent in turn.fleet.trainers() if agent.staged is not None]
-    times["convert"] = max((s.convert_seconds for s in staged), default=0.0)
-    times["slot_digest"] = max((s.digest_seconds for s in staged), default=0.0)
-    return RoundEnded(
-        round=current.name,
-        version=current.version,
-        attempt=current.attempt,
-        engines=tuple(current.engines),
-        evicted=tuple(name for name, progress in current.engines.items() if progress.evicted),
-        outcome=outcome,
-        reason=current.reason,
-        bytes=sum(peer.bytes for peer in peers),
-        descriptors=sum(peer.descriptors for peer in peers),
-        times={name: round(seconds, 6) for name, seconds in times.items()},
-    )
-
-
 def mark_again(turn: Turn) -> None:
-    """Outcomes that the journal knows and a daemon did not live to put beside STABLE."""
+    """Write markers for outcomes that an earlier daemon recorded but crashed before marking."""
     fleet = turn.fleet
     for seen in fleet.stable:
         generation = fleet.generation if seen.generation is None else seen.generation

@@ -51,9 +51,9 @@ class Report(StrEnum):
 
 
 class Action(Enum):
-    """What is done about it; the names of functions in ``rounds``."""
+    """What is done about it; the names of functions in ``reports``."""
 
-    note = "note"  # write it down, then see whether the phase is complete
+    note = "note"  # judge it; the phase may be complete
     cancel = "cancel"  # give up before anything was written
     tear = "tear"  # give up after something may have been written
     evict = "evict"  # go on without that engine
@@ -90,7 +90,13 @@ TABLE: Final[dict[Phase, dict[Report, Action]]] = {
     _P.MARKING: {**_BEFORE_WRITING, _R.QUIESCED: _A.ignore, _R.DURABLE: _A.note},
     _P.WRITING: {**_WRITTEN, _R.WRITER_LOST: _A.tear},
     _P.VERIFYING: {**_WRITTEN, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.note, _R.WRITER_LOST: _A.ignore},
-    _P.DECIDING: {**_FORWARD, _R.DURABLE: _A.note, _R.LEFT: _A.evict, _R.CALL_FAILED: _A.note},
+    _P.DECIDING: {
+        **_FORWARD,
+        _R.DURABLE: _A.note,
+        _R.LEFT: _A.evict,
+        _R.CALL_FAILED: _A.note,
+        _R.DEADLINE: _A.ignore,  # no engine is late, the disk is
+    },
     _P.APPLYING: {**_FORWARD, _R.CALL_FAILED: _A.note},
     _P.FINISHING: _FORWARD,
     _P.RESUMING: _FORWARD,

@@ -6,8 +6,7 @@ import pytest
 from weightsync.orchestrator.core.events import AgentSaid, Call, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.records import VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.layout import Layout
-from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Outcome, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, Version
 
 TRAINER, ENGINE = Member("trainer", "", 0), Member("inference", "e0", 0)
@@ -97,9 +96,8 @@ def test_an_engine_that_comes_later_gets_a_round_of_its_own(drive: Any) -> None:
     fleet = drive()
     fleet.to(Phase.RECORDING)
     fleet.durable()
-    fleet.loses(ENGINE)
-    fleet.connect(ENGINE, EngineStatus(), incarnation=555)
-    fleet.says(ENGINE, Announce(layout=Layout((), (), b"")))
+    fleet.loses_engine("e0")
+    fleet.bring("e0", EngineStatus(), incarnation=555)
     fleet.happens(MarkersSeen(fleet.id(), ()))
     fleet.plan()
     fleet.settle()
@@ -142,7 +140,7 @@ def test_but_not_the_version_of_the_round_under_way(drive: Any) -> None:
 def test_an_engine_that_is_gone_is_probed_before_its_agents_are_started(drive: Any) -> None:
     """Another server may stand there, with other routes and another number of ranks."""
     fleet = joined(drive)
-    fleet.loses(ENGINE)
+    fleet.loses_engine("e0")
     fleet.fails("e0", Call.INIT, "cannot be reached")
     engine = fleet.fleet.engines["e0"]
     assert (engine.reachable, engine.paused, engine.error) == (False, None, "cannot be reached")

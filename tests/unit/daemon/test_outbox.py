@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.commands import (
     CallEngine,
     Command,
     Drop,
+    LookForStable,
     MakePlan,
     OpenGroup,
     Refuse,
@@ -75,6 +76,7 @@ class Desk:
             run_id="run", journal=self, hub=hub, engines=SimpleNamespace(call=note("call")), group=group,  # type: ignore[arg-type]
             markers=SimpleNamespace(write=self._mark), files=self.files, planning=SimpleNamespace(make=self._make),  # type: ignore[arg-type]
             post=self.events.append, next_id=lambda: len(self.events) + 1, spawn=self._spawn, fail=self._fail,
+            look=note("look"),
         )  # fmt: skip
 
     async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
@@ -126,10 +128,12 @@ async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
     await desk.performs([
         Accept(MEMBER, 5, WELCOME), Refuse(MEMBER, 6, REFUSED), Drop(MEMBER, 5, "rude"),
         Send(MEMBER, Heartbeat()), SendPlan(MEMBER, CONNECT), CALL, OpenGroup(STORE, ((MEMBER, 5),)),
+        LookForStable(0.02),
     ])  # fmt: skip
     assert desk.done == [
         ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, "rude"),
         ("send", MEMBER, Heartbeat()), ("send", MEMBER, CONNECT), ("call", CALL), ("open", STORE, {MEMBER: 5}),
+        ("look", 0.02),
     ]  # fmt: skip
 
 

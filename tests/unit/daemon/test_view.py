@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
+from fleets import policy_for
 from weightsync.orchestrator.core.machine import start
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round
 from weightsync.orchestrator.daemon.view import engine_state
 from weightsync.orchestrator.protocol.layout import Layout
-from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, NixlSettings
+from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
@@ -18,7 +18,7 @@ HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
 
 def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
     """One engine; ``status`` is its only rank's, None without one."""
-    fleet, _ = start(Policy("run", (EngineConfig("e0"),), NixlSettings()), "j", [], 0.0)
+    fleet, _ = start(policy_for(["e0"]), "j", [], 0.0)
     if status is not None:
         fleet.enter(ConnectedAgent(MEMBER, 1, HELLO, Announce(layout=Layout((), (), b"")), status=status))
     fleet.memory.committed = VERSION
