@@ -32,7 +32,7 @@ from weightsync.orchestrator.core.events import (
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.records import AnyRecord, Record
+from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.protocol.messages import (
@@ -66,6 +66,14 @@ class Driven:
     records: list[AnyRecord] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     now: float = 0.0
+
+    @classmethod
+    def joined(cls, **options: Any) -> "Driven":
+        """A fleet whose plan is confirmed and that waits for a version. ``options``: of its policy."""
+        fleet = cls(options=options)
+        fleet.join()
+        fleet.settle()
+        return fleet
 
     def __post_init__(self) -> None:
         self.ids = itertools.count(1)
@@ -246,6 +254,10 @@ class Driven:
 
     def marked(self) -> list[tuple[str, Version]]:
         return [(command.kind, command.version) for command in self.commands if isinstance(command, WriteMarker)]
+
+    def failures(self) -> list[str]:
+        """Why versions FAILED."""
+        return [record.reason for record in self.written() if isinstance(record, VersionFailed)]
 
     def told(self) -> str:
         return "\n".join(command.sentence for command in self.commands if isinstance(command, Say))
