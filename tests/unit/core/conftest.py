@@ -161,7 +161,8 @@ class Driven:
         wanted = [command for command in self.commands if isinstance(command, MakePlan)][-1]
         self.happens(PlanReady(self.id(), wanted.number, plan_facts(wanted)))
         for command in [command for command in self.commands if isinstance(command, SendPlan)]:
-            if self.fleet.agents[command.member].delivered == command.connect.fingerprint:
+            agent = self.fleet.agents.get(command.member)
+            if agent is not None and agent.delivered == command.connect.fingerprint:
                 self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
 
     def stage(self, number: int = 1) -> Version:
