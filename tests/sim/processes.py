@@ -5,13 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fleets import ANNOUNCE, BYTES_PER_EDGE
-from weightsync.orchestrator.core.commands import (
-    CallEngine,
-)
-from weightsync.orchestrator.core.events import (
-    AgentSaid,
-    Call,
-)
+from weightsync.orchestrator.core.commands import CallEngine
+from weightsync.orchestrator.core.events import AgentSaid, Call
 from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.protocol.messages import (
     Abort,

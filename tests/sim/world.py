@@ -40,12 +40,7 @@ from weightsync.orchestrator.core.events import (
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.messages import (
-    FromDaemon,
-    Hello,
-    Outcome,
-    Staged,
-)
+from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Outcome, Staged
 from weightsync.orchestrator.protocol.names import Member, Version
 
 

@@ -4,20 +4,10 @@ from typing import Any
 
 import pytest
 from fleets import rank, trainer
-from weightsync.orchestrator.core.commands import (
-    Accept,
-    Refuse,
-    Send,
-)
+from weightsync.orchestrator.core.commands import Accept, Refuse, Send
 from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, LiveDirty, RoundBegan
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import (
-    Abort,
-    Commit,
-    EngineStatus,
-    Staged,
-    TrainerStatus,
-)
+from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Staged, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")

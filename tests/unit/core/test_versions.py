@@ -2,15 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from fleets import rank, trainer
+from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.events import Call, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import (
-    EngineStatus,
-    Outcome,
-    Staged,
-)
+from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
+from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged
 from weightsync.orchestrator.protocol.names import Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
@@ -83,3 +82,42 @@ def test_a_version_that_waits_for_its_next_attempt_holds_up_no_other(drive: Any)
     fleet.stage(2)
     fleet.settle()
     assert fleet.round.version == Version(7, 2)
+
+
+# --------------------------------------------------------------------------------------------------- looking for STABLE
+def looks(fleet: Any) -> list[float]:
+    return [command.after_seconds for command in fleet.commands if isinstance(command, LookForStable)]
+
+
+def test_what_all_ranks_have_staged_is_looked_for_at_growing_intervals(drive: Any) -> None:
+    """One look at a time, and not for ever: the file system's own notice and the rescan find it, too."""
+    fleet = drive.joined()
+    fleet.says(TRAINER, STAGED)
+    fleet.passes(0.0)
+    assert looks(fleet) == [0.002], "the first look is under way"
+    for _ in range(10):
+        fleet.happens(MarkersSeen(fleet.id(), ()))
+    assert looks(fleet) == list(STABLE_LOOK_DELAYS) == sorted(STABLE_LOOK_DELAYS)
+
+
+def test_it_is_not_looked_for_when_it_is_there_or_settled(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    fleet.says(TRAINER, STAGED)
+    assert looks(fleet) == []
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    fleet.happens(MarkersSeen(fleet.id(), ()))
+    assert looks(fleet) == []
+
+
+def test_each_version_is_looked_for_anew(drive: Any) -> None:
+    fleet = drive.joined(staged=10.0)
+    fleet.says(TRAINER, STAGED)
+    fleet.happens(MarkersSeen(fleet.id(), ()))
+    fleet.passes(10.0)
+    assert fleet.failures() == ["after 10 s: broadcasts/step_1/STABLE is missing"]
+    fleet.happens(MarkersSeen(fleet.id(), ()))
+    assert looks(fleet) == [0.002, 0.005]
+    fleet.says(TRAINER, msgspec.structs.replace(STAGED, version=Version(7, 2)))
+    assert looks(fleet) == [0.002, 0.005, 0.002]

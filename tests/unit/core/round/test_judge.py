@@ -6,12 +6,7 @@ import pytest
 from fleets import rank, trainer
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import (
-    Abort,
-    EngineStatus,
-    Left,
-    PeerTransfer,
-)
+from weightsync.orchestrator.protocol.messages import Abort, EngineStatus, Left, PeerTransfer
 from weightsync.orchestrator.protocol.names import Member
 
 TRAINER, ENGINE = trainer(), rank("e0")

@@ -1,6 +1,7 @@
 """Every phase is one row: how long it may take, whom it waits for, what comes then."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def test_every_phase_has_a_row() -> None:
 
 
 def test_forward_they_follow_each_other_to_the_commit() -> None:
-    for phase, following in zip(IN_ORDER, IN_ORDER[1:], strict=False):
+    for phase, following in itertools.pairwise(IN_ORDER):
         assert phases.ROWS[phase].then is following
     assert phases.ROWS[Phase.RECORDING].then is endings.committed
     assert phases.ROWS[Phase.CANCELLING].then is phases.ROWS[Phase.TEARING].then is endings.failed

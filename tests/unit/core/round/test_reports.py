@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from fleets import rank, trainer
 from weightsync.orchestrator.core.errors import ImpossibleTransition, Trouble
-from weightsync.orchestrator.core.events import Appended, Call
+from weightsync.orchestrator.core.events import Appended, Call, CallFailed
+from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.round.reports import handle
 from weightsync.orchestrator.core.round.transitions import Phase, Report
 from weightsync.orchestrator.core.turn import Turn
@@ -113,3 +114,58 @@ def test_an_engine_that_fails_after_the_decision_is_left_out_and_the_others_go_o
     fleet.durable()
     assert fleet.fleet.memory.committed == going.version
     assert fleet.called("e0", Call.RESUME) == 0
+
+
+@pytest.mark.parametrize("phase", [Phase.APPLYING, Phase.FINISHING, Phase.RESUMING])
+def test_an_engine_takes_its_pair_with_it(drive: Any, phase: Phase) -> None:
+    fleet = drive(("e0", "e1", "e2"), (("e0", "e1"),))
+    going = fleet.to(phase)
+    fleet.loses(rank("e0", 1))
+    assert going.remaining() == ["e2"]
+    assert going.engines["e1"].evicted == "e0/1 was lost: reset"
+    assert "e1 is left out of step 1 (generation 7): e0/1 was lost: reset; it stays paused" in fleet.told()
+
+
+def test_when_both_of_a_pair_are_late_the_round_ends_once(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), (("e0", "e1"),))
+    fleet.to(Phase.FINISHING)
+    fleet.passes(fleet.policy.finish)
+    assert fleet.fleet.round is None
+    (ended,) = [record for record in fleet.written() if isinstance(record, RoundEnded)]
+    assert (ended.outcome, ended.evicted, ended.fault) == ("failed", ("e0", "e1"), "engine")
+
+
+def test_the_late_are_left_out_and_the_others_go_on(drive: Any) -> None:
+    fleet = drive(("e0", "e1", "e2"))
+    going = fleet.to(Phase.FINISHING)
+    fleet.answers("e1", Call.FINISH)
+    fleet.passes(fleet.policy.finish)
+    assert going.phase is Phase.RESUMING
+    assert going.remaining() == ["e1"]
+    why = f"finishing took longer than {fleet.policy.finish:.0f} s; missing: e0, e2"
+    assert [going.engines[name].evicted for name in ("e0", "e2")] == [why, why]
+
+
+def test_a_call_that_fails_names_its_engine(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.FINISHING)
+    fleet.fails("e1", Call.FINISH, "503")
+    assert going.remaining() == ["e0"]
+    assert going.engines["e1"].evicted == "e1: finish failed: 503"
+
+
+def test_an_update_call_that_ends_too_early_costs_the_round(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.QUIESCING)
+    fleet.answers("e0", Call.UPDATE)
+    assert going.trouble == Trouble("e0 ended its update call before the round did", "engine")
+
+
+def test_probes_are_no_affair_of_the_round(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.WRITING)
+    for call in (Call.PROBE, Call.INIT):
+        fleet.fleet.engines["e0"].calls[call] = 99
+        fleet.happens(CallFailed(fleet.id(), "e0", call, 99, "500"))
+    assert going.phase is Phase.WRITING
+    assert going.engines["e0"].http_seconds == pytest.approx(0.01), "of its pause alone"

@@ -5,9 +5,7 @@ from typing import Any
 from fleets import rank, trainer
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import (
-    EngineStatus,
-)
+from weightsync.orchestrator.protocol.messages import EngineStatus
 
 TRAINER, ENGINE = trainer(), rank("e0")
 

@@ -10,7 +10,7 @@ from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.daemon.engines import calls as shell
 from weightsync.orchestrator.daemon.engines.calls import AGENT_SHARE, Engines, token
-from weightsync.orchestrator.daemon.engines.vllm import EngineFacts, EngineRefused
+from weightsync.orchestrator.daemon.engines.vllm import EngineFacts, EngineLacksRoute, EngineRefused
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
@@ -118,6 +118,19 @@ async def test_an_engine_that_refuses_is_a_report(engines: Any, monkeypatch: pyt
     report, _ = await performed(engines, Call.PAUSE)
     assert isinstance(report, CallFailed)
     assert "out of order" in report.reason
+    assert (report.fault, report.retry) == ("engine", True)
+
+
+async def test_whose_fault_it_is_and_whether_to_try_again_is_the_errors_own(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lacks_a_route() -> None:
+        raise EngineLacksRoute("e0", "probe", "the server has no /pause", "start it otherwise")
+
+    monkeypatch.setattr(Client, "behaviour", staticmethod(lacks_a_route))
+    report, _ = await performed(engines, Call.PROBE)
+    assert isinstance(report, CallFailed)
+    assert (report.fault, report.retry) == ("config", False)
 
 
 async def test_so_is_one_that_never_answers(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
