@@ -64,12 +64,12 @@ def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str
 # ------------------------------------------------------------------------------------------------------------ clauses
 def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
     """Every trainer rank has staged the version."""
-    if staged(fleet) == version:
-        return ""
     here = {a.member.rank for a in fleet.trainers() if a.staged is not None and a.staged.version == version}
     lacking = [f"trainer/{rank}" for rank in range(fleet.trainer_world() or 0) if rank not in here]
     if lacking:
         return f"not STAGED by {_named(lacking)}"
+    if staged(fleet) == version:
+        return ""
     silent = [str(agent.member) for agent in fleet.trainers() if agent.announce is None]
     return f"trainer ranks that have not announced their layout: {_named(silent)}"
 

@@ -59,9 +59,11 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
     if isinstance(event, CallFailed):
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
-        engine.error, engine.fault = event.reason, event.fault
+        engine.error = event.reason
+        engine.fault = event.fault
         if event.call in (Call.PROBE, Call.INIT):
-            engine.reachable, engine.paused = False, None  # another server may stand there when it answers again
+            engine.reachable = False
+            engine.paused = None  # another server may stand there when it answers again
         return
     if event.paused is not None:
         engine.paused = event.paused
@@ -73,6 +75,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
             if engine.ranks:  # without agents, why INIT failed is what people must read
                 engine.error = ""
         case Call.RESUME:
-            engine.ours_paused, engine.error = False, ""
+            engine.ours_paused = False
+            engine.error = ""
         case _:
             engine.error = ""

@@ -65,7 +65,7 @@ class PlanFacts:
     seconds: float = 0.0
 
     def writers_of(self, targets: frozenset[Member]) -> dict[Member, tuple[Member, ...]]:
-        """Each trainer rank that owes bytes to some of ``targets``, and to which."""
+        """Each trainer rank that has bytes to write to some of ``targets``, and to which."""
         found: dict[Member, list[Member]] = {}
         for writer, target in sorted(self.flows):
             if target in targets:

@@ -115,7 +115,8 @@ def _handle(turn: Turn, event: Event) -> None:
         case CallDone() | CallFailed():
             _call_ended(turn, event)
         case MarkersSeen():
-            turn.fleet.stable, turn.fleet.looking = event.stable, False
+            turn.fleet.stable = event.stable
+            turn.fleet.looking = False
         case Appended(kind=kind, round=name):
             if turn.fleet.awaited == (kind, name):
                 turn.fleet.awaited = None

@@ -60,7 +60,7 @@ class Policy:
     heartbeat: float
 
     @property
-    def window(self) -> float:
+    def update(self) -> float:
         """Deadline of an engine's update call, which lasts from the pause of its scheduler to the decision.
 
         It is the sum of the phases within, and each of these has its own deadline, so that it never ends first.

@@ -110,7 +110,7 @@ class OpenRound:
 
 
 REMEMBERED_ROUNDS: Final = 64
-"""Ended rounds whose fate is kept for workers that come back from inside one; each engine can be inside one only."""
+"""Ended rounds whose end is kept for workers that come back from inside one; each engine can be inside one only."""
 
 
 @dataclass(slots=True)
@@ -137,13 +137,16 @@ def replay(memory: Memory, record: Record) -> None:
             memory.open_rounds[name] = OpenRound(began)
         case LiveDirty(round=name, writers=writers, ranks=ranks):
             opened = memory.open_rounds[name]
-            opened.dirty, opened.writers, opened.ranks = True, writers, ranks
+            opened.dirty = True
+            opened.writers = writers
+            opened.ranks = ranks
         case Decided(round=name):
             memory.open_rounds[name].decided = True
         case RoundEnded(round=name):
             _end(memory, name)
         case Committed(version=version, sequence=sequence):
-            memory.committed, memory.sequence = version, sequence
+            memory.committed = version
+            memory.sequence = sequence
             memory.done.add(version)
         case VersionFailed(version=version, reason=reason):
             memory.failed[version] = reason

@@ -10,10 +10,10 @@ from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreR
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
-    agent.announce, agent.delivered, agent.fingerprint = message, "", ""
+    agent.announces(message)
     for engine in turn.fleet.engines.values():
         if agent.member.role == "trainer" or engine.name == agent.member.engine:
-            engine.misfit = ""  # it was one of two layouts together
+            engine.misfit = ""  # a misfit is of two layouts together, and one of the two is another now
 
 
 def confirmed(agent: ConnectedAgent, message: Ready) -> None:
@@ -29,7 +29,7 @@ def evaluate(turn: Turn) -> None:
     if fleet.trainers_whole():
         _plan(turn)
     if fleet.plan is not None and not fleet.planning:
-        _deliver(turn)
+        _send_plans(turn)
         _note_complete(turn)
 
 
@@ -45,7 +45,9 @@ def _plan(turn: Turn) -> None:
     everybody = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
     if everybody == fleet.planned_for:
         return
-    fleet.planned_for, fleet.planning, fleet.plan_error = everybody, True, ""
+    fleet.planned_for = everybody
+    fleet.planning = True
+    fleet.plan_error = ""
     fleet.plan_number += 1
     turn.do(MakePlan(fleet.plan_number, _parties(sources), _parties(targets)))
 
@@ -54,7 +56,7 @@ def _parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
     return tuple(Announced(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
 
 
-def _deliver(turn: Turn) -> None:
+def _send_plans(turn: Turn) -> None:
     fleet = turn.fleet
     assert fleet.plan is not None
     for member, connect in fleet.plan.connects.items():
@@ -76,8 +78,8 @@ def _note_complete(turn: Turn) -> None:
     ):
         return
     fleet.confirmed_plan = fleet.plan_number
-    agents, seconds = len(fleet.plan.connects), turn.now - fleet.planned_at
-    turn.say(f"rendezvous complete: {agents} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
+    seconds = turn.now - fleet.planned_at
+    turn.say(f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
 
 
 def planned(turn: Turn, event: PlanReady) -> None:
@@ -85,7 +87,9 @@ def planned(turn: Turn, event: PlanReady) -> None:
     fleet = turn.fleet
     if event.number != fleet.plan_number:
         return
-    fleet.planning, fleet.plan, fleet.planned_at = False, event.facts, turn.now
+    fleet.planning = False
+    fleet.plan = event.facts
+    fleet.planned_at = turn.now
     total = sum(event.facts.flows.values())
     turn.say(
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
@@ -98,12 +102,14 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
     fleet = turn.fleet
     if event.number != fleet.plan_number:
         return
-    fleet.planning, fleet.plan = False, None  # the last one was for other layouts
+    fleet.planning = False
+    fleet.plan = None  # the last one was for other layouts
     turn.say(f"no plan: {event.reason}", "error")
     if event.engine in fleet.engines:
         engine = fleet.engines[event.engine]
-        engine.misfit, engine.misfit_fault = event.reason, event.fault
-        fleet.planned_for = frozenset()
+        engine.misfit = event.reason
+        engine.misfit_fault = event.fault
+        fleet.planned_for = frozenset()  # plan again at once, without this engine
     else:
         fleet.plan_error = event.reason
 
@@ -140,5 +146,5 @@ def gather_group(turn: Turn) -> None:
     turn.do(OpenGroup(store, group))
     for rank, agent in enumerate(agents, start=1):
         place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
-        agent.announce, agent.delivered, agent.fingerprint = None, "", ""
+        agent.announces(None)
         turn.send(agent.member, members.welcome(fleet, place))

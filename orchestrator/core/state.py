@@ -27,6 +27,12 @@ class ConnectedAgent:
     staged: Staged | None = None
     status: EngineStatus = field(default_factory=EngineStatus)
 
+    def announces(self, announce: Announce | None) -> None:
+        """Its layout is ``announce`` from now on, so that no plan of before counts; None: it must announce anew."""
+        self.announce = announce
+        self.delivered = ""
+        self.fingerprint = ""
+
 
 @dataclass(slots=True)
 class EngineState:
@@ -52,7 +58,7 @@ class EngineState:
     fault: Fault = ""
     """Whose fault that is."""
     ours_paused: bool = False
-    """We paused it (in a round or by the plugin's hold) and owe it a resume once its weights are the fleet's."""
+    """We paused it, so we resume it once its weights are the fleet's."""
 
     @property
     def complaint(self) -> tuple[str, Fault]:
@@ -91,7 +97,7 @@ class Round:
     ranks: dict[Member, int]
     """Inference ranks and their incarnations."""
     writers: dict[Member, tuple[Member, ...]]
-    """Trainer ranks that owe bytes, and to whom."""
+    """Trainer ranks that have bytes to write, and to whom."""
     phase: Phase = Phase.PAUSING
     phase_began: float = 0.0
     deadline: float = 0.0

@@ -6,7 +6,7 @@ from weightsync.orchestrator.protocol.names import Digest, Member
 
 
 def nothing(current: Round, member: Member) -> Trouble | None:
-    """For phases that believe what they are told."""
+    """For phases that have nothing to compare a report with."""
     return None
 
 

@@ -3,7 +3,7 @@
 ``transitions.TABLE`` says what a report does in a phase. A new phase is a row here and a row there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,7 +28,7 @@ class PhaseRow:
     enter: Callable[[Turn, Round], None]
     deadline: Callable[[Policy], float]
     """Seconds from its beginning until the report DEADLINE."""
-    missing: Callable[[Fleet, Round], list[str]]
+    missing: Callable[[Fleet, Round], Iterator[str]]
     """Who has not done what the phase waits for. Of a phase that evicts who is late, these are engines."""
     then: Phase | Callable[[Turn, Round], None]
     """The next phase, or how the round ends, once nobody is missing."""
@@ -77,7 +77,8 @@ ROWS: Final[dict[Phase, PhaseRow]] = {
 def enter(turn: Turn, current: Round, phase: Phase) -> None:
     """Begin a phase: book the time of the last one, set the deadline, command what the phase is for."""
     current.times[current.phase.value] = current.times.get(current.phase.value, 0.0) + turn.now - current.phase_began
-    current.phase, current.phase_began = phase, turn.now
+    current.phase = phase
+    current.phase_began = turn.now
     current.deadline = turn.now + ROWS[phase].deadline(turn.fleet.policy)
     ROWS[phase].enter(turn, current)
 
@@ -87,7 +88,7 @@ def advance(turn: Turn, current: Round) -> None:
     while turn.fleet.round is current:
         row = ROWS[current.phase]
         row.tend(turn, current)
-        if row.missing(turn.fleet, current):
+        if any(True for _ in row.missing(turn.fleet, current)):
             return
         if isinstance(row.then, Phase):
             enter(turn, current, row.then)
@@ -97,11 +98,12 @@ def advance(turn: Turn, current: Round) -> None:
 
 def missing(fleet: Fleet, current: Round) -> list[str]:
     """Who has not done what the present phase waits for."""
-    return ROWS[current.phase].missing(fleet, current)
+    return list(ROWS[current.phase].missing(fleet, current))
 
 
 def overdue(turn: Turn, current: Round) -> Trouble:
     """What to say about a missed deadline."""
-    seconds, late = turn.now - current.phase_began, missing(turn.fleet, current)
-    reason = f"{current.phase} took longer than {seconds:.0f} s; missing: {', '.join(late) or 'nobody'}"
+    seconds = turn.now - current.phase_began
+    late = ", ".join(missing(turn.fleet, current)) or "nobody"
+    reason = f"{current.phase} took longer than {seconds:.0f} s; missing: {late}"
     return Trouble(reason, ROWS[current.phase].late)

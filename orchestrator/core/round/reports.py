@@ -18,11 +18,12 @@ from weightsync.orchestrator.protocol.names import Member, RoundName
 
 # ------------------------------------------------------------------------------------------------- events to reports
 def agent_said(turn: Turn, event: AgentSaid) -> None:
-    """A worker or writer reports progress. Words about another round than the current one change nothing here.
+    """A worker or writer reports progress. Messages about another round change nothing here.
 
     The reason beside each report counts only in phases in which it comes out of turn.
     """
-    current, message, member = turn.fleet.round, event.message, event.member
+    current = turn.fleet.round
+    message, member = event.message, event.member
     if current is None or getattr(message, "round", None) != current.name:
         return
     match message:
@@ -76,7 +77,8 @@ def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
             progress.finished = True
             return Report.FINISHED
         case _:
-            progress.resumed, progress.resumed_at = True, turn.now
+            progress.resumed = True
+            progress.resumed_at = turn.now
             return Report.RESUMED
 
 

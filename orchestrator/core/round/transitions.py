@@ -25,11 +25,11 @@ class Phase(StrEnum):
     VERIFYING = "verifying"  # live digests of every worker
     DECIDING = "deciding"  # DECIDED durable
     APPLYING = "applying"  # every worker out of the update call, as committed
-    FINISHING = "finishing"  # vLLM told the version
+    FINISHING = "finishing"  # every engine's answer that it knows the version
     RESUMING = "resuming"  # every engine's /resume
     RECORDING = "recording"  # COMMITTED durable
-    CANCELLING = "cancelling"  # workers out of the window, engines resumed with what they had
-    TEARING = "tearing"  # CLOSED from every writer or its deadline; workers out of the window, engines kept paused
+    CANCELLING = "cancelling"  # workers out of the update call, engines resumed with what they had
+    TEARING = "tearing"  # CLOSED from every writer; then workers out of the update call, engines kept paused
 
 
 class Report(StrEnum):

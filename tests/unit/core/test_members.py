@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 from fleets import rank, trainer
-from weightsync.orchestrator.core.commands import Accept, Refuse, Send
+from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
+from weightsync.orchestrator.core.events import AgentLost, Call
 from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, LiveDirty, RoundBegan
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, HubRendezvous, Staged, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
@@ -169,3 +170,70 @@ def test_but_not_the_version_of_the_round_under_way(drive: Any) -> None:
     fleet.to(Phase.RECORDING)
     fleet.durable()
     assert fleet.fleet.memory.committed == going.version
+
+
+def refusals(fleet: Any) -> list[tuple[str, str, bool]]:
+    """Reason, fault, and whether to try again."""
+    refused = [command.refused for command in fleet.commands if isinstance(command, Refuse)]
+    return [(message.reason, message.fault, message.retry) for message in refused]
+
+
+def test_all_ranks_must_agree_on_how_many_there_are(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(rank("e0", 0), world=2)
+    fleet.connect(rank("e0", 1), world=4)
+    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", False)]
+
+
+def test_and_with_the_configuration(drive: Any) -> None:
+    fleet = drive(options={"trainer_world": 3})
+    fleet.connect(TRAINER, world=2)
+    assert refusals(fleet) == [("it says that there are 2 ranks, others say [3]", "config", False)]
+
+
+def test_who_obeyed_another_daemon_waits_for_the_end_of_the_round(drive: Any) -> None:
+    """Its epoch would outlaw the grants of this one."""
+    fleet = drive()
+    fleet.to(Phase.WRITING)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(), epoch_seen=9, journal_id="another")
+    reason = "it obeyed another daemon; this one takes it in after the current round"
+    assert refusals(fleet) == [(reason, "daemon", True)]
+    assert fleet.fleet.epoch == 1
+
+
+def test_the_same_process_may_connect_again_before_its_loss_is_known(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(TRAINER)
+    first = fleet.connections[TRAINER]
+    fleet.connect(TRAINER)
+    (dropped,) = [command for command in fleet.commands if isinstance(command, Drop)]
+    assert (dropped.member, dropped.connection) == (TRAINER, first)
+    assert fleet.fleet.agents[TRAINER].connection == fleet.connections[TRAINER] != first
+
+
+def test_the_loss_of_an_older_connection_is_none(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(ENGINE)
+    first = fleet.connections[ENGINE]
+    fleet.connect(ENGINE)
+    fleet.happens(AgentLost(fleet.id(), ENGINE, first, "reset"))
+    assert ENGINE in fleet.fleet.agents
+
+
+def test_an_engine_whose_agent_is_gone_is_looked_at_at_once(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.fleet.engines["e0"].misfit = "two shapes"
+    before = fleet.called("e0", Call.PROBE)
+    fleet.loses(ENGINE)
+    assert fleet.called("e0", Call.PROBE) == before + 1
+    assert fleet.fleet.engines["e0"].misfit == ""
+
+
+def test_what_an_accepted_agent_is_told(drive: Any) -> None:
+    fleet = drive(options={"heartbeat": 2.5})
+    fleet.connect(TRAINER)
+    (accepted,) = [command for command in fleet.commands if isinstance(command, Accept)]
+    welcome = accepted.welcome
+    assert (welcome.epoch, welcome.journal_id, welcome.heartbeat_seconds) == (1, "journal", 2.5)
+    assert welcome.rendezvous == HubRendezvous()

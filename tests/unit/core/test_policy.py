@@ -13,7 +13,7 @@ def test_no_number_has_a_second_home() -> None:
 
 def test_the_update_call_outlasts_every_phase_within_it() -> None:
     policy = policy_for(["e0"], quiesce=1.0, transfer=20.0, verify=300.0, finish=4000.0)
-    assert policy.window == 4321.0
+    assert policy.update == 4321.0
 
 
 def test_an_agents_deadline_is_the_shorter() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
+from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines import calls as shell
-from weightsync.orchestrator.daemon.engines.calls import AGENT_SHARE, Engines, token
+from weightsync.orchestrator.daemon.engines.calls import Engines, token
 from weightsync.orchestrator.daemon.engines.vllm import EngineFacts, EngineLacksRoute, EngineRefused
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
