@@ -51,6 +51,7 @@ def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
 
 def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
     current = fleet.round
+    # Within a round that is decided, its version may serve before COMMITTED is durable: every byte of it is verified.
     decided = current.version if current is not None and current.decided else None
     version = fleet.version_of(command.engine)
     if version is None or fleet.torn(command.engine) or version not in (fleet.memory.committed, decided):

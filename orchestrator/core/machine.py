@@ -135,7 +135,7 @@ def _retell(turn: Turn, member: Member) -> None:
 def _said(turn: Turn, event: AgentSaid) -> None:
     agent = turn.fleet.agents.get(event.member)
     if agent is None or agent.connection != event.connection:
-        return
+        return  # of a connection that a newer one replaced
     message = event.message
     match message:
         case Announce():
@@ -146,10 +146,11 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             agent.staged = message
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
-            agent.status = msgspec.structs.replace(agent.status, window=message.round)
+            agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT
         case Left():
             agent.status = message.status
         case Closed():
+            # Also of a round that is over: it is what the next one waits for.
             pending = turn.fleet.unclosed.get(event.member)
             if pending is not None and pending.round == message.round:
                 del turn.fleet.unclosed[event.member]

@@ -32,5 +32,6 @@ def _serving(fleet: Fleet) -> str:
 
 
 def _next(fleet: Fleet, now: float) -> str:
-    pending = next((v for v in sorted(fleet.waiting_since)), None)
+    # The oldest first: a later one replaces it in the trainer's slots, and then it fails.
+    pending = min(fleet.waiting_since, default=None)
     return conditions.waits_for(fleet, pending, now) if pending is not None else "the next version"

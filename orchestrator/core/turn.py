@@ -34,7 +34,11 @@ class Turn:
             self.do(Send(member, message))
 
     def append(self, record: Record) -> None:
-        """Into the journal, and into our memory of it."""
+        """Into the journal, and into our memory of it.
+
+        At once, so that whatever this event leads to sees one state. It is safe before the record is durable, because
+        the outbox performs no later command until it is.
+        """
         replay(self.fleet.memory, record)
         self.do(Append(record))
 
@@ -54,5 +58,6 @@ class Turn:
     ) -> None:
         """One call of a kind at a time per engine; the newest number is the one whose answer counts."""
         self.fleet.call_number += 1
+        # An older call of this kind may still answer; its number tells that it was replaced.
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
         self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version))

@@ -10,6 +10,7 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 
 
 def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> None:
+    """Begin a round that brings ``engines`` to ``version``; ``catch_up``: it is committed already, on others."""
     fleet = turn.fleet
     assert fleet.plan is not None
     ranks = {a.member: a.hello.incarnation for name in engines for a in fleet.ranks_of(name)}
@@ -26,12 +27,13 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
         phase_began=turn.now,
         began=turn.now,
     )
+    # Journaled before anything is paused: a daemon that finds it knows whose engines are its own to resume.
     turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
     kind = "catch-up round" if catch_up else "round"
     turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}")
     _pause_the_others(turn, version, engines)
     phases.enter(turn, current, Phase.PAUSING)
-    current.times.clear()
+    current.times.clear()  # entering the first phase booked a phase before it, which there was none
 
 
 def _pause_the_others(turn: Turn, version: Version, engines: list[str]) -> None:
@@ -44,8 +46,6 @@ def _pause_the_others(turn: Turn, version: Version, engines: list[str]) -> None:
             and not engine.ours_paused
         ):
             engine.ours_paused = True
-            turn.say(
-                f"{name} does not take part and is paused until it catches up: {engine.complaint[0]}",
-                "warning",
-            )
+            why = engine.complaint[0] or "some rank of it or of its pair is not ready"
+            turn.say(f"{name} does not take part and is paused until it catches up: {why}", "warning")
             turn.call(name, Call.PAUSE, turn.fleet.policy.pause)

@@ -1,5 +1,7 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
+from typing import Final
+
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.records import VersionFailed
 from weightsync.orchestrator.core.round.summary import summary
@@ -9,7 +11,7 @@ from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Outcome
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
-MAX_BACKOFF_DOUBLINGS = 6
+MAX_BACKOFF_DOUBLINGS: Final = 6
 """A catch-up round is tried for ever; its pauses stop growing at 64 times the first."""
 
 
@@ -19,7 +21,7 @@ def committed(turn: Turn, current: Round) -> None:
     fleet.round = None
     fleet.waiting_since.pop(current.version, None)
     fleet.attempts.pop(current.version, None)
-    fleet.retry_at.clear()
+    fleet.retry_at.clear()  # what kept other versions from succeeding may be gone, too
     if not current.catch_up:
         mark_committed(turn, current.name, current.version, tuple(current.remaining()))
     tell_trainers(turn, current.version)
@@ -63,6 +65,7 @@ def failed(turn: Turn, current: Round) -> None:
     fleet.retry_at[current.version] = turn.now + wait
     if current.catch_up:
         return  # the version is committed; what failed is one more attempt to bring an engine to it
+    # Only a cancelled round is sure to have written nothing, and an earlier one may have torn an engine before it.
     torn = current.phase is not Phase.CANCELLING or any(fleet.torn(name) for name in current.engines)
     if not current.trouble.retry and not torn:
         fail_version(turn, current.version, f"{current.reason}; another attempt would fail in the same way")
@@ -88,7 +91,7 @@ def mark_again(turn: Turn) -> None:
         version = Version(generation, seen.step) if generation is not None else None
         if version is None or version in fleet.marked or (fleet.round is not None and fleet.round.version == version):
             continue
-        fleet.marked.add(version)
+        fleet.marked.add(version)  # once for each daemon, whether or not the file can be written
         if version in fleet.memory.done:
             turn.do(WriteMarker("COMMITTED", version, {}))
         elif version in fleet.memory.failed:
