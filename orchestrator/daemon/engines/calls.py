@@ -11,7 +11,8 @@ from weightsync.orchestrator.daemon.engines.errors import EngineError
 from weightsync.orchestrator.daemon.engines.vllm import EngineClient
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName
-from weightsync.orchestrator.settings.settings import Settings, read_secret
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import Settings
 
 Report = Callable[[CallDone | CallFailed], None]
 

@@ -11,7 +11,8 @@ from weightsync.orchestrator.daemon.view import View, engine_state
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
-from weightsync.orchestrator.settings.settings import Engine, Settings
+from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings
 
 MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
 HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
@@ -59,5 +60,5 @@ def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
 
 def test_an_error_is_shown_with_whose_fault_it_is() -> None:
     fleet = fleet_with(SERVING, error="connection refused", fault="network")
-    view = View(cast("Settings", None), 0.0)._engine(fleet, Engine(name="e0", url="http://a"))
+    view = View(cast("Settings", None), 0.0)._engine(fleet, EngineSection(name="e0", url="http://a"))
     assert (view.error, view.fault) == ("connection refused", "network")
