@@ -1,4 +1,4 @@
-"""What the core wants done. Only the daemon's outbox performs commands, in their order."""
+"""What the core wants done. Only the daemon's outbox performs them; each carries the event that caused it."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -35,7 +35,7 @@ def tend_engines(turn: Turn) -> None:
         elif engine.paused is False and must_not_serve(fleet, name):
             _pause_again(turn, name)
         elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.INIT, fleet.policy.init)
+            turn.call(name, Call.ATTACH, fleet.policy.init)
         else:
             turn.call(name, Call.PROBE, fleet.policy.probe)
 
@@ -61,7 +61,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
         engine.error = event.reason
         engine.fault = event.fault
-        if event.call in (Call.PROBE, Call.INIT):
+        if event.call in (Call.PROBE, Call.ATTACH):
             engine.reachable = False
             engine.paused = None  # another server may stand there when it answers again
         return
@@ -72,7 +72,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
             if not engine.reachable:
                 engine.probe_at = turn.now  # its agents are started at once
             engine.reachable = True
-            if engine.ranks:  # without agents, why INIT failed is what people must read
+            if engine.ranks:  # without agents, why ATTACH failed is what people must read
                 engine.error = ""
         case Call.RESUME:
             engine.ours_paused = False

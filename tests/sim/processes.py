@@ -210,14 +210,14 @@ class Server:
         match command.call:
             case Call.PROBE:
                 answer(True, self.paused)
-            case Call.INIT:
+            case Call.ATTACH:
                 for worker in workers:
                     self.world.connect(worker)
                 answer(True)
             case Call.PAUSE:
                 self.paused = True
                 answer(True, True)
-            case Call.UPDATE:
+            case Call.SWITCH:
                 _update(command, workers, answer)
             case Call.FINISH:
                 answer(True)

@@ -52,11 +52,11 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
 def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     """A call to an engine answered, or did not."""
     current = turn.fleet.round
-    if current is None or event.engine not in current.engines or event.call in (Call.PROBE, Call.INIT):
+    if current is None or event.engine not in current.engines or event.call in (Call.PROBE, Call.ATTACH):
         return
     progress = current.engines[event.engine]
     if isinstance(event, CallFailed):
-        progress.update_over = progress.update_over or event.call is Call.UPDATE
+        progress.update_over = progress.update_over or event.call is Call.SWITCH
         why = Trouble(f"{event.engine}: {event.call} failed: {event.reason}", event.fault, event.retry)
         handle(turn, current, Report.CALL_FAILED, why, engine=event.engine)
         return
@@ -65,7 +65,7 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
 
 
 def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
-    if event.call is Call.UPDATE:
+    if event.call is Call.SWITCH:
         progress.update_over = True
         return Report.UPDATE_OVER
     progress.http_seconds += event.seconds

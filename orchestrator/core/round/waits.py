@@ -60,7 +60,7 @@ def not_torn_down(fleet: Fleet, current: Round) -> Iterator[str]:
     """Writers to wait for, then workers inside the update call, then engines where that call has not answered."""
     yield from map(str, writing(fleet, current))
     yield from map(str, workers_inside(fleet, current))
-    yield from (name for name in current.engines if Call.UPDATE in _calls(fleet, name))
+    yield from (name for name in current.engines if Call.SWITCH in _calls(fleet, name))
 
 
 def writing(fleet: Fleet, current: Round) -> list[Member]:
@@ -80,7 +80,7 @@ def workers_inside(fleet: Fleet, current: Round) -> list[Member]:
 def inside(fleet: Fleet, current: Round, engine: str) -> bool:
     """Some worker of the engine is inside the round's update call, or the call or the pause before it is under way."""
     workers = any(agent.status.window == current.name for agent in fleet.ranks_of(engine))
-    return workers or bool(_calls(fleet, engine) & {Call.PAUSE, Call.UPDATE})
+    return workers or bool(_calls(fleet, engine) & {Call.PAUSE, Call.SWITCH})
 
 
 def _missing(wanted: Iterable[Member], there: Container[Member]) -> Iterator[str]:

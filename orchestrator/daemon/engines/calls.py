@@ -72,13 +72,13 @@ class Engines:
             case Call.PROBE:
                 await client.probe(seconds)
                 return await client.is_paused(seconds)
-            case Call.INIT:
+            case Call.ATTACH:
                 await client.init_transfer(self._init_info(client), seconds)
                 return None
             case Call.PAUSE:
                 await client.pause(self._settings.pause.mode, self._settings.pause.clear_cache, seconds)
                 return True
-            case Call.UPDATE:
+            case Call.SWITCH:
                 await client.start_update(seconds)
                 await client.update(self._update_info(command), seconds)
                 return True

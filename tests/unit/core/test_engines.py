@@ -19,13 +19,13 @@ def test_an_engine_that_is_gone_is_probed_before_its_agents_are_started(drive: A
     """Another server may stand there, with other routes and another number of ranks."""
     fleet = drive.joined()
     fleet.loses_engine("e0")
-    fleet.fails("e0", Call.INIT, "cannot be reached")
+    fleet.fails("e0", Call.ATTACH, "cannot be reached")
     engine = fleet.fleet.engines["e0"]
     assert (engine.reachable, engine.paused, engine.error) == (False, None, "cannot be reached")
     fleet.passes(20.0)
     fleet.answers("e0", Call.PROBE, True)
     assert (engine.reachable, engine.paused) == (True, True)
-    assert Call.INIT in engine.calls
+    assert Call.ATTACH in engine.calls
 
 
 def test_why_agents_do_not_start_stays_visible(drive: Any) -> None:
@@ -34,7 +34,7 @@ def test_why_agents_do_not_start_stays_visible(drive: Any) -> None:
     for _ in range(3):
         fleet.passes(20.0)
         fleet.answers("e0", Call.PROBE, True)
-        fleet.fails("e0", Call.INIT, "no weight transfer is configured in it")
+        fleet.fails("e0", Call.ATTACH, "no weight transfer is configured in it")
         assert fleet.fleet.engines["e0"].error == "no weight transfer is configured in it"
     assert fleet.told().count("no weight transfer is configured in it") == 1
 
@@ -58,7 +58,7 @@ def test_an_engine_that_serves_an_older_version_is_paused_again(drive: Any) -> N
     assert [command.call for command in asked] == [Call.PAUSE]
 
 
-@pytest.mark.parametrize(("call", "deadline"), [(Call.PROBE, 7.0), (Call.INIT, 11.0)])
+@pytest.mark.parametrize(("call", "deadline"), [(Call.PROBE, 7.0), (Call.ATTACH, 11.0)])
 def test_a_call_has_the_deadline_of_the_settings(drive: Any, call: Call, deadline: float) -> None:
     fleet = drive(options={"probe": 7.0, "init": 11.0})
     fleet.passes(0.0)
@@ -120,5 +120,5 @@ def test_whose_fault_a_failed_call_is_stays_visible(drive: Any) -> None:
     assert fleet.fleet.engines["e0"].complaint == ("the server has no /pause", "config")
     fleet.passes(20.0)
     fleet.answers("e0", Call.PROBE, True)
-    fleet.answers("e0", Call.INIT)
+    fleet.answers("e0", Call.ATTACH)
     assert fleet.fleet.engines["e0"].complaint == ("", "")

@@ -55,7 +55,7 @@ def test_torn_engines_come_first(drive: Any) -> None:
     fleet.says(fleet.ranks_of()[0], fleet.verified(error="out of memory"))
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.UPDATE, "aborted")
+    fleet.fails("e0", Call.SWITCH, "aborted")
     assert told(fleet) == "e0 torn and paused: waiting for the next attempt"
 
 

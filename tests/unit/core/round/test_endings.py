@@ -119,7 +119,7 @@ def test_a_writer_that_says_so_before_its_grant_is_believed(drive: Any) -> None:
     fleet = drive()
     going = fleet.to(Phase.QUIESCING)
     fleet.says(TRAINER, Closed(round=going.name, error="no such device", fault="config", retry=False))
-    fleet.fails("e0", Call.UPDATE, "aborted")
+    fleet.fails("e0", Call.SWITCH, "aborted")
     assert fleet.failures() == ["no such device; another attempt would fail in the same way"]
     assert [round.fault for round in ended(fleet)] == ["config"]
 
@@ -137,7 +137,7 @@ def test_who_is_torn_is_repaired_by_another_attempt_all_the_same(
     fleet.says(ENGINE, fleet.verified(**report))
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.UPDATE, "aborted")
+    fleet.fails("e0", Call.SWITCH, "aborted")
     assert [round.fault for round in ended(fleet)] == [fault]
     assert fleet.failures() == []
     fleet.passes(1.0)

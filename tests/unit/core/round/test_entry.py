@@ -32,7 +32,7 @@ def leaves(fleet: Any, going: Any, engine: str, **status: Any) -> None:
     """Every worker of the engine leaves the update call, and the call ends."""
     for member in fleet.ranks_of(engine):
         fleet.says(member, Left(round=going.name, status=EngineStatus(**status)))
-    fleet.fails(engine, Call.UPDATE, "aborted")
+    fleet.fails(engine, Call.SWITCH, "aborted")
 
 
 def test_agents_get_the_shorter_deadline(drive: Any) -> None:
@@ -69,7 +69,7 @@ def test_every_worker_is_told_to_leave_a_torn_round(drive: Any) -> None:
     """Once, and only when nobody writes any more: before, its memory may still be written to."""
     fleet = drive(("e0", "e1"))
     going = fleet.to(Phase.WRITING)
-    fleet.fails("e1", Call.UPDATE, "the server died")
+    fleet.fails("e1", Call.SWITCH, "the server died")
     fleet.loses_engine("e1")
     assert going.phase is Phase.TEARING
     assert [abort.torn for abort in fleet.sent(TRAINER, Abort)] == [True]

@@ -37,7 +37,7 @@ def test_a_bad_verification_tears_and_the_engine_stays_paused(drive: Any, wrong:
     for member in fleet.ranks_of("e0"):
         assert [abort.torn for abort in fleet.sent(member, Abort)] == [True]
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.UPDATE, "aborted")
+    fleet.fails("e0", Call.SWITCH, "aborted")
     assert fleet.fleet.round is None
     assert fleet.called("e0", Call.RESUME) == 0
     assert "e0 torn and paused" in fleet.fleet.sentence

@@ -94,7 +94,7 @@ def test_the_record_of_a_round_that_is_over_completes_no_other(drive: Any) -> No
     fleet.loses(ENGINE)
     assert fleet.fleet.round is None
     fleet.connect(ENGINE, EngineStatus(window=going.name))
-    fleet.fails("e0", Call.UPDATE, "gone")
+    fleet.fails("e0", Call.SWITCH, "gone")
     second = fleet.fleet
     assert second.awaited == ("Decided", going.name)
     fleet.happens(Appended(fleet.id(), "Decided", going.name))
@@ -108,7 +108,7 @@ def test_an_engine_that_fails_after_the_decision_is_left_out_and_the_others_go_o
     assert going.remaining() == ["e1"]
     for member in fleet.ranks_of("e1"):
         fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-    fleet.answers("e1", Call.UPDATE)
+    fleet.answers("e1", Call.SWITCH)
     fleet.answers("e1", Call.FINISH)
     fleet.answers("e1", Call.RESUME, False)
     fleet.durable()
@@ -157,14 +157,14 @@ def test_a_call_that_fails_names_its_engine(drive: Any) -> None:
 def test_an_update_call_that_ends_too_early_costs_the_round(drive: Any) -> None:
     fleet = drive()
     going = fleet.to(Phase.QUIESCING)
-    fleet.answers("e0", Call.UPDATE)
+    fleet.answers("e0", Call.SWITCH)
     assert going.trouble == Trouble("e0 ended its update call before the round did", "engine")
 
 
 def test_probes_are_no_affair_of_the_round(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
     going = fleet.to(Phase.WRITING)
-    for call in (Call.PROBE, Call.INIT):
+    for call in (Call.PROBE, Call.ATTACH):
         fleet.fleet.engines["e0"].calls[call] = 99
         fleet.happens(CallFailed(fleet.id(), "e0", call, 99, "500"))
     assert going.phase is Phase.WRITING

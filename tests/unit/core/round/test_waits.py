@@ -16,7 +16,7 @@ def test_nobody_waits_for_writes_to_an_engine_that_is_gone(drive: Any) -> None:
     going = fleet.to(Phase.WRITING)
     fleet.loses_engine("e0")
     assert going.phase is Phase.TEARING
-    fleet.fails("e0", Call.UPDATE, "the connection broke")
+    fleet.fails("e0", Call.SWITCH, "the connection broke")
     assert fleet.fleet.round is None
     assert set(fleet.fleet.unclosed) == {TRAINER}, "no round begins before"
     fleet.bring("e0", EngineStatus(), incarnation=555)

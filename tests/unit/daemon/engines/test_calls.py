@@ -79,9 +79,9 @@ async def performed(engines: Any, call: Call, deadline: float = 5.0) -> tuple[Ca
     ("call", "routes", "paused"),
     [
         (Call.PROBE, ["probe", "is_paused"], True),
-        (Call.INIT, ["init_transfer"], None),
+        (Call.ATTACH, ["init_transfer"], None),
         (Call.PAUSE, ["pause"], True),
-        (Call.UPDATE, ["start_update", "update"], True),
+        (Call.SWITCH, ["start_update", "update"], True),
         (Call.FINISH, ["finish_update"], True),
         (Call.RESUME, ["resume"], False),
     ],
@@ -94,13 +94,13 @@ async def test_each_call_asks_its_routes(engines: Any, call: Call, routes: list[
 
 
 async def test_agents_are_told_where_to_go(engines: Any) -> None:
-    _, ((_, info, _),) = await performed(engines, Call.INIT)
+    _, ((_, info, _),) = await performed(engines, Call.ATTACH)
     assert info["hub_url"] == "ws://127.0.0.1:7000/agents"
     assert (info["run_id"], info["engine"], info["world"]) == ("glm", "e0", 4)
 
 
 async def test_the_update_names_the_round_and_ends_before_the_daemon_gives_up(engines: Any) -> None:
-    _, (_, (_, info, deadline)) = await performed(engines, Call.UPDATE, 100.0)
+    _, (_, (_, info, deadline)) = await performed(engines, Call.SWITCH, 100.0)
     assert info == {
         "token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 42,
         "deadline_seconds": 100.0 * AGENT_SHARE,
