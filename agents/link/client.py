@@ -18,10 +18,11 @@ from typing import Final
 
 import aiohttp
 from weightsync.agents.link.connection import Connection, ConnectionLost, NotConnected, RefusedForGood, upgrade
-from weightsync.agents.link.token import TokenError, read_token
+from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
+from weightsync.orchestrator.protocol.token import TokenError
 
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
 

@@ -273,7 +273,7 @@ async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog
         agent = Agent(port, own)
         await logged(caplog, "it rejects the token (401)")
         own.write_text("")
-        await logged(caplog, "must hold one line")
+        await logged(caplog, "is empty")
         own.write_text(right)
         assert await agent.next() == welcome()
     assert "stale-secret" not in caplog.text

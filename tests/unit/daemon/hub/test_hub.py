@@ -23,7 +23,6 @@ from weightsync.orchestrator.daemon.hub.hub import (
     Hub,
     HubEvent,
 )
-from weightsync.orchestrator.daemon.hub.token import TokenError, read_token
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -492,23 +491,3 @@ async def test_others_may_serve_at_the_same_address(token_file: Path) -> None:
 def test_without_a_token_and_without_certificates_there_is_no_hub() -> None:
     with pytest.raises(ValueError, match="client certificates"):
         Hub(run_id="run", token_file=None, on_event=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "No such file"),
-        (b"", "is empty"),
-        (b" \n", "is empty"),
-        (b"two words", "without blanks"),
-        (b"two\nlines", "without blanks"),
-        ("ä".encode(), "printable ASCII"),
-        (b"x" * 5000, "longer than 4096 bytes"),
-    ],
-)
-def test_token_files_that_cannot_serve(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    path = tmp_path / "token"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(TokenError, match=reason):
-        read_token(path)
