@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from weightsync.agents.link.connection import Connection, ConnectionLost, NotConnected, RefusedForGood, upgrade
+from weightsync.agents.link.connection import ConnectionLost, DaemonConnection, NotConnected, RefusedForGood, upgrade
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
@@ -99,7 +99,7 @@ class ControlClient:
         self._ended = asyncio.Event()
         self._started = False
         self._attempt: asyncio.Timeout | None = None
-        self._connection: Connection | None = None
+        self._connection: DaemonConnection | None = None
         self.trouble = ""
         """Why the last attempt or connection ended; for whoever gives up waiting."""
 
@@ -169,7 +169,7 @@ class ControlClient:
                     async with asyncio.timeout(wait):
                         await self._closing.wait()
 
-    async def _connect(self, session: aiohttp.ClientSession) -> Connection:
+    async def _connect(self, session: aiohttp.ClientSession) -> DaemonConnection:
         """A connection that has its Welcome.
 
         Raises:
@@ -191,15 +191,15 @@ class ControlClient:
         finally:
             self._attempt = None
 
-    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
+    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
         try:
             token = None if self._token_file is None else read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
         response = await upgrade(session, self._url, token, self._ssl_context)
-        return Connection(response, self._on_message, self._missed_heartbeats)
+        return DaemonConnection(response, self._on_message, self._missed_heartbeats)
 
-    def _introduce(self, connection: Connection) -> None:
+    def _introduce(self, connection: DaemonConnection) -> None:
         hello = encode(self._hello())
         if len(hello) > MAX_HELLO_BYTES:
             raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
@@ -207,7 +207,7 @@ class ControlClient:
         with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
             connection.send(hello)
 
-    async def _until_lost(self, connection: Connection) -> None:
+    async def _until_lost(self, connection: DaemonConnection) -> None:
         if self._closing.is_set():
             connection.finish()
         try:
@@ -215,6 +215,6 @@ class ControlClient:
         finally:
             await self._hang_up(connection)
 
-    async def _hang_up(self, connection: Connection) -> None:
+    async def _hang_up(self, connection: DaemonConnection) -> None:
         self._connection = None
         await connection.close(self._close_seconds)

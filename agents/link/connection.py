@@ -11,10 +11,12 @@ from typing import Final
 
 import aiohttp
 from aiohttp import hdrs
+from websockets.frames import CloseCode
+from websockets.protocol import Side
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
 from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused, Welcome
-from weightsync.orchestrator.protocol.websocket import CloseCode, Endpoint
+from weightsync.orchestrator.protocol.websocket import Endpoint
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Unsent bytes to the daemon: one message of the largest allowed size, and as much again behind it."""
@@ -74,7 +76,7 @@ async def upgrade(
     raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
 
 
-class Connection(asyncio.Protocol):
+class DaemonConnection(asyncio.Protocol):
     """One WebSocket from its upgrade to its end; nothing here waits.
 
     Args:
@@ -106,34 +108,31 @@ class Connection(asyncio.Protocol):
         self._heartbeat_seconds = 0.0
         self._heartbeat_due = 0.0
         self._heard_at = self._loop.time()
-        self._broken = False
         self._timer: asyncio.TimerHandle | None = None
-        self._endpoint = Endpoint(MAX_FRAME_BYTES, _mask_key)
+        self._endpoint = Endpoint(Side.CLIENT, MAX_FRAME_BYTES)
         self._transport.set_protocol(self)
 
     # ------------------------------------------------------------------------------------------------------ reading
     def data_received(self, data: bytes) -> None:
         """Handle what has come, to the end of the last whole frame."""
-        if self._broken:
-            return
         self._heard_at = self._loop.time()
         try:
             for message in self._endpoint.receive(data):
                 self._heard(message)
         except ProtocolError as error:
-            self._broken = True
             self._end(ConnectionLost(f"it broke the protocol: {error}"))
         except Exception as error:
             self._end(error)
-        if self._endpoint.outgoing:
-            self._transport.write(self._endpoint.answers())
-        if self._endpoint.peer_closed is not None:
-            code, reason = self._endpoint.peer_closed
-            self._end(ConnectionLost(f"it closed the connection: code {code} {reason}".rstrip()))
+        answers = self._endpoint.answers()
+        if answers:
+            self._transport.write(answers)
+        closed = self._endpoint.peer_closed
+        if closed is not None:
+            self._end(ConnectionLost(f"it closed the connection: code {closed.code} {closed.reason}".rstrip()))
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The transport has ended, by whoever's wish."""
+        """The transport has ended, closed by either side."""
         self._end(ConnectionLost(f"the connection broke: {exc or 'end of stream'}"))
         self._http.connection_lost(exc)
         self._gone.set()
@@ -175,14 +174,14 @@ class Connection(asyncio.Protocol):
         self._transport.write(self._endpoint.message(data))
 
     def finish(self) -> None:
-        """Count the connection as lost by this side's wish; ``close`` is to follow."""
+        """Count the connection as ended by this side; ``close`` is to follow."""
         self._end(ConnectionLost("closed by this side"))
 
     async def close(self, seconds: float) -> None:
         """Say Close behind all that was sent, and wait for the transport's end; ``seconds`` at most."""
         self.finish()
         if not self._transport.is_closing():
-            self._transport.write(self._endpoint.close(CloseCode.NORMAL, ""))
+            self._transport.write(self._endpoint.close(CloseCode.NORMAL_CLOSURE, ""))
         try:
             async with asyncio.timeout(seconds):
                 await self._gone.wait()
@@ -222,7 +221,3 @@ class Connection(asyncio.Protocol):
         if not self._transport.get_write_buffer_size() and not self._transport.is_closing():
             self._transport.write(self._endpoint.message(_HEARTBEAT))
         self._schedule()
-
-
-def _mask_key() -> bytes:
-    return secrets.token_bytes(4)

@@ -38,7 +38,7 @@ import numpy as np
 import structlog
 from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
 from weightsync.agents.link.client import ControlClient
-from weightsync.agents.link.connection import Connection
+from weightsync.agents.link.connection import DaemonConnection
 from weightsync.orchestrator.daemon.hub.connection import READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
 from weightsync.orchestrator.protocol.codec import encode
@@ -233,7 +233,7 @@ class GatedClient(ControlClient):
 
     gate: "Gate"
 
-    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
+    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
         connection = await super()._dial(session)
         await self.gate.pass_through()
         return connection

@@ -18,13 +18,15 @@ from typing import Final
 import msgspec
 import structlog
 from aiohttp import hdrs, web
-from weightsync.orchestrator.daemon.hub.connection import Connection, HubTiming, Phase
+from websockets.frames import CloseCode
+from websockets.protocol import Side
+from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
 from weightsync.orchestrator.daemon.hub.token import bears, read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_agent, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import FromAgent, FromDaemon, Heartbeat, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.protocol.websocket import CloseCode, Opcode, frame
+from weightsync.orchestrator.protocol.websocket import message_frame
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +42,7 @@ SWEEP_SLICES: Final = 32
 """A sweep looks at one slice of the connections, so that no burst of heartbeats delays a barrier."""
 
 
-_HEARTBEAT: Final = frame(Opcode.BINARY, encode(Heartbeat()))
+_HEARTBEAT: Final = message_frame(encode(Heartbeat()), Side.SERVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ class Hub:
         self._timing = timing or HubTiming()
         self._ssl_context = ssl_context
         self._numbers = itertools.count(1)
-        self._connections: dict[int, Connection] = {}
-        self._members: dict[Member, Connection] = {}
+        self._connections: dict[int, AgentConnection] = {}
+        self._members: dict[Member, AgentConnection] = {}
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
@@ -237,7 +239,9 @@ class Hub:
         transport, task = request.transport, asyncio.current_task()
         if transport is None or task is None:
             return upgrade
-        connection = Connection(next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose)
+        connection = AgentConnection(
+            next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose
+        )
         self._connections[connection.number] = connection
         connection.expect(self._timing.hello_seconds, lambda: self._undecided(connection))
         self._handlers.add(task)
@@ -247,16 +251,16 @@ class Hub:
             self._handlers.discard(task)
         return upgrade
 
-    def _on_frame(self, connection: Connection, data: bytes) -> None:
+    def _on_frame(self, connection: AgentConnection, data: bytes) -> None:
         try:
-            if connection.phase is Phase.HELLO:
+            if connection.stage is Stage.HELLO:
                 self._introduce(connection, data)
                 return
             message = decode_from_agent(data)
             if type(message) is Heartbeat:
                 return
-            if connection.phase is not Phase.ACCEPTED or connection.hello is None or type(message) is Hello:
-                raise ProtocolError(f"{type(message).__name__} out of turn: in phase {connection.phase.name}")
+            if connection.stage is not Stage.ACCEPTED or connection.hello is None or type(message) is Hello:
+                raise ProtocolError(f"{type(message).__name__} out of turn: in stage {connection.stage.name}")
         except _Unwelcome as error:
             self._refuse(connection, error.message)
         except ProtocolError as error:
@@ -264,7 +268,7 @@ class Hub:
         else:
             self._on_event(AgentMessage(connection.hello.member, connection.number, message))
 
-    def _introduce(self, connection: Connection, data: bytes) -> None:
+    def _introduce(self, connection: AgentConnection, data: bytes) -> None:
         _same_schema(data)
         hello = decode_from_agent(data, MAX_HELLO_BYTES)
         if not isinstance(hello, Hello):
@@ -272,50 +276,50 @@ class Hub:
         if hello.run_id != self._run_id:
             raise _Unwelcome(f"this daemon serves run {self._run_id!r}, not {hello.run_id!r}")
         connection.hello = hello
-        connection.phase = Phase.DECISION
+        connection.stage = Stage.DECISION
         self._on_event(AgentConnected(hello.member, hello, connection.number))
 
-    def _undecided(self, connection: Connection) -> None:
-        missing = "no Hello" if connection.phase is Phase.HELLO else "no decision on its Hello"
+    def _undecided(self, connection: AgentConnection) -> None:
+        missing = "no Hello" if connection.stage is Stage.HELLO else "no decision on its Hello"
         self._lose(connection, CloseCode.POLICY_VIOLATION, f"{missing} within {self._timing.hello_seconds:g} s")
 
     # --------------------------------------------------------------------------------------------------- endings
-    def _waiting(self, member: Member, connection_id: int) -> Connection | None:
+    def _waiting(self, member: Member, connection_id: int) -> AgentConnection | None:
         connection = self._connections.get(connection_id)
-        if connection is None or connection.phase is not Phase.DECISION or connection.member != member:
+        if connection is None or connection.stage is not Stage.DECISION or connection.member != member:
             return None
         return connection
 
-    def _refuse(self, connection: Connection, refused: Refused) -> None:
+    def _refuse(self, connection: AgentConnection, refused: Refused) -> None:
         log.warning("agent refused", agent=str(connection), reason=refused.reason, fault=refused.fault)
         connection.write(self._frame(refused))
         self._end(connection, CloseCode.POLICY_VIOLATION, refused.reason)
 
-    def _lose(self, connection: Connection, code: CloseCode, reason: str) -> None:
+    def _lose(self, connection: AgentConnection, code: int, reason: str) -> None:
         """A connection ends against its owner's wish: report it, once."""
-        if connection.phase is not Phase.ENDED:
-            phase = connection.phase
+        if connection.stage is not Stage.ENDED:
+            stage = connection.stage
             self._end(connection, code, reason)
-            self._report(connection, phase, reason, orderly=code is CloseCode.NORMAL)
+            self._report(connection, stage, reason, orderly=code == CloseCode.NORMAL_CLOSURE)
 
-    def _cut(self, connection: Connection, reason: str) -> None:
+    def _cut(self, connection: AgentConnection, reason: str) -> None:
         """``_lose`` without a closing handshake."""
-        if connection.phase is not Phase.ENDED:
-            phase = connection.phase
+        if connection.stage is not Stage.ENDED:
+            stage = connection.stage
             self._forget(connection)
             connection.abort()
-            self._report(connection, phase, reason)
+            self._report(connection, stage, reason)
 
-    def _report(self, connection: Connection, phase: Phase, reason: str, *, orderly: bool = False) -> None:
+    def _report(self, connection: AgentConnection, stage: Stage, reason: str, *, orderly: bool = False) -> None:
         (log.info if orderly else log.warning)("agent lost", agent=str(connection), reason=reason)
-        if connection.member is not None and phase in (Phase.DECISION, Phase.ACCEPTED):
+        if connection.member is not None and stage in (Stage.DECISION, Stage.ACCEPTED):
             self._on_event(AgentLost(connection.member, connection.number, reason))
 
-    def _end(self, connection: Connection, code: CloseCode, reason: str) -> None:
+    def _end(self, connection: AgentConnection, code: int, reason: str) -> None:
         self._forget(connection)
         connection.end(code, reason, self._timing.close_seconds)
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: AgentConnection) -> None:
         del self._connections[connection.number]
         member = connection.member
         if member is not None and self._members.get(member) is connection:
@@ -342,7 +346,7 @@ class Hub:
     def sweep(self, now: float, turn: int) -> None:
         """Give up the overdue and send heartbeats to the others of slice ``turn`` of SWEEP_SLICES."""
         for connection in [c for c in self._connections.values() if c.number % SWEEP_SLICES == turn]:
-            if connection.phase is Phase.ACCEPTED:
+            if connection.stage is Stage.ACCEPTED:
                 reason = connection.overdue(now, self._timing)
                 if reason:
                     self._cut(connection, reason)
@@ -352,10 +356,10 @@ class Hub:
     # ---------------------------------------------------------------------------------------------------- writing
     def _frame(self, message: FromDaemon) -> bytes:
         if self._last is None or self._last[0] is not message:
-            self._last = (message, frame(Opcode.BINARY, encode(message)))
+            self._last = (message, message_frame(encode(message), Side.SERVER))
         return self._last[1]
 
-    def _write(self, connection: Connection, data: bytes) -> bool:
+    def _write(self, connection: AgentConnection, data: bytes) -> bool:
         if connection.write(data):
             return True
         # Later, not now: the owner is in the middle of its own commands and must not meet a new event among them.

@@ -186,7 +186,7 @@ async def test_an_oversized_hello(bench: Bench) -> None:
     await socket.send_bytes(bytes(MAX_HELLO_BYTES + 1))
     code, reason = await closed(socket)
     assert code == WSCloseCode.MESSAGE_TOO_BIG
-    assert f"exceeds the limit of {MAX_HELLO_BYTES}" in reason
+    assert f"exceeds limit of {MAX_HELLO_BYTES}" in reason
     await bench.quiet()
 
 
@@ -303,7 +303,7 @@ async def test_the_connection_breaks(bench: Bench) -> None:
         (lambda socket: socket.send_str("text"), WSCloseCode.UNSUPPORTED_DATA, "text frame"),
         (lambda socket: socket.send_bytes(encode(hello())), WSCloseCode.PROTOCOL_ERROR, "Hello out of turn"),
         (lambda socket: socket.send_bytes(encode(WELCOME)), WSCloseCode.PROTOCOL_ERROR, "malformed frame"),
-        (lambda socket: socket.send_frame(b"x", 0x3), WSCloseCode.PROTOCOL_ERROR, "unknown kind"),
+        (lambda socket: socket.send_frame(b"x", 0x3), WSCloseCode.PROTOCOL_ERROR, "invalid opcode"),
         (lambda socket: socket.send_frame(b"x" * 9, WSMsgType.BINARY, 15), WSCloseCode.PROTOCOL_ERROR, "reserved bits"),
     ],
     ids=["junk", "text", "second hello", "a daemon's message", "unknown opcode", "compressed"],
@@ -329,14 +329,14 @@ async def test_an_oversized_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     socket, connection_id = await bench.admit()
     await socket.send_bytes(bytes(100_001))
     lost = await bench.next(AgentLost)
-    assert lost == AgentLost(member(), connection_id, "frame of 100001 bytes exceeds the limit of 100000")
+    assert lost == AgentLost(member(), connection_id, "frame with 100001 bytes exceeds limit of 100000 bytes")
     assert (await closed(socket))[0] == WSCloseCode.MESSAGE_TOO_BIG
 
 
 async def test_a_message_before_the_decision(bench: Bench) -> None:
     socket, connection_id = await bench.introduce()
     await socket.send_bytes(encode(READY))
-    assert await bench.next(AgentLost) == AgentLost(member(), connection_id, "Ready out of turn: in phase DECISION")
+    assert await bench.next(AgentLost) == AgentLost(member(), connection_id, "Ready out of turn: in stage DECISION")
     assert not bench.hub.accept(member(), connection_id, WELCOME)
 
 
