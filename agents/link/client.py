@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,9 @@ from weightsync.orchestrator.protocol.token import TokenError
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
 
 log = logging.getLogger(__name__)
+
+SCHEMES: Final = ("ws://", "wss://")
+"""The daemon speaks no TLS: ``wss`` leads to a proxy before it, whose certificate the system has to trust."""
 
 MAX_DOUBLINGS: Final = 32
 """Of a wait: beyond any sensible longest / first, and small enough for a float."""
@@ -52,49 +54,44 @@ class ControlClient:
     """One agent's connection.
 
     Args:
-        url: of the daemon's endpoint, as ``ws://host:port/agents`` or ``wss://…``.
-        token_file: holds the bearer token, read again for each attempt; None only with a client certificate.
+        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` of a proxy before it.
+        token_file: holds the bearer token, read again for each attempt.
         hello: the agent's introduction and current state, asked for each attempt.
         on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
         connect_seconds: total deadline from the first SYN to Welcome.
         on_lost: called with the reason whenever a connection that had its Welcome ends, unless by ``close``.
-        missed_heartbeats: silence of so many heartbeats (``Welcome.heartbeat_seconds``) is a loss.
         close_seconds: deadline of the farewell and the closing handshake.
-        ssl_context: for ``wss``; with a client certificate for mutual TLS.
 
     Raises:
         TokenError: the token file cannot serve.
-        ValueError: nothing would authenticate this agent.
+        ValueError: ``url`` has another scheme.
     """
 
     def __init__(
         self,
         url: str,
-        token_file: Path | None,
+        token_file: Path,
         hello: Callable[[], Hello],
         on_message: Callable[[FromDaemon], None],
         *,
         connect_seconds: float = 30.0,
         on_lost: Callable[[str], None] | None = None,
-        missed_heartbeats: int = 4,
         close_seconds: float = 2.0,
         backoff: Backoff | None = None,
-        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        if token_file is None and ssl_context is None:
-            raise ValueError("without a token file the control client needs a TLS context with a client certificate")
-        if token_file is not None:
-            read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
+        if not url.startswith(SCHEMES):
+            raise ValueError(
+                f"hub url must begin with {' or '.join(SCHEMES)}, got {url!r}: write ws://host:port/agents"
+            )
+        read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
         self._url = url
         self._token_file = token_file
         self._hello = hello
         self._on_message = on_message
         self._on_lost = on_lost
         self._connect_seconds = connect_seconds
-        self._missed_heartbeats = missed_heartbeats
         self._close_seconds = close_seconds
         self._backoff = backoff or Backoff()
-        self._ssl_context = ssl_context
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
         self._started = False
@@ -193,11 +190,10 @@ class ControlClient:
 
     async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
         try:
-            token = None if self._token_file is None else read_token(self._token_file)
+            token = read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        response = await upgrade(session, self._url, token, self._ssl_context)
-        return DaemonConnection(response, self._on_message, self._missed_heartbeats)
+        return DaemonConnection(await upgrade(session, self._url, token), self._on_message)
 
     def _introduce(self, connection: DaemonConnection) -> None:
         hello = encode(self._hello())

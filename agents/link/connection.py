@@ -5,7 +5,6 @@ import base64
 import hashlib
 import random
 import secrets
-import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -46,9 +45,7 @@ class RefusedForGood(RuntimeError):
         self.refused = refused
 
 
-async def upgrade(
-    session: aiohttp.ClientSession, url: str, token: str | None, ssl_context: ssl.SSLContext | None
-) -> aiohttp.ClientResponse:
+async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> aiohttp.ClientResponse:
     """Ask ``url`` for a WebSocket (RFC 6455 §4.1); the response holds the connection.
 
     Raises:
@@ -60,11 +57,10 @@ async def upgrade(
         hdrs.CONNECTION: "Upgrade",
         hdrs.SEC_WEBSOCKET_VERSION: "13",
         hdrs.SEC_WEBSOCKET_KEY: key.decode(),
+        hdrs.AUTHORIZATION: f"Bearer {token}",
     }
-    if token is not None:
-        headers[hdrs.AUTHORIZATION] = f"Bearer {token}"
     try:
-        response = await session.get(url, headers=headers, allow_redirects=False, ssl=ssl_context or True)
+        response = await session.get(url, headers=headers, allow_redirects=False)
     except (aiohttp.ClientError, OSError) as error:
         raise ConnectionLost(str(error) or type(error).__name__) from error
     accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()
@@ -82,16 +78,13 @@ class DaemonConnection(asyncio.Protocol):
     Args:
         response: the upgrade's; its transport is taken over.
         on_message: called with each message but Heartbeat and Refused, in order.
-        missed_heartbeats: silence of so many heartbeats is a loss.
 
     Attributes:
         welcomed: done when the daemon has said Welcome.
         lost: gets the exception that ended the connection: ConnectionLost, RefusedForGood or what a callback raised.
     """
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, on_message: Callable[[FromDaemon], None], missed_heartbeats: int
-    ) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, on_message: Callable[[FromDaemon], None]) -> None:
         held = response.connection
         if held is None or held.transport is None or held.protocol is None:
             response.close()
@@ -104,8 +97,9 @@ class DaemonConnection(asyncio.Protocol):
         self._http = held.protocol
         self._transport = held.transport
         self._on_message = on_message
-        self._missed_heartbeats = missed_heartbeats
+        # Both are told by Welcome. Before it nothing here watches for silence: the attempt's own deadline does.
         self._heartbeat_seconds = 0.0
+        self._silence_seconds = 0.0
         self._heartbeat_due = 0.0
         self._heard_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -154,6 +148,7 @@ class DaemonConnection(asyncio.Protocol):
     def _welcome(self, welcome: Welcome) -> None:
         if not self.welcomed.done():
             self._heartbeat_seconds = welcome.heartbeat_seconds
+            self._silence_seconds = welcome.heartbeat_seconds * welcome.lost_after_heartbeats
             self.welcomed.set_result(None)
             self._schedule()
 
@@ -210,11 +205,11 @@ class DaemonConnection(asyncio.Protocol):
         self._timer = self._loop.call_later(interval, self._beat)
 
     def _beat(self) -> None:
-        now, silence_seconds = self._loop.time(), self._heartbeat_seconds * self._missed_heartbeats
+        now = self._loop.time()
         if now - self._heartbeat_due > self._heartbeat_seconds:
             # This process stood still: the daemon may have spoken meanwhile, and gets one more interval.
-            self._heard_at = max(self._heard_at, now - silence_seconds + self._heartbeat_seconds)
-        if now - self._heard_at > silence_seconds:
+            self._heard_at = max(self._heard_at, now - self._silence_seconds + self._heartbeat_seconds)
+        if now - self._heard_at > self._silence_seconds:
             self._end(ConnectionLost(f"it was silent for {now - self._heard_at:.1f} s"))
             self._transport.abort()
             return

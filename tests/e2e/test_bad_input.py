@@ -120,7 +120,7 @@ def test_a_wrong_token_is_what_the_constructor_says(lonely: Fleet, tmp_path: Pat
 
 
 def test_another_run_is_refused_for_good(lonely: Fleet) -> None:
-    with pytest.raises(RefusedForGood, match="serves run 'e2e', not 'another-run'"):
+    with pytest.raises(RefusedForGood, match="belongs to run 'another-run', this daemon serves run 'e2e'"):
         in_process_trainer(lonely, run_id="another-run")
 
 

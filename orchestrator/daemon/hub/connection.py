@@ -25,6 +25,12 @@ READ_BYTES: Final = 64 * 1024
 """Read at once from one agent. asyncio's own 256 KiB is above glibc's mmap threshold: every heartbeat would map and
 unmap that much, which doubles the cost of a small message."""
 
+HELLO_SECONDS: Final = 10.0
+"""From the upgrade to the decision: a Hello is one small message, and the core decides between two of its own steps."""
+
+CLOSE_SECONDS: Final = 2.0
+"""For a closing handshake: long enough for a round trip, short beside the time that stopping the daemon may take."""
+
 
 @dataclass(frozen=True, slots=True)
 class HubTiming:
@@ -34,10 +40,10 @@ class HubTiming:
     for ``missed_heartbeats`` × ``heartbeat_seconds`` is lost; ``close_seconds`` bounds the closing handshake.
     """
 
-    heartbeat_seconds: float = 5.0
-    missed_heartbeats: int = 4
-    hello_seconds: float = 10.0
-    close_seconds: float = 2.0
+    heartbeat_seconds: float
+    missed_heartbeats: int
+    hello_seconds: float
+    close_seconds: float
 
     @property
     def silence_seconds(self) -> float:
