@@ -26,7 +26,8 @@ READ_BYTES: Final = 64 * 1024
 unmap that much, which doubles the cost of a small message."""
 
 HELLO_SECONDS: Final = 10.0
-"""From the upgrade to the decision: a Hello is one small message, and the core decides between two of its own steps."""
+"""From the upgrade to the decision: a Hello is one small message and the core answers it at once, so this is for a slow
+network and a process that is still loading its model."""
 
 CLOSE_SECONDS: Final = 2.0
 """For a closing handshake: long enough for a round trip, short beside the time that stopping the daemon may take."""

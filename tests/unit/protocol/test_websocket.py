@@ -144,6 +144,16 @@ def test_after_a_violation_the_peer_is_told_and_nothing_more_is_read() -> None:
     assert endpoint.close(CloseCode.NORMAL_CLOSURE, "") == b""
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_violation_counts_although_a_close_came_with_it(masked: bool) -> None:
+    endpoint, peer = (server(), client()) if masked else (client(), server())
+    with pytest.raises(FrameError, match="text frame"):
+        endpoint.receive(frame(Opcode.TEXT, b"x", masked=masked) + peer.close(CloseCode.NORMAL_CLOSURE, "bye"))
+    peer.receive(endpoint.close(CloseCode.UNSUPPORTED_DATA, "too late: the answer to its Close has been made"))
+    assert peer.peer_closed == Close(CloseCode.NORMAL_CLOSURE, "bye")
+    assert endpoint.receive(b"whatever comes now") == []
+
+
 def test_a_message_may_be_answered_although_the_peers_close_was_read_with_it() -> None:
     one, other = client(), server()
     assert other.receive(one.message(b"last words") + one.close(CloseCode.NORMAL_CLOSURE, "")) == [b"last words"]
