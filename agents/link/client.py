@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 SCHEMES: Final = ("ws://", "wss://")
 """The daemon speaks no TLS: ``wss`` leads to a proxy before it, whose certificate the system has to trust."""
 
+CONNECT_SECONDS: Final = 30.0
+"""Of one attempt. Longer than the daemon waits for a Hello, so that a daemon that is only slow gives its own reason."""
+
+CLOSE_SECONDS: Final = 2.0
+"""Of the farewell: the end of a trainer or a worker waits so long at most for a daemon that does not answer."""
+
 MAX_DOUBLINGS: Final = 32
 """Of a wait: beyond any sensible longest / first, and small enough for a float."""
 
@@ -74,9 +80,9 @@ class ControlClient:
         hello: Callable[[], Hello],
         on_message: Callable[[FromDaemon], None],
         *,
-        connect_seconds: float = 30.0,
+        connect_seconds: float = CONNECT_SECONDS,
         on_lost: Callable[[str], None] | None = None,
-        close_seconds: float = 2.0,
+        close_seconds: float = CLOSE_SECONDS,
         backoff: Backoff | None = None,
     ) -> None:
         if not url.startswith(SCHEMES):

@@ -278,6 +278,7 @@ def test_a_trainer_that_does_not_fit_fails_by_name_and_disturbs_nobody(served: S
     for word in (*words, "trainer/0", "engine/0"):
         assert word in str(failure.value)
     reason = served.whole.directory / "run" / "broadcasts" / f"step_{served.step}" / "FAILED"
+    served.whole.until(reason.exists, "FAILED, which is written beside the answer to the trainer")
     assert words[0] in json.loads(reason.read_text())["reason"]
     assert words[0] in served.whole.engine("engine")["error"]
     assert not served.server.is_paused()

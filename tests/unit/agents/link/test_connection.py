@@ -31,7 +31,7 @@ WELCOME = Welcome(
 OUTCOME = Outcome(version=Version(1, 2), committed=True)
 
 
-class Transport(asyncio.Transport):
+class RecordingTransport(asyncio.Transport):
     """Takes everything at once, unless ``waiting`` says otherwise."""
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class Transport(asyncio.Transport):
     close = abort
 
 
-class Bench:
+class Harness:
     """A connection, the daemon's side of it, and the clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loop = asyncio.get_running_loop()
         self._now = loop.time()
         monkeypatch.setattr(loop, "time", lambda: self._now)
-        self.transport = Transport()
+        self.transport = RecordingTransport()
         held = SimpleNamespace(transport=self.transport, protocol=asyncio.Protocol())
         response: Any = SimpleNamespace(connection=held, close=lambda: None)
         self.heard: list[FromDaemon] = []
@@ -91,89 +91,89 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(monkeypatch)
+async def harness(monkeypatch: pytest.MonkeyPatch) -> Harness:
+    return Harness(monkeypatch)
 
 
-async def test_welcome_says_after_how_many_heartbeats_silence_is_a_loss(bench: Bench) -> None:
-    bench.say(WELCOME)
+async def test_welcome_says_after_how_many_heartbeats_silence_is_a_loss(harness: Harness) -> None:
+    harness.say(WELCOME)
     for _ in range(3):
-        await bench.pass_time(100)
-        assert bench.said() == [Heartbeat()]
-        assert bench.reason == ""
-    await bench.pass_time(100)
-    assert bench.reason == "it was silent for 400.0 s"
-    assert bench.transport.closing
+        await harness.pass_time(100)
+        assert harness.said() == [Heartbeat()]
+        assert harness.reason == ""
+    await harness.pass_time(100)
+    assert harness.reason == "it was silent for 400.0 s"
+    assert harness.transport.closing
 
 
-async def test_a_heartbeat_of_the_daemon_ends_its_silence_and_is_no_message(bench: Bench) -> None:
-    bench.say(WELCOME)
+async def test_a_heartbeat_of_the_daemon_ends_its_silence_and_is_no_message(harness: Harness) -> None:
+    harness.say(WELCOME)
     for _ in range(10):
-        await bench.pass_time(100)
-        bench.say(Heartbeat())
-    assert bench.reason == ""
-    assert bench.heard == [WELCOME]
+        await harness.pass_time(100)
+        harness.say(Heartbeat())
+    assert harness.reason == ""
+    assert harness.heard == [WELCOME]
 
 
-async def test_a_process_that_stood_still_gives_the_daemon_one_more_interval(bench: Bench) -> None:
-    bench.say(WELCOME)
-    await bench.pass_time(10_000)
-    assert bench.reason == ""
-    await bench.pass_time(100)
-    assert bench.reason == ""
-    await bench.pass_time(100)
-    assert bench.reason.startswith("it was silent for")
+async def test_a_process_that_stood_still_gives_the_daemon_one_more_interval(harness: Harness) -> None:
+    harness.say(WELCOME)
+    await harness.pass_time(10_000)
+    assert harness.reason == ""
+    await harness.pass_time(100)
+    assert harness.reason == ""
+    await harness.pass_time(100)
+    assert harness.reason.startswith("it was silent for")
 
 
-async def test_before_its_welcome_only_the_attempts_own_deadline_watches(bench: Bench) -> None:
-    await bench.pass_time(10_000)
-    assert bench.reason == ""
-    assert not bench.connection.welcomed.done()
-    assert bench.said() == []
+async def test_before_its_welcome_only_the_attempts_own_deadline_watches(harness: Harness) -> None:
+    await harness.pass_time(10_000)
+    assert harness.reason == ""
+    assert not harness.connection.welcomed.done()
+    assert harness.said() == []
 
 
-async def test_no_heartbeat_is_sent_behind_what_is_not_taken(bench: Bench) -> None:
-    bench.say(WELCOME)
-    bench.transport.waiting = 1
-    await bench.pass_time(100)
-    assert bench.said() == []
+async def test_no_heartbeat_is_sent_behind_what_is_not_taken(harness: Harness) -> None:
+    harness.say(WELCOME)
+    harness.transport.waiting = 1
+    await harness.pass_time(100)
+    assert harness.said() == []
 
 
-async def test_a_second_welcome_changes_no_deadline_and_is_delivered(bench: Bench) -> None:
-    bench.say(WELCOME)
-    bench.say(WELCOME)
-    assert bench.heard == [WELCOME, WELCOME]
+async def test_a_second_welcome_changes_no_deadline_and_is_delivered(harness: Harness) -> None:
+    harness.say(WELCOME)
+    harness.say(WELCOME)
+    assert harness.heard == [WELCOME, WELCOME]
 
 
-async def test_a_violation_is_told_to_the_daemon_by_its_code(bench: Bench) -> None:
-    bench.say(WELCOME)
-    bench.connection.data_received(b"\x82\x80" + bytes(4))  # masked, as only a client's frames are
-    assert bench.reason == "it broke the protocol: incorrect masking"
-    assert bench.said() == []
-    assert bench.daemon.peer_closed == Close(CloseCode.PROTOCOL_ERROR, "incorrect masking")
-    bench.say(OUTCOME)
-    assert bench.heard == [WELCOME]
+async def test_a_violation_is_told_to_the_daemon_by_its_code(harness: Harness) -> None:
+    harness.say(WELCOME)
+    harness.connection.data_received(b"\x82\x80" + bytes(4))  # masked, as only a client's frames are
+    assert harness.reason == "it broke the protocol: incorrect masking"
+    assert harness.said() == []
+    assert harness.daemon.peer_closed == Close(CloseCode.PROTOCOL_ERROR, "incorrect masking")
+    harness.say(OUTCOME)
+    assert harness.heard == [WELCOME]
 
 
-async def test_refusals(bench: Bench) -> None:
+async def test_refusals(harness: Harness) -> None:
     refused = Refused(reason="wrong run", fault="config", retry=False)
-    bench.say(refused)
-    assert isinstance(bench.connection.welcomed.exception(), RefusedForGood)
-    bench.say(WELCOME)
-    assert bench.heard == [], "the first reason is the one that counts"
+    harness.say(refused)
+    assert isinstance(harness.connection.welcomed.exception(), RefusedForGood)
+    harness.say(WELCOME)
+    assert harness.heard == [], "the first reason is the one that counts"
 
 
-async def test_the_queue_to_the_daemon_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_queue_to_the_daemon_is_bounded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_connection, "MAX_SEND_QUEUE_BYTES", 1000)
-    bench.say(WELCOME)
+    harness.say(WELCOME)
     data = encode(Ready(fingerprint="x" * 500))
-    bench.connection.send(data)
-    bench.transport.waiting = 1000 - len(data)
-    bench.connection.send(data)
-    bench.transport.waiting += 1
+    harness.connection.send(data)
+    harness.transport.waiting = 1000 - len(data)
+    harness.connection.send(data)
+    harness.transport.waiting += 1
     with pytest.raises(NotConnected, match="takes no messages"):
-        bench.connection.send(data)
-    assert isinstance(bench.connection.lost.exception(), ConnectionLost)
-    assert bench.reason == f"it takes no messages: {1001 - len(data)} bytes wait for it"
+        harness.connection.send(data)
+    assert isinstance(harness.connection.lost.exception(), ConnectionLost)
+    assert harness.reason == f"it takes no messages: {1001 - len(data)} bytes wait for it"
     with pytest.raises(NotConnected, match="is ending"):
-        bench.connection.send(data)
+        harness.connection.send(data)
