@@ -44,6 +44,8 @@ class Policy:
     verify: float = 120.0
     finish: float = 60.0
     heartbeat: float = 5.0
+    lost_after: int = 3
+    """Heartbeats in a row, of either side, whose absence ends a connection; told to agents in Welcome."""
     max_bytes_per_second: float | None = None
 
     @property
