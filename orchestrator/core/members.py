@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.codec import SchemaMismatch
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -46,8 +47,7 @@ def connected(turn: Turn, event: AgentConnected) -> None:
 def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
     """Why this agent cannot be taken in. The one place that judges a Hello; the hub only frames and authenticates."""
     if hello.schema != SCHEMA_VERSION:
-        wants = f"it speaks schema {hello.schema}, the daemon {SCHEMA_VERSION}; install the same release on both sides"
-        return Trouble(wants, "config", retry=False)
+        return Trouble(str(SchemaMismatch(hello.schema)), "config", retry=False)
     if hello.run_id != fleet.policy.run_id:
         runs = f"it belongs to run {hello.run_id!r}, this daemon serves run {fleet.policy.run_id!r}"
         return Trouble(runs, "config", retry=False)
@@ -169,7 +169,7 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         epoch=fleet.epoch,
         journal_id=fleet.journal_id,
         heartbeat_seconds=policy.heartbeat,
-        transfer_seconds=policy.transfer,
+        lost_after_heartbeats=policy.lost_after,
         transport=policy.transport,
         rendezvous=rendezvous,
         run_dir=policy.run_dir,

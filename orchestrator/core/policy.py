@@ -50,7 +50,7 @@ class Policy:
     """From a plan until a round no longer waits for members that have not confirmed it."""
     probe: float
     probe_interval: float
-    """Between the end of one look at an idle engine and the next."""
+    """From the beginning of one look at an idle engine to the next."""
     init: float
     pause: float
     quiesce: float
@@ -58,6 +58,8 @@ class Policy:
     verify: float
     finish: float
     heartbeat: float
+    lost_after: int
+    """Heartbeats in a row, of either side, whose absence ends a connection; told to agents in Welcome."""
 
     @property
     def update(self) -> float:

@@ -13,15 +13,7 @@ from typing import Any, Final
 import structlog
 from aiohttp import web
 from weightsync.orchestrator.core.errors import WeightsyncError
-from weightsync.orchestrator.core.events import (
-    AgentConnected,
-    AgentLost,
-    AgentSaid,
-    Event,
-    MarkersSeen,
-    StableSeen,
-    Tick,
-)
+from weightsync.orchestrator.core.events import Event, MarkersSeen, StableSeen, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import RoundEnded, decode_record
@@ -36,8 +28,7 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
-from weightsync.orchestrator.daemon.hub import hub as hubs
-from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, HELLO_SECONDS, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
@@ -85,6 +76,7 @@ def policy_of(settings: Settings) -> Policy:
         verify=deadlines.verify_seconds,
         finish=deadlines.finish_seconds,
         heartbeat=deadlines.heartbeat_seconds,
+        lost_after=deadlines.lost_after_heartbeats,
     )
 
 
@@ -107,10 +99,10 @@ class Runner:
         timing = HubTiming(
             heartbeat_seconds=settings.deadlines.heartbeat_seconds,
             missed_heartbeats=settings.deadlines.lost_after_heartbeats,
+            hello_seconds=HELLO_SECONDS,
+            close_seconds=CLOSE_SECONDS,
         )
-        self.hub = Hub(
-            run_id=settings.run.id, token_file=settings.listen.token_file, on_event=self._hub_event, timing=timing
-        )
+        self.hub = Hub(token_file=settings.listen.token_file, post=self.post, next_id=self._next_id, timing=timing)
         self.fleet: Fleet
         self.journal: AsyncJournal
 
@@ -251,16 +243,6 @@ class Runner:
         if self._failure is None:
             self._failure = error
         self._stopped.set()
-
-    def _hub_event(self, event: hubs.HubEvent) -> None:
-        number = self._next_id()
-        match event:
-            case hubs.AgentConnected():
-                self.post(AgentConnected(number, event.member, event.connection_id, event.hello))
-            case hubs.AgentMessage():
-                self.post(AgentSaid(number, event.member, event.connection_id, event.message))
-            case hubs.AgentLost():
-                self.post(AgentLost(number, event.member, event.connection_id, event.reason))
 
     async def _tick(self) -> None:
         while True:

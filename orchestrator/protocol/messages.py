@@ -64,7 +64,6 @@ class Announce(Message, frozen=True, kw_only=True):
     layout: Layout
     endpoint_name: Name = ""
     endpoint: bytes = b""
-    capabilities: tuple[Name, ...] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -179,13 +178,16 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 class Welcome(Message, frozen=True, kw_only=True):
     """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
 
+    Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
+    them is taken for lost.
+
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
 
     epoch: int
     journal_id: Name
     heartbeat_seconds: float
-    transfer_seconds: float
+    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: NixlSettings | FilesystemSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
     run_dir: str = ""
@@ -256,7 +258,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: the fate of a version."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
 
     version: Version
     committed: bool

@@ -25,7 +25,7 @@ from weightsync.orchestrator.protocol.group import (
     Failed,
     Gather,
     Join,
-    Piece,
+    PipePiece,
     answers,
     checked_length,
     packed,
@@ -155,12 +155,12 @@ class TcpStoreRendezvousServer:
         for piece in await self._ask(command):
             raise TcpStoreError(f"the child answered {type(command).__name__} with what rank {piece.rank} says")
 
-    async def _ask(self, command: Command) -> list[Piece]:
+    async def _ask(self, command: Command) -> list[PipePiece]:
         """Have the child carry out ``command``; its answers up to Done."""
         child, name = self._child, type(command).__name__
         if child is None or child.stdin is None or child.stdout is None:
             raise TcpStoreError("the group is closed")
-        pieces: list[Piece] = []
+        pieces: list[PipePiece] = []
         try:
             async with asyncio.timeout(self._info.timeout_seconds + self._seconds_over):
                 child.stdin.write(packed(command))

@@ -40,7 +40,7 @@ MEMBER, ENGINE = Member("trainer", "", 0), Member("inference", "e0", 0)
 NAME, VERSION = RoundName(1, 1), Version(7, 1)
 CONNECT = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
 WELCOME = Welcome(
-    epoch=1, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=NixlSettings(), rendezvous=None
+    epoch=1, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=NixlSettings(), rendezvous=None
 )
 REFUSED = Refused(reason="no", fault="config", retry=False)
 STORE = TcpStoreRendezvous("127.0.0.1", 1, 0, 2, 1.0)

@@ -16,10 +16,14 @@ from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnrea
 from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.daemon import runner as runners
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.journal import Journal, JournalLocked
 from weightsync.orchestrator.daemon.runner import Runner, policy_of
+from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.messages import Hello, Refused
+from weightsync.orchestrator.protocol.names import Member, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -94,6 +98,30 @@ async def test_each_start_is_an_epoch_of_the_same_journal(settings: Settings) ->
         await task
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
     assert len({journal for _, journal in seen}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run_id": "other"}, "it belongs to run 'other', this daemon serves run 'glm'"),
+        ({"schema": 99}, "it speaks schema 99, the daemon"),
+        ({"world": 1}, "rank 3 is outside its world of 1"),
+    ],
+)
+async def test_an_agent_that_does_not_belong_here_is_refused_by_name(
+    settings: Settings, change: dict[str, Any], reason: str
+) -> None:
+    said = {"schema": SCHEMA_VERSION, "run_id": "glm", "member": Member("trainer", "", 3), "world": 4, "incarnation": 1}
+    async with running(settings) as (runner, port, _), aiohttp.ClientSession() as session:
+        headers = {"Authorization": "Bearer the-token"}
+        async with session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}", headers=headers) as socket:
+            await socket.send_bytes(encode(Hello(**said | change)))
+            refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
+            assert isinstance(refused, Refused)
+            assert (refused.fault, refused.retry) == ("config", False)
+            assert refused.reason.startswith(reason)
+            assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.CLOSE
+        assert runner.fleet.agents == {}
 
 
 async def test_markers_become_events(settings: Settings) -> None:
