@@ -98,16 +98,23 @@ class PeerTransfer(msgspec.Struct, frozen=True):
 
 
 class Closed(Message, frozen=True, kw_only=True):
-    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it."""
+    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
+
+    With ``error``: ``fault`` says whose it is, ``retry`` whether another attempt at this version may succeed.
+    """
 
     round: RoundName
     peers: tuple[PeerTransfer, ...] = ()
     error: Reason = ""
     fault: Fault = ""
+    retry: bool = True
 
 
 class Verified(Message, frozen=True, kw_only=True):
-    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors."""
+    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
+
+    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     digest: Digest
@@ -115,13 +122,20 @@ class Verified(Message, frozen=True, kw_only=True):
     apply_seconds: float
     digest_seconds: float
     error: Reason = ""
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Left(Message, frozen=True, kw_only=True):
-    """The update call of ``round`` has ended in this worker; its status is now ``status``."""
+    """The update call of ``round`` has ended in this worker; its status is now ``status``.
+
+    When it ended by itself, before Commit or Abort: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     status: EngineStatus
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

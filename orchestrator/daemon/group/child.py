@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import msgspec
+from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, encode
 from weightsync.orchestrator.protocol.group import (
     LENGTH_BYTES,
@@ -29,7 +30,7 @@ from weightsync.orchestrator.protocol.group import (
     checked_length,
     packed,
 )
-from weightsync.orchestrator.protocol.messages import Announce, Connect, FromAgent, Ready, TcpStoreRendezvous
+from weightsync.orchestrator.protocol.messages import Announce, Connect, Fault, FromAgent, Ready, TcpStoreRendezvous
 
 CHILD_MODULE: Final = "weightsync.agents.link.process_group"
 
@@ -42,8 +43,11 @@ SECONDS_OVER: Final = 5.0
 T = TypeVar("T", bound=FromAgent)
 
 
-class TcpStoreError(RuntimeError):
+class TcpStoreError(WeightsyncError):
     """The group did not carry a message, or its child process ended. Worth a retry with a new group."""
+
+    fault: ClassVar[Fault] = "network"
+    retry = True
 
 
 class TcpStoreRendezvousServer:

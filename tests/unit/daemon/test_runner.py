@@ -136,6 +136,18 @@ async def test_markers_become_events(settings: Settings) -> None:
         await until(seen)
 
 
+async def test_a_look_that_the_core_asked_for_is_answered_even_if_nothing_changed(settings: Settings) -> None:
+    async with running(settings) as (runner, _, _):
+        runner.fleet.looking = True
+        runner._look(0.0)
+
+        async def answered() -> bool:
+            return not runner.fleet.looking
+
+        await until(answered)
+        assert runner.fleet.stable == ()
+
+
 async def test_problems_of_markers_are_in_the_status(settings: Settings) -> None:
     async with running(settings) as (_, port, _):
         (settings.run.directory / "broadcasts" / "step_x").mkdir(parents=True)
@@ -198,5 +210,6 @@ def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> 
     for field in fields(Policy):
         if field.name in named:
             assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
+    assert {"init", "probe", "probe_interval"} <= named
     assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
     assert policy.run_dir == "", "files are no transport here"
