@@ -5,7 +5,7 @@ On the right, the module below ``agents``::
     AgentError
     ├── MemoryPlacementError     memory that no NIC and no other process can reach   memory.errors
     ├── NicError                 a GPU without a network port                        memory.nic
-    ├── TableError               copies or rows that do not fit their layout         tables.runs
+    ├── RunTableError            copies or rows that do not fit their layout         tables.runs
     ├── GroupError               vLLM's process group did not carry a message        link.process_group
     ├── RefusedForGood           the daemon does not want this agent                 link.connection
     ├── PlanMismatch             a Connect that does not say what it claims          transport.shares
@@ -22,7 +22,7 @@ On the right, the module below ``agents``::
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls
     ├── UpdateFailed             a round that was not committed here                 inference.window
-    ├── RecordError              a model whose layout cannot be recorded             vllm.recorder.trace
+    ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
     └── UnsupportedVllm          a vLLM that no adapter knows                        vllm.adapter.choose
 

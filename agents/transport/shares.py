@@ -59,7 +59,7 @@ class Shares:
 
         Raises:
             PlanMismatch: the copies are not worth the bytes that the plan expects, or are for peers it does not name.
-            TableError: a copy outside this rank's rows.
+            RunTableError: a copy outside this rank's rows.
         """
         copies = as_matrix(connect.copies, COPY_COLUMNS)
         per_peer = [copies[copies[:, COPY_PEER] == number] for number in range(len(connect.peers))]

@@ -13,7 +13,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     VersionView,
 )
 from weightsync.orchestrator.protocol.names import Version
-from weightsync.orchestrator.settings.settings import Engine, Settings
+from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings
 
 
 class View:
@@ -43,7 +44,7 @@ class View:
             problems=tuple(problems),
         )
 
-    def _engine(self, fleet: Fleet, config: Engine) -> EngineView:
+    def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:
         engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
         state = engine_state(fleet, config.name)
         return EngineView(
@@ -56,7 +57,8 @@ class View:
             ranks_expected=ranks[0].hello.world if ranks else 0,
             paused=engine.paused,
             torn=fleet.torn(config.name),
-            error=engine.misfit or engine.error,
+            error=engine.complaint[0],
+            fault=engine.complaint[1],
             since=self._state_since(config.name, state),
         )
 
@@ -85,7 +87,7 @@ class View:
 def engine_state(fleet: Fleet, name: str) -> str:
     """One word for what an engine is doing."""
     engine = fleet.engines[name]
-    if fleet.round is not None and name in fleet.round.going():
+    if fleet.round is not None and name in fleet.round.remaining():
         return "updating"
     if fleet.torn(name):
         return "torn"

@@ -64,7 +64,6 @@ class Announce(Message, frozen=True, kw_only=True):
     layout: Layout
     endpoint_name: Name = ""
     endpoint: bytes = b""
-    capabilities: tuple[Name, ...] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -101,7 +100,7 @@ class PeerTransfer(msgspec.Struct, frozen=True):
 class Closed(Message, frozen=True, kw_only=True):
     """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
 
-    With ``error``, ``fault`` says who must change something and ``retry`` whether another attempt may succeed without.
+    With ``error``: ``fault`` says whose it is, ``retry`` whether another attempt at this version may succeed.
     """
 
     round: RoundName
@@ -114,7 +113,7 @@ class Closed(Message, frozen=True, kw_only=True):
 class Verified(Message, frozen=True, kw_only=True):
     """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
 
-    ``error``, ``fault`` and ``retry`` as in Closed.
+    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
     """
 
     round: RoundName
@@ -128,10 +127,15 @@ class Verified(Message, frozen=True, kw_only=True):
 
 
 class Left(Message, frozen=True, kw_only=True):
-    """The update call of ``round`` has ended in this worker; its status is now ``status``."""
+    """The update call of ``round`` has ended in this worker; its status is now ``status``.
+
+    When it ended by itself, before Commit or Abort: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     status: EngineStatus
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -189,13 +193,16 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 class Welcome(Message, frozen=True, kw_only=True):
     """The daemon takes this agent in.
 
+    Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
+    them is taken for lost.
+
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
 
     epoch: int
     journal_id: Name
     heartbeat_seconds: float
-    transfer_seconds: float
+    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
 
@@ -265,7 +272,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: the fate of a version."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
 
     version: Version
     committed: bool

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.vllm import gate, hold
-from weightsync.agents.vllm.plugin import logger
+from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout
 from weightsync.orchestrator.protocol.layout import Layout

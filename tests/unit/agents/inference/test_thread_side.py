@@ -59,7 +59,7 @@ def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> No
     settings = FilesystemSettings("/runs/a")
     rank.side.welcomed(
         Welcome(
-            epoch=1, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=settings, rendezvous=None
+            epoch=1, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=settings, rendezvous=None
         )
     )
     assert rank.opened == [(Member("inference", "a", 0), settings)]

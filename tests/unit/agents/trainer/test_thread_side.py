@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
-from weightsync.agents.tables.runs import TableError
+from weightsync.agents.tables.runs import RunTableError
 from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
@@ -134,7 +134,7 @@ async def rank(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def welcome(transport: TransportSettings) -> Welcome:
     return Welcome(
-        epoch=3, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=transport, rendezvous=None
+        epoch=3, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=transport, rendezvous=None
     )
 
 
@@ -216,7 +216,7 @@ async def test_one_failure_that_no_retry_helps_counts_for_all(rank: Any) -> None
     ("error", "fault", "retry"),
     [
         (RuntimeError("CUDA error: out of memory"), "trainer", True),
-        (TableError("a copy outside its row"), "daemon", False),
+        (RunTableError("a copy outside its row"), "daemon", False),
         (KernelError("a table that is none"), "trainer", False),
     ],
 )

@@ -147,7 +147,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     monkeypatch.setitem(TRANSPORTS, MemorySettings, Transport(MemorySender, MemoryReceiver))
     settings: Any = MemorySettings()
     welcome = Welcome(
-        epoch=1, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=settings, rendezvous=None
+        epoch=1, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=settings, rendezvous=None
     )
     masters = weights.state(SHAPES)
     slots = made_slots(masters, staging)

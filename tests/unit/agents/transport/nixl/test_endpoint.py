@@ -28,7 +28,7 @@ from weightsync.agents.transport.nixl.errors import (
 )
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
-from weightsync.orchestrator.settings.sections import NixlTransport
+from weightsync.orchestrator.settings.sections import NixlSection
 
 PATIENCE = 20.0
 """Deadline of what is expected to finish. Generous: the machine may be busy."""
@@ -215,7 +215,7 @@ async def test_other_tasks_run_while_a_write_is_posted(make_endpoint: MakeEndpoi
 
 async def test_a_rate_above_the_settings_ceiling_is_an_error(make_endpoint: MakeEndpoint) -> None:
     """``transport.max_gb_per_second``, down to the text that the daemon shows."""
-    settings = NixlTransport(max_gb_per_second=0.000001).message(Path("/run"))
+    settings = NixlSection(max_gb_per_second=0.000001).message(Path("/run"))
     writer, target = make_endpoint("writer", settings=settings), make_endpoint("target")
     source, sink = random_bytes(16 << 20), np.zeros(16 << 20, dtype=np.uint8)
     writer.register([region(source)])
