@@ -43,10 +43,10 @@ from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
 from weightsync.orchestrator.daemon.outbox import Outbox
+from weightsync.orchestrator.daemon.overview import View
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory
 from weightsync.orchestrator.daemon.run_directory.watcher import wakes
-from weightsync.orchestrator.daemon.view import View
 from weightsync.orchestrator.protocol.messages import FilesystemSettings
 from weightsync.orchestrator.settings.settings import Settings, TcpStoreRendezvous
 

@@ -7,7 +7,7 @@ from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Agent, Fleet, Progress, Round
-from weightsync.orchestrator.daemon.view import engine_state
+from weightsync.orchestrator.daemon.overview import engine_state
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
