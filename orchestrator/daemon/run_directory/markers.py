@@ -146,15 +146,6 @@ class MarkerDirectory:
         self._reported = current
         return Scan(tuple(waiting), new)
 
-    def read(self, step: int) -> Step:
-        """The markers of ``step`` as they are now, whatever was remembered; an empty Step if there is no directory."""
-        self._remembered.pop(step, None)
-        try:
-            with self._broadcasts() as root:
-                return self._look(root, step).step
-        except OSError:
-            return Step(step)
-
     def write(self, kind: MarkerKind, manifest: Manifest) -> None:
         """Puts a marker of the daemon's own in place, whole and durable; an outcome takes the place of the other one.
 
