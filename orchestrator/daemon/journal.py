@@ -143,17 +143,13 @@ class Journal:
                 failure = error
         raise JournalError(f"{path} is no readable journal: {failure}") from failure
 
-    def append(self, kind: str, body: bytes) -> int:
-        """Makes one entry durable and returns its sequence.
+    def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
+        """Makes all entries ``(kind, body)`` durable in one commit, all or none, and returns their sequences.
 
         Raises:
-            ValueError: ``body`` is no UTF-8 or exceeds MAX_ENTRY_BYTES; nothing was written.
+            ValueError: a body is no UTF-8 or exceeds MAX_ENTRY_BYTES; nothing was written.
             JournalLost: the outcome is unknown; end the process.
         """
-        return self.append_many([(kind, body)])[0]
-
-    def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
-        """Makes all entries durable in one commit, all or none, and returns their sequences. Raises as ``append``."""
         rows = []
         for kind, body in entries:
             if len(body) > MAX_ENTRY_BYTES:
@@ -179,18 +175,6 @@ class Journal:
                 yield Entry(sequence, unix_time, kind, body.encode())
         except sqlite3.Error as error:
             raise self._lose("read", error) from error
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch given out; 0 before the first."""
-        return int(self._meta("epoch"))
-
-    def next_epoch(self, at_least: int = 0) -> int:
-        """Gives out, durably, an epoch above every earlier one and above ``at_least``. Raises as ``append``."""
-        with self._commit("new epoch") as connection:
-            epoch = max(self.epoch, at_least) + 1
-            connection.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (str(epoch),))
-            return epoch
 
     def prune(self, keep_rounds: int) -> int:
         """Drops the entries of rounds that ended before the newest ``keep_rounds`` ended; returns how many.
@@ -258,21 +242,13 @@ class AsyncJournal:
         self.journal_id = journal.journal_id
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
-    async def append(self, kind: str, body: bytes) -> int:
+    async def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
         """As ``Journal.append``. A cancelled caller does not stop a commit that has begun."""
-        return await self._run(partial(self.journal.append, kind, body))
-
-    async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
-        """As ``Journal.append_many``."""
-        return await self._run(partial(self.journal.append_many, entries))
+        return await self._run(partial(self.journal.append, entries))
 
     async def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> list[Entry]:
         """As ``Journal.entries``, all at once."""
         return await self._run(lambda: list(self.journal.entries(kinds, newest)))
-
-    async def next_epoch(self, at_least: int = 0) -> int:
-        """As ``Journal.next_epoch``."""
-        return await self._run(partial(self.journal.next_epoch, at_least))
 
     async def prune(self, keep_rounds: int) -> int:
         """As ``Journal.prune``."""
@@ -322,7 +298,7 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
 
 def _create(connection: sqlite3.Connection) -> None:
     connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}")
-    rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA)), ("epoch", "0")]
+    rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA))]
     connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", rows)
     connection.execute("COMMIT")
 

@@ -7,16 +7,16 @@ from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     ProgressView,
-    RoundRow,
     StatusView,
     TrainerView,
     VersionView,
+    version_view,
 )
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.settings.settings import Engine, Settings
 
 
-class View:
+class Overview:
     """Remembers since when each engine and rank has been in its present state."""
 
     def __init__(self, settings: Settings, started_unix: float) -> None:
@@ -24,10 +24,8 @@ class View:
         self._started = started_unix
         self._since: dict[str, tuple[str, float]] = {}
 
-    def status(
-        self, fleet: Fleet, rounds: Sequence[RoundRow], committed_at: float, problems: Sequence[str], now: float
-    ) -> StatusView:
-        """Of this moment. ``committed_at`` in unix time; ``now`` of the clock that the rounds are timed with."""
+    def status(self, fleet: Fleet, history: History, problems: Sequence[str], now: float) -> StatusView:
+        """Of this moment. ``now``: seconds of the clock that the rounds are timed with."""
         return StatusView(
             run=self._settings.run.id,
             state=fleet.sentence,
@@ -35,11 +33,11 @@ class View:
             journal_id=fleet.journal_id,
             unix_time=time.time(),
             started=self._started,
-            committed=_version(fleet.memory.committed, fleet.memory.sequence, committed_at),
+            committed=history.committed,
             engines=tuple(self._engine(fleet, engine) for engine in self._settings.engines),
             trainers=self._trainers(fleet),
             round=_progress(fleet, now),
-            rounds=tuple(rounds),
+            rounds=history.rounds,
             problems=tuple(problems),
         )
 
@@ -51,7 +49,7 @@ class View:
             url=config.url,
             role=config.role,
             state=state,
-            version=_version(fleet.version_of(config.name)),
+            version=version_view(fleet.version_of(config.name)),
             ranks_connected=len(ranks),
             ranks_expected=ranks[0].hello.world if ranks else 0,
             paused=engine.paused,
@@ -70,7 +68,7 @@ class View:
                     host=agent.hello.host,
                     pid=agent.hello.pid,
                     state=state,
-                    staged=_version(agent.staged.version) if agent.staged else None,
+                    staged=version_view(agent.staged.version) if agent.staged else None,
                     since=self._state_since(str(agent.member), state),
                 )
             )
@@ -96,12 +94,6 @@ def engine_state(fleet: Fleet, name: str) -> str:
     if fleet.version_of(name) is None:
         return "held"
     return "paused" if engine.paused or engine.ours_paused else "serving"
-
-
-def _version(version: Version | None, sequence: int = 0, unix_time: float = 0.0) -> VersionView | None:
-    if version is None:
-        return None
-    return VersionView(step=version.step, generation=version.generation, sequence=sequence, unix_time=unix_time)
 
 
 def _progress(fleet: Fleet, now: float) -> ProgressView | None:

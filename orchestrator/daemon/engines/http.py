@@ -3,18 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
-"""vLLM's largest answer that we read is its OpenAPI document, under 1 MiB."""
+"""The largest answer that is read is a server's OpenAPI document, under 1 MiB."""
 
 MAX_EXCERPT_CHARS: Final = 1000
-"""Of a refusal's body in an error: enough for vLLM's message from each rank, too little for a page of HTML."""
+"""Of a refusal's body in an error: enough for a message from each rank, too little for a page of HTML."""
 
 MAX_CONNECTIONS: Final = 8
 """To one engine at a time: the update call and a probe beside it, with room for the routes' probing."""
@@ -52,14 +51,6 @@ class EngineHttp:
     async def close(self) -> None:
         """Ends all connections."""
         await self._session.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def exchange(
         self,
@@ -156,7 +147,7 @@ def _reason(error: aiohttp.ClientConnectorError | aiohttp.InvalidURL) -> str:
 
 
 def _excerpt(data: bytes) -> str:
-    """The message of vLLM's error body, or the body's beginning, on one line."""
+    """The message of an error body as OpenAI's API and FastAPI shape it, else the body's beginning, on one line."""
     text = data[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", "replace")
     with contextlib.suppress(msgspec.MsgspecError):
         found = msgspec.json.decode(data, type=_Failure)

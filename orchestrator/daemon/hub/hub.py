@@ -213,10 +213,10 @@ class Hub:
         """``send`` to each; returns those that it failed for."""
         return [member for member in members if not self.send(member, message)]
 
-    def drop(self, member: Member, reason: str) -> bool:
-        """End the member's connection; it may come back. False when it has none."""
+    def drop(self, member: Member, connection_id: int, reason: str) -> bool:
+        """End this connection of the member; it may come back. False when it is not, or no longer, the member's own."""
         connection = self._members.get(member)
-        if connection is None:
+        if connection is None or connection.number != connection_id:
             return False
         self._end(connection, CloseCode.POLICY_VIOLATION, reason)
         return True

@@ -31,7 +31,6 @@ from weightsync.orchestrator.core.records import (
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.views import EngineView, LayoutsView, RoundRow, RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import Journal
-from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
@@ -129,9 +128,7 @@ def ended(number: int, outcome: str = "committed", reason: str = "") -> RoundEnd
 
 def write_journal(config: Path, *records: Record) -> None:
     with Journal.open(load(config, {}).journal_path) as journal:
-        journal.next_epoch()
-        for record in records:
-            journal.append(type(record).__name__, encode_record(record))
+        journal.append([(type(record).__name__, encode_record(record)) for record in records])
 
 
 # ------------------------------------------------------------------------------------------------ a running daemon
@@ -327,42 +324,22 @@ def test_config_check_warns_of_tokens_in_the_clear_and_of_pickles(config: Path) 
     assert any("unpickles" in text for text in texts)
 
 
+def test_config_check_names_the_kinds_of_engine_that_there_are(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "engines:\n  - {name: odd, kind: abacus, url: 'http://127.0.0.1:1'}"
+    config.write_text(config.read_text().replace("engines:", odd))
+    assert main(["config", "check", str(config), "--probe"]) == 78
+    told = capsys.readouterr().out
+    assert "engine odd: unknown engine kind 'abacus'. Fix: set kind of this engine to one of: vllm" in told
+
+
 def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         config.write_text(config.read_text().replace(":8000", f":{closed.getsockname()[1]}"))
         assert main(["config", "check", str(config), "--probe"]) == 0
     assert "cannot be reached: Connect" in capsys.readouterr().out
-
-
-MOUNTS = """\
-sysfs /sys sysfs rw 0 0
-/dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-scratch /home/scratch lustre rw 0 0
-/dev/sdb1 /mnt/my\\040disk xfs rw 0 0
-over /home/scratch tmpfs rw 0 0
-sshfs /mnt/far fuse.sshfs rw 0 0
-odd
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "kind", "network"),
-    [
-        ("/var/lib/x", "ext4", False),
-        ("/home/me", "nfs4", True),
-        ("/homeless", "ext4", False),
-        ("/home/scratch/run", "tmpfs", False),
-        ("/mnt/my disk/run", "xfs", False),
-        ("/mnt/far/run", "fuse.sshfs", True),
-    ],
-)
-def test_file_systems(path: str, kind: str, network: bool) -> None:
-    assert file_system_of(Path(path), MOUNTS) == kind
-    assert is_network(kind) is network
-    assert forgets(kind) is (kind == "tmpfs")
-    assert file_system_of(Path(path), "") == "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -78,13 +78,13 @@ def test_every_value_can_come_from_the_environment(config: Path) -> None:
     settings = loaded(
         config, "", LISTEN__PORT="9", TRANSPORT__FLUSH_EVERY="7", TRANSPORT__BACKENDS="[UCX, GDS]",
         ENGINES__0__URL="http://other:1", ENGINES__1="{name: b, url: http://b:1, role: decode}",
-        PAUSE__CLEAR_CACHE="false", DEADLINES__HTTP_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
+        PAUSE__CLEAR_CACHE="false", DEADLINES__PROBE_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
     )  # fmt: skip
     assert settings.listen.port == 9
     assert settings.transport == NixlTransport(backends=("UCX", "GDS"), flush_every=7)
     assert [engine.url for engine in settings.engines] == ["http://other:1", "http://b:1"]
     assert not settings.pause.clear_cache
-    assert settings.deadlines.http_seconds == 1.5
+    assert settings.deadlines.probe_seconds == 1.5
     assert settings.run.id == "77"
     assert loaded(config, "agents_token_file: /else/where\n").agents_token_path == "/else/where"
 
@@ -103,9 +103,9 @@ def test_other_variables_are_none_of_our_business(config: Path) -> None:
         ("rescan_secnds: 1\n", 10, "rescan_secnds", "did you mean rescan_seconds"),
         ("log: {level: loud}\n", 10, "log.level", "'loud'"),
         ("retry: {attempts: 0}\n", 10, "retry.attempts", "greater than or equal to 1"),
-        ("deadlines:\n  http_seconds: soon\n", 11, "deadlines.http_seconds", "'soon'"),
-        ("deadlines:\n  http_seconds: .inf\n", 11, "deadlines.http_seconds", "finite"),
-        ("deadlines: {http_seconds: 1.0e+9}\n", 10, "deadlines.http_seconds", "86400"),
+        ("deadlines:\n  probe_seconds: soon\n", 11, "deadlines.probe_seconds", "'soon'"),
+        ("deadlines:\n  probe_seconds: .inf\n", 11, "deadlines.probe_seconds", "finite"),
+        ("deadlines: {probe_seconds: 1.0e+9}\n", 10, "deadlines.probe_seconds", "86400"),
         ("  - name: a\n    url: http://b:1\n", 7, "engines", "the same name 'a'"),
         ("  - {name: b, url: 'http://127.0.0.1:8000/'}\n", 7, "engines", "the same url"),
         ("  - {name: b, url: 'ftp://b'}\n", 10, "engines[1].url", "^https?"),

@@ -1,0 +1,32 @@
+"""What the core is told of the settings."""
+
+from weightsync.orchestrator.core.policy import EngineConfig, GroupAddress, Policy
+from weightsync.orchestrator.settings.settings import Settings, TcpStoreRendezvous
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The numbers that the core decides by; seconds where the settings say so."""
+    deadlines, rendezvous = settings.deadlines, settings.rendezvous
+    group = None
+    if isinstance(rendezvous, TcpStoreRendezvous):
+        group = GroupAddress(rendezvous.host, rendezvous.port, rendezvous.timeout_seconds)
+    return Policy(
+        run_id=settings.run.id,
+        engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
+        transport=settings.transport.message(),
+        group=group,
+        run_dir=str(settings.run.directory),
+        trainer_world=settings.trainer.world,
+        attempts=settings.retry.attempts,
+        backoff=settings.retry.backoff_seconds,
+        join=deadlines.join_seconds,
+        staged=deadlines.staged_seconds,
+        rendezvous=deadlines.rendezvous_seconds,
+        probe=deadlines.probe_seconds,
+        pause=deadlines.pause_seconds,
+        quiesce=deadlines.quiesce_seconds,
+        transfer=deadlines.transfer_seconds,
+        verify=deadlines.verify_seconds,
+        finish=deadlines.finish_seconds,
+        heartbeat=deadlines.heartbeat_seconds,
+    )
