@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_record
-from weightsync.orchestrator.daemon.admin.views import RoundRow, VersionView, newest, round_row, version_view
+from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
 from weightsync.orchestrator.daemon.journal import Entry
 
 
@@ -24,7 +24,7 @@ class History:
         if not isinstance(record, RoundEnded):
             return None
         row = round_row(record, unix_time)
-        self.rounds = newest([*self.rounds, row])
+        self.rounds = (*self.rounds, row)[-HISTORY_ROUNDS:]
         return row
 
 
