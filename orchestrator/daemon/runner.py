@@ -175,11 +175,11 @@ class Runner:
         commands = step(self.fleet, events, asyncio.get_running_loop().time())
         if commands:
             self.outbox.put(commands)
-        self._freeze_a_fleet_that_has_met()
+        self._freeze_after_rendezvous()
         self._look_for_stable()
 
-    def _freeze_a_fleet_that_has_met(self) -> None:
-        """Take what the fleet is made of out of the garbage collector's walk, after each complete rendezvous.
+    def _freeze_after_rendezvous(self) -> None:
+        """Once per complete rendezvous, take what it built out of the garbage collector's walk.
 
         The agents, their layouts and the plan are many objects and stay until the next plan. A full collection walks
         all of them, finds nothing, and stops the loop for tens of milliseconds in the middle of a barrier.

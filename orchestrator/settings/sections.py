@@ -44,7 +44,7 @@ class Engine(Section):
     pair: Identifier | None = Field(
         default=None, description="Prefill and decode engines of one pair pause and resume as one."
     )
-    api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
+    api_key_file: Path | None = Field(default=None, description="File with the key that its API asks for, if it does.")
 
 
 class Trainer(Section):
