@@ -1,4 +1,4 @@
-"""What the core wants done. Only the shell's runner performs them; each carries the event that caused it."""
+"""What the core wants done. Only the daemon's outbox performs them; each carries the event that caused it."""
 
 from dataclasses import dataclass
 from typing import Literal

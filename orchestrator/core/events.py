@@ -1,4 +1,4 @@
-"""What happened. The shell turns the outside into these; failures are events like any other."""
+"""What happened. The daemon turns the outside into these; failures are events like any other."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,12 +8,12 @@ from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
 class Call(StrEnum):
-    """A call to an engine's HTTP routes."""
+    """A call to an engine's server, named as the methods of ``daemon.engines.interface.EngineClient``."""
 
     PROBE = "probe"
-    INIT = "init"
+    ATTACH = "attach"
     PAUSE = "pause"
-    UPDATE = "update"
+    SWITCH = "switch"
     FINISH = "finish"
     RESUME = "resume"
 
@@ -90,7 +90,7 @@ class PlanRejected(Event):
 
 @dataclass(frozen=True, slots=True)
 class CallDone(Event):
-    """An engine answered. ``paused`` is what ``/is_paused`` said, where the call asks it."""
+    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown."""
 
     engine: str
     call: Call

@@ -226,7 +226,7 @@ def tend_engines(turn: Turn) -> None:
         elif engine.paused is False and endings.must_not_serve(fleet, name):
             endings.hold(turn, name)
         elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.INIT, fleet.policy.probe * 4)
+            turn.call(name, Call.ATTACH, fleet.policy.probe * 4)
         else:
             turn.call(name, Call.PROBE, fleet.policy.probe * 2)
 
@@ -237,7 +237,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: Engine) ->
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
         engine.error = event.reason
-        if event.call in (Call.PROBE, Call.INIT):
+        if event.call in (Call.PROBE, Call.ATTACH):
             engine.reachable, engine.paused = False, None  # another server may stand there when it answers again
         return
     if event.paused is not None:
@@ -247,7 +247,7 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: Engine) ->
             if not engine.reachable:
                 engine.probe_at = turn.now  # its agents are started at once
             engine.reachable = True
-            engine.error = engine.error if not engine.ranks else ""  # without agents, what INIT says counts
+            engine.error = engine.error if not engine.ranks else ""  # without agents, what ATTACH says counts
         case Call.RESUME:
             engine.ours_paused, engine.error = False, ""
         case _:

@@ -7,7 +7,7 @@ from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSe
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine of the configuration: an admin URL is the shell's affair, the core knows its name and its pair."""
+    """One engine of the configuration. The core knows its name and its pair; how to reach it is the daemon's affair."""
 
     name: str
     pair: str = ""
@@ -24,7 +24,7 @@ class GroupAddress:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Deadlines and bounds of the state machine; the shell fills it from the settings."""
+    """Deadlines and bounds of the state machine; the daemon fills it from the settings."""
 
     run_id: str
     engines: tuple[EngineConfig, ...]

@@ -557,14 +557,14 @@ class World:
         match command.call:
             case Call.PROBE:
                 answer(True, server.paused)
-            case Call.INIT:
+            case Call.ATTACH:
                 for worker in workers:
                     self.connect(worker)
                 answer(True)
             case Call.PAUSE:
                 server.paused = True
                 answer(True, True)
-            case Call.UPDATE:
+            case Call.SWITCH:
                 self._update(command, workers, answer)
             case Call.FINISH:
                 answer(True)

@@ -60,7 +60,7 @@ def _pause(turn: Turn, current: Round) -> None:
 
 def _quiesce(turn: Turn, current: Round) -> None:
     for name in current.engines:
-        turn.call(name, Call.UPDATE, turn.fleet.policy.window, current.name, current.version)
+        turn.call(name, Call.SWITCH, turn.fleet.policy.window, current.name, current.version)
 
 
 def _mark(turn: Turn, current: Round) -> None:
@@ -258,7 +258,7 @@ def advance_cancel(turn: Turn, current: Round) -> bool:
     for name in current.engines:
         engine, progress = fleet.engines[name], current.engines[name]
         inside = any(agent.status.window == current.name for agent in fleet.ranks_of(name))
-        if inside or engine.calls.keys() & {Call.PAUSE, Call.UPDATE, Call.RESUME}:
+        if inside or engine.calls.keys() & {Call.PAUSE, Call.SWITCH, Call.RESUME}:
             waiting = True
         elif not progress.resume_tried and endings.may_serve(fleet, name):
             progress.resume_tried = True  # once here; ``fleet`` goes on trying after the round
@@ -276,7 +276,7 @@ def _torn_and_left(turn: Turn, current: Round) -> bool:
         if member not in current.told:
             current.told.add(member)
             turn.send(member, Abort(round=current.name, torn=True, reason=current.reason))
-    return not inside and not any(fleet.engines[name].calls.get(Call.UPDATE) for name in current.engines)
+    return not inside and not any(fleet.engines[name].calls.get(Call.SWITCH) for name in current.engines)
 
 
 def _may_still_write(fleet: Fleet, writer: Member) -> bool:

@@ -54,13 +54,13 @@ def call_ended(turn: Turn, event: CallDone | CallFailed, engine: Engine) -> None
 
 
 def _done_call(turn: Turn, progress: Progress, event: CallDone) -> Happening | None:
-    if event.call is not Call.UPDATE:
+    if event.call is not Call.SWITCH:
         progress.http_seconds += event.seconds
     match event.call:
         case Call.PAUSE:
             progress.paused, progress.paused_at = True, turn.now
             return Happening.PAUSED
-        case Call.UPDATE:
+        case Call.SWITCH:
             progress.update_over = True
             return Happening.UPDATE_OVER
         case Call.FINISH:
@@ -74,9 +74,9 @@ def _done_call(turn: Turn, progress: Progress, event: CallDone) -> Happening | N
 
 
 def _failed_call(turn: Turn, current: Round, progress: Progress, event: CallFailed) -> None:
-    if event.call in (Call.PROBE, Call.INIT):
+    if event.call in (Call.PROBE, Call.ATTACH):
         return
-    if event.call is Call.UPDATE:
+    if event.call is Call.SWITCH:
         progress.update_over, progress.update_error = True, event.reason
     member = Member("inference", event.engine, 0)
     happened(turn, current, Happening.CALL_FAILED, f"{event.engine}: {event.call} failed: {event.reason}", member)

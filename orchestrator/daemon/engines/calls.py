@@ -72,13 +72,13 @@ class Engines:
             case Call.PROBE:
                 await client.probe(deadline)
                 return await client.is_paused(deadline)
-            case Call.INIT:
+            case Call.ATTACH:
                 await client.attach(self._hub, deadline)
                 return None
             case Call.PAUSE:
                 await client.pause(deadline)
                 return True
-            case Call.UPDATE:
+            case Call.SWITCH:
                 assert command.round is not None
                 assert command.version is not None
                 await client.switch(Switch(command.round, command.version, deadline * AGENT_SHARE), deadline)

@@ -151,7 +151,7 @@ class Driven:
     def settle(self) -> None:
         """Answer every probe and init, so that nothing but the round is under way."""
         for name, engine in self.fleet.engines.items():
-            for call in (Call.PROBE, Call.INIT):
+            for call in (Call.PROBE, Call.ATTACH):
                 if call in engine.calls:
                     self.answers(name, call, True if call is Call.PROBE else None)
 
@@ -190,7 +190,7 @@ class Driven:
             case Phase.APPLYING:
                 for member in everybody:
                     self.says(member, Left(round=going.name, status=EngineStatus(applied=version)))
-                self.each(lambda name: self.answers(name, Call.UPDATE))
+                self.each(lambda name: self.answers(name, Call.SWITCH))
             case Phase.FINISHING:
                 self.each(lambda name: self.answers(name, Call.FINISH))
             case Phase.RESUMING:

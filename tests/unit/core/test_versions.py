@@ -143,13 +143,13 @@ def test_an_engine_that_is_gone_is_probed_before_its_agents_are_started(drive: A
     """Another server may stand there, with other routes and another number of ranks."""
     fleet = joined(drive)
     fleet.loses(ENGINE)
-    fleet.fails("e0", Call.INIT, "cannot be reached")
+    fleet.fails("e0", Call.ATTACH, "cannot be reached")
     engine = fleet.fleet.engines["e0"]
     assert (engine.reachable, engine.paused, engine.error) == (False, None, "cannot be reached")
     fleet.passes(20.0)
     fleet.answers("e0", Call.PROBE, True)
     assert (engine.reachable, engine.paused) == (True, True)
-    assert Call.INIT in engine.calls
+    assert Call.ATTACH in engine.calls
 
 
 def test_why_agents_do_not_start_stays_visible(drive: Any) -> None:
@@ -158,7 +158,7 @@ def test_why_agents_do_not_start_stays_visible(drive: Any) -> None:
     for _ in range(3):
         fleet.passes(20.0)
         fleet.answers("e0", Call.PROBE, True)
-        fleet.fails("e0", Call.INIT, "no weight transfer is configured in it")
+        fleet.fails("e0", Call.ATTACH, "no weight transfer is configured in it")
         assert fleet.fleet.engines["e0"].error == "no weight transfer is configured in it"
     assert fleet.told().count("no weight transfer is configured in it") == 1
 

@@ -140,7 +140,7 @@ def test_a_bad_verification_tears_and_the_engine_stays_paused(drive: Any, wrong:
     assert going.phase is Phase.TEARING
     assert [abort.torn for abort in fleet.sent(ENGINE, Abort)] == [True]
     fleet.says(ENGINE, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.UPDATE, "aborted")
+    fleet.fails("e0", Call.SWITCH, "aborted")
     assert fleet.fleet.round is None
     assert fleet.called("e0", Call.RESUME) == 0
     assert "e0 torn and paused" in fleet.fleet.sentence
@@ -153,7 +153,7 @@ def test_the_record_of_a_round_that_is_over_completes_no_other(drive: Any) -> No
     fleet.loses(ENGINE)
     assert fleet.fleet.round is None
     fleet.connect(ENGINE, EngineStatus(window=going.name))
-    fleet.fails("e0", Call.UPDATE, "gone")
+    fleet.fails("e0", Call.SWITCH, "gone")
     second = fleet.fleet
     assert second.awaited == ("Decided", going.name)
     fleet.happens(Appended(fleet.id(), "Decided", going.name))
@@ -166,7 +166,7 @@ def test_an_engine_that_fails_after_the_decision_is_left_out_and_the_others_go_o
     fleet.loses(ENGINE)
     assert going.going() == ["e1"]
     fleet.says(Member("inference", "e1", 0), Left(round=going.name, status=EngineStatus(applied=going.version)))
-    fleet.answers("e1", Call.UPDATE)
+    fleet.answers("e1", Call.SWITCH)
     fleet.answers("e1", Call.FINISH)
     fleet.answers("e1", Call.RESUME, False)
     fleet.durable()
@@ -208,7 +208,7 @@ def test_nobody_waits_for_writes_to_an_engine_that_is_gone(drive: Any) -> None:
     going = fleet.to(Phase.WRITING)
     fleet.loses(ENGINE)
     assert going.phase is Phase.TEARING
-    fleet.fails("e0", Call.UPDATE, "the connection broke")
+    fleet.fails("e0", Call.SWITCH, "the connection broke")
     assert fleet.fleet.round is None
     assert set(fleet.fleet.unclosed) == {TRAINER}, "no round begins before"
     fleet.connect(ENGINE, EngineStatus(), incarnation=555)

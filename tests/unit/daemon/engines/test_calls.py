@@ -89,9 +89,9 @@ engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
     ("call", "methods", "paused"),
     [
         (Call.PROBE, ["probe", "is_paused"], True),
-        (Call.INIT, ["attach"], None),
+        (Call.ATTACH, ["attach"], None),
         (Call.PAUSE, ["pause"], True),
-        (Call.UPDATE, ["switch"], True),
+        (Call.SWITCH, ["switch"], True),
         (Call.FINISH, ["finish"], True),
         (Call.RESUME, ["resume"], False),
     ],
@@ -105,13 +105,13 @@ async def test_each_call_asks_its_methods(desk: Desk, call: Call, methods: list[
 
 
 async def test_agents_are_told_where_to_go(desk: Desk, tmp_path: Path) -> None:
-    await desk.performs(Call.INIT)
+    await desk.performs(Call.ATTACH)
     hub = HubAddress("ws://127.0.0.1:7000/agents", str(tmp_path / "token"), "glm")
     assert desk.client.calls == [("attach", hub, 5.0)]
 
 
 async def test_the_switch_names_the_round_and_ends_before_the_daemon_gives_up(desk: Desk) -> None:
-    await desk.performs(Call.UPDATE, 100.0)
+    await desk.performs(Call.SWITCH, 100.0)
     assert desk.client.calls == [("switch", Switch(NAME, VERSION, 100.0 * AGENT_SHARE), 100.0)]
     assert 0 < AGENT_SHARE < 1
 
