@@ -61,7 +61,7 @@ class Inbox:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _flush(self) -> None:
-        events, self._pending = self._pending, []
+        events, self._pending = self._pending, []  # what deciding posts comes in a turn of its own
         if self.stopped.is_set():
             return
         try:
@@ -71,6 +71,7 @@ class Inbox:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
+        # Asked for in any case: asyncio would only complain of it when the task is collected.
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self.fail(error)

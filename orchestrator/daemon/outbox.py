@@ -68,8 +68,8 @@ class Outbox:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
-                for kind, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
-                    if kind:
+                for durable, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
+                    if durable:
                         await self._append([command for command in commands if isinstance(command, Append)])
                         continue
                     for command in commands:

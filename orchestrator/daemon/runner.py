@@ -101,8 +101,10 @@ class Runner:
         commands = await self._recall()
         self._open_outbox()
         try:
-            port = await self._listen()
+            # Before anybody can connect: the first record of this life is that its epoch began. Nothing is performed
+            # until the outbox runs, so a port that is taken leaves the journal as it was.
             self.outbox.put(commands)
+            port = await self._listen()
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self.outbox.run(), name="outbox"),
@@ -163,10 +165,12 @@ class Runner:
     async def _close(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
+                # What makes calls ends before what the calls go through.
                 await self.inbox.close()
                 await self.engines.close()
                 await self.group.close()
                 await self.hub.close()
+        # Both wait for what they have begun, however long the disk takes: its outcome would be unknown.
         self.markers.close()
         await self.journal.close()
 

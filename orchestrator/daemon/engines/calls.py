@@ -10,6 +10,7 @@ from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.daemon.engines.errors import EngineError
 from weightsync.orchestrator.daemon.engines.interface import HubAddress, Switch
 from weightsync.orchestrator.daemon.engines.kinds import client_of
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -29,7 +30,7 @@ class Engines:
     def __init__(self, settings: Settings, inbox: Inbox) -> None:
         self._inbox = inbox
         self._hub = HubAddress(
-            url=settings.agents_url.replace("http", "ws", 1) + "/agents",
+            url=settings.agents_url.replace("http", "ws", 1) + AGENTS_PATH,
             token_file=settings.agents_token_path,
             run_id=settings.run.id,
         )
@@ -47,6 +48,7 @@ class Engines:
     async def _perform(self, command: CallEngine) -> None:
         began = time.monotonic()
         try:
+            # Also around clients that keep to their deadline: a probe is two calls, and they have it together.
             async with asyncio.timeout(command.deadline):
                 paused = await self._ask(command)
         except EngineError as error:

@@ -8,17 +8,19 @@ that ranks know a version, or that the server acknowledges a pause: the agents' 
 
 The life of a client, in the order in which the core calls it:
 
-1. ``probe``: is the server alive, does it have what we need, do the settings fit it? Repeated for as long as the engine
-   has no agents, and again whenever one of them is lost.
-2. ``attach``: tell the ranks where the hub is. Each of them connects and announces the layout of its weights. May come
-   again, with the same or another address, after the daemon or the server was restarted.
+1. ``probe``: is the server alive, does it have what we need, do the settings fit it? Repeated every
+   ``deadlines.probe_seconds`` while the engine is in no round, each time followed by ``is_paused``.
+2. ``attach``: tell the ranks where the hub is. Each of them connects and announces the layout of its weights. Repeated
+   while no rank is connected, so also after the daemon or the server was restarted, then with another address perhaps.
 3. For each round: ``pause``, ``switch``, ``finish``, ``resume``. ``switch`` lasts as long as the round: it brings every
    rank into the window in which its weights may change, and returns when every rank has left it. That a rank stands
    still it says itself (Quiesced), and that it has left it says itself (Left); only those words count. ``finish`` tells
-   the server the version's name, for it to show to its users. A round that fails before ``switch`` goes from ``pause``
-   to ``resume``; an engine that was torn stays paused and is switched again.
-4. ``is_paused`` at any time, also beside a ``switch``: the answer of a server that waits may then come late.
-5. ``close``, once.
+   the server the version's name, for it to show to its users. A round that fails before a byte was written goes from
+   there to ``resume``; an engine that may be torn stays paused, and the next round begins with ``pause`` again.
+4. ``close``, once.
+
+Methods may overlap: ``is_paused`` beside a ``switch``, a ``pause`` while an earlier one is still under way. Pausing
+what is paused and resuming what runs are no errors.
 
 All deadlines are totals in seconds, retries included, and come from the command that the call performs; a client has no
 deadline of its own. Every method but ``close`` raises an EngineError and nothing else. A call that is cancelled may

@@ -70,7 +70,7 @@ class Group:
                 for rank, ready in (await server.gather_ready()).items():
                     self._say(gathering, members[rank], ready)
                 await server.barrier()
-        except (TcpStoreError, TimeoutError) as error:
+        except (TcpStoreError, OSError) as error:  # among them TimeoutError, and a child that cannot be started
             reason = f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}"
             log.error(reason)
             for member, connection in gathering.connections.items():

@@ -160,3 +160,17 @@ async def test_a_new_group_ends_the_old_one_first(around: Around) -> None:
     assert around.said(Ready) == [(TRAINER, 21), (ENGINE, 22)]
     assert around.dropped == {}, "it was replaced, and has not failed"
     assert isinstance(around.events[0], AgentSaid)
+
+
+async def test_a_child_that_cannot_be_started_is_such_a_failure(
+    around: Around, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_process(_: Server, world: int) -> None:
+        raise OSError("out of processes")
+
+    monkeypatch.setattr(Server, "start", no_process)
+    around.group.open(STORE, MEMBERS)
+    await finished()
+    assert set(around.dropped) == set(MEMBERS)
+    assert "out of processes" in around.dropped[TRAINER]
+    assert around.inbox.failure is None
