@@ -145,6 +145,7 @@ class Hub:
             await self._site.start()
         except OSError:
             await self._runner.cleanup()
+            self._runner = self._site = None  # or ``close`` would fail on them and hide why the start did
             raise
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
         return int(self._runner.addresses[0][1])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -154,6 +155,35 @@ async def test_one_daemon_per_journal(settings: Settings) -> None:
     async with running(settings):
         with pytest.raises(JournalLocked):
             await Runner(settings).run()
+
+
+async def test_a_port_that_is_taken_leaves_the_journal_as_it_was(settings: Settings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = settings.listen.model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(OSError, match="in use"):
+            await asyncio.wait_for(Runner(settings.model_copy(update={"listen": listen})).run(), SECONDS)
+    with Journal.read_only(settings.journal_path) as journal:
+        assert list(journal.entries()) == []
+
+
+async def test_the_first_record_of_a_life_is_its_epoch(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an agent says while the daemon is still starting."""
+    listen = Runner._listen
+
+    async def impatient(runner: Runner) -> int:
+        port = await listen(runner)
+        runner.inbox.post(MarkersSeen(runner.inbox.next_id(), (StableSeen(5),)))
+        await asyncio.sleep(0)
+        assert runner.fleet.stable == (StableSeen(5),), "it was decided"
+        return port
+
+    monkeypatch.setattr(Runner, "_listen", impatient)
+    async with running(settings) as (_, port, _):
+        assert (await asked(port, "/status"))["epoch"] == 1
+    with Journal.read_only(settings.journal_path) as journal:
+        assert next(entry.kind for entry in journal.entries()) == "EpochBegan"
 
 
 async def test_a_journal_that_it_cannot_read_is_not_guessed_at(settings: Settings) -> None:
