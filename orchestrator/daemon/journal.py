@@ -104,6 +104,7 @@ class Journal:
         try:
             # The file before SQLite opens it, because SQLite would give it the umask's permissions.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            # Transactions are ours to begin (isolation_level), and AsyncJournal uses it on a thread of its own.
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(path, connection)
@@ -167,6 +168,7 @@ class Journal:
         """
         wanted = None if kinds is None else list(kinds)
         where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
+        # Backwards from the end, so that the newest few cost nothing of the rest; then turned round again.
         latest = f"SELECT sequence, unix_time, kind, body FROM entries {where} ORDER BY sequence DESC LIMIT ?"
         query = f"SELECT * FROM ({latest}) ORDER BY sequence"
         arguments = [*(wanted or ()), -1 if newest is None else newest]
@@ -215,12 +217,14 @@ class Journal:
     def _commit(self, doing: str) -> Iterator[sqlite3.Connection]:
         connection = self._usable()
         try:
+            # IMMEDIATE: a lock that cannot be had fails here, before anything was written.
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             raise self._lose(doing, error) from error
         except BaseException:
+            # Not the disk's doing (a bad entry, a cancelled caller): nothing was committed, and that is known.
             connection.execute("ROLLBACK")
             raise
 
@@ -276,19 +280,23 @@ def _lock(path: Path) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+    # Only now: until the lock is ours the number in the file is another daemon's.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    # Readers beside the daemon (the command line) may hold the file for a moment.
     connection.execute("PRAGMA busy_timeout = 2000")
+    # The mode is part of the file and may be refused; ``synchronous`` is this connection's, FULL an fsync per commit.
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     connection.execute("PRAGMA synchronous = FULL")
     if mode != "wal":
         raise JournalError(f"{path}: the file system does not allow SQLite's WAL mode. Fix: use a local disk")
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
         _create(connection)
+        # The file's own fsync does not make its name durable.
         _sync_directory(path.parent)
     _check_schema(path, connection)
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -297,6 +305,7 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
 
 
 def _create(connection: sqlite3.Connection) -> None:
+    # Tables and identity in one transaction: a journal is whole or empty, and an empty one is made anew.
     connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}")
     rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA))]
     connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", rows)

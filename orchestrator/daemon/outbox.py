@@ -68,6 +68,7 @@ class Outbox:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
+                # Runs of records, and runs of what may leave only once the records before it are durable.
                 for durable, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
                     if durable:
                         await self._append([command for command in commands if isinstance(command, Append)])

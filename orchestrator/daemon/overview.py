@@ -83,6 +83,7 @@ class Overview:
 def engine_state(fleet: Fleet, name: str) -> str:
     """One word for what an engine is doing."""
     engine = fleet.engines[name]
+    # The order decides: a torn engine that is unreachable, too, is to be seen as torn.
     if fleet.round is not None and name in fleet.round.going():
         return "updating"
     if fleet.torn(name):

@@ -95,6 +95,7 @@ class Runner:
             ConfigError: an engine's key file cannot be read.
         """
         loop = asyncio.get_running_loop()
+        # A signal is no exception in the middle of a decision: the loop ends its turn, then the daemon ends in order.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.inbox.stopped.set)
         self.journal = AsyncJournal(Journal.open(self.settings.journal_path))
@@ -117,6 +118,7 @@ class Runner:
                 await self.inbox.stopped.wait()
                 for task in tasks:
                     task.cancel()
+            # Out of the group, which would wrap it: its type is the exit code.
             if self.inbox.failure is not None:
                 raise self.inbox.failure
         finally:
@@ -124,6 +126,7 @@ class Runner:
 
     async def _recall(self) -> list[Command]:
         """The fleet as the journal knows it; what the core wants done first."""
+        # At a start only: nothing waits for it then, and between two starts history grows by 1 kB a round.
         await self.journal.prune(KEPT_ROUNDS)
         entries = await self.journal.entries()
         records = [decode_record(entry.body) for entry in entries]

@@ -35,6 +35,7 @@ class EngineHttp:
     def __init__(self, name: str, url: str, api_key: str | None) -> None:
         self.name = name
         self._url = url.rstrip("/")
+        # identity, and no decompression below: the cap on a body must hold for what it unpacks to.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -45,7 +46,7 @@ class EngineHttp:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None),  # Ours covers the retries too.
             auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
+            cookie_jar=aiohttp.DummyCookieJar(),  # nothing of one call may show in another
         )
 
     async def close(self) -> None:
@@ -118,6 +119,7 @@ class EngineHttp:
             async with self._session.request(
                 method, self._url + path, params=query, data=payload, headers=headers, allow_redirects=False
             ) as response:
+                # Followed, it would carry our key to wherever the answer says.
                 if 300 <= response.status < 400:
                     where = response.headers.get("Location", "elsewhere")
                     what = f"a redirect to {where[:MAX_EXCERPT_CHARS]}, which is not followed; set the engine's own url"
@@ -135,7 +137,7 @@ class EngineHttp:
         async for chunk in response.content.iter_any():
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
-                response.close()
+                response.close()  # the rest is not read, so the connection cannot be used again
                 what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {_excerpt(bytes(data[:100]))}"
                 raise EngineRefused(self.name, call, response.status, what)
         return bytes(data)

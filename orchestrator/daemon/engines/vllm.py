@@ -190,9 +190,9 @@ class VllmClient:
                 # With as long again: whoever called with one deadline for both has given up by then.
                 paused = await self.is_paused(deadline)
             except EngineError:
-                raise error from None
+                raise error from None  # nobody knows; what went wrong first says more
             if paused is not wanted:
-                raise
+                raise  # the answer was lost, and so was the request
 
     async def _once(self, path: str, body: Mapping[str, object], deadline: float) -> None:
         await self._http.exchange("POST", path, deadline, body=body, idempotent=False)
@@ -211,6 +211,7 @@ class VllmClient:
         """Asks with OPTIONS, which no route of vLLM performs; where a proxy answers that itself, reads its document."""
         wanted = {**REQUIRED, **OPTIONAL}
         answers = [await self._http.ask("OPTIONS", path, deadline, idempotent=True) for path in wanted]
+        # A route that knows other methods answers 405, one that does not exist 404.
         if all(status in (404, 405) for status, _ in answers):
             return frozenset(path for path, (status, _) in zip(wanted, answers, strict=True) if status == 405)
         document = await self._get("/openapi.json", deadline, _OpenApi)

@@ -55,9 +55,10 @@ class Group:
         await _end(self._task)
 
     async def _meet(self, gathering: _Gathering, previous: "asyncio.Task[None] | None") -> None:
+        # Only where it is used: most daemons have no such rendezvous.
         from weightsync.orchestrator.daemon.group.child import TcpStoreError, TcpStoreRendezvousServer
 
-        await _end(previous)
+        await _end(previous)  # it holds the store's port
         server = TcpStoreRendezvousServer(gathering.store)
         members = dict(enumerate(gathering.connections, start=1))
         try:

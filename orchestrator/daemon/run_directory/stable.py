@@ -31,6 +31,7 @@ class StableWatch:
     async def look(self, after_seconds: float = 0.0) -> bool:
         """Scan the directory once, ``after_seconds`` from now; whether there was something new to post."""
         await asyncio.sleep(after_seconds)
+        # The scan, never the wake, is the truth: whoever woke us may know less than the directory.
         scan = await self._markers.scan()
         for problem in scan.problems:
             log.warning("marker not believed", problem=str(problem))
