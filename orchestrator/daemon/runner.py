@@ -4,12 +4,10 @@ import asyncio
 import contextlib
 import gc
 import signal
-import time
 from collections.abc import Callable
 from typing import Final
 
 import structlog
-from aiohttp import web
 from weightsync.orchestrator.core import versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event, Tick
@@ -17,7 +15,6 @@ from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.live import LiveViews
-from weightsync.orchestrator.daemon.admin.routes import routes
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds
 from weightsync.orchestrator.daemon.group.group import Group
@@ -25,11 +22,9 @@ from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.daemon.hub import hub as hubs
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
-from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
 from weightsync.orchestrator.daemon.outbox import Outbox
-from weightsync.orchestrator.daemon.overview import Overview
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
@@ -152,18 +147,15 @@ class Runner:
 
     async def _listen(self) -> int:
         views = LiveViews(
+            settings=self.settings,
             fleet=self.fleet,
-            overview=Overview(self.settings, time.time()),
             history=self.history,
             markers=self.markers,
             planning=self.planning,
             journal=self.journal,
         )
-
-        def configure(app: web.Application) -> None:
-            app.router.add_routes(routes(views, read_token(self.settings.listen.token_file)))
-
-        return await self.hub.start(self.settings.listen.host, self.settings.listen.port, configure)
+        listen = self.settings.listen
+        return await self.hub.start(listen.host, listen.port, views.add_routes)
 
     async def _close(self) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,15 +1,20 @@
 """Status and history of the running daemon, for its HTTP routes."""
 
 import asyncio
+import time
 
+from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.routes import routes
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.history import History, rows_of
+from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal
 from weightsync.orchestrator.daemon.overview import Overview
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.settings.settings import Settings
 
 
 class LiveViews:
@@ -18,15 +23,24 @@ class LiveViews:
     def __init__(
         self,
         *,
+        settings: Settings,
         fleet: Fleet,
-        overview: Overview,
         history: History,
         markers: MarkerThread,
         planning: Planning,
         journal: AsyncJournal,
     ) -> None:
-        self._fleet, self._overview, self._history = fleet, overview, history
+        self._settings, self._fleet, self._history = settings, fleet, history
+        self._overview = Overview(settings, started_unix=time.time())
         self._markers, self._planning, self._journal = markers, planning, journal
+
+    def add_routes(self, app: web.Application) -> None:
+        """Serve these views in ``app``, to whoever bears the daemon's token.
+
+        Raises:
+            TokenError: the token file cannot serve.
+        """
+        app.router.add_routes(routes(self, read_token(self._settings.listen.token_file)))
 
     async def status(self) -> StatusView:
         """What ``/status`` answers."""
