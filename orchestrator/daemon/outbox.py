@@ -22,9 +22,9 @@ from weightsync.orchestrator.core.commands import (
 )
 from weightsync.orchestrator.core.events import Appended, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import encode_record
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
-from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import AsyncJournal

@@ -14,11 +14,11 @@ from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Agent
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds
 from weightsync.orchestrator.daemon.group.group import Group
-from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.daemon.hub import hub as hubs
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub

@@ -3,8 +3,8 @@
 import time
 
 from weightsync.orchestrator.core.records import Memory, RoundEnded, decode_record, replay
+from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.history import History, rows_of
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.settings.settings import Settings
 

@@ -6,12 +6,12 @@ import time
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.history import History, rows_of
+from weightsync.orchestrator.daemon.admin.overview import Overview
 from weightsync.orchestrator.daemon.admin.routes import routes
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.history import History, rows_of
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal
-from weightsync.orchestrator.daemon.overview import Overview
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.settings.settings import Settings

@@ -22,7 +22,7 @@ from weightsync.orchestrator.core.commands import (
 )
 from weightsync.orchestrator.core.events import Appended, Call, Event, PlanFacts, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundEnded
-from weightsync.orchestrator.daemon.history import History
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.planner import PlanError

@@ -10,9 +10,9 @@ from aiohttp import web
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
-from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.daemon.hub.token import TokenError
 from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
 from weightsync.orchestrator.protocol.messages import NixlSettings

@@ -10,9 +10,9 @@ from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import Committed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Agent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state
 from weightsync.orchestrator.daemon.admin.views import TrainerView, VersionView
-from weightsync.orchestrator.daemon.history import History
-from weightsync.orchestrator.daemon.overview import Overview, engine_state
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, NixlSettings, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     ProgressView,
@@ -12,7 +13,6 @@ from weightsync.orchestrator.daemon.admin.views import (
     VersionView,
     version_view,
 )
-from weightsync.orchestrator.daemon.history import History
 from weightsync.orchestrator.settings.settings import Engine, Settings
 
 

@@ -1,8 +1,8 @@
 """What records leave for people to look at."""
 
 from weightsync.orchestrator.core.records import Committed, EpochBegan, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, VersionView
-from weightsync.orchestrator.daemon.history import History, rows_of
 from weightsync.orchestrator.daemon.journal import Entry
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
