@@ -151,7 +151,7 @@ class Runner:
             fleet=self.fleet,
             history=self.history,
             markers=self.markers,
-            planning=self.planning,
+            layouts=self.planning.layouts,
             journal=self.journal,
         )
         listen = self.settings.listen

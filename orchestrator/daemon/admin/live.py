@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
@@ -12,13 +13,15 @@ from weightsync.orchestrator.daemon.admin.routes import routes
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal
-from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.settings.settings import Settings
 
 
 class LiveViews:
-    """Answers ``admin.routes.Views`` from the daemon's own state. Belongs to the loop that changes that state."""
+    """Answers ``admin.routes.Views`` from the daemon's own state. Belongs to the loop that changes that state.
+
+    ``layouts``: of the present plan, for the run that it is given the name of.
+    """
 
     def __init__(
         self,
@@ -27,12 +30,12 @@ class LiveViews:
         fleet: Fleet,
         history: History,
         markers: MarkerThread,
-        planning: Planning,
+        layouts: Callable[[str], LayoutsView | None],
         journal: AsyncJournal,
     ) -> None:
         self._settings, self._fleet, self._history = settings, fleet, history
         self._overview = Overview(settings, started_unix=time.time())
-        self._markers, self._planning, self._journal = markers, planning, journal
+        self._markers, self._layouts, self._journal = markers, layouts, journal
 
     def add_routes(self, app: web.Application) -> None:
         """Serve these views in ``app``, to whoever bears the daemon's token.
@@ -58,4 +61,4 @@ class LiveViews:
 
     async def layouts(self) -> LayoutsView | None:
         """What ``/plan/layouts`` answers."""
-        return self._planning.layouts(self._fleet.policy.run_id)
+        return self._layouts(self._fleet.policy.run_id)

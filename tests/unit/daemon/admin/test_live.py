@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +44,7 @@ class Daemon:
         self.layouts: LayoutsView | None = None
         parts: dict[str, Any] = {
             "markers": self,
-            "planning": SimpleNamespace(layouts=lambda run: self.layouts if run == "glm" else None),
+            "layouts": lambda run: self.layouts if run == "glm" else None,
         }
         self.views = LiveViews(settings=settings, fleet=self.fleet, history=self.history, journal=self.journal, **parts)
 
