@@ -1,20 +1,17 @@
 """What the core is told of the settings."""
 
-from weightsync.orchestrator.core.policy import EngineConfig, GroupAddress, Policy
-from weightsync.orchestrator.settings.settings import Settings, TcpStoreRendezvous
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.settings.settings import Settings
 
 
 def policy_of(settings: Settings) -> Policy:
     """The numbers that the core decides by; seconds where the settings say so."""
-    deadlines, rendezvous = settings.deadlines, settings.rendezvous
-    group = None
-    if isinstance(rendezvous, TcpStoreRendezvous):
-        group = GroupAddress(rendezvous.host, rendezvous.port, rendezvous.timeout_seconds)
+    deadlines = settings.deadlines
     return Policy(
         run_id=settings.run.id,
         engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
         transport=settings.transport.message(),
-        group=group,
+        group=settings.rendezvous.group_address(),
         run_dir=str(settings.run.directory),
         trainer_world=settings.trainer.world,
         attempts=settings.retry.attempts,

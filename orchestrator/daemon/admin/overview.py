@@ -13,7 +13,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     VersionView,
     version_view,
 )
-from weightsync.orchestrator.settings.settings import Engine, Settings
+from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings
 
 
 class Overview:
@@ -41,7 +42,7 @@ class Overview:
             problems=tuple(problems),
         )
 
-    def _engine(self, fleet: Fleet, config: Engine) -> EngineView:
+    def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:
         engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
         state = engine_state(fleet, config.name)
         return EngineView(

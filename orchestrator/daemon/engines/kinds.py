@@ -6,13 +6,14 @@ from typing import Final
 from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFactory, EngineSetup
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
-from weightsync.orchestrator.settings.settings import Engine, Pause, read_secret
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
 
 CLIENTS: Final[dict[str, EngineFactory]] = {"vllm": VllmClient}
 """Kind to client. A new kind of engine is one more line."""
 
 
-def check_kinds(engines: Iterable[Engine]) -> None:
+def check_kinds(engines: Iterable[EngineSection]) -> None:
     """Refuse what nobody here can talk to.
 
     Raises:
@@ -23,7 +24,7 @@ def check_kinds(engines: Iterable[Engine]) -> None:
             raise UnknownEngineKind(engine.name, engine.kind, tuple(CLIENTS))
 
 
-def client_of(engine: Engine, pause: Pause) -> EngineClient:
+def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
     """The client of one configured engine. Call it inside a running loop.
 
     Raises:
