@@ -38,14 +38,13 @@ class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Body of ``/init_weight_transfer_engine``: how the agent of each worker reaches its daemon.
 
     ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas,
-    as ``GET /get_world_size`` tells it. ``deadline_seconds`` bounds each attempt to connect.
+    as ``GET /get_world_size`` tells it.
     """
 
     hub_url: Text
     token_file: Text
     run_id: Text
     engine: Text
-    deadline_seconds: Seconds
     world: Annotated[int, msgspec.Meta(ge=1)]
 
 

@@ -17,7 +17,6 @@ INIT = {
     "token_file": "/run/secrets/token",
     "run_id": "run",
     "engine": "engine-0",
-    "deadline_seconds": 30.0,
     "world": 2,
 }
 UPDATE = {
@@ -49,8 +48,7 @@ def test_init_info() -> None:
         ({"hub_url": ""}, "hub_url"),
         ({"world": 0}, "world"),
         ({"world": "2"}, "world"),
-        ({"deadline_seconds": 0}, "deadline_seconds"),
-        ({"deadline_seconds": float("nan")}, "deadline_seconds"),
+        ({"deadline_seconds": 30.0}, "deadline_seconds"),
         ({"token": "secret"}, "token"),
     ],
 )
@@ -82,7 +80,10 @@ def test_update_info() -> None:
     assert (info.token, info.round_number, info.step) == ("1.7", 7, 100)
 
 
-@pytest.mark.parametrize("change", [{"step": -1}, {"token": None}, {"extra": 1}, {"deadline_seconds": -1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"token": None}, {"extra": 1}, *({"deadline_seconds": bad} for bad in (-1.0, 0, float("nan")))],
+)
 def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(engine.InfoError, match="update_info"):
         engine.parse_update_info({**UPDATE, **change}, engine.UpdateInfo)
