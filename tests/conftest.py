@@ -1,14 +1,17 @@
-"""What all tests share: property tests without a clock, and loggers as they were."""
+"""What all tests share: property tests without a clock (CI=true for many examples), and loggers as they were."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 # How fast an example runs says something about the machine, nothing about the code.
-settings.register_profile("weightsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("weightsync")
+settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# For the loop of edit and test. Property tests that give no number of examples of their own take the profile's.
+settings.register_profile("dev", settings.get_profile("ci"), max_examples=25)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
 
 
 @pytest.fixture(autouse=True)

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
-from weightsync.orchestrator.cli.main import Exit
+from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.vllm import EngineClient, EngineError
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
-from weightsync.orchestrator.settings.settings import (
-    ConfigError,
-    Engine,
-    Settings,
-    TcpStoreRendezvous,
-    load,
-    read_secret,
-)
+from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings, load
 
 SHORT_TOKEN_CHARS: Final = 16
 """Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
@@ -140,7 +136,7 @@ def _address(settings: Settings) -> Iterator[Finding]:
     yield Finding("ok", f"agents are told to come to {settings.agents_url}")
     if not _is_loopback(host) and settings.agents_url.startswith("http://"):
         yield Finding("warning", f"listen: tokens travel unencrypted to {host}; keep them on a trusted network")
-    if isinstance(settings.rendezvous, TcpStoreRendezvous):
+    if settings.rendezvous.group_address() is not None:
         yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
 
 
@@ -166,7 +162,7 @@ async def _probe(settings: Settings) -> list[Finding]:
     return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in settings.engines)))
 
 
-async def _probe_one(engine: Engine, settings: Settings) -> Finding:
+async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
     api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
     async with EngineClient(engine.name, engine.url, api_key, settings.deadlines) as client:
         try:

@@ -5,48 +5,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Literal
 
-from weightsync.orchestrator.settings.document import ConfigError
+from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, exit_codes_text
+from weightsync.orchestrator.settings.problems import ConfigError
 
-CONFIG_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Command = Callable[[argparse.Namespace], int]
-
-
-class Exit(IntEnum):
-    """Exit codes; from 64 on they are those of sysexits.h."""
-
-    OK = 0
-    BUG = 1
-    USAGE = 2
-    UNAVAILABLE = 69
-    INTERNAL = 70
-    IO = 74
-    TEMPORARY = 75
-    DENIED = 77
-    CONFIG = 78
-    INTERRUPTED = 130
-
-
-EXIT_CODES: Final = """\
-exit codes:
-  0    done
-  1    an error that is our bug, with its traceback; demo: it failed, or the engines' answers differ
-  2    the command line is wrong
-  69   demo: something that it needs is not installed
-  70   run: an invariant did not hold; the journal is what the next start believes
-  74   run: the journal's disk failed, the last commit's outcome is unknown until the next start rereads it
-  75   temporary: the daemon cannot be reached (status then tells what the journal knows), another daemon holds
-       the journal, the address is taken
-  77   the daemon refuses the token
-  78   the configuration is wrong; the message names file, line or variable, key, value and fix
-  130  interrupted
-"""
 
 
 def parser(command: str = "plan") -> argparse.ArgumentParser:
@@ -57,7 +22,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="weightsync-orchestrator",
         description="Moves new weights from a trainer fleet into live vLLM engines, whole and verified.",
-        epilog=EXIT_CODES,
+        epilog=exit_codes_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -67,7 +32,9 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
-        importlib.import_module("weightsync.orchestrator.cli.plan").add_plan_commands(commands)
+        from weightsync.orchestrator.cli.plan import add_plan_commands
+
+        add_plan_commands(commands)
     else:
         commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one", add_help=False)
     return top
@@ -125,15 +92,6 @@ def _add_config(commands: Commands) -> None:
     schema.set_defaults(run=_schema)
 
 
-def add_config_option(command: argparse.ArgumentParser, required: bool = True) -> None:
-    """``--config``, by default the file that the environment variable WEIGHTSYNC_CONFIG names."""
-    named = os.environ.get(CONFIG_VARIABLE)
-    default = Path(named) if named else None
-    text = f"the configuration file (default: ${CONFIG_VARIABLE})"
-    needed = required and default is None
-    command.add_argument("--config", type=Path, metavar="PATH", required=needed, default=default, help=text)
-
-
 def _count(text: str) -> int:
     if text.isdigit() and 1 <= int(text) <= 10_000:
         return int(text)
@@ -142,10 +100,11 @@ def _count(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.daemon import log
-    from weightsync.orchestrator.settings import settings
+    from weightsync.orchestrator.settings.secrets import read_secret
+    from weightsync.orchestrator.settings.settings import load
 
-    loaded = settings.load(options.config)
-    token = settings.read_secret(loaded.listen.token_file)
+    loaded = load(options.config)
+    token = read_secret(loaded.listen.token_file)
     log.configure(loaded.log)
     log.withhold(token)
 
@@ -190,6 +149,7 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    # By name: the demo builds on this package, which must not build on the demo.
     demo = importlib.import_module("weightsync.orchestrator.demo.command")
     return int(demo.main(options.rest))
 

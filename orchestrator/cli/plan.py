@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.orchestrator.cli.main import Commands, Exit, add_config_option
-from weightsync.orchestrator.cli.status import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES
@@ -20,7 +20,7 @@ from weightsync.orchestrator.planner import CostModel, Party, Plan, PlanError, m
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.settings.settings import load, read_secret
+from weightsync.orchestrator.settings.settings import load
 
 SUFFIX: Final = ".msgpack"
 """Of layout files."""
@@ -152,8 +152,7 @@ def _read(options: argparse.Namespace) -> list[Party]:
     if where is None:
         raise Unusable("name the layouts: --from PATH_OR_URL, or --config PATH for the daemon of a configuration")
     if where.startswith(("http://", "https://")):
-        path: Path | None = options.token_file or (settings.listen.token_file if settings else None)
-        token = None if path is None else read_secret(path)
+        token = token_for(options.token_file, settings)
         return _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout)
     return read_layouts(Path(where))
 

@@ -4,31 +4,19 @@ import argparse
 import asyncio
 import sys
 import time
-from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import aiohttp
 import msgspec
-from weightsync.orchestrator.cli.main import CONFIG_VARIABLE, Exit
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
 from weightsync.orchestrator.cli.tables import rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
-from weightsync.orchestrator.settings.settings import Settings, load, read_secret
-
-MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
-"""10,000 rounds with long reasons."""
+from weightsync.orchestrator.settings.settings import Settings, load
 
 View = TypeVar("View", StatusView, RoundsView)
-
-
-class Unreachable(Exception):
-    """No usable answer from the daemon."""
-
-
-class Denied(Exception):
-    """The daemon refuses the token."""
 
 
 def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
@@ -42,8 +30,7 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
         print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
         return Exit.USAGE
     url = options.url or settings.agents_url  # type: ignore[union-attr]
-    path: Path | None = options.token_file or (settings.listen.token_file if settings else None)
-    token = None if path is None else read_secret(path)
+    token = token_for(options.token_file, settings)
     route = "/status" if what == "status" else f"/rounds?last={options.last}"
     code: int = Exit.OK
     view: StatusView | RoundsView
@@ -67,39 +54,6 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     else:
         print(rounds_text(view.rounds, time.time()))
     return code
-
-
-async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:
-    """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
-
-    Raises:
-        Unreachable, Denied.
-    """
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    where = url.partition("?")[0]
-    try:
-        async with (
-            asyncio.timeout(timeout_seconds),
-            aiohttp.ClientSession() as session,
-            session.get(url, headers=headers, allow_redirects=False) as response,
-        ):
-            if response.status in (401, 403):
-                raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
-            if response.status != 200:
-                raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
-            data = bytearray()
-            async for chunk in response.content.iter_any():
-                data += chunk
-                if len(data) > limit:
-                    raise Unreachable(f"{where} answers with more than {limit} bytes")
-            return bytes(data)
-    except TimeoutError as error:
-        raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error
-    except aiohttp.ClientConnectorError as error:
-        reason = error.os_error.strerror or str(error)
-        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error
 
 
 def _decode(data: bytes, kind: type[View]) -> View:

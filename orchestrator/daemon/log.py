@@ -12,7 +12,7 @@ from typing import Any, Final, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 from weightsync.orchestrator.daemon.admin.views import RoundRow
-from weightsync.orchestrator.settings.sections import Log
+from weightsync.orchestrator.settings.sections import LogSection
 
 WITHHELD: Final = "[withheld]"
 
@@ -31,7 +31,7 @@ def withhold(secret: str) -> None:
         _secrets.add(secret)
 
 
-def configure(settings: Log, stream: TextIO | None = None) -> None:
+def configure(settings: LogSection, stream: TextIO | None = None) -> None:
     """Sets up structlog and the standard ``logging``. ``stream`` defaults to standard error."""
     out = sys.stderr if stream is None else stream
     console = settings.format == "console" or (settings.format == "auto" and out.isatty())

@@ -24,7 +24,7 @@ from weightsync.orchestrator.core.events import (
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.policy import EngineConfig, GroupAddress, Policy
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import RoundEnded, decode_record
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.routes import routes
@@ -48,7 +48,7 @@ from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory
 from weightsync.orchestrator.daemon.run_directory.watcher import wakes
 from weightsync.orchestrator.daemon.view import View
 from weightsync.orchestrator.protocol.messages import FilesystemSettings
-from weightsync.orchestrator.settings.settings import Settings, TcpStoreRendezvous
+from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -67,15 +67,12 @@ STOP_SECONDS: Final = 10.0
 
 def policy_of(settings: Settings) -> Policy:
     """The core's numbers from the settings."""
-    deadlines, rendezvous = settings.deadlines, settings.rendezvous
-    group = None
-    if isinstance(rendezvous, TcpStoreRendezvous):
-        group = GroupAddress(rendezvous.host, rendezvous.port, rendezvous.timeout_seconds)
+    deadlines = settings.deadlines
     return Policy(
         run_id=settings.run.id,
         engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
         transport=settings.transport.message(),
-        group=group,
+        group=settings.rendezvous.group_address(),
         run_dir=str(settings.run.directory) if isinstance(settings.transport.message(), FilesystemSettings) else "",
         trainer_world=settings.trainer.world,
         attempts=settings.retry.attempts,

@@ -13,7 +13,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     VersionView,
 )
 from weightsync.orchestrator.protocol.names import Version
-from weightsync.orchestrator.settings.settings import Engine, Settings
+from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings
 
 
 class View:
@@ -43,7 +44,7 @@ class View:
             problems=tuple(problems),
         )
 
-    def _engine(self, fleet: Fleet, config: Engine) -> EngineView:
+    def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:
         engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
         state = engine_state(fleet, config.name)
         return EngineView(

@@ -1,7 +1,7 @@
-"""The demo's child processes: each in a session of its own, all of them gone at the end, with proof.
+"""The demo's child processes, each in a session of its own; at the end all of them have ended.
 
-The demo becomes the reaper of its orphans (PR_SET_CHILD_SUBREAPER), so whatever a child starts and leaves behind
-is still among our descendants, and an empty list of descendants proves that nothing is left.
+The demo adopts orphaned descendants (PR_SET_CHILD_SUBREAPER), so that whatever a child starts and leaves behind is
+still our descendant, and an empty list of descendants proves that nothing is left.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ KILL_SECONDS: Final = 10.0
 """After SIGKILL a process is gone once its memory is freed."""
 
 LOOK_SECONDS: Final = 0.02
+"""Between two looks at all of /proc, of which one takes about 10 ms."""
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG: Final = 1
@@ -202,7 +203,7 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-class Port:
+class BoundPort:
     """A TCP port of the loopback interface that the system gave us and gives to nobody else until ``release``.
 
     The socket stays bound, without listening: the kernel then lets the server bind it too, because both set

@@ -1,4 +1,4 @@
-"""The demo as a client: of the engine, whose answers are taken as tokens and log-probabilities, and of the daemon."""
+"""HTTP clients of the demo: for the engine's completions (tokens and log-probabilities) and the daemon's status."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
-from weightsync.orchestrator.cli.status import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView, StatusView
 from weightsync.orchestrator.demo.setup import MODEL_NAME, TEXT
 

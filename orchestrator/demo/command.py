@@ -1,7 +1,7 @@
-"""``demo``: trains a tiny model with two ranks, pushes versions into a real vLLM that answers meanwhile, and proves it.
+"""Train a tiny model on two ranks and push versions into a real vLLM server that answers requests meanwhile.
 
-Everything heavy is a child process. However the demo ends (done, failed, Ctrl-C, SIGTERM, a closed terminal), no
-process of it is left.
+At the end the server's answers are compared with those of a second one that loads the checkpoint. Everything heavy
+is a child process. However the demo ends (done, failed, Ctrl-C, SIGTERM, a closed terminal), none of them is left.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.cli.main import Exit
+from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.demo.children import Children, Survivors, become_reaper
-from weightsync.orchestrator.demo.setup import RANKS, Missing, Plan, Vllm, find_vllm
+from weightsync.orchestrator.demo.setup import RANKS, DemoRun, MissingRequirement, Vllm, find_vllm
 from weightsync.orchestrator.demo.show import Screen
 from weightsync.orchestrator.demo.story import Demo, DemoFailed
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         vllm = find_vllm()
-    except Missing as error:
+    except MissingRequirement as error:
         print(error, file=sys.stderr)
         return Exit.UNAVAILABLE
     directory: Path | None = options.directory
@@ -64,12 +64,12 @@ def _count(text: str) -> int:
 
 
 async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
-    """Tells the story in a task of its own: a signal cancels that task and never the cleaning up after it."""
+    """Runs the demo in a task of its own: a signal cancels that task and never the cleaning up after it."""
     become_reaper()
     screen, children, signals = Screen(sys.stdout), Children(), list[int]()
     directory = Path(tempfile.mkdtemp(prefix="weightsync-demo-")) if options.directory is None else options.directory
     keep = options.keep or options.directory is not None
-    story = asyncio.create_task(_story(screen, children, Plan(directory.resolve(), vllm, options.versions)))
+    story = asyncio.create_task(_story(screen, children, DemoRun(directory.resolve(), vllm, options.versions)))
 
     def interrupt(number: int) -> None:
         signals.append(number)
@@ -78,10 +78,10 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, interrupt, number)
-    code: int = Exit.BUG
+    code: int = Exit.FAILURE
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            code = Exit.OK if await story else Exit.BUG
+            code = Exit.OK if await story else Exit.FAILURE
         if signals:
             code = 128 + signals[0]
             screen.line(f"  interrupted by {signal.Signals(signals[0]).name}; everything is being stopped …")
@@ -93,7 +93,7 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
         try:
             await children.close()
         except Survivors as error:
-            code, keep = Exit.BUG, True
+            code, keep = Exit.FAILURE, True
             screen.line(screen.bad(str(error)))
         else:
             screen.line(screen.dim("every process that was started has ended"))
@@ -104,15 +104,13 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
     return code
 
 
-async def _story(screen: Screen, children: Children, plan: Plan) -> bool:
+async def _story(screen: Screen, children: Children, run: DemoRun) -> bool:
     screen.line(screen.style("weightsync-orchestrator demo", "1"))
-    screen.line(
-        f"{plan.versions} versions of a small Qwen3, trained by {RANKS} ranks, into a vLLM that keeps answering"
-    )
+    screen.line(f"{run.versions} versions of a small Qwen3, trained by {RANKS} ranks, into a vLLM that keeps answering")
     screen.line()
     screen.line(screen.dim(_PICTURE))
-    plan.write()
-    demo = Demo(plan, screen, children)
+    run.write()
+    demo = Demo(run, screen, children)
     animation = asyncio.create_task(screen.animate())
     telling = asyncio.create_task(demo.run())
     try:
@@ -125,7 +123,7 @@ async def _story(screen: Screen, children: Children, plan: Plan) -> bool:
             task.cancel()
         await asyncio.gather(animation, telling, return_exceptions=True)
         await demo.close()
-        plan.release()
+        run.release()
 
 
 def _explain(screen: Screen, failure: DemoFailed) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.demo.children import HOST, Port
+from weightsync.orchestrator.demo.children import HOST, BoundPort
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
@@ -60,7 +60,7 @@ SHORTEST_STEPS_PER_VERSION: Final = 6
 NIXL_PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
 
 
-class Missing(Exception):
+class MissingRequirement(Exception):
     """Something is not installed; the message is one line that says what to do."""
 
 
@@ -77,14 +77,14 @@ def find_vllm() -> Vllm:
     """What is installed here, without importing it.
 
     Raises:
-        Missing: a package is not there, or the CPU build without this project's sources.
+        MissingRequirement: a package is not there, or the CPU build without this project's sources.
     """
     wanted = {name: (name,) for name in ("torch", "transformers", "safetensors", "vllm")} | {"nixl": NIXL_PACKAGES}
     missing = [name for name, modules in wanted.items() if not any(map(importlib.util.find_spec, modules))]
     if sys.platform != "linux":
-        raise Missing("the demo needs Linux: vLLM and NIXL run nowhere else")
+        raise MissingRequirement("the demo needs Linux: vLLM and NIXL run nowhere else")
     if missing:
-        raise Missing(
+        raise MissingRequirement(
             f"the demo starts a real trainer and a real vLLM, but {sys.executable} has no {', '.join(missing)}."
             " Fix: pip install 'weightsync-orchestrator[trainer,vllm,nixl]', or `make demo` in a source checkout"
         )
@@ -104,27 +104,27 @@ def _cpu_plugin() -> Path:
         plugin = parent / "tests" / "e2e" / "cpu_plugin"
         if plugin.is_dir():
             return plugin
-    raise Missing(
+    raise MissingRequirement(
         "vLLM's CPU build needs the plugin in tests/e2e/cpu_plugin of the source checkout."
         " Fix: run `make demo` in a checkout, or install a GPU build of vLLM"
     )
 
 
 def steps_per_version(versions: int) -> int:
-    """So many that the last version knows the text and the first does not."""
+    """Training steps from one version to the next: the last version knows the text, the first one does not."""
     return max(SHORTEST_STEPS_PER_VERSION, -(-LEARNT_STEPS // versions))
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DemoRun:
     """A run of the demo: its files and addresses."""
 
     directory: Path
     vllm: Vllm
     versions: int
-    hub: Port = field(default_factory=Port)
-    engine: Port = field(default_factory=Port)
-    fresh: Port = field(default_factory=Port)
+    hub: BoundPort = field(default_factory=BoundPort)
+    engine: BoundPort = field(default_factory=BoundPort)
+    fresh: BoundPort = field(default_factory=BoundPort)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -134,24 +134,30 @@ class Plan:
 
     @property
     def config(self) -> Path:
+        """The daemon's configuration."""
         return self.directory / "config.yaml"
 
     @property
     def token_file(self) -> Path:
+        """The token of daemon and agents."""
         return self.directory / "token"
 
     @property
     def model(self) -> Path:
+        """The directory with the model's config.json, without weights."""
         return self.directory / "model"
 
     @property
     def hub_url(self) -> str:
+        """The daemon's URL."""
         return f"http://{HOST}:{self.hub.number}"
 
     def checkpoint(self, step: int) -> Path:
+        """Where the trainer saves version ``step``."""
         return self.directory / "checkpoints" / f"step_{step}"
 
     def log(self, name: str) -> Path:
+        """Where the output of the child ``name`` goes."""
         return self.directory / f"{name}.log"
 
     def release(self) -> None:
@@ -160,7 +166,7 @@ class Plan:
             port.release()
 
     def write(self) -> None:
-        """The model's configuration, the text, the token and the daemon's configuration."""
+        """Write the model's configuration, the text, the token and the daemon's configuration."""
         for directory in (self.model, self.directory / "run"):
             directory.mkdir(parents=True)
         (self.model / "config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
@@ -185,9 +191,11 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------------- commands
     def daemon_command(self) -> list[str]:
+        """The command line of the daemon."""
         return [sys.executable, "-m", "weightsync.orchestrator.cli.main", "run", "--config", str(self.config)]
 
     def trainer_command(self) -> list[str]:
+        """The command line of each trainer rank; its rank comes from the environment."""
         return [
             sys.executable, "-m", "weightsync.agents.trainer.demo",
             "--hub", f"ws://{HOST}:{self.hub.number}/agents", "--token-file", str(self.token_file),
@@ -200,8 +208,14 @@ class Plan:
             "--rendezvous", (self.directory / "rendezvous").as_uri(),
         ]  # fmt: skip
 
-    def engine_command(self, model: Path, port: Port, *, ours: bool) -> list[str]:
-        """``ours``: the engine that is pushed to, with random weights; else an ordinary one that loads ``model``."""
+    def engine_command(self, model: Path, port: BoundPort, *, ours: bool) -> list[str]:
+        """The command line of a vLLM server at ``port``.
+
+        Args:
+            model: the directory to load.
+            port: where to listen.
+            ours: start with random weights and wait for a push; else load the weights in ``model``.
+        """
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
             "--host", HOST, "--port", str(port.number), "--served-model-name", MODEL_NAME, "--enforce-eager",
@@ -216,6 +230,7 @@ class Plan:
 
     # --------------------------------------------------------------------------------------------------- environments
     def trainer_environment(self, rank: int) -> dict[str, str]:
+        """The environment of one trainer rank, as torchrun would set it."""
         return self._environment() | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -223,6 +238,7 @@ class Plan:
         }
 
     def engine_environment(self) -> dict[str, str]:
+        """The environment of a vLLM server that listens on the loopback interface only."""
         added = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -252,6 +268,7 @@ class Plan:
 
 
 def daemon_environment() -> Mapping[str, str]:
+    """The environment of the daemon."""
     return _outside()
 
 

@@ -1,4 +1,4 @@
-"""What the demo prints: lines that stay, and on a terminal one live line below them that says what is awaited."""
+"""What the demo prints: lines that stay and, on a terminal, one live line below them that says what it waits for."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The demo's story: start a fleet, push versions while clients stream, and compare with an engine loaded from disk."""
+"""The steps of the demo: start a fleet, push versions while clients stream, compare with an engine loaded from disk."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from weightsync.orchestrator.demo.client import (
     RequestFailed,
     Traffic,
 )
-from weightsync.orchestrator.demo.setup import RANKS, TEXT, Plan, daemon_environment
+from weightsync.orchestrator.demo.setup import RANKS, TEXT, DemoRun, daemon_environment
 from weightsync.orchestrator.demo.show import Screen, compared, size, summary
 
 DAEMON_SECONDS: Final = 60.0
@@ -60,19 +60,18 @@ class DemoFailed(Exception):
 
 
 class Demo:
-    """One run. ``run`` returns whether everything was as promised."""
+    """One demonstration. ``run`` returns whether everything was as promised."""
 
-    def __init__(self, plan: Plan, screen: Screen, children: Children) -> None:
-        self._plan, self._screen, self._children = plan, screen, children
-        self._engine = EngineApi(f"http://{HOST}:{plan.engine.number}")
-        self._fresh = EngineApi(f"http://{HOST}:{plan.fresh.number}")
+    def __init__(self, run: DemoRun, screen: Screen, children: Children) -> None:
+        self._run, self._screen, self._children = run, screen, children
+        self._engine = EngineApi(f"http://{HOST}:{run.engine.number}")
+        self._fresh = EngineApi(f"http://{HOST}:{run.fresh.number}")
         self._traffic = Traffic(self._engine)
-        self._daemon = DaemonApi(plan.hub_url, plan.token_file.read_text().strip())
-        self._began_at = time.time()
+        self._daemon = DaemonApi(run.hub_url, run.token_file.read_text().strip())
         self._trainer_log = ""
 
     async def run(self) -> bool:
-        """The whole story.
+        """Everything from the start of the fleet to the comparison.
 
         Raises:
             DemoFailed: something did not start, ended, or took too long.
@@ -100,26 +99,24 @@ class Demo:
 
     # --------------------------------------------------------------------------------------------------------- start
     def _children_start(self) -> None:
-        plan, start = self._plan, self._children.start
-        self._screen.title(f"Starting a fleet in {plan.directory}")
-        self._hub = start("daemon", plan.daemon_command(), daemon_environment(), plan.log("daemon"))
+        run, start = self._run, self._children.start
+        self._screen.title(f"Starting a fleet in {run.directory}")
+        self._hub = start("daemon", run.daemon_command(), daemon_environment(), run.log("daemon"))
         self._trainers = [
-            start(
-                f"trainer-{rank}", plan.trainer_command(), plan.trainer_environment(rank), plan.log(f"trainer-{rank}")
-            )
+            start(f"trainer-{rank}", run.trainer_command(), run.trainer_environment(rank), run.log(f"trainer-{rank}"))
             for rank in range(RANKS)
         ]
-        command = plan.engine_command(plan.model, plan.engine, ours=True)
-        self._server = start("engine", command, plan.engine_environment(), plan.log("engine"))
-        where = "on the CPU" if plan.vllm.cpu_plugin is not None else "on the GPU"
-        self._screen.begins("daemon", f"weightsync-orchestrator run --config {plan.config.name}")
+        command = run.engine_command(run.model, run.engine, ours=True)
+        self._server = start("engine", command, run.engine_environment(), run.log("engine"))
+        where = "on the CPU" if run.vllm.cpu_plugin is not None else "on the GPU"
+        self._screen.begins("daemon", f"weightsync-orchestrator run --config {run.config.name}")
         self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 19 M parameter Qwen3")
-        self._screen.begins("engine", f"vLLM {plan.vllm.release} {where}, with random weights")
+        self._screen.begins("engine", f"vLLM {run.vllm.release} {where}, with random weights")
 
     async def _ready(self) -> None:
         began = time.monotonic()
         await self._until(self._daemon.status, "the daemon to answer", DAEMON_SECONDS, self._hub)
-        self._screen.ready("daemon", f"waits for agents at {self._plan.hub_url}", time.monotonic() - began)
+        self._screen.ready("daemon", f"waits for agents at {self._run.hub_url}", time.monotonic() - began)
         await self._until(self._trainers_connected, "the trainer ranks", TRAINER_SECONDS, self._trainers[0])
         text = f"{RANKS} ranks have announced what they hold"
         self._screen.ready("trainer", text, time.monotonic() - began)
@@ -163,7 +160,7 @@ class Demo:
 
     # ---------------------------------------------------------------------------------------------------------- push
     async def _push(self) -> list[RoundRow]:
-        steps = self._plan.steps
+        steps = self._run.steps
         self._screen.title(f"Pushing {len(steps)} versions while {CLIENTS} clients stream completions from the engine")
         self._screen.header()
         shown: list[RoundRow] = []
@@ -196,15 +193,15 @@ class Demo:
         losses = dict(_LOSS.findall(self._trainer_log))
         loss = losses.get(str(row.step))
         self._screen.row(row, f"{float(loss):.2f}" if loss else "-", said)
-        for step in self._plan.steps:
+        for step in self._run.steps:
             if step < row.step:  # only the last version's checkpoint is compared
-                shutil.rmtree(self._plan.checkpoint(step), ignore_errors=True)
+                shutil.rmtree(self._run.checkpoint(step), ignore_errors=True)
 
     def _push_progress(self) -> str:
         told = _LOSS.findall(self._trainer_log)
         step, loss = told[-1] if told else ("0", "-")
         done = f"{self._traffic.requests} requests answered, {self._traffic.tokens} tokens streamed"
-        return f"training step {step} of {self._plan.steps[-1]}, loss {loss} · {done}"
+        return f"training step {step} of {self._run.steps[-1]}, loss {loss} · {done}"
 
     # ------------------------------------------------------------------------------------------------------- judging
     def _promises(self, rows: Sequence[RoundRow]) -> bool:
@@ -231,16 +228,16 @@ class Demo:
         return not early and not traffic.failures
 
     async def _compare(self) -> bool:
-        plan, screen = self._plan, self._screen
-        last = plan.steps[-1]
+        run, screen = self._run, self._screen
+        last = run.steps[-1]
         screen.title(f"Comparing with a fresh vLLM that loads the trainer's checkpoint of version {last} from disk")
         pushed = await self._answers(self._engine)
         began = time.monotonic()
         screen.awaiting(lambda: "the pushed fleet stops")
         await self._children.stop(self._children.all)
-        checkpoint = plan.checkpoint(last)
-        command = plan.engine_command(checkpoint, plan.fresh, ours=False)
-        fresh = self._children.start("fresh-engine", command, plan.engine_environment(), plan.log("fresh-engine"))
+        checkpoint = run.checkpoint(last)
+        command = run.engine_command(checkpoint, run.fresh, ours=False)
+        fresh = self._children.start("fresh-engine", command, run.engine_environment(), run.log("fresh-engine"))
         await self._until(self._fresh.healthy, "the fresh engine to listen", ENGINE_SECONDS, fresh)
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         screen.ready("fresh", f"an ordinary vLLM with {size(weights)} from disk", time.monotonic() - began)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Flags, Ids, Ints
+from weightsync.orchestrator.forecast.transfers import Transfers, transfers_of
+from weightsync.orchestrator.planner.arrays import Flags, Ints
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
@@ -79,7 +80,7 @@ class EndReport:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """``seconds`` by transport: until the slowest end is done; ``bottleneck`` by transport: which, and why."""
+    """A plan in numbers. By transport: ``seconds`` until the slowest end is done, ``bottleneck`` names it and why."""
 
     root: str
     moved: Moved
@@ -94,7 +95,7 @@ class Explanation:
     unneeded: tuple[str, ...]
 
 
-Report = TypeVar("Report", EdgeReport, TensorReport, EndReport)
+_AnyReport = TypeVar("_AnyReport", EdgeReport, TensorReport, EndReport)
 
 
 def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, every_tensor: bool = False) -> Explanation:
@@ -105,22 +106,19 @@ def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, eve
         transports: what to predict for; seconds are ``descriptors * alpha + bytes / rate``.
         every_tensor: one report per tensor, and not per family of tensors.
     """
-    flow = _Flow(plan)
-    edge, targets = flow.source * len(flow.targets) + flow.target, flow.targets
-    edges = []
-    for key, moved in flow.sums(edge):
-        source, target = plan.catalogue.sources[key // len(targets)].party, targets[key % len(targets)].party
-        edges.append(EdgeReport(str(source.member), str(target.member), moved, _seconds(moved, transports)))
-    senders = flow.ends(flow.source, flow.target, plan.catalogue.sources, transports)
-    receivers = flow.ends(flow.target, flow.source, targets, transports)
-    seconds, bottleneck = {}, {}
+    transfers, sources = transfers_of(plan), plan.catalogue.sources
+    edges = _edges(transfers, sources, transports)
+    senders = _ends(transfers, transfers.source, transfers.target, sources, transports)
+    receivers = _ends(transfers, transfers.target, transfers.source, transfers.targets, transports)
+    seconds: dict[str, float] = {}
+    bottleneck: dict[str, str] = {}
     for name, cost in transports.items():
         slowest = max([*senders, *receivers], key=lambda end: end.seconds[name], default=None)
         seconds[name] = slowest.seconds[name] if slowest else 0.0
         bottleneck[name] = _bottleneck(slowest, cost, slowest in senders) if slowest else "nothing moves"
     return Explanation(
-        plan.root, flow.total(), len(plan.catalogue.sources), len(targets), seconds, bottleneck, _largest(edges),
-        _largest(flow.tensors(plan, every_tensor)), _largest(senders), _largest(receivers), plan.unneeded,
+        plan.root, _total(transfers), len(sources), len(transfers.targets), seconds, bottleneck, _largest(edges),
+        _largest(_tensors(plan, transfers, every_tensor)), _largest(senders), _largest(receivers), plan.unneeded,
     )  # fmt: skip
 
 
@@ -129,88 +127,87 @@ def family(name: str) -> str:
     return _number.sub("*", name)
 
 
-class _Flow:
-    """The transfers of all units in columns."""
+def _sums(transfers: Transfers, key: Ints) -> list[tuple[int, Moved]]:
+    """What moves per distinct value of ``key [n]``, in ascending order."""
+    keys, index = np.unique(key, return_inverse=True)
+    size, packed = transfers.size, transfers.packed
+    columns = (
+        _sum(index, np.where(packed, 0, size), len(keys)),
+        _sum(index, np.where(packed, size, 0), len(keys)),
+        np.bincount(index, minlength=len(keys)).tolist(),
+        _sum(index, packed, len(keys)),
+        _sum(index, transfers.descriptors, len(keys)),
+    )
+    return [(found, Moved(*row)) for found, row in zip(keys.tolist(), zip(*columns, strict=True), strict=True)]
 
-    def __init__(self, plan: Plan) -> None:
-        units = plan.units
-        self.targets: list[Decoded] = [t for unit in units for t in unit.targets]
-        first = np.cumsum([0, *(len(unit.targets) for unit in units)])
-        self.source = _joined([u.source for u in units])
-        self.target = _joined([u.target + first[i] for i, u in enumerate(units)])
-        self.tensor = _joined([u.tensor for u in units])
-        self.source_row = _joined([u.source_row for u in units])
-        self.size = _joined([u.shapes.bytes[u.shape] for u in units])
-        self.runs = _joined([u.shapes.runs[u.shape] for u in units])
-        self.packed = _joined([u.staged_source for u in units]) >= 0
-        self.descriptors = _joined([u.descriptors() for u in units])
 
-    def sums(self, key: Ints) -> list[tuple[int, Moved]]:
-        """Per distinct key, in ascending order."""
-        keys, index = np.unique(key, return_inverse=True)
-        direct = _sum(index, np.where(self.packed, 0, self.size), len(keys))
-        packed = _sum(index, np.where(self.packed, self.size, 0), len(keys))
-        pieces, packed_pieces = np.bincount(index, minlength=len(keys)), _sum(index, self.packed, len(keys))
-        rows = zip(
-            direct, packed, pieces.tolist(), packed_pieces, _sum(index, self.descriptors, len(keys)), strict=True
+def _total(transfers: Transfers) -> Moved:
+    """What moves in the whole plan."""
+    found = _sums(transfers, np.zeros_like(transfers.source))
+    return found[0][1] if found else Moved(0, 0, 0, 0, 0)
+
+
+def _edges(transfers: Transfers, sources: Sequence[Decoded], costs: Mapping[str, CostModel]) -> list[EdgeReport]:
+    """One report per (source, target) between which anything moves."""
+    targets = transfers.targets
+    reports = []
+    for key, moved in _sums(transfers, transfers.source * len(targets) + transfers.target):
+        source, target = divmod(key, len(targets))
+        names = str(sources[source].party.member), str(targets[target].party.member)
+        reports.append(EdgeReport(*names, moved, _seconds(moved, costs)))
+    return reports
+
+
+def _ends(
+    transfers: Transfers, end: Ints, other: Ints, members: Sequence[Decoded], costs: Mapping[str, CostModel]
+) -> list[EndReport]:
+    """One report per member at the ``end [n]`` of a transfer; ``other [n]`` are those at the other end."""
+    peers = _distinct(end, other, len(members))
+    return [
+        EndReport(str(members[key].party.member), peers[key], moved, _seconds(moved, costs))
+        for key, moved in _sums(transfers, end)
+    ]
+
+
+def _tensors(plan: Plan, transfers: Transfers, every: bool) -> list[TensorReport]:
+    """One report per tensor, or per family of tensors that have dtype and shape in common."""
+    names = plan.catalogue.decoder.names.tensors
+    keys: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    used, index = np.unique(transfers.tensor, return_inverse=True)
+    numbers = [
+        keys.setdefault((t.name if every else family(t.name), t.dtype, t.shape), len(keys))
+        for t in (names[i] for i in used.tolist())
+    ]
+    number = np.array(numbers, np.int64)
+    count = np.bincount(number, minlength=len(keys)).tolist()
+    # The family of each transfer ``[n]``, and the first transfer of each family, which stands for the others.
+    of_transfer = number[index]
+    first = np.full(len(keys), len(of_transfer), np.int64)
+    np.minimum.at(first, of_transfer, np.arange(len(of_transfer)))
+    sources = _distinct(of_transfer, transfers.source, len(keys))
+    targets = _distinct(of_transfer, transfers.target, len(keys))
+    reports = []
+    for (name, dtype, shape), (key, moved) in zip(keys, _sums(transfers, of_transfer), strict=True):
+        at = first[key]
+        slot, reason = _note(plan.catalogue.sources[transfers.source[at]], int(transfers.source_row[at]))
+        if not every:
+            # A family's members lie at many ranks; the one of the first would mislead.
+            reason = _rank.sub("a rank", reason)
+        how = _how(moved, transfers.size[at], transfers.runs[at], plan.cost)
+        reports.append(
+            TensorReport(name, count[key], dtype, shape, moved, sources[key], targets[key], slot, reason, how)
         )
-        return [(key, Moved(*row)) for key, row in zip(keys.tolist(), rows, strict=True)]
-
-    def total(self) -> Moved:
-        """Of the whole plan."""
-        found = self.sums(np.zeros_like(self.source))
-        return found[0][1] if found else Moved(0, 0, 0, 0, 0)
-
-    def ends(
-        self, end: Ints, other: Ints, members: Sequence[Decoded], transports: Mapping[str, CostModel]
-    ) -> list[EndReport]:
-        """Per member at ``end`` of the edges that has any."""
-        pairs = np.unique(end * (int(other.max(initial=0)) + 1) + other) // (int(other.max(initial=0)) + 1)
-        peers = np.bincount(pairs, minlength=len(members)).tolist()
-        return [
-            EndReport(str(members[key].party.member), peers[key], moved, _seconds(moved, transports))
-            for key, moved in self.sums(end)
-        ]
-
-    def tensors(self, plan: Plan, every: bool) -> list[TensorReport]:
-        """Per tensor or family of tensors."""
-        names = plan.catalogue.decoder.names.tensors
-        keys: dict[tuple[str, str, tuple[int, ...]], int] = {}
-        used, index = np.unique(self.tensor, return_inverse=True)
-        numbers = [
-            keys.setdefault((t.name if every else family(t.name), t.dtype, t.shape), len(keys))
-            for t in (names[i] for i in used.tolist())
-        ]
-        number = np.array(numbers, np.int64)
-        count = np.bincount(number, minlength=len(keys)).tolist()
-        of_piece = number[index]
-        first = np.full(len(keys), len(of_piece), np.int64)
-        np.minimum.at(first, of_piece, np.arange(len(of_piece)))
-        sources, targets = _distinct(of_piece, self.source, len(keys)), _distinct(of_piece, self.target, len(keys))
-        reports = []
-        for (name, dtype, shape), (key, moved) in zip(keys, self.sums(of_piece), strict=True):
-            slot, reason = _note(plan.catalogue.sources[self.source[first[key]]], int(self.source_row[first[key]]))
-            if not every:
-                reason = _rank.sub("a rank", reason)
-            how = _how(moved, self.size[first[key]], self.runs[first[key]], plan.cost)
-            reports.append(
-                TensorReport(name, count[key], dtype, shape, moved, sources[key], targets[key], slot, reason, how)
-            )
-        return reports
-
-
-def _joined(columns: Sequence[Ints | Ids]) -> Ints:
-    return np.concatenate([np.zeros(0, np.int64), *columns])
+    return reports
 
 
 def _sum(index: Ints, values: Ints | Flags, count: int) -> list[int]:
-    """Exact: float64 sums are, below 2^53."""
+    """Sums of ``values [n]`` per ``index [n]``. Exact: bincount adds in float64, which is exact below 2^53."""
     found: list[int] = np.bincount(index, weights=values, minlength=count).astype(np.int64).tolist()
     return found
 
 
 def _distinct(group: Ints, values: Ints, count: int) -> list[int]:
-    """How many different values each group has."""
+    """How many different ``values [n]`` each of ``count`` groups has, by ``group [n]``."""
     width = int(values.max(initial=0)) + 1
     found: list[int] = np.bincount(np.unique(group * width + values) // width, minlength=count).tolist()
     return found
@@ -221,6 +218,7 @@ def _seconds(moved: Moved, transports: Mapping[str, CostModel]) -> dict[str, flo
 
 
 def _bottleneck(end: EndReport, cost: CostModel, sends: bool) -> str:
+    """Which end is the slowest, and whether bytes or descriptors take longer there."""
     does, peers = ("sends", "targets") if sends else ("receives", "sources")
     wire, posts = end.moved.bytes / cost.bytes_per_second, end.moved.descriptors * cost.alpha_seconds
     cause = "the wire" if wire >= posts else "descriptors"
@@ -231,6 +229,7 @@ def _bottleneck(end: EndReport, cost: CostModel, sends: bool) -> str:
 
 
 def _note(source: Decoded, row: int) -> tuple[str, str]:
+    """Kind of slot, and why, as the trainer notes them for a row; both empty without a note."""
     for note in source.party.layout.notes:
         if note.first_row <= row < note.end_row:
             return note.slot, note.reason
@@ -238,7 +237,7 @@ def _note(source: Decoded, row: int) -> tuple[str, str]:
 
 
 def _how(moved: Moved, size: int, runs: int, cost: CostModel) -> str:
-    """Of the first piece, which stands for the others."""
+    """Why pieces go straight or packed, told by the ``size`` and ``runs`` of the first, which stands for the others."""
     shape = f"{int(size)} bytes in {int(runs)} run{'s' if runs > 1 else ''}"
     limit = int(cost.pack_below_bytes)
     if moved.packed_pieces == moved.pieces:
@@ -250,5 +249,5 @@ def _how(moved: Moved, size: int, runs: int, cost: CostModel) -> str:
     return f"direct: {shape}; a run of {limit} bytes or more is worth a descriptor"
 
 
-def _largest(reports: list[Report]) -> tuple[Report, ...]:
+def _largest(reports: list[_AnyReport]) -> tuple[_AnyReport, ...]:
     return tuple(sorted(reports, key=lambda report: -report.moved.bytes))

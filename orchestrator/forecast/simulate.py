@@ -1,10 +1,10 @@
 """What a plan would take on hardware that one does not have: NICs shared by GPUs, and many senders to one port."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Floats, Ids, Ints
+from weightsync.orchestrator.forecast.transfers import Transfers, transfers_of
+from weightsync.orchestrator.planner.arrays import Flags, Floats, Ints
 from weightsync.orchestrator.planner.plan import Plan
 
 
@@ -65,23 +65,29 @@ def simulate(plan: Plan, hardware: Hardware) -> Simulation:
     Every resource (NIC out, NIC in, a GPU's posting of descriptors, NVLink out and in) needs the time of its own
     load; a port that many send to is shared by them, so that its load is the sum of theirs (incast).
     """
-    flow = _Flow(plan, hardware)
-    loads = flow.loads(hardware)
+    transfers = transfers_of(plan)
+    ends = _ends(plan, transfers, hardware)
+    loads = _loads(transfers, ends, hardware)
     limits = tuple(load.limit() for load in loads)
     slowest = max(limits, key=lambda limit: limit.seconds)
-    groups = int(flow.group.max(initial=0)) + 1
-    per_group = np.max([load.per_group(flow.group, groups) for load in loads], axis=0)
+    groups = int(transfers.group.max(initial=0)) + 1
+    per_group = np.max([load.per_group(transfers.group, groups) for load in loads], axis=0)
     incast = f", from {slowest.peers} senders" if slowest.what.endswith("in") else ""
     return Simulation(
-        hardware, len(plan.catalogue.sources), flow.targets, int(flow.size.sum()), int(flow.size[flow.wire].sum()),
-        int(flow.descriptors.sum()), groups, slowest.seconds, float(per_group.sum()),
+        hardware, len(plan.catalogue.sources), len(transfers.targets), int(transfers.size.sum()),
+        int(transfers.size[ends.wire].sum()), int(transfers.descriptors.sum()), groups, slowest.seconds,
+        float(per_group.sum()),
         f"{slowest.what} of {slowest.where}: {slowest.bytes / 1e9:.2f} GB{incast}", limits,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What each transfer costs one of a kind of resources; ``named`` says how they are called."""
+    """What each transfer costs one kind of resource, in columns ``[n]``.
+
+    ``place`` is the number of the resource that the transfer uses, ``peer`` the GPU at its other end; ``named`` is
+    what people call such a resource.
+    """
 
     what: str
     place: Ints
@@ -95,6 +101,7 @@ class _Load:
             return Limit(self.what, "-", 0.0, 0, 0)
         total = np.bincount(self.place, weights=self.seconds)
         worst = int(np.argmax(total))
+        # Only what takes time here: a transfer between nodes passes NVLink by, and the other way round.
         mine = self.place == worst
         peers = len(np.unique(self.peer[mine & (self.seconds > 0)]))
         used = int(self.size[mine & (self.seconds > 0)].sum())
@@ -105,50 +112,50 @@ class _Load:
         if len(self.place) == 0:
             return np.zeros(groups)
         count = int(self.place.max()) + 1
+        # (group, resource) as one number; resources without load in a group get 0 and are never the slowest.
         total = np.bincount(group * count + self.place, weights=self.seconds, minlength=groups * count)
         slowest: Floats = total.reshape(groups, count).max(axis=1)
         return slowest
 
 
-class _Flow:
-    """Transfers in columns, with the node, GPU and NIC of both ends; engines' nodes follow the trainer's."""
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Where transfers begin and end, in columns ``[n]``: GPUs are numbered over all nodes; ``wire``: between nodes."""
 
-    def __init__(self, plan: Plan, hardware: Hardware) -> None:
-        per_node = hardware.gpus_per_node
-        self.source = _joined([u.source for u in plan.units])
-        node = -(-len(plan.catalogue.sources) // per_node)
-        gpus: list[int] = []
-        targets = []
-        for unit in plan.units:
-            targets.append(unit.target + len(gpus))
-            gpus += [node * per_node + rank for rank in range(len(unit.targets))]
-            node += -(-len(unit.targets) // per_node)
-        self.targets = len(gpus)
-        self.target = np.array([*gpus, 0], np.int64)[_joined(targets)]
-        self.group = _joined([u.group for u in plan.units])
-        self.size = _joined([u.shapes.bytes[u.shape] for u in plan.units])
-        self.descriptors = _joined([u.descriptors() for u in plan.units])
-        self.wire = self.source // per_node != self.target // per_node
+    source_gpu: Ints
+    target_gpu: Ints
+    wire: Flags
 
-    def loads(self, hardware: Hardware) -> list[_Load]:
-        """Every kind of resource."""
-        wire = np.where(self.wire, self.size / hardware.nic_bytes_per_second, 0.0)
-        local = np.where(self.wire, 0.0, self.size / hardware.nvlink_bytes_per_second)
-        posts = self.descriptors.astype(np.float64) * hardware.alpha_seconds
-        out, into = _nic(self.source, hardware), _nic(self.target, hardware)
-        return [
-            _Load("NIC out", out, wire, self.size, self.target, "NIC"),
-            _Load("NIC in", into, wire, self.size, self.source, "NIC"),
-            _Load("descriptors out", self.source, posts, self.size, self.target, "GPU"),
-            _Load("NVLink out", self.source, local, self.size, self.target, "GPU"),
-            _Load("NVLink in", self.target, local, self.size, self.source, "GPU"),
-        ]
+
+def _ends(plan: Plan, transfers: Transfers, hardware: Hardware) -> _Ends:
+    """Put ranks on GPUs: the trainer's from node 0 on, and those of each engine on nodes of its own after them."""
+    per_node = hardware.gpus_per_node
+    # Rounded up: a node that the trainer fills in part is not shared with engines.
+    node = -(-len(plan.catalogue.sources) // per_node)
+    gpus: list[int] = []
+    for engine in plan.engines:
+        gpus += [node * per_node + rank for rank in range(len(engine.targets))]
+        node += -(-len(engine.targets) // per_node)
+    target_gpu = np.array(gpus, np.int64)[transfers.target]
+    return _Ends(transfers.source, target_gpu, transfers.source // per_node != target_gpu // per_node)
+
+
+def _loads(transfers: Transfers, ends: _Ends, hardware: Hardware) -> list[_Load]:
+    """What every kind of resource has to do."""
+    size, source, target = transfers.size, ends.source_gpu, ends.target_gpu
+    wire = np.where(ends.wire, size / hardware.nic_bytes_per_second, 0.0)
+    local = np.where(ends.wire, 0.0, size / hardware.nvlink_bytes_per_second)
+    posts = transfers.descriptors.astype(np.float64) * hardware.alpha_seconds
+    return [
+        _Load("NIC out", _nic(source, hardware), wire, size, target, "NIC"),
+        _Load("NIC in", _nic(target, hardware), wire, size, source, "NIC"),
+        _Load("descriptors out", source, posts, size, target, "GPU"),
+        _Load("NVLink out", source, local, size, target, "GPU"),
+        _Load("NVLink in", target, local, size, source, "GPU"),
+    ]
 
 
 def _nic(gpu: Ints, hardware: Hardware) -> Ints:
+    """The NIC of each GPU ``[n]``; a node's GPUs share its NICs out evenly."""
     node, local = gpu // hardware.gpus_per_node, gpu % hardware.gpus_per_node
     return node * hardware.nics_per_node + local * hardware.nics_per_node // hardware.gpus_per_node
-
-
-def _joined(columns: Sequence[Ints | Ids]) -> Ints:
-    return np.concatenate([np.zeros(0, np.int64), *columns])

@@ -119,7 +119,7 @@ class _Block:
 
 @dataclass(slots=True)
 class _Rank:
-    """A layout under construction."""
+    """A layout under construction; ``arena``: one region for everything, which grows."""
 
     member: Member
     staging: int
@@ -133,6 +133,7 @@ class _Rank:
     def add(self, block: _Block, tensors: Sequence[Tensor], slot: str = "", reason: str = "") -> None:
         matrix = np.array(block.rows, np.int64).reshape(-1, ROW_COLUMNS)
         matrix[:, ROW_TENSOR] += len(self.tensors)
+        # A trainer has one region that slots are cut from; an engine's parameters are regions of their own.
         if self.arena:
             matrix[:, ROW_OFFSET] += self.regions[0]
             self.regions[0] += block.size
@@ -176,6 +177,7 @@ def _trainer_rank(g: Geometry, fleet: TrainerFleet, names: _Names, depth: int, r
     experts = _expert_slots(g, fleet, rank % fleet.world)
     fsdp_rank = rank % fleet.world // fleet.expert_parallel
     turn = 0
+    # -1 stands for what is in no layer.
     for layer in range(-1, depth):
         weights = other_weights(g) if layer < 0 else layer_weights(g, layer)
         tensors = names.other if layer < 0 else names.layers[layer]
@@ -184,6 +186,7 @@ def _trainer_rank(g: Geometry, fleet: TrainerFleet, names: _Names, depth: int, r
             turn += 1
         if layer >= g.dense_layers:
             for nth, share in enumerate(experts):
+                # Gathered matrices go round the FSDP ranks that could each hold the whole of them.
                 if share.slot == "expert" or (layer * len(experts) + nth) % fleet.fsdp == fsdp_rank:
                     held = names.experts[layer][share.first : share.first + share.count]
                     place.add(
@@ -250,6 +253,7 @@ def _expert_slots(g: Geometry, fleet: TrainerFleet, rank: int) -> list[_ExpertSh
             slot, reason = "gathered", f"{local} experts are not divisible by {fleet.fsdp} FSDP ranks"
             if fleet.expert_shards == "rows":
                 reason = f"{rows} rows do not divide into blocks of {BLOCK} over {fleet.fsdp} FSDP ranks"
+        # Tensors of an expert alternate, weight and scales; in the arena all weights come before all scales.
         block = _Block()
         for nth in range(count):
             block.slot(2 * nth, weight.dtype, (low, 0), (rows, weight.shape[1]))
@@ -281,6 +285,7 @@ def _engine_rank(g: Geometry, fleet: EngineFleet, names: _Names, depth: int, eng
     for layer in range(-1, depth):
         weights = other_weights(g) if layer < 0 else layer_weights(g, layer)
         tensors = names.other if layer < 0 else names.layers[layer]
+        # Layers of one kind (dense, with experts, further tokens) have equally many weights, and share one block.
         key = len(weights)
         if key not in blocks:
             blocks[key] = _fused(weights)
@@ -311,6 +316,7 @@ def _fused_experts(g: Geometry, local: int) -> _Block:
     block = _Block()
     for nth in range(local):
         for i, weight in enumerate(expert_weights(g)):
+            # gate and up (0 and 1) are w13, in regions 0 and 1 with its scales; down is w2, in 2 and 3.
             tensor, region = 2 * (3 * nth + i), 0 if i < 2 else 2
             if region == len(block.regions):
                 block.regions += [0, 0]

@@ -11,7 +11,8 @@ UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
 def explanation_text(found: Explanation, top: int) -> str:
     """At most ``top`` rows per table."""
-    moved, names = found.moved, list(found.seconds)
+    moved = found.moved
+    names = list(found.seconds)
     lines = [
         f"plan {found.root}: {found.sources} sources, {found.targets} targets, {len(found.edges)} edges,"
         f" {size(moved.bytes)} in {moved.descriptors} descriptors"

@@ -1,36 +1,18 @@
 """Small vectorised helpers that the planner's steps share."""
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.protocol.layout import ROW_BOX
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-Scalar = TypeVar("Scalar", bound=np.generic)
 
-DENSE_KEYS_PER_ITEM = 4
+DENSE_KEYS_PER_ITEM: Final = 4
 """A table over all possible keys is cheaper than sorting while it has at most this many entries per item."""
-
-
-def offsets_of(matrix: Ints) -> Ints:
-    """Box offsets ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX::3]
-
-
-def extents_of(matrix: Ints) -> Ints:
-    """Box extents ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX + 1 :: 3]
-
-
-def strides_of(matrix: Ints) -> Ints:
-    """Memory strides in bytes ``[n, MAX_RANK]`` of layout rows."""
-    return matrix[:, ROW_BOX + 2 :: 3]
 
 
 def starts(counts: npt.NDArray[Any]) -> Ints:
@@ -42,12 +24,14 @@ def starts(counts: npt.NDArray[Any]) -> Ints:
 
 def expand(counts: npt.NDArray[Any]) -> tuple[Ints, Ints]:
     """For each of ``sum(counts)`` items: which entry it belongs to, and its ordinal within that entry."""
+    # [2, 0, 3] gives owners [0, 0, 2, 2, 2] and ordinals [0, 1, 0, 1, 2].
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - starts(counts)[:-1][owner]
 
 
 def stable_order(keys: npt.NDArray[Any], bound: int) -> Ints:
     """Stable argsort of non-negative ``keys`` below ``bound``, 16 bits at a time: NumPy sorts those by radix."""
+    # From the lowest digit up: each stable pass keeps the order of the ones before among equal digits.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     shift = 16
     while bound > 1 << shift:
@@ -64,7 +48,7 @@ def boundaries(ordered: npt.NDArray[Any]) -> Ints:
 
 
 def compress(keys: Ints, bound: int) -> tuple[Ints, Ints]:
-    """The sorted distinct values of non-negative ``keys`` below ``bound``, and each key's index among them."""
+    """The sorted distinct values of ``keys [n]``, all in ``[0, bound)``, and each key's index among them ``[n]``."""
     if bound > DENSE_KEYS_PER_ITEM * len(keys) + 65536:
         distinct, index = np.unique(keys, return_inverse=True)
         return distinct, index.reshape(-1)
@@ -89,6 +73,7 @@ def distinct_rows(matrix: Ints) -> tuple[Ints, Ints]:
     if not np.array_equal(matrix[first][index], matrix):
         _, first, index = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
+    # np.unique sorts by value; numbers must not depend on the hash, so that they are given by first occurrence.
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     return matrix[first[order]], rank[index.reshape(-1)]
@@ -112,9 +97,6 @@ class Growing:
         self._store = np.zeros(1024, np.int32)
         self._used = 0
 
-    def __len__(self) -> int:
-        return self._used
-
     def extend(self, values: list[int]) -> None:
         """Append ``values``; views handed out earlier keep their length and values."""
         end = self._used + len(values)
@@ -130,26 +112,29 @@ class Growing:
         return self._store[: self._used]
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Contiguous pieces of boxes: their length in bytes and how many there are, both ``[n]``."""
+def count_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Ints:
+    """Into how many runs, contiguous under each of ``strides``, boxes fall.
 
-    length: Ints
-    count: Ints
+    Args:
+        extents: elements per dimension ``[n, MAX_RANK]``, the innermost dimension last.
+        itemsize: bytes per element ``[n]``.
+        strides: one or more of bytes ``[n, MAX_RANK]``; a run must be contiguous in all of these memories.
 
-
-def contiguous_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Runs:
-    """How boxes ``[n, MAX_RANK]`` fall into pieces that are contiguous under each of ``strides`` (bytes)."""
+    Returns:
+        Runs per box ``[n]``; 0 for a box without elements.
+    """
     length = itemsize.astype(np.int64)
     count = np.ones(len(extents), np.int64)
     whole = np.ones(len(extents), np.bool_)
     for dim in range(MAX_RANK - 1, -1, -1):
         extent = extents[:, dim]
+        # The stride of a dimension of one element leads nowhere: whatever it says, it does not break a run.
         single = extent == 1
         joins = whole.copy()
         for stride in strides:
             joins &= stride[:, dim] == length
         length = np.where(joins & ~single, length * extent, length)
         count = np.where(joins | single, count, count * extent)
+        # Once a dimension has a gap, no dimension further out can join: the inner ones are not one run any more.
         whole &= joins | single
-    return Runs(length, count)
+    return count

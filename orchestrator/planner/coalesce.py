@@ -17,8 +17,11 @@ STAGING_ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """Byte offsets in the source's and in the target's staging region ``[n]``; -1 for pieces that go straight."""
+class StagedRuns:
+    """Where each piece is staged, in bytes of its source's and its target's staging region ``[n]``.
+
+    Both are -1 for a piece that goes straight.
+    """
 
     at_source: Ints
     at_target: Ints
@@ -27,7 +30,7 @@ class Staged:
 def pack(
     edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, used: Ints, source_room: Ints,
     target_room: Ints,
-) -> Staged:  # fmt: skip
+) -> StagedRuns:  # fmt: skip
     """Decide for pieces ``[n]`` that are sorted by edge, and by group within it.
 
     Args:
@@ -36,10 +39,11 @@ def pack(
         used: bytes of each source's staging that are taken already ``[sources]``; updated in place.
         source_room, target_room: length of the staging regions, 0 without one.
     """
-    staged = Staged(np.full(len(edge), -1, np.int64), np.full(len(edge), -1, np.int64))
+    staged = StagedRuns(np.full(len(edge), -1, np.int64), np.full(len(edge), -1, np.int64))
     wanted = np.flatnonzero(size < runs * cost.pack_below_bytes)
     wanted = wanted[(target_room[target[wanted]] > 0) & (source_room[source[wanted]] > used[source[wanted]])]
     wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
+    # Leaving pieces out for want of room can make an edge not worth packing any more, so that is asked again below.
     density = size // np.maximum(runs, 1)
     wanted = wanted[_within(target[wanted], target[wanted], density[wanted], size[wanted], edge[wanted], target_room)]
     room = source_room - used
@@ -47,12 +51,14 @@ def pack(
     wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
     if len(wanted) == 0:
         return staged
+    # From here on per edge: its packed pieces lie one behind the other, so that one descriptor carries them all.
     first = boundaries(edge[wanted])
     lengths = np.add.reduceat(size[wanted], first[:-1])
     heads = wanted[first[:-1]]
     inside = np.cumsum(size[wanted]) - size[wanted]
     inside -= np.repeat(inside[first[:-1]], np.diff(first))
     at_source, ends = _place(source[heads], target[heads], lengths, used)
+    # A target's staging begins at 0 for every plan of its engine: no other engine shares it.
     at_target, _ = _place(target[heads], source[heads], lengths, np.zeros_like(target_room))
     staged.at_source[wanted] = np.repeat(at_source, np.diff(first)) + inside
     staged.at_target[wanted] = np.repeat(at_target, np.diff(first)) + inside
@@ -71,17 +77,22 @@ def _worthwhile(edge: Ints, size: Ints, runs: Ints, cost: CostModel) -> Flags:
 
 
 def _within(side: Ids, target: Ids, density: Ints, size: Ints, edge: Ints, room: Ints) -> Flags:
-    """Pieces whose staging fits: per side, earlier targets first (so that a later one never displaces them), and the
-    shortest runs first. Room for each edge's alignment is set aside."""
+    """Which pieces ``[n]`` fit into the staging of their end ``side [n]``, whose regions have ``room [sides]`` bytes.
+
+    Earlier targets come first, so that a later one never displaces them; of one target the shortest runs do. Room for
+    the alignment of each edge is set aside.
+    """
     edges = (
         np.bincount(side[boundaries(edge)[:-1]], minlength=len(room)) if len(edge) else np.zeros(len(room), np.int64)
     )
     free = room - edges * STAGING_ALIGNMENT
     if (np.bincount(side, weights=size, minlength=len(room)) <= np.maximum(free, 0)).all():
         return np.ones(len(side), np.bool_)
+    # lexsort's last key counts first: by side, then target, then density.
     order = np.lexsort((density, target, side))
     filled = np.cumsum(size[order])
     first = boundaries(side[order])
+    # The running sum goes on over all sides: what it was where a side begins is taken off again.
     base = np.repeat((filled - size[order])[first[:-1]], np.diff(first))
     fits = np.empty(len(side), np.bool_)
     fits[order] = filled - base <= free[side[order]]
@@ -89,7 +100,11 @@ def _within(side: Ids, target: Ids, density: Ints, size: Ints, edge: Ints, room:
 
 
 def _place(side: Ids, other: Ids, lengths: Ints, used: Ints) -> tuple[Ints, Ints]:
-    """First byte of each edge in its side's staging, edges in the order of their other ends, and the new ends."""
+    """Lay edges ``[e]`` of ``lengths`` bytes behind each other in the staging of ``side``, in the order of ``other``.
+
+    Returns:
+        The first byte of each edge ``[e]``, and where the staging of each side ends now ``[sides]``, from ``used``.
+    """
     padded = -(-lengths // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
     order = np.lexsort((other, side))
     filled = np.cumsum(padded[order])

@@ -68,11 +68,9 @@ class Forms:
         self._rows: list[Ints] = []
         self._table: FormTable | None = None
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def numbers(self, distinct: Ints) -> Ids:
         """Number of each of ``distinct`` forms ``[n, FORM_COLUMNS]``: kind, then box and strides as in a layout."""
+        # A loop over a few hundred distinct forms, not over rows.
         numbers = np.empty(len(distinct), np.int32)
         for i, form in enumerate(distinct):
             number = self._index.setdefault(form.tobytes(), len(self._rows))
@@ -89,7 +87,7 @@ class Forms:
 
 
 def make_form_table(forms: Ints, names: Names) -> FormTable:
-    """Columns of forms ``[n, FORM_COLUMNS]``."""
+    """Columns of forms ``[n, FORM_COLUMNS]``: the kind, then offset, extent and stride of each dimension in turn."""
     kind = forms[:, 0].copy()
     itemsize = np.array(names.kind_itemsize, np.int64)[kind]
     offset, extent, stride = (np.ascontiguousarray(forms[:, 1 + i :: 3]) for i in range(3))
@@ -136,19 +134,23 @@ class Decoder:
         self._check_forms(member, distinct, form, tensor)
         span = make_form_table(distinct, self.names).span[form]
         offset = matrix[:, ROW_OFFSET].copy()
+        # ``offset + span`` could wrap around; ``lengths - span`` cannot, for both are bounded by now.
         self._refuse(member, tensor, (offset < 0) | (offset > lengths[region] - span), "bytes outside of its region")
         rows = Rows(tensor, self.forms.numbers(distinct)[form], region, offset)
         return Decoded(party, rows, party_digest(party, table_digest))
 
     def _check_forms(self, member: Member, forms: Ints, form: Ints, tensor: Ids) -> None:
+        """Check ``forms [m, FORM_COLUMNS]``; ``form [n]`` and ``tensor [n]`` of each row serve to name a culprit."""
         shape = np.array(self.names.kind_shape, np.int64).reshape(-1, MAX_RANK)[forms[:, 0]]
         offset, extent, stride = forms[:, 1::3], forms[:, 2::3], forms[:, 3::3]
         outside = (offset < 0) | (offset > shape) | (extent < 0) | (extent > shape - offset)
         self._refuse(member, tensor, np.asarray(outside.any(axis=1))[form], "a box outside of the tensor's shape")
+        # With this bound no sum of a box's strides leaves int64.
         wild = (stride < 0) | (stride > MAX_BYTES // np.maximum(shape, 1))
         self._refuse(member, tensor, np.asarray(wild.any(axis=1))[form], "a stride that no region can hold")
 
     def _refuse(self, member: Member, tensor: Ids, wrong: Flags, why: str) -> None:
+        """Raise for the first row that is ``wrong [n]``."""
         if wrong.any():
             row = int(np.argmax(wrong))
             raise LayoutError(member, f"row {row} has {why}", self.names.tensors[int(tensor[row])].name)

@@ -11,7 +11,7 @@ from weightsync.orchestrator.planner.arrays import (
     Ints,
     boundaries,
     compress,
-    contiguous_runs,
+    count_runs,
     stable_order,
 )
 from weightsync.orchestrator.planner.catalogue import Catalogue
@@ -39,12 +39,15 @@ class Shapes:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class EnginePart:
     """Transfers into the ranks of one engine in columns ``[n]``, sorted by source, target, group, place.
 
-    ``source`` and ``target`` index the plan's sources and ``targets``; ``source_row`` and ``target_row`` the rows of
-    their layouts. ``merged``: the transfer continues the one before in both memories, so they share a descriptor.
-    ``load`` and ``staging_used [sources]`` are what this unit adds, and where its staging ends.
+    ``source`` and ``target`` index the plan's sources and this engine's ``targets``, ``source_row`` and ``target_row``
+    the rows of their layouts, ``tensor`` the decoder's names, ``shape`` the ``shapes``. ``region`` and ``offset``
+    (bytes) are the place at the target. ``staged_source`` and ``staged_target`` are byte offsets in the two staging
+    regions, -1 for what goes straight. ``merged``: the transfer continues the one before in both memories, so they
+    share a descriptor. ``load [sources]`` is the bytes that this engine adds to each source, ``staging_used [sources]``
+    where the staging of each source ends with it.
     """
 
     targets: tuple[Decoded, ...]
@@ -65,8 +68,8 @@ class Unit:
     staging_used: Ints
 
     @property
-    def engine(self) -> str:
-        """The engine whose ranks these are."""
+    def name(self) -> str:
+        """Name of the engine whose ranks these are."""
         return self.targets[0].party.member.engine
 
     def of_source(self, sources: int) -> Ints:
@@ -80,6 +83,7 @@ class Unit:
     def descriptors(self) -> Ints:
         """Of each transfer: its own, 0 where it shares another's, and the edge's packed run at its first packed one."""
         packed = self.staged_source >= 0
+        # ``merged`` is a flag, and only set where a transfer is one run: the difference is that run or nothing.
         own = np.where(packed, 0, self.shapes.runs[self.shape] - self.merged)
         at = np.flatnonzero(packed)
         edge = self.source[at].astype(np.int64) * max(1, len(self.targets)) + self.target[at]
@@ -87,10 +91,17 @@ class Unit:
         return own
 
 
-def plan_unit(
+def plan_engine(
     catalogue: Catalogue, targets: tuple[Party, ...], cost: CostModel, load: Ints, staging_used: Ints
-) -> Unit:
+) -> EnginePart:
     """Plan the transfers into ``targets``, the ranks of one engine.
+
+    Args:
+        catalogue: what the sources hold.
+        targets: the ranks.
+        cost: decides what is packed.
+        load: bytes that each source sends to other engines ``[sources]``; not changed.
+        staging_used: where the part of each source's staging that other engines use ends ``[sources]``; not changed.
 
     Raises:
         PlanError: see ``decode`` and ``match``.
@@ -116,6 +127,7 @@ def plan_unit(
         edge, source, target, size, runs, cost, staging_used,
         staging_lengths(catalogue.sources), staging_lengths(decoded),
     )  # fmt: skip
+    # A transfer joins the one before where both are single runs of one edge and group and adjoin in both memories.
     whole = (runs == 1) & (staged.at_source < 0)
     merged = np.zeros(len(size), np.bool_)
     source_offset = catalogue.held.offset[held_row] + source_shift[shape]
@@ -124,7 +136,7 @@ def plan_unit(
         & _adjoins(region, offset, size) & _adjoins(catalogue.held.region[held_row], source_offset, size)
     )  # fmt: skip
     group = edge_group % MAX_GROUPS
-    return Unit(
+    return EnginePart(
         decoded, shapes, source, target, wanted.tensor[pieces.row],
         group.astype(np.int32),
         catalogue.held.index[held_row], wanted.index[pieces.row], region, offset, shape.astype(np.int32),
@@ -168,13 +180,19 @@ def _order(
 ) -> tuple[Ints, Ints]:
     """The order by source, target, group, and the sorted key whose remainder by MAX_GROUPS is the group."""
     edge = catalogue.held.source[held_row].astype(np.int64) * len(targets) + wanted.target[pieces.row]
+    # One integer per piece, so that one radix sort orders by all three; it is stable, which keeps the place in memory.
     key = edge * MAX_GROUPS + groups(catalogue)[wanted.tensor[pieces.row]]
     order = stable_order(key, len(catalogue.sources) * len(targets) * MAX_GROUPS)
     return order, key[order]
 
 
 def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> tuple[Shapes, Ints, Ints, Ints]:
-    """The distinct (cell, source form), which one each piece is, and the corner's byte offset within both rows."""
+    """The distinct pairs of a cell and a source's form, in which all geometry of a transfer lies.
+
+    Returns:
+        The ``m`` shapes; the shape of each piece ``[n]``; and, per shape ``[m]``, how many bytes the cell's corner lies
+        behind the beginning of the source's row and of the target's row.
+    """
     forms = catalogue.decoder.form_table()
     key = cell * len(forms) + catalogue.held.form[held_row]
     distinct, shape = compress(key, len(cells.bytes) * len(forms) + 1)
@@ -183,7 +201,7 @@ def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> t
     offset, extent = cells.offset[of_cell], cells.extent[of_cell]
     source_shift = ((offset - forms.offset[of_source]) * forms.stride[of_source]).sum(axis=1)
     target_shift = ((offset - forms.offset[of_target]) * forms.stride[of_target]).sum(axis=1)
-    runs = contiguous_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target]).count
+    runs = count_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target])
     box = np.stack([offset, extent], axis=2).reshape(-1, 2 * MAX_RANK)
     return Shapes(box, forms.stride[of_target], cells.bytes[of_cell], runs), shape, source_shift, target_shift
 

@@ -7,7 +7,7 @@ from typing import Final, cast
 
 import msgspec
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Growing, Ids, Ints
+from weightsync.orchestrator.planner.arrays import Growing, Ids
 from weightsync.orchestrator.planner.errors import DtypeMismatch, LayoutError, ShapeMismatch
 from weightsync.orchestrator.planner.inputs import Party
 from weightsync.orchestrator.protocol.layout import ITEMSIZE, Tensor, pad
@@ -24,7 +24,11 @@ _name = attrgetter("name")
 
 
 class Names:
-    """Numbers tensors in order of first appearance; grows only."""
+    """Numbers tensors in order of first appearance; grows only.
+
+    A *kind* is a dtype and a shape, which most tensors share with those of other layers: ``kind_shape`` is padded to
+    MAX_RANK dimensions, ``kind_itemsize`` is in bytes.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -45,10 +49,6 @@ class Names:
         """Kind (dtype and shape) of each tensor."""
         return self._kinds.view()
 
-    def itemsize(self) -> Ints:
-        """Bytes per element of each tensor."""
-        return np.array(self.kind_itemsize, np.int64)[self.kinds()]
-
     def layers(self) -> Ids:
         """Layer of each tensor, by the first number between dots of its name; NO_LAYER without one."""
         return self._layers.view()
@@ -64,6 +64,7 @@ class Names:
         if len(tensors) > MAX_TENSORS:
             raise LayoutError(party.member, f"{len(tensors)} tensors exceed the limit of {MAX_TENSORS}")
         digest = hashlib.sha256(_encoder.encode(tensors)).digest()
+        # Ranks of one engine declare the same tensors: equal tables are looked up once.
         known = self._tables.get(digest)
         if known is None:
             numbers = list(map(self._index.get, tensors))
@@ -74,6 +75,8 @@ class Names:
         return known, digest
 
     def _add(self, member: Member, unknown: list[Tensor]) -> None:
+        """Number tensors that no party has declared before, or raise where they contradict an earlier declaration."""
+        # Whole lists go through ``map``, which is quick: a large mixture of experts has over 100,000 tensors.
         fresh = list(dict.fromkeys(unknown))
         declared = list(map(self._by_name.get, map(_name, fresh)))
         if any(number is not None for number in declared):
@@ -86,6 +89,7 @@ class Names:
         self._declared_by.append((first, member))
         numbers = range(first, first + len(fresh))
         self._by_name.update(zip(map(_name, fresh), numbers, strict=True))
+        # Fewer names than tensors: two of them, which differ otherwise, have the same one.
         if len(self._by_name) != first + len(fresh):
             raise LayoutError(member, "its table declares a tensor in two ways", _declared_twice(fresh))
         self._index.update(zip(fresh, numbers, strict=True))
@@ -94,6 +98,7 @@ class Names:
         self._layers.extend([_layer_of(tensor.name) for tensor in fresh])
 
     def _kind(self, member: Member, tensor: Tensor) -> int:
+        """Number of the tensor's dtype and shape, checked when they are met for the first time."""
         key = (tensor.dtype, tensor.shape)
         known = self._kind_index.get(key)
         if known is not None:
@@ -103,6 +108,7 @@ class Names:
             raise LayoutError(member, f"dtype {tensor.dtype!r} is not one that may travel", tensor.name)
         if len(tensor.shape) > MAX_RANK:
             raise LayoutError(member, f"{len(tensor.shape)} dimensions; at most {MAX_RANK}", tensor.name)
+        # In Python's integers: a product in int64 could wrap around and look small.
         size = itemsize
         for extent in tensor.shape:
             size *= max(extent, 1)
@@ -114,6 +120,7 @@ class Names:
         return self._kind_index[key]
 
     def _explain_difference(self, member: Member, tensors: list[Tensor], numbers: list[int | None]) -> None:
+        """Raise for the first of ``tensors`` whose name another party declared otherwise."""
         tensor, number = next((t, n) for t, n in zip(tensors, numbers, strict=True) if n is not None)
         known = self.tensors[number]
         first = next(who for start, who in reversed(self._declared_by) if start <= number)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from weightsync.orchestrator.planner.catalogue import Catalogue, make_catalogue
-from weightsync.orchestrator.planner.engine_part import Unit, plan_unit
+from weightsync.orchestrator.planner.engine_part import EnginePart, plan_engine
 from weightsync.orchestrator.planner.errors import PlanError
 from weightsync.orchestrator.planner.fingerprint import part_fingerprint, root_fingerprint
 from weightsync.orchestrator.planner.inputs import CostModel, Party
 from weightsync.orchestrator.planner.proof import Proof
-from weightsync.orchestrator.planner.tables import Tables, Told
+from weightsync.orchestrator.planner.tables import MemberTable, Tables
 from weightsync.orchestrator.protocol.names import Member
 
 
@@ -38,16 +38,20 @@ class Sends:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All writes of all members. ``root`` names it; ``unneeded`` are tensors that sources hold and nobody wants."""
+    """All writes of all members.
+
+    ``root`` is the fingerprint of the whole; ``parts`` what each member is told; ``flows`` the bytes from source to
+    target; ``unneeded`` the tensors that sources hold and no engine needs. ``catalogue`` and ``engines`` are kept for
+    the plan of whoever joins later.
+    """
 
     root: str
     cost: CostModel
     catalogue: Catalogue
-    units: tuple[Unit, ...]
+    engines: tuple[EnginePart, ...]
     parts: dict[Member, PlanPart]
     sends: dict[Member, Sends]
     flows: dict[tuple[Member, Member], int]
-    """(source, target) → bytes."""
     unneeded: tuple[str, ...]
 
     def part(self, member: Member) -> PlanPart:
@@ -87,52 +91,55 @@ def make_plan(
     if len(set(parties)) != len(parties):
         twice = next(m for i, m in enumerate(parties) if m in parties[:i])
         raise PlanError(f"{twice} is in the plan twice", twice)
-    kept = _kept_units(sources, targets, cost, previous)
+    kept = _kept_engines(sources, targets, cost, previous)
     catalogue = previous.catalogue if previous and kept is not None else make_catalogue(sources)
-    units = _plan_units(catalogue, targets, cost, kept or [])
-    return _assemble(catalogue, units, cost)
+    engines = _plan_engines(catalogue, targets, cost, kept or [])
+    return _assemble(catalogue, engines, cost)
 
 
 def _engines(targets: Sequence[Party]) -> list[tuple[Party, ...]]:
+    """The ranks of each engine, engines in the order in which ``targets`` first names them."""
     engines: dict[str, list[Party]] = {}
     for party in targets:
         engines.setdefault(party.member.engine, []).append(party)
     return [tuple(ranks) for ranks in engines.values()]
 
 
-def _kept_units(
+def _kept_engines(
     sources: Sequence[Party], targets: Sequence[Party], cost: CostModel, previous: Plan | None
-) -> list[Unit] | None:
-    """Units of ``previous`` that still hold; None where its sources or costs do not."""
+) -> list[EnginePart] | None:
+    """Engines of ``previous`` whose ranks are the same; None where its sources or its costs are not."""
     if previous is None or previous.cost != cost or [s.party for s in previous.catalogue.sources] != list(sources):
         return None
     wanted = {ranks[0].member.engine: list(ranks) for ranks in _engines(targets)}
-    return [u for u in previous.units if wanted.get(u.engine) == [t.party for t in u.targets]]
+    return [e for e in previous.engines if wanted.get(e.name) == [t.party for t in e.targets]]
 
 
-def _plan_units(
-    catalogue: Catalogue, targets: Sequence[Party], cost: CostModel, kept: Sequence[Unit]
-) -> tuple[Unit, ...]:
+def _plan_engines(
+    catalogue: Catalogue, targets: Sequence[Party], cost: CostModel, kept: Sequence[EnginePart]
+) -> tuple[EnginePart, ...]:
     count = len(catalogue.sources)
     load = np.zeros(count, np.int64)
     staging_used = np.zeros(count, np.int64)
-    units = list(kept)
-    for unit in kept:
-        load += unit.load
-        staging_used = np.maximum(staging_used, unit.staging_used)
-    have = {unit.engine for unit in kept}
+    engines = list(kept)
+    for engine in kept:
+        load += engine.load
+        # Each engine was planned behind the staging of those before it, some of which may be gone: the furthest end
+        # of all that stay is free for certain.
+        staging_used = np.maximum(staging_used, engine.staging_used)
+    have = {engine.name for engine in kept}
     for ranks in _engines(targets):
         if ranks[0].member.engine not in have:
-            units.append(plan_unit(catalogue, ranks, cost, load, staging_used))
-            load = load + units[-1].load
-            staging_used = units[-1].staging_used
-    return tuple(units)
+            engines.append(plan_engine(catalogue, ranks, cost, load, staging_used))
+            load = load + engines[-1].load
+            staging_used = engines[-1].staging_used
+    return tuple(engines)
 
 
-def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel) -> Plan:
-    """Tables, proof and fingerprints. Sources' tables are large: each is let go once it is proved and in bytes."""
-    tables = Tables(catalogue.sources, units)
-    flows = _flows(catalogue, units)
+def _assemble(catalogue: Catalogue, engines: tuple[EnginePart, ...], cost: CostModel) -> Plan:
+    """Make the tables, prove them, and fingerprint them."""
+    tables = Tables(catalogue.sources, engines)
+    flows = _flows(catalogue, engines)
     moved: dict[Member, int] = {}
     for (source, target), size in flows.items():
         moved[source] = moved.get(source, 0) + size
@@ -140,46 +147,50 @@ def _assemble(catalogue: Catalogue, units: tuple[Unit, ...], cost: CostModel) ->
     targets = list(tables.of_targets())
     proof = Proof(targets, catalogue.decoder.form_table())
     parts: dict[Member, PlanPart] = {}
+    # Sources' tables are large (144 bytes a write): each is dropped once it is proved and encoded.
     for number, decoded in enumerate(catalogue.sources):
-        told = tables.of_source(number)
-        proof.writes(told)
-        parts[decoded.party.member] = _part(told, moved)
+        table = tables.of_source(number)
+        proof.writes(table)
+        parts[decoded.party.member] = _part(table, moved)
     proof.finish()
-    parts.update((told.member.party.member, _part(told, moved)) for told in targets)
+    parts.update((table.member.party.member, _part(table, moved)) for table in targets)
     root = root_fingerprint({member: part.fingerprint for member, part in parts.items()})
-    return Plan(root, cost, catalogue, units, parts, _sends(catalogue, units), flows, _unneeded(catalogue, units))
+    return Plan(root, cost, catalogue, engines, parts, _sends(catalogue, engines), flows, _unneeded(catalogue, engines))
 
 
-def _part(told: Told, moved: dict[Member, int]) -> PlanPart:
-    copies, expected = told.table.tobytes(), moved.get(told.member.party.member, 0)
-    fingerprint = part_fingerprint(told.member.digest, [peer.digest for peer in told.peers], copies, expected)
-    return PlanPart(tuple(peer.party.member for peer in told.peers), copies, fingerprint, expected)
+def _part(table: MemberTable, moved: dict[Member, int]) -> PlanPart:
+    copies, expected = table.copies.tobytes(), moved.get(table.member.party.member, 0)
+    fingerprint = part_fingerprint(table.member.digest, [peer.digest for peer in table.peers], copies, expected)
+    return PlanPart(tuple(peer.party.member for peer in table.peers), copies, fingerprint, expected)
 
 
-def _unneeded(catalogue: Catalogue, units: Sequence[Unit]) -> tuple[str, ...]:
+def _unneeded(catalogue: Catalogue, engines: Sequence[EnginePart]) -> tuple[str, ...]:
+    """Names of tensors that some source holds and no engine needs."""
     needed = np.zeros(len(catalogue.decoder.names), np.bool_)
-    for unit in units:
-        needed[unit.tensor] = True
+    for engine in engines:
+        needed[engine.tensor] = True
     held = np.unique(catalogue.held.tensor)
     return tuple(catalogue.decoder.names.tensors[i].name for i in held[~needed[held]].tolist())
 
 
-def _flows(catalogue: Catalogue, units: Sequence[Unit]) -> dict[tuple[Member, Member], int]:
+def _flows(catalogue: Catalogue, engines: Sequence[EnginePart]) -> dict[tuple[Member, Member], int]:
+    """Bytes of each (source, target) that have any."""
     flows = {}
-    for unit in units:
-        edges = unit.edges()
-        if len(unit.source):
-            totals = np.add.reduceat(unit.shapes.bytes[unit.shape], edges[:-1]).tolist()
+    for engine in engines:
+        edges = engine.edges()
+        if len(engine.source):
+            totals = np.add.reduceat(engine.shapes.bytes[engine.shape], edges[:-1]).tolist()
             for at, size in zip(edges[:-1].tolist(), totals, strict=True):
-                key = (catalogue.sources[unit.source[at]].party.member, unit.targets[unit.target[at]].party.member)
-                flows[key] = size
+                source, target = catalogue.sources[engine.source[at]], engine.targets[engine.target[at]]
+                flows[source.party.member, target.party.member] = size
     return flows
 
 
-def _sends(catalogue: Catalogue, units: Sequence[Unit]) -> dict[Member, Sends]:
+def _sends(catalogue: Catalogue, engines: Sequence[EnginePart]) -> dict[Member, Sends]:
+    """What each source sends to all engines together."""
     count = len(catalogue.sources)
     size, descriptors = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    for unit in units:
-        size += unit.load
-        descriptors += np.bincount(unit.source, weights=unit.descriptors(), minlength=count).astype(np.int64)
+    for engine in engines:
+        size += engine.load
+        descriptors += np.bincount(engine.source, weights=engine.descriptors(), minlength=count).astype(np.int64)
     return {s.party.member: Sends(int(size[i]), int(descriptors[i])) for i, s in enumerate(catalogue.sources)}

@@ -1,4 +1,4 @@
-"""Copy tables as they travel: each member's own, from the units' columns."""
+"""Copy tables as they travel: each member's own, cut out of the columns of all engines."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from weightsync.orchestrator.planner.arrays import Ids, Ints, stable_order, starts
 from weightsync.orchestrator.planner.decode import Decoded
-from weightsync.orchestrator.planner.engine_part import MAX_GROUPS, Unit
+from weightsync.orchestrator.planner.engine_part import MAX_GROUPS, EnginePart
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
     COPY_COLUMNS,
@@ -18,103 +18,116 @@ from weightsync.orchestrator.protocol.layout import (
 )
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
-NOTHING: Ids = np.zeros(0, np.int32)
+NO_ROWS: Ids = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a member is told; for a source's writes also the row of the peer's layout that each is meant for."""
+class MemberTable:
+    """The table of one member of a plan.
+
+    ``copies [n, COPY_COLUMNS]``: a source's writes, or what a target scatters from its staging; COPY_PEER indexes
+    ``peers``. ``target_row [n]``: of a source's writes, which row of the peer's layout each is meant for; the member
+    is not told it, the proof checks it. Empty for targets.
+    """
 
     member: Decoded
     peers: tuple[Decoded, ...]
-    table: Ints
-    meant: Ids
+    copies: Ints
+    target_row: Ids
 
 
 class Tables:
-    """Makes the table of every member of a plan."""
+    """Makes the table of every member of a plan.
 
-    def __init__(self, sources: Sequence[Decoded], units: Sequence[Unit]) -> None:
+    Targets and shapes are numbered per engine; here the engines are laid end to end, so that an engine's own number
+    plus the engine's first is a number of the whole plan.
+    """
+
+    def __init__(self, sources: Sequence[Decoded], engines: Sequence[EnginePart]) -> None:
         self._sources = sources
-        self._units = units
-        self._of_source = [unit.of_source(len(sources)).tolist() for unit in units]
-        self._first_shape = starts(np.array([len(unit.shapes.bytes) for unit in units], np.int64))
         self._source_rank = _ranks(sources)
-        targets = [target for unit in units for target in unit.targets]
-        first = starts(np.array([len(unit.targets) for unit in units], np.int64))
-        self._targets, self._first_target, self._target_rank = targets, first, _ranks(targets)
-        self._box = np.concatenate([np.zeros((0, 2 * MAX_RANK), np.int64), *(u.shapes.box for u in units)])
-        self._stride = np.concatenate([np.zeros((0, MAX_RANK), np.int64), *(u.shapes.stride for u in units)])
+        self._engines = engines
+        self._of_source = [engine.of_source(len(sources)).tolist() for engine in engines]
+        self._targets = [target for engine in engines for target in engine.targets]
+        self._target_rank = _ranks(self._targets)
+        self._first_target = starts(np.array([len(engine.targets) for engine in engines], np.int64))
+        self._first_shape = starts(np.array([len(engine.shapes.bytes) for engine in engines], np.int64))
+        self._box = np.concatenate([np.zeros((0, 2 * MAX_RANK), np.int64), *(e.shapes.box for e in engines)])
+        self._stride = np.concatenate([np.zeros((0, MAX_RANK), np.int64), *(e.shapes.stride for e in engines)])
 
-    def of_source(self, number: int) -> Told:
+    def of_source(self, number: int) -> MemberTable:
         """The writes of the plan's source ``number`` by group, then peer, then place at the peer.
 
         Each source begins a group with another peer, so that they do not all fall on the same one.
         """
-        mine = [(i, slice(of[number], of[number + 1])) for i, of in enumerate(self._of_source)]
+        mine = [(i, slice(first[number], first[number + 1])) for i, first in enumerate(self._of_source)]
         mine = [(i, rows) for i, rows in mine if rows.stop > rows.start]
         if not mine:
-            return Told(self._sources[number], (), np.zeros((0, COPY_COLUMNS), np.int64), NOTHING)
+            return MemberTable(self._sources[number], (), np.zeros((0, COPY_COLUMNS), np.int64), NO_ROWS)
         peers, peer = _peers(
             self._targets,
             self._target_rank,
-            np.concatenate([self._units[i].target[rows] + self._first_target[i] for i, rows in mine]),
+            np.concatenate([self._engines[i].target[rows] + self._first_target[i] for i, rows in mine]),
         )
-        group = np.concatenate([self._units[i].group[rows] for i, rows in mine])
-        order = stable_order(group * len(peers) + (peer - number) % len(peers), MAX_GROUPS * len(peers))
-        shape = np.concatenate([self._units[i].shape[rows] + self._first_shape[i] for i, rows in mine])[order]
+        group = np.concatenate([self._engines[i].group[rows] for i, rows in mine])
+        # Source k puts peer k first and goes round from there. A stable sort keeps the order by place within a peer.
+        turn = (peer - number) % len(peers)
+        order = stable_order(group * len(peers) + turn, MAX_GROUPS * len(peers))
+        shape = np.concatenate([self._engines[i].shape[rows] + self._first_shape[i] for i, rows in mine])[order]
 
         def column(name: str) -> Ints:
-            values: Ints = np.concatenate([getattr(self._units[i], name)[rows] for i, rows in mine])[order]
+            values: Ints = np.concatenate([getattr(self._engines[i], name)[rows] for i, rows in mine])[order]
             return values
 
         peer = peer[order]
         staged = column("staged_source")
         packed = staged >= 0
         staging = np.array([p.party.layout.staging for p in peers], np.int64)
-        table = np.empty((len(order), COPY_COLUMNS), np.int64)
-        table[:, COPY_PEER] = peer
-        table[:, COPY_ROW] = column("source_row")
-        table[:, COPY_GROUP] = group[order]
-        table[:, COPY_STAGED] = staged
-        table[:, COPY_BOX:COPY_REMOTE] = self._box[shape]
-        table[:, COPY_REMOTE] = np.where(packed, staging[peer], column("region"))
-        table[:, COPY_REMOTE + 1] = np.where(packed, column("staged_target"), column("offset"))
-        table[:, COPY_REMOTE + 2 :] = self._stride[shape]
-        table[packed, COPY_REMOTE + 2 :] = 0
-        return Told(self._sources[number], peers, table, column("target_row").astype(np.int32))
+        copies = np.empty((len(order), COPY_COLUMNS), np.int64)
+        copies[:, COPY_PEER] = peer
+        copies[:, COPY_ROW] = column("source_row")
+        copies[:, COPY_GROUP] = group[order]
+        copies[:, COPY_STAGED] = staged
+        copies[:, COPY_BOX:COPY_REMOTE] = self._box[shape]
+        # COPY_REMOTE holds region, offset and strides at the target; packed bytes lie densely in its staging region.
+        copies[:, COPY_REMOTE] = np.where(packed, staging[peer], column("region"))
+        copies[:, COPY_REMOTE + 1] = np.where(packed, column("staged_target"), column("offset"))
+        copies[:, COPY_REMOTE + 2 :] = self._stride[shape]
+        copies[packed, COPY_REMOTE + 2 :] = 0
+        return MemberTable(self._sources[number], peers, copies, column("target_row").astype(np.int32))
 
-    def of_targets(self) -> Iterator[Told]:
-        """Per target of every unit: the sources that write to it, and what arrives packed, by group and place."""
-        for unit in self._units:
-            by_target = stable_order(unit.target, len(unit.targets))
-            limits = np.searchsorted(unit.target[by_target], np.arange(len(unit.targets) + 1, dtype=np.int32)).tolist()
-            for number, target in enumerate(unit.targets):
+    def of_targets(self) -> Iterator[MemberTable]:
+        """Per target of every engine: the sources that write to it, and what arrives packed, by group and place."""
+        for engine in self._engines:
+            by_target = stable_order(engine.target, len(engine.targets))
+            limits = np.searchsorted(engine.target[by_target], np.arange(len(engine.targets) + 1, dtype=np.int32))
+            for number, target in enumerate(engine.targets):
                 mine = by_target[limits[number] : limits[number + 1]]
-                peers, peer = _peers(self._sources, self._source_rank, unit.source[mine])
-                packed = unit.staged_target[mine] >= 0
+                # Peers are all that write to the target, but only what arrives packed must be scattered.
+                peers, peer = _peers(self._sources, self._source_rank, engine.source[mine])
+                packed = engine.staged_target[mine] >= 0
                 mine, peer = mine[packed], peer[packed]
-                # Staging was given out in the order of sources, so that the unit's order is the place's.
-                order = stable_order(unit.group[mine], MAX_GROUPS)
+                # Staging was given out in the order of sources, so the engine's order is already that of the place.
+                order = stable_order(engine.group[mine], MAX_GROUPS)
                 mine, peer = mine[order], peer[order]
-                table = np.zeros((len(mine), COPY_COLUMNS), np.int64)
-                table[:, COPY_PEER] = peer
-                table[:, COPY_ROW] = unit.target_row[mine]
-                table[:, COPY_GROUP] = unit.group[mine]
-                table[:, COPY_STAGED] = unit.staged_target[mine]
-                table[:, COPY_BOX:COPY_REMOTE] = unit.shapes.box[unit.shape[mine]]
-                yield Told(target, peers, table, NOTHING)
+                copies = np.zeros((len(mine), COPY_COLUMNS), np.int64)
+                copies[:, COPY_PEER] = peer
+                copies[:, COPY_ROW] = engine.target_row[mine]
+                copies[:, COPY_GROUP] = engine.group[mine]
+                copies[:, COPY_STAGED] = engine.staged_target[mine]
+                copies[:, COPY_BOX:COPY_REMOTE] = engine.shapes.box[engine.shape[mine]]
+                yield MemberTable(target, peers, copies, NO_ROWS)
 
 
 def _ranks(parties: Sequence[Decoded]) -> Ints:
-    """The place of each party among all of them, sorted by member."""
+    """The place of each party among all of them, sorted by member ``[len(parties)]``."""
     ranks = np.empty(len(parties), np.int64)
     ranks[sorted(range(len(parties)), key=lambda i: parties[i].party.member)] = np.arange(len(parties))
     return ranks
 
 
 def _peers(parties: Sequence[Decoded], rank: Ints, used: Ids | Ints) -> tuple[tuple[Decoded, ...], Ints]:
-    """Those of ``parties`` that ``used`` points to, sorted by member, and for each pointer the place among them."""
+    """Those of ``parties`` that ``used [n]`` points to, sorted by member, and the place of each among them ``[n]``."""
     present = np.flatnonzero(np.bincount(used, minlength=len(parties)))
     present = present[np.argsort(rank[present])]
     position = np.full(len(parties), -1, np.int64)

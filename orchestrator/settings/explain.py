@@ -2,20 +2,30 @@
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
 from pydantic import BaseModel, ValidationError
-from weightsync.orchestrator.settings.document import Document, Key, Problem, closest, dotted
+from weightsync.orchestrator.settings.document import Document
+from weightsync.orchestrator.settings.problems import Key, Problem, closest, dotted, shown
 
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain(document: Document, error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """One Problem per finding, in the order of the file's keys."""
+def explain(
+    document: Document, variables: Mapping[Key, str], error: ValidationError, model: type[BaseModel]
+) -> list[Problem]:
+    """One Problem per finding, in the order of the file's keys.
+
+    Args:
+        document: the file, for the lines.
+        variables: which environment variable gave which key.
+        error: pydantic's findings about ``model``.
+        model: the class of the whole settings.
+    """
     findings = error.errors(include_url=False)
-    problems = [(details["type"], _problem(document, details, model)) for details in findings]
+    problems = [(details["type"], _problem(document, variables, details, model)) for details in findings]
     # An invalid entry makes pydantic say in addition that the list is too short.
     return [
         problem
@@ -24,7 +34,9 @@ def explain(document: Document, error: ValidationError, model: type[BaseModel]) 
     ]
 
 
-def _problem(document: Document, details: "ErrorDetails", model: type[BaseModel]) -> Problem:
+def _problem(
+    document: Document, variables: Mapping[Key, str], details: "ErrorDetails", model: type[BaseModel]
+) -> Problem:
     key, owner, siblings = _follow(model, details["loc"])
     kind, value = details["type"], details["input"]
     context: dict[str, Any] = details.get("ctx", {})
@@ -37,6 +49,9 @@ def _problem(document: Document, details: "ErrorDetails", model: type[BaseModel]
         what, fix = f"type must be one of {expected}", "set type to one of them"
         key = (*key, "type") if isinstance(value, dict) else key
         value = value.get("type") if isinstance(value, dict) else value
+    elif kind == "fits_nowhere":
+        what, fix = details["msg"], f"number the entries from 0 without a gap, as in {dotted(key)}[0]"
+        key, value = (*key, context["entry"]), None
     elif kind == "value_error":
         what, fix = (
             str(context.get("error", details["msg"])),
@@ -46,7 +61,24 @@ def _problem(document: Document, details: "ErrorDetails", model: type[BaseModel]
     else:
         what = details["msg"][:1].lower() + details["msg"][1:]
         fix = _described(owner, key).strip(" ()") or "see deploy/config.example.yaml"
-    return document.problem(key, value, what, fix)
+    line, variable = _origin(document, variables, key)
+    return Problem(dotted(key), "" if value is None else shown(key, value), what, fix, line, variable)
+
+
+def _origin(document: Document, variables: Mapping[Key, str], key: Key) -> tuple[int | None, str]:
+    """The line that gave ``key``, or the variable; where nothing gave it, those of what it should stand in."""
+    for length in range(len(key), 0, -1):
+        part = key[:length]
+        if part in variables:
+            return None, variables[part]
+        line, collection = document.find(part)
+        # A variable for a key of a mapping makes the mapping, unless the file has one already.
+        below = next((name for other, name in variables.items() if other[:length] == part), "")
+        if below and not collection:
+            return None, below
+        if line is not None:
+            return line, ""
+    return None, ""
 
 
 def _follow(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, list[Any]]:
@@ -66,16 +98,17 @@ def _follow(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Ke
             owner = holders[0]
             siblings = siblings if owner in siblings else holders
             field = owner.model_fields.get(part)
-            candidates = list(_models(field.annotation)) if field else []
+            candidates = list(models_in(field.annotation)) if field else []
     return tuple(key), owner, siblings if owner in siblings else candidates
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field of this annotation may hold, one by one or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif typing.get_origin(annotation) in (Union, types.UnionType, tuple, list, typing.Annotated):
         for argument in typing.get_args(annotation):
-            yield from _models(argument)
+            yield from models_in(argument)
 
 
 def _tag(model: Any) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.settings.document import ConfigError, Problem
+from weightsync.orchestrator.settings.problems import ConfigError, Problem
 
 MAX_SECRET_BYTES: Final = 4096
 """A bearer token; longer files are something else."""

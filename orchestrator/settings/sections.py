@@ -1,14 +1,19 @@
 """The sections of the settings: every key with its type, unit, limit and default."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.settings.sources import NUMBERED
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Url = Annotated[str, Field(pattern=r"^https?://[^/?#\s@]+(/[^?#\s]*)?$", max_length=2048)]
+
+
+_NIXL: Final = NixlSettings()
 
 
 class Section(BaseModel):
@@ -17,14 +22,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Run(Section):
+class RunSection(Section):
     """Which training job, and where its run directory is."""
 
     id: Identifier = Field(description="Name of the training job; agents of another run are refused.")
     directory: Path = Field(description="The run directory, shared with the trainer; holds broadcasts/step_<N>/.")
 
 
-class Listen(Section):
+class ListenSection(Section):
     """Where agents and the command line reach the daemon."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind.")
@@ -32,7 +37,7 @@ class Listen(Section):
     token_file: Path = Field(description="File with the bearer token that agents and the command line present.")
 
 
-class Engine(Section):
+class EngineSection(Section):
     """One vLLM server."""
 
     name: Identifier = Field(description="Name of the engine, unique in the run; also the name its agents report.")
@@ -41,12 +46,12 @@ class Engine(Section):
         default="both", description="What it does in a disaggregated pair."
     )
     pair: Identifier | None = Field(
-        default=None, description="Prefill and decode engines of one pair pause and resume as one."
+        default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
     api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
 
 
-class Trainer(Section):
+class TrainerSection(Section):
     """The trainer fleet."""
 
     world: int | None = Field(
@@ -54,20 +59,24 @@ class Trainer(Section):
     )
 
 
-class NixlTransport(Section):
-    """NIXL writes into registered memory."""
+class NixlSection(Section):
+    """NIXL writes into registered memory. The defaults are those of the message that agents get."""
 
     type: Literal["nixl"] = "nixl"
-    backends: tuple[Identifier, ...] = Field(default=("UCX",), min_length=1, max_length=8, description="NIXL backends.")
-    flush_every: int = Field(default=100, ge=1, le=10_000, description="Handles in flight per rank before a drain.")
-    rails: int = Field(default=2, ge=1, le=16, description="NIC ports that one rank may use at once.")
+    backends: Annotated[tuple[Identifier, ...], NUMBERED] = Field(
+        default=_NIXL.backends, min_length=1, max_length=8, description="NIXL backends."
+    )
+    flush_every: int = Field(
+        default=_NIXL.flush_every, ge=1, le=10_000, description="Handles in flight per rank before a drain."
+    )
+    rails: int = Field(default=_NIXL.rails, ge=1, le=16, description="NIC ports that one rank may use at once.")
 
     def message(self) -> NixlSettings:
         """What agents are told."""
         return NixlSettings(backends=self.backends, flush_every=self.flush_every, rails=self.rails)
 
 
-class FilesystemTransport(Section):
+class FilesystemSection(Section):
     """The engine reloads a checkpoint from broadcasts/step_<N>/."""
 
     type: Literal["filesystem"] = "filesystem"
@@ -77,13 +86,16 @@ class FilesystemTransport(Section):
         return FilesystemSettings()
 
 
-class HubRendezvous(Section):
+class HubSection(Section):
     """Both rounds of the rendezvous over the agents' control connections."""
 
     type: Literal["hub"] = "hub"
 
+    def group_address(self) -> None:
+        """Where the process group meets: there is none."""
 
-class TcpStoreRendezvous(Section):
+
+class TcpStoreSection(Section):
     """Both rounds over vLLM's StatelessProcessGroup; it pickles, so only on a trusted network."""
 
     type: Literal["tcpstore"] = "tcpstore"
@@ -91,15 +103,19 @@ class TcpStoreRendezvous(Section):
     port: int = Field(default=29501, ge=1, le=65535, description="TCP port of the store.")
     timeout_seconds: Seconds = Field(default=1200, description="Seconds until an exchange over the store is given up.")
 
+    def group_address(self) -> GroupAddress:
+        """Where the process group meets."""
+        return GroupAddress(host=self.host, port=self.port, timeout_seconds=self.timeout_seconds)
 
-class Pause(Section):
+
+class PauseSection(Section):
     """How an engine is paused for a round."""
 
     mode: Literal["keep", "wait", "abort"] = Field(default="keep", description="What happens to requests in flight.")
     clear_cache: bool = Field(default=True, description="Drop the prefix cache, so that it never mixes two models.")
 
 
-class Deadlines(Section):
+class DeadlinesSection(Section):
     """Total deadlines in seconds, the daemon's own; agents get shorter ones."""
 
     join_seconds: Seconds = Field(default=600, description="From the start until every configured rank has connected.")
@@ -117,18 +133,8 @@ class Deadlines(Section):
         default=3, ge=1, le=100, description="Signs of life missed until an agent is lost."
     )
 
-    @property
-    def update_seconds(self) -> float:
-        """Of the call that spans a whole round in the engine: quiesce, transfer, verify and finish."""
-        return self.quiesce_seconds + self.transfer_seconds + self.verify_seconds + self.finish_seconds
 
-    @property
-    def lost_seconds(self) -> float:
-        """Silence after which an agent is lost."""
-        return self.heartbeat_seconds * self.lost_after_heartbeats
-
-
-class Retry(Section):
+class RetrySection(Section):
     """A failed round."""
 
     attempts: int = Field(default=3, ge=1, le=100, description="Rounds per version before FAILED is written.")
@@ -137,7 +143,7 @@ class Retry(Section):
     )
 
 
-class Log(Section):
+class LogSection(Section):
     """The daemon's own log, on standard error."""
 
     format: Literal["auto", "console", "json"] = Field(
@@ -157,5 +163,5 @@ def _typed_as(default: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
-Transport = Annotated[NixlTransport | FilesystemTransport, Field(discriminator="type"), _typed_as("nixl")]
-Rendezvous = Annotated[HubRendezvous | TcpStoreRendezvous, Field(discriminator="type"), _typed_as("hub")]
+Transport = Annotated[NixlSection | FilesystemSection, Field(discriminator="type"), _typed_as("nixl")]
+Rendezvous = Annotated[HubSection | TcpStoreSection, Field(discriminator="type"), _typed_as("hub")]

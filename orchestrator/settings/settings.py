@@ -7,31 +7,30 @@ Unknown keys are refused, secrets come only from files, relative paths count fro
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from weightsync.orchestrator.settings.document import ConfigError as ConfigError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from weightsync.orchestrator.settings.document import Document
-from weightsync.orchestrator.settings.document import Problem as Problem
 from weightsync.orchestrator.settings.explain import explain
-from weightsync.orchestrator.settings.secrets import read_secret as read_secret
-from weightsync.orchestrator.settings.sections import Deadlines as Deadlines
-from weightsync.orchestrator.settings.sections import Engine as Engine
-from weightsync.orchestrator.settings.sections import FilesystemTransport as FilesystemTransport
-from weightsync.orchestrator.settings.sections import HubRendezvous as HubRendezvous
-from weightsync.orchestrator.settings.sections import Listen as Listen
-from weightsync.orchestrator.settings.sections import Log as Log
-from weightsync.orchestrator.settings.sections import NixlTransport as NixlTransport
-from weightsync.orchestrator.settings.sections import Pause as Pause
-from weightsync.orchestrator.settings.sections import Rendezvous as Rendezvous
-from weightsync.orchestrator.settings.sections import Retry as Retry
-from weightsync.orchestrator.settings.sections import Run as Run
-from weightsync.orchestrator.settings.sections import Seconds as Seconds
-from weightsync.orchestrator.settings.sections import TcpStoreRendezvous as TcpStoreRendezvous
-from weightsync.orchestrator.settings.sections import Trainer as Trainer
-from weightsync.orchestrator.settings.sections import Transport as Transport
-from weightsync.orchestrator.settings.sections import Url as Url
+from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.sections import (
+    DeadlinesSection,
+    EngineSection,
+    HubSection,
+    ListenSection,
+    LogSection,
+    NixlSection,
+    PauseSection,
+    Rendezvous,
+    RetrySection,
+    RunSection,
+    Seconds,
+    TrainerSection,
+    Transport,
+    Url,
+)
+from weightsync.orchestrator.settings.sources import NUMBERED, EnvironmentSource, FileSource
 
 MAX_ENGINES: Final = 4096
 """Engines of one run; the hub was measured to 4096 agents."""
@@ -42,9 +41,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, title="weightsync-orchestrator")
 
-    run: Run
+    run: RunSection
     state_directory: Path = Field(description="Local directory of the journal; never on a network file system.")
-    listen: Listen
+    listen: ListenSection
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
     )
@@ -53,24 +52,26 @@ class Settings(BaseSettings):
         min_length=1,
         description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
     )
-    engines: tuple[Engine, ...] = Field(min_length=1, max_length=MAX_ENGINES, description="The vLLM servers.")
-    trainer: Trainer = Trainer()
-    transport: Transport = Field(default=NixlTransport(), description="How weights travel.")
-    rendezvous: Rendezvous = Field(default=HubRendezvous(), description="How agents learn of each other.")
+    engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
+        min_length=1, max_length=MAX_ENGINES, description="The vLLM servers."
+    )
+    trainer: TrainerSection = TrainerSection()
+    transport: Transport = Field(default=NixlSection(), description="How weights travel.")
+    rendezvous: Rendezvous = Field(default=HubSection(), description="How agents learn of each other.")
     mode: Literal["live"] = Field(
         default="live", description="live: writes go straight into the paused engine's parameters."
     )
-    pause: Pause = Pause()
-    deadlines: Deadlines = Deadlines()
-    retry: Retry = Retry()
+    pause: PauseSection = PauseSection()
+    deadlines: DeadlinesSection = DeadlinesSection()
+    retry: RetrySection = RetrySection()
     rescan_seconds: Seconds = Field(
         default=5.0, description="Between two scans of the run directory without any event."
     )
-    log: Log = Log()
+    log: LogSection = LogSection()
 
     @field_validator("engines")
     @classmethod
-    def _engines_differ(cls, engines: tuple[Engine, ...]) -> tuple[Engine, ...]:
+    def _engines_differ(cls, engines: tuple[EngineSection, ...]) -> tuple[EngineSection, ...]:
         for what in ("name", "url"):
             seen: dict[str, int] = {}
             for index, engine in enumerate(engines):
@@ -119,8 +120,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what ``load`` passes: pydantic's own source would ignore a mistyped variable instead of refusing it."""
-        return (init_settings,)
+        """The environment above the file. ``load`` passes both as the only arguments of the constructor."""
+        assert isinstance(init_settings, InitSettingsSource)
+        return tuple(init_settings.init_kwargs["sources"])
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -133,11 +135,14 @@ def load(path: Path | str, environ: Mapping[str, str] | None = None) -> Settings
         ConfigError: naming file, line and key (or variable), value and fix of everything that is wrong.
     """
     file = Path(path).expanduser().absolute()
-    document = Document.read(file, os.environ if environ is None else environ)
+    document = Document.read(file)
+    environment = EnvironmentSource(Settings, document, os.environ if environ is None else environ)
+    # Not by keyword: type checkers would look for a key of that name.
+    arguments: dict[str, Any] = {"sources": (environment, FileSource(Settings, document, environment))}
     try:
-        settings = Settings(**document.values)
+        settings = Settings(**arguments)
     except ValidationError as error:
-        raise ConfigError(file, *explain(document, error, Settings)) from error
+        raise ConfigError(file, *explain(document, environment.variables, error, Settings)) from error
     return _anchored(settings, file.parent)
 
 

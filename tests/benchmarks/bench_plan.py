@@ -67,7 +67,7 @@ def measure(directory: Path) -> dict[str, float]:
     wall, seconds = time.perf_counter() - began, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     joiner = targets[-1].member.engine
-    before = make_plan(sources, [t for t in targets if t.member.engine != joiner]) if len(plan.units) > 1 else None
+    before = make_plan(sources, [t for t in targets if t.member.engine != joiner]) if len(plan.engines) > 1 else None
     used = time.process_time()
     if before is not None:
         make_plan(sources, targets, previous=before)
@@ -76,7 +76,7 @@ def measure(directory: Path) -> dict[str, float]:
         "wall_seconds": wall,
         "rss_gb": peak,
         "join_seconds": time.process_time() - used,
-        "writes": sum(len(unit.source) for unit in plan.units),
+        "writes": sum(len(engine.source) for engine in plan.engines),
         "descriptors": max(sends.descriptors for sends in plan.sends.values()),
         "terabytes": plan.bytes / 1e12,
     }

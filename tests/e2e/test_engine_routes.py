@@ -16,11 +16,11 @@ from weightsync.orchestrator.daemon.engines.vllm import (
     EngineNotServable,
     EngineRefused,
 )
-from weightsync.orchestrator.settings.settings import Deadlines
+from weightsync.orchestrator.settings.sections import DeadlinesSection
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
-DEADLINES = Deadlines(probe_seconds=30)
+DEADLINES = DeadlinesSection(probe_seconds=30)
 
 
 class Engine:

@@ -1,10 +1,18 @@
 """What is installed is what is in the folders: setuptools is told every package by name, for they are mapped."""
 
+import configparser
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("orchestrator", "agents", "kernels")
+HEAVY = ("aiohttp", "numpy", "torch", "vllm")
 
 
 def test_every_package_of_the_folders_is_listed() -> None:
@@ -15,3 +23,52 @@ def test_every_package_of_the_folders_is_listed() -> None:
         for init in (ROOT / folder).rglob("__init__.py")
     }
     assert listed == found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel that setuptools builds of a copy of what it is made from, without a network."""
+    copy = tmp_path_factory.mktemp("source")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    out = tmp_path_factory.mktemp("wheel")
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(out)], cwd=copy, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    due = {
+        f"weightsync/{path.relative_to(ROOT).as_posix()}"
+        for folder in FOLDERS
+        for pattern in ("*.py", "py.typed")
+        for path in (ROOT / folder).rglob(pattern)
+    }
+    assert {f"weightsync/{folder}/py.typed" for folder in FOLDERS} <= due
+    assert "weightsync/orchestrator/cli/main.py" in due
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == due
+
+
+def test_the_wheel_offers_the_command_and_the_plugin(wheel: zipfile.ZipFile) -> None:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    points = configparser.ConfigParser(delimiters=("=",))
+    points.read_string(wheel.read(name).decode())
+    assert dict(points["console_scripts"]) == {"weightsync-orchestrator": "weightsync.orchestrator.cli.main:main"}
+    assert dict(points["vllm.general_plugins"]) == {"weightsync": "weightsync.agents.vllm.plugin:register"}
+    for group in points.sections():
+        for target in points[group].values():
+            module = target.partition(":")[0].replace(".", "/")
+            assert f"{module}.py" in wheel.namelist()
+
+
+def test_importing_the_package_is_light() -> None:
+    """Trainers and engines import it beside the agents: it must bring none of the daemon's or their own libraries."""
+    ask = f"import sys, weightsync.orchestrator; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

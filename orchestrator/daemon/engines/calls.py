@@ -10,7 +10,8 @@ from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.daemon.engines.errors import EngineError
 from weightsync.orchestrator.daemon.engines.vllm import EngineClient
 from weightsync.orchestrator.protocol.names import RoundName
-from weightsync.orchestrator.settings.settings import Settings, read_secret
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import Settings
 
 AGENT_SHARE: Final = 0.9
 """Of the daemon's deadline for the update call: the worker leaves its window first, and by itself."""

@@ -20,7 +20,7 @@ from weightsync.orchestrator.daemon.engines.errors import EngineRefused as Engin
 from weightsync.orchestrator.daemon.engines.errors import EngineTimeout as EngineTimeout
 from weightsync.orchestrator.daemon.engines.errors import EngineUnreachable as EngineUnreachable
 from weightsync.orchestrator.daemon.engines.http import EngineHttp
-from weightsync.orchestrator.settings.sections import Deadlines
+from weightsync.orchestrator.settings.sections import DeadlinesSection
 
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -93,7 +93,7 @@ class EngineClient:
     Every method raises an EngineError: EngineUnreachable, EngineTimeout, EngineRefused or EngineLacksRoute.
     """
 
-    def __init__(self, name: str, url: str, api_key: str | None, deadlines: Deadlines) -> None:
+    def __init__(self, name: str, url: str, api_key: str | None, deadlines: DeadlinesSection) -> None:
         self.name = name
         self.facts: EngineFacts | None = None
         self._deadlines = deadlines
@@ -180,7 +180,7 @@ class EngineClient:
 
     async def update(self, update_info: Mapping[str, object], deadline_seconds: float | None = None) -> None:
         """The call that lasts as long as the round. Never repeated: after an error with ``sent`` the agents know."""
-        deadline = deadline_seconds or self._deadlines.update_seconds
+        deadline = deadline_seconds or self._deadlines.transfer_seconds
         await self._once("/update_weights", {"update_info": update_info}, deadline)
 
     async def finish_update(self, version: str, deadline_seconds: float | None = None) -> None:

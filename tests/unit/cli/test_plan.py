@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 from aiohttp import web
-from weightsync.orchestrator.cli.main import Exit, main
+from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.cli.main import main
 from weightsync.orchestrator.cli.plan import Unusable, read_layouts, write_layouts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import Party

@@ -9,7 +9,7 @@ import pytest
 import structlog
 from weightsync.orchestrator.daemon import log
 from weightsync.orchestrator.daemon.admin.views import RoundRow
-from weightsync.orchestrator.settings.settings import Log
+from weightsync.orchestrator.settings.sections import LogSection
 
 SECRET = "s3cret-0f-the-fleet"
 
@@ -36,9 +36,9 @@ def lines(stream: io.StringIO) -> list[dict[str, object]]:
 
 def test_json_where_nobody_watches_console_where_somebody_does() -> None:
     file, terminal = io.StringIO(), Terminal()
-    log.configure(Log(), file)
+    log.configure(LogSection(), file)
     structlog.get_logger().info("hello", engine="a")
-    log.configure(Log(), terminal)
+    log.configure(LogSection(), terminal)
     structlog.get_logger().info("hello", engine="a")
     (line,) = lines(file)
     assert (line["event"], line["engine"], line["level"]) == ("hello", "a", "info")
@@ -50,14 +50,14 @@ def test_json_where_nobody_watches_console_where_somebody_does() -> None:
 
 def test_the_form_can_be_forced() -> None:
     terminal = Terminal()
-    log.configure(Log(format="json"), terminal)
+    log.configure(LogSection(format="json"), terminal)
     structlog.get_logger().info("hello")
     assert lines(terminal)[0]["event"] == "hello"
 
 
 def test_levels_and_the_libraries_own_logs() -> None:
     stream = io.StringIO()
-    log.configure(Log(level="warning"), stream)
+    log.configure(LogSection(level="warning"), stream)
     structlog.get_logger().info("quiet")
     logging.getLogger("aiohttp").info("quiet")
     logging.getLogger("aiohttp").warning("lib says %d", 5)
@@ -67,7 +67,7 @@ def test_levels_and_the_libraries_own_logs() -> None:
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_no_secret_is_shown(form: str) -> None:
     stream = io.StringIO()
-    log.configure(Log.model_validate({"format": form}), stream)
+    log.configure(LogSection.model_validate({"format": form}), stream)
     log.withhold(SECRET)
     logger = structlog.get_logger()
     logger.info("got " + SECRET, token="abcdef", engine={"api_key": "abcdef", "urls": [SECRET]}, text=f"x{SECRET}x")
@@ -89,7 +89,7 @@ def test_no_secret_is_shown(form: str) -> None:
 
 def test_token_file_is_no_secret_and_short_words_are_not_searched_for() -> None:
     stream = io.StringIO()
-    log.configure(Log(format="json"), stream)
+    log.configure(LogSection(format="json"), stream)
     log.withhold("a")
     structlog.get_logger().info("a path", token_file="/etc/token")
     (line,) = lines(stream)
@@ -98,7 +98,7 @@ def test_token_file_is_no_secret_and_short_words_are_not_searched_for() -> None:
 
 def test_one_line_per_round() -> None:
     stream = io.StringIO()
-    log.configure(Log(format="json"), stream)
+    log.configure(LogSection(format="json"), stream)
     row = RoundRow(
         round="3.7", step=12, generation=5, attempt=1, outcome="committed", engines=("a", "b"), bytes=2_000_000_000,
         wire_gb_per_s=10.0, pause_ms=33.1, stall_ms=250.0, verify_ms=40.0, total_ms=260.0,
@@ -115,8 +115,8 @@ def test_one_line_per_round() -> None:
 
 def test_configuring_twice_prints_once() -> None:
     first, second = io.StringIO(), io.StringIO()
-    log.configure(Log(), first)
-    log.configure(Log(), second)
+    log.configure(LogSection(), first)
+    log.configure(LogSection(), second)
     structlog.get_logger().info("hello")
     assert first.getvalue() == ""
     assert len(lines(second)) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from weightsync.orchestrator.settings.explain import _models
+from weightsync.orchestrator.settings.explain import models_in
 from weightsync.orchestrator.settings.settings import Settings, load
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "config.example.yaml"
@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[3] / "deploy" / "config.example.yaml"
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
-        for inner in _models(field.annotation):
+        for inner in models_in(field.annotation):
             yield from fields(inner, f"{prefix}{name}.")
 
 

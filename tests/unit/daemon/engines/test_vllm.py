@@ -18,12 +18,12 @@ from weightsync.orchestrator.daemon.engines.vllm import (
     EngineTimeout,
     EngineUnreachable,
 )
-from weightsync.orchestrator.settings.settings import Deadlines
+from weightsync.orchestrator.settings.sections import DeadlinesSection
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-LONG = Deadlines(probe_seconds=30, http_seconds=30, pause_seconds=30)
-SHORT = Deadlines(probe_seconds=0.1, http_seconds=0.1, pause_seconds=0.1)
+LONG = DeadlinesSection(probe_seconds=30, http_seconds=30, pause_seconds=30)
+SHORT = DeadlinesSection(probe_seconds=0.1, http_seconds=0.1, pause_seconds=0.1)
 BRIEF = 0.1
 """Total deadline, in seconds, of calls that are meant to run into it."""
 
@@ -97,7 +97,9 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def talking(vllm: Vllm, deadlines: Deadlines = LONG, api_key: str | None = None) -> AsyncIterator[EngineClient]:
+async def talking(
+    vllm: Vllm, deadlines: DeadlinesSection = LONG, api_key: str | None = None
+) -> AsyncIterator[EngineClient]:
     async with serving(vllm.app()) as url, EngineClient("a", url + "/", api_key, deadlines) as client:
         yield client
 

@@ -2,6 +2,7 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import fleets
 from weightsync.agents.tables.runs import pack_table, runs, scatter_table
 from weightsync.orchestrator.planner import CostModel, make_plan
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
@@ -14,10 +15,10 @@ def moved(kernel_table):
     return int(kernel_table[:, [0, 5, 8, 11]].prod(axis=1).sum())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), alpha=st.sampled_from([0.0, 1e-9, 1.0]))
-def test_bytes_and_descriptors(data, alpha, fleet_strategy):
-    sources, targets = data.draw(fleet_strategy)
+def test_bytes_and_descriptors(data, alpha):
+    sources, targets = data.draw(fleets())
     plan = make_plan(sources, targets, CostModel(alpha_seconds=alpha))
     packed = 0
     for source in sources:

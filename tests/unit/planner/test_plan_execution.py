@@ -2,38 +2,39 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import fleets
+from plan_executor import assert_delivered, execute, full_tensors
 from weightsync.orchestrator.planner import CostModel, make_plan
 
 ALPHAS = st.sampled_from([0.0, 1e-9, 1e-6, 1.0])
 """From never packing over packing the smallest to packing all."""
 
-fleets_with_fixtures = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+# A few random fleets need more choices than Hypothesis allows; it drops those.
+drawn_fleets = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-@fleets_with_fixtures
+@drawn_fleets
 @given(data=st.data(), alpha=ALPHAS)
-def test_any_sharding_into_any_sharding(data, alpha, bench, fleet_strategy):
-    sources, targets = data.draw(fleet_strategy)
+def test_any_sharding_into_any_sharding(data, alpha):
+    sources, targets = data.draw(fleets())
     plan = make_plan(sources, targets, CostModel(alpha_seconds=alpha))
-    full = bench.full_tensors(sources, seed=1)
-    bench.assert_delivered(targets, full, bench.execute(plan, sources, targets, full))
+    full = full_tensors(sources, seed=1)
+    assert_delivered(targets, full, execute(plan, sources, targets, full))
     assert sum(send.bytes for send in plan.sends.values()) == plan.bytes
 
 
-@fleets_with_fixtures
+@drawn_fleets
 @given(data=st.data(), alpha=ALPHAS)
-def test_engines_that_come_and_go(data, alpha, bench, fleet_strategy):
-    sources, targets = data.draw(fleet_strategy)
+def test_engines_that_come_and_go(data, alpha):
+    sources, targets = data.draw(fleets())
     names = sorted({t.member.engine for t in targets})
     plan = None
     for _ in range(3):
         chosen = data.draw(st.permutations(names))[: data.draw(st.integers(1, len(names)))]
         present = [t for name in chosen for t in targets if t.member.engine == name]
         before, plan = plan, make_plan(sources, present, CostModel(alpha_seconds=alpha), plan)
-        full = bench.full_tensors(sources, seed=2)
-        bench.assert_delivered(present, full, bench.execute(plan, sources, present, full))
+        full = full_tensors(sources, seed=2)
+        assert_delivered(present, full, execute(plan, sources, present, full))
         if before is not None:
             stayed = [t.member for t in present if t.member in before.parts]
             assert all(plan.part(member) == before.part(member) for member in stayed)

@@ -1,0 +1,64 @@
+"""Asking a running daemon over its HTTP port."""
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.settings import Settings
+
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""10,000 rounds with long reasons."""
+
+
+class Unreachable(Exception):
+    """No usable answer from the daemon."""
+
+
+class Denied(Exception):
+    """The daemon refuses the token."""
+
+
+def token_for(token_file: Path | None, settings: Settings | None) -> str | None:
+    """The token in ``token_file``, else in the file that ``settings`` name; None where there is neither.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if token_file is None and settings is not None:
+        token_file = settings.listen.token_file
+    return None if token_file is None else read_secret(token_file)
+
+
+async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:
+    """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
+
+    Raises:
+        Unreachable, Denied.
+    """
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    where = url.partition("?")[0]
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            aiohttp.ClientSession() as session,
+            session.get(url, headers=headers, allow_redirects=False) as response,
+        ):
+            if response.status in (401, 403):
+                raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
+            if response.status != 200:
+                raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
+            data = bytearray()
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if len(data) > limit:
+                    raise Unreachable(f"{where} answers with more than {limit} bytes")
+            return bytes(data)
+    except TimeoutError as error:
+        raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error
+    except aiohttp.ClientConnectorError as error:
+        reason = error.os_error.strerror or str(error)
+        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error

@@ -1,0 +1,71 @@
+"""What is wrong with a configuration, said so that the operator can mend it."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Final
+
+MAX_SHOWN_CHARS: Final = 200
+"""A wrong value is shown, not dumped."""
+
+_SECRET_WORDS: Final = ("token", "secret", "password", "passphrase", "api_key", "credential")
+
+Key = tuple[str | int, ...]
+"""The path to a value, list entries by their number: ``("engines", 0, "url")``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the configuration: where, what was found, why it is wrong and what to write instead."""
+
+    key: str
+    value: str
+    problem: str
+    fix: str
+    line: int | None = None
+    variable: str = ""
+
+    def where(self) -> str:
+        """``line 12: engines[0].url: ``, or the environment variable that set it; empty for the whole file."""
+        source = f"environment variable {self.variable}" if self.variable else f"line {self.line}" if self.line else ""
+        return "".join(f"{part}: " for part in (source, self.key) if part)
+
+    def __str__(self) -> str:
+        found = f" (found {self.value})" if self.value else ""
+        return f"{self.where()}{self.problem}{found}. Fix: {self.fix}"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. The operator's fault; a retry without a change is useless (exit code 78)."""
+
+    def __init__(self, file: Path, *problems: Problem) -> None:
+        self.file = file
+        self.problems = problems
+        super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
+
+
+def shown(key: Key, value: object) -> str:
+    """``value`` as an error may show it: cut, and withheld where the key names a secret."""
+    words = [part.lower() for part in key if isinstance(part, str)]
+    if any(word in part and not part.endswith("_file") for part in words for word in _SECRET_WORDS):
+        return "a value that is not shown"
+    if isinstance(value, dict | list):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+
+
+def dotted(key: Key) -> str:
+    """``('engines', 0, 'url')`` as ``engines[0].url``."""
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def closest(word: str, words: list[str]) -> str:
+    """The member of ``words`` that ``word`` was probably meant to be, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.6)), "")

@@ -1,0 +1,71 @@
+"""What the commands say of a server that is not the daemon, or does not answer."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from command_line import TOKEN, cli
+from weightsync.orchestrator.cli.client import Unreachable, fetch, token_for
+from weightsync.orchestrator.settings.settings import load
+
+
+async def test_a_server_that_is_not_ours(config: Path) -> None:
+    async def other(_: web.Request) -> web.Response:
+        return web.json_response({"hello": "world"})
+
+    app = web.Application()
+    app.router.add_get("/status", other)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", load(config, {}).listen.port).start()
+    try:
+        wrong = await cli("status", "--config", config)
+        lacking = await cli("rounds", "--config", config)
+    finally:
+        await runner.cleanup()
+    assert (wrong.code, lacking.code) == (75, 75)
+    assert "not the daemon's" in wrong.err
+    assert "answered 404" in lacking.err
+
+
+async def test_a_daemon_that_never_answers(config: Path) -> None:
+    listen = load(config, {}).listen
+    with socket.socket() as silent:
+        silent.bind((listen.host, listen.port))
+        silent.listen()
+        done = await cli("status", "--config", config, "--timeout", "0.2")
+    assert done.code == 75
+    assert "did not answer within 0.2 s" in done.err
+
+
+def test_the_token_file_that_is_given_beats_that_of_the_configuration(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("another-token")
+    settings = load(config, {})
+    assert token_for(None, settings) == TOKEN
+    assert token_for(tmp_path / "other", settings) == "another-token"
+    assert token_for(None, None) is None
+
+
+async def test_an_answer_above_the_limit_and_a_redirect_are_refused(config: Path) -> None:
+    async def large(_: web.Request) -> web.Response:
+        return web.Response(body=b"x" * 1001)
+
+    async def elsewhere(_: web.Request) -> web.Response:
+        raise web.HTTPFound("/status")
+
+    app = web.Application()
+    app.router.add_get("/status", large)
+    app.router.add_get("/rounds", elsewhere)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = load(config, {}).listen.port
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        assert len(await fetch(f"http://127.0.0.1:{port}/status", None, 10, 1001)) == 1001
+        with pytest.raises(Unreachable, match="more than 1000 bytes"):
+            await fetch(f"http://127.0.0.1:{port}/status", None, 10, 1000)
+        with pytest.raises(Unreachable, match="answered 302"):
+            await fetch(f"http://127.0.0.1:{port}/rounds?last=1", None, 10)
+    finally:
+        await runner.cleanup()

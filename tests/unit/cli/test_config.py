@@ -1,0 +1,90 @@
+"""``config check`` and ``config schema``."""
+
+import json
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from command_line import TOKEN, cli, process
+from weightsync.orchestrator.cli import config as cli_config
+from weightsync.orchestrator.cli.config import findings_of
+from weightsync.orchestrator.cli.main import main
+from weightsync.orchestrator.settings.settings import load
+
+
+async def test_config_check_of_a_good_one(config: Path) -> None:
+    done = await process("config", "check", config)
+    assert done.code == 0, done.out
+    assert "run glm, 1 engine (a), transport nixl, rendezvous hub" in done.out
+    assert "does not exist yet and can be made" in done.out
+    assert "is free" in done.out
+    assert TOKEN not in done.out
+    assert not (config.parent / "state").exists()
+
+
+async def test_config_schema_is_json_schema() -> None:
+    done = await cli("config", "schema")
+    schema = json.loads(done.out)
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["transport"]["discriminator"]["propertyName"] == "type"
+
+
+def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token = config.parent / "token"
+    (config.parent / "run").write_text("a file")
+    token.chmod(0o644)
+    assert main(["config", "check", str(config)]) == 78
+    out = capsys.readouterr().out
+    assert f"mode 0644, others may read it. Fix: chmod 600 {token}" in out
+    assert "is no directory" in out
+    token.chmod(0o600)
+    token.write_text("short")
+    main(["config", "check", str(config)])
+    assert "can be guessed" in capsys.readouterr().out
+    token.unlink()
+    assert main(["config", "check", str(config)]) == 78
+    assert "secret cannot be read" in capsys.readouterr().out
+
+
+def test_config_check_says_that_a_port_is_taken_and_does_not_fail(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listen = load(config, {}).listen
+    with socket.socket() as taken:
+        taken.bind((listen.host, listen.port))
+        taken.listen()
+        assert main(["config", "check", str(config)]) == 0
+    assert "cannot be bound now" in capsys.readouterr().out
+
+
+def test_config_check_refuses_a_journal_on_a_network_file_system(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_config, "file_system_of", lambda path: "nfs4")
+    assert main(["config", "check", str(config)]) == 78
+    assert "is on nfs4, a network file system" in capsys.readouterr().out
+    monkeypatch.setattr(cli_config, "file_system_of", lambda path: "tmpfs")
+    assert main(["config", "check", str(config)]) == 0
+    assert "is lost when the machine restarts" in capsys.readouterr().out
+
+
+def test_config_check_warns_of_tokens_in_the_clear_and_of_pickles(config: Path) -> None:
+    environ = {"WEIGHTSYNC__LISTEN__HOST": "0.0.0.0", "WEIGHTSYNC__ADVERTISE_URL": "http://head:7410",
+               "WEIGHTSYNC__RENDEZVOUS": "{type: tcpstore, host: head}"}  # fmt: skip
+    texts = [finding.text for finding in findings_of(load(config, environ)) if finding.level == "warning"]
+    assert any("unencrypted" in text for text in texts)
+    assert any("unpickles" in text for text in texts)
+
+
+def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        config.write_text(config.read_text().replace(":8000", f":{closed.getsockname()[1]}"))
+        assert main(["config", "check", str(config), "--probe"]) == 0
+    assert "cannot be reached: Connect" in capsys.readouterr().out
+
+
+def test_token_files_keep_their_mode(config: Path) -> None:
+    findings_of(load(config, {}))
+    assert stat.S_IMODE((config.parent / "token").stat().st_mode) == 0o600

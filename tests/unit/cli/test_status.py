@@ -1,0 +1,132 @@
+"""``status`` and ``rounds``, of a daemon that runs and of one that is down: real files, real sockets."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from aiohttp import web
+from command_line import TOKEN, cli, process
+from weightsync.orchestrator.core.records import (
+    Committed,
+    EpochBegan,
+    LiveDirty,
+    Record,
+    RoundBegan,
+    RoundEnded,
+    encode_record,
+)
+from weightsync.orchestrator.daemon.admin import routes as admin
+from weightsync.orchestrator.daemon.admin.views import EngineView, LayoutsView, RoundRow, RoundsView, StatusView
+from weightsync.orchestrator.daemon.journal import Journal
+from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.settings.settings import load
+
+
+class Views:
+    """A daemon's views, fixed."""
+
+    async def status(self) -> StatusView:
+        engine = EngineView(name="a", url="http://a", role="both", state="serving", paused=False)
+        return StatusView(run="glm", state="step 40 is served", epoch=3, engines=(engine,))
+
+    async def rounds(self, last: int) -> RoundsView:
+        row = RoundRow(round="3.1", step=40, generation=7, attempt=1, outcome="committed", total_ms=float(last))
+        return RoundsView(run="glm", rounds=(row,))
+
+    async def layouts(self) -> LayoutsView | None:
+        return None
+
+
+@contextlib.asynccontextmanager
+async def daemon(config: Path, token: str = TOKEN) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_routes(admin.routes(Views(), token))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    listen = load(config, {}).listen
+    await web.TCPSite(runner, listen.host, listen.port).start()
+    try:
+        yield f"http://{listen.host}:{listen.port}"
+    finally:
+        await runner.cleanup()
+
+
+def ended(number: int, outcome: str = "committed", reason: str = "") -> RoundEnded:
+    return RoundEnded(
+        round=RoundName(1, number), version=Version(7, 40 + number), attempt=1, engines=("a",), evicted=(),
+        outcome=outcome, reason=reason, bytes=2_000_000, descriptors=3,
+        times={"pausing": 0.03, "wire": 0.001, "stall": 0.2, "verifying": 0.02, "total": 0.25},
+    )  # fmt: skip
+
+
+def write_journal(config: Path, *records: Record) -> None:
+    with Journal.open(load(config, {}).journal_path) as journal:
+        journal.next_epoch()
+        for record in records:
+            journal.append(type(record).__name__, encode_record(record))
+
+
+async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:
+    async with daemon(config) as url:
+        table = await process("status", "--config", config)
+        data = await cli("status", "--json", WEIGHTSYNC_CONFIG=str(config))
+        by_url = await cli("rounds", "--last", "7", "--url", url, "--token-file", config.parent / "token", "--json")
+        rounds = await cli("rounds", "--config", config)
+    assert (table.code, table.err) == (0, "")
+    assert "step 40 is served" in table.out
+    assert "ENGINE" in table.out
+    assert json.loads(data.out)["engines"][0]["state"] == "serving"
+    assert json.loads(by_url.out)["rounds"][0]["total_ms"] == 7
+    assert "committed" in rounds.out
+
+
+async def test_a_wrong_token_is_77_and_not_shown(config: Path) -> None:
+    async with daemon(config, token="another-token-of-20c"):
+        done = await cli("status", "--config", config)
+    assert done.code == 77
+    assert "refuses the token" in done.err
+    assert TOKEN not in done.err
+
+
+async def test_status_of_a_daemon_that_is_down_is_the_journals(config: Path) -> None:
+    write_journal(
+        config,
+        EpochBegan(epoch=1),
+        RoundBegan(round=RoundName(1, 1), version=Version(7, 41), attempt=1, engines=("a",)),
+        ended(1),
+        Committed(round=RoundName(1, 1), version=Version(7, 41), sequence=1),
+        ended(2, "failed", "digest of a/0 differs"),
+    )
+    table = await cli("status", "--config", config)
+    data = await cli("status", "--config", config, "--json")
+    rounds = await cli("rounds", "--config", config, "--last", "1")
+    assert (table.code, data.code, rounds.code) == (75, 75, 75)
+    assert "cannot be reached" in table.err
+    assert "the daemon does not answer" in table.out
+    assert "step 41" in table.out
+    assert json.loads(data.out)["source"] == "journal"
+    assert json.loads(data.out)["committed"]["step"] == 41
+    assert "digest of a/0 differs" in rounds.out
+    assert "1.1" not in rounds.out
+
+
+async def test_status_beside_a_daemon_that_holds_the_journal_but_not_the_port(config: Path) -> None:
+    write_journal(config, ended(1))
+    with Journal.open(load(config, {}).journal_path):
+        done = await cli("rounds", "--config", config)
+    assert "1.1" in done.out
+
+
+async def test_an_open_round_is_pointed_out(config: Path) -> None:
+    began = RoundBegan(round=RoundName(1, 1), version=Version(7, 41), attempt=1, engines=("a",))
+    write_journal(config, began, LiveDirty(round=RoundName(1, 1), writers={}))
+    done = await cli("status", "--config", config)
+    assert "may have torn their live weights" in done.out
+
+
+async def test_neither_daemon_nor_journal(config: Path) -> None:
+    done = await cli("status", "--config", config)
+    assert done.code == 75
+    assert done.out == ""
+    assert "nor can the journal be read" in done.err

@@ -1,0 +1,71 @@
+"""The tables at a glance."""
+
+from weightsync.orchestrator.cli.tables import rounds_text, status_text
+from weightsync.orchestrator.daemon.admin.views import (
+    EngineView,
+    ProgressView,
+    RoundRow,
+    StatusView,
+    TrainerView,
+    VersionView,
+)
+
+NOW = 100_000.0
+
+
+def test_the_status_table_at_a_glance() -> None:
+    version = VersionView(step=40, generation=255, sequence=3, digest="ab" * 16, unix_time=NOW - 90)
+    text = status_text(
+        StatusView(
+            run="glm", state="step 40 is served; waits for the next version", epoch=2, journal_id="cd" * 16,
+            started=NOW - 7200, committed=version,
+            engines=(
+                EngineView(name="prefill-0", url="http://a", role="prefill", state="serving", version=version,
+                           ranks_connected=8, ranks_expected=8, paused=False),
+                EngineView(name="d", url="http://b", role="decode", state="held", torn=True, error="bad\x1b[31m news"),
+            ),
+            trainers=tuple(TrainerView(rank=r, host="n", pid=1, state="ready", staged=version) for r in range(10)),
+            round=ProgressView(round="2.7", version=version, phase="writing", attempt=2, elapsed_seconds=0.4),
+            rounds=(RoundRow(round="2.6", step=39, generation=255, attempt=1, outcome="failed", engines=("d",),
+                             evicted=("d",), reason="no CLOSED from trainer/1 within 300 s", bytes=1_500_000_000,
+                             wire_gb_per_s=41.234, pause_ms=30.4, stall_ms=210.6, verify_ms=25, total_ms=221,
+                             unix_time=NOW - 30),),
+            problems=("broadcasts/step_007: wrongly named, ignored",),
+        ),
+        NOW,
+    )  # fmt: skip
+    assert (
+        text
+        == """\
+run glm   daemon epoch 2, up 2.0 h   journal cdcdcdcd
+step 40 is served; waits for the next version
+committed: step 40 (generation ff), commit 3, 2 min ago, digest abababababababab
+round 2.7: step 40, attempt 2, writing for 0.4 s
+
+ENGINE     ROLE     STATE        VERSION  RANKS  PAUSED  URL       LAST ERROR
+prefill-0  prefill  serving      step 40  8/8    no      http://a
+d          decode   held (TORN)  -        0/?    ?       http://b  bad [31m news
+
+TRAINER    STATE  STAGED   PROCESS
+trainer/0  ready  step 40  n:1
+trainer/1  ready  step 40  n:1
+trainer/2  ready  step 40  n:1
+trainer/3  ready  step 40  n:1
+trainer/4  ready  step 40  n:1
+trainer/5  ready  step 40  n:1
+trainer/6  ready  step 40  n:1
+trainer/7  ready  step 40  n:1
+… and 2 more
+
+ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES  WIRE GB/S  PAUSE MS  STALL MS  VERIFY MS  TOTAL MS   AGO
+  2.6    39    1  failed   d        1.5 GB      41.23        30       211         25       221  30 s
+    no CLOSED from trainer/1 within 300 s
+    left out: d
+
+problems:
+  broadcasts/step_007: wrongly named, ignored"""
+    )
+
+
+def test_no_rounds_yet() -> None:
+    assert rounds_text((), NOW) == "no round has ended yet"

@@ -1,0 +1,19 @@
+"""Secrets come from files of one line."""
+
+from pathlib import Path
+
+import pytest
+from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.secrets import read_secret
+
+
+def test_secrets(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("abc-123\n")
+    assert read_secret(path) == "abc-123"
+    for bad in ("", "\n", "two\nlines", "with blank", "ä" * 10, "x" * 5000):
+        path.write_text(bad)
+        with pytest.raises(ConfigError, match="no secret"):
+            read_secret(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_secret(tmp_path / "absent")
