@@ -27,10 +27,10 @@ def prepare(
     Args:
         sources: contiguous uint8[n] tensors; their addresses are kept, so they must stay.
         destinations: likewise, on the same device. Runs of one table must not overlap here.
-        table: int64[n, 14] (:mod:`weightsync.kernels.strided`).
+        table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`).
 
     Raises:
-        TableError: a row reaches outside its regions.
+        KernelTableError: a row reaches outside its regions.
         KernelUnavailableError: the regions are on CUDA and Triton is missing.
     """
     rows = as_table(table)

@@ -6,13 +6,17 @@ from typing import Final
 
 import numpy as np
 import torch
-from weightsync.kernels.strided import (
+from weightsync.kernels.columns import (
     COUNTS,
     DST_OFFSET,
     DST_REGION,
+    DST_STRIDE,
     RUN_BYTES,
     SRC_OFFSET,
     SRC_REGION,
+    SRC_STRIDE,
+)
+from weightsync.kernels.strided import (
     Table,
     canonical,
     sheets,
@@ -23,7 +27,7 @@ LARGE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _RunGroup:
     """Runs of one length between one pair of regions."""
 
     src_region: int
@@ -37,7 +41,7 @@ class ReferenceCopy:
     """A copy prepared once and made many times."""
 
     def __init__(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table) -> None:
-        """Regions are uint8[n] on the CPU; ``table`` is int64[n, 14], checked by the caller."""
+        """Regions are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller."""
         self._sources, self._destinations = list(sources), list(destinations)
         rows = canonical(table)
         size = rows[:, RUN_BYTES] * np.prod(rows[:, list(COUNTS)], axis=1)
@@ -49,7 +53,9 @@ class ReferenceCopy:
         signature = np.column_stack([pair, runs.run])[order]
         breaks = np.flatnonzero((signature[1:] != signature[:-1]).any(axis=1)) + 1
         self._groups = [
-            _Group(int(pair[part[0], 0]), int(pair[part[0], 1]), int(runs.run[part[0]]), runs.src[part], runs.dst[part])
+            _RunGroup(
+                int(pair[part[0], 0]), int(pair[part[0], 1]), int(runs.run[part[0]]), runs.src[part], runs.dst[part]
+            )
             for part in np.split(order, breaks)
             if len(part)
         ]
@@ -61,6 +67,7 @@ class ReferenceCopy:
         for group in self._groups:
             source = self._sources[group.src_region].numpy()
             destination = self._destinations[group.dst_region].numpy()
+            # Every offset as the beginning of a window of one run's length: one index then moves all runs at once.
             windows = (len(source) - group.length + 1, group.length)
             gathered = np.lib.stride_tricks.as_strided(source, windows, (1, 1))[group.src]
             windows = (len(destination) - group.length + 1, group.length)
@@ -71,9 +78,13 @@ def _copy_row(source: torch.Tensor, destination: torch.Tensor, row: Table) -> No
     """One row with all its loops as one strided copy."""
     shape = [*(int(row[column]) for column in COUNTS), int(row[RUN_BYTES])]
     src = source.as_strided(
-        shape, [*(int(row[column + 1]) for column in COUNTS), 1], source.storage_offset() + int(row[SRC_OFFSET])
+        shape,
+        [*(int(row[column + SRC_STRIDE]) for column in COUNTS), 1],
+        source.storage_offset() + int(row[SRC_OFFSET]),
     )
     dst = destination.as_strided(
-        shape, [*(int(row[column + 2]) for column in COUNTS), 1], destination.storage_offset() + int(row[DST_OFFSET])
+        shape,
+        [*(int(row[column + DST_STRIDE]) for column in COUNTS), 1],
+        destination.storage_offset() + int(row[DST_OFFSET]),
     )
     dst.copy_(src)

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from weightsync.kernels.columns import DST_REGION, SRC_REGION
 from weightsync.kernels.dispatch import common_device, on_device
 from weightsync.kernels.strided import (
-    DST_REGION,
-    SRC_REGION,
     Sheets,
     Table,
     canonical,
@@ -27,6 +26,8 @@ from weightsync.kernels.strided import (
 
 ITEM_COLUMNS: Final = 8
 """Of int64: kind, source, destination, run bytes, count, source step, destination step, pieces per run."""
+_ITEM_COLUMNS: Final = tl.constexpr(ITEM_COLUMNS)
+"""The same for the kernel: compiled functions read no other globals than constexpr ones."""
 STRETCH, WIDE, WORDS, SINGLE = range(4)
 UNIT: Final = {WIDE: 16, WORDS: 4, SINGLE: 1}
 PIECE_BYTES: Final = {WIDE: 256, WORDS: 256, SINGLE: 64}
@@ -84,7 +85,7 @@ def _copy_kernel(blocks, count, items):
     if program < count:
         _stretch(tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1), 16384)
     else:
-        item = items + (program - count) * 8
+        item = items + (program - count) * _ITEM_COLUMNS
         kind = tl.load(item)
         if kind == 0:
             _stretch(tl.load(item + 1), tl.load(item + 2), tl.load(item + 3))

@@ -35,10 +35,10 @@ def prepare(regions: Sequence[torch.Tensor], table: npt.ArrayLike) -> PreparedDi
 
     Args:
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
-        table: int64[n, 14] (:mod:`weightsync.kernels.strided`); the destination columns are logical.
+        table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
 
     Raises:
-        TableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor.
+        KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor.
         KernelUnavailableError: the regions are on CUDA and Triton is missing.
     """
     rows = as_table(table)

@@ -1,4 +1,4 @@
-"""The weights of the digest: what the digest is, and how often it can be wrong.
+"""The multipliers of the digest: what the digest is, and how often it can be wrong.
 
 Definition
     The bytes of a logical tensor are read as little-endian 32-bit words; byte ``b`` of the tensor counts as its value
@@ -39,16 +39,19 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 
 TILE_WORDS: Final = 2048
-"""Words under one outer weight: the inner tables (16 KiB) stay in registers or L1, the hash is paid once per 8 KiB."""
+"""Words under one outer multiplier: the inner tables (16 KiB) stay in registers or L1, a hash is paid per 8 KiB."""
 TILE_BYTES: Final = 4 * TILE_WORDS
 PRESENT: Final = 0x01010101
 """The plus one of each of a word's four bytes."""
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
+"""SplitMix64's step: 2**64 divided by the golden ratio, made odd."""
 _INNER_SEED: Final = 0x6A09E667F3BCC908
 _OUTER_SEEDS: Final = (0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B)
+"""Nothing up the sleeve: 64 fractional bits of the square roots of 2, 3 and 5, as SHA-512 begins with."""
 FMIX_A: Final = 0x85EBCA6B
 FMIX_B: Final = 0xC2B2AE35
+"""The factors of MurmurHash3's 32-bit finaliser (Appleby, 2011)."""
 
 
 def tensor_key(name: str) -> int:
@@ -64,7 +67,7 @@ def _mix64(value: Words) -> Words:
 
 
 @cache
-def inner_weights() -> Words:
+def inner_multipliers() -> Words:
     """``g`` and ``g'`` as uint64[TILE_WORDS, 2], each below 2**32. Read-only."""
     counter = np.arange(1, TILE_WORDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(_INNER_SEED)
     both = _mix64(counter)
@@ -79,7 +82,7 @@ def outer_keys(keys: npt.NDArray[np.int64]) -> Words:
     return np.stack([_mix64(_mix64(pattern + np.uint64(seed))) for seed in _OUTER_SEEDS], axis=1)
 
 
-def outer_weights(packed: Words, tiles: npt.NDArray[np.int64]) -> Words:
+def outer_multipliers(packed: Words, tiles: npt.NDArray[np.int64]) -> Words:
     """``H_0, H'_0, H_1, H'_1`` of each tile as uint64[n, 4], each below 2**32.
 
     Args:

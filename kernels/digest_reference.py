@@ -11,16 +11,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from weightsync.kernels.columns import DST_REGION, SRC_REGION
 from weightsync.kernels.digest_multipliers import (
     PRESENT,
     TILE_BYTES,
     TILE_WORDS,
     Words,
-    inner_weights,
+    inner_multipliers,
     outer_keys,
-    outer_weights,
+    outer_multipliers,
 )
-from weightsync.kernels.strided import DST_REGION, SRC_REGION, Sheets, Table, canonical, concatenate, sheets
+from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,7 +43,7 @@ class _Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _PieceGroup:
     """Pieces of ``length`` bytes that begin ``start`` bytes into their tiles; ``outer`` is uint64[n, 4]."""
 
     region: int
@@ -56,7 +57,7 @@ class ReferenceDigest:
     """A digest prepared once and taken many times: calling it reads the regions as they are then."""
 
     def __init__(self, regions: Sequence[torch.Tensor], table: Table) -> None:
-        """``regions`` are uint8[n] on the CPU; ``table`` is int64[n, 14], checked by the caller."""
+        """``regions`` are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller."""
         self._regions = [region.numpy() for region in regions]
         rows = canonical(table)
         region, keys = rows[:, SRC_REGION], outer_keys(rows[:, DST_REGION])
@@ -102,15 +103,15 @@ def _cut(runs: Sheets) -> Sheets:
     return spread.part(begin - spread.dst, end - begin)
 
 
-def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_Group]:
+def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_PieceGroup]:
     """Pieces of one length, one place in the tile and one region, together."""
     start, where = pieces.dst % TILE_BYTES, region[pieces.row]
-    outer = outer_weights(keys[pieces.row], pieces.dst // TILE_BYTES)
+    outer = outer_multipliers(keys[pieces.row], pieces.dst // TILE_BYTES)
     order = np.lexsort((pieces.src, start, pieces.run, where))
     signature = np.stack([where[order], pieces.run[order], start[order]])
     breaks = np.flatnonzero((signature[:, 1:] != signature[:, :-1]).any(axis=0)) + 1
     return [
-        _Group(int(where[part[0]]), int(start[part[0]]), int(pieces.run[part[0]]), pieces.src[part], outer[part])
+        _PieceGroup(int(where[part[0]]), int(start[part[0]]), int(pieces.run[part[0]]), pieces.src[part], outer[part])
         for part in np.split(order, breaks)
         if len(part)
     ]
@@ -118,20 +119,22 @@ def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_Group]:
 
 def _stretch_sum(region: Bytes, stretch: _Stretch) -> Words:
     data = np.frombuffer(region, "<u4", stretch.tiles * TILE_WORDS, stretch.offset).reshape(-1, TILE_WORDS)
-    weights = inner_weights()
+    weights = inner_multipliers()
+    # Each byte counts as its value plus one; the ones of a whole tile are the same for all tiles.
     present = np.uint64(PRESENT) * weights.sum(axis=0)
     total = np.zeros(2, np.uint64)
     for first in range(0, stretch.tiles, CHUNK_TILES):
         inner = data[first : first + CHUNK_TILES].astype(np.uint64) @ weights + present
         tiles = stretch.tile + first + np.arange(len(inner))
-        total += _outer_sum(inner, outer_weights(stretch.keys, tiles))
+        total += _outer_sum(inner, outer_multipliers(stretch.keys, tiles))
     return total
 
 
-def _group_sum(region: Bytes, group: _Group) -> Words:
+def _group_sum(region: Bytes, group: _PieceGroup) -> Words:
     skip = group.start % 4
     words = (skip + group.length + 3) // 4
-    weights = inner_weights()[group.start // 4 : group.start // 4 + words]
+    weights = inner_multipliers()[group.start // 4 : group.start // 4 + words]
+    # The ones of the bytes that are there, in words that the piece may cover in part.
     covered = np.zeros(4 * words, np.uint8)
     covered[skip : skip + group.length] = 1
     present = covered.view("<u4").astype(np.uint64) @ weights

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_weights, outer_keys
+from weightsync.kernels.columns import DST_REGION, SRC_REGION
+from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
 from weightsync.kernels.dispatch import common_device, on_device
-from weightsync.kernels.strided import DST_REGION, SRC_REGION, Sheets, Table, canonical, concatenate, sheets
+from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 10
 """Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys."""
+_ITEM_COLUMNS: Final = tl.constexpr(ITEM_COLUMNS)
+"""The same for the kernel: compiled functions read no other globals than constexpr ones."""
 TILES, COLUMNS, ALIGNED_CHUNKS, CHUNKS = range(4)
 CHUNK_BYTES: Final = 256
 MIN_COLUMN_ROWS: Final = 1024
@@ -189,7 +192,7 @@ def _chunks(item, weights):
 
 @triton.jit
 def _digest_kernel(items, weights, sums):
-    item = items + tl.program_id(0).to(tl.int64) * 10
+    item = items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS
     kind = tl.load(item)
     if kind == 0:
         low, high = _tiles(item, weights)
@@ -213,7 +216,7 @@ class TritonDigest:
         items = digest_items([region.data_ptr() for region in regions], table)
         self._programs = len(items)
         self._items = torch.from_numpy(items).to(self._device)
-        weights = np.ascontiguousarray(inner_weights().T.astype(np.uint32)).view(np.int32)
+        weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
         self._sums = torch.zeros(2, dtype=torch.int64, device=self._device)
 

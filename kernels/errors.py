@@ -5,7 +5,7 @@ class KernelError(ValueError):
     """The arguments of a kernel do not fit together. Nothing was written."""
 
 
-class TableError(KernelError):
+class KernelTableError(KernelError):
     """A row of a strided table reaches outside its region, or is malformed; the message names the row."""
 
 

@@ -22,6 +22,7 @@ import torch
 ScaleFormat = Literal["fp32", "ue8m0"]
 
 E4M3_MAX: Final = 448.0
+"""The largest finite number of float8_e4m3fn (OCP 8-bit Floating Point Specification, 2023)."""
 SCALE_FLOOR: Final = 1e-12
 """1e-4, as some converters have it, makes zeros of blocks with amax below 0.0448, which LoRA-B and fresh heads have."""
 NAN_BYTE: Final = 0x7F
@@ -68,6 +69,7 @@ def _blocks(
     """Codes uint8[g, r, c] and scales fp32 of one fp32[g, r, c]."""
     groups, rows, columns = values.shape
     height, width = block
+    # Zeros at the edges change no maximum of magnitudes.
     padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
     grid = padded.view(groups, padded.shape[1] // height, height, padded.shape[2] // width, width)
     amax = grid.abs().amax(dim=(2, 4))
@@ -79,7 +81,7 @@ def _blocks(
     scale = torch.where(amax.isfinite(), scale, torch.full_like(limit, float("nan")))
     quotient = (grid / scale[:, :, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = quotient.to(torch.float8_e4m3fn).view(torch.uint8)
-    codes.masked_fill_(quotient.isnan(), NAN_BYTE)
+    codes.masked_fill_(quotient.isnan(), NAN_BYTE)  # one code for every NaN, whatever its sign
     return codes.view(padded.shape)[:, :rows, :columns], scale
 
 

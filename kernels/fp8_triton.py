@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from weightsync.kernels.dispatch import interpreting, on_device
-from weightsync.kernels.fp8 import QuantizeJob, stand_ins
+from weightsync.kernels.fp8_jobs import QuantizeJob, stand_ins
 from weightsync.kernels.fp8_reference import ScaleFormat
 from weightsync.kernels.strided import Table
 
@@ -24,6 +24,8 @@ TILE: Final = 128
 TILE_COLUMNS: Final = 10
 """Of int64: addresses of codes and of the first scale, rows and columns left, strides of rows (source, codes), of
 columns (source, codes) and of scales (rows, columns)."""
+_TILE_COLUMNS: Final = tl.constexpr(TILE_COLUMNS)
+"""The same for the kernel: compiled functions read no other globals than constexpr ones."""
 VECTORS, ROWS, ANY = range(3)
 """How a tile is reached: rows of aligned 16-byte vectors, rows at any alignment, any strides."""
 MAX_ROW_STRIDE: Final = 1 << 23
@@ -179,7 +181,7 @@ def _quantize_kernel(
     POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    at = tiles + tile.to(tl.int64) * 10
+    at = tiles + tile.to(tl.int64) * _TILE_COLUMNS
     source, out, scales = tl.load(sources + tile), tl.load(at), tl.load(at + 1)
     rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
     source_row, out_row = tl.load(at + 4), tl.load(at + 5)

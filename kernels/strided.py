@@ -1,6 +1,7 @@
 """Strided tables: many runs of bytes, each row up to three loops around one contiguous run.
 
-A row is ``run_bytes, src_region, src_offset, dst_region, dst_offset, c0, s0, d0, c1, s1, d1, c2, s2, d2``: for every
+A row (:mod:`weightsync.kernels.columns`) is
+``run_bytes, src_region, src_offset, dst_region, dst_offset, c0, s0, d0, c1, s1, d1, c2, s2, d2``: for every
 ``(i0, i1, i2)`` below the counts, ``run_bytes`` bytes at ``src_offset + i0*s0 + i1*s1 + i2*s2`` of the source region
 belong to ``dst_offset + i0*d0 + i1*d1 + i2*d2`` of the destination. Offsets and strides are bytes. For a digest the
 destination is logical: ``dst_region`` is a tensor's key, ``dst_offset`` an offset in the full tensor.
@@ -13,14 +14,23 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from weightsync.kernels.errors import TableError
+from weightsync.kernels.columns import (
+    COLUMNS,
+    COUNTS,
+    DST_OFFSET,
+    DST_REGION,
+    DST_STRIDE,
+    LOOP_COLUMNS,
+    LOOPS,
+    RUN_BYTES,
+    SRC_OFFSET,
+    SRC_REGION,
+    SRC_STRIDE,
+)
+from weightsync.kernels.errors import KernelTableError
 
 Table = npt.NDArray[np.int64]
 
-RUN_BYTES, SRC_REGION, SRC_OFFSET, DST_REGION, DST_OFFSET = range(5)
-COUNTS: Final = (5, 8, 11)
-COLUMNS: Final = 14
-LOOPS: Final = 3
 MAX_LOGICAL_BYTES: Final = 1 << 44
 """Of one logical tensor; the digest numbers its 8 KiB tiles in 32 bits. The largest known are under 2**35."""
 
@@ -116,19 +126,19 @@ def _ragged(counts: Table) -> tuple[Table, Table]:
 
 
 def as_table(table: npt.ArrayLike) -> Table:
-    """``table`` as int64[n, 14].
+    """``table`` as int64[n, COLUMNS].
 
     Raises:
-        TableError: another shape or type, or anything negative but a key (destination region).
+        KernelTableError: another shape or type, or anything negative but a key (destination region).
     """
     array = np.asarray(table)
     if array.size == 0:
         return np.zeros((0, COLUMNS), np.int64)
     if array.ndim != 2 or array.shape[1] != COLUMNS or array.dtype != np.int64:
-        raise TableError(f"a strided table is int64[n, {COLUMNS}]; this is {array.dtype}{list(array.shape)}")
+        raise KernelTableError(f"a strided table is int64[n, {COLUMNS}]; this is {array.dtype}{list(array.shape)}")
     bad = (np.delete(array, DST_REGION, axis=1) < 0).any(axis=1)
     if bad.any():
-        raise TableError(
+        raise KernelTableError(
             f"row {int(np.argmax(bad))} of the strided table has a negative length, offset, count or stride"
         )
     return array
@@ -138,7 +148,7 @@ def check_bounds(table: Table, lengths: Sequence[int], *, destination: bool) -> 
     """That every run lies inside its region; ``lengths`` are the regions' bytes, ``destination`` chooses the side.
 
     Raises:
-        TableError: names the first row that does not.
+        KernelTableError: names the first row that does not.
     """
     side = "destination" if destination else "source"
     region = table[:, DST_REGION if destination else SRC_REGION]
@@ -146,15 +156,16 @@ def check_bounds(table: Table, lengths: Sequence[int], *, destination: bool) -> 
     wrong = used & ((region < 0) | (region >= len(lengths)))
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise TableError(f"row {row} names {side} region {int(region[row])}; there are {len(lengths)}")
+        raise KernelTableError(f"row {row} names {side} region {int(region[row])}; there are {len(lengths)}")
     if not used.any():
         return
     end = _end(table, destination=destination)
+    # Rows without bytes may name any region.
     sizes = np.asarray(lengths, np.int64)[np.where(used, region, 0)]
     wrong = used & (end > sizes)
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise TableError(
+        raise KernelTableError(
             f"row {row} reaches byte {int(end[row])} of {side} region {int(region[row])}, which has {int(sizes[row])}"
         )
 
@@ -163,11 +174,13 @@ def check_logical(table: Table) -> None:
     """That every logical offset is below ``MAX_LOGICAL_BYTES``.
 
     Raises:
-        TableError: names the first row that reaches further.
+        KernelTableError: names the first row that reaches further.
     """
     wrong = _used(table) & (_end(table, destination=True) > MAX_LOGICAL_BYTES)
     if wrong.any():
-        raise TableError(f"row {int(np.argmax(wrong))} reaches past {MAX_LOGICAL_BYTES} bytes of its logical tensor")
+        raise KernelTableError(
+            f"row {int(np.argmax(wrong))} reaches past {MAX_LOGICAL_BYTES} bytes of its logical tensor"
+        )
 
 
 def _used(table: Table) -> npt.NDArray[np.bool_]:
@@ -178,8 +191,9 @@ def _used(table: Table) -> npt.NDArray[np.bool_]:
 def _end(table: Table, *, destination: bool) -> Table:
     """The byte after the last one that each row reaches."""
     end = table[:, DST_OFFSET if destination else SRC_OFFSET] + table[:, RUN_BYTES]
+    stride = DST_STRIDE if destination else SRC_STRIDE
     for column in COUNTS:
-        np.add(end, np.maximum(table[:, column] - 1, 0) * table[:, column + (2 if destination else 1)], out=end)
+        np.add(end, np.maximum(table[:, column] - 1, 0) * table[:, column + stride], out=end)
     return np.asarray(end, np.int64)
 
 
@@ -191,18 +205,19 @@ def canonical(table: Table) -> Table:
     out = table.copy()
     run = out[:, RUN_BYTES]
     empty = ~_used(table)
-    for _ in range(LOOPS):
+    for _ in range(LOOPS):  # a merged run may now continue along another loop
         for column in COUNTS:
-            joins = (out[:, column] > 1) & (out[:, column + 1] == run) & (out[:, column + 2] == run)
+            joins = (out[:, column] > 1) & (out[:, column + SRC_STRIDE] == run) & (out[:, column + DST_STRIDE] == run)
             run[joins] *= out[joins, column]
             out[joins, column] = 1
     for inner in COUNTS:
         for outer in COUNTS:
             if inner != outer:
                 _chain(out, inner, outer)
+    # The longest loop last: it stays one sheet, while the outer two are written out row by row.
     order = np.argsort(out[:, list(COUNTS)], axis=1, kind="stable")
-    loops = out[:, COUNTS[0] :].reshape(-1, LOOPS, 3)
-    out[:, COUNTS[0] :] = np.take_along_axis(loops, order[:, :, None], axis=1).reshape(-1, LOOPS * 3)
+    loops = out[:, COUNTS[0] :].reshape(-1, LOOPS, LOOP_COLUMNS)
+    out[:, COUNTS[0] :] = np.take_along_axis(loops, order[:, :, None], axis=1).reshape(-1, LOOPS * LOOP_COLUMNS)
     out[empty, COUNTS[0] :] = 0
     return out
 
@@ -211,7 +226,7 @@ def _chain(table: Table, inner: int, outer: int) -> None:
     """Merge loop ``outer`` into ``inner`` (columns of their counts) where it only continues it, in place."""
     count = table[:, inner]
     joins = (count > 1) & (table[:, outer] > 1)
-    for side in (1, 2):
+    for side in (SRC_STRIDE, DST_STRIDE):
         joins &= table[:, outer + side] == count * table[:, inner + side]
     table[joins, inner] *= table[joins, outer]
     table[joins, outer] = 1
@@ -224,16 +239,16 @@ def sheets(table: Table) -> Sheets:
     rows = table[which]
     second = position % np.maximum(rows[:, COUNTS[1]], 1)
     first = position // np.maximum(rows[:, COUNTS[1]], 1)
-    src = rows[:, SRC_OFFSET] + first * rows[:, COUNTS[0] + 1] + second * rows[:, COUNTS[1] + 1]
-    dst = rows[:, DST_OFFSET] + first * rows[:, COUNTS[0] + 2] + second * rows[:, COUNTS[1] + 2]
+    src = rows[:, SRC_OFFSET] + first * rows[:, COUNTS[0] + SRC_STRIDE] + second * rows[:, COUNTS[1] + SRC_STRIDE]
+    dst = rows[:, DST_OFFSET] + first * rows[:, COUNTS[0] + DST_STRIDE] + second * rows[:, COUNTS[1] + DST_STRIDE]
     return Sheets(
         which,
         rows[:, RUN_BYTES],
         src,
         dst,
         rows[:, COUNTS[2]],
-        rows[:, COUNTS[2] + 1],
-        rows[:, COUNTS[2] + 2],
+        rows[:, COUNTS[2] + SRC_STRIDE],
+        rows[:, COUNTS[2] + DST_STRIDE],
     )
 
 
@@ -241,10 +256,10 @@ def check_regions(regions: Sequence[torch.Tensor], what: str) -> None:
     """That every region is a contiguous one-dimensional uint8 tensor.
 
     Raises:
-        TableError: names the first that is not.
+        KernelTableError: names the first that is not.
     """
     for index, region in enumerate(regions):
         if region.dtype != torch.uint8 or region.dim() != 1 or not region.is_contiguous():
-            raise TableError(
+            raise KernelTableError(
                 f"{what} region {index} must be a contiguous uint8[n]; it is {region.dtype}{list(region.shape)}"
             )

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
-from weightsync.kernels.fp8 import QuantizeJob, ScaleFormat, prepare_quantize
-from weightsync.kernels.strided import COLUMNS
+from weightsync.kernels.columns import COLUMNS, COUNTS, RUN_BYTES
+from weightsync.kernels.fp8 import prepare_quantize
+from weightsync.kernels.fp8_jobs import QuantizeJob
+from weightsync.kernels.fp8_reference import ScaleFormat
 
 _BYTES = 64
 
@@ -20,10 +22,12 @@ def warm_up(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
+    # One run of a few bytes serves: no launch depends on the table's length or on what is in it.
     source = torch.arange(_BYTES, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
     table = np.zeros((1, COLUMNS), np.int64)
-    table[0, [0, 5, 8, 11]] = _BYTES, 1, 1, 1
+    table[0, RUN_BYTES] = _BYTES
+    table[0, list(COUNTS)] = 1
     copy_module.prepare([source], [destination], table)()
     digest_module.prepare([source], table)()
     torch.cuda.synchronize(device)
@@ -40,12 +44,17 @@ def warm_up_quantize(
 ) -> None:
     """Run the quantise kernel once for every way in which sources of these dtypes may lie in memory.
 
-    Arguments as :func:`weightsync.kernels.fp8.prepare_quantize`; ``scale_dtype`` is that of ``scale_out``.
+    Call it before the first round needs it. It synchronises, and leaves no memory behind. On the CPU there is nothing
+    to compile. Arguments as :func:`weightsync.kernels.fp8.prepare_quantize`; ``scale_dtype`` is that of ``scale_out``.
+
+    Raises:
+        KernelError: a dtype, block or scale format that the kernel does not have.
     """
     if device.type != "cuda":
         return
     for dtype in source_dtypes:
         base = torch.zeros(2, 8, 48, dtype=dtype, device=device)
+        # Rows of aligned vectors, rows at any alignment, any strides: one compiled form each.
         for src in (base[0, :, :32], base[0, :, 1:33], base[0, :, :32].T):
             out = torch.empty(src.shape, dtype=torch.uint8, device=device)
             grid = [-(-src.shape[0] // block[0]), -(-src.shape[1] // block[1])]

@@ -34,7 +34,7 @@ from weightsync.orchestrator.protocol.group import (
     Failed,
     Gather,
     Join,
-    Piece,
+    PipePiece,
     checked_length,
     commands,
     packed,
@@ -171,12 +171,12 @@ class Rank0:
             case Barrier():
                 self._barrier(command.timeout_seconds)
 
-    def _gather(self, timeout_seconds: float) -> Iterator[Piece]:
+    def _gather(self, timeout_seconds: float) -> Iterator[PipePiece]:
         due = time.monotonic() + timeout_seconds
         for rank in range(1, self._world):
             self._group.store.set_timeout(timedelta(seconds=max(due - time.monotonic(), SHORTEST_WAIT_SECONDS)))
             data = _carried(partial(self._group.broadcast_obj, None, src=rank), f"what rank {rank} says")
-            yield Piece(rank, _as_bytes(data))
+            yield PipePiece(rank, _as_bytes(data))
 
     def _barrier(self, timeout_seconds: float) -> None:
         self._expect(_ARRIVED, timeout_seconds)

@@ -50,9 +50,10 @@ def loops_of(boxes: Boxes) -> Loops:
     every = np.arange(size)
     for dim in range(MAX_RANK - 1, -1, -1):
         extent, step, jump = boxes.extent[:, dim], boxes.source_stride[:, dim], boxes.target_stride[:, dim]
-        loops = extent != 1
+        loops = extent != 1  # a dimension of one element never moves, whatever its stride
         flat = loops & (slot == MAX_RANK) & (step == run) & (jump == run)
         run = np.where(flat, run * extent, run)
+        # The loop opened last; where none is open the index is any valid one, and ``folds`` masks the answer.
         inner = np.minimum(slot, MAX_RANK - 1)
         continues = (step == count[every, inner] * source[every, inner]) & (
             jump == count[every, inner] * target[every, inner]

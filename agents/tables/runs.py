@@ -10,6 +10,19 @@ from typing import Final
 
 import numpy as np
 from weightsync.agents.tables.boxes import Boxes, Column, loops_of, solid, unroll
+from weightsync.kernels.columns import (
+    COLUMNS,
+    COUNTS,
+    DST_OFFSET,
+    DST_REGION,
+    DST_STRIDE,
+    LOOP_COLUMNS,
+    LOOPS,
+    RUN_BYTES,
+    SRC_OFFSET,
+    SRC_REGION,
+    SRC_STRIDE,
+)
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
     COPY_COLUMNS,
@@ -32,12 +45,8 @@ from weightsync.orchestrator.protocol.limits import MAX_RANK
 RUN_PEER, RUN_LOCAL_REGION, RUN_LOCAL_OFFSET, RUN_REMOTE_REGION, RUN_REMOTE_OFFSET, RUN_LENGTH = range(6)
 RUN_COLUMNS: Final = 6
 
-OUTER_LOOPS: Final = 3
-"""Loops around the contiguous run in a kernel's table; a box that needs more is unrolled along its first dimension."""
-TABLE_COLUMNS: Final = 5 + 3 * OUTER_LOOPS
 
-
-class TableError(ValueError):
+class RunTableError(ValueError):
     """Copies or rows that do not fit the layout they are read with. The planner's or the caller's fault; no retry."""
 
 
@@ -50,11 +59,11 @@ def runs(copies: Matrix, layout: Layout) -> Matrix:
         layout: this agent's.
 
     Returns:
-        int64 ``[m, 6]``: peer, local region, local offset, remote region, remote offset, length (bytes), ordered by
-        peer, local region and local offset. No two runs of one peer continue each other in both memories.
+        int64 ``[m, RUN_COLUMNS]``: peer, local region, local offset, remote region, remote offset, length (bytes),
+        ordered by peer, local region and local offset. No two runs of one peer continue each other in both memories.
 
     Raises:
-        TableError: a copy outside its row, or staged copies in a layout without a staging region.
+        RunTableError: a copy outside its row, or staged copies in a layout without a staging region.
     """
     copies = _checked(copies, COPY_COLUMNS)
     staged = copies[:, COPY_STAGED] >= 0
@@ -71,11 +80,10 @@ def pack_table(copies: Matrix, layout: Layout) -> Matrix:
         layout: this agent's.
 
     Returns:
-        int64 ``[m, 14]``: run bytes, source region, source offset, destination region, destination offset, then
-        three outer loops (count, source stride, destination stride), outermost first; unused loops are (1, 0, 0).
+        int64 ``[m, COLUMNS]`` (:mod:`weightsync.kernels.columns`): from the rows' regions to the staging region.
 
     Raises:
-        TableError: as for ``runs``.
+        RunTableError: as for ``runs``.
     """
     staged = _staged_only(copies, layout)
     return _table(_staging_boxes(staged, layout))
@@ -89,10 +97,10 @@ def scatter_table(copies: Matrix, layout: Layout) -> Matrix:
         layout: this agent's.
 
     Returns:
-        int64 ``[m, 14]`` as for ``pack_table``, with the staging region as the source.
+        int64 ``[m, COLUMNS]`` as for ``pack_table``, with the staging region as the source.
 
     Raises:
-        TableError: as for ``runs``.
+        RunTableError: as for ``runs``.
     """
     boxes = _staging_boxes(_staged_only(copies, layout), layout)
     return _table(
@@ -117,11 +125,11 @@ def digest_table(copies_or_rows: Matrix, layout: Layout) -> Matrix:
         layout: this agent's; the bytes are read where its rows lie, staged or not.
 
     Returns:
-        int64 ``[m, 14]`` as for ``pack_table``, where the destination region is the tensor's 64-bit key and the
+        int64 ``[m, COLUMNS]`` as for ``pack_table``, where the destination region is the tensor's 64-bit key and the
         destination offsets are logical byte offsets in the full tensor, row-major.
 
     Raises:
-        TableError: a table of another width, or a copy outside its row.
+        RunTableError: a table of another width, or a copy outside its row.
     """
     table = np.ascontiguousarray(copies_or_rows, dtype=np.int64)
     if table.ndim == 2 and table.shape[1] == ROW_COLUMNS:
@@ -150,7 +158,7 @@ def digest_table(copies_or_rows: Matrix, layout: Layout) -> Matrix:
 
 def table_bytes(table: Matrix) -> int:
     """Bytes that a kernel table covers."""
-    return int((table[:, 0] * table[:, 5] * table[:, 8] * table[:, 11]).sum())
+    return int((table[:, RUN_BYTES] * table[:, list(COUNTS)].prod(axis=1)).sum())
 
 
 def tensor_names(layout: Layout) -> Callable[[int, int], str]:
@@ -165,6 +173,7 @@ def tensor_names(layout: Layout) -> Callable[[int, int], str]:
     def name(region: int, offset: int) -> str:
         if region == layout.staging:
             return "packed tensors"
+        # The last row of the region that begins at the offset or before it.
         low, high = np.searchsorted(regions, [region, region + 1])
         place = low + int(np.searchsorted(offsets[low:high], offset, side="right")) - 1
         if place < low:
@@ -197,6 +206,7 @@ class _TensorFacts:
 def _keys(layout: Layout) -> Column:
     from weightsync.kernels.digest import tensor_key  # here, because it brings torch and only digests need it
 
+    # Columns are signed; what counts is the bit pattern.
     unsigned = np.fromiter(
         (tensor_key(t.name) & 0xFFFF_FFFF_FFFF_FFFF for t in layout.tensors), np.uint64, len(layout.tensors)
     )
@@ -206,7 +216,7 @@ def _keys(layout: Layout) -> Column:
 def _checked(table: Matrix, columns: int) -> Matrix:
     table = np.ascontiguousarray(table, dtype=np.int64)
     if table.ndim != 2 or table.shape[1] != columns:
-        raise TableError(f"a table of shape {table.shape}; expected [n, {columns}]")
+        raise RunTableError(f"a table of shape {table.shape}; expected [n, {columns}]")
     return table
 
 
@@ -215,7 +225,7 @@ def _rows_of(copies: Matrix, layout: Layout) -> Matrix:
     rows = layout.matrix()
     index = copies[:, COPY_ROW]
     if len(index) and (index.min() < 0 or index.max() >= len(rows)):
-        raise TableError(f"copies name rows {index.min()} … {index.max()} of a layout of {len(rows)} rows")
+        raise RunTableError(f"copies name rows {index.min()} … {index.max()} of a layout of {len(rows)} rows")
     taken = rows[index]
     corner, extent = copies[:, COPY_BOX:COPY_REMOTE:2], copies[:, COPY_BOX + 1 : COPY_REMOTE : 2]
     row_corner, row_extent = taken[:, ROW_BOX::3], taken[:, ROW_BOX + 1 :: 3]
@@ -223,7 +233,7 @@ def _rows_of(copies: Matrix, layout: Layout) -> Matrix:
     if outside.any():
         worst = int(np.flatnonzero(outside.any(axis=1))[0])
         name = layout.tensors[int(taken[worst, ROW_TENSOR])].name
-        raise TableError(f"copy {worst} of {name} asks for elements that row {int(index[worst])} does not hold")
+        raise RunTableError(f"copy {worst} of {name} asks for elements that row {int(index[worst])} does not hold")
     return taken
 
 
@@ -251,7 +261,7 @@ def _staged_only(copies: Matrix, layout: Layout) -> Matrix:
     copies = _checked(copies, COPY_COLUMNS)
     staged = copies[copies[:, COPY_STAGED] >= 0]
     if len(staged) and not 0 <= layout.staging < len(layout.regions):
-        raise TableError(f"{len(staged)} staged copies, but the layout has no staging region")
+        raise RunTableError(f"{len(staged)} staged copies, but the layout has no staging region")
     return staged
 
 
@@ -340,19 +350,21 @@ def _merged(table: Matrix) -> Matrix:
 
 
 def _table(boxes: Boxes) -> Matrix:
-    """Kernel table of the boxes; those with more than OUTER_LOOPS loops are unrolled along their outermost one."""
+    """Kernel table of the boxes; those with more loops than a row has are unrolled along their outermost ones."""
     boxes = solid(boxes)
     loops = loops_of(boxes)
-    owner, steps = unroll(loops.count[:, : MAX_RANK - OUTER_LOOPS])
-    outer = slice(0, MAX_RANK - OUTER_LOOPS)
-    inner = slice(MAX_RANK - OUTER_LOOPS, MAX_RANK)
-    table = np.empty((len(owner), TABLE_COLUMNS), dtype=np.int64)
-    table[:, 0] = loops.run[owner]
-    table[:, 1] = boxes.source_region[owner]
-    table[:, 2] = boxes.source_offset[owner] + (steps * loops.source_stride[owner, outer]).sum(axis=1)
-    table[:, 3] = boxes.target_region[owner]
-    table[:, 4] = boxes.target_offset[owner] + (steps * loops.target_stride[owner, outer]).sum(axis=1)
-    table[:, 5::3] = loops.count[owner, inner]
-    table[:, 6::3] = loops.source_stride[owner, inner]
-    table[:, 7::3] = loops.target_stride[owner, inner]
+    # Loops that do not loop come first, so this multiplies only rows with more loops than the table has columns for.
+    owner, steps = unroll(loops.count[:, : MAX_RANK - LOOPS])
+    outer = slice(0, MAX_RANK - LOOPS)
+    inner = slice(MAX_RANK - LOOPS, MAX_RANK)
+    table = np.empty((len(owner), COLUMNS), dtype=np.int64)
+    table[:, RUN_BYTES] = loops.run[owner]
+    table[:, SRC_REGION] = boxes.source_region[owner]
+    table[:, SRC_OFFSET] = boxes.source_offset[owner] + (steps * loops.source_stride[owner, outer]).sum(axis=1)
+    table[:, DST_REGION] = boxes.target_region[owner]
+    table[:, DST_OFFSET] = boxes.target_offset[owner] + (steps * loops.target_stride[owner, outer]).sum(axis=1)
+    first = COUNTS[0]
+    table[:, first::LOOP_COLUMNS] = loops.count[owner, inner]
+    table[:, first + SRC_STRIDE :: LOOP_COLUMNS] = loops.source_stride[owner, inner]
+    table[:, first + DST_STRIDE :: LOOP_COLUMNS] = loops.target_stride[owner, inner]
     return table

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.models import model_table
-from weightsync.agents.trainer.slots.slots import SlotOptions
+from weightsync.agents.trainer.slots import SlotOptions
 from weightsync.agents.trainer.state import current_state
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, rank: int, world: int) -> int:
     failed = False
     try:
         tokens = training_tokens(model, options.tokens, options.seed, rank, world)
-        trainer = Trainer(model, forward, tokens, options.learning_rate)
+        trainer = DemoTrainer(model, forward, tokens, options.learning_rate)
         for step in range(1, options.steps + 1):
             loss = trainer.step()
             _say(rank, f"step {step} loss {loss:.4f}")
@@ -120,7 +120,7 @@ def training_tokens(model: nn.Module, file: Path | None, seed: int, rank: int, w
     return torch.randint(0, int(model.config.vocab_size), (BATCH, LENGTH), generator=generator)  # type: ignore[union-attr,arg-type]
 
 
-class Trainer:
+class DemoTrainer:
     """Next-token prediction on a fixed batch: ``tokens`` are this rank's rows of it."""
 
     def __init__(self, model: nn.Module, forward: torch.dtype, tokens: torch.Tensor, learning_rate: float) -> None:

@@ -43,7 +43,7 @@ class OffGridError(TrainerError):
     """A tensor-parallel slice cuts a quantisation block."""
 
 
-class TableError(TrainerError):
+class ConversionTableError(TrainerError):
     """A conversion table that contradicts itself or the trainer's shapes."""
 
 

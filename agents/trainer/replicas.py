@@ -6,7 +6,6 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from weightsync.agents.trainer.errors import ReplicaFailed
 
 TEXT_BYTES: Final = 1024
@@ -59,12 +58,6 @@ def agree_on(value: int, group: dist.ProcessGroup | None = None) -> int:
     given = torch.tensor([value], dtype=torch.int64, device=_device_of(group))
     dist.broadcast(given, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
     return int(given.item())
-
-
-def is_primary(mesh: DeviceMesh, replicate_dim: str = "dp_replicate") -> bool:
-    """Whether this rank's replica of an HSDP mesh is the first; also true for a mesh without replicas."""
-    names = mesh.mesh_dim_names or ()
-    return replicate_dim not in names or mesh.get_local_rank(replicate_dim) == 0
 
 
 def _together(group: dist.ProcessGroup | None) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsync.agents.vllm.plugin import logger
+from weightsync.agents.vllm.backend import logger
 
 
 class NotServable(RuntimeError):
@@ -36,7 +36,7 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CallOutcome:
     """What a call did in one worker: its result, or ``error`` as text."""
 
     rank: int
@@ -73,7 +73,7 @@ def report(worker: Any, nonce: str) -> WorkerReport:
         return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
 
 
-def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
+def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallOutcome:
     """Runs ``method`` in a worker and answers even when it raises.
 
     vLLM's multiprocess executor stops reading the answers to a call at the first error; the others stay queued and
@@ -82,11 +82,11 @@ def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwa
     rank = _rank(worker)
     try:
         if isinstance(method, str):
-            return Outcome(rank, getattr(worker, method)(*args, **kwargs))
-        return Outcome(rank, method(worker, *args, **kwargs))
+            return CallOutcome(rank, getattr(worker, method)(*args, **kwargs))
+        return CallOutcome(rank, method(worker, *args, **kwargs))
     except Exception as error:
         logger.exception("weightsync: %s failed in worker rank %d", getattr(method, "__name__", method), rank)
-        return Outcome(rank, error=f"{type(error).__name__}: {error}")
+        return CallOutcome(rank, error=f"{type(error).__name__}: {error}")
 
 
 def install() -> None:
@@ -98,6 +98,7 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _guard(WorkerWrapperBase, "execute_model")
+    # Only where vLLM has imported it itself: its import asks for Ray.
     ray_utils = sys.modules.get("vllm.v1.executor.ray_utils")
     ray_worker = getattr(ray_utils, "RayWorkerWrapper", None)
     if ray_worker is not None:

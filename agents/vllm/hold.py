@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from weightsync.agents.vllm import gate
-from weightsync.agents.vllm.plugin import chosen, logger
+from weightsync.agents.vllm.backend import chosen, logger
 
 ASK_SECONDS: Final = 60.0
 """Total wait for the workers' reports. They answer at once between batches, and a long prefill takes seconds."""
@@ -123,13 +123,14 @@ def held_class(core_class: Any) -> type[Any]:
         @scheduler.setter
         def scheduler(self, scheduler: Any) -> None:
             self.__dict__["scheduler"] = scheduler
-            _pause_all(self)
+            _pause_all(self)  # before anybody else has seen it, so that nothing can be scheduled first
 
         def resume_scheduler(self) -> None:
             require_servable(self)
             super().resume_scheduler()
 
         def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> Any:
+            # mode=keep runs nothing more, so it is safe whatever the weights are.
             refusals = [] if mode == "keep" else refusals_of(self)
             if refusals and mode == "wait":
                 raise gate.NotServable(_not_servable(refusals) + "; mode=wait would go on running requests")
@@ -228,7 +229,7 @@ def _ask(core: Any) -> list[gate.WorkerReport]:
 def _call_workers(
     core: Any, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
-    outcomes: list[gate.Outcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
+    outcomes: list[gate.CallOutcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
     if failed := [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error]:
         name = method if isinstance(method, str) else getattr(method, "__name__", "the call")
         raise WorkersFailed(

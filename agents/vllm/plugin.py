@@ -2,26 +2,15 @@
 
 vLLM calls ``register`` in the API server, in every engine core and in every worker, possibly more than once in one
 process. A server started without ``--weight-transfer-config '{"backend": "weightsync"}'`` keeps its behaviour: every
-hook asks ``chosen`` first, and what costs anything (recorder, gate, NIXL) is imported only once it said yes.
+hook asks ``backend.chosen`` first, and what costs anything (recorder, gate, NIXL) is imported only once it said yes.
 """
 
-import logging
-from typing import Any, Final
+from typing import Final
 
-logger = logging.getLogger("vllm.weightsync")
-"""Below vLLM's own logger, so that our lines appear in the server's log with its level and format."""
-
-BACKEND: Final = "weightsync"
-"""The name that users choose by ``--weight-transfer-config``."""
+from weightsync.agents.vllm.backend import BACKEND, logger
 
 ADAPTER_MODULE: Final = "weightsync.agents.vllm.adapter.choose"
 ADAPTER_CLASS: Final = "WeightsyncEngine"
-
-
-def chosen(vllm_config: Any) -> bool:
-    """Whether the user of this ``VllmConfig`` chose our backend."""
-    transfer = getattr(vllm_config, "weight_transfer_config", None)
-    return getattr(transfer, "backend", None) == BACKEND
 
 
 def register() -> None:

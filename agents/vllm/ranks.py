@@ -63,7 +63,7 @@ def engine_ranks(parallel_config: Any) -> EngineRanks:
             "prefill context parallel"
         )
     dp_rank, dp_size = parallel_config.data_parallel_index, parallel_config.data_parallel_size
-    stage = tp_size * pcp_size
+    stage = tp_size * pcp_size  # ranks of one pipeline stage
     ep_rank, ep_size = 0, 1
     if getattr(parallel_config, "enable_expert_parallel", False):
         in_step = dp_size > 1  # independent replicas spread their experts over themselves alone

@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
+
+from weightsync.orchestrator.core.errors import WeightsyncError
+from weightsync.orchestrator.protocol.messages import Fault
 
 T = TypeVar("T")
 
@@ -45,8 +48,10 @@ DELETE FROM entries WHERE sequence <= :cut AND kind IN (SELECT value FROM json_e
 """
 
 
-class JournalError(Exception):
+class JournalError(WeightsyncError):
     """The journal cannot be opened as it is. The operator's fault; a retry without a change is useless."""
+
+    fault: ClassVar[Fault] = "config"
 
 
 class JournalLocked(JournalError):
@@ -58,8 +63,10 @@ class JournalLocked(JournalError):
         super().__init__(f"{path} is in use by {holder}: one daemon per state directory. Fix: stop that one first")
 
 
-class JournalLost(Exception):
+class JournalLost(WeightsyncError):
     """A commit failed and its outcome is unknown. The disk's fault; the process must end, the next one rereads."""
+
+    fault: ClassVar[Fault] = "config"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
+    LookForStable,
     MakePlan,
     OpenGroup,
     Refuse,
     Say,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, Event, PlanReady, PlanRejected
@@ -63,11 +64,13 @@ class Outbox:
         next_id: Callable[[], int],
         spawn: Spawn,
         fail: Callable[[BaseException], None],
+        look: Callable[[float], None],
     ) -> None:
         self._run_id = run_id
         self._journal, self._hub, self._engines, self._group = journal, hub, engines, group
         self._markers, self._files, self._planning = markers, files, planning
         self._post, self._next_id, self._spawn, self._fail = post, next_id, spawn, fail
+        self._look = look
         self._batches: asyncio.Queue[list[Command]] = asyncio.Queue()
         self.rounds: tuple[RoundRow, ...] = ()
         self.committed_at = 0.0
@@ -118,7 +121,7 @@ class Outbox:
                 self._hub.drop(command.member, command.reason)
             case Send():
                 self._hub.send(command.member, command.message)
-            case Deliver():
+            case SendPlan():
                 if not self._group.deliver(command.member, command.connect):
                     self._hub.send(command.member, command.connect)
             case OpenGroup():
@@ -127,6 +130,8 @@ class Outbox:
                 self._spawn(self._plan(command), "planner")
             case CallEngine():
                 self._engines.call(command)
+            case LookForStable(after_seconds=seconds):
+                self._look(seconds)
             case WriteMarker():
                 self._files.submit(self._mark, command)
             case Say():
@@ -139,7 +144,7 @@ class Outbox:
             facts = await asyncio.to_thread(self._planning.make, command)
         except PlanError as error:
             engine = _engine_of(error.member)
-            self._post(PlanRejected(self._next_id(), command.number, str(error), engine))
+            self._post(PlanRejected(self._next_id(), command.number, str(error), engine, error.fault))
         except Exception as error:
             self._fail(error)
         else:

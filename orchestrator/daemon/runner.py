@@ -12,17 +12,8 @@ from typing import Any, Final
 
 import structlog
 from aiohttp import web
-from weightsync.orchestrator.core import versions
 from weightsync.orchestrator.core.errors import WeightsyncError
-from weightsync.orchestrator.core.events import (
-    AgentConnected,
-    AgentLost,
-    AgentSaid,
-    Event,
-    MarkersSeen,
-    StableSeen,
-    Tick,
-)
+from weightsync.orchestrator.core.events import Event, MarkersSeen, StableSeen, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import RoundEnded, decode_record
@@ -37,8 +28,7 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
-from weightsync.orchestrator.daemon.hub import hub as hubs
-from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, HELLO_SECONDS, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
@@ -54,9 +44,6 @@ log = structlog.get_logger(__name__)
 
 TICK_SECONDS: Final = 0.25
 """Deadlines are seconds; an event acts at once, a missed one within this."""
-
-LOOK_SECONDS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
-"""Between looks for a STABLE that every rank's STAGED announces: the file system's own notice takes 50 ms and more."""
 
 KEPT_ROUNDS: Final = 10_000
 """Of history, at every start. A round each minute fills them in a week; each has about 1 kB."""
@@ -81,12 +68,15 @@ def policy_of(settings: Settings) -> Policy:
         staged=deadlines.staged_seconds,
         rendezvous=deadlines.rendezvous_seconds,
         probe=deadlines.probe_seconds,
+        probe_interval=deadlines.probe_interval_seconds,
+        init=deadlines.init_seconds,
         pause=deadlines.pause_seconds,
         quiesce=deadlines.quiesce_seconds,
         transfer=deadlines.transfer_seconds,
         verify=deadlines.verify_seconds,
         finish=deadlines.finish_seconds,
         heartbeat=deadlines.heartbeat_seconds,
+        lost_after=deadlines.lost_after_heartbeats,
     )
 
 
@@ -101,9 +91,7 @@ class Runner:
         self._flush_due = False
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
-        self._looks = 0
         self._frozen_for = 0
-        self._look: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="markers")
         self._view = View(settings, time.time())
@@ -111,10 +99,10 @@ class Runner:
         timing = HubTiming(
             heartbeat_seconds=settings.deadlines.heartbeat_seconds,
             missed_heartbeats=settings.deadlines.lost_after_heartbeats,
+            hello_seconds=HELLO_SECONDS,
+            close_seconds=CLOSE_SECONDS,
         )
-        self.hub = Hub(
-            run_id=settings.run.id, token_file=settings.listen.token_file, on_event=self._hub_event, timing=timing
-        )
+        self.hub = Hub(token_file=settings.listen.token_file, post=self.post, next_id=self._next_id, timing=timing)
         self.fleet: Fleet
         self.journal: AsyncJournal
 
@@ -176,6 +164,7 @@ class Runner:
             next_id=self._next_id,
             spawn=self._spawn,
             fail=self._fail,
+            look=self._look,
         )
 
     def _next_id(self) -> int:
@@ -244,10 +233,9 @@ class Runner:
             return
         if commands:
             self._outbox.put(commands)
-        if self._frozen_for != self.fleet.met:
-            self._frozen_for = self.fleet.met
+        if self._frozen_for != self.fleet.confirmed_plan:
+            self._frozen_for = self.fleet.confirmed_plan
             gc.freeze()  # what a fleet is made of stays; walking it again and again costs barriers tens of milliseconds
-        self._look_for_stable()
 
     def _fail(self, error: BaseException) -> None:
         """Stop at once: nothing that follows from a broken state may be performed."""
@@ -255,16 +243,6 @@ class Runner:
         if self._failure is None:
             self._failure = error
         self._stopped.set()
-
-    def _hub_event(self, event: hubs.HubEvent) -> None:
-        number = self._next_id()
-        match event:
-            case hubs.AgentConnected():
-                self.post(AgentConnected(number, event.member, event.connection_id, event.hello))
-            case hubs.AgentMessage():
-                self.post(AgentSaid(number, event.member, event.connection_id, event.message))
-            case hubs.AgentLost():
-                self.post(AgentLost(number, event.member, event.connection_id, event.reason))
 
     async def _tick(self) -> None:
         while True:
@@ -276,7 +254,7 @@ class Runner:
             async for _ in woken:
                 await self._scan()
 
-    async def _scan(self) -> None:
+    async def _scan(self, asked: bool = False) -> None:
         scan = await asyncio.get_running_loop().run_in_executor(self._files, self.markers.scan)
         for problem in scan.problems:
             log.warning("marker not believed", problem=str(problem))
@@ -285,25 +263,15 @@ class Runner:
             for waiting in scan.waiting
             if waiting.stable is not None
         )
-        if seen != self.fleet.stable:
+        if asked or seen != self.fleet.stable:
             self.post(MarkersSeen(self._next_id(), seen))
 
-    def _look_for_stable(self) -> None:
-        """All ranks have staged: STABLE is a moment away, so look instead of waiting to be told."""
-        version = versions.staged(self.fleet)
-        settled = version is None or version in self.fleet.memory.done or version in self.fleet.memory.failed
-        if version is None or settled or versions.is_stable(self.fleet, version):
-            self._looks = 0
-        elif self._look is None and self._looks < len(LOOK_SECONDS):
-            self._look = self._spawn(self._look_after(LOOK_SECONDS[self._looks]), "look for STABLE")
-            self._looks += 1
+    def _look(self, seconds: float) -> None:
+        self._spawn(self._look_after(seconds), "look for STABLE")
 
     async def _look_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        await self._scan()
-        self._look = None
-        if not self._flush_due:
-            self._look_for_stable()
+        await self._scan(asked=True)
 
 
 def run(settings: Settings) -> int:

@@ -57,7 +57,8 @@ class View:
             ranks_expected=ranks[0].hello.world if ranks else 0,
             paused=engine.paused,
             torn=fleet.torn(config.name),
-            error=engine.misfit or engine.error,
+            error=engine.complaint[0],
+            fault=engine.complaint[1],
             since=self._state_since(config.name, state),
         )
 
@@ -86,7 +87,7 @@ class View:
 def engine_state(fleet: Fleet, name: str) -> str:
     """One word for what an engine is doing."""
     engine = fleet.engines[name]
-    if fleet.round is not None and name in fleet.round.going():
+    if fleet.round is not None and name in fleet.round.remaining():
         return "updating"
     if fleet.torn(name):
         return "torn"

@@ -64,7 +64,6 @@ class Announce(Message, frozen=True, kw_only=True):
     layout: Layout
     endpoint_name: Name = ""
     endpoint: bytes = b""
-    capabilities: tuple[Name, ...] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -99,16 +98,23 @@ class PeerTransfer(msgspec.Struct, frozen=True):
 
 
 class Closed(Message, frozen=True, kw_only=True):
-    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it."""
+    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
+
+    With ``error``: ``fault`` says whose it is, ``retry`` whether another attempt at this version may succeed.
+    """
 
     round: RoundName
     peers: tuple[PeerTransfer, ...] = ()
     error: Reason = ""
     fault: Fault = ""
+    retry: bool = True
 
 
 class Verified(Message, frozen=True, kw_only=True):
-    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors."""
+    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
+
+    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     digest: Digest
@@ -116,13 +122,20 @@ class Verified(Message, frozen=True, kw_only=True):
     apply_seconds: float
     digest_seconds: float
     error: Reason = ""
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Left(Message, frozen=True, kw_only=True):
-    """The update call of ``round`` has ended in this worker; its status is now ``status``."""
+    """The update call of ``round`` has ended in this worker; its status is now ``status``.
+
+    When it ended by itself, before Commit or Abort: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     status: EngineStatus
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -165,13 +178,16 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 class Welcome(Message, frozen=True, kw_only=True):
     """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
 
+    Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
+    them is taken for lost.
+
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
 
     epoch: int
     journal_id: Name
     heartbeat_seconds: float
-    transfer_seconds: float
+    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: NixlSettings | FilesystemSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
     run_dir: str = ""
@@ -242,7 +258,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: the fate of a version."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
 
     version: Version
     committed: bool

@@ -127,7 +127,11 @@ class DeadlinesSection(Section):
     transfer_seconds: Seconds = Field(default=300, description="From the grant until every writer has closed.")
     verify_seconds: Seconds = Field(default=120, description="From the last closed writer until every digest is there.")
     finish_seconds: Seconds = Field(default=60, description="From the decision until every worker has left the update.")
-    probe_seconds: Seconds = Field(default=5, description="Asking one engine for its routes or its state.")
+    probe_seconds: Seconds = Field(default=10, description="Asking one engine for its routes and its state.")
+    probe_interval_seconds: Seconds = Field(default=5, description="Between two looks at an engine outside a round.")
+    init_seconds: Seconds = Field(
+        default=20, description="Starting the agents of one engine: threads and a NIXL agent in every worker."
+    )
     heartbeat_seconds: Seconds = Field(default=5, description="Between two signs of life on a control connection.")
     lost_after_heartbeats: int = Field(
         default=3, ge=1, le=100, description="Signs of life missed until an agent is lost."

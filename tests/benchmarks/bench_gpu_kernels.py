@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
-from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize
+from weightsync.kernels.fp8 import prepare_quantize
+from weightsync.kernels.fp8_jobs import QuantizeJob
 
 CUDA = torch.device("cuda")
 PAIRS = 30

@@ -21,14 +21,14 @@ sys.path[:0] = [str(TESTS), str(TESTS / "e2e" / "cpu_plugin")]
 
 import models  # noqa: E402
 import weightsync_cpu_test_plugin  # noqa: E402
+from weightsync.agents.recorder.blueprint import Blueprint  # noqa: E402
+from weightsync.agents.recorder.rows import Target, build_rows  # noqa: E402
+from weightsync.agents.recorder.settled import settle  # noqa: E402
+from weightsync.agents.recorder.trace import Checkpoint  # noqa: E402
 from weightsync.agents.vllm.recorder import load_hook  # noqa: E402
-from weightsync.agents.vllm.recorder.blueprint import Blueprint  # noqa: E402
 from weightsync.agents.vllm.recorder.derived import held_tensors  # noqa: E402
 from weightsync.agents.vllm.recorder.kernel_layouts import as_fed  # noqa: E402
 from weightsync.agents.vllm.recorder.recorded import Recorded, recorded_layout  # noqa: E402
-from weightsync.agents.vllm.recorder.rows import Target, build_rows  # noqa: E402
-from weightsync.agents.vllm.recorder.settle import settle  # noqa: E402
-from weightsync.agents.vllm.recorder.trace import Checkpoint  # noqa: E402
 from weightsync.orchestrator.protocol import layout as protocol  # noqa: E402
 
 SCRATCH = ("topk_indices_buffer", "kv_cache")
@@ -186,22 +186,22 @@ def lay_out_unprocessed(place: Place, case: Mapping[str, Any]) -> dict[str, Any]
                 tensor.data.zero_()
     blueprint = Blueprint(written)
     fed = [Checkpoint(name, tuple(tensor.shape), tensor.dtype) for name, tensor in new.items()]
-    fed = as_fed(fed, {slot.name: slot.dtype for slot in blueprint.slots})
+    fed = as_fed(fed, {parameter.name: parameter.dtype for parameter in blueprint.parameters})
     with set_current_vllm_config(config):
         states = settle(blueprint.trace(fed, written.load_weights))
         loaded.load_weights(iter(new.items()))
     targets = []
-    for slot in blueprint.slots:
-        tensor, state = slot.current(), states.get(slot.storage)
+    for parameter in blueprint.parameters:
+        tensor, state = parameter.current(), states.get(parameter.storage)
         if state is not None and tensor is not None:
-            targets.append(Target(tensor.detach(), slot.place.offset, state.landings))
+            targets.append(Target(tensor.detach(), parameter.place.offset, state.landings))
     rows = build_rows(targets)
     layout = protocol.Layout(rows.tensors, rows.regions, rows.matrix().tobytes())
     write_by_rows(layout, rows.memory, new)
     return {
         "tensors": [tensor.name for tensor in layout.tensors],
         "dtypes": {tensor.name: tensor.dtype for tensor in layout.tensors},
-        "opaque": [blot.reason for state in states.values() for blot in state.opaque],
+        "opaque": [opaque.reason for state in states.values() for opaque in state.opaque],
         "different": different(written, loaded),
     }
 

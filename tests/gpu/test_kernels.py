@@ -7,7 +7,8 @@ from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
 from weightsync.kernels.digest import digest
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize, quantize_blocks
+from weightsync.kernels.fp8 import prepare_quantize, quantize_blocks
+from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.fp8_reference import quantize_reference
 from weightsync.kernels.warm import warm_up, warm_up_quantize
 

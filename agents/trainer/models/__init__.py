@@ -65,7 +65,7 @@ def model_table(
 
     Raises:
         UnknownArchitecture: none of the configuration's architectures is registered.
-        TableError: a configuration that the table cannot read.
+        ConversionTableError: a configuration that the table cannot read.
     """
     read = ModelConfig.read(config) if isinstance(config, Path) else ModelConfig(config)
     named = [str(name) for name in read.sequence("architectures")]

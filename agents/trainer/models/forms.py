@@ -65,6 +65,7 @@ def recognised(keys: Iterable[str]) -> TrainerForm:
     present = {found[1] for key in keys if (found := _IN_LAYER.search(key))}
 
     def occurring(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+        # Reversed, so that of two forms that rename one tensor the earlier in FORMS is written last and wins.
         pairs = [pair for mapping in mappings for pair in mapping.items()]
         return {ours: theirs for ours, theirs in reversed(pairs) if theirs in present and ours not in present}
 

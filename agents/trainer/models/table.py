@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from weightsync.agents.trainer.errors import TableError
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.models.forms import CHECKPOINT, TrainerForm, recognised
 from weightsync.agents.trainer.slots.conversion import EXPERT, ConversionSpec, Source
-from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
+from weightsync.agents.trainer.slots.quantization import BLOCK, FP8_SUFFIX, QuantizationSpec
 
 Rows = tuple[int, int]
 """(start, length) of a tensor's rows within a fused trainer tensor."""
@@ -31,13 +31,13 @@ class ModelConfig:
         """An integer; ``default`` where it is absent or null.
 
         Raises:
-            TableError: absent without a default, or no integer.
+            ConversionTableError: absent without a default, or no integer.
         """
         value = self.values.get(name)
         if value is None:
             value = default
         if not isinstance(value, int):
-            raise TableError(f"the model configuration has no integer {name!r}: {value!r}")
+            raise ConversionTableError(f"the model configuration has no integer {name!r}: {value!r}")
         return value
 
     def first_integer(self, *names: str) -> int:
@@ -76,7 +76,7 @@ class ModelTable:
         form: the trainer's names; None: recognised from its keys (``for_keys``).
 
     Raises:
-        TableError: a quantisation that no block of FP8 expresses.
+        ConversionTableError: a quantisation that no block of FP8 expresses.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
@@ -95,9 +95,12 @@ class ModelTable:
         method = quantization.text("quant_method")
         self.fp8 = fp8 if fp8 is not None else bool(method)
         if self.fp8 and method not in ("", "fp8"):
-            raise TableError(f"quantisation method {method!r} has no conversion here; fp8 in blocks of 128 × 128 has")
-        if self.fp8 and method and quantization.sequence("weight_block_size") != (128, 128):
-            raise TableError(f"fp8 weight_block_size {quantization.sequence('weight_block_size')} is not 128 × 128")
+            raise ConversionTableError(
+                f"quantisation method {method!r} has no conversion here; fp8 in blocks of 128 × 128 has"
+            )
+        block = quantization.sequence("weight_block_size")
+        if self.fp8 and method and block != BLOCK:
+            raise ConversionTableError(f"fp8 weight_block_size {block} is not 128 × 128")
         self._unquantized = {str(name) for name in quantization.sequence("modules_to_not_convert")}
         self._form_is_given = form is not None
         self.form = form or CHECKPOINT
@@ -117,12 +120,6 @@ class ModelTable:
         yield self._spec("model.norm.weight", self._cast())
         if not self.config.flag("tie_word_embeddings"):
             yield self._spec("lm_head.weight", self._cast())
-
-    def all_specs(self) -> Iterator[ConversionSpec]:
-        """Non-layer tensors, then layer after layer."""
-        yield from self.non_layer_specs()
-        for layer_idx in range(self.layers):
-            yield from self.conversion_specs(layer_idx)
 
     def for_keys(self, keys: Collection[str]) -> Self:
         """This table in the form that ``keys`` show; unchanged where a form was given explicitly."""
@@ -158,6 +155,7 @@ class ModelTable:
                     name = f"mlp.experts.{expert}.{projection}.weight"
                     yield self._layer_spec(layer, name, treatment, expert=expert)
                 continue
+            # Two projections in one stack lie behind each other along the rows, gate before up.
             shared = list(self.form.stacks.values()).count(stack) > 1
             part = (0, order * intermediate, intermediate) if shared else (0, 0, None)
             yield ConversionSpec(
@@ -173,6 +171,7 @@ class ModelTable:
 
     def _blocks(self, name: str) -> QuantizationSpec:
         module = name.removesuffix(".weight")
+        # An entry of the list is a whole name, a module above it, or the last parts of a name.
         kept = any(module == m or module.startswith(m + ".") or module.endswith("." + m) for m in self._unquantized)
         if not self.fp8 or kept:
             return self._cast()

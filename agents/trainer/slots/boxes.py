@@ -109,7 +109,7 @@ class HeldBox:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class LocalShare:
     """What this rank holds of one trainer tensor of global ``shape``. ``grid`` is None for a plain tensor."""
 
     shape: tuple[int, ...]
@@ -121,6 +121,7 @@ class Holding:
     def boxes(self) -> tuple[HeldBox, ...]:
         """The held boxes, disjoint, in the local tensor's order; empty ones are left out."""
         per_dim = [list(self._intervals(dim)) for dim in range(len(self.shape))]
+        # The local tensor holds the intervals of a dimension one behind the other, whatever lies between them globally.
         starts = [list(itertools.accumulate((b - a for a, b in dim), initial=0))[:-1] for dim in per_dim]
         corners = itertools.product(*(zip(dim, at, strict=True) for dim, at in zip(per_dim, starts, strict=True)))
         return tuple(
@@ -164,14 +165,14 @@ class Holding:
         return _share(self.shape[dim], cuts, [at[cut.mesh_dim] for cut in cuts])
 
 
-def holding(name: str, tensor: torch.Tensor) -> Holding:
+def local_share(name: str, tensor: torch.Tensor) -> LocalShare:
     """What this rank holds of ``tensor``: all of a plain one, the placements' share of a DTensor.
 
     Raises:
         UnsupportedPlacement: a placement that is neither a shard nor a replica (a pending reduction, for example).
     """
     if not isinstance(tensor, DTensor):
-        return Holding(tuple(tensor.shape), tensor.dtype)
+        return LocalShare(tuple(tensor.shape), tensor.dtype)
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -183,9 +184,10 @@ def holding(name: str, tensor: torch.Tensor) -> Holding:
     )
     names = mesh.mesh_dim_names or tuple(f"dim{index}" for index in range(mesh.ndim))
     grid = Grid(tuple(mesh.mesh.shape), tuple(names), tuple(coordinate), tuple(mesh.mesh.flatten().tolist()))
-    held = Holding(tuple(tensor.shape), tensor.dtype, cuts, grid)
+    held = LocalShare(tuple(tensor.shape), tensor.dtype, cuts, grid)
     local: tuple[int, ...] = tuple(tensor.to_local().shape)
     expected = held.local_shape
+    # Empty shares have whatever shape torch gave them; only elements count.
     if local != expected and math.prod(local) + math.prod(expected) > 0:
         raise UnsupportedPlacement(name, f"local shape {local}, but {tensor.placements} over {grid} gives {expected}")
     return held
@@ -199,6 +201,7 @@ def _cut(name: str, mesh_dim: int, placement: Placement, parts: int) -> Cut:
     raise UnsupportedPlacement(name, f"placement {placement} is neither a shard nor a replica")
 
 
+# Layers repeat the same few shapes, and each answer is a product over the whole mesh.
 @lru_cache(maxsize=4096)
 def _profile(size: int, cuts: tuple[Cut, ...]) -> tuple[bool, tuple[int, ...]]:
     """Whether all shares of a dimension are equal, and all indices inside it at which one begins or ends."""
@@ -218,6 +221,7 @@ def _share(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> list[In
 
 def _taken(intervals: list[Interval], cut: Cut, index: int) -> list[Interval]:
     """The part of ``intervals`` (a concatenation) that position ``index`` of the mesh dimension keeps."""
+    # _StridedShard: an axis to the right was sharded first, so this one cuts each of its ``factor`` parts anew.
     pieces = (_chunk(intervals, cut.factor, number) for number in range(cut.factor))
     kept = itertools.chain.from_iterable(_chunk(piece, cut.parts, index) for piece in pieces)
     return list(_merged(kept))

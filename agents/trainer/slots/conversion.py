@@ -3,10 +3,11 @@
 ``dst`` is a name of the checkpoint. Fusion (qkv, gate_up, w13) is the business of the engine's own boxes.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
-from weightsync.agents.trainer.errors import TableError
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.slots.quantization import PLAIN, QuantizationSpec
 
 EXPERT: Final = "{expert}"
@@ -33,7 +34,7 @@ class ConversionSpec:
     ``layer`` is None for tensors outside the layers.
 
     Raises:
-        TableError: contradictory fields.
+        ConversionTableError: contradictory fields.
     """
 
     dst: str
@@ -46,11 +47,13 @@ class ConversionSpec:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise TableError(f"{self.dst!r} has no sources")
+            raise ConversionTableError(f"{self.dst!r} has no sources")
         if (EXPERT in self.dst) != (self.experts > 0):
-            raise TableError(f"{self.dst!r}: {EXPERT} stands in the name if and only if the sources stack experts")
+            raise ConversionTableError(
+                f"{self.dst!r}: {EXPERT} stands in the name if and only if the sources stack experts"
+            )
         if self.experts and len(self.sources) != 1:
-            raise TableError(
+            raise ConversionTableError(
                 f"{self.dst!r}: stacked experts come from one source; cut it with Source(dim, start, length)"
             )
 
@@ -68,3 +71,20 @@ class ConversionSpec:
         if not self.experts:
             return self.dst, self.scale_name
         return self.dst.replace(EXPERT, str(expert)), self.scale_name.replace(EXPERT, str(expert))
+
+
+class ConversionTable(Protocol):
+    """What slots ask of a model's table (``weightsync.agents.trainer.models``)."""
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+
+    def for_keys(self, keys: Collection[str], /) -> "ConversionTable":
+        """This table for a trainer whose tensors have the names ``keys``."""
+
+    def conversion_specs(self, layer_idx: int, /) -> Iterable[ConversionSpec]:
+        """All logical tensors of one layer, in an order that is the same on every rank."""
+
+    def non_layer_specs(self) -> Iterable[ConversionSpec]:
+        """All logical tensors outside the layers, likewise."""

@@ -1,17 +1,19 @@
 """How a trainer's value becomes the byte that engines serve: one entry point for casts and FP8 blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize
+from weightsync.kernels.fp8 import prepare_quantize
+from weightsync.kernels.fp8_jobs import QuantizeJob
+from weightsync.kernels.warm import warm_up_quantize
 
 BLOCK: Final = (128, 128)
 """Rows and columns of one FP8 block of a DeepSeek-style checkpoint (``weight_block_size``)."""
 
 SCALE_DTYPE: Final = torch.float32
-
+"""Of the scales on the wire; DeepSeek-style checkpoints have no other."""
 
 Prepared = Callable[[Sequence[torch.Tensor]], None]
 """Converts sources that look like those that it was prepared with (dtype, shape, strides, device)."""
@@ -102,6 +104,13 @@ class QuantizationSpec:
         jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
         return prepare_quantize(jobs, block=self.block, forward_dtype=self.forward_dtype)
 
+    def warm_up(self, device: torch.device, source_dtypes: Iterable[torch.dtype]) -> None:
+        """Compile what converting sources of these dtypes on ``device`` needs; a plain cast needs nothing."""
+        if self.quantizes:
+            warm_up_quantize(
+                device, source_dtypes, block=self.block, forward_dtype=self.forward_dtype, scale_dtype=SCALE_DTYPE
+            )
+
     def _check(self, conversion: Conversion) -> None:
         src, out, scale_out = conversion.src, conversion.out, conversion.scale_out
         if out.shape != src.shape or out.dtype != self.dtype:
@@ -115,11 +124,12 @@ class QuantizationSpec:
 
     def _cast(self, sources: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> None:
         through = self.gather_dtype
+        # Through the forward dtype also on the way to a wider one: engines are to have what the forward pass used.
         rounded = [
             src.to(through) if out.dtype != through and src.dtype != through else src
             for src, out in zip(sources, outs, strict=True)
         ]
-        torch._foreach_copy_(outs, rounded)
+        torch._foreach_copy_(outs, rounded)  # casts too, in few launches where the device can
 
 
 PLAIN: Final = QuantizationSpec()

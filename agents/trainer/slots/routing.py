@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from weightsync.agents.trainer.errors import ExpertPartitionError, OffGridError, TableError
-from weightsync.agents.trainer.slots.boxes import Box, HeldBox, Holding, with_entry
+from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
+from weightsync.agents.trainer.slots.boxes import Box, HeldBox, LocalShare, with_entry
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 
 Kind = Literal["sharded", "gathered", "expert"]
@@ -46,7 +46,7 @@ class SlotOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SlotPiece:
     """One box of the logical tensor (with the global expert id as its first dimension, if stacked) and where the
     source numbered ``source`` has it: an index of this rank's local tensor, or of the whole one when gathered."""
 
@@ -63,7 +63,7 @@ class Route:
     kind: Kind
     reason: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SlotPiece, ...]
     first_replica: bool
 
 
@@ -95,17 +95,18 @@ class Router:
         self._primary = primary
         self._turns = Turns()
 
-    def route(self, spec: ConversionSpec, holdings: Mapping[str, Holding]) -> Route:
+    def route(self, spec: ConversionSpec, shares: Mapping[str, LocalShare]) -> Route:
         """The route of ``spec``.
 
         Raises:
-            TableError: sources whose shapes do not fit each other or the specification.
+            ConversionTableError: sources whose shapes do not fit each other or the specification.
             ExpertPartitionError: stacked experts that do not add up to the model's.
             OffGridError: a tensor-parallel slice that cuts a quantisation block.
         """
-        held = [holdings[source.key] for source in spec.sources]
+        held = [shares[source.key] for source in spec.sources]
         shape, offsets, first_expert = self._geometry(spec, held)
         self._check_grid(spec, held)
+        # Every rank comes to the same answer, from global shapes and the mesh: the turns of owners depend on it.
         obstacle = self._obstacle(spec, held, shape, offsets)
         if obstacle:
             return self._gathered(spec, held, shape, obstacle)
@@ -119,7 +120,7 @@ class Router:
         return Route("sharded", "each rank's share stands alone", shape, pieces, first)
 
     # ------------------------------------------------------------------------------------------------- geometry
-    def _geometry(self, spec: ConversionSpec, held: Sequence[Holding]) -> tuple[tuple[int, ...], list[int], int]:
+    def _geometry(self, spec: ConversionSpec, held: Sequence[LocalShare]) -> tuple[tuple[int, ...], list[int], int]:
         """Logical shape, offset of each source's part along ``cat_dim``, and the first expert of the sources."""
         stacked = int(spec.experts > 0)
         parts = [_part_shape(source, h, stacked, spec.dst) for source, h in zip(spec.sources, held, strict=True)]
@@ -127,20 +128,23 @@ class Router:
         if any(len(p) != len(parts[0]) or cat >= len(p) for p in parts) or any(
             p[:cat] + p[cat + 1 :] != parts[0][:cat] + parts[0][cat + 1 :] for p in parts
         ):
-            raise TableError(f"{spec.dst!r}: sources of shapes {parts} cannot be joined along dimension {spec.cat_dim}")
+            raise ConversionTableError(
+                f"{spec.dst!r}: sources of shapes {parts} cannot be joined along dimension {spec.cat_dim}"
+            )
         if spec.quantization.quantizes and len(parts[0]) - stacked != 2:
-            raise TableError(f"{spec.dst!r}: blocks are of matrices; its shape is {parts[0]}")
+            raise ConversionTableError(f"{spec.dst!r}: blocks are of matrices; its shape is {parts[0]}")
         ends = [sum(p[cat] for p in parts[: i + 1]) for i in range(len(parts))]
         offsets = [end - part[cat] for end, part in zip(ends, parts, strict=True)]
         shape = with_entry(parts[0], cat, ends[-1])
         if not stacked:
             return shape, offsets, 0
+        # The trainer's tensor may stack this rank's experts only; the logical shape has all of the model.
         return (spec.experts, *shape[1:]), offsets, self._first_expert(spec, held[0])
 
-    def _first_expert(self, spec: ConversionSpec, held: Holding) -> int:
+    def _first_expert(self, spec: ConversionSpec, held: LocalShare) -> int:
         own = held.shape[0]
         if own == spec.experts:
-            return 0
+            return 0  # the tensor's own mesh shows which of them are here
         parallel = self._options.expert_parallel
         if parallel is not None and own * parallel.size == spec.experts and 0 <= parallel.rank < parallel.size:
             return own * parallel.rank
@@ -154,7 +158,7 @@ class Router:
 
     # ------------------------------------------------------------------------------------------------- the rule
     def _obstacle(
-        self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], offsets: Sequence[int]
+        self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], offsets: Sequence[int]
     ) -> str:
         """Why the ranks' shares cannot stand alone; empty if they can."""
         meshed = any(h.grid is not None for h in held)
@@ -170,14 +174,16 @@ class Router:
                     cut = _first_off_grid(spec, source, h, dim, block, None)
                     if cut is not None:
                         return f"a shard of {source.key} ends at {cut} of dimension {dim}, inside a block of {block}"
+        # Bytes on the wire, not of the masters.
         size = math.prod(shape) * spec.quantization.dtype.itemsize
         if meshed and not spec.experts and size < self._options.min_sharded_bytes:
             return f"{size} bytes are fewer than {self._options.min_sharded_bytes}"
         return ""
 
-    def _check_grid(self, spec: ConversionSpec, held: Sequence[Holding]) -> None:
+    def _check_grid(self, spec: ConversionSpec, held: Sequence[LocalShare]) -> None:
         if not spec.quantization.quantizes:
             return
+        # Shares of FSDP that cut a block are gathered; a tensor-parallel slice that does is the configuration's error.
         for source, h in zip(spec.sources, held, strict=True):
             named = h.grid.names if h.grid else ()
             slicing = [i for i, name in enumerate(named) if name in self._options.tensor_parallel_dims]
@@ -189,41 +195,42 @@ class Router:
                         f" mesh {h.grid}), inside a quantisation block of {block}; {spec.dst!r} cannot be quantised"
                     )
 
-    def _gathered(self, spec: ConversionSpec, held: Sequence[Holding], shape: tuple[int, ...], reason: str) -> Route:
+    def _gathered(self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], reason: str) -> Route:
+        # On every rank, also those that will not hold it: the ranks count turns without asking one another.
         owner = self._turns.next_owner(self._candidates(held))
-        pieces: tuple[Piece, ...] = ()
+        pieces: tuple[SlotPiece, ...] = ()
         if owner == self._rank and self._primary:
             box = Box.whole(shape)
             if spec.experts:
                 first = self._first_expert(spec, held[0])
                 box = Box((first,) + (0,) * (len(shape) - 1), (held[0].shape[0], *shape[1:]))
-            pieces = (Piece(0, tuple(slice(0, extent) for extent in box.extent), box),)
+            pieces = (SlotPiece(0, tuple(slice(0, extent) for extent in box.extent), box),)
         return Route("gathered", f"{reason}; rank {owner} has it", shape, pieces, True)
 
-    def _candidates(self, held: Sequence[Holding]) -> tuple[int, ...]:
+    def _candidates(self, held: Sequence[LocalShare]) -> tuple[int, ...]:
         grid = next((h.grid for h in held if h.grid is not None), None)
         if grid is None:
-            return (self._rank,)
+            return (self._rank,)  # a plain tensor is whole on every rank, and each sends its own
         replicas = [i for i, name in enumerate(grid.names) if name == self._options.replicate_dim]
         if self._options.hsdp == "primary":
             return grid.ranks_where(dict.fromkeys(replicas, 0))
         return grid.ranks
 
 
-def _part_shape(source: Source, held: Holding, stacked: int, dst: str) -> tuple[int, ...]:
+def _part_shape(source: Source, held: LocalShare, stacked: int, dst: str) -> tuple[int, ...]:
     """Shape of the cut of the whole tensor that ``source`` names."""
     if source.length is None:
         return held.shape
     dim = source.dim + stacked
     if dim >= len(held.shape) or source.start + source.length > held.shape[dim]:
-        raise TableError(
+        raise ConversionTableError(
             f"{dst!r}: {source.key!r} of shape {held.shape} has no {source.start}…+{source.length} along {source.dim}"
         )
     return with_entry(held.shape, dim, source.length)
 
 
 def _first_off_grid(
-    spec: ConversionSpec, source: Source, held: Holding, dim: int, block: int, mesh_dims: Sequence[int] | None
+    spec: ConversionSpec, source: Source, held: LocalShare, dim: int, block: int, mesh_dims: Sequence[int] | None
 ) -> int | None:
     """The first boundary of shares inside the source's part that lies inside a block, or None."""
     start = source.start if source.length is not None and source.dim == dim else 0
@@ -235,8 +242,8 @@ def _first_off_grid(
 
 
 def _local_pieces(
-    spec: ConversionSpec, held: Sequence[Holding], offsets: Sequence[int], first_expert: int
-) -> Iterator[Piece]:
+    spec: ConversionSpec, held: Sequence[LocalShare], offsets: Sequence[int], first_expert: int
+) -> Iterator[SlotPiece]:
     stacked = int(spec.experts > 0)
     for number, (source, h, offset) in enumerate(zip(spec.sources, held, offsets, strict=True)):
         for held_box in h.boxes:
@@ -244,7 +251,7 @@ def _local_pieces(
             if cut is None:
                 continue
             box = cut.box.shifted(spec.cat_dim + stacked, offset)
-            yield Piece(number, cut.local, box.shifted(0, first_expert) if stacked else box)
+            yield SlotPiece(number, cut.local, box.shifted(0, first_expert) if stacked else box)
 
 
 def _cut(held: HeldBox, source: Source, stacked: int) -> HeldBox | None:

@@ -7,6 +7,7 @@ a collective on every rank, in the table's order, also where they own no bytes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import ClassVar, cast
 
 import torch
@@ -14,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from weightsync.agents.tables.runs import runs
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
-from weightsync.agents.trainer.slots.boxes import Box, Holding
+from weightsync.agents.trainer.slots.boxes import Box, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
-from weightsync.agents.trainer.slots.routing import Kind, Piece, Route
+from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
 
 State = Mapping[str, torch.Tensor]
@@ -39,7 +40,7 @@ class LayoutEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class SlotNote:
     """Why a slot is what it is, for ``plan explain``. ``bytes``: held by this rank."""
 
     tensor: str
@@ -51,7 +52,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    piece: Piece
+    piece: SlotPiece
     values: Reservation
     scales: Reservation | None
 
@@ -72,7 +73,7 @@ class Slot:
 
     spec: ConversionSpec
     route: Route
-    holdings: tuple[Holding, ...]
+    shares: tuple[LocalShare, ...]
     places: tuple[_Place, ...]
     rows: range = range(0)
     moves: tuple[Move, ...] = field(default=(), repr=False)
@@ -80,7 +81,7 @@ class Slot:
     kind: ClassVar[Kind]
 
     @classmethod
-    def planned(cls, spec: ConversionSpec, route: Route, holdings: tuple[Holding, ...], arena: ArenaPlan) -> "Slot":
+    def planned(cls, spec: ConversionSpec, route: Route, shares: tuple[LocalShare, ...], arena: ArenaPlan) -> "Slot":
         """The slot, with its places reserved in ``arena``."""
         places = []
         for piece in route.pieces:
@@ -89,7 +90,7 @@ class Slot:
             if spec.quantization.quantizes:
                 scales = arena.reserve(spec.quantization.scale_shape(piece.box.extent), SCALE_DTYPE)
             places.append(_Place(piece, values, scales))
-        return cls(spec, route, holdings, tuple(places))
+        return cls(spec, route, shares, tuple(places))
 
     def bind(self, arena: torch.Tensor) -> None:
         """Point the slot at its memory; ``arena`` is uint8 and holds all that was reserved."""
@@ -117,11 +118,11 @@ class Slot:
         own = (copies[:, COPY_ROW] >= self.rows.start) & (copies[:, COPY_ROW] < self.rows.stop)
         return runs(copies[own], layout)
 
-    def explain(self) -> Explanation:
+    def explain(self) -> SlotNote:
         """What this slot is and why."""
         size = sum(p.values.nbytes + (p.scales.nbytes if p.scales else 0) for p in self.places)
         keys = tuple(key for s in self.spec.sources for key in (s.key, self.spec.per_source_scale_key(s)) if key)
-        return Explanation(self.spec.dst, self.kind, self.route.reason, keys, size)
+        return SlotNote(self.spec.dst, self.kind, self.route.reason, keys, size)
 
     def check(self, state: State) -> None:
         """That ``state`` has what the slot was made for, without touching a value or another rank.
@@ -147,8 +148,13 @@ class Slot:
         """What each of ``moves`` converts, now. Errors as ``convert``."""
         raise NotImplementedError
 
+    @property
+    def source_dtypes(self) -> frozenset[torch.dtype]:
+        """Dtypes of what ``sources`` gives on this rank; empty where the slot has no bytes."""
+        return frozenset(held.dtype for held in self.shares) if self.places else frozenset()
+
     def _take(self, state: State, number: int) -> torch.Tensor:
-        source, held = self.spec.sources[number], self.holdings[number]
+        source, held = self.spec.sources[number], self.shares[number]
         tensor = state.get(source.key)
         if tensor is None:
             raise MissingTensor(source.key, self.spec.dst)
@@ -177,10 +183,11 @@ class ShardedSlot(Slot):
         return [locals_[move.source][move.index] for move in self.moves]
 
     def _local(self, state: State, number: int) -> torch.Tensor:
-        tensor, held = self._take(state, number), self.holdings[number]
+        tensor, held = self._take(state, number), self.shares[number]
         if not isinstance(tensor, DTensor):
             return tensor
         local = tensor.to_local()
+        # A rank without a share may have a local tensor of any empty shape.
         if tuple(local.shape) != held.local_shape and held.boxes:
             raise ChangedTensor(
                 f"{self.spec.sources[number].key!r}: its local shape is {tuple(local.shape)} now,"
@@ -205,7 +212,16 @@ class GatheredSlot(Slot):
 
     kind: ClassVar[Kind] = "gathered"
 
+    @property
+    def source_dtypes(self) -> frozenset[torch.dtype]:
+        if not self.places:
+            return frozenset()
+        narrow = self.spec.quantization.gather_dtype
+        # Sources are joined before they are converted, and torch.cat gives the widest of their dtypes.
+        return frozenset({reduce(torch.promote_types, (narrow if h.grid else h.dtype for h in self.shares))})
+
     def sources(self, state: State) -> list[torch.Tensor]:
+        # Before the question whether anything is kept here: gathering is a collective, and other ranks wait in it.
         wholes = [self._whole(state, number, source) for number, source in enumerate(self.spec.sources)]
         if not self.moves:
             return []
@@ -247,6 +263,7 @@ class LocalBatch:
         """Convert all slots. Errors as ``Slot.convert``."""
         sources = self._sources(state)
         looks = [_look(source) for source in sources]
+        # The prepared tables hold dtypes, shapes and strides; only the addresses are read anew each time.
         if looks != self._looks:
             number = next(n for n, (now, then) in enumerate(zip(looks, self._looks, strict=True)) if now != then)
             spec = [slot.spec for slot in self._slots for _ in slot.moves][number]
@@ -289,6 +306,7 @@ def _entries(
         tensor = Tensor(spec.logical(0)[int(scales)], dtype, shape)
         yield LayoutEntry(tensor, box, place.offset, place.stride, route.first_replica)
         return
+    # One logical tensor per expert: the stack's first dimension becomes a number in the name and a byte offset.
     own = Box(box.offset[1:], box.extent[1:])
     for position in range(box.extent[0]):
         tensor = Tensor(spec.logical(box.offset[0] + position)[int(scales)], dtype, shape[1:])
@@ -297,10 +315,10 @@ def _entries(
 
 
 def made_slots(
-    routed: Sequence[tuple[ConversionSpec, Route]], holdings: Mapping[str, Holding], arena: ArenaPlan
+    routed: Sequence[tuple[ConversionSpec, Route]], shares: Mapping[str, LocalShare], arena: ArenaPlan
 ) -> tuple[Slot, ...]:
     """The slots of all routed specifications, their places reserved in ``arena``."""
     return tuple(
-        KINDS[route.kind].planned(spec, route, tuple(holdings[s.key] for s in spec.sources), arena)
+        KINDS[route.kind].planned(spec, route, tuple(shares[s.key] for s in spec.sources), arena)
         for spec, route in routed
     )

@@ -1,6 +1,6 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
-from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.boxes import Holding, holding
-from weightsync.agents.trainer.slots.conversion import ConversionSpec
+from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
     ExpertSlot,
-    Explanation,
     GatheredSlot,
     LayoutEntry,
     LocalBatch,
     ShardedSlot,
     Slot,
+    SlotNote,
     State,
     made_slots,
 )
@@ -33,11 +33,11 @@ from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor
 __all__ = [
     "ExpertParallel",
     "ExpertSlot",
-    "Explanation",
     "GatheredSlot",
     "LayoutEntry",
     "ShardedSlot",
     "Slot",
+    "SlotNote",
     "SlotOptions",
     "TrainerSlots",
 ]
@@ -69,13 +69,13 @@ class TrainerSlots:
 
     Raises:
         MissingTensor: the table reads a tensor that the state lacks.
-        TrainerError: of other kinds, see ``Router.route`` and ``holding``.
+        TrainerError: of other kinds, see ``Router.route`` and ``local_share``.
     """
 
     def __init__(
         self,
         state: State,
-        table: ModelTable,
+        table: ConversionTable,
         *,
         options: SlotOptions | None = None,
         rank: int | None = None,
@@ -83,25 +83,23 @@ class TrainerSlots:
         allocate: Allocate | None = None,
     ) -> None:
         options = options or SlotOptions()
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = rank if rank is not None else dist.get_rank() if distributed else 0
-        self.world = world if world is not None else dist.get_world_size() if distributed else 1
+        self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
-        holdings = {source.key: holding(source.key, state[source.key]) for s in specs for source in s.sources}
-        self.primary = options.hsdp == "shared" or _in_first_replica(holdings.values(), options.replicate_dim)
-        self.unrouted = tuple(sorted(set(state) - set(holdings)))
+        shares = {source.key: local_share(source.key, state[source.key]) for s in specs for source in s.sources}
+        self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
+        self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
-        self.slots = made_slots([(s, router.route(s, holdings)) for s in specs], holdings, plan)
+        self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
         make = allocate or _allocator_for(state)
+        # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         self.arenas = [make(max(plan.size, ALIGNMENT))]
         if options.staging_bytes and self.primary:
             self.arenas.append(make(options.staging_bytes))
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
         self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
-        local = [slot for slot in self.slots if slot.kind != "gathered"]
-        treatments = dict.fromkeys(slot.spec.quantization for slot in local)
-        self._batches = [LocalBatch([s for s in local if s.spec.quantization == t], state) for t in treatments]
+        self._batches = list(_local_batches(self.slots, state))
+        self._warm_up()
 
     def check(self, state: State) -> None:
         """That ``convert`` can be called: what is wrong with this rank's tensors is found without any other rank.
@@ -124,20 +122,46 @@ class TrainerSlots:
             MissingTensor, ChangedTensor: as ``check``, before anything is written.
         """
         self.check(state)
+        # Gathered ones first and in the table's order: each is a collective, which all ranks enter alike.
         for slot in self.slots:
             if slot.kind == "gathered":
                 slot.convert(state)
         for batch in self._batches:
             batch.convert(state)
 
+    def _warm_up(self) -> None:
+        """Compile the kernels of every treatment here, so that the first publish does not."""
+        dtypes: dict[QuantizationSpec, set[torch.dtype]] = defaultdict(set)
+        for slot in self.slots:
+            dtypes[slot.spec.quantization] |= slot.source_dtypes
+        for treatment, found in dtypes.items():
+            treatment.warm_up(self.arenas[ARENA_REGION].device, found)
+
     def entries(self) -> Iterator[LayoutEntry]:
         """The rows of the layout, in its order."""
         for slot in self.slots:
             yield from slot.entries
 
-    def explain(self) -> tuple[Explanation, ...]:
+    def explain(self) -> tuple[SlotNote, ...]:
         """What each slot is and why, in the table's order."""
         return tuple(slot.explain() for slot in self.slots)
+
+
+def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """This rank and the number of ranks: as given, else torch.distributed's, else alone."""
+    distributed = dist.is_available() and dist.is_initialized()
+    if rank is None:
+        rank = dist.get_rank() if distributed else 0
+    if world is None:
+        world = dist.get_world_size() if distributed else 1
+    return rank, world
+
+
+def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
+    """All slots that need no other rank, one batch for each treatment."""
+    local = [slot for slot in slots if slot.kind != "gathered"]
+    for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
+        yield LocalBatch([slot for slot in local if slot.spec.quantization == treatment], state)
 
 
 def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
@@ -156,18 +180,20 @@ def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
 
 def _notes(slots: Sequence[Slot]) -> Iterator[Note]:
     """Kind and reason of all rows, neighbours of one kind and reason together."""
+    # Neighbours only, because a note names a range of rows; slots without rows on this rank would break ranges up.
     owning = (slot for slot in slots if slot.rows)
     for (kind, reason), alike in groupby(owning, key=lambda slot: (slot.kind, slot.route.reason)):
         rows = [slot.rows for slot in alike]
         yield Note(rows[0].start, rows[-1].stop, kind, cut(reason))
 
 
-def _held_specs(table: ModelTable, keys: Collection[str], options: SlotOptions) -> Iterator[ConversionSpec]:
+def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOptions) -> Iterator[ConversionSpec]:
     """The specifications that this rank takes part in.
 
     Raises:
         MissingTensor: a tensor is lacking that the rank's place in the pipeline or among the experts does not excuse.
     """
+    # A stage may lack a layer or a tensor outside the layers, but not one source of what it has.
     for spec in table.non_layer_specs():
         if not options.pipeline or any(source.key in keys for source in spec.sources):
             yield _complete(spec, keys)
@@ -175,6 +201,7 @@ def _held_specs(table: ModelTable, keys: Collection[str], options: SlotOptions) 
         specs = tuple(table.conversion_specs(layer_idx))
         if options.pipeline and not any(source.key in keys for s in specs for source in s.sources):
             continue
+        # Experts of other ranks may be absent here; whatever else is missing is an error by name.
         foreign = _foreign_experts(specs, keys, options.expert_parallel)
         yield from (_complete(s, keys) for s in specs if s.expert_id is None or s.expert_id not in foreign)
 
@@ -206,8 +233,9 @@ def _foreign_experts(
     return frozenset(every - present)
 
 
-def _in_first_replica(holdings: Collection[Holding], replicate_dim: str) -> bool:
-    grids = [h.grid for h in holdings if h.grid is not None and replicate_dim in h.grid.names]
+def _in_first_replica(shares: Collection[LocalShare], replicate_dim: str) -> bool:
+    # Experts may lie on another mesh than the rest; a rank must be in the first replica of each.
+    grids = [h.grid for h in shares if h.grid is not None and replicate_dim in h.grid.names]
     return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Protocol, TypeVar
 import msgspec
 import torch
 from weightsync.agents.vllm import gate, hold
-from weightsync.agents.vllm.plugin import logger
+from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 
 ENVIRONMENT: Final = {

@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.rows import Target
-from weightsync.agents.vllm.recorder.trace import Landing, RecordError
+from weightsync.agents.recorder.rows import Target
+from weightsync.agents.recorder.trace import Landing, RecordError
+from weightsync.agents.vllm.recorder.vllm_names import is_expert_weight, local_slots, moe_config_of
 
 MAPS: Final = (
     "_expert_map",
@@ -43,6 +44,7 @@ def expert_map_fingerprint(model: nn.Module) -> str:
                 value = _attribute(holder, attribute)
                 if isinstance(value, torch.Tensor) and value.numel():
                     found = True
+                    # As int64 on the CPU: the same map has the same fingerprint on every device and build.
                     digest.update(f"{path}.{attribute}:{tuple(value.shape)}:".encode())
                     digest.update(value.detach().to("cpu", torch.int64).numpy().tobytes())
     return digest.hexdigest() if found else ""
@@ -64,8 +66,10 @@ def relocated(targets: Sequence[Target], model: nn.Module) -> list[Target]:
     moved = []
     for target in targets:
         logical = now.get(id(target.owner))
-        is_expert_weight = target.attribute.startswith(("w13_", "w2_"))
-        moved.append(target if logical is None or not is_expert_weight else _renamed(target, logical))
+        if logical is not None and is_expert_weight(target.attribute):
+            moved.append(_renamed(target, logical))
+        else:
+            moved.append(target)
     return moved
 
 
@@ -76,18 +80,18 @@ def _placements(model: nn.Module) -> Iterator[tuple[nn.Module, list[int]]]:
         if not isinstance(table, torch.Tensor) or not table.numel():
             continue
         experts: Any = getattr(module, "routed_experts", module)
-        config = experts.moe_config
-        count = int(config.num_local_experts)
-        first = int(config.moe_parallel_config.ep_rank) * count
-        logical = [-1] * count
+        local = local_slots(moe_config_of(experts))
+        logical = [-1] * len(local)
         for expert, slots in enumerate(table.detach().cpu().tolist()):
+            # A popular expert has several slots; rows of the table are filled up with -1, which is no local slot.
             for slot in slots:
-                if first <= slot < first + count:
-                    logical[slot - first] = expert
+                if slot in local:
+                    logical[slot - local.start] = expert
         yield experts, logical
 
 
 def _renamed(target: Target, logical: Sequence[int]) -> Target:
+    # Experts are the first dimension, so a landing's distance from the start tells its slot.
     stride = target.tensor.stride(0) * target.tensor.element_size()
     landings = []
     for landing in target.landings:

@@ -8,44 +8,45 @@ give the live bytes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
-from weightsync.agents.vllm.recorder.blueprint import Slot
-from weightsync.agents.vllm.recorder.trace import Checkpoint
+from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.interface import KernelLayout
+from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.vllm.recorder.vllm_names import (
+    DOWN,
+    GATE_UP,
+    local_intermediate_size,
+    moe_config_of,
+    quant_method_of,
+)
+
+_GATE_UP_WEIGHT: Final = f"{GATE_UP}weight"
 
 
-@dataclass(frozen=True, slots=True)
-class KernelLayout:
-    """``forward(slot, loaded)`` gives the live tensor. ``may_apply`` decides before processing that a copy is kept."""
-
-    name: str
-    may_apply: Callable[[Slot], bool]
-    forward: Callable[[Slot, torch.Tensor], torch.Tensor]
-
-
-def _is_cpu_unquantized_expert_weight(slot: Slot) -> bool:
-    method = type(getattr(slot.module, "quant_method", None)).__name__
-    tensor = slot.current()
+def _is_cpu_unquantized_expert_weight(parameter: ParameterPlace) -> bool:
+    method = type(quant_method_of(parameter.module)).__name__
+    tensor = parameter.current()
     return (
-        slot.attribute in ("w13_weight", "w2_weight")
+        parameter.attribute in (_GATE_UP_WEIGHT, f"{DOWN}weight")
         and method == "UnquantizedFusedMoEMethod"
         and tensor is not None
         and tensor.device.type == "cpu"
     )
 
 
-def _prepack_for_grouped_gemm(slot: Slot, loaded: torch.Tensor) -> torch.Tensor:
+def _prepack_for_grouped_gemm(parameter: ParameterPlace, loaded: torch.Tensor) -> torch.Tensor:
     """The padding and prepacking of CPUUnquantizedExperts.process_weights_after_loading (vLLM 0.32)."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    experts = _fused_experts(slot)
-    config = experts.moe_config
-    size: int = config.intermediate_size_per_partition
+    experts = _fused_experts(parameter)
+    config = moe_config_of(experts)
+    size = local_intermediate_size(config)
     padded: int = experts._padded_intermediate_size(config)
-    if padded != size and slot.attribute == "w13_weight":
+    if padded != size and parameter.attribute == _GATE_UP_WEIGHT:
+        # Gate and up are padded one by one: the kernel splits the padded rows in the middle.
         gate, up = loaded[:, :size], loaded[:, size:]
         loaded = torch.cat([_pad_rows(gate, padded), _pad_rows(up, padded)], dim=1)
     elif padded != size:
@@ -54,11 +55,11 @@ def _prepack_for_grouped_gemm(slot: Slot, loaded: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def _fused_experts(slot: Slot) -> Any:
-    kernel = getattr(getattr(slot.module, "quant_method", None), "moe_kernel", None)
+def _fused_experts(parameter: ParameterPlace) -> Any:
+    kernel = getattr(quant_method_of(parameter.module), "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
     if experts is None:
-        raise LookupError(f"{slot.name}: this vLLM has no grouped-GEMM experts on the layer")
+        raise LookupError(f"{parameter.name}: this vLLM has no grouped-GEMM experts on the layer")
     return experts
 
 
@@ -66,7 +67,7 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[1]))
 
 
-KERNEL_LAYOUTS: tuple[KernelLayout, ...] = (
+KERNEL_LAYOUTS: Final[tuple[KernelLayout, ...]] = (
     KernelLayout("cpu-grouped-gemm-prepack", _is_cpu_unquantized_expert_weight, _prepack_for_grouped_gemm),
 )
 
@@ -83,7 +84,8 @@ def as_fed(checkpoint: Sequence[Checkpoint], dtypes: Mapping[str, torch.dtype]) 
         owner, found, kind = entry.name.rpartition(".indexer.wk.")
         fused = dtypes.get(f"{owner}.indexer.wk_weights_proj.weight") if found else None
         if fused is None or (kind == "weight" and entry.dtype.itemsize > 1):
-            fed.append(entry)
+            fed.append(entry)  # not fused, or not quantised: loaded as it is
         elif kind == "weight":
             fed.append(Checkpoint(entry.name, entry.shape, fused))
+        # What remains are scales of such a weight, which are left out.
     return fed

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.vllm.recorder.names import checkpoint_of
-from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft
-from weightsync.agents.vllm.recorder.trace import Checkpoint
+from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.vllm.backend import chosen
+from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of
+from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft, record
 
-BACKEND: Final = "weightsync"
 _INSTALLED: Final = "_weightsync_recorder"
 
 
@@ -32,10 +32,11 @@ def install() -> None:
 
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        if not _is_ours(vllm_config):
+        if not chosen(vllm_config):
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
+        # A draft model of speculative decoding is loaded with a configuration of its own.
         if model_config is vllm_config.model_config:
             return _recorded_load(load, self)
         draft: nn.Module = load()
@@ -46,11 +47,6 @@ def install() -> None:
     BaseModelLoader.load_model = load_model
 
 
-def _is_ours(vllm_config: Any) -> bool:
-    transfer = getattr(vllm_config, "weight_transfer_config", None)
-    return getattr(transfer, "backend", None) == BACKEND
-
-
 def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
     recordings: list[Recording] = []
 
@@ -58,15 +54,16 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
         seen: dict[str, Checkpoint] = {}
         with _observed(model, seen):
             original(model, config)
+        # Dummy weights are filled in without a checkpoint: then nothing was seen.
         checkpoint = list(seen.values()) or checkpoint_of(model, config)
-        recordings.append(Recording(model, config, checkpoint))
+        recordings.append(record(model, config, checkpoint))
 
     original = loader.load_weights
     loader.load_weights = load_weights
     try:
         model = load()
     finally:
-        del loader.load_weights
+        del loader.load_weights  # the instance's own attribute; the method of its class is there again
     for recording in recordings:
         recording.finish()
         keep(recording)

@@ -1,24 +1,24 @@
 """The layout of an inference rank, recorded from vLLM's own loader.
 
-``load_hook`` makes a :class:`Recording` when a model has been loaded and before it is processed, and lets it finish
+``load_hook`` calls ``record`` when a model has been loaded and before it is processed, and lets the recording finish
 afterwards. ``recorded_layout`` turns it into what the agent announces, registers and refreshes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.recording import Recording
+from weightsync.agents.recorder.rows import build_rows, fill
+from weightsync.agents.recorder.settled import Unrecorded
+from weightsync.agents.recorder.trace import Checkpoint, RecordError
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
-from weightsync.agents.vllm.recorder.fill import fill
-from weightsync.agents.vllm.recorder.recording import Recording
-from weightsync.agents.vllm.recorder.rows import build_rows
-from weightsync.agents.vllm.recorder.trace import RecordError
-from weightsync.agents.vllm.recorder.unreached import Unrecorded
+from weightsync.agents.vllm.recorder.facts import VllmFacts
 from weightsync.orchestrator.protocol.layout import Layout
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "expert_map_fingerprint",
     "keep",
     "keep_draft",
+    "record",
     "recorded_layout",
 ]
 
@@ -56,6 +57,18 @@ class Recorded:
     unrecorded: tuple[Unrecorded, ...]
     unused: tuple[str, ...]
     shadows: tuple[str, ...]
+
+
+def record(model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]) -> Recording:
+    """A recording of ``model``, just loaded by vLLM from the tensors of ``checkpoint`` and not yet processed.
+
+    Args:
+        model_config: vLLM's, whose ``dtype`` is that of the unquantised weights.
+
+    Raises:
+        RecordError: see :class:`weightsync.agents.recorder.recording.Recording`.
+    """
+    return Recording(model, checkpoint, VllmFacts(model_config.dtype))
 
 
 def keep(recording: Recording) -> None:

@@ -3,18 +3,16 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Final
 
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
+from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines.errors import EngineError
 from weightsync.orchestrator.daemon.engines.vllm import EngineClient
+from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.settings import Settings
-
-AGENT_SHARE: Final = 0.9
-"""Of the daemon's deadline for the update call: the worker leaves its window first, and by itself."""
 
 Report = Callable[[CallDone | CallFailed], None]
 
@@ -56,15 +54,16 @@ class Engines:
             async with asyncio.timeout(command.deadline):
                 paused = await self._route(command)
         except EngineError as error:
-            self._failed(command, str(error))
+            self._failed(command, str(error), error.fault, error.retry)
         except TimeoutError:
-            self._failed(command, f"no answer within {command.deadline:g} s")
+            self._failed(command, f"no answer within {command.deadline:g} s", "engine", retry=True)
         else:
             seconds = time.monotonic() - began
             self._report(CallDone(self._next_id(), command.engine, command.call, command.number, seconds, paused))
 
-    def _failed(self, command: CallEngine, reason: str) -> None:
-        self._report(CallFailed(self._next_id(), command.engine, command.call, command.number, reason))
+    def _failed(self, command: CallEngine, reason: str, fault: Fault, retry: bool) -> None:
+        number = self._next_id()
+        self._report(CallFailed(number, command.engine, command.call, command.number, reason, fault, retry))
 
     async def _route(self, command: CallEngine) -> bool | None:
         """Performs one call; returns what is known about the pause afterwards."""
@@ -73,13 +72,13 @@ class Engines:
             case Call.PROBE:
                 await client.probe(seconds)
                 return await client.is_paused(seconds)
-            case Call.INIT:
+            case Call.ATTACH:
                 await client.init_transfer(self._init_info(client), seconds)
                 return None
             case Call.PAUSE:
                 await client.pause(self._settings.pause.mode, self._settings.pause.clear_cache, seconds)
                 return True
-            case Call.UPDATE:
+            case Call.SWITCH:
                 await client.start_update(seconds)
                 await client.update(self._update_info(command), seconds)
                 return True

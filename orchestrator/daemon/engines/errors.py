@@ -2,13 +2,14 @@
 
 from typing import ClassVar, Final
 
+from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.messages import Fault
 
 DEV_MODE: Final = "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment"
 TRANSFER_CONFIG: Final = 'start vLLM with --weight-transfer-config \'{"backend": "weightsync"}\''
 
 
-class EngineError(Exception):
+class EngineError(WeightsyncError):
     """Base. ``sent``: the request may have reached the engine, so its effect is unknown until asked for."""
 
     fault: ClassVar[Fault] = "engine"

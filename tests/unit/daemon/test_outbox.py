@@ -12,13 +12,14 @@ from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
+    LookForStable,
     MakePlan,
     OpenGroup,
     Refuse,
     Say,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, Call, Event, PlanFacts, PlanReady, PlanRejected
@@ -39,14 +40,14 @@ MEMBER, ENGINE = Member("trainer", "", 0), Member("inference", "e0", 0)
 NAME, VERSION = RoundName(1, 1), Version(7, 1)
 CONNECT = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
 WELCOME = Welcome(
-    epoch=1, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=NixlSettings(), rendezvous=None
+    epoch=1, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=NixlSettings(), rendezvous=None
 )
 REFUSED = Refused(reason="no", fault="config", retry=False)
 STORE = TcpStoreRendezvous("127.0.0.1", 1, 0, 2, 1.0)
-CALL = CallEngine(1, "e0", Call.PAUSE, 1, 1.0)
-DIRTY = Append(1, LiveDirty(round=NAME, writers={}), answer=True)
-COMMITTED = Append(1, Committed(round=NAME, version=VERSION, sequence=1))
-ENDED = Append(1, RoundEnded(
+CALL = CallEngine("e0", Call.PAUSE, 1, 1.0)
+DIRTY = Append(LiveDirty(round=NAME, writers={}), answer=True)
+COMMITTED = Append(Committed(round=NAME, version=VERSION, sequence=1))
+ENDED = Append(RoundEnded(
     round=NAME, version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="committed", reason="", bytes=1,
     descriptors=1, times={},
 ))  # fmt: skip
@@ -75,6 +76,7 @@ class Desk:
             run_id="run", journal=self, hub=hub, engines=SimpleNamespace(call=note("call")), group=group,  # type: ignore[arg-type]
             markers=SimpleNamespace(write=self._mark), files=self.files, planning=SimpleNamespace(make=self._make),  # type: ignore[arg-type]
             post=self.events.append, next_id=lambda: len(self.events) + 1, spawn=self._spawn, fail=self._fail,
+            look=note("look"),
         )  # fmt: skip
 
     async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
@@ -105,7 +107,7 @@ class Desk:
         """Until all batches are through, or one of them has failed."""
         for batch in batches:
             self.outbox.put(batch)
-        self.outbox.put([Say(0, "info", "the end")])
+        self.outbox.put([Say("info", "the end")])
         running = asyncio.create_task(self.outbox.run())
         while not self.ended.is_set() and not self.outbox._batches.empty():  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -124,17 +126,19 @@ async def desk() -> Desk:
 
 async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
     await desk.performs([
-        Accept(1, MEMBER, 5, WELCOME), Refuse(1, MEMBER, 6, REFUSED), Drop(1, MEMBER, 5, "rude"),
-        Send(1, MEMBER, Heartbeat()), Deliver(1, MEMBER, CONNECT), CALL, OpenGroup(1, STORE, ((MEMBER, 5),)),
+        Accept(MEMBER, 5, WELCOME), Refuse(MEMBER, 6, REFUSED), Drop(MEMBER, 5, "rude"),
+        Send(MEMBER, Heartbeat()), SendPlan(MEMBER, CONNECT), CALL, OpenGroup(STORE, ((MEMBER, 5),)),
+        LookForStable(0.02),
     ])  # fmt: skip
     assert desk.done == [
         ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, "rude"),
         ("send", MEMBER, Heartbeat()), ("send", MEMBER, CONNECT), ("call", CALL), ("open", STORE, {MEMBER: 5}),
+        ("look", 0.02),
     ]  # fmt: skip
 
 
 async def test_a_record_is_durable_before_anything_later(desk: Desk) -> None:
-    await desk.performs([DIRTY, Send(1, MEMBER, Heartbeat())], [CALL])
+    await desk.performs([DIRTY, Send(MEMBER, Heartbeat())], [CALL])
     assert [word[0] for word in desk.done] == ["durable", "send", "call"]
     assert desk.events == [Appended(1, "LiveDirty", NAME)]
 
@@ -149,30 +153,30 @@ async def test_neighbours_share_one_commit_and_only_those_that_ask_are_answered(
 
 async def test_after_a_lost_journal_nothing_is_performed(desk: Desk) -> None:
     desk.journal_error = OSError("the disk is gone")
-    await desk.performs([DIRTY, Send(1, MEMBER, Heartbeat())], [CALL])
+    await desk.performs([DIRTY, Send(MEMBER, Heartbeat())], [CALL])
     assert desk.failures == [desk.journal_error]
     assert desk.done == []
     assert desk.events == []
 
 
 async def test_an_unknown_command_ends_the_daemon(desk: Desk) -> None:
-    await desk.performs([Command(1), CALL])
+    await desk.performs([Command(), CALL])
     assert isinstance(desk.failures[0], TypeError)
     assert desk.done == []
 
 
 async def test_a_group_delivers_what_the_hub_would(desk: Desk) -> None:
     desk.in_group = True
-    await desk.performs([Deliver(1, MEMBER, CONNECT)])
+    await desk.performs([SendPlan(MEMBER, CONNECT)])
     assert desk.done == []
 
 
 async def test_markers_are_written_and_a_failure_stops_nobody(desk: Desk) -> None:
-    await desk.performs([WriteMarker(1, "COMMITTED", VERSION, {"sequence": 3})])
+    await desk.performs([WriteMarker("COMMITTED", VERSION, {"sequence": 3})])
     assert desk.done == [("marker", "COMMITTED", VERSION)]
     other = Desk()
     other.marker_error = PermissionError("read-only")
-    await other.performs([WriteMarker(1, "FAILED", VERSION, {"reason": "r" * 10_000}), CALL])
+    await other.performs([WriteMarker("FAILED", VERSION, {"reason": "r" * 10_000}), CALL])
     assert other.done == [("call", CALL)]
     assert other.failures == []
 
@@ -180,17 +184,17 @@ async def test_markers_are_written_and_a_failure_stops_nobody(desk: Desk) -> Non
 @pytest.mark.parametrize(("member", "engine"), [(ENGINE, "e0"), (MEMBER, ""), (None, "")])
 async def test_layouts_that_do_not_fit_are_an_event(desk: Desk, member: Member | None, engine: str) -> None:
     desk.plan = PlanError("tensor 'w' has two shapes", member)
-    await desk.performs([MakePlan(1, 4, (), ())])
+    await desk.performs([MakePlan(4, (), ())])
     assert desk.events == [PlanRejected(1, 4, "tensor 'w' has two shapes", engine)]
     assert desk.failures == []
 
 
 async def test_so_is_a_plan(desk: Desk) -> None:
-    await desk.performs([MakePlan(1, 4, (), ())])
+    await desk.performs([MakePlan(4, (), ())])
     assert desk.events == [PlanReady(1, 4, PlanFacts("root", {}, {}, True))]
 
 
 async def test_a_planner_that_breaks_ends_the_daemon(desk: Desk) -> None:
     desk.plan = IndexError("a bug")
-    await desk.performs([MakePlan(1, 4, (), ())])
+    await desk.performs([MakePlan(4, (), ())])
     assert desk.failures == [desk.plan]

@@ -16,10 +16,14 @@ from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnrea
 from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.daemon import runner as runners
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.journal import Journal, JournalLocked
 from weightsync.orchestrator.daemon.runner import Runner, policy_of
+from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.messages import Hello, Refused
+from weightsync.orchestrator.protocol.names import Member, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -96,6 +100,30 @@ async def test_each_start_is_an_epoch_of_the_same_journal(settings: Settings) ->
     assert len({journal for _, journal in seen}) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run_id": "other"}, "it belongs to run 'other', this daemon serves run 'glm'"),
+        ({"schema": 99}, "it speaks schema 99, the daemon"),
+        ({"world": 1}, "rank 3 is outside its world of 1"),
+    ],
+)
+async def test_an_agent_that_does_not_belong_here_is_refused_by_name(
+    settings: Settings, change: dict[str, Any], reason: str
+) -> None:
+    said = {"schema": SCHEMA_VERSION, "run_id": "glm", "member": Member("trainer", "", 3), "world": 4, "incarnation": 1}
+    async with running(settings) as (runner, port, _), aiohttp.ClientSession() as session:
+        headers = {"Authorization": "Bearer the-token"}
+        async with session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}", headers=headers) as socket:
+            await socket.send_bytes(encode(Hello(**said | change)))
+            refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
+            assert isinstance(refused, Refused)
+            assert (refused.fault, refused.retry) == ("config", False)
+            assert refused.reason.startswith(reason)
+            assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.CLOSE
+        assert runner.fleet.agents == {}
+
+
 async def test_markers_become_events(settings: Settings) -> None:
     async with running(settings) as (runner, _, _):
         step = settings.run.directory / "broadcasts" / "step_5"
@@ -106,6 +134,18 @@ async def test_markers_become_events(settings: Settings) -> None:
             return runner.fleet.stable == (StableSeen(5, 9),)
 
         await until(seen)
+
+
+async def test_a_look_that_the_core_asked_for_is_answered_even_if_nothing_changed(settings: Settings) -> None:
+    async with running(settings) as (runner, _, _):
+        runner.fleet.looking = True
+        runner._look(0.0)
+
+        async def answered() -> bool:
+            return not runner.fleet.looking
+
+        await until(answered)
+        assert runner.fleet.stable == ()
 
 
 async def test_problems_of_markers_are_in_the_status(settings: Settings) -> None:
@@ -170,5 +210,6 @@ def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> 
     for field in fields(Policy):
         if field.name in named:
             assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
+    assert {"init", "probe", "probe_interval"} <= named
     assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
     assert policy.run_dir == "", "files are no transport here"

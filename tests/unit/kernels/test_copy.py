@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels.copy import strided_copy
-from weightsync.kernels.errors import TableError
+from weightsync.kernels.errors import KernelTableError
 
 hypothesis_settings = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -118,9 +118,9 @@ def test_an_empty_table_copies_nothing(device: torch.device) -> None:
 
 def test_rows_outside_are_refused_before_anything_is_written(device: torch.device) -> None:
     source, target = random_bytes(100, 1, device), poisoned(50, device)
-    with pytest.raises(TableError, match="row 1 reaches byte 51 of destination region 0, which has 50"):
+    with pytest.raises(KernelTableError, match="row 1 reaches byte 51 of destination region 0, which has 50"):
         strided_copy([source], [target], np.array([row(10, 0, 0), row(11, 0, 40)], np.int64))
-    with pytest.raises(TableError, match="row 0 reaches byte 101 of source region 0"):
+    with pytest.raises(KernelTableError, match="row 0 reaches byte 101 of source region 0"):
         strided_copy([source], [target], np.array([row(10, 91, 0)], np.int64))
     assert bool((target == POISON).all())
 

@@ -9,9 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels import digest as digest_module
 from weightsync.kernels.digest import digest, tensor_key
-from weightsync.kernels.digest_multipliers import TILE_BYTES, TILE_WORDS, inner_weights, outer_keys, outer_weights
+from weightsync.kernels.digest_multipliers import (
+    TILE_BYTES,
+    TILE_WORDS,
+    inner_multipliers,
+    outer_keys,
+    outer_multipliers,
+)
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.errors import TableError
+from weightsync.kernels.errors import KernelTableError
 
 MASK = (1 << 64) - 1
 KEY = tensor_key("model.layers.0.mlp.down_proj.weight")
@@ -44,14 +50,14 @@ def add(*sums: tuple[int, int]) -> tuple[int, int]:
 
 def by_definition(runs: list[tuple[int, int, bytes]]) -> tuple[int, int]:
     """The digest as docs define it, byte by byte in Python integers; runs are (key, logical offset, bytes)."""
-    inner = inner_weights()
+    inner = inner_multipliers()
     total = [0, 0]
     for key, offset, data in runs:
         packed = outer_keys(np.array([key]))
         for index, value in enumerate(data):
             word, place = divmod(offset + index, 4)
             tile, position = divmod(word, TILE_WORDS)
-            outer = outer_weights(packed, np.array([tile]))[0]
+            outer = outer_multipliers(packed, np.array([tile]))[0]
             count = (value + 1) << (8 * place)
             for seed in range(2):
                 weight = int(outer[2 * seed]) * int(inner[position, 0]) + int(outer[2 * seed + 1]) * int(
@@ -255,9 +261,9 @@ def test_rows_outside_are_refused_by_number(device: torch.device) -> None:
         (row(10, -1, 0), "row 1 of the strided table has a negative"),
         (row(10, 0, 1 << 44), "row 1 reaches past"),
     ]:
-        with pytest.raises(TableError, match=words):
+        with pytest.raises(KernelTableError, match=words):
             digest([region], table(row(100, 0, 0), wrong))
-    with pytest.raises(TableError, match="float64"):
+    with pytest.raises(KernelTableError, match="float64"):
         digest([region], np.zeros((1, 14)))
-    with pytest.raises(TableError, match="contiguous uint8"):
+    with pytest.raises(KernelTableError, match="contiguous uint8"):
         digest([region.view(10, 10)], table(row(10, 0, 0)))

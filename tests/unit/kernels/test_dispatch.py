@@ -8,7 +8,6 @@ from weightsync.kernels.digest import prepare
 from weightsync.kernels.digest_reference import ReferenceDigest
 from weightsync.kernels.dispatch import common_device, use_triton
 from weightsync.kernels.errors import KernelUnavailableError
-from weightsync.kernels.warm import warm_up, warm_up_quantize
 
 CPU = torch.device("cpu")
 
@@ -18,8 +17,6 @@ def test_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not use_triton(CPU)
     assert isinstance(prepare([torch.zeros(8, dtype=torch.uint8)], []), ReferenceDigest)
-    warm_up(CPU)
-    warm_up_quantize(CPU, [torch.bfloat16])
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

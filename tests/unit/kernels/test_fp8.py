@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels.errors import KernelError
-from weightsync.kernels.fp8 import QuantizeJob, prepare_quantize, quantize_blocks
+from weightsync.kernels.fp8 import prepare_quantize, quantize_blocks
+from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.fp8_reference import quantize_reference
 
 hypothesis_settings = settings(

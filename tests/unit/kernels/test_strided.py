@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsync.kernels.errors import TableError
-from weightsync.kernels.strided import COLUMNS, Sheets, as_table, canonical, concatenate, sheets
+from weightsync.kernels.columns import COLUMNS
+from weightsync.kernels.errors import KernelTableError
+from weightsync.kernels.strided import Sheets, as_table, canonical, concatenate, sheets
 
 LOOP = st.tuples(st.integers(0, 4), st.integers(0, 12), st.integers(0, 12))
 ROW = st.builds(
@@ -65,10 +66,10 @@ def test_malformed_tables_are_refused() -> None:
     assert as_table([]).shape == (0, COLUMNS)
     good = np.ones((2, COLUMNS), np.int64)
     for wrong in (good[:, :13], good.astype(np.int32), good[0]):
-        with pytest.raises(TableError, match="a strided table is int64"):
+        with pytest.raises(KernelTableError, match="a strided table is int64"):
             as_table(wrong)
     good[1, 12] = -1
-    with pytest.raises(TableError, match="row 1 of the strided table has a negative"):
+    with pytest.raises(KernelTableError, match="row 1 of the strided table has a negative"):
         as_table(good)
     good[1, 12], good[1, 3] = 1, -1
     assert as_table(good) is good

@@ -91,7 +91,7 @@ def agent() -> Any:
 
 def welcome(epoch: int, journal: str = "j", **more: Any) -> Welcome:
     return Welcome(**{
-        "epoch": epoch, "journal_id": journal, "heartbeat_seconds": 1.0, "transfer_seconds": 1.0,
+        "epoch": epoch, "journal_id": journal, "heartbeat_seconds": 1.0, "lost_after_heartbeats": 3,
         "transport": NixlSettings(), "rendezvous": HubRendezvous(), **more,
     })  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsync.agents.tables import runs as tables
+from weightsync.kernels.columns import COLUMNS
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, ITEMSIZE, Layout, Region, Tensor, pad, row
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
@@ -191,8 +192,8 @@ def test_empty_copies_give_empty_tables() -> None:
     layout = Layout((), (), b"")
     none = np.empty((0, COPY_COLUMNS), dtype=np.int64)
     assert tables.runs(none, layout).shape == (0, tables.RUN_COLUMNS)
-    assert tables.pack_table(none, layout).shape == (0, tables.TABLE_COLUMNS)
-    assert tables.scatter_table(none, layout).shape == (0, tables.TABLE_COLUMNS)
+    assert tables.pack_table(none, layout).shape == (0, COLUMNS)
+    assert tables.scatter_table(none, layout).shape == (0, COLUMNS)
 
 
 def one_row() -> tuple[Layout, list[int]]:
@@ -208,12 +209,12 @@ def one_row() -> tuple[Layout, list[int]]:
 def test_copies_that_do_not_fit_are_refused(column: int, value: int, words: str) -> None:
     layout, copy = one_row()
     copy[column] = value
-    with pytest.raises(tables.TableError, match=words):
+    with pytest.raises(tables.RunTableError, match=words):
         tables.runs(np.array([copy]), layout)
 
 
 def test_a_table_of_another_width_is_refused() -> None:
-    with pytest.raises(tables.TableError, match=r"expected \[n, 18\]"):
+    with pytest.raises(tables.RunTableError, match=r"expected \[n, 18\]"):
         tables.digest_table(np.zeros((1, 7), dtype=np.int64), one_row()[0])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
-from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.slots import TrainerSlots
 from weightsync.orchestrator.protocol.layout import ROW_BOX
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 

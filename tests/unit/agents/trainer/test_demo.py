@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from weightsync.agents.trainer import demo
 from weightsync.agents.trainer.agent import PublishError
-from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.slots import TrainerSlots
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

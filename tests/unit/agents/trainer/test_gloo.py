@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.checkpoint import load_checkpoint_parts, save_checkpoint_part
 from weightsync.agents.trainer.models import model_table
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
 
 CONFIG = {

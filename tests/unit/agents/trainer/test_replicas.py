@@ -4,9 +4,8 @@ import threading
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, is_primary, leave_together
+from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
 
 
 def test_nobody_leaves_before_a_slow_primary(in_ranks):
@@ -58,11 +57,3 @@ def test_texts_and_numbers(in_ranks):
         assert texts[0] == "rank 0 "
         assert texts[1].startswith("rank 1 éé")
         assert len(texts[1].encode()) <= 1024
-
-
-def test_the_first_replica_is_primary(in_ranks):
-    def body(rank):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
-        return is_primary(mesh), is_primary(mesh["dp_shard"])
-
-    assert in_ranks(4, body) == [(True, True), (True, True), (False, True), (False, True)]

@@ -113,7 +113,7 @@ def rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def welcome(transport: NixlSettings | FilesystemSettings) -> Welcome:
     return Welcome(
-        epoch=3, journal_id="j", heartbeat_seconds=1.0, transfer_seconds=1.0, transport=transport, rendezvous=None
+        epoch=3, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=transport, rendezvous=None
     )
 
 

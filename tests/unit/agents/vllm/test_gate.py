@@ -139,8 +139,8 @@ def test_a_report_that_fails_is_a_reason_and_no_exception() -> None:
 
 def test_calls_answer_even_when_they_fail() -> None:
     worker = Wrapper(None)
-    assert gate.call(worker, "double", (4,), {}) == gate.Outcome(3, 8)
-    assert gate.call(worker, "double", (), {"number": 5}) == gate.Outcome(3, 10)
-    assert gate.call(worker, lambda worker, number: worker.rank + number, (1,), {}) == gate.Outcome(3, 4)
+    assert gate.call(worker, "double", (4,), {}) == gate.CallOutcome(3, 8)
+    assert gate.call(worker, "double", (), {"number": 5}) == gate.CallOutcome(3, 10)
+    assert gate.call(worker, lambda worker, number: worker.rank + number, (1,), {}) == gate.CallOutcome(3, 4)
     assert gate.call(worker, "fail", (), {}).error == "KeyError: 'no such thing'"
     assert "AttributeError" in gate.call(worker, "unknown", (), {}).error

@@ -1,7 +1,7 @@
 """The entry point, on fakes of vLLM's factory."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,17 +47,3 @@ def test_a_vllm_without_weight_transfer_is_left_alone(installed: list[str], monk
     monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.factory", None)
     plugin.register()
     assert installed == []
-
-
-@pytest.mark.parametrize(
-    ("config", "chosen"),
-    [
-        (SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="weightsync")), True),
-        (SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl")), False),
-        (SimpleNamespace(weight_transfer_config=None), False),
-        (SimpleNamespace(), False),
-        (None, False),
-    ],
-)
-def test_the_user_chooses(config: Any, chosen: bool) -> None:
-    assert plugin.chosen(config) is chosen

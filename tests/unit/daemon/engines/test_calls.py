@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
+from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines import calls as shell
-from weightsync.orchestrator.daemon.engines.calls import AGENT_SHARE, Engines, token
-from weightsync.orchestrator.daemon.engines.vllm import EngineFacts, EngineRefused
+from weightsync.orchestrator.daemon.engines.calls import Engines, token
+from weightsync.orchestrator.daemon.engines.vllm import EngineFacts, EngineLacksRoute, EngineRefused
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
@@ -67,7 +68,7 @@ engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 
 async def performed(engines: Any, call: Call, deadline: float = 5.0) -> tuple[CallDone | CallFailed, list[Any]]:
     """The report and the client's calls."""
-    engines.call(CallEngine(1, "e0", call, 8, deadline, NAME, VERSION))
+    engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION))
     await asyncio.gather(*engines._tasks)
     (report,) = engines.reports
     assert (report.engine, report.call, report.number) == ("e0", call, 8)
@@ -78,9 +79,9 @@ async def performed(engines: Any, call: Call, deadline: float = 5.0) -> tuple[Ca
     ("call", "routes", "paused"),
     [
         (Call.PROBE, ["probe", "is_paused"], True),
-        (Call.INIT, ["init_transfer"], None),
+        (Call.ATTACH, ["init_transfer"], None),
         (Call.PAUSE, ["pause"], True),
-        (Call.UPDATE, ["start_update", "update"], True),
+        (Call.SWITCH, ["start_update", "update"], True),
         (Call.FINISH, ["finish_update"], True),
         (Call.RESUME, ["resume"], False),
     ],
@@ -93,13 +94,13 @@ async def test_each_call_asks_its_routes(engines: Any, call: Call, routes: list[
 
 
 async def test_agents_are_told_where_to_go(engines: Any) -> None:
-    _, ((_, info, _),) = await performed(engines, Call.INIT)
+    _, ((_, info, _),) = await performed(engines, Call.ATTACH)
     assert info["hub_url"] == "ws://127.0.0.1:7000/agents"
     assert (info["run_id"], info["engine"], info["world"]) == ("glm", "e0", 4)
 
 
 async def test_the_update_names_the_round_and_ends_before_the_daemon_gives_up(engines: Any) -> None:
-    _, (_, (_, info, deadline)) = await performed(engines, Call.UPDATE, 100.0)
+    _, (_, (_, info, deadline)) = await performed(engines, Call.SWITCH, 100.0)
     assert info == {
         "token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 42,
         "deadline_seconds": 100.0 * AGENT_SHARE,
@@ -118,6 +119,19 @@ async def test_an_engine_that_refuses_is_a_report(engines: Any, monkeypatch: pyt
     report, _ = await performed(engines, Call.PAUSE)
     assert isinstance(report, CallFailed)
     assert "out of order" in report.reason
+    assert (report.fault, report.retry) == ("engine", True)
+
+
+async def test_whose_fault_it_is_and_whether_to_try_again_is_the_errors_own(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lacks_a_route() -> None:
+        raise EngineLacksRoute("e0", "probe", "the server has no /pause", "start it otherwise")
+
+    monkeypatch.setattr(Client, "behaviour", staticmethod(lacks_a_route))
+    report, _ = await performed(engines, Call.PROBE)
+    assert isinstance(report, CallFailed)
+    assert (report.fault, report.retry) == ("config", False)
 
 
 async def test_so_is_one_that_never_answers(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +143,7 @@ async def test_so_is_one_that_never_answers(engines: Any, monkeypatch: pytest.Mo
 
 async def test_closing_gives_up_what_is_under_way(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "behaviour", staticmethod(for_ever))
-    engines.call(CallEngine(1, "e0", Call.PAUSE, 8, 60.0))
+    engines.call(CallEngine("e0", Call.PAUSE, 8, 60.0))
     await asyncio.sleep(0)
     await engines.close()
     assert engines.reports == []

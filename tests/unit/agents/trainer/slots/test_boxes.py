@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from weightsync.agents.trainer.errors import UnsupportedPlacement
-from weightsync.agents.trainer.slots.boxes import Cut, Grid, Holding, holding
+from weightsync.agents.trainer.slots.boxes import Cut, Grid, LocalShare, local_share
 
 
 def local_from_boxes(full, tensor):
     """The local tensor, rebuilt from the full one by the boxes alone."""
-    held = holding("w", tensor)
+    held = local_share("w", tensor)
     local = torch.full(held.local_shape, float("nan"))
     for part in held.boxes:
         local[part.local] = full[part.box.slices]
@@ -48,11 +48,11 @@ def test_boxes_are_what_each_rank_of_a_real_mesh_holds(in_ranks, weights, mesh_s
         tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
         assert torch.equal(local_from_boxes(full, tensor), tensor.to_local())
         assert torch.equal(tensor.full_tensor(), full)
-        return holding("w", tensor)
+        return local_share("w", tensor)
 
-    holdings = in_ranks(8, body)
+    shares = in_ranks(8, body)
     count = torch.zeros(shape)
-    for held in holdings:
+    for held in shares:
         if held.first_replica:
             for part in held.boxes:
                 count[part.box.slices] += 1
@@ -72,7 +72,7 @@ def test_fsdp2_over_tensor_parallel_layers(in_ranks, weights, rows, even):
         fully_shard(model, mesh=mesh["dp"])
         for full, layer in ((up, model[0]), (down, model[1])):
             assert torch.equal(local_from_boxes(full, layer.weight), layer.weight.to_local())
-        return holding("w", model[1].weight)
+        return local_share("w", model[1].weight)
 
     assert all(held.even == even for held in in_ranks(8, body))
 
@@ -86,11 +86,11 @@ def test_context_parallelism_is_the_flattened_axis(in_ranks, weights):
         model.weight.data.copy_(full)
         fully_shard(model, mesh=mesh["dp_shard", "cp"]._flatten("dp_shard_cp"))
         assert torch.equal(local_from_boxes(full, model.weight), model.weight.to_local())
-        return holding("w", model.weight)
+        return local_share("w", model.weight)
 
-    holdings = in_ranks(4, body)
-    assert {str(held.grid) for held in holdings} == {"dp_shard_cp=4"}
-    assert [held.local_shape[0] for held in holdings] == [3, 3, 3, 1]
+    shares = in_ranks(4, body)
+    assert {str(held.grid) for held in shares} == {"dp_shard_cp=4"}
+    assert [held.local_shape[0] for held in shares] == [3, 3, 3, 1]
 
 
 def test_a_pending_reduction_has_no_boxes(in_ranks):
@@ -98,7 +98,7 @@ def test_a_pending_reduction_has_no_boxes(in_ranks):
         mesh = init_device_mesh("cpu", (2,))
         tensor = DTensor.from_local(torch.ones(2), mesh, [Partial()])
         with pytest.raises(UnsupportedPlacement, match=r"'grad'.*neither a shard nor a replica"):
-            holding("grad", tensor)
+            local_share("grad", tensor)
 
     in_ranks(2, body)
 
@@ -117,7 +117,7 @@ def test_shares_follow_torch_chunk_and_cover_every_index_once(size, cuts):
             pieces = chunks(index, cut.factor) if cut.factor > 1 else [index]
             index = torch.cat([chunks(piece, cut.parts)[position] for piece in pieces])
         grid = Grid(mesh, tuple(map(str, range(len(mesh)))), coordinate, tuple(range(math.prod(mesh))))
-        held = Holding((size,), torch.float32, made, grid)
+        held = LocalShare((size,), torch.float32, made, grid)
         ours = [i for part in held.boxes for i in range(part.box.offset[0], part.box.end[0])]
         assert ours == index.tolist()
         counted[index] += 1

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from weightsync.agents.trainer.errors import TableError
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.models import ModelConfig, ModelTable
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 
 FP8 = QuantizationSpec(torch.float8_e4m3fn, "_scale_inv")
 
@@ -118,7 +118,7 @@ def test_names_of_scales():
     ],
 )
 def test_specifications_that_contradict_themselves(fields, message):
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(ConversionTableError, match=message):
         ConversionSpec(**fields)
 
 
@@ -132,5 +132,5 @@ def test_specifications_that_contradict_themselves(fields, message):
 )
 def test_specifications_that_do_not_fit_the_tensors(weights, spec, message):
     state = weights.state({"a": (8, 6), "b": (8, 4), "v": (8,)})
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(ConversionTableError, match=message):
         TrainerSlots(state, table_of(spec))

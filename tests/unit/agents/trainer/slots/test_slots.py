@@ -10,7 +10,7 @@ from weightsync.agents.memory.arena import ALIGNMENT, host_arena
 from weightsync.agents.tables.runs import RUN_LENGTH
 from weightsync.agents.trainer.errors import ChangedTensor, ExpertPartitionError, MissingTensor, OffGridError
 from weightsync.agents.trainer.models import STACKED, model_table
-from weightsync.agents.trainer.slots.slots import ExpertParallel, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots, quantization
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW
 
 DENSE = {
@@ -445,3 +445,30 @@ def test_a_slot_knows_its_rows_and_its_writes(weights):
     for slot in slots.slots:
         writes = slot.writes(copies, slots.layout)
         assert writes[:, RUN_LENGTH].sum() == slot.explain().bytes
+
+
+def test_every_way_of_quantising_is_compiled_when_the_slots_are_made(in_ranks, weights, monkeypatch):
+    """Masters of local shares are converted as they are, those of gathered tensors in the dtype that they travel in."""
+    asked = []
+    monkeypatch.setattr(quantization, "warm_up_quantize", lambda *given, **options: asked.append((given, options)))
+
+    def body(rank):
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",))
+        state = sharded(weights.state(DENSE_SHAPES), mesh, {"": [Shard(0)]})
+        return TrainerSlots(state, table(DENSE, fp8=True), options=LARGE)
+
+    dtypes = {"sharded": "torch.float32", "gathered": "torch.bfloat16"}
+    expected = [
+        sorted({dtypes[e.kind] for e in slots.explain() if e.bytes and "_proj" in e.tensor})
+        for slots in in_ranks(4, body)
+    ]
+    assert sorted(sorted(map(str, found)) for (_, found), _ in asked) == sorted(expected)
+    assert ["torch.bfloat16", "torch.float32"] in expected
+    for (device, _), options in asked:
+        assert device == torch.device("cpu")
+        assert options == {"block": (128, 128), "forward_dtype": torch.bfloat16, "scale_dtype": torch.float32}
+
+
+def test_what_is_only_cast_compiles_nothing(weights, monkeypatch):
+    monkeypatch.setattr(quantization, "warm_up_quantize", lambda *given, **options: pytest.fail("nothing to compile"))
+    TrainerSlots(weights.state(DENSE_SHAPES), table(DENSE))

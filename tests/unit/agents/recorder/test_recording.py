@@ -1,0 +1,157 @@
+"""A recording of an engine that exists only here: nothing of it may depend on an engine that we know."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.interface import KernelLayout, Shadow
+from weightsync.agents.recorder.recording import Recording
+from weightsync.agents.recorder.rows import build_rows, fill
+from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.orchestrator.protocol.layout import Derived
+
+F32 = torch.float32
+CHECKPOINT = [Checkpoint("weight", (4, 3), F32)]
+
+
+class Model(nn.Module):
+    """One weight, and what the engine derives from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+        self.register_buffer("scratch", torch.zeros(2))
+        self.total = torch.zeros(())
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "weight":
+                self.weight.data.copy_(tensor)
+
+
+@dataclass
+class Sums:
+    """``total`` is the sum of ``weight``."""
+
+    model: Model
+
+    def refreshes(self, shadows: Sequence[Shadow]) -> list[Callable[[], None]]:
+        weight = shadows[0].tensor if shadows else self.model.weight
+        return [lambda: self.model.total.copy_(weight.sum())]  # type: ignore[list-item]
+
+    def appeared(self, accounted: set[int]) -> tuple[list[Derived], list[str]]:
+        if self.model.weight.untyped_storage().data_ptr() not in accounted:
+            return [], ["weight: unaccounted"]
+        return [Derived("total", "sum")], []
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that turns weights upside down, or drops them."""
+
+    drops: bool = False
+    kernel_layouts: tuple[KernelLayout, ...] = ()
+    fed: list[str] = field(default_factory=list)
+
+    def as_fed(self, checkpoint: Sequence[Checkpoint], dtypes: Mapping[str, torch.dtype]) -> list[Checkpoint]:
+        assert dtypes == {"weight": F32, "scratch": F32}
+        self.fed.extend(entry.name for entry in checkpoint)
+        return list(checkpoint)
+
+    def reason_to_stay(self, parameter: ParameterPlace, whole: bool) -> str:
+        return "scratch memory" if parameter.name == "scratch" and whole else ""
+
+    def may_exchange_halves(self, parameter: ParameterPlace) -> bool:
+        return False
+
+    def may_be_dropped(self, model: nn.Module) -> set[int]:
+        return {id(model)} if self.drops else set()
+
+    def derivations(self, model: nn.Module) -> Sums:
+        assert isinstance(model, Model)
+        return Sums(model)
+
+
+UPSIDE_DOWN = KernelLayout("upside-down", lambda p: p.attribute == "weight", lambda p, loaded: loaded.flip(0))
+
+
+def write(recording: Recording, new: torch.Tensor) -> None:
+    """Fill the targets with ``new`` and bring everything else up to date, as an agent does after a round."""
+    assert recording.finished is not None
+    fill(build_rows(recording.finished.targets), [("weight", new)])
+    for refresh in recording.finished.refreshes:
+        refresh()
+
+
+def test_a_weight_that_stays_as_it_was_loaded_is_the_target_itself() -> None:
+    model, engine = Model(), Engine()
+    recording = Recording(model, [*CHECKPOINT, Checkpoint("other", (9,), F32)], engine)
+    recording.finish()
+    assert engine.fed == ["weight", "other"]
+    assert recording.unused == ["other"]
+    assert [(entry.name, entry.bytes) for entry in recording.unrecorded] == [("scratch", 8)]
+    new = torch.randn(4, 3)
+    write(recording, new)
+    assert torch.equal(model.weight, new)
+    assert model.total == new.sum()
+
+
+def test_a_kernel_layout_is_made_again_from_a_shadow() -> None:
+    model = Model()
+    recording = Recording(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,)))
+    live = model.weight = nn.Parameter(model.weight.data.flip(0), requires_grad=False)
+    recording.finish()
+    assert recording.finished is not None
+    assert recording.finished.shadows == ["weight"]
+    assert recording.finished.derived == [Derived("weight", "upside-down"), Derived("total", "sum")]
+    new = torch.randn(4, 3)
+    write(recording, new)
+    assert torch.equal(live, new.flip(0))
+
+
+def test_a_kernel_layout_that_does_not_give_the_live_bytes_is_refused() -> None:
+    model = Model()
+    recording = Recording(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,)))
+    model.weight = nn.Parameter(model.weight.data.flip(1), requires_grad=False)
+    with pytest.raises(RecordError, match=r"weight: \(4, 3\) torch.float32 became \(4, 3\)"):
+        recording.finish()
+
+
+def test_a_dropped_weight_lives_on_in_the_copy_that_derivations_read() -> None:
+    model = Model()
+    recording = Recording(model, CHECKPOINT, Engine(drops=True))
+    model.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    recording.finish()
+    assert recording.finished is not None
+    assert recording.finished.shadows == ["weight"]
+    new = torch.randn(4, 3)
+    write(recording, new)
+    assert model.total == new.sum()
+
+
+def test_what_derivations_do_not_know_is_refused() -> None:
+    class Forgetful(Sums):
+        def appeared(self, accounted: set[int]) -> tuple[list[Derived], list[str]]:
+            return [], ["total: () torch.float32 appeared"]
+
+    class Other(Engine):
+        def derivations(self, model: nn.Module) -> Sums:
+            assert isinstance(model, Model)
+            return Forgetful(model)
+
+    recording = Recording(Model(), CHECKPOINT, Other())
+    with pytest.raises(RecordError, match=r"not known: total: \(\) torch.float32 appeared"):
+        recording.finish()
+    assert recording.finished is None
+
+
+def test_weights_that_a_loader_computes_are_refused() -> None:
+    model = Model()
+    model.load_weights = lambda weights: [  # type: ignore[method-assign, assignment]
+        model.weight.data.copy_(tensor * 2) for _, tensor in weights
+    ]
+    with pytest.raises(RecordError, match=r"computed while they load cannot be written: aten\.mul\.\w+ of weight"):
+        Recording(model, CHECKPOINT, Engine())
