@@ -40,14 +40,12 @@ class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How the agent of each worker reaches its daemon.
 
     ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas.
-    ``deadline_seconds`` bounds each attempt to connect.
     """
 
     hub_url: Text
     token_file: Text
     run_id: Text
     engine: Text
-    deadline_seconds: Seconds
     world: Annotated[int, msgspec.Meta(ge=1)]
 
 

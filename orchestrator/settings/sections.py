@@ -38,9 +38,10 @@ class ListenSection(Section):
 
 
 class EngineSection(Section):
-    """One vLLM server."""
+    """One inference engine's server."""
 
     name: Identifier = Field(description="Name of the engine, unique in the run; also the name its agents report.")
+    kind: Identifier = Field(default="vllm", description="Kind of engine; config check names those there are.")
     url: Url = Field(description="Base URL of its API server, such as http://host:8000.")
     role: Literal["prefill", "decode", "both"] = Field(
         default="both", description="What it does in a disaggregated pair."
@@ -48,7 +49,7 @@ class EngineSection(Section):
     pair: Identifier | None = Field(
         default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
-    api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
+    api_key_file: Path | None = Field(default=None, description="File with the key that its API asks for, if it does.")
 
 
 class TrainerSection(Section):
@@ -135,7 +136,6 @@ class DeadlinesSection(Section):
     join_seconds: Seconds = Field(default=600, description="From the start until every configured rank has connected.")
     staged_seconds: Seconds = Field(default=300, description="STABLE without STAGED of every rank, or the reverse.")
     rendezvous_seconds: Seconds = Field(default=120, description="From Connect until every edge is warm and confirmed.")
-    http_seconds: Seconds = Field(default=30, description="One ordinary call to an engine, retries included.")
     pause_seconds: Seconds = Field(default=120, description="Pausing one engine (mode wait drains its requests).")
     quiesce_seconds: Seconds = Field(default=60, description="From the update call until every worker stands still.")
     transfer_seconds: Seconds = Field(default=300, description="From the grant until every writer has closed.")

@@ -11,7 +11,6 @@ INIT = {
     "token_file": "/run/secrets/token",
     "run_id": "run",
     "engine": "engine-0",
-    "deadline_seconds": 30.0,
     "world": 2,
 }
 UPDATE = {
@@ -42,8 +41,7 @@ def test_init_info() -> None:
         ({"hub_url": ""}, "hub_url"),
         ({"world": 0}, "world"),
         ({"world": "2"}, "world"),
-        ({"deadline_seconds": 0}, "deadline_seconds"),
-        ({"deadline_seconds": float("nan")}, "deadline_seconds"),
+        ({"deadline_seconds": 30.0}, "deadline_seconds"),
         ({"token": "secret"}, "token"),
     ],
 )
@@ -75,7 +73,10 @@ def test_update_info() -> None:
     assert (info.token, info.round_number, info.step) == ("1.7", 7, 100)
 
 
-@pytest.mark.parametrize("change", [{"step": -1}, {"token": None}, {"extra": 1}, {"deadline_seconds": -1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"token": None}, {"extra": 1}, *({"deadline_seconds": bad} for bad in (-1.0, 0, float("nan")))],
+)
 def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(calls.InfoError, match="update_info"):
         calls.parse_update_info({**UPDATE, **change}, calls.UpdateInfo)

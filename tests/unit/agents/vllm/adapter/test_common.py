@@ -18,7 +18,6 @@ INIT = {
     "token_file": "/run/secrets/token",
     "run_id": "run",
     "engine": "engine-0",
-    "deadline_seconds": 30.0,
     "world": 2,
 }
 UPDATE = {
