@@ -10,22 +10,31 @@ import asyncio
 import contextlib
 import logging
 import random
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import aiohttp
-from weightsync.agents.link.connection import Connection, ConnectionLost, NotConnected, RefusedForGood, upgrade
-from weightsync.agents.link.token import TokenError, read_token
+from weightsync.agents.link.connection import ConnectionLost, DaemonConnection, NotConnected, RefusedForGood, upgrade
+from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
+from weightsync.orchestrator.protocol.token import TokenError
 
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
 
 log = logging.getLogger(__name__)
+
+SCHEMES: Final = ("ws://", "wss://")
+"""The daemon speaks no TLS: ``wss`` leads to a proxy before it, whose certificate the system has to trust."""
+
+CONNECT_SECONDS: Final = 30.0
+"""Of one attempt. Longer than the daemon waits for a Hello, so that a daemon that is only slow gives its own reason."""
+
+CLOSE_SECONDS: Final = 2.0
+"""Of the farewell: the end of a trainer or a worker waits so long at most for a daemon that does not answer."""
 
 MAX_DOUBLINGS: Final = 32
 """Of a wait: beyond any sensible longest / first, and small enough for a float."""
@@ -51,54 +60,49 @@ class ControlClient:
     """One agent's connection.
 
     Args:
-        url: of the daemon's endpoint, as ``ws://host:port/agents`` or ``wss://…``.
-        token_file: holds the bearer token, read again for each attempt; None only with a client certificate.
+        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` of a proxy before it.
+        token_file: holds the bearer token, read again for each attempt.
         hello: the agent's introduction and current state, asked for each attempt.
         on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
         connect_seconds: total deadline from the first SYN to Welcome.
         on_lost: called with the reason whenever a connection that had its Welcome ends, unless by ``close``.
-        missed_heartbeats: silence of so many heartbeats (``Welcome.heartbeat_seconds``) is a loss.
         close_seconds: deadline of the farewell and the closing handshake.
-        ssl_context: for ``wss``; with a client certificate for mutual TLS.
 
     Raises:
         TokenError: the token file cannot serve.
-        ValueError: nothing would authenticate this agent.
+        ValueError: ``url`` has another scheme.
     """
 
     def __init__(
         self,
         url: str,
-        token_file: Path | None,
+        token_file: Path,
         hello: Callable[[], Hello],
         on_message: Callable[[FromDaemon], None],
         *,
-        connect_seconds: float = 30.0,
+        connect_seconds: float = CONNECT_SECONDS,
         on_lost: Callable[[str], None] | None = None,
-        missed_heartbeats: int = 4,
-        close_seconds: float = 2.0,
+        close_seconds: float = CLOSE_SECONDS,
         backoff: Backoff | None = None,
-        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        if token_file is None and ssl_context is None:
-            raise ValueError("without a token file the control client needs a TLS context with a client certificate")
-        if token_file is not None:
-            read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
+        if not url.startswith(SCHEMES):
+            raise ValueError(
+                f"hub url must begin with {' or '.join(SCHEMES)}, got {url!r}: write ws://host:port/agents"
+            )
+        read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
         self._url = url
         self._token_file = token_file
         self._hello = hello
         self._on_message = on_message
         self._on_lost = on_lost
         self._connect_seconds = connect_seconds
-        self._missed_heartbeats = missed_heartbeats
         self._close_seconds = close_seconds
         self._backoff = backoff or Backoff()
-        self._ssl_context = ssl_context
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
         self._started = False
         self._attempt: asyncio.Timeout | None = None
-        self._connection: Connection | None = None
+        self._connection: DaemonConnection | None = None
         self.trouble = ""
         """Why the last attempt or connection ended; for whoever gives up waiting."""
 
@@ -168,7 +172,7 @@ class ControlClient:
                     async with asyncio.timeout(wait):
                         await self._closing.wait()
 
-    async def _connect(self, session: aiohttp.ClientSession) -> Connection:
+    async def _connect(self, session: aiohttp.ClientSession) -> DaemonConnection:
         """A connection that has its Welcome.
 
         Raises:
@@ -190,15 +194,14 @@ class ControlClient:
         finally:
             self._attempt = None
 
-    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
+    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
         try:
-            token = None if self._token_file is None else read_token(self._token_file)
+            token = read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        response = await upgrade(session, self._url, token, self._ssl_context)
-        return Connection(response, self._on_message, self._missed_heartbeats)
+        return DaemonConnection(await upgrade(session, self._url, token), self._on_message)
 
-    def _introduce(self, connection: Connection) -> None:
+    def _introduce(self, connection: DaemonConnection) -> None:
         hello = encode(self._hello())
         if len(hello) > MAX_HELLO_BYTES:
             raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
@@ -206,7 +209,7 @@ class ControlClient:
         with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
             connection.send(hello)
 
-    async def _until_lost(self, connection: Connection) -> None:
+    async def _until_lost(self, connection: DaemonConnection) -> None:
         if self._closing.is_set():
             connection.finish()
         try:
@@ -214,6 +217,6 @@ class ControlClient:
         finally:
             await self._hang_up(connection)
 
-    async def _hang_up(self, connection: Connection) -> None:
+    async def _hang_up(self, connection: DaemonConnection) -> None:
         self._connection = None
         await connection.close(self._close_seconds)

@@ -5,16 +5,18 @@ import base64
 import hashlib
 import random
 import secrets
-import ssl
 from collections.abc import Callable
 from typing import Final
 
 import aiohttp
 from aiohttp import hdrs
+from websockets.frames import CloseCode
+from websockets.protocol import Side
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
 from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused, Welcome
-from weightsync.orchestrator.protocol.websocket import CloseCode, Endpoint
+from weightsync.orchestrator.protocol.websocket import Endpoint
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Unsent bytes to the daemon: one message of the largest allowed size, and as much again behind it."""
@@ -36,17 +38,16 @@ class ConnectionLost(ConnectionError):
     """The connection ended, or never came to a Welcome. Retried by the client itself."""
 
 
-class RefusedForGood(RuntimeError):
+class RefusedForGood(AgentError):
     """The daemon will not take this agent in before something is changed: retrying is pointless."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(f"the daemon refused this agent for good ({refused.fault or 'no'} fault): {refused.reason}")
         self.refused = refused
+        self.fault = refused.fault
 
 
-async def upgrade(
-    session: aiohttp.ClientSession, url: str, token: str | None, ssl_context: ssl.SSLContext | None
-) -> aiohttp.ClientResponse:
+async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> aiohttp.ClientResponse:
     """Ask ``url`` for a WebSocket (RFC 6455 §4.1); the response holds the connection.
 
     Raises:
@@ -58,11 +59,10 @@ async def upgrade(
         hdrs.CONNECTION: "Upgrade",
         hdrs.SEC_WEBSOCKET_VERSION: "13",
         hdrs.SEC_WEBSOCKET_KEY: key.decode(),
+        hdrs.AUTHORIZATION: f"Bearer {token}",
     }
-    if token is not None:
-        headers[hdrs.AUTHORIZATION] = f"Bearer {token}"
     try:
-        response = await session.get(url, headers=headers, allow_redirects=False, ssl=ssl_context or True)
+        response = await session.get(url, headers=headers, allow_redirects=False)
     except (aiohttp.ClientError, OSError) as error:
         raise ConnectionLost(str(error) or type(error).__name__) from error
     accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()
@@ -74,22 +74,19 @@ async def upgrade(
     raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
 
 
-class Connection(asyncio.Protocol):
+class DaemonConnection(asyncio.Protocol):
     """One WebSocket from its upgrade to its end; nothing here waits.
 
     Args:
         response: the upgrade's; its transport is taken over.
         on_message: called with each message but Heartbeat and Refused, in order.
-        missed_heartbeats: silence of so many heartbeats is a loss.
 
     Attributes:
         welcomed: done when the daemon has said Welcome.
         lost: gets the exception that ended the connection: ConnectionLost, RefusedForGood or what a callback raised.
     """
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, on_message: Callable[[FromDaemon], None], missed_heartbeats: int
-    ) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, on_message: Callable[[FromDaemon], None]) -> None:
         held = response.connection
         if held is None or held.transport is None or held.protocol is None:
             response.close()
@@ -102,38 +99,36 @@ class Connection(asyncio.Protocol):
         self._http = held.protocol
         self._transport = held.transport
         self._on_message = on_message
-        self._missed_heartbeats = missed_heartbeats
+        # Both are told by Welcome. Before it nothing here watches for silence: the attempt's own deadline does.
         self._heartbeat_seconds = 0.0
+        self._silence_seconds = 0.0
         self._heartbeat_due = 0.0
         self._heard_at = self._loop.time()
-        self._broken = False
         self._timer: asyncio.TimerHandle | None = None
-        self._endpoint = Endpoint(MAX_FRAME_BYTES, _mask_key)
+        self._endpoint = Endpoint(Side.CLIENT, MAX_FRAME_BYTES)
         self._transport.set_protocol(self)
 
     # ------------------------------------------------------------------------------------------------------ reading
     def data_received(self, data: bytes) -> None:
         """Handle what has come, to the end of the last whole frame."""
-        if self._broken:
-            return
         self._heard_at = self._loop.time()
         try:
             for message in self._endpoint.receive(data):
                 self._heard(message)
         except ProtocolError as error:
-            self._broken = True
             self._end(ConnectionLost(f"it broke the protocol: {error}"))
         except Exception as error:
             self._end(error)
-        if self._endpoint.outgoing:
-            self._transport.write(self._endpoint.answers())
-        if self._endpoint.peer_closed is not None:
-            code, reason = self._endpoint.peer_closed
-            self._end(ConnectionLost(f"it closed the connection: code {code} {reason}".rstrip()))
+        answers = self._endpoint.answers()
+        if answers:
+            self._transport.write(answers)
+        closed = self._endpoint.peer_closed
+        if closed is not None:
+            self._end(ConnectionLost(f"it closed the connection: code {closed.code} {closed.reason}".rstrip()))
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The transport has ended, by whoever's wish."""
+        """The transport has ended, closed by either side."""
         self._end(ConnectionLost(f"the connection broke: {exc or 'end of stream'}"))
         self._http.connection_lost(exc)
         self._gone.set()
@@ -155,6 +150,7 @@ class Connection(asyncio.Protocol):
     def _welcome(self, welcome: Welcome) -> None:
         if not self.welcomed.done():
             self._heartbeat_seconds = welcome.heartbeat_seconds
+            self._silence_seconds = welcome.heartbeat_seconds * welcome.lost_after_heartbeats
             self.welcomed.set_result(None)
             self._schedule()
 
@@ -175,14 +171,14 @@ class Connection(asyncio.Protocol):
         self._transport.write(self._endpoint.message(data))
 
     def finish(self) -> None:
-        """Count the connection as lost by this side's wish; ``close`` is to follow."""
+        """Count the connection as ended by this side; ``close`` is to follow."""
         self._end(ConnectionLost("closed by this side"))
 
     async def close(self, seconds: float) -> None:
         """Say Close behind all that was sent, and wait for the transport's end; ``seconds`` at most."""
         self.finish()
         if not self._transport.is_closing():
-            self._transport.write(self._endpoint.close(CloseCode.NORMAL, ""))
+            self._transport.write(self._endpoint.close(CloseCode.NORMAL_CLOSURE, ""))
         try:
             async with asyncio.timeout(seconds):
                 await self._gone.wait()
@@ -211,18 +207,14 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(interval, self._beat)
 
     def _beat(self) -> None:
-        now, silence_seconds = self._loop.time(), self._heartbeat_seconds * self._missed_heartbeats
+        now = self._loop.time()
         if now - self._heartbeat_due > self._heartbeat_seconds:
             # This process stood still: the daemon may have spoken meanwhile, and gets one more interval.
-            self._heard_at = max(self._heard_at, now - silence_seconds + self._heartbeat_seconds)
-        if now - self._heard_at > silence_seconds:
+            self._heard_at = max(self._heard_at, now - self._silence_seconds + self._heartbeat_seconds)
+        if now - self._heard_at > self._silence_seconds:
             self._end(ConnectionLost(f"it was silent for {now - self._heard_at:.1f} s"))
             self._transport.abort()
             return
         if not self._transport.get_write_buffer_size() and not self._transport.is_closing():
             self._transport.write(self._endpoint.message(_HEARTBEAT))
         self._schedule()
-
-
-def _mask_key() -> bytes:
-    return secrets.token_bytes(4)

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, BinaryIO, Final
 
 import msgspec
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.group import (
     LENGTH_BYTES,
@@ -34,7 +35,7 @@ from weightsync.orchestrator.protocol.group import (
     Failed,
     Gather,
     Join,
-    Piece,
+    PipePiece,
     checked_length,
     commands,
     packed,
@@ -52,8 +53,11 @@ SHORTEST_WAIT_SECONDS: Final = 0.01
 _ARRIVED, _GO, _LEFT = b"arrived", b"go", b"left"
 
 
-class GroupError(RuntimeError):
+class GroupError(AgentError):
     """The group could not be joined or did not carry a message in time. Worth a retry with a new group."""
+
+    fault = "network"
+    retry = True
 
 
 class SpgRendezvous:
@@ -171,12 +175,12 @@ class Rank0:
             case Barrier():
                 self._barrier(command.timeout_seconds)
 
-    def _gather(self, timeout_seconds: float) -> Iterator[Piece]:
+    def _gather(self, timeout_seconds: float) -> Iterator[PipePiece]:
         due = time.monotonic() + timeout_seconds
         for rank in range(1, self._world):
             self._group.store.set_timeout(timedelta(seconds=max(due - time.monotonic(), SHORTEST_WAIT_SECONDS)))
             data = _carried(partial(self._group.broadcast_obj, None, src=rank), f"what rank {rank} says")
-            yield Piece(rank, _as_bytes(data))
+            yield PipePiece(rank, _as_bytes(data))
 
     def _barrier(self, timeout_seconds: float) -> None:
         self._expect(_ARRIVED, timeout_seconds)

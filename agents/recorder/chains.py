@@ -26,7 +26,7 @@ class Cast:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Function:
     """A function of one element: ``operation(x, *numbers, **options)`` takes ``seen`` and gives ``stored``."""
 
     seen: torch.dtype
@@ -36,7 +36,7 @@ class Step:
     options: tuple[tuple[str, Any], ...]
 
 
-Chain: TypeAlias = tuple[Cast | Step, ...]
+Chain: TypeAlias = tuple[Cast | Function, ...]
 
 ELEMENTWISE: Final = frozenset(
     {aten.abs, aten.add, aten.div, aten.exp, aten.log, aten.mul, aten.neg, aten.pow, aten.reciprocal, aten.rsqrt,
@@ -45,12 +45,12 @@ ELEMENTWISE: Final = frozenset(
 """Operations that give each element of the result from one element and numbers: all that a loader may compute with."""
 
 
-def step_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], gives: torch.dtype) -> Step | None:
+def step_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], gives: torch.dtype) -> Function | None:
     """``func(*args, **kwargs)`` as a step, if it is elementwise over ``args[0]`` and takes only numbers besides."""
     others = (*args[1:], *kwargs.values())
     if func.overloadpacket not in ELEMENTWISE or not all(isinstance(o, bool | int | float | str) for o in others):
         return None
-    return Step(args[0].dtype, gives, func, tuple(args[1:]), tuple(kwargs.items()))
+    return Function(args[0].dtype, gives, func, tuple(args[1:]), tuple(kwargs.items()))
 
 
 def functional(func: Any) -> Any:
@@ -66,7 +66,7 @@ def travelling(source: torch.dtype, chain: Chain) -> tuple[torch.dtype, Chain] |
     reinterpreted = False
     current = source
     for index, link in enumerate(chain):
-        if isinstance(link, Step):
+        if isinstance(link, Function):
             program = chain[index:]
             plain = not reinterpreted and len(casts) <= 1 and link.seen == current and _connected(program)
             return (current, program) if plain else None
@@ -87,7 +87,7 @@ def _connected(program: Chain) -> bool:
 def run(program: Chain, values: torch.Tensor) -> torch.Tensor:
     """What the engine's loader makes of ``values``: a new tensor (or ``values`` itself without a program)."""
     for link in program:
-        if isinstance(link, Step):
+        if isinstance(link, Function):
             values = link.operation(values, *link.numbers, **dict(link.options))
         else:
             values = values.to(link.stored)
@@ -98,7 +98,7 @@ def described(chain: Chain) -> str:
     """The dtypes and functions of ``chain`` for people, in order."""
     words: list[str] = []
     for link in chain:
-        if isinstance(link, Step):
+        if isinstance(link, Function):
             words.append(f"{link.operation.overloadpacket}{list(link.numbers) if link.numbers else ''}")
         words += [str(link.stored).removeprefix("torch.")] if isinstance(link, Cast) else []
     return " to ".join(word for index, word in enumerate(words) if index == 0 or word != words[index - 1])

@@ -22,7 +22,7 @@ from weightsync.agents.recorder.boxes import (
     is_dense,
     outside,
 )
-from weightsync.agents.recorder.chains import Cast, Chain, Step
+from weightsync.agents.recorder.chains import Cast, Chain, Function
 
 MAX_PARTS: Final = 65_536
 """Boxes that one tensor may fall apart into while it is edited; see ``boxes.MAX_PIECES``."""
@@ -50,7 +50,7 @@ class Found:
     far: StridedView
     chain: Chain
 
-    def then(self, link: Cast | Step) -> Found:
+    def then(self, link: Cast | Function) -> Found:
         """The same elements after one more link."""
         return replace(self, chain=(*self.chain, link))
 

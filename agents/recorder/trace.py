@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import torch
+from weightsync.agents.errors import AgentError
 from weightsync.agents.recorder.boxes import StridedView, TooManyPieces, decompose, dense_strides, is_dense
-from weightsync.agents.recorder.chains import Cast, Chain, Step, described, travelling
+from weightsync.agents.recorder.chains import Cast, Chain, Function, described, travelling
 from weightsync.agents.recorder.contents import (
     Checkpoint,
     Contents,
@@ -31,8 +32,10 @@ MAX_NAMES: Final = 4
 """Tensors that one reason names; more of them say no more."""
 
 
-class RecordError(RuntimeError):
+class RecordError(AgentError):
     """The layout of this model cannot be recorded; the engine must not start with it. Retrying does not help."""
+
+    fault = "engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ class LoadTracer:
 
     # ----------------------------------------------------------------------------------------------- what is assigned
     def derive(
-        self, out: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], link: Step | None = None
+        self, out: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], link: Function | None = None
     ) -> None:
         """``out`` is a new tensor; each pair is a view of it and the tensor whose elements it took (through a step)."""
         if any(self.knows(source) for _, source in pieces):
@@ -169,7 +172,7 @@ class LoadTracer:
             for view, source in pieces:
                 self.copied(view, source, link)
 
-    def copied(self, destination: torch.Tensor, source: torch.Tensor, link: Cast | Step | None = None) -> None:
+    def copied(self, destination: torch.Tensor, source: torch.Tensor, link: Cast | Function | None = None) -> None:
         """``destination.copy_(source)``, or the result of a step; sizes may broadcast."""
         if source.size() != destination.size():
             source = source.expand(destination.size())

@@ -49,10 +49,12 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     return "\n".join(lines)
 
 
-_ENGINE_COLUMNS: Final = ("ENGINE", "ROLE", "STATE", "VERSION", "RANKS", "PAUSED", "SINCE", "URL", "LAST ERROR")
+_ENGINE_COLUMNS: Final = (
+    "ENGINE", "ROLE", "STATE", "VERSION", "RANKS", "PAUSED", "SINCE", "URL", "FAULT", "LAST ERROR",
+)  # fmt: skip
 _ROUND_COLUMNS: Final = (
-    "ROUND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "WIRE GB/S", "PAUSE MS", "STALL MS", "VERIFY MS", "TOTAL MS",
-    "AGO",
+    "ROUND", "STEP", "TRY", "OUTCOME", "FAULT", "ENGINES", "BYTES", "WIRE GB/S", "PAUSE MS", "STALL MS", "VERIFY MS",
+    "TOTAL MS", "AGO",
 )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     state = f"{engine.state} (TORN)" if engine.torn and engine.state != "torn" else engine.state
     since = _age(now - engine.since) if engine.since else "-"
     version = "-" if engine.version is None else f"step {engine.version.step}"
-    return (engine.name, engine.role, state, version, ranks, paused, since, engine.url, engine.error)
+    return (engine.name, engine.role, state, version, ranks, paused, since, engine.url, engine.fault, engine.error)
 
 
 def _round(row: RoundRow, now: float) -> tuple[str, ...]:
@@ -70,7 +72,8 @@ def _round(row: RoundRow, now: float) -> tuple[str, ...]:
     times = (f"{ms:.0f}" for ms in (row.pause_ms, row.stall_ms, row.verify_ms, row.total_ms))
     ago = _age(now - row.unix_time) if row.unix_time else "-"
     engines = str(len(row.engines)) if len(row.engines) > 3 else ",".join(row.engines) or "-"
-    return (row.round, str(row.step), str(row.attempt), row.outcome, engines, _bytes(row.bytes), wire, *times, ago)
+    who = (row.round, str(row.step), str(row.attempt), row.outcome, row.fault, engines)
+    return (*who, _bytes(row.bytes), wire, *times, ago)
 
 
 def _trainers(trainers: Sequence[TrainerView], now: float) -> str:

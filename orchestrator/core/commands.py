@@ -1,6 +1,6 @@
-"""What the core wants done. Only the shell's runner performs them; each carries the event that caused it."""
+"""What the core wants done. Only the daemon's outbox performs them; each carries the event that caused it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from weightsync.orchestrator.core.events import Call
@@ -18,7 +18,9 @@ from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    cause: int
+    """Base. ``cause`` is the id of the event that led to it; ``Turn.do`` fills it in."""
+
+    cause: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class MakePlan(Command):
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver(Command):
+class SendPlan(Command):
     """Rendezvous round 2 for one member, over whichever rendezvous is configured."""
 
     member: Member
@@ -100,6 +102,13 @@ class Append(Command):
 
     record: Record
     answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LookForStable(Command):
+    """Scan the run directory after so many seconds, and post MarkersSeen whatever is found."""
+
+    after_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

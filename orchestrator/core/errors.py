@@ -1,6 +1,28 @@
-"""Errors by whose fault they are. A reader learns from the type what to do: fix, wait, or file a bug."""
+"""The daemon's errors in one tree, by whose fault they are. A reader learns from the type what to do.
 
-from typing import ClassVar
+    WeightsyncError                fault, retry: read by the core, the runner and the command line
+    ├── InvariantViolation         daemon   one of S1-S6 is broken: the process ends (exit code 70)
+    ├── ImpossibleTransition       daemon   the table of phases has no entry: the process ends
+    ├── JournalUnreadable          config   a record of another release: the process does not start
+    ├── JournalError, JournalLost  config   no journal, a locked one, a disk that failed (daemon.journal)
+    ├── PlanError                  config   the layouts make no plan (planner.errors; ProofFailed: daemon)
+    ├── TcpStoreError              network  the group's child process (daemon.group.child)
+    └── EngineError                engine   a call to an engine failed (daemon.engines.errors)
+        ├── EngineUnreachable      network
+        ├── EngineTimeout          engine
+        ├── EngineRefused          engine   ``retry`` by the answer's status
+        └── EngineMisconfigured       config   ``retry`` false: the server was started without something
+
+What is wrong with one frame, one marker or one line of the configuration ends only that frame, marker or start, and is
+a ValueError of its own (ProtocolError, MarkerError, ConfigError); nobody decides about rounds by it.
+
+The core itself raises only where the process must end. What agents and engines report becomes a ``Trouble``, a value
+that carries the same two facts: ``fault`` goes into the round's row of history, and without ``retry`` a version is not
+tried a second time.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 from weightsync.orchestrator.protocol.messages import Fault
 
@@ -9,7 +31,7 @@ class WeightsyncError(Exception):
     """Base. ``fault`` names the side that must change something; ``retry`` whether the same attempt may succeed."""
 
     fault: ClassVar[Fault] = ""
-    retry: ClassVar[bool] = False
+    retry: bool = False
 
 
 class InvariantViolation(WeightsyncError):
@@ -28,3 +50,16 @@ class JournalUnreadable(WeightsyncError):
     """The journal holds a record that this version cannot read. Restore it or start with a new state directory."""
 
     fault: ClassVar[Fault] = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why an attempt goes wrong: one sentence, whose fault it is, and whether another attempt may succeed."""
+
+    reason: str
+    fault: Fault = ""
+    retry: bool = True
+
+
+NO_TROUBLE: Final = Trouble("")
+"""Of a round that goes well."""

@@ -1,19 +1,19 @@
-"""What happened. The shell turns the outside into these; failures are events like any other."""
+"""What happened. The daemon turns the outside into these; failures are events like any other."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from weightsync.orchestrator.protocol.messages import Connect, FromAgent, Hello
+from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
 class Call(StrEnum):
-    """A call to an engine's HTTP routes."""
+    """A call to an engine's server, named as the methods of ``daemon.engines.interface.EngineClient``."""
 
     PROBE = "probe"
-    INIT = "init"
+    ATTACH = "attach"
     PAUSE = "pause"
-    UPDATE = "update"
+    SWITCH = "switch"
     FINISH = "finish"
     RESUME = "resume"
 
@@ -65,7 +65,7 @@ class PlanFacts:
     seconds: float = 0.0
 
     def writers_of(self, targets: frozenset[Member]) -> dict[Member, tuple[Member, ...]]:
-        """Each trainer rank that owes bytes to some of ``targets``, and to which."""
+        """Each trainer rank that has bytes to write to some of ``targets``, and to which."""
         found: dict[Member, list[Member]] = {}
         for writer, target in sorted(self.flows):
             if target in targets:
@@ -86,11 +86,12 @@ class PlanRejected(Event):
     number: int
     reason: str
     engine: str = ""
+    fault: Fault = "config"
 
 
 @dataclass(frozen=True, slots=True)
 class CallDone(Event):
-    """An engine answered. ``paused`` is what ``/is_paused`` said, where the call asks it."""
+    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown."""
 
     engine: str
     call: Call
@@ -101,10 +102,14 @@ class CallDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class CallFailed(Event):
+    """A call ended without its effect being known. ``retry``: whether the same call may succeed later."""
+
     engine: str
     call: Call
     number: int
     reason: str
+    fault: Fault = "engine"
+    retry: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
 
 def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
     current = fleet.round
+    # Within a round that is decided, its version may serve before COMMITTED is durable: every byte of it is verified.
     decided = current.version if current is not None and current.decided else None
     version = fleet.version_of(command.engine)
     if version is None or fleet.torn(command.engine) or version not in (fleet.memory.committed, decided):
@@ -87,7 +88,7 @@ def _grant_is_safe(fleet: Fleet, command: Send) -> None:
 def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -> None:
     if current is None or current.version != version or not current.decided:
         raise InvariantViolation(f"S4: COMMITTED of {version} without a decided round")
-    for member in current.ranks_going():
+    for member in current.remaining_ranks():
         verified = current.verified.get(member)
         left = current.left.get(member)
         if verified is None or (verified.digest, verified.bytes) != current.expected[member]:

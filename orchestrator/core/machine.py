@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import invariants, members, rendezvous, versions
-from weightsync.orchestrator.core.commands import Command, Drop
+from weightsync.orchestrator.core import engines, invariants, members, rendezvous, versions
+from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
@@ -22,10 +22,10 @@ from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round import reports as rounds
-from weightsync.orchestrator.core.state import Engine, Fleet, Unclosed
+from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Hello, Left, Quiesced, Ready, Staged
+from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged
 from weightsync.orchestrator.protocol.names import Member, Role
 
 
@@ -38,14 +38,14 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
     memory = Memory()
     for record in records:
         replay(memory, record)
-    engines = {config.name: Engine(config.name, probe_at=now) for config in policy.engines}
-    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, engines)
+    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in policy.engines}
+    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
     for name, orphan in list(memory.open_rounds.items()):
         for engine in orphan.began.engines:
-            if engine in engines:
-                engines[engine].ours_paused = True
+            if engine in known:
+                known[engine].ours_paused = True
         if orphan.dirty and not orphan.decided:
             for writer, incarnation in orphan.writers.items():
                 reach = {_named("inference", rank): of for rank, of in orphan.ranks.items()}
@@ -53,7 +53,7 @@ def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float)
         _end_orphan(turn, orphan.decided, RoundEnded(
             round=name, version=orphan.began.version, attempt=orphan.began.attempt, engines=orphan.began.engines,
             evicted=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
-            bytes=0, descriptors=0, times={},
+            fault="" if orphan.decided else "daemon", bytes=0, descriptors=0, times={},
         ))  # fmt: skip
     return fleet, turn.commands
 
@@ -79,13 +79,18 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
         InvariantViolation: one of S1-S6 does not hold afterwards; nothing of the commands may be performed.
         ImpossibleTransition: the round's table has no entry for it.
     """
+    # Level-triggered: handling an event only books what it says about the world. What follows from the whole state is
+    # decided in the sweep below, after every batch of events and whatever they were: engines first, since a call to one
+    # keeps it out of a round; then the plan, which a round needs; then the versions, which begin rounds. A decision
+    # that was missed, or whose effect was lost, is thus made again by the next event, of which there is one every
+    # quarter of a second. The invariants look at commands and state last, before anything is performed.
     turn = Turn(fleet, now, 0)
     before = invariants.snapshot(fleet)
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
-    members.tend_engines(turn)
-    members.gather_group(turn)
+    engines.tend_engines(turn)
+    rendezvous.gather_group(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
     _tell_story(turn)
@@ -111,6 +116,7 @@ def _handle(turn: Turn, event: Event) -> None:
             _call_ended(turn, event)
         case MarkersSeen():
             turn.fleet.stable = event.stable
+            turn.fleet.looking = False
         case Appended(kind=kind, round=name):
             if turn.fleet.awaited == (kind, name):
                 turn.fleet.awaited = None
@@ -120,7 +126,7 @@ def _handle(turn: Turn, event: Event) -> None:
 
 
 def _retell(turn: Turn, member: Member) -> None:
-    """A trainer that reconnects may have missed the fate of the version that it waits for."""
+    """A trainer that reconnects may have missed the result of the version that it waits for."""
     agent = turn.fleet.agents.get(member)
     if agent is not None and agent.staged is not None:
         endings.tell_trainers(turn, agent.staged.version)
@@ -129,7 +135,7 @@ def _retell(turn: Turn, member: Member) -> None:
 def _said(turn: Turn, event: AgentSaid) -> None:
     agent = turn.fleet.agents.get(event.member)
     if agent is None or agent.connection != event.connection:
-        return
+        return  # of a connection that a newer one replaced
     message = event.message
     match message:
         case Announce():
@@ -140,17 +146,16 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             agent.staged = message
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
-            agent.status = msgspec.structs.replace(agent.status, window=message.round)
+            agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT
         case Left():
             agent.status = message.status
         case Closed():
+            # Also of a round that is over: it is what the next one waits for.
             pending = turn.fleet.unclosed.get(event.member)
             if pending is not None and pending.round == message.round:
                 del turn.fleet.unclosed[event.member]
         case Bye():
             turn.say(f"{event.member} says good-bye: {message.reason}")
-        case Hello():
-            turn.do(Drop(turn.cause, event.member, event.connection, "a second Hello on one connection"))
         case _:
             pass
     rounds.agent_said(turn, event)
@@ -161,12 +166,12 @@ def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     if engine.calls.get(event.call) != event.number:
         return  # the answer to a call that a newer one replaced
     del engine.calls[event.call]
-    members.engine_answered(turn, event, engine)
-    rounds.call_ended(turn, event, engine)
+    engines.engine_answered(turn, event, engine)
+    rounds.call_ended(turn, event)
 
 
 def _tell_story(turn: Turn) -> None:
-    now = sentence(turn.fleet)
-    if now != turn.fleet.sentence:
-        turn.fleet.sentence = now
-        turn.say(now)
+    told = sentence(turn.fleet, turn.now)
+    if told != turn.fleet.sentence:
+        turn.fleet.sentence = told
+        turn.say(told)

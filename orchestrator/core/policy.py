@@ -1,13 +1,18 @@
 """The numbers that decisions depend on, in seconds unless the name says otherwise."""
 
 from dataclasses import dataclass
+from typing import Final
 
-from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.protocol.messages import TransportSettings
+
+AGENT_SHARE: Final = 0.9
+"""Of the daemon's deadline, given to an agent for the same wait. The agent gives up first and says why; were the two
+equal, the daemon would see only that nobody answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine of the configuration: an admin URL is the shell's affair, the core knows its name and its pair."""
+    """One engine of the configuration: where it is reached is the daemon's affair, the core knows name and pair."""
 
     name: str
     pair: str = ""
@@ -22,34 +27,47 @@ class GroupAddress:
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Deadlines and bounds of the state machine; the shell fills it from the settings."""
+    """Deadlines and bounds of the state machine. No field has a default: the settings are the one home of numbers."""
 
     run_id: str
     engines: tuple[EngineConfig, ...]
-    transport: NixlSettings | FilesystemSettings
-    group: GroupAddress | None = None
-    run_dir: str = ""
-    trainer_world: int | None = None
-    attempts: int = 3
-    backoff: float = 1.0
-    join: float = 1800.0
-    staged: float = 120.0
-    rendezvous: float = 120.0
-    probe: float = 5.0
-    pause: float = 30.0
-    quiesce: float = 60.0
-    transfer: float = 120.0
-    verify: float = 120.0
-    finish: float = 60.0
-    heartbeat: float = 5.0
-    max_bytes_per_second: float | None = None
+    transport: TransportSettings
+    group: GroupAddress | None
+    trainer_world: int | None
+    """Trainer ranks that must come; None: what the first one says."""
+    attempts: int
+    """Rounds for a version until it is FAILED."""
+    backoff: float
+    """Before the second attempt; doubles with each further one."""
+    join: float
+    """From the start until a plan or a version no longer waits for engines that have not come."""
+    staged: float
+    """From the first STAGED of a version until the last one and STABLE."""
+    rendezvous: float
+    """From a plan until a round no longer waits for members that have not confirmed it."""
+    probe: float
+    probe_interval: float
+    """From the beginning of one look at an idle engine to the next."""
+    init: float
+    pause: float
+    quiesce: float
+    transfer: float
+    verify: float
+    finish: float
+    heartbeat: float
+    lost_after: int
+    """Heartbeats in a row, of either side, whose absence ends a connection; told to agents in Welcome."""
 
     @property
-    def window(self) -> float:
-        """How long one update call may last: everything between pause and resume, and a margin for the answers.
+    def update(self) -> float:
+        """Deadline of an engine's update call, which lasts from the pause of its scheduler to the decision.
 
-        Agents leave the window by themselves before the daemon's own deadline for the call ends.
+        It is the sum of the phases within, and each of these has its own deadline, so that it never ends first.
         """
         return self.quiesce + self.transfer + self.verify + self.finish
+
+    def agent_deadline(self, seconds: float) -> float:
+        """The deadline that an agent is told where the daemon's own is ``seconds``."""
+        return seconds * AGENT_SHARE

@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 
@@ -44,7 +45,10 @@ class Decided(Record, frozen=True, kw_only=True):
 
 
 class RoundEnded(Record, frozen=True, kw_only=True):
-    """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock."""
+    """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
+
+    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail.
+    """
 
     round: RoundName
     version: Version
@@ -53,6 +57,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     evicted: tuple[str, ...]
     outcome: str
     reason: str
+    fault: Fault = ""
     bytes: int
     descriptors: int
     times: dict[str, float]
@@ -105,7 +110,7 @@ class OpenRound:
 
 
 REMEMBERED_ROUNDS: Final = 64
-"""Ended rounds whose fate is kept for workers that come back from inside one; each engine can be inside one only."""
+"""Ended rounds whose end is kept for workers that come back from inside one; each engine can be inside one only."""
 
 
 @dataclass(slots=True)
@@ -132,13 +137,16 @@ def replay(memory: Memory, record: Record) -> None:
             memory.open_rounds[name] = OpenRound(began)
         case LiveDirty(round=name, writers=writers, ranks=ranks):
             opened = memory.open_rounds[name]
-            opened.dirty, opened.writers, opened.ranks = True, writers, ranks
+            opened.dirty = True
+            opened.writers = writers
+            opened.ranks = ranks
         case Decided(round=name):
             memory.open_rounds[name].decided = True
         case RoundEnded(round=name):
             _end(memory, name)
         case Committed(version=version, sequence=sequence):
-            memory.committed, memory.sequence = version, sequence
+            memory.committed = version
+            memory.sequence = sequence
             memory.done.add(version)
         case VersionFailed(version=version, reason=reason):
             memory.failed[version] = reason

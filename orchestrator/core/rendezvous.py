@@ -1,34 +1,35 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
-from weightsync.orchestrator.core.commands import Announced, Deliver, MakePlan
+from weightsync.orchestrator.core import members
+from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
-from weightsync.orchestrator.core.state import Agent, Fleet
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Announce, Ready
+from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous
 
 
-def announced(turn: Turn, agent: Agent, message: Announce) -> None:
+def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
-    agent.announce, agent.delivered, agent.fingerprint = message, "", ""
+    agent.announces(message)
     for engine in turn.fleet.engines.values():
         if agent.member.role == "trainer" or engine.name == agent.member.engine:
-            engine.misfit = ""  # it was one of two layouts together
+            engine.misfit = ""  # a misfit is of two layouts together, and one of the two is another now
 
 
-def confirmed(agent: Agent, message: Ready) -> None:
+def confirmed(agent: ConnectedAgent, message: Ready) -> None:
     """Round 2 of one agent. An outdated confirmation is not one."""
     agent.fingerprint = message.fingerprint
 
 
 def evaluate(turn: Turn) -> None:
-    """Plan when the set of members changed; deliver what somebody has not got. Never within a round."""
+    """Plan when the set of members changed; send each member the Connect it has not received. Never within a round."""
     fleet = turn.fleet
     if fleet.round is not None or fleet.planning:
         return
     if fleet.trainers_whole():
         _plan(turn)
     if fleet.plan is not None and not fleet.planning:
-        _deliver(turn)
+        _send_plans(turn)
         _note_complete(turn)
 
 
@@ -41,19 +42,21 @@ def _plan(turn: Turn) -> None:
         return
     sources = fleet.trainers()
     targets = [agent for name in usable for agent in fleet.ranks_of(name)]
-    members = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
-    if members == fleet.planned_for:
+    everybody = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
+    if everybody == fleet.planned_for:
         return
-    fleet.planned_for, fleet.planning, fleet.plan_error = members, True, ""
+    fleet.planned_for = everybody
+    fleet.planning = True
+    fleet.plan_error = ""
     fleet.plan_number += 1
-    turn.do(MakePlan(turn.cause, fleet.plan_number, _parties(sources), _parties(targets)))
+    turn.do(MakePlan(fleet.plan_number, _parties(sources), _parties(targets)))
 
 
-def _parties(agents: list[Agent]) -> tuple[Announced, ...]:
+def _parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
     return tuple(Announced(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
 
 
-def _deliver(turn: Turn) -> None:
+def _send_plans(turn: Turn) -> None:
     fleet = turn.fleet
     assert fleet.plan is not None
     for member, connect in fleet.plan.connects.items():
@@ -63,16 +66,20 @@ def _deliver(turn: Turn) -> None:
         planned = (member, agent.hello.incarnation, agent.connection) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
-            turn.do(Deliver(turn.cause, member, connect))
+            turn.do(SendPlan(member, connect))
 
 
 def _note_complete(turn: Turn) -> None:
     fleet = turn.fleet
-    if fleet.plan is None or fleet.met == fleet.plan_number or not all(map(fleet.is_confirmed, fleet.plan.connects)):
+    if (
+        fleet.plan is None
+        or fleet.confirmed_plan == fleet.plan_number
+        or not all(map(fleet.is_confirmed, fleet.plan.connects))
+    ):
         return
-    fleet.met = fleet.plan_number
-    agents, seconds = len(fleet.plan.connects), turn.now - fleet.planned_at
-    turn.say(f"rendezvous complete: {agents} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
+    fleet.confirmed_plan = fleet.plan_number
+    seconds = turn.now - fleet.planned_at
+    turn.say(f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
 
 
 def planned(turn: Turn, event: PlanReady) -> None:
@@ -80,7 +87,9 @@ def planned(turn: Turn, event: PlanReady) -> None:
     fleet = turn.fleet
     if event.number != fleet.plan_number:
         return
-    fleet.planning, fleet.plan, fleet.planned_at = False, event.facts, turn.now
+    fleet.planning = False
+    fleet.plan = event.facts
+    fleet.planned_at = turn.now
     total = sum(event.facts.flows.values())
     turn.say(
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
@@ -93,11 +102,14 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
     fleet = turn.fleet
     if event.number != fleet.plan_number:
         return
-    fleet.planning, fleet.plan = False, None  # the last one was for other layouts
+    fleet.planning = False
+    fleet.plan = None  # the last one was for other layouts
     turn.say(f"no plan: {event.reason}", "error")
     if event.engine in fleet.engines:
-        fleet.engines[event.engine].misfit = event.reason
-        fleet.planned_for = frozenset()
+        engine = fleet.engines[event.engine]
+        engine.misfit = event.reason
+        engine.misfit_fault = event.fault
+        fleet.planned_for = frozenset()  # plan again at once, without this engine
     else:
         fleet.plan_error = event.reason
 
@@ -108,3 +120,31 @@ def obstacle(fleet: Fleet) -> str:
         return fleet.plan_error
     misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
     return misfits[0] if misfits and len(misfits) == len(fleet.engines) else ""
+
+
+def gather_group(turn: Turn) -> None:
+    """``rendezvous: tcpstore``: once everybody is here, open a group and tell all their ranks in it.
+
+    As for the first plan, an engine that does not fit is not waited for, one that does not come until it is overdue.
+    """
+    fleet = turn.fleet
+    address = fleet.policy.group
+    if address is None or fleet.round is not None:
+        return
+    fitting = [fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit]
+    whole = [ranks for ranks in fitting if ranks and len(ranks) == ranks[0].hello.world]
+    patient = turn.now < fleet.started + fleet.policy.join
+    if not whole or (len(whole) < len(fitting) and patient) or len(fleet.trainers()) != fleet.trainer_world():
+        return
+    agents = [*fleet.trainers(), *(agent for ranks in whole for agent in ranks)]
+    group = tuple((agent.member, agent.connection) for agent in agents)
+    if group == fleet.group:
+        return
+    fleet.group = group
+    size = len(agents) + 1
+    store = TcpStoreRendezvous(address.host, address.port, 0, size, address.timeout_seconds)
+    turn.do(OpenGroup(store, group))
+    for rank, agent in enumerate(agents, start=1):
+        place = TcpStoreRendezvous(address.host, address.port, rank, size, address.timeout_seconds)
+        agent.announces(None)
+        turn.send(agent.member, members.welcome(fleet, place))

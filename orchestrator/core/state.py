@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Hello, Staged, Verified
+from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Fault, Hello, Staged, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 
 @dataclass(slots=True)
-class Agent:
+class ConnectedAgent:
     """One connected agent process. Gone from the fleet when its connection is."""
 
     member: Member
@@ -26,41 +27,62 @@ class Agent:
     staged: Staged | None = None
     status: EngineStatus = field(default_factory=EngineStatus)
 
+    def announces(self, announce: Announce | None) -> None:
+        """Its layout is ``announce`` from now on, so that no plan of before counts; None: it must announce anew."""
+        self.announce = announce
+        self.delivered = ""
+        self.fingerprint = ""
+
 
 @dataclass(slots=True)
-class Engine:
+class EngineState:
     """One vLLM server of the configuration."""
 
     name: str
+    pair: str = ""
+    """Name of its prefill/decode pair, which pauses and resumes as one; empty for an engine on its own."""
     reachable: bool = False
     paused: bool | None = None
+    """What the engine itself said last; None where it did not say."""
     calls: dict[Call, int] = field(default_factory=dict)
     """Calls under way: which, and their number."""
     probe_at: float = 0.0
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
-    ranks: dict[int, Agent] = field(default_factory=dict)
+    misfit_fault: Fault = ""
+    """Whose fault that is."""
+    ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     """Its connected agents."""
     error: str = ""
+    """Why its last call failed; empty after a call that did not."""
+    fault: Fault = ""
+    """Whose fault that is."""
     ours_paused: bool = False
-    """We paused it (in a round or by the plugin's hold) and owe it a resume once its weights are the fleet's."""
+    """We paused it, so we resume it once its weights are the fleet's."""
+
+    @property
+    def complaint(self) -> tuple[str, Fault]:
+        """What keeps it from taking part, and whose fault that is; a layout that does not fit before a failed call."""
+        if self.misfit:
+            return self.misfit, self.misfit_fault
+        return self.error, self.fault if self.error else ""
 
 
 @dataclass(slots=True)
 class Progress:
     """How far one engine is within the round."""
 
-    paused_at: float = 0.0
     paused: bool = False
     update_over: bool = False
-    update_error: str = ""
     finished: bool = False
     resumed: bool = False
     resumed_at: float = 0.0
     http_seconds: float = 0.0
     """In the calls that do nothing but wait for the engine: pause, finish, resume."""
     resume_tried: bool = False
+    """In a cancelled round, where one attempt is enough: engines are looked after when the round is over."""
     evicted: str = ""
+    """Why the round goes on without it."""
 
 
 @dataclass(slots=True)
@@ -75,32 +97,38 @@ class Round:
     ranks: dict[Member, int]
     """Inference ranks and their incarnations."""
     writers: dict[Member, tuple[Member, ...]]
-    """Trainer ranks that owe bytes, and to whom."""
+    """Trainer ranks that have bytes to write, and to whom."""
     phase: Phase = Phase.PAUSING
     phase_began: float = 0.0
     deadline: float = 0.0
     dirty: bool = False
     decided: bool = False
-    reason: str = ""
+    trouble: Trouble = NO_TROUBLE
+    """Why it was given up."""
     quiesced: set[Member] = field(default_factory=set)
     closed: dict[Member, Closed] = field(default_factory=dict)
     expected: dict[Member, tuple[Digest, int]] = field(default_factory=dict)
     """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
     verified: dict[Member, Verified] = field(default_factory=dict)
     left: dict[Member, EngineStatus] = field(default_factory=dict)
-    told: set[Member] = field(default_factory=set)
+    aborted: set[Member] = field(default_factory=set)
     """Workers that were told to leave a torn round."""
     began: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
 
-    def going(self) -> list[str]:
+    @property
+    def reason(self) -> str:
+        """Why it was given up, in one sentence; empty while it was not."""
+        return self.trouble.reason
+
+    def remaining(self) -> list[str]:
         """Engines of the round that were not evicted."""
         return [name for name, progress in self.engines.items() if not progress.evicted]
 
-    def ranks_going(self) -> list[Member]:
+    def remaining_ranks(self) -> list[Member]:
         """Their inference ranks."""
-        going = set(self.going())
+        going = set(self.remaining())
         return [member for member in self.ranks if member.engine in going]
 
 
@@ -116,20 +144,25 @@ class Unclosed:
 
 @dataclass(slots=True)
 class Fleet:
-    """The whole state."""
+    """The whole state. ``started``: when, on the clock of ``now``; ``epoch``: of this daemon."""
 
     policy: Policy
     journal_id: str
     memory: Memory
     epoch: int
     started: float
-    engines: dict[str, Engine]
-    agents: dict[Member, Agent] = field(default_factory=dict)
-    trainer_ranks: dict[int, Agent] = field(default_factory=dict)
+    engines: dict[str, EngineState]
+    agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
+    trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     generation: int | None = None
     past_generations: set[int] = field(default_factory=set)
     stable: tuple[StableSeen, ...] = ()
     stale_said: set[StableSeen] = field(default_factory=set)
+    """Markers of an earlier trainer that a log line already names."""
+    stable_looks: int = 0
+    """How often the marker of the version that all ranks have staged was looked for."""
+    looking: bool = False
+    """A look for it is under way; the next MarkersSeen ends it."""
     marked: set[Version] = field(default_factory=set)
     """Versions whose outcome this daemon has put beside STABLE."""
     waiting_since: dict[Version, float] = field(default_factory=dict)
@@ -142,37 +175,44 @@ class Fleet:
     planned_for: frozenset[tuple[Member, int, int]] = frozenset()
     """(member, incarnation, connection) of everybody in the plan."""
     plan_number: int = 0
-    met: int = 0
+    confirmed_plan: int = 0
     """Number of the last plan whose every member has confirmed."""
     planning: bool = False
     plan_error: str = ""
     planned_at: float = 0.0
     group: tuple[tuple[Member, int], ...] = ()
-    """Members and incarnations of the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
+    """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None
     awaited: tuple[str, RoundName] | None = None
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
+    """Of the newest call to any engine."""
     sentence: str = ""
+    """What the daemon does and why, as said last."""
 
-    def enter(self, agent: Agent) -> None:
+    def enter(self, agent: ConnectedAgent) -> None:
         """Take a connected agent in."""
         self.agents[agent.member] = agent
         self._home(agent.member)[agent.member.rank] = agent
 
-    def leave(self, member: Member) -> Agent | None:
+    def leave(self, member: Member) -> ConnectedAgent | None:
         """Forget a connection; returns what was known of it."""
         self._home(member).pop(member.rank, None)
         return self.agents.pop(member, None)
 
-    def _home(self, member: Member) -> dict[int, Agent]:
+    def _home(self, member: Member) -> dict[int, ConnectedAgent]:
         return self.trainer_ranks if member.role == "trainer" else self.engines[member.engine].ranks
 
-    def trainers(self) -> list[Agent]:
+    def unit(self, engine: str) -> list[str]:
+        """The engines that pause and resume as one with ``engine``: its prefill/decode pair, or it alone."""
+        pair = self.engines[engine].pair
+        return [name for name, other in self.engines.items() if other.pair == pair] if pair else [engine]
+
+    def trainers(self) -> list[ConnectedAgent]:
         """Connected trainer ranks, by rank."""
         return [self.trainer_ranks[rank] for rank in sorted(self.trainer_ranks)]
 
-    def ranks_of(self, engine: str) -> list[Agent]:
+    def ranks_of(self, engine: str) -> list[ConnectedAgent]:
         """Connected ranks of an engine, by rank."""
         ranks = self.engines[engine].ranks
         return [ranks[rank] for rank in sorted(ranks)]

@@ -1,10 +1,10 @@
 """One sentence that says what the daemon is doing and why."""
 
-from weightsync.orchestrator.core import rendezvous, versions
+from weightsync.orchestrator.core import conditions, rendezvous
 from weightsync.orchestrator.core.state import Fleet
 
 
-def sentence(fleet: Fleet) -> str:
+def sentence(fleet: Fleet, now: float) -> str:
     """The state of the fleet for people, without figures that change by themselves."""
     if fleet.round is not None:
         current = fleet.round
@@ -12,7 +12,7 @@ def sentence(fleet: Fleet) -> str:
         return f"round {current.name}: {current.phase} for {current.version}{why}"
     torn = [name for name in fleet.engines if fleet.torn(name)]
     if torn:
-        return f"{', '.join(torn)} torn and paused: waiting for {_next(fleet)}"
+        return f"{', '.join(torn)} torn and paused: waiting for {_next(fleet, now)}"
     if not fleet.trainers_whole():
         world = fleet.trainer_world()
         here = sum(agent.announce is not None for agent in fleet.trainers())
@@ -23,7 +23,7 @@ def sentence(fleet: Fleet) -> str:
     obstacle = rendezvous.obstacle(fleet)
     if obstacle:
         return f"{_serving(fleet)}; no plan fits: {obstacle}"
-    return f"{_serving(fleet)}; waiting for {_next(fleet)}"
+    return f"{_serving(fleet)}; waiting for {_next(fleet, now)}"
 
 
 def _serving(fleet: Fleet) -> str:
@@ -31,6 +31,7 @@ def _serving(fleet: Fleet) -> str:
     return f"{committed} is committed" if committed is not None else "nothing is committed yet"
 
 
-def _next(fleet: Fleet) -> str:
-    pending = next((v for v in sorted(fleet.waiting_since)), None)
-    return versions.waiting_for(fleet, pending) if pending is not None else "the next version"
+def _next(fleet: Fleet, now: float) -> str:
+    # The oldest first: a later one replaces it in the trainer's slots, and then it fails.
+    pending = min(fleet.waiting_since, default=None)
+    return conditions.waits_for(fleet, pending, now) if pending is not None else "the next version"

@@ -1,6 +1,6 @@
 """One turn of the machine: the state, the time, the cause, and the commands collected so far."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
@@ -21,26 +21,32 @@ class Turn:
     commands: list[Command] = field(default_factory=list)
 
     def do(self, command: Command) -> None:
-        self.commands.append(command)
+        """Have ``command`` performed, with the present event as its cause."""
+        self.commands.append(replace(command, cause=self.cause))
 
     def say(self, sentence: str, level: Literal["info", "warning", "error"] = "info") -> None:
-        self.commands.append(Say(self.cause, level, sentence))
+        """One sentence for people."""
+        self.do(Say(level, sentence))
 
     def send(self, member: Member, message: FromDaemon) -> None:
         """To a connected agent; a lost one learns the state when it says Hello again."""
         if member in self.fleet.agents:
-            self.commands.append(Send(self.cause, member, message))
+            self.do(Send(member, message))
 
     def append(self, record: Record) -> None:
-        """Into the journal, and into our memory of it."""
+        """Into the journal, and into our memory of it.
+
+        At once, so that whatever this event leads to sees one state. It is safe before the record is durable, because
+        the outbox performs no later command until it is.
+        """
         replay(self.fleet.memory, record)
-        self.commands.append(Append(self.cause, record))
+        self.do(Append(record))
 
     def append_and_wait(self, record: LiveDirty | Decided | Committed) -> None:
         """As ``append``; the round goes on when the record is durable."""
         replay(self.fleet.memory, record)
         self.fleet.awaited = (type(record).__name__, record.round)
-        self.commands.append(Append(self.cause, record, answer=True))
+        self.do(Append(record, answer=True))
 
     def call(
         self,
@@ -52,7 +58,6 @@ class Turn:
     ) -> None:
         """One call of a kind at a time per engine; the newest number is the one whose answer counts."""
         self.fleet.call_number += 1
+        # An older call of this kind may still answer; its number tells that it was replaced.
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
-        self.commands.append(
-            CallEngine(self.cause, engine, call, self.fleet.call_number, deadline, round_name, version)
-        )
+        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version))

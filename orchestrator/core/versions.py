@@ -1,27 +1,17 @@
-"""Which version is wanted, what it waits for, and when a round for it begins."""
+"""Which version is wanted, when a round for it begins, and when it has waited too long."""
 
-from weightsync.orchestrator.core import rendezvous
-from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import RoundBegan
-from weightsync.orchestrator.core.round import endings, phases
-from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Fleet, Progress, Round
+from typing import Final
+
+from weightsync.orchestrator.core import conditions, rendezvous
+from weightsync.orchestrator.core.commands import LookForStable
+from weightsync.orchestrator.core.round import endings
+from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.names import Version
 
-
-def is_stable(fleet: Fleet, version: Version) -> bool:
-    """STABLE of this step is there, empty or of this generation."""
-    return any(s.step == version.step and s.generation in (None, version.generation) for s in fleet.stable)
-
-
-def staged(fleet: Fleet) -> Version | None:
-    """The version that all trainer ranks have staged."""
-    ranks = fleet.trainers()
-    if not fleet.trainers_whole():
-        return None
-    versions = {agent.staged.version if agent.staged else None for agent in ranks}
-    return versions.pop() if len(versions) == 1 else None
+STABLE_LOOK_DELAYS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+"""Seconds before each look for a STABLE that every rank's STAGED announces. The marker follows within milliseconds,
+while the file system's own notice takes 50 ms and more; after the last look, the notice or the rescan finds it."""
 
 
 def evaluate(turn: Turn) -> None:
@@ -29,8 +19,9 @@ def evaluate(turn: Turn) -> None:
     endings.mark_again(turn)
     _note_stale_markers(turn)
     _note_waiting(turn)
-    version = staged(turn.fleet)
-    if version is not None and turn.fleet.round is None:
+    version = conditions.staged(turn.fleet)
+    _look_for_stable(turn, version)
+    if version is not None and turn.fleet.round is None and version not in turn.fleet.memory.failed:
         _begin_if_due(turn, version)
     _fail_overdue(turn)
 
@@ -53,103 +44,33 @@ def _note_waiting(turn: Turn) -> None:
             fleet.waiting_since.setdefault(agent.staged.version, turn.now)
 
 
-def _fail_overdue(turn: Turn) -> None:
+def _look_for_stable(turn: Turn, version: Version | None) -> None:
+    """All ranks have staged: the marker is a moment away, so look instead of waiting to be told."""
     fleet = turn.fleet
-    for version, since in list(fleet.waiting_since.items()):
-        if fleet.round is not None and fleet.round.version == version:
-            continue
-        ready = staged(fleet) == version and is_stable(fleet, version)
-        obstacle = rendezvous.obstacle(fleet)
-        if ready and obstacle:
-            endings.fail_version(turn, version, obstacle)
-        elif turn.now >= since + (fleet.policy.join if ready else fleet.policy.staged):
-            endings.fail_version(turn, version, f"after {turn.now - since:.0f} s: {waiting_for(fleet, version)}")
-
-
-def waiting_for(fleet: Fleet, version: Version) -> str:
-    """One clause: what a staged version waits for."""
-    world = fleet.trainer_world() or 0
-    here = {a.member.rank for a in fleet.trainers() if a.staged is not None and a.staged.version == version}
-    lacking = [f"trainer/{rank}" for rank in range(world) if rank not in here]
-    if lacking:
-        return f"not STAGED by {', '.join(lacking[:8])}{' …' if len(lacking) > 8 else ''}"
-    if not is_stable(fleet, version):
-        return f"broadcasts/step_{version.step}/STABLE is missing"
-    if fleet.unclosed:
-        names = ", ".join(f"{writer} (round {pending.round})" for writer, pending in sorted(fleet.unclosed.items()))
-        return f"writers that have not closed their grant and are not proved dead: {names}"
-    if fleet.plan is None:
-        misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
-        if misfits:
-            return f"an engine that fits: {misfits[0]}"
-        late = [name for name in fleet.engines if not fleet.attached(name)]
-        return f"engines that have not joined: {', '.join(late)}" if late else "the plan"
-    late = [str(m) for m in fleet.plan.connects if not fleet.is_confirmed(m)]
-    return f"agents that have not confirmed their edges: {', '.join(late[:8])}" if late else "the next attempt"
+    settled = version is None or version in fleet.memory.done or version in fleet.memory.failed
+    if version is None or settled or conditions.is_stable(fleet, version):
+        fleet.stable_looks = 0
+    elif not fleet.looking and fleet.stable_looks < len(STABLE_LOOK_DELAYS):
+        turn.do(LookForStable(STABLE_LOOK_DELAYS[fleet.stable_looks]))
+        fleet.stable_looks += 1
+        fleet.looking = True
 
 
 def _begin_if_due(turn: Turn, version: Version) -> None:
     fleet = turn.fleet
-    if version in fleet.memory.failed or turn.now < fleet.retry_at.get(version, 0.0):
-        return
-    catch_up = version in fleet.memory.done
-    # The STABLE of a committed version has COMMITTED beside it and is reported no more.
-    wanted = version == fleet.memory.committed if catch_up else is_stable(fleet, version)
-    if not wanted:
-        return
-    usable = list(fleet.usable())
-    targets = [name for name in usable if not catch_up or fleet.version_of(name) != version]
-    if not targets or fleet.plan is None or fleet.planning or fleet.unclosed:
-        return
-    ready = [n for n in targets if all(fleet.is_confirmed(a.member) for a in fleet.ranks_of(n))]
-    if not all(fleet.is_confirmed(agent.member) for agent in fleet.trainers()) or not ready:
-        return
-    if len(ready) < len(targets) and turn.now < fleet.planned_at + fleet.policy.rendezvous:
-        return
-    if any(fleet.engines[name].calls for name in ready):
-        return  # a probe is under way: its answer comes within its deadline
-    if any(agent.status.window is not None for name in ready for agent in fleet.ranks_of(name)):
-        return  # told to leave an earlier round; it will say Left, or leave at its own deadline
-    _begin(turn, version, ready, catch_up)
+    if not conditions.waits_for(fleet, version, turn.now):
+        begin(turn, version, conditions.ready(fleet, version), conditions.is_catch_up(fleet, version))
 
 
-def _begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> None:
+def _fail_overdue(turn: Turn) -> None:
     fleet = turn.fleet
-    assert fleet.plan is not None
-    ranks = {a.member: a.hello.incarnation for name in engines for a in fleet.ranks_of(name)}
-    name = RoundName(fleet.epoch, fleet.memory.round_number + 1)
-    attempt = fleet.attempts.get(version, 0) + 1
-    fleet.round = current = Round(
-        name=name,
-        version=version,
-        attempt=attempt,
-        catch_up=catch_up,
-        engines={engine: Progress() for engine in engines},
-        ranks=ranks,
-        writers=fleet.plan.writers_of(frozenset(ranks)),
-        phase_began=turn.now,
-        began=turn.now,
-    )
-    turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
-    kind = "catch-up round" if catch_up else "round"
-    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}")
-    _hold_the_others(turn, version, engines)
-    phases.enter(turn, current, Phase.PAUSING)
-    current.times.clear()
-
-
-def _hold_the_others(turn: Turn, version: Version, engines: list[str]) -> None:
-    """An engine that cannot take part must not go on serving the version before."""
-    for name, engine in turn.fleet.engines.items():
-        if (
-            name not in engines
-            and engine.reachable
-            and turn.fleet.version_of(name) != version
-            and not engine.ours_paused
-        ):
-            engine.ours_paused = True
-            turn.say(
-                f"{name} does not take part and is paused until it catches up: {engine.error or engine.misfit}",
-                "warning",
-            )
-            turn.call(name, Call.PAUSE, turn.fleet.policy.pause)
+    obstacle = rendezvous.obstacle(fleet)
+    for version, since in list(fleet.waiting_since.items()):
+        if fleet.round is not None and fleet.round.version == version:
+            continue
+        published = conditions.is_published(fleet, version)
+        if published and obstacle:
+            endings.fail_version(turn, version, obstacle)
+        elif turn.now >= since + (fleet.policy.join if published else fleet.policy.staged):
+            clause = conditions.waits_for(fleet, version, turn.now)
+            endings.fail_version(turn, version, f"after {turn.now - since:.0f} s: {clause}")

@@ -1,77 +1,91 @@
-"""The status as Prometheus text: gauges of what is, and the costs of the last round."""
+"""The status as Prometheus metrics: gauges of what is, and the costs of the last round."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
 _PREFIX: Final = "weightsync_"
 
 
-def render(status: StatusView) -> str:
-    """All metrics of one moment, in Prometheus' text format."""
-    lines: list[str] = []
-    _family(lines, "epoch", "Epoch of the daemon.", [({}, status.epoch)])
-    _family(lines, "round_running", "1 while a round is under way.", [({}, int(status.round is not None))])
-    _family(lines, "problems", "Things in the run directory that are not believed.", [({}, len(status.problems))])
-    if status.committed is not None:
-        _family(lines, "committed_step", "Step of the committed version.", [({}, status.committed.step)])
-        _family(lines, "committed_sequence", "Number of the last commit.", [({}, status.committed.sequence)])
-    if status.committed is not None and status.committed.unix_time:
-        _family(lines, "committed_unix_seconds", "When it was committed.", [({}, status.committed.unix_time)])
-    _engines(lines, status)
-    if status.rounds:
-        _last_round(lines, status.rounds[-1])
-    return "\n".join(lines) + "\n"
+def render(status: StatusView) -> bytes:
+    """All metrics of one moment, in Prometheus' text format (CONTENT_TYPE)."""
+    # A registry of its own: the library's global one would add metrics of this process, and collect between requests.
+    registry = CollectorRegistry()
+    registry.register(StatusCollector(status))
+    return generate_latest(registry)
 
 
-def _engines(lines: list[str], status: StatusView) -> None:
-    def each(name: str, text: str, value: str) -> None:
-        _family(
-            lines, name, text, [({"engine": e.name, "role": e.role}, _number(e, value, status)) for e in status.engines]
-        )
+class StatusCollector(Collector):
+    """Reads the metrics off one StatusView."""
 
-    each("engine_torn", "1 while its live weights may be no whole version.", "torn")
-    each("engine_paused", "1 while it says that it is paused, -1 while it does not say.", "paused")
-    each("engine_serving_committed", "1 while it serves the committed version.", "serving")
-    each("engine_ranks_connected", "Connected agents.", "ranks_connected")
-    each("engine_ranks_expected", "Ranks that it has.", "ranks_expected")
+    def __init__(self, status: StatusView) -> None:
+        self._status = status
 
-
-def _number(engine: EngineView, what: str, status: StatusView) -> int:
-    if what == "torn":
-        return int(engine.torn)
-    if what == "paused":
-        return -1 if engine.paused is None else int(engine.paused)
-    if what == "serving":
-        holds = engine.version is not None and status.committed is not None
-        same = holds and _name(engine) == (status.committed.step, status.committed.generation)  # type: ignore[union-attr]
-        return int(same and engine.paused is False and not engine.torn)
-    return engine.ranks_connected if what == "ranks_connected" else engine.ranks_expected
+    def collect(self) -> Iterable[Metric]:
+        """Every metric; those of a commit, and of a round, only once there has been one."""
+        status = self._status
+        yield _gauge("epoch", "Epoch of the daemon.", status.epoch)
+        yield _gauge("round_running", "1 while a round is under way.", status.round is not None)
+        yield _gauge("problems", "Things in the run directory that are not believed.", len(status.problems))
+        if status.committed is not None:
+            yield from _commit(status.committed)
+        yield from _engines(status)
+        if status.rounds:
+            yield from _last_round(status.rounds[-1])
 
 
-def _name(engine: EngineView) -> tuple[int, int]:
-    assert engine.version is not None
-    return engine.version.step, engine.version.generation
+def _commit(committed: VersionView) -> Iterator[Metric]:
+    yield _gauge("committed_step", "Step of the committed version.", committed.step)
+    yield _gauge("committed_sequence", "Number of the last commit.", committed.sequence)
+    if committed.unix_time:
+        yield _gauge("committed_unix_seconds", "When it was committed.", committed.unix_time)
 
 
-def _last_round(lines: list[str], row: RoundRow) -> None:
-    _family(lines, "last_round_committed", "1 if the last round committed.", [({}, int(row.outcome == "committed"))])
-    _family(lines, "last_round_bytes", "Bytes that it moved.", [({}, row.bytes)])
-    _family(lines, "last_round_unix_seconds", "When it ended.", [({}, row.unix_time)])
-    parts = {"pause": row.pause_ms, "stall": row.stall_ms, "verify": row.verify_ms, "total": row.total_ms}
-    samples: list[tuple[dict[str, str], float]] = [({"part": name}, ms / 1e3) for name, ms in parts.items()]
-    _family(lines, "last_round_seconds", "What it took.", samples)
+def _engines(status: StatusView) -> Iterator[Metric]:
+    def each(name: str, text: str, value: Callable[[EngineView], int]) -> Metric:
+        family = GaugeMetricFamily(_PREFIX + name, text, labels=("engine", "role"))
+        for engine in status.engines:
+            family.add_metric((engine.name, engine.role), value(engine))
+        return family
+
+    yield each("engine_torn", "1 while its live weights may be no whole version.", lambda engine: engine.torn)
+    yield each("engine_paused", "1 while it says that it is paused, -1 while it does not say.", _paused)
+    yield each(
+        "engine_serving_committed",
+        "1 while it serves the committed version.",
+        lambda engine: _serves(engine, status.committed),
+    )
+    yield each("engine_ranks_connected", "Connected agents.", lambda engine: engine.ranks_connected)
+    yield each("engine_ranks_expected", "Ranks that it has.", lambda engine: engine.ranks_expected)
 
 
-def _family(lines: list[str], name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> None:
-    lines.append(f"# HELP {_PREFIX}{name} {text}")
-    lines.append(f"# TYPE {_PREFIX}{name} gauge")
-    for labels, value in samples:
-        shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        lines.append(f"{_PREFIX}{name}{{{shown}}} {value:.15g}" if shown else f"{_PREFIX}{name} {value:.15g}")
+def _paused(engine: EngineView) -> int:
+    return -1 if engine.paused is None else engine.paused
 
 
-def _escaped(label: str) -> str:
-    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+def _serves(engine: EngineView, committed: VersionView | None) -> bool:
+    held = engine.version
+    if held is None or committed is None or engine.torn or engine.paused is not False:
+        return False
+    return (held.step, held.generation) == (committed.step, committed.generation)
+
+
+def _last_round(row: RoundRow) -> Iterator[Metric]:
+    yield _gauge("last_round_committed", "1 if the last round committed.", row.outcome == "committed")
+    yield _gauge("last_round_bytes", "Bytes that it moved.", row.bytes)
+    yield _gauge("last_round_unix_seconds", "When it ended.", row.unix_time)
+    seconds = GaugeMetricFamily(_PREFIX + "last_round_seconds", "What it took.", labels=("part",))
+    milliseconds = {"pause": row.pause_ms, "stall": row.stall_ms, "verify": row.verify_ms, "total": row.total_ms}
+    for part, value in milliseconds.items():
+        seconds.add_metric((part,), value / 1e3)
+    yield seconds
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(_PREFIX + name, text, value=value)

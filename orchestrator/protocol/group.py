@@ -25,7 +25,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gather(msgspec.Struct, frozen=True, tag=True):
-    """Take one message from every agent; answered by one Piece for each, in rank order, and Done."""
+    """Take one message from every agent; answered by one PipePiece for each, in rank order, and Done."""
 
     timeout_seconds: float
 
@@ -43,7 +43,7 @@ class Barrier(msgspec.Struct, frozen=True, tag=True):
     timeout_seconds: float
 
 
-class Piece(msgspec.Struct, frozen=True, tag=True):
+class PipePiece(msgspec.Struct, frozen=True, tag=True):
     """What agent ``rank`` said."""
 
     rank: int
@@ -61,7 +61,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Join | Gather | Deliver | Barrier
-Answer = Piece | Done | Failed
+Answer = PipePiece | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 commands: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(Command)

@@ -64,7 +64,6 @@ class Announce(Message, frozen=True, kw_only=True):
     layout: Layout
     endpoint_name: Name = ""
     endpoint: bytes = b""
-    capabilities: tuple[Name, ...] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -99,16 +98,23 @@ class PeerTransfer(msgspec.Struct, frozen=True):
 
 
 class Closed(Message, frozen=True, kw_only=True):
-    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it."""
+    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
+
+    With ``error``: ``fault`` says whose it is, ``retry`` whether another attempt at this version may succeed.
+    """
 
     round: RoundName
     peers: tuple[PeerTransfer, ...] = ()
     error: Reason = ""
     fault: Fault = ""
+    retry: bool = True
 
 
 class Verified(Message, frozen=True, kw_only=True):
-    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors."""
+    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
+
+    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     digest: Digest
@@ -116,13 +122,20 @@ class Verified(Message, frozen=True, kw_only=True):
     apply_seconds: float
     digest_seconds: float
     error: Reason = ""
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Left(Message, frozen=True, kw_only=True):
-    """The update call of ``round`` has ended in this worker; its status is now ``status``."""
+    """The update call of ``round`` has ended in this worker; its status is now ``status``.
+
+    When it ended by itself, before Commit or Abort: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    """
 
     round: RoundName
     status: EngineStatus
+    fault: Fault = ""
+    retry: bool = True
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -137,15 +150,30 @@ class Bye(Message, frozen=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
 class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
-    """How agents move bytes over NIXL. ``flush_every``: handles in flight before a drain."""
+    """How agents move bytes over NIXL.
+
+    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
+    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
+    rates are not judged.
+    """
 
     backends: tuple[str, ...] = ("UCX",)
-    flush_every: int = 100
+    in_flight_per_peer: int = 100
     rails: int = 2
+    max_gb_per_second: float | None = None
 
 
 class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
-    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/``."""
+    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
+
+    Trainer and inference ranks see it under the same path as the daemon.
+    """
+
+    directory: str
+
+
+TransportSettings = NixlSettings | FilesystemSettings
+"""Every transport's settings, told apart by their tags."""
 
 
 class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
@@ -163,7 +191,10 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
+    """The daemon takes this agent in.
+
+    Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
+    them is taken for lost.
 
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
@@ -171,10 +202,9 @@ class Welcome(Message, frozen=True, kw_only=True):
     epoch: int
     journal_id: Name
     heartbeat_seconds: float
-    transfer_seconds: float
-    transport: NixlSettings | FilesystemSettings
+    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
+    transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
-    run_dir: str = ""
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -242,7 +272,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: the fate of a version."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
 
     version: Version
     committed: bool

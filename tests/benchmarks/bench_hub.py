@@ -21,6 +21,7 @@ another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import math
@@ -38,9 +39,10 @@ import numpy as np
 import structlog
 from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
 from weightsync.agents.link.client import ControlClient
-from weightsync.agents.link.connection import Connection
-from weightsync.orchestrator.daemon.hub.connection import READ_BYTES, HubTiming
-from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
+from weightsync.agents.link.connection import DaemonConnection
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.layout import ROW_COLUMNS, Layout, Region, Tensor
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -61,6 +63,7 @@ from weightsync.orchestrator.protocol.names import Member, Version
 RUN: Final = "bench"
 LAYOUT_BYTES: Final = 20_000
 HEARTBEAT_SECONDS: Final = 5.0
+LOST_AFTER_HEARTBEATS: Final = 4
 AGENTS: Final = (16, 64, 128, 256, 1024, 4096)
 SPG_RANKS: Final = (16, 64, 128)
 GROWTH_FROM: Final = 64
@@ -170,15 +173,16 @@ class Coordinator:
         self._hub: Hub | None = None
 
     async def serve(self, token_file: Path) -> None:
-        timing = HubTiming(heartbeat_seconds=HEARTBEAT_SECONDS, hello_seconds=SETUP_SECONDS)
-        self._hub = Hub(run_id=RUN, token_file=token_file, on_event=self.on_event, timing=timing)
+        timing = HubTiming(HEARTBEAT_SECONDS, LOST_AFTER_HEARTBEATS, SETUP_SECONDS, CLOSE_SECONDS)
+        next_id = itertools.count(1).__next__
+        self._hub = Hub(token_file=token_file, post=self.on_event, next_id=next_id, timing=timing)
         self._pipe.send(await self._hub.start("127.0.0.1", 0))
         await closed(self._pipe)
         await self._hub.close()
 
-    def on_event(self, event: HubEvent) -> None:
+    def on_event(self, event: Event) -> None:
         assert self._hub is not None
-        if isinstance(event, AgentMessage):
+        if isinstance(event, AgentSaid):
             if isinstance(event.message, Ready):
                 self._one_ready()
             elif isinstance(event.message, Announce):
@@ -186,7 +190,7 @@ class Coordinator:
                 if len(self._announced) == self._agents:
                     self._connect_all()
         elif isinstance(event, AgentConnected):
-            self._hub.accept(event.member, event.connection_id, WELCOME)
+            self._hub.accept(event.member, event.connection, WELCOME)
         elif isinstance(event, AgentLost) and not self._ready:
             raise RuntimeError(f"lost {event.member}: {event.reason}")
 
@@ -207,14 +211,16 @@ class Coordinator:
         if self._ready == self._agents:
             self._pipe.send(time.monotonic())
             gc.freeze()  # as the daemon does when its fleet has met
-        self._hub.broadcast(self._announced, Outcome(version=VERSION, committed=True))
+        outcome = Outcome(version=VERSION, committed=True)
+        for member in self._announced:
+            self._hub.send(member, outcome)
 
 
 WELCOME: Final = Welcome(
     epoch=1,
     journal_id="bench",
     heartbeat_seconds=HEARTBEAT_SECONDS,
-    transfer_seconds=60.0,
+    lost_after_heartbeats=LOST_AFTER_HEARTBEATS,
     transport=NixlSettings(),
     rendezvous=HubRendezvous(),
 )
@@ -233,7 +239,7 @@ class GatedClient(ControlClient):
 
     gate: "Gate"
 
-    async def _dial(self, session: aiohttp.ClientSession) -> Connection:
+    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
         connection = await super()._dial(session)
         await self.gate.pass_through()
         return connection

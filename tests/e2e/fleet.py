@@ -145,7 +145,7 @@ class Fleet:
         self.config.write_text(yaml.safe_dump(self._document()))
 
     def _document(self) -> dict[str, Any]:
-        quick = {"probe_seconds": 2, "heartbeat_seconds": 2, "transfer_seconds": 60, "quiesce_seconds": 30}
+        quick = {"probe_interval_seconds": 2, "heartbeat_seconds": 2, "transfer_seconds": 60, "quiesce_seconds": 30}
         document: dict[str, Any] = {
             "run": {"id": self.run_id, "directory": str(self.directory / "run")},
             "state_directory": str(self.directory / "state"),

@@ -120,7 +120,7 @@ def test_a_wrong_token_is_what_the_constructor_says(lonely: Fleet, tmp_path: Pat
 
 
 def test_another_run_is_refused_for_good(lonely: Fleet) -> None:
-    with pytest.raises(RefusedForGood, match="serves run 'e2e', not 'another-run'"):
+    with pytest.raises(RefusedForGood, match="belongs to run 'another-run', this daemon serves run 'e2e'"):
         in_process_trainer(lonely, run_id="another-run")
 
 
@@ -278,6 +278,7 @@ def test_a_trainer_that_does_not_fit_fails_by_name_and_disturbs_nobody(served: S
     for word in (*words, "trainer/0", "engine/0"):
         assert word in str(failure.value)
     reason = served.whole.directory / "run" / "broadcasts" / f"step_{served.step}" / "FAILED"
+    served.whole.until(reason.exists, "FAILED, which is written beside the answer to the trainer")
     assert words[0] in json.loads(reason.read_text())["reason"]
     assert words[0] in served.whole.engine("engine")["error"]
     assert not served.server.is_paused()

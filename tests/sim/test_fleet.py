@@ -53,7 +53,13 @@ def test_without_faults_version_after_version_is_committed() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_engine_ever_serves_a_mixture_and_all_recover(seed: int) -> None:
     world = World(
-        seed, engines=1 + seed % 3, ranks=1 + seed % 2, trainers=1 + seed % 2, faults=0.02, guarded=seed % 4 < 2
+        seed,
+        engines=1 + seed % 3,
+        ranks=1 + seed % 2,
+        trainers=1 + seed % 2,
+        faults=0.02,
+        guarded=seed % 4 < 2,
+        paired=seed % 3 > 0 and seed % 5 == 0,
     )
     disturb(world, FAULTY_SECONDS)
     world.run(FAULTY_SECONDS)

@@ -9,232 +9,39 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from fleets import plan_facts, policy_for
+from processes import Agent, Server, Trainer, Worker
 from weightsync.orchestrator.core.commands import (
     Accept,
     Append,
     CallEngine,
     Command,
-    Deliver,
     Drop,
+    LookForStable,
     MakePlan,
     Refuse,
     Send,
+    SendPlan,
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
-    AgentSaid,
     Appended,
-    Call,
     CallDone,
     CallFailed,
     Event,
     MarkersSeen,
-    PlanFacts,
     PlanReady,
     StableSeen,
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.layout import Layout
-from weightsync.orchestrator.protocol.messages import (
-    Abort,
-    Announce,
-    Closed,
-    Commit,
-    Connect,
-    EngineStatus,
-    FromDaemon,
-    Grant,
-    Hello,
-    Left,
-    NixlSettings,
-    Outcome,
-    PeerTransfer,
-    Quiesced,
-    Ready,
-    Staged,
-    TrainerStatus,
-    Verified,
-    Verify,
-    Welcome,
-)
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version, add_digests
-
-LAYOUT = Layout((), (), b"")
-BYTES_PER_EDGE = 100
-
-
-def digest_of(writer: int, version: Version | None, target: Member) -> tuple[int, int]:
-    """Of the bytes that one writer owes one target, at a version."""
-    return (hash((writer, version, target)) & (2**64 - 1), hash((version, target, writer)) & (2**64 - 1))
-
-
-@dataclass
-class Agent:
-    """A process with one connection at most."""
-
-    world: "World"
-    member: Member
-    incarnation: int
-    connection: int = 0
-    accepted: int = 0
-    epoch: int = 0
-    journal_id: str = ""
-    alive: bool = True
-
-    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
-        raise NotImplementedError
-
-    def heard(self, message: FromDaemon) -> None:
-        raise NotImplementedError
-
-    def say(self, message: object) -> None:
-        """Over the present connection, if there is one; order is kept."""
-        if self.alive and self.connection:
-            self.world.to_daemon(AgentSaid(self.world.next_id(), self.member, self.connection, message))  # type: ignore[arg-type]
-
-    def receive(self, message: FromDaemon) -> None:
-        match message:
-            case Welcome():
-                if (message.epoch, message.journal_id) < (self.epoch, "") or (
-                    message.epoch == self.epoch and message.journal_id != self.journal_id
-                ):
-                    raise AssertionError(f"{self.member} was welcomed by an older daemon")
-                self.epoch, self.journal_id = message.epoch, message.journal_id
-                self.say(Announce(layout=LAYOUT))
-            case Connect():
-                self.world.later(0.05, lambda: self.say(Ready(fingerprint=message.fingerprint)))
-            case _:
-                self.heard(message)
-
-
-@dataclass
-class Worker(Agent):
-    """One rank of an engine. ``memory``: which version each writer's share holds; None is the checkpoint."""
-
-    memory: dict[int, Version | None] = field(default_factory=dict)
-    applied: Version | None = None
-    torn: bool = False
-    window: RoundName | None = None
-    window_version: Version | None = None
-    over: Callable[[bool], None] | None = None
-    refused: set[RoundName] = field(default_factory=set)
-
-    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
-        return {"engine": EngineStatus(self.applied, self.window, self.torn)}
-
-    @property
-    def may_run(self) -> bool:
-        return self.applied is not None and not self.torn and self.window is None
-
-    def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[bool], None]) -> None:
-        """The update call reaches the worker."""
-        if name in self.refused or self.window is not None:
-            over(False)
-            return
-        self.window, self.window_version, self.over = name, version, over
-        self.say(Quiesced(round=name))
-        self.world.later(deadline, lambda: self.leave(name, False, True))
-
-    def leave(self, name: RoundName, good: bool, torn: bool) -> None:
-        if self.window != name or not self.alive:
-            return
-        version, over = self.window_version, self.over
-        self.window, self.over = None, None
-        if good:
-            self.applied, self.torn = version, False
-        else:
-            self.torn = self.torn or torn
-        self.say(Left(round=name, status=EngineStatus(self.applied, None, self.torn)))
-        assert over is not None
-        over(good)
-
-    def heard(self, message: FromDaemon) -> None:
-        match message:
-            case Verify():
-                self.world.later(self.world.short(), lambda: self._verify(message))
-            case Commit():
-                self.leave(message.round, True, False)
-            case Abort():
-                self.refused.add(message.round)
-                self.leave(message.round, False, message.torn)
-            case _:
-                pass
-
-    def _verify(self, message: Verify) -> None:
-        if self.window != message.round:
-            return
-        digest = add_digests(*(digest_of(w, v, self.member) for w, v in self.memory.items()))
-        size = BYTES_PER_EDGE * self.world.trainers
-        self.say(Verified(round=message.round, digest=digest, bytes=size, apply_seconds=0.0, digest_seconds=0.0))
-
-
-@dataclass
-class Trainer(Agent):
-    """One trainer rank."""
-
-    generation: int = 0
-    staged: Version | None = None
-    open: RoundName | None = None
-
-    def status(self) -> dict[str, TrainerStatus | EngineStatus]:
-        return {"trainer": TrainerStatus(self.staged, self.open)}
-
-    def heard(self, message: FromDaemon) -> None:
-        match message:
-            case Grant():
-                self._write(message)
-            case Outcome():
-                self.world.outcome(self, message)
-            case _:
-                pass
-
-    def _write(self, grant: Grant) -> None:
-        busy = self.open is not None and self.world.guarded
-        if busy or self.staged != grant.version or grant.round.epoch != self.epoch:
-            self.say(Closed(round=grant.round, error="the slots hold another version", fault="trainer"))
-            return
-        self.open = grant.round
-        version = grant.version
-        targets = [self.world.workers[m] for m in grant.members]
-        stopped = self.world.fault("stopped writer")
-        for worker in targets:
-            delay = self.world.rng.uniform(1, 60) if stopped else self.world.short()
-            corrupt = self.world.fault("corrupt write")
-            self.world.later(delay, lambda w=worker, c=corrupt: self._land(w, version, c))
-        ends = 61.0 if stopped else self.world.SHORT
-        self.world.later(ends, lambda: self._close(grant, targets))
-
-    def _land(self, worker: Worker, version: Version, corrupt: bool) -> None:
-        if worker.alive and self.alive:  # a dead process writes nothing more; a stopped one does
-            worker.memory[self.member.rank] = Version(0, -1) if corrupt else version
-
-    def _close(self, grant: Grant, targets: list[Worker]) -> None:
-        if not self.alive:
-            return
-        rank = self.member.rank
-        self.open = None
-        peers = tuple(
-            PeerTransfer(w.member, BYTES_PER_EDGE, 1, 0.01, digest_of(rank, grant.version, w.member)) for w in targets
-        )
-        dead = [w for w in targets if not w.alive]
-        error = f"{dead[0].member} is gone" if dead else ""
-        self.say(Closed(round=grant.round, peers=() if dead else peers, error=error))
-
-
-@dataclass
-class Server:
-    """An engine's API server and core: held from its start, serving when not paused."""
-
-    name: str
-    paused: bool = True
+from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Outcome, Staged
+from weightsync.orchestrator.protocol.names import Member, Version
 
 
 class World:
@@ -255,6 +62,7 @@ class World:
         faults: float = 0.0,
         *,
         guarded: bool = True,
+        paired: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -263,10 +71,10 @@ class World:
         self._order = itertools.count()
         self._ids = itertools.count(1)
         self.log: list[str] = []
-        self.policy = Policy(
-            run_id="sim", engines=tuple(EngineConfig(f"e{i}") for i in range(engines)), transport=NixlSettings(),
-            attempts=4, backoff=0.5, join=2000.0, staged=500.0, rendezvous=20.0, probe=2.0, pause=10.0, quiesce=10.0,
-            transfer=10.0, verify=10.0, finish=10.0,
+        self.policy = policy_for(
+            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", attempts=4, backoff=0.5,
+            join=2000.0, staged=500.0, rendezvous=20.0, probe=4.0, probe_interval=2.0, init=8.0, pause=10.0,
+            quiesce=10.0, transfer=10.0, verify=10.0, finish=10.0,
         )  # fmt: skip
         self.disk: list[bytes] = []
         self.stable: set[StableSeen] = set()
@@ -332,7 +140,7 @@ class World:
         self.fleet, commands = start(self.policy, "journal", records, self.now)
         self.log.append(f"{self.now:9.3f} daemon starts with epoch {self.fleet.epoch}")
         self._perform(commands)
-        self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
+        self.scan()
         self._tick(self.life)
         for agent in [*self.trainer_ranks, *self.workers.values()]:
             agent.connection = 0
@@ -399,12 +207,14 @@ class World:
                     self.later(self.rng.uniform(0.5, 2), lambda: self.connect(agent))
             case Send():
                 self._deliver(command.member, None, command.message)
-            case Deliver():
+            case SendPlan():
                 self._deliver(command.member, None, command.connect)
             case MakePlan():
                 self.to_daemon(PlanReady(self.next_id(), command.number, plan_facts(command)))
             case CallEngine():
                 self._call(command)
+            case LookForStable():
+                self.later(command.after_seconds, self.scan)
             case WriteMarker():
                 if command.kind != "TRANSFER_READY":
                     self.stable = {s for s in self.stable if s.step != command.version.step}
@@ -449,7 +259,7 @@ class World:
             self.later(self.rng.uniform(0.1, 5), lambda: self.connect(agent))
 
     def start_engine(self, name: str) -> None:
-        self.servers[name] = Server(name)
+        self.servers[name] = Server(self, name)
         for rank in range(self.ranks):
             member = Member("inference", name, rank)
             self.workers[member] = Worker(
@@ -515,6 +325,10 @@ class World:
             agent.staged = version
             agent.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
         self.stable.add(StableSeen(version.step, generation if self.rng.random() < 0.5 else None))
+        self.scan()
+
+    def scan(self) -> None:
+        """The daemon looks at the run directory."""
         self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
 
     def outcome(self, trainer: Trainer, message: Outcome) -> None:
@@ -544,58 +358,4 @@ class World:
 
         name, call = command.engine, command.call
         server = self.servers[name]
-        self.later(self.short(), lambda: self._route(command, server, answer))
-
-    def _route(self, command: CallEngine, server: Server, answer: Callable[..., None]) -> None:
-        if self.servers[command.engine] is not server:
-            answer(False)  # a call ends with the process that it was made to
-            return
-        workers = [w for w in self.workers.values() if w.member.engine == server.name]
-        if self.fault("call refused"):
-            answer(False)
-            return
-        match command.call:
-            case Call.PROBE:
-                answer(True, server.paused)
-            case Call.INIT:
-                for worker in workers:
-                    self.connect(worker)
-                answer(True)
-            case Call.PAUSE:
-                server.paused = True
-                answer(True, True)
-            case Call.UPDATE:
-                self._update(command, workers, answer)
-            case Call.FINISH:
-                answer(True)
-            case Call.RESUME:
-                servable = not self.guarded or all(w.may_run for w in workers)
-                if servable:
-                    server.paused = False
-                answer(servable, server.paused)
-
-    def _update(self, command: CallEngine, workers: list[Worker], answer: Callable[..., None]) -> None:
-        assert command.round is not None
-        assert command.version is not None
-        results: list[bool] = []
-
-        def over(good: bool) -> None:
-            results.append(good)
-            if len(results) == len(workers):
-                answer(all(results), True)
-
-        for worker in workers:
-            worker.enter(command.round, command.version, command.deadline * 0.9, over)
-
-
-def plan_facts(command: MakePlan) -> PlanFacts:
-    """Everybody sends to everybody; the fingerprint names the incarnations."""
-    members = sorted((p.member, p.incarnation) for p in (*command.sources, *command.targets))
-    connects = {
-        member: Connect(
-            fingerprint=str(hash((member, tuple(members)))), root="r", peers=(), copies=b"", expected_bytes=1
-        )
-        for member, _ in members
-    }
-    flows = {(s.member, t.member): BYTES_PER_EDGE for s in command.sources for t in command.targets}
-    return PlanFacts("root", connects, flows, True)
+        self.later(self.short(), lambda: server.perform(command, answer))

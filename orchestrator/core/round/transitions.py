@@ -25,14 +25,14 @@ class Phase(StrEnum):
     VERIFYING = "verifying"  # live digests of every worker
     DECIDING = "deciding"  # DECIDED durable
     APPLYING = "applying"  # every worker out of the update call, as committed
-    FINISHING = "finishing"  # vLLM told the version
+    FINISHING = "finishing"  # every engine's answer that it knows the version
     RESUMING = "resuming"  # every engine's /resume
     RECORDING = "recording"  # COMMITTED durable
-    CANCELLING = "cancelling"  # workers out of the window, engines resumed with what they had
-    TEARING = "tearing"  # CLOSED from every writer or its deadline; workers out of the window, engines kept paused
+    CANCELLING = "cancelling"  # workers out of the update call, engines resumed with what they had
+    TEARING = "tearing"  # CLOSED from every writer; then workers out of the update call, engines kept paused
 
 
-class Happening(StrEnum):
+class Report(StrEnum):
     """What the round sees of an event."""
 
     PAUSED = "paused"
@@ -51,9 +51,9 @@ class Happening(StrEnum):
 
 
 class Action(Enum):
-    """What is done about it; the names of functions in ``rounds``."""
+    """What is done about it; the names of functions in ``reports``."""
 
-    note = "note"  # write it down, then see whether the phase is complete
+    note = "note"  # judge it; the phase may be complete
     cancel = "cancel"  # give up before anything was written
     tear = "tear"  # give up after something may have been written
     evict = "evict"  # go on without that engine
@@ -62,44 +62,50 @@ class Action(Enum):
     ignore = "ignore"  # late or already accounted for
 
 
-_P, _H, _A = Phase, Happening, Action
+_P, _R, _A = Phase, Report, Action
 
 _BEFORE_WRITING: Final = {
-    _H.PAUSED: _A.note, _H.QUIESCED: _A.cancel, _H.CLOSED: _A.cancel, _H.VERIFIED: _A.cancel, _H.LEFT: _A.cancel,
-    _H.UPDATE_OVER: _A.cancel, _H.CALL_FAILED: _A.cancel, _H.WRITER_LOST: _A.cancel, _H.RANK_LOST: _A.cancel,
-    _H.DEADLINE: _A.cancel,
+    _R.PAUSED: _A.note, _R.QUIESCED: _A.cancel, _R.CLOSED: _A.cancel, _R.VERIFIED: _A.cancel, _R.LEFT: _A.cancel,
+    _R.UPDATE_OVER: _A.cancel, _R.CALL_FAILED: _A.cancel, _R.WRITER_LOST: _A.cancel, _R.RANK_LOST: _A.cancel,
+    _R.DEADLINE: _A.cancel,
 }  # fmt: skip
 _WRITTEN: Final = {
-    _H.QUIESCED: _A.ignore, _H.CLOSED: _A.note, _H.VERIFIED: _A.tear, _H.LEFT: _A.tear, _H.UPDATE_OVER: _A.note,
-    _H.CALL_FAILED: _A.note, _H.RANK_LOST: _A.tear, _H.DEADLINE: _A.tear,
+    _R.QUIESCED: _A.ignore, _R.CLOSED: _A.note, _R.VERIFIED: _A.tear, _R.LEFT: _A.tear, _R.UPDATE_OVER: _A.note,
+    _R.CALL_FAILED: _A.note, _R.RANK_LOST: _A.tear, _R.DEADLINE: _A.tear,
 }  # fmt: skip
 _FORWARD: Final = {
-    _H.QUIESCED: _A.ignore, _H.CLOSED: _A.ignore, _H.VERIFIED: _A.ignore, _H.LEFT: _A.note, _H.UPDATE_OVER: _A.note,
-    _H.FINISHED: _A.note, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.evict, _H.WRITER_LOST: _A.ignore,
-    _H.RANK_LOST: _A.evict, _H.DEADLINE: _A.evict_missing,
+    _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.ignore, _R.LEFT: _A.note, _R.UPDATE_OVER: _A.note,
+    _R.FINISHED: _A.note, _R.RESUMED: _A.note, _R.CALL_FAILED: _A.evict, _R.WRITER_LOST: _A.ignore,
+    _R.RANK_LOST: _A.evict, _R.DEADLINE: _A.evict_missing,
 }  # fmt: skip
 _BACKWARD: Final = {
-    _H.PAUSED: _A.ignore, _H.QUIESCED: _A.ignore, _H.CLOSED: _A.note, _H.VERIFIED: _A.ignore, _H.LEFT: _A.note,
-    _H.UPDATE_OVER: _A.note, _H.FINISHED: _A.ignore, _H.RESUMED: _A.note, _H.CALL_FAILED: _A.note,
-    _H.WRITER_LOST: _A.note, _H.RANK_LOST: _A.note, _H.DEADLINE: _A.give_up, _H.DURABLE: _A.ignore,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.note, _R.VERIFIED: _A.ignore, _R.LEFT: _A.note,
+    _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore, _R.RESUMED: _A.note, _R.CALL_FAILED: _A.note,
+    _R.WRITER_LOST: _A.note, _R.RANK_LOST: _A.note, _R.DEADLINE: _A.give_up, _R.DURABLE: _A.ignore,
 }  # fmt: skip
 
-TABLE: Final[dict[Phase, dict[Happening, Action]]] = {
+TABLE: Final[dict[Phase, dict[Report, Action]]] = {
     _P.PAUSING: _BEFORE_WRITING,
-    _P.QUIESCING: {**_BEFORE_WRITING, _H.QUIESCED: _A.note},
-    _P.MARKING: {**_BEFORE_WRITING, _H.QUIESCED: _A.ignore, _H.DURABLE: _A.note},
-    _P.WRITING: {**_WRITTEN, _H.WRITER_LOST: _A.tear},
-    _P.VERIFYING: {**_WRITTEN, _H.CLOSED: _A.ignore, _H.VERIFIED: _A.note, _H.WRITER_LOST: _A.ignore},
-    _P.DECIDING: {**_FORWARD, _H.DURABLE: _A.note, _H.LEFT: _A.evict, _H.CALL_FAILED: _A.note},
-    _P.APPLYING: {**_FORWARD, _H.CALL_FAILED: _A.note},
+    _P.QUIESCING: {**_BEFORE_WRITING, _R.QUIESCED: _A.note},
+    _P.MARKING: {**_BEFORE_WRITING, _R.QUIESCED: _A.ignore, _R.DURABLE: _A.note},
+    _P.WRITING: {**_WRITTEN, _R.WRITER_LOST: _A.tear},
+    _P.VERIFYING: {**_WRITTEN, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.note, _R.WRITER_LOST: _A.ignore},
+    _P.DECIDING: {
+        **_FORWARD,
+        _R.DURABLE: _A.note,
+        _R.LEFT: _A.evict,
+        _R.CALL_FAILED: _A.note,
+        _R.DEADLINE: _A.ignore,  # no engine is late, the disk is
+    },
+    _P.APPLYING: {**_FORWARD, _R.CALL_FAILED: _A.note},
     _P.FINISHING: _FORWARD,
     _P.RESUMING: _FORWARD,
     _P.RECORDING: {
         **_FORWARD,
-        _H.DURABLE: _A.note,
-        _H.CALL_FAILED: _A.ignore,
-        _H.RANK_LOST: _A.ignore,
-        _H.DEADLINE: _A.ignore,
+        _R.DURABLE: _A.note,
+        _R.CALL_FAILED: _A.ignore,
+        _R.RANK_LOST: _A.ignore,
+        _R.DEADLINE: _A.ignore,
     },
     _P.CANCELLING: _BACKWARD,
     _P.TEARING: _BACKWARD,

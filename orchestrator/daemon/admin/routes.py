@@ -46,7 +46,7 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
         return _json(await views.rounds(int(text)))
 
     async def show_metrics(_: web.Request) -> web.StreamResponse:
-        return web.Response(body=render(await views.status()).encode(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
+        return web.Response(body=render(await views.status()), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
 
     async def show_layouts(_: web.Request) -> web.StreamResponse:
         found = await views.layouts()

@@ -1,6 +1,5 @@
 """What the daemon shows of itself, as ``/status`` and ``/rounds`` answer it and as the command line prints it."""
 
-from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -35,7 +34,8 @@ def version_view(version: Version | None, sequence: int = 0, unix_time: float = 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     """One engine. ``state``: serving, paused, torn, held, joining, unreachable, updating; ``since`` in unix time.
 
-    ``paused`` is what the engine itself said last, None where it did not say.
+    ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
+    ``error``: trainer, engine, daemon, network or config.
     """
 
     name: str
@@ -48,6 +48,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool | None = None
     torn: bool = False
     error: str = ""
+    fault: str = ""
     since: float = 0.0
 
 
@@ -76,7 +77,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One finished round. ``bytes`` over all edges; ``wire_gb_per_s`` in 10^9 bytes per second, 0 if nothing moved.
 
     ``pause_ms``: until the last engine was paused; ``stall_ms``: from the first pause to the last resume;
-    ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole round.
+    ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole round. ``fault``: which side
+    has to mend ``reason``: trainer, engine, daemon, network or config.
     """
 
     round: str
@@ -95,6 +97,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float = 0.0
     times_ms: dict[str, float] = {}
     reason: str = ""
+    fault: str = ""
     unix_time: float = 0.0
 
     def fields(self) -> dict[str, Any]:
@@ -172,10 +175,6 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         total_ms=times.get("total", 0.0),
         times_ms=times,
         reason=record.reason,
+        fault=record.fault,
         unix_time=unix_time,
     )
-
-
-def newest(rows: Iterable[RoundRow], count: int = HISTORY_ROUNDS) -> tuple[RoundRow, ...]:
-    """The last ``count`` rows, oldest first."""
-    return tuple(rows)[-count:] if count > 0 else ()

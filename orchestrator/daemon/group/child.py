@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import msgspec
+from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, encode
 from weightsync.orchestrator.protocol.group import (
     LENGTH_BYTES,
@@ -24,12 +25,12 @@ from weightsync.orchestrator.protocol.group import (
     Failed,
     Gather,
     Join,
-    Piece,
+    PipePiece,
     answers,
     checked_length,
     packed,
 )
-from weightsync.orchestrator.protocol.messages import Announce, Connect, FromAgent, Ready, TcpStoreRendezvous
+from weightsync.orchestrator.protocol.messages import Announce, Connect, Fault, FromAgent, Ready, TcpStoreRendezvous
 
 CHILD_MODULE: Final = "weightsync.agents.link.process_group"
 
@@ -42,8 +43,11 @@ SECONDS_OVER: Final = 5.0
 T = TypeVar("T", bound=FromAgent)
 
 
-class TcpStoreError(RuntimeError):
+class TcpStoreError(WeightsyncError):
     """The group did not carry a message, or its child process ended. Worth a retry with a new group."""
+
+    fault: ClassVar[Fault] = "network"
+    retry = True
 
 
 class TcpStoreRendezvousServer:
@@ -60,6 +64,7 @@ class TcpStoreRendezvousServer:
         self,
         info: TcpStoreRendezvous,
         *,
+        # -P: modules that lie in the working directory must not take the place of installed ones.
         child: Sequence[str] = (sys.executable, "-P", "-m", CHILD_MODULE),
         seconds_over: float = SECONDS_OVER,
     ) -> None:
@@ -76,6 +81,7 @@ class TcpStoreRendezvousServer:
             TcpStoreError: no vLLM beside this daemon, the address is taken, or somebody is missing at the deadline.
         """
         self._world = world
+        # Standard error is the daemon's own, so that the child's tracebacks reach the log.
         self._child = await asyncio.create_subprocess_exec(
             *self._command_line, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -151,12 +157,12 @@ class TcpStoreRendezvousServer:
         for piece in await self._ask(command):
             raise TcpStoreError(f"the child answered {type(command).__name__} with what rank {piece.rank} says")
 
-    async def _ask(self, command: Command) -> list[Piece]:
+    async def _ask(self, command: Command) -> list[PipePiece]:
         """Have the child carry out ``command``; its answers up to Done."""
         child, name = self._child, type(command).__name__
         if child is None or child.stdin is None or child.stdout is None:
             raise TcpStoreError("the group is closed")
-        pieces: list[Piece] = []
+        pieces: list[PipePiece] = []
         try:
             async with asyncio.timeout(self._info.timeout_seconds + self._seconds_over):
                 child.stdin.write(packed(command))
@@ -164,6 +170,7 @@ class TcpStoreRendezvousServer:
                 while not isinstance(answer := await _answer(child.stdout), Done):
                     if isinstance(answer, Failed):
                         raise TcpStoreError(answer.reason)
+                    # Nothing that a child says may grow without bound in the daemon.
                     if len(pieces) == self._world:
                         raise TcpStoreError(f"the child answered {name} with more than {self._world} messages")
                     pieces.append(answer)

@@ -1,4 +1,4 @@
-"""One agent's connection as the hub sees it: its phase, its deadlines and its bounded way out.
+"""One agent's connection as the hub sees it: its stage, its deadlines and its bounded way out.
 
 Nothing here waits. Bytes are handled in the call that read them, and frames go out through the transport itself: a
 server's frames are not masked, so one broadcast is one run of bytes for every peer; the transport's own buffer is the
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from websockets.frames import CloseCode
+from websockets.protocol import Side
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.protocol.websocket import CloseCode, Endpoint, FrameError
+from weightsync.orchestrator.protocol.websocket import Endpoint, FrameError
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Unsent bytes to one agent: one frame of the largest allowed size, and as much again queued behind it."""
@@ -22,6 +24,13 @@ MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 READ_BYTES: Final = 64 * 1024
 """Read at once from one agent. asyncio's own 256 KiB is above glibc's mmap threshold: every heartbeat would map and
 unmap that much, which doubles the cost of a small message."""
+
+HELLO_SECONDS: Final = 10.0
+"""From the upgrade to the decision: a Hello is one small message and the core answers it at once, so this is for a slow
+network and a process that is still loading its model."""
+
+CLOSE_SECONDS: Final = 2.0
+"""For a closing handshake: long enough for a round trip, short beside the time that stopping the daemon may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +41,10 @@ class HubTiming:
     for ``missed_heartbeats`` × ``heartbeat_seconds`` is lost; ``close_seconds`` bounds the closing handshake.
     """
 
-    heartbeat_seconds: float = 5.0
-    missed_heartbeats: int = 4
-    hello_seconds: float = 10.0
-    close_seconds: float = 2.0
+    heartbeat_seconds: float
+    missed_heartbeats: int
+    hello_seconds: float
+    close_seconds: float
 
     @property
     def silence_seconds(self) -> float:
@@ -43,7 +52,7 @@ class HubTiming:
         return self.missed_heartbeats * self.heartbeat_seconds
 
 
-class Phase(enum.Enum):
+class Stage(enum.Enum):
     """What a connection waits for."""
 
     HELLO = enum.auto()
@@ -52,7 +61,7 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
-class Connection(asyncio.Protocol):
+class AgentConnection(asyncio.Protocol):
     """One WebSocket from its upgrade to its end; takes over the transport of the HTTP request that asked for it.
 
     Args:
@@ -69,12 +78,12 @@ class Connection(asyncio.Protocol):
         remote: str,
         transport: asyncio.Transport,
         http: asyncio.Protocol,
-        on_message: "Callable[[Connection, bytes], None]",
-        on_end: "Callable[[Connection, CloseCode, str], None]",
+        on_message: "Callable[[AgentConnection, bytes], None]",
+        on_end: "Callable[[AgentConnection, int, str], None]",
     ) -> None:
         self.number = number
         self.remote = remote
-        self.phase = Phase.HELLO
+        self.stage = Stage.HELLO
         self.hello: Hello | None = None
         self.gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -83,12 +92,12 @@ class Connection(asyncio.Protocol):
         self._http = http
         self._on_message = on_message
         self._on_end = on_end
-        self._endpoint = Endpoint(MAX_HELLO_BYTES, None)
-        self._broken = False
+        self._endpoint = Endpoint(Side.SERVER, MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._written = 0
         self._taken = 0
         self._taken_at = self.heard_at
+        # asyncio's selector transports read this attribute of their own before each read; others have none to set.
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
         transport.set_protocol(self)
@@ -104,28 +113,27 @@ class Connection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------ reading
     def data_received(self, data: bytes) -> None:
         """Handle what has come, to the end of the last whole frame."""
-        if self._broken:
-            return  # Whatever it sends until it has read our Close means nothing.
         self.heard_at = self._loop.time()
         try:
             messages = self._endpoint.receive(data)
         except FrameError as error:
-            self._broken = True
             self._on_end(self, error.code, str(error))
             return
         for message in messages:
-            if self.phase is Phase.ENDED:
+            if self.stage is Stage.ENDED:
                 break
             self._on_message(self, message)
-        if self._endpoint.outgoing:
-            self._transport.write(self._endpoint.answers())
-        if self._endpoint.peer_closed is not None:
-            code, reason = self._endpoint.peer_closed
-            self._on_end(self, CloseCode.NORMAL, f"closed by the agent: code {code} {reason}".rstrip())
+        answers = self._endpoint.answers()
+        if answers:
+            self._transport.write(answers)
+        closed = self._endpoint.peer_closed
+        if closed is not None:
+            said = f"closed by the agent: code {closed.code} {closed.reason}".rstrip()
+            self._on_end(self, CloseCode.NORMAL_CLOSURE, said)
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The transport has ended, by whoever's wish."""
+        """The transport has ended, closed by either side."""
         self._on_end(self, CloseCode.GOING_AWAY, f"the connection broke: {exc or 'end of stream'}")
         if self._timer is not None:
             self._timer.cancel()
@@ -153,21 +161,21 @@ class Connection(asyncio.Protocol):
 
     def accepted(self) -> None:
         """It belongs here: large messages are welcome, and only silence is watched."""
-        self.phase = Phase.ACCEPTED
-        self._endpoint.limit = MAX_FRAME_BYTES
+        self.stage = Stage.ACCEPTED
+        self._endpoint.limit_messages(MAX_FRAME_BYTES)
         if self._timer is not None:
             self._timer.cancel()
 
-    def end(self, code: CloseCode, reason: str, close_seconds: float) -> None:
+    def end(self, code: int, reason: str, close_seconds: float) -> None:
         """Begin the closing handshake; the transport ends within ``close_seconds`` whatever the peer does."""
-        self.phase = Phase.ENDED
+        self.stage = Stage.ENDED
         self.expect(close_seconds, self._transport.abort)
         if not self._transport.is_closing():
             self._transport.write(self._endpoint.close(code, reason))
 
     def abort(self) -> None:
         """End at once: it takes no bytes or says nothing, and a closing handshake would only wait for it again."""
-        self.phase = Phase.ENDED
+        self.stage = Stage.ENDED
         self._transport.abort()
 
     def overdue(self, now: float, timing: HubTiming) -> str:

@@ -1,30 +1,40 @@
 """The hub: the WebSocket endpoint that agents connect to. It knows no policy.
 
-What happens on a connection becomes a typed event, handed synchronously to one callback; what the callback's owner
-decides comes back through ``accept``, ``refuse``, ``send`` and ``drop``. Every ``AgentConnected`` is followed by at
-most one ``AgentLost`` of the same connection: none where the owner itself ended it (``refuse``, ``drop``, ``close``, or
-``accept`` of a newer connection of the same member). A peer that misbehaves costs its own connection and no other.
+What happens on a connection becomes an event of the core, handed to one callback in the call that read it; what the
+callback's owner decides comes back through ``accept``, ``refuse``, ``send`` and ``drop``. Every ``AgentConnected`` is
+followed by at most one ``AgentLost`` of the same connection: none where the owner itself ended it (``refuse``,
+``drop``, ``close``, or ``accept`` of a newer connection of the same member). A peer that misbehaves costs its own
+connection and no other.
+
+The hub sees to framing, the token, the limits and the deadlines, and that the first message is a Hello. Whether the
+agent that says it belongs here (its run, its rank, its schema) is the owner's to judge.
 """
 
 import asyncio
 import contextlib
 import itertools
-import ssl
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import structlog
 from aiohttp import hdrs, web
-from weightsync.orchestrator.daemon.hub.connection import Connection, HubTiming, Phase
+from websockets.frames import CloseCode
+from websockets.protocol import Side
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
 from weightsync.orchestrator.daemon.hub.token import bears, read_token
-from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_agent, encode
-from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
-from weightsync.orchestrator.protocol.messages import FromAgent, FromDaemon, Heartbeat, Hello, Refused, Welcome
+from weightsync.orchestrator.protocol.codec import (
+    ProtocolError,
+    SchemaMismatch,
+    decode_first,
+    decode_from_agent,
+    encode,
+)
+from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
+from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.protocol.websocket import CloseCode, Opcode, frame
+from weightsync.orchestrator.protocol.websocket import message_frame
 
 log = structlog.get_logger(__name__)
 
@@ -39,88 +49,32 @@ ACCEPT_BACKLOG: Final = 4096
 SWEEP_SLICES: Final = 32
 """A sweep looks at one slice of the connections, so that no burst of heartbeats delays a barrier."""
 
-
-_HEARTBEAT: Final = frame(Opcode.BINARY, encode(Heartbeat()))
-
-
-@dataclass(frozen=True, slots=True)
-class AgentConnected:
-    """A well-formed Hello of this run has come; the connection waits for ``accept`` or ``refuse``."""
-
-    member: Member
-    hello: Hello
-    connection_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class AgentMessage:
-    """An accepted agent has said something (heartbeats are not reported)."""
-
-    member: Member
-    connection_id: int
-    message: FromAgent
-
-
-@dataclass(frozen=True, slots=True)
-class AgentLost:
-    """A connection that was reported has ended, and not by its owner's wish."""
-
-    member: Member
-    connection_id: int
-    reason: str
-
-
-HubEvent = AgentConnected | AgentMessage | AgentLost
-
-
-class _AnyHello(msgspec.Struct, tag="Hello"):
-    """The one field of Hello that no schema may change."""
-
-    schema: int
-
-
-class _Unwelcome(Exception):
-    """The first frame is a Hello, but of somebody who does not belong here."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.message = Refused(reason=cut(reason), fault="config", retry=False)
+_HEARTBEAT: Final = message_frame(encode(Heartbeat()), Side.SERVER)
 
 
 class Hub:
     """Agents' endpoint. All methods belong to the loop that called ``start``.
 
     Args:
-        run_id: agents of another run are refused.
-        token_file: holds the bearer token; None only where ``ssl_context`` demands client certificates.
-        on_event: called for each event, in order, on the loop; it must not raise and must not block.
-        timing: deadlines; ``heartbeat_seconds`` is to be what Welcome tells the agents.
-        ssl_context: for TLS, and with ``verify_mode`` CERT_REQUIRED for mutual TLS.
+        token_file: holds the bearer token of every agent.
+        post: called for each event, in order, on the loop; it must not raise and must not block. Heartbeats are none.
+        next_id: the number of the next event.
+        timing: deadlines; ``heartbeat_seconds`` and ``missed_heartbeats`` are to be what Welcome tells the agents.
 
     Raises:
         TokenError: the token file cannot serve.
-        ValueError: nothing would authenticate the agents.
     """
 
     def __init__(
-        self,
-        *,
-        run_id: str,
-        token_file: Path | None,
-        on_event: Callable[[HubEvent], None],
-        timing: HubTiming | None = None,
-        ssl_context: ssl.SSLContext | None = None,
+        self, *, token_file: Path, post: Callable[[Event], None], next_id: Callable[[], int], timing: HubTiming
     ) -> None:
-        if token_file is None and (ssl_context is None or ssl_context.verify_mode is not ssl.CERT_REQUIRED):
-            raise ValueError("without a token file the hub needs TLS that demands client certificates")
-        self._token = None if token_file is None else read_token(token_file)
-        self._run_id = run_id
-        self._on_event = on_event
-        self._timing = timing or HubTiming()
-        self._ssl_context = ssl_context
+        self._token = read_token(token_file)
+        self._post = post
+        self._next_id = next_id
+        self._timing = timing
         self._numbers = itertools.count(1)
-        self._connections: dict[int, Connection] = {}
-        self._members: dict[Member, Connection] = {}
+        self._connections: dict[int, AgentConnection] = {}
+        self._members: dict[Member, AgentConnection] = {}
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
@@ -140,11 +94,12 @@ class Hub:
             configure(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=self._timing.close_seconds)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, ssl_context=self._ssl_context, backlog=ACCEPT_BACKLOG)
+        self._site = web.TCPSite(self._runner, host, port, backlog=ACCEPT_BACKLOG)
         try:
             await self._site.start()
         except OSError:
             await self._runner.cleanup()
+            self._runner = self._site = None  # or ``close`` would fail on them and hide why the start did
             raise
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
         return int(self._runner.addresses[0][1])
@@ -167,12 +122,7 @@ class Hub:
             await self._runner.cleanup()
             self._runner = None
 
-    # ------------------------------------------------------------------------------------------ owner's wishes
-    @property
-    def connected(self) -> frozenset[Member]:
-        """Members with an accepted connection."""
-        return frozenset(self._members)
-
+    # --------------------------------------------------------------------------------------- what the owner decides
     def accept(self, member: Member, connection_id: int, welcome: Welcome) -> bool:
         """Make a waiting connection the member's own and send ``welcome``; an older one of the member is ended.
 
@@ -209,14 +159,10 @@ class Hub:
         connection = self._members.get(member)
         return connection is not None and self._write(connection, self._frame(message))
 
-    def broadcast(self, members: Iterable[Member], message: FromDaemon) -> list[Member]:
-        """``send`` to each; returns those that it failed for."""
-        return [member for member in members if not self.send(member, message)]
-
-    def drop(self, member: Member, reason: str) -> bool:
-        """End the member's connection; it may come back. False when it has none."""
+    def drop(self, member: Member, connection_id: int, reason: str) -> bool:
+        """End this connection of the member; it may come back. False when it is not, or no longer, the member's own."""
         connection = self._members.get(member)
-        if connection is None:
+        if connection is None or connection.number != connection_id:
             return False
         self._end(connection, CloseCode.POLICY_VIOLATION, reason)
         return True
@@ -224,7 +170,7 @@ class Hub:
     # ------------------------------------------------------------------------------------------- one connection
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         remote = request.remote or "unknown"
-        if self._token is not None and not bears(request, self._token):
+        if not bears(request, self._token):
             log.warning("agent turned away: wrong or missing token", remote=remote)
             return web.Response(status=401, text="wrong or missing token\n", headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
         if self._site is None:
@@ -232,12 +178,15 @@ class Hub:
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("agent turned away: too many connections", remote=remote, limit=MAX_CONNECTIONS)
             return web.Response(status=503, text=f"more than {MAX_CONNECTIONS} connections\n")
+        # aiohttp does the handshake and keeps the books of the request; from then on the transport is the connection's.
         upgrade = web.WebSocketResponse(compress=False)
         await upgrade.prepare(request)
         transport, task = request.transport, asyncio.current_task()
         if transport is None or task is None:
             return upgrade
-        connection = Connection(next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose)
+        connection = AgentConnection(
+            next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose
+        )
         self._connections[connection.number] = connection
         connection.expect(self._timing.hello_seconds, lambda: self._undecided(connection))
         self._handlers.add(task)
@@ -247,75 +196,71 @@ class Hub:
             self._handlers.discard(task)
         return upgrade
 
-    def _on_frame(self, connection: Connection, data: bytes) -> None:
+    def _on_frame(self, connection: AgentConnection, data: bytes) -> None:
         try:
-            if connection.phase is Phase.HELLO:
+            if connection.stage is Stage.HELLO:
                 self._introduce(connection, data)
                 return
             message = decode_from_agent(data)
             if type(message) is Heartbeat:
                 return
-            if connection.phase is not Phase.ACCEPTED or connection.hello is None or type(message) is Hello:
-                raise ProtocolError(f"{type(message).__name__} out of turn: in phase {connection.phase.name}")
-        except _Unwelcome as error:
-            self._refuse(connection, error.message)
+            if connection.stage is not Stage.ACCEPTED or connection.hello is None or type(message) is Hello:
+                raise ProtocolError(f"{type(message).__name__} out of turn: in stage {connection.stage.name}")
+        except SchemaMismatch as error:
+            # A Hello that cannot even be decoded never reaches the core, whose place it otherwise is to refuse.
+            self._refuse(connection, Refused(reason=str(error), fault="config", retry=False))
         except ProtocolError as error:
             self._lose(connection, CloseCode.PROTOCOL_ERROR, str(error))
         else:
-            self._on_event(AgentMessage(connection.hello.member, connection.number, message))
+            self._post(AgentSaid(self._next_id(), connection.hello.member, connection.number, message))
 
-    def _introduce(self, connection: Connection, data: bytes) -> None:
-        _same_schema(data)
-        hello = decode_from_agent(data, MAX_HELLO_BYTES)
-        if not isinstance(hello, Hello):
-            raise ProtocolError(f"the first message is {type(hello).__name__} and not Hello")
-        if hello.run_id != self._run_id:
-            raise _Unwelcome(f"this daemon serves run {self._run_id!r}, not {hello.run_id!r}")
+    def _introduce(self, connection: AgentConnection, data: bytes) -> None:
+        hello = decode_first(data, MAX_HELLO_BYTES)
         connection.hello = hello
-        connection.phase = Phase.DECISION
-        self._on_event(AgentConnected(hello.member, hello, connection.number))
+        connection.stage = Stage.DECISION
+        self._post(AgentConnected(self._next_id(), hello.member, connection.number, hello))
 
-    def _undecided(self, connection: Connection) -> None:
-        missing = "no Hello" if connection.phase is Phase.HELLO else "no decision on its Hello"
+    def _undecided(self, connection: AgentConnection) -> None:
+        missing = "no Hello" if connection.stage is Stage.HELLO else "no decision on its Hello"
         self._lose(connection, CloseCode.POLICY_VIOLATION, f"{missing} within {self._timing.hello_seconds:g} s")
 
     # --------------------------------------------------------------------------------------------------- endings
-    def _waiting(self, member: Member, connection_id: int) -> Connection | None:
+    def _waiting(self, member: Member, connection_id: int) -> AgentConnection | None:
         connection = self._connections.get(connection_id)
-        if connection is None or connection.phase is not Phase.DECISION or connection.member != member:
+        if connection is None or connection.stage is not Stage.DECISION or connection.member != member:
             return None
         return connection
 
-    def _refuse(self, connection: Connection, refused: Refused) -> None:
+    def _refuse(self, connection: AgentConnection, refused: Refused) -> None:
         log.warning("agent refused", agent=str(connection), reason=refused.reason, fault=refused.fault)
         connection.write(self._frame(refused))
         self._end(connection, CloseCode.POLICY_VIOLATION, refused.reason)
 
-    def _lose(self, connection: Connection, code: CloseCode, reason: str) -> None:
-        """A connection ends against its owner's wish: report it, once."""
-        if connection.phase is not Phase.ENDED:
-            phase = connection.phase
+    def _lose(self, connection: AgentConnection, code: int, reason: str) -> None:
+        """The peer, or a deadline, ends a connection that its owner did not end: report it, once."""
+        if connection.stage is not Stage.ENDED:
+            stage = connection.stage
             self._end(connection, code, reason)
-            self._report(connection, phase, reason, orderly=code is CloseCode.NORMAL)
+            self._report(connection, stage, reason, orderly=code == CloseCode.NORMAL_CLOSURE)
 
-    def _cut(self, connection: Connection, reason: str) -> None:
+    def _cut(self, connection: AgentConnection, reason: str) -> None:
         """``_lose`` without a closing handshake."""
-        if connection.phase is not Phase.ENDED:
-            phase = connection.phase
+        if connection.stage is not Stage.ENDED:
+            stage = connection.stage
             self._forget(connection)
             connection.abort()
-            self._report(connection, phase, reason)
+            self._report(connection, stage, reason)
 
-    def _report(self, connection: Connection, phase: Phase, reason: str, *, orderly: bool = False) -> None:
+    def _report(self, connection: AgentConnection, stage: Stage, reason: str, *, orderly: bool = False) -> None:
         (log.info if orderly else log.warning)("agent lost", agent=str(connection), reason=reason)
-        if connection.member is not None and phase in (Phase.DECISION, Phase.ACCEPTED):
-            self._on_event(AgentLost(connection.member, connection.number, reason))
+        if connection.member is not None and stage in (Stage.DECISION, Stage.ACCEPTED):
+            self._post(AgentLost(self._next_id(), connection.member, connection.number, reason))
 
-    def _end(self, connection: Connection, code: CloseCode, reason: str) -> None:
+    def _end(self, connection: AgentConnection, code: int, reason: str) -> None:
         self._forget(connection)
         connection.end(code, reason, self._timing.close_seconds)
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: AgentConnection) -> None:
         del self._connections[connection.number]
         member = connection.member
         if member is not None and self._members.get(member) is connection:
@@ -342,7 +287,7 @@ class Hub:
     def sweep(self, now: float, turn: int) -> None:
         """Give up the overdue and send heartbeats to the others of slice ``turn`` of SWEEP_SLICES."""
         for connection in [c for c in self._connections.values() if c.number % SWEEP_SLICES == turn]:
-            if connection.phase is Phase.ACCEPTED:
+            if connection.stage is Stage.ACCEPTED:
                 reason = connection.overdue(now, self._timing)
                 if reason:
                     self._cut(connection, reason)
@@ -351,11 +296,12 @@ class Hub:
 
     # ---------------------------------------------------------------------------------------------------- writing
     def _frame(self, message: FromDaemon) -> bytes:
+        # One message object goes to many members, one after the other: it is encoded for the first and kept.
         if self._last is None or self._last[0] is not message:
-            self._last = (message, frame(Opcode.BINARY, encode(message)))
+            self._last = (message, message_frame(encode(message), Side.SERVER))
         return self._last[1]
 
-    def _write(self, connection: Connection, data: bytes) -> bool:
+    def _write(self, connection: AgentConnection, data: bytes) -> bool:
         if connection.write(data):
             return True
         # Later, not now: the owner is in the middle of its own commands and must not meet a new event among them.
@@ -364,13 +310,3 @@ class Hub:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-def _same_schema(data: bytes) -> None:
-    """Refuse another schema by name, even where its Hello is not ours any more."""
-    try:
-        schema = msgspec.msgpack.decode(data, type=_AnyHello).schema
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return  # Whatever it is, the real decoder says it better.
-    if schema != SCHEMA_VERSION:
-        raise _Unwelcome(f"the agent speaks schema {schema}, the daemon {SCHEMA_VERSION}: update the older side")

@@ -5,36 +5,23 @@ from pathlib import Path
 from typing import Final
 
 from aiohttp import hdrs, web
-
-MAX_TOKEN_BYTES: Final = 4096
-"""A token is a line of text; the limit keeps a wrong path (a log, a checkpoint) from being read whole."""
+from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token
 
 _SCHEME: Final = "Bearer "
 
 
-class TokenError(ValueError):
-    """The token file cannot serve. The operator's fault; worth a retry only after the file has changed."""
-
-
 def read_token(path: Path) -> str:
-    """The token in ``path``: one line of printable ASCII without blanks; white space around it is dropped.
+    """The token in ``path`` (see ``parse_token``).
 
     Raises:
-        TokenError: no readable file, empty, too long, or no such line.
+        TokenError: no readable file, or no token in it.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TOKEN_BYTES + 1)
     except OSError as error:
         raise TokenError(f"token file {path}: {error.strerror}") from error
-    if len(data) > MAX_TOKEN_BYTES:
-        raise TokenError(f"token file {path} is longer than {MAX_TOKEN_BYTES} bytes")
-    token = data.decode("ascii", errors="replace").strip()
-    if not token:
-        raise TokenError(f"token file {path} is empty")
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise TokenError(f"token file {path} holds more than one line of printable ASCII without blanks")
-    return token
+    return parse_token(data, path)
 
 
 def bears(request: web.Request, token: str) -> bool:

@@ -69,3 +69,14 @@ problems:
 
 def test_no_rounds_yet() -> None:
     assert rounds_text((), NOW) == "no round has ended yet"
+
+
+def test_whose_fault_is_a_column_where_somebody_is_at_fault() -> None:
+    row = RoundRow(round="2.6", step=39, generation=255, attempt=1, outcome="failed", fault="network", reason="reset")
+    header, line, why = rounds_text((row,), NOW).splitlines()
+    assert header.split()[:5] == ["ROUND", "STEP", "TRY", "OUTCOME", "FAULT"]
+    assert line.split()[:5] == ["2.6", "39", "1", "failed", "network"]
+    assert why == "    reset"
+    engine = EngineView(name="a", url="http://a", role="both", state="unreachable", error="gone", fault="network")
+    text = status_text(StatusView(run="glm", state="", engines=(engine,)), NOW)
+    assert text.splitlines()[-1].split()[-2:] == ["network", "gone"]

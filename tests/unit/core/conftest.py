@@ -1,12 +1,22 @@
-"""A small fleet that the tests drive through the real core by hand: one trainer rank, engines of one rank each."""
+"""A small fleet that the tests drive through the real core by hand: one trainer rank, engines of two ranks each."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Deliver, MakePlan, Say, Send, WriteMarker
+from fleets import ANNOUNCE, BYTES_PER_EDGE, plan_facts, policy_for, rank, trainer
+from weightsync.orchestrator.core.commands import (
+    Append,
+    CallEngine,
+    Command,
+    MakePlan,
+    Say,
+    Send,
+    SendPlan,
+    WriteMarker,
+)
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
@@ -17,27 +27,21 @@ from weightsync.orchestrator.core.events import (
     CallFailed,
     Event,
     MarkersSeen,
-    PlanFacts,
     PlanReady,
     StableSeen,
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
-from weightsync.orchestrator.core.records import AnyRecord, Record
+from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
-    Announce,
     Closed,
-    Connect,
     EngineStatus,
     FromAgent,
     FromDaemon,
     Hello,
     Left,
-    NixlSettings,
     PeerTransfer,
     Quiesced,
     Ready,
@@ -47,14 +51,9 @@ from weightsync.orchestrator.protocol.messages import (
 )
 from weightsync.orchestrator.protocol.names import Member, Version
 
-TRAINER = Member("trainer", "", 0)
+TRAINER = trainer()
 GENERATION = 7
-BYTES = 100
 DIGEST = (11, 13)
-
-
-def policy_for(engines: Iterable[str], **more: Any) -> Policy:
-    return Policy("unit", tuple(EngineConfig(name) for name in engines), NixlSettings(), **more)
 
 
 @dataclass
@@ -62,13 +61,23 @@ class Driven:
     """The fleet, its clock, and everything that it commanded. Calls to engines are answered by the test alone."""
 
     engines: tuple[str, ...] = ("e0",)
+    pairs: tuple[tuple[str, ...], ...] = ()
+    ranks: int = 2
     records: list[AnyRecord] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     now: float = 0.0
 
+    @classmethod
+    def joined(cls, **options: Any) -> "Driven":
+        """A fleet whose plan is confirmed and that waits for a version. ``options``: of its policy."""
+        fleet = cls(options=options)
+        fleet.join()
+        fleet.settle()
+        return fleet
+
     def __post_init__(self) -> None:
         self.ids = itertools.count(1)
-        self.policy = policy_for(self.engines, **self.options)
+        self.policy = policy_for(self.engines, self.pairs, **self.options)
         self.fleet: Fleet
         self.fleet, self.commands = start(self.policy, "journal", self.records, self.now)
         self.connections: dict[Member, int] = {}
@@ -90,7 +99,7 @@ class Driven:
         self.connections[member] = connection = self.id()
         trainer = member.role == "trainer"
         said = Hello(**{
-            "schema": 1, "run_id": "unit", "member": member, "world": 1,
+            "schema": 1, "run_id": "unit", "member": member, "world": 1 if trainer else self.ranks,
             "incarnation": self.incarnations.get(member, 100 + member.rank), "generation": GENERATION if trainer else 0,
             "trainer": status or TrainerStatus() if trainer else None,
             "engine": None if trainer else status or EngineStatus(), **hello,
@@ -125,33 +134,48 @@ class Driven:
     def join(self) -> None:
         """Everybody connects and announces; the plan is made and confirmed."""
         self.connect(TRAINER)
-        self.says(TRAINER, Announce(layout=Layout((), (), b"")))
+        self.says(TRAINER, ANNOUNCE)
         for name in self.engines:
             self.happens(Tick(self.id()))
             self.answers(name, Call.PROBE, True)
-            self.connect(rank(name))
-            self.says(rank(name), Announce(layout=Layout((), (), b"")))
+            self.bring(name)
         self.plan()
+
+    def bring(self, engine: str, status: EngineStatus | None = None, **hello: Any) -> None:
+        """All ranks of an engine connect and announce."""
+        for member in self.ranks_of(engine):
+            self.connect(member, status, **hello)
+            self.says(member, ANNOUNCE)
+
+    def loses_engine(self, engine: str) -> None:
+        """Its processes die, and all their connections end together."""
+        ranks = self.ranks_of(engine)
+        self.happens(*(AgentLost(self.id(), member, self.connections[member], "reset") for member in ranks))
+
+    def ranks_of(self, *engines: str) -> list[Member]:
+        """The inference ranks of these engines, of all without any."""
+        return [rank(name, number) for name in engines or self.engines for number in range(self.ranks)]
 
     def plan(self) -> None:
         """Answer the newest MakePlan, and confirm for everybody."""
         wanted = [command for command in self.commands if isinstance(command, MakePlan)][-1]
-        self.happens(PlanReady(self.id(), wanted.number, facts_for(wanted)))
-        for command in [command for command in self.commands if isinstance(command, Deliver)]:
-            if self.fleet.agents[command.member].delivered == command.connect.fingerprint:
+        self.happens(PlanReady(self.id(), wanted.number, plan_facts(wanted)))
+        for command in [command for command in self.commands if isinstance(command, SendPlan)]:
+            agent = self.fleet.agents.get(command.member)
+            if agent is not None and agent.delivered == command.connect.fingerprint:
                 self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
 
     def stage(self, number: int = 1) -> Version:
         """The trainer has staged a step and marked it."""
         version = Version(GENERATION, number)
-        self.says(TRAINER, Staged(version=version, bytes=BYTES, convert_seconds=0.1, digest_seconds=0.1))
+        self.says(TRAINER, Staged(version=version, bytes=BYTES_PER_EDGE, convert_seconds=0.1, digest_seconds=0.1))
         self.happens(MarkersSeen(self.id(), (StableSeen(number, GENERATION),)))
         return version
 
     def settle(self) -> None:
         """Answer every probe and init, so that nothing but the round is under way."""
         for name, engine in self.fleet.engines.items():
-            for call in (Call.PROBE, Call.INIT):
+            for call in (Call.PROBE, Call.ATTACH):
                 if call in engine.calls:
                     self.answers(name, call, True if call is Call.PROBE else None)
 
@@ -173,7 +197,7 @@ class Driven:
         return going
 
     def _forward(self, going: Round) -> None:
-        version, everybody = going.version, [rank(name) for name in self.engines]
+        version, everybody = going.version, self.ranks_of()
         match going.phase:
             case Phase.PAUSING:
                 self.each(lambda name: self.answers(name, Call.PAUSE, True))
@@ -190,7 +214,7 @@ class Driven:
             case Phase.APPLYING:
                 for member in everybody:
                     self.says(member, Left(round=going.name, status=EngineStatus(applied=version)))
-                self.each(lambda name: self.answers(name, Call.UPDATE))
+                self.each(lambda name: self.answers(name, Call.SWITCH))
             case Phase.FINISHING:
                 self.each(lambda name: self.answers(name, Call.FINISH))
             case Phase.RESUMING:
@@ -204,7 +228,7 @@ class Driven:
 
     def closed(self, **more: Any) -> Closed:
         """What an honest writer says at the end of the round's grant."""
-        peers = tuple(PeerTransfer(rank(name), BYTES, 1, 0.01, DIGEST) for name in self.engines)
+        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, DIGEST) for member in self.round.ranks)
         return Closed(**{"round": self.round.name, "peers": peers, **more})
 
     def verified(self, **more: Any) -> Verified:
@@ -212,7 +236,7 @@ class Driven:
         found = {
             "round": self.round.name,
             "digest": DIGEST,
-            "bytes": BYTES,
+            "bytes": BYTES_PER_EDGE,
             "apply_seconds": 0.0,
             "digest_seconds": 0.0,
         }
@@ -232,25 +256,12 @@ class Driven:
     def marked(self) -> list[tuple[str, Version]]:
         return [(command.kind, command.version) for command in self.commands if isinstance(command, WriteMarker)]
 
+    def failures(self) -> list[str]:
+        """Why versions FAILED."""
+        return [record.reason for record in self.written() if isinstance(record, VersionFailed)]
+
     def told(self) -> str:
         return "\n".join(command.sentence for command in self.commands if isinstance(command, Say))
-
-
-def rank(engine: str, number: int = 0) -> Member:
-    return Member("inference", engine, number)
-
-
-def facts_for(wanted: MakePlan) -> PlanFacts:
-    """Everybody sends to everybody."""
-    parties = (*wanted.sources, *wanted.targets)
-    connects = {
-        party.member: Connect(
-            fingerprint=f"{wanted.number} {party.member}", root="root", peers=(), copies=b"", expected_bytes=BYTES
-        )
-        for party in parties
-    }
-    flows = {(s.member, t.member): BYTES for s in wanted.sources for t in wanted.targets}
-    return PlanFacts("root", connects, flows, True)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def judge(driven: Any, *commands: Command) -> None:
 
 
 def resume() -> CallEngine:
-    return CallEngine(1, "e0", Call.RESUME, 1, 1.0)
+    return CallEngine("e0", Call.RESUME, 1, 1.0)
 
 
 def grant(driven: Any) -> Send:
@@ -32,7 +32,7 @@ def grant(driven: Any) -> Send:
     message = Grant(
         round=going.name, version=going.version, fingerprint=fingerprint, members=(ENGINE,), deadline_seconds=1.0
     )
-    return Send(1, TRAINER, message)
+    return Send(TRAINER, message)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def recorded(drive: Any) -> Any:
 
 def commit(driven: Any, version: Version | None = None) -> Append:
     going = driven.round
-    return Append(1, Committed(round=going.name, version=version or going.version, sequence=1), answer=True)
+    return Append(Committed(round=going.name, version=version or going.version, sequence=1), answer=True)
 
 
 def test_an_honest_round_violates_nothing(resuming: Any, writing: Any, recorded: Any) -> None:
@@ -112,7 +112,7 @@ def test_s2_no_grant_while_another_is_open(writing: Any) -> None:
 def test_s2_no_round_begins_while_a_grant_is_open(writing: Any) -> None:
     began = RoundBegan(round=RoundName(1, 2), version=Version(7, 2), attempt=1, engines=("e0",))
     with pytest.raises(InvariantViolation, match=r"S2: round 1\.2 begins"):
-        judge(writing, Append(1, began))
+        judge(writing, Append(began))
 
 
 @pytest.mark.parametrize("field", ["epoch", "sequence"])

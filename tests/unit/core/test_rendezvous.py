@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core.commands import Deliver, MakePlan, OpenGroup
+from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
@@ -68,7 +68,7 @@ def test_an_old_plan_is_never_delivered_to_new_layouts(drive: Any) -> None:
     restart_trainer(fleet, 8)
     reject(fleet, "")
     fleet.passes(1.0)
-    assert [command for command in fleet.commands[before:] if isinstance(command, Deliver)] == []
+    assert [command for command in fleet.commands[before:] if isinstance(command, SendPlan)] == []
     assert fleet.fleet.plan is None
 
 
@@ -76,14 +76,13 @@ def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -
     fleet = drive(("e0", "e1"))
     fleet.connect(TRAINER)
     fleet.says(TRAINER, ANNOUNCE)
-    for name, member in (("e0", FIRST), ("e1", SECOND)):
+    for name in ("e0", "e1"):
         fleet.passes(0.0)
         fleet.answers(name, Call.PROBE, True)
-        fleet.connect(member)
-        fleet.says(member, ANNOUNCE)
-    assert {party.member for party in plans(fleet)[-1].targets} == {FIRST, SECOND}
+        fleet.bring(name)
+    assert {party.member for party in plans(fleet)[-1].targets} == set(fleet.ranks_of("e0", "e1"))
     reject(fleet)
-    assert {party.member for party in plans(fleet)[-1].targets} == {SECOND}
+    assert {party.member for party in plans(fleet)[-1].targets} == set(fleet.ranks_of("e1"))
     assert fleet.fleet.engines["e0"].misfit == WHY
 
 
@@ -94,8 +93,7 @@ def test_a_version_that_waits_for_engines_names_the_one_that_does_not_fit(drive:
     fleet.says(TRAINER, ANNOUNCE)
     fleet.passes(0.0)
     fleet.answers("e0", Call.PROBE, True)
-    fleet.connect(FIRST)
-    fleet.says(FIRST, ANNOUNCE)
+    fleet.bring("e0")
     fleet.passes(10.0)
     reject(fleet)
     fleet.says(TRAINER, Staged(version=Version(7, 1), bytes=1, convert_seconds=0.0, digest_seconds=0.0))
@@ -123,7 +121,7 @@ def groups(fleet: Any) -> list[list[Member]]:
 
 
 def test_a_group_waits_for_all_and_tells_each_its_rank(drive: Any) -> None:
-    fleet = drive(("e0", "e1"), options={"group": GROUP, "join": 100.0})
+    fleet = drive(("e0", "e1"), ranks=1, options={"group": GROUP, "join": 100.0})
     for member in (TRAINER, SECOND):
         fleet.connect(member)
     assert groups(fleet) == []
@@ -135,7 +133,7 @@ def test_a_group_waits_for_all_and_tells_each_its_rank(drive: Any) -> None:
 
 
 def test_a_group_does_not_wait_for_ever_and_grows_when_somebody_comes(drive: Any) -> None:
-    fleet = drive(("e0", "e1"), options={"group": GROUP, "join": 100.0})
+    fleet = drive(("e0", "e1"), ranks=1, options={"group": GROUP, "join": 100.0})
     fleet.connect(TRAINER)
     fleet.connect(FIRST)
     fleet.passes(99.0)
@@ -149,7 +147,7 @@ def test_a_group_does_not_wait_for_ever_and_grows_when_somebody_comes(drive: Any
 
 
 def test_an_engine_that_does_not_fit_leaves_the_group(drive: Any) -> None:
-    fleet = drive(("e0", "e1"), options={"group": GROUP})
+    fleet = drive(("e0", "e1"), ranks=1, options={"group": GROUP})
     for member in (TRAINER, FIRST, SECOND):
         fleet.connect(member)
     fleet.fleet.engines["e0"].misfit = WHY

@@ -32,7 +32,7 @@ ENGINE = announced(Member("inference", "e0", 0), 0, ROWS, base=1 << 30)
 def test_each_agent_is_told_its_own_edges() -> None:
     planning = Planning()
     assert planning.layouts("run") is None
-    facts = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,)))
+    facts = planning.make(MakePlan(1, TRAINERS, (ENGINE,)))
     assert facts.proved
     assert facts.flows == {(trainer.member, ENGINE.member): BYTES // 2 for trainer in TRAINERS}
     assert facts.writers_of(frozenset({ENGINE.member})) == {t.member: (ENGINE.member,) for t in TRAINERS}
@@ -49,7 +49,7 @@ def test_each_agent_is_told_its_own_edges() -> None:
 
 def test_the_view_names_every_party_of_the_present_plan() -> None:
     planning = Planning()
-    root = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,))).root
+    root = planning.make(MakePlan(1, TRAINERS, (ENGINE,))).root
     view = planning.layouts("run")
     assert view is not None
     assert (view.run, view.root) == ("run", root)
@@ -58,19 +58,19 @@ def test_the_view_names_every_party_of_the_present_plan() -> None:
 
 def test_a_plan_that_fails_leaves_the_last_one() -> None:
     planning = Planning()
-    planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,)))
+    planning.make(MakePlan(1, TRAINERS, (ENGINE,)))
     before = planning.plan
     with pytest.raises(PlanError, match="'w' has dtype bfloat16 at trainer/0 but float16 at e0/0"):
-        planning.make(MakePlan(2, 2, TRAINERS, (announced(ENGINE.member, 0, ROWS, dtype="float16"),)))
+        planning.make(MakePlan(2, TRAINERS, (announced(ENGINE.member, 0, ROWS, dtype="float16"),)))
     with pytest.raises(PlanError, match="w"):
-        planning.make(MakePlan(3, 3, TRAINERS[:1], (ENGINE,)))
+        planning.make(MakePlan(3, TRAINERS[:1], (ENGINE,)))
     assert planning.plan is before
 
 
 def test_another_incarnation_is_another_plan() -> None:
     """And the same parties make the same one."""
     planning = Planning()
-    root = planning.make(MakePlan(1, 1, TRAINERS, (ENGINE,))).root
+    root = planning.make(MakePlan(1, TRAINERS, (ENGINE,))).root
     restarted = Announced(ENGINE.member, ENGINE.incarnation + 1, ENGINE.announce)
-    assert planning.make(MakePlan(2, 2, TRAINERS, (restarted,))).root != root
-    assert planning.make(MakePlan(3, 3, TRAINERS, (ENGINE,))).root == root
+    assert planning.make(MakePlan(2, TRAINERS, (restarted,))).root != root
+    assert planning.make(MakePlan(3, TRAINERS, (ENGINE,))).root == root

@@ -6,37 +6,52 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.frames import Close, CloseCode, Frame, Opcode
+from websockets.protocol import Side
 from weightsync.orchestrator.protocol.websocket import (
     MAX_CONTROL_BYTES,
     MAX_FRAGMENTS,
-    CloseCode,
     Endpoint,
     FrameError,
-    Opcode,
-    frame,
-    mask,
+    message_frame,
 )
 
 LIMIT = 100_000
-KEY = b"\x01\x82\x03\xfe"
+NO_MASK = bytes(4)
+"""What is XORed with it stays as it is: for headers written by hand."""
 
 
 def client() -> Endpoint:
-    return Endpoint(LIMIT, lambda: KEY)
+    return Endpoint(Side.CLIENT, LIMIT)
 
 
-def server() -> Endpoint:
-    return Endpoint(LIMIT, None)
+def server(limit: int = LIMIT) -> Endpoint:
+    return Endpoint(Side.SERVER, limit)
+
+
+def frame(opcode: Opcode, payload: bytes, *, masked: bool = True) -> bytes:
+    """As a client's, unless ``masked`` is False; control frames of any length."""
+    whole = Frame(Opcode.BINARY, payload).serialize(mask=masked)
+    return bytes([0x80 | opcode]) + whole[1:]
 
 
 def fragment(opcode: Opcode, payload: bytes, *, last: bool) -> bytes:
-    whole = frame(opcode, payload, KEY)
-    return whole if last else bytes([whole[0] & 0x7F]) + whole[1:]
+    return Frame(opcode, payload, fin=last).serialize(mask=True)
 
 
 @given(st.binary(max_size=2000), st.binary(min_size=4, max_size=4))
-def test_mask_is_xor_with_the_repeated_key(data: bytes, key: bytes) -> None:
-    assert mask(data, key) == bytes(byte ^ key[place % 4] for place, byte in enumerate(data))
+def test_a_clients_message_is_xor_with_its_repeated_key(data: bytes, key: bytes) -> None:
+    header = bytes([0x82, 0x80 | 126]) + len(data).to_bytes(2) + key
+    assert server().receive(header + bytes(byte ^ key[place % 4] for place, byte in enumerate(data))) == [data]
+    sent = client().message(data)
+    body = sent[len(sent) - len(data) :]
+    drawn = sent[len(sent) - len(data) - 4 : len(sent) - len(data)]
+    assert body == bytes(byte ^ drawn[place % 4] for place, byte in enumerate(data))
+
+
+def test_a_servers_frame_is_the_same_for_every_peer() -> None:
+    assert server().message(b"abc") == message_frame(b"abc", Side.SERVER) == b"\x82\x03abc"
+    assert client().message(b"abc") != client().message(b"abc"), "the mask is drawn for each frame"
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 255, 256, 65_535, 65_536, LIMIT])
@@ -63,62 +78,99 @@ def test_fragments_make_one_message_around_control_frames(parts: list[bytes]) ->
     receiver = server()
     stream = fragment(Opcode.BINARY, parts[0], last=False)
     for part in parts[1:-1]:
-        stream += fragment(Opcode.CONTINUATION, part, last=False) + frame(Opcode.PING, b"in between", KEY)
-    stream += fragment(Opcode.CONTINUATION, parts[-1], last=True)
+        stream += fragment(Opcode.CONT, part, last=False) + frame(Opcode.PING, b"in between")
+    stream += fragment(Opcode.CONT, parts[-1], last=True)
     assert receiver.receive(stream) == [b"".join(parts)]
-    assert receiver.answers() == frame(Opcode.PONG, b"in between") * (len(parts) - 2)
+    assert receiver.answers() == frame(Opcode.PONG, b"in between", masked=False) * (len(parts) - 2)
 
 
 def test_ping_is_answered_and_pong_is_not() -> None:
     endpoint = server()
-    assert endpoint.receive(frame(Opcode.PONG, b"", KEY) + frame(Opcode.PING, b"alive?", KEY)) == []
-    assert endpoint.answers() == frame(Opcode.PONG, b"alive?")
+    assert endpoint.receive(frame(Opcode.PONG, b"") + frame(Opcode.PING, b"alive?")) == []
+    assert endpoint.answers() == frame(Opcode.PONG, b"alive?", masked=False)
     assert endpoint.answers() == b""
 
 
 def test_close_is_answered_once_and_ends_reading() -> None:
     one, other = client(), server()
     assert other.receive(one.close(CloseCode.GOING_AWAY, "good bye") + one.message(b"after it")) == []
-    assert other.peer_closed == (CloseCode.GOING_AWAY, "good bye")
+    assert other.peer_closed == Close(CloseCode.GOING_AWAY, "good bye")
     assert one.receive(other.answers()) == []
-    assert one.peer_closed == (CloseCode.NORMAL, "")
+    assert one.peer_closed == Close(CloseCode.GOING_AWAY, "good bye"), "the answer repeats what it answers"
     assert one.answers() == b""
-    assert other.close(CloseCode.NORMAL, "again") == b""
+    assert other.close(CloseCode.NORMAL_CLOSURE, "again") == b""
     assert other.receive(one.message(b"much later")) == []
 
 
 def test_a_close_without_code_is_a_close() -> None:
     endpoint = server()
-    endpoint.receive(frame(Opcode.CLOSE, b"", KEY))
-    assert endpoint.peer_closed == (CloseCode.NO_CODE, "")
+    endpoint.receive(frame(Opcode.CLOSE, b""))
+    assert endpoint.peer_closed == Close(CloseCode.NO_STATUS_RCVD, "")
 
 
 def test_a_long_close_reason_is_cut_between_characters() -> None:
     endpoint = client()
-    endpoint.receive(server().close(CloseCode.TOO_BIG, "ä" * 100))
-    assert endpoint.peer_closed == (CloseCode.TOO_BIG, "ä" * ((MAX_CONTROL_BYTES - 2) // 2))
+    endpoint.receive(server().close(CloseCode.MESSAGE_TOO_BIG, "ä" * 100))
+    assert endpoint.peer_closed == Close(CloseCode.MESSAGE_TOO_BIG, "ä" * ((MAX_CONTROL_BYTES - 2) // 2))
 
 
 @pytest.mark.parametrize("header_bytes", [4, 10])
 def test_a_length_above_the_limit_fails_before_its_payload_comes(header_bytes: int) -> None:
-    endpoint = Endpoint(1000, None)
-    header = frame(Opcode.BINARY, bytes(1001 if header_bytes == 4 else 70_000), KEY)[:header_bytes]
-    with pytest.raises(FrameError, match="exceeds the limit of 1000") as caught:
+    endpoint = server(1000)
+    header = frame(Opcode.BINARY, bytes(1001 if header_bytes == 4 else 70_000))[:header_bytes]
+    with pytest.raises(FrameError, match="exceeds limit of 1000 bytes") as caught:
         endpoint.receive(header)
-    assert caught.value.code is CloseCode.TOO_BIG
+    assert caught.value.code == CloseCode.MESSAGE_TOO_BIG
+
+
+def test_the_limit_may_be_raised_and_lowered_between_messages() -> None:
+    endpoint = server(10)
+    assert endpoint.receive(client().message(bytes(10))) == [bytes(10)]
+    endpoint.limit_messages(1000)
+    assert endpoint.receive(client().message(bytes(1000))) == [bytes(1000)]
+    endpoint.limit_messages(10)
+    with pytest.raises(FrameError, match="11 bytes exceeds limit of 10 bytes"):
+        endpoint.receive(client().message(bytes(11)))
+
+
+def test_after_a_violation_the_peer_is_told_and_nothing_more_is_read() -> None:
+    endpoint = server()
+    with pytest.raises(FrameError, match="text frame"):
+        endpoint.receive(frame(Opcode.TEXT, b"x"))
+    assert endpoint.receive(client().message(b"y")) == []
+    peer = client()
+    peer.receive(endpoint.close(CloseCode.UNSUPPORTED_DATA, "whatever its owner says"))
+    assert peer.peer_closed == Close(CloseCode.UNSUPPORTED_DATA, "a text frame: messages are binary")
+    assert endpoint.close(CloseCode.NORMAL_CLOSURE, "") == b""
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_violation_counts_although_a_close_came_with_it(masked: bool) -> None:
+    endpoint, peer = (server(), client()) if masked else (client(), server())
+    with pytest.raises(FrameError, match="text frame"):
+        endpoint.receive(frame(Opcode.TEXT, b"x", masked=masked) + peer.close(CloseCode.NORMAL_CLOSURE, "bye"))
+    peer.receive(endpoint.close(CloseCode.UNSUPPORTED_DATA, "too late: the answer to its Close has been made"))
+    assert peer.peer_closed == Close(CloseCode.NORMAL_CLOSURE, "bye")
+    assert endpoint.receive(b"whatever comes now") == []
+
+
+def test_a_message_may_be_answered_although_the_peers_close_was_read_with_it() -> None:
+    one, other = client(), server()
+    assert other.receive(one.message(b"last words") + one.close(CloseCode.NORMAL_CLOSURE, "")) == [b"last words"]
+    assert one.receive(other.message(b"answer") + other.answers()) == [b"answer"]
 
 
 def test_fragments_count_together() -> None:
-    endpoint = Endpoint(1000, None)
+    endpoint = server(1000)
     endpoint.receive(fragment(Opcode.BINARY, bytes(600), last=False))
-    with pytest.raises(FrameError, match="frame of 1200 bytes exceeds"):
-        endpoint.receive(fragment(Opcode.CONTINUATION, bytes(600), last=True))
+    with pytest.raises(FrameError, match="600 bytes after reading 600 bytes exceeds limit of 1000 bytes"):
+        endpoint.receive(fragment(Opcode.CONT, bytes(600), last=True))
 
 
 def test_empty_fragments_do_not_pile_up() -> None:
     endpoint = server()
     endless = fragment(Opcode.BINARY, b"", last=False)
-    endless += fragment(Opcode.CONTINUATION, b"", last=False) * MAX_FRAGMENTS
+    endless += fragment(Opcode.CONT, b"", last=False) * MAX_FRAGMENTS
     with pytest.raises(FrameError, match="fragments"):
         endpoint.receive(endless)
 
@@ -126,32 +178,32 @@ def test_empty_fragments_do_not_pile_up() -> None:
 @pytest.mark.parametrize(
     ("data", "code", "reason"),
     [
-        pytest.param(frame(Opcode.BINARY, b"x"), CloseCode.PROTOCOL_ERROR, "unmasked", id="unmasked"),
-        pytest.param(frame(Opcode.TEXT, b"x", KEY), CloseCode.UNSUPPORTED_DATA, "text", id="text"),
-        pytest.param(b"\xc2\x80" + KEY, CloseCode.PROTOCOL_ERROR, "reserved", id="compressed"),
-        pytest.param(b"\x83\x80" + KEY, CloseCode.PROTOCOL_ERROR, "unknown kind 0x3", id="unknown data"),
-        pytest.param(b"\x8b\x80" + KEY, CloseCode.PROTOCOL_ERROR, "unknown kind 0xb", id="unknown control"),
-        pytest.param(b"\x09\x80" + KEY, CloseCode.PROTOCOL_ERROR, "control frame in parts", id="fragmented ping"),
-        pytest.param(frame(Opcode.PING, bytes(126), KEY), CloseCode.PROTOCOL_ERROR, "126 bytes", id="long ping"),
-        pytest.param(frame(Opcode.CONTINUATION, b"", KEY), CloseCode.PROTOCOL_ERROR, "out of turn", id="no first part"),
+        pytest.param(frame(Opcode.BINARY, b"x", masked=False), CloseCode.PROTOCOL_ERROR, "masking", id="unmasked"),
+        pytest.param(frame(Opcode.TEXT, b"x"), CloseCode.UNSUPPORTED_DATA, "text", id="text"),
+        pytest.param(b"\xc2\x80" + NO_MASK, CloseCode.PROTOCOL_ERROR, "reserved", id="compressed"),
+        pytest.param(b"\x83\x80" + NO_MASK, CloseCode.PROTOCOL_ERROR, "invalid opcode", id="unknown data"),
+        pytest.param(b"\x8b\x80" + NO_MASK, CloseCode.PROTOCOL_ERROR, "invalid opcode", id="unknown control"),
+        pytest.param(b"\x09\x80" + NO_MASK, CloseCode.PROTOCOL_ERROR, "fragmented control frame", id="fragmented ping"),
+        pytest.param(frame(Opcode.PING, bytes(126)), CloseCode.PROTOCOL_ERROR, "frame too long", id="long ping"),
+        pytest.param(frame(Opcode.CONT, b""), CloseCode.PROTOCOL_ERROR, "unexpected continuation", id="no first part"),
     ],
 )
 def test_violations(data: bytes, code: CloseCode, reason: str) -> None:
     with pytest.raises(FrameError, match=reason) as caught:
         server().receive(data)
-    assert caught.value.code is code
+    assert caught.value.code == code
 
 
 def test_a_new_message_inside_a_fragmented_one() -> None:
     endpoint = server()
     endpoint.receive(fragment(Opcode.BINARY, b"x", last=False))
-    with pytest.raises(FrameError, match="out of turn"):
-        endpoint.receive(frame(Opcode.BINARY, b"y", KEY))
+    with pytest.raises(FrameError, match="expected a continuation frame"):
+        endpoint.receive(frame(Opcode.BINARY, b"y"))
 
 
 def test_a_masked_frame_from_a_server() -> None:
-    with pytest.raises(FrameError, match="masked"):
-        client().receive(frame(Opcode.BINARY, b"x", KEY))
+    with pytest.raises(FrameError, match="masking"):
+        client().receive(frame(Opcode.BINARY, b"x"))
 
 
 @given(st.binary(max_size=200))

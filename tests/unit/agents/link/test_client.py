@@ -2,18 +2,22 @@
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
 from weightsync.agents.link import connection as control_connection
-from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood, TokenError
+from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
-from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, AgentConnected, AgentLost, AgentMessage, Hub, HubEvent
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -28,6 +32,7 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.token import TokenError
 
 SECONDS = 20.0
 """Nothing here takes so long; a test that would wait for ever fails by it."""
@@ -43,7 +48,7 @@ def welcome(heartbeat_seconds: float = 5.0) -> Welcome:
         epoch=1,
         journal_id="j",
         heartbeat_seconds=heartbeat_seconds,
-        transfer_seconds=60.0,
+        lost_after_heartbeats=3,
         transport=NixlSettings(),
         rendezvous=HubRendezvous(),
     )
@@ -67,26 +72,23 @@ async def _no_task_is_left() -> AsyncIterator[None]:
 class Daemon:
     """A hub that accepts everybody, and what it was told."""
 
-    def __init__(self, token_file: Path, ssl_context: ssl.SSLContext | None = None) -> None:
-        self.events: asyncio.Queue[HubEvent] = asyncio.Queue()
+    def __init__(self, token_file: Path) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.decide: Callable[[AgentConnected], object] = self.accept
-        self.hub = Hub(
-            run_id="run",
-            token_file=token_file,
-            on_event=self._on_event,
-            timing=HubTiming(close_seconds=0.5),
-            ssl_context=ssl_context,
-        )
+        timing = HubTiming(heartbeat_seconds=5.0, missed_heartbeats=3, hello_seconds=10.0, close_seconds=0.5)
+        next_id = itertools.count(1).__next__
+        self.hub = Hub(token_file=token_file, post=self._on_event, next_id=next_id, timing=timing)
 
     def accept(self, event: AgentConnected) -> object:
-        return self.hub.accept(event.member, event.connection_id, welcome())
+        self.accepted = event.connection
+        return self.hub.accept(event.member, event.connection, welcome())
 
-    def _on_event(self, event: HubEvent) -> None:
+    def _on_event(self, event: Event) -> None:
         self.events.put_nowait(event)
         if isinstance(event, AgentConnected):
             self.decide(event)
 
-    async def next(self) -> HubEvent:
+    async def next(self) -> Event:
         async with asyncio.timeout(SECONDS):
             return await self.events.get()
 
@@ -94,11 +96,10 @@ class Daemon:
 class Agent:
     """A client and what it heard."""
 
-    def __init__(self, port: int, token_file: Path | None, **options: object) -> None:
+    def __init__(self, port: int, token_file: Path, *, scheme: str = "ws", **options: object) -> None:
         self.hellos = 0
         self.heard: asyncio.Queue[FromDaemon] = asyncio.Queue()
         self.losses: asyncio.Queue[str] = asyncio.Queue()
-        scheme = "wss" if options.get("ssl_context") else "ws"
         options = {"backoff": AT_ONCE, "close_seconds": 0.5, "on_lost": self.losses.put_nowait} | options
         url = f"{scheme}://127.0.0.1:{port}{AGENTS_PATH}"
         self.client = ControlClient(url, token_file, self.hello, self.on_message, **options)  # type: ignore[arg-type]
@@ -138,13 +139,15 @@ async def living(token_file: Path) -> AsyncIterator[tuple[Daemon, Agent]]:
 
 
 @contextlib.asynccontextmanager
-async def answering(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+async def answering(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]], ssl_context: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
     """The port of an HTTP server that handles AGENTS_PATH by ``answer``."""
     app = web.Application()
     app.router.add_get(AGENTS_PATH, answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context).start()
     try:
         yield runner.addresses[0][1]
     finally:
@@ -176,7 +179,7 @@ async def test_messages_both_ways_and_a_farewell(token_file: Path) -> None:
         assert await agent.next() == OUTCOME
         await agent.stop("done")
         said = [await daemon.next() for _ in range(3)]
-        assert [event.message for event in said[:2] if isinstance(event, AgentMessage)] == [READY, Bye(reason="done")]
+        assert [event.message for event in said[:2] if isinstance(event, AgentSaid)] == [READY, Bye(reason="done")]
         assert isinstance(said[2], AgentLost)
         assert said[2].reason == "closed by the agent: code 1000"
         assert agent.losses.empty()
@@ -190,7 +193,7 @@ async def test_the_answer_to_welcome_can_be_sent_at_once(token_file: Path) -> No
     agent.client._on_message = agent.on_message
     assert isinstance(await daemon.next(), AgentConnected)
     event = await daemon.next()
-    assert isinstance(event, AgentMessage)
+    assert isinstance(event, AgentSaid)
     assert event.message == READY
     await agent.stop()
     await daemon.hub.close()
@@ -223,14 +226,14 @@ async def test_a_daemon_restart_is_survived_and_hello_is_asked_anew(token_file: 
     assert connected.hello.incarnation == agent.hellos >= 2
     agent.client.send(READY)
     said = await second.next()
-    assert isinstance(said, AgentMessage)
+    assert isinstance(said, AgentSaid)
     await agent.stop()
     await second.hub.close()
 
 
 async def test_a_drop_is_followed_by_a_reconnect(token_file: Path) -> None:
     async with living(token_file) as (daemon, agent):
-        daemon.hub.drop(MEMBER, "evicted")
+        daemon.hub.drop(MEMBER, daemon.accepted, "evicted")
         assert await agent.lost() == "it closed the connection: code 1008 evicted"
         assert await agent.next() == welcome()
 
@@ -241,7 +244,7 @@ async def test_refused_for_now_tries_again(token_file: Path) -> None:
 
     def refuse_the_first(event: AgentConnected) -> object:
         daemon.decide = daemon.accept
-        return daemon.hub.refuse(event.member, event.connection_id, refused)
+        return daemon.hub.refuse(event.member, event.connection, refused)
 
     daemon.decide = refuse_the_first
     agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file)
@@ -273,7 +276,7 @@ async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog
         agent = Agent(port, own)
         await logged(caplog, "it rejects the token (401)")
         own.write_text("")
-        await logged(caplog, "must hold one line")
+        await logged(caplog, "is empty")
         own.write_text(right)
         assert await agent.next() == welcome()
     assert "stale-secret" not in caplog.text
@@ -412,9 +415,10 @@ def test_token_files_that_cannot_serve(tmp_path: Path, content: str | None) -> N
         ControlClient("ws://127.0.0.1:1/agents", path, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
 
 
-def test_nothing_to_authenticate_with() -> None:
-    with pytest.raises(ValueError, match="client certificate"):
-        ControlClient("ws://127.0.0.1:1/agents", None, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/agents", "127.0.0.1:1", ""])
+def test_an_address_of_another_scheme_is_an_error_by_name(token_file: Path, url: str) -> None:
+    with pytest.raises(ValueError, match=f"hub url must begin with ws:// or wss://, got '{url}'"):
+        ControlClient(url, token_file, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
 
 
 def test_backoff_doubles_to_its_longest_within_its_upper_half() -> None:
@@ -423,10 +427,10 @@ def test_backoff_doubles_to_its_longest_within_its_upper_half() -> None:
     assert backoff.seconds(3, 0.0) == 0.4
 
 
-# -------------------------------------------------------------------------------------------------------- mutual TLS
+# --------------------------------------------------------------------------------------- a proxy that speaks TLS
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A self-signed certificate, good for both ends; its key is key.pem beside it."""
+    """A self-signed certificate of 127.0.0.1; its key is key.pem beside it."""
     key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=weightsync"
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(chain)]
@@ -434,25 +438,24 @@ def certificate(tmp_path: Path) -> Path:
     return chain
 
 
-def context(certificate: Path, purpose: ssl.Purpose, *, with_own: bool = True) -> ssl.SSLContext:
-    made = ssl.create_default_context(purpose, cafile=certificate)
-    made.verify_mode = ssl.CERT_REQUIRED
-    if with_own:
-        made.load_cert_chain(certificate, certificate.with_name("key.pem"))
-    return made
-
-
-async def test_mutual_tls_takes_the_place_of_the_token(certificate: Path, caplog: pytest.LogCaptureFixture) -> None:
-    daemon = Daemon(None, context(certificate, ssl.Purpose.CLIENT_AUTH))  # type: ignore[arg-type]
-    port = await daemon.hub.start("127.0.0.1", 0)
-    agent = Agent(port, None, ssl_context=context(certificate, ssl.Purpose.SERVER_AUTH))
-    assert await agent.next() == welcome()
-    agent.client.send(Bye(reason="x" * 4000))
-    daemon.hub.send(MEMBER, OUTCOME)
-    assert await agent.next() == OUTCOME
-    await agent.stop()
-    stranger = Agent(port, None, ssl_context=context(certificate, ssl.Purpose.SERVER_AUTH, with_own=False))
-    await logged(caplog, "no daemon at")
-    assert stranger.heard.empty()
-    await stranger.stop()
-    await daemon.hub.close()
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_wss_is_for_a_proxy_whose_certificate_is_trusted(
+    certificate: Path,
+    token_file: Path,
+    trusted: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proxy = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    proxy.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    if trusted:  # by the system's authorities, which here means: by the session that the client makes
+        connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=certificate))
+        monkeypatch.setattr(aiohttp, "ClientSession", functools.partial(aiohttp.ClientSession, connector=connector))
+    async with answering(daemon_that_says(encode(welcome()), encode(OUTCOME)), proxy) as port:
+        agent = Agent(port, token_file, scheme="wss")
+        if trusted:
+            assert [await agent.next(), await agent.next()] == [welcome(), OUTCOME]
+        else:
+            await logged(caplog, "certificate verify failed")
+            assert agent.heard.empty()
+        await agent.stop()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from weightsync.agents.recorder.chains import Cast, Chain, Step, described, functional, run, step_of, travelling
+from weightsync.agents.recorder.chains import Cast, Chain, Function, described, functional, run, step_of, travelling
 
 aten = torch.ops.aten
 F32, BF16, F64, U8, FP8 = torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.float8_e4m3fn
-EXP = Step(F32, F32, aten.exp.default, (), ())
-NEG = Step(F32, F32, aten.neg.default, (), ())
+EXP = Function(F32, F32, aten.exp.default, (), ())
+NEG = Function(F32, F32, aten.neg.default, (), ())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 from weightsync.agents.recorder.boxes import StridedView
-from weightsync.agents.recorder.chains import Step
+from weightsync.agents.recorder.chains import Function
 from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.ledger import Ledger, made_values, stored_dtype
 from weightsync.agents.recorder.trace import Landing
@@ -44,7 +44,7 @@ def test_a_cast_is_compared_after_it() -> None:
 def test_a_program_is_run_and_what_it_takes_is_kept() -> None:
     values = torch.randn(4, 6)
     box = values[1:3, 3:].clone()
-    step = Step(F32, F32, torch.ops.aten.exp.default, (), ())
+    step = Function(F32, F32, torch.ops.aten.exp.default, (), ())
     landing = Landing(0, X, (1, 3), RIGHT_HALF.place, F32, (step,))
     ledger = fed(landing, values)
     assert ledger.differences(lambda landing: ("w", box.exp())) == []

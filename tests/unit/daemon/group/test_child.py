@@ -108,9 +108,9 @@ async def test_a_silent_child_ends_at_the_deadline_and_is_reaped(tmp_path: Path)
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        ("group.Piece(1, b'junk'), group.Done()", "rank 1 of the group sent a malformed message"),
+        ("group.PipePiece(1, b'junk'), group.Done()", "rank 1 of the group sent a malformed message"),
         ("group.Done()", "0 of 3 agents answered"),
-        ("*[group.Piece(1, b'')] * 9, group.Done()", "more than 4 messages"),
+        ("*[group.PipePiece(1, b'')] * 9, group.Done()", "more than 4 messages"),
     ],
 )
 async def test_answers_that_are_none(answers: str, reason: str) -> None:

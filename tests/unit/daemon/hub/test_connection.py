@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
+from websockets.frames import CloseCode
 from weightsync.orchestrator.daemon.hub import connection as hub_connection
-from weightsync.orchestrator.daemon.hub.connection import Connection, HubTiming, Phase
-from weightsync.orchestrator.protocol.websocket import CloseCode
+from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
 
-TIMING = HubTiming(heartbeat_seconds=1.0, missed_heartbeats=3)
+TIMING = HubTiming(heartbeat_seconds=1.0, missed_heartbeats=3, hello_seconds=1.0, close_seconds=1.0)
 
 
 class Transport(asyncio.Transport):
@@ -40,12 +40,12 @@ async def transport() -> Transport:
 
 
 @pytest.fixture
-async def connection(transport: Transport) -> Connection:
-    return Connection(1, "peer", transport, asyncio.Protocol(), lambda *_: None, lambda *_: None)
+async def connection(transport: Transport) -> AgentConnection:
+    return AgentConnection(1, "peer", transport, asyncio.Protocol(), lambda *_: None, lambda *_: None)
 
 
 async def test_a_peer_that_takes_nothing_is_slow_after_its_heartbeats(
-    connection: Connection, transport: Transport
+    connection: AgentConnection, transport: Transport
 ) -> None:
     start = connection.heard_at
     connection.write(bytes(100))
@@ -55,7 +55,9 @@ async def test_a_peer_that_takes_nothing_is_slow_after_its_heartbeats(
     assert connection.overdue(start + 3.1, TIMING) == "slow: took none of 100 waiting bytes for 3.1 s"
 
 
-async def test_a_peer_that_takes_little_by_little_is_not_slow(connection: Connection, transport: Transport) -> None:
+async def test_a_peer_that_takes_little_by_little_is_not_slow(
+    connection: AgentConnection, transport: Transport
+) -> None:
     start = connection.heard_at
     connection.write(bytes(100))
     for seconds in range(20):
@@ -65,7 +67,7 @@ async def test_a_peer_that_takes_little_by_little_is_not_slow(connection: Connec
 
 
 async def test_what_was_taken_long_ago_does_not_count_against_what_was_just_sent(
-    connection: Connection, transport: Transport
+    connection: AgentConnection, transport: Transport
 ) -> None:
     start = connection.heard_at
     connection.heard_at = start + 100
@@ -74,7 +76,7 @@ async def test_what_was_taken_long_ago_does_not_count_against_what_was_just_sent
     assert connection.overdue(start + 101, TIMING) == ""
 
 
-async def test_a_hub_that_stood_still_blames_nobody(connection: Connection) -> None:
+async def test_a_hub_that_stood_still_blames_nobody(connection: AgentConnection) -> None:
     start = connection.heard_at
     connection.write(bytes(100))
     connection.excuse(start + 10)
@@ -82,16 +84,16 @@ async def test_a_hub_that_stood_still_blames_nobody(connection: Connection) -> N
     assert connection.overdue(start + 13.1, TIMING).startswith("silent for 3.1 s")
 
 
-async def test_the_send_queue_is_bounded(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_send_queue_is_bounded(connection: AgentConnection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_connection, "MAX_SEND_QUEUE_BYTES", 1000)
     assert connection.write(bytes(600))
     assert not connection.write(bytes(600))
     assert connection.write(bytes(400))
 
 
-async def test_an_end_has_a_deadline(connection: Connection, transport: Transport) -> None:
-    connection.end(CloseCode.NORMAL, "bye", close_seconds=0.0)
-    assert connection.phase is Phase.ENDED
+async def test_an_end_has_a_deadline(connection: AgentConnection, transport: Transport) -> None:
+    connection.end(CloseCode.NORMAL_CLOSURE, "bye", close_seconds=0.0)
+    assert connection.stage is Stage.ENDED
     assert transport.waiting > 0
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_later(0.001, ended.set_result, None)

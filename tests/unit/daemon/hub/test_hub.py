@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,19 +13,11 @@ import msgspec
 import pytest
 import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.hub import connection as hub_connection
 from weightsync.orchestrator.daemon.hub import hub as hub_module
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
-from weightsync.orchestrator.daemon.hub.hub import (
-    AGENTS_PATH,
-    SWEEP_SLICES,
-    AgentConnected,
-    AgentLost,
-    AgentMessage,
-    Hub,
-    HubEvent,
-)
-from weightsync.orchestrator.daemon.hub.token import TokenError, read_token
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, SWEEP_SLICES, Hub
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
@@ -45,13 +39,13 @@ TOKEN = "a-secret-of-the-test"
 SECONDS = 20.0
 """Nothing here takes so long; a test that would wait for ever fails by it."""
 
-E = TypeVar("E", AgentConnected, AgentMessage, AgentLost)
+E = TypeVar("E", AgentConnected, AgentSaid, AgentLost)
 
 WELCOME = Welcome(
     epoch=1,
     journal_id="j",
     heartbeat_seconds=5.0,
-    transfer_seconds=60.0,
+    lost_after_heartbeats=3,
     transport=NixlSettings(),
     rendezvous=HubRendezvous(),
 )
@@ -66,18 +60,25 @@ def hello(rank: int = 0, incarnation: int = 7, run_id: str = "run") -> Hello:
     return Hello(schema=SCHEMA_VERSION, run_id=run_id, member=member(rank), world=8, incarnation=incarnation)
 
 
+ANY = 0
+"""In place of an event's id where events are compared: Bench.next checks that ids grow by one, and takes them off."""
+
+
 class Bench:
     """A hub, its events in order, and clients of it."""
 
-    def __init__(self, hub: Hub, events: "asyncio.Queue[HubEvent]", url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, hub: Hub, events: "asyncio.Queue[Event]", url: str, session: aiohttp.ClientSession) -> None:
         self.hub, self.events, self.url, self.session = hub, events, url, session
         self._sockets: list[aiohttp.ClientWebSocketResponse] = []
+        self._last_id = 0
 
     async def next(self, kind: type[E]) -> E:
         async with asyncio.timeout(SECONDS):
             event = await self.events.get()
         assert isinstance(event, kind), event
-        return event
+        self._last_id += 1
+        assert event.id == self._last_id
+        return replace(event, id=ANY)
 
     async def open(self, token: str | None = TOKEN) -> aiohttp.ClientWebSocketResponse:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -96,7 +97,7 @@ class Bench:
         await socket.send_bytes(encode(hello(rank, incarnation)))
         connected = await self.next(AgentConnected)
         assert connected.hello == hello(rank, incarnation)
-        return socket, connected.connection_id
+        return socket, connected.connection
 
     async def admit(self, rank: int = 0, incarnation: int = 7) -> tuple[aiohttp.ClientWebSocketResponse, int]:
         socket, connection_id = await self.introduce(rank, incarnation)
@@ -135,12 +136,18 @@ def token_file(tmp_path: Path) -> Path:
     return path
 
 
+def hub_of(token_file: Path, post: Callable[[Event], None], **timing: Any) -> Hub:
+    # Most peers here never read what is said to them at the end, hence the short closing handshake.
+    defaults = {"heartbeat_seconds": 5.0, "missed_heartbeats": 4, "hello_seconds": 10.0, "close_seconds": 0.1}
+    next_id = itertools.count(1).__next__
+    return Hub(token_file=token_file, post=post, next_id=next_id, timing=HubTiming(**defaults | timing))
+
+
 @contextlib.asynccontextmanager
 async def serving(token_file: Path, **timing: Any) -> AsyncIterator[Bench]:
     before = asyncio.all_tasks()
-    events: asyncio.Queue[HubEvent] = asyncio.Queue()
-    timing.setdefault("close_seconds", 0.1)  # Most peers here never read what is said to them at the end.
-    hub = Hub(run_id="run", token_file=token_file, on_event=events.put_nowait, timing=HubTiming(**timing))
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    hub = hub_of(token_file, events.put_nowait, **timing)
     port = await hub.start("127.0.0.1", 0)
     async with aiohttp.ClientSession() as session:
         bench = Bench(hub, events, f"http://127.0.0.1:{port}{AGENTS_PATH}", session)
@@ -187,7 +194,7 @@ async def test_an_oversized_hello(bench: Bench) -> None:
     await socket.send_bytes(bytes(MAX_HELLO_BYTES + 1))
     code, reason = await closed(socket)
     assert code == WSCloseCode.MESSAGE_TOO_BIG
-    assert f"exceeds the limit of {MAX_HELLO_BYTES}" in reason
+    assert f"exceeds limit of {MAX_HELLO_BYTES}" in reason
     await bench.quiet()
 
 
@@ -219,14 +226,17 @@ async def test_another_schema_is_refused_by_name_even_if_its_hello_is_not_ours(b
     await bench.quiet()
 
 
-async def test_another_run_is_refused_by_name(bench: Bench) -> None:
+@pytest.mark.parametrize("change", [{"run_id": "other"}, {"schema": 99}, {"world": 1, "member": member(1)}])
+async def test_whether_an_agent_belongs_here_is_the_owners_to_judge(bench: Bench, change: dict[str, Any]) -> None:
+    odd = msgspec.structs.replace(hello(), **change)
     socket = await bench.open()
-    await socket.send_bytes(encode(hello(run_id="other")))
-    refused = await said(socket)
-    assert isinstance(refused, Refused)
-    assert refused.reason == "this daemon serves run 'run', not 'other'"
-    assert not refused.retry
-    await closed(socket)
+    await socket.send_bytes(encode(odd))
+    connected = await bench.next(AgentConnected)
+    assert (connected.member, connected.hello) == (odd.member, odd)
+    refused = Refused(reason="it does not", fault="config", retry=False)
+    assert bench.hub.refuse(odd.member, connected.connection, refused)
+    assert await said(socket) == refused
+    assert (await closed(socket))[0] == WSCloseCode.POLICY_VIOLATION
     await bench.quiet()
 
 
@@ -242,12 +252,11 @@ async def test_too_many_connections(bench: Bench, monkeypatch: pytest.MonkeyPatc
 # --------------------------------------------------------------------------------------------------------- members
 async def test_messages_both_ways_in_order(bench: Bench) -> None:
     socket, connection_id = await bench.admit()
-    assert bench.hub.connected == {member()}
     await socket.send_bytes(encode(READY))
     await socket.send_bytes(encode(Heartbeat()))
     await socket.send_bytes(encode(Bye(reason="enough")))
-    assert await bench.next(AgentMessage) == AgentMessage(member(), connection_id, READY)
-    assert await bench.next(AgentMessage) == AgentMessage(member(), connection_id, Bye(reason="enough"))
+    assert await bench.next(AgentSaid) == AgentSaid(ANY, member(), connection_id, READY)
+    assert await bench.next(AgentSaid) == AgentSaid(ANY, member(), connection_id, Bye(reason="enough"))
     outcomes = [Outcome(version=Version(1, step), committed=True) for step in range(3)]
     for outcome in outcomes:
         assert bench.hub.send(member(), outcome)
@@ -260,7 +269,7 @@ async def test_a_large_message_both_ways(bench: Bench) -> None:
     assert bench.hub.send(member(), large)
     assert await said(socket) == large
     await socket.send_bytes(encode(Bye(reason="x" * 4000)))
-    assert (await bench.next(AgentMessage)).message == Bye(reason="x" * 4000)
+    assert (await bench.next(AgentSaid)).message == Bye(reason="x" * 4000)
 
 
 async def test_a_broadcast_is_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +283,7 @@ async def test_a_broadcast_is_encoded_once(bench: Bench, monkeypatch: pytest.Mon
     monkeypatch.setattr(hub_module, "encode", counted)
     outcome = Outcome(version=Version(1, 1), committed=True)
     everybody = [member(rank) for rank in range(4)]
-    assert bench.hub.broadcast(everybody, outcome) == [member(3)]
+    assert [bench.hub.send(one, outcome) for one in everybody] == [True, True, True, False]
     assert [await said(socket) for socket in sockets] == [outcome] * 3
     assert encoded == [outcome]
 
@@ -283,9 +292,8 @@ async def test_the_agent_closes(bench: Bench) -> None:
     socket, connection_id = await bench.admit()
     await socket.close(message=b"had enough")
     lost = await bench.next(AgentLost)
-    assert lost == AgentLost(member(), connection_id, "closed by the agent: code 1000 had enough")
+    assert lost == AgentLost(ANY, member(), connection_id, "closed by the agent: code 1000 had enough")
     assert not bench.hub.send(member(), WELCOME)
-    assert bench.hub.connected == frozenset()
 
 
 async def test_the_connection_breaks(bench: Bench) -> None:
@@ -293,7 +301,7 @@ async def test_the_connection_breaks(bench: Bench) -> None:
     transport = socket.get_extra_info("socket")
     transport.shutdown(2)
     lost = await bench.next(AgentLost)
-    assert lost.connection_id == connection_id
+    assert lost.connection == connection_id
     assert lost.reason.startswith("the connection broke")
 
 
@@ -304,7 +312,7 @@ async def test_the_connection_breaks(bench: Bench) -> None:
         (lambda socket: socket.send_str("text"), WSCloseCode.UNSUPPORTED_DATA, "text frame"),
         (lambda socket: socket.send_bytes(encode(hello())), WSCloseCode.PROTOCOL_ERROR, "Hello out of turn"),
         (lambda socket: socket.send_bytes(encode(WELCOME)), WSCloseCode.PROTOCOL_ERROR, "malformed frame"),
-        (lambda socket: socket.send_frame(b"x", 0x3), WSCloseCode.PROTOCOL_ERROR, "unknown kind"),
+        (lambda socket: socket.send_frame(b"x", 0x3), WSCloseCode.PROTOCOL_ERROR, "invalid opcode"),
         (lambda socket: socket.send_frame(b"x" * 9, WSMsgType.BINARY, 15), WSCloseCode.PROTOCOL_ERROR, "reserved bits"),
     ],
     ids=["junk", "text", "second hello", "a daemon's message", "unknown opcode", "compressed"],
@@ -316,13 +324,13 @@ async def test_a_violation_costs_its_own_connection_and_no_other(
     bad, bad_id = await bench.admit(0)
     await send(bad)
     lost = await bench.next(AgentLost)
-    assert (lost.member, lost.connection_id) == (member(0), bad_id)
+    assert (lost.member, lost.connection) == (member(0), bad_id)
     assert reason in lost.reason
     given, told = await closed(bad)
     assert given == code
     assert reason in told
     await good.send_bytes(encode(READY))
-    assert await bench.next(AgentMessage) == AgentMessage(member(1), good_id, READY)
+    assert await bench.next(AgentSaid) == AgentSaid(ANY, member(1), good_id, READY)
 
 
 async def test_an_oversized_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,14 +338,16 @@ async def test_an_oversized_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     socket, connection_id = await bench.admit()
     await socket.send_bytes(bytes(100_001))
     lost = await bench.next(AgentLost)
-    assert lost == AgentLost(member(), connection_id, "frame of 100001 bytes exceeds the limit of 100000")
+    assert lost == AgentLost(ANY, member(), connection_id, "frame with 100001 bytes exceeds limit of 100000 bytes")
     assert (await closed(socket))[0] == WSCloseCode.MESSAGE_TOO_BIG
 
 
 async def test_a_message_before_the_decision(bench: Bench) -> None:
     socket, connection_id = await bench.introduce()
     await socket.send_bytes(encode(READY))
-    assert await bench.next(AgentLost) == AgentLost(member(), connection_id, "Ready out of turn: in phase DECISION")
+    assert await bench.next(AgentLost) == AgentLost(
+        ANY, member(), connection_id, "Ready out of turn: in stage DECISION"
+    )
     assert not bench.hub.accept(member(), connection_id, WELCOME)
 
 
@@ -358,7 +368,7 @@ async def test_a_duplicate_rank_is_refused_by_name_and_the_first_stays(bench: Be
     assert await said(second) == refused
     assert await closed(second) == (WSCloseCode.POLICY_VIOLATION, refused.reason)
     await first.send_bytes(encode(READY))
-    assert await bench.next(AgentMessage) == AgentMessage(member(), first_id, READY)
+    assert await bench.next(AgentSaid) == AgentSaid(ANY, member(), first_id, READY)
     await bench.quiet()
 
 
@@ -367,7 +377,7 @@ async def test_a_reconnect_takes_the_place_of_the_old_connection(bench: Bench) -
     new, new_id = await bench.admit()
     assert (await closed(old))[1] == "a newer connection of this agent took its place"
     await new.send_bytes(encode(READY))
-    assert await bench.next(AgentMessage) == AgentMessage(member(), new_id, READY)
+    assert await bench.next(AgentSaid) == AgentSaid(ANY, member(), new_id, READY)
     outcome = Outcome(version=Version(1, 1), committed=True)
     assert bench.hub.send(member(), outcome)
     assert await said(new) == outcome
@@ -375,10 +385,22 @@ async def test_a_reconnect_takes_the_place_of_the_old_connection(bench: Bench) -
 
 
 async def test_drop_is_the_owners_wish_and_no_loss(bench: Bench) -> None:
-    socket, _ = await bench.admit()
-    assert bench.hub.drop(member(), "evicted")
+    socket, number = await bench.admit()
+    assert bench.hub.drop(member(), number, "evicted")
     assert await closed(socket) == (WSCloseCode.POLICY_VIOLATION, "evicted")
-    assert not bench.hub.drop(member(), "evicted")
+    assert not bench.hub.drop(member(), number, "evicted")
+    await bench.quiet()
+
+
+async def test_a_drop_of_an_old_connection_leaves_the_newer_one(bench: Bench) -> None:
+    _, old = await bench.admit()
+    socket, new = await bench.admit()
+    assert not bench.hub.drop(member(), old, "it broke the protocol")
+    outcome = Outcome(version=Version(1, 1), committed=True)
+    assert bench.hub.send(member(), outcome)
+    assert await said(socket) == outcome
+    assert bench.hub.drop(member(), new, "it broke the protocol, too")
+    assert (await closed(socket))[1] == "it broke the protocol, too"
     await bench.quiet()
 
 
@@ -398,7 +420,7 @@ async def test_nobody_decides(token_file: Path) -> None:
     async with serving(token_file, hello_seconds=0.05) as bench:
         socket, connection_id = await bench.introduce()
         assert await bench.next(AgentLost) == AgentLost(
-            member(), connection_id, "no decision on its Hello within 0.05 s"
+            ANY, member(), connection_id, "no decision on its Hello within 0.05 s"
         )
         await closed(socket)
 
@@ -417,16 +439,16 @@ async def test_the_hub_sends_heartbeats(token_file: Path) -> None:
 
 async def test_a_silent_peer_is_lost_after_its_heartbeats(bench: Bench) -> None:
     now = asyncio.get_running_loop().time()
-    timing = HubTiming()
+    silence_seconds = 4 * 5.0
     socket, connection_id = await bench.admit()
-    sweep_all(bench.hub, now + timing.silence_seconds - 1)
+    sweep_all(bench.hub, now + silence_seconds - 1)
     assert bench.events.empty()
-    sweep_all(bench.hub, now + timing.silence_seconds + 1)
+    sweep_all(bench.hub, now + silence_seconds + 1)
     lost = await bench.next(AgentLost)
-    assert lost.connection_id == connection_id
+    assert lost.connection == connection_id
     assert lost.reason.startswith("silent for")
     assert not socket.closed, "it was not the peer who went away"
-    assert bench.hub.connected == frozenset()
+    assert not bench.hub.send(member(), WELCOME)
 
 
 async def test_a_slow_peer_is_dropped_and_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +462,7 @@ async def test_a_slow_peer_is_dropped_and_not_waited_for(bench: Bench, monkeypat
         sent += 1
         assert sent < 100, "the kernel never stops taking"
     assert bench.events.empty(), "an event came from within the owner's own command"
-    assert await bench.next(AgentLost) == AgentLost(member(0), slow_id, "slow: its send queue is full")
+    assert await bench.next(AgentLost) == AgentLost(ANY, member(0), slow_id, "slow: its send queue is full")
     assert bench.hub.send(member(1), large)
     assert await said(good) == large
 
@@ -480,35 +502,10 @@ async def test_others_may_serve_at_the_same_address(token_file: Path) -> None:
     def configure(app: web.Application) -> None:
         app.router.add_get("/status", answer)
 
-    hub = Hub(run_id="run", token_file=token_file, on_event=lambda _: None)
+    hub = hub_of(token_file, lambda _: None)
     port = await hub.start("127.0.0.1", 0, configure)
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/status") as response:
         assert await response.text() == "here"
     with pytest.raises(OSError, match="address already in use"):
-        await Hub(run_id="run", token_file=token_file, on_event=lambda _: None).start("127.0.0.1", port)
+        await hub_of(token_file, lambda _: None).start("127.0.0.1", port)
     await hub.close()
-
-
-def test_without_a_token_and_without_certificates_there_is_no_hub() -> None:
-    with pytest.raises(ValueError, match="client certificates"):
-        Hub(run_id="run", token_file=None, on_event=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "No such file"),
-        (b"", "is empty"),
-        (b" \n", "is empty"),
-        (b"two words", "without blanks"),
-        (b"two\nlines", "without blanks"),
-        ("ä".encode(), "printable ASCII"),
-        (b"x" * 5000, "longer than 4096 bytes"),
-    ],
-)
-def test_token_files_that_cannot_serve(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    path = tmp_path / "token"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(TokenError, match=reason):
-        read_token(path)

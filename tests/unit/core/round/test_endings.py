@@ -1,0 +1,166 @@
+"""COMMITTED, another attempt, or FAILED; and who is told, once and again."""
+
+from typing import Any
+
+import pytest
+from fleets import rank, trainer
+from weightsync.orchestrator.core.commands import WriteMarker
+from weightsync.orchestrator.core.events import Call, CallFailed, MarkersSeen, StableSeen
+from weightsync.orchestrator.core.records import (
+    AnyRecord,
+    Committed,
+    Decided,
+    LiveDirty,
+    RoundBegan,
+    RoundEnded,
+    VersionFailed,
+)
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.messages import Closed, EngineStatus, Left, Outcome, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+TRAINER, ENGINE = trainer(), rank("e0")
+VERSION = Version(7, 1)
+NAME = RoundName(1, 1)
+BEGAN = RoundBegan(round=NAME, version=VERSION, attempt=1, engines=("e0",))
+DIRTY = LiveDirty(round=NAME, writers={"trainer/0": 100}, ranks={"e0/0": 100})
+DECIDED = Decided(round=NAME, version=VERSION, digests={})
+STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.0)
+
+
+def test_attempts_are_bounded_and_spread(drive: Any) -> None:
+    fleet = drive.joined(attempts=3, backoff=1.0)
+    fleet.says(TRAINER, STAGED)
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    pauses = []
+    for attempt in (1, 2, 3):
+        assert fleet.round.attempt == attempt
+        fleet.fails("e0", Call.PAUSE, "connection reset")
+        assert fleet.fleet.round is None
+        pauses.append(fleet.fleet.retry_at[VERSION] - fleet.now)
+        fleet.passes(pauses[-1])
+        fleet.settle()
+    assert pauses == [1.0, 2.0, 4.0]
+    assert fleet.failures() == ["3 attempts failed; the last one: e0: pause failed: connection reset"]
+    fleet.passes(1000.0)
+    assert fleet.fleet.round is None
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        (Committed(round=NAME, version=VERSION, sequence=1), "COMMITTED"),
+        (VersionFailed(version=VERSION, reason="no plan fits"), "FAILED"),
+    ],
+)
+@pytest.mark.parametrize("generation", [7, None])
+def test_an_outcome_that_was_not_written_is_written_once(
+    drive: Any, record: AnyRecord, kind: str, generation: int | None
+) -> None:
+    """From the journal, when STABLE is found without it."""
+    fleet = drive(records=[record])
+    fleet.connect(TRAINER)
+    for _ in range(2):
+        fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, generation), StableSeen(2, 7), StableSeen(1, 6))))
+    assert fleet.marked() == [(kind, VERSION)]
+    assert sum(isinstance(command, WriteMarker) for command in fleet.commands) == 1
+
+
+def test_a_trainer_that_returns_learns_the_fate_that_it_missed(drive: Any) -> None:
+    fleet = drive(records=[BEGAN, DIRTY, DECIDED])
+    fleet.connect(TRAINER, TrainerStatus(staged=VERSION))
+    assert fleet.sent(TRAINER, Outcome) == [Outcome(version=VERSION, committed=True, sequence=1)]
+
+
+def test_a_rank_that_stages_too_late_learns_that_the_version_has_failed(drive: Any) -> None:
+    fleet = drive.joined(staged=50.0)
+    fleet.says(TRAINER, STAGED)
+    fleet.passes(50.0)
+    before = len(fleet.sent(TRAINER, Outcome))
+    fleet.says(TRAINER, STAGED)
+    assert len(fleet.sent(TRAINER, Outcome)) == before + 1
+
+
+# ------------------------------------------------------------------------------------------- whether to try once more
+def refused(fleet: Any, call: Call, retry: bool) -> None:
+    """The call that is under way fails by somebody's configuration."""
+    number = fleet.fleet.engines["e0"].calls[call]
+    fleet.happens(CallFailed(fleet.id(), "e0", call, number, "no such route", "config", retry))
+
+
+def ended(fleet: Any) -> list[RoundEnded]:
+    return [record for record in fleet.written() if isinstance(record, RoundEnded)]
+
+
+def test_what_cannot_succeed_is_not_tried_again(drive: Any) -> None:
+    fleet = drive(options={"attempts": 3})
+    going = fleet.to(Phase.PAUSING)
+    refused(fleet, Call.PAUSE, retry=False)
+    why = "e0: pause failed: no such route"
+    assert [(round.outcome, round.reason, round.fault) for round in ended(fleet)] == [("failed", why, "config")]
+    assert fleet.failures() == [f"{why}; another attempt would fail in the same way"]
+    assert fleet.sent(TRAINER, Outcome)[-1].reason == fleet.failures()[0]
+    assert fleet.marked()[-1] == ("FAILED", going.version)
+    fleet.passes(1000.0)
+    assert fleet.fleet.round is None
+
+
+def test_what_may_pass_is(drive: Any) -> None:
+    fleet = drive(options={"attempts": 3, "backoff": 1.0})
+    fleet.to(Phase.PAUSING)
+    refused(fleet, Call.PAUSE, retry=True)
+    assert fleet.failures() == []
+    fleet.passes(1.0)
+    fleet.settle()
+    assert fleet.round.attempt == 2
+
+
+def test_a_writer_that_says_so_before_its_grant_is_believed(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.QUIESCING)
+    fleet.says(TRAINER, Closed(round=going.name, error="no such device", fault="config", retry=False))
+    fleet.fails("e0", Call.SWITCH, "aborted")
+    assert fleet.failures() == ["no such device; another attempt would fail in the same way"]
+    assert [round.fault for round in ended(fleet)] == ["config"]
+
+
+@pytest.mark.parametrize(
+    ("report", "fault"),
+    [({"error": "no such device", "fault": "config", "retry": False}, "config"), ({"digest": (0, 0)}, "network")],
+)
+def test_who_is_torn_is_repaired_by_another_attempt_all_the_same(
+    drive: Any, report: dict[str, Any], fault: str
+) -> None:
+    """FAILED is for versions by which nobody is torn: only bytes can mend what bytes have torn."""
+    fleet = drive(options={"attempts": 3, "backoff": 1.0})
+    going = fleet.to(Phase.VERIFYING)
+    fleet.says(ENGINE, fleet.verified(**report))
+    for member in fleet.ranks_of():
+        fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
+    fleet.fails("e0", Call.SWITCH, "aborted")
+    assert [round.fault for round in ended(fleet)] == [fault]
+    assert fleet.failures() == []
+    fleet.passes(1.0)
+    fleet.settle()
+    assert fleet.round.attempt == 2
+    refused(fleet, Call.PAUSE, retry=False)
+    assert fleet.failures() == [], "nor does this attempt end it: e0 is torn still"
+
+
+def test_a_catch_up_round_fails_no_version(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    fleet.loses_engine("e0")
+    fleet.bring("e0", EngineStatus(), incarnation=555)
+    fleet.plan()
+    fleet.settle()
+    assert fleet.round.catch_up
+    refused(fleet, Call.PAUSE, retry=False)
+    assert fleet.failures() == []
+    assert fleet.fleet.retry_at[VERSION] > fleet.now
+
+
+def test_a_round_that_a_restart_ends_is_nobody_elses_fault(drive: Any) -> None:
+    fleet = drive(records=[BEGAN, DIRTY])
+    assert [(round.reason, round.fault) for round in ended(fleet)] == [("the daemon was restarted", "daemon")]

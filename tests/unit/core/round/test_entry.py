@@ -1,0 +1,164 @@
+"""What the phases command, to whom, and how often."""
+
+from typing import Any
+
+import pytest
+from fleets import BYTES_PER_EDGE, rank, trainer
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.policy import AGENT_SHARE
+from weightsync.orchestrator.core.records import LiveDirty, RoundEnded
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Grant, Left, Quiesced, Verify
+
+TRAINER = trainer()
+
+
+def committed(*engines: str, drive: Any, pairs: Any = ()) -> Any:
+    """A fleet that serves version 1 and is inside the round for version 2, its workers in the update call."""
+    fleet = drive(engines, pairs)
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    fleet.settle()
+    fleet.stage(2)
+    fleet.settle()
+    fleet.to(Phase.QUIESCING)
+    for member in fleet.ranks_of():
+        fleet.says(member, Quiesced(round=fleet.round.name))
+    assert fleet.round.phase is Phase.MARKING
+    return fleet
+
+
+def leaves(fleet: Any, going: Any, engine: str, **status: Any) -> None:
+    """Every worker of the engine leaves the update call, and the call ends."""
+    for member in fleet.ranks_of(engine):
+        fleet.says(member, Left(round=going.name, status=EngineStatus(**status)))
+    fleet.fails(engine, Call.SWITCH, "aborted")
+
+
+def test_agents_get_the_shorter_deadline(drive: Any) -> None:
+    fleet = drive(options={"transfer": 50.0, "verify": 20.0})
+    fleet.to(Phase.VERIFYING)
+    assert [grant.deadline_seconds for grant in fleet.sent(TRAINER, Grant)] == [50.0 * AGENT_SHARE]
+    for member in fleet.ranks_of():
+        assert [word.deadline_seconds for word in fleet.sent(member, Verify)] == [20.0 * AGENT_SHARE]
+
+
+def test_the_journal_knows_the_writers_and_their_reach_before_the_grant(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.MARKING)
+    assert fleet.written()[-1] == LiveDirty(
+        round=going.name, writers={"trainer/0": 100}, ranks={"e0/0": 100, "e0/1": 101}
+    )
+    assert fleet.sent(TRAINER, Grant) == []
+
+
+def test_each_worker_is_expected_to_hold_what_was_sent_to_it(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.VERIFYING)
+    assert going.expected == dict.fromkeys(fleet.ranks_of("e0", "e1"), ((11, 13), BYTES_PER_EDGE))
+
+
+def test_every_worker_is_let_out_with_the_version(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.APPLYING)
+    for member in fleet.ranks_of():
+        assert fleet.sent(member, Commit) == [Commit(round=going.name, version=going.version)]
+
+
+def test_every_worker_is_told_to_leave_a_torn_round(drive: Any) -> None:
+    """Once, and only when nobody writes any more: before, its memory may still be written to."""
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.WRITING)
+    fleet.fails("e1", Call.SWITCH, "the server died")
+    fleet.loses_engine("e1")
+    assert going.phase is Phase.TEARING
+    assert [abort.torn for abort in fleet.sent(TRAINER, Abort)] == [True]
+    for member in fleet.ranks_of("e0"):
+        assert fleet.sent(member, Abort) == [], "trainer/0 has not closed"
+    fleet.says(TRAINER, fleet.closed(error="told to stop"))
+    fleet.passes(1.0)
+    for member in fleet.ranks_of("e0"):
+        assert fleet.sent(member, Abort) == [Abort(round=going.name, torn=True, reason=going.reason)]
+    leaves(fleet, going, "e0", torn=True)
+    assert fleet.fleet.round is None
+
+
+def test_workers_of_a_torn_round_do_not_wait_for_a_writer_for_ever(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.WRITING)
+    fleet.passes(fleet.policy.transfer)
+    assert going.phase is Phase.TEARING
+    fleet.passes(fleet.policy.transfer + fleet.policy.finish)
+    assert fleet.fleet.round is None
+    for member in fleet.ranks_of():
+        assert [abort.torn for abort in fleet.sent(member, Abort)] == [True]
+
+
+def test_every_engine_of_a_cancelled_round_is_resumed_at_once(drive: Any) -> None:
+    """Each as soon as its own workers are out; with what it had."""
+    fleet = committed("e0", "e1", drive=drive)
+    going = fleet.round
+    before = {name: fleet.called(name, Call.RESUME) for name in ("e0", "e1")}
+    fleet.loses(TRAINER)
+    assert going.phase is Phase.CANCELLING
+    for member in fleet.ranks_of():
+        assert fleet.sent(member, Abort) == [Abort(round=going.name, torn=False, reason="trainer/0 was lost: reset")]
+    for done, name in enumerate(("e0", "e1"), start=1):
+        leaves(fleet, going, name, applied=fleet.fleet.memory.committed)
+        assert [fleet.called(n, Call.RESUME) - before[n] for n in ("e0", "e1")] == [1, done - 1]
+    assert fleet.fleet.round is going, "their answers are awaited"
+    fleet.answers("e0", Call.RESUME, False)
+    fleet.answers("e1", Call.RESUME, False)
+    assert fleet.fleet.round is None
+    ended = [record for record in fleet.written() if isinstance(record, RoundEnded)][-1]
+    assert (ended.outcome, ended.reason, ended.fault) == ("failed", "trainer/0 was lost: reset", "trainer")
+
+
+def test_a_resume_that_fails_in_a_cancelled_round_is_not_repeated_within_it(drive: Any) -> None:
+    fleet = committed("e0", drive=drive)
+    going, before = fleet.round, fleet.called("e0", Call.RESUME)
+    fleet.loses(TRAINER)
+    leaves(fleet, going, "e0", applied=fleet.fleet.memory.committed)
+    fleet.fails("e0", Call.RESUME, "500")
+    assert fleet.fleet.round is None
+    assert fleet.called("e0", Call.RESUME) - before == 1
+
+
+def test_an_engine_that_holds_nothing_committed_is_not_resumed_by_a_cancelled_round(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.QUIESCING)
+    fleet.loses(TRAINER)
+    leaves(fleet, going, "e0")
+    assert fleet.fleet.round is None
+    assert fleet.called("e0", Call.RESUME) == 0
+
+
+@pytest.mark.parametrize("last", ["e0", "e1"])
+def test_a_pair_leaves_a_cancelled_round_together(drive: Any, last: str) -> None:
+    """A prefill engine that serves while its decode engine is paused has nobody to hand over to."""
+    fleet = committed("e0", "e1", "e2", drive=drive, pairs=(("e0", "e1"),))
+    going = fleet.round
+    before = {name: fleet.called(name, Call.RESUME) for name in fleet.engines}
+    fleet.loses(TRAINER)
+
+    def resumed() -> set[str]:
+        return {name for name in fleet.engines if fleet.called(name, Call.RESUME) > before[name]}
+
+    first = "e0" if last == "e1" else "e1"
+    leaves(fleet, going, first, applied=fleet.fleet.memory.committed)
+    assert resumed() == set()
+    leaves(fleet, going, "e2", applied=fleet.fleet.memory.committed)
+    assert resumed() == {"e2"}
+    leaves(fleet, going, last, applied=fleet.fleet.memory.committed)
+    assert resumed() == {"e0", "e1", "e2"}
+
+
+def test_a_writer_may_write_only_where_it_owes_bytes(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.to(Phase.WRITING)
+    (grant,) = fleet.sent(TRAINER, Grant)
+    assert set(grant.members) == {rank("e0", 0), rank("e0", 1), rank("e1", 0), rank("e1", 1)}
+    assert fleet.fleet.unclosed[TRAINER].targets == dict.fromkeys(grant.members, 100) | {
+        rank("e0", 1): 101,
+        rank("e1", 1): 101,
+    }

@@ -1,0 +1,122 @@
+"""Every phase is one row: how long it may take, whom it waits for, what comes then."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+from fleets import policy_for
+from weightsync.orchestrator.core.commands import Append, CallEngine
+from weightsync.orchestrator.core.errors import Trouble
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.records import Decided, LiveDirty
+from weightsync.orchestrator.core.round import endings, phases
+from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
+from weightsync.orchestrator.core.turn import Turn
+
+IN_ORDER = [phase for phase in Phase if phase not in (Phase.CANCELLING, Phase.TEARING)]
+
+DISTINCT = {"pause": 1.0, "quiesce": 2.0, "transfer": 4.0, "verify": 8.0, "finish": 16.0}
+"""Every sum of these names its terms."""
+
+
+def test_every_phase_has_a_row() -> None:
+    assert set(phases.ROWS) == set(Phase)
+
+
+def test_forward_they_follow_each_other_to_the_commit() -> None:
+    for phase, following in itertools.pairwise(IN_ORDER):
+        assert phases.ROWS[phase].then is following
+    assert phases.ROWS[Phase.RECORDING].then is endings.committed
+    assert phases.ROWS[Phase.CANCELLING].then is phases.ROWS[Phase.TEARING].then is endings.failed
+
+
+@pytest.mark.parametrize(
+    ("phase", "seconds"),
+    [
+        (Phase.PAUSING, 1.0),
+        (Phase.QUIESCING, 2.0),
+        (Phase.MARKING, 16.0),
+        (Phase.WRITING, 4.0),
+        (Phase.VERIFYING, 8.0),
+        (Phase.DECIDING, 16.0),
+        (Phase.APPLYING, 16.0),
+        (Phase.FINISHING, 16.0),
+        (Phase.RESUMING, 16.0),
+        (Phase.RECORDING, 16.0),
+        (Phase.CANCELLING, 3.0),
+        (Phase.TEARING, 20.0),
+    ],
+)
+def test_each_deadline_is_the_settings_own(phase: Phase, seconds: float) -> None:
+    assert phases.ROWS[phase].deadline(policy_for(["e0"], **DISTINCT)) == seconds
+
+
+@pytest.mark.parametrize("phase", IN_ORDER)
+def test_asking_who_is_missing_changes_nothing(drive: Any, phase: Phase) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(phase)
+    before = copy.deepcopy(fleet.fleet)
+    first = phases.missing(fleet.fleet, going)
+    assert first, "a phase that waits for nobody would have been left"
+    assert phases.missing(fleet.fleet, going) == first
+    assert fleet.fleet == before
+
+
+@pytest.mark.parametrize(
+    ("phase", "missing"),
+    [
+        (Phase.PAUSING, ["e0", "e1"]),
+        (Phase.QUIESCING, ["e0/0", "e0/1", "e1/0", "e1/1"]),
+        (Phase.MARKING, [f"{LiveDirty.__name__} in the journal"]),
+        (Phase.WRITING, ["trainer/0"]),
+        (Phase.VERIFYING, ["e0/0", "e0/1", "e1/0", "e1/1"]),
+        (Phase.DECIDING, [f"{Decided.__name__} in the journal"]),
+        (Phase.APPLYING, ["e0", "e1"]),
+        (Phase.FINISHING, ["e0", "e1"]),
+        (Phase.RESUMING, ["e0", "e1"]),
+        (Phase.RECORDING, ["Committed in the journal"]),
+    ],
+)
+def test_who_is_missing_is_named(drive: Any, phase: Phase, missing: list[str]) -> None:
+    fleet = drive(("e0", "e1"))
+    assert phases.missing(fleet.fleet, fleet.to(phase)) == missing
+
+
+def test_where_the_late_are_evicted_the_missing_are_engines(drive: Any) -> None:
+    evicting = [phase for phase, row in TABLE.items() if row.get(Report.DEADLINE) is Action.evict_missing]
+    assert evicting == [Phase.APPLYING, Phase.FINISHING, Phase.RESUMING]
+    for phase in evicting:
+        fleet = drive(("e0", "e1"))
+        assert set(phases.missing(fleet.fleet, fleet.to(phase))) <= set(fleet.engines)
+
+
+@pytest.mark.parametrize(
+    ("phase", "trouble"),
+    [
+        (Phase.PAUSING, Trouble("pausing took longer than 7 s; missing: e0", "engine")),
+        (Phase.WRITING, Trouble("writing took longer than 7 s; missing: trainer/0", "trainer")),
+        (Phase.DECIDING, Trouble("deciding took longer than 7 s; missing: Decided in the journal", "daemon")),
+    ],
+)
+def test_a_missed_deadline_says_who_and_whose_fault(drive: Any, phase: Phase, trouble: Trouble) -> None:
+    fleet = drive()
+    going = fleet.to(phase)
+    assert phases.overdue(Turn(fleet.fleet, going.phase_began + 7.0, 1), going) == trouble
+
+
+def test_a_late_disk_costs_no_engine(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.DECIDING)
+    fleet.passes(fleet.policy.finish + 1.0)
+    assert (fleet.fleet.round, going.phase, going.remaining()) == (going, Phase.DECIDING, ["e0"])
+
+
+def test_a_round_without_trouble_commands_each_step_once(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    calls = [c.call for c in fleet.commands if isinstance(c, CallEngine) and c.round is not None]
+    assert calls == [Call.PAUSE, Call.SWITCH, Call.FINISH, Call.RESUME]
+    records = [type(c.record).__name__ for c in fleet.commands if isinstance(c, Append)]
+    assert records == ["EpochBegan", "RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"]

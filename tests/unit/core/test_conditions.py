@@ -1,0 +1,169 @@
+"""What a version waits for, in the order in which somebody can do something about it; nothing is: a round is due."""
+
+from typing import Any
+
+import pytest
+from fleets import ANNOUNCE, rank, trainer
+from weightsync.orchestrator.core import conditions
+from weightsync.orchestrator.core.events import Call, MarkersSeen, StableSeen
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.state import Unclosed
+from weightsync.orchestrator.protocol.messages import EngineStatus, Staged
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+TRAINER, VERSION = trainer(), Version(7, 1)
+STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.0)
+
+
+def waits(fleet: Any, version: Version = VERSION) -> str:
+    return conditions.waits_for(fleet.fleet, version, fleet.now)
+
+
+def due(drive: Any, engines: tuple[str, ...] = ("e0",), pairs: Any = ()) -> Any:
+    """A fleet in which nothing is missing for version 1, stopped just before its round."""
+    fleet = drive(engines, pairs)
+    fleet.join()
+    fleet.settle()
+    fleet.fleet.agents[TRAINER].staged = STAGED
+    fleet.fleet.stable = (StableSeen(1, 7),)
+    assert waits(fleet) == ""
+    return fleet
+
+
+def test_it_is_due_when_nothing_is_missing(drive: Any) -> None:
+    fleet = due(drive)
+    assert conditions.ready(fleet.fleet, VERSION) == ["e0"]
+    assert not conditions.is_catch_up(fleet.fleet, VERSION)
+    fleet.happens()
+    assert fleet.round.version == VERSION
+
+
+def test_each_missing_thing_is_named(drive: Any) -> None:
+    """One after the other taken away, the latest in the list first: the earliest one is what it waits for."""
+    fleet = due(drive)
+    state = fleet.fleet
+    state.agents[rank("e0", 1)].status = EngineStatus(window=RoundName(1, 1))
+    assert waits(fleet) == "workers that are still inside an earlier round: e0/1"
+    state.engines["e0"].calls[Call.PROBE] = 99
+    assert waits(fleet) == "an answer of e0"
+    state.retry_at[VERSION] = fleet.now + 1.0
+    assert waits(fleet) == "the next attempt"
+    state.agents[rank("e0", 1)].fingerprint = ""
+    state.agents[TRAINER].fingerprint = "of an older plan"
+    assert waits(fleet) == "agents that have not confirmed their edges: trainer/0, e0/1"
+    state.engines["e0"].reachable = False
+    assert waits(fleet) == "engines that can take part: e0"
+    state.planning = True
+    assert waits(fleet) == "the plan"
+    state.plan = None
+    assert waits(fleet) == "engines that have not joined: e0"
+    state.engines["e0"].misfit = "tensor 'w' has two shapes"
+    assert waits(fleet) == "an engine that fits: tensor 'w' has two shapes"
+    state.unclosed[TRAINER] = Unclosed(RoundName(1, 3), 5, {})
+    assert waits(fleet) == "writers that have not closed their grant and are not proved dead: trainer/0 (round 1.3)"
+    state.stable = ()
+    assert waits(fleet) == "broadcasts/step_1/STABLE is missing"
+    state.agents[TRAINER].announce = None
+    assert waits(fleet) == "trainer ranks that have not announced their layout: trainer/0"
+    state.agents[TRAINER].staged = None
+    assert waits(fleet) == "not STAGED by trainer/0"
+
+
+def test_another_round_comes_first(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.APPLYING)
+    assert waits(fleet) == f"the end of round {going.name}"
+
+
+def test_long_lists_are_cut(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(trainer(0), world=12)
+    assert waits(fleet) == f"not STAGED by {', '.join(f'trainer/{number}' for number in range(8))} …"
+
+
+def test_an_empty_marker_counts_for_the_present_trainer_only(drive: Any) -> None:
+    fleet = drive()
+    for seen, expected in [(StableSeen(1), True), (StableSeen(1, 7), True), (StableSeen(1, 6), False)]:
+        fleet.fleet.stable = (StableSeen(2, 7), seen)
+        assert conditions.is_stable(fleet.fleet, VERSION) is expected
+    fleet.fleet.stable = (StableSeen(1), StableSeen(2))
+    assert not conditions.is_stable(fleet.fleet, Version(7, 3))
+
+
+def test_a_round_does_not_wait_for_ever_for_an_engine_beside_others(drive: Any) -> None:
+    fleet = due(drive, ("e0", "e1"))
+    fleet.fleet.agents[rank("e1", 0)].fingerprint = ""
+    assert waits(fleet) == "agents that have not confirmed their edges: e1/0"
+    fleet.now += fleet.policy.rendezvous
+    assert waits(fleet) == ""
+    assert conditions.ready(fleet.fleet, VERSION) == ["e0"]
+
+
+def test_but_for_every_writer(drive: Any) -> None:
+    fleet = due(drive)
+    fleet.fleet.agents[TRAINER].fingerprint = ""
+    fleet.now += 100 * fleet.policy.rendezvous
+    assert waits(fleet) == "agents that have not confirmed their edges: trainer/0"
+
+
+def test_and_for_some_engine(drive: Any) -> None:
+    fleet = due(drive)
+    fleet.fleet.agents[rank("e0", 0)].fingerprint = ""
+    fleet.now += 100 * fleet.policy.rendezvous
+    assert waits(fleet) == "agents that have not confirmed their edges: e0/0"
+
+
+def test_a_pair_takes_part_as_one(drive: Any) -> None:
+    fleet = due(drive, ("e0", "e1", "e2"), (("e0", "e1"),))
+    assert conditions.targets(fleet.fleet, VERSION) == ["e0", "e1", "e2"]
+    fleet.fleet.agents[rank("e1", 0)].fingerprint = ""
+    fleet.now += fleet.policy.rendezvous
+    assert conditions.ready(fleet.fleet, VERSION) == ["e2"]
+    fleet.fleet.engines["e1"].reachable = False
+    assert conditions.targets(fleet.fleet, VERSION) == ["e2"]
+    fleet.fleet.engines["e2"].reachable = False
+    assert waits(fleet) == "engines that can take part: e1, e2"
+
+
+def test_one_of_a_pair_catches_up_with_the_other(drive: Any) -> None:
+    """Which holds the version already, so that both do afterwards."""
+    fleet = drive(("e0", "e1"), (("e0", "e1"),))
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    fleet.settle()
+    assert waits(fleet) == "nothing: every engine holds it"
+    fleet.loses_engine("e1")
+    fleet.bring("e1", EngineStatus(), incarnation=555)
+    fleet.plan()
+    assert conditions.is_catch_up(fleet.fleet, VERSION)
+    assert conditions.targets(fleet.fleet, VERSION) == ["e1"]
+
+
+def test_a_version_that_was_overtaken_needs_no_round(drive: Any) -> None:
+    fleet = due(drive)
+    fleet.fleet.memory.done.update({VERSION, Version(7, 2)})
+    fleet.fleet.memory.committed = Version(7, 2)
+    assert waits(fleet) == "nothing: step 2 (generation 7) was committed after it"
+
+
+def test_staged_is_what_every_rank_says(drive: Any) -> None:
+    fleet = drive()
+    for number in (0, 1):
+        fleet.connect(trainer(number), world=2)
+        fleet.says(trainer(number), ANNOUNCE)
+    fleet.says(trainer(0), STAGED)
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    assert conditions.staged(fleet.fleet) is None
+    assert waits(fleet) == "not STAGED by trainer/1"
+    assert not conditions.is_published(fleet.fleet, VERSION)
+    fleet.says(trainer(1), STAGED)
+    assert conditions.staged(fleet.fleet) == VERSION
+    assert conditions.is_published(fleet.fleet, VERSION)
+
+
+@pytest.mark.parametrize("lacking", conditions.CONDITIONS)
+def test_conditions_only_look(drive: Any, lacking: Any) -> None:
+    fleet = due(drive)
+    before = repr(fleet.fleet)
+    assert lacking(fleet.fleet, VERSION, fleet.now) == ""
+    assert repr(fleet.fleet) == before

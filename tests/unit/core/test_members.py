@@ -1,0 +1,239 @@
+"""Who is taken in, who is refused and why, and what a Hello says about memory."""
+
+from typing import Any
+
+import pytest
+from fleets import rank, trainer
+from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
+from weightsync.orchestrator.core.events import AgentLost, Call
+from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, LiveDirty, RoundBegan
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, HubRendezvous, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+TRAINER, ENGINE = trainer(), rank("e0")
+VERSION = Version(7, 1)
+NAME = RoundName(1, 1)
+BEGAN = RoundBegan(round=NAME, version=VERSION, attempt=1, engines=("e0",))
+DIRTY = LiveDirty(round=NAME, writers={"trainer/0": 100}, ranks={"e0/0": 100})
+DECIDED = Decided(round=NAME, version=VERSION, digests={})
+STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("member", "wrong", "reason"),
+    [
+        (TRAINER, {"schema": 99}, "it speaks schema 99"),
+        (TRAINER, {"run_id": "other"}, "it belongs to run 'other'"),
+        (Member("trainer", "", 5), {}, "rank 5 is outside its world of 1"),
+        (Member("inference", "e9", 0), {}, "engine 'e9' is not configured; engines are: e0"),
+    ],
+)
+def test_a_hello_of_somebody_else_is_refused_for_good(
+    drive: Any, member: Member, wrong: dict[str, Any], reason: str
+) -> None:
+    fleet = drive()
+    fleet.connect(member, **wrong)
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert reason in refusal.refused.reason
+    assert not refusal.refused.retry
+    assert fleet.fleet.agents == {}
+
+
+def test_a_second_process_of_the_same_rank_is_refused_by_name(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(TRAINER, host="first", pid=11)
+    fleet.connect(TRAINER, incarnation=5, host="second", pid=12)
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert refusal.refused.reason == "duplicate rank: trainer/0 is already connected from first pid 11"
+    assert refusal.refused.retry, "the first one may be dead, and its connection not known to be"
+    assert fleet.fleet.agents[TRAINER].hello.pid == 11
+
+
+def test_a_second_start_of_the_trainer_waits_for_the_end_of_the_first(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(TRAINER)
+    first = fleet.connections[TRAINER]
+    fleet.connect(TRAINER, incarnation=5, generation=8)
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert "of another trainer start is still connected" in refusal.refused.reason
+    fleet.connections[TRAINER] = first
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, incarnation=5, generation=8)
+    assert fleet.fleet.generation == 8
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, incarnation=100, generation=7)
+    assert fleet.fleet.agents == {}, "the first start is over for good"
+
+
+def test_an_agent_that_obeyed_a_later_daemon_raises_the_epoch(drive: Any) -> None:
+    """The journal was lost: the agents know better."""
+    fleet = drive()
+    fleet.connect(TRAINER, epoch_seen=41, journal_id="of the lost journal")
+    assert fleet.fleet.epoch == 42
+    assert EpochBegan(epoch=42) in fleet.written()
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([BEGAN], Abort(round=NAME, torn=False, reason="the round ended while this worker was away")),
+        ([BEGAN, DIRTY], Abort(round=NAME, torn=True, reason="the round ended while this worker was away")),
+        ([BEGAN, DIRTY, DECIDED], Commit(round=NAME, version=VERSION)),
+        ([], Abort(round=NAME, torn=True, reason="the round ended while this worker was away")),
+    ],
+    ids=["begun", "dirty", "decided", "unknown"],
+)
+@pytest.mark.parametrize("lives", [1, 2, 3])
+def test_a_worker_inside_is_let_out_as_the_round_ended(
+    drive: Any, records: list[AnyRecord], told: Abort | Commit, lives: int
+) -> None:
+    """Also by a daemon that starts after the one that ended the round."""
+    for _ in range(lives):
+        fleet = drive(records=records)
+        records = [*records, *fleet.written()]
+    fleet.connect(ENGINE, EngineStatus(window=NAME))
+    assert fleet.sent(ENGINE, type(told)) == [told]
+    to_agent = [type(command) for command in fleet.commands if isinstance(command, Accept | Send)]
+    assert to_agent == [Accept, Send], "nothing reaches an agent before it is accepted"
+
+
+@pytest.mark.parametrize(
+    ("phase", "word"),
+    [
+        (Phase.QUIESCING, Abort(round=NAME, torn=False, reason="e0/0 was lost: reset")),
+        (Phase.WRITING, Abort(round=NAME, torn=True, reason="e0/0 was lost: reset")),
+        (Phase.APPLYING, Commit(round=NAME, version=VERSION)),
+    ],
+)
+def test_so_is_one_that_comes_back_into_the_round_under_way(drive: Any, phase: Phase, word: Abort | Commit) -> None:
+    """The word that was sent while it was away is sent again."""
+    fleet = drive(("e0", "e1"))
+    fleet.to(phase)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(window=NAME))
+    assert fleet.sent(ENGINE, type(word))[-1] == word
+
+
+def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.to(Phase.DECIDING)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(window=NAME))
+    assert fleet.sent(ENGINE, Commit) == [], "it is not durable yet"
+    fleet.durable()
+    assert fleet.sent(ENGINE, Commit) == [Commit(round=NAME, version=VERSION)]
+
+
+@pytest.mark.parametrize(
+    ("hello", "closed"),
+    [
+        ({"incarnation": 100, "status": TrainerStatus(open_round=NAME)}, False),
+        ({"incarnation": 100, "status": TrainerStatus()}, True),
+        ({"incarnation": 101, "status": TrainerStatus(), "generation": 8}, True),
+    ],
+    ids=["still writing", "closed meanwhile", "the process before it is dead"],
+)
+def test_writers_of_a_dirty_round_count_as_unclosed_until_they_say_otherwise(
+    drive: Any, hello: dict[str, Any], closed: bool
+) -> None:
+    fleet = drive(records=[BEGAN, DIRTY])
+    assert set(fleet.fleet.unclosed) == {TRAINER}
+    fleet.connect(TRAINER, **hello)
+    assert (fleet.fleet.unclosed == {}) is closed
+
+
+def test_a_restarted_target_is_out_of_reach_of_a_writer_that_never_returns(drive: Any) -> None:
+    fleet = drive(records=[BEGAN, DIRTY])
+    fleet.connect(ENGINE, incarnation=100)
+    assert set(fleet.fleet.unclosed) == {TRAINER}
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, incarnation=101)
+    assert fleet.fleet.unclosed == {}
+
+
+def test_the_next_trainer_ends_the_versions_of_the_one_before(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.says(TRAINER, STAGED)
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, generation=8, incarnation=5)
+    assert fleet.failures() == ["its trainer ended before the version was committed"]
+
+
+def test_but_not_the_version_of_the_round_under_way(drive: Any) -> None:
+    """All its bytes are there and verified: the round goes on and commits it."""
+    fleet = drive()
+    going = fleet.to(Phase.VERIFYING)
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, generation=8, incarnation=5)
+    assert fleet.failures() == []
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    assert fleet.fleet.memory.committed == going.version
+
+
+def refusals(fleet: Any) -> list[tuple[str, str, bool]]:
+    """Reason, fault, and whether to try again."""
+    refused = [command.refused for command in fleet.commands if isinstance(command, Refuse)]
+    return [(message.reason, message.fault, message.retry) for message in refused]
+
+
+def test_all_ranks_must_agree_on_how_many_there_are(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(rank("e0", 0), world=2)
+    fleet.connect(rank("e0", 1), world=4)
+    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", False)]
+
+
+def test_and_with_the_configuration(drive: Any) -> None:
+    fleet = drive(options={"trainer_world": 3})
+    fleet.connect(TRAINER, world=2)
+    assert refusals(fleet) == [("it says that there are 2 ranks, others say [3]", "config", False)]
+
+
+def test_who_obeyed_another_daemon_waits_for_the_end_of_the_round(drive: Any) -> None:
+    """Its epoch would outlaw the grants of this one."""
+    fleet = drive()
+    fleet.to(Phase.WRITING)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus(), epoch_seen=9, journal_id="another")
+    reason = "it obeyed another daemon; this one takes it in after the current round"
+    assert refusals(fleet) == [(reason, "daemon", True)]
+    assert fleet.fleet.epoch == 1
+
+
+def test_the_same_process_may_connect_again_before_its_loss_is_known(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(TRAINER)
+    first = fleet.connections[TRAINER]
+    fleet.connect(TRAINER)
+    (dropped,) = [command for command in fleet.commands if isinstance(command, Drop)]
+    assert (dropped.member, dropped.connection) == (TRAINER, first)
+    assert fleet.fleet.agents[TRAINER].connection == fleet.connections[TRAINER] != first
+
+
+def test_the_loss_of_an_older_connection_is_none(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(ENGINE)
+    first = fleet.connections[ENGINE]
+    fleet.connect(ENGINE)
+    fleet.happens(AgentLost(fleet.id(), ENGINE, first, "reset"))
+    assert ENGINE in fleet.fleet.agents
+
+
+def test_an_engine_whose_agent_is_gone_is_looked_at_at_once(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.fleet.engines["e0"].misfit = "two shapes"
+    before = fleet.called("e0", Call.PROBE)
+    fleet.loses(ENGINE)
+    assert fleet.called("e0", Call.PROBE) == before + 1
+    assert fleet.fleet.engines["e0"].misfit == ""
+
+
+def test_what_an_accepted_agent_is_told(drive: Any) -> None:
+    fleet = drive(options={"heartbeat": 2.5})
+    fleet.connect(TRAINER)
+    (accepted,) = [command for command in fleet.commands if isinstance(command, Accept)]
+    welcome = accepted.welcome
+    assert (welcome.epoch, welcome.journal_id, welcome.heartbeat_seconds) == (1, "journal", 2.5)
+    assert welcome.rendezvous == HubRendezvous()

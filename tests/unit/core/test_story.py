@@ -1,0 +1,67 @@
+"""The one sentence, in each of the states that people ask about."""
+
+from typing import Any
+
+from fleets import ANNOUNCE, trainer
+from weightsync.orchestrator.core.events import Call, PlanRejected
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.story import sentence
+from weightsync.orchestrator.protocol.messages import EngineStatus, Left
+
+
+def told(fleet: Any) -> str:
+    return sentence(fleet.fleet, fleet.now)
+
+
+def test_from_the_start_to_the_commit(drive: Any) -> None:
+    fleet = drive()
+    assert told(fleet) == "nothing is committed yet; waiting for trainer ranks (0 of ? announced)"
+    fleet.connect(trainer())
+    assert told(fleet) == "nothing is committed yet; waiting for trainer ranks (0 of 1 announced)"
+    fleet = drive.joined()
+    assert told(fleet) == "nothing is committed yet; waiting for the next version"
+    fleet = drive()
+    fleet.to(Phase.WRITING)
+    assert told(fleet) == "round 1.1: writing for step 1 (generation 7)"
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    assert told(fleet) == "step 1 (generation 7) is committed; waiting for the next version"
+
+
+def test_what_a_round_that_is_given_up_says(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.QUIESCING)
+    fleet.loses(trainer())
+    assert told(fleet) == "round 1.1: cancelling for step 1 (generation 7) because trainer/0 was lost: reset"
+
+
+def test_engines_that_have_not_come_are_named(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.connect(trainer())
+    fleet.says(trainer(), ANNOUNCE)
+    assert told(fleet) == "nothing is committed yet; waiting for engines e0, e1"
+
+
+def test_layouts_that_do_not_fit_are_told(drive: Any) -> None:
+    fleet = drive()
+    fleet.join()
+    fleet.happens(PlanRejected(fleet.id(), fleet.fleet.plan_number, "tensor 'w' has two shapes"))
+    assert told(fleet) == "nothing is committed yet; no plan fits: tensor 'w' has two shapes"
+
+
+def test_torn_engines_come_first(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.VERIFYING)
+    fleet.says(fleet.ranks_of()[0], fleet.verified(error="out of memory"))
+    for member in fleet.ranks_of():
+        fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
+    fleet.fails("e0", Call.SWITCH, "aborted")
+    assert told(fleet) == "e0 torn and paused: waiting for the next attempt"
+
+
+def test_it_is_said_once_and_again_when_it_changes(drive: Any) -> None:
+    fleet = drive.joined()
+    said = fleet.told().count("waiting for the next version")
+    fleet.passes(1.0)
+    fleet.passes(1.0)
+    assert fleet.told().count("waiting for the next version") == said == 1

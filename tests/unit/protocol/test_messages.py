@@ -1,0 +1,97 @@
+"""Caps of messages: what a peer may put into a field, and that the codec holds to it."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, decode_from_daemon, encode
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.messages import (
+    Bye,
+    Closed,
+    EngineStatus,
+    Hello,
+    HubRendezvous,
+    Left,
+    Message,
+    NixlSettings,
+    PeerTransfer,
+    Ready,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+HELLO: dict[str, Any] = {
+    "type": "Hello", "schema": 1, "run_id": "run", "member": ["trainer", "", 0], "world": 1, "incarnation": 1,
+}  # fmt: skip
+WELCOME: dict[str, Any] = {
+    "type": "Welcome", "epoch": 1, "journal_id": "j", "heartbeat_seconds": 5.0, "lost_after_heartbeats": 3,
+    "transport": {"type": "nixl"}, "rendezvous": {"type": "hub"},
+}  # fmt: skip
+
+
+def test_the_least_that_a_hello_says() -> None:
+    expected = Hello(schema=1, run_id="run", member=Member("trainer", "", 0), world=1, incarnation=1)
+    assert decode_from_agent(msgspec.msgpack.encode(HELLO)) == expected
+    assert expected.trainer is expected.engine is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"world": 1},
+        {"world": MAX_WORLD},
+        {"incarnation": 2**63 - 1},
+        {"run_id": "x" * MAX_NAME_CHARS},
+        {"a field of a later release": 1},
+    ],
+)
+def test_what_fits(change: dict[str, Any]) -> None:
+    assert isinstance(decode_from_agent(msgspec.msgpack.encode(HELLO | change)), Hello)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"world": 0}, "world"),
+        ({"world": MAX_WORLD + 1}, "world"),
+        ({"incarnation": -1}, "incarnation"),
+        ({"run_id": "x" * (MAX_NAME_CHARS + 1)}, "run_id"),
+        ({"member": ["spectator", "", 0]}, "member"),
+        ({"schema": "1"}, "schema"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(ProtocolError, match=field):
+        decode_from_agent(msgspec.msgpack.encode(HELLO | change))
+
+
+def test_free_text_is_bounded() -> None:
+    assert decode_from_agent(encode(Bye(reason="x" * MAX_REASON_CHARS))) == Bye(reason="x" * 4000)
+    with pytest.raises(ProtocolError, match="reason"):
+        decode_from_agent(encode(Bye(reason="x" * (MAX_REASON_CHARS + 1))))
+    with pytest.raises(ProtocolError, match="fault"):
+        decode_from_agent(encode(Closed(round=RoundName(1, 1), fault="somebody")))  # type: ignore[arg-type]
+
+
+def test_a_welcome_says_when_silence_is_a_loss() -> None:
+    welcome = decode_from_daemon(msgspec.msgpack.encode(WELCOME))
+    assert welcome == Welcome(
+        epoch=1, journal_id="j", heartbeat_seconds=5.0, lost_after_heartbeats=3, transport=NixlSettings(),
+        rendezvous=HubRendezvous(),
+    )  # fmt: skip
+    for change in ({"lost_after_heartbeats": 0}, {"transport": {"type": "pigeon"}}):
+        with pytest.raises(ProtocolError, match=next(iter(change))):
+            decode_from_daemon(msgspec.msgpack.encode(WELCOME | change))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ready(fingerprint="f"),
+        Closed(round=RoundName(1, 2), peers=(PeerTransfer(Member("inference", "e", 1), 8, 1, 0.5, (2**64 - 1, 0)),)),
+        Left(round=RoundName(1, 2), status=EngineStatus(applied=Version(2**62, 40), torn=True)),
+    ],
+)
+def test_nested_values_survive(message: Message) -> None:
+    assert decode_from_agent(encode(message)) == message
