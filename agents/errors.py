@@ -24,6 +24,8 @@ On the right, the module below ``agents``::
     ├── UpdateFailed             a round that was not committed here                 inference.window
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
+    ├── BalancerBusy             experts still being moved in the background         vllm.holders.balancer
+    ├── BalancerUnknown          a vLLM whose background moves cannot be stopped     vllm.holders.balancer
     └── UnsupportedVllm          a vLLM that no adapter knows                        vllm.adapter.choose
 
 Errors of other libraries are chained below one of these where the reason is known. What is not (torch out of memory,

@@ -8,6 +8,7 @@ capture is never disturbed.
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -41,10 +42,19 @@ class InferenceAgent:
         ranks: the worker's place in its engine.
         device: of the model.
         model: the live weights and their layout.
+        drain: brings to rest, within that many seconds, whatever else in this worker holds copies of the weights and
+            would write them back later; asked in each round before the worker says that it stands still.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, model: LiveModel) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        model: LiveModel,
+        drain: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.ranks = ranks
+        self._drain = drain
         self._device = device
         staging = int(os.environ.get(STAGING_VARIABLE, DEFAULT_STAGING_MIB)) * 1024 * 1024
         arenas = tuple(staging_arenas(staging, device))
@@ -83,19 +93,21 @@ class InferenceAgent:
 
         Raises:
             UpdateFailed: the round was not committed here; ``status`` says what live memory holds now.
+            AgentError: something else holds copies of the weights and does not let go of them.
         """
         agent = self._agent
         if agent is None:
             raise UpdateFailed("no daemon has been introduced to this worker yet")
         if agent.failure is not None:
             raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
+        began = time.monotonic()
+        self._drain(info.deadline_seconds)  # before the look at the experts, which it may have caught half moved
         if self._weights.follow_experts():
             # The plan's targets hold other experts now, so it must be made anew before any byte is granted.
             agent.post(agent.announce)
             raise UpdateFailed("experts were rebalanced since the plan was made; the layout is announced anew")
-        update = Update(
-            RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), info.deadline_seconds
-        )
+        left = round(max(0.0, info.deadline_seconds - (time.monotonic() - began)), 3)  # as people read it
+        update = Update(RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), left)
 
         def tell(word: object) -> None:
             match word:

@@ -14,6 +14,7 @@ import torch
 from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.backend import logger
+from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout
 from weightsync.orchestrator.protocol.layout import Layout
@@ -60,7 +61,7 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config))
+    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config), balancer.drain)
 
 
 def equip(
@@ -74,10 +75,12 @@ def equip(
     Raises:
         HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
         RanksError: the parallel configuration contradicts itself.
+        BalancerUnknown: vLLM would move experts in the background, and could not be stopped.
         RecordError: the model's layout is not known.
     """
     _log_where_vllm_does()
     hold.require()
+    balancer.require(parallel_config)
     gate.install()
     ranks = engine_ranks(parallel_config)
     agent = make_agent(ranks, model, device, vllm_config)

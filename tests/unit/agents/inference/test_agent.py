@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -127,3 +128,30 @@ def test_a_worker_that_nobody_introduced_refuses() -> None:
     with pytest.raises(UpdateFailed, match="no daemon has been introduced"):
         agent.update(UPDATE)
     assert not agent.may_run
+
+
+def test_holders_of_copies_are_drained_before_the_experts_are_looked_at() -> None:
+    story: list[object] = []
+
+    def find(known: str) -> LiveModel | None:
+        story.append("looked")
+        return None
+
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3, find), story.append)
+    agent._agent = Thread()  # type: ignore[assignment]
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        agent.update(msgspec.structs.replace(UPDATE, deadline_seconds=0.001))
+    assert story == [0.001, "looked"]
+
+
+def test_who_does_not_let_go_of_copies_keeps_the_worker_from_standing_still() -> None:
+    def drain(seconds: float) -> None:
+        raise Lost("copies in flight")
+
+    thread = Thread()
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3), drain)
+    agent._agent = thread  # type: ignore[assignment]
+    with pytest.raises(Lost, match="copies in flight"):
+        agent.update(UPDATE)
+    assert thread.posted == []
+    assert not agent.status.torn
