@@ -22,6 +22,7 @@ On the right, the module below ``agents``::
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls
     ├── UpdateFailed             a round that was not committed here                 inference.window
+    ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
     ├── BalancerBusy             experts still being moved in the background         vllm.holders.balancer

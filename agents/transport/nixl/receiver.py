@@ -3,7 +3,7 @@
 from weightsync.agents.tables.runs import scatter_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.open import open_endpoint
+from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
@@ -23,6 +23,8 @@ class NixlReceiver(Receiver):
 
     def open(self, settings: NixlSettings) -> None:
         if self._endpoint is not None:
+            if self._memory.device.type == "cuda":
+                bind(self._memory.device)  # the agent's thread may be another than the one that opened it
             return  # backends and ports of an open endpoint cannot be changed
         endpoint = open_endpoint(self._memory.name, settings, self._memory.device)
         endpoint.register(self._memory.layout.regions)

@@ -1,9 +1,12 @@
 """NIXL at an inference rank: what came packed is spread by the plan, derived tensors follow, and experts may move."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_fleet import SHAPES, Target, made_slots, planned
 from weightsync.agents.transport.interface import TargetMemory
+from weightsync.agents.transport.nixl import receiver as receivers
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
@@ -73,3 +76,14 @@ async def test_a_second_welcome_opens_no_second_endpoint(packed):
     assert card
     receiver.poll()
     receiver._endpoint.close()
+
+
+def test_a_thread_that_takes_an_open_endpoint_over_binds_its_device(weights, monkeypatch):
+    bound = []
+    monkeypatch.setattr(receivers, "bind", bound.append)
+    target = Target.of("a", 0, STAGING)
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        receiver = NixlReceiver(replace(memory_of(target, []), device=device))
+        receiver._endpoint = object()
+        receiver.open(NixlSettings())
+    assert bound == [torch.device("cuda", 1)]
