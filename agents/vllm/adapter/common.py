@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from weightsync.agents.inference.calls import WeightHolder
+from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.holders import balancer
@@ -61,7 +62,9 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config), balancer.drain)
+    live = VllmModel.of(model, vllm_config)
+    check_reachable(live.layout.regions)  # on the agent's thread it would be known only after the daemon came
+    return InferenceAgent(ranks, device, live, balancer.drain)
 
 
 def equip(
@@ -75,12 +78,11 @@ def equip(
     Raises:
         HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
         RanksError: the parallel configuration contradicts itself.
-        BalancerUnknown: vLLM would move experts in the background, and could not be stopped.
+        MemoryPlacementError: its weights lie where no writer can reach them.
         RecordError: the model's layout is not known.
     """
     _log_where_vllm_does()
     hold.require()
-    balancer.require(parallel_config)
     gate.install()
     ranks = engine_ranks(parallel_config)
     agent = make_agent(ranks, model, device, vllm_config)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.backend import chosen
+from weightsync.agents.vllm.holders import settings
 from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of
 from weightsync.agents.vllm.recorder.recorded import Recording, keep, keep_draft, record
 
@@ -35,6 +36,7 @@ def install() -> None:
         if not chosen(vllm_config):
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
+        settings.require(vllm_config)  # before hours of loading, not after
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
         # A draft model of speculative decoding is loaded with a configuration of its own.
         if model_config is vllm_config.model_config:

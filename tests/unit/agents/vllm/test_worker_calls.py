@@ -54,7 +54,7 @@ def test_every_method_of_this_vllms_workers_has_been_judged() -> None:
     # Parts of vLLM's start and of its batches: nobody calls them from outside, so as unknown ones they are refused.
     internal = {
         "annotate_profile", "compile_or_warm_up_model", "determine_available_memory", "execute_model",
-        "get_draft_model", "get_model", "handle_ft_command", "init_device", "randomize_dummy_inputs", "reset_mm_cache", "sample_tokens",
-        "sleep_mode_backend", "take_draft_token_ids", "vocab_size",
+        "get_draft_model", "get_model", "handle_ft_command", "init_device", "randomize_dummy_inputs",
+        "sample_tokens", "sleep_mode_backend", "take_draft_token_ids", "vocab_size",
     }  # fmt: skip
     assert public - worker_calls.ALLOWED - set(worker_calls.REFUSED) - internal == set()
