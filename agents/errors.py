@@ -25,6 +25,7 @@ On the right, the module below ``agents``::
     ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
+    ├── UnreadWeights            a layer that does not read what a round writes      vllm.probe
     ├── HoldsWeights             a setting by which copies of weights are kept       vllm.holders.settings
     ├── BalancerBusy             experts still being moved in the background         vllm.holders.balancer
     ├── BalancerUnknown          a vLLM whose background moves cannot be stopped     vllm.holders.balancer
