@@ -65,6 +65,9 @@ HOLDERS: Final = (
     ),
 )
 
+DRAFTS_WITHOUT_WEIGHTS: Final = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Methods of speculative decoding that guess from the text alone."""
+
 
 def require(vllm_config: Any) -> None:
     """Refuse an engine in which something would keep old weights across a round.
@@ -80,8 +83,20 @@ def require(vllm_config: Any) -> None:
         value = _value(vllm_config, holder.setting)
         if value:
             raise HoldsWeights(f"{holder.setting} is {value!r}: {holder.why}; {holder.fix}")
+    _require_no_draft_weights(vllm_config)
     _require_no_frozen_constants(vllm_config)
     balancer.require(getattr(vllm_config, "parallel_config", None))
+
+
+def _require_no_draft_weights(vllm_config: Any) -> None:
+    """Draft models and MTP layers are loaded beside the model, some by loaders that nobody watches."""
+    method = _value(vllm_config, "speculative_config.method")
+    if method is not None and method not in DRAFTS_WITHOUT_WEIGHTS:
+        raise HoldsWeights(
+            f"speculative_config.method is {method!r}: no layout covers the weights of draft models and MTP layers, so "
+            f"they would stay those of the start; use one of {', '.join(sorted(DRAFTS_WITHOUT_WEIGHTS))}, or start "
+            "without --speculative-config"
+        )
 
 
 def _require_no_frozen_constants(vllm_config: Any) -> None:

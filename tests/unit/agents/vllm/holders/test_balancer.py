@@ -58,7 +58,7 @@ def group(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def state(group: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def state(group: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A balancer of one model with three layers of four experts, its thread waiting for work."""
     original = eplb_state.EplbState.__init__
     monkeypatch.setattr(eplb_state.EplbState, "__init__", original)  # undone afterwards, whoever replaces it
@@ -74,7 +74,9 @@ def state(group: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     state = eplb_state.EplbState(parallel, torch.device("cpu"))
     state.is_async, state.policy = True, Policy
     state.model_states["tiny"] = model_state()
-    return state
+    yield state
+    if state.async_worker is not None and state.async_worker.is_alive():
+        balancer.drain(WAIT)  # its thread then waits for work, and no longer for a group that ends here
 
 
 def model_state() -> Any:

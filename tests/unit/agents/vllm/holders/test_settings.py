@@ -37,6 +37,17 @@ def test_a_holder_of_copies_is_refused_by_name(vllm_config: Any, reason: str) ->
         settings.require(vllm_config)
 
 
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp", "eagle3", "medusa", "draft_model", "custom_class"])
+def test_drafts_with_weights_are_refused(method: str) -> None:
+    with pytest.raises(settings.HoldsWeights, match=rf"speculative_config\.method is '{method}'"):
+        settings.require(config(speculative_config=SimpleNamespace(method=method)))
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_drafts_without_weights_pass(method: str) -> None:
+    settings.require(config(speculative_config=SimpleNamespace(method=method)))
+
+
 def test_an_engine_without_any_of_them_passes() -> None:
     settings.require(config())
     settings.require(
