@@ -1,5 +1,6 @@
 """What can be wrong with a trainer's tensors or its table. Its fault; the same state fails again."""
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from weightsync.orchestrator.protocol.messages import Fault
@@ -15,13 +16,23 @@ class TrainerError(Exception):
 class MissingTensor(TrainerError, KeyError):
     """The trainer's state lacks a tensor that the conversion table reads."""
 
-    def __init__(self, key: str, dst: str) -> None:
+    def __init__(self, key: str, dst: str, near: Collection[str] = ()) -> None:
         super().__init__(key)
         self.key = key
         self.dst = dst
+        self.near = tuple(near)
 
     def __str__(self) -> str:
-        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}"
+        instead = f"; it has {', '.join(map(repr, self.near))}" if self.near else ""
+        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}{instead}"
+
+
+class UnfitTensor(TrainerError):
+    """A tensor that can be no weight as it is: codes of a quantisation, a placeholder, one without values."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name!r} {reason}")
+        self.name = name
 
 
 class ChangedTensor(TrainerError):

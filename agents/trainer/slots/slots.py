@@ -1,7 +1,7 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Final
@@ -14,6 +14,7 @@ from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.fitness import near_names, refuse_unfit
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
@@ -64,11 +65,14 @@ class TrainerSlots:
         layout: for Announce. Region 0 is the arena, region 1 (if any) the staging region.
         arenas: uint8 tensors, one per region, in the regions' order.
         slots: in the table's order.
+        read: names of the state that the table reads, in its order.
         unrouted: names of the state that no specification reads.
         primary: whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``).
 
     Raises:
         MissingTensor: the table reads a tensor that the state lacks.
+        UnfitTensor: one that the table reads can be no weight as it is. (Tensors on meta are accepted with an
+            ``allocate`` of the caller's, for plans without values; ``check`` refuses them.)
         TrainerError: of other kinds, see ``Router.route`` and ``local_share``.
     """
 
@@ -85,12 +89,15 @@ class TrainerSlots:
         options = options or SlotOptions()
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
-        shares = {source.key: local_share(source.key, state[source.key]) for s in specs for source in s.sources}
+        self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
+        for key in self.read:
+            refuse_unfit(key, state[key], values=allocate is None)
+        shares = {key: local_share(key, state[key]) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
-        make = allocate or _allocator_for(state)
+        make = allocate or _allocator_for([state[key] for key in shares])
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         self.arenas = [make(max(plan.size, ALIGNMENT))]
         if options.staging_bytes and self.primary:
@@ -108,8 +115,12 @@ class TrainerSlots:
 
         Raises:
             MissingTensor: the state lacks a tensor.
+            UnfitTensor: a tensor can be no weight as it is now.
             ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
         """
+        for key in self.read:
+            if key in state:  # what is missing is the slots' to say
+                refuse_unfit(key, state[key])
         for slot in self.slots:
             slot.check(state)
 
@@ -119,7 +130,7 @@ class TrainerSlots:
         Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight.
 
         Raises:
-            MissingTensor, ChangedTensor: as ``check``, before anything is written.
+            MissingTensor, UnfitTensor, ChangedTensor: as ``check``, before anything is written.
         """
         self.check(state)
         # Gathered ones first and in the table's order: each is a collective, which all ranks enter alike.
@@ -209,7 +220,7 @@ def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOpti
 def _complete(spec: ConversionSpec, keys: Collection[str]) -> ConversionSpec:
     for source in spec.sources:
         if source.key not in keys:
-            raise MissingTensor(source.key, spec.dst)
+            raise MissingTensor(source.key, spec.dst, near_names(source.key, keys))
     return spec
 
 
@@ -239,10 +250,10 @@ def _in_first_replica(shares: Collection[LocalShare], replicate_dim: str) -> boo
     return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
 
 
-def _allocator_for(state: State) -> Allocate:
-    """Arenas on the device that most of the state's elements are on."""
+def _allocator_for(sources: Iterable[torch.Tensor]) -> Allocate:
+    """Arenas on the device that most elements of the sources are on."""
     elements: Counter[torch.device] = Counter()
-    for tensor in state.values():
+    for tensor in sources:
         elements[tensor.device] += tensor.numel()
     device = max(elements, key=elements.__getitem__, default=torch.device("cpu"))
     return partial(arena, device=device)
