@@ -7,7 +7,7 @@ only writes what it is granted. Slots are separate memory, so training goes on w
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
-from weightsync.agents.trainer.state import current_state
+from weightsync.agents.trainer.state import TrainerSource
 from weightsync.agents.trainer.thread_side import TrainerBody
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -51,6 +51,7 @@ class TrainerAgent:
         rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
         process_group: for the collectives of publish; None for the default group.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
         publish_seconds: total deadline of ``publish``.
 
     Raises:
@@ -72,15 +73,18 @@ class TrainerAgent:
         world: int = 1,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        ignore: Sequence[str] = (),
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        self._source = source
+        self._source = TrainerSource(source, ignore=ignore)
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group
         self._publish_seconds = publish_seconds
         self._generation = agree_on(secrets.randbits(62), process_group)
-        self.slots = TrainerSlots(self._state(), table, options=options, rank=rank, world=world)
+        state = self._source.state()
+        self.slots = TrainerSlots(state, table, options=options, rank=rank, world=world)
+        self._source.account_for(state, self.slots.read)
         warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         self._last: Publication | None = None
         self._steps: set[int] = set()
@@ -104,9 +108,6 @@ class TrainerAgent:
         except BaseException:
             self._agent.close("no Welcome")
             raise
-
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        return current_state(self._source)
 
     @property
     def generation(self) -> int:
@@ -163,7 +164,9 @@ class TrainerAgent:
     def _claim_slots(self, step: int) -> None:
         if step in self._steps:
             raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
-        self.slots.check(self._state())
+        state = self._source.state()
+        self.slots.check(state)
+        self._source.account_for(state, self.slots.read)
         if self._agent is None or self._body is None:
             return
         if self._agent.failure is not None:
@@ -176,7 +179,7 @@ class TrainerAgent:
     def _stage(self, version: Version) -> None:
         began = time.monotonic()
         with torch.no_grad():
-            self.slots.convert(self._state())
+            self.slots.convert(self._source.state())
         self._synchronise()
         converted = time.monotonic()
         if self._body is not None:

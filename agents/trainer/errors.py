@@ -1,9 +1,12 @@
 """What can be wrong with a trainer's tensors or its table. Its fault; the same state fails again."""
 
-from collections.abc import Collection
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Final
 
 from weightsync.orchestrator.protocol.messages import Fault
+
+SHOWN_NAMES: Final = 6
+"""Of tensors in one error; their number is said beside them."""
 
 
 class TrainerError(Exception):
@@ -16,15 +19,14 @@ class TrainerError(Exception):
 class MissingTensor(TrainerError, KeyError):
     """The trainer's state lacks a tensor that the conversion table reads."""
 
-    def __init__(self, key: str, dst: str, near: Collection[str] = ()) -> None:
+    def __init__(self, key: str, dst: str, hint: str = "") -> None:
         super().__init__(key)
         self.key = key
         self.dst = dst
-        self.near = tuple(near)
+        self.hint = hint
 
     def __str__(self) -> str:
-        instead = f"; it has {', '.join(map(repr, self.near))}" if self.near else ""
-        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}{instead}"
+        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}{self.hint}"
 
 
 class UnfitTensor(TrainerError):
@@ -33,6 +35,30 @@ class UnfitTensor(TrainerError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name!r} {reason}")
         self.name = name
+
+
+class AmbiguousName(TrainerError):
+    """Two tensors that would have one name without what wrappers put before it."""
+
+    def __init__(self, one: str, other: str, plain: str) -> None:
+        super().__init__(
+            f"{one!r} and {other!r} are different tensors, and both are {plain!r} without the names of wrappers; give"
+            " the model inside the wrapper, or a callable that returns one of them"
+        )
+
+
+class UnreadTensors(TrainerError):
+    """Tensors that are trained and that no engine would get."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        shown = ", ".join(names[:SHOWN_NAMES])
+        more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+        super().__init__(
+            f"{len(names)} trained tensors are read by nobody, engines would serve a model without them: {shown}{more}."
+            " Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what engines do not need"
+            " is declared by ignore=('pattern', …)"
+        )
+        self.names = tuple(names)
 
 
 class ChangedTensor(TrainerError):

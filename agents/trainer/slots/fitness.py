@@ -16,9 +16,16 @@ ACCEPTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEAR_NAMES: Final = 3
 """How many similar names an error about a missing tensor shows."""
 
+ADVICE: Final = (
+    (".parametrizations.", ": a parametrised module; give a callable that returns the weight that it computes"),
+    (".base_layer.", ": an adapter's base; give the peft model itself, or lora=LoraMerge(…)"),
+    ("_flat_param", ": flat shards of FSDP1; use fully_shard (FSDP2)"),
+)
+"""What to do where a similar name shows who has taken the tensor's place."""
+
 FSDP1: Final = (
-    "is a flat shard of FullyShardedDataParallel; use fully_shard (FSDP2), or give a callable that returns whole"
-    " tensors: torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
+    "is sharded by FullyShardedDataParallel, which keeps flat shards; use fully_shard (FSDP2), or give a callable that"
+    " returns whole tensors: torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
     " options=StateDictOptions(full_state_dict=True))"
 )
 
@@ -37,6 +44,13 @@ def refuse_unfit(name: str, tensor: object, *, values: bool = True) -> None:
     reason = _objection(tensor, values)
     if reason:
         raise UnfitTensor(name, reason)
+
+
+def hint(wanted: str, names: Collection[str]) -> str:
+    """Why ``wanted`` may be missing among ``names``, as the end of a sentence; empty if nothing comes near it."""
+    found = near_names(wanted, names)
+    advice = next((text for part, text in ADVICE if any(part in name for name in found)), "")
+    return f"; it has {', '.join(map(repr, found))}{advice}" if found else ""
 
 
 def near_names(wanted: str, names: Collection[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor, Unfit
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.slots.boxes import Box, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.agents.trainer.slots.fitness import near_names
+from weightsync.agents.trainer.slots.fitness import hint
 from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
@@ -164,7 +164,7 @@ class Slot:
         source, held = self.spec.sources[number], self.shares[number]
         tensor = state.get(source.key)
         if tensor is None:
-            raise MissingTensor(source.key, self.spec.dst, near_names(source.key, state))
+            raise MissingTensor(source.key, self.spec.dst, hint(source.key, state))
         shape = tuple(tensor.shape)
         if shape != held.shape or isinstance(tensor, DTensor) != (held.grid is not None):
             whole = held.grid is not None and not isinstance(tensor, DTensor)

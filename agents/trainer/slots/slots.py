@@ -14,7 +14,7 @@ from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
-from weightsync.agents.trainer.slots.fitness import near_names, refuse_unfit
+from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
@@ -220,7 +220,7 @@ def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOpti
 def _complete(spec: ConversionSpec, keys: Collection[str]) -> ConversionSpec:
     for source in spec.sources:
         if source.key not in keys:
-            raise MissingTensor(source.key, spec.dst, near_names(source.key, keys))
+            raise MissingTensor(source.key, spec.dst, hint(source.key, keys))
     return spec
 
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 from weightsync.agents.trainer.errors import MissingTensor, UnfitTensor
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
-from weightsync.agents.trainer.slots.fitness import ACCEPTED, near_names, refuse_unfit
+from weightsync.agents.trainer.slots.fitness import ACCEPTED, hint, near_names, refuse_unfit
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -88,7 +88,10 @@ UNFIT = {
         partitioned,
         r"is a placeholder of DeepSpeed ZeRO-3 of shape \(0,\), the weight's is \(128, 128\); give",
     ),
-    "FSDP1": (flat, r"is a flat shard of FullyShardedDataParallel; use fully_shard \(FSDP2\), or give a callable"),
+    "FSDP1": (
+        flat,
+        r"is sharded by FullyShardedDataParallel, which keeps flat shards; use fully_shard \(FSDP2\), or",
+    ),
     "lazy": (torch.nn.UninitializedParameter, "has no shape yet .*run one forward first"),
     "given back": (given_back, "has no memory now: "),
     "no tensor": (lambda: b"extra state", "is a bytes and no tensor"),
@@ -161,3 +164,7 @@ def test_a_missing_name_says_what_there_is_in_its_place(state):
     names = ["a.q_proj.parametrizations.weight.original", "a.q_proj.bias", "b.weight", "weight"]
     assert near_names("a.q_proj.weight", names) == (names[0], names[1])
     assert near_names("c.weight", ["d.bias"]) == ()
+    assert hint("c.weight", ["d.bias"]) == ""
+    assert hint("a.q_proj.weight", names[:1]).endswith("give a callable that returns the weight that it computes")
+    assert "give the peft model itself" in hint("a.q_proj.weight", ["a.q_proj.base_layer.weight"])
+    assert "FSDP2" in hint("a.weight", ["a._flat_param"])
