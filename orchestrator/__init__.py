@@ -1,1 +1,1 @@
-"""The daemon: a pure core that decides, a protocol that agents share, a shell that performs."""
+"""The orchestrator: a pure core that decides, a protocol that agents share, a daemon that performs."""

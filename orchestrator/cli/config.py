@@ -12,7 +12,8 @@ from typing import Final, Literal
 
 import msgspec
 from weightsync.orchestrator.cli.common import Exit
-from weightsync.orchestrator.daemon.engines.vllm import EngineClient, EngineError
+from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
+from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
@@ -65,6 +66,7 @@ def findings_of(settings: Settings) -> list[Finding]:
             if engine.api_key_file is not None
             for finding in _secret(f"api_key_file of engine {engine.name}", engine.api_key_file)
         ),
+        *_kinds(settings),
         *_state_directory(settings.state_directory),
         *_run_directory(settings.run.directory),
         *_address(settings),
@@ -95,6 +97,14 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
         yield Finding("warning", f"{key}: {path} holds only {len(secret)} characters and can be guessed. Fix: {fix}")
     else:
         yield Finding("ok", f"{key}: {path}")
+
+
+def _kinds(settings: Settings) -> Iterator[Finding]:
+    for engine in settings.engines:
+        try:
+            check_kinds([engine])
+        except UnknownEngineKind as error:
+            yield Finding("error", str(error))
 
 
 def _state_directory(path: Path) -> Iterator[Finding]:
@@ -159,15 +169,17 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _probe(settings: Settings) -> list[Finding]:
-    return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in settings.engines)))
+    known = [engine for engine in settings.engines if engine.kind in CLIENTS]  # of the others it is said already
+    return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in known)))
 
 
 async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
-    api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
-    async with EngineClient(engine.name, engine.url, api_key, settings.deadlines) as client:
-        try:
-            facts = await client.probe()
-        except EngineError as error:
-            return Finding("error" if error.fault == "config" else "warning", str(error))
-    told = "tells its weight version" if facts.has_version_route else "cannot tell its weight version"
-    return Finding("ok", f"engine {engine.name}: vLLM {facts.version or '?'}, {facts.world_size} ranks, {told}")
+    client = client_of(engine, settings.pause)
+    try:
+        facts = await client.probe(settings.deadlines.probe_seconds)
+    except EngineError as error:
+        return Finding("error" if error.fault == "config" else "warning", str(error))
+    finally:
+        await client.close()
+    notes = "".join(f", {note}" for note in facts.notes)
+    return Finding("ok", f"engine {engine.name}: {facts.server}, {facts.ranks} ranks{notes}")

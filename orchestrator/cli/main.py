@@ -109,6 +109,7 @@ def _run(options: argparse.Namespace) -> int:
     log.withhold(token)
 
     from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
+    from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
     from weightsync.orchestrator.daemon.journal import JournalError, JournalLocked, JournalLost
     from weightsync.orchestrator.daemon.runner import run
 
@@ -117,6 +118,7 @@ def _run(options: argparse.Namespace) -> int:
         JournalError: Exit.CONFIG,
         JournalLost: Exit.IO,
         JournalUnreadable: Exit.CONFIG,
+        UnknownEngineKind: Exit.CONFIG,
         WeightsyncError: Exit.INTERNAL,
         OSError: Exit.TEMPORARY,
     }

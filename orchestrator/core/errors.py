@@ -11,7 +11,7 @@
         ├── EngineUnreachable      network
         ├── EngineTimeout          engine
         ├── EngineRefused          engine   ``retry`` by the answer's status
-        └── EngineLacksRoute       config   ``retry`` false: the server was started without something
+        └── EngineMisconfigured       config   ``retry`` false: the server was started without something
 
 What is wrong with one frame, one marker or one line of the configuration ends only that frame, marker or start, and is
 a ValueError of its own (ProtocolError, MarkerError, ConfigError); nobody decides about rounds by it.

@@ -1,1 +1,1 @@
-"""Effects: one outside thing per module. The runner performs what the core decides."""
+"""The daemon: one outside thing per module. Events come in by the inbox, the outbox performs what the core decides."""

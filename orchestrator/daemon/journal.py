@@ -111,6 +111,7 @@ class Journal:
         try:
             # The file before SQLite opens it, because SQLite would give it the umask's permissions.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            # Transactions are ours to begin (isolation_level), and AsyncJournal uses it on a thread of its own.
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(path, connection)
@@ -150,17 +151,13 @@ class Journal:
                 failure = error
         raise JournalError(f"{path} is no readable journal: {failure}") from failure
 
-    def append(self, kind: str, body: bytes) -> int:
-        """Makes one entry durable and returns its sequence.
+    def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
+        """Makes all entries ``(kind, body)`` durable in one commit, all or none, and returns their sequences.
 
         Raises:
-            ValueError: ``body`` is no UTF-8 or exceeds MAX_ENTRY_BYTES; nothing was written.
+            ValueError: a body is no UTF-8 or exceeds MAX_ENTRY_BYTES; nothing was written.
             JournalLost: the outcome is unknown; end the process.
         """
-        return self.append_many([(kind, body)])[0]
-
-    def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
-        """Makes all entries durable in one commit, all or none, and returns their sequences. Raises as ``append``."""
         rows = []
         for kind, body in entries:
             if len(body) > MAX_ENTRY_BYTES:
@@ -178,6 +175,7 @@ class Journal:
         """
         wanted = None if kinds is None else list(kinds)
         where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
+        # Backwards from the end, so that the newest few cost nothing of the rest; then turned round again.
         latest = f"SELECT sequence, unix_time, kind, body FROM entries {where} ORDER BY sequence DESC LIMIT ?"
         query = f"SELECT * FROM ({latest}) ORDER BY sequence"
         arguments = [*(wanted or ()), -1 if newest is None else newest]
@@ -186,18 +184,6 @@ class Journal:
                 yield Entry(sequence, unix_time, kind, body.encode())
         except sqlite3.Error as error:
             raise self._lose("read", error) from error
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch given out; 0 before the first."""
-        return int(self._meta("epoch"))
-
-    def next_epoch(self, at_least: int = 0) -> int:
-        """Gives out, durably, an epoch above every earlier one and above ``at_least``. Raises as ``append``."""
-        with self._commit("new epoch") as connection:
-            epoch = max(self.epoch, at_least) + 1
-            connection.execute("UPDATE meta SET value = ? WHERE name = 'epoch'", (str(epoch),))
-            return epoch
 
     def prune(self, keep_rounds: int) -> int:
         """Drops the entries of rounds that ended before the newest ``keep_rounds`` ended; returns how many.
@@ -238,12 +224,14 @@ class Journal:
     def _commit(self, doing: str) -> Iterator[sqlite3.Connection]:
         connection = self._usable()
         try:
+            # IMMEDIATE: a lock that cannot be had fails here, before anything was written.
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             raise self._lose(doing, error) from error
         except BaseException:
+            # Not the disk's doing (a bad entry, a cancelled caller): nothing was committed, and that is known.
             connection.execute("ROLLBACK")
             raise
 
@@ -265,21 +253,13 @@ class AsyncJournal:
         self.journal_id = journal.journal_id
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
-    async def append(self, kind: str, body: bytes) -> int:
+    async def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
         """As ``Journal.append``. A cancelled caller does not stop a commit that has begun."""
-        return await self._run(partial(self.journal.append, kind, body))
-
-    async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
-        """As ``Journal.append_many``."""
-        return await self._run(partial(self.journal.append_many, entries))
+        return await self._run(partial(self.journal.append, entries))
 
     async def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> list[Entry]:
         """As ``Journal.entries``, all at once."""
         return await self._run(lambda: list(self.journal.entries(kinds, newest)))
-
-    async def next_epoch(self, at_least: int = 0) -> int:
-        """As ``Journal.next_epoch``."""
-        return await self._run(partial(self.journal.next_epoch, at_least))
 
     async def prune(self, keep_rounds: int) -> int:
         """As ``Journal.prune``."""
@@ -307,19 +287,23 @@ def _lock(path: Path) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+    # Only now: until the lock is ours the number in the file is another daemon's.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    # Readers beside the daemon (the command line) may hold the file for a moment.
     connection.execute("PRAGMA busy_timeout = 2000")
+    # The mode is part of the file and may be refused; ``synchronous`` is this connection's, FULL an fsync per commit.
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     connection.execute("PRAGMA synchronous = FULL")
     if mode != "wal":
         raise JournalError(f"{path}: the file system does not allow SQLite's WAL mode. Fix: use a local disk")
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
         _create(connection)
+        # The file's own fsync does not make its name durable.
         _sync_directory(path.parent)
     _check_schema(path, connection)
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -328,8 +312,9 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
 
 
 def _create(connection: sqlite3.Connection) -> None:
+    # Tables and identity in one transaction: a journal is whole or empty, and an empty one is made anew.
     connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}")
-    rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA)), ("epoch", "0")]
+    rows = [("journal_id", secrets.token_hex(16)), ("schema", str(JOURNAL_SCHEMA))]
     connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", rows)
     connection.execute("COMMIT")
 

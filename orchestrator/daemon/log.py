@@ -49,12 +49,13 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
         if console
         else structlog.processors.JSONRenderer(default=str)
     )
+    # Redaction comes last but one: it must see the finished texts, and everything that will be printed.
     rendering: list[Processor] = [structlog.processors.format_exc_info, _redact, renderer]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=False,  # or modules that logged already would keep the old configuration
     )
     handler = logging.StreamHandler(out)
     handler.setFormatter(
@@ -64,6 +65,7 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
         )
     )
     root = logging.getLogger()
+    # A second call replaces what the first set up; handlers of others stay.
     for old in [h for h in root.handlers if getattr(h, "of_weightsync", False)]:
         root.removeHandler(old)
     handler.of_weightsync = True  # type: ignore[attr-defined]

@@ -4,9 +4,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import structlog
 from weightsync.orchestrator.core.commands import (
@@ -24,56 +21,47 @@ from weightsync.orchestrator.core.commands import (
     SendPlan,
     WriteMarker,
 )
-from weightsync.orchestrator.core.events import Appended, Event, PlanReady, PlanRejected
-from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, encode_record
-from weightsync.orchestrator.daemon.admin.views import RoundRow, newest, round_row
+from weightsync.orchestrator.core.events import Appended, PlanReady, PlanRejected
+from weightsync.orchestrator.core.records import encode_record
+from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
+from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import AsyncJournal
 from weightsync.orchestrator.daemon.log import round_line
 from weightsync.orchestrator.daemon.planning import Planning
-from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory
+from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
+from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.planner import PlanError
-from weightsync.orchestrator.protocol.markers import MarkerError, manifest
 from weightsync.orchestrator.protocol.names import Member
 
 log = structlog.get_logger(__name__)
-
-Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
 
 class Outbox:
     """``put`` batches; ``run`` performs them for ever. Everything on the loop but the journal, the files, the planner.
 
-    ``rounds`` are the newest ones, oldest first; ``committed_at`` is the unix time of the newest commit.
+    What a command leads to comes back as an event through ``inbox``; what it leaves for people goes into ``history``.
     """
 
     def __init__(
         self,
         *,
-        run_id: str,
+        inbox: Inbox,
         journal: AsyncJournal,
+        history: History,
         hub: Hub,
-        engines: Engines,
         group: Group,
-        markers: MarkerDirectory,
-        files: ThreadPoolExecutor,
+        engines: Engines,
         planning: Planning,
-        post: Callable[[Event], None],
-        next_id: Callable[[], int],
-        spawn: Spawn,
-        fail: Callable[[BaseException], None],
-        look: Callable[[float], None],
+        markers: MarkerThread,
+        stable: StableWatch,
     ) -> None:
-        self._run_id = run_id
-        self._journal, self._hub, self._engines, self._group = journal, hub, engines, group
-        self._markers, self._files, self._planning = markers, files, planning
-        self._post, self._next_id, self._spawn, self._fail = post, next_id, spawn, fail
-        self._look = look
+        self._inbox, self._journal, self._history = inbox, journal, history
+        self._hub, self._group, self._engines = hub, group, engines
+        self._planning, self._markers, self._stable = planning, markers, stable
         self._batches: asyncio.Queue[list[Command]] = asyncio.Queue()
-        self.rounds: tuple[RoundRow, ...] = ()
-        self.committed_at = 0.0
 
     def put(self, commands: list[Command]) -> None:
         """Perform these after all earlier ones."""
@@ -83,33 +71,28 @@ class Outbox:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
-                for kind, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
-                    if kind:
+                # Runs of records, and runs of what may leave only once the records before it are durable.
+                for durable, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
+                    if durable:
                         await self._append([command for command in commands if isinstance(command, Append)])
                         continue
                     for command in commands:
                         self._perform(command)
         except Exception as error:
-            self._fail(error)
+            self._inbox.fail(error)
 
     async def _append(self, commands: list[Append]) -> None:
         """Neighbours in one commit: an fsync costs milliseconds."""
         entries = [(type(command.record).__name__, encode_record(command.record)) for command in commands]
-        await self._journal.append_many(entries)
+        await self._journal.append(entries)
         for command in commands:
             record = command.record
-            self.remember(record, time.time())
-            if isinstance(record, RoundEnded):
-                round_line(self.rounds[-1])
+            row = self._history.remember(record, time.time())
+            if row is not None:
+                round_line(row)
             if command.answer:
-                self._post(Appended(self._next_id(), type(record).__name__, getattr(record, "round", None)))
-
-    def remember(self, record: Record, unix_time: float) -> None:
-        """Keep what ``/status`` shows of a record."""
-        if isinstance(record, RoundEnded):
-            self.rounds = newest([*self.rounds, round_row(record, unix_time)])
-        elif isinstance(record, Committed):
-            self.committed_at = unix_time
+                name = getattr(record, "round", None)
+                self._inbox.post(Appended(self._inbox.next_id(), type(record).__name__, name))
 
     def _perform(self, command: Command) -> None:
         match command:
@@ -118,7 +101,7 @@ class Outbox:
             case Refuse():
                 self._hub.refuse(command.member, command.connection, command.refused)
             case Drop():
-                self._hub.drop(command.member, command.reason)
+                self._hub.drop(command.member, command.connection, command.reason)
             case Send():
                 self._hub.send(command.member, command.message)
             case SendPlan():
@@ -127,35 +110,27 @@ class Outbox:
             case OpenGroup():
                 self._group.open(command.group, dict(command.connections))
             case MakePlan():
-                self._spawn(self._plan(command), "planner")
+                self._inbox.spawn(self._plan(command), "planner")
             case CallEngine():
                 self._engines.call(command)
             case LookForStable(after_seconds=seconds):
-                self._look(seconds)
+                self._inbox.spawn(self._stable.look(seconds), "look for STABLE")
             case WriteMarker():
-                self._files.submit(self._mark, command)
+                self._markers.write(command.kind, command.version, command.facts)
             case Say():
                 log.log(getattr(logging, command.level.upper()), command.sentence, cause=command.cause)
             case _:
                 raise TypeError(f"no performer for {type(command).__name__}")
 
     async def _plan(self, command: MakePlan) -> None:
+        """In a thread: the planner computes for seconds. Layouts that make no plan are an event, a bug is not."""
         try:
             facts = await asyncio.to_thread(self._planning.make, command)
         except PlanError as error:
             engine = _engine_of(error.member)
-            self._post(PlanRejected(self._next_id(), command.number, str(error), engine, error.fault))
-        except Exception as error:
-            self._fail(error)
+            self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, str(error), engine, error.fault))
         else:
-            self._post(PlanReady(self._next_id(), command.number, facts))
-
-    def _mark(self, command: WriteMarker) -> None:
-        """Markers are derived from the journal and for people: one that cannot be written stops nobody."""
-        try:
-            self._markers.write(command.kind, manifest(self._run_id, command.version, **command.facts))
-        except (OSError, MarkerError) as error:
-            log.error("marker not written", marker=command.kind, version=str(command.version), reason=str(error))
+            self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts))
 
 
 def _engine_of(member: Member | None) -> str:

@@ -36,6 +36,7 @@ class Planning:
         """
         began = time.monotonic()
         everybody = {party.member: party for party in (*command.sources, *command.targets)}
+        # With the last plan: edges of parties that did not change are taken over from it.
         plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost, self.plan)
         self.plan, self.announced = plan, everybody
         connects = {member: _connect(plan, member, everybody) for member in plan.parts}

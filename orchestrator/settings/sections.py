@@ -38,9 +38,10 @@ class ListenSection(Section):
 
 
 class EngineSection(Section):
-    """One vLLM server."""
+    """One inference engine's server."""
 
     name: Identifier = Field(description="Name of the engine, unique in the run; also the name its agents report.")
+    kind: Identifier = Field(default="vllm", description="Kind of engine; config check names those there are.")
     url: Url = Field(description="Base URL of its API server, such as http://host:8000.")
     role: Literal["prefill", "decode", "both"] = Field(
         default="both", description="What it does in a disaggregated pair."
@@ -48,7 +49,7 @@ class EngineSection(Section):
     pair: Identifier | None = Field(
         default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
-    api_key_file: Path | None = Field(default=None, description="File with the key of vLLM's --api-key, if it has one.")
+    api_key_file: Path | None = Field(default=None, description="File with the key that its API asks for, if it does.")
 
 
 class TrainerSection(Section):
@@ -66,14 +67,28 @@ class NixlSection(Section):
     backends: Annotated[tuple[Identifier, ...], NUMBERED] = Field(
         default=_NIXL.backends, min_length=1, max_length=8, description="NIXL backends."
     )
-    flush_every: int = Field(
-        default=_NIXL.flush_every, ge=1, le=10_000, description="Handles in flight per rank before a drain."
+    in_flight_per_peer: int = Field(
+        default=_NIXL.in_flight_per_peer,
+        ge=1,
+        le=10_000,
+        description="Handles in flight per peer: a sliding window; nothing is drained.",
     )
     rails: int = Field(default=_NIXL.rails, ge=1, le=16, description="NIC ports that one rank may use at once.")
+    max_gb_per_second: float | None = Field(
+        default=_NIXL.max_gb_per_second,
+        gt=0,
+        description="Gigabytes (10^9 bytes) per second that no link to one peer exceeds: a write that reports more has"
+        " moved nothing and fails. null: not judged.",
+    )
 
-    def message(self) -> NixlSettings:
+    def message(self, run_directory: Path) -> NixlSettings:
         """What agents are told."""
-        return NixlSettings(backends=self.backends, flush_every=self.flush_every, rails=self.rails)
+        return NixlSettings(
+            backends=self.backends,
+            in_flight_per_peer=self.in_flight_per_peer,
+            rails=self.rails,
+            max_gb_per_second=self.max_gb_per_second,
+        )
 
 
 class FilesystemSection(Section):
@@ -81,9 +96,9 @@ class FilesystemSection(Section):
 
     type: Literal["filesystem"] = "filesystem"
 
-    def message(self) -> FilesystemSettings:
+    def message(self, run_directory: Path) -> FilesystemSettings:
         """What agents are told."""
-        return FilesystemSettings()
+        return FilesystemSettings(str(run_directory))
 
 
 class HubSection(Section):
@@ -121,7 +136,6 @@ class DeadlinesSection(Section):
     join_seconds: Seconds = Field(default=600, description="From the start until every configured rank has connected.")
     staged_seconds: Seconds = Field(default=300, description="STABLE without STAGED of every rank, or the reverse.")
     rendezvous_seconds: Seconds = Field(default=120, description="From Connect until every edge is warm and confirmed.")
-    http_seconds: Seconds = Field(default=30, description="One ordinary call to an engine, retries included.")
     pause_seconds: Seconds = Field(default=120, description="Pausing one engine (mode wait drains its requests).")
     quiesce_seconds: Seconds = Field(default=60, description="From the update call until every worker stands still.")
     transfer_seconds: Seconds = Field(default=300, description="From the grant until every writer has closed.")

@@ -15,15 +15,15 @@ from pathlib import Path
 from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.core.commands import Append
 from weightsync.orchestrator.core.events import AgentSaid, Event
+from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
-from weightsync.orchestrator.daemon.runner import Runner
 
 POINT = "WEIGHTSYNC_TEST_POINT"
 
 
 def arm(point: Path) -> None:
     """Wrap what points are about."""
-    append, post = Outbox._append, Runner.post
+    append, post = Outbox._append, Inbox.post
 
     def reached(moment: str, *names: str) -> None:
         if not point.exists():
@@ -39,13 +39,13 @@ def arm(point: Path) -> None:
         await append(outbox, commands)
         reached("after", *names)
 
-    def pointed_post(runner: Runner, event: Event) -> None:
+    def pointed_post(inbox: Inbox, event: Event) -> None:
         if isinstance(event, AgentSaid):
             reached("hearing", type(event.message).__name__)
-        post(runner, event)
+        post(inbox, event)
 
     Outbox._append = pointed_append  # type: ignore[method-assign]
-    Runner.post = pointed_post  # type: ignore[method-assign]
+    Inbox.post = pointed_post  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.daemon.engines.vllm import (
-    OPTIONAL,
-    REQUIRED,
-    EngineClient,
-    EngineLacksRoute,
-    EngineNotServable,
-    EngineRefused,
-)
-from weightsync.orchestrator.settings.sections import DeadlinesSection
+from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineNotServable, EngineRefused
+from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.vllm import OPTIONAL, REQUIRED, VllmClient
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
-DEADLINES = DeadlinesSection(probe_seconds=30)
+LONG = 30.0
+"""Total deadline of a call, in seconds; nothing here takes so long."""
+
+HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
+SWITCH = Switch(RoundName(3, 9), Version(7, 40), 20.0)
 
 
 class Engine:
@@ -62,9 +61,6 @@ class Engine:
     async def get_weight_version(self) -> str | None:
         return self.version
 
-    async def reset_prefix_cache(self, *options: bool) -> bool:
-        return options[0]
-
     def _may_fail(self) -> None:
         if self.fail:
             raise RuntimeError(self.fail)
@@ -75,7 +71,6 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
     import uvicorn
     from fastapi import FastAPI
     from vllm.entrypoints.rl.online.api_router import router as rl
-    from vllm.entrypoints.serve.dev.cache.api_router import router as cache
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.entrypoints.serve.instrumentator.basic import router as basic
 
@@ -83,7 +78,6 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
     app.include_router(basic)
     if dev_mode:
         app.include_router(rl)
-        app.include_router(cache)
     init_exception_handler(app)
 
     app.state.engine_client = engine
@@ -99,44 +93,67 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
             await task
 
 
+@contextlib.asynccontextmanager
+async def talking(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator[VllmClient]:
+    async with vllm_routes(engine, dev_mode=dev_mode) as url:
+        client = VllmClient(EngineSetup("a", url, None, "keep", True))
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
 async def test_a_round_through_vllms_routes() -> None:
     engine = Engine()
-    async with vllm_routes(engine) as url, EngineClient("a", url, None, DEADLINES) as client:
-        facts = await client.probe()
-        assert facts.routes == REQUIRED.keys() | OPTIONAL.keys()
-        assert facts.world_size == 4
-        assert facts.version
-        await client.init_transfer({"hub_url": "ws://h"})
-        await client.pause("keep", clear_cache=True)
-        assert await client.is_paused()
-        await client.start_update()
-        await client.update({"token": "t"})
-        await client.finish_update("40")
-        assert await client.weight_info() == "40"
-        assert not await client.reset_prefix_cache()
-        assert await client.reset_prefix_cache(running=True)
-        await client.resume()
-        assert not await client.is_paused()
+    async with talking(engine) as client:
+        facts = await client.probe(LONG)
+        assert client.routes == REQUIRED.keys() | OPTIONAL.keys()
+        assert facts.ranks == 4
+        assert facts.server.removeprefix("vLLM ")
+        assert facts.notes == ("tells its weight version",)
+        await client.attach(HUB, LONG)
+        await client.pause(LONG)
+        assert await client.is_paused(LONG)
+        await client.switch(SWITCH, LONG)
+        await client.finish(SWITCH.version, LONG)
+        assert engine.version == "40"
+        await client.resume(LONG)
+        assert not await client.is_paused(LONG)
     assert [name for name, _ in engine.called] == ["init", "pause", "start", "update", "finish"]
+    assert engine.called[0] == (
+        "init",
+        {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4},
+    )
     assert engine.called[1] == ("pause", {"mode": "keep", "clear_cache": True})
-    assert engine.called[3] == ("update", {"token": "t"})
+    assert engine.called[3] == (
+        "update",
+        {
+            "token": "3.9",
+            "round_epoch": 3,
+            "round_number": 9,
+            "generation": 7,
+            "step": 40,
+            "deadline_seconds": 20.0,
+        },
+    )
 
 
 async def test_errors_of_workers_keep_their_words() -> None:
     engine = Engine()
-    async with vllm_routes(engine) as url, EngineClient("a", url, None, DEADLINES) as client:
+    async with talking(engine) as client:
+        await client.probe(LONG)
         engine.fail = "Call to collective_rpc method failed: digest differs on rank 1"
         with pytest.raises(EngineRefused, match="digest differs on rank 1"):
-            await client.update({"token": "t"})
+            await client.switch(SWITCH, LONG)
         engine.fail = "Weight transfer not configured. Please set weight_transfer_config"
-        with pytest.raises(EngineLacksRoute, match="--weight-transfer-config"):
-            await client.init_transfer({})
+        with pytest.raises(EngineMisconfigured, match="--weight-transfer-config"):
+            await client.attach(HUB, LONG)
         engine.fail = "weightsync: not servable: rank 0 holds no committed version"
         with pytest.raises(EngineNotServable, match="rank 0"):
-            await client.resume()
+            await client.resume(LONG)
 
 
 async def test_without_dev_mode_it_says_so() -> None:
-    async with vllm_routes(Engine(), dev_mode=False) as url, EngineClient("a", url, None, DEADLINES) as client:
-        with pytest.raises(EngineLacksRoute, match="VLLM_SERVER_DEV_MODE=1"):
-            await client.probe()
+    async with talking(Engine(), dev_mode=False) as client:
+        with pytest.raises(EngineMisconfigured, match="VLLM_SERVER_DEV_MODE=1"):
+            await client.probe(LONG)

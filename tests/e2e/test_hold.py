@@ -26,7 +26,6 @@ INIT = {
     "token_file": "/nonexistent",
     "run_id": "run",
     "engine": "engine",
-    "deadline_seconds": 5.0,
 }
 UPDATE = {"token": "1.1", "round_epoch": 1, "round_number": 1, "generation": 1, "step": 1, "deadline_seconds": 5.0}
 

@@ -1,38 +1,12 @@
 """Status and history from the journal alone, for when the daemon is down. Reads; never waits for the lock."""
 
 import time
-from collections.abc import Iterable
 
-from weightsync.orchestrator.core.records import Committed, Memory, RoundEnded, decode_record, replay
-from weightsync.orchestrator.daemon.admin.views import (
-    HISTORY_ROUNDS,
-    EngineView,
-    RoundRow,
-    RoundsView,
-    StatusView,
-    VersionView,
-    newest,
-    round_row,
-    version_view,
-)
-from weightsync.orchestrator.daemon.journal import Entry, Journal
+from weightsync.orchestrator.core.records import Memory, RoundEnded, decode_record, replay
+from weightsync.orchestrator.daemon.admin.history import History, rows_of
+from weightsync.orchestrator.daemon.admin.views import EngineView, RoundsView, StatusView
+from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.settings.settings import Settings
-
-
-def rounds_in(journal: Journal, last: int) -> tuple[RoundRow, ...]:
-    """The newest ``last`` rounds, oldest first.
-
-    Raises:
-        JournalLost, JournalUnreadable.
-    """
-    return tuple(_rows(journal.entries(["RoundEnded"], newest=last)))
-
-
-def _rows(entries: Iterable[Entry]) -> Iterable[RoundRow]:
-    for entry in entries:
-        record = decode_record(entry.body)
-        if isinstance(record, RoundEnded):
-            yield round_row(record, entry.unix_time)
 
 
 def status_from(settings: Settings) -> StatusView:
@@ -42,38 +16,34 @@ def status_from(settings: Settings) -> StatusView:
         JournalError: there is none, or it cannot be read.
         JournalLost, JournalUnreadable.
     """
-    memory = Memory()
-    committed: VersionView | None = None
-    rows: list[RoundRow] = []
+    memory, history = Memory(), History()
     with Journal.read_only(settings.journal_path) as journal:
         for entry in journal.entries():
             record = decode_record(entry.body)
             replay(memory, record)
-            if isinstance(record, Committed):
-                committed = version_view(record.version, record.sequence, entry.unix_time)
-            elif isinstance(record, RoundEnded):
-                rows.append(round_row(record, entry.unix_time))
-        epoch, name = journal.epoch, journal.journal_id
+            history.remember(record, entry.unix_time)
+        journal_id = journal.journal_id
     engines = tuple(
         EngineView(name=engine.name, url=engine.url, role=engine.role, state="unknown") for engine in settings.engines
     )
     return StatusView(
         run=settings.run.id,
         state=_sentence(memory),
-        epoch=max(epoch, memory.epoch),
-        journal_id=name,
+        epoch=memory.epoch,
+        journal_id=journal_id,
         source="journal",
         unix_time=time.time(),
-        committed=committed,
+        committed=history.committed,
         engines=engines,
-        rounds=newest(rows, HISTORY_ROUNDS),
+        rounds=history.rounds,
     )
 
 
 def rounds_from(settings: Settings, last: int) -> RoundsView:
     """The history that the journal holds. Raises as ``status_from``."""
     with Journal.read_only(settings.journal_path) as journal:
-        return RoundsView(run=settings.run.id, rounds=rounds_in(journal, last), source="journal")
+        entries = journal.entries([RoundEnded.__name__], newest=last)
+        return RoundsView(run=settings.run.id, rounds=rows_of(entries), source="journal")
 
 
 def _sentence(memory: Memory) -> str:

@@ -1,6 +1,5 @@
 """What the daemon shows of itself, as ``/status`` and ``/rounds`` answer it and as the command line prints it."""
 
-from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -179,8 +178,3 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         fault=record.fault,
         unix_time=unix_time,
     )
-
-
-def newest(rows: Iterable[RoundRow], count: int = HISTORY_ROUNDS) -> tuple[RoundRow, ...]:
-    """The last ``count`` rows, oldest first."""
-    return tuple(rows)[-count:] if count > 0 else ()

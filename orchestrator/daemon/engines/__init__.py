@@ -1,1 +1,1 @@
-"""Calls to inference engines' admin routes."""
+"""Inference engines' servers: the seam, the kinds that there are, and the calls that the core wants made."""

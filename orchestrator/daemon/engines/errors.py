@@ -1,12 +1,21 @@
 """What can go wrong with a call to an engine: whose fault it is, whether a retry helps, whether it may have arrived."""
 
-from typing import ClassVar, Final
+from collections.abc import Sequence
+from typing import ClassVar
 
 from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.messages import Fault
 
-DEV_MODE: Final = "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment"
-TRANSFER_CONFIG: Final = 'start vLLM with --weight-transfer-config \'{"backend": "weightsync"}\''
+
+class UnknownEngineKind(WeightsyncError):
+    """The settings name a kind of engine that has no client here. The operator's fault."""
+
+    fault: ClassVar[Fault] = "config"
+
+    def __init__(self, engine: str, kind: str, known: Sequence[str]) -> None:
+        self.engine, self.kind = engine, kind
+        fix = f"set kind of this engine to one of: {', '.join(known)}"
+        super().__init__(f"engine {engine}: unknown engine kind {kind!r}. Fix: {fix}")
 
 
 class EngineError(WeightsyncError):
@@ -44,15 +53,15 @@ class EngineRefused(EngineError):
 
 
 class EngineNotServable(EngineRefused):
-    """The plugin keeps the engine paused: a worker is torn, or holds no committed version yet. A round must mend it."""
+    """Our plugin keeps the engine paused: a rank is torn, or holds no committed version yet. A round must mend it."""
 
     def __init__(self, engine: str, call: str, status: int, excerpt: str) -> None:
         super().__init__(engine, call, status, excerpt)
         self.retry = False
 
 
-class EngineLacksRoute(EngineError):
-    """The server was started without something that we need. ``fix`` says what to set."""
+class EngineMisconfigured(EngineError):
+    """The server was started without something that we need, or cannot do what is asked. ``fix``: what to change."""
 
     fault = "config"
     retry = False

@@ -3,18 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
-"""vLLM's largest answer that we read is its OpenAPI document, under 1 MiB."""
+"""The largest answer that is read is a server's OpenAPI document, under 1 MiB."""
 
 MAX_EXCERPT_CHARS: Final = 1000
-"""Of a refusal's body in an error: enough for vLLM's message from each rank, too little for a page of HTML."""
+"""Of a refusal's body in an error: enough for a message from each rank, too little for a page of HTML."""
 
 MAX_CONNECTIONS: Final = 8
 """To one engine at a time: the update call and a probe beside it, with room for the routes' probing."""
@@ -36,6 +35,7 @@ class EngineHttp:
     def __init__(self, name: str, url: str, api_key: str | None) -> None:
         self.name = name
         self._url = url.rstrip("/")
+        # identity, and no decompression below: the cap on a body must hold for what it unpacks to.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -46,20 +46,12 @@ class EngineHttp:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None),  # Ours covers the retries too.
             auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
+            cookie_jar=aiohttp.DummyCookieJar(),  # nothing of one call may show in another
         )
 
     async def close(self) -> None:
         """Ends all connections."""
         await self._session.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def exchange(
         self,
@@ -127,6 +119,7 @@ class EngineHttp:
             async with self._session.request(
                 method, self._url + path, params=query, data=payload, headers=headers, allow_redirects=False
             ) as response:
+                # Followed, it would carry our key to wherever the answer says.
                 if 300 <= response.status < 400:
                     where = response.headers.get("Location", "elsewhere")
                     what = f"a redirect to {where[:MAX_EXCERPT_CHARS]}, which is not followed; set the engine's own url"
@@ -144,7 +137,7 @@ class EngineHttp:
         async for chunk in response.content.iter_any():
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
-                response.close()
+                response.close()  # the rest is not read, so the connection cannot be used again
                 what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {_excerpt(bytes(data[:100]))}"
                 raise EngineRefused(self.name, call, response.status, what)
         return bytes(data)
@@ -156,7 +149,7 @@ def _reason(error: aiohttp.ClientConnectorError | aiohttp.InvalidURL) -> str:
 
 
 def _excerpt(data: bytes) -> str:
-    """The message of vLLM's error body, or the body's beginning, on one line."""
+    """The message of an error body as OpenAI's API and FastAPI shape it, else the body's beginning, on one line."""
     text = data[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", "replace")
     with contextlib.suppress(msgspec.MsgspecError):
         found = msgspec.json.decode(data, type=_Failure)

@@ -1,28 +1,27 @@
-"""An engine's admin routes: the weight-transfer protocol of vLLM 0.24 to 0.33 behind one client.
+"""vLLM's admin routes: the weight-transfer protocol of vLLM 0.24 to 0.33 behind the engine seam.
 
-What a server offers is found by asking it. ``start_weight_update`` always says ``is_checkpoint_format: false`` (0.24
-moves parameters to the meta device otherwise, 0.32 does not read it), ``finish_weight_update`` always the version (0.24
-does not read it, and then has no ``/weight_info`` to ask for it).
+The one module of the daemon that knows vLLM. What a server offers is found by asking it. ``start_weight_update`` always
+says ``is_checkpoint_format: false`` (0.24 moves parameters to the meta device otherwise, 0.32 does not read it),
+``finish_weight_update`` always the version (0.24 does not read it, and then has no ``/weight_info`` to ask for it).
 """
 
 import asyncio
-import dataclasses
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Final, Literal, Self, TypeVar
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Final, TypeVar
 
 import msgspec
-from weightsync.orchestrator.daemon.engines.errors import DEV_MODE, TRANSFER_CONFIG
-from weightsync.orchestrator.daemon.engines.errors import EngineError as EngineError
-from weightsync.orchestrator.daemon.engines.errors import EngineLacksRoute as EngineLacksRoute
-from weightsync.orchestrator.daemon.engines.errors import EngineNotServable as EngineNotServable
-from weightsync.orchestrator.daemon.engines.errors import EngineRefused as EngineRefused
-from weightsync.orchestrator.daemon.engines.errors import EngineTimeout as EngineTimeout
-from weightsync.orchestrator.daemon.engines.errors import EngineUnreachable as EngineUnreachable
+from weightsync.orchestrator.daemon.engines.errors import (
+    EngineError,
+    EngineMisconfigured,
+    EngineNotServable,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnreachable,
+)
 from weightsync.orchestrator.daemon.engines.http import EngineHttp
-from weightsync.orchestrator.settings.sections import DeadlinesSection
-
-PauseMode = Literal["keep", "wait", "abort"]
+from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.protocol.names import Version
 
 REQUIRED: Final[Mapping[str, str]] = {
     "/pause": "POST",
@@ -36,9 +35,14 @@ REQUIRED: Final[Mapping[str, str]] = {
 }
 OPTIONAL: Final[Mapping[str, str]] = {
     "/weight_info": "GET",
-    "/reset_prefix_cache": "POST",
     "/version": "GET",
 }
+
+DEV_MODE: Final = "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment"
+"""vLLM has the routes of REQUIRED only then."""
+
+TRANSFER_CONFIG: Final = '--weight-transfer-config \'{"backend": "weightsync"}\''
+"""Makes every worker load our plugin's class."""
 
 _NOT_CONFIGURED: Final = "Weight transfer not configured"
 """vLLM's own words when it was started without --weight-transfer-config."""
@@ -57,10 +61,6 @@ class _WorldSize(msgspec.Struct):
     world_size: int
 
 
-class _WeightInfo(msgspec.Struct):
-    weight_version: str | None = None
-
-
 class _ServerVersion(msgspec.Struct):
     version: str
 
@@ -69,143 +69,116 @@ class _OpenApi(msgspec.Struct):
     paths: dict[str, dict[str, msgspec.Raw]]
 
 
-class _Success(msgspec.Struct):
-    success: bool = True
+class VllmClient:
+    """One vLLM server, as ``interface.EngineClient`` describes it. ``routes``: those of ours that the probe found."""
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What a server can do. ``world_size`` counts ranks over data parallelism; ``version`` is vLLM's own."""
-
-    routes: frozenset[str]
-    world_size: int
-    version: str = ""
-
-    @property
-    def has_version_route(self) -> bool:
-        """Whether ``/weight_info`` tells the version that finish was given."""
-        return "/weight_info" in self.routes
-
-
-class EngineClient:
-    """One engine. Made inside a running loop. All deadlines are totals, in seconds.
-
-    Every method raises an EngineError: EngineUnreachable, EngineTimeout, EngineRefused or EngineLacksRoute.
-    """
-
-    def __init__(self, name: str, url: str, api_key: str | None, deadlines: DeadlinesSection) -> None:
-        self.name = name
-        self.facts: EngineFacts | None = None
-        self._deadlines = deadlines
-        self._http = EngineHttp(name, url, api_key)
+    def __init__(self, setup: EngineSetup) -> None:
+        self.name = setup.name
+        self.routes: frozenset[str] = frozenset()
+        self._setup = setup
+        self._ranks: int | None = None
+        self._http = EngineHttp(setup.name, setup.url, setup.api_key)
 
     async def close(self) -> None:
-        """Ends all connections."""
+        """End all connections."""
         await self._http.close()
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def probe(self, deadline_seconds: float | None = None) -> EngineFacts:
-        """Finds out what the server offers and keeps it in ``facts``.
+    async def probe(self, deadline: float) -> EngineFacts:
+        """Ask which routes there are, how many ranks, and which vLLM it is. Every pause mode is offered by all.
 
         Raises:
-            EngineLacksRoute: a route is missing; the error says what to set.
+            EngineMisconfigured: a route is missing; the error says what to set.
         """
-        deadline = deadline_seconds or self._deadlines.probe_seconds
-        try:
-            async with asyncio.timeout(deadline):
-                routes = await self._routes(deadline)
-                missing = sorted(REQUIRED.keys() - routes)
-                if missing:
-                    what = f"the server has no {', '.join(missing)}"
-                    raise EngineLacksRoute(self.name, "probe", what, f"{DEV_MODE}, and {TRANSFER_CONFIG[11:]}")
-                world_size = await self.world_size(deadline)
-                version = await self._server_version(deadline) if "/version" in routes else ""
-        except TimeoutError as error:
-            raise EngineTimeout(self.name, "probe", deadline) from error
-        self.facts = EngineFacts(routes, world_size, version)
-        return self.facts
+        async with self._within("probe", deadline):
+            self.routes = await self._routes(deadline)
+            missing = sorted(REQUIRED.keys() - self.routes)
+            if missing:
+                what = f"the server has no {', '.join(missing)}"
+                fix = f"{DEV_MODE}, and with {TRANSFER_CONFIG}"
+                raise EngineMisconfigured(self.name, "probe", what, fix)
+            ranks = self._ranks = (await self._get("/get_world_size", deadline, _WorldSize)).world_size
+            version = await self._server_version(deadline) if "/version" in self.routes else "?"
+        told = "tells its weight version" if "/weight_info" in self.routes else "cannot tell its weight version"
+        return EngineFacts(f"vLLM {version}", ranks, (told,))
 
-    async def is_paused(self, deadline_seconds: float | None = None) -> bool:
+    async def is_paused(self, deadline: float) -> bool:
         """Whether the scheduler is paused. Waits behind an update under way: the engine core answers it."""
-        deadline = deadline_seconds or self._deadlines.probe_seconds
         return (await self._get("/is_paused", deadline, _IsPaused)).is_paused
 
-    async def pause(self, mode: PauseMode, clear_cache: bool, deadline_seconds: float | None = None) -> None:
-        """Stops scheduling. A lost answer is looked up in ``/is_paused``."""
-        query = {"mode": mode, "clear_cache": "true" if clear_cache else "false"}
-        await self._set_paused(True, "/pause", query, deadline_seconds or self._deadlines.pause_seconds)
+    async def attach(self, hub: HubAddress, deadline: float) -> None:
+        """Hand the hub's address to every worker; our class there takes a repetition for what it is.
 
-    async def resume(self, deadline_seconds: float | None = None) -> None:
-        """Lets the engine schedule again. A lost answer is looked up in ``/is_paused``.
+        Raises:
+            EngineMisconfigured: the server was started without ``--weight-transfer-config``.
+        """
+        path = "/init_weight_transfer_engine"
+        async with self._within(f"POST {path}", deadline):
+            if self._ranks is None:  # every worker is told how many there are, and nobody has asked yet
+                await self.probe(deadline)
+            info = {
+                "hub_url": hub.url,
+                "token_file": hub.token_file,
+                "run_id": hub.run_id,
+                "engine": self.name,
+                "world": self._ranks,
+            }
+            try:
+                await self._http.exchange("POST", path, deadline, body={"init_info": info}, idempotent=True)
+            except EngineRefused as error:
+                if _NOT_CONFIGURED in error.excerpt:
+                    what = "no weight transfer is configured in it"
+                    fix = f"start vLLM with {TRANSFER_CONFIG}"
+                    raise EngineMisconfigured(self.name, f"POST {path}", what, fix) from error
+                raise
+
+    async def pause(self, deadline: float) -> None:
+        """Stop scheduling; a lost answer is looked up in ``/is_paused``."""
+        clear_cache = "true" if self._setup.clear_cache else "false"
+        query = {"mode": self._setup.pause_mode, "clear_cache": clear_cache}
+        await self._set_paused(True, "/pause", query, deadline)
+
+    async def resume(self, deadline: float) -> None:
+        """Schedule again; a lost answer is looked up in ``/is_paused``.
 
         Raises:
             EngineNotServable: a worker holds no committed version; the engine stays paused.
         """
         try:
-            await self._set_paused(False, "/resume", None, deadline_seconds or self._deadlines.http_seconds)
+            await self._set_paused(False, "/resume", None, deadline)
         except EngineRefused as error:
             if _NOT_SERVABLE in error.excerpt:
                 raise EngineNotServable(self.name, "POST /resume", error.status, error.excerpt) from error
             raise
 
-    async def is_alive(self, deadline_seconds: float | None = None) -> bool:
-        """Whether the engine core lives; False also when the server says that it died."""
-        deadline = deadline_seconds or self._deadlines.probe_seconds
-        status, _ = await self._http.ask("GET", "/health", deadline, idempotent=True)
-        return status == 200
+    async def switch(self, switch: Switch, deadline: float) -> None:
+        """Open an update and make the call that lasts as long as the round.
 
-    async def init_transfer(self, init_info: Mapping[str, object], deadline_seconds: float | None = None) -> None:
-        """Hands ``init_info`` to every worker; our class there takes a repetition for what it is."""
-        deadline = deadline_seconds or self._deadlines.http_seconds
-        path = "/init_weight_transfer_engine"
+        Neither is repeated once it may have arrived: a late second start would replace the session of the first.
+        """
+        info = {
+            "token": str(switch.round),
+            "round_epoch": switch.round.epoch,
+            "round_number": switch.round.number,
+            "generation": switch.version.generation,
+            "step": switch.version.step,
+            "deadline_seconds": switch.rank_seconds,
+        }
+        async with self._within("switch", deadline):
+            await self._once("/start_weight_update", {"is_checkpoint_format": False}, deadline)
+            await self._once("/update_weights", {"update_info": info}, deadline)
+
+    async def finish(self, version: Version, deadline: float) -> None:
+        """Close the update and tell the version's step. Not repeated once it may have arrived."""
+        await self._once("/finish_weight_update", {"weight_version": str(version.step)}, deadline)
+
+    @contextlib.asynccontextmanager
+    async def _within(self, call: str, deadline: float) -> AsyncIterator[None]:
+        """One deadline for several exchanges."""
         try:
-            await self._http.exchange("POST", path, deadline, body={"init_info": init_info}, idempotent=True)
-        except EngineRefused as error:
-            if _NOT_CONFIGURED in error.excerpt:
-                what = "no weight transfer is configured in it"
-                raise EngineLacksRoute(self.name, f"POST {path}", what, TRANSFER_CONFIG) from error
-            raise
-
-    async def start_update(self, deadline_seconds: float | None = None) -> None:
-        """Opens an update. Not repeated once it may have arrived: a late second one would replace the session."""
-        body = {"is_checkpoint_format": False}
-        await self._once("/start_weight_update", body, deadline_seconds or self._deadlines.http_seconds)
-
-    async def update(self, update_info: Mapping[str, object], deadline_seconds: float | None = None) -> None:
-        """The call that lasts as long as the round. Never repeated: after an error with ``sent`` the agents know."""
-        deadline = deadline_seconds or self._deadlines.transfer_seconds
-        await self._once("/update_weights", {"update_info": update_info}, deadline)
-
-    async def finish_update(self, version: str, deadline_seconds: float | None = None) -> None:
-        """Closes the update and tells ``version``. Not repeated once it may have arrived."""
-        body = {"weight_version": version}
-        await self._once("/finish_weight_update", body, deadline_seconds or self._deadlines.http_seconds)
-
-    async def reset_prefix_cache(self, running: bool = False, deadline_seconds: float | None = None) -> bool:
-        """Drops the prefix cache; False when blocks are still held. ``running``: preempt those that hold them."""
-        deadline = deadline_seconds or self._deadlines.http_seconds
-        query = {"reset_running_requests": "true" if running else "false"}
-        data = await self._http.exchange("POST", "/reset_prefix_cache", deadline, query=query, idempotent=True)
-        return self._decode("POST /reset_prefix_cache", data or b"{}", _Success).success
-
-    async def world_size(self, deadline_seconds: float | None = None) -> int:
-        """Ranks of the engine, data-parallel ones included."""
-        deadline = deadline_seconds or self._deadlines.probe_seconds
-        return (await self._get("/get_world_size", deadline, _WorldSize)).world_size
-
-    async def weight_info(self, deadline_seconds: float | None = None) -> str | None:
-        """The version told at the last finish, or None; also None where the server cannot tell."""
-        if self.facts is not None and not self.facts.has_version_route:
-            return None
-        deadline = deadline_seconds or self._deadlines.probe_seconds
-        return (await self._get("/weight_info", deadline, _WeightInfo)).weight_version
+            async with asyncio.timeout(deadline):
+                yield
+        except TimeoutError as error:
+            raise EngineTimeout(self.name, call, deadline) from error
 
     async def _set_paused(self, wanted: bool, path: str, query: Mapping[str, str] | None, deadline: float) -> None:
         try:
@@ -214,24 +187,22 @@ class EngineClient:
             if not error.sent:
                 raise
             try:
-                paused = await self.is_paused()
+                # With as long again: whoever called with one deadline for both has given up by then.
+                paused = await self.is_paused(deadline)
             except EngineError:
-                raise error from None
+                raise error from None  # nobody knows; what went wrong first says more
             if paused is not wanted:
-                raise
+                raise  # the answer was lost, and so was the request
 
-    async def _once(self, path: str, body: Mapping[str, object] | None, deadline: float) -> None:
+    async def _once(self, path: str, body: Mapping[str, object], deadline: float) -> None:
         await self._http.exchange("POST", path, deadline, body=body, idempotent=False)
 
     async def _get(self, path: str, deadline: float, kind: type[T]) -> T:
         data = await self._http.exchange("GET", path, deadline, idempotent=True)
-        return self._decode(f"GET {path}", data, kind)
-
-    def _decode(self, call: str, data: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineRefused(self.name, call, 200, f"an answer that is not vLLM's: {error}") from error
+            raise EngineRefused(self.name, f"GET {path}", 200, f"an answer that is not vLLM's: {error}") from error
 
     async def _server_version(self, deadline: float) -> str:
         return (await self._get("/version", deadline, _ServerVersion)).version
@@ -240,6 +211,7 @@ class EngineClient:
         """Asks with OPTIONS, which no route of vLLM performs; where a proxy answers that itself, reads its document."""
         wanted = {**REQUIRED, **OPTIONAL}
         answers = [await self._http.ask("OPTIONS", path, deadline, idempotent=True) for path in wanted]
+        # A route that knows other methods answers 405, one that does not exist 404.
         if all(status in (404, 405) for status, _ in answers):
             return frozenset(path for path, (status, _) in zip(wanted, answers, strict=True) if status == 405)
         document = await self._get("/openapi.json", deadline, _OpenApi)

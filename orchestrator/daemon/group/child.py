@@ -64,6 +64,7 @@ class TcpStoreRendezvousServer:
         self,
         info: TcpStoreRendezvous,
         *,
+        # -P: modules that lie in the working directory must not take the place of installed ones.
         child: Sequence[str] = (sys.executable, "-P", "-m", CHILD_MODULE),
         seconds_over: float = SECONDS_OVER,
     ) -> None:
@@ -80,6 +81,7 @@ class TcpStoreRendezvousServer:
             TcpStoreError: no vLLM beside this daemon, the address is taken, or somebody is missing at the deadline.
         """
         self._world = world
+        # Standard error is the daemon's own, so that the child's tracebacks reach the log.
         self._child = await asyncio.create_subprocess_exec(
             *self._command_line, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -168,6 +170,7 @@ class TcpStoreRendezvousServer:
                 while not isinstance(answer := await _answer(child.stdout), Done):
                     if isinstance(answer, Failed):
                         raise TcpStoreError(answer.reason)
+                    # Nothing that a child says may grow without bound in the daemon.
                     if len(pieces) == self._world:
                         raise TcpStoreError(f"the child answered {name} with more than {self._world} messages")
                     pieces.append(answer)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
-from weightsync.orchestrator.core.events import AgentLost, AgentSaid, Event
-from weightsync.orchestrator.protocol.messages import Connect, TcpStoreRendezvous
+from weightsync.orchestrator.core.events import AgentLost, AgentSaid
+from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.protocol.messages import Announce, Connect, Ready, TcpStoreRendezvous
 from weightsync.orchestrator.protocol.names import Member
 
 log = structlog.get_logger(__name__)
@@ -25,13 +26,11 @@ class _Gathering:
 class Group:
     """At most one group at a time; a new one replaces the old one.
 
-    ``post`` hands events to the core; ``drop`` ends an agent's connection, so that it says Hello again.
+    ``drop`` ends one connection of an agent, so that it says Hello again.
     """
 
-    def __init__(
-        self, next_id: Callable[[], int], post: Callable[[Event], None], drop: Callable[[Member, str], bool]
-    ) -> None:
-        self._next_id, self._post, self._drop = next_id, post, drop
+    def __init__(self, inbox: Inbox, drop: Callable[[Member, int, str], bool]) -> None:
+        self._inbox, self._drop = inbox, drop
         self._gathering: _Gathering | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -39,7 +38,7 @@ class Group:
         """Both rounds with these members; their connections name the agents' present processes."""
         previous, gathering = self._task, _Gathering(store, connections)
         self._gathering = gathering
-        self._task = asyncio.get_running_loop().create_task(self._meet(gathering, previous), name="tcpstore group")
+        self._task = self._inbox.spawn(self._meet(gathering, previous), "tcpstore group")
 
     def deliver(self, member: Member, connect: Connect) -> bool:
         """Keep ``connect`` until everybody's is here; false when the member is in no group."""
@@ -56,9 +55,10 @@ class Group:
         await _end(self._task)
 
     async def _meet(self, gathering: _Gathering, previous: "asyncio.Task[None] | None") -> None:
+        # Only where it is used: most daemons have no such rendezvous.
         from weightsync.orchestrator.daemon.group.child import TcpStoreError, TcpStoreRendezvousServer
 
-        await _end(previous)
+        await _end(previous)  # it holds the store's port
         server = TcpStoreRendezvousServer(gathering.store)
         members = dict(enumerate(gathering.connections, start=1))
         try:
@@ -71,17 +71,17 @@ class Group:
                 for rank, ready in (await server.gather_ready()).items():
                     self._say(gathering, members[rank], ready)
                 await server.barrier()
-        except (TcpStoreError, TimeoutError) as error:
+        except (TcpStoreError, OSError) as error:  # among them TimeoutError, and a child that cannot be started
             reason = f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}"
             log.error(reason)
             for member, connection in gathering.connections.items():
-                self._drop(member, reason)
-                self._post(AgentLost(self._next_id(), member, connection, reason))
+                self._drop(member, connection, reason)
+                self._inbox.post(AgentLost(self._inbox.next_id(), member, connection, reason))
         finally:
             await server.close()
 
-    def _say(self, gathering: _Gathering, member: Member, message: object) -> None:
-        self._post(AgentSaid(self._next_id(), member, gathering.connections[member], message))  # type: ignore[arg-type]
+    def _say(self, gathering: _Gathering, member: Member, message: Announce | Ready) -> None:
+        self._inbox.post(AgentSaid(self._inbox.next_id(), member, gathering.connections[member], message))
 
 
 async def _end(task: "asyncio.Task[None] | None") -> None:

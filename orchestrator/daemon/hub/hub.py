@@ -99,6 +99,7 @@ class Hub:
             await self._site.start()
         except OSError:
             await self._runner.cleanup()
+            self._runner = self._site = None  # or ``close`` would fail on them and hide why the start did
             raise
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
         return int(self._runner.addresses[0][1])
@@ -158,10 +159,10 @@ class Hub:
         connection = self._members.get(member)
         return connection is not None and self._write(connection, self._frame(message))
 
-    def drop(self, member: Member, reason: str) -> bool:
-        """End the member's connection; it may come back. False when it has none."""
+    def drop(self, member: Member, connection_id: int, reason: str) -> bool:
+        """End this connection of the member; it may come back. False when it is not, or no longer, the member's own."""
         connection = self._members.get(member)
-        if connection is None:
+        if connection is None or connection.number != connection_id:
             return False
         self._end(connection, CloseCode.POLICY_VIOLATION, reason)
         return True

@@ -97,6 +97,7 @@ class Scan:
 def _covers(outcome: Marker | None, stable: Marker) -> bool:
     if outcome is None:
         return False
+    # The same step staged again by a restarted trainer is another version and waits for an outcome of its own.
     if outcome.manifest is not None and stable.manifest is not None:
         return outcome.manifest.generation == stable.manifest.generation
     return outcome.modified_ns >= stable.modified_ns
@@ -137,23 +138,16 @@ class MarkerDirectory:
                     if not remembered.step.settled:
                         waiting.append(remembered.step)
         except OSError as error:
+            # A run without broadcasts/ has published nothing yet; that is no problem.
             if error.errno != errno.ENOENT or not self.run_directory.is_dir():
                 found.append(self._unreadable(BROADCASTS, error))
+        # Steps that somebody removed must not fill the memory.
         for gone in self._remembered.keys() - seen:
             del self._remembered[gone]
         current = frozenset(found)
         new = tuple(sorted(current - self._reported, key=str))
         self._reported = current
         return Scan(tuple(waiting), new)
-
-    def read(self, step: int) -> Step:
-        """The markers of ``step`` as they are now, whatever was remembered; an empty Step if there is no directory."""
-        self._remembered.pop(step, None)
-        try:
-            with self._broadcasts() as root:
-                return self._look(root, step).step
-        except OSError:
-            return Step(step)
 
     def write(self, kind: MarkerKind, manifest: Manifest) -> None:
         """Puts a marker of the daemon's own in place, whole and durable; an outcome takes the place of the other one.
@@ -169,6 +163,7 @@ class MarkerDirectory:
         try:
             with self._broadcasts(create=True) as root, _directory(name, root, create=True) as directory:
                 _replace(directory, kind, data)
+                # The new outcome first, so that no moment shows a step without one.
                 for other in OUTCOMES if kind in OUTCOMES else ():
                     if other != kind:
                         _remove(directory, other)
@@ -222,7 +217,7 @@ class MarkerDirectory:
         except OSError as error:
             problems = () if error.errno == errno.ENOENT else (self._unreadable(f"{BROADCASTS}/{name}", error),)
             return _Remembered((), Step(step), problems)
-        newest = max(identity[1::2])
+        newest = max(identity[1::2])  # the change times; inodes stand between them
         if time.time_ns() - newest > SETTLED_NANOSECONDS:
             self._remembered[step] = fresh
         return fresh
@@ -238,6 +233,7 @@ class MarkerDirectory:
             else:
                 if marker is not None:
                     markers[kind] = marker
+        # Where a marker is, other names are nobody's concern; where none is, somebody may wonder why nothing happens.
         if not markers and not problems:
             problems.extend(_near_misses(directory, f"{BROADCASTS}/{step_name(step)}"))
         found = Step(

@@ -37,6 +37,7 @@ async def wakes(path: Path, rescan_seconds: float) -> AsyncGenerator[Why, None]:
         yield "start"
         while True:
             found = _identity(path)
+            # inotify follows the inode: a directory that was made again needs a watch of its own.
             if watching is None or watching.done() or found != watched:
                 await _stop(watching)
                 watched, watching = found, _start(path, changed) if found is not None else None

@@ -77,6 +77,16 @@ def test_config_check_warns_of_tokens_in_the_clear_and_of_pickles(config: Path) 
     assert any("unpickles" in text for text in texts)
 
 
+def test_config_check_names_the_kinds_of_engine_that_there_are(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "engines:\n  - {name: odd, kind: abacus, url: 'http://127.0.0.1:1'}"
+    config.write_text(config.read_text().replace("engines:", odd))
+    assert main(["config", "check", str(config), "--probe"]) == 78
+    told = capsys.readouterr().out
+    assert "engine odd: unknown engine kind 'abacus'. Fix: set kind of this engine to one of: vllm" in told
+
+
 def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

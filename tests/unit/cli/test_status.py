@@ -62,9 +62,7 @@ def ended(number: int, outcome: str = "committed", reason: str = "") -> RoundEnd
 
 def write_journal(config: Path, *records: Record) -> None:
     with Journal.open(load(config, {}).journal_path) as journal:
-        journal.next_epoch()
-        for record in records:
-            journal.append(type(record).__name__, encode_record(record))
+        journal.append([(type(record).__name__, encode_record(record)) for record in records])
 
 
 async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:

@@ -8,7 +8,7 @@ from weightsync.orchestrator.core import errors
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble, WeightsyncError
 from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
-    EngineLacksRoute,
+    EngineMisconfigured,
     EngineRefused,
     EngineUnreachable,
 )
@@ -19,7 +19,7 @@ from weightsync.orchestrator.protocol.messages import Fault
 
 TREE = [
     errors.InvariantViolation, errors.ImpossibleTransition, errors.JournalUnreadable, JournalError, JournalLost,
-    PlanError, ProofFailed, TcpStoreError, EngineError, EngineUnreachable, EngineLacksRoute,
+    PlanError, ProofFailed, TcpStoreError, EngineError, EngineUnreachable, EngineMisconfigured,
 ]  # fmt: skip
 
 

@@ -31,14 +31,18 @@ def journal(path: Path) -> Iterator[Journal]:
         yield opened
 
 
+def append(journal: Journal, kind: str, body: bytes) -> int:
+    return journal.append([(kind, body)])[0]
+
+
 def spawn(script: str, path: Path) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", script, str(path)], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
 def test_entries_come_back_in_order(journal: Journal) -> None:
-    assert journal.append("A", b'{"n": 1}') == 1
-    assert journal.append_many([("B", b'{"n": 2}'), ("A", b'{"n": 3}')]) == [2, 3]
+    assert append(journal, "A", b'{"n": 1}') == 1
+    assert journal.append([("B", b'{"n": 2}'), ("A", b'{"n": 3}')]) == [2, 3]
     found = list(journal.entries())
     assert [(entry.sequence, entry.kind, json.loads(entry.body)["n"]) for entry in found] == [
         (1, "A", 1), (2, "B", 2), (3, "A", 3),
@@ -52,7 +56,7 @@ def test_entries_come_back_in_order(journal: Journal) -> None:
 
 def test_it_survives_closing(path: Path) -> None:
     with Journal.open(path) as first:
-        first.append("A", b"{}")
+        append(first, "A", b"{}")
         name = first.journal_id
     with Journal.open(path) as second:
         assert second.journal_id == name
@@ -60,14 +64,6 @@ def test_it_survives_closing(path: Path) -> None:
         assert [entry.kind for entry in second.entries()] == ["A"]
     with Journal.open(path.with_name("other")) as other:
         assert other.journal_id != name
-
-
-def test_epochs_only_grow(path: Path) -> None:
-    with Journal.open(path) as journal:
-        assert [journal.next_epoch(), journal.next_epoch(), journal.next_epoch(at_least=9)] == [1, 2, 10]
-    with Journal.open(path) as journal:
-        assert journal.epoch == 10
-        assert journal.next_epoch(at_least=3) == 11
 
 
 def test_files_are_private(journal: Journal, path: Path) -> None:
@@ -83,7 +79,7 @@ def test_commits_are_synchronous(journal: Journal) -> None:
 
 
 def test_entries_are_final(journal: Journal) -> None:
-    journal.append("A", b"{}")
+    append(journal, "A", b"{}")
     with pytest.raises(sqlite3.DatabaseError, match="entries are final"):
         journal._connection.execute("UPDATE entries SET kind = 'B'")
 
@@ -104,7 +100,7 @@ journal = Journal.open(Path(sys.argv[1]))
 number = 0
 while True:
     number += 1
-    print(journal.append("A", b'{"n": %d}' % number), flush=True)
+    print(journal.append([("A", b'{"n": %d}' % number)])[0], flush=True)
     if number == 3:
         sys.stdin.read()
 """
@@ -124,7 +120,7 @@ def test_kill_9_loses_no_acknowledged_entry_and_frees_the_lock(path: Path) -> No
     process.stdout.close()
     with Journal.open(path) as journal:
         assert [entry.sequence for entry in journal.entries()] == acknowledged == [1, 2, 3]
-        assert journal.append("B", b"{}") == 4
+        assert append(journal, "B", b"{}") == 4
 
 
 FULL = """
@@ -137,12 +133,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 count = 0
 try:
     for count in range(1000):
-        journal.append("A", b'{"text": "%s"}' % (b"x" * 2000))
+        journal.append([("A", b'{"text": "%s"}' % (b"x" * 2000))])
 except JournalLost as error:
     print(count)
     print(error)
 try:
-    journal.append("A", b"{}")
+    journal.append([("A", b"{}")])
 except JournalLost:
     print("stays lost")
 """
@@ -158,13 +154,13 @@ def test_a_full_disk_ends_it_and_keeps_what_was_acknowledged(path: Path) -> None
     assert after == "stays lost"
     with Journal.open(path) as journal:
         assert len(list(journal.entries())) >= int(count)
-        journal.append("B", b"{}")
+        append(journal, "B", b"{}")
 
 
 def test_a_failed_commit_is_all_or_nothing(journal: Journal, path: Path) -> None:
     journal._connection.execute("CREATE TRIGGER t BEFORE INSERT ON entries WHEN NEW.kind = 'X' BEGIN SELECT RAISE(ABORT, 'no'); END")  # fmt: skip # noqa: E501
     with pytest.raises(JournalLost):
-        journal.append_many([("A", b"{}"), ("X", b"{}")])
+        journal.append([("A", b"{}"), ("X", b"{}")])
     with pytest.raises(JournalLost):
         list(journal.entries())
     journal.close()
@@ -174,10 +170,10 @@ def test_a_failed_commit_is_all_or_nothing(journal: Journal, path: Path) -> None
 
 def test_bodies_have_a_limit_and_are_text(journal: Journal) -> None:
     with pytest.raises(ValueError, match="limit"):
-        journal.append("A", b" " * (MAX_ENTRY_BYTES + 1))
+        append(journal, "A", b" " * (MAX_ENTRY_BYTES + 1))
     with pytest.raises(UnicodeDecodeError):
-        journal.append("A", b"\xff")
-    assert journal.append("A", b"{}") == 1
+        append(journal, "A", b"\xff")
+    assert append(journal, "A", b"{}") == 1
 
 
 def test_a_newer_schema_is_refused(path: Path) -> None:
@@ -217,7 +213,7 @@ def test_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
 
 def test_damage_is_noticed(path: Path) -> None:
     with Journal.open(path) as journal:
-        journal.append_many([("A", b'{"text": "%s"}' % (b"x" * 3000))] * 50)
+        journal.append([("A", b'{"text": "%s"}' % (b"x" * 3000))] * 50)
     data = bytearray(path.read_bytes())
     data[4096 * 6 : 4096 * 9] = b"\xa5" * (4096 * 3)
     path.write_bytes(data)
@@ -226,16 +222,14 @@ def test_damage_is_noticed(path: Path) -> None:
 
 
 def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> None:
-    journal.append("A", b"{}")
-    journal.next_epoch()
+    append(journal, "A", b"{}")
     with Journal.read_only(path) as reader:
         assert [entry.kind for entry in reader.entries()] == ["A"]
-        assert reader.epoch == 1
         assert reader.journal_id == journal.journal_id
-        journal.append("B", b"{}")
+        append(journal, "B", b"{}")
         assert [entry.kind for entry in reader.entries()] == ["A", "B"]
         with pytest.raises(JournalLost):
-            reader.append("C", b"{}")
+            append(reader, "C", b"{}")
     journal.close()
     with Journal.read_only(path) as reader:
         assert [entry.kind for entry in reader.entries()] == ["A", "B"]
@@ -245,7 +239,7 @@ def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> N
 
 def test_pruning_keeps_open_rounds_other_kinds_and_the_newest(journal: Journal) -> None:
     def write(kind: str, number: int) -> None:
-        journal.append(kind, json.dumps({"type": kind, "round": [1, number]}).encode())
+        append(journal, kind, json.dumps({"type": kind, "round": [1, number]}).encode())
 
     write("RoundBegan", 99)
     for number in range(5):
@@ -261,15 +255,14 @@ def test_pruning_keeps_open_rounds_other_kinds_and_the_newest(journal: Journal) 
         ("RoundBegan", 99), ("Committed", 0), ("Committed", 1), ("Committed", 2),
         *((kind, 3) for kind in whole), *((kind, 4) for kind in whole), ("LiveDirty", 99),
     ]  # fmt: skip
-    assert journal.append("A", b"{}") == 28
+    assert append(journal, "A", b"{}") == 28
 
 
 async def test_behind_a_thread(path: Path) -> None:
     journal = AsyncJournal(Journal.open(path))
-    sequences = await asyncio.gather(*(journal.append("A", b"{}") for _ in range(20)))
-    assert sorted(sequences) == list(range(1, 21))
-    assert await journal.append_many([("B", b"{}")]) == [21]
-    assert await journal.next_epoch(4) == 5
+    sequences = await asyncio.gather(*(journal.append([("A", b"{}")]) for _ in range(20)))
+    assert sorted(sequences) == [[number] for number in range(1, 21)]
+    assert await journal.append([("B", b"{}")]) == [21]
     assert [entry.sequence for entry in await journal.entries(["B"])] == [21]
     assert await journal.prune(1) == 0
     await journal.close()
@@ -278,11 +271,11 @@ async def test_behind_a_thread(path: Path) -> None:
 
 async def test_a_cancelled_caller_does_not_stop_the_commit(path: Path) -> None:
     journal = AsyncJournal(Journal.open(path))
-    task = asyncio.create_task(journal.append("A", b"{}"))
+    task = asyncio.create_task(journal.append([("A", b"{}")]))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await journal.append("B", b"{}")
+    await journal.append([("B", b"{}")])
     assert [entry.kind for entry in await journal.entries()][-1] == "B"
     await journal.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,8 @@ from weightsync.orchestrator.core.commands import (
 )
 from weightsync.orchestrator.core.events import Appended, Call, Event, PlanFacts, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundEnded
+from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.planner import PlanError
 from weightsync.orchestrator.protocol.messages import (
@@ -59,13 +60,11 @@ class Desk:
     def __init__(self) -> None:
         self.done: list[Any] = []
         self.events: list[Event] = []
-        self.failures: list[BaseException] = []
         self.journal_error: Exception | None = None
         self.in_group = False
         self.plan: PlanFacts | Exception = PlanFacts("root", {}, {}, True)
-        self.marker_error: Exception | None = None
-        self.files = ThreadPoolExecutor(max_workers=1)
-        self.ended = asyncio.Event()
+        self.history = History()
+        self.inbox = Inbox(self.events.extend)
 
         def note(name: str, result: Any = None) -> Any:
             return lambda *args: (self.done.append((name, *args)), result)[1]
@@ -73,35 +72,29 @@ class Desk:
         hub = SimpleNamespace(accept=note("accept"), refuse=note("refuse"), drop=note("drop"), send=note("send"))
         group = SimpleNamespace(open=note("open"), deliver=lambda *args: self.in_group)
         self.outbox = Outbox(
-            run_id="run", journal=self, hub=hub, engines=SimpleNamespace(call=note("call")), group=group,  # type: ignore[arg-type]
-            markers=SimpleNamespace(write=self._mark), files=self.files, planning=SimpleNamespace(make=self._make),  # type: ignore[arg-type]
-            post=self.events.append, next_id=lambda: len(self.events) + 1, spawn=self._spawn, fail=self._fail,
-            look=note("look"),
+            inbox=self.inbox, journal=self, history=self.history, hub=hub, group=group,  # type: ignore[arg-type]
+            engines=SimpleNamespace(call=note("call")), planning=SimpleNamespace(make=self._make),  # type: ignore[arg-type]
+            markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
         )  # fmt: skip
 
-    async def append_many(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
+    async def _look(self, after_seconds: float) -> None:
+        self.done.append(("look", after_seconds))
+
+    @property
+    def failures(self) -> list[BaseException]:
+        return [] if self.inbox.failure is None else [self.inbox.failure]
+
+    async def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
         await asyncio.sleep(0)  # what must wait for it gets the chance not to
         if self.journal_error is not None:
             raise self.journal_error
         self.done.append(("durable", *(kind for kind, _ in entries)))
         return [1] * len(entries)
 
-    def _mark(self, kind: str, manifest: Any) -> None:
-        if self.marker_error is not None:
-            raise self.marker_error
-        self.done.append(("marker", kind, manifest.version))
-
     def _make(self, command: MakePlan) -> PlanFacts:
         if isinstance(self.plan, Exception):
             raise self.plan
         return self.plan
-
-    def _spawn(self, work: Any, name: str) -> "asyncio.Task[None]":
-        return asyncio.get_running_loop().create_task(work)
-
-    def _fail(self, error: BaseException) -> None:
-        self.failures.append(error)
-        self.ended.set()
 
     async def performs(self, *batches: list[Command]) -> None:
         """Until all batches are through, or one of them has failed."""
@@ -109,14 +102,14 @@ class Desk:
             self.outbox.put(batch)
         self.outbox.put([Say("info", "the end")])
         running = asyncio.create_task(self.outbox.run())
-        while not self.ended.is_set() and not self.outbox._batches.empty():  # noqa: ASYNC110
+        while not self.inbox.stopped.is_set() and not self.outbox._batches.empty():  # noqa: ASYNC110
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         running.cancel()
         await asyncio.gather(
             running, *(asyncio.all_tasks() - {asyncio.current_task(), running}), return_exceptions=True
         )
-        self.files.shutdown()
+        await asyncio.sleep(0)  # what was posted last is decided in a turn of its own
 
 
 @pytest.fixture
@@ -131,7 +124,7 @@ async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
         LookForStable(0.02),
     ])  # fmt: skip
     assert desk.done == [
-        ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, "rude"),
+        ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, 5, "rude"),
         ("send", MEMBER, Heartbeat()), ("send", MEMBER, CONNECT), ("call", CALL), ("open", STORE, {MEMBER: 5}),
         ("look", 0.02),
     ]  # fmt: skip
@@ -147,8 +140,9 @@ async def test_neighbours_share_one_commit_and_only_those_that_ask_are_answered(
     await desk.performs([COMMITTED, ENDED, CALL, DIRTY])
     assert desk.done == [("durable", "Committed", "RoundEnded"), ("call", CALL), ("durable", "LiveDirty")]
     assert [event.kind for event in desk.events if isinstance(event, Appended)] == ["LiveDirty"]
-    assert [row.round for row in desk.outbox.rounds] == ["1.1"]
-    assert desk.outbox.committed_at > 0
+    assert [row.round for row in desk.history.rounds] == ["1.1"]
+    assert desk.history.committed is not None
+    assert desk.history.committed.unix_time > 0
 
 
 async def test_after_a_lost_journal_nothing_is_performed(desk: Desk) -> None:
@@ -171,14 +165,9 @@ async def test_a_group_delivers_what_the_hub_would(desk: Desk) -> None:
     assert desk.done == []
 
 
-async def test_markers_are_written_and_a_failure_stops_nobody(desk: Desk) -> None:
-    await desk.performs([WriteMarker("COMMITTED", VERSION, {"sequence": 3})])
-    assert desk.done == [("marker", "COMMITTED", VERSION)]
-    other = Desk()
-    other.marker_error = PermissionError("read-only")
-    await other.performs([WriteMarker("FAILED", VERSION, {"reason": "r" * 10_000}), CALL])
-    assert other.done == [("call", CALL)]
-    assert other.failures == []
+async def test_markers_are_written_later_by_their_thread(desk: Desk) -> None:
+    await desk.performs([WriteMarker("COMMITTED", VERSION, {"sequence": 3}), CALL])
+    assert desk.done == [("marker", "COMMITTED", VERSION, {"sequence": 3}), ("call", CALL)]
 
 
 @pytest.mark.parametrize(("member", "engine"), [(ENGINE, "e0"), (MEMBER, ""), (None, "")])

@@ -4,9 +4,9 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import aiohttp
 import pytest
 from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable
 from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
-from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.daemon import runner as runners
+from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.journal import Journal, JournalLocked
-from weightsync.orchestrator.daemon.runner import Runner, policy_of
+from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
@@ -57,8 +57,15 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Runner, int, "async
     try:
         yield runner, port.result() if port.done() else 0, task
     finally:
-        runner._stopped.set()
+        runner.inbox.stopped.set()
         await asyncio.wait({task}, timeout=SECONDS)
+
+
+async def answer(port: int, path: str) -> int:
+    """The status of the answer."""
+    headers = {"Authorization": "Bearer the-token"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(f"http://127.0.0.1:{port}{path}") as got:
+        return got.status
 
 
 async def asked(port: int, path: str) -> Any:
@@ -80,11 +87,11 @@ async def until(holds: Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def test_it_serves_until_it_is_told_to_stop(settings: Settings) -> None:
-    async with running(settings) as (runner, port, task):
+    async with running(settings) as (_, port, task):
         status = await asked(port, "/status")
         assert (status["run"], status["epoch"], status["round"]) == ("glm", 1, None)
         assert (await asked(port, "/rounds"))["rounds"] == []
-        assert await runner.layouts() is None
+        assert await answer(port, "/plan/layouts") == 404
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(task, SECONDS)
 
@@ -139,7 +146,7 @@ async def test_markers_become_events(settings: Settings) -> None:
 async def test_a_look_that_the_core_asked_for_is_answered_even_if_nothing_changed(settings: Settings) -> None:
     async with running(settings) as (runner, _, _):
         runner.fleet.looking = True
-        runner._look(0.0)
+        await runner.stable.look(0.0)
 
         async def answered() -> bool:
             return not runner.fleet.looking
@@ -167,8 +174,8 @@ async def test_a_broken_invariant_ends_it_and_nothing_is_performed(
     async with running(settings) as (runner, _, task):
         performed: list[Any] = []
         monkeypatch.setattr(runners, "step", violated)
-        monkeypatch.setattr(runner._outbox, "put", performed.append)
-        runner.post(MarkersSeen(1, ()))
+        monkeypatch.setattr(runner.outbox, "put", performed.append)
+        runner.inbox.post(MarkersSeen(1, ()))
         with pytest.raises(InvariantViolation, match="made up"):
             await asyncio.wait_for(asyncio.shield(task), SECONDS)
         assert performed == []
@@ -179,7 +186,7 @@ async def test_so_does_a_lost_disk(settings: Settings, monkeypatch: pytest.Monke
         raise OSError("the disk is gone")
 
     runner = Runner(settings)
-    monkeypatch.setattr(runners.AsyncJournal, "append_many", lost)
+    monkeypatch.setattr(runners.AsyncJournal, "append", lost)
     with pytest.raises(OSError, match="the disk is gone"):
         await asyncio.wait_for(runner.run(), SECONDS)
 
@@ -190,26 +197,55 @@ async def test_one_daemon_per_journal(settings: Settings) -> None:
             await Runner(settings).run()
 
 
+async def test_a_port_that_is_taken_leaves_the_journal_as_it_was(settings: Settings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = settings.listen.model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(OSError, match="in use"):
+            await asyncio.wait_for(Runner(settings.model_copy(update={"listen": listen})).run(), SECONDS)
+    with Journal.read_only(settings.journal_path) as journal:
+        assert list(journal.entries()) == []
+
+
+async def test_the_first_record_of_a_life_is_its_epoch(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an agent says while the daemon is still starting."""
+    listen = Runner._listen
+
+    async def impatient(runner: Runner) -> int:
+        port = await listen(runner)
+        runner.inbox.post(MarkersSeen(runner.inbox.next_id(), (StableSeen(5),)))
+        await asyncio.sleep(0)
+        assert runner.fleet.stable == (StableSeen(5),), "it was decided"
+        return port
+
+    monkeypatch.setattr(Runner, "_listen", impatient)
+    async with running(settings) as (_, port, _):
+        assert (await asked(port, "/status"))["epoch"] == 1
+    with Journal.read_only(settings.journal_path) as journal:
+        assert next(entry.kind for entry in journal.entries()) == "EpochBegan"
+
+
 async def test_a_journal_that_it_cannot_read_is_not_guessed_at(settings: Settings) -> None:
     journal = Journal.open(settings.journal_path)
-    journal.append("RoundBegan", json.dumps({"type": "OfTheFuture"}).encode())
+    journal.append([("RoundBegan", json.dumps({"type": "OfTheFuture"}).encode())])
     journal.close()
     with pytest.raises(JournalUnreadable, match="OfTheFuture"):
         await Runner(settings).run()
 
 
-def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> None:
-    changed = settings.model_copy(
-        update={"deadlines": settings.deadlines.model_copy(update={
-            name: number + 1000.0 for number, name in enumerate(type(settings.deadlines).model_fields)
-            if name.endswith("_seconds")
-        })}
-    )  # fmt: skip
-    policy = policy_of(changed)
-    named = {name.removesuffix("_seconds") for name in type(settings.deadlines).model_fields}
-    for field in fields(Policy):
-        if field.name in named:
-            assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
-    assert {"init", "probe", "probe_interval"} <= named
-    assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
-    assert policy.run_dir == "", "files are no transport here"
+async def test_an_engine_that_nobody_can_talk_to_is_refused_before_anything_is_opened(settings: Settings) -> None:
+    odd = settings.engines[0].model_copy(update={"kind": "abacus"})
+    with pytest.raises(UnknownEngineKind, match=r"engine e0: unknown engine kind 'abacus'.*one of: vllm"):
+        Runner(settings.model_copy(update={"engines": (odd,)}))
+    assert not settings.journal_path.exists()
+
+
+async def test_what_a_rendezvous_built_is_frozen_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+    async with running(settings) as (runner, _, _):
+        monkeypatch.setattr(runners.gc, "freeze", lambda: frozen.append(runner.fleet.confirmed_plan))
+        for plan in (0, 1, 1, 2):
+            runner.fleet.confirmed_plan = plan
+            runner._decide([])
+    assert frozen == [1, 2]

@@ -12,9 +12,9 @@ from settings_files import MINIMAL, Refusal
         ("rescan_secnds: 1\n", 10, "rescan_secnds", "did you mean rescan_seconds"),
         ("log: {level: loud}\n", 10, "log.level", "'loud'"),
         ("retry: {attempts: 0}\n", 10, "retry.attempts", "greater than or equal to 1"),
-        ("deadlines:\n  http_seconds: soon\n", 11, "deadlines.http_seconds", "'soon'"),
-        ("deadlines:\n  http_seconds: .inf\n", 11, "deadlines.http_seconds", "finite"),
-        ("deadlines: {http_seconds: 1.0e+9}\n", 10, "deadlines.http_seconds", "86400"),
+        ("deadlines:\n  probe_seconds: soon\n", 11, "deadlines.probe_seconds", "'soon'"),
+        ("deadlines:\n  probe_seconds: .inf\n", 11, "deadlines.probe_seconds", "finite"),
+        ("deadlines: {probe_seconds: 1.0e+9}\n", 10, "deadlines.probe_seconds", "86400"),
         ("  - name: a\n    url: http://b:1\n", 7, "engines", "the same name 'a'"),
         ("  - {name: b, url: 'http://127.0.0.1:8000/'}\n", 7, "engines", "the same url"),
         ("  - {name: b, url: 'ftp://b'}\n", 10, "engines[1].url", "^https?"),
@@ -46,8 +46,8 @@ def test_mistakes_name_line_key_and_fix(
     ("addition", "key", "says"),
     [
         (
-            "transport:\n  type: filesystem\n  flush_every: 5\n",
-            "transport.flush_every",
+            "transport:\n  type: filesystem\n  in_flight_per_peer: 5\n",
+            "transport.in_flight_per_peer",
             "belongs to transport type nixl, and this transport is of type filesystem",
         ),
         ("rendezvous:\n  port: 5\n", "rendezvous.port", "belongs to rendezvous type tcpstore"),

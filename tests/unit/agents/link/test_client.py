@@ -80,6 +80,7 @@ class Daemon:
         self.hub = Hub(token_file=token_file, post=self._on_event, next_id=next_id, timing=timing)
 
     def accept(self, event: AgentConnected) -> object:
+        self.accepted = event.connection
         return self.hub.accept(event.member, event.connection, welcome())
 
     def _on_event(self, event: Event) -> None:
@@ -232,7 +233,7 @@ async def test_a_daemon_restart_is_survived_and_hello_is_asked_anew(token_file: 
 
 async def test_a_drop_is_followed_by_a_reconnect(token_file: Path) -> None:
     async with living(token_file) as (daemon, agent):
-        daemon.hub.drop(MEMBER, "evicted")
+        daemon.hub.drop(MEMBER, daemon.accepted, "evicted")
         assert await agent.lost() == "it closed the connection: code 1008 evicted"
         assert await agent.next() == welcome()
 

@@ -9,11 +9,42 @@ from weightsync.agents.trainer.errors import UnreadTensors
 from weightsync.agents.trainer.state import TrainerSource, current_state
 
 
-def model():
+class Tied(nn.Module):
+    """Two names for one parameter, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.ones(1))
+
+
+def test_a_module_gives_parameters_and_buffers_tied_ones_twice() -> None:
+    module = Tied()
+    state = current_state(module)
+    assert state.keys() == {"embed.weight", "head.weight", "scale"}
+    assert state["embed.weight"] is state["head.weight"] is module.embed.weight
+
+
+def test_wrappers_leave_no_trace_in_the_names() -> None:
+    tensor = torch.zeros(1)
+    wrapped = {"_orig_mod.layers.0._checkpoint_wrapped_module.mlp._fsdp_wrapped_module.up.weight": tensor}
+    assert current_state(wrapped) == {"layers.0.mlp.up.weight": tensor}
+
+
+def test_a_callable_is_asked_each_time() -> None:
+    state = {"a": torch.zeros(1)}
+    assert current_state(lambda: state).keys() == {"a"}
+    state["b"] = torch.zeros(1)
+    assert current_state(lambda: state).keys() == {"a", "b"}
+
+
+def model() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
 
 
-def test_a_model_a_mapping_and_a_callable_give_the_same_tensors():
+def test_a_model_a_mapping_and_a_callable_give_the_same_tensors() -> None:
     network = model()
     expected = dict(network.named_parameters())
     for source in (network, network.state_dict(keep_vars=True), lambda: network.state_dict(keep_vars=True)):
@@ -24,7 +55,7 @@ def test_a_model_a_mapping_and_a_callable_give_the_same_tensors():
     assert all(compiled[name] is expected[name] for name in expected)
 
 
-def test_what_nobody_reads_is_listed_once_and_again_when_it_changes(caplog):
+def test_what_nobody_reads_is_listed_once_and_again_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
     network = model()
     network.register_buffer("count", torch.ones(1))
     source = TrainerSource(network, ignore=("1.*",))
@@ -38,7 +69,7 @@ def test_what_nobody_reads_is_listed_once_and_again_when_it_changes(caplog):
         assert caplog.messages[1:] == ["2 tensors of the trainer are read by nobody: count, more"]
 
 
-def test_a_tensor_that_begins_to_be_trained_is_found_at_the_next_publish():
+def test_a_tensor_that_begins_to_be_trained_is_found_at_the_next_publish() -> None:
     network = model()
     network[1].requires_grad_(False)
     source = TrainerSource(network)

@@ -1,4 +1,4 @@
-"""The admin routes over real HTTP, and the row of a round."""
+"""The admin routes over real HTTP."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -7,7 +7,6 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
@@ -16,10 +15,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     RoundsView,
     StatusView,
     VersionView,
-    round_row,
 )
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
-from weightsync.orchestrator.protocol.names import RoundName, Version
 
 TOKEN = "t0ken-of-the-test"
 
@@ -115,15 +112,3 @@ async def test_metrics() -> None:
         assert response.status == 200
         assert response.headers["Content-Type"] == CONTENT_TYPE
         assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1.0' in (await response.text()).splitlines()
-
-
-def test_a_row_of_a_record() -> None:
-    record = RoundEnded(
-        round=RoundName(2, 9), version=Version(7, 40), attempt=2, engines=("a", "b"), evicted=("b",),
-        outcome="committed", reason="", bytes=3_000_000_000, descriptors=12,
-        times={"pausing": 0.0331, "wire": 0.25, "verifying": 0.05, "stall": 0.4, "total": 0.5},
-    )  # fmt: skip
-    row = round_row(record, 5.0)
-    assert (row.round, row.step, row.generation, row.evicted) == ("2.9", 40, 7, ("b",))
-    assert (row.wire_gb_per_s, row.pause_ms, row.verify_ms, row.stall_ms, row.total_ms) == (12, 33.1, 50, 400, 500)
-    assert round_row(msgspec.structs.replace(record, times={}, bytes=0), 5.0).wire_gb_per_s == 0

@@ -8,24 +8,28 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.engines import http as engine_http
-from weightsync.orchestrator.daemon.engines.vllm import (
-    REQUIRED,
-    EngineClient,
+from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
-    EngineLacksRoute,
+    EngineMisconfigured,
     EngineNotServable,
     EngineRefused,
     EngineTimeout,
     EngineUnreachable,
 )
-from weightsync.orchestrator.settings.sections import DeadlinesSection
+from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, PauseMode, Switch
+from weightsync.orchestrator.daemon.engines.vllm import REQUIRED, VllmClient
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-LONG = DeadlinesSection(probe_seconds=30, http_seconds=30, pause_seconds=30)
-SHORT = DeadlinesSection(probe_seconds=0.1, http_seconds=0.1, pause_seconds=0.1)
+LONG = 30.0
+"""Total deadline, in seconds, of calls that are meant to end before it."""
 BRIEF = 0.1
 """Total deadline, in seconds, of calls that are meant to run into it."""
+
+HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
+VERSION = Version(7, 12)
+SWITCH = Switch(RoundName(3, 9), VERSION, 20.0)
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +52,8 @@ class Vllm:
     def app(self) -> web.Application:
         app = web.Application()
         posts = ["/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
-                 "/finish_weight_update", "/reset_prefix_cache"]  # fmt: skip
-        gets = ["/is_paused", "/get_world_size", "/version", "/health"]
+                 "/finish_weight_update"]  # fmt: skip
+        gets = ["/is_paused", "/get_world_size", "/version"]
         gets += ["/weight_info"] if self.told_version else []
         for path in posts:
             if path not in self.without:
@@ -77,7 +81,6 @@ class Vllm:
         answers: dict[str, object] = {
             "/is_paused": {"is_paused": self.paused}, "/get_world_size": {"world_size": 4},
             "/version": {"version": "0.32.0+cpu"}, "/weight_info": {"weight_version": self.version},
-            "/reset_prefix_cache": {"success": True}, "/health": {},
         }  # fmt: skip
         return web.json_response(answers.get(path, {"message": "done"}))
 
@@ -97,10 +100,17 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def talking(
-    vllm: Vllm, deadlines: DeadlinesSection = LONG, api_key: str | None = None
-) -> AsyncIterator[EngineClient]:
-    async with serving(vllm.app()) as url, EngineClient("a", url + "/", api_key, deadlines) as client:
+async def connected(url: str, api_key: str | None = None) -> AsyncIterator[VllmClient]:
+    client = VllmClient(EngineSetup("a", url, api_key, "keep", True))
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@contextlib.asynccontextmanager
+async def talking(vllm: Vllm, api_key: str | None = None) -> AsyncIterator[VllmClient]:
+    async with serving(vllm.app()) as url, connected(url + "/", api_key) as client:
         yield client
 
 
@@ -112,41 +122,60 @@ def asked(vllm: Vllm) -> list[str]:
 async def test_a_whole_round(told_version: bool) -> None:
     vllm = Vllm(told_version=told_version)
     async with talking(vllm) as client:
-        facts = await client.probe()
-        assert facts.world_size == 4
-        assert facts.version == "0.32.0+cpu"
-        assert facts.has_version_route is told_version
-        assert facts.routes >= REQUIRED.keys()
-        assert client.facts == facts
-        assert not await client.is_paused()
-        await client.init_transfer({"hub_url": "http://h"})
-        await client.pause("keep", clear_cache=True)
-        assert await client.is_paused()
-        await client.start_update()
-        await client.update({"token": "t"})
-        await client.finish_update("7-12")
-        await client.resume()
+        facts = await client.probe(LONG)
+        assert facts.ranks == 4
+        assert facts.server == "vLLM 0.32.0+cpu"
+        assert facts.notes == (("tells" if told_version else "cannot tell") + " its weight version",)
+        assert client.routes >= REQUIRED.keys()
+        assert not await client.is_paused(LONG)
+        await client.attach(HUB, LONG)
+        await client.pause(LONG)
+        assert await client.is_paused(LONG)
+        await client.switch(SWITCH, LONG)
+        await client.finish(VERSION, LONG)
+        await client.resume(LONG)
         assert not vllm.paused
-        assert await client.reset_prefix_cache()
-        assert await client.weight_info() == ("7-12" if told_version else None)
-        assert await client.is_alive()
+        assert vllm.version == ("12" if told_version else None)
+    hub = {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4}
+    update = {"token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 12,
+              "deadline_seconds": 20.0}  # fmt: skip
     assert [entry for entry in vllm.asked if entry[0] not in ("/version", "/get_world_size", "/is_paused")] == [
-        ("/init_weight_transfer_engine", {"init_info": {"hub_url": "http://h"}}),
+        ("/init_weight_transfer_engine", {"init_info": hub}),
         ("/pause", {"mode": "keep", "clear_cache": "true"}),
         ("/start_weight_update", {"is_checkpoint_format": False}),
-        ("/update_weights", {"update_info": {"token": "t"}}),
-        ("/finish_weight_update", {"weight_version": "7-12"}),
+        ("/update_weights", {"update_info": update}),
+        ("/finish_weight_update", {"weight_version": "12"}),
         ("/resume", {}),
-        ("/reset_prefix_cache", {"reset_running_requests": "false"}),
-        *([("/weight_info", {})] if told_version else []),
-        ("/health", {}),
     ]
+
+
+def test_the_token_of_a_round_is_its_own() -> None:
+    assert len({str(RoundName(*name)) for name in ((3, 9), (39, 9), (3, 99))}) == 3
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+async def test_the_pause_is_the_settings(mode: PauseMode) -> None:
+    vllm = Vllm()
+    async with serving(vllm.app()) as url:
+        client = VllmClient(EngineSetup("a", url, None, mode, False))
+        await client.pause(LONG)
+        await client.close()
+    assert vllm.asked == [("/pause", {"mode": mode, "clear_cache": "false"})]
+
+
+async def test_agents_are_never_told_a_number_of_ranks_that_nobody_has_asked_for() -> None:
+    vllm = Vllm()
+    async with talking(vllm) as client:
+        await client.attach(HUB, LONG)
+    (body,) = [body for path, body in vllm.asked if path == "/init_weight_transfer_engine"]
+    assert isinstance(body, dict)
+    assert body["init_info"]["world"] == 4
 
 
 async def test_the_probe_performs_nothing() -> None:
     vllm = Vllm()
     async with talking(vllm) as client:
-        await client.probe()
+        await client.probe(LONG)
     assert asked(vllm) == ["/get_world_size", "/version"]
 
 
@@ -154,8 +183,8 @@ async def test_missing_routes_say_what_to_set() -> None:
     vllm = Vllm()
     vllm.without = {"/pause", "/update_weights"}
     async with talking(vllm) as client:
-        with pytest.raises(EngineLacksRoute, match=r"no /pause, /update_weights") as caught:
-            await client.probe()
+        with pytest.raises(EngineMisconfigured, match=r"no /pause, /update_weights") as caught:
+            await client.probe(LONG)
     assert "VLLM_SERVER_DEV_MODE=1" in caught.value.fix
     assert '--weight-transfer-config \'{"backend": "weightsync"}\'' in caught.value.fix
     assert caught.value.fault == "config"
@@ -176,19 +205,19 @@ async def test_a_proxy_that_answers_options_is_seen_through() -> None:
     app = vllm.app()
     app.middlewares.append(proxy)
     app.router.add_get("/openapi.json", document)
-    async with serving(app) as url, EngineClient("a", url, None, LONG) as client:
-        facts = await client.probe()
-    assert facts.routes == REQUIRED.keys()
-    assert not facts.has_version_route
+    async with serving(app) as url, connected(url) as client:
+        facts = await client.probe(LONG)
+    assert client.routes == REQUIRED.keys()
+    assert facts.notes == ("cannot tell its weight version",)
 
 
 async def test_the_key_is_sent_and_only_then() -> None:
     vllm = Vllm()
     async with talking(vllm, api_key="k3y") as client:
-        await client.is_paused()
+        await client.is_paused(LONG)
     assert vllm.headers["Authorization"] == "Bearer k3y"
     async with talking(vllm) as client:
-        await client.is_paused()
+        await client.is_paused(LONG)
     assert "Authorization" not in vllm.headers
 
 
@@ -196,8 +225,8 @@ async def test_nobody_listens() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        async with EngineClient("a", url, None, LONG) as client:
-            for call in (client.probe(), client.update({}), client.pause("keep", True)):
+        async with connected(url) as client:
+            for call in (client.probe(LONG), client.switch(SWITCH, LONG), client.pause(LONG)):
                 with pytest.raises(EngineUnreachable) as caught:
                     await call
                 assert not caught.value.sent
@@ -209,16 +238,15 @@ async def test_an_engine_that_accepts_and_never_answers() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        async with EngineClient("a", url, None, SHORT) as client:
+        async with connected(url) as client:
             for call in (
-                client.probe(),
-                client.is_paused(),
-                client.pause("keep", True),
-                client.resume(),
-                client.init_transfer({}),
-                client.start_update(),
-                client.update({}, BRIEF),
-                client.finish_update("1"),
+                client.probe(BRIEF),
+                client.is_paused(BRIEF),
+                client.pause(BRIEF),
+                client.resume(BRIEF),
+                client.attach(HUB, BRIEF),
+                client.switch(SWITCH, BRIEF),
+                client.finish(VERSION, BRIEF),
             ):
                 with pytest.raises(EngineTimeout) as caught:
                     await call
@@ -251,7 +279,7 @@ async def test_an_endless_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = Vllm()
     vllm.replaced = {"/is_paused": endless, "/update_weights": endless}
     async with talking(vllm) as client:
-        for call in (client.is_paused(), client.update({})):
+        for call in (client.is_paused(LONG), client.switch(SWITCH, LONG)):
             with pytest.raises(EngineRefused, match="a body over 1000000 bytes"):
                 await call
 
@@ -259,9 +287,9 @@ async def test_an_endless_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_body_that_drips_for_ever_meets_the_deadline() -> None:
     vllm = Vllm()
     vllm.replaced["/is_paused"] = drip
-    async with talking(vllm, SHORT) as client:
+    async with talking(vllm) as client:
         with pytest.raises(EngineTimeout):
-            await client.is_paused()
+            await client.is_paused(BRIEF)
 
 
 async def test_a_compressed_bomb_stays_compressed() -> None:
@@ -274,7 +302,7 @@ async def test_a_compressed_bomb_stays_compressed() -> None:
     vllm.replaced["/is_paused"] = bomb
     async with talking(vllm) as client:
         with pytest.raises(EngineRefused, match="not vLLM's"):
-            await client.is_paused()
+            await client.is_paused(LONG)
 
 
 async def test_a_redirect_is_not_followed() -> None:
@@ -287,7 +315,7 @@ async def test_a_redirect_is_not_followed() -> None:
         vllm = Vllm()
         vllm.replaced = {"/is_paused": redirect, "/update_weights": redirect}
         async with talking(vllm, api_key="k3y") as client:
-            for call in (client.is_paused(), client.update({})):
+            for call in (client.is_paused(LONG), client.switch(SWITCH, LONG)):
                 with pytest.raises(EngineRefused, match="not followed") as caught:
                     await call
                 assert caught.value.status == 307
@@ -315,9 +343,9 @@ async def test_a_refusal_carries_its_message(body: str, excerpt: str) -> None:
     vllm.replaced["/update_weights"] = refuse
     async with talking(vllm) as client:
         with pytest.raises(EngineRefused) as caught:
-            await client.update({})
+            await client.switch(SWITCH, LONG)
     assert (caught.value.status, caught.value.excerpt, caught.value.retry) == (500, excerpt, True)
-    assert asked(vllm) == ["/update_weights"]
+    assert asked(vllm) == ["/start_weight_update", "/update_weights"]
 
 
 async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
@@ -327,8 +355,8 @@ async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
     vllm = Vllm()
     vllm.replaced["/init_weight_transfer_engine"] = refuse
     async with talking(vllm) as client:
-        with pytest.raises(EngineLacksRoute, match="--weight-transfer-config"):
-            await client.init_transfer({})
+        with pytest.raises(EngineMisconfigured, match="--weight-transfer-config"):
+            await client.attach(HUB, LONG)
 
 
 async def test_a_held_engine_does_not_resume() -> None:
@@ -339,7 +367,7 @@ async def test_a_held_engine_does_not_resume() -> None:
     vllm.replaced["/resume"] = refuse
     async with talking(vllm) as client:
         with pytest.raises(EngineNotServable, match="rank 0 is torn") as caught:
-            await client.resume()
+            await client.resume(LONG)
         assert not caught.value.retry
 
 
@@ -352,7 +380,7 @@ async def test_an_answer_that_is_not_vllms(content: str) -> None:
     vllm.replaced["/is_paused"] = odd
     async with talking(vllm) as client:
         with pytest.raises(EngineRefused, match="not vLLM's"):
-            await client.is_paused()
+            await client.is_paused(LONG)
 
 
 def failing(times: int, status: int | None, vllm: Vllm) -> Handler:
@@ -377,11 +405,11 @@ async def test_idempotent_calls_are_repeated_with_a_bound(status: int | None) ->
     vllm = Vllm()
     async with talking(vllm) as client:
         vllm.replaced["/is_paused"] = failing(3, status, vllm)
-        assert not await client.is_paused()
+        assert not await client.is_paused(LONG)
         assert asked(vllm) == ["/is_paused"] * 4
         vllm.replaced["/is_paused"] = failing(100, status, vllm)
         with pytest.raises((EngineUnreachable, EngineRefused)):
-            await client.is_paused()
+            await client.is_paused(LONG)
         by_aiohttp = 2 if status is None else 1
         assert asked(vllm) == ["/is_paused"] * (4 + 4 * by_aiohttp)
 
@@ -393,14 +421,15 @@ async def test_the_others_are_never_repeated(path: str, status: int | None) -> N
     vllm.replaced[path] = failing(1, status, vllm)
     async with talking(vllm) as client:
         calls: dict[str, Callable[[], Awaitable[None]]] = {
-            "/start_weight_update": client.start_update,
-            "/update_weights": lambda: client.update({}),
-            "/finish_weight_update": lambda: client.finish_update("1"),
+            "/start_weight_update": lambda: client.switch(SWITCH, LONG),
+            "/update_weights": lambda: client.switch(SWITCH, LONG),
+            "/finish_weight_update": lambda: client.finish(VERSION, LONG),
         }
         with pytest.raises(EngineError) as caught:
             await calls[path]()
         assert caught.value.sent
-    assert asked(vllm) == [path]
+    before = ["/start_weight_update"] if path == "/update_weights" else []
+    assert asked(vllm) == [*before, path]
 
 
 @pytest.mark.parametrize("path", ["/pause", "/resume"])
@@ -418,7 +447,7 @@ async def test_is_paused_decides_when_the_answer_was_lost(path: str, happened: b
 
     vllm.replaced[path] = lose
     async with talking(vllm) as client:
-        call = client.pause("keep", True, BRIEF) if path == "/pause" else client.resume(BRIEF)
+        call = client.pause(BRIEF) if path == "/pause" else client.resume(BRIEF)
         if happened:
             await call
         else:
@@ -426,13 +455,3 @@ async def test_is_paused_decides_when_the_answer_was_lost(path: str, happened: b
                 await call
         never.set()
     assert asked(vllm) == [path, "/is_paused"]
-
-
-async def test_an_engine_whose_core_died() -> None:
-    async def dead(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=503)
-
-    vllm = Vllm()
-    vllm.replaced["/health"] = dead
-    async with talking(vllm) as client:
-        assert not await client.is_alive()

@@ -1,7 +1,6 @@
 """The tcpstore rendezvous for the runner: what is gathered becomes events, what fails sends everybody home."""
 
 import asyncio
-import itertools
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -9,6 +8,7 @@ from weightsync.orchestrator.core.events import AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.group import child as tcpstore
 from weightsync.orchestrator.daemon.group.child import TcpStoreError
 from weightsync.orchestrator.daemon.group.group import Group
+from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, Connect, Ready, TcpStoreRendezvous
 from weightsync.orchestrator.protocol.names import Member
@@ -68,10 +68,11 @@ class Around:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.dropped: dict[Member, str] = {}
-        ids = itertools.count(1)
-        self.group = Group(lambda: next(ids), self.events.append, self._drop)
+        self.inbox = Inbox(self.events.extend)
+        self.group = Group(self.inbox, self._drop)
 
-    def _drop(self, member: Member, reason: str) -> bool:
+    def _drop(self, member: Member, connection: int, reason: str) -> bool:
+        assert connection == MEMBERS[member]
         self.dropped[member] = reason
         return True
 
@@ -100,6 +101,7 @@ async def finished(number: int = 0) -> Server:
     """The server of a group that has ended."""
     await turns(lambda: len(Server.made) > number)
     await asyncio.wait_for(Server.made[number].done.wait(), 10)
+    await asyncio.sleep(0)  # what was posted last is decided in a turn of its own
     return Server.made[number]
 
 
@@ -158,3 +160,17 @@ async def test_a_new_group_ends_the_old_one_first(around: Around) -> None:
     assert around.said(Ready) == [(TRAINER, 21), (ENGINE, 22)]
     assert around.dropped == {}, "it was replaced, and has not failed"
     assert isinstance(around.events[0], AgentSaid)
+
+
+async def test_a_child_that_cannot_be_started_is_such_a_failure(
+    around: Around, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_process(_: Server, world: int) -> None:
+        raise OSError("out of processes")
+
+    monkeypatch.setattr(Server, "start", no_process)
+    around.group.open(STORE, MEMBERS)
+    await finished()
+    assert set(around.dropped) == set(MEMBERS)
+    assert "out of processes" in around.dropped[TRAINER]
+    assert around.inbox.failure is None

@@ -385,10 +385,22 @@ async def test_a_reconnect_takes_the_place_of_the_old_connection(bench: Bench) -
 
 
 async def test_drop_is_the_owners_wish_and_no_loss(bench: Bench) -> None:
-    socket, _ = await bench.admit()
-    assert bench.hub.drop(member(), "evicted")
+    socket, number = await bench.admit()
+    assert bench.hub.drop(member(), number, "evicted")
     assert await closed(socket) == (WSCloseCode.POLICY_VIOLATION, "evicted")
-    assert not bench.hub.drop(member(), "evicted")
+    assert not bench.hub.drop(member(), number, "evicted")
+    await bench.quiet()
+
+
+async def test_a_drop_of_an_old_connection_leaves_the_newer_one(bench: Bench) -> None:
+    _, old = await bench.admit()
+    socket, new = await bench.admit()
+    assert not bench.hub.drop(member(), old, "it broke the protocol")
+    outcome = Outcome(version=Version(1, 1), committed=True)
+    assert bench.hub.send(member(), outcome)
+    assert await said(socket) == outcome
+    assert bench.hub.drop(member(), new, "it broke the protocol, too")
+    assert (await closed(socket))[1] == "it broke the protocol, too"
     await bench.quiet()
 
 

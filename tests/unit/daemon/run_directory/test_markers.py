@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.daemon.run_directory import markers
-from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory, MarkerWriteError, Step
+from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory, MarkerWriteError
 from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES
 from weightsync.orchestrator.protocol.markers import (
     MarkerError,
@@ -76,7 +76,6 @@ def test_a_missing_run_directory_is_said_once(tmp_path: Path) -> None:
     directory = MarkerDirectory(tmp_path / "absent", RUN)
     assert [problem.path for problem in directory.scan().problems] == [str(tmp_path / "absent")]
     assert directory.scan().problems == ()
-    assert directory.read(1) == Step(1)
     (tmp_path / "absent").mkdir()
     assert directory.scan().problems == ()
     assert directory.problems == ()
@@ -278,10 +277,9 @@ def test_written_markers_are_whole_json_and_leave_nothing_else(run: Path, direct
     assert json.loads((folder / "COMMITTED").read_bytes()) == {
         "schema": 1, "run_id": RUN, "generation": 7, "step": 9, "sequence": 3, "round": "2.5", "digest": "ab",
     }  # fmt: skip
-    found = directory.read(9)
-    assert found.committed is not None
-    assert found.committed.manifest == told
-    assert found.settled
+    assert decode_manifest((folder / "COMMITTED").read_bytes()) == told
+    put(run, 9, content=says(9))
+    assert waiting(directory) == [], "its outcome settles it"
 
 
 def test_stable_is_not_ours_to_write(directory: MarkerDirectory) -> None:

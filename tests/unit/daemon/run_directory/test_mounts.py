@@ -1,4 +1,4 @@
-"""Which kind of file system a path is on."""
+"""Which file system a path is on."""
 
 from pathlib import Path
 
@@ -33,3 +33,19 @@ def test_file_systems(path: str, kind: str, network: bool) -> None:
     assert is_network(kind) is network
     assert forgets(kind) is (kind == "tmpfs")
     assert file_system_of(Path(path), "") == "unknown"
+
+
+def test_this_machine_has_a_table(tmp_path: Path) -> None:
+    assert file_system_of(tmp_path / "does" / "not" / "exist") == file_system_of(tmp_path) != "unknown"
+
+
+@pytest.mark.parametrize("kind", ["nfs", "lustre", "ceph", "beegfs", "gpfs", "wekafs", "fuse.s3fs", "fuse.gcsfuse"])
+def test_a_network_file_system_promises_no_fsync(kind: str) -> None:
+    assert is_network(kind)
+    assert not forgets(kind)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ramfs", "overlay"])
+def test_what_ends_with_the_machine_or_the_container(kind: str) -> None:
+    assert forgets(kind)
+    assert not is_network(kind)

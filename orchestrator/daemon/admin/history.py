@@ -1,0 +1,38 @@
+"""What the journal's records leave for people to look at: the last rounds, and when the last commit was."""
+
+from collections.abc import Iterable
+
+from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_record
+from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
+from weightsync.orchestrator.daemon.journal import Entry
+
+
+class History:
+    """Fed with every record, in the journal's order.
+
+    ``rounds``: the newest HISTORY_ROUNDS that ended, oldest first. ``committed``: the newest commit, None before one.
+    """
+
+    def __init__(self) -> None:
+        self.rounds: tuple[RoundRow, ...] = ()
+        self.committed: VersionView | None = None
+
+    def remember(self, record: Record, unix_time: float) -> RoundRow | None:
+        """Keep what is shown of a record that is durable since ``unix_time``; its row, if a round ended with it."""
+        if isinstance(record, Committed):
+            self.committed = version_view(record.version, record.sequence, unix_time)
+        if not isinstance(record, RoundEnded):
+            return None
+        row = round_row(record, unix_time)
+        self.rounds = (*self.rounds, row)[-HISTORY_ROUNDS:]
+        return row
+
+
+def rows_of(entries: Iterable[Entry]) -> tuple[RoundRow, ...]:
+    """The rows of the rounds that ended, among ``entries`` of a journal.
+
+    Raises:
+        JournalUnreadable.
+    """
+    read = [(decode_record(entry.body), entry.unix_time) for entry in entries]
+    return tuple(round_row(record, when) for record, when in read if isinstance(record, RoundEnded))

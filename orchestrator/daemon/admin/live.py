@@ -1,0 +1,64 @@
+"""Status and history of the running daemon, for its HTTP routes."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.history import History, rows_of
+from weightsync.orchestrator.daemon.admin.overview import Overview
+from weightsync.orchestrator.daemon.admin.routes import routes
+from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
+from weightsync.orchestrator.daemon.hub.token import read_token
+from weightsync.orchestrator.daemon.journal import AsyncJournal
+from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.settings.settings import Settings
+
+
+class LiveViews:
+    """Answers ``admin.routes.Views`` from the daemon's own state. Belongs to the loop that changes that state.
+
+    ``layouts``: of the present plan, for the run that it is given the name of.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        fleet: Fleet,
+        history: History,
+        markers: MarkerThread,
+        layouts: Callable[[str], LayoutsView | None],
+        journal: AsyncJournal,
+    ) -> None:
+        self._settings, self._fleet, self._history = settings, fleet, history
+        self._overview = Overview(settings, started_unix=time.time())
+        self._markers, self._layouts, self._journal = markers, layouts, journal
+
+    def add_routes(self, app: web.Application) -> None:
+        """Serve these views in ``app``, to whoever bears the daemon's token.
+
+        Raises:
+            TokenError: the token file cannot serve.
+        """
+        app.router.add_routes(routes(self, read_token(self._settings.listen.token_file)))
+
+    async def status(self) -> StatusView:
+        """What ``/status`` answers."""
+        problems = [str(problem) for problem in self._markers.problems]
+        return self._overview.status(self._fleet, self._history, problems, asyncio.get_running_loop().time())
+
+    async def rounds(self, last: int) -> RoundsView:
+        """What ``/rounds`` answers; from the journal, which holds more rounds than the history.
+
+        Raises:
+            JournalLost, JournalUnreadable.
+        """
+        entries = await self._journal.entries(kinds=[RoundEnded.__name__], newest=last)
+        return RoundsView(run=self._fleet.policy.run_id, rounds=rows_of(entries))
+
+    async def layouts(self) -> LayoutsView | None:
+        """What ``/plan/layouts`` answers."""
+        return self._layouts(self._fleet.policy.run_id)

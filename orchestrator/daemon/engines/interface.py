@@ -1,0 +1,135 @@
+"""The seam between the daemon and an inference engine's server: what a new kind of engine implements.
+
+An engine is reached in two ways. Its *ranks* are our agents: they run inside the engine's own processes, come to the
+hub by themselves, receive the bytes and say what their memory holds. Its *server* is reached over HTTP, by an
+``EngineClient``, and everything that only that server knows (routes, bodies, flags to start it with, pause modes, error
+texts) stays in the one module that implements it. Nothing here says that scheduler and worker are different processes,
+that ranks know a version, or that the server acknowledges a pause: the agents' words are the proof of all of that.
+
+The life of a client, in the order in which the core calls it:
+
+1. ``probe``: is the server alive, does it have what we need, do the settings fit it? Repeated every
+   ``deadlines.probe_seconds`` while the engine is in no round, each time followed by ``is_paused``.
+2. ``attach``: tell the ranks where the hub is. Each of them connects and announces the layout of its weights. Repeated
+   while no rank is connected, so also after the daemon or the server was restarted, then with another address perhaps.
+3. For each round: ``pause``, ``switch``, ``finish``, ``resume``. ``switch`` lasts as long as the round: it brings every
+   rank into the window in which its weights may change, and returns when every rank has left it. That a rank stands
+   still it says itself (Quiesced), and that it has left it says itself (Left); only those words count. ``finish`` tells
+   the server the version's name, for it to show to its users. A round that fails before a byte was written goes from
+   there to ``resume``; an engine that may be torn stays paused, and the next round begins with ``pause`` again.
+4. ``close``, once.
+
+Methods may overlap: ``is_paused`` beside a ``switch``, a ``pause`` while an earlier one is still under way. Pausing
+what is paused and resuming what runs are no errors.
+
+All deadlines are totals in seconds, retries included, and come from the command that the call performs; a client has no
+deadline of its own. Every method but ``close`` raises an EngineError and nothing else. A call that is cancelled may
+still have its effect.
+
+A new kind of engine is a module with a client, and its line in ``kinds.CLIENTS``; the settings then take its name as
+``engines[].kind``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from weightsync.orchestrator.protocol.names import RoundName, Version
+
+PauseMode = Literal["keep", "wait", "abort"]
+"""What becomes of requests in flight: they keep their place, are waited for, or end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """One engine's part of the settings, as its client needs it.
+
+    ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``clear_cache``: drop the prefix
+    cache with the pause, so that no cached prefix mixes two versions.
+    """
+
+    name: str
+    url: str
+    api_key: str | None = field(repr=False)
+    pause_mode: PauseMode
+    clear_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a probe has found. ``server``: name and version of the program; ``ranks``: over all its parallel replicas.
+
+    ``notes``: for people only, what else is worth a word in ``config check``.
+    """
+
+    server: str
+    ranks: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HubAddress:
+    """Where the ranks' agents find the daemon: WebSocket URL, path of the token on their host, and the run's name."""
+
+    url: str
+    token_file: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One round in one engine. The ranks give up by themselves after ``rank_seconds``, before the call's deadline."""
+
+    round: RoundName
+    version: Version
+    rank_seconds: float
+
+
+class EngineClient(Protocol):
+    """One engine's server. Made inside a running loop; methods may be called while others are under way."""
+
+    @property
+    def name(self) -> str:
+        """As the settings call it."""
+
+    async def probe(self, deadline: float) -> EngineFacts:
+        """Find out whether the server can take part. Changes nothing in it.
+
+        Raises:
+            EngineMisconfigured: it was started without something that we need, or cannot do what the settings ask for;
+                the error says what to change.
+        """
+
+    async def attach(self, hub: HubAddress, deadline: float) -> None:
+        """Have an agent in every rank connect to ``hub``. The same again changes nothing."""
+
+    async def pause(self, deadline: float) -> None:
+        """Let no new step begin. Returns when the server says so, or, where it acknowledges nothing, once it was asked.
+
+        ``EngineSetup.pause_mode`` and ``clear_cache`` say how.
+        """
+
+    async def switch(self, switch: Switch, deadline: float) -> None:
+        """Bring every rank into the round's window; returns when each has left it with the new version.
+
+        Never repeated once it may have arrived. An error with ``sent`` says nothing about the ranks: their agents do.
+        """
+
+    async def finish(self, version: Version, deadline: float) -> None:
+        """Tell the server which version it serves from now on. Called after ``switch``, before ``resume``."""
+
+    async def resume(self, deadline: float) -> None:
+        """Let the engine take steps again.
+
+        Raises:
+            EngineNotServable: a rank holds no whole committed version, and the engine stays paused.
+        """
+
+    async def is_paused(self, deadline: float) -> bool | None:
+        """Whether no step can begin; None where the server has no way to tell."""
+
+    async def close(self) -> None:
+        """End all connections. No other call may be under way."""
+
+
+EngineFactory = Callable[[EngineSetup], EngineClient]

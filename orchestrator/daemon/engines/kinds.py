@@ -1,0 +1,36 @@
+"""The kinds of engine that ``engines[].kind`` of the settings may name."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
+from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFactory, EngineSetup
+from weightsync.orchestrator.daemon.engines.vllm import VllmClient
+from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
+
+CLIENTS: Final[dict[str, EngineFactory]] = {"vllm": VllmClient}
+"""Kind to client. A new kind of engine is one more line."""
+
+
+def check_kinds(engines: Iterable[EngineSection]) -> None:
+    """Refuse what nobody here can talk to.
+
+    Raises:
+        UnknownEngineKind: of the first such engine.
+    """
+    for engine in engines:
+        if engine.kind not in CLIENTS:
+            raise UnknownEngineKind(engine.name, engine.kind, tuple(CLIENTS))
+
+
+def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
+    """The client of one configured engine. Call it inside a running loop.
+
+    Raises:
+        UnknownEngineKind: as ``check_kinds``.
+        ConfigError: its key file cannot be read.
+    """
+    check_kinds([engine])
+    api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
+    return CLIENTS[engine.kind](EngineSetup(engine.name, engine.url, api_key, pause.mode, pause.clear_cache))

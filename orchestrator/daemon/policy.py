@@ -1,0 +1,31 @@
+"""What the core is told of the settings."""
+
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.settings.settings import Settings
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The numbers that the core decides by; seconds where the settings say so."""
+    deadlines = settings.deadlines
+    return Policy(
+        run_id=settings.run.id,
+        engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
+        transport=settings.transport.message(settings.run.directory),
+        group=settings.rendezvous.group_address(),
+        trainer_world=settings.trainer.world,
+        attempts=settings.retry.attempts,
+        backoff=settings.retry.backoff_seconds,
+        join=deadlines.join_seconds,
+        staged=deadlines.staged_seconds,
+        rendezvous=deadlines.rendezvous_seconds,
+        probe=deadlines.probe_seconds,
+        probe_interval=deadlines.probe_interval_seconds,
+        init=deadlines.init_seconds,
+        pause=deadlines.pause_seconds,
+        quiesce=deadlines.quiesce_seconds,
+        transfer=deadlines.transfer_seconds,
+        verify=deadlines.verify_seconds,
+        finish=deadlines.finish_seconds,
+        heartbeat=deadlines.heartbeat_seconds,
+        lost_after=deadlines.lost_after_heartbeats,
+    )

@@ -1,0 +1,95 @@
+"""The running daemon's answers: of its state, its journal and its plan."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fleets import policy_for
+from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.live import LiveViews
+from weightsync.orchestrator.daemon.admin.views import LayoutsView
+from weightsync.orchestrator.daemon.hub.token import TokenError
+from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
+from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.settings.settings import Settings, load
+
+VERSION = Version(7, 41)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+run: {{id: glm, directory: {tmp_path / "run"}}}
+state_directory: {tmp_path / "state"}
+listen: {{token_file: {tmp_path / "token"}}}
+engines: [{{name: e0, url: "http://127.0.0.1:1", role: both}}]
+""")
+    return load(config, {})
+
+
+class Daemon:
+    """What the views look at."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.fleet, _ = start(policy_for(["e0"], run_id="glm"), "j", [], 0.0)
+        self.history = History()
+        self.journal = AsyncJournal(Journal.open(settings.journal_path))
+        self.problems: tuple[str, ...] = ()
+        self.layouts: LayoutsView | None = None
+        parts: dict[str, Any] = {
+            "markers": self,
+            "layouts": lambda run: self.layouts if run == "glm" else None,
+        }
+        self.views = LiveViews(settings=settings, fleet=self.fleet, history=self.history, journal=self.journal, **parts)
+
+
+@pytest.fixture
+async def daemon(settings: Settings) -> AsyncIterator[Daemon]:
+    made = Daemon(settings)
+    yield made
+    await made.journal.close()
+
+
+async def test_the_status_is_of_this_moment(daemon: Daemon) -> None:
+    daemon.problems = ("step_x: wrongly named",)
+    daemon.history.remember(Committed(round=RoundName(1, 1), version=VERSION, sequence=1), 9.0)
+    status = await daemon.views.status()
+    assert (status.run, status.source, status.journal_id) == ("glm", "daemon", "j")
+    assert 0 < status.started <= status.unix_time
+    assert status.committed is not None
+    assert (status.committed.step, status.committed.unix_time) == (41, 9.0)
+    assert status.problems == ("step_x: wrongly named",)
+    assert [(engine.name, engine.url) for engine in status.engines] == [("e0", "http://127.0.0.1:1")]
+
+
+async def test_rounds_come_from_the_journal(daemon: Daemon) -> None:
+    for number in (1, 2, 3):
+        ended = RoundEnded(
+            round=RoundName(1, number), version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="failed",
+            reason="r", bytes=0, descriptors=0, times={},
+        )  # fmt: skip
+        await daemon.journal.append([("RoundEnded", encode_record(ended)), ("Other", b"{}")])
+    view = await daemon.views.rounds(2)
+    assert (view.run, [row.round for row in view.rounds]) == ("glm", ["1.2", "1.3"])
+    assert daemon.history.rounds == ()
+
+
+async def test_layouts_are_the_plans(daemon: Daemon) -> None:
+    assert await daemon.views.layouts() is None
+    daemon.layouts = LayoutsView(run="glm", root="f", parties=())
+    assert await daemon.views.layouts() is daemon.layouts
+
+
+async def test_they_are_served_to_whoever_bears_the_token(daemon: Daemon, settings: Settings) -> None:
+    app = web.Application()
+    with pytest.raises(TokenError):
+        daemon.views.add_routes(app)
+    settings.listen.token_file.write_text("the-token")
+    daemon.views.add_routes(app)
+    paths = {resource.canonical for resource in app.router.resources()}
+    assert paths == {"/healthz", "/status", "/rounds", "/metrics", "/plan/layouts"}

@@ -1,0 +1,143 @@
+"""The state of an engine in one word, and since when."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleets import policy_for
+from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.records import Committed
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state
+from weightsync.orchestrator.daemon.admin.views import TrainerView, VersionView
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, Staged
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.settings.settings import load
+
+MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
+HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
+
+
+def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
+    """One engine; ``status`` is its only rank's, None without one."""
+    fleet, _ = start(policy_for(["e0"]), "j", [], 0.0)
+    if status is not None:
+        fleet.enter(ConnectedAgent(MEMBER, 1, HELLO, Announce(layout=Layout((), (), b"")), status=status))
+    fleet.memory.committed = VERSION
+    for name, value in {"reachable": True, **engine}.items():
+        setattr(fleet.engines["e0"], name, value)
+    return fleet
+
+
+SERVING = EngineStatus(applied=VERSION)
+
+
+@pytest.mark.parametrize(
+    ("status", "engine", "word"),
+    [
+        (SERVING, {"paused": False}, "serving"),
+        (SERVING, {"paused": True}, "paused"),
+        (SERVING, {"ours_paused": True}, "paused"),
+        (SERVING, {"reachable": False}, "unreachable"),
+        (EngineStatus(), {"paused": True}, "held"),
+        (EngineStatus(applied=VERSION, torn=True), {"paused": True}, "torn"),
+        (EngineStatus(applied=VERSION, torn=True), {"reachable": False}, "torn"),
+        (None, {}, "joining"),
+        (None, {"reachable": False}, "unreachable"),
+    ],
+)
+def test_one_word_for_an_engine(status: EngineStatus | None, engine: dict[str, Any], word: str) -> None:
+    assert engine_state(fleet_with(status, **engine), "e0") == word
+
+
+def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
+    fleet = fleet_with(SERVING, paused=True)
+    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING)
+    assert engine_state(fleet, "e0") == "updating"
+    fleet.round.engines["e0"].evicted = "its /resume failed"
+    assert engine_state(fleet, "e0") == "paused"
+
+
+# ------------------------------------------------------------------------------------------------------------- status
+@pytest.fixture
+def overview(tmp_path: Path) -> Overview:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+run: {{id: run, directory: {tmp_path / "run"}}}
+state_directory: {tmp_path / "state"}
+listen: {{token_file: {tmp_path / "token"}}}
+engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
+""")
+    return Overview(load(config, {}), started_unix=5.0)
+
+
+def test_an_engine_in_the_status(overview: Overview) -> None:
+    fleet = fleet_with(SERVING, paused=False, error="it was slow once")
+    (engine,) = overview.status(fleet, History(), (), now=0.0).engines
+    assert (engine.name, engine.url, engine.role, engine.state) == ("e0", "http://127.0.0.1:1", "both", "serving")
+    assert (engine.ranks_connected, engine.ranks_expected, engine.paused, engine.torn) == (1, 1, False, False)
+    assert engine.version is not None
+    assert (engine.version.step, engine.error) == (VERSION.step, "it was slow once")
+    fleet.engines["e0"].misfit = "its layout is another model's"
+    assert overview.status(fleet, History(), (), now=0.0).engines[0].error == "its layout is another model's"
+
+
+def test_since_changes_with_the_state_only(overview: Overview, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100, 200))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+
+    def since(**engine: Any) -> float:
+        return overview.status(fleet_with(SERVING, **engine), History(), (), now=0.0).engines[0].since
+
+    first = since(paused=False)
+    assert since(paused=False) == first
+    assert since(paused=True) > first
+
+
+def test_a_round_under_way(overview: Overview) -> None:
+    fleet = fleet_with(SERVING, paused=True)
+    assert overview.status(fleet, History(), (), now=12.0).round is None
+    fleet.round = Round(
+        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING, began=10.0
+    )
+    progress = overview.status(fleet, History(), (), now=12.5).round
+    assert progress is not None
+    assert (progress.round, progress.phase, progress.attempt, progress.elapsed_seconds) == ("1.4", "writing", 2, 2.5)
+    assert (progress.version.step, progress.version.generation) == (VERSION.step, VERSION.generation)
+
+
+def test_what_is_committed_is_what_is_durable(overview: Overview) -> None:
+    """The core knows of a commit before the journal does; nobody is shown it earlier."""
+    fleet, history = fleet_with(SERVING), History()
+    assert overview.status(fleet, history, (), now=0.0).committed is None
+    history.remember(Committed(round=RoundName(1, 1), version=VERSION, sequence=2), 9.0)
+    committed = overview.status(fleet, history, ("a problem",), now=0.0).committed
+    assert committed is not None
+    assert (committed.step, committed.sequence, committed.unix_time) == (VERSION.step, 2, 9.0)
+
+
+def test_a_trainer_rank(overview: Overview) -> None:
+    fleet, member = fleet_with(SERVING), Member("trainer", "", 3)
+    hello = Hello(schema=1, run_id="run", member=member, world=4, incarnation=2, host="node7", pid=77)
+    fleet.enter(ConnectedAgent(member, 2, hello))
+
+    def trainer() -> TrainerView:
+        (only,) = overview.status(fleet, History(), (), now=0.0).trainers
+        return only
+
+    assert (trainer().rank, trainer().host, trainer().pid, trainer().state) == (3, "node7", 77, "connected")
+    fleet.agents[member].staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
+    assert trainer().state == "staged"
+    assert trainer().staged == VersionView(step=VERSION.step, generation=VERSION.generation)
+    fleet.unclosed[member] = Unclosed(RoundName(1, 1), 2, {MEMBER: 1})
+    assert trainer().state == "writing"
+
+
+def test_an_error_is_shown_with_whose_fault_it_is(overview: Overview) -> None:
+    fleet = fleet_with(SERVING, error="connection refused", fault="network")
+    (engine,) = overview.status(fleet, History(), (), now=0.0).engines
+    assert (engine.error, engine.fault) == ("connection refused", "network")

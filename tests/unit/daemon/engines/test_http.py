@@ -1,0 +1,119 @@
+"""One bounded exchange with a server, and every way in which it ends; test_vllm has more, through real routes."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from weightsync.orchestrator.daemon.engines import http
+from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.daemon.engines.http import ATTEMPTS, EngineHttp
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BACKOFF_SECONDS", 0.0)
+
+
+@contextlib.asynccontextmanager
+async def talking(handler: Handler, api_key: str | None = None) -> AsyncIterator[EngineHttp]:
+    """Exchanges with a server that answers everything by ``handler``."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    exchanges = EngineHttp("a", f"http://127.0.0.1:{runner.addresses[0][1]}/", api_key)
+    try:
+        yield exchanges
+    finally:
+        await exchanges.close()
+        await runner.cleanup()
+
+
+async def test_what_is_sent_and_what_comes_back() -> None:
+    seen: list[tuple[str, str, str, bytes, str | None]] = []
+
+    async def note(request: web.Request) -> web.Response:
+        authorization = request.headers.get("Authorization")
+        seen.append((request.method, request.path, request.query_string, await request.read(), authorization))
+        return web.Response(status=201, body=b"done")
+
+    async with talking(note, api_key="k3y") as exchanges:
+        data = await exchanges.exchange("POST", "/x", SECONDS, body={"n": 1}, query={"q": "2"}, idempotent=False)
+    assert data == b"done"
+    assert seen == [("POST", "/x", "q=2", b'{"n":1}', "Bearer k3y")]
+
+
+@pytest.mark.parametrize(("status", "idempotent", "times"), [(503, True, ATTEMPTS), (503, False, 1), (500, True, 1)])
+async def test_only_a_proxys_refusals_of_idempotent_calls_are_repeated(
+    status: int, idempotent: bool, times: int
+) -> None:
+    asked = 0
+
+    async def refuse(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.Response(status=status, text="busy")
+
+    async with talking(refuse) as exchanges:
+        assert await exchanges.ask("GET", "/x", SECONDS, idempotent=idempotent) == (status, b"busy")
+        assert asked == times
+        with pytest.raises(EngineRefused, match=f"GET /x: answered {status}: busy"):
+            await exchanges.exchange("GET", "/x", SECONDS, idempotent=idempotent)
+
+
+async def test_the_deadline_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BACKOFF_SECONDS", 60.0)
+
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=503)
+
+    async with talking(refuse) as exchanges:
+        with pytest.raises(EngineTimeout, match=r"within 0\.1 s"):
+            await exchanges.ask("GET", "/x", 0.1, idempotent=True)
+
+
+async def test_what_was_never_sent_is_known() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        exchanges = EngineHttp("a", f"http://127.0.0.1:{closed.getsockname()[1]}", None)
+        with pytest.raises(EngineUnreachable, match="cannot be reached") as caught:
+            await exchanges.ask("POST", "/x", SECONDS, idempotent=False)
+        await exchanges.close()
+    assert not caught.value.sent
+
+
+async def test_a_connection_that_breaks_may_have_been_heard() -> None:
+    async def hang_up(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    async with talking(hang_up) as exchanges:
+        with pytest.raises(EngineUnreachable, match="the connection broke") as caught:
+            await exchanges.ask("POST", "/x", SECONDS, idempotent=False)
+    assert caught.value.sent
+
+
+async def test_many_calls_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that lasts as long as a round does not keep others waiting."""
+    free = asyncio.Event()
+
+    async def wait(request: web.Request) -> web.Response:
+        if request.path == "/long":
+            await free.wait()
+        return web.Response()
+
+    async with talking(wait) as exchanges:
+        long = asyncio.create_task(exchanges.ask("POST", "/long", SECONDS, idempotent=False))
+        for _ in range(http.MAX_CONNECTIONS):
+            assert await exchanges.ask("GET", "/short", SECONDS, idempotent=True) == (200, b"")
+        assert not long.done()
+        free.set()
+        assert await long == (200, b"")

@@ -1,0 +1,91 @@
+"""STABLE markers become events: once each, with the generation that their manifest names."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import structlog
+from weightsync.orchestrator.core.events import Event, MarkersSeen, StableSeen
+from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
+from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
+from weightsync.orchestrator.protocol.names import Version
+
+
+class Bench:
+    """A watch of one directory and what it posted."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.events: list[Event] = []
+        self.posted = asyncio.Event()
+        self.markers = MarkerThread(directory, "glm")
+        self.watch = StableWatch(self.markers, Inbox(self._decide), directory, rescan_seconds=60.0)
+
+    def _decide(self, events: list[Event]) -> None:
+        self.events += events
+        self.posted.set()
+
+    def put(self, step: int, content: bytes = b"") -> Path:
+        folder = self.directory / "broadcasts" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "STABLE").write_bytes(content)
+        return folder
+
+    async def seen(self) -> list[tuple[StableSeen, ...]]:
+        await asyncio.sleep(0)  # what was posted is decided in a turn of its own
+        return [event.stable for event in self.events if isinstance(event, MarkersSeen)]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.markers.close()
+
+
+async def test_a_scan_posts_only_what_is_new(bench: Bench) -> None:
+    assert not await bench.watch.scan()
+    bench.put(3)
+    assert await bench.watch.scan()
+    assert not await bench.watch.scan()
+    bench.put(5, encode_manifest(manifest("glm", Version(9, 5))))
+    assert await bench.watch.scan()
+    assert await bench.seen() == [(StableSeen(3),), (StableSeen(3), StableSeen(5, 9))]
+
+
+async def test_a_look_that_was_asked_for_is_answered_also_without_news(bench: Bench) -> None:
+    bench.put(3)
+    assert await bench.watch.scan()
+    await bench.watch.look(0.0)
+    assert await bench.seen() == [(StableSeen(3),), (StableSeen(3),)]
+
+
+async def test_a_marker_that_has_its_outcome_is_seen_no_more(bench: Bench) -> None:
+    folder = bench.put(3)
+    await bench.watch.scan()
+    (folder / "COMMITTED").touch()
+    assert await bench.watch.scan()
+    assert await bench.seen() == [(StableSeen(3),), ()]
+
+
+async def test_what_cannot_be_believed_is_a_warning_and_no_event(bench: Bench) -> None:
+    bench.put(3, b"torn {")
+    with structlog.testing.capture_logs() as logs:
+        assert not await bench.watch.scan()
+    assert [(line["event"], line["log_level"]) for line in logs] == [("marker not believed", "warning")]
+    assert "step_3/STABLE" in logs[0]["problem"]
+
+
+async def test_it_looks_at_once_and_when_the_directory_changes(bench: Bench) -> None:
+    bench.put(3)
+    running = asyncio.create_task(bench.watch.run())
+    await asyncio.wait_for(bench.posted.wait(), 20)
+    bench.posted.clear()
+    bench.put(4)
+    await asyncio.wait_for(bench.posted.wait(), 20)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert (await bench.seen())[-1] == (StableSeen(3), StableSeen(4))

@@ -1,0 +1,88 @@
+"""The markers for an event loop: in order, off the loop, and no failure of theirs is anybody else's."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from weightsync.orchestrator.daemon.run_directory.markers import Scan
+from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.protocol.markers import MarkerError
+from weightsync.orchestrator.protocol.names import Version
+
+VERSION = Version(7, 5)
+
+
+@pytest.fixture
+async def markers(tmp_path: Path) -> AsyncIterator[MarkerThread]:
+    made = MarkerThread(tmp_path, "glm")
+    yield made
+    made.close()
+
+
+def written(directory: Path, kind: str) -> Any:
+    return json.loads((directory / "broadcasts" / "step_5" / kind).read_bytes())
+
+
+async def test_a_write_is_whole_once_it_is_closed(tmp_path: Path, markers: MarkerThread) -> None:
+    markers.write("COMMITTED", VERSION, {"sequence": 3})
+    markers.close()
+    told = written(tmp_path, "COMMITTED")
+    assert (told["run_id"], told["step"], told["generation"], told["sequence"]) == ("glm", 5, 7, 3)
+
+
+async def test_what_is_asked_happens_in_that_order(tmp_path: Path, markers: MarkerThread) -> None:
+    step = tmp_path / "broadcasts" / "step_5"
+    step.mkdir(parents=True)
+    (step / "STABLE").touch()
+    before = asyncio.ensure_future(markers.scan())
+    await asyncio.sleep(0)  # it is asked
+    markers.write("COMMITTED", VERSION, {})
+    after = asyncio.ensure_future(markers.scan())
+    assert [waiting.step for waiting in (await before).waiting] == [5]
+    assert (await after).waiting == ()
+
+
+async def test_the_loop_goes_on_while_a_file_system_does_not(
+    markers: MarkerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+
+    def scan() -> Scan:
+        assert free.wait(20)
+        return Scan((), ())
+
+    monkeypatch.setattr(markers.directory, "scan", scan)
+    scanning = asyncio.ensure_future(markers.scan())
+    await asyncio.sleep(0)
+    assert not scanning.done()
+    free.set()
+    assert await scanning == Scan((), ())
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "read-only"), MarkerError("too large")])
+async def test_a_failed_write_is_logged_and_nothing_else(
+    markers: MarkerThread, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(markers.directory, "write", fail)
+    with structlog.testing.capture_logs() as logs:
+        markers.write("FAILED", VERSION, {"reason": "r"})
+        assert (await markers.scan()).waiting == ()
+    assert [(line["event"], line["marker"], line["version"], line["reason"]) for line in logs] == [
+        ("marker not written", "FAILED", str(VERSION), str(error))
+    ]
+
+
+async def test_problems_are_those_of_the_last_scan(tmp_path: Path, markers: MarkerThread) -> None:
+    (tmp_path / "broadcasts" / "step_x").mkdir(parents=True)
+    assert markers.problems == ()
+    scan = await markers.scan()
+    assert markers.problems == scan.problems
+    assert [problem.path for problem in markers.problems] == ["broadcasts/step_x"]
