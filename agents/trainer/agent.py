@@ -7,23 +7,22 @@ only writes what it is granted. Slots are separate memory, so training goes on w
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
-from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.errors import NonFiniteWeights, ReplicaFailed
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
 from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
-from weightsync.agents.trainer.state import TrainerSource
+from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -31,6 +30,8 @@ from weightsync.orchestrator.protocol.names import Member, Version
 __all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
+
+OnNonFinite = Literal["refuse", "warn", "allow"]
 
 BUSY: Final = "busy: "
 """How a rank tells the others that waiting helps."""
@@ -53,6 +54,7 @@ class TrainerAgent:
         process_group: for the collectives of publish; None for the default group.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
         ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
+        nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
 
     Raises:
@@ -63,7 +65,7 @@ class TrainerAgent:
 
     def __init__(
         self,
-        source: nn.Module | Callable[[], Mapping[str, torch.Tensor]],
+        source: StateSource,
         table: ModelTable,
         *,
         hub_url: str,
@@ -75,13 +77,16 @@ class TrainerAgent:
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
         ignore: Sequence[str] = (),
+        nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
+        if nonfinite not in get_args(OnNonFinite):
+            raise ValueError(f"nonfinite={nonfinite!r}; it is one of {', '.join(get_args(OnNonFinite))}")
         self._source = TrainerSource(source, ignore=ignore)
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group
-        self._publish_seconds = publish_seconds
+        self._publish_seconds, self._nonfinite = publish_seconds, nonfinite
         self._generation = agree_on(secrets.randbits(62), process_group)
         state = self._source.state()
         self.slots = TrainerSlots(state, table, options=options, rank=rank, world=world)
@@ -185,8 +190,17 @@ class TrainerAgent:
         with torch.no_grad():
             self.slots.convert(self._source.state())
         self._synchronise()
+        self._judge_numbers(version)
         convert_seconds = time.monotonic() - began
         return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
+
+    def _judge_numbers(self, version: Version) -> None:
+        """NaN and infinity in the slots, as the option ``nonfinite`` says; the ranks agree on the outcome."""
+        found = self.slots.nonfinite() if self._nonfinite != "allow" else ()
+        if found and self._nonfinite == "refuse":
+            raise NonFiniteWeights(found)
+        if found:
+            log.warning("%s: NaN or infinity in %s", version, ", ".join(map(str, found)))
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):

@@ -50,14 +50,22 @@ class UnreadTensors(TrainerError):
     """Tensors that are trained and that no engine would get."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        shown = ", ".join(names[:SHOWN_NAMES])
-        more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
         super().__init__(
-            f"{len(names)} trained tensors are read by nobody, engines would serve a model without them: {shown}{more}."
-            " Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what engines do not need"
-            " is declared by ignore=('pattern', …)"
+            f"{len(names)} trained tensors are read by nobody, engines would serve a model without them:"
+            f" {_shown(names)}. Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what"
+            " engines do not need is declared by ignore=('pattern', …)"
         )
         self.names = tuple(names)
+
+
+class NonFiniteWeights(TrainerError):
+    """Converted weights that are NaN or infinite, where the option ``nonfinite`` refuses them."""
+
+    def __init__(self, found: Sequence[object]) -> None:
+        super().__init__(
+            f"{len(found)} tensors hold NaN or infinity in the dtype that engines are sent: {_shown(found)}. Publish a"
+            " step before they came, or allow them by nonfinite='warn' or 'allow'"
+        )
 
 
 class ChangedTensor(TrainerError):
@@ -94,3 +102,9 @@ class ReplicaFailed(TrainerError):
         super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
         self.reason = reason
+
+
+def _shown(things: Sequence[object]) -> str:
+    """The first of ``things``, and how many more there are."""
+    more = f" and {len(things) - SHOWN_NAMES} more" if len(things) > SHOWN_NAMES else ""
+    return ", ".join(map(str, things[:SHOWN_NAMES])) + more

@@ -14,6 +14,7 @@ from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
@@ -105,6 +106,7 @@ class TrainerSlots:
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
         self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
 
@@ -139,6 +141,10 @@ class TrainerSlots:
                 slot.convert(state)
         for batch in self._batches:
             batch.convert(state)
+
+    def nonfinite(self) -> tuple[NonFinite, ...]:
+        """Tensors of this rank's slots with values that are NaN or infinite, as converted. Waits for the device."""
+        return self._finite.find()
 
     def _warm_up(self) -> None:
         """Compile the kernels of every treatment here, so that the first publish does not."""
