@@ -22,12 +22,13 @@ from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
 from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
 
-__all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
+__all__ = ["BusyError", "LoraMerge", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class TrainerAgent:
         rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
         process_group: for the collectives of publish; None for the default group.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        lora: how adapters are merged into their weights, where the source is no peft model (which says it itself).
         ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
         nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
@@ -76,6 +78,7 @@ class TrainerAgent:
         world: int = 1,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        lora: Sequence[LoraMerge] = (),
         ignore: Sequence[str] = (),
         nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
@@ -83,14 +86,13 @@ class TrainerAgent:
     ) -> None:
         if nonfinite not in get_args(OnNonFinite):
             raise ValueError(f"nonfinite={nonfinite!r}; it is one of {', '.join(get_args(OnNonFinite))}")
-        self._source = TrainerSource(source, ignore=ignore)
+        self._source = TrainerSource(source, lora=lora, ignore=ignore)
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group
         self._publish_seconds, self._nonfinite = publish_seconds, nonfinite
         self._generation = agree_on(secrets.randbits(62), process_group)
-        state = self._source.state()
-        self.slots = TrainerSlots(state, table, options=options, rank=rank, world=world)
-        self._source.account_for(state, self.slots.read)
+        self.slots = TrainerSlots(self._source.values(), table, options=options, rank=rank, world=world)
+        self._source.account_for(self._source.state(), self.slots.read)
         warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         self._last: Publication | None = None
         self._steps: set[int] = set()
@@ -188,7 +190,7 @@ class TrainerAgent:
         """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
         with torch.no_grad():
-            self.slots.convert(self._source.state())
+            self.slots.convert(self._source.values())
         self._synchronise()
         self._judge_numbers(version)
         convert_seconds = time.monotonic() - began

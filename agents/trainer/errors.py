@@ -58,6 +58,14 @@ class UnreadTensors(TrainerError):
         self.names = tuple(names)
 
 
+class AdapterError(TrainerError):
+    """Adapters that cannot be merged into a weight of the module ``name``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name!r}: {reason}")
+        self.name = name
+
+
 class NonFiniteWeights(TrainerError):
     """Converted weights that are NaN or infinite, where the option ``nonfinite`` refuses them."""
 

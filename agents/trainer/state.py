@@ -4,8 +4,11 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from weightsync.agents.trainer.errors import AmbiguousName
+from weightsync.agents.trainer.slots.merged import Merge, MergedState
+from weightsync.agents.trainer.sources.lora import LoraMerge, Merges, declared_merges, peft_merges
 from weightsync.agents.trainer.sources.modules import module_tensors
-from weightsync.agents.trainer.sources.names import plain_state
+from weightsync.agents.trainer.sources.names import plain_names, plain_state
 from weightsync.agents.trainer.sources.unread import refuse_trained, unread
 
 StateSource = Callable[[], Mapping[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
@@ -31,19 +34,49 @@ class TrainerSource:
     """What a training script gave to publish from, read anew at each publish.
 
     Args:
-        source: the model, a mapping, or a callable that returns the current state.
+        source: the model, a mapping, or a callable that returns the current state. The adapters of a peft model are
+            merged without further words.
+        lora: how adapters of other names, or of a mapping, are merged; the first rule that fits a module counts.
         ignore: patterns (``fnmatch``) of names that no engine is to get although they are trained: value heads,
             prediction layers.
     """
 
-    def __init__(self, source: StateSource, *, ignore: Sequence[str] = ()) -> None:
+    def __init__(self, source: StateSource, *, lora: Sequence[LoraMerge] = (), ignore: Sequence[str] = ()) -> None:
         self._source = source
+        self._lora = tuple(lora)
         self._ignore = tuple(ignore)
         self._told: tuple[str, ...] = ()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See ``current_state``."""
-        return current_state(self._source)
+        """The tensors by the model's own names; in place of merged weights their bases. No rank waits for another.
+
+        Raises:
+            UnfitTensor, AmbiguousName: see ``current_state``.
+            AdapterError: adapters that cannot be merged.
+        """
+        return self._read()[0]
+
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """As ``state``, with adapters merged. Collective where adapters are sharded."""
+        bare, merges, factors = self._read()
+        return MergedState(bare, merges, factors) if merges else bare
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Merge], dict[str, torch.Tensor]]:
+        """The state without adapters, the merges, and the adapters' own tensors."""
+        merges: dict[str, Merge] = {}
+        if isinstance(self._source, torch.nn.Module):
+            given = module_tensors(self._source)
+            everything = plain_state(given)
+            own = peft_merges(self._source, plain_names(given), everything)
+            state = _without(everything, own)
+            merges |= own.merges
+        else:
+            state = everything = current_state(self._source)
+        if self._lora:
+            declared = declared_merges(state, self._lora)
+            state = _without(state, declared)
+            merges |= declared.merges
+        return state, merges, everything
 
     def account_for(self, state: Mapping[str, torch.Tensor], read: Collection[str]) -> None:
         """That all that is trained is among ``read``; whatever else nobody reads is logged when it changes.
@@ -56,3 +89,19 @@ class TrainerSource:
         if left != self._told:
             self._told = left
             log.info("%d tensors of the trainer are read by nobody: %s", len(left), ", ".join(left))
+
+
+def _without(state: dict[str, torch.Tensor], found: Merges) -> dict[str, torch.Tensor]:
+    """The state by the names that the model has without its adapters.
+
+    Raises:
+        AmbiguousName: the state has that name already.
+    """
+    left: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        short = found.renamed.get(name, name)
+        if name in found.consumed:
+            continue
+        if left.setdefault(short, tensor) is not tensor:
+            raise AmbiguousName(name, short, short)
+    return left

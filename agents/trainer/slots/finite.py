@@ -34,7 +34,7 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Watched:
     """What shows a tensor's state: its values, or the scales of its blocks, which are NaN where a value was none."""
 
     tensor: str
@@ -74,7 +74,7 @@ class FiniteCheck:
         ordered = [spans[n].double() for n in range(len(views))]
         return torch.stack(ordered).isfinite().tolist() if ordered else []  # waits for the device once
 
-    def _count(self, watched: _Place) -> NonFinite:
+    def _count(self, watched: Watched) -> NonFinite:
         values = _view(self._arena, [watched])
         wrong = ~values.isfinite() if values.dtype.is_floating_point else values == 255
         return NonFinite(watched.tensor, int(wrong.sum()), values.numel(), watched.blocks)
@@ -89,18 +89,18 @@ def _span(view: torch.Tensor) -> torch.Tensor:
     return torch.where(high == 255, torch.inf, 0.0)
 
 
-def _watched(slots: Iterable[Slot]) -> Iterator[_Place]:
+def _watched(slots: Iterable[Slot]) -> Iterator[Watched]:
     for slot in slots:
         for place in slot.places:
             shown = place.scales or place.values
             if shown.nbytes:
-                yield _Place(slot.spec.dst, place.scales is not None, shown)
+                yield Watched(slot.spec.dst, place.scales is not None, shown)
 
 
-def _runs(watched: Sequence[_Place]) -> Iterator[list[_Place]]:
+def _runs(watched: Sequence[Watched]) -> Iterator[list[Watched]]:
     """Neighbours of one dtype with nothing but padding between them, together."""
     number, end, size = 0, 0, 0
-    numbered: list[tuple[int, _Place]] = []
+    numbered: list[tuple[int, Watched]] = []
     for each in watched:
         before = numbered[-1][1] if numbered else None
         apart = before is None or before.place.dtype != each.place.dtype or each.place.offset - end >= ALIGNMENT
@@ -112,7 +112,7 @@ def _runs(watched: Sequence[_Place]) -> Iterator[list[_Place]]:
         yield [each for _, each in together]
 
 
-def _view(arena: torch.Tensor, run: Sequence[_Place]) -> torch.Tensor:
+def _view(arena: torch.Tensor, run: Sequence[Watched]) -> torch.Tensor:
     """All of a run in its dtype; exponents as the bytes that they are."""
     start, last = run[0].place.offset, run[-1].place
     dtype = last.dtype

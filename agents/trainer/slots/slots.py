@@ -16,6 +16,7 @@ from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
+from weightsync.agents.trainer.slots.merged import MergedState, together
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
@@ -91,14 +92,12 @@ class TrainerSlots:
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
         self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
-        for key in self.read:
-            refuse_unfit(key, state[key], values=allocate is None)
-        shares = {key: local_share(key, state[key]) for key in self.read}
+        shares = {key: _share(key, state[key], values=allocate is None) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
-        make = allocate or _allocator_for([state[key] for key in shares])
+        make = allocate or _allocator_for([_bare(state)[key] for key in shares])
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         self.arenas = [make(max(plan.size, ALIGNMENT))]
         if options.staging_bytes and self.primary:
@@ -120,6 +119,7 @@ class TrainerSlots:
             UnfitTensor: a tensor can be no weight as it is now.
             ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
         """
+        state = _bare(state)
         for key in self.read:
             if key in state:  # what is missing is the slots' to say
                 refuse_unfit(key, state[key])
@@ -164,6 +164,16 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
+def _bare(state: State) -> State:
+    """The state with bases in place of merged weights: of the same shapes, shards and devices; merging costs."""
+    return state.bare if isinstance(state, MergedState) else state
+
+
+def _share(key: str, tensor: torch.Tensor, *, values: bool) -> LocalShare:
+    refuse_unfit(key, tensor, values=values)
+    return local_share(key, tensor)
+
+
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
     """This rank and the number of ranks: as given, else torch.distributed's, else alone."""
     distributed = dist.is_available() and dist.is_initialized()
@@ -178,7 +188,10 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
     """All slots that need no other rank, one batch for each treatment."""
     local = [slot for slot in slots if slot.kind != "gathered"]
     for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
-        yield LocalBatch([slot for slot in local if slot.spec.quantization == treatment], state)
+        alike = [slot for slot in local if slot.spec.quantization == treatment]
+        for group in together([[source.key for source in slot.spec.sources] for slot in alike], state):
+            if group:
+                yield LocalBatch([alike[number] for number in group], state)
 
 
 def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
