@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ CONNECT_ATTEMPTS: Final = 5
 
 GROUP_RETRY_SECONDS: Final = 1.0
 """Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
+
+WELCOME_LOOK_SECONDS: Final = 0.25
+"""While the first Welcome is waited for: between two looks at anything else."""
+
+REJECTIONS: Final = 4
+"""Of a token, in a row, after which the first Welcome is not waited for; one that is being replaced takes less."""
 
 STOP_SECONDS: Final = 10.0
 """For the thread to end after ``close``."""
@@ -126,19 +133,36 @@ class AgentThread(Generic[SideT]):
     def start(self) -> None:
         self._thread.start()
 
-    def wait_welcome(self, seconds: float) -> Welcome:
+    def wait_welcome(self, seconds: float, look: Callable[[], None] | None = None) -> Welcome:
         """The first Welcome.
+
+        Args:
+            seconds: total deadline; a token that the daemon keeps rejecting ends the wait before it.
+            look: called every WELCOME_LOOK_SECONDS; what it raises ends the wait.
 
         Raises:
             TimeoutError: none came in time; says why the last attempt had failed.
             RefusedForGood: the daemon does not want this agent.
         """
-        try:
-            return self._welcome.result(timeout=seconds)
-        except TimeoutError:
-            trouble = self._client.trouble if self._client is not None else ""
-            why = f"no Welcome from {self._address.url} within {seconds:g} s"
-            raise TimeoutError(f"{self.identity.member}: {why}; the last attempt: {trouble or 'under way'}") from None
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            try:
+                return self._welcome.result(timeout=max(0.0, min(seconds - waited, WELCOME_LOOK_SECONDS)))
+            except TimeoutError:
+                rejected = self._client is not None and self._client.rejections >= REJECTIONS
+                if waited >= seconds or rejected:
+                    why = f"no Welcome from {self._address.url} within {waited:.0f} s"
+                    last = f"the last attempt: {self.trouble or 'under way'}"
+                    raise TimeoutError(f"{self.identity.member}: {why}; {last}") from None
+            if look is not None:
+                look()
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no connection to the daemon; empty while there is one, or while the first is made."""
+        client = self._client
+        return client.trouble if client is not None and not client.connected else ""
 
     def call(self, work: Callable[[], T], seconds: float = STOP_SECONDS) -> T:
         """Run ``work`` on the agent's thread and wait for its result."""

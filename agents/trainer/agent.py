@@ -1,29 +1,36 @@
 """TrainerAgent: publishes versions from one trainer rank.
 
-Everything collective runs on the caller's thread inside ``publish``, on all ranks in one order; the agent's own thread
-only writes what it is granted. Slots are separate memory, so training goes on while they are being sent.
+Everything collective runs on the caller's thread, on all ranks in one order, and only after all ranks have agreed that
+they come; the agent's own thread only writes what it is granted. Slots are separate memory, so training goes on while
+they are being sent.
 """
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self, SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
+from weightsync.agents.link.token import read_token
 from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.markers import write_stable
-from weightsync.agents.trainer.models.table import ModelTable
+from weightsync.agents.trainer.models.table import ConfigSource, ModelTable
+from weightsync.agents.trainer.options import StrPath, TrainerSettings, TrainerSettingsError, trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
+from weightsync.agents.trainer.replicas import Ranks
 from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
+from weightsync.agents.trainer.step import step_number
+from weightsync.agents.trainer.tables import table_of
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -32,79 +39,123 @@ __all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
 
-BUSY: Final = "busy: "
-"""How a rank tells the others that waiting helps."""
-
 CONNECT_SECONDS: Final = 60.0
 """For the daemon's first Welcome; the daemon may start after the trainer."""
 
+RANKS_SECONDS: Final = 600.0
+"""For the slowest rank to come to an agreement: it may be loading its weights, or be a step behind."""
+
+END_SECONDS: Final = 30.0
+"""For the slowest rank to hear the end of a version that another rank has heard."""
+
+CLOSE_SECONDS: Final = 30.0
+"""For the open grant to be closed when the agent is; the slots are kept for as long as it is not."""
+
+CLOSE_POLL_SECONDS: Final = 0.02
+
+COMMITTED, FAILED = "committed ", "failed "
+"""How a rank tells the others what it has heard of a version."""
+
 
 class TrainerAgent:
-    """One per trainer rank, made on all ranks together (slots of sharded tensors agree on sizes collectively).
+    """One per trainer rank, made on all ranks of ``process_group`` together, and closed or left by ``with``.
+
+    What is not given as an argument comes from the environment or a small file: see ``options.trainer_settings``. A
+    rank that fails, in here or in ``publish``, or is interrupted, ends the call on all others within seconds.
 
     Args:
         source: the model, or a callable that returns the current state dict (plain tensors or DTensors) by the
             trainer's own names; asked at every publish.
-        table: how these become checkpoint tensors.
+        table: how these become checkpoint tensors, or the model's configuration; None: its own ``config``.
         hub_url: ``ws://host:port/agents`` of the daemon.
         token_file: file with the bearer token.
-        run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``.
-        rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
-        process_group: for the collectives of publish; None for the default group.
+        run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``, which the daemon must see, too.
+        process_group: the trainer's ranks; None for the default group, or this process alone without one.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
         publish_seconds: total deadline of ``publish``.
+        connect_seconds: for the first Welcome.
 
     Raises:
+        ReplicaFailed: another rank failed; with its number and reason.
+        TrainerSettingsError: something is given nowhere, or the run directory does not exist.
         RefusedForGood: the daemon does not want this rank (another run, a wrong world size).
-        TimeoutError: no daemon within CONNECT_SECONDS.
+        TimeoutError: no daemon within ``connect_seconds``.
         Errors of the table and the slots, each with the tensor's name.
     """
 
     def __init__(
         self,
         source: nn.Module | Callable[[], Mapping[str, torch.Tensor]],
-        table: ModelTable,
+        table: ModelTable | ConfigSource | None = None,
         *,
-        hub_url: str,
-        token_file: Path,
-        run_id: str,
-        run_dir: Path,
-        rank: int = 0,
-        world: int = 1,
+        hub_url: str | None = None,
+        token_file: StrPath | None = None,
+        run_id: str | None = None,
+        run_dir: StrPath | None = None,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
         self._source = source
-        self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
-        self._group = process_group
         self._publish_seconds = publish_seconds
-        self._generation = agree_on(secrets.randbits(62), process_group)
-        self.slots = TrainerSlots(self._state(), table, options=options, rank=rank, world=world)
-        warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
-        self._last: Publication | None = None
-        self._steps: set[int] = set()
-        senders = [n for n, says in enumerate(gather_texts(str(self.slots.primary), process_group)) if says == "True"]
+        self._ranks = Ranks(process_group)
         self._agent: AgentThread[TrainerSide] | None = None
-        if self.slots.primary:
-            member = Member("trainer", "", senders.index(rank))
-            self._start(Identity(run_id, member, len(senders), self._generation), ControlAddress(hub_url, token_file))
-            self._await_welcome(connect_seconds)
+        self._last: Publication | None = None
+        self._committed: set[int] = set()
+        try:
+            with self._ranks.section():
+                self._settings = trainer_settings(hub_url, token_file, run_id, run_dir)
+                read_token(self._settings.token_file)
+                self._generation = self._agreed_start()
+                # Before the ranks meet, since what is made of a state may be collective.
+                state, made = self._state(), table_of(source, table)
+                self._ranks.agree(seconds=RANKS_SECONDS)
+                self.slots = TrainerSlots(state, made, options=options)
+                warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits
+                self._connect(connect_seconds)
+                self._ranks.agree(seconds=RANKS_SECONDS)
+        except BaseException:
+            if self._agent is not None:
+                self._agent.close("a trainer rank could not start")
+            self._ranks.close()
+            raise
 
-    def _start(self, identity: Identity, address: ControlAddress) -> None:
-        memory = source_of(self.slots, identity.member, identity.world)
+    def _agreed_start(self) -> int:
+        """The generation, drawn by the first rank, of ranks that agree on where they belong."""
+        where, drawn = (self._settings.hub_url, self._settings.run_id), secrets.randbits(62)
+        said = self._ranks.agree(f"{drawn} {' '.join(where)}", seconds=RANKS_SECONDS)
+        first = said[0].partition(" ")[2]
+        for rank, text in enumerate(said):
+            if text.partition(" ")[2] != first:
+                other = text.partition(" ")[2]
+                raise ReplicaFailed(rank, f"its hub_url and run_id are {other!r}, those of rank 0 are {first!r}")
+        return int(said[0].partition(" ")[0])
+
+    def _connect(self, seconds: float) -> None:
+        """Start the agent's thread, on ranks that hold slots, and wait until the daemon has taken it in."""
+        said = self._ranks.agree(str(self.slots.primary), seconds=RANKS_SECONDS)
+        senders = [rank for rank, primary in enumerate(said) if primary == str(True)]
+        if not self.slots.primary:
+            return
+        member = Member("trainer", "", senders.index(self._ranks.rank))
+        identity = Identity(self._settings.run_id, member, len(senders), self._generation)
+        memory = source_of(self.slots, member, len(senders))
         size = self.slots.arenas[ARENA_REGION].numel()
+        address = ControlAddress(self._settings.hub_url, self._settings.token_file)
         self._agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
         self._agent.start()
+        welcome = self._agent.wait_welcome(seconds, look=self._ranks.look)
+        if self._ranks.rank == 0:
+            _compare_run_dirs(self._settings, welcome.run_dir)
 
-    def _await_welcome(self, seconds: float) -> None:
-        assert self._agent is not None
-        try:
-            self._agent.wait_welcome(seconds)
-        except BaseException:
-            self._agent.close("no Welcome")
-            raise
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _state(self) -> Mapping[str, torch.Tensor]:
         return current_state(self._source)
@@ -114,8 +165,11 @@ class TrainerAgent:
         """Of this start of the trainer; part of every version's identity."""
         return self._generation
 
-    def publish(self, step: int) -> int:
+    def publish(self, step: SupportsIndex) -> int:
         """Convert the current weights, have them written into the engines, and return when they serve.
+
+        Args:
+            step: an integer of any kind, the same on all ranks; one whose version FAILED may be published again.
 
         Returns:
             The commit sequence number.
@@ -124,84 +178,166 @@ class TrainerAgent:
             PublishError: the version is FAILED, or the deadline passed; on every rank.
             BusyError: an earlier ``publish_async`` has not ended.
         """
-        began = time.monotonic()
-        try:
-            with leave_together(self._group):
-                publication = self.publish_async(step)
-                sequence = publication.wait(max(0.1, self._publish_seconds - (time.monotonic() - began)))
-        except ReplicaFailed as error:
-            raise PublishError(str(error)) from error
-        return agree_on(sequence, self._group)
+        ends = time.monotonic() + self._publish_seconds
+        with self._publishing(step):
+            publication = self._stage_together(step)
+            heard = self._hear(publication, ends)
+            return _agreed_end(self._ranks.agree(heard, seconds=max(0.0, ends - time.monotonic()) + END_SECONDS))
 
-    def publish_async(self, step: int) -> Publication:
+    def publish_async(self, step: SupportsIndex) -> Publication:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
-        version = Version(self._generation, step)
-        # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-        with self._together(version):
-            self._claim_slots(step)
-        # … and after, so that STABLE speaks for all.
-        with self._together(version):
-            convert_seconds, digest_seconds = self._stage(version)
-        self._steps.add(step)
-        publication = Publication(version, self._report(version, convert_seconds, digest_seconds))
-        if self._rank == 0:
-            write_stable(self._run_dir, self._run_id, version)
-        self._last = publication
-        return publication
+        with self._publishing(step):
+            return self._stage_together(step)
 
     def close(self) -> None:
-        """Leave the fleet. Slots are freed only when no write of ours is in flight."""
-        if self._agent is not None:
-            self._agent.close("the trainer closed its agent")
+        """Leave the fleet, once the open grant is closed. While something is still written from the slots, for longer
+        than CLOSE_SECONDS, they and the agent's thread are kept until this process ends."""
+        self._ranks.close()
+        if self._agent is None or self._agent.failure is not None:
+            return
+        agent, ends = self._agent, time.monotonic() + CLOSE_SECONDS
+        while not agent.call(agent.side.retire):
+            if time.monotonic() >= ends:
+                log.warning("a write from the slots is in flight after %g s; they are kept", CLOSE_SECONDS)
+                return
+            time.sleep(CLOSE_POLL_SECONDS)
+        agent.close("the trainer closed its agent")
 
-    def _report(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
-        """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
-        if self._agent is None:
-            nothing: Future[int] = Future()
-            nothing.set_result(0)
-            return nothing
-        side = self._agent.side
-        return self._agent.call(lambda: side.staged(version, convert_seconds, digest_seconds))
+    # ---------------------------------------------------------------------------------------- one version, on all ranks
+    @contextmanager
+    def _publishing(self, step: SupportsIndex) -> Iterator[None]:
+        """A section that all ranks leave by an error of one kind if one of them does; an interrupt stays its own."""
+        try:
+            with self._ranks.section():
+                yield
+        except ReplicaFailed as error:
+            kind = BusyError if error.reason.startswith(BusyError.__name__) else PublishError
+            raise kind(f"step {step} was not published: {error}") from error
+        except PublishError:
+            raise
+        except Exception as error:
+            log.exception("rank %d cannot publish step %s", self._ranks.rank, step)
+            why = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+            raise PublishError(f"step {step} was not published: {why}") from error
 
-    def _claim_slots(self, step: int) -> None:
-        if step in self._steps:
-            raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
-        self.slots.check(self._state())
+    def _stage_together(self, step: SupportsIndex) -> Publication:
+        """The version in the slots of all ranks, announced to the daemon."""
+        version = Version(self._generation, step_number(step))
+        state = self._state()
+        self.slots.check(state)
+        self._reserve(version.step)
+        try:
+            # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
+            self._same_step(self._ranks.agree(str(version.step), seconds=RANKS_SECONDS))
+        except BaseException:
+            self._release()
+            raise
+        self._take()
+        with held_interrupts():
+            convert_seconds, digest_seconds = self._stage(version, state)
+        # … and after, so that STABLE speaks for all. It comes before STAGED, without which the daemon does not heed it.
+        self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version))
+        self._last = self._report(version, convert_seconds, digest_seconds)
+        return self._last
+
+    def _reserve(self, step: int) -> None:
+        """That this rank's slots may be filled with ``step``; grants wait from here on.
+
+        Raises:
+            PublishError: the step is committed, or the agent has ended.
+            BusyError: the version before has not ended, or is still being written.
+        """
         if self._agent is None:
             return
         if self._agent.failure is not None:
-            raise PublishError(f"the agent of rank {self._rank} has ended: {self._agent.failure}")
-        if self._last is not None and not self._last.done():
-            raise BusyError(f"{self._last.version} has not ended")
-        if not self._agent.call(self._agent.side.claim):
+            raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
+        if self._last is not None:
+            if not self._last.done():
+                raise BusyError(f"{self._last.version} has not ended")
+            if self._last.committed():
+                self._committed.add(self._last.version.step)
+        if step in self._committed:
+            raise PublishError(f"step {step} is committed already; a step names one version for good")
+        if not self._agent.call(self._agent.side.reserve):
             raise BusyError("a write from the slots is still in flight")
 
-    def _stage(self, version: Version) -> tuple[float, float]:
+    def _release(self) -> None:
+        if self._agent is not None and self._agent.failure is None:
+            self._agent.post(self._agent.side.release)
+
+    def _take(self) -> None:
+        # Posted, not called: grants wait since ``_reserve``, so that nothing can come in between.
+        if self._agent is not None:
+            self._agent.post(self._agent.side.take)
+
+    def _same_step(self, said: tuple[str, ...]) -> None:
+        for rank, text in enumerate(said):
+            if text != said[0]:
+                raise PublishError(f"rank {rank} publishes step {text}, rank 0 step {said[0]}: give all ranks one step")
+
+    def _stage(self, version: Version, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
         with torch.no_grad():
-            self.slots.convert(self._state())
+            self.slots.convert(state)
         self._synchronise()
         convert_seconds = time.monotonic() - began
         return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
+
+    def _mark(self, version: Version) -> None:
+        write_stable(self._settings.run_dir, self._settings.run_id, version)
+
+    def _report(self, version: Version, convert_seconds: float, digest_seconds: float) -> Publication:
+        """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
+        outcome: Future[int] = Future()
+        if self._agent is None:
+            outcome.set_result(0)
+            return Publication(version, outcome)
+        side = self._agent.side
+        # Posted, not called: a busy thread must not make this rank fail where the others go on.
+        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome))
+        return Publication(version, outcome)
+
+    def _hear(self, publication: Publication, ends: float) -> str:
+        """What becomes of the version, as this rank hears it; empty on ranks without an agent."""
+        if self._agent is None:
+            return ""
+        try:
+            return f"{COMMITTED}{publication.wait(max(0.1, ends - time.monotonic()), look=self._look)}"
+        except PublishError as error:
+            return f"{FAILED}{error}"
+
+    def _look(self) -> None:
+        """While the version is on its way: whether all ranks and this one's agent are still there."""
+        self._ranks.look()
+        if self._agent is not None and self._agent.failure is not None:
+            raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
             torch.cuda.synchronize()
 
-    @contextmanager
-    def _together(self, version: Version) -> Iterator[None]:
-        """All ranks leave the section, or all raise: one collective, reached on every path."""
-        trouble = ""
-        try:
-            yield
-        except BusyError as error:
-            trouble = f"{BUSY}{error}"
-        except Exception as error:
-            log.exception("rank %d cannot stage %s", self._rank, version)
-            trouble = f"{type(error).__name__}: {error}"
-        wrong = {rank: text for rank, text in enumerate(gather_texts(trouble, self._group)) if text}
-        if wrong:
-            rank, text = next(iter(wrong.items()))
-            kind = BusyError if all(text.startswith(BUSY) for text in wrong.values()) else PublishError
-            raise kind(f"{version} is not staged by {len(wrong)} of {self._world} ranks; rank {rank}: {text}")
+
+def _agreed_end(heard: tuple[str, ...]) -> int:
+    """The commit sequence number, if any rank has heard of it: the daemon says so only of what all engines serve.
+
+    Raises:
+        PublishError: no rank has, with the first reason.
+    """
+    numbers = [int(text.removeprefix(COMMITTED)) for text in heard if text.startswith(COMMITTED)]
+    if numbers:
+        return max(numbers)
+    raise PublishError(next((text.removeprefix(FAILED) for text in heard if text), "no rank has an agent"))
+
+
+def _compare_run_dirs(settings: TrainerSettings, theirs: str) -> None:
+    """Tell at once that markers will not be seen. The same directory may have two paths on two hosts.
+
+    Raises:
+        TrainerSettingsError: the trainer's does not exist.
+    """
+    ours = settings.run_dir
+    if not ours.is_dir():
+        raise TrainerSettingsError(f"run_dir {ours} is no directory on this host; the daemon watches {theirs}")
+    if os.path.realpath(ours) != os.path.realpath(theirs) and not (os.path.exists(theirs) and ours.samefile(theirs)):
+        log.warning("run_dir is %s here, the daemon watches %s: no version begins unless they are one", ours, theirs)

@@ -60,16 +60,36 @@ class TrainerSide:
         self._fingerprint = ""
         self._staged: Version | None = None
         self._open: RoundName | None = None
+        self._reserved = False
+        self._closing = False
+        self._waiting: list[Grant] = []
+        """Grants that came while the slots were reserved; the daemon gives one at a time."""
         self._outcome: Future[int] | None = None
         self._digests: tuple[str, Version, dict[Member, Digest]] | None = None
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
-    def claim(self) -> bool:
-        """Take the slots for the next version; false while something is written from them."""
+    def reserve(self) -> bool:
+        """Ask for the slots for the next version; false while something is written from them.
+
+        From then on grants wait: all ranks have to agree first that they begin the next version, and until then one
+        that refuses a grant would tear an engine that the others write to. ``take`` or ``release`` must follow.
+        """
         if self._open is not None or self._in_flight():
             return False
-        self._staged = None
+        self._reserved = True
         return True
+
+    def take(self) -> None:
+        """Every rank has reserved its slots: they hold no version any more."""
+        self._staged = None
+        self.release()
+
+    def release(self) -> None:
+        """The slots are not needed after all, or taken: grants that waited are judged by what the slots hold now."""
+        self._reserved = False
+        waiting, self._waiting = self._waiting, []
+        for grant in waiting:
+            self._link.spawn(self._write(grant))
 
     def prepare(self, version: Version) -> float:
         """Before STAGED, on the trainer's thread: digest what will be sent, as far as edges are known, and have the
@@ -79,10 +99,10 @@ class TrainerSide:
         self._senders.current.stage(version)
         return time.monotonic() - began
 
-    def staged(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
-        """Tell the daemon; the future is the commit sequence number, or PublishError."""
+    def staged(self, version: Version, convert_seconds: float, digest_seconds: float, outcome: "Future[int]") -> None:
+        """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
         self._staged = version
-        self._outcome = Future()
+        self._outcome = outcome
         self._link.send(
             Staged(
                 version=version,
@@ -91,7 +111,11 @@ class TrainerSide:
                 digest_seconds=digest_seconds,
             )
         )
-        return self._outcome
+
+    def retire(self) -> bool:
+        """Obey no further grant; whether the last one is closed, so that nothing reads the slots any more."""
+        self._closing = True
+        return self._open is None and not self._in_flight()
 
     # ----------------------------------------------------------------------------------------- ``link.side.AgentSide``
     def status(self) -> TrainerStatus:
@@ -111,6 +135,8 @@ class TrainerSide:
 
     def heard(self, message: FromDaemon) -> None:
         match message:
+            case Grant() if self._reserved:
+                self._waiting.append(message)
             case Grant():
                 self._link.spawn(self._write(message))
             case Outcome():
@@ -146,6 +172,8 @@ class TrainerSide:
             return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self._link.epoch}"
         if grant.fingerprint != self._fingerprint:
             return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
+        if self._closing:
+            return "this trainer rank is closing its agent"
         if self._open is not None:
             return f"round {self._open} is still being written"
         if self._staged != grant.version:

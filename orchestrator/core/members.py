@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.codec import SchemaMismatch
+from weightsync.orchestrator.protocol.codec import SchemaMismatch, cut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -172,6 +172,7 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         lost_after_heartbeats=policy.lost_after,
         transport=policy.transport,
         rendezvous=rendezvous,
+        run_dir=cut(policy.run_dir),
     )
 
 

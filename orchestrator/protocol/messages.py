@@ -205,6 +205,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
+    run_dir: Reason = ""
+    """The run directory, as the daemon's host names it; a trainer compares it with its own."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
