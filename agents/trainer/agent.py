@@ -103,6 +103,8 @@ class TrainerAgent:
         self._agent: AgentThread[TrainerSide] | None = None
         self._last: Publication | None = None
         self._committed: set[int] = set()
+        self._failures: dict[int, int] = {}
+        """Steps whose versions FAILED, and how often."""
         try:
             with self._ranks.section():
                 self._settings = trainer_settings(hub_url, token_file, run_id, run_dir)
@@ -228,7 +230,8 @@ class TrainerAgent:
         self._reserve(version.step)
         try:
             # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-            self._same_step(self._ranks.agree(str(version.step), seconds=RANKS_SECONDS))
+            mine = f"{version.step} {self._failures.get(version.step, 0)}"
+            restaged = _agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
         except BaseException:
             self._release()
             raise
@@ -236,8 +239,8 @@ class TrainerAgent:
         with held_interrupts():
             convert_seconds, digest_seconds = self._stage(version, state)
         # … and after, so that STABLE speaks for all. It comes before STAGED, without which the daemon does not heed it.
-        self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version))
-        self._last = self._report(version, convert_seconds, digest_seconds)
+        self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version, restaged))
+        self._last = self._report(version, convert_seconds, digest_seconds, restaged)
         return self._last
 
     def _reserve(self, step: int) -> None:
@@ -254,12 +257,20 @@ class TrainerAgent:
         if self._last is not None:
             if not self._last.done():
                 raise BusyError(f"{self._last.version} has not ended")
-            if self._last.committed():
-                self._committed.add(self._last.version.step)
+            self._book(self._last)
         if step in self._committed:
             raise PublishError(f"step {step} is committed already; a step names one version for good")
         if not self._agent.call(self._agent.side.reserve):
             raise BusyError("a write from the slots is still in flight")
+
+    def _book(self, ended: Publication) -> None:
+        """What became of the last version. One that FAILED may be staged again, and the daemon is told how often."""
+        step, self._last = ended.version.step, None
+        if ended.committed():
+            self._committed.add(step)
+            self._failures.pop(step, None)
+        else:
+            self._failures[step] = self._failures.get(step, 0) + 1
 
     def _release(self) -> None:
         if self._agent is not None and self._agent.failure is None:
@@ -270,11 +281,6 @@ class TrainerAgent:
         if self._agent is not None:
             self._agent.post(self._agent.side.take)
 
-    def _same_step(self, said: tuple[str, ...]) -> None:
-        for rank, text in enumerate(said):
-            if text != said[0]:
-                raise PublishError(f"rank {rank} publishes step {text}, rank 0 step {said[0]}: give all ranks one step")
-
     def _stage(self, version: Version, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
@@ -284,10 +290,10 @@ class TrainerAgent:
         convert_seconds = time.monotonic() - began
         return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
 
-    def _mark(self, version: Version) -> None:
-        write_stable(self._settings.run_dir, self._settings.run_id, version)
+    def _mark(self, version: Version, restaged: int) -> None:
+        write_stable(self._settings.run_dir, self._settings.run_id, version, restaged)
 
-    def _report(self, version: Version, convert_seconds: float, digest_seconds: float) -> Publication:
+    def _report(self, version: Version, convert_seconds: float, digest_seconds: float, restaged: int) -> Publication:
         """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
         outcome: Future[int] = Future()
         if self._agent is None:
@@ -295,7 +301,7 @@ class TrainerAgent:
             return Publication(version, outcome)
         side = self._agent.side
         # Posted, not called: a busy thread must not make this rank fail where the others go on.
-        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome))
+        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome, restaged))
         return Publication(version, outcome)
 
     def _hear(self, publication: Publication, ends: float) -> str:
@@ -316,6 +322,19 @@ class TrainerAgent:
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
             torch.cuda.synchronize()
+
+
+def _agreed_staging(said: tuple[str, ...]) -> int:
+    """How often the one step that all ranks give was staged before; ranks without an agent do not know.
+
+    Raises:
+        PublishError: the ranks give different steps.
+    """
+    steps = [text.split()[0] for text in said]
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise PublishError(f"rank {rank} publishes step {step}, rank 0 step {steps[0]}: give all ranks one step")
+    return max(int(text.split()[1]) for text in said)
 
 
 def _agreed_end(heard: tuple[str, ...]) -> int:

@@ -59,6 +59,7 @@ class TrainerSide:
         self._using_sender = asyncio.Lock()
         self._fingerprint = ""
         self._staged: Version | None = None
+        self._restaged = 0
         self._open: RoundName | None = None
         self._reserved = False
         self._closing = False
@@ -99,9 +100,16 @@ class TrainerSide:
         self._senders.current.stage(version)
         return time.monotonic() - began
 
-    def staged(self, version: Version, convert_seconds: float, digest_seconds: float, outcome: "Future[int]") -> None:
+    def staged(
+        self,
+        version: Version,
+        convert_seconds: float,
+        digest_seconds: float,
+        outcome: "Future[int]",
+        restaged: int = 0,
+    ) -> None:
         """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
-        self._staged = version
+        self._staged, self._restaged = version, restaged
         self._outcome = outcome
         self._link.send(
             Staged(
@@ -109,6 +117,7 @@ class TrainerSide:
                 bytes=self._staged_bytes,
                 convert_seconds=convert_seconds,
                 digest_seconds=digest_seconds,
+                restaged=restaged,
             )
         )
 
@@ -119,7 +128,7 @@ class TrainerSide:
 
     # ----------------------------------------------------------------------------------------- ``link.side.AgentSide``
     def status(self) -> TrainerStatus:
-        return TrainerStatus(staged=self._staged, open_round=self._open)
+        return TrainerStatus(staged=self._staged, open_round=self._open, restaged=self._restaged)
 
     def welcomed(self, welcome: Welcome) -> None:
         self._senders.open(welcome.transport)
@@ -225,8 +234,8 @@ class TrainerSide:
 
     def _settle(self, outcome: Outcome) -> None:
         waiting = self._outcome
-        if waiting is None or waiting.done() or outcome.version != self._staged:
-            return
+        if waiting is None or waiting.done() or outcome.version != self._staged or outcome.restaged != self._restaged:
+            return  # the outcome of an earlier staging may be told twice
         if outcome.committed:
             waiting.set_result(outcome.sequence)
         else:

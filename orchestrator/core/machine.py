@@ -144,6 +144,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             rendezvous.confirmed(agent, message)
         case Staged():
             agent.staged = message
+            endings.staged_again(turn, message.version, message.restaged)
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
             agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT

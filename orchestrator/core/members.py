@@ -101,7 +101,9 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
     hello, member = agent.hello, agent.member
     if hello.trainer is not None:
         if hello.trainer.staged is not None:
-            agent.staged = Staged(version=hello.trainer.staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
+            staged, again = hello.trainer.staged, hello.trainer.restaged
+            agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
+            endings.staged_again(turn, staged, again)
         pending = fleet.unclosed.get(member)
         still_open = hello.trainer.open_round
         if still_open is not None:

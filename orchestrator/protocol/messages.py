@@ -23,10 +23,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed."""
+    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+
+    ``restaged``: as in Staged.
+    """
 
     staged: Version | None = None
     open_round: RoundName | None = None
+    restaged: Natural = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -73,12 +77,16 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class Staged(Message, frozen=True, kw_only=True):
-    """All of this rank's slots hold ``version``, synchronised and digested."""
+    """All of this rank's slots hold ``version``, synchronised and digested.
+
+    ``restaged``: how often the version was staged before; each time it FAILED.
+    """
 
     version: Version
     bytes: Natural
     convert_seconds: float
     digest_seconds: float
+    restaged: Natural = 0
 
 
 class Quiesced(Message, frozen=True, kw_only=True):
@@ -274,12 +282,16 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one.
+
+    ``restaged``: of which staging it is; see Staged.
+    """
 
     version: Version
     committed: bool
     sequence: int = 0
     reason: Reason = ""
+    restaged: Natural = 0
 
 
 FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye

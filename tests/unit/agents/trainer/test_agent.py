@@ -224,3 +224,31 @@ def busy_on_one(rank: int, run: Run) -> tuple[str, bool]:
 
 def test_a_busy_rank_makes_all_wait_and_none_forgets_what_its_slots_hold(run: Run) -> None:
     assert [said.value for said in in_processes(2, busy_on_one, run)] == [("BusyError", True)] * 2
+
+
+def publish_again(rank: int, run: Run) -> list[str]:
+    """A version that FAILED for lack of engines is published three times in a row."""
+    heard = []
+    with run.agent() as agent:
+        for _ in range(3):
+            try:
+                agent.publish(9)
+            except PublishError as error:
+                heard.append(f"{type(error).__name__}: {error}")
+    return heard
+
+
+def test_a_step_that_failed_may_be_published_again(impatient: Run) -> None:
+    step = impatient.run_dir / "broadcasts" / "step_9"
+    for said in in_processes(2, publish_again, impatient):
+        assert said.error == "", said.text
+        assert len(said.value) == 3
+        for text in said.value:
+            assert text.startswith("PublishError")
+            assert "nobody" in text
+    log = (impatient.directory / "daemon.log").read_text()
+    assert log.count("which had failed, is staged again") == 2
+    failed, stable = (decode_manifest((step / kind).read_bytes()) for kind in ("FAILED", "STABLE"))
+    assert failed is not None
+    assert stable is not None
+    assert (failed.restaged, stable.restaged) == (2, 2)

@@ -357,3 +357,14 @@ async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: 
     assert rank.side.reserve()
     rank.side.shut()
     assert rank.wire.closed
+
+
+def test_an_outcome_of_an_earlier_staging_is_not_this_ones(rank: Any) -> None:
+    """The daemon may tell it twice, the second time when the version is staged again already."""
+    waiting: Future[int] = Future()
+    rank.side.staged(VERSION, 0.5, 0.25, waiting, 1)
+    assert rank.side.status().restaged == rank.thread.said[-1].restaged == 1
+    rank.side.heard(Outcome(version=VERSION, committed=False, reason="no engine came"))
+    assert not waiting.done()
+    rank.side.heard(Outcome(version=VERSION, committed=True, sequence=3, restaged=1))
+    assert waiting.result(0) == 3
