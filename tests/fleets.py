@@ -29,7 +29,6 @@ def policy_for(engines: Iterable[str], pairs: Iterable[tuple[str, ...]] = (), **
         "engines": tuple(EngineConfig(name, pair_of.get(name, "")) for name in engines),
         "transport": NixlSettings(),
         "group": None,
-        "run_dir": "",
         "trainer_world": None,
         **numbers,
         **more,

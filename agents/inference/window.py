@@ -1,4 +1,4 @@
-"""The window: one update call of vLLM, from the moment the worker stands still until the daemon lets it go.
+"""The window: one round in a worker, from the moment the worker stands still until the daemon lets it go.
 
 While the worker's main thread is in here it can run no batch; that is the proof of quiescence. The agent's thread
 hands it what is to be done (scatter, refresh, digest on the main thread) and the end.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Verified, Verify
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -19,13 +20,13 @@ REMEMBERED_ROUNDS: Final = 64
 """Rounds whose end is kept, so that a repeated update call gets the answer of the first."""
 
 
-class UpdateFailed(RuntimeError):
+class UpdateFailed(AgentError):
     """The round of this update call was not committed here. The daemon decides what comes next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one tokenised ``/update_weights`` asks for."""
+    """What one update call asks for."""
 
     round: RoundName
     version: Version
@@ -53,7 +54,7 @@ class Windows:
         return status.applied is not None and not status.torn and status.window is None
 
     # --------------------------------------------------------------------------------------------- the main thread
-    def hold(
+    def serve_round(
         self,
         update: Update,
         synchronise: Callable[[], None],

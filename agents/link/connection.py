@@ -12,6 +12,7 @@ import aiohttp
 from aiohttp import hdrs
 from websockets.frames import CloseCode
 from websockets.protocol import Side
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
 from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused, Welcome
@@ -37,12 +38,13 @@ class ConnectionLost(ConnectionError):
     """The connection ended, or never came to a Welcome. Retried by the client itself."""
 
 
-class RefusedForGood(RuntimeError):
+class RefusedForGood(AgentError):
     """The daemon will not take this agent in before something is changed: retrying is pointless."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(f"the daemon refused this agent for good ({refused.fault or 'no'} fault): {refused.reason}")
         self.refused = refused
+        self.fault = refused.fault
 
 
 async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> aiohttp.ClientResponse:

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, BinaryIO, Final
 
 import msgspec
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.group import (
     LENGTH_BYTES,
@@ -52,8 +53,11 @@ SHORTEST_WAIT_SECONDS: Final = 0.01
 _ARRIVED, _GO, _LEFT = b"arrived", b"go", b"left"
 
 
-class GroupError(RuntimeError):
+class GroupError(AgentError):
     """The group could not be joined or did not carry a message in time. Worth a retry with a new group."""
+
+    fault = "network"
+    retry = True
 
 
 class SpgRendezvous:

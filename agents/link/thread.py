@@ -1,6 +1,7 @@
-"""What both agents share: a thread of its own with the control channel, the rendezvous, and all calls of NIXL.
+"""What both agents share: a thread of its own with the control channel, the rendezvous, and all calls of a transport.
 
-The embedding process (a trainer rank, a vLLM worker) keeps its threads; everything of ours that waits does so here.
+The embedding process (a trainer rank, an inference worker) keeps its threads; everything of ours that waits does so
+here. What differs between the two is an ``AgentSide``, which the thread makes and calls.
 """
 
 import asyncio
@@ -14,11 +15,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
+from weightsync.agents.link.side import AgentSide
 from weightsync.orchestrator.protocol.codec import cut
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Announce,
@@ -41,10 +43,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IDLE_POLL_SECONDS: Final = 0.01
-"""Between looks at the transport when nothing is expected: only warm-ups of peers wait for it."""
+"""Between polls of the transport when nothing is expected: only warm-ups of peers wait for it."""
 
 BUSY_POLL_SECONDS: Final = 0.001
-"""While a grant is open on either side; NIXL has neither a descriptor nor a callback to wait for."""
+"""While a grant is open on either side; NIXL has neither a file descriptor nor a callback to wait for."""
 
 CONNECT_ATTEMPTS: Final = 5
 """At warming the edges up, one second longer apart each time; with the warm-ups' own deadlines about a minute."""
@@ -74,43 +76,36 @@ class ControlAddress:
     token_file: Path
 
 
-class Body(Protocol):
-    """What differs between a trainer rank and a vLLM worker. Every method runs on the agent's thread."""
-
-    def status(self) -> TrainerStatus | EngineStatus:
-        """What this rank's memory holds now."""
-
-    def welcomed(self, welcome: Welcome) -> None:
-        """The transport is known; open it on the first call."""
-
-    def announcement(self) -> tuple[Layout, str, bytes]:
-        """Layout, and name and metadata of the transport's endpoint."""
-
-    async def connect(self, connect: Connect) -> None:
-        """Prepare and warm up the edges."""
-
-    def heard(self, message: FromDaemon) -> None:
-        """A message that is not part of the rendezvous."""
-
-    def poll(self) -> bool:
-        """Let the transport make progress; true while a grant is open here."""
-
-    def shut(self) -> None:
-        """Close the transport."""
+SideT = TypeVar("SideT", bound=AgentSide)
 
 
-class Agent:
+class AgentThread(Generic[SideT]):
     """The thread. ``start`` it once; ``close`` ends it within STOP_SECONDS.
 
-    ``obeyed``: the agent before this one in the same process. Its memory is this one's, so writers that could reach it
-    still can: the incarnation stays. What it obeyed binds this one too: a daemon of a lower epoch would give its rounds
-    the names of rounds that are over here.
+    The embedding's threads call ``start``, ``wait_welcome``, ``call``, ``post`` and ``close``. Everything else runs on
+    the agent's thread, on the one event loop that lives there.
+
+    Args:
+        identity: who this agent is.
+        address: where its daemon is.
+        make_side: given this thread, the side that it calls; kept as ``side``.
+        obeyed: the agent before this one in the same process. Its memory is this one's, so writers that could reach it
+            still can: the incarnation stays. What it obeyed binds this one too: a daemon of a lower epoch would give
+            its rounds the names of rounds that are over here.
+
+    Attributes:
+        failure: why the thread has ended, if it was not closed; None while it runs.
     """
 
-    def __init__(self, identity: Identity, address: ControlAddress, body: Body, obeyed: "Agent | None" = None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        address: ControlAddress,
+        make_side: Callable[["AgentThread[SideT]"], SideT],
+        obeyed: "AgentThread[SideT] | None" = None,
+    ) -> None:
         self.identity = identity
         self.incarnation: int = secrets.randbits(63) if obeyed is None else obeyed.incarnation
-        self._body = body
         self._address = address
         self._epoch: int = 0 if obeyed is None else obeyed._epoch
         self._journal_id: str = "" if obeyed is None else obeyed._journal_id
@@ -119,9 +114,13 @@ class Agent:
         self._group: SpgRendezvous | None = None
         self._rendezvous: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._farewell: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
         self._welcome: Future[Welcome] = Future()
         self.failure: BaseException | None = None
+        self.side = make_side(self)
 
     # ------------------------------------------------------------------------------------ for the embedding's threads
     def start(self) -> None:
@@ -160,9 +159,10 @@ class Agent:
 
     def close(self, reason: str = "") -> None:
         """Say Bye and end the thread."""
-        if self._thread.is_alive() and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self.spawn(self._stop(reason)))
-        self._thread.join(STOP_SECONDS)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the thread has ended by itself
+            self._loop.call_soon_threadsafe(self._stop, reason)
+        if self._thread.ident is not None:
+            self._thread.join(STOP_SECONDS)
 
     # ---------------------------------------------------------------------------------------- on the agent's thread
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -197,38 +197,50 @@ class Agent:
             if not self._welcome.done():
                 self._welcome.set_exception(error)
         finally:
-            self._body.shut()
+            self.side.shut()
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
     async def _live(self) -> None:
+        try:
+            if not self._stopping:  # else it was closed before it began
+                await self._keep_connected()
+        finally:
+            self._has_ended = True  # from here on ``_stop`` begins nothing that the end of the loop would cut off
+            if self._farewell is not None:
+                await self._farewell
+
+    async def _keep_connected(self) -> None:
         self._client = ControlClient(self._address.url, self._address.token_file, self._hello, self._heard)
-        polling = self.spawn(self._poll())
+        self.spawn(self._poll())
         try:
             await self._client.run()
         except RefusedForGood as error:
             log.error("%s: the daemon refuses this agent: %s", self.identity.member, error)
             raise
         finally:
-            polling.cancel()
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._leave_group()
 
-    async def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str) -> None:
+        """``close`` on the agent's thread: it may come before the client is made, and after the client has ended."""
+        if self._has_ended or self._stopping:
+            return
+        self._stopping = True
         if self._client is not None:
-            self._tasks.discard(asyncio.current_task())  # it outlives the others
-            await self._client.close(reason)
+            # Not one of ``_tasks``, which are cancelled as soon as the client has ended.
+            self._farewell = self._loop.create_task(self._client.close(reason))
 
     async def _poll(self) -> None:
         while True:
-            busy = self._body.poll()
+            busy = self.side.poll()
             await asyncio.sleep(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
 
     def _hello(self) -> Hello:
-        status = self._body.status()
+        status = self.side.status()
         return Hello(
             schema=SCHEMA_VERSION,
             run_id=self.identity.run_id,
@@ -253,7 +265,7 @@ class Agent:
             case Connect():
                 log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
             case _:
-                self._body.heard(message)
+                self.side.heard(message)
 
     def _welcomed(self, welcome: Welcome) -> None:
         older = welcome.epoch < self._epoch
@@ -264,7 +276,7 @@ class Agent:
             return
         self._epoch, self._journal_id = welcome.epoch, welcome.journal_id
         self._leave_group()
-        self._body.welcomed(welcome)
+        self.side.welcomed(welcome)
         if not self._welcome.done():
             self._welcome.set_result(welcome)
         if isinstance(welcome.rendezvous, TcpStoreRendezvous):
@@ -295,7 +307,7 @@ class Agent:
         self.send(self._announce())
 
     def _announce(self) -> Announce:
-        layout, name, endpoint = self._body.announcement()
+        layout, name, endpoint = self.side.announcement()
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
@@ -303,16 +315,26 @@ class Agent:
             self.send(Ready(fingerprint=connect.fingerprint))
 
     async def _prepared(self, connect: Connect) -> bool:
-        """Edges warm; false when they will not be, for as long as the members stay the same."""
+        """Edges warm; false when they will not be, for as long as the members stay the same.
+
+        The daemon sends another Connect when they change, and names this agent if it has not confirmed in time.
+        """
+        who = self.identity.member
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
             try:
-                await self._body.connect(connect)
-            except RuntimeError as error:
-                # A peer may be starting, or be gone; the daemon sends another Connect when the members change.
-                log.warning("%s: edges not ready (attempt %d): %s", self.identity.member, attempt, error)
+                await self.side.connect(connect)
+            except Exception as error:
+                fault, retry = blame(error, self.side.here)
+                if not retry:
+                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, cut(repr(error)))
+                    return False
+                # A peer may be starting, or be gone.
+                known = error if isinstance(error, AgentError) else repr(error)
+                log.warning("%s: edges not ready (attempt %d, fault: %s): %s", who, attempt, fault, known)
                 await asyncio.sleep(attempt)
             else:
                 return True
+        log.error("%s: the edges are not ready after %d attempts", who, CONNECT_ATTEMPTS)
         return False
 
     async def _over_group(self, place: TcpStoreRendezvous) -> None:

@@ -12,6 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
+from weightsync.agents.errors import AgentError
+
 SYSFS: Final = Path("/sys")
 PROC_GPUS: Final = Path("/proc/driver/nvidia/gpus")
 
@@ -19,7 +21,7 @@ _ACTIVE: Final = 4
 """IB_PORT_ACTIVE in the port's ``state`` file, as in ``4: ACTIVE``."""
 
 
-class NicError(RuntimeError):
+class NicError(AgentError):
     """A GPU that cannot be found on this machine. The configuration's fault."""
 
 

@@ -17,7 +17,7 @@ _PEER_MEMORY_MODULES: Final = ("nvidia_peermem", "nv_peer_mem")
 
 
 def check_reachable(regions: Iterable[Region], look: Callable[[int], Pointer] = Pointer) -> None:
-    """Refuse VRAM regions that cannot be exported; DRAM regions pass (see ``nixl_regions`` for those).
+    """Refuse VRAM regions that cannot be exported; DRAM regions pass (see ``transport.nixl.regions`` for those).
 
     Raises:
         MemoryPlacementError: with the region, the reason and the way out.

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from weightsync.agents.errors import AgentError
 from weightsync.agents.recorder.boxes import (
     BoxPiece,
     StridedView,
@@ -28,8 +29,10 @@ aten = torch.ops.aten
 DtypeChain: TypeAlias = tuple[torch.dtype, ...]
 
 
-class RecordError(RuntimeError):
+class RecordError(AgentError):
     """The layout of this model cannot be recorded; the engine must not start with it. Retrying does not help."""
+
+    fault = "engine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.boxes import Boxes, Column, loops_of, solid, unroll
 from weightsync.kernels.columns import (
     COLUMNS,
@@ -46,8 +47,10 @@ RUN_PEER, RUN_LOCAL_REGION, RUN_LOCAL_OFFSET, RUN_REMOTE_REGION, RUN_REMOTE_OFFS
 RUN_COLUMNS: Final = 6
 
 
-class RunTableError(ValueError):
+class RunTableError(AgentError):
     """Copies or rows that do not fit the layout they are read with. The planner's or the caller's fault; no retry."""
+
+    fault = "daemon"
 
 
 def runs(copies: Matrix, layout: Layout) -> Matrix:

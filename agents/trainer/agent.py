@@ -7,23 +7,24 @@ only writes what it is granted. Slots are separate memory, so training goes on w
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from weightsync.agents.link.thread import Agent, ControlAddress, Identity
+from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
 from weightsync.agents.trainer.errors import ReplicaFailed
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
-from weightsync.agents.trainer.thread_side import TrainerBody
+from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -85,16 +86,16 @@ class TrainerAgent:
         self._last: Publication | None = None
         self._steps: set[int] = set()
         senders = [n for n, says in enumerate(gather_texts(str(self.slots.primary), process_group)) if says == "True"]
-        self._body: TrainerBody | None = None
-        self._agent: Agent | None = None
+        self._agent: AgentThread[TrainerSide] | None = None
         if self.slots.primary:
             member = Member("trainer", "", senders.index(rank))
             self._start(Identity(run_id, member, len(senders), self._generation), ControlAddress(hub_url, token_file))
             self._await_welcome(connect_seconds)
 
     def _start(self, identity: Identity, address: ControlAddress) -> None:
-        self._body = TrainerBody(identity.member, self.slots, self._run_dir)
-        self._agent = self._body.agent = Agent(identity, address, self._body)
+        memory = source_of(self.slots, identity.member, identity.world)
+        size = self.slots.arenas[ARENA_REGION].numel()
+        self._agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
         self._agent.start()
 
     def _await_welcome(self, seconds: float) -> None:
@@ -136,11 +137,13 @@ class TrainerAgent:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
         version = Version(self._generation, step)
         # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-        self._together(version, lambda: self._claim_slots(step))
+        with self._together(version):
+            self._claim_slots(step)
         # … and after, so that STABLE speaks for all.
-        self._together(version, lambda: self._stage(version))
+        with self._together(version):
+            convert_seconds, digest_seconds = self._stage(version)
         self._steps.add(step)
-        publication = Publication(version, self._report(version))
+        publication = Publication(version, self._report(version, convert_seconds, digest_seconds))
         if self._rank == 0:
             write_stable(self._run_dir, self._run_id, version)
         self._last = publication
@@ -151,47 +154,47 @@ class TrainerAgent:
         if self._agent is not None:
             self._agent.close("the trainer closed its agent")
 
-    def _report(self, version: Version) -> "Future[int]":
-        """STAGED; a replica that sends nothing learns the version's fate from the others, in ``publish``."""
-        if self._agent is None or self._body is None:
+    def _report(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
+        """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
+        if self._agent is None:
             nothing: Future[int] = Future()
             nothing.set_result(0)
             return nothing
-        body = self._body
-        return self._agent.call(lambda: body.staged(version))
+        side = self._agent.side
+        return self._agent.call(lambda: side.staged(version, convert_seconds, digest_seconds))
 
     def _claim_slots(self, step: int) -> None:
         if step in self._steps:
             raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
         self.slots.check(self._state())
-        if self._agent is None or self._body is None:
+        if self._agent is None:
             return
         if self._agent.failure is not None:
             raise PublishError(f"the agent of rank {self._rank} has ended: {self._agent.failure}")
         if self._last is not None and not self._last.done():
             raise BusyError(f"{self._last.version} has not ended")
-        if not self._agent.call(self._body.claim):
+        if not self._agent.call(self._agent.side.claim):
             raise BusyError("a write from the slots is still in flight")
 
-    def _stage(self, version: Version) -> None:
+    def _stage(self, version: Version) -> tuple[float, float]:
+        """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
         with torch.no_grad():
             self.slots.convert(self._state())
         self._synchronise()
-        converted = time.monotonic()
-        if self._body is not None:
-            self._body.prepare(version)
-            self._body.timings = (converted - began, time.monotonic() - converted)
+        convert_seconds = time.monotonic() - began
+        return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
             torch.cuda.synchronize()
 
-    def _together(self, version: Version, work: Callable[[], None]) -> None:
-        """All ranks succeed, or all raise: one collective, reached on every path."""
+    @contextmanager
+    def _together(self, version: Version) -> Iterator[None]:
+        """All ranks leave the section, or all raise: one collective, reached on every path."""
         trouble = ""
         try:
-            work()
+            yield
         except BusyError as error:
             trouble = f"{BUSY}{error}"
         except Exception as error:

@@ -1,15 +1,12 @@
 """What can be wrong with a trainer's tensors or its table. Its fault; the same state fails again."""
 
-from typing import ClassVar
-
-from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.agents.errors import AgentError
 
 
-class TrainerError(Exception):
+class TrainerError(AgentError):
     """Base of all errors of the trainer's side. ``fault`` and ``retry`` are for the daemon's report."""
 
-    fault: ClassVar[Fault] = "trainer"
-    retry: ClassVar[bool] = False
+    fault = "trainer"
 
 
 class MissingTensor(TrainerError, KeyError):
@@ -49,10 +46,6 @@ class ConversionTableError(TrainerError):
 
 class UnknownArchitecture(TrainerError):
     """No table is registered for the architectures of a model configuration."""
-
-
-class CheckpointError(TrainerError):
-    """Parts of a saved checkpoint that do not make up whole tensors."""
 
 
 class ReplicaFailed(TrainerError):

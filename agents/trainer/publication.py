@@ -3,15 +3,22 @@
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.names import Version
 
 
-class PublishError(RuntimeError):
-    """The version was not committed. The message says why and names the rank or engine at fault."""
+class PublishError(AgentError, RuntimeError):
+    """The version was not committed. The message says why and names the rank or engine at fault.
+
+    A RuntimeError too, as training scripts expect of a step that failed.
+    """
 
 
 class BusyError(PublishError):
     """An earlier version still needs the slots: wait for its publication first, then try again."""
+
+    fault = "trainer"
+    retry = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,181 +4,195 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from weightsync.agents.trainer.checkpoint import save_checkpoint_part
+from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.side import Link
 from weightsync.agents.trainer.publication import PublishError
-from weightsync.agents.trainer.slots.slots import ARENA_REGION, TrainerSlots
-from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.open import open_endpoint
-from weightsync.agents.transport.nixl.sender import TransportPlan
+from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
+from weightsync.agents.transport.registry import Ends
+from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     Connect,
     Fault,
-    FilesystemSettings,
     FromDaemon,
     Grant,
-    NixlSettings,
     Outcome,
     PeerTransfer,
     Staged,
     TrainerStatus,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
-
-if TYPE_CHECKING:
-    from weightsync.agents.link.thread import Agent
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 
 log = logging.getLogger(__name__)
-
-NO_FAULT: Final[Fault] = ""
 
 IN_FLIGHT_POLL_SECONDS: Final = 0.005
 """Short beside a round: once a peer that is gone is forgotten, the next grant must not find this one open."""
 
 
-class TrainerBody:
-    """See ``agents.agent.Body``. ``prepare`` alone runs on the trainer's thread, while nothing is granted."""
+class TrainerSide:
+    """See ``link.side.AgentSide``.
 
-    agent: "Agent"
+    ``prepare`` alone runs on the trainer's thread, while nothing is granted; everything else on the agent's.
 
-    def __init__(self, member: Member, slots: TrainerSlots, run_dir: Path) -> None:
-        self._member, self._slots, self._run_dir = member, slots, run_dir
-        self._plan = TransportPlan(slots)
-        self._endpoint: NixlEndpoint | None = None
-        self._saves = False
+    Args:
+        link: the agent's thread.
+        memory: the slots' arenas and their layout.
+        staged_bytes: what STAGED reports: the bytes that one conversion fills.
+    """
+
+    here: Fault = "trainer"
+
+    def __init__(self, link: Link, memory: SourceMemory, staged_bytes: int) -> None:
+        self._link = link
+        self._memory = memory
+        self._staged_bytes = staged_bytes
+        self._member = memory.member
+        self._shares = Shares(memory.layout, memory.arenas)
+        self._senders: Ends[Sender] = Ends(lambda transport: transport.sender(memory))
+        # A connect that came in the middle of a write would take its edges from under it.
+        self._using_sender = asyncio.Lock()
+        self._fingerprint = ""
         self._staged: Version | None = None
         self._open: RoundName | None = None
         self._outcome: Future[int] | None = None
         self._digests: tuple[str, Version, dict[Member, Digest]] | None = None
-        self.timings = (0.0, 0.0)
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
     def claim(self) -> bool:
         """Take the slots for the next version; false while something is written from them."""
-        if self._open is not None or (self._endpoint is not None and self._endpoint.tainted_peers):
+        if self._open is not None or self._in_flight():
             return False
         self._staged = None
         return True
 
-    def prepare(self, version: Version) -> None:
-        """Before STAGED: digest what will be sent, as far as edges are known; save it where files are the wire."""
+    def prepare(self, version: Version) -> float:
+        """Before STAGED, on the trainer's thread: digest what will be sent, as far as edges are known, and have the
+        transport take what it must. Returns the seconds that both took."""
+        began = time.monotonic()
         self._digest(version)
-        if self._saves:
-            save_checkpoint_part(self._run_dir / "broadcasts" / f"step_{version.step}", self._slots)
+        self._senders.current.stage(version)
+        return time.monotonic() - began
 
-    def staged(self, version: Version) -> "Future[int]":
-        """Tell the daemon; the future is the version's fate."""
+    def staged(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
+        """Tell the daemon; the future is the commit sequence number, or PublishError."""
         self._staged = version
         self._outcome = Future()
-        self.agent.send(self._report(version))
+        self._link.send(
+            Staged(
+                version=version,
+                bytes=self._staged_bytes,
+                convert_seconds=convert_seconds,
+                digest_seconds=digest_seconds,
+            )
+        )
         return self._outcome
 
-    def _report(self, version: Version) -> Staged:
-        convert, digest = self.timings
-        size = self._slots.arenas[ARENA_REGION].numel()
-        return Staged(version=version, bytes=size, convert_seconds=convert, digest_seconds=digest)
-
-    # ------------------------------------------------------------------------------------------ ``agents.agent.Body``
+    # ----------------------------------------------------------------------------------------- ``link.side.AgentSide``
     def status(self) -> TrainerStatus:
         return TrainerStatus(staged=self._staged, open_round=self._open)
 
     def welcomed(self, welcome: Welcome) -> None:
-        self._saves = isinstance(welcome.transport, FilesystemSettings)
-        if isinstance(welcome.transport, NixlSettings) and self._endpoint is None:
-            device = self._slots.arenas[0].device
-            self._endpoint = open_endpoint(str(self._member), welcome.transport, device)
-            self._plan.register(self._endpoint)
+        self._senders.open(welcome.transport)
 
     def announcement(self) -> tuple[Layout, str, bytes]:
-        if self._endpoint is None:
-            return self._slots.layout, "", b""
-        return self._slots.layout, self._endpoint.name, self._endpoint.metadata()
+        return self._memory.layout, *self._senders.current.announcement()
 
     async def connect(self, connect: Connect) -> None:
-        await self._plan.connect(connect)
+        async with self._using_sender:
+            self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
+            await self._senders.current.connect(self._shares.replan(connect))
+            self._fingerprint = connect.fingerprint
 
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Grant():
-                self.agent.spawn(self._write(message))
+                self._link.spawn(self._write(message))
             case Outcome():
                 self._settle(message)
             case _:
                 pass  # Abort: what was posted cannot be taken back; CLOSED follows when it is DONE
 
     def poll(self) -> bool:
-        if self._endpoint is not None:
-            self._endpoint.poll()
+        for sender in self._senders:
+            sender.poll()
         return self._open is not None
 
     def shut(self) -> None:
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(PublishError("the agent was closed before the version was committed"))
-        if self._endpoint is not None:
-            self._endpoint.close()
+        for sender in self._senders:
+            sender.close()
 
     # ------------------------------------------------------------------------------------------------------- a grant
     async def _write(self, grant: Grant) -> None:
         objection = self._objection(grant)
         if objection:
-            self.agent.send(Closed(round=grant.round, error=objection, fault="trainer"))
+            self._link.send(Closed(round=grant.round, error=objection, fault="trainer"))
             return
         self._open = grant.round
-        peers: tuple[PeerTransfer, ...] = ()
-        error, fault = "", NO_FAULT
-        try:
-            peers = await self._push(grant)
-        except RuntimeError as trouble:
-            log.warning("%s: round %s: %s", self._member, grant.round, trouble)
-            error, fault = cut(str(trouble)), getattr(trouble, "fault", "network")
-            peers = getattr(trouble, "transfers", ())
-        except Exception as bug:
-            log.exception("%s: round %s", self._member, grant.round)
-            error, fault = cut(repr(bug)), "trainer"
+        closed = await self._push(grant)
         await self._until_nothing_is_in_flight()
         self._open = None
-        self.agent.send(Closed(round=grant.round, peers=peers, error=error, fault=fault))
+        self._link.send(closed)
 
     def _objection(self, grant: Grant) -> str:
-        if grant.round.epoch != self.agent.epoch:
-            return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self.agent.epoch}"
-        if grant.fingerprint != self._plan.fingerprint:
-            return (
-                f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._plan.fingerprint[:12] or 'none'}"
-            )
+        if grant.round.epoch != self._link.epoch:
+            return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self._link.epoch}"
+        if grant.fingerprint != self._fingerprint:
+            return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
         if self._open is not None:
             return f"round {self._open} is still being written"
         if self._staged != grant.version:
             return f"the slots hold {self._staged or 'a version in the making'}, not {grant.version}"
         return ""
 
-    async def _push(self, grant: Grant) -> tuple[PeerTransfer, ...]:
-        digests = self._digest(grant.version)
-        if self._saves:
-            sizes = self._plan.bytes_per_peer()
-            return tuple(
-                PeerTransfer(peer, sizes[peer], 0, 0.0, digests[peer]) for peer in grant.members if peer in digests
+    async def _push(self, grant: Grant) -> Closed:
+        """Write what is granted; the report of it, whatever happens."""
+        ends = time.monotonic() + grant.deadline_seconds
+        digests: dict[Member, Digest] = {}
+        try:
+            async with self._using_sender:
+                digests = self._digest(grant.version)
+                remaining = max(0.0, ends - time.monotonic())
+                moved = await self._senders.current.write(grant.members, remaining)
+        except AgentError as error:
+            log.warning("%s: round %s: %s", self._member, grant.round, error)
+            written = error.moved if isinstance(error, PushError) else ()
+            return Closed(
+                round=grant.round,
+                peers=_transfers(written, digests),
+                error=cut(str(error)),
+                fault=error.fault,
+                retry=error.retry,
             )
-        return await self._plan.push(grant.members, grant.deadline_seconds, digests)
+        except Exception as error:
+            # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
+            log.exception("%s: round %s", self._member, grant.round)
+            fault, retry = blame(error, self.here)
+            return Closed(round=grant.round, error=cut(repr(error)), fault=fault, retry=retry)
+        return Closed(round=grant.round, peers=_transfers(moved, digests))
 
     def _digest(self, version: Version) -> dict[Member, Digest]:
         """Per peer, of the bytes that it is owed; computed once per version and plan."""
-        fingerprint = self._plan.fingerprint
+        fingerprint = self._fingerprint
         if self._digests is None or self._digests[:2] != (fingerprint, version):
             began = time.monotonic()
-            self._digests = (fingerprint, version, self._plan.digest() if fingerprint else {})
+            self._digests = (fingerprint, version, self._shares.digests() if fingerprint else {})
             log.debug("%s: digest of %s took %.3f s", self._member, version, time.monotonic() - began)
         return self._digests[2]
 
+    def _in_flight(self) -> bool:
+        return any(sender.in_flight() for sender in self._senders)
+
     async def _until_nothing_is_in_flight(self) -> None:
         """CLOSED is a promise. A handle whose deadline passed keeps the grant open for as long as it is not DONE."""
-        while self._endpoint is not None and self._endpoint.tainted_peers:  # noqa: ASYNC110  (NIXL has no event)
+        while self._in_flight():  # noqa: ASYNC110  (no transport has an event to wait for)
             await asyncio.sleep(IN_FLIGHT_POLL_SECONDS)  # the agent's poll asks after them
 
     def _settle(self, outcome: Outcome) -> None:
@@ -189,3 +203,16 @@ class TrainerBody:
             waiting.set_result(outcome.sequence)
         else:
             waiting.set_exception(PublishError(outcome.reason))
+
+
+def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:
+    """The slots' memory, as ``member`` of ``world`` ranks that have an agent."""
+    first_replica = tuple(entry.first_replica for entry in slots.entries())
+    return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)
+
+
+def _transfers(moved: tuple[HandedOver, ...], digests: dict[Member, Digest]) -> tuple[PeerTransfer, ...]:
+    return tuple(
+        PeerTransfer(each.member, each.bytes, each.descriptors, each.seconds, digests.get(each.member, NO_BYTES))
+        for each in moved
+    )

@@ -1,1 +1,1 @@
-"""How weight bytes move from trainer slots to inference targets."""
+"""How weight bytes move from trainer slots to inference targets: one interface, one module or folder a transport."""

@@ -7,8 +7,10 @@ replicas of a dense model all say 0 of 1): only ``data_parallel_index`` tells th
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from weightsync.agents.errors import AgentError
 
-class RanksError(ValueError):
+
+class RanksError(AgentError):
     """The parallel configuration contradicts itself or what the server says. The configuration's fault; no retry."""
 
 

@@ -172,7 +172,6 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         lost_after_heartbeats=policy.lost_after,
         transport=policy.transport,
         rendezvous=rendezvous,
-        run_dir=policy.run_dir,
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.protocol.messages import TransportSettings
 
 AGENT_SHARE: Final = 0.9
 """Of the daemon's deadline, given to an agent for the same wait. The agent gives up first and says why; were the two
@@ -33,9 +33,8 @@ class Policy:
 
     run_id: str
     engines: tuple[EngineConfig, ...]
-    transport: NixlSettings | FilesystemSettings
+    transport: TransportSettings
     group: GroupAddress | None
-    run_dir: str
     trainer_world: int | None
     """Trainer ranks that must come; None: what the first one says."""
     attempts: int

@@ -10,9 +10,8 @@ def policy_of(settings: Settings) -> Policy:
     return Policy(
         run_id=settings.run.id,
         engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
-        transport=settings.transport.message(),
+        transport=settings.transport.message(settings.run.directory),
         group=settings.rendezvous.group_address(),
-        run_dir=str(settings.run.directory),
         trainer_world=settings.trainer.world,
         attempts=settings.retry.attempts,
         backoff=settings.retry.backoff_seconds,

@@ -154,15 +154,30 @@ class Bye(Message, frozen=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
 class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
-    """How agents move bytes over NIXL. ``flush_every``: handles in flight before a drain."""
+    """How agents move bytes over NIXL.
+
+    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
+    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
+    rates are not judged.
+    """
 
     backends: tuple[str, ...] = ("UCX",)
-    flush_every: int = 100
+    in_flight_per_peer: int = 100
     rails: int = 2
+    max_gb_per_second: float | None = None
 
 
 class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
-    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/``."""
+    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
+
+    Trainer and inference ranks see it under the same path as the daemon.
+    """
+
+    directory: str
+
+
+TransportSettings = NixlSettings | FilesystemSettings
+"""Every transport's settings, told apart by their tags."""
 
 
 class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
@@ -180,7 +195,7 @@ class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The daemon takes this agent in. ``run_dir`` is where checkpoints of the filesystem transport lie.
+    """The daemon takes this agent in.
 
     Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
     them is taken for lost.
@@ -192,9 +207,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     journal_id: Name
     heartbeat_seconds: float
     lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
-    transport: NixlSettings | FilesystemSettings
+    transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
-    run_dir: str = ""
 
 
 class Refused(Message, frozen=True, kw_only=True):

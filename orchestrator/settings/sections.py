@@ -67,14 +67,28 @@ class NixlSection(Section):
     backends: Annotated[tuple[Identifier, ...], NUMBERED] = Field(
         default=_NIXL.backends, min_length=1, max_length=8, description="NIXL backends."
     )
-    flush_every: int = Field(
-        default=_NIXL.flush_every, ge=1, le=10_000, description="Handles in flight per rank before a drain."
+    in_flight_per_peer: int = Field(
+        default=_NIXL.in_flight_per_peer,
+        ge=1,
+        le=10_000,
+        description="Handles in flight per peer: a sliding window; nothing is drained.",
     )
     rails: int = Field(default=_NIXL.rails, ge=1, le=16, description="NIC ports that one rank may use at once.")
+    max_gb_per_second: float | None = Field(
+        default=_NIXL.max_gb_per_second,
+        gt=0,
+        description="Gigabytes (10^9 bytes) per second that no link to one peer exceeds: a write that reports more has"
+        " moved nothing and fails. null: not judged.",
+    )
 
-    def message(self) -> NixlSettings:
+    def message(self, run_directory: Path) -> NixlSettings:
         """What agents are told."""
-        return NixlSettings(backends=self.backends, flush_every=self.flush_every, rails=self.rails)
+        return NixlSettings(
+            backends=self.backends,
+            in_flight_per_peer=self.in_flight_per_peer,
+            rails=self.rails,
+            max_gb_per_second=self.max_gb_per_second,
+        )
 
 
 class FilesystemSection(Section):
@@ -82,9 +96,9 @@ class FilesystemSection(Section):
 
     type: Literal["filesystem"] = "filesystem"
 
-    def message(self) -> FilesystemSettings:
+    def message(self, run_directory: Path) -> FilesystemSettings:
         """What agents are told."""
-        return FilesystemSettings()
+        return FilesystemSettings(str(run_directory))
 
 
 class HubSection(Section):

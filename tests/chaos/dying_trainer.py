@@ -8,7 +8,7 @@ import signal
 from typing import Any
 
 import scripted_trainer
-from weightsync.agents.trainer.thread_side import TrainerBody
+from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.orchestrator.protocol.messages import FromDaemon, Grant
 
 VARIABLE = "WEIGHTSYNC_TEST_DIE"
@@ -16,14 +16,14 @@ VARIABLE = "WEIGHTSYNC_TEST_DIE"
 
 def arm(rank: int) -> None:
     """Have the process of ``rank`` die at its first grant."""
-    heard: Any = TrainerBody.heard
+    heard: Any = TrainerSide.heard
 
-    def dying_heard(body: TrainerBody, message: FromDaemon) -> None:
-        if isinstance(message, Grant) and body._member.rank == rank:
+    def dying_heard(side: TrainerSide, message: FromDaemon) -> None:
+        if isinstance(message, Grant) and side._member.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        heard(body, message)
+        heard(side, message)
 
-    TrainerBody.heard = dying_heard  # type: ignore[method-assign]
+    TrainerSide.heard = dying_heard  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

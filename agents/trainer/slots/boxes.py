@@ -7,60 +7,17 @@ tensor holds one after the other. FSDP2, tensor, context and expert parallelism 
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from weightsync.agents.tables.box import Box
 from weightsync.agents.trainer.errors import UnsupportedPlacement
 
 Interval = tuple[int, int]
 """Half-open range of indices along one dimension."""
-
-
-def with_entry(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
-    """``values`` with another entry at ``dim``."""
-    return (*values[:dim], value, *values[dim + 1 :])
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """An axis-aligned range of a tensor: offset and extent per dimension, in elements."""
-
-    offset: tuple[int, ...]
-    extent: tuple[int, ...]
-
-    @property
-    def volume(self) -> int:
-        """Elements."""
-        return math.prod(self.extent)
-
-    @property
-    def end(self) -> tuple[int, ...]:
-        """First index behind the box, per dimension."""
-        return tuple(o + e for o, e in zip(self.offset, self.extent, strict=True))
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index of the tensor that it is a range of."""
-        return tuple(slice(o, e) for o, e in zip(self.offset, self.end, strict=True))
-
-    @staticmethod
-    def whole(shape: Sequence[int]) -> "Box":
-        """All of a tensor of ``shape``."""
-        return Box((0,) * len(shape), tuple(shape))
-
-    def shifted(self, dim: int, by: int) -> "Box":
-        """The same box ``by`` elements further along ``dim``."""
-        return replace(self, offset=with_entry(self.offset, dim, self.offset[dim] + by))
-
-    def overlaps(self, other: "Box") -> bool:
-        """Whether the two share an element."""
-        return all(
-            max(a, b) < min(a + x, b + y)
-            for a, x, b, y in zip(self.offset, self.extent, other.offset, other.extent, strict=True)
-        )
 
 
 @dataclass(frozen=True, slots=True)

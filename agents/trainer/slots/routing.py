@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from weightsync.agents.tables.box import Box, with_entry
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
-from weightsync.agents.trainer.slots.boxes import Box, HeldBox, LocalShare, with_entry
+from weightsync.agents.trainer.slots.boxes import HeldBox, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 
 Kind = Literal["sharded", "gathered", "expert"]

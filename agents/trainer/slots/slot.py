@@ -12,10 +12,11 @@ from typing import ClassVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
+from weightsync.agents.tables.box import Box
 from weightsync.agents.tables.runs import runs
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
-from weightsync.agents.trainer.slots.boxes import Box, LocalShare
+from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece

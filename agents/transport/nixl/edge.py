@@ -22,11 +22,6 @@ class EdgeResult:
     seconds: float
     error: TransferError | None = None
 
-    @property
-    def bytes_per_second(self) -> float:
-        """0.0 when nothing moved."""
-        return self.bytes / self.seconds if self.seconds > 0 else 0.0
-
 
 @dataclass(slots=True, eq=False)
 class Transfer:
@@ -50,16 +45,6 @@ class Edge:
     last_error: TransferError | None = None
 
     @property
-    def bytes(self) -> int:
-        """Bytes that one write of this edge carries."""
-        return sum(transfer.chunk.bytes for transfer in self.transfers)
-
-    @property
-    def descriptors(self) -> int:
-        """Descriptors that one write posts, before NIXL merges neighbours."""
-        return sum(len(lane.local) for lane in self.lanes)
-
-    @property
     def tainted(self) -> bool:
         """Whether a posted transfer has not ended: its bytes may still be read here and written there."""
         return any(transfer.pending for transfer in self.transfers)
@@ -74,7 +59,7 @@ def build(edge: Edge, agent: Any) -> None:
     """Prepare the edge's descriptor lists and one handle per chunk, with ``agent`` (a nixl_agent)."""
     for number, lane in enumerate(edge.lanes):
         local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", lane.local, lane.local_memory)
-        edge.lists.append((local, None))
+        edge.lists.append((local, None))  # so that it is released if the remote side cannot be prepared
         edge.lists[-1] = (local, agent.prep_xfer_dlist(edge.peer, lane.remote, lane.remote_memory))
         edge.transfers += [Transfer(number, chunk) for chunk in lane.chunks]
     for transfer in edge.transfers:
@@ -97,7 +82,7 @@ def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
         if transfer.handle is not None:
             try:
                 transfer.handle.release()
-            except errors:
+            except errors:  # NIXL does not let go of a handle that is in flight
                 kept += 1
             transfer.handle = None
     for pair in edge.lists:

@@ -10,7 +10,7 @@ removing a live peer leaks descriptors, so connections are kept.
 import mmap
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Final
@@ -23,9 +23,8 @@ from weightsync.agents.transport.nixl import card as nixl_card
 from weightsync.agents.transport.nixl import edge as nixl_edge
 from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
-from weightsync.agents.transport.nixl.environment import environment
 from weightsync.agents.transport.nixl.errors import NixlError
-from weightsync.agents.transport.nixl.loader import Bindings, load
+from weightsync.agents.transport.nixl.loader import Bindings, environment, load
 from weightsync.agents.transport.nixl.regions import check_regions
 from weightsync.agents.transport.nixl.write import Writer
 from weightsync.orchestrator.protocol.layout import Matrix, Region
@@ -44,12 +43,11 @@ class NixlEndpoint:
     Args:
         name: who this is, for people; the NIXL name (``.name``) adds a random part, because NIXL refuses a
             restarted peer under its old name.
-        settings: backends, window and rails.
+        settings: backends, window, rails, and the rate that is not believed.
         net_devices: UCX's network devices, such as ``mlx5_0:1`` (see ``weightsync.agents.memory.nic``); None leaves
             UCX's choice.
         variables: further environment for the making of the agent only; None unsets.
         progress_thread: NIXL's own polling thread. It burns a core while idle, so off.
-        ceiling: bytes per second that no link of this host exceeds; a faster write is an error. None: not judged.
         bindings: another NIXL than ``load()`` finds.
 
     Raises:
@@ -65,14 +63,12 @@ class NixlEndpoint:
         net_devices: str | None = None,
         variables: Mapping[str, str | None] | None = None,
         progress_thread: bool = False,
-        ceiling: float | None = None,
         bindings: Bindings | None = None,
     ) -> None:
         self.rank = name
         self.name = f"{name}-{secrets.token_hex(8)}"
         self._settings = settings
         self._by_nic = net_devices is not None
-        self._ceiling = ceiling
         self._bindings = bindings or load()
         made: dict[str, str | None] = {"UCX_MAX_RMA_RAILS": str(settings.rails)}
         if net_devices is not None:
@@ -173,6 +169,7 @@ class NixlEndpoint:
         remote_regions: Sequence[Region],
         runs: Matrix,
         *,
+        groups: Matrix | None = None,
         describe: Describe | None = None,
         chunk_bytes: int | None = None,
     ) -> Edge:
@@ -183,6 +180,7 @@ class NixlEndpoint:
             local_regions: registered here, as the runs number them.
             remote_regions: registered there, likewise.
             runs: int64 ``[n, 6]`` as from ``tables.runs``; the peer column is ignored.
+            groups: int64 ``[n]``, a number for each run, by which ``write`` can choose; None: all are of group 0.
             describe: names the tensor at (local region, local offset), see ``tables.tensor_names``.
             chunk_bytes: bytes per handle; None for a default by kind of memory.
 
@@ -192,7 +190,7 @@ class NixlEndpoint:
         """
         runs = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, RUN_COLUMNS)
         names = describe or (lambda region, offset: f"region {region} byte {offset}")
-        edge = self._make_edge(peer_name, local_regions, remote_regions, runs, names, chunk_bytes)
+        edge = self._make_edge(peer_name, local_regions, remote_regions, runs, names, groups, chunk_bytes)
         self._edges.append(edge)
         return edge
 
@@ -212,13 +210,19 @@ class NixlEndpoint:
         return await self.write([self._warm[peer] for peer in peers], deadline_seconds=deadline_seconds)
 
     async def write(
-        self, edges: Sequence[Edge], *, flush_every: int | None = None, deadline_seconds: float
+        self,
+        edges: Sequence[Edge],
+        *,
+        groups: Collection[int] | None = None,
+        in_flight_per_peer: int | None = None,
+        deadline_seconds: float,
     ) -> list[EdgeResult]:
-        """Write all bytes of the edges once.
+        """Write all bytes of the edges once, or those of the named groups.
 
         Args:
             edges: of any peers, each at most once.
-            flush_every: handles in flight per edge; None for the setting.
+            groups: as ``prepare_edge`` was told; None for all. An edge that has none of them has nothing to do.
+            in_flight_per_peer: handles in flight per edge; None for the setting.
             deadline_seconds: for everything together. Transfers still in flight then stay so: NIXL cannot cancel, and
                 their peer is in ``tainted_peers`` until they end or it is forgotten.
 
@@ -229,12 +233,12 @@ class NixlEndpoint:
             self.rank,
             self._agent,
             self._bindings,
-            flush_every=flush_every or self._settings.flush_every,
+            in_flight=in_flight_per_peer or self._settings.in_flight_per_peer,
             deadline=time.monotonic() + deadline_seconds,
-            ceiling=self._ceiling,
+            max_gb_per_second=self._settings.max_gb_per_second,
         )
         try:
-            return await writer.write(edges)
+            return await writer.write(edges, groups)
         finally:  # also when the caller's task is cancelled: what was posted stays posted
             for edge in edges:
                 self._remember_taint(edge)
@@ -286,11 +290,12 @@ class NixlEndpoint:
         remote: Sequence[Region],
         runs: Matrix,
         describe: Describe,
+        groups: Matrix | None = None,
         chunk_bytes: int | None = None,
     ) -> Edge:
         if peer_name not in self._peers:
             raise NixlError(f"{self.rank}: {peer_name} is not connected")
-        edge = Edge(peer_name, lanes(runs, local, remote, chunk_bytes), describe)
+        edge = Edge(peer_name, lanes(runs, local, remote, groups, chunk_bytes), describe)
         try:
             nixl_edge.build(edge, self._agent)
         except self._bindings.errors as error:
@@ -321,7 +326,7 @@ class NixlEndpoint:
         return [edge for edge in (*self._edges, *self._orphans, *self._warm.values()) if edge.peer == peer]
 
     def _settle(self, edge: Edge) -> None:
-        """Ask after transfers that were left behind. DONE ends the doubt; an error does not."""
+        """Ask after transfers that were left behind. Only DONE proves that the write ended."""
         for transfer in edge.transfers:
             if transfer.pending:
                 with suppress(*self._bindings.errors):

@@ -1,13 +1,11 @@
 """What can go wrong on the data plane, each with whose fault it is and whether to try again."""
 
+from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.messages import Fault
 
 
-class NixlError(RuntimeError):
+class NixlError(AgentError):
     """Base of the data plane's errors. ``fault`` and ``retry`` travel to the daemon with CLOSED."""
-
-    fault: Fault = "config"
-    retry: bool = False
 
 
 class NixlMissingError(NixlError):

@@ -2,12 +2,18 @@
 
 ``nixl`` is the umbrella that picks a CUDA build, ``nixl-cu13`` and ``nixl-cu12`` are the builds; each of them also
 works on a machine without CUDA. vLLM environments have any of the three.
+
+UCX reads its configuration from the environment when a backend is created. Another agent in the same process (vLLM's
+KV connector has one) must neither see our settings nor hand us its own, so ``environment`` lends them for that moment.
 """
 
 import functools
 import importlib
 import logging
 import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -62,7 +68,7 @@ def load() -> Bindings:
         except ImportError as error:
             reasons.append(f"{package}: {error}")
             continue
-        _quiet()
+        _quiet()  # after the import, by which NIXL configures its logger
         return Bindings(package, api, api.nixlBind)
     raise NixlMissingError(
         "NIXL cannot be imported; install one of nixl, nixl-cu13 or nixl-cu12 (tried: " + "; ".join(reasons) + ")"
@@ -71,5 +77,31 @@ def load() -> Bindings:
 
 def _quiet() -> None:
     """NIXL greets on stdout for each agent and backend, which would mix with its host's output."""
-    if "NIXL_LOG_LEVEL" not in os.environ:
+    if "NIXL_LOG_LEVEL" not in os.environ:  # who set it wants to hear
         logging.getLogger("nixl").setLevel(logging.WARNING)
+
+
+_making = threading.RLock()
+
+
+@contextmanager
+def environment(overrides: Mapping[str, str | None]) -> Iterator[None]:
+    """Set (or with None: unset) variables, and put back exactly what was there before.
+
+    One caller at a time: two agents being made at once would read each other's settings.
+    """
+    with _making:
+        before = {name: os.environ.get(name) for name in overrides}
+        _apply(overrides)
+        try:
+            yield
+        finally:
+            _apply(before)
+
+
+def _apply(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ shortest sleep of 1 ms would double that."""
 POLL_SECONDS: Final = 0.001
 """Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
 
+BYTES_PER_GB: Final = 10**9
+
 RATE_FLOOR_BYTES: Final = 16 << 20
 """Smaller writes fit in a cache, where any rate is plausible."""
 
@@ -39,6 +41,7 @@ class _Progress:
 
     edge: Edge
     waiting: deque[Transfer]
+    descriptors: int
     in_flight: list[Transfer] = field(default_factory=list)
     bytes_in_flight: int = 0
     bytes_done: int = 0
@@ -52,7 +55,7 @@ class _Progress:
 
     def result(self) -> EdgeResult:
         return EdgeResult(
-            self.edge.peer, self.bytes_done, self.edge.descriptors, max(self.ended - self.started, 0.0), self.error
+            self.edge.peer, self.bytes_done, self.descriptors, max(self.ended - self.started, 0.0), self.error
         )
 
 
@@ -63,24 +66,31 @@ class Writer:
         rank: this agent, for errors.
         agent: the nixl_agent, used only on the calling thread.
         bindings: for the types of its errors.
-        flush_every: handles in flight per edge.
+        in_flight: handles in flight per edge: a sliding window.
         deadline: of the whole write, on ``time.monotonic``'s clock.
-        ceiling: bytes per second that no edge can exceed; None: not judged.
+        max_gb_per_second: what no edge can exceed, in 10^9 bytes per second; None: not judged.
     """
 
     def __init__(
-        self, rank: str, agent: Any, bindings: Bindings, *, flush_every: int, deadline: float, ceiling: float | None
+        self,
+        rank: str,
+        agent: Any,
+        bindings: Bindings,
+        *,
+        in_flight: int,
+        deadline: float,
+        max_gb_per_second: float | None = None,
     ) -> None:
         self._rank = rank
         self._agent = agent
         self._bindings = bindings
-        self._flush_every = max(1, flush_every)
+        self._in_flight = in_flight
         self._deadline = deadline
-        self._ceiling = ceiling
+        self._max_gb_per_second = max_gb_per_second
 
-    async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
-        """Post everything once and wait for it; results in the order of ``edges``."""
-        all_progress = [self._begin(edge) for edge in edges]
+    async def write(self, edges: Sequence[Edge], groups: Collection[int] | None = None) -> list[EdgeResult]:
+        """Post everything (or the named groups) once and wait for it; results in the order of ``edges``."""
+        all_progress = [self._begin(edge, groups) for edge in edges]
         eager_until = 0.0
         while any(progress.active for progress in all_progress):
             if time.monotonic() >= self._deadline:
@@ -99,10 +109,13 @@ class Writer:
             progress.edge.last_error = progress.error
         return [progress.result() for progress in all_progress]
 
-    def _begin(self, edge: Edge) -> _Progress:
-        progress = _Progress(edge, deque(edge.transfers), started=time.monotonic())
+    def _begin(self, edge: Edge, groups: Collection[int] | None) -> _Progress:
+        chosen = [transfer for transfer in edge.transfers if groups is None or transfer.chunk.group in groups]
+        descriptors = sum(transfer.chunk.descriptors for transfer in chosen)
+        progress = _Progress(edge, deque(chosen), descriptors, started=time.monotonic())
         progress.ended = progress.started
         if edge.tainted:
+            # Its handles cannot be posted again, and the old bytes could land on top of the new ones.
             before = edge.last_error
             reason = "an earlier write has not ended" + (f" ({before.reason})" if before else "")
             fault = before.fault if before else "network"
@@ -120,18 +133,18 @@ class Writer:
         return moved
 
     def _has_room(self, progress: _Progress) -> bool:
-        return len(progress.in_flight) < self._flush_every and (
+        return len(progress.in_flight) < self._in_flight and (
             not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].chunk.bytes <= IN_FLIGHT_BYTES
         )
 
     def _post(self, progress: _Progress, transfer: Transfer) -> None:
-        transfer.pending = True
+        transfer.pending = True  # before posting: even a post that raises may have begun to move bytes
         try:
             state = self._agent.transfer(transfer.handle)
         except self._bindings.errors as error:
             progress.error = self._failed(progress, transfer, error)
             return
-        if state == "DONE":
+        if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
         elif state == "PROC":
             progress.in_flight.append(transfer)
@@ -144,7 +157,7 @@ class Writer:
         still: list[Transfer] = []
         for transfer in progress.in_flight:
             if progress.error is not None:
-                still.append(transfer)
+                still.append(transfer)  # one of this edge has failed; the endpoint's poll asks after the others
                 continue
             try:
                 state = self._agent.check_xfer_state(transfer.handle)
@@ -190,10 +203,15 @@ class Writer:
 
     def _judge_rate(self, progress: _Progress) -> None:
         result = progress.result()
-        if self._ceiling is None or progress.error is not None or result.bytes < RATE_FLOOR_BYTES:
+        most = self._max_gb_per_second
+        if most is None or progress.error is not None or result.bytes < RATE_FLOOR_BYTES:
             return
-        if result.bytes > self._ceiling * result.seconds:
-            reason = f"{result.bytes_per_second / 1e9:.1f} GB/s on a link of {self._ceiling / 1e9:.1f} GB/s"
+        if result.bytes > most * BYTES_PER_GB * result.seconds:
+            reason = (
+                f"{result.bytes} bytes were reported written in {result.seconds:g} s, faster than the link can be:"
+                f" transport.max_gb_per_second is {most:g}. Fix: raise it to the link's rate if this is one, or unset"
+                " it; else NIXL moved nothing, so check its version and the peer's"
+            )
             progress.error = self._error(ImplausibleRateError, progress, "", reason, "network", retry=False)
 
     def _error(

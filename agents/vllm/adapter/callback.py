@@ -5,10 +5,11 @@ from typing import Any, Literal, Never
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from weightsync.agents.inference import calls
 from weightsync.agents.vllm.adapter import common as engine
 
 
-class CallbackUpdateInfo(engine.UpdateInfo, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CallbackUpdateInfo(calls.UpdateInfo, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """This vLLM's worker reads ``update_kind`` of every update."""
 
     update_kind: Literal["dense"] = "dense"
@@ -17,7 +18,7 @@ class CallbackUpdateInfo(engine.UpdateInfo, frozen=True, kw_only=True, forbid_un
 class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
     """Start and finish never reach this class; with ``is_checkpoint_format=false`` they leave the parameters alone."""
 
-    init_info_cls = engine.InitInfo
+    init_info_cls = calls.InitInfo
     update_info_cls = CallbackUpdateInfo
 
     def __init__(self, config: Any, parallel_config: Any, model: torch.nn.Module) -> None:
@@ -25,13 +26,13 @@ class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
         self.device = next(model.parameters()).device
         self.ranks, self.agent = engine.equip(model, self.device, parallel_config)
 
-    def parse_init_info(self, init_dict: dict[str, Any]) -> engine.InitInfo:
-        return engine.parse_init_info(init_dict)
+    def parse_init_info(self, init_dict: dict[str, Any]) -> calls.InitInfo:
+        return calls.parse_init_info(init_dict)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> CallbackUpdateInfo:
-        return engine.parse_update_info(update_dict, CallbackUpdateInfo)
+        return calls.parse_update_info(update_dict, CallbackUpdateInfo)
 
-    def init_transfer_engine(self, init_info: engine.InitInfo) -> None:
+    def init_transfer_engine(self, init_info: calls.InitInfo) -> None:
         self.agent.begin(init_info)
 
     def receive_weights(self, update_info: CallbackUpdateInfo, load_weights: Callable[..., Any]) -> None:
@@ -41,8 +42,8 @@ class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
         without memory, so that there is nothing to write to; ``hold`` refuses such a start before it does that.
         """
         if getattr(load_weights, "__self__", None) is self.model:
-            raise engine.InfoError("the update was not started with is_checkpoint_format=false")
-        engine.synchronize(self.device)
+            raise calls.InfoError("the update was not started with is_checkpoint_format=false")
+        calls.synchronize(self.device)
         self.agent.update(update_info)
 
     def shutdown(self) -> None:

@@ -4,6 +4,7 @@ import importlib
 import inspect
 from typing import Any, Final
 
+from weightsync.agents.errors import AgentError
 from weightsync.agents.vllm.plugin import ADAPTER_CLASS
 
 SHAPES: Final = {
@@ -13,7 +14,7 @@ SHAPES: Final = {
 """Parameters of ``WeightTransferEngine.__init__``, and who speaks that."""
 
 
-class UnsupportedVllm(RuntimeError):
+class UnsupportedVllm(AgentError):
     """This vLLM's weight-transfer interface has a shape that no adapter knows. Nothing to retry."""
 
 

@@ -41,7 +41,12 @@ def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> 
             assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
     assert {"init", "probe", "probe_interval"} <= named
     assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
-    assert policy.run_dir == str(settings.run.directory)
+    assert policy.transport == NixlSettings()
+
+
+def test_files_travel_by_the_run_directory_of_the_settings(config: Path) -> None:
+    settings = load(config, {"WEIGHTSYNC__TRANSPORT__TYPE": "filesystem"})
+    assert policy_of(settings).transport == FilesystemSettings(str(settings.run.directory))
 
 
 def test_the_rendezvous_is_a_group_only_where_the_settings_name_one(config: Path) -> None:

@@ -46,8 +46,8 @@ def test_mistakes_name_line_key_and_fix(
     ("addition", "key", "says"),
     [
         (
-            "transport:\n  type: filesystem\n  flush_every: 5\n",
-            "transport.flush_every",
+            "transport:\n  type: filesystem\n  in_flight_per_peer: 5\n",
+            "transport.in_flight_per_peer",
             "belongs to transport type nixl, and this transport is of type filesystem",
         ),
         ("rendezvous:\n  port: 5\n", "rendezvous.port", "belongs to rendezvous type tcpstore"),

@@ -1,5 +1,7 @@
 """The sections: unions by type, and what they become for core and agents."""
 
+from pathlib import Path
+
 from settings_files import Loaded
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
@@ -9,9 +11,9 @@ from weightsync.orchestrator.settings.sections import FilesystemSection, NixlSec
 def test_unions(loaded: Loaded) -> None:
     settings = loaded("transport: {type: filesystem}\nrendezvous: {type: tcpstore, host: head, port: 29502}\n")
     assert settings.transport == FilesystemSection()
-    assert settings.transport.message() == FilesystemSettings()
+    assert settings.transport.message(Path("/runs/a")) == FilesystemSettings("/runs/a")
     assert settings.rendezvous == TcpStoreSection(host="head", port=29502, timeout_seconds=1200)
-    assert NixlSection().message() == NixlSettings()
+    assert NixlSection().message(Path("/runs/a")) == NixlSettings()
 
 
 def test_only_the_store_has_a_group_address(loaded: Loaded) -> None:

@@ -9,12 +9,12 @@ from weightsync.orchestrator.settings.settings import load
 
 
 def test_every_value_can_come_from_the_environment(loaded: Loaded) -> None:
-    settings = loaded("", LISTEN__PORT="9", TRANSPORT__FLUSH_EVERY="7", TRANSPORT__BACKENDS="[UCX, GDS]",
+    settings = loaded("", LISTEN__PORT="9", TRANSPORT__IN_FLIGHT_PER_PEER="7", TRANSPORT__BACKENDS="[UCX, GDS]",
         ENGINES__0__URL="http://other:1", ENGINES__1="{name: b, url: http://b:1, role: decode}",
         PAUSE__CLEAR_CACHE="false", DEADLINES__PROBE_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
     )  # fmt: skip
     assert settings.listen.port == 9
-    assert settings.transport == NixlSection(backends=("UCX", "GDS"), flush_every=7)
+    assert settings.transport == NixlSection(backends=("UCX", "GDS"), in_flight_per_peer=7)
     assert [engine.url for engine in settings.engines] == ["http://other:1", "http://b:1"]
     assert not settings.pause.clear_cache
     assert settings.deadlines.probe_seconds == 1.5

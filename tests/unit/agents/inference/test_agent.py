@@ -1,20 +1,34 @@
 """Experts that were rebalanced between rounds: the plan no longer fits, so the layout is announced anew."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.agent import STAGING_VARIABLE, InferenceAgent
+from weightsync.agents.inference.calls import LiveModel, UpdateInfo
 from weightsync.agents.inference.window import UpdateFailed
 from weightsync.agents.memory.arena import host_arena, region_of
-from weightsync.agents.vllm.adapter.common import UpdateInfo
-from weightsync.agents.vllm.ranks import EngineRanks
-from weightsync.agents.vllm.recorder.recorded import Recorded
 from weightsync.kernels.digest import tensor_key
 from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
+from weightsync.orchestrator.protocol.messages import Fault, Verify
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 UPDATE = UpdateInfo(token="1.1", round_epoch=1, round_number=1, generation=1, step=1, deadline_seconds=5.0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """An engine that tells its workers everything; nothing of vLLM."""
+
+    rank: int = 0
+    world: int = 1
+
+    def with_world(self, world: int) -> "Ranks":
+        return self
 
 
 class Thread:
@@ -32,43 +46,84 @@ class Thread:
         """Never called here; only named."""
 
 
-def recorded(memory: torch.Tensor, expert: int) -> Recorded:
+@dataclass(frozen=True)
+class Model:
+    """Live weights that only have a layout; ``find`` answers ``rebalanced``."""
+
+    layout: Layout
+    tensors: list[torch.Tensor]
+    find: Callable[[str], LiveModel | None] = lambda known: None
+
+    def refresh(self) -> None: ...
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+
+    def rebalanced(self, known: str) -> LiveModel | None:
+        return self.find(known)
+
+
+def model(memory: torch.Tensor, expert: int, find: Callable[[str], LiveModel | None] = lambda known: None) -> Model:
     """One expert's weight of 16 bytes in the first slot."""
     rows = np.array([row(0, 0, 0, (0,), (8,), (2,))], dtype="<i8")
     tensor = Tensor(f"experts.{expert}.weight", "bfloat16", (8,))
     layout = Layout((tensor,), (region_of(memory),), rows.tobytes(), expert_map=f"map of {expert}")
-    return Recorded(layout, [memory], lambda: None, lambda tensors: None, (), (), ())
+    return Model(layout, [memory], find)
 
 
-def test_a_round_is_refused_before_the_worker_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _no_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STAGING_VARIABLE, "0")
+
+
+def test_a_round_is_refused_before_the_worker_stands_still() -> None:
     memory, thread = host_arena(16), Thread()
     memory.copy_(torch.arange(16, dtype=torch.uint8))
-    moved = {"map of 3": recorded(memory, 5)}
-    agent = InferenceAgent(EngineRanks(0, 1), torch.device("cpu"), recorded(memory, 3), moved.get)
-    before = agent._digest()
+    moved = {"map of 3": model(memory, 5)}
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(memory, 3, moved.get))
+    before = agent._weights.digest()
     agent._agent = thread  # type: ignore[assignment]
     with pytest.raises(UpdateFailed, match="rebalanced"):
         agent.update(UPDATE)
     assert thread.posted == [thread.announce]
     assert agent.status.window is None
     assert not agent.status.torn
-    assert agent._layout.tensors[0].name == "experts.5.weight"
-    assert agent._digest() != before, "the same bytes count for another expert now"
+    assert agent._weights.layout.tensors[0].name == "experts.5.weight"
+    assert agent._weights.digest() != before, "the same bytes count for another expert now"
     assert tensor_key("experts.3.weight") != tensor_key("experts.5.weight")
 
 
-def test_an_engine_without_expert_maps_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STAGING_VARIABLE, "0")
-    memory = host_arena(16)
-    plain = recorded(memory, 3)
-    plain = Recorded(
-        Layout(plain.layout.tensors, plain.layout.regions, plain.layout.rows), [memory], plain.refresh, plain.load,
-        (), (), (),
-    )  # fmt: skip
-
-    def asked(known: str) -> Recorded | None:
+def test_an_engine_without_expert_maps_is_never_asked() -> None:
+    def asked(known: str) -> LiveModel | None:
         raise AssertionError("a walk over all modules in every pause, for nothing")
 
-    agent = InferenceAgent(EngineRanks(0, 1), torch.device("cpu"), plain, asked)
-    agent._refuse_moved_experts(Thread())  # type: ignore[arg-type]
+    memory = host_arena(16)
+    mapped = model(memory, 3).layout
+    plain = Model(Layout(mapped.tensors, mapped.regions, mapped.rows), [memory], asked)
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), plain)
+    assert not agent._weights.follow_experts()
+
+
+class Lost(AgentError):
+    fault: Fault = "trainer"
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "retry"),
+    [(Lost("part 2"), "trainer", False), (torch.cuda.OutOfMemoryError("3 GiB"), "engine", True)],
+)
+def test_a_rank_that_cannot_verify_says_whose_fault_it_is(error: Exception, fault: str, retry: bool) -> None:
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
+
+    def arrive(version: Version) -> None:
+        raise error
+
+    agent._weights.arrive = arrive  # type: ignore[method-assign]
+    verified = agent._verify(Verify(round=RoundName(1, 1), deadline_seconds=1.0), Version(1, 1))
+    assert (verified.error, verified.fault, verified.retry) == (repr(error), fault, retry)
+
+
+def test_a_worker_that_nobody_introduced_refuses() -> None:
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
+    with pytest.raises(UpdateFailed, match="no daemon has been introduced"):
+        agent.update(UPDATE)
+    assert not agent.may_run

@@ -37,7 +37,7 @@ class Worker:
         return Verified(round=order.round, digest=(1, 2), bytes=3, apply_seconds=0.0, digest_seconds=0.0)
 
     def hold(self, update: Update = UPDATE, synchronise: Callable[[], None] = lambda: None) -> None:
-        self.windows.hold(update, synchronise, self.verify, self.tell)
+        self.windows.serve_round(update, synchronise, self.verify, self.tell)
 
 
 def serving() -> Worker:

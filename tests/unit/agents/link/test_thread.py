@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsync.agents.link.thread import Agent, ControlAddress, Identity, _beside
+from weightsync.agents.errors import AgentError
+from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress, Identity, _beside
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Connect,
+    Fault,
     FromAgent,
     FromDaemon,
     HubRendezvous,
@@ -26,8 +28,17 @@ from weightsync.orchestrator.protocol.names import Member, RoundName
 MEMBER = Member("trainer", "", 0)
 
 
-class Body:
-    """A body that writes down what it is asked; ``refusals`` are what ``connect`` raises first."""
+class Passing(AgentError):
+    fault: Fault = "network"
+    retry = True
+
+
+class Hopeless(AgentError):
+    fault: Fault = "daemon"
+
+
+class Side:
+    """A side that writes down what it is asked; ``refusals`` are what ``connect`` raises first."""
 
     def __init__(self) -> None:
         self.welcomes: list[Welcome] = []
@@ -35,6 +46,8 @@ class Body:
         self.words: list[FromDaemon] = []
         self.refusals: list[Exception] = []
         self.is_shut = False
+
+    here: Fault = "trainer"
 
     def status(self) -> TrainerStatus:
         return TrainerStatus()
@@ -60,13 +73,12 @@ class Body:
         self.is_shut = True
 
 
-class Alone(Agent):
+class Alone(AgentThread[Side]):
     """An agent whose daemon is the test: what it says is in ``said``. Its thread is not started."""
 
-    def __init__(self, obeyed: Agent | None = None) -> None:
-        self.body = Body()
+    def __init__(self, obeyed: "Alone | None" = None) -> None:
         address = ControlAddress("ws://127.0.0.1:1/agents", Path("token"))
-        super().__init__(Identity("run", MEMBER, 1), address, self.body, obeyed)
+        super().__init__(Identity("run", MEMBER, 1), address, lambda thread: Side(), obeyed)
         self.said: list[FromAgent] = []
 
     def send(self, message: FromAgent) -> bool:
@@ -109,7 +121,7 @@ def test_a_welcome_is_answered_with_the_layout(agent: Alone) -> None:
 @pytest.mark.parametrize("stale", [welcome(2), welcome(3, "another journal")], ids=["lower epoch", "foreign journal"])
 def test_a_daemon_of_the_past_is_not_obeyed(agent: Alone, stale: Welcome) -> None:
     agent.hears(welcome(3), stale)
-    assert len(agent.said) == len(agent.body.welcomes) == 1
+    assert len(agent.said) == len(agent.side.welcomes) == 1
     assert (agent.epoch, agent._hello().journal_id) == (3, "j")
 
 
@@ -140,7 +152,7 @@ def test_an_agent_in_the_place_of_another_is_bound_by_what_that_one_obeyed(agent
 
 def test_edges_are_confirmed_when_they_are_warm(agent: Alone) -> None:
     agent.hears(welcome(1), CONNECT)
-    assert agent.body.connects == [CONNECT]
+    assert agent.side.connects == [CONNECT]
     assert agent.said[1:] == [Ready(fingerprint="edges")]
 
 
@@ -150,18 +162,44 @@ def test_edges_that_are_not_ready_are_tried_again(agent: Alone, monkeypatch: pyt
     async def no_time_passes(seconds: float) -> None:
         waited.append(seconds)
 
-    agent.body.refusals = [RuntimeError("the peer is starting")] * 2
+    # Whatever the kind: ours that may pass, torch's own, anything.
+    agent.side.refusals = [Passing("the peer is starting"), RuntimeError("CUDA error"), ValueError("no such region")]
     agent.hears(welcome(1))
     monkeypatch.setattr("weightsync.agents.link.thread.asyncio.sleep", no_time_passes)
     agent.hears(CONNECT)
-    assert waited == [1, 2]
+    assert waited == [1, 2, 3]
     assert agent.said[1:] == [Ready(fingerprint="edges")]
 
 
-def test_other_words_go_to_the_body(agent: Alone) -> None:
+def test_edges_that_no_retry_makes_ready_are_given_up_at_once(agent: Alone, caplog: pytest.LogCaptureFixture) -> None:
+    agent.side.refusals = [Hopeless("a copy outside its row")]
+    agent.hears(welcome(1), CONNECT)
+    assert agent.side.connects == [CONNECT]
+    assert len(agent.said) == 1, "the announcement, and no Ready"
+    assert "the edges cannot be made ready (fault: daemon): Hopeless('a copy outside its row')" in caplog.text
+    agent.hears(CONNECT)
+    assert agent.said[1:] == [Ready(fingerprint="edges")], "another Connect is another try"
+
+
+def test_edges_are_given_up_after_the_last_attempt(
+    agent: Alone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def no_time_passes(seconds: float) -> None: ...
+
+    agent.side.refusals = [Passing("the peer is starting")] * CONNECT_ATTEMPTS
+    agent.hears(welcome(1))
+    monkeypatch.setattr("weightsync.agents.link.thread.asyncio.sleep", no_time_passes)
+    agent.hears(CONNECT)
+    assert len(agent.side.connects) == CONNECT_ATTEMPTS
+    assert len(agent.said) == 1
+    assert f"not ready after {CONNECT_ATTEMPTS} attempts" in caplog.text
+    assert "fault: network" in caplog.text
+
+
+def test_other_words_go_to_the_side(agent: Alone) -> None:
     word = Verify(round=RoundName(1, 1), deadline_seconds=1.0)
     agent.hears(welcome(1), word)
-    assert agent.body.words == [word]
+    assert agent.side.words == [word]
 
 
 def test_a_welcome_without_a_way_waits_for_the_next(agent: Alone) -> None:
@@ -253,10 +291,123 @@ def test_waiting_for_nobody_says_why(agent: Alone) -> None:
 @pytest.mark.timeout(30)
 def test_a_wrong_token_file_is_told_at_once(tmp_path: Path) -> None:
     """To the thread that waits for the Welcome."""
-    body = Body()
-    lost = Agent(Identity("run", MEMBER, 1), ControlAddress("ws://127.0.0.1:1", tmp_path / "none"), body)
+    address = ControlAddress("ws://127.0.0.1:1", tmp_path / "none")
+    lost = AgentThread(Identity("run", MEMBER, 1), address, lambda thread: Side())
     lost.start()
     with pytest.raises(ValueError, match="none"):
         lost.wait_welcome(20.0)
     lost.close()
-    assert body.is_shut
+    assert lost.side.is_shut
+
+
+# ------------------------------------------------------------------------------------------------------------ the end
+class Client:
+    """In the place of ``ControlClient``: connected until ``close``, which says Bye and waits for ``run`` to end."""
+
+    trouble = ""
+
+    def __init__(self, *_: Any) -> None:
+        self.running = threading.Event()
+        self.byes: list[str] = []
+        self._closing, self._ended = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        self.running.set()
+        await self._closing.wait()
+        self._ended.set()
+
+    async def close(self, reason: str) -> None:
+        self.byes.append(reason)
+        self._closing.set()
+        await self._ended.wait()
+        # The farewell outlives the client: here the thread's main task has long gone on.
+        for _ in range(20):
+            await asyncio.sleep(0)
+        self.byes.append("done")
+
+
+@pytest.fixture
+def thread(monkeypatch: pytest.MonkeyPatch) -> AgentThread[Side]:
+    """Not started, and with a double for its connection."""
+    monkeypatch.setattr("weightsync.agents.link.thread.ControlClient", Client)
+    return AgentThread(Identity("run", MEMBER, 1), ControlAddress("ws://x", Path("token")), lambda thread: Side())
+
+
+def watched(thread: AgentThread[Any]) -> list["asyncio.Task[Any]"]:
+    """Every task that the thread's loop makes from now on."""
+    made: list[asyncio.Task[Any]] = []
+
+    def make(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> "asyncio.Task[Any]":
+        made.append(asyncio.Task(coroutine, loop=loop, **options))
+        return made[-1]
+
+    thread._loop.set_task_factory(make)
+    return made
+
+
+def running(thread: AgentThread[Side]) -> Client:
+    thread.start()
+    while thread._client is None:
+        thread.call(lambda: None)  # a turn of its loop
+    client: Any = thread._client
+    assert client.running.wait(10)
+    return client
+
+
+def test_closing_waits_for_the_farewell_and_leaves_no_task(thread: AgentThread[Side]) -> None:
+    tasks = watched(thread)
+    client = running(thread)
+    thread.close("the trainer ends")
+    assert client.byes == ["the trainer ends", "done"]
+    assert thread.side.is_shut
+    assert tasks
+    assert all(task.done() for task in tasks), "none is destroyed while it is pending"
+    assert thread._loop.is_closed()
+
+
+def test_closing_again_does_nothing(thread: AgentThread[Side]) -> None:
+    client = running(thread)
+    thread.close("first")
+    thread.close("second")
+    assert client.byes == ["first", "done"]
+
+
+def test_two_closes_at_once_say_one_farewell(thread: AgentThread[Side]) -> None:
+    tasks = watched(thread)
+    client = running(thread)
+    thread.post(lambda: thread._stop("first"))
+    thread.close("second")
+    assert client.byes == ["first", "done"]
+    assert all(task.done() for task in tasks)
+
+
+def test_a_thread_that_is_closed_before_its_first_turn_never_connects(thread: AgentThread[Side]) -> None:
+    tasks = watched(thread)
+    thread._loop.call_soon(thread._stop, "at once")  # what ``close`` posts, ahead of all else
+    thread.start()
+    thread.close()
+    assert thread._client is None
+    assert thread.side.is_shut
+    assert all(task.done() for task in tasks)
+
+
+def test_a_stop_that_comes_when_the_loop_is_ending_begins_nothing(
+    thread: AgentThread[Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(client: Client) -> None:
+        raise Hopeless("another run")
+
+    tasks, shut = watched(thread), thread.side.shut
+
+    def stop_then_shut() -> None:
+        thread._stop("too late")
+        shut()
+
+    monkeypatch.setattr(Client, "run", refused)
+    thread.side.shut = stop_then_shut  # type: ignore[method-assign]
+    thread.start()
+    thread._thread.join(10)
+    thread.close("nobody is there")
+    assert isinstance(thread.failure, Hopeless)
+    assert thread.side.is_shut
+    assert all(task.done() for task in tasks)

@@ -10,10 +10,12 @@ from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from weightsync.agents.trainer.checkpoint import load_checkpoint_parts, save_checkpoint_part
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
+from weightsync.agents.trainer.thread_side import source_of
+from weightsync.agents.transport.filesystem import load_checkpoint_parts, save_checkpoint_part
+from weightsync.orchestrator.protocol.names import Member
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -99,7 +101,7 @@ def train_and_save(rank, port, folder):
         optimizer.step()
         optimizer.zero_grad()
     slots.convert(current_state(model))
-    save_checkpoint_part(folder / "parts", slots)
+    save_checkpoint_part(folder / "parts", source_of(slots, Member("trainer", "", rank), 2))
     full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
     if rank == 0:
         torch.save(full, folder / "masters.pt")

@@ -1,7 +1,7 @@
 """A trainer rank's side of grants: which it refuses, what it says when it closes, whom it tells the fate."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,19 +9,30 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from weightsync.agents.trainer import thread_side as bodies
+from weightsync.agents.errors import AgentError
+from weightsync.agents.tables.runs import RunTableError
+from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.publication import PublishError
-from weightsync.agents.trainer.thread_side import TrainerBody
+from weightsync.agents.trainer.thread_side import TrainerSide
+from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
+from weightsync.agents.transport.nixl.errors import EdgeError
+from weightsync.agents.transport.nixl.receiver import NixlReceiver
+from weightsync.agents.transport.registry import TRANSPORTS, Transport
+from weightsync.agents.transport.shares import Share, Shares
+from weightsync.kernels.errors import KernelError
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
+    Connect,
+    Fault,
     FilesystemSettings,
     Grant,
     NixlSettings,
     Outcome,
     PeerTransfer,
     Staged,
+    TransportSettings,
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
@@ -32,37 +43,65 @@ GRANT = Grant(round=ROUND, version=VERSION, fingerprint="edges", members=(TARGET
 SENT = PeerTransfer(TARGET, 100, 1, 0.1, (1, 2))
 
 
-class Plan:
-    """In the place of ``TransportPlan``: one peer, whose writes end as ``failure`` says."""
+class NoRoute(AgentError):
+    fault: Fault = "network"
+    retry = True
 
-    fingerprint = "edges"
 
-    def __init__(self, slots: Any) -> None:
+class Wire(Sender):
+    """A transport whose writes end as ``failure`` says, with something in flight for as long as ``left`` says."""
+
+    def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.refusal: Exception | None = None
         self.granted: list[Sequence[Member]] = []
-        self.digests = 0
+        self.stages: list[Version] = []
+        self.shares: Sequence[Share] = ()
+        self.left = 0
+        self.closed = False
 
-    def register(self, endpoint: Any) -> None:
-        pass
+    def open(self, settings: Any) -> None: ...
 
-    def digest(self) -> dict[Member, Digest]:
-        self.digests += 1
-        return {TARGET: (1, 2)}
+    async def connect(self, shares: Sequence[Share]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.shares = shares
 
-    def bytes_per_peer(self) -> dict[Member, int]:
-        return {TARGET: 100}
+    def stage(self, version: Version) -> None:
+        self.stages.append(version)
 
-    async def push(
-        self, members: Sequence[Member], seconds: float, digests: Mapping[Member, Digest]
-    ) -> tuple[PeerTransfer, ...]:
+    async def write(
+        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
+    ) -> tuple[HandedOver, ...]:
         self.granted.append(members)
         if self.failure is not None:
             raise self.failure
-        return (SENT,)
+        return (HandedOver(TARGET, 100, 1, 0.1),)
+
+    def in_flight(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+    def close(self) -> None:
+        self.closed = True
 
 
-class Agent:
-    """What the body says to the daemon, and which epoch counts."""
+class Owed(Shares):
+    """One peer, whose bytes have the digest (1, 2); counts how often that is computed."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def replan(self, connect: Connect) -> Sequence[Share]:
+        return ()
+
+    def digests(self) -> dict[Member, Digest]:
+        self.computed += 1
+        return {TARGET: (1, 2)}
+
+
+class Thread:
+    """What the side says to the daemon, and which epoch counts."""
 
     epoch = 3
 
@@ -77,41 +116,23 @@ class Agent:
         return asyncio.get_running_loop().create_task(work)
 
 
-class Endpoint:
-    """A NIXL endpoint with writes in flight for as long as ``left`` says."""
-
-    name = "endpoint"
-
-    def __init__(self, *_: Any) -> None:
-        self.left = 0
-        self.closed = False
-
-    @property
-    def tainted_peers(self) -> frozenset[str]:
-        self.left -= 1
-        return frozenset({"e0/0"}) if self.left >= 0 else frozenset()
-
-    def poll(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
+CONNECT = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
 
 
 @pytest.fixture
-def rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A body with its doubles beside it, welcomed over NIXL, holding VERSION."""
-    monkeypatch.setattr(bodies, "TransportPlan", Plan)
-    monkeypatch.setattr(bodies, "open_endpoint", Endpoint)
-    slots: Any = SimpleNamespace(layout=Layout((), (), b""), arenas=[torch.zeros(8, dtype=torch.uint8)])
-    body = TrainerBody(MEMBER, slots, tmp_path)
-    agent = Agent()
-    body.agent = agent  # type: ignore[assignment]
-    body.welcomed(welcome(NixlSettings()))
-    return SimpleNamespace(body=body, agent=agent, plan=body._plan, endpoint=body._endpoint, saved=[])
+async def rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A side with its doubles beside it, welcomed over ``Wire`` and connected."""
+    wire, owed, thread = Wire(), Owed(), Thread()
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(lambda memory: wire, NixlReceiver))
+    memory = SourceMemory(MEMBER, 1, Layout((), (), b""), [torch.zeros(8, dtype=torch.uint8)], ())
+    side = TrainerSide(thread, memory, 8)
+    side._shares = owed
+    side.welcomed(welcome(NixlSettings()))
+    await side.connect(CONNECT)
+    return SimpleNamespace(side=side, thread=thread, wire=wire, owed=owed)
 
 
-def welcome(transport: NixlSettings | FilesystemSettings) -> Welcome:
+def welcome(transport: TransportSettings) -> Welcome:
     return Welcome(
         epoch=3, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=transport, rendezvous=None
     )
@@ -120,18 +141,18 @@ def welcome(transport: NixlSettings | FilesystemSettings) -> Welcome:
 async def granted(rank: Any, grant: Grant = GRANT) -> Closed:
     """The CLOSED that follows a grant."""
     before = set(asyncio.all_tasks())
-    rank.body.heard(grant)
+    rank.side.heard(grant)
     await asyncio.gather(*(asyncio.all_tasks() - before))
-    closed = rank.agent.said[-1]
+    closed = rank.thread.said[-1]
     assert isinstance(closed, Closed)
     return closed
 
 
 async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
-    rank.body.staged(VERSION)
+    rank.side.staged(VERSION, 0.5, 0.25)
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
-    assert rank.plan.granted == [(TARGET,)]
-    assert rank.body.status().open_round is None
+    assert rank.wire.granted == [(TARGET,)]
+    assert rank.side.status().open_round is None
 
 
 @pytest.mark.parametrize(
@@ -145,114 +166,158 @@ async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
 async def test_a_grant_of_something_else_is_refused_and_nothing_written(
     rank: Any, grant: dict[str, Any], reason: str
 ) -> None:
-    rank.body.staged(VERSION)
+    rank.side.staged(VERSION, 0.5, 0.25)
     closed = await granted(rank, replace(GRANT, **grant))
     assert closed.fault == "trainer"
     assert reason in closed.error
-    assert rank.plan.granted == []
+    assert rank.wire.granted == []
 
 
 async def test_slots_in_the_making_are_written_by_nobody(rank: Any) -> None:
-    rank.body.staged(VERSION)
-    assert rank.body.claim()
+    rank.side.staged(VERSION, 0.5, 0.25)
+    assert rank.side.claim()
     closed = await granted(rank)
     assert "the slots hold a version in the making" in closed.error
-    assert rank.plan.granted == []
+    assert rank.wire.granted == []
 
 
 async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
-    rank.body.staged(VERSION)
-    rank.body._open = RoundName(3, 0)
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side._open = RoundName(3, 0)
     assert "round 3.0 is still being written" in (await granted(rank)).error
-    assert not rank.body.claim(), "nor may the next version take the slots"
+    assert not rank.side.claim(), "nor may the next version take the slots"
 
 
 async def test_what_went_wrong_is_said(rank: Any) -> None:
-    rank.body.staged(VERSION)
-    rank.plan.failure = RuntimeError("e0/0: no route")
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = NoRoute("e0/0: no route")
     closed = await granted(rank)
-    assert (closed.error, closed.fault, closed.peers) == ("e0/0: no route", "network", ())
+    assert (closed.error, closed.fault, closed.retry, closed.peers) == ("e0/0: no route", "network", True, ())
+
+
+async def test_peers_that_were_written_are_said_beside_those_that_were_not(rank: Any) -> None:
+    other = Member("inference", "e1", 0)
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = PushError((HandedOver(TARGET, 100, 1, 0.1),), {other: NoRoute("no route")})
+    closed = await granted(rank)
+    assert (closed.error, closed.fault, closed.retry) == ("e1/0: no route", "network", True)
+    assert closed.peers == (SENT,)
+
+
+async def test_one_failure_that_no_retry_helps_counts_for_all(rank: Any) -> None:
+    other = Member("inference", "e1", 0)
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = PushError((), {TARGET: NoRoute("no route"), other: EdgeError("outside its region")})
+    closed = await granted(rank)
+    assert (closed.fault, closed.retry) == ("daemon", False)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "retry"),
+    [
+        (RuntimeError("CUDA error: out of memory"), "trainer", True),
+        (RunTableError("a copy outside its row"), "daemon", False),
+        (KernelError("a table that is none"), "trainer", False),
+    ],
+)
+async def test_the_blame_follows_the_kind_of_error(rank: Any, error: Exception, fault: str, retry: bool) -> None:
+    """torch's RuntimeErrors are no network's, and a table that does not fit is no bug of the trainer."""
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = error
+    closed = await granted(rank)
+    assert (closed.fault, closed.retry) == (fault, retry)
 
 
 async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     """Else its targets were tainted until this process ends."""
-    rank.body.staged(VERSION)
-    rank.plan.failure = KeyError("e0/0")
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = KeyError("e0/0")
     closed = await granted(rank)
-    assert (closed.error, closed.fault) == ("KeyError('e0/0')", "trainer")
-    assert rank.body.status().open_round is None
+    assert (closed.error, closed.fault, closed.retry) == ("KeyError('e0/0')", "trainer", True)
+    assert rank.side.status().open_round is None
 
 
 async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NIXL cannot take a write back: after a failure the grant stays open until the last handle is DONE."""
+    """A write cannot be taken back: after a failure the grant stays open until the last handle is DONE."""
     waits: list[RoundName | None] = []
 
     async def no_time_passes(seconds: float) -> None:
-        waits.append(rank.body.status().open_round)
+        waits.append(rank.side.status().open_round)
 
-    monkeypatch.setattr(bodies.asyncio, "sleep", no_time_passes)
-    rank.body.staged(VERSION)
-    rank.plan.failure = RuntimeError("deadline")
-    rank.endpoint.left = 3
+    monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.failure = NoRoute("deadline")
+    rank.wire.left = 3
     assert (await granted(rank)).error == "deadline"
     assert waits == [ROUND] * 3
 
 
 def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
-    rank.body.staged(VERSION)
-    rank.body._open = ROUND
-    rank.body.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert rank.body.status().open_round == ROUND
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side._open = ROUND
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
+    assert rank.side.status().open_round == ROUND
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
-    rank.body.timings = (0.5, 0.25)
-    rank.body.staged(VERSION)
-    assert rank.agent.said == [Staged(version=VERSION, bytes=8, convert_seconds=0.5, digest_seconds=0.25)]
-    assert rank.body.status().staged == VERSION
+    rank.side.staged(VERSION, 0.5, 0.25)
+    assert rank.thread.said == [Staged(version=VERSION, bytes=8, convert_seconds=0.5, digest_seconds=0.25)]
+    assert rank.side.status().staged == VERSION
 
 
 def test_the_fate_of_the_version_ends_the_publish(rank: Any) -> None:
-    committed = rank.body.staged(VERSION)
-    rank.body.heard(Outcome(version=Version(7, 9), committed=True, sequence=1))
+    committed = rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.heard(Outcome(version=Version(7, 9), committed=True, sequence=1))
     assert not committed.done()
-    rank.body.heard(Outcome(version=VERSION, committed=True, sequence=5))
-    rank.body.heard(Outcome(version=VERSION, committed=True, sequence=6))
+    rank.side.heard(Outcome(version=VERSION, committed=True, sequence=5))
+    rank.side.heard(Outcome(version=VERSION, committed=True, sequence=6))
     assert committed.result(0) == 5
-    failed = rank.body.staged(Version(7, 2))
-    rank.body.heard(Outcome(version=Version(7, 2), committed=False, reason="no plan fits"))
+    failed = rank.side.staged(Version(7, 2), 0.5, 0.25)
+    rank.side.heard(Outcome(version=Version(7, 2), committed=False, reason="no plan fits"))
     with pytest.raises(PublishError, match="no plan fits"):
         failed.result(0)
 
 
 def test_a_closed_agent_leaves_nobody_waiting(rank: Any) -> None:
-    waiting = rank.body.staged(VERSION)
-    rank.body.shut()
+    waiting = rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.shut()
     with pytest.raises(PublishError, match="closed before"):
         waiting.result(0)
-    assert rank.endpoint.closed
+    assert rank.wire.closed
 
 
 async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     """At STAGED; a grant finds it done, and a new plan does it again."""
-    rank.body.prepare(VERSION)
-    rank.body.staged(VERSION)
+    rank.side.prepare(VERSION)
+    rank.side.staged(VERSION, 0.5, 0.25)
     await granted(rank)
-    assert rank.plan.digests == 1
-    rank.plan.fingerprint = "edges of another plan"
+    assert rank.owed.computed == 1
+    await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
     await granted(rank, replace(GRANT, fingerprint="edges of another plan"))
-    assert rank.plan.digests == 2
+    assert rank.owed.computed == 2
 
 
-async def test_over_files_a_grant_writes_nothing_and_says_what_was_saved(
-    rank: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    saved: list[Path] = []
-    monkeypatch.setattr(bodies, "save_checkpoint_part", lambda path, slots: saved.append(path))
-    rank.body.welcomed(welcome(FilesystemSettings()))
-    rank.body.prepare(VERSION)
-    rank.body.staged(VERSION)
-    closed = await granted(rank)
-    assert closed.peers == (PeerTransfer(TARGET, 100, 0, 0.0, (1, 2)),)
-    assert rank.plan.granted == []
-    assert saved == [tmp_path / "broadcasts" / "step_1"]
+async def test_the_transport_takes_the_version_before_it_is_reported(rank: Any) -> None:
+    rank.side.prepare(VERSION)
+    assert rank.wire.stages == [VERSION]
+    assert rank.thread.said == []
+
+
+async def test_a_connect_that_fails_leaves_no_plan_to_write_by(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.wire.refusal = NoRoute("e0/0 did not take the first word")
+    with pytest.raises(NoRoute):
+        await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
+    assert "grant for the edges edges; this rank has none" in (await granted(rank)).error
+    assert rank.wire.granted == []
+
+
+async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: Path) -> None:
+    """The first one's endpoint stays open and is polled: a late write may still be in flight there."""
+    rank.side.welcomed(welcome(FilesystemSettings(str(tmp_path))))
+    assert rank.side.announcement() == (Layout((), (), b""), "", b"")
+    rank.wire.left = 1
+    assert not rank.side.claim()
+    assert rank.side.claim()
+    rank.side.shut()
+    assert rank.wire.closed

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from weightsync.agents.tables.box import Box
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
-from weightsync.agents.trainer.slots.boxes import Box, Cut, Grid, LocalShare
+from weightsync.agents.trainer.slots.boxes import Cut, Grid, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions, SlotPiece, Turns

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from weightsync.agents.memory.arena import ALIGNMENT
+from weightsync.agents.tables.box import Box
 from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.boxes import Box, local_share
+from weightsync.agents.trainer.slots.boxes import local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Router, SlotOptions

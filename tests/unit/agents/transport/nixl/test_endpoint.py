@@ -28,6 +28,7 @@ from weightsync.agents.transport.nixl.errors import (
 )
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
+from weightsync.orchestrator.settings.sections import NixlSection
 
 PATIENCE = 20.0
 """Deadline of what is expected to finish. Generous: the machine may be busy."""
@@ -90,9 +91,9 @@ def start_peer() -> Iterator[StartPeer]:
 def make_endpoint() -> Iterator[MakeEndpoint]:
     made: list[NixlEndpoint] = []
 
-    def make(name: str = "writer", tls: str | None = None, **options: float) -> NixlEndpoint:
+    def make(name: str = "writer", tls: str | None = None, settings: NixlSettings | None = None) -> NixlEndpoint:
         variables = {"UCX_TLS": tls} if tls else {}
-        endpoint = NixlEndpoint(name, NixlSettings(), variables=variables, **options)  # type: ignore[arg-type]
+        endpoint = NixlEndpoint(name, settings or NixlSettings(), variables=variables)
         made.append(endpoint)
         return endpoint
 
@@ -151,9 +152,9 @@ async def test_many_chunks_of_many_descriptors_arrive_in_place(make_endpoint: Ma
         succeeded(await writer.warm_up([edge], PATIENCE))
         for window in (1, 3, 100):
             sink[:] = 0
-            [result] = await writer.write([edge], flush_every=window, deadline_seconds=PATIENCE)
+            [result] = await writer.write([edge], in_flight_per_peer=window, deadline_seconds=PATIENCE)
             assert result.error is None
-            assert (result.bytes, result.descriptors, result.peer) == (ends[-1], edge.descriptors, target.name)
+            assert (result.bytes, result.descriptors, result.peer) == (ends[-1], 3000, target.name)
             assert np.array_equal(sink, expected)
             source[0], expected[there[0]] = source[0] ^ 1, expected[there[0]] ^ 1
     assert not writer.tainted_peers
@@ -212,8 +213,10 @@ async def test_other_tasks_run_while_a_write_is_posted(make_endpoint: MakeEndpoi
     assert turns >= 2
 
 
-async def test_a_rate_above_the_ceiling_is_an_error(make_endpoint: MakeEndpoint) -> None:
-    writer, target = make_endpoint("writer", ceiling=1e3), make_endpoint("target")
+async def test_a_rate_above_the_settings_ceiling_is_an_error(make_endpoint: MakeEndpoint) -> None:
+    """``transport.max_gb_per_second``, down to the text that the daemon shows."""
+    settings = NixlSection(max_gb_per_second=0.000001).message(Path("/run"))
+    writer, target = make_endpoint("writer", settings=settings), make_endpoint("target")
     source, sink = random_bytes(16 << 20), np.zeros(16 << 20, dtype=np.uint8)
     writer.register([region(source)])
     target.register([region(sink)])
@@ -222,7 +225,30 @@ async def test_a_rate_above_the_ceiling_is_an_error(make_endpoint: MakeEndpoint)
     async with polling(target):
         [result] = await writer.write([edge], deadline_seconds=PATIENCE)
     assert isinstance(result.error, ImplausibleRateError)
-    assert not result.error.retry
+    assert "transport.max_gb_per_second is 1e-06. Fix: raise it to the link's rate" in str(result.error)
+    assert (result.error.fault, result.error.retry) == ("network", False)
+
+
+async def test_one_write_can_carry_some_groups_only(make_endpoint: MakeEndpoint) -> None:
+    """Neighbouring runs of two groups: no handle carries both, and what the first write left out stays as it was."""
+    writer, target = make_endpoint("writer"), make_endpoint("target")
+    source, sink = random_bytes(4096), np.zeros(4096, dtype=np.uint8)
+    writer.register([region(source)])
+    target.register([region(sink)])
+    writer.connect(target.name, target.metadata())
+    runs = np.array([[0, 0, at, 0, at, 1024] for at in range(0, 4096, 1024)])
+    edge = writer.prepare_edge(target.name, [region(source)], [region(sink)], runs, groups=np.array([7, 3, 7, 3]))
+    async with polling(target):
+        [first] = await writer.write([edge], groups=[3], deadline_seconds=PATIENCE)
+        assert (first.error, first.bytes, first.descriptors) == (None, 2048, 2)
+        expected = np.zeros(4096, dtype=np.uint8)
+        expected[1024:2048], expected[3072:] = source[1024:2048], source[3072:]
+        assert np.array_equal(sink, expected)
+        [nothing] = await writer.write([edge], groups=[9], deadline_seconds=PATIENCE)
+        assert (nothing.error, nothing.bytes, nothing.descriptors) == (None, 0, 0)
+        [second] = await writer.write([edge], groups={7}, deadline_seconds=PATIENCE)
+        assert (second.error, second.bytes) == (None, 2048)
+    assert np.array_equal(sink, source)
 
 
 # -------------------------------------------------------------------------------------------------- two processes
@@ -234,7 +260,7 @@ async def test_bytes_reach_another_process(make_endpoint: MakeEndpoint, start_pe
     writer.connect(peer.name, peer.card)
     edge = writer.prepare_edge(peer.name, [region(source)], [peer.region], whole(5 << 20), chunk_bytes=1 << 19)
     succeeded(await writer.warm_up([edge], PATIENCE))
-    succeeded(await writer.write([edge], flush_every=4, deadline_seconds=PATIENCE))
+    succeeded(await writer.write([edge], in_flight_per_peer=4, deadline_seconds=PATIENCE))
     assert peer.ask("digest") == hashlib.sha256(source).hexdigest()
 
 
@@ -448,7 +474,7 @@ async def test_an_edge_without_runs_has_nothing_to_do(make_endpoint: MakeEndpoin
     writer.connect(target.name, target.metadata())
     edge = writer.prepare_edge(target.name, [], [], np.empty((0, 6)))
     [result] = await writer.write([edge], deadline_seconds=PATIENCE)
-    assert (result.bytes, result.error, result.bytes_per_second) == (0, None, 0.0)
+    assert (result.bytes, result.error, result.descriptors) == (0, None, 0)
 
 
 def test_closing_and_forgetting_again_does_nothing(make_endpoint: MakeEndpoint) -> None:
@@ -458,3 +484,11 @@ def test_closing_and_forgetting_again_does_nothing(make_endpoint: MakeEndpoint) 
     writer.forget(target.name)
     writer.close()
     writer.close()
+
+
+def test_each_incarnation_has_its_own_name() -> None:
+    first, second = NixlEndpoint("trainer/0", NixlSettings()), NixlEndpoint("trainer/0", NixlSettings())
+    assert first.name.startswith("trainer/0-")
+    assert first.name != second.name
+    first.close()
+    second.close()

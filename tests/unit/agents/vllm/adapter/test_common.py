@@ -1,4 +1,4 @@
-"""Bodies of vLLM's calls, and the adapters to both shapes of its engine class, on fakes of that class."""
+"""The adapters to both shapes of vLLM's engine class, on fakes of that class."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from weightsync.agents.inference import calls
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
@@ -29,64 +30,10 @@ UPDATE = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- bodies
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in engine.ENVIRONMENT.values():
+    for name in calls.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
-
-
-def test_init_info() -> None:
-    info = engine.parse_init_info(INIT)
-    assert (info.hub_url, info.engine, info.world) == ("ws://127.0.0.1:9000", "engine-0", 2)
-    assert info == engine.parse_init_info(dict(INIT))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"hub_url": ""}, "hub_url"),
-        ({"world": 0}, "world"),
-        ({"world": "2"}, "world"),
-        ({"deadline_seconds": 30.0}, "deadline_seconds"),
-        ({"token": "secret"}, "token"),
-    ],
-)
-def test_a_wrong_field_is_named(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(engine.InfoError, match=f"init_info: .*{named}"):
-        engine.parse_init_info({**INIT, **change})
-
-
-def test_a_missing_field_is_named() -> None:
-    with pytest.raises(engine.InfoError, match="engine"):
-        engine.parse_init_info({name: value for name, value in INIT.items() if name != "engine"})
-
-
-def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_TOKEN_FILE", "/etc/token")
-    body = {name: value for name, value in INIT.items() if name != "token_file"}
-    assert engine.parse_init_info(body).token_file == "/etc/token"
-
-
-def test_nobody_redirects_an_agent_whose_hub_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_HUB_URL", "wss://hub.example")
-    with pytest.raises(engine.InfoError, match="hub_url contradicts WEIGHTSYNC_HUB_URL"):
-        engine.parse_init_info(INIT)
-    assert engine.parse_init_info({**INIT, "hub_url": "wss://hub.example"}).hub_url == "wss://hub.example"
-
-
-def test_update_info() -> None:
-    info = engine.parse_update_info(UPDATE, engine.UpdateInfo)
-    assert (info.token, info.round_number, info.step) == ("1.7", 7, 100)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"step": -1}, {"token": None}, {"extra": 1}, *({"deadline_seconds": bad} for bad in (-1.0, 0, float("nan")))],
-)
-def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(engine.InfoError, match="update_info"):
-        engine.parse_update_info({**UPDATE, **change}, engine.UpdateInfo)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -138,7 +85,7 @@ def story(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(hold, "require", lambda: story.append("hold required"))
     monkeypatch.setattr(gate, "install", lambda: story.append("gate installed"))
     monkeypatch.setattr(engine, "make_agent", lambda ranks, *_: story.append(ranks.rank) or Agent(story))
-    monkeypatch.setattr(engine, "synchronize", lambda device: story.append(f"synchronised {device}"))
+    monkeypatch.setattr(calls, "synchronize", lambda device: story.append(f"synchronised {device}"))
     return story
 
 
@@ -181,12 +128,12 @@ def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.update_weights(UPDATE)
     adapter.finish_weight_update()
     adapter.shutdown()
-    update = engine.parse_update_info(UPDATE, engine.UpdateInfo)
+    update = calls.parse_update_info(UPDATE, calls.UpdateInfo)
     assert story == [
         "hold required",
         "gate installed",
         1,
-        engine.parse_init_info(INIT),
+        calls.parse_init_info(INIT),
         "synchronised cpu",
         update,
         "closed",
@@ -200,13 +147,13 @@ def test_the_callback_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.init_transfer_engine(adapter.parse_init_info(INIT))
     adapter.receive_weights(update, lambda weights: None)
     adapter.shutdown()
-    assert story[2:] == [1, engine.parse_init_info(INIT), "synchronised cpu", update, "closed"]
+    assert story[2:] == [1, calls.parse_init_info(INIT), "synchronised cpu", update, "closed"]
 
 
 def test_the_callback_shape_refuses_checkpoint_format(pretend_base: Any, story: list[Any]) -> None:
     model = Model()
     adapter = pretend_base(CallbackBase)(None, PARALLEL, model)
-    with pytest.raises(engine.InfoError, match="is_checkpoint_format=false"):
+    with pytest.raises(calls.InfoError, match="is_checkpoint_format=false"):
         adapter.receive_weights(adapter.parse_update_info(UPDATE), load_weights=model.load_weights)
     assert len(story) == 3
 
@@ -252,5 +199,29 @@ def test_the_module_has_no_other_lazy_names() -> None:
         _ = engine_adapter.Nothing
 
 
-def test_synchronising_the_cpu_is_harmless() -> None:
-    engine.synchronize(torch.device("cpu"))
+def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is recorded anew when its experts are somewhere else, not before."""
+    story: list[Any] = []
+
+    def record(module: torch.nn.Module, vllm_config: Any) -> Any:
+        story.append((module, vllm_config))
+        return SimpleNamespace(
+            layout=f"layout {len(story)}",
+            tensors=["region"],
+            refresh=lambda: story.append("refreshed"),
+            load=story.append,
+        )
+
+    monkeypatch.setattr(engine, "recorded_layout", record)
+    monkeypatch.setattr(engine, "expert_map_fingerprint", lambda module: "map of 5")
+    module = Model()
+    model = engine.VllmModel.of(module, "config")
+    assert (model.layout, model.tensors) == ("layout 1", ["region"])
+    model.refresh()
+    model.load([])
+    assert story == [(module, "config"), "refreshed", []]
+    assert model.rebalanced("map of 5") is None
+    fresh = model.rebalanced("map of 3")
+    assert fresh is not None
+    assert fresh.layout == "layout 4", "recorded after the three events so far"
+    assert story[3:] == [(module, "config")]

@@ -3,14 +3,26 @@
 import json
 
 import pytest
+import tiny_fleet
 import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from weightsync.agents.trainer.checkpoint import load_checkpoint_parts, save_checkpoint_part
-from weightsync.agents.trainer.errors import CheckpointError
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.thread_side import source_of
+from weightsync.agents.transport.filesystem import (
+    CheckpointError,
+    FilesystemReceiver,
+    FilesystemSender,
+    load_checkpoint_parts,
+    parts_of,
+    save_checkpoint_part,
+)
+from weightsync.agents.transport.interface import HandedOver, TargetMemory
+from weightsync.agents.transport.shares import Shares
+from weightsync.orchestrator.protocol.messages import FilesystemSettings
+from weightsync.orchestrator.protocol.names import Member, Version
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,6 +51,10 @@ SHAPES = {
 }
 
 
+def memory_of(slots):
+    return source_of(slots, Member("trainer", "", slots.rank), slots.world)
+
+
 @pytest.fixture
 def saved(in_ranks, weights, tmp_path):
     """(directory, masters): saved by an HSDP trainer of 2 × 2 ranks, in FP8."""
@@ -49,7 +65,7 @@ def saved(in_ranks, weights, tmp_path):
         state = {n: distribute_tensor(t, mesh, [Replicate(), Shard(0)], src_data_rank=None) for n, t in masters.items()}
         slots = TrainerSlots(state, model_table(CONFIG, fp8=True), options=SlotOptions(1000, staging_bytes=0))
         slots.convert(state)
-        save_checkpoint_part(tmp_path / "step_7", slots)
+        save_checkpoint_part(tmp_path / "step_7", memory_of(slots))
 
     in_ranks(4, body)
     return tmp_path / "step_7", masters
@@ -149,6 +165,45 @@ def test_a_rank_that_holds_nothing_saves_an_empty_part(weights, tmp_path):
     full = TrainerSlots(state, model_table(CONFIG), rank=0, world=2)
     full.convert(state)
     empty = TrainerSlots({}, model_table(CONFIG), options=SlotOptions(pipeline=True), rank=1, world=2)
-    save_checkpoint_part(tmp_path, full)
-    save_checkpoint_part(tmp_path, empty)
+    save_checkpoint_part(tmp_path, memory_of(full))
+    save_checkpoint_part(tmp_path, memory_of(empty))
     assert {name for name, _ in load_checkpoint_parts(tmp_path)} == SHAPES.keys()
+
+
+async def test_what_a_sender_stages_is_what_a_receiver_loads(weights, tmp_path):
+    """Two trainer ranks, one of which holds nothing; the directory is all that both ends share."""
+    state = weights.state(SHAPES)
+    full = TrainerSlots(state, model_table(CONFIG), rank=0, world=2)
+    full.convert(state)
+    empty = TrainerSlots({}, model_table(CONFIG), options=SlotOptions(pipeline=True), rank=1, world=2)
+    settings, version = FilesystemSettings(str(tmp_path)), Version(9, 4)
+    for slots in (full, empty):
+        sender = FilesystemSender(memory_of(slots))
+        sender.open(settings)
+        sender.stage(version)
+        assert sender.announcement() == ("", b"")
+        assert not sender.in_flight()
+    assert parts_of(tmp_path, version) == tmp_path / "broadcasts" / "step_4"
+    loaded = {}
+    memory = TargetMemory("a/0", torch.device("cpu"), full.layout, [], lambda: None, loaded.update)
+    receiver = FilesystemReceiver(memory)
+    receiver.open(settings)
+    receiver.arrive(version)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], master.to(torch.bfloat16)) for name, master in state.items())
+    with pytest.raises(CheckpointError, match="holds no finished part") as caught:
+        receiver.arrive(Version(9, 5))
+    assert (caught.value.fault, caught.value.retry) == ("trainer", True)
+
+
+async def test_a_write_hands_over_what_the_files_hold(weights, tmp_path):
+    """The bytes have left with ``stage``: nothing is posted, and each granted peer counts with all that it is owed."""
+    slots = tiny_fleet.made_slots(weights.state(tiny_fleet.SHAPES), 0)
+    targets = [tiny_fleet.Target.of("a", rank, 0) for rank in range(2)]
+    shares = Shares(slots.layout, slots.arenas).replan(tiny_fleet.planned(slots, targets)[1])
+    sender = FilesystemSender(memory_of(slots))
+    await sender.connect(shares)
+    stranger = Member("inference", "stranger", 0)
+    moved = await sender.write([targets[1].member, stranger], 1.0)
+    assert moved == (HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0),)
+    assert all(target.untouched() for target in targets)

@@ -1,28 +1,92 @@
-"""A checkpoint in parts: every rank saves the boxes that its slots hold, as they are on the wire; a reader joins them.
+"""The transport through files: each trainer rank saves a part of a checkpoint, each inference rank reads them all.
 
-This is the wire of the filesystem transport. Each part is one safetensors file and one small JSON file that says which
-box of which logical tensor each entry is; the JSON is written last, so a part without it was never finished.
+A part holds the boxes of the rank's slots as they are on the wire: one safetensors file, and one small JSON file that
+says which box of which logical tensor each entry is. The JSON is written last, so a part without it was never
+finished.
 """
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from weightsync.agents.trainer.errors import CheckpointError
-from weightsync.agents.trainer.slots.boxes import Box
-from weightsync.agents.trainer.slots.slots import ARENA_REGION, LayoutEntry, TrainerSlots
-from weightsync.orchestrator.protocol.layout import Tensor
+from weightsync.agents.errors import AgentError
+from weightsync.agents.tables.box import Box
+from weightsync.agents.transport.interface import HandedOver, Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.shares import Share
+from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REGION, ROW_TENSOR, Layout, Matrix, Tensor
+from weightsync.orchestrator.protocol.limits import MAX_RANK
+from weightsync.orchestrator.protocol.markers import BROADCASTS, step_name
+from weightsync.orchestrator.protocol.messages import FilesystemSettings
+from weightsync.orchestrator.protocol.names import Member, Version
 
 INDEX_SUFFIX: Final = ".boxes.json"
 MAX_INDEX_BYTES: Final = 256 * 1024 * 1024
 """Of one part's JSON file. A rank that holds all of Kimi-K2 alone has 140 k boxes of about 150 bytes."""
+
+
+class CheckpointError(AgentError):
+    """Parts of a saved checkpoint that do not make up whole tensors.
+
+    Worth a retry: a shared file system may show another machine's files late.
+    """
+
+    fault = "trainer"
+    retry = True
+
+
+class FilesystemSender(Sender):
+    """See ``transport.interface``. The bytes leave with ``stage``; a write hands over what lies in the files."""
+
+    def __init__(self, memory: SourceMemory) -> None:
+        self._memory = memory
+        self._directory = Path()
+        self._sizes: dict[Member, int] = {}
+
+    def open(self, settings: FilesystemSettings) -> None:
+        self._directory = Path(settings.directory)
+
+    async def connect(self, shares: Sequence[Share]) -> None:
+        self._sizes = {share.peer.member: share.bytes for share in shares}
+
+    def stage(self, version: Version) -> None:
+        save_checkpoint_part(parts_of(self._directory, version), self._memory)
+
+    async def write(
+        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
+    ) -> tuple[HandedOver, ...]:
+        """All of it, whichever ``groups`` are named: files are read as a whole."""
+        return tuple(HandedOver(member, self._sizes[member]) for member in members if member in self._sizes)
+
+
+class FilesystemReceiver(Receiver):
+    """See ``transport.interface``."""
+
+    def __init__(self, memory: TargetMemory) -> None:
+        self._memory = memory
+        self._directory = Path()
+
+    def open(self, settings: FilesystemSettings) -> None:
+        self._directory = Path(settings.directory)
+
+    def renew(self, memory: TargetMemory) -> None:
+        self._memory = memory
+
+    def arrive(self, version: Version) -> None:
+        self._memory.load(load_checkpoint_parts(parts_of(self._directory, version)))
+
+
+def parts_of(directory: Path, version: Version) -> Path:
+    """Where the parts of ``version`` lie below the run directory."""
+    return directory / BROADCASTS / step_name(version.step)
 
 
 class _SavedBox(msgspec.Struct, frozen=True):
@@ -32,14 +96,14 @@ class _SavedBox(msgspec.Struct, frozen=True):
     extent: tuple[int, ...]
 
 
-class _Part(msgspec.Struct, frozen=True):
+class _SavedPart(msgspec.Struct, frozen=True):
     rank: int
     world: int
     boxes: tuple[_SavedBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _FoundBox:
     """A saved box and the file that it is in."""
 
     file: Path
@@ -48,7 +112,7 @@ class _Found:
     box: Box
 
 
-def save_checkpoint_part(path: Path, slots: TrainerSlots) -> Path:
+def save_checkpoint_part(path: Path, memory: SourceMemory) -> Path:
     """Write this rank's part into the directory ``path``, through temporary files and renames.
 
     Boxes that several ranks hold are saved by the first replica only.
@@ -60,21 +124,16 @@ def save_checkpoint_part(path: Path, slots: TrainerSlots) -> Path:
         OSError: the directory cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    stem = f"part-{slots.rank:05d}-of-{slots.world:05d}"
+    rank, world = memory.member.rank, memory.world
+    stem = f"part-{rank:05d}-of-{world:05d}"
     file, index = path / f"{stem}.safetensors", path / f"{stem}{INDEX_SUFFIX}"
-    entries = [entry for entry in slots.entries() if entry.first_replica]
-    keys = [f"{number:06d} {entry.tensor.name}" for number, entry in enumerate(entries)]
-    arena = slots.arenas[ARENA_REGION]
-    index.unlink(missing_ok=True)
-    tensors = {key: _bytes_of(entry, arena) for key, entry in zip(keys, entries, strict=True)}
+    index.unlink(missing_ok=True)  # from here on the part is not finished
+    rows = memory.layout.matrix()[np.fromiter(memory.first_replica, dtype=bool, count=len(memory.first_replica))]
+    boxes = tuple(_saved_box(number, row, memory.layout) for number, row in enumerate(rows))
     temporary = path / f".{stem}.tmp"
-    save_file(tensors, temporary)
+    save_file({box.key: _bytes_of(box, row, memory) for box, row in zip(boxes, rows, strict=True)}, temporary)
     _settle(temporary, file)
-    boxes = tuple(
-        _SavedBox(key, entry.tensor, entry.box.offset, entry.box.extent)
-        for key, entry in zip(keys, entries, strict=True)
-    )
-    temporary.write_bytes(msgspec.json.encode(_Part(slots.rank, slots.world, boxes)))
+    temporary.write_bytes(msgspec.json.encode(_SavedPart(rank, world, boxes)))
     _settle(temporary, index)
     return file
 
@@ -87,20 +146,28 @@ def load_checkpoint_parts(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         CheckpointError: a part is missing or unreadable, or the boxes of a tensor leave a gap or overlap; by name.
     """
-    found: dict[str, list[_Found]] = {}
+    found: dict[str, list[_FoundBox]] = {}
     for file, part in _parts(path):
         for saved in part.boxes:
             box = Box(saved.offset, saved.extent)
-            found.setdefault(saved.tensor.name, []).append(_Found(file, saved.key, saved.tensor, box))
+            found.setdefault(saved.tensor.name, []).append(_FoundBox(file, saved.key, saved.tensor, box))
     distinct = {name: _covering(name, boxes) for name, boxes in sorted(found.items())}
     return _assembled(distinct)
 
 
-def _bytes_of(entry: LayoutEntry, arena: torch.Tensor) -> torch.Tensor:
-    """The box of ``entry`` in ``arena``: slots are dense, so it is one contiguous run."""
-    dtype: torch.dtype = getattr(torch, entry.tensor.dtype)
-    size = entry.box.volume * dtype.itemsize
-    return arena.narrow(0, entry.offset, size).view(dtype).view(entry.box.extent).cpu()
+def _saved_box(number: int, row: Matrix, layout: Layout) -> _SavedBox:
+    tensor = layout.tensors[int(row[ROW_TENSOR])]
+    padding = MAX_RANK - len(tensor.shape)  # rows have MAX_RANK dimensions, padded on the left
+    offset, extent = row[ROW_BOX::3][padding:], row[ROW_BOX + 1 :: 3][padding:]
+    return _SavedBox(f"{number:06d} {tensor.name}", tensor, tuple(offset.tolist()), tuple(extent.tolist()))
+
+
+def _bytes_of(saved: _SavedBox, row: Matrix, memory: SourceMemory) -> torch.Tensor:
+    """The box as it lies in its arena: slots are dense, so it is one contiguous run."""
+    dtype: torch.dtype = getattr(torch, saved.tensor.dtype)
+    size = math.prod(saved.extent) * dtype.itemsize
+    run = memory.arenas[int(row[ROW_REGION])].narrow(0, int(row[ROW_OFFSET]), size)
+    return run.view(dtype).view(saved.extent).cpu()
 
 
 def _settle(temporary: Path, file: Path) -> None:
@@ -110,7 +177,7 @@ def _settle(temporary: Path, file: Path) -> None:
     temporary.replace(file)
 
 
-def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
+def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
     indices = sorted(path.glob(f"part-*{INDEX_SUFFIX}"))
     if not indices:
         raise CheckpointError(f"{path} holds no finished part of a checkpoint")
@@ -119,7 +186,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise CheckpointError(f"{index} exceeds {MAX_INDEX_BYTES} bytes")
         try:
-            part = msgspec.json.decode(index.read_bytes(), type=_Part)
+            part = msgspec.json.decode(index.read_bytes(), type=_SavedPart)
         except msgspec.MsgspecError as error:
             raise CheckpointError(f"{index} is no index of a part: {error}") from error
         ranks.add(part.rank)
@@ -132,7 +199,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _Part]]:
         raise CheckpointError(f"{path} lacks the parts of ranks {sorted(missing)}")
 
 
-def _covering(name: str, boxes: Sequence[_Found]) -> list[_Found]:
+def _covering(name: str, boxes: Sequence[_FoundBox]) -> list[_FoundBox]:
     """The distinct boxes of a tensor, proved to be all of it, once."""
     tensors = {found.tensor for found in boxes}
     if len(tensors) != 1:
@@ -154,7 +221,7 @@ def _covering(name: str, boxes: Sequence[_Found]) -> list[_Found]:
     return distinct
 
 
-def _assembled(tensors: dict[str, list[_Found]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _assembled(tensors: dict[str, list[_FoundBox]]) -> Iterator[tuple[str, torch.Tensor]]:
     with ExitStack() as stack:
         open_parts: dict[Path, Any] = {}
         for name, boxes in tensors.items():

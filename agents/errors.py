@@ -1,0 +1,55 @@
+"""The one tree of the agents' errors: whose fault each is, and whether the same may succeed later.
+
+On the right, the module below ``agents``::
+
+    AgentError
+    ├── MemoryPlacementError     memory that no NIC and no other process can reach   memory.errors
+    ├── NicError                 a GPU without a network port                        memory.nic
+    ├── RunTableError            copies or rows that do not fit their layout         tables.runs
+    ├── GroupError               vLLM's process group did not carry a message        link.process_group
+    ├── RefusedForGood           the daemon does not want this agent                 link.connection
+    ├── PlanMismatch             a Connect that does not say what it claims          transport.shares
+    ├── PushError                some peers were not written                         transport.interface
+    ├── UnknownTransport         a Welcome with a transport that is not registered   transport.registry
+    ├── CheckpointError          saved parts that do not make up whole tensors       transport.filesystem
+    ├── NixlError                the data plane over NIXL                            transport.nixl.errors
+    │   ├── NixlMissingError, RegionError, MetadataError, EdgeError
+    │   └── TransferError            one peer was not written
+    │       └── DeadlineError, DisconnectedError, ImplausibleRateError
+    ├── TrainerError             a trainer's tensors or its table                    trainer.errors
+    │   └── MissingTensor, ChangedTensor, UnsupportedPlacement, …
+    ├── PublishError             a version that was not committed                    trainer.publication
+    │   └── BusyError                an earlier version still needs the slots
+    ├── InfoError                the body of an engine's call                        inference.calls
+    ├── UpdateFailed             a round that was not committed here                 inference.window
+    ├── RecordError              a model whose layout cannot be recorded             recorder.trace
+    ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
+    └── UnsupportedVllm          a vLLM that no adapter knows                        vllm.adapter.choose
+
+Errors of other libraries are chained below one of these where the reason is known. What is not (torch out of memory,
+a bug) is blamed on the process that it happened in, and may be tried again. Where decisions are made, ``blame`` reads
+``fault`` and ``retry``: the rendezvous, CLOSED and VERIFIED. The kernels' errors are a small tree of their own
+(``weightsync.kernels.errors``); refusals that vLLM's callers read as text are in ``agents.vllm.hold`` and ``gate``.
+"""
+
+from weightsync.kernels.errors import KernelError
+from weightsync.orchestrator.protocol.messages import Fault
+
+
+class AgentError(Exception):
+    """Base of all errors that the agents raise themselves.
+
+    Attributes:
+        fault: who must change something.
+        retry: whether the same attempt may succeed later without that.
+    """
+
+    fault: Fault = "config"
+    retry: bool = False
+
+
+def blame(error: BaseException, here: Fault) -> tuple[Fault, bool]:
+    """Whose fault ``error`` is and whether to try again; ``here`` is the kind of process in which it was raised."""
+    if isinstance(error, AgentError):
+        return error.fault, error.retry
+    return here, not isinstance(error, KernelError)

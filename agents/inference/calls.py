@@ -1,0 +1,159 @@
+"""What an engine and its agent ask of each other, whichever engine it is.
+
+The engine calls a ``WeightHolder`` with an ``InitInfo`` when the daemon introduces itself and with an ``UpdateInfo``
+for each round; both arrive as the body of a call to the engine. The agent reaches the weights through a ``LiveModel``.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Final, Protocol, Self, TypeVar
+
+import msgspec
+import torch
+from weightsync.agents.errors import AgentError
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import EngineStatus
+
+ENVIRONMENT: Final = {
+    "hub_url": "WEIGHTSYNC_HUB_URL",
+    "token_file": "WEIGHTSYNC_TOKEN_FILE",
+    "run_id": "WEIGHTSYNC_RUN_ID",
+    "engine": "WEIGHTSYNC_ENGINE",
+}
+"""Fields of ``init_info`` that the environment may give. It then wins: an engine's admin routes may ask for no
+password, and whoever reaches them must not be able to send the agent, with its token, to another hub."""
+
+T = TypeVar("T")
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+
+
+class InfoError(AgentError, ValueError):
+    """``init_info`` or ``update_info`` is not what this version of weightsync understands. The caller's fault.
+
+    A ValueError too, as engines expect of a body that they cannot read.
+    """
+
+
+class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the agent of each worker reaches its daemon.
+
+    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas.
+    """
+
+    hub_url: Text
+    token_file: Text
+    run_id: Text
+    engine: Text
+    world: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One round in this engine.
+
+    ``token`` names the call in logs; the round makes it idempotent; ``generation`` and ``step`` name the version. The
+    call returns within ``deadline_seconds``.
+    """
+
+    token: Text
+    round_epoch: Natural
+    round_number: Natural
+    generation: Natural
+    step: Natural
+    deadline_seconds: Seconds
+
+
+class Ranks(Protocol):
+    """A worker's place in its engine: ``rank`` of ``world``, counted from 0 over all data-parallel replicas."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def with_world(self, world: int) -> Self:
+        """The same place in an engine of ``world`` ranks, for engines whose workers are not told how many they are."""
+
+
+class LiveModel(Protocol):
+    """The weights that an engine's worker computes with.
+
+    ``tensors`` are uint8 views of the layout's regions, in their order. They never move: what is at these addresses is
+    what the engine reads.
+    """
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]: ...
+
+    def refresh(self) -> None:
+        """Bring up to date what is derived from the tensors; runs after a write, before the engine computes again."""
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Fill everything from whole logical tensors (any order, more than needed), and refresh.
+
+        Raises:
+            AgentError: a tensor does not fit or did not come. What came before that is written.
+        """
+
+    def rebalanced(self, known: str) -> "LiveModel | None":
+        """The model anew if experts have moved since its layout had the expert map ``known``, else None."""
+
+
+class WeightHolder(Protocol):
+    """What an engine asks of the agent of its worker, on the thread that runs its batches."""
+
+    def begin(self, info: InitInfo, /) -> None:
+        """Introduce the daemon."""
+
+    def update(self, info: UpdateInfo, /) -> None:
+        """One round; returns when its version is committed and raises when it is not."""
+
+    def close(self) -> None:
+        """The worker ends."""
+
+    @property
+    def may_run(self) -> bool:
+        """Whether a batch may run; asked before each."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """What live memory holds."""
+
+
+def parse_init_info(body: dict[str, Any]) -> InitInfo:
+    """``body`` with what the environment gives.
+
+    Raises:
+        InfoError: a field is missing, unknown or of the wrong type, or contradicts the environment.
+    """
+    given = {field: value for field, name in ENVIRONMENT.items() if (value := os.environ.get(name))}
+    for field, value in given.items():
+        if body.get(field, value) != value:
+            raise InfoError(f"init_info.{field} contradicts {ENVIRONMENT[field]} of the server's environment")
+    return _convert({**body, **given}, InitInfo, "init_info")
+
+
+def parse_update_info(body: dict[str, Any], kind: type[T]) -> T:
+    """``body`` as ``kind``.
+
+    Raises:
+        InfoError: a field is missing, unknown or of the wrong type.
+    """
+    return _convert(body, kind, "update_info")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on ``device`` is done; not every engine's pause does."""
+    torch.get_device_module(device.type).synchronize()
+
+
+def _convert(body: Any, kind: type[T], name: str) -> T:
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise InfoError(f"{name}: {error}") from error

@@ -1,0 +1,58 @@
+"""What differs between a trainer rank and an inference worker, and what these ask of the thread that they share."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import (
+    Connect,
+    EngineStatus,
+    Fault,
+    FromAgent,
+    FromDaemon,
+    TrainerStatus,
+    Welcome,
+)
+
+
+class AgentSide(Protocol):
+    """What differs between a trainer rank and an inference worker. Every method runs on the agent's thread."""
+
+    here: Fault
+    """Who is to blame for errors of this process that are nobody else's."""
+
+    def status(self) -> TrainerStatus | EngineStatus:
+        """What this rank's memory holds now."""
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """The transport is known; open it on the first call. What it raises ends the agent."""
+
+    def announcement(self) -> tuple[Layout, str, bytes]:
+        """Layout, and name and metadata of the transport's endpoint."""
+
+    async def connect(self, connect: Connect) -> None:
+        """Prepare and warm up the edges."""
+
+    def heard(self, message: FromDaemon) -> None:
+        """A message that is not part of the rendezvous."""
+
+    def poll(self) -> bool:
+        """Let the transport make progress; true while a grant is open here."""
+
+    def shut(self) -> None:
+        """Close the transport."""
+
+
+class Link(Protocol):
+    """What a side asks of its thread, on that thread."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the daemon that this agent obeys."""
+
+    def send(self, message: FromAgent) -> bool:
+        """Tell the daemon, if it is there."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Begin a task of the agent's thread."""

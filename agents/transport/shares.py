@@ -1,0 +1,100 @@
+"""What one trainer rank owes each peer of a plan: its bytes, how they are cut into runs, and their digest.
+
+All transports need these, whichever way they move the bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from weightsync.agents.errors import AgentError
+from weightsync.agents.tables.runs import RUN_LENGTH, RUN_PEER, digest_table, runs
+from weightsync.kernels.digest import PreparedDigest
+from weightsync.kernels.digest import prepare as prepare_digest
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
+from weightsync.orchestrator.protocol.messages import Connect, Peer
+from weightsync.orchestrator.protocol.names import Digest, Member
+
+
+class PlanMismatch(AgentError):
+    """A Connect whose table does not say what it claims. The daemon's fault; only another plan helps."""
+
+    fault = "daemon"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one peer is owed. Compared by identity: it is the same object for as long as the plan leaves it alone.
+
+    ``copies`` is int64 ``[n, COPY_COLUMNS]``. ``runs`` is int64 ``[m, RUN_COLUMNS]`` as from ``tables.runs``, with the
+    pipelining group of each run in the peer's column: no run belongs to two groups. ``bytes`` is their sum.
+    """
+
+    peer: Peer
+    copies: Matrix
+    runs: Matrix
+    bytes: int
+    digest: PreparedDigest
+
+    @property
+    def groups(self) -> Matrix:
+        """int64 ``[m]``: the pipelining group of each run."""
+        return self.runs[:, RUN_PEER]
+
+
+class Shares:
+    """The shares of one trainer rank under the present plan.
+
+    ``layout`` and ``arenas`` (uint8, one for each region) are the rank's own. ``replan`` replaces the shares as a
+    whole, so that ``digests`` on another thread sees the old ones or the new ones.
+    """
+
+    def __init__(self, layout: Layout, arenas: Sequence[torch.Tensor]) -> None:
+        self._layout = layout
+        self._arenas = arenas
+        self._shares: Mapping[Member, Share] = {}
+
+    def replan(self, connect: Connect) -> Sequence[Share]:
+        """The shares of a new plan, in the order of its peers.
+
+        Raises:
+            PlanMismatch: the copies are not worth the bytes that the plan expects, or are for peers it does not name.
+            RunTableError: a copy outside this rank's rows.
+        """
+        copies = as_matrix(connect.copies, COPY_COLUMNS)
+        per_peer = [copies[copies[:, COPY_PEER] == number] for number in range(len(connect.peers))]
+        if sum(map(len, per_peer)) != len(copies):
+            raise PlanMismatch(f"plan {connect.fingerprint}: copies for peers that it does not name")
+        tables = [_grouped_runs(own, self._layout) for own in per_peer]
+        size = sum(int(table[:, RUN_LENGTH].sum()) for table in tables)
+        if size != connect.expected_bytes:
+            raise PlanMismatch(
+                f"plan {connect.fingerprint}: its copies are worth {size} bytes, not {connect.expected_bytes}"
+            )
+        parts = zip(connect.peers, per_peer, tables, strict=True)
+        self._shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
+        return tuple(self._shares.values())
+
+    def digests(self) -> dict[Member, Digest]:
+        """Digest of the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
+        shares = self._shares
+        for share in shares.values():
+            share.digest.launch()  # all queued before the first is waited for
+        return {member: share.digest.result() for member, share in shares.items()}
+
+    def _share(self, peer: Peer, copies: Matrix, table: Matrix) -> Share:
+        old = self._shares.get(peer.member)
+        if old is not None and old.peer == peer and old.copies.tobytes() == copies.tobytes():
+            return old
+        digest = prepare_digest(self._arenas, digest_table(copies, self._layout))
+        return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest)
+
+
+def _grouped_runs(copies: Matrix, layout: Layout) -> Matrix:
+    """``runs`` of one peer's copies that joins nothing across groups.
+
+    It keeps peers apart. The peer is known here, so the group can stand in its column and is kept apart instead.
+    """
+    labelled = copies.copy()
+    labelled[:, COPY_PEER] = copies[:, COPY_GROUP]
+    return runs(labelled, layout)

@@ -1,0 +1,95 @@
+"""An inference rank on the agent's thread: it passes on what concerns it, and tells when a round is open."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from weightsync.agents.inference.thread_side import InferenceSide
+from weightsync.agents.inference.window import Windows
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Commit,
+    Connect,
+    EngineStatus,
+    FilesystemSettings,
+    Outcome,
+    Verify,
+    Welcome,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+
+ROUND, VERSION = RoundName(1, 1), Version(7, 1)
+
+
+class Receivers:
+    """One receiver, which is also the list of them."""
+
+    def __init__(self) -> None:
+        self.current = self
+        self.connects: list[Connect] = []
+        self.polls = 0
+
+    def __iter__(self) -> Any:
+        return iter([self])
+
+    def announcement(self) -> tuple[str, bytes]:
+        return "a/0-77", b"card"
+
+    async def connect(self, connect: Connect) -> None:
+        self.connects.append(connect)
+
+    def poll(self) -> None:
+        self.polls += 1
+
+
+@pytest.fixture
+def rank() -> Any:
+    """A side with doubles for its weights and its windows' inbox."""
+    opened: list[Any] = []
+    receivers, windows = Receivers(), Windows()
+    weights: Any = SimpleNamespace(
+        layout=Layout((), (), b""), receivers=receivers, open=lambda member, settings: opened.append((member, settings))
+    )
+    side = InferenceSide(Member("inference", "a", 0), weights, windows)
+    return SimpleNamespace(side=side, receivers=receivers, windows=windows, opened=opened)
+
+
+def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> None:
+    settings = FilesystemSettings("/runs/a")
+    rank.side.welcomed(
+        Welcome(
+            epoch=1, journal_id="j", heartbeat_seconds=1.0, lost_after_heartbeats=3, transport=settings, rendezvous=None
+        )
+    )
+    assert rank.opened == [(Member("inference", "a", 0), settings)]
+    assert rank.side.announcement() == (Layout((), (), b""), "a/0-77", b"card")
+
+
+async def test_a_connect_goes_to_the_receiver(rank: Any) -> None:
+    connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
+    await rank.side.connect(connect)
+    assert rank.receivers.connects == [connect]
+
+
+def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
+    heard: list[Any] = []
+    rank.windows.heard = heard.append
+    words = [
+        Verify(round=ROUND, deadline_seconds=1.0),
+        Commit(round=ROUND, version=VERSION),
+        Abort(round=ROUND, torn=True, reason="a writer was lost"),
+    ]
+    for word in (*words, Outcome(version=VERSION, committed=True)):
+        rank.side.heard(word)
+    assert heard == words
+
+
+def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> None:
+    assert not rank.side.poll()
+    rank.windows.status = EngineStatus(window=ROUND)
+    assert rank.side.poll()
+    assert rank.receivers.polls == 2
+    assert rank.side.status() == EngineStatus(window=ROUND)
+    rank.side.shut()
+    assert rank.side.poll(), "writers may still reach this memory"

@@ -1,0 +1,34 @@
+"""An endpoint's card: what was sealed comes back, and nothing that is torn or another's is believed."""
+
+import hashlib
+
+import msgspec
+import pytest
+from weightsync.agents.transport.nixl.card import SCHEMA, Card, seal, unseal
+from weightsync.agents.transport.nixl.errors import MetadataError
+from weightsync.orchestrator.protocol.layout import Region
+
+CARD = Card(SCHEMA, "a/0-77", Region(4096, 4096), b"what NIXL says")
+
+
+def test_a_sealed_card_comes_back() -> None:
+    sealed = seal(CARD)
+    assert sealed[:32] == hashlib.sha256(sealed[32:]).digest()
+    assert unseal(sealed, "a/0-77") == CARD
+
+
+@pytest.mark.parametrize(
+    ("sealed", "words"),
+    [
+        (seal(CARD)[:-1], "torn"),
+        (bytes([seal(CARD)[0] ^ 1]) + seal(CARD)[1:], "torn"),
+        (b"", "torn"),
+        (seal(msgspec.structs.replace(CARD, schema=SCHEMA + 1)), f"card of schema {SCHEMA + 1}"),
+        (seal(msgspec.structs.replace(CARD, name="b/0-1")), "that of b/0-1"),
+        (hashlib.sha256(b"\xc1").digest() + b"\xc1", "no endpoint card"),
+    ],
+)
+def test_another_card_is_refused(sealed: bytes, words: str) -> None:
+    with pytest.raises(MetadataError, match=words) as caught:
+        unseal(sealed, "a/0-77")
+    assert caught.value.retry, "the peer can be asked for a new one"
