@@ -77,7 +77,8 @@ class Desk:
         group = SimpleNamespace(open=note("open"), deliver=lambda *args: self.in_group)
         self.outbox = Outbox(
             inbox=self.inbox, journal=self, history=self.history, hub=hub, group=group,  # type: ignore[arg-type]
-            engines=SimpleNamespace(call=note("call")), planning=SimpleNamespace(make=self._make, needs=lambda _: FOUND),  # type: ignore[arg-type]
+            engines=SimpleNamespace(call=note("call")),  # type: ignore[arg-type]
+            planning=SimpleNamespace(make=self._make, needs=lambda _: FOUND),  # type: ignore[arg-type]
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
         )  # fmt: skip
 
