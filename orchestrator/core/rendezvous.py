@@ -10,8 +10,10 @@ from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreR
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
-    agent.announces(message)
     fleet = turn.fleet
+    if agent.announce is not None:
+        fleet.planned_for = frozenset()  # the plan was made for its other layout
+    agent.announces(message)
     for engine in fleet.engines.values():
         # A misfit is of two layouts together, and one of the two is another now. (The trainer is none of the two
         # where engines contradict one another.)

@@ -1,8 +1,8 @@
 """Which tensors of a recorded layout are codes, and which blocks share a scale: from names, shapes and vLLM's settings.
 
 A checkpoint keeps the scales of ``x.weight`` in ``x.weight_scale_inv`` (blocks, as DeepSeek's) or ``x.weight_scale``
-(ModelOpt, compressed-tensors, llm-compressor). A tensor of codes whose scales are not found stays out of the list, and a
-trainer that has only values refuses it by name.
+(ModelOpt, compressed-tensors, llm-compressor). A tensor of codes whose scales are not found stays out of the list, and
+a trainer that has only values refuses it by name.
 """
 
 from __future__ import annotations
