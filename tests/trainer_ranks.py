@@ -20,6 +20,7 @@ import torch.distributed as dist
 import yaml
 from torch import multiprocessing
 from weightsync.agents.trainer.agent import TrainerAgent
+from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions
 
 HOST = "127.0.0.1"
@@ -72,7 +73,7 @@ class Run:
         os.environ.update(self.environment())
         state = weights() if state is None else state
         given: dict[str, Any] = {"options": SlotOptions(staging_bytes=0), "connect_seconds": 20.0, **others}
-        return TrainerAgent(lambda: state, CONFIG, **given)
+        return TrainerAgent(lambda: state, model_table(CONFIG), **given)
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.side import AgentSide
 from weightsync.orchestrator.protocol.codec import cut
@@ -306,7 +307,7 @@ class AgentThread(Generic[SideT]):
         if isinstance(welcome.rendezvous, TcpStoreRendezvous):
             self._begin_rendezvous(self._over_group(welcome.rendezvous))
         elif welcome.rendezvous is not None:
-            self.send(self._announce())
+            self.announce()
 
     def _leave_group(self) -> None:
         """Each Welcome begins the rendezvous anew, by whichever way it names."""
@@ -328,10 +329,15 @@ class AgentThread(Generic[SideT]):
 
     def announce(self) -> None:
         """Say the layout anew, because it has changed."""
-        self.send(self._announce())
+        announce = self._announce()
+        if announce is not None:
+            self.send(announce)
 
-    def _announce(self) -> Announce:
-        layout, name, endpoint = self.side.announcement()
+    def _announce(self) -> Announce | None:
+        said = self.side.announcement()
+        if said is None:
+            return None
+        layout, name, endpoint = said
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
@@ -383,35 +389,10 @@ class AgentThread(Generic[SideT]):
         from weightsync.agents.link.process_group import SpgRendezvous
 
         announce = self._announce()
-        self._group = group = await _beside(lambda: SpgRendezvous(place))
-        await _beside(lambda: group.announce(announce))
-        connect = await _beside(group.connect)
+        assert announce is not None, "a side that meets in a group has its layout"
+        self._group = group = await beside(lambda: SpgRendezvous(place))
+        await beside(lambda: group.announce(announce))
+        connect = await beside(group.connect)
         if await self._prepared(connect):
-            await _beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
-            await _beside(lambda: group.barrier(place.timeout_seconds))
-
-
-async def _beside(call: Callable[[], T]) -> T:
-    """``call``, which blocks, on a thread of its own that no end of this process waits for."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: Exception | None) -> None:
-        if result.done():
-            return  # nobody waits any more
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]
-
-    def perform() -> None:
-        value, failure = None, None
-        try:
-            value = call()
-        except Exception as error:  # handed to the loop
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, value, failure)
-
-    threading.Thread(target=perform, name="weightsync group", daemon=True).start()
-    return await result
+            await beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
+            await beside(lambda: group.barrier(place.timeout_seconds))

@@ -6,7 +6,6 @@ they are being sent.
 """
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,21 +17,26 @@ from typing import Final, Self, SupportsIndex
 import torch
 import torch.distributed as dist
 from torch import nn
-from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
+from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
 from weightsync.agents.link.token import read_token
-from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging
+from weightsync.agents.trainer.errors import ConversionTableError, ReplicaFailed
+from weightsync.agents.trainer.following import FollowedNeeds, await_needs, fingerprint_number
 from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.markers import write_stable
-from weightsync.agents.trainer.models.table import ConfigSource, ModelTable
-from weightsync.agents.trainer.options import StrPath, TrainerSettings, TrainerSettingsError, trainer_settings
+from weightsync.agents.trainer.models.table import ModelTable
+from weightsync.agents.trainer.options import StrPath, compare_run_dirs, trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.replicas import Ranks
-from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.replicas import TrainerRanks
+from weightsync.agents.trainer.slots.conversion import ConversionTable
+from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots, holds_slots
 from weightsync.agents.trainer.state import current_state
 from weightsync.agents.trainer.step import step_number
-from weightsync.agents.trainer.tables import table_of
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
+from weightsync.agents.transport.interface import SourceMemory
 from weightsync.kernels.warm import warm_up
+from weightsync.orchestrator.protocol.codec import encode
+from weightsync.orchestrator.protocol.messages import Needs
 from weightsync.orchestrator.protocol.names import Member, Version
 
 __all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
@@ -53,9 +57,6 @@ CLOSE_SECONDS: Final = 30.0
 
 CLOSE_POLL_SECONDS: Final = 0.02
 
-COMMITTED, FAILED = "committed ", "failed "
-"""How a rank tells the others what it has heard of a version."""
-
 
 class TrainerAgent:
     """One per trainer rank, made on all ranks of ``process_group`` together, and closed or left by ``with``.
@@ -66,12 +67,17 @@ class TrainerAgent:
     Args:
         source: the model, or a callable that returns the current state dict (plain tensors or DTensors) by the
             trainer's own names; asked at every publish.
-        table: how these become checkpoint tensors, or the model's configuration; None: its own ``config``.
+        table: how these become checkpoint tensors. None: what the engines need decides, and the slots are made at the
+            first publish; names are the checkpoint's, or those that transformers maps to them.
         hub_url: ``ws://host:port/agents`` of the daemon.
         token_file: file with the bearer token.
         run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``, which the daemon must see, too.
         process_group: the trainer's ranks; None for the default group, or this process alone without one.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        config: the model's transformers configuration, for a ``source`` that is no module; without a table only.
+        forward_dtype: what masters are rounded to before anything else; without a table only. None: masters are cast
+            straight to what the engines need, as they are when the trainer's checkpoint is loaded, and rounded to
+            bfloat16 before they are quantised.
         publish_seconds: total deadline of ``publish``.
         connect_seconds: for the first Welcome.
 
@@ -86,7 +92,7 @@ class TrainerAgent:
     def __init__(
         self,
         source: nn.Module | Callable[[], Mapping[str, torch.Tensor]],
-        table: ModelTable | ConfigSource | None = None,
+        table: ModelTable | None = None,
         *,
         hub_url: str | None = None,
         token_file: StrPath | None = None,
@@ -94,12 +100,17 @@ class TrainerAgent:
         run_dir: StrPath | None = None,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        config: object | None = None,
+        forward_dtype: torch.dtype | None = None,
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
         self._source = source
+        self._options = options or SlotOptions()
+        self._slots: TrainerSlots | None = None
+        self._first_sender = 0
         self._publish_seconds = publish_seconds
-        self._ranks = Ranks(process_group)
+        self._ranks = TrainerRanks(process_group)
         self._agent: AgentThread[TrainerSide] | None = None
         self._last: Publication | None = None
         self._committed: set[int] = set()
@@ -110,11 +121,9 @@ class TrainerAgent:
                 self._settings = trainer_settings(hub_url, token_file, run_id, run_dir)
                 read_token(self._settings.token_file)
                 self._generation = self._agreed_start()
-                # Before the ranks meet, since what is made of a state may be collective.
-                state, made = self._state(), table_of(source, table)
-                self._ranks.agree(seconds=RANKS_SECONDS)
-                self.slots = TrainerSlots(state, made, options=options)
-                warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits
+                self._follows = self._followed(table, config, forward_dtype)
+                if table is not None:
+                    self._slots = self._made_slots(table, self._state())
                 self._connect(connect_seconds)
                 self._ranks.agree(seconds=RANKS_SECONDS)
         except BaseException:
@@ -134,22 +143,48 @@ class TrainerAgent:
                 raise ReplicaFailed(rank, f"its hub_url and run_id are {other!r}, those of rank 0 are {first!r}")
         return int(said[0].partition(" ")[0])
 
+    def _followed(
+        self, table: ModelTable | None, config: object | None, forward_dtype: torch.dtype | None
+    ) -> FollowedNeeds | None:
+        if table is None:
+            return FollowedNeeds(self._source, config, forward_dtype, self._options)
+        if config is not None or forward_dtype is not None:
+            raise ConversionTableError("config and forward_dtype are for trainers without a table: the table has both")
+        return None
+
+    def _made_slots(self, table: ConversionTable, state: Mapping[str, torch.Tensor]) -> TrainerSlots:
+        slots = TrainerSlots(state, table, options=self._options)
+        warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
+        return slots
+
+    @property
+    def slots(self) -> TrainerSlots:
+        """What this rank sends from.
+
+        Raises:
+            PublishError: there are none yet, because no publish has learnt what the engines need.
+        """
+        if self._slots is None:
+            raise PublishError("slots are made at the first publish, for what the engines need then")
+        return self._slots
+
     def _connect(self, seconds: float) -> None:
         """Start the agent's thread, on ranks that hold slots, and wait until the daemon has taken it in."""
-        said = self._ranks.agree(str(self.slots.primary), seconds=RANKS_SECONDS)
-        senders = [rank for rank, primary in enumerate(said) if primary == str(True)]
-        if not self.slots.primary:
+        primary = holds_slots(self._state(), self._options)
+        said = self._ranks.agree(str(primary), seconds=RANKS_SECONDS)
+        senders = [rank for rank, says in enumerate(said) if says == str(True)]
+        self._first_sender = senders[0]
+        if not primary:
             return
         member = Member("trainer", "", senders.index(self._ranks.rank))
         identity = Identity(self._settings.run_id, member, len(senders), self._generation)
-        memory = source_of(self.slots, member, len(senders))
-        size = self.slots.arenas[ARENA_REGION].numel()
+        memory, size = _memory_of(self._slots, identity) if self._slots is not None else (None, 0)
         address = ControlAddress(self._settings.hub_url, self._settings.token_file)
         self._agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
         self._agent.start()
         welcome = self._agent.wait_welcome(seconds, look=self._ranks.look)
         if self._ranks.rank == 0:
-            _compare_run_dirs(self._settings, welcome.run_dir)
+            compare_run_dirs(self._settings, welcome.run_dir)
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +219,7 @@ class TrainerAgent:
         with self._publishing(step):
             publication = self._stage_together(step)
             heard = self._hear(publication, ends)
-            return _agreed_end(self._ranks.agree(heard, seconds=max(0.0, ends - time.monotonic()) + END_SECONDS))
+            return agreed_end(self._ranks.agree(heard, seconds=max(0.0, ends - time.monotonic()) + END_SECONDS))
 
     def publish_async(self, step: SupportsIndex) -> Publication:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
@@ -226,22 +261,57 @@ class TrainerAgent:
         """The version in the slots of all ranks, announced to the daemon."""
         version = Version(self._generation, step_number(step))
         state = self._state()
-        self.slots.check(state)
+        if self._follows is None:
+            self.slots.check(state)
         self._reserve(version.step)
         try:
             # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
             mine = f"{version.step} {self._failures.get(version.step, 0)}"
-            restaged = _agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
+            restaged = agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
         except BaseException:
             self._release()
             raise
         self._take()
+        if self._follows is not None:
+            self._follow_needs(self._follows, state)
         with held_interrupts():
             convert_seconds, digest_seconds = self._stage(version, state)
         # … and after, so that STABLE speaks for all. It comes before STAGED, without which the daemon does not heed it.
         self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version, restaged))
         self._last = self._report(version, convert_seconds, digest_seconds, restaged)
         return self._last
+
+    def _follow_needs(self, follows: FollowedNeeds, state: Mapping[str, torch.Tensor]) -> None:
+        """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
+        # One rank was told; the others go by what it says, so that all have routes and slots of the same needs.
+        first = self._ranks.rank == self._first_sender
+        told = await_needs(self._told, self._publish_seconds, self._look, self._standing) if first else None
+        said = self._ranks.agree(str(fingerprint_number(told)), seconds=self._publish_seconds + END_SECONDS)
+        number = int(said[self._first_sender])
+        if number != follows.made_for:
+            message = encode(told) if told is not None else b""
+            message = self._ranks.share(message, self._first_sender, seconds=RANKS_SECONDS)
+            self._hold(self._made_slots(follows.table(message, state), state))
+            follows.made_for = number
+        self.slots.check(state)
+        self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
+
+    def _hold(self, slots: TrainerSlots) -> None:
+        """Send from ``slots`` in the place of the former ones, which nothing is written from."""
+        if self._agent is not None:
+            side, (memory, size) = self._agent.side, _memory_of(slots, self._agent.identity)
+            self._agent.call(lambda: side.hold(memory, size)).result(timeout=STOP_SECONDS)
+        self._slots = slots
+
+    def _told(self) -> Needs | None:
+        return self._agent.side.needs if self._agent is not None else None
+
+    def _standing(self) -> str:
+        """What the daemon does at the moment, as far as this rank knows."""
+        if self._agent is None:
+            return ""
+        trouble = self._agent.trouble
+        return f"not connected ({trouble})" if trouble else self._agent.side.standing
 
     def _reserve(self, step: int) -> None:
         """That this rank's slots may be filled with ``step``; grants wait from here on.
@@ -302,7 +372,7 @@ class TrainerAgent:
         side = self._agent.side
         # Posted, not called: a busy thread must not make this rank fail where the others go on.
         self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome, restaged))
-        return Publication(version, outcome)
+        return Publication(version, outcome, self._standing)
 
     def _hear(self, publication: Publication, ends: float) -> str:
         """What becomes of the version, as this rank hears it; empty on ranks without an agent."""
@@ -324,39 +394,5 @@ class TrainerAgent:
             torch.cuda.synchronize()
 
 
-def _agreed_staging(said: tuple[str, ...]) -> int:
-    """How often the one step that all ranks give was staged before; ranks without an agent do not know.
-
-    Raises:
-        PublishError: the ranks give different steps.
-    """
-    steps = [text.split()[0] for text in said]
-    for rank, step in enumerate(steps):
-        if step != steps[0]:
-            raise PublishError(f"rank {rank} publishes step {step}, rank 0 step {steps[0]}: give all ranks one step")
-    return max(int(text.split()[1]) for text in said)
-
-
-def _agreed_end(heard: tuple[str, ...]) -> int:
-    """The commit sequence number, if any rank has heard of it: the daemon says so only of what all engines serve.
-
-    Raises:
-        PublishError: no rank has, with the first reason.
-    """
-    numbers = [int(text.removeprefix(COMMITTED)) for text in heard if text.startswith(COMMITTED)]
-    if numbers:
-        return max(numbers)
-    raise PublishError(next((text.removeprefix(FAILED) for text in heard if text), "no rank has an agent"))
-
-
-def _compare_run_dirs(settings: TrainerSettings, theirs: str) -> None:
-    """Tell at once that markers will not be seen. The same directory may have two paths on two hosts.
-
-    Raises:
-        TrainerSettingsError: the trainer's does not exist.
-    """
-    ours = settings.run_dir
-    if not ours.is_dir():
-        raise TrainerSettingsError(f"run_dir {ours} is no directory on this host; the daemon watches {theirs}")
-    if os.path.realpath(ours) != os.path.realpath(theirs) and not (os.path.exists(theirs) and ours.samefile(theirs)):
-        log.warning("run_dir is %s here, the daemon watches %s: no version begins unless they are one", ours, theirs)
+def _memory_of(slots: TrainerSlots, identity: Identity) -> tuple[SourceMemory, int]:
+    return source_of(slots, identity.member, identity.world), slots.arenas[ARENA_REGION].numel()

@@ -4,6 +4,7 @@ The file is flat YAML with the same four keys, or the daemon's own configuration
 and ``listen.token_file`` are read. Relative paths in it are relative to its folder.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ VARIABLES: Final = {
     "run_dir": "WEIGHTSYNC_RUN_DIR",
 }
 """Setting → its environment variable. Inference ranks read the same ones."""
+
+log = logging.getLogger(__name__)
 
 FILE_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
 DEFAULT_FILE: Final = "weightsync.yaml"
@@ -120,3 +123,16 @@ def _from_daemon(document: dict[object, object]) -> dict[object, object]:
     run, listen = document.get("run"), document.get("listen")
     run, listen = run if isinstance(run, dict) else {}, listen if isinstance(listen, dict) else {}
     return {"run_id": run.get("id"), "run_dir": run.get("directory"), "token_file": listen.get("token_file")}
+
+
+def compare_run_dirs(settings: TrainerSettings, theirs: str) -> None:
+    """Tell at once that markers will not be seen. The same directory may have two paths on two hosts.
+
+    Raises:
+        TrainerSettingsError: the trainer's does not exist.
+    """
+    ours = settings.run_dir
+    if not ours.is_dir():
+        raise TrainerSettingsError(f"run_dir {ours} is no directory on this host; the daemon watches {theirs}")
+    if os.path.realpath(ours) != os.path.realpath(theirs) and not (os.path.exists(theirs) and ours.samefile(theirs)):
+        log.warning("run_dir is %s here, the daemon watches %s: no version begins unless they are one", ours, theirs)

@@ -31,7 +31,7 @@ READ_SECONDS: Final = 2.0
 """That a rank which closes gives the others to read its last word."""
 
 
-class Ranks:
+class TrainerRanks:
     """This rank among those of ``group`` (None: the default group; alone without torch.distributed).
 
     Made on all ranks of the group, as often and in the same order.
@@ -119,6 +119,22 @@ class Ranks:
         self._forget_earlier()
         return tuple(values)
 
+    def share(self, data: bytes, root: int, *, seconds: float) -> bytes:
+        """What rank ``root`` gives, on every rank; what the others give does not matter.
+
+        Raises:
+            ReplicaFailed: a rank has left the section, or ``root`` has not come in time.
+        """
+        if self._store is None:
+            return data
+        self._phase += 1
+        key = f"{self._section}/{self._phase}/{root}"
+        if self.rank == root:
+            self._set(key, data)
+            return data
+        self._await([key], seconds)
+        return bytes(self._store.get(key))
+
     def look(self) -> None:
         """For whoever waits for something else within a section.
 
@@ -164,10 +180,10 @@ class Ranks:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_LOOK_SECONDS)
 
-    def _set(self, key: str, value: str) -> None:
+    def _set(self, key: str, value: str | bytes) -> None:
         assert self._store is not None
         try:
-            self._store.set(key, value)
+            self._store.set(key, value)  # type: ignore[arg-type]  # bytes serve as well
         except RuntimeError as error:
             raise self._unreachable(error) from error
         self._mine.append((self._section, key))

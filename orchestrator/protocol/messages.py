@@ -1,13 +1,13 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
 Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Connect, Grant, Verify, Commit, Abort, Outcome, Heartbeat.
+Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Outcome, Standing, Heartbeat.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.layout import Layout, Region
+from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
@@ -26,11 +26,13 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
 
     ``restaged``: as in Staged.
+    ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """
 
     staged: Version | None = None
     open_round: RoundName | None = None
     restaged: Natural = 0
+    follows_needs: bool = False
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -225,6 +227,19 @@ class Refused(Message, frozen=True, kw_only=True):
     retry: bool
 
 
+class Needs(Message, frozen=True, kw_only=True):
+    """To the first trainer rank: the tensors that all attached engines together need, each in one way.
+
+    ``quantized`` holds indices into ``tensors``. ``quantization``: the engines' name of their format, for people.
+    ``fingerprint`` covers the rest; the same needs have the same one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    quantized: tuple[Quantized, ...]
+    quantization: Name = ""
+    fingerprint: Name
+
+
 class Peer(msgspec.Struct, frozen=True):
     """The other end of an edge."""
 
@@ -294,5 +309,11 @@ class Outcome(Message, frozen=True, kw_only=True):
     restaged: Natural = 0
 
 
+class Standing(Message, frozen=True, kw_only=True):
+    """To the first trainer rank while a version of its waits: what the daemon does and why. Sent when it changes."""
+
+    sentence: Reason
+
+
 FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye
-FromDaemon = Welcome | Refused | Connect | Grant | Verify | Commit | Abort | Outcome | Heartbeat
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Outcome | Standing | Heartbeat

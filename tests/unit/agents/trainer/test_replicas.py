@@ -6,14 +6,14 @@ import time
 import pytest
 import torch.distributed as dist
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import Ranks
+from weightsync.agents.trainer.replicas import TrainerRanks
 
 
 def test_nobody_goes_on_before_a_slow_one(in_ranks):
     waiting, left = threading.Barrier(4), []
 
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         with ranks.section():
             waiting.wait(30)
             if rank == 2:
@@ -35,7 +35,7 @@ def test_a_failure_reaches_every_rank_and_stays_its_own_at_home(in_ranks, who):
             ranks.agree(seconds=30)
 
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         with pytest.raises(KeyError if rank == who else ReplicaFailed) as caught:
             publish(ranks)
         with ranks.section():  # the next one meets: nobody was left behind
@@ -52,7 +52,7 @@ def test_who_tries_again_meets_who_comes_late(in_ranks):
     """A rank that failed three times is three sections ahead; the other hears of each."""
 
     def body(rank):
-        ranks, failures = Ranks(), 0
+        ranks, failures = TrainerRanks(), 0
         while True:
             try:
                 with ranks.section():
@@ -68,7 +68,7 @@ def test_who_tries_again_meets_who_comes_late(in_ranks):
 
 def test_what_the_first_rank_does_for_all_fails_for_all(in_ranks):
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         with pytest.raises(OSError if rank == 0 else ReplicaFailed, match="read-only"), ranks.section():
             ranks.agree(seconds=30, then=refuse)
 
@@ -82,7 +82,7 @@ def test_a_rank_that_does_not_come_is_named_to_all(in_ranks):
     alive = []
 
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         alive.append(ranks)
         if rank == 2:
             return
@@ -94,7 +94,7 @@ def test_a_rank_that_does_not_come_is_named_to_all(in_ranks):
 
 def test_a_closed_rank_is_waited_for_by_nobody_but_its_last_word_counts(in_ranks):
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         with ranks.section():
             ranks.agree(seconds=30)
         if rank == 1:
@@ -117,14 +117,14 @@ def test_looking_is_enough_to_hear_of_a_failure(in_ranks):
 
     def body(rank):
         with pytest.raises(KeyboardInterrupt if rank == 1 else ReplicaFailed):
-            wait(Ranks())
+            wait(TrainerRanks())
 
     in_ranks(2, body)
 
 
 def test_keys_do_not_pile_up(in_ranks):
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         for _ in range(20):
             with ranks.section():
                 ranks.agree("x", seconds=30)
@@ -136,7 +136,7 @@ def test_keys_do_not_pile_up(in_ranks):
 
 
 def test_alone_it_asks_nobody():
-    ranks, done = Ranks(), []
+    ranks, done = TrainerRanks(), []
     with ranks.section():
         assert ranks.agree("x", seconds=0, then=lambda: done.append(1)) == ("x",)
         ranks.look()
@@ -144,9 +144,20 @@ def test_alone_it_asks_nobody():
     assert (ranks.rank, ranks.world, done) == (0, 1, [1])
 
 
+def test_bytes_of_one_rank_are_shared_whole(in_ranks):
+    data = bytes(range(256)) * 5000
+
+    def body(rank):
+        ranks = TrainerRanks()
+        with ranks.section():
+            return ranks.share(data if rank == 1 else b"other", 1, seconds=30) == data
+
+    assert in_ranks(3, body) == [True] * 3
+
+
 def test_long_texts_are_cut(in_ranks):
     def body(rank):
-        ranks = Ranks()
+        ranks = TrainerRanks()
         with ranks.section():
             return ranks.agree("é" * 5000 if rank == 1 else f"{rank}", seconds=30)
 
