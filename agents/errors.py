@@ -18,6 +18,7 @@ On the right, the module below ``agents``::
     │       └── DeadlineError, DisconnectedError, ImplausibleRateError
     ├── TrainerError             a trainer's tensors or its table                    trainer.errors
     │   └── MissingTensor, ChangedTensor, UnsupportedPlacement, …
+    ├── TrainerSettingsError     where a trainer's daemon and run are                trainer.options
     ├── PublishError             a version that was not committed                    trainer.publication
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls

@@ -26,6 +26,7 @@ def policy_for(engines: Iterable[str], pairs: Iterable[tuple[str, ...]] = (), **
     }  # fmt: skip
     return Policy(**{
         "run_id": "unit",
+        "run_dir": "/runs/unit",
         "engines": tuple(EngineConfig(name, pair_of.get(name, "")) for name in engines),
         "transport": NixlSettings(),
         "group": None,

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from weightsync.agents.link.connection import ConnectionLost, DaemonConnection, NotConnected, RefusedForGood, upgrade
+from weightsync.agents.link.connection import (
+    ConnectionLost,
+    DaemonConnection,
+    NotConnected,
+    RefusedForGood,
+    TokenRejected,
+    upgrade,
+)
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
@@ -105,6 +112,8 @@ class ControlClient:
         self._connection: DaemonConnection | None = None
         self.trouble = ""
         """Why the last attempt or connection ended; for whoever gives up waiting."""
+        self.rejections = 0
+        """Attempts in a row that ended because the daemon has another token."""
 
     @property
     def connected(self) -> bool:
@@ -164,6 +173,7 @@ class ControlClient:
                     return
                 failures = 1 if welcomed else failures + 1
                 self.trouble = str(lost)
+                self.rejections = self.rejections + 1 if isinstance(lost, TokenRejected) else 0
                 wait = self._backoff.seconds(failures, random.random())
                 log.warning("no daemon at %s: %s; next attempt in %.1f s", self._url, lost, wait)
                 if welcomed and self._on_lost is not None:

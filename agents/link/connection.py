@@ -38,6 +38,10 @@ class ConnectionLost(ConnectionError):
     """The connection ended, or never came to a Welcome. Retried by the client itself."""
 
 
+class TokenRejected(ConnectionLost):
+    """The daemon has another token. Retried by the client, too: one of the two files may be about to be replaced."""
+
+
 class RefusedForGood(AgentError):
     """The daemon will not take this agent in before something is changed: retrying is pointless."""
 
@@ -70,7 +74,7 @@ async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> aioht
         return response
     response.close()
     if response.status == _UNAUTHORIZED:
-        raise ConnectionLost("it rejects the token (401): compare this agent's token file with the daemon's")
+        raise TokenRejected("it rejects the token (401): compare this agent's token file with the daemon's")
     raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
 
 

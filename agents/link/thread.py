@@ -1,7 +1,7 @@
 """What both agents share: a thread of its own with the control channel, the rendezvous, and all calls of a transport.
 
-The embedding process (a trainer rank, an inference worker) keeps its threads; everything of ours that waits does so
-here. What differs between the two is an ``AgentSide``, which the thread makes and calls.
+The embedding process keeps its threads; everything of ours that waits does so here. What differs between a trainer rank
+and an inference worker is an ``AgentSide``, which the thread makes and calls.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.side import AgentSide
 from weightsync.orchestrator.protocol.codec import cut
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+SideT = TypeVar("SideT", bound=AgentSide)
 
 IDLE_POLL_SECONDS: Final = 0.01
 """Between polls of the transport when nothing is expected: only warm-ups of peers wait for it."""
@@ -53,6 +56,12 @@ CONNECT_ATTEMPTS: Final = 5
 
 GROUP_RETRY_SECONDS: Final = 1.0
 """Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
+
+WELCOME_LOOK_SECONDS: Final = 0.25
+"""While the first Welcome is waited for: between two looks at anything else."""
+
+REJECTIONS: Final = 4
+"""Of a token, in a row, after which the first Welcome is not waited for; one that is being replaced takes less."""
 
 STOP_SECONDS: Final = 10.0
 """For the thread to end after ``close``."""
@@ -76,14 +85,10 @@ class ControlAddress:
     token_file: Path
 
 
-SideT = TypeVar("SideT", bound=AgentSide)
-
-
 class AgentThread(Generic[SideT]):
     """The thread. ``start`` it once; ``close`` ends it within STOP_SECONDS.
 
-    The embedding's threads call ``start``, ``wait_welcome``, ``call``, ``post`` and ``close``. Everything else runs on
-    the agent's thread, on the one event loop that lives there.
+    The embedding's threads call ``start`` to ``close``. Everything else runs on the agent's thread, on its event loop.
 
     Args:
         identity: who this agent is.
@@ -115,8 +120,7 @@ class AgentThread(Generic[SideT]):
         self._rendezvous: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._farewell: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._has_ended = False
+        self._stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
         self._welcome: Future[Welcome] = Future()
         self.failure: BaseException | None = None
@@ -128,22 +132,39 @@ class AgentThread(Generic[SideT]):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs: it was started and has not ended, neither by ``close`` nor by an error."""
+        """Whether the thread runs: started and not ended, neither by ``close`` nor by an error."""
         return self._thread.is_alive()
 
-    def wait_welcome(self, seconds: float) -> Welcome:
+    def wait_welcome(self, seconds: float, look: Callable[[], None] | None = None) -> Welcome:
         """The first Welcome.
+
+        Args:
+            seconds: total deadline; a token that the daemon keeps rejecting ends the wait before it.
+            look: called every WELCOME_LOOK_SECONDS; what it raises ends the wait.
 
         Raises:
             TimeoutError: none came in time; says why the last attempt had failed.
             RefusedForGood: the daemon does not want this agent.
         """
-        try:
-            return self._welcome.result(timeout=seconds)
-        except TimeoutError:
-            trouble = self._client.trouble if self._client is not None else ""
-            why = f"no Welcome from {self._address.url} within {seconds:g} s"
-            raise TimeoutError(f"{self.identity.member}: {why}; the last attempt: {trouble or 'under way'}") from None
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            try:
+                return self._welcome.result(timeout=max(0.0, min(seconds - waited, WELCOME_LOOK_SECONDS)))
+            except TimeoutError:
+                rejected = self._client is not None and self._client.rejections >= REJECTIONS
+                if waited >= seconds or rejected:
+                    why = f"no Welcome from {self._address.url} within {waited:.0f} s"
+                    last = f"the last attempt: {self.trouble or 'under way'}"
+                    raise TimeoutError(f"{self.identity.member}: {why}; {last}") from None
+            if look is not None:
+                look()
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no connection to the daemon; empty while there is one, or while the first is made."""
+        client = self._client
+        return client.trouble if client is not None and not client.connected else ""
 
     def call(self, work: Callable[[], T], seconds: float = STOP_SECONDS) -> T:
         """Run ``work`` on the agent's thread and wait for its result."""
@@ -287,7 +308,7 @@ class AgentThread(Generic[SideT]):
         if isinstance(welcome.rendezvous, TcpStoreRendezvous):
             self._begin_rendezvous(self._over_group(welcome.rendezvous))
         elif welcome.rendezvous is not None:
-            self.send(self._announce())
+            self.announce()
 
     def _leave_group(self) -> None:
         """Each Welcome begins the rendezvous anew, by whichever way it names."""
@@ -309,10 +330,15 @@ class AgentThread(Generic[SideT]):
 
     def announce(self) -> None:
         """Say the layout anew, because it has changed."""
-        self.send(self._announce())
+        announce = self._announce()
+        if announce is not None:
+            self.send(announce)
 
-    def _announce(self) -> Announce:
-        layout, name, endpoint = self.side.announcement()
+    def _announce(self) -> Announce | None:
+        said = self.side.announcement()
+        if said is None:
+            return None
+        layout, name, endpoint = said
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
@@ -364,35 +390,10 @@ class AgentThread(Generic[SideT]):
         from weightsync.agents.link.process_group import SpgRendezvous
 
         announce = self._announce()
-        self._group = group = await _beside(lambda: SpgRendezvous(place))
-        await _beside(lambda: group.announce(announce))
-        connect = await _beside(group.connect)
+        assert announce is not None, "a side that meets in a group has its layout"
+        self._group = group = await beside(lambda: SpgRendezvous(place))
+        await beside(lambda: group.announce(announce))
+        connect = await beside(group.connect)
         if await self._prepared(connect):
-            await _beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
-            await _beside(lambda: group.barrier(place.timeout_seconds))
-
-
-async def _beside(call: Callable[[], T]) -> T:
-    """``call``, which blocks, on a thread of its own that no end of this process waits for."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: Exception | None) -> None:
-        if result.done():
-            return  # nobody waits any more
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]
-
-    def perform() -> None:
-        value, failure = None, None
-        try:
-            value = call()
-        except Exception as error:  # handed to the loop
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, value, failure)
-
-    threading.Thread(target=perform, name="weightsync group", daemon=True).start()
-    return await result
+            await beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
+            await beside(lambda: group.barrier(place.timeout_seconds))

@@ -1,129 +1,204 @@
 """TrainerAgent: publishes versions from one trainer rank.
 
-Everything collective runs on the caller's thread inside ``publish``, on all ranks in one order; the agent's own thread
-only writes what it is granted. Slots are separate memory, so training goes on while they are being sent.
+Everything collective runs on the caller's thread, on all ranks in one order, and only after all ranks have agreed that
+they come; the agent's own thread only writes what it is granted. Slots are separate memory, so training goes on while
+they are being sent.
 """
 
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final, Literal, get_args
+from types import TracebackType
+from typing import Final, Self, SupportsIndex
 
 import torch
 import torch.distributed as dist
-from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
-from weightsync.agents.trainer.errors import NonFiniteWeights, ReplicaFailed
+from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
+from weightsync.agents.link.token import read_token
+from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start
+from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.following import FollowedNeeds, await_needs, fingerprint_number, followed
+from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
+from weightsync.agents.trainer.nonfinite import OnNonFinite, judge_numbers, known_option
+from weightsync.agents.trainer.options import StrPath, compare_run_dirs, trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
-from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.replicas import TrainerRanks
+from weightsync.agents.trainer.slots.conversion import ConversionTable
+from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots, holds_slots
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
+from weightsync.agents.trainer.step import step_number
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
+from weightsync.agents.transport.interface import SourceMemory
 from weightsync.kernels.warm import warm_up
+from weightsync.orchestrator.protocol.codec import encode
+from weightsync.orchestrator.protocol.messages import Needs
 from weightsync.orchestrator.protocol.names import Member, Version
 
 __all__ = ["BusyError", "LoraMerge", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
 
-OnNonFinite = Literal["refuse", "warn", "allow"]
-
-BUSY: Final = "busy: "
-"""How a rank tells the others that waiting helps."""
-
 CONNECT_SECONDS: Final = 60.0
 """For the daemon's first Welcome; the daemon may start after the trainer."""
 
+RANKS_SECONDS: Final = 600.0
+"""For the slowest rank to come to an agreement: it may be loading its weights, or be a step behind."""
+
+END_SECONDS: Final = 30.0
+"""For the slowest rank to hear the end of a version that another rank has heard."""
+
+CLOSE_SECONDS: Final = 30.0
+"""For the open grant to be closed when the agent is; the slots are kept for as long as it is not."""
+
+CLOSE_POLL_SECONDS: Final = 0.02
+
 
 class TrainerAgent:
-    """One per trainer rank, made on all ranks together (slots of sharded tensors agree on sizes collectively).
+    """One per trainer rank, made on all ranks of ``process_group`` together, and closed or left by ``with``.
+
+    What is not given as an argument comes from the environment or a small file: see ``options.trainer_settings``. A
+    rank that fails, in here or in ``publish``, or is interrupted, ends the call on all others within seconds.
 
     Args:
         source: the model, or a callable that returns the current state dict (plain tensors or DTensors) by the
             trainer's own names; asked at every publish.
-        table: how these become checkpoint tensors.
+        table: how these become checkpoint tensors. None: what the engines need decides, and the slots are made at the
+            first publish; names are the checkpoint's, or those that transformers maps to them.
         hub_url: ``ws://host:port/agents`` of the daemon.
         token_file: file with the bearer token.
-        run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``.
-        rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
-        process_group: for the collectives of publish; None for the default group.
+        run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``, which the daemon must see, too.
+        process_group: the trainer's ranks; None for the default group, or this process alone without one.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        config: the model's transformers configuration, for a ``source`` that is no module; without a table only.
+        forward_dtype: what masters are rounded to before anything else; without a table only. None: masters are cast
+            straight to what the engines need, as they are when the trainer's checkpoint is loaded, and rounded to
+            bfloat16 before they are quantised.
         lora: how adapters are merged into their weights, where the source is no peft model (which says it itself).
         ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
         nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
+        connect_seconds: for the first Welcome.
 
     Raises:
+        ReplicaFailed: another rank failed; with its number and reason.
+        TrainerSettingsError: something is given nowhere, or the run directory does not exist.
         RefusedForGood: the daemon does not want this rank (another run, a wrong world size).
-        TimeoutError: no daemon within CONNECT_SECONDS.
+        TimeoutError: no daemon within ``connect_seconds``.
         Errors of the table and the slots, each with the tensor's name.
     """
 
     def __init__(
         self,
         source: StateSource,
-        table: ModelTable,
+        table: ModelTable | None = None,
         *,
-        hub_url: str,
-        token_file: Path,
-        run_id: str,
-        run_dir: Path,
-        rank: int = 0,
-        world: int = 1,
+        hub_url: str | None = None,
+        token_file: StrPath | None = None,
+        run_id: str | None = None,
+        run_dir: StrPath | None = None,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        config: object | None = None,
+        forward_dtype: torch.dtype | None = None,
         lora: Sequence[LoraMerge] = (),
         ignore: Sequence[str] = (),
         nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        if nonfinite not in get_args(OnNonFinite):
-            raise ValueError(f"nonfinite={nonfinite!r}; it is one of {', '.join(get_args(OnNonFinite))}")
         self._source = TrainerSource(source, lora=lora, ignore=ignore)
-        self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
-        self._group = process_group
-        self._publish_seconds, self._nonfinite = publish_seconds, nonfinite
-        self._generation = agree_on(secrets.randbits(62), process_group)
-        self.slots = TrainerSlots(self._source.values(), table, options=options, rank=rank, world=world)
-        self._source.account_for(self._source.state(), self.slots.read)
-        warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
-        self._last: Publication | None = None
-        self._steps: set[int] = set()
-        senders = [n for n, says in enumerate(gather_texts(str(self.slots.primary), process_group)) if says == "True"]
+        self._nonfinite = known_option(nonfinite)
+        self._options = options or SlotOptions()
+        self._slots: TrainerSlots | None = None
+        self._first_sender = 0
+        self._publish_seconds = publish_seconds
+        self._ranks = TrainerRanks(process_group)
         self._agent: AgentThread[TrainerSide] | None = None
-        if self.slots.primary:
-            member = Member("trainer", "", senders.index(rank))
-            self._start(Identity(run_id, member, len(senders), self._generation), ControlAddress(hub_url, token_file))
-            self._await_welcome(connect_seconds)
+        self._last: Publication | None = None
+        self._committed: set[int] = set()
+        self._failures: dict[int, int] = {}
+        """Steps whose versions FAILED, and how often."""
+        try:
+            with self._ranks.section():
+                self._settings = trainer_settings(hub_url, token_file, run_id, run_dir)
+                read_token(self._settings.token_file)
+                where = f"{self._settings.hub_url} {self._settings.run_id}"
+                said = self._ranks.agree(f"{secrets.randbits(62)} {where}", seconds=RANKS_SECONDS)
+                self._generation = agreed_start(said)
+                self._follows = followed(source, table, config, forward_dtype, self._options)
+                if table is not None:
+                    self._slots = self._made_slots(table)
+                    self._source.account_for(self._state(), self._slots.read)
+                self._connect(connect_seconds)
+                self._ranks.agree(seconds=RANKS_SECONDS)
+        except BaseException:
+            if self._agent is not None:
+                self._agent.close("a trainer rank could not start")
+            self._ranks.close()
+            raise
 
-    def _start(self, identity: Identity, address: ControlAddress) -> None:
-        memory = source_of(self.slots, identity.member, identity.world)
-        size = self.slots.arenas[ARENA_REGION].numel()
+    def _made_slots(self, table: ConversionTable) -> TrainerSlots:
+        slots = TrainerSlots(self._source.values(), table, options=self._options)
+        warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
+        return slots
+
+    @property
+    def slots(self) -> TrainerSlots:
+        """What this rank sends from.
+
+        Raises:
+            PublishError: there are none yet, because no publish has learnt what the engines need.
+        """
+        if self._slots is None:
+            raise PublishError("slots are made at the first publish, for what the engines need then")
+        return self._slots
+
+    def _connect(self, seconds: float) -> None:
+        """Start the agent's thread, on ranks that hold slots, and wait until the daemon has taken it in."""
+        primary = holds_slots(self._state(), self._options)
+        said = self._ranks.agree(str(primary), seconds=RANKS_SECONDS)
+        senders = [rank for rank, says in enumerate(said) if says == str(True)]
+        self._first_sender = senders[0]
+        if not primary:
+            return
+        member = Member("trainer", "", senders.index(self._ranks.rank))
+        identity = Identity(self._settings.run_id, member, len(senders), self._generation)
+        memory, size = _memory_of(self._slots, identity) if self._slots is not None else (None, 0)
+        address = ControlAddress(self._settings.hub_url, self._settings.token_file)
         self._agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
         self._agent.start()
+        welcome = self._agent.wait_welcome(seconds, look=self._ranks.look)
+        if self._ranks.rank == 0:
+            compare_run_dirs(self._settings, welcome.run_dir)
 
-    def _await_welcome(self, seconds: float) -> None:
-        assert self._agent is not None
-        try:
-            self._agent.wait_welcome(seconds)
-        except BaseException:
-            self._agent.close("no Welcome")
-            raise
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        """By the model's own names; in place of merged weights their bases. No rank waits for another."""
+        return self._source.state()
 
     @property
     def generation(self) -> int:
         """Of this start of the trainer; part of every version's identity."""
         return self._generation
 
-    def publish(self, step: int) -> int:
+    def publish(self, step: SupportsIndex) -> int:
         """Convert the current weights, have them written into the engines, and return when they serve.
+
+        Args:
+            step: an integer of any kind, the same on all ranks; one whose version FAILED may be published again.
 
         Returns:
             The commit sequence number.
@@ -132,95 +207,187 @@ class TrainerAgent:
             PublishError: the version is FAILED, or the deadline passed; on every rank.
             BusyError: an earlier ``publish_async`` has not ended.
         """
-        began = time.monotonic()
-        try:
-            with leave_together(self._group):
-                publication = self.publish_async(step)
-                sequence = publication.wait(max(0.1, self._publish_seconds - (time.monotonic() - began)))
-        except ReplicaFailed as error:
-            raise PublishError(str(error)) from error
-        return agree_on(sequence, self._group)
+        ends = time.monotonic() + self._publish_seconds
+        with self._publishing(step):
+            publication = self._stage_together(step)
+            heard = self._hear(publication, ends)
+            return agreed_end(self._ranks.agree(heard, seconds=max(0.0, ends - time.monotonic()) + END_SECONDS))
 
-    def publish_async(self, step: int) -> Publication:
+    def publish_async(self, step: SupportsIndex) -> Publication:
         """As ``publish``, but returns once the slots hold the weights; training may go on at once."""
-        version = Version(self._generation, step)
-        # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-        with self._together(version):
-            self._claim_slots(step)
-        # … and after, so that STABLE speaks for all.
-        with self._together(version):
-            convert_seconds, digest_seconds = self._stage(version)
-        self._steps.add(step)
-        publication = Publication(version, self._report(version, convert_seconds, digest_seconds))
-        if self._rank == 0:
-            write_stable(self._run_dir, self._run_id, version)
-        self._last = publication
-        return publication
+        with self._publishing(step):
+            return self._stage_together(step)
 
     def close(self) -> None:
-        """Leave the fleet. Slots are freed only when no write of ours is in flight."""
-        if self._agent is not None:
-            self._agent.close("the trainer closed its agent")
+        """Leave the fleet, once the open grant is closed. While something is still written from the slots, for longer
+        than CLOSE_SECONDS, they and the agent's thread are kept until this process ends."""
+        self._ranks.close()
+        if self._agent is None or self._agent.failure is not None:
+            return
+        agent, ends = self._agent, time.monotonic() + CLOSE_SECONDS
+        while not agent.call(agent.side.retire):
+            if time.monotonic() >= ends:
+                log.warning("a write from the slots is in flight after %g s; they are kept", CLOSE_SECONDS)
+                return
+            time.sleep(CLOSE_POLL_SECONDS)
+        agent.close("the trainer closed its agent")
 
-    def _report(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
-        """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
-        if self._agent is None:
-            nothing: Future[int] = Future()
-            nothing.set_result(0)
-            return nothing
-        side = self._agent.side
-        return self._agent.call(lambda: side.staged(version, convert_seconds, digest_seconds))
+    # ---------------------------------------------------------------------------------------- one version, on all ranks
+    @contextmanager
+    def _publishing(self, step: SupportsIndex) -> Iterator[None]:
+        """A section that all ranks leave by an error of one kind if one of them does; an interrupt stays its own."""
+        try:
+            with self._ranks.section():
+                yield
+        except ReplicaFailed as error:
+            kind = BusyError if error.reason.startswith(BusyError.__name__) else PublishError
+            raise kind(f"step {step} was not published: {error}") from error
+        except PublishError:
+            raise
+        except Exception as error:
+            log.exception("rank %d cannot publish step %s", self._ranks.rank, step)
+            why = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+            raise PublishError(f"step {step} was not published: {why}") from error
 
-    def _claim_slots(self, step: int) -> None:
-        if step in self._steps:
-            raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
-        state = self._source.state()
+    def _stage_together(self, step: SupportsIndex) -> Publication:
+        """The version in the slots of all ranks, announced to the daemon."""
+        version = Version(self._generation, step_number(step))
+        state = self._state()
+        if self._follows is None:
+            self._check(state)
+        self._reserve(version.step)
+        try:
+            # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
+            mine = f"{version.step} {self._failures.get(version.step, 0)}"
+            restaged = agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
+        except BaseException:
+            self._release()
+            raise
+        self._take()
+        if self._follows is not None:
+            self._follow_needs(self._follows, state)
+        with held_interrupts():
+            convert_seconds, digest_seconds = self._stage(version)
+        # … and after, so that STABLE speaks for all. It comes before STAGED, without which the daemon does not heed it.
+        self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version, restaged))
+        self._last = self._report(version, convert_seconds, digest_seconds, restaged)
+        return self._last
+
+    def _follow_needs(self, follows: FollowedNeeds, state: Mapping[str, torch.Tensor]) -> None:
+        """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
+        # One rank was told; the others go by what it says, so that all have routes and slots of the same needs.
+        first = self._ranks.rank == self._first_sender
+        told = await_needs(self._told, self._publish_seconds, self._look, self._standing) if first else None
+        said = self._ranks.agree(str(fingerprint_number(told)), seconds=self._publish_seconds + END_SECONDS)
+        number = int(said[self._first_sender])
+        if number != follows.made_for:
+            message = encode(told) if told is not None else b""
+            message = self._ranks.share(message, self._first_sender, seconds=RANKS_SECONDS)
+            self._hold(self._made_slots(follows.table(message, state)))
+            follows.made_for = number
+        self._check(state)
+        self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
+
+    def _check(self, state: Mapping[str, torch.Tensor]) -> None:
+        """That the slots can be filled, and that all that is trained is read; no rank waits for another."""
         self.slots.check(state)
         self._source.account_for(state, self.slots.read)
+
+    def _hold(self, slots: TrainerSlots) -> None:
+        """Send from ``slots`` in the place of the former ones, which nothing is written from."""
+        if self._agent is not None:
+            side, (memory, size) = self._agent.side, _memory_of(slots, self._agent.identity)
+            self._agent.call(lambda: side.hold(memory, size)).result(timeout=STOP_SECONDS)
+        self._slots = slots
+
+    def _told(self) -> Needs | None:
+        return self._agent.side.needs if self._agent is not None else None
+
+    def _standing(self) -> str:
+        """What the daemon does at the moment, as far as this rank knows."""
+        if self._agent is None:
+            return ""
+        trouble = self._agent.trouble
+        return f"not connected ({trouble})" if trouble else self._agent.side.standing
+
+    def _reserve(self, step: int) -> None:
+        """That this rank's slots may be filled with ``step``; grants wait from here on.
+
+        Raises:
+            PublishError: the step is committed, or the agent has ended.
+            BusyError: the version before has not ended, or is still being written.
+        """
         if self._agent is None:
             return
         if self._agent.failure is not None:
-            raise PublishError(f"the agent of rank {self._rank} has ended: {self._agent.failure}")
-        if self._last is not None and not self._last.done():
-            raise BusyError(f"{self._last.version} has not ended")
-        if not self._agent.call(self._agent.side.claim):
+            raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
+        if self._last is not None:
+            if not self._last.done():
+                raise BusyError(f"{self._last.version} has not ended")
+            self._book(self._last)
+        if step in self._committed:
+            raise PublishError(f"step {step} is committed already; a step names one version for good")
+        if not self._agent.call(self._agent.side.reserve):
             raise BusyError("a write from the slots is still in flight")
+
+    def _book(self, ended: Publication) -> None:
+        """What became of the last version. One that FAILED may be staged again, and the daemon is told how often."""
+        step, self._last = ended.version.step, None
+        if ended.committed():
+            self._committed.add(step)
+            self._failures.pop(step, None)
+        else:
+            self._failures[step] = self._failures.get(step, 0) + 1
+
+    def _release(self) -> None:
+        if self._agent is not None and self._agent.failure is None:
+            self._agent.post(self._agent.side.release)
+
+    def _take(self) -> None:
+        # Posted, not called: grants wait since ``_reserve``, so that nothing can come in between.
+        if self._agent is not None:
+            self._agent.post(self._agent.side.take)
 
     def _stage(self, version: Version) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
         with torch.no_grad():
             self.slots.convert(self._source.values())
-        self._synchronise()
-        self._judge_numbers(version)
+        if (device := self.slots.arenas[ARENA_REGION].device).type == "cuda":
+            torch.cuda.synchronize(device)
+        judge_numbers(self.slots, self._nonfinite, version)
         convert_seconds = time.monotonic() - began
         return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
 
-    def _judge_numbers(self, version: Version) -> None:
-        """NaN and infinity in the slots, as the option ``nonfinite`` says; the ranks agree on the outcome."""
-        found = self.slots.nonfinite() if self._nonfinite != "allow" else ()
-        if found and self._nonfinite == "refuse":
-            raise NonFiniteWeights(found)
-        if found:
-            log.warning("%s: NaN or infinity in %s", version, ", ".join(map(str, found)))
+    def _mark(self, version: Version, restaged: int) -> None:
+        write_stable(self._settings.run_dir, self._settings.run_id, version, restaged)
 
-    def _synchronise(self) -> None:
-        if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):
-            torch.cuda.synchronize()
+    def _report(self, version: Version, convert_seconds: float, digest_seconds: float, restaged: int) -> Publication:
+        """STAGED; a replica that sends nothing learns the result from the others, in ``publish``."""
+        outcome: Future[int] = Future()
+        if self._agent is None:
+            outcome.set_result(0)
+            return Publication(version, outcome)
+        side = self._agent.side
+        # Posted, not called: a busy thread must not make this rank fail where the others go on.
+        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome, restaged))
+        return Publication(version, outcome, self._standing)
 
-    @contextmanager
-    def _together(self, version: Version) -> Iterator[None]:
-        """All ranks leave the section, or all raise: one collective, reached on every path."""
-        trouble = ""
+    def _hear(self, publication: Publication, ends: float) -> str:
+        """What becomes of the version, as this rank hears it; empty on ranks without an agent."""
+        if self._agent is None:
+            return ""
         try:
-            yield
-        except BusyError as error:
-            trouble = f"{BUSY}{error}"
-        except Exception as error:
-            log.exception("rank %d cannot stage %s", self._rank, version)
-            trouble = f"{type(error).__name__}: {error}"
-        wrong = {rank: text for rank, text in enumerate(gather_texts(trouble, self._group)) if text}
-        if wrong:
-            rank, text = next(iter(wrong.items()))
-            kind = BusyError if all(text.startswith(BUSY) for text in wrong.values()) else PublishError
-            raise kind(f"{version} is not staged by {len(wrong)} of {self._world} ranks; rank {rank}: {text}")
+            return f"{COMMITTED}{publication.wait(max(0.1, ends - time.monotonic()), look=self._look)}"
+        except PublishError as error:
+            return f"{FAILED}{error}"
+
+    def _look(self) -> None:
+        """While the version is on its way: whether all ranks and this one's agent are still there."""
+        self._ranks.look()
+        if self._agent is not None and self._agent.failure is not None:
+            raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
+
+
+def _memory_of(slots: TrainerSlots, identity: Identity) -> tuple[SourceMemory, int]:
+    return source_of(slots, identity.member, identity.world), slots.arenas[ARENA_REGION].numel()

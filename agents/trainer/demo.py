@@ -60,8 +60,6 @@ def _run(options: argparse.Namespace, rank: int, world: int) -> int:
         token_file=options.token_file,
         run_id=options.run_id,
         run_dir=options.run_dir,
-        rank=rank,
-        world=world,
         options=SlotOptions(min_sharded_bytes=options.min_sharded_bytes, staging_bytes=options.staging_bytes),
     )
     failed = False

@@ -8,8 +8,10 @@ from weightsync.orchestrator.protocol.markers import BROADCASTS, KINDS, encode_m
 from weightsync.orchestrator.protocol.names import Version
 
 
-def write_stable(run_dir: Path, run_id: str, version: Version) -> Path:
+def write_stable(run_dir: Path, run_id: str, version: Version, restaged: int = 0) -> Path:
     """``broadcasts/step_<N>/STABLE`` by temp file and rename; outputs of an earlier version of that step go first.
+
+    ``restaged``: how often the version was staged before; each time it FAILED.
 
     Raises:
         OSError: the run directory cannot be written.
@@ -21,7 +23,7 @@ def write_stable(run_dir: Path, run_id: str, version: Version) -> Path:
             (directory / kind).unlink()
     temporary = directory / f".STABLE.{os.getpid()}"
     with temporary.open("wb") as file:
-        file.write(encode_manifest(manifest(run_id, version)))
+        file.write(encode_manifest(manifest(run_id, version, restaged=restaged)))
         file.flush()
         os.fsync(file.fileno())
     return temporary.rename(directory / "STABLE")

@@ -1,71 +1,214 @@
-"""What ranks tell each other around a publish. Texts and numbers travel as tensors: nothing here is pickled."""
+"""How the ranks of a trainer agree: over the store of their process group, and never in a collective.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+A rank that waits in a collective for one that will not come (it failed, or was interrupted) cannot be told. One that
+looks at the store can: whoever leaves a section early says so there, and all others leave within a second.
+"""
+
+import json
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
-import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from weightsync.agents.trainer.errors import ReplicaFailed
 
-TEXT_BYTES: Final = 1024
-"""Of one rank's reason in UTF-8; longer ones are cut. They end in one line of a log."""
+log = logging.getLogger(__name__)
+
+TEXT_CHARS: Final = 2000
+"""Of one rank's reason; longer ones are cut. They end in one line of a log."""
+
+FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.0005, 0.05
+"""Between two looks at the store while another rank is awaited: doubling, since most come at once."""
+
+LEFT_LOOK_SECONDS: Final = 0.5
+"""Between two looks whether a rank has left, while something else is awaited."""
+
+READ_SECONDS: Final = 2.0
+"""That a rank which closes gives the others to read its last word."""
 
 
-@contextmanager
-def leave_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """A section that all ranks of ``group`` leave through one closing barrier, whether they succeed or fail.
+class TrainerRanks:
+    """This rank among those of ``group`` (None: the default group; alone without torch.distributed).
 
-    Without it a replica that does nothing in a publish (or fails early) would run ahead into the next collective of
-    training, while the primary is still in this one. A rank's own error leaves as it is; the others raise.
+    Made on all ranks of the group, as often and in the same order.
 
-    Collective: every rank of the group enters it. Alone, or without torch.distributed, it does nothing. It waits as
-    long as the group's own timeout.
+    Attributes:
+        rank, world: this rank within the group, and the group's size.
 
     Raises:
-        ReplicaFailed: on ranks that succeeded, if another did not; with that rank and its reason.
+        ValueError: this rank is no member of the group.
     """
-    trouble = ""
-    try:
-        yield
-    except BaseException as error:
-        trouble = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        reasons = gather_texts(trouble, group)
-        first = next((rank for rank, reason in enumerate(reasons) if reason), None)
-        if first is not None and not trouble:
-            raise ReplicaFailed(first, reasons[first])
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if distributed else 0
+        self.world = dist.get_world_size(group) if distributed else 1
+        if self.rank < 0:
+            raise ValueError(
+                f"process_group: rank {dist.get_rank()} is no member; make the agent on the group's ranks only"
+            )
+        self._section, self._phase = -1, 0
+        self._mine: list[tuple[int, str]] = []
+        """Keys that this rank has set, by section; deleted when every rank is past them."""
+        self._unread = ""
+        """Counts the ranks that have read this one's last verdict; empty where it gave none."""
+        self._store: c10d.Store | None = None
+        if self.world > 1:
+            name = (group or c10d._get_default_group()).group_name
+            store = c10d.PrefixStore(f"weightsync/{name}", c10d._get_default_store())
+            # All ranks make them alike, so that how many this rank has made names each.
+            self._store = c10d.PrefixStore(str(store.add(f"made/{self.rank}", 1)), store)
+            # Also when the process ends without ``close``: nobody is to wait for it.
+            self._goodbye = weakref.finalize(self, _say_goodbye, self._store, self.rank, "its process or agent ended")
+
+    @contextmanager
+    def section(self) -> Iterator[None]:
+        """What all ranks do together. A rank that leaves it by an error or an interrupt says so to the others.
+
+        Raises:
+            ReplicaFailed: another rank left; raised by ``agree`` and ``look``.
+        """
+        self._section += 1
+        self._phase = 0
+        try:
+            yield
+        except ReplicaFailed as error:
+            self._leave(error.rank, error.reason)  # news to the others if it was found out by a deadline here
+            raise
+        except BaseException as error:
+            self._leave(self.rank, f"{type(error).__name__}: {error}")
+            raise
+
+    def agree(self, value: str = "", *, seconds: float, then: Callable[[], None] | None = None) -> tuple[str, ...]:
+        """Wait until all ranks are here; every rank's ``value``, cut to TEXT_CHARS, by rank.
+
+        Args:
+            value: what this rank has to say.
+            seconds: total deadline.
+            then: the first rank does this when all are here; the others wait for it.
+
+        Raises:
+            ReplicaFailed: a rank has left the section, or has not come in time.
+        """
+        self._phase += 1
+        if self._store is None:
+            if then is not None:
+                then()
+            return (value,)
+        name = f"{self._section}/{self._phase}"
+        keys = [f"{name}/{rank}" for rank in range(self.world)]
+        self._set(keys[self.rank], value[:TEXT_CHARS])
+        if self.rank == 0:
+            self._await(keys, seconds)
+            values = [text.decode() for text in self._store.multi_get(keys)]
+            if then is not None:
+                then()
+            distinct = list(dict.fromkeys(values))
+            self._set(f"{name}/verdict", json.dumps([distinct, [distinct.index(text) for text in values]]))
+            self._unread = f"{name}/read"
+            self._mine.append((self._section, self._unread))
+        else:
+            self._await([f"{name}/verdict"], seconds)
+            distinct, which = json.loads(self._store.get(f"{name}/verdict"))
+            values = [distinct[index] for index in which]
+            self._store.add(f"{name}/read", 1)
+        self._forget_earlier()
+        return tuple(values)
+
+    def share(self, data: bytes, root: int, *, seconds: float) -> bytes:
+        """What rank ``root`` gives, on every rank; what the others give does not matter.
+
+        Raises:
+            ReplicaFailed: a rank has left the section, or ``root`` has not come in time.
+        """
+        if self._store is None:
+            return data
+        self._phase += 1
+        key = f"{self._section}/{self._phase}/{root}"
+        if self.rank == root:
+            self._set(key, data)
+            return data
+        self._await([key], seconds)
+        return bytes(self._store.get(key))
+
+    def look(self) -> None:
+        """For whoever waits for something else within a section.
+
+        Raises:
+            ReplicaFailed: a rank has left the section, or closed.
+        """
+        if self._store is None:
+            return
+        try:
+            for key in (f"{self._section}/left", "closed"):
+                if self._store.check([key]):
+                    rank, reason = json.loads(self._store.get(key))
+                    raise ReplicaFailed(rank, reason)
+        except RuntimeError as error:
+            raise self._unreachable(error) from error
+
+    def close(self) -> None:
+        """Nobody is to wait for this rank any more."""
+        if self._store is None or not self._goodbye.alive:
+            return
+        ends = time.monotonic() + READ_SECONDS
+        with suppress(RuntimeError):  # rank 0's process may keep the store: the others read its last word first
+            while self._unread and self._store.add(self._unread, 0) < self.world - 1 and time.monotonic() < ends:
+                time.sleep(LONGEST_LOOK_SECONDS)
+        self._goodbye.detach()
+        _say_goodbye(self._store, self.rank, "its agent was closed")
+
+    # ------------------------------------------------------------------------------------------------------- the store
+    def _await(self, keys: list[str], seconds: float) -> None:
+        assert self._store is not None
+        ends, pause = time.monotonic() + seconds, FIRST_LOOK_SECONDS
+        while True:
+            try:
+                if self._store.check(keys):
+                    return  # before ``look``: a rank that said its part may have gone on, and closed
+                self.look()
+                if time.monotonic() >= ends:
+                    late = [key.rpartition("/")[2] for key in keys if not self._store.check([key])]
+                    late = ["0" if name == "verdict" else name for name in late]
+                    raise ReplicaFailed(int(late[0]), f"not come within {seconds:g} s: rank {', '.join(late[:8])}")
+            except RuntimeError as error:
+                raise self._unreachable(error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_LOOK_SECONDS)
+
+    def _set(self, key: str, value: str | bytes) -> None:
+        assert self._store is not None
+        try:
+            self._store.set(key, value)  # type: ignore[arg-type]  # bytes serve as well
+        except RuntimeError as error:
+            raise self._unreachable(error) from error
+        self._mine.append((self._section, key))
+
+    def _leave(self, rank: int, reason: str) -> None:
+        if self._store is None:
+            return
+        key, text = f"{self._section}/left", json.dumps([rank, reason[:TEXT_CHARS]])
+        with suppress(RuntimeError):  # the store is gone, and with it whoever would read this
+            if self._store.compare_set(key, "", text) == text.encode():
+                self._mine.append((self._section, key))
+
+    def _forget_earlier(self) -> None:
+        """An agreement of this section was reached: no rank will read a key of an earlier one."""
+        assert self._store is not None
+        earlier = [key for section, key in self._mine if section < self._section]
+        self._mine = [each for each in self._mine if each[0] >= self._section]
+        with suppress(RuntimeError):  # a store that cannot delete keeps them, which harms nobody
+            for key in earlier:
+                self._store.delete_key(key)
+
+    def _unreachable(self, error: RuntimeError) -> ReplicaFailed:
+        return ReplicaFailed(0, f"the store of the process group, which rank 0 or the launcher keeps, failed: {error}")
 
 
-def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Every rank's text, by rank within ``group``; cut to TEXT_BYTES. Collective."""
-    if not _together(group):
-        return [text]
-    encoded = text.encode()[:TEXT_BYTES]
-    mine = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-    mine[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else mine[:0]
-    device = _device_of(group)
-    everyone = [torch.zeros(TEXT_BYTES, dtype=torch.uint8, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine.to(device), group=group)
-    return [bytes(each.cpu().numpy()).rstrip(b"\0").decode(errors="ignore") for each in everyone]
-
-
-def agree_on(value: int, group: dist.ProcessGroup | None = None) -> int:
-    """The number that the first rank of ``group`` gives, below 2^63. Collective."""
-    if not _together(group):
-        return value
-    given = torch.tensor([value], dtype=torch.int64, device=_device_of(group))
-    dist.broadcast(given, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
-    return int(given.item())
-
-
-def _together(group: dist.ProcessGroup | None) -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
-def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Where collectives of ``group`` want their tensors."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _say_goodbye(store: c10d.Store, rank: int, reason: str) -> None:
+    with suppress(RuntimeError):
+        store.compare_set("closed", "", json.dumps([rank, reason]))

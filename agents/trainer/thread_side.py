@@ -8,10 +8,11 @@ from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import TrainerSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
-from weightsync.agents.transport.registry import Ends
+from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
@@ -21,10 +22,14 @@ from weightsync.orchestrator.protocol.messages import (
     Fault,
     FromDaemon,
     Grant,
+    Needs,
     Outcome,
     PeerTransfer,
     Staged,
+    Standing,
+    TcpStoreRendezvous,
     TrainerStatus,
+    TransportSettings,
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
@@ -42,34 +47,62 @@ class TrainerSide:
 
     Args:
         link: the agent's thread.
-        memory: the slots' arenas and their layout.
+        memory: the slots' arenas and their layout. None: the slots are made for what the engines need, when they have
+            said it; ``hold`` brings them.
         staged_bytes: what STAGED reports: the bytes that one conversion fills.
+
+    Attributes:
+        standing: what the daemon said last that it does, while a version waits; only the first rank is told.
+        needs: what the daemon said last that the engines need; None before, and for a trainer that has a table.
     """
 
     here: Fault = "trainer"
 
-    def __init__(self, link: Link, memory: SourceMemory, staged_bytes: int) -> None:
+    def __init__(self, link: Link, memory: SourceMemory | None, staged_bytes: int) -> None:
         self._link = link
+        self._follows_needs = memory is None
+        self.needs: Needs | None = None
+        self.standing = ""
+        self._transport: TransportSettings | None = None
         self._memory = memory
         self._staged_bytes = staged_bytes
-        self._member = memory.member
-        self._shares = Shares(memory.layout, memory.arenas)
-        self._senders: Ends[Sender] = Ends(lambda transport: transport.sender(memory))
+        self._shares, self._senders = _ends(memory)
         # A connect that came in the middle of a write would take its edges from under it.
         self._using_sender = asyncio.Lock()
         self._fingerprint = ""
         self._staged: Version | None = None
+        self._restaged = 0
         self._open: RoundName | None = None
+        self._reserved = False
+        self._closing = False
+        self._waiting: list[Grant] = []
+        """Grants that came while the slots were reserved; the daemon gives one at a time."""
         self._outcome: Future[int] | None = None
         self._digests: tuple[str, Version, dict[Member, Digest]] | None = None
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
-    def claim(self) -> bool:
-        """Take the slots for the next version; false while something is written from them."""
+    def reserve(self) -> bool:
+        """Ask for the slots for the next version; false while something is written from them.
+
+        From then on grants wait: all ranks have to agree first that they begin the next version, and until then one
+        that refuses a grant would tear an engine that the others write to. ``take`` or ``release`` must follow.
+        """
         if self._open is not None or self._in_flight():
             return False
-        self._staged = None
+        self._reserved = True
         return True
+
+    def take(self) -> None:
+        """Every rank has reserved its slots: they hold no version any more."""
+        self._staged = None
+        self.release()
+
+    def release(self) -> None:
+        """The slots are not needed after all, or taken: grants that waited are judged by what the slots hold now."""
+        self._reserved = False
+        waiting, self._waiting = self._waiting, []
+        for grant in waiting:
+            self._link.spawn(self._write(grant))
 
     def prepare(self, version: Version) -> float:
         """Before STAGED, on the trainer's thread: digest what will be sent, as far as edges are known, and have the
@@ -79,29 +112,83 @@ class TrainerSide:
         self._senders.current.stage(version)
         return time.monotonic() - began
 
-    def staged(self, version: Version, convert_seconds: float, digest_seconds: float) -> "Future[int]":
-        """Tell the daemon; the future is the commit sequence number, or PublishError."""
-        self._staged = version
-        self._outcome = Future()
+    def staged(
+        self,
+        version: Version,
+        convert_seconds: float,
+        digest_seconds: float,
+        outcome: "Future[int]",
+        restaged: int = 0,
+    ) -> None:
+        """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
+        self._staged, self._restaged = version, restaged
+        self._outcome = outcome
         self._link.send(
             Staged(
                 version=version,
                 bytes=self._staged_bytes,
                 convert_seconds=convert_seconds,
                 digest_seconds=digest_seconds,
+                restaged=restaged,
             )
         )
-        return self._outcome
+
+    def retire(self) -> bool:
+        """Obey no further grant; whether the last one is closed, so that nothing reads the slots any more."""
+        self._closing = True
+        return self._open is None and not self._in_flight()
+
+    def hold(self, memory: SourceMemory, staged_bytes: int) -> "Future[None]":
+        """Other slots from now on: announce them. Only after ``take``; the result is there when the old ones, which
+        may then be freed, are out of every transport's reach."""
+        done: Future[None] = Future()
+        self._link.spawn(self._hold(memory, staged_bytes, done))
+        return done
+
+    async def _hold(self, memory: SourceMemory, staged_bytes: int, done: "Future[None]") -> None:
+        try:
+            async with self._using_sender:
+                self._fingerprint = ""  # edges of the old slots serve nobody any more
+                self._digests = None
+                for sender in self._senders:
+                    sender.close()
+                self._memory, self._staged_bytes = memory, staged_bytes
+                self._shares, self._senders = _ends(memory)
+                if self._transport is not None:
+                    self._senders.open(self._transport)
+            self._link.announce()
+        except BaseException as error:  # handed to the trainer's thread
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
     # ----------------------------------------------------------------------------------------- ``link.side.AgentSide``
     def status(self) -> TrainerStatus:
-        return TrainerStatus(staged=self._staged, open_round=self._open)
+        return TrainerStatus(
+            staged=self._staged,
+            open_round=self._open,
+            restaged=self._restaged,
+            follows_needs=self._follows_needs,
+        )
 
     def welcomed(self, welcome: Welcome) -> None:
-        self._senders.open(welcome.transport)
+        if self._follows_needs and isinstance(welcome.rendezvous, TcpStoreRendezvous):
+            raise ConversionTableError(
+                "rendezvous: tcpstore wants every layout before anybody can say what engines need; give TrainerAgent a"
+                " table, or use rendezvous: hub"
+            )
+        self._transport = welcome.transport
+        if self._memory is not None:
+            self._senders.open(welcome.transport)
 
-    def announcement(self) -> tuple[Layout, str, bytes]:
+    def announcement(self) -> tuple[Layout, str, bytes] | None:
+        if self._memory is None:
+            return None
         return self._memory.layout, *self._senders.current.announcement()
+
+    @property
+    def _who(self) -> str:
+        return str(self._memory.member) if self._memory is not None else "trainer"
 
     async def connect(self, connect: Connect) -> None:
         async with self._using_sender:
@@ -111,10 +198,16 @@ class TrainerSide:
 
     def heard(self, message: FromDaemon) -> None:
         match message:
+            case Grant() if self._reserved:
+                self._waiting.append(message)
             case Grant():
                 self._link.spawn(self._write(message))
             case Outcome():
                 self._settle(message)
+            case Needs():
+                self.needs = message
+            case Standing():
+                self.standing = message.sentence
             case _:
                 pass  # Abort: what was posted cannot be taken back; CLOSED follows when it is DONE
 
@@ -146,6 +239,8 @@ class TrainerSide:
             return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self._link.epoch}"
         if grant.fingerprint != self._fingerprint:
             return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
+        if self._closing:
+            return "this trainer rank is closing its agent"
         if self._open is not None:
             return f"round {self._open} is still being written"
         if self._staged != grant.version:
@@ -162,7 +257,7 @@ class TrainerSide:
                 remaining = max(0.0, ends - time.monotonic())
                 moved = await self._senders.current.write(grant.members, remaining)
         except AgentError as error:
-            log.warning("%s: round %s: %s", self._member, grant.round, error)
+            log.warning("%s: round %s: %s", self._who, grant.round, error)
             written = error.moved if isinstance(error, PushError) else ()
             return Closed(
                 round=grant.round,
@@ -173,7 +268,7 @@ class TrainerSide:
             )
         except Exception as error:
             # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
-            log.exception("%s: round %s", self._member, grant.round)
+            log.exception("%s: round %s", self._who, grant.round)
             fault, retry = blame(error, self.here)
             return Closed(round=grant.round, error=cut(repr(error)), fault=fault, retry=retry)
         return Closed(round=grant.round, peers=_transfers(moved, digests))
@@ -184,7 +279,7 @@ class TrainerSide:
         if self._digests is None or self._digests[:2] != (fingerprint, version):
             began = time.monotonic()
             self._digests = (fingerprint, version, self._shares.digests() if fingerprint else {})
-            log.debug("%s: digest of %s took %.3f s", self._member, version, time.monotonic() - began)
+            log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
         return self._digests[2]
 
     def _in_flight(self) -> bool:
@@ -197,12 +292,23 @@ class TrainerSide:
 
     def _settle(self, outcome: Outcome) -> None:
         waiting = self._outcome
-        if waiting is None or waiting.done() or outcome.version != self._staged:
-            return
+        if waiting is None or waiting.done() or outcome.version != self._staged or outcome.restaged != self._restaged:
+            return  # the outcome of an earlier staging may be told twice
         if outcome.committed:
             waiting.set_result(outcome.sequence)
         else:
             waiting.set_exception(PublishError(outcome.reason))
+
+
+def _ends(memory: SourceMemory | None) -> tuple[Shares, Ends[Sender]]:
+    """The shares and the transports' ends of these slots; of none, as long as there are none."""
+    if memory is None:
+        return Shares(Layout((), (), b""), ()), Ends(_no_sender)
+    return Shares(memory.layout, memory.arenas), Ends(lambda transport: transport.sender(memory))
+
+
+def _no_sender(transport: Transport) -> Sender:
+    raise AssertionError("a transport is opened when there are slots")
 
 
 def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:

@@ -6,7 +6,7 @@ The order is the one in which people can do something about it: the trainer firs
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
 
 SHOWN: Final = 8
@@ -22,8 +22,15 @@ def staged(fleet: Fleet) -> Version | None:
     """The version that all trainer ranks have staged."""
     if not fleet.trainers_whole():
         return None
-    versions = {agent.staged.version if agent.staged else None for agent in fleet.trainers()}
+    versions = {_staged_by(fleet, agent) for agent in fleet.trainers()}
     return versions.pop() if len(versions) == 1 else None
+
+
+def _staged_by(fleet: Fleet, agent: ConnectedAgent) -> Version | None:
+    """What the agent's slots hold; not the version of a staging that FAILED, whose slots are being filled again."""
+    report = agent.staged
+    current = report is not None and report.restaged >= fleet.memory.restaged.get(report.version, 0)
+    return report.version if report is not None and current else None
 
 
 def is_published(fleet: Fleet, version: Version) -> bool:
@@ -64,7 +71,7 @@ def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str
 # ------------------------------------------------------------------------------------------------------------ clauses
 def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
     """Every trainer rank has staged the version."""
-    here = {a.member.rank for a in fleet.trainers() if a.staged is not None and a.staged.version == version}
+    here = {agent.member.rank for agent in fleet.trainers() if _staged_by(fleet, agent) == version}
     lacking = [f"trainer/{rank}" for rank in range(fleet.trainer_world() or 0) if rank not in here]
     if lacking:
         return f"not STAGED by {_named(lacking)}"

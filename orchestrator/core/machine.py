@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import engines, invariants, members, rendezvous, versions
+from weightsync.orchestrator.core import engines, invariants, members, needs, rendezvous, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -14,6 +14,7 @@ from weightsync.orchestrator.core.events import (
     CallFailed,
     Event,
     MarkersSeen,
+    NeedsReady,
     PlanReady,
     PlanRejected,
     Tick,
@@ -23,9 +24,10 @@ from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBega
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
-from weightsync.orchestrator.core.story import sentence
+from weightsync.orchestrator.core.story import sentence, standing
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged
+from weightsync.orchestrator.protocol.codec import cut
+from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged, Standing
 from weightsync.orchestrator.protocol.names import Member, Role
 
 
@@ -91,6 +93,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
         _handle(turn, event)
     engines.tend_engines(turn)
     rendezvous.gather_group(turn)
+    needs.evaluate(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
     _tell_story(turn)
@@ -112,6 +115,8 @@ def _handle(turn: Turn, event: Event) -> None:
             rendezvous.planned(turn, event)
         case PlanRejected():
             rendezvous.rejected(turn, event)
+        case NeedsReady():
+            needs.ready(turn, event)
         case CallDone() | CallFailed():
             _call_ended(turn, event)
         case MarkersSeen():
@@ -144,6 +149,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             rendezvous.confirmed(agent, message)
         case Staged():
             agent.staged = message
+            endings.staged_again(turn, message.version, message.restaged)
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
             agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT
@@ -175,3 +181,15 @@ def _tell_story(turn: Turn) -> None:
     if told != turn.fleet.sentence:
         turn.fleet.sentence = told
         turn.say(told)
+    _tell_trainer(turn)
+
+
+def _tell_trainer(turn: Turn) -> None:
+    """The first rank, when it changes: a publish that waits says why."""
+    first = next(iter(turn.fleet.trainers()), None)
+    if first is None or first.member.rank != 0:
+        return
+    told = cut(standing(turn.fleet, turn.now))
+    if told != first.standing:
+        first.standing = told
+        turn.send(first.member, Standing(sentence=told))

@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.codec import SchemaMismatch
+from weightsync.orchestrator.protocol.codec import SchemaMismatch, cut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -101,7 +101,9 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
     hello, member = agent.hello, agent.member
     if hello.trainer is not None:
         if hello.trainer.staged is not None:
-            agent.staged = Staged(version=hello.trainer.staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
+            staged, again = hello.trainer.staged, hello.trainer.restaged
+            agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
+            endings.staged_again(turn, staged, again)
         pending = fleet.unclosed.get(member)
         still_open = hello.trainer.open_round
         if still_open is not None:
@@ -172,6 +174,7 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         lost_after_heartbeats=policy.lost_after,
         transport=policy.transport,
         rendezvous=rendezvous,
+        run_dir=cut(policy.run_dir),
     )
 
 

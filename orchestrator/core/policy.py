@@ -32,6 +32,8 @@ class Policy:
     """Deadlines and bounds of the state machine. No field has a default: the settings are the one home of numbers."""
 
     run_id: str
+    run_dir: str
+    """Told to agents in Welcome."""
     engines: tuple[EngineConfig, ...]
     transport: TransportSettings
     group: GroupAddress | None

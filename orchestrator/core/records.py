@@ -76,7 +76,14 @@ class VersionFailed(Record, frozen=True, kw_only=True):
     reason: str
 
 
-AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed
+class StagedAgain(Record, frozen=True, kw_only=True):
+    """A trainer staged ``version``, which had FAILED, once more; it did so ``restaged`` times by now."""
+
+    version: Version
+    restaged: int
+
+
+AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain
 
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
@@ -123,6 +130,8 @@ class Memory:
     sequence: int = 0
     committed: Version | None = None
     failed: dict[Version, str] = field(default_factory=dict)
+    restaged: dict[Version, int] = field(default_factory=dict)
+    """How often a version was staged again after it had FAILED; those that never were are not in it."""
     done: set[Version] = field(default_factory=set)
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
@@ -153,6 +162,9 @@ def replay(memory: Memory, record: Record) -> None:
             memory.done.add(version)
         case VersionFailed(version=version, reason=reason):
             memory.failed[version] = reason
+        case StagedAgain(version=version, restaged=restaged):
+            memory.failed.pop(version, None)
+            memory.restaged[version] = restaged
 
 
 def _end(memory: Memory, name: RoundName) -> None:

@@ -1,5 +1,7 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
+from typing import Final
+
 from weightsync.orchestrator.core import members
 from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
@@ -7,13 +9,23 @@ from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous
 
+SHOWN: Final = 8
+"""Tensors that a sentence names; ``plan explain`` names all."""
+
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
+    fleet = turn.fleet
+    if agent.announce is not None:
+        fleet.planned_for = frozenset()  # the plan was made for its other layout
     agent.announces(message)
-    for engine in turn.fleet.engines.values():
-        if agent.member.role == "trainer" or engine.name == agent.member.engine:
-            engine.misfit = ""  # a misfit is of two layouts together, and one of the two is another now
+    for engine in fleet.engines.values():
+        # A misfit is of two layouts together, and one of the two is another now. (The trainer is none of the two
+        # where engines contradict one another.)
+        if engine.name == agent.member.engine or (agent.member.role == "trainer" and engine.name not in fleet.unlike):
+            engine.misfit = ""
+    if agent.member.role == "inference":
+        fleet.needs_of = frozenset()
 
 
 def confirmed(agent: ConnectedAgent, message: Ready) -> None:
@@ -88,6 +100,7 @@ def planned(turn: Turn, event: PlanReady) -> None:
     if event.number != fleet.plan_number:
         return
     fleet.planning = False
+    before = fleet.plan.unneeded if fleet.plan is not None else ()
     fleet.plan = event.facts
     fleet.planned_at = turn.now
     total = sum(event.facts.flows.values())
@@ -95,6 +108,10 @@ def planned(turn: Turn, event: PlanReady) -> None:
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
         f"every destination byte covered once, {event.facts.seconds:.2f} s"
     )
+    unneeded = event.facts.unneeded
+    if unneeded and unneeded != before:
+        shown = f"{', '.join(unneeded[:SHOWN])}{', …' if len(unneeded) > SHOWN else ''}"
+        turn.say(f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}", "warning")
 
 
 def rejected(turn: Turn, event: PlanRejected) -> None:

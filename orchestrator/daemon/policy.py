@@ -9,6 +9,7 @@ def policy_of(settings: Settings) -> Policy:
     deadlines = settings.deadlines
     return Policy(
         run_id=settings.run.id,
+        run_dir=str(settings.run.directory),
         engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
         transport=settings.transport.message(settings.run.directory),
         group=settings.rendezvous.group_address(),

@@ -25,13 +25,15 @@ class MarkerError(ValueError):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a marker says. Beyond the version: the commit's ``sequence``, ``round`` and ``digest`` as text, the
-    fingerprint of the ``plan``, the names of the ``engines``, the ``reason`` of a failure; each where it applies."""
+    """What a marker says. Beyond the version, each where it applies: how often it was ``restaged`` after it had FAILED,
+    the commit's ``sequence``, ``round`` and ``digest`` as text, the fingerprint of the ``plan``, the names of the
+    ``engines``, the ``reason`` of a failure."""
 
     schema: int
     run_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
     generation: Annotated[int, msgspec.Meta(ge=0)]
     step: Annotated[int, msgspec.Meta(ge=0)]
+    restaged: Annotated[int, msgspec.Meta(ge=0)] = 0
     sequence: Annotated[int, msgspec.Meta(ge=0)] = 0
     round: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
     digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""

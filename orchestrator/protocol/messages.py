@@ -1,13 +1,13 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
 Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Connect, Grant, Verify, Commit, Abort, Outcome, Heartbeat.
+Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Outcome, Standing, Heartbeat.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.layout import Layout, Region
+from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
@@ -23,10 +23,16 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed."""
+    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+
+    ``restaged``: as in Staged.
+    ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
+    """
 
     staged: Version | None = None
     open_round: RoundName | None = None
+    restaged: Natural = 0
+    follows_needs: bool = False
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -73,12 +79,16 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class Staged(Message, frozen=True, kw_only=True):
-    """All of this rank's slots hold ``version``, synchronised and digested."""
+    """All of this rank's slots hold ``version``, synchronised and digested.
+
+    ``restaged``: how often the version was staged before; each time it FAILED.
+    """
 
     version: Version
     bytes: Natural
     convert_seconds: float
     digest_seconds: float
+    restaged: Natural = 0
 
 
 class Quiesced(Message, frozen=True, kw_only=True):
@@ -205,6 +215,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
+    run_dir: Reason = ""
+    """The run directory, as the daemon's host names it; a trainer compares it with its own."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -213,6 +225,19 @@ class Refused(Message, frozen=True, kw_only=True):
     reason: Reason
     fault: Fault
     retry: bool
+
+
+class Needs(Message, frozen=True, kw_only=True):
+    """To the first trainer rank: the tensors that all attached engines together need, each in one way.
+
+    ``quantized`` holds indices into ``tensors``. ``quantization``: the engines' name of their format, for people.
+    ``fingerprint`` covers the rest; the same needs have the same one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    quantized: tuple[Quantized, ...]
+    quantization: Name = ""
+    fingerprint: Name
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -272,13 +297,23 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one."""
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one.
+
+    ``restaged``: of which staging it is; see Staged.
+    """
 
     version: Version
     committed: bool
     sequence: int = 0
     reason: Reason = ""
+    restaged: Natural = 0
+
+
+class Standing(Message, frozen=True, kw_only=True):
+    """To the first trainer rank while a version of its waits: what the daemon does and why. Sent when it changes."""
+
+    sentence: Reason
 
 
 FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye
-FromDaemon = Welcome | Refused | Connect | Grant | Verify | Commit | Abort | Outcome | Heartbeat
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Outcome | Standing | Heartbeat

@@ -64,8 +64,8 @@ def main() -> None:
     shapes = model_shapes(config)
     state = sharded(masters(shapes, 0), world, given.device)
     agent = TrainerAgent(
-        lambda: state, model_table(config), hub_url=given.hub_url, token_file=Path(given.token_file),
-        run_id=given.run_id, run_dir=Path(given.run_dir), rank=rank, world=world,
+        lambda: state, model_table(config), hub_url=given.hub_url, token_file=given.token_file,
+        run_id=given.run_id, run_dir=given.run_dir,
         publish_seconds=given.publish_seconds,
     )  # fmt: skip
     answer(rank, ready=True, generation=agent.generation)

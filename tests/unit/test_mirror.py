@@ -26,7 +26,6 @@ BY_REAL_WRITES = "nixl/test_endpoint.py drives it by real NIXL writes"
 BY_BOTH_SHAPES = "adapter/test_common.py runs both shapes of vLLM's interface through it"
 
 TESTED_ELSEWHERE = {
-    "agents/trainer/agent.py": "test_gloo.py runs it in real ranks, tests/e2e in front of real engines",
     "agents/trainer/errors.py": "texts of errors, asserted where they are raised",
     "agents/trainer/models/dense.py": BY_EACH_ARCHITECTURE,
     "agents/trainer/models/mla.py": BY_EACH_ARCHITECTURE,

@@ -1,7 +1,5 @@
 """Conversion tables by architecture. A new model is a new table: see docs/adding-a-model.md."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
@@ -10,13 +8,14 @@ from weightsync.agents.trainer.models.dense import LlamaTable, Qwen3Table
 from weightsync.agents.trainer.models.forms import CHECKPOINT, FORMS, STACKED, TRANSFORMERS, TrainerForm
 from weightsync.agents.trainer.models.mla import DeepseekV2Table, DeepseekV3Table, DeepseekV32Table, GlmMoeDsaTable
 from weightsync.agents.trainer.models.moe import Glm4MoeTable, Qwen3MoeTable
-from weightsync.agents.trainer.models.table import ModelConfig, ModelTable
+from weightsync.agents.trainer.models.table import ConfigSource, ModelConfig, ModelTable
 
 __all__ = [
     "CHECKPOINT",
     "FORMS",
     "STACKED",
     "TRANSFORMERS",
+    "ConfigSource",
     "ModelConfig",
     "ModelTable",
     "TrainerForm",
@@ -49,13 +48,13 @@ for _table in (
 
 
 def model_table(
-    config: Mapping[str, object] | Path,
+    config: ConfigSource,
     *,
     forward_dtype: torch.dtype = torch.bfloat16,
     fp8: bool | None = None,
     form: TrainerForm | None = None,
 ) -> ModelTable:
-    """The table for a Hugging Face configuration (its values, its file or its model directory).
+    """The table for a Hugging Face configuration (an object, its values, its file or its model directory).
 
     Args:
         config: of one of the registered architectures.
@@ -67,7 +66,7 @@ def model_table(
         UnknownArchitecture: none of the configuration's architectures is registered.
         ConversionTableError: a configuration that the table cannot read.
     """
-    read = ModelConfig.read(config) if isinstance(config, Path) else ModelConfig(config)
+    read = ModelConfig.of(config)
     named = [str(name) for name in read.sequence("architectures")]
     table = next((_tables[name] for name in named if name in _tables), None)
     if table is None:

@@ -1,10 +1,11 @@
 """What every model table has: typed access to the configuration, and helpers that name tensors and their treatment."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from weightsync.agents.trainer.errors import ConversionTableError
@@ -16,6 +17,18 @@ Rows = tuple[int, int]
 """(start, length) of a tensor's rows within a fused trainer tensor."""
 
 
+@runtime_checkable
+class HasValues(Protocol):
+    """A configuration object, as transformers' PretrainedConfig."""
+
+    def to_dict(self) -> dict[str, object]:
+        """All values, as ``config.json`` has them."""
+        ...
+
+
+ConfigSource = str | os.PathLike[str] | Mapping[str, object] | HasValues
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A Hugging Face ``config.json``, read by type."""
@@ -23,9 +36,29 @@ class ModelConfig:
     values: Mapping[str, object]
 
     @staticmethod
-    def read(path: Path) -> "ModelConfig":
-        """The configuration in the file or model directory ``path``."""
-        return ModelConfig(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+    def of(source: "ConfigSource") -> "ModelConfig":
+        """From its values, an object that has them (transformers' PretrainedConfig), its file or its model directory.
+
+        Raises:
+            ConversionTableError: it is none of these, or the file holds no configuration.
+            OSError: the file cannot be read.
+        """
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+            file = path / "config.json" if path.is_dir() else path
+            try:
+                values = json.loads(file.read_text())
+            except ValueError as error:
+                raise ConversionTableError(f"{file} is no JSON: {error}") from error
+            where = str(file)
+        else:
+            values = source.to_dict() if isinstance(source, HasValues) else source
+            where = type(source).__name__
+        if not isinstance(values, Mapping):
+            raise ConversionTableError(
+                f"{where} is no model configuration: give a config.json, its values or an object"
+            )
+        return ModelConfig(values)
 
     def integer(self, name: str, default: int | None = None) -> int:
         """An integer; ``default`` where it is absent or null.

@@ -34,6 +34,7 @@ from weightsync.agents.trainer.slots.slot import (
 )
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
+from weightsync.orchestrator.protocol.limits import MAX_UNREAD
 
 __all__ = [
     "ExpertParallel",
@@ -110,7 +111,7 @@ class TrainerSlots:
         _refuse_elsewhere(specs, bare, self.arenas[ARENA_REGION].device)
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
-        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas], self.unrouted)
         self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
@@ -180,6 +181,13 @@ def _share(key: str, tensor: torch.Tensor, *, values: bool) -> LocalShare:
     return local_share(key, tensor)
 
 
+def holds_slots(state: State, options: SlotOptions) -> bool:
+    """Whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``); ``TrainerSlots.primary``."""
+    if options.hsdp == "shared":
+        return True
+    return _in_first_replica([local_share(name, tensor) for name, tensor in state.items()], options.replicate_dim)
+
+
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
     """This rank and the number of ranks: as given, else torch.distributed's, else alone."""
     distributed = dist.is_available() and dist.is_initialized()
@@ -200,7 +208,7 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
                 yield LocalBatch([alike[number] for number in group], state)
 
 
-def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
+def _layout(slots: Sequence[Slot], regions: Sequence[Region], unrouted: Sequence[str]) -> Layout:
     tensors: dict[Tensor, int] = {}
     rows: list[list[int]] = []
     for slot in slots:
@@ -211,7 +219,8 @@ def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
         slot.rows = range(first, len(rows))
     matrix = np.array(rows, dtype="<i8")
     staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
-    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=tuple(_notes(slots)))
+    notes, unread = tuple(_notes(slots)), tuple(unrouted[:MAX_UNREAD])
+    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=notes, unread=unread)
 
 
 def _notes(slots: Sequence[Slot]) -> Iterator[Note]:

@@ -23,6 +23,7 @@ from weightsync.agents.recorder.traced import trace_loader
 from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
+from weightsync.agents.vllm.recorder.quantized import quantization_name, quantized_of
 from weightsync.orchestrator.protocol.layout import Layout
 
 __all__ = [
@@ -141,6 +142,8 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         rows=rows.matrix().tobytes(),
         derived=tuple(finished.derived),
         expert_map=expert_map_fingerprint(recording.model),
+        quantized=quantized_of(rows.tensors, vllm_config),
+        quantization=quantization_name(vllm_config),
     )
 
     def refresh() -> None:

@@ -3,7 +3,7 @@
 from typing import Final
 
 from weightsync.orchestrator.core.commands import WriteMarker
-from weightsync.orchestrator.core.records import VersionFailed
+from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Round
@@ -33,6 +33,7 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
         "round": str(name),
         "sequence": turn.fleet.memory.sequence,
         "engines": ", ".join(engines),
+        **_restaged(turn, version),
     }
     turn.fleet.marked.add(version)
     turn.do(WriteMarker("COMMITTED", version, facts))
@@ -41,10 +42,11 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
 def tell_trainers(turn: Turn, version: Version) -> None:
     """The result of ``version`` to every trainer rank; again after a reconnect, so that no publish waits for ever."""
     memory = turn.fleet.memory
+    restaged = memory.restaged.get(version, 0)
     if version in memory.done:
-        outcome = Outcome(version=version, committed=True, sequence=memory.sequence)
+        outcome = Outcome(version=version, committed=True, sequence=memory.sequence, restaged=restaged)
     elif version in memory.failed:
-        outcome = Outcome(version=version, committed=False, reason=memory.failed[version])
+        outcome = Outcome(version=version, committed=False, reason=memory.failed[version], restaged=restaged)
     else:
         return
     for agent in turn.fleet.trainers():
@@ -78,9 +80,21 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     turn.fleet.waiting_since.pop(version, None)
     turn.append(VersionFailed(version=version, reason=reason))
     turn.fleet.marked.add(version)
-    turn.do(WriteMarker("FAILED", version, {"reason": reason}))
+    turn.do(WriteMarker("FAILED", version, {"reason": reason, **_restaged(turn, version)}))
     turn.say(f"{version} failed: {reason}", "error")
     tell_trainers(turn, version)
+
+
+def staged_again(turn: Turn, version: Version, restaged: int) -> None:
+    """A trainer rank has staged ``version``; if it had FAILED and this is a staging after that, it begins anew."""
+    fleet = turn.fleet
+    if version not in fleet.memory.failed or restaged <= fleet.memory.restaged.get(version, 0):
+        return  # the staging that failed: its other ranks may say STAGED only now
+    turn.append(StagedAgain(version=version, restaged=restaged))
+    fleet.marked.discard(version)
+    fleet.attempts.pop(version, None)
+    fleet.retry_at.pop(version, None)
+    turn.say(f"{version}, which had failed, is staged again")
 
 
 def mark_again(turn: Turn) -> None:
@@ -93,8 +107,15 @@ def mark_again(turn: Turn) -> None:
             continue
         fleet.marked.add(version)  # once for each daemon, whether or not the file can be written
         if version in fleet.memory.done:
-            turn.do(WriteMarker("COMMITTED", version, {}))
+            turn.do(WriteMarker("COMMITTED", version, _restaged(turn, version)))
         elif version in fleet.memory.failed:
-            turn.do(WriteMarker("FAILED", version, {"reason": fleet.memory.failed[version]}))
+            facts = {"reason": fleet.memory.failed[version], **_restaged(turn, version)}
+            turn.do(WriteMarker("FAILED", version, facts))
         else:
             fleet.marked.discard(version)
+
+
+def _restaged(turn: Turn, version: Version) -> dict[str, str | int | float]:
+    """What a marker says of a version that was staged again: an outcome of an earlier staging is not this one's."""
+    again = turn.fleet.memory.restaged.get(version, 0)
+    return {"restaged": again} if again else {}

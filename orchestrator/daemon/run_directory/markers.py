@@ -99,7 +99,9 @@ def _covers(outcome: Marker | None, stable: Marker) -> bool:
         return False
     # The same step staged again by a restarted trainer is another version and waits for an outcome of its own.
     if outcome.manifest is not None and stable.manifest is not None:
-        return outcome.manifest.generation == stable.manifest.generation
+        # … and so is a FAILED one that the same trainer stages again.
+        again = outcome.manifest.restaged < stable.manifest.restaged
+        return outcome.manifest.generation == stable.manifest.generation and not again
     return outcome.modified_ns >= stable.modified_ns
 
 

@@ -1,12 +1,13 @@
 """The one sentence, in each of the states that people ask about."""
 
+from itertools import pairwise
 from typing import Any
 
 from fleets import ANNOUNCE, trainer
 from weightsync.orchestrator.core.events import Call, PlanRejected
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.story import sentence
-from weightsync.orchestrator.protocol.messages import EngineStatus, Left
+from weightsync.orchestrator.protocol.messages import EngineStatus, Left, Standing
 
 
 def told(fleet: Any) -> str:
@@ -65,3 +66,22 @@ def test_it_is_said_once_and_again_when_it_changes(drive: Any) -> None:
     fleet.passes(1.0)
     fleet.passes(1.0)
     assert fleet.told().count("waiting for the next version") == said == 1
+
+
+def test_the_first_trainer_rank_is_told_when_it_changes_with_what_is_wrong_with_engines(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.connect(trainer())
+    fleet.says(trainer(), ANNOUNCE)
+    fleet.fails("e0", Call.PROBE, "404: set VLLM_SERVER_DEV_MODE=1")
+    told = [message.sentence for message in fleet.sent(trainer(), Standing)]
+    assert told[-1].startswith("nothing is committed yet; waiting for engines e0, e1; e0: ")
+    assert told[-1].endswith("404: set VLLM_SERVER_DEV_MODE=1")
+    fleet.passes(0.1)
+    assert len(fleet.sent(trainer(), Standing)) == len(told), "no change, no message"
+    assert all(one != other for one, other in pairwise(told))
+
+
+def test_other_ranks_are_told_nothing(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(trainer(1))
+    assert fleet.sent(trainer(1), Standing) == []

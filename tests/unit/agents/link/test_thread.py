@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from weightsync.agents.errors import AgentError
-from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress, Identity, _beside
+from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress, Identity
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
@@ -268,19 +268,6 @@ def test_a_daemon_with_the_hub_ends_the_group(agent: Alone, group: type[Group]) 
     agent.hears(welcome(2), CONNECT)
     assert group.told[-1] == "closed"
     assert agent.said[-1] == Ready(fingerprint="edges")
-
-
-async def test_what_blocks_beside_the_loop_keeps_nobody_from_ending() -> None:
-    release, seen = threading.Event(), []
-    waiting = asyncio.create_task(_beside(lambda: release.wait(30)))
-    seen.append(await _beside(threading.current_thread))
-    assert seen[0].daemon
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    release.set()
-    with pytest.raises(ZeroDivisionError):
-        await _beside(lambda: 1 // 0)
 
 
 def test_waiting_for_nobody_says_why(agent: Alone) -> None:

@@ -29,8 +29,8 @@ class AgentDouble:
     made: "AgentDouble"
     refuse: bool = False
 
-    def __init__(self, source, table, *, rank, world, options, **others):
-        self.source, self.slots = source, TrainerSlots(source(), table, options=options, rank=rank, world=world)
+    def __init__(self, source, table, *, options, **others):
+        self.source, self.slots = source, TrainerSlots(source(), table, options=options)
         self.published, self.closed = {}, False
         AgentDouble.made = self
 

@@ -1,59 +1,166 @@
-"""All replicas leave a publish together, also when one fails, and hear why."""
+"""All ranks leave a section together, also when one fails, and hear why; none waits for one that will not come."""
 
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
+from weightsync.agents.trainer.replicas import TrainerRanks
 
 
-def test_nobody_leaves_before_a_slow_primary(in_ranks):
+def test_nobody_goes_on_before_a_slow_one(in_ranks):
     waiting, left = threading.Barrier(4), []
 
     def body(rank):
-        with leave_together():
-            waiting.wait(30)  # the replicas have nothing left to do but to leave
-            if rank == 0:
-                assert not left, "a replica left while the primary was still publishing"
+        ranks = TrainerRanks()
+        with ranks.section():
+            waiting.wait(30)
+            if rank == 2:
+                time.sleep(0.2)
+                assert not left
+            ranks.agree(seconds=30)
         left.append(rank)
 
     in_ranks(4, body)
     assert sorted(left) == [0, 1, 2, 3]
 
 
-def test_a_failure_reaches_every_rank_and_stays_its_own_at_home(in_ranks):
-    def publish(rank):
-        with leave_together():
-            if rank == 2:
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_failure_reaches_every_rank_and_stays_its_own_at_home(in_ranks, who):
+    def publish(ranks):
+        with ranks.section():
+            if ranks.rank == who:
                 raise KeyError("model.norm.weight")
+            ranks.agree(seconds=30)
 
     def body(rank):
-        with pytest.raises(KeyError if rank == 2 else ReplicaFailed) as caught:
-            publish(rank)
-        dist.barrier()  # the next collective meets: nobody was left behind in the section
+        ranks = TrainerRanks()
+        with pytest.raises(KeyError if rank == who else ReplicaFailed) as caught:
+            publish(ranks)
+        with ranks.section():  # the next one meets: nobody was left behind
+            assert ranks.agree(f"{rank}", seconds=30) == ("0", "1", "2", "3")
         return caught.value
 
     errors = in_ranks(4, body)
-    assert {(error.rank, error.reason) for rank, error in enumerate(errors) if rank != 2} == {
-        (2, "KeyError: 'model.norm.weight'")
+    assert {(error.rank, error.reason) for rank, error in enumerate(errors) if rank != who} == {
+        (who, "KeyError: 'model.norm.weight'")
     }
 
 
-def test_alone_it_does_nothing():
-    with leave_together():
-        pass
-    assert gather_texts("x") == ["x"]
-    assert agree_on(7) == 7
+def test_who_tries_again_meets_who_comes_late(in_ranks):
+    """A rank that failed three times is three sections ahead; the other hears of each."""
 
-
-def test_texts_and_numbers(in_ranks):
     def body(rank):
-        long = "é" * 5000 if rank == 1 else ""
-        return gather_texts(f"rank {rank} {long}"), agree_on(2**62 + rank)
+        ranks, failures = TrainerRanks(), 0
+        while True:
+            try:
+                with ranks.section():
+                    if rank == 0 and failures < 3:
+                        raise OSError("disk")
+                    time.sleep(0.1)
+                    return failures, ranks.agree(seconds=30)
+            except (OSError, ReplicaFailed):
+                failures += 1
 
-    for texts, number in in_ranks(3, body):
-        assert number == 2**62
-        assert texts[0] == "rank 0 "
-        assert texts[1].startswith("rank 1 éé")
-        assert len(texts[1].encode()) <= 1024
+    assert in_ranks(2, body) == [(3, ("", ""))] * 2
+
+
+def test_what_the_first_rank_does_for_all_fails_for_all(in_ranks):
+    def body(rank):
+        ranks = TrainerRanks()
+        with pytest.raises(OSError if rank == 0 else ReplicaFailed, match="read-only"), ranks.section():
+            ranks.agree(seconds=30, then=refuse)
+
+    def refuse():
+        raise OSError("read-only")
+
+    in_ranks(3, body)
+
+
+def test_a_rank_that_does_not_come_is_named_to_all(in_ranks):
+    alive = []
+
+    def body(rank):
+        ranks = TrainerRanks()
+        alive.append(ranks)
+        if rank == 2:
+            return
+        with pytest.raises(ReplicaFailed, match=r"rank 2: not come within 0\.5 s"), ranks.section():
+            ranks.agree(seconds=0.5 if rank == 0 else 30)
+
+    in_ranks(3, body)
+
+
+def test_a_closed_rank_is_waited_for_by_nobody_but_its_last_word_counts(in_ranks):
+    def body(rank):
+        ranks = TrainerRanks()
+        with ranks.section():
+            ranks.agree(seconds=30)
+        if rank == 1:
+            ranks.close()
+            return
+        with pytest.raises(ReplicaFailed, match="rank 1: its agent was closed"), ranks.section():
+            ranks.agree(seconds=30)
+
+    in_ranks(3, body)
+
+
+def test_looking_is_enough_to_hear_of_a_failure(in_ranks):
+    def wait(ranks):
+        with ranks.section():
+            if ranks.rank == 1:
+                raise KeyboardInterrupt
+            while True:
+                ranks.look()
+                time.sleep(0.01)
+
+    def body(rank):
+        with pytest.raises(KeyboardInterrupt if rank == 1 else ReplicaFailed):
+            wait(TrainerRanks())
+
+    in_ranks(2, body)
+
+
+def test_keys_do_not_pile_up(in_ranks):
+    def body(rank):
+        ranks = TrainerRanks()
+        for _ in range(20):
+            with ranks.section():
+                ranks.agree("x", seconds=30)
+                ranks.agree("y", seconds=30)
+        dist.barrier()
+        return len(ranks._mine)
+
+    assert max(in_ranks(2, body)) <= 8
+
+
+def test_alone_it_asks_nobody():
+    ranks, done = TrainerRanks(), []
+    with ranks.section():
+        assert ranks.agree("x", seconds=0, then=lambda: done.append(1)) == ("x",)
+        ranks.look()
+    ranks.close()
+    assert (ranks.rank, ranks.world, done) == (0, 1, [1])
+
+
+def test_bytes_of_one_rank_are_shared_whole(in_ranks):
+    data = bytes(range(256)) * 5000
+
+    def body(rank):
+        ranks = TrainerRanks()
+        with ranks.section():
+            return ranks.share(data if rank == 1 else b"other", 1, seconds=30) == data
+
+    assert in_ranks(3, body) == [True] * 3
+
+
+def test_long_texts_are_cut(in_ranks):
+    def body(rank):
+        ranks = TrainerRanks()
+        with ranks.section():
+            return ranks.agree("é" * 5000 if rank == 1 else f"{rank}", seconds=30)
+
+    for first, second in in_ranks(2, body):
+        assert first == "0"
+        assert second == "é" * 2000

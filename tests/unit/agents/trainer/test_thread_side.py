@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.runs import RunTableError
 from weightsync.agents.trainer import thread_side
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
@@ -20,7 +22,7 @@ from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share, Shares
 from weightsync.kernels.errors import KernelError
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -28,10 +30,14 @@ from weightsync.orchestrator.protocol.messages import (
     Fault,
     FilesystemSettings,
     Grant,
+    Needs,
     NixlSettings,
     Outcome,
     PeerTransfer,
     Staged,
+    Standing,
+    TcpStoreRendezvous,
+    TrainerStatus,
     TransportSettings,
     Welcome,
 )
@@ -107,6 +113,10 @@ class Thread:
 
     def __init__(self) -> None:
         self.said: list[Any] = []
+        self.announced = 0
+
+    def announce(self) -> None:
+        self.announced += 1
 
     def send(self, message: Any) -> bool:
         self.said.append(message)
@@ -149,7 +159,7 @@ async def granted(rank: Any, grant: Grant = GRANT) -> Closed:
 
 
 async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
     assert rank.wire.granted == [(TARGET,)]
     assert rank.side.status().open_round is None
@@ -166,7 +176,7 @@ async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
 async def test_a_grant_of_something_else_is_refused_and_nothing_written(
     rank: Any, grant: dict[str, Any], reason: str
 ) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     closed = await granted(rank, replace(GRANT, **grant))
     assert closed.fault == "trainer"
     assert reason in closed.error
@@ -174,22 +184,54 @@ async def test_a_grant_of_something_else_is_refused_and_nothing_written(
 
 
 async def test_slots_in_the_making_are_written_by_nobody(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
-    assert rank.side.claim()
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    assert rank.side.reserve()
+    rank.side.take()
     closed = await granted(rank)
     assert "the slots hold a version in the making" in closed.error
     assert rank.wire.granted == []
 
 
+async def test_a_grant_waits_until_all_ranks_have_agreed_on_the_next_version(rank: Any) -> None:
+    """Refused by one rank and carried out by the others, it would tear an engine."""
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    assert rank.side.reserve()
+    rank.side.heard(GRANT)
+    await asyncio.sleep(0)
+    assert rank.wire.granted == []
+    assert rank.side.status().staged == VERSION
+    before = set(asyncio.all_tasks())
+    rank.side.release()  # another rank was busy
+    await asyncio.gather(*(asyncio.all_tasks() - before))
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+    assert rank.side.reserve()
+    rank.side.heard(replace(GRANT, round=RoundName(3, 2)))
+    before = set(asyncio.all_tasks())
+    rank.side.take()
+    await asyncio.gather(*(asyncio.all_tasks() - before))
+    assert "a version in the making" in rank.thread.said[-1].error
+
+
+async def test_a_closing_rank_obeys_no_further_grant_and_is_done_with_the_last_closed(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side._open = ROUND
+    assert not rank.side.retire()
+    rank.side._open = None
+    rank.wire.left = 1
+    assert not rank.side.retire(), "a write is in flight"
+    assert rank.side.retire()
+    assert "is closing its agent" in (await granted(rank)).error
+
+
 async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.side._open = RoundName(3, 0)
     assert "round 3.0 is still being written" in (await granted(rank)).error
-    assert not rank.side.claim(), "nor may the next version take the slots"
+    assert not rank.side.reserve(), "nor may the next version take the slots"
 
 
 async def test_what_went_wrong_is_said(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("e0/0: no route")
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry, closed.peers) == ("e0/0: no route", "network", True, ())
@@ -197,7 +239,7 @@ async def test_what_went_wrong_is_said(rank: Any) -> None:
 
 async def test_peers_that_were_written_are_said_beside_those_that_were_not(rank: Any) -> None:
     other = Member("inference", "e1", 0)
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = PushError((HandedOver(TARGET, 100, 1, 0.1),), {other: NoRoute("no route")})
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("e1/0: no route", "network", True)
@@ -206,7 +248,7 @@ async def test_peers_that_were_written_are_said_beside_those_that_were_not(rank:
 
 async def test_one_failure_that_no_retry_helps_counts_for_all(rank: Any) -> None:
     other = Member("inference", "e1", 0)
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = PushError((), {TARGET: NoRoute("no route"), other: EdgeError("outside its region")})
     closed = await granted(rank)
     assert (closed.fault, closed.retry) == ("daemon", False)
@@ -222,7 +264,7 @@ async def test_one_failure_that_no_retry_helps_counts_for_all(rank: Any) -> None
 )
 async def test_the_blame_follows_the_kind_of_error(rank: Any, error: Exception, fault: str, retry: bool) -> None:
     """torch's RuntimeErrors are no network's, and a table that does not fit is no bug of the trainer."""
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = error
     closed = await granted(rank)
     assert (closed.fault, closed.retry) == (fault, retry)
@@ -230,7 +272,7 @@ async def test_the_blame_follows_the_kind_of_error(rank: Any, error: Exception, 
 
 async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     """Else its targets were tainted until this process ends."""
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = KeyError("e0/0")
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("KeyError('e0/0')", "trainer", True)
@@ -245,7 +287,7 @@ async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monk
         waits.append(rank.side.status().open_round)
 
     monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("deadline")
     rank.wire.left = 3
     assert (await granted(rank)).error == "deadline"
@@ -253,33 +295,36 @@ async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monk
 
 
 def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.side._open = ROUND
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
     assert rank.side.status().open_round == ROUND
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert rank.thread.said == [Staged(version=VERSION, bytes=8, convert_seconds=0.5, digest_seconds=0.25)]
     assert rank.side.status().staged == VERSION
 
 
 def test_the_fate_of_the_version_ends_the_publish(rank: Any) -> None:
-    committed = rank.side.staged(VERSION, 0.5, 0.25)
+    committed: Future[int] = Future()
+    rank.side.staged(VERSION, 0.5, 0.25, committed)
     rank.side.heard(Outcome(version=Version(7, 9), committed=True, sequence=1))
     assert not committed.done()
     rank.side.heard(Outcome(version=VERSION, committed=True, sequence=5))
     rank.side.heard(Outcome(version=VERSION, committed=True, sequence=6))
     assert committed.result(0) == 5
-    failed = rank.side.staged(Version(7, 2), 0.5, 0.25)
+    failed: Future[int] = Future()
+    rank.side.staged(Version(7, 2), 0.5, 0.25, failed)
     rank.side.heard(Outcome(version=Version(7, 2), committed=False, reason="no plan fits"))
     with pytest.raises(PublishError, match="no plan fits"):
         failed.result(0)
 
 
 def test_a_closed_agent_leaves_nobody_waiting(rank: Any) -> None:
-    waiting = rank.side.staged(VERSION, 0.5, 0.25)
+    waiting: Future[int] = Future()
+    rank.side.staged(VERSION, 0.5, 0.25, waiting)
     rank.side.shut()
     with pytest.raises(PublishError, match="closed before"):
         waiting.result(0)
@@ -289,7 +334,7 @@ def test_a_closed_agent_leaves_nobody_waiting(rank: Any) -> None:
 async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     """At STAGED; a grant finds it done, and a new plan does it again."""
     rank.side.prepare(VERSION)
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     await granted(rank)
     assert rank.owed.computed == 1
     await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
@@ -304,7 +349,7 @@ async def test_the_transport_takes_the_version_before_it_is_reported(rank: Any) 
 
 
 async def test_a_connect_that_fails_leaves_no_plan_to_write_by(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.refusal = NoRoute("e0/0 did not take the first word")
     with pytest.raises(NoRoute):
         await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
@@ -317,7 +362,101 @@ async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: 
     rank.side.welcomed(welcome(FilesystemSettings(str(tmp_path))))
     assert rank.side.announcement() == (Layout((), (), b""), "", b"")
     rank.wire.left = 1
-    assert not rank.side.claim()
-    assert rank.side.claim()
+    assert not rank.side.reserve()
+    assert rank.side.reserve()
     rank.side.shut()
     assert rank.wire.closed
+
+
+def test_an_outcome_of_an_earlier_staging_is_not_this_ones(rank: Any) -> None:
+    """The daemon may tell it twice, the second time when the version is staged again already."""
+    waiting: Future[int] = Future()
+    rank.side.staged(VERSION, 0.5, 0.25, waiting, 1)
+    assert rank.side.status().restaged == rank.thread.said[-1].restaged == 1
+    rank.side.heard(Outcome(version=VERSION, committed=False, reason="no engine came"))
+    assert not waiting.done()
+    rank.side.heard(Outcome(version=VERSION, committed=True, sequence=3, restaged=1))
+    assert waiting.result(0) == 3
+
+
+# ------------------------------------------------------------------------------------------ slots that come later
+NEEDS = Needs(tensors=(), quantized=(), fingerprint="f")
+
+
+@pytest.fixture
+async def follower(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A side without slots, welcomed; ``wires`` are the senders that were made for the slots that it was given."""
+    thread, wires = Thread(), []
+
+    def sender(memory: SourceMemory) -> Wire:
+        wires.append(Wire())
+        return wires[-1]
+
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(sender, NixlReceiver))
+    side = TrainerSide(thread, None, 0)
+    side.welcomed(welcome(NixlSettings()))
+    return SimpleNamespace(side=side, thread=thread, wires=wires)
+
+
+def slots_of(size: int) -> SourceMemory:
+    layout = Layout((), (), b"", notes=(Note(0, size, "sharded", ""),))
+    return SourceMemory(MEMBER, 1, layout, [torch.zeros(size, dtype=torch.uint8)], ())
+
+
+async def test_without_slots_it_asks_for_needs_and_announces_nothing(follower: Any) -> None:
+    assert follower.side.status() == TrainerStatus(follows_needs=True)
+    assert follower.side.announcement() is None
+    assert follower.wires == []
+    follower.side.heard(NEEDS)
+    assert follower.side.needs == NEEDS
+
+
+async def test_slots_are_announced_when_they_come_and_replaced_when_others_do(follower: Any) -> None:
+    for size in (8, 16):
+        done = follower.side.hold(slots_of(size), size)
+        await asyncio.sleep(0.01)
+        done.result(timeout=0)
+        assert follower.thread.announced == size // 8
+        layout, *_ = follower.side.announcement()
+        assert layout.notes[0].end_row == size
+        await follower.side.connect(CONNECT)
+    first, second = follower.wires
+    assert (first.closed, second.closed) == (True, False)
+    follower.side.staged(VERSION, 0.0, 0.0, Future())
+    assert follower.thread.said[-1].bytes == 16
+
+
+async def test_a_grant_for_the_edges_of_former_slots_is_refused(follower: Any) -> None:
+    follower.side.hold(slots_of(8), 8)
+    await asyncio.sleep(0.01)
+    await follower.side.connect(CONNECT)
+    follower.side.hold(slots_of(16), 16)
+    await asyncio.sleep(0.01)
+    follower.side.staged(VERSION, 0.0, 0.0, Future())
+    follower.side.heard(GRANT)
+    await asyncio.sleep(0.01)
+    assert follower.thread.said[-1].error == "grant for the edges edges; this rank has none"
+
+
+async def test_slots_that_no_transport_takes_are_the_trainers_to_know(
+    follower: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(memory: SourceMemory) -> Wire:
+        raise NoRoute("memory that no NIC reaches")
+
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(refuses, NixlReceiver))
+    done = follower.side.hold(slots_of(8), 8)
+    await asyncio.sleep(0.01)
+    with pytest.raises(NoRoute):
+        done.result(timeout=0)
+
+
+async def test_a_group_that_wants_layouts_first_is_refused(follower: Any) -> None:
+    place = TcpStoreRendezvous("127.0.0.1", 1, 1, 2, 1.0)
+    with pytest.raises(ConversionTableError, match=r"tcpstore wants every layout .* give TrainerAgent a table"):
+        follower.side.welcomed(replace(welcome(NixlSettings()), rendezvous=place))
+
+
+def test_what_the_daemon_does_is_kept_for_whoever_waits(rank: Any) -> None:
+    rank.side.heard(Standing(sentence="waiting for engines e0"))
+    assert rank.side.standing == "waiting for engines e0"

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from fleets import rank, trainer
+from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import Call, CallFailed, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.records import (
@@ -13,6 +15,7 @@ from weightsync.orchestrator.core.records import (
     LiveDirty,
     RoundBegan,
     RoundEnded,
+    StagedAgain,
     VersionFailed,
 )
 from weightsync.orchestrator.core.round.transitions import Phase
@@ -79,6 +82,64 @@ def test_a_rank_that_stages_too_late_learns_that_the_version_has_failed(drive: A
     before = len(fleet.sent(TRAINER, Outcome))
     fleet.says(TRAINER, STAGED)
     assert len(fleet.sent(TRAINER, Outcome)) == before + 1
+
+
+# ------------------------------------------------------------------------------------------------------ staged again
+AGAIN = msgspec.structs.replace(STAGED, restaged=1)
+
+
+def failed_once(drive: Any, **options: Any) -> Any:
+    """A fleet of which VERSION has FAILED, for lack of its marker."""
+    fleet = drive.joined(staged=50.0, **options)
+    fleet.says(TRAINER, STAGED)
+    fleet.passes(50.0)
+    assert fleet.failures() == ["after 50 s: broadcasts/step_1/STABLE is missing"]
+    return fleet
+
+
+def test_a_version_that_failed_is_tried_anew_when_it_is_staged_again(drive: Any) -> None:
+    fleet = failed_once(drive)
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    assert fleet.fleet.round is None
+    fleet.says(TRAINER, AGAIN)
+    fleet.settle()
+    assert (fleet.round.version, fleet.round.attempt) == (VERSION, 1)
+    assert fleet.written().count(StagedAgain(version=VERSION, restaged=1)) == 1
+
+
+def test_it_may_fail_again_and_its_outcomes_say_of_which_staging_they_are(drive: Any) -> None:
+    fleet = failed_once(drive)
+    fleet.says(TRAINER, AGAIN)
+    fleet.says(TRAINER, AGAIN)  # a second word of the same staging begins nothing
+    fleet.passes(50.0)
+    assert len(fleet.failures()) == 2
+    assert [outcome.restaged for outcome in fleet.sent(TRAINER, Outcome)] == [0, 1]
+    markers = [c for c in fleet.commands if isinstance(c, WriteMarker) and c.kind == "FAILED"]
+    assert [marker.facts.get("restaged", 0) for marker in markers] == [0, 1]
+    assert fleet.written().count(StagedAgain(version=VERSION, restaged=1)) == 1
+
+
+def test_a_restarted_daemon_knows_it_too(drive: Any) -> None:
+    failure = VersionFailed(version=VERSION, reason="no plan fits")
+    told_later = drive(records=[failure])
+    told_later.connect(TRAINER, TrainerStatus(staged=VERSION, restaged=1))
+    assert told_later.sent(TRAINER, Outcome) == []
+    again = drive(records=[failure, StagedAgain(version=VERSION, restaged=1)])
+    again.connect(TRAINER, TrainerStatus(staged=VERSION, restaged=1))
+    assert again.sent(TRAINER, Outcome) == []
+    twice = drive(records=[failure, StagedAgain(version=VERSION, restaged=1), failure])
+    twice.connect(TRAINER, TrainerStatus(staged=VERSION, restaged=1))
+    assert twice.sent(TRAINER, Outcome) == [
+        Outcome(version=VERSION, committed=False, reason="no plan fits", restaged=1)
+    ]
+
+
+def test_ranks_whose_slots_still_are_of_the_failed_staging_are_waited_for(drive: Any) -> None:
+    fleet = drive(records=[StagedAgain(version=VERSION, restaged=1)])
+    fleet.connect(TRAINER, TrainerStatus(staged=VERSION))
+    assert conditions.waits_for(fleet.fleet, VERSION, fleet.now) == "not STAGED by trainer/0"
+    fleet.says(TRAINER, AGAIN)
+    assert "not STAGED by trainer/0" not in conditions.waits_for(fleet.fleet, VERSION, fleet.now)
 
 
 # ------------------------------------------------------------------------------------------- whether to try once more

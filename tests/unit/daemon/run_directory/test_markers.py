@@ -225,6 +225,16 @@ def test_an_outcome_settles_its_generation_only(run: Path, directory: MarkerDire
     assert sorted(path.name for path in (run / "broadcasts" / "step_1").iterdir()) == ["FAILED", "STABLE"]
 
 
+def test_a_version_that_is_staged_again_after_it_failed_waits_for_another_outcome(
+    run: Path, directory: MarkerDirectory
+) -> None:
+    put(run, 1, content=encode_manifest(manifest(RUN, Version(7, 1), restaged=1)))
+    directory.write("FAILED", manifest(RUN, Version(7, 1), reason="no engine"))
+    assert waiting(directory) == [1]
+    directory.write("COMMITTED", manifest(RUN, Version(7, 1), restaged=1, sequence=4))
+    assert waiting(directory) == []
+
+
 def test_an_empty_stable_is_settled_by_a_later_outcome(run: Path, directory: MarkerDirectory) -> None:
     stable = put(run, 1, at=OLD)
     directory.write("COMMITTED", manifest(RUN, Version(7, 1)))

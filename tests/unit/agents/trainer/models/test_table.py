@@ -1,10 +1,13 @@
 """Typed access to a configuration, and the treatment that a table's helpers give each tensor."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from weightsync.agents.trainer.errors import ConversionTableError
+from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.models.dense import LlamaTable
 from weightsync.agents.trainer.models.forms import STACKED, TRANSFORMERS
 from weightsync.agents.trainer.models.table import ModelConfig, ModelTable
 from weightsync.agents.trainer.slots.conversion import Source
@@ -24,7 +27,7 @@ def fp8(*kept, **changes):
 def test_a_configuration_is_read_by_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"layers": 3, "old": None, "name": "x", "pattern": "FS"}))
     for path in (tmp_path, tmp_path / "config.json"):
-        config = ModelConfig.read(path)
+        config = ModelConfig.of(path)
         assert config.integer("layers") == 3
     assert config.integer("old", 7) == 7
     assert config.first_integer("new", "layers") == 3
@@ -94,3 +97,28 @@ def test_a_tied_head_is_not_a_tensor_of_its_own():
     names = [spec.dst for spec in table(tie_word_embeddings=True).non_layer_specs()]
     assert names == ["model.embed_tokens.weight", "model.norm.weight"]
     assert [spec.dst for spec in table().non_layer_specs()] == [*names, "lm_head.weight"]
+
+
+class Config:
+    """As transformers' PretrainedConfig."""
+
+    def to_dict(self) -> dict[str, object]:
+        return dict(LLAMA)
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+
+
+def test_every_form_of_a_configuration_serves(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    forms = [LLAMA, Config(), tmp_path, str(tmp_path), str(tmp_path / "config.json")]
+    assert [ModelConfig.of(form).values for form in forms] == [LLAMA] * 5
+    assert [type(model_table(form)) for form in forms] == [LlamaTable] * 5
+
+
+def test_what_is_no_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("no json")
+    with pytest.raises(ConversionTableError, match=r"config\.json is no JSON"):
+        model_table(tmp_path)
+    with pytest.raises(ConversionTableError, match="int is no model configuration"):
+        model_table(7)  # type: ignore[arg-type]

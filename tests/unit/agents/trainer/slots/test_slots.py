@@ -419,6 +419,7 @@ def test_tied_weights_and_buffers(weights, assemble):
     tied = TrainerSlots(state, table(DENSE | {"tie_word_embeddings": True}))
     assert "lm_head.weight" not in {t.name for t in tied.layout.tensors}
     assert tied.unrouted == ("lm_head.weight", "model.rotary_emb.inv_freq")
+    assert tied.layout.unread == tied.unrouted
 
 
 def test_memory_comes_from_the_given_allocator_in_aligned_places(weights):
@@ -476,7 +477,12 @@ def test_every_way_of_quantising_is_compiled_when_the_slots_are_made(in_ranks, w
     assert ["torch.bfloat16", "torch.float32"] in expected
     for (device, _), options in asked:
         assert device == torch.device("cpu")
-        assert options == {"block": (128, 128), "forward_dtype": torch.bfloat16, "scale_dtype": torch.float32}
+        assert options == {
+            "block": (128, 128),
+            "forward_dtype": torch.bfloat16,
+            "scale_dtype": torch.float32,
+            "scale_format": "fp32",
+        }
 
 
 def test_what_is_only_cast_compiles_nothing(weights, monkeypatch):
