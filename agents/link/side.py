@@ -28,8 +28,8 @@ class AgentSide(Protocol):
     def welcomed(self, welcome: Welcome) -> None:
         """The transport is known; open it on the first call. What it raises ends the agent."""
 
-    def announcement(self) -> tuple[Layout, str, bytes]:
-        """Layout, and name and metadata of the transport's endpoint."""
+    def announcement(self) -> tuple[Layout, str, bytes] | None:
+        """Layout, and name and metadata of the transport's endpoint; None while there is no layout yet."""
 
     async def connect(self, connect: Connect) -> None:
         """Prepare and warm up the edges."""
@@ -53,6 +53,9 @@ class Link(Protocol):
 
     def send(self, message: FromAgent) -> bool:
         """Tell the daemon, if it is there."""
+
+    def announce(self) -> None:
+        """Say the layout anew, because it has changed."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Begin a task of the agent's thread."""

@@ -282,7 +282,7 @@ class AgentThread(Generic[SideT]):
         if isinstance(welcome.rendezvous, TcpStoreRendezvous):
             self._begin_rendezvous(self._over_group(welcome.rendezvous))
         elif welcome.rendezvous is not None:
-            self.send(self._announce())
+            self.announce()
 
     def _leave_group(self) -> None:
         """Each Welcome begins the rendezvous anew, by whichever way it names."""
@@ -304,10 +304,15 @@ class AgentThread(Generic[SideT]):
 
     def announce(self) -> None:
         """Say the layout anew, because it has changed."""
-        self.send(self._announce())
+        announce = self._announce()
+        if announce is not None:
+            self.send(announce)
 
-    def _announce(self) -> Announce:
-        layout, name, endpoint = self.side.announcement()
+    def _announce(self) -> Announce | None:
+        said = self.side.announcement()
+        if said is None:
+            return None
+        layout, name, endpoint = said
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
@@ -359,6 +364,7 @@ class AgentThread(Generic[SideT]):
         from weightsync.agents.link.process_group import SpgRendezvous
 
         announce = self._announce()
+        assert announce is not None, "a side that meets in a group has its layout"
         self._group = group = await _beside(lambda: SpgRendezvous(place))
         await _beside(lambda: group.announce(announce))
         connect = await _beside(group.connect)

@@ -16,16 +16,21 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import nn
-from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
-from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
+from weightsync.agents.trainer.errors import ConversionTableError, ReplicaFailed
+from weightsync.agents.trainer.following import FollowedNeeds, dist_rank, fingerprint_number
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
-from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
+from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together, share_bytes
+from weightsync.agents.trainer.slots.conversion import ConversionTable
+from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots, holds_slots
 from weightsync.agents.trainer.state import current_state
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
+from weightsync.agents.transport.interface import SourceMemory
 from weightsync.kernels.warm import warm_up
+from weightsync.orchestrator.protocol.codec import encode
+from weightsync.orchestrator.protocol.messages import Needs
 from weightsync.orchestrator.protocol.names import Member, Version
 
 __all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
@@ -34,6 +39,9 @@ log = logging.getLogger(__name__)
 
 BUSY: Final = "busy: "
 """How a rank tells the others that waiting helps."""
+
+NEEDS_POLL_SECONDS: Final = 0.1
+"""Between two looks for what engines need; they take minutes to start, and a publish seconds."""
 
 CONNECT_SECONDS: Final = 60.0
 """For the daemon's first Welcome; the daemon may start after the trainer."""
@@ -45,13 +53,18 @@ class TrainerAgent:
     Args:
         source: the model, or a callable that returns the current state dict (plain tensors or DTensors) by the
             trainer's own names; asked at every publish.
-        table: how these become checkpoint tensors.
+        table: how these become checkpoint tensors. None: what the engines need decides, and the slots are made at the
+            first publish; names are the checkpoint's, or those that transformers maps to them.
         hub_url: ``ws://host:port/agents`` of the daemon.
         token_file: file with the bearer token.
         run_id, run_dir: the run; ``STABLE`` is written below ``run_dir``.
         rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
         process_group: for the collectives of publish; None for the default group.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        config: the model's transformers configuration, for a ``source`` that is no module; without a table only.
+        forward_dtype: what masters are rounded to before anything else; without a table only. None: masters are cast
+            straight to what the engines need, as they are when the trainer's checkpoint is loaded, and rounded to
+            bfloat16 before they are quantised.
         publish_seconds: total deadline of ``publish``.
 
     Raises:
@@ -63,7 +76,7 @@ class TrainerAgent:
     def __init__(
         self,
         source: nn.Module | Callable[[], Mapping[str, torch.Tensor]],
-        table: ModelTable,
+        table: ModelTable | None = None,
         *,
         hub_url: str,
         token_file: Path,
@@ -73,30 +86,58 @@ class TrainerAgent:
         world: int = 1,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        config: object | None = None,
+        forward_dtype: torch.dtype | None = None,
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
+        if table is not None and (config is not None or forward_dtype is not None):
+            raise ConversionTableError("config and forward_dtype are for trainers without a table: the table has both")
         self._source = source
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group
         self._publish_seconds = publish_seconds
         self._generation = agree_on(secrets.randbits(62), process_group)
-        self.slots = TrainerSlots(self._state(), table, options=options, rank=rank, world=world)
-        warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
+        self._options = options or SlotOptions()
+        self._slots: TrainerSlots | None = None
+        self._follows = FollowedNeeds(source, config, forward_dtype, self._options) if table is None else None
+        if table is not None:
+            self._slots = self._made_slots(table)
+        primary = holds_slots(self._state(), self._options)
         self._last: Publication | None = None
         self._steps: set[int] = set()
-        senders = [n for n, says in enumerate(gather_texts(str(self.slots.primary), process_group)) if says == "True"]
+        senders = [n for n, says in enumerate(gather_texts(str(primary), process_group)) if says == "True"]
+        self._first_sender = senders[0]
         self._agent: AgentThread[TrainerSide] | None = None
-        if self.slots.primary:
+        if primary:
             member = Member("trainer", "", senders.index(rank))
             self._start(Identity(run_id, member, len(senders), self._generation), ControlAddress(hub_url, token_file))
             self._await_welcome(connect_seconds)
 
     def _start(self, identity: Identity, address: ControlAddress) -> None:
-        memory = source_of(self.slots, identity.member, identity.world)
-        size = self.slots.arenas[ARENA_REGION].numel()
+        memory, size = self._memory_of(self._slots, identity) if self._slots is not None else (None, 0)
         self._agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
         self._agent.start()
+
+    @staticmethod
+    def _memory_of(slots: TrainerSlots, identity: Identity) -> tuple[SourceMemory, int]:
+        return source_of(slots, identity.member, identity.world), slots.arenas[ARENA_REGION].numel()
+
+    def _made_slots(self, table: ConversionTable) -> TrainerSlots:
+        slots = TrainerSlots(self._state(), table, options=self._options, rank=self._rank, world=self._world)
+        warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
+        return slots
+
+    @property
+    def slots(self) -> TrainerSlots:
+        """What this rank sends from.
+
+        Raises:
+            PublishError: there are none yet, because no publish has learnt what the engines need.
+        """
+        if self._slots is None:
+            raise PublishError("slots are made at the first publish, for what the engines need then")
+        return self._slots
 
     def _await_welcome(self, seconds: float) -> None:
         assert self._agent is not None
@@ -139,6 +180,8 @@ class TrainerAgent:
         # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
         with self._together(version):
             self._claim_slots(step)
+        if self._follows is not None:
+            self._follow_needs(self._follows, version)
         # … and after, so that STABLE speaks for all.
         with self._together(version):
             convert_seconds, digest_seconds = self._stage(version)
@@ -163,10 +206,54 @@ class TrainerAgent:
         side = self._agent.side
         return self._agent.call(lambda: side.staged(version, convert_seconds, digest_seconds))
 
+    # --------------------------------------------------------------------------------------- slots from what is needed
+    def _follow_needs(self, follows: FollowedNeeds, version: Version) -> None:
+        """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
+        told: Needs | None = None
+        with self._together(version):
+            if dist_rank(self._group) == self._first_sender:
+                told = self._await_needs()
+        # One rank was told; the others go by what it says, so that all have routes and slots of the same needs.
+        number = agree_on(fingerprint_number(told), self._group, self._first_sender)
+        changed = number != follows.made_for
+        if changed:
+            data = share_bytes(b"" if told is None else encode(told), self._group, self._first_sender)
+        with self._together(version):
+            if changed:
+                slots = self._made_slots(follows.table(data, self._state()))
+                self._hold(slots)
+                follows.made_for = number
+            self.slots.check(self._state())
+
+    def _hold(self, slots: TrainerSlots) -> None:
+        """Send from ``slots`` in the place of the former ones, which nothing is written from."""
+        if self._agent is not None:
+            side, (memory, size) = self._agent.side, self._memory_of(slots, self._agent.identity)
+            self._agent.call(lambda: side.hold(memory, size)).result(timeout=STOP_SECONDS)
+        self._slots = slots
+
+    def _await_needs(self) -> Needs:
+        assert self._agent is not None, "the first sender has an agent"
+        side, ends, said = self._agent.side, time.monotonic() + self._publish_seconds, False
+        while (needs := self._agent.call(lambda: side.needs)) is None:
+            if self._agent.failure is not None:
+                raise PublishError(f"the agent of rank {self._rank} has ended: {self._agent.failure}")
+            if time.monotonic() >= ends:
+                raise PublishError(
+                    f"the daemon did not say within {self._publish_seconds:g} s what the engines need; it can once"
+                    " every engine is attached: see weightsync-orchestrator status"
+                )
+            if not said:
+                log.info("rank %d waits for the engines to say what they need", self._rank)
+            said = True
+            time.sleep(NEEDS_POLL_SECONDS)
+        return needs
+
     def _claim_slots(self, step: int) -> None:
         if step in self._steps:
             raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
-        self.slots.check(self._state())
+        if self._follows is None:
+            self.slots.check(self._state())
         if self._agent is None:
             return
         if self._agent.failure is not None:

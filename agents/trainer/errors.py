@@ -48,6 +48,14 @@ class UnknownArchitecture(TrainerError):
     """No table is registered for the architectures of a model configuration."""
 
 
+class UnsupportedFormat(TrainerError):
+    """Engines hold some tensors in a format that cannot be made from a trainer's values."""
+
+
+class UnroutableTensors(TrainerError):
+    """Engines need tensors for which the trainer's state has no source, or one of another shape."""
+
+
 class ReplicaFailed(TrainerError):
     """Another rank failed inside the section that all leave together."""
 

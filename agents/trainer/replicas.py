@@ -51,13 +51,30 @@ def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]
     return [bytes(each.cpu().numpy()).rstrip(b"\0").decode(errors="ignore") for each in everyone]
 
 
-def agree_on(value: int, group: dist.ProcessGroup | None = None) -> int:
-    """The number that the first rank of ``group`` gives, below 2^63. Collective."""
+def agree_on(value: int, group: dist.ProcessGroup | None = None, root: int = 0) -> int:
+    """The number, below 2^63, that rank ``root`` of ``group`` gives. Collective."""
     if not _together(group):
         return value
     given = torch.tensor([value], dtype=torch.int64, device=_device_of(group))
-    dist.broadcast(given, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    dist.broadcast(given, src=_global(root, group), group=group)
     return int(given.item())
+
+
+def share_bytes(data: bytes, group: dist.ProcessGroup | None = None, root: int = 0) -> bytes:
+    """What rank ``root`` of ``group`` gives; what others give does not matter. Collective."""
+    if not _together(group):
+        return data
+    size = agree_on(len(data), group, root)
+    given = torch.zeros(size, dtype=torch.uint8)
+    if dist.get_rank(group) == root and size:
+        given = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    given = given.to(_device_of(group))
+    dist.broadcast(given, src=_global(root, group), group=group)
+    return bytes(given.cpu().numpy())
+
+
+def _global(rank: int, group: dist.ProcessGroup | None) -> int:
+    return dist.get_global_rank(group, rank) if group is not None else rank
 
 
 def _together(group: dist.ProcessGroup | None) -> bool:

@@ -8,10 +8,11 @@ from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import TrainerSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
-from weightsync.agents.transport.registry import Ends
+from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
@@ -21,10 +22,13 @@ from weightsync.orchestrator.protocol.messages import (
     Fault,
     FromDaemon,
     Grant,
+    Needs,
     Outcome,
     PeerTransfer,
     Staged,
+    TcpStoreRendezvous,
     TrainerStatus,
+    TransportSettings,
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
@@ -42,19 +46,24 @@ class TrainerSide:
 
     Args:
         link: the agent's thread.
-        memory: the slots' arenas and their layout.
+        memory: the slots' arenas and their layout. None: the slots are made for what the engines need, when they have
+            said it; ``hold`` brings them.
         staged_bytes: what STAGED reports: the bytes that one conversion fills.
+
+    Attributes:
+        needs: what the daemon said last that the engines need; None before, and for a trainer that has a table.
     """
 
     here: Fault = "trainer"
 
-    def __init__(self, link: Link, memory: SourceMemory, staged_bytes: int) -> None:
+    def __init__(self, link: Link, memory: SourceMemory | None, staged_bytes: int) -> None:
         self._link = link
+        self._follows_needs = memory is None
+        self.needs: Needs | None = None
+        self._transport: TransportSettings | None = None
         self._memory = memory
         self._staged_bytes = staged_bytes
-        self._member = memory.member
-        self._shares = Shares(memory.layout, memory.arenas)
-        self._senders: Ends[Sender] = Ends(lambda transport: transport.sender(memory))
+        self._shares, self._senders = _ends(memory)
         # A connect that came in the middle of a write would take its edges from under it.
         self._using_sender = asyncio.Lock()
         self._fingerprint = ""
@@ -93,15 +102,52 @@ class TrainerSide:
         )
         return self._outcome
 
+    def hold(self, memory: SourceMemory, staged_bytes: int) -> "Future[None]":
+        """Other slots from now on: announce them. Only after ``claim``; the result is there when the old ones, which
+        may then be freed, are out of every transport's reach."""
+        done: Future[None] = Future()
+        self._link.spawn(self._hold(memory, staged_bytes, done))
+        return done
+
+    async def _hold(self, memory: SourceMemory, staged_bytes: int, done: "Future[None]") -> None:
+        try:
+            async with self._using_sender:
+                self._fingerprint = ""  # edges of the old slots serve nobody any more
+                self._digests = None
+                for sender in self._senders:
+                    sender.close()
+                self._memory, self._staged_bytes = memory, staged_bytes
+                self._shares, self._senders = _ends(memory)
+                if self._transport is not None:
+                    self._senders.open(self._transport)
+            self._link.announce()
+        except BaseException as error:  # handed to the trainer's thread
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
     # ----------------------------------------------------------------------------------------- ``link.side.AgentSide``
     def status(self) -> TrainerStatus:
-        return TrainerStatus(staged=self._staged, open_round=self._open)
+        return TrainerStatus(staged=self._staged, open_round=self._open, follows_needs=self._follows_needs)
 
     def welcomed(self, welcome: Welcome) -> None:
-        self._senders.open(welcome.transport)
+        if self._follows_needs and isinstance(welcome.rendezvous, TcpStoreRendezvous):
+            raise ConversionTableError(
+                "rendezvous: tcpstore wants every layout before anybody can say what engines need; give TrainerAgent a"
+                " table, or use rendezvous: hub"
+            )
+        self._transport = welcome.transport
+        if self._memory is not None:
+            self._senders.open(welcome.transport)
 
-    def announcement(self) -> tuple[Layout, str, bytes]:
+    def announcement(self) -> tuple[Layout, str, bytes] | None:
+        if self._memory is None:
+            return None
         return self._memory.layout, *self._senders.current.announcement()
+
+    @property
+    def _who(self) -> str:
+        return str(self._memory.member) if self._memory is not None else "trainer"
 
     async def connect(self, connect: Connect) -> None:
         async with self._using_sender:
@@ -115,6 +161,8 @@ class TrainerSide:
                 self._link.spawn(self._write(message))
             case Outcome():
                 self._settle(message)
+            case Needs():
+                self.needs = message
             case _:
                 pass  # Abort: what was posted cannot be taken back; CLOSED follows when it is DONE
 
@@ -162,7 +210,7 @@ class TrainerSide:
                 remaining = max(0.0, ends - time.monotonic())
                 moved = await self._senders.current.write(grant.members, remaining)
         except AgentError as error:
-            log.warning("%s: round %s: %s", self._member, grant.round, error)
+            log.warning("%s: round %s: %s", self._who, grant.round, error)
             written = error.moved if isinstance(error, PushError) else ()
             return Closed(
                 round=grant.round,
@@ -173,7 +221,7 @@ class TrainerSide:
             )
         except Exception as error:
             # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
-            log.exception("%s: round %s", self._member, grant.round)
+            log.exception("%s: round %s", self._who, grant.round)
             fault, retry = blame(error, self.here)
             return Closed(round=grant.round, error=cut(repr(error)), fault=fault, retry=retry)
         return Closed(round=grant.round, peers=_transfers(moved, digests))
@@ -184,7 +232,7 @@ class TrainerSide:
         if self._digests is None or self._digests[:2] != (fingerprint, version):
             began = time.monotonic()
             self._digests = (fingerprint, version, self._shares.digests() if fingerprint else {})
-            log.debug("%s: digest of %s took %.3f s", self._member, version, time.monotonic() - began)
+            log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
         return self._digests[2]
 
     def _in_flight(self) -> bool:
@@ -203,6 +251,17 @@ class TrainerSide:
             waiting.set_result(outcome.sequence)
         else:
             waiting.set_exception(PublishError(outcome.reason))
+
+
+def _ends(memory: SourceMemory | None) -> tuple[Shares, Ends[Sender]]:
+    """The shares and the transports' ends of these slots; of none, as long as there are none."""
+    if memory is None:
+        return Shares(Layout((), (), b""), ()), Ends(_no_sender)
+    return Shares(memory.layout, memory.arenas), Ends(lambda transport: transport.sender(memory))
+
+
+def _no_sender(transport: Transport) -> Sender:
+    raise AssertionError("a transport is opened when there are slots")
 
 
 def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:

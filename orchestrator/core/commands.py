@@ -77,6 +77,14 @@ class MakePlan(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class MakeNeeds(Command):
+    """The union of what these inference ranks need; engines in the configuration's order."""
+
+    number: int
+    targets: tuple[Announced, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SendPlan(Command):
     """Rendezvous round 2 for one member, over whichever rendezvous is configured."""
 

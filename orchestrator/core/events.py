@@ -1,9 +1,10 @@
 """What happened. The daemon turns the outside into these; failures are events like any other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello
+from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello, Needs
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
@@ -87,6 +88,15 @@ class PlanRejected(Event):
     reason: str
     engine: str = ""
     fault: Fault = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsReady(Event):
+    """What engines need together; ``misfits`` says of each one that contradicts an earlier one, by name, how."""
+
+    number: int
+    needs: Needs
+    misfits: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import engines, invariants, members, rendezvous, versions
+from weightsync.orchestrator.core import engines, invariants, members, needs, rendezvous, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -14,6 +14,7 @@ from weightsync.orchestrator.core.events import (
     CallFailed,
     Event,
     MarkersSeen,
+    NeedsReady,
     PlanReady,
     PlanRejected,
     Tick,
@@ -91,6 +92,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
         _handle(turn, event)
     engines.tend_engines(turn)
     rendezvous.gather_group(turn)
+    needs.evaluate(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
     _tell_story(turn)
@@ -112,6 +114,8 @@ def _handle(turn: Turn, event: Event) -> None:
             rendezvous.planned(turn, event)
         case PlanRejected():
             rendezvous.rejected(turn, event)
+        case NeedsReady():
+            needs.ready(turn, event)
         case CallDone() | CallFailed():
             _call_ended(turn, event)
         case MarkersSeen():

@@ -10,10 +10,17 @@ from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreR
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
     """Round 1 of one agent."""
+    fleet = turn.fleet
+    if agent.announce is not None:
+        fleet.planned_for = frozenset()  # the plan was made for its other layout
     agent.announces(message)
-    for engine in turn.fleet.engines.values():
-        if agent.member.role == "trainer" or engine.name == agent.member.engine:
-            engine.misfit = ""  # a misfit is of two layouts together, and one of the two is another now
+    for engine in fleet.engines.values():
+        # A misfit is of two layouts together, and one of the two is another now. (The trainer is none of the two
+        # where engines contradict one another.)
+        if engine.name == agent.member.engine or (agent.member.role == "trainer" and engine.name not in fleet.unlike):
+            engine.misfit = ""
+    if agent.member.role == "inference":
+        fleet.needs_of = frozenset()
 
 
 def confirmed(agent: ConnectedAgent, message: Ready) -> None:

@@ -8,7 +8,16 @@ from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Announce, Closed, EngineStatus, Fault, Hello, Staged, Verified
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Closed,
+    EngineStatus,
+    Fault,
+    Hello,
+    Needs,
+    Staged,
+    Verified,
+)
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 
@@ -24,6 +33,8 @@ class ConnectedAgent:
     """The edge set that it was sent in round 2 …"""
     fingerprint: str = ""
     """… and the one that it confirmed."""
+    told_needs: str = ""
+    """Fingerprint of the Needs that it was sent last."""
     staged: Staged | None = None
     status: EngineStatus = field(default_factory=EngineStatus)
 
@@ -180,6 +191,13 @@ class Fleet:
     planning: bool = False
     plan_error: str = ""
     planned_at: float = 0.0
+    needs: Needs | None = None
+    """What the attached engines need together, as far as it was worked out."""
+    needs_of: frozenset[tuple[Member, int, int]] = frozenset()
+    """(member, incarnation, connection) of the ranks whose layouts that is about."""
+    needs_number: int = 0
+    unlike: frozenset[str] = frozenset()
+    """Engines whose misfit is that they need a tensor in another way than an engine before them."""
     group: tuple[tuple[Member, int], ...] = ()
     """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None

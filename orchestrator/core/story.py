@@ -1,6 +1,6 @@
 """One sentence that says what the daemon is doing and why."""
 
-from weightsync.orchestrator.core import conditions, rendezvous
+from weightsync.orchestrator.core import conditions, needs, rendezvous
 from weightsync.orchestrator.core.state import Fleet
 
 
@@ -16,6 +16,8 @@ def sentence(fleet: Fleet, now: float) -> str:
     if not fleet.trainers_whole():
         world = fleet.trainer_world()
         here = sum(agent.announce is not None for agent in fleet.trainers())
+        if any(map(needs.asks, fleet.trainers())):
+            return f"{_serving(fleet)}; waiting for {_slots(fleet, here)}"
         return f"{_serving(fleet)}; waiting for trainer ranks ({here} of {world if world else '?'} announced)"
     late = [name for name in fleet.engines if not fleet.attached(name)]
     if late and fleet.plan is None:
@@ -24,6 +26,15 @@ def sentence(fleet: Fleet, now: float) -> str:
     if obstacle:
         return f"{_serving(fleet)}; no plan fits: {obstacle}"
     return f"{_serving(fleet)}; waiting for {_next(fleet, now)}"
+
+
+def _slots(fleet: Fleet, here: int) -> str:
+    """What a trainer that makes its slots for the engines' needs waits for."""
+    if fleet.needs is None:
+        late = [name for name in fleet.engines if not fleet.attached(name)]
+        return f"engines that say what they need: {', '.join(late) or 'their layouts are being put together'}"
+    world = fleet.trainer_world() or "?"
+    return f"trainer ranks to make their slots, which they do at their next publish ({here} of {world} announced)"
 
 
 def _serving(fleet: Fleet) -> str:

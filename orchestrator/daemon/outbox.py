@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.commands import (
     Command,
     Drop,
     LookForStable,
+    MakeNeeds,
     MakePlan,
     OpenGroup,
     Refuse,
@@ -21,7 +22,7 @@ from weightsync.orchestrator.core.commands import (
     SendPlan,
     WriteMarker,
 )
-from weightsync.orchestrator.core.events import Appended, PlanReady, PlanRejected
+from weightsync.orchestrator.core.events import Appended, NeedsReady, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import encode_record
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.engines.calls import Engines
@@ -111,6 +112,8 @@ class Outbox:
                 self._group.open(command.group, dict(command.connections))
             case MakePlan():
                 self._inbox.spawn(self._plan(command), "planner")
+            case MakeNeeds():
+                self._inbox.spawn(self._needs(command), "needs")
             case CallEngine():
                 self._engines.call(command)
             case LookForStable(after_seconds=seconds):
@@ -121,6 +124,11 @@ class Outbox:
                 log.log(getattr(logging, command.level.upper()), command.sentence, cause=command.cause)
             case _:
                 raise TypeError(f"no performer for {type(command).__name__}")
+
+    async def _needs(self, command: MakeNeeds) -> None:
+        """In a thread: layouts of large models have a hundred thousand tensors."""
+        found = await asyncio.to_thread(self._planning.needs, command)
+        self._inbox.post(NeedsReady(self._inbox.next_id(), command.number, found.needs, found.misfits))
 
     async def _plan(self, command: MakePlan) -> None:
         """In a thread: the planner computes for seconds. Layouts that make no plan are an event, a bug is not."""

@@ -2,10 +2,11 @@
 
 import time
 
-from weightsync.orchestrator.core.commands import Announced, MakePlan
+from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
+from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
 from weightsync.orchestrator.protocol.messages import Connect, Peer
 from weightsync.orchestrator.protocol.names import Member
 
@@ -17,6 +18,10 @@ class Planning:
         self._cost = cost
         self.plan: Plan | None = None
         self.announced: dict[Member, Announced] = {}
+
+    def needs(self, command: MakeNeeds) -> NeedsFound:
+        """What the engines need together."""
+        return union_of_needs(_parties(command.targets))
 
     def layouts(self, run: str) -> LayoutsView | None:
         """The parties of the present plan; None before the first one."""

@@ -57,6 +57,12 @@ class DtypeMismatch(Disagreement):
     what = "dtype"
 
 
+class QuantizationMismatch(Disagreement):
+    """One needs values where the other needs codes, or codes that are made otherwise."""
+
+    what = "treatment"
+
+
 @dataclass(frozen=True, slots=True)
 class Missing:
     """``elements`` of a box of ``tensor`` that ``member`` needs and no source holds."""

@@ -70,13 +70,31 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
     reason: str
 
 
+ScaleFormat = Literal["float32", "ue8m0"]
+"""Of a scale's value: any float32, or a power of two (which a scale of one byte cannot but be)."""
+
+
+class Quantized(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tensor whose elements are codes: indices of the codes and of their scales, and how the scales come about.
+
+    ``block``: rows and columns that share a scale; the whole extent of a dimension that no scale divides. The scales'
+    dtype and shape are those of their own tensor, which may drop dimensions of extent 1.
+    """
+
+    tensor: int
+    scales: int
+    block: tuple[int, int]
+    scale_format: ScaleFormat = "float32"
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
     ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
     that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
     placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
-    transfer depends on them.
+    transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
+    format (empty without one), for people. A trainer leaves both empty.
     """
 
     tensors: tuple[Tensor, ...]
@@ -86,6 +104,8 @@ class Layout(msgspec.Struct, frozen=True):
     derived: tuple[Derived, ...] = ()
     expert_map: str = ""
     notes: tuple[Note, ...] = ()
+    quantized: tuple[Quantized, ...] = ()
+    quantization: str = ""
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

@@ -1,13 +1,13 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
 Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Connect, Grant, Verify, Commit, Abort, Outcome, Heartbeat.
+Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Outcome, Heartbeat.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.layout import Layout, Region
+from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
@@ -23,10 +23,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed."""
+    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+
+    ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
+    """
 
     staged: Version | None = None
     open_round: RoundName | None = None
+    follows_needs: bool = False
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -215,6 +219,19 @@ class Refused(Message, frozen=True, kw_only=True):
     retry: bool
 
 
+class Needs(Message, frozen=True, kw_only=True):
+    """To the first trainer rank: the tensors that all attached engines together need, each in one way.
+
+    ``quantized`` holds indices into ``tensors``. ``quantization``: the engines' name of their format, for people.
+    ``fingerprint`` covers the rest; the same needs have the same one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    quantized: tuple[Quantized, ...]
+    quantization: Name = ""
+    fingerprint: Name
+
+
 class Peer(msgspec.Struct, frozen=True):
     """The other end of an edge."""
 
@@ -281,4 +298,4 @@ class Outcome(Message, frozen=True, kw_only=True):
 
 
 FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye
-FromDaemon = Welcome | Refused | Connect | Grant | Verify | Commit | Abort | Outcome | Heartbeat
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Outcome | Heartbeat

@@ -1,4 +1,4 @@
-"""How a trainer's value becomes the byte that engines serve: one entry point for casts and FP8 blocks."""
+"""How a trainer's value becomes the byte that engines serve: one entry point for casts and FP8 of any grid."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,15 @@ from typing import Final
 
 import torch
 from weightsync.kernels.fp8 import prepare_quantize
-from weightsync.kernels.fp8_jobs import QuantizeJob
+from weightsync.kernels.fp8_jobs import BLOCKS, QuantizeJob
+from weightsync.kernels.fp8_reference import ScaleFormat, quantize_reference
 from weightsync.kernels.warm import warm_up_quantize
 
 BLOCK: Final = (128, 128)
 """Rows and columns of one FP8 block of a DeepSeek-style checkpoint (``weight_block_size``)."""
 
 SCALE_DTYPE: Final = torch.float32
-"""Of the scales on the wire; DeepSeek-style checkpoints have no other."""
+"""Of the scales on the wire in DeepSeek-style checkpoints."""
 
 Prepared = Callable[[Sequence[torch.Tensor]], None]
 """Converts sources that look like those that it was prepared with (dtype, shape, strides, device)."""
@@ -33,7 +34,9 @@ class QuantizationSpec:
     """What one logical tensor is on the wire.
 
     ``destination_dtype`` None means ``forward_dtype``. An empty ``scale_suffix`` is a plain cast copy; otherwise
-    values are quantised in blocks of ``block`` and their scales form a tensor of their own, named by the suffix.
+    values are quantised in blocks of ``block`` and their scales form a tensor of their own, named by the suffix, of
+    dtype ``scale_dtype``; ``scale_format`` ``ue8m0`` rounds each scale up to a power of two. ``scale_dims``: how many
+    of the two dimensions of the grid of blocks that tensor has; those left out, from the last, have extent 1.
     ``keeps_master``: the model declares the tensor in its own precision, and masters are not rounded to the forward
     dtype first. (A float32 destination without it is a tensor that engines widen: they load bfloat16 into it.)
     """
@@ -43,6 +46,9 @@ class QuantizationSpec:
     forward_dtype: torch.dtype = torch.bfloat16
     block: tuple[int, int] = BLOCK
     keeps_master: bool = False
+    scale_dtype: torch.dtype = SCALE_DTYPE
+    scale_format: ScaleFormat = "fp32"
+    scale_dims: int = 2
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,6 +80,10 @@ class QuantizationSpec:
         *leading, rows, columns = shape
         return (*leading, -(-rows // self.block[0]), -(-columns // self.block[1]))
 
+    def stored(self, of_grid: tuple[int, ...]) -> tuple[int, ...]:
+        """One value per dimension of the grid of blocks, without those that the scales' tensor leaves out."""
+        return of_grid[: len(of_grid) - 2 + self.scale_dims]
+
     def apply(self, src: torch.Tensor, out: torch.Tensor, scale_out: torch.Tensor | None = None) -> None:
         """Write ``src`` into ``out`` (and its scales into ``scale_out``), on their device, without waiting for it.
 
@@ -83,7 +93,7 @@ class QuantizationSpec:
         Args:
             src: [rows, columns] or [n, rows, columns] when quantised, any shape when cast.
             out: ``src``'s shape, dtype ``self.dtype``.
-            scale_out: ``scale_shape(src.shape)``, float32; None without scales.
+            scale_out: ``scale_shape(src.shape)``, ``self.scale_dtype``; None without scales.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together, or scales given or lacking against the spec.
@@ -102,13 +112,22 @@ class QuantizationSpec:
         if not self.quantizes:
             return lambda sources: self._cast(sources, outs)
         jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
-        return prepare_quantize(jobs, block=self.block, forward_dtype=self.forward_dtype)
+        if self.block not in BLOCKS:
+            return lambda sources: self._in_whole_rows(sources, jobs)
+        return prepare_quantize(
+            jobs, block=self.block, forward_dtype=self.forward_dtype, scale_format=self.scale_format
+        )
 
     def warm_up(self, device: torch.device, source_dtypes: Iterable[torch.dtype]) -> None:
         """Compile what converting sources of these dtypes on ``device`` needs; a plain cast needs nothing."""
-        if self.quantizes:
+        if self.quantizes and self.block in BLOCKS:
             warm_up_quantize(
-                device, source_dtypes, block=self.block, forward_dtype=self.forward_dtype, scale_dtype=SCALE_DTYPE
+                device,
+                source_dtypes,
+                block=self.block,
+                forward_dtype=self.forward_dtype,
+                scale_dtype=self.scale_dtype,
+                scale_format=self.scale_format,
             )
 
     def _check(self, conversion: Conversion) -> None:
@@ -119,8 +138,21 @@ class QuantizationSpec:
             raise ValueError("scales are written if and only if the specification has a scale suffix")
         if scale_out is None:
             return
-        if scale_out.dtype != SCALE_DTYPE or tuple(scale_out.shape) != self.scale_shape(tuple(src.shape)):
+        if scale_out.dtype != self.scale_dtype or tuple(scale_out.shape) != self.scale_shape(tuple(src.shape)):
             raise ValueError(f"scales of {tuple(src.shape)} are not {scale_out.dtype} {tuple(scale_out.shape)}")
+
+    def _in_whole_rows(self, sources: Sequence[torch.Tensor], jobs: Sequence[QuantizeJob]) -> None:
+        """One scale per row or per tensor: by the definition itself; the kernel knows small blocks only."""
+        for source, job in zip(sources, jobs, strict=True):
+            if source.numel():
+                quantize_reference(
+                    source,
+                    job.out,
+                    job.scale_out,
+                    block=self.block,
+                    forward_dtype=self.forward_dtype,
+                    scale_format=self.scale_format,
+                )
 
     def _cast(self, sources: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> None:
         through = self.gather_dtype

@@ -18,7 +18,7 @@ from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
+from weightsync.agents.trainer.slots.quantization import Conversion, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
 
@@ -89,7 +89,7 @@ class Slot:
             values = arena.reserve(piece.box.extent, spec.quantization.dtype)
             scales = None
             if spec.quantization.quantizes:
-                scales = arena.reserve(spec.quantization.scale_shape(piece.box.extent), SCALE_DTYPE)
+                scales = arena.reserve(spec.quantization.scale_shape(piece.box.extent), spec.quantization.scale_dtype)
             places.append(_Place(piece, values, scales))
         return cls(spec, route, shares, tuple(places))
 
@@ -301,18 +301,22 @@ def _scale_box(box: Box, quantization: QuantizationSpec) -> Box:
 def _entries(
     spec: ConversionSpec, route: Route, box: Box, place: Reservation, *, scales: bool
 ) -> Iterator[LayoutEntry]:
-    shape = spec.quantization.scale_shape(route.shape) if scales else route.shape
+    shape, strides = route.shape, place.stride
+    if scales:
+        stored = spec.quantization.stored
+        shape, strides = stored(spec.quantization.scale_shape(shape)), stored(strides)
+        box = Box(stored(box.offset), stored(box.extent))
     dtype = dtype_name(place.dtype)
     if not spec.experts:
         tensor = Tensor(spec.logical(0)[int(scales)], dtype, shape)
-        yield LayoutEntry(tensor, box, place.offset, place.stride, route.first_replica)
+        yield LayoutEntry(tensor, box, place.offset, strides, route.first_replica)
         return
     # One logical tensor per expert: the stack's first dimension becomes a number in the name and a byte offset.
     own = Box(box.offset[1:], box.extent[1:])
     for position in range(box.extent[0]):
         tensor = Tensor(spec.logical(box.offset[0] + position)[int(scales)], dtype, shape[1:])
-        offset = place.offset + position * place.stride[0]
-        yield LayoutEntry(tensor, own, offset, place.stride[1:], route.first_replica)
+        offset = place.offset + position * strides[0]
+        yield LayoutEntry(tensor, own, offset, strides[1:], route.first_replica)
 
 
 def made_slots(

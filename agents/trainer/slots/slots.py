@@ -147,6 +147,13 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
+def holds_slots(state: State, options: SlotOptions) -> bool:
+    """Whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``); ``TrainerSlots.primary``."""
+    if options.hsdp == "shared":
+        return True
+    return _in_first_replica([local_share(name, tensor) for name, tensor in state.items()], options.replicate_dim)
+
+
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
     """This rank and the number of ranks: as given, else torch.distributed's, else alone."""
     distributed = dist.is_available() and dist.is_initialized()

@@ -19,6 +19,7 @@ from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import Checkpoint, RecordError
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
+from weightsync.agents.vllm.recorder.quantized import quantization_name, quantized_of
 from weightsync.orchestrator.protocol.layout import Layout
 
 __all__ = [
@@ -107,6 +108,8 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         rows=rows.matrix().tobytes(),
         derived=tuple(finished.derived),
         expert_map=expert_map_fingerprint(recording.model),
+        quantized=quantized_of(rows.tensors, vllm_config),
+        quantization=quantization_name(vllm_config),
     )
 
     def refresh() -> None:

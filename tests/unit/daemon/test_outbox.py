@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.commands import (
     Command,
     Drop,
     LookForStable,
+    MakeNeeds,
     MakePlan,
     OpenGroup,
     Refuse,
@@ -21,15 +22,17 @@ from weightsync.orchestrator.core.commands import (
     SendPlan,
     WriteMarker,
 )
-from weightsync.orchestrator.core.events import Appended, Call, Event, PlanFacts, PlanReady, PlanRejected
+from weightsync.orchestrator.core.events import Appended, Call, Event, NeedsReady, PlanFacts, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundEnded
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.planner import PlanError
+from weightsync.orchestrator.planner.needs import NeedsFound
 from weightsync.orchestrator.protocol.messages import (
     Connect,
     Heartbeat,
+    Needs,
     NixlSettings,
     Refused,
     TcpStoreRendezvous,
@@ -46,6 +49,7 @@ WELCOME = Welcome(
 REFUSED = Refused(reason="no", fault="config", retry=False)
 STORE = TcpStoreRendezvous("127.0.0.1", 1, 0, 2, 1.0)
 CALL = CallEngine("e0", Call.PAUSE, 1, 1.0)
+FOUND = NeedsFound(Needs(tensors=(), quantized=(), fingerprint="f"), {"e1": "why"})
 DIRTY = Append(LiveDirty(round=NAME, writers={}), answer=True)
 COMMITTED = Append(Committed(round=NAME, version=VERSION, sequence=1))
 ENDED = Append(RoundEnded(
@@ -73,7 +77,8 @@ class Desk:
         group = SimpleNamespace(open=note("open"), deliver=lambda *args: self.in_group)
         self.outbox = Outbox(
             inbox=self.inbox, journal=self, history=self.history, hub=hub, group=group,  # type: ignore[arg-type]
-            engines=SimpleNamespace(call=note("call")), planning=SimpleNamespace(make=self._make),  # type: ignore[arg-type]
+            engines=SimpleNamespace(call=note("call")),  # type: ignore[arg-type]
+            planning=SimpleNamespace(make=self._make, needs=lambda _: FOUND),  # type: ignore[arg-type]
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -181,6 +186,11 @@ async def test_layouts_that_do_not_fit_are_an_event(desk: Desk, member: Member |
 async def test_so_is_a_plan(desk: Desk) -> None:
     await desk.performs([MakePlan(4, (), ())])
     assert desk.events == [PlanReady(1, 4, PlanFacts("root", {}, {}, True))]
+
+
+async def test_so_is_what_engines_need(desk: Desk) -> None:
+    await desk.performs([MakeNeeds(4, ())])
+    assert desk.events == [NeedsReady(1, 4, FOUND.needs, FOUND.misfits)]
 
 
 async def test_a_planner_that_breaks_ends_the_daemon(desk: Desk) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from weightsync.orchestrator.core.commands import Announced, MakePlan
+from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.planner import PlanError
 from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
@@ -27,6 +27,13 @@ def announced(member: Member, first: int, end: int, *, dtype: str = "bfloat16", 
 
 TRAINERS = tuple(announced(Member("trainer", "", rank), 32 * rank, 32 * rank + 32) for rank in (0, 1))
 ENGINE = announced(Member("inference", "e0", 0), 0, ROWS, base=1 << 30)
+
+
+def test_needs_are_those_of_all_engines_that_agree() -> None:
+    other = announced(Member("inference", "e1", 0), 0, ROWS, dtype="float32", base=1 << 31)
+    found = Planning().needs(MakeNeeds(1, (ENGINE, other)))
+    assert found.needs.tensors == (Tensor("w", "bfloat16", (ROWS, COLUMNS)),)
+    assert found.misfits == {"e1": "tensor 'w' has dtype bfloat16 at e0/0 but float32 at e1/0"}
 
 
 def test_each_agent_is_told_its_own_edges() -> None:

@@ -485,7 +485,12 @@ def test_every_way_of_quantising_is_compiled_when_the_slots_are_made(in_ranks, w
     assert ["torch.bfloat16", "torch.float32"] in expected
     for (device, _), options in asked:
         assert device == torch.device("cpu")
-        assert options == {"block": (128, 128), "forward_dtype": torch.bfloat16, "scale_dtype": torch.float32}
+        assert options == {
+            "block": (128, 128),
+            "forward_dtype": torch.bfloat16,
+            "scale_dtype": torch.float32,
+            "scale_format": "fp32",
+        }
 
 
 def test_what_is_only_cast_compiles_nothing(weights, monkeypatch):

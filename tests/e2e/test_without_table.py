@@ -1,0 +1,43 @@
+"""A transformers model is pushed without a table: names, ties and stacked experts are found from what engines need.
+
+The judge is a fresh engine that loaded what ``save_pretrained`` wrote.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fleet import fleet
+from reference import plain, reference_answers
+from serving import VllmServer, answers
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 503, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+TIED_AND_BIASED = Qwen2Config(tie_word_embeddings=True, **SMALL)
+STACKED = MixtralConfig(num_local_experts=4, num_experts_per_tok=2, head_dim=32, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "world"), [(TIED_AND_BIASED, 2, 1), (STACKED, 1, 2)], ids=["qwen2 at tp 2", "mixtral from fsdp2"]
+)
+def test_answers_equal_those_of_what_was_saved(config: Any, tp: int, world: int, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    with VllmServer(tmp_path / "model", tp=tp, log=tmp_path / "vllm.log") as server:
+        with fleet(tmp_path / "fleet", {"engine": server}) as whole:
+            trainer = whole.start_trainer(tmp_path / "model", world, script="hf_trainer.py")
+            assert trainer.hear()["ready"]
+            assert trainer.publish(1).get("sequence") == 1
+            first = plain(answers(server))
+            assert trainer.publish(2).get("sequence") == 2
+            second = plain(answers(server))
+    assert first != second
+    saved = [whole.checkpoints / "step_1", whole.checkpoints / "step_2"]
+    assert [first, second] == reference_answers(tmp_path / "model", saved, tmp_path / "shim")
