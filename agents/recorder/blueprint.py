@@ -11,15 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from weightsync.agents.recorder.boxes import StridedView
-from weightsync.agents.recorder.trace import (
-    Checkpoint,
-    LoadTracer,
-    RecordError,
-    Write,
-    in_bytes,
-    storage_key,
-    view_of,
-)
+from weightsync.agents.recorder.contents import Checkpoint, in_bytes, storage_key, view_of
+from weightsync.agents.recorder.operations import Watching
+from weightsync.agents.recorder.trace import LoadTracer, RecordError, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +86,29 @@ class Blueprint:
         Raises:
             RecordError: the loader failed on them, or looked at a value.
         """
-        tracer = LoadTracer(self.storages)
-        with self._swapped(), torch.no_grad(), tracer:
+        tracer = LoadTracer(self.storages, [self.names[index] for index in range(len(self.storages))])
+        with self._swapped(), torch.no_grad(), Watching(tracer):
             try:
                 load(tracer.feed(checkpoint))
             except RecordError:
                 raise
             except Exception as error:
                 where = f" at {tracer.current}" if tracer.current else ""
+                where += f", after {tracer.computed}" if tracer.computed else ""
                 # A loader is foreign code and may raise anything; mostly torch says that meta tensors have no values.
                 raise RecordError(f"the model's loader cannot run without the values{where}: {error}") from error
         for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
             if storage_key(stand_in) != storage_key(self.storages[parameter.storage]):
                 raise RecordError(f"{parameter.name}: the loader replaces its memory instead of filling it")
         return tracer.writes
+
+    @property
+    def names(self) -> dict[int, str]:
+        """A parameter's name for each storage: its first."""
+        first: dict[int, str] = {}
+        for parameter in self.parameters:
+            first.setdefault(parameter.storage, parameter.name)
+        return first
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:

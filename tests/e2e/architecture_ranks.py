@@ -22,9 +22,9 @@ sys.path[:0] = [str(TESTS), str(TESTS / "e2e" / "cpu_plugin")]
 import models  # noqa: E402
 import weightsync_cpu_test_plugin  # noqa: E402
 from weightsync.agents.recorder.blueprint import Blueprint  # noqa: E402
+from weightsync.agents.recorder.contents import Checkpoint  # noqa: E402
 from weightsync.agents.recorder.rows import Target, build_rows  # noqa: E402
 from weightsync.agents.recorder.settled import settle  # noqa: E402
-from weightsync.agents.recorder.trace import Checkpoint  # noqa: E402
 from weightsync.agents.vllm.recorder import load_hook  # noqa: E402
 from weightsync.agents.vllm.recorder.derived import held_tensors  # noqa: E402
 from weightsync.agents.vllm.recorder.kernel_layouts import as_fed  # noqa: E402

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.contents import Checkpoint
+from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.vllm.recorder.vllm_names import (
     CACHE_SCALES,
     GATE_UP,
@@ -53,11 +54,18 @@ def checkpoint_of(model: nn.Module, model_config: Any) -> list[Checkpoint]:
     Raises:
         RecordError: there are no files, and the model's names cannot be derived.
     """
+    return files_of(model_config) or expected_checkpoint(model)
+
+
+def files_of(model_config: Any) -> list[Checkpoint]:
+    """The tensors of the safetensors files in the model's directory; none if there are no such files.
+
+    Raises:
+        RecordError: see :func:`read_header`.
+    """
     directory = Path(str(model_config.model))
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    if files:
-        return [entry for file in files for entry in read_header(file)]
-    return expected_checkpoint(model)
+    return [entry for file in files for entry in read_header(file)]
 
 
 def read_header(file: Path) -> list[Checkpoint]:

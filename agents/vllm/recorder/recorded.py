@@ -13,10 +13,12 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.recording import Recording
 from weightsync.agents.recorder.rows import build_rows, fill
 from weightsync.agents.recorder.settled import Unrecorded
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import RecordError
+from weightsync.agents.recorder.traced import trace_loader
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
 from weightsync.agents.vllm.recorder.quantized import quantization_name, quantized_of
@@ -67,9 +69,9 @@ def record(model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]
         model_config: vLLM's, whose ``dtype`` is that of the unquantised weights.
 
     Raises:
-        RecordError: see :class:`weightsync.agents.recorder.recording.Recording`.
+        RecordError: see :func:`weightsync.agents.recorder.traced.trace_loader`.
     """
-    return Recording(model, checkpoint, VllmFacts(model_config.dtype))
+    return Recording(trace_loader(model, checkpoint, VllmFacts(model_config.dtype)))
 
 
 def keep(recording: Recording) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.settled import settle
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import RecordError
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 F32 = torch.float32
