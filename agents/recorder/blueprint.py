@@ -52,6 +52,7 @@ class Blueprint:
         Raises:
             RecordError: a parameter has no memory yet (online quantisation, lazy parameters).
         """
+        self._model = model
         self.parameters: list[ParameterPlace] = []
         self.storages: list[torch.Tensor] = []
         # Parallel to ``parameters``. Tied weights are one stand-in, because loaders compare parameters by identity.
@@ -84,7 +85,7 @@ class Blueprint:
         """Run ``load`` (the model's ``load_weights``) over stand-ins only and return what it would have written.
 
         Raises:
-            RecordError: the loader failed on them, or looked at a value.
+            RecordError: the loader failed on them, looked at a value, or made parameters that were not there before.
         """
         tracer = LoadTracer(self.storages, [self.names[index] for index in range(len(self.storages))])
         with self._swapped(), torch.no_grad(), Watching(tracer):
@@ -97,10 +98,21 @@ class Blueprint:
                 where += f", after {tracer.computed}" if tracer.computed else ""
                 # A loader is foreign code and may raise anything; mostly torch says that meta tensors have no values.
                 raise RecordError(f"the model's loader cannot run without the values{where}: {error}") from error
+            made = list(self._made_by_the_loader())
+        if made:
+            raise RecordError(f"the loader makes parameters of its own, which no round would reach: {', '.join(made)}")
         for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
             if storage_key(stand_in) != storage_key(self.storages[parameter.storage]):
                 raise RecordError(f"{parameter.name}: the loader replaces its memory instead of filling it")
         return tracer.writes
+
+    def _made_by_the_loader(self) -> Iterator[str]:
+        """Names of parameters and buffers that are there now and were not when the blueprint was made."""
+        known = {(id(parameter.module), parameter.attribute) for parameter in self.parameters}
+        for path, module in self._model.named_modules():
+            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and (id(module), attribute) not in known:
+                    yield f"{path}.{attribute}" if path else attribute
 
     @property
     def names(self) -> dict[int, str]:

@@ -16,7 +16,9 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint, Landing, LoadTracer
+from weightsync.agents.recorder.contents import Checkpoint
+from weightsync.agents.recorder.operations import Watching
+from weightsync.agents.recorder.trace import Landing, LoadTracer
 from weightsync.agents.trainer.errors import UnroutableTensors
 from weightsync.agents.trainer.slots.conversion import Source
 
@@ -67,7 +69,7 @@ def saved_as(model: nn.Module | None, state: Mapping[str, torch.Tensor]) -> Save
         shapes = revert_weight_conversion(plain, empty)
         targets = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in shapes.items()}
         tracer = LoadTracer(list(targets.values()))
-        with tracer:
+        with torch.no_grad(), Watching(tracer):
             for name, tensor in revert_weight_conversion(plain, dict(tracer.feed(entries))).items():
                 targets[name].copy_(tensor)
     except Exception as error:  # a library's, of any kind: what it cannot do with this state is the trainer's to know
@@ -135,6 +137,8 @@ def _origin(
         return "it is computed, not only moved"
     parts = []
     for landing in landings:
+        if landing.program:
+            return "it is computed, not only moved"
         part = _part(shape, itemsize, landing, whole[landing.source.name])
         if part is None:
             return f"elements of {landing.source.name!r} are turned round or interleaved"

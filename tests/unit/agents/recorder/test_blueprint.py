@@ -48,6 +48,21 @@ def test_a_loader_that_replaces_the_memory_is_refused() -> None:
         trace(Model(torch.zeros(4), load), Checkpoint("x", (4,), F32))
 
 
+@pytest.mark.parametrize("buffer", [False, True], ids=["parameter", "buffer"])
+def test_what_the_loader_makes_itself_is_refused_by_name(buffer: bool) -> None:
+    def load(model: Model, name: str, tensor: torch.Tensor) -> None:
+        if name == "bias":
+            empty = torch.empty(4, device="meta")
+            model.register_buffer("bias", empty) if buffer else model.register_parameter("bias", nn.Parameter(empty))
+        getattr(model, name).data.copy_(tensor)
+
+    model = Model(torch.zeros(4), load)
+    with pytest.raises(RecordError, match="makes parameters of its own, which no round would reach: bias"):
+        trace(model, Checkpoint("w", (4,), F32), Checkpoint("bias", (4,), F32))
+    assert not hasattr(model, "bias")
+    trace(model, Checkpoint("w", (4,), F32))
+
+
 def test_the_live_model_is_untouched_even_when_the_loader_fails() -> None:
     seen: list[torch.Tensor] = []
 
