@@ -36,6 +36,7 @@ def figures(lines: Sequence[Line]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=list(FAMILIES), help="all, if none is named")
+    parser.add_argument("--tp", type=int, nargs="+", default=DEGREES, help="degrees of tensor parallelism")
     parser.add_argument("--logs", type=Path, help="an empty directory for the ranks' logs; default: a temporary one")
     parser.add_argument("--document", type=Path, metavar="JSONL", help="write docs/models.md from this file and end")
     options = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         lines = []
-        for degree in DEGREES:
+        for degree in options.tp:
             for verdict in verdicts(options.families, degree, options.logs or Path(temporary)):
                 lines.append(Line(verdict.family, degree, verdict.outcome, verdict.reason))
                 print(lines[-1].json(), flush=True)

@@ -169,7 +169,8 @@ FAMILIES: Final = _all(
     Family("qwen3.5-text", "qwen3_5_text", "linear attention, text part of a VLM", _LINEAR),
     Family("qwen3.5-moe-text", "qwen3_5_moe_text", "linear attention, experts, text part of a VLM", {
         **MOE, **_LINEAR, "num_experts": 6, "shared_expert_intermediate_size": 96}),
-    Family("lfm2", "lfm2", "convolutions, tied", {"layer_types": ["conv", "full_attention"]}),
+    Family("lfm2", "lfm2", "convolutions, tied", {"layer_types": ["conv", "full_attention"],
+                                                "conv_dim": 128, "conv_dim_out": 128}),
     Family("mamba2", "mamba2", "state space", {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 2,
                                                "expand": 2}),
     Family("bamba", "bamba", "state space and attention", {**_MAMBA, "attn_layer_indices": [1]}),
@@ -185,6 +186,6 @@ FAMILIES: Final = _all(
 
 DOZEN: Final = (
     "gpt-oss", "qwen2-tied", "gemma2", "phi3", "mixtral", "qwen2-moe", "gpt2", "olmo2", "gpt-neox", "granite",
-    "qwen3-next", "falcon", "bloom",
+    "gemma4-text", "falcon", "bloom",
 )  # fmt: skip
 """What the tests run: one of each kind of checkpoint that ever was wrong or needs a route of its own."""

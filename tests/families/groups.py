@@ -90,19 +90,20 @@ def _watch(ranks: Sequence["subprocess.Popen[bytes]"], directory: Path) -> str:
         RuntimeError: the judge itself failed: with an exception, or before the first family.
     """
     files = [directory / f"rank_{rank}.jsonl" for rank in range(len(ranks))]
-    deadline, size, ended = time.monotonic() + START_SECONDS, 0, ""
-    while not ended and any(process.poll() is None for process in ranks):
-        ended = next((f"rank {i} ended with {p.returncode}" for i, p in enumerate(ranks) if p.returncode), "")
+    deadline, size, late = time.monotonic() + START_SECONDS, 0, ""
+    while None in (codes := [process.poll() for process in ranks]) and not any(codes) and not late:
         now = sum(file.stat().st_size for file in files if file.exists())
         if now != size:
             failed = any("failed" in line for file in files for line in _lines(file)[-1:])
             deadline, size = time.monotonic() + (FAILED_SECONDS if failed else FAMILY_SECONDS), now
         if time.monotonic() > deadline:
-            ended = "a rank waited for another for good"
+            late = "a rank waited for another for good"
         time.sleep(0.2)
-    ended = ended or next((f"rank {i} ended with {p.returncode}" for i, p in enumerate(ranks) if p.returncode), "")
-    # A crash is a signal; an exit code is an exception that no stage expected.
-    if not all(file.exists() for file in files) or any((process.returncode or 0) > 0 for process in ranks):
+    ends = sorted((code, rank) for rank, code in enumerate(codes) if code)
+    ended = f"rank {ends[0][1]} ended with {ends[0][0]}" if ends else late
+    # A crash is a signal, after which the other ranks end with an exception; one without a signal is a bug.
+    signals = [code for code in codes if code and code < 0]
+    if not all(file.exists() for file in files) or (any(codes) and not signals):
         raise RuntimeError(f"the judge failed: {ended}; see the logs in {directory}")
     return ended
 

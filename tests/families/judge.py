@@ -33,7 +33,7 @@ from plan_executor import Memory, scatter, send  # noqa: E402
 from weightsync.agents.memory.arena import arena, region_of  # noqa: E402
 from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, recorded_layout  # noqa: E402
 from weightsync.orchestrator.planner import Party, Plan, make_plan  # noqa: E402
-from weightsync.orchestrator.protocol.layout import Layout, Tensor  # noqa: E402
+from weightsync.orchestrator.protocol.layout import Layout  # noqa: E402
 from weightsync.orchestrator.protocol.names import Member  # noqa: E402
 
 Result = TypeVar("Result")
@@ -114,7 +114,7 @@ def judge(ranks: Ranks, family: Family) -> None:
     engine, recorded, before = ranks.stage("engine", "refused", lambda: _running(place, old))
     staging = arena(STAGING_BYTES, device=torch.device("cpu"))
     parties = _parties(ranks, _with_staging(recorded.layout, staging))
-    slots = ranks.stage("trainer", "refused", lambda: trainer_side(trainer, _needs(parties)))
+    slots = ranks.stage("trainer", "refused", lambda: trainer_side(trainer, parties))
     source = Party(TRAINER, 0, slots.layout)
     plan = ranks.stage("planner", "refused", lambda: make_plan([source], parties))
     # From here on bytes have moved: whatever goes wrong now would have been served.
@@ -154,10 +154,6 @@ def _with_staging(layout: Layout, staging: torch.Tensor) -> Layout:
 def _parties(ranks: Ranks, layout: Layout) -> list[Party]:
     layouts = ranks.gather(layout)
     return [Party(Member("inference", "engine", rank), rank + 1, layout) for rank, layout in enumerate(layouts)]
-
-
-def _needs(parties: Sequence[Party]) -> list[Tensor]:
-    return list(dict.fromkeys(tensor for party in parties for tensor in party.layout.tensors))
 
 
 def _write(

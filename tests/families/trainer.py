@@ -1,15 +1,15 @@
 """The trainer's half of a family: its Hugging Face module, and that module's slots for what the engines need."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from families.configs import Family
-from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+from weightsync.agents.trainer.routes.routes import TrainerModel, route_needs
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
-from weightsync.orchestrator.protocol.layout import Tensor
+from weightsync.orchestrator.planner import Party
+from weightsync.orchestrator.planner.needs import union_of_needs
 
 STAGING_BYTES = 4 * 1024 * 1024
 
@@ -42,29 +42,11 @@ def save(model: torch.nn.Module, directory: Path) -> Path:
     return directory
 
 
-class _Identity:
-    """A conversion table of the needed tensors under their own names, each in the dtype that it is needed in."""
-
-    layers = 0
-
-    def __init__(self, needs: Sequence[Tensor]) -> None:
-        self._needs = needs
-
-    def for_keys(self, keys: Collection[str]) -> "_Identity":
-        return self
-
-    def conversion_specs(self, layer_idx: int) -> Iterable[ConversionSpec]:
-        return ()
-
-    def non_layer_specs(self) -> Iterator[ConversionSpec]:
-        for tensor in self._needs:
-            treatment = QuantizationSpec(getattr(torch, tensor.dtype))
-            yield ConversionSpec(tensor.name, (Source(tensor.name),), quantization=treatment)
-
-
-def trainer_side(model: torch.nn.Module, needs: Sequence[Tensor]) -> TrainerSlots:
-    """The slots of a trainer of one rank that holds ``model``, filled with its weights."""
+def trainer_side(model: torch.nn.Module, targets: Sequence[Party]) -> TrainerSlots:
+    """The slots of a trainer of one rank that holds ``model``, for what ``targets`` need, filled with its weights."""
+    needs = union_of_needs(targets).needs
     state = current_state(model)
-    slots = TrainerSlots(state, _Identity(needs), options=SlotOptions(staging_bytes=STAGING_BYTES), rank=0, world=1)
+    table = route_needs(needs, state, TrainerModel.of(model, None, partial=False))
+    slots = TrainerSlots(state, table, options=SlotOptions(staging_bytes=STAGING_BYTES), rank=0, world=1)
     slots.convert(state)
     return slots
