@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from weightsync.agents.recorder.blueprint import ParameterPlace
@@ -20,6 +20,9 @@ from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import Landing, RecordError
 from weightsync.agents.recorder.traced import Traced, landed
 from weightsync.orchestrator.protocol.layout import Derived
+
+MAX_FAULTS: Final = 16
+"""Parameters that one error names; every layer of a model has the same fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,11 @@ class Finished:
     derived: list[Derived] = field(default_factory=list)
     shadows: list[str] = field(default_factory=list)
     checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
-    """By parameter: whether the live bytes are what the engine would make of the shadow now."""
+    """By parameter: whether the engine's memory is what a round has written, or would be made of it now."""
+
+    def stale(self) -> list[str]:
+        """Parameters that are not what was written and refreshed: replaced since, or refreshed to no avail."""
+        return sorted(name for name, check in self.checks.items() if not check())
 
 
 class _Unproved(RecordError):
@@ -137,10 +144,9 @@ class Recording:
         done.derived += derived
         faults += unknown
         faults += self.processing.handed_over
-        if not faults:
-            faults += self.processing.copies(self._reached(done))
+        faults += self.processing.copies(self._reached(done))
         if faults:
-            raise RecordError(f"post-load processing leaves layouts that are not known: {'; '.join(sorted(faults))}")
+            raise RecordError(f"post-load processing leaves layouts that are not known: {_some(sorted(faults))}")
         self._before = []
         self.finished = done
 
@@ -165,6 +171,7 @@ class Recording:
         if found is not None:
             if not found.untouched:
                 _must_tell_places(parameter, found.tensor)
+            done.checks[parameter.name] = _is_still(parameter, found.tensor)
             where = with_halves_exchanged(landings, before.loaded) if found.halves_exchanged else landings
             return None if where is None else target(found.tensor, where)
         if before.copy is None:
@@ -175,7 +182,7 @@ class Recording:
             if layout.may_apply(parameter) and live is not None and _gives(layout, parameter, before.copy, live):
                 _must_tell_places(parameter, before.copy)
                 done.refreshes.append(_refresh(layout, parameter, before.copy, live.detach()))
-                done.checks[parameter.name] = _check(layout, parameter, before.copy, live.detach())
+                done.checks[parameter.name] = _check(layout, parameter, before.copy)
                 done.derived.append(Derived(parameter.name, layout.name))
                 done.shadows.append(parameter.name)
                 return target(before.copy, landings)
@@ -202,7 +209,10 @@ class Recording:
             done.derived.append(Derived(parameter.name, f"{described(landing.program)} of {landing.source.name}"))
         done.shadows.append(parameter.name)
         done.refreshes.append(_run_again(steps))
-        done.checks[parameter.name] = lambda: all(same_bits(run(p, sent), live) for p, sent, live in steps)
+        there = done.checks[parameter.name]
+        done.checks[parameter.name] = lambda: (
+            there() and all(same_bits(run(program, sent), live) for program, sent, live in steps)
+        )
         return [
             *([replace(target, landings=plain)] if plain else []),
             Target(shadow, target.start, made, parameter.module, parameter.attribute),
@@ -256,6 +266,11 @@ def _state(parameter: ParameterPlace) -> str:
     return f"{parameter.shape} {parameter.dtype} became {tuple(live.shape)} {live.dtype} strides {tuple(live.stride())}"
 
 
+def _some(faults: Sequence[str]) -> str:
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return "; ".join([*faults[:MAX_FAULTS], *more])
+
+
 def _must_tell_places(parameter: ParameterPlace, values: torch.Tensor) -> None:
     reason = repeated(values)
     if reason:
@@ -291,10 +306,20 @@ def _refresh(
     return refresh
 
 
-def _check(
-    layout: KernelLayout, parameter: ParameterPlace, shadow: torch.Tensor, live: torch.Tensor
-) -> Callable[[], bool]:
-    return lambda: same_bits(layout.forward(parameter, shadow), live)
+def _check(layout: KernelLayout, parameter: ParameterPlace, shadow: torch.Tensor) -> Callable[[], bool]:
+    def is_current() -> bool:
+        live = parameter.current()
+        return live is not None and same_bits(layout.forward(parameter, shadow), live)
+
+    return is_current
+
+
+def _is_still(parameter: ParameterPlace, target: torch.Tensor) -> Callable[[], bool]:
+    def is_there() -> bool:
+        live = parameter.current()
+        return live is not None and live.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+
+    return is_there
 
 
 def _run_again(steps: Sequence[tuple[Chain, torch.Tensor, torch.Tensor]]) -> Callable[[], None]:

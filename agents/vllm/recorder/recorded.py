@@ -7,6 +7,7 @@ afterwards. ``recorded_layout`` turns it into what the agent announces, register
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +20,7 @@ from weightsync.agents.recorder.rows import build_rows, fill
 from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.recorder.traced import trace_loader
+from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
 from weightsync.agents.vllm.recorder.quantized import quantization_name, quantized_of
@@ -35,6 +37,9 @@ __all__ = [
     "record",
     "recorded_layout",
 ]
+
+MAX_NAMES: Final = 8
+"""Names in one line of the log: every layer of a model has the same ones."""
 
 _ATTRIBUTE: Final = "_weightsync_recording"
 _drafts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -75,8 +80,26 @@ def record(model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]
 
 
 def keep(recording: Recording) -> None:
-    """Leave a finished recording with its model, for ``recorded_layout``."""
+    """Leave a finished recording with its model, for ``recorded_layout``; log what of the model is not written."""
     setattr(recording.model, _ATTRIBUTE, recording)
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for entry in recording.unrecorded:
+        by_reason[entry.reason].append(entry.name)
+    for reason, names in by_reason.items():
+        logger.info("weightsync: stay as the engine started (%s): %s", reason, bounded(names))
+    if recording.unused:
+        logger.info("weightsync: checkpoint tensors that this rank needs nothing of: %s", bounded(recording.unused))
+    if recording.finished is not None and recording.finished.shadows:
+        logger.info("weightsync: written beside and made anew: %s", bounded(recording.finished.shadows))
+    if recording.processing.looked:
+        names = sorted(recording.processing.looked)
+        logger.warning("weightsync: the engine looked at values of weights while it processed them: %s", bounded(names))
+
+
+def bounded(names: Sequence[str]) -> str:
+    """``names`` for people: how many, and the first of them."""
+    more = ", …" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} ({', '.join(names[:MAX_NAMES])}{more})"
 
 
 def keep_draft(model: nn.Module) -> None:
@@ -118,6 +141,12 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         with torch.no_grad():
             for step in finished.refreshes:
                 step()
+            stale = finished.stale()
+        if stale:
+            raise RecordError(
+                f"{bounded(stale)}: the engine's memory is not what was written: it has replaced or changed it since "
+                "it loaded; restart the engine"
+            )
 
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         fill(rows, weights)
