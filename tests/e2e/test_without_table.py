@@ -30,14 +30,18 @@ STACKED = MixtralConfig(num_local_experts=4, num_experts_per_tok=2, head_dim=32,
 def test_answers_equal_those_of_what_was_saved(config: Any, tp: int, world: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
-    with VllmServer(tmp_path / "model", tp=tp, log=tmp_path / "vllm.log") as server:
+    server = VllmServer(tmp_path / "model", tp=tp, log=tmp_path / "vllm.log").start()
+    try:
         with fleet(tmp_path / "fleet", {"engine": server}) as whole:
             trainer = whole.start_trainer(tmp_path / "model", world, script="hf_trainer.py")
+            server.wait_ready()
             assert trainer.hear()["ready"]
             assert trainer.publish(1).get("sequence") == 1
             first = plain(answers(server))
             assert trainer.publish(2).get("sequence") == 2
             second = plain(answers(server))
+    finally:
+        server.close()
     assert first != second
     saved = [whole.checkpoints / "step_1", whole.checkpoints / "step_2"]
     assert [first, second] == reference_answers(tmp_path / "model", saved, tmp_path / "shim")

@@ -22,6 +22,7 @@ EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "wo
 """Ends of the names that input embeddings have."""
 HELP: Final = "a table tells it (docs/adding-a-model.md: register_table)"
 
+_last_number: Final = re.compile(r"\.\d+\.(?!.*\.\d+\.)")
 _layer: Final = re.compile(r"\.(\d{1,6})\.").search
 
 
@@ -105,7 +106,7 @@ def route_needs(
             origins[name] = origin
     if not model.partial:
         _complain_of_missing([name for name in needed if name not in origins], state, saved)
-    specs = list(_specs(needed, origins, state, model))
+    specs = list(_specs(needed, origins, state))
     _complain_of_shapes(specs, needed, state)
     return NeededTable(sorted(specs, key=lambda spec: spec.dst))
 
@@ -124,9 +125,7 @@ def _origin(name: str, state: State, saved: Saved, model: TrainerModel) -> Origi
 
 
 # --------------------------------------------------------------------------------------------------- specifications
-def _specs(
-    needed: Mapping[str, Needed], origins: Mapping[str, Origin], state: State, model: TrainerModel
-) -> Iterator[ConversionSpec]:
+def _specs(needed: Mapping[str, Needed], origins: Mapping[str, Origin], state: State) -> Iterator[ConversionSpec]:
     stacks: dict[Source, dict[str, int]] = defaultdict(dict)
     for name, origin in origins.items():
         if origin.expert is None:
@@ -135,7 +134,7 @@ def _specs(
             continue
         stacks[origin.sources[0]][name] = origin.expert
     for source, members in stacks.items():
-        yield _stack(_template(members), source, members, needed, int(state[source.key].shape[0]), model)
+        yield _stack(_template(members), source, members, needed, int(state[source.key].shape[0]))
 
 
 def _template(members: Mapping[str, int]) -> str:
@@ -155,9 +154,8 @@ def _template(members: Mapping[str, int]) -> str:
 
 
 def _stack(
-    template: str, source: Source, members: Mapping[str, int], needed: Mapping[str, Needed], held: int,
-    model: TrainerModel,
-) -> ConversionSpec:  # fmt: skip
+    template: str, source: Source, members: Mapping[str, int], needed: Mapping[str, Needed], held: int
+) -> ConversionSpec:
     kinds = {needed[name].treatment for name in members}
     if len(kinds) > 1:
         raise UnroutableTensors(
@@ -168,11 +166,6 @@ def _stack(
     pattern = re.compile(re.escape(template).replace(re.escape(EXPERT), r"(\d{1,7})")).fullmatch
     numbers = [int(found[1]) for name in needed if (found := pattern(name))]
     experts = max(held, max(numbers) + 1)
-    if experts > held and not model.partial:
-        raise UnroutableTensors(
-            f"engines need {experts} experts as {template!r}, {source.key!r} stacks {held}; declare the axis that its"
-            " mesh lacks with SlotOptions.expert_parallel"
-        )
     return ConversionSpec(template, (source,), quantization=kinds.pop(), experts=experts, layer=_layer_of(template))
 
 
@@ -201,6 +194,12 @@ def _nearest(name: str, state: State, saved: Saved) -> str:
         heads = [key for key in state if key.endswith(EMBEDDINGS)]
         if heads:
             return f"if the head is tied to {heads[0]!r}, give the model itself, or config= with tie_word_embeddings"
+    numbered = _last_number.sub(".#.", name)
+    alike = (o for n, o in saved.origins.items() if o.expert is not None and _last_number.sub(".#.", n) == numbered)
+    stacked = next(alike, None)
+    if stacked is not None:
+        key = stacked.sources[0].key
+        return f"{key!r} stacks {len(state[key])} experts; SlotOptions.expert_parallel declares ranks that have others"
     longer = next((key for key in state if key.endswith("." + name)), None)
     if longer is not None:
         return f"there is {longer!r}: take the prefix {longer.removesuffix(name)!r} out of the names"
@@ -210,9 +209,9 @@ def _nearest(name: str, state: State, saved: Saved) -> str:
     parts = name.split(".")
     for start in range(1, len(parts) - 1):
         tail = "." + ".".join(parts[start:])
-        alike = next((key for key in state if key.endswith(tail)), None)
-        if alike is not None:
-            return f"the nearest is {alike!r}"
+        nearest = next((key for key in state if key.endswith(tail)), None)
+        if nearest is not None:
+            return f"the nearest is {nearest!r}"
     return "nothing has a name like it"
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
+from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together, share_bytes
 
 
 def test_nobody_leaves_before_a_slow_primary(in_ranks):
@@ -57,3 +57,16 @@ def test_texts_and_numbers(in_ranks):
         assert texts[0] == "rank 0 "
         assert texts[1].startswith("rank 1 éé")
         assert len(texts[1].encode()) <= 1024
+
+
+def test_bytes_of_one_rank_reach_all(in_ranks):
+    def body(rank):
+        large = bytes(range(256)) * 20_000
+        return (
+            share_bytes(large if rank == 1 else b"mine", root=1),
+            share_bytes(b"", root=2),
+            agree_on(rank + 5, root=2),
+        )
+
+    assert in_ranks(3, body) == [(bytes(range(256)) * 20_000, b"", 7)] * 3
+    assert share_bytes(b"alone") == b"alone"

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.runs import RunTableError
 from weightsync.agents.trainer import thread_side
+from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
@@ -20,7 +21,7 @@ from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share, Shares
 from weightsync.kernels.errors import KernelError
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -28,10 +29,13 @@ from weightsync.orchestrator.protocol.messages import (
     Fault,
     FilesystemSettings,
     Grant,
+    Needs,
     NixlSettings,
     Outcome,
     PeerTransfer,
     Staged,
+    TcpStoreRendezvous,
+    TrainerStatus,
     TransportSettings,
     Welcome,
 )
@@ -107,6 +111,10 @@ class Thread:
 
     def __init__(self) -> None:
         self.said: list[Any] = []
+        self.announced = 0
+
+    def announce(self) -> None:
+        self.announced += 1
 
     def send(self, message: Any) -> bool:
         self.said.append(message)
@@ -321,3 +329,81 @@ async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: 
     assert rank.side.claim()
     rank.side.shut()
     assert rank.wire.closed
+
+
+# ------------------------------------------------------------------------------------------ slots that come later
+NEEDS = Needs(tensors=(), quantized=(), fingerprint="f")
+
+
+@pytest.fixture
+async def follower(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A side without slots, welcomed; ``wires`` are the senders that were made for the slots that it was given."""
+    thread, wires = Thread(), []
+
+    def sender(memory: SourceMemory) -> Wire:
+        wires.append(Wire())
+        return wires[-1]
+
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(sender, NixlReceiver))
+    side = TrainerSide(thread, None, 0)
+    side.welcomed(welcome(NixlSettings()))
+    return SimpleNamespace(side=side, thread=thread, wires=wires)
+
+
+def slots_of(size: int) -> SourceMemory:
+    layout = Layout((), (), b"", notes=(Note(0, size, "sharded", ""),))
+    return SourceMemory(MEMBER, 1, layout, [torch.zeros(size, dtype=torch.uint8)], ())
+
+
+async def test_without_slots_it_asks_for_needs_and_announces_nothing(follower: Any) -> None:
+    assert follower.side.status() == TrainerStatus(follows_needs=True)
+    assert follower.side.announcement() is None
+    assert follower.wires == []
+    follower.side.heard(NEEDS)
+    assert follower.side.needs == NEEDS
+
+
+async def test_slots_are_announced_when_they_come_and_replaced_when_others_do(follower: Any) -> None:
+    for size in (8, 16):
+        done = follower.side.hold(slots_of(size), size)
+        await asyncio.sleep(0.01)
+        done.result(timeout=0)
+        assert follower.thread.announced == size // 8
+        layout, *_ = follower.side.announcement()
+        assert layout.notes[0].end_row == size
+        await follower.side.connect(CONNECT)
+    first, second = follower.wires
+    assert (first.closed, second.closed) == (True, False)
+    follower.side.staged(VERSION, 0.0, 0.0)
+    assert follower.thread.said[-1].bytes == 16
+
+
+async def test_a_grant_for_the_edges_of_former_slots_is_refused(follower: Any) -> None:
+    follower.side.hold(slots_of(8), 8)
+    await asyncio.sleep(0.01)
+    await follower.side.connect(CONNECT)
+    follower.side.hold(slots_of(16), 16)
+    await asyncio.sleep(0.01)
+    follower.side.staged(VERSION, 0.0, 0.0)
+    follower.side.heard(GRANT)
+    await asyncio.sleep(0.01)
+    assert follower.thread.said[-1].error == "grant for the edges edges; this rank has none"
+
+
+async def test_slots_that_no_transport_takes_are_the_trainers_to_know(
+    follower: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(memory: SourceMemory) -> Wire:
+        raise NoRoute("memory that no NIC reaches")
+
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(refuses, NixlReceiver))
+    done = follower.side.hold(slots_of(8), 8)
+    await asyncio.sleep(0.01)
+    with pytest.raises(NoRoute):
+        done.result(timeout=0)
+
+
+async def test_a_group_that_wants_layouts_first_is_refused(follower: Any) -> None:
+    place = TcpStoreRendezvous("127.0.0.1", 1, 1, 2, 1.0)
+    with pytest.raises(ConversionTableError, match=r"tcpstore wants every layout .* give TrainerAgent a table"):
+        follower.side.welcomed(replace(welcome(NixlSettings()), rendezvous=place))
