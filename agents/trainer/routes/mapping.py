@@ -156,7 +156,7 @@ def _origin(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Filled:
     """A source, and the box of the checkpoint's tensor that it fills."""
 
     source: Source
@@ -165,7 +165,7 @@ class _Part:
     expert: int | None
 
 
-def _part(shape: tuple[int, ...], itemsize: int, landing: Landing, whole: tuple[int, ...]) -> _Part | None:
+def _part(shape: tuple[int, ...], itemsize: int, landing: Landing, whole: tuple[int, ...]) -> _Filled | None:
     sizes, strides = landing.place.sizes, tuple(stride // itemsize for stride in landing.place.strides)
     stacked = len(whole) - len(shape)
     if stacked not in (0, 1) or (stacked and sizes[0] != 1):
@@ -180,7 +180,7 @@ def _part(shape: tuple[int, ...], itemsize: int, landing: Landing, whole: tuple[
         return None
     source = Source(landing.source.name, *(cuts[0] if cuts else ()))
     corner = tuple(_unravelled(landing.place.offset // itemsize, dense))
-    return _Part(source, corner, sizes, landing.corner[0] if stacked else None)
+    return _Filled(source, corner, sizes, landing.corner[0] if stacked else None)
 
 
 def _cuts(corner: Sequence[int], sizes: Sequence[int], whole: Sequence[int]) -> Iterator[tuple[int, int, int]]:
