@@ -197,7 +197,7 @@ def _compare(different: Sequence[str], before: list[Any], after: list[Any], expe
 def main() -> None:
     rank, world, port, directory, *names = sys.argv[1:]
     place = Place(int(rank), int(world), int(port), Path(directory))
-    prepare(place)
+    prepare(place, stock="")
     join(place, [{"model": "qwen3_moe"}])
     with (place.directory / f"rank_{rank}.jsonl").open("a", buffering=1) as out:
         ranks = Ranks(place, out)
