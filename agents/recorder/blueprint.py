@@ -85,7 +85,7 @@ class Blueprint:
         """Run ``load`` (the model's ``load_weights``) over stand-ins only and return what it would have written.
 
         Raises:
-            RecordError: the loader failed on them, looked at a value, or made parameters that were not there before.
+            RecordError: the loader failed on them, or looked at a value.
         """
         tracer = LoadTracer(self.storages, [self.names[index] for index in range(len(self.storages))])
         with self._swapped(), torch.no_grad(), Watching(tracer):
@@ -98,21 +98,32 @@ class Blueprint:
                 where += f", after {tracer.computed}" if tracer.computed else ""
                 # A loader is foreign code and may raise anything; mostly torch says that meta tensors have no values.
                 raise RecordError(f"the model's loader cannot run without the values{where}: {error}") from error
-            made = list(self._made_by_the_loader())
-        if made:
-            raise RecordError(f"the loader makes parameters of its own, which no round would reach: {', '.join(made)}")
+            self._adopt(tracer)
         for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
             if storage_key(stand_in) != storage_key(self.storages[parameter.storage]):
                 raise RecordError(f"{parameter.name}: the loader replaces its memory instead of filling it")
         return tracer.writes
 
-    def _made_by_the_loader(self) -> Iterator[str]:
-        """Names of parameters and buffers that are there now and were not when the blueprint was made."""
-        known = {(id(parameter.module), parameter.attribute) for parameter in self.parameters}
+    def _adopt(self, tracer: LoadTracer) -> None:
+        """What the loader put into parameters that it registered itself lands in those that the model has.
+
+        Raises:
+            RecordError: the model has no such parameter, or another attribute keeps something of the checkpoint.
+        """
+        own = {(id(p.module), p.attribute): t for p, t in zip(self.parameters, self._stand_ins, strict=True)}
         for path, module in self._model.named_modules():
-            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and (id(module), attribute) not in known:
-                    yield f"{path}.{attribute}" if path else attribute
+            for table in (module._parameters, module._buffers, vars(module)):
+                for attribute, tensor in table.items():
+                    stand_in = own.get((id(module), attribute))
+                    if not isinstance(tensor, torch.Tensor) or tensor is stand_in or not tracer.loaded(tensor):
+                        continue
+                    name = f"{path}.{attribute}" if path else attribute
+                    if stand_in is None or (stand_in.shape, stand_in.dtype) != (tensor.shape, tensor.dtype):
+                        raise RecordError(
+                            f"{name}: the loader makes it of {tracer.describe([tensor])}, and the model has no such "
+                            "parameter to write to"
+                        )
+                    tracer.copied(stand_in, tensor)
 
     @property
     def names(self) -> dict[int, str]:

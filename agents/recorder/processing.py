@@ -8,11 +8,13 @@ whatever of that is still there afterwards, and is not written or refreshed by a
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from weightsync.agents.recorder.contents import storage_key
 from weightsync.agents.recorder.operations import leaves, written
@@ -21,6 +23,9 @@ aten = torch.ops.aten
 
 MAX_NAMES: Final = 4
 """Weights that one sentence names."""
+
+OWN: Final = ("aten", "prim", "prims", "profiler")
+"""Namespaces of torch's own operations, none of which keeps what it is given."""
 
 LOOKS: Final = frozenset({aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.allclose})
 """Operations by which a program learns values: what it decides or keeps by them is not seen."""
@@ -38,6 +43,7 @@ class Processing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made_by: dict[int, str] = {}
         self._changed: set[int] = set()
         self.entered = False
+        self._custom = _CustomOperations(self._perform)
         self.handed_over: list[str] = []
         """Sentences about weights that went into an operation which gave no tensor: some object of its own has them."""
         self.looked: set[str] = set()
@@ -48,16 +54,24 @@ class Processing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> Self:
         self.entered = True
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._custom.__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._custom.__exit__(*exc)  # type: ignore[no-untyped-call]
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        return self._perform(func, func, args, kwargs or {})
+
+    def _perform(self, call: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``call(*args, **kwargs)``, which is ``func`` by its schema."""
         inputs = leaves(args, kwargs)
         origin = frozenset[str]().union(*(self._origin.get(storage_key(t), frozenset()) for t in inputs))
         changed = written(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = call(*args, **kwargs)
         for tensor in changed:
             self._changed.add(storage_key(tensor))
             self._hold_identity(tensor)
@@ -83,8 +97,9 @@ class Processing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _seen_without_result(self, func: Any, origin: frozenset[str]) -> None:
         if func.overloadpacket in LOOKS:
             self.looked |= origin
-        elif func.namespace not in ("aten", "prim", "profiler"):
-            self.handed_over.append(f"{_names(origin)} went into {func}, which keeps it where no round can reach")
+        elif func.namespace not in OWN:
+            fault = f"{_names(origin)} went into {func}, which keeps it where no round can reach"
+            self.handed_over = [*dict.fromkeys([*self.handed_over, fault])]
 
     def touched(self, key: int) -> bool:
         """Whether an operation wrote to the storage of this key."""
@@ -108,6 +123,33 @@ class Processing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for key in self._origin
             if key not in accounted and not self._refs[key].expired()  # type: ignore[no-untyped-call]
         ]
+
+
+class _CustomOperations(TorchFunctionMode):
+    """Lets ``perform`` see operations of kernel libraries that were registered for all devices at once.
+
+    For a dispatch mode these are made of the operations inside them; but there are none, and they read memory.
+    """
+
+    def __init__(self, perform: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._see = perform
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        schema = _custom(func)
+        if schema is None:
+            return func(*args, **(kwargs or {}))
+        return self._see(func, schema, args, kwargs or {})
+
+
+def _custom(func: Any) -> Any:
+    """The operation of a kernel library behind ``func``, None for torch's own and for functions."""
+    if isinstance(func, OpOverloadPacket):
+        overloads = func.overloads()  # type: ignore[no-untyped-call]
+        func = getattr(func, overloads[0]) if len(overloads) == 1 else None
+    return func if isinstance(func, OpOverload) and func.namespace not in OWN else None
 
 
 def _names(origin: frozenset[str]) -> str:

@@ -122,6 +122,11 @@ class LoadTracer:
         key = storage_key(tensor)
         return key in self._targets or key in self._contents
 
+    def loaded(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies outside the targets and holds something of the checkpoint."""
+        contents = self._contents.get(storage_key(tensor))
+        return contents is not None and bool(contents.names())
+
     def describe(self, tensors: Sequence[torch.Tensor]) -> str:
         """Names of what ``tensors`` hold."""
         names: list[str] = []

@@ -58,14 +58,26 @@ def checkpoint_of(model: nn.Module, model_config: Any) -> list[Checkpoint]:
 
 
 def files_of(model_config: Any) -> list[Checkpoint]:
-    """The tensors of the safetensors files in the model's directory; none if there are no such files.
+    """The tensors of the safetensors files in the model's directory, or in Hugging Face's cache; none without any.
 
     Raises:
         RecordError: see :func:`read_header`.
     """
     directory = Path(str(model_config.model))
+    if not directory.is_dir():
+        directory = _cached(str(model_config.model), getattr(model_config, "revision", None)) or directory
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     return [entry for file in files for entry in read_header(file)]
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """Where the files of a model that was downloaded before lie; None if it was not."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # no such library, no such files, no name of a repository
+        return None
 
 
 def read_header(file: Path) -> list[Checkpoint]:

@@ -12,12 +12,9 @@ from torch import nn
 from weightsync.agents.recorder.contents import storage_key
 from weightsync.agents.recorder.processing import Processing
 
-torch.library.define("weightsync_test::keep", "(Tensor weight) -> int")
-
-
-@torch.library.impl("weightsync_test::keep", "CompositeExplicitAutograd")
-def _keep(weight: torch.Tensor) -> int:
-    return 7
+for name, key in (("keep", "CompositeExplicitAutograd"), ("keep_anywhere", "CompositeImplicitAutograd")):
+    torch.library.define(f"weightsync_test::{name}", "(Tensor weight) -> int")
+    torch.library.impl(f"weightsync_test::{name}", key, lambda weight: 7)
 
 
 class Layer(nn.Module):
@@ -121,13 +118,14 @@ def test_writes_are_seen_through_every_view() -> None:
     assert processing.touched(storage_key(layer.weight))
 
 
-def test_a_weight_that_a_kernel_s_own_object_takes_is_named() -> None:
+@pytest.mark.parametrize("name", ["keep", "keep_anywhere"])
+def test_a_weight_that_a_kernel_s_own_object_takes_is_named(name: str) -> None:
     layer = Layer()
     processing = Processing({"layer.weight": layer.weight})
     with processing:
-        torch.ops.weightsync_test.keep(layer.weight.data.t())
+        getattr(torch.ops.weightsync_test, name)(layer.weight.data.t())
     (fault,) = processing.handed_over
-    assert fault.startswith("layer.weight went into weightsync_test.keep")
+    assert fault.startswith(f"layer.weight went into weightsync_test.{name}.default")
 
 
 def test_weights_whose_values_are_looked_at_are_named() -> None:
