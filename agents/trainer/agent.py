@@ -16,7 +16,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import nn
-from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
+from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
 from weightsync.agents.trainer.errors import ConversionTableError, ReplicaFailed
 from weightsync.agents.trainer.following import FollowedNeeds, dist_rank, fingerprint_number
 from weightsync.agents.trainer.markers import write_stable
@@ -218,18 +218,18 @@ class TrainerAgent:
         changed = number != follows.made_for
         if changed:
             data = share_bytes(b"" if told is None else encode(told), self._group, self._first_sender)
+            follows.made_for = 0  # until all ranks have theirs: those that failed and the others must agree next time
         with self._together(version):
             if changed:
-                slots = self._made_slots(follows.table(data, self._state()))
-                self._hold(slots)
-                follows.made_for = number
+                self._hold(self._made_slots(follows.table(data, self._state())))
             self.slots.check(self._state())
+        follows.made_for = number
 
     def _hold(self, slots: TrainerSlots) -> None:
         """Send from ``slots`` in the place of the former ones, which nothing is written from."""
         if self._agent is not None:
             side, (memory, size) = self._agent.side, self._memory_of(slots, self._agent.identity)
-            self._agent.call(lambda: side.hold(memory, size)).result(timeout=STOP_SECONDS)
+            self._agent.call(lambda: side.hold(memory, size)).result(timeout=self._publish_seconds)
         self._slots = slots
 
     def _await_needs(self) -> Needs:

@@ -11,6 +11,9 @@ SHOWN_ROUNDS: Final = 5
 SHOWN_TRAINERS: Final = 8
 """Trainer ranks in ``status`` before they are only counted."""
 
+SHOWN: Final = 8
+"""Tensors in ``status`` before they are only counted; ``plan explain`` names all."""
+
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -31,6 +34,9 @@ def status_text(status: StatusView, now: float) -> str:
         parts.append("\n" + _trainers(status.trainers, now))
     if status.rounds:
         parts.append("\n" + rounds_text(status.rounds[-SHOWN_ROUNDS:], now))
+    if status.unneeded:
+        shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
+        parts.append(f"\n{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}")
     if status.problems:
         parts.append("\nproblems:\n" + "\n".join(f"  {problem}" for problem in status.problems))
     return "\n".join(parts)

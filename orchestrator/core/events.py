@@ -64,6 +64,8 @@ class PlanFacts:
     proved: bool
     """Coverage of every destination byte was checked by the independent algorithm."""
     seconds: float = 0.0
+    unneeded: tuple[str, ...] = ()
+    """Tensors that the trainer has and no engine needs."""
 
     def writers_of(self, targets: frozenset[Member]) -> dict[Member, tuple[Member, ...]]:
         """Each trainer rank that has bytes to write to some of ``targets``, and to which."""

@@ -1,11 +1,16 @@
 """The two rounds: everybody announces its layout; each gets only its own edges, warms them up and confirms them."""
 
+from typing import Final
+
 from weightsync.orchestrator.core import members
 from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous
+
+SHOWN: Final = 8
+"""Tensors that a sentence names; ``plan explain`` names all."""
 
 
 def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
@@ -95,6 +100,7 @@ def planned(turn: Turn, event: PlanReady) -> None:
     if event.number != fleet.plan_number:
         return
     fleet.planning = False
+    before = fleet.plan.unneeded if fleet.plan is not None else ()
     fleet.plan = event.facts
     fleet.planned_at = turn.now
     total = sum(event.facts.flows.values())
@@ -102,6 +108,10 @@ def planned(turn: Turn, event: PlanReady) -> None:
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
         f"every destination byte covered once, {event.facts.seconds:.2f} s"
     )
+    unneeded = event.facts.unneeded
+    if unneeded and unneeded != before:
+        shown = f"{', '.join(unneeded[:SHOWN])}{', …' if len(unneeded) > SHOWN else ''}"
+        turn.say(f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}", "warning")
 
 
 def rejected(turn: Turn, event: PlanRejected) -> None:

@@ -45,7 +45,7 @@ class Planning:
         plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost, self.plan)
         self.plan, self.announced = plan, everybody
         connects = {member: _connect(plan, member, everybody) for member in plan.parts}
-        return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began)
+        return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began, plan.unneeded)
 
 
 def _parties(announced: tuple[Announced, ...]) -> list[Party]:

@@ -41,8 +41,8 @@ class Plan:
     """All writes of all members.
 
     ``root`` is the fingerprint of the whole; ``parts`` what each member is told; ``flows`` the bytes from source to
-    target; ``unneeded`` the tensors that sources hold and no engine needs. ``catalogue`` and ``engines`` are kept for
-    the plan of whoever joins later.
+    target; ``unneeded`` the tensors that sources hold, in a slot or not, and no engine needs. ``catalogue`` and
+    ``engines`` are kept for the plan of whoever joins later.
     """
 
     root: str
@@ -165,12 +165,14 @@ def _part(table: MemberTable, moved: dict[Member, int]) -> PlanPart:
 
 
 def _unneeded(catalogue: Catalogue, engines: Sequence[EnginePart]) -> tuple[str, ...]:
-    """Names of tensors that some source holds and no engine needs."""
+    """Names of tensors that some source holds, in a slot or not, and no engine needs."""
     needed = np.zeros(len(catalogue.decoder.names), np.bool_)
     for engine in engines:
         needed[engine.tensor] = True
     held = np.unique(catalogue.held.tensor)
-    return tuple(catalogue.decoder.names.tensors[i].name for i in held[~needed[held]].tolist())
+    unneeded = [catalogue.decoder.names.tensors[i].name for i in held[~needed[held]].tolist()]
+    unread = (name for source in catalogue.sources for name in source.party.layout.unread)
+    return tuple(dict.fromkeys((*unneeded, *unread)))
 
 
 def _flows(catalogue: Catalogue, engines: Sequence[EnginePart]) -> dict[tuple[Member, Member], int]:

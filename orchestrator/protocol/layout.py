@@ -94,7 +94,8 @@ class Layout(msgspec.Struct, frozen=True):
     that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
     placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
     transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
-    format (empty without one), for people. A trainer leaves both empty.
+    format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
+    tensors that are part of no row, at most MAX_UNREAD of them; for people.
     """
 
     tensors: tuple[Tensor, ...]
@@ -106,6 +107,7 @@ class Layout(msgspec.Struct, frozen=True):
     notes: tuple[Note, ...] = ()
     quantized: tuple[Quantized, ...] = ()
     quantization: str = ""
+    unread: tuple[str, ...] = ()
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

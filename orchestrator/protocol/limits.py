@@ -20,6 +20,9 @@ MAX_REASON_CHARS: Final = 4000
 MAX_TENSORS: Final = 2_000_000
 """Logical tensors in one layout: 61 layers × 385 experts × 3 × 2 is 141 k for Kimi-K2."""
 
+MAX_UNREAD: Final = 1000
+"""Names of tensors that a trainer has and nobody needs: for people, who stop reading earlier."""
+
 MAX_ROWS: Final = 4_000_000
 """Boxes in one layout."""
 

@@ -29,6 +29,7 @@ from weightsync.agents.trainer.slots.slot import (
 )
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
+from weightsync.orchestrator.protocol.limits import MAX_UNREAD
 
 __all__ = [
     "ExpertParallel",
@@ -97,7 +98,7 @@ class TrainerSlots:
             self.arenas.append(make(options.staging_bytes))
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
-        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas], self.unrouted)
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
 
@@ -171,7 +172,7 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
         yield LocalBatch([slot for slot in local if slot.spec.quantization == treatment], state)
 
 
-def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
+def _layout(slots: Sequence[Slot], regions: Sequence[Region], unrouted: Sequence[str]) -> Layout:
     tensors: dict[Tensor, int] = {}
     rows: list[list[int]] = []
     for slot in slots:
@@ -182,7 +183,8 @@ def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
         slot.rows = range(first, len(rows))
     matrix = np.array(rows, dtype="<i8")
     staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
-    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=tuple(_notes(slots)))
+    notes, unread = tuple(_notes(slots)), tuple(unrouted[:MAX_UNREAD])
+    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=notes, unread=unread)
 
 
 def _notes(slots: Sequence[Slot]) -> Iterator[Note]:

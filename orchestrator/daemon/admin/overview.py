@@ -40,6 +40,7 @@ class Overview:
             round=_progress(fleet, now),
             rounds=history.rounds,
             problems=tuple(problems),
+            unneeded=fleet.plan.unneeded if fleet.plan is not None else (),
         )
 
     def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:

@@ -108,7 +108,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at a glance. ``state`` is one sentence: what it does and why.
 
-    ``source``: "daemon", or "journal" when the daemon was down and only the journal spoke.
+    ``source``: "daemon", or "journal" when the daemon was down and only the journal spoke. ``unneeded``: tensors that
+    the trainer has and no engine needs, as far as the present plan knows.
     """
 
     run: str
@@ -124,6 +125,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     round: ProgressView | None = None
     rounds: tuple[RoundRow, ...] = ()
     problems: tuple[str, ...] = ()
+    unneeded: tuple[str, ...] = ()
     schema: int = VIEW_SCHEMA
 
 

@@ -31,6 +31,7 @@ def test_the_status_table_at_a_glance() -> None:
                              wire_gb_per_s=41.234, pause_ms=30.4, stall_ms=210.6, verify_ms=25, total_ms=221,
                              unix_time=NOW - 30),),
             problems=("broadcasts/step_007: wrongly named, ignored",),
+            unneeded=tuple(f"head.{number}" for number in range(9)),
         ),
         NOW,
     )  # fmt: skip
@@ -61,6 +62,8 @@ ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES  WIRE GB/S  PAUSE MS  STALL MS  VERIF
   2.6    39    1  failed   d        1.5 GB      41.23        30       211         25       221  30 s
     no CLOSED from trainer/1 within 300 s
     left out: d
+
+9 tensors of the trainer that no engine needs: head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, …
 
 problems:
   broadcasts/step_007: wrongly named, ignored"""

@@ -1,8 +1,10 @@
 """Plans: who is left out of them, what is delivered, and what becomes of layouts that do not fit."""
 
+import dataclasses
 from typing import Any
 
 import pytest
+from fleets import plan_facts
 from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
 from weightsync.orchestrator.core.policy import GroupAddress
@@ -153,3 +155,27 @@ def test_an_engine_that_does_not_fit_leaves_the_group(drive: Any) -> None:
     fleet.fleet.engines["e0"].misfit = WHY
     fleet.passes(1.0)
     assert groups(fleet)[1:] == [[TRAINER, SECOND]]
+
+
+def test_what_the_trainer_has_and_nobody_needs_is_said_once(drive: Any) -> None:
+    fleet = drive()
+    fleet.join()
+    for names in (("head", "adapter"), ("head", "adapter"), tuple(f"t{number}" for number in range(9))):
+        restart_trainer(fleet, fleet.fleet.generation + 1)
+        wanted = plans(fleet)[-1]
+        fleet.happens(PlanReady(fleet.id(), wanted.number, dataclasses.replace(plan_facts(wanted), unneeded=names)))
+    said = [line for line in fleet.told().splitlines() if "no engine needs" in line]
+    assert said == [
+        "the trainer has 2 tensors that no engine needs: head, adapter",
+        "the trainer has 9 tensors that no engine needs: t0, t1, t2, t3, t4, t5, t6, t7, …",
+    ]
+
+
+def test_another_layout_of_the_same_process_is_planned_anew(drive: Any) -> None:
+    fleet = drive.joined()
+    before = len(plans(fleet))
+    fleet.says(TRAINER, ANNOUNCE)
+    assert not fleet.fleet.is_confirmed(TRAINER)
+    assert len(plans(fleet)) == before + 1
+    fleet.plan()
+    assert fleet.fleet.is_confirmed(TRAINER)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from layouts import engine_rank, matrices, party_of, trainer
 from plan_executor import assert_delivered, execute, full_tensors
@@ -71,6 +72,15 @@ def test_what_nobody_needs_is_reported_and_no_error():
     model = matrices(3)
     plan = make_plan([party_of(trainer(0), model)], [party_of(engine_rank("e"), model[:1])])
     assert plan.unneeded == (model[1].name, model[2].name)
+
+
+def test_what_sources_have_in_no_slot_is_reported_too():
+    model = matrices(2)
+    sources = [party_of(trainer(rank), model[:1]) for rank in (0, 1)]
+    for source, unread in zip(sources, (("head", "adapter"), ("adapter", "table")), strict=True):
+        object.__setattr__(source, "layout", msgspec.structs.replace(source.layout, unread=unread))
+    plan = make_plan(sources, [party_of(engine_rank("e"), model[:1])])
+    assert plan.unneeded == ("head", "adapter", "table")
 
 
 def test_a_fleet_without_engines_has_an_empty_plan():

@@ -410,6 +410,7 @@ def test_tied_weights_and_buffers(weights, assemble):
     tied = TrainerSlots(state, table(DENSE | {"tie_word_embeddings": True}))
     assert "lm_head.weight" not in {t.name for t in tied.layout.tensors}
     assert tied.unrouted == ("lm_head.weight", "model.rotary_emb.inv_freq")
+    assert tied.layout.unread == tied.unrouted
 
 
 class WithScalar(LlamaTable):
