@@ -57,8 +57,8 @@ _LATENT: Final = {
 }  # fmt: skip
 _HYBRID: Final = {"layer_types": ["linear_attention", "full_attention"]}
 _LINEAR: Final = {
-    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, **_HYBRID,
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4, **_HYBRID,
 }  # fmt: skip
 _MAMBA: Final = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2}
 
