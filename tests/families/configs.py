@@ -171,8 +171,8 @@ FAMILIES: Final = _all(
         **MOE, **_LINEAR, "num_experts": 6, "shared_expert_intermediate_size": 96}),
     Family("lfm2", "lfm2", "convolutions, tied", {"layer_types": ["conv", "full_attention"],
                                                 "conv_dim": 128, "conv_dim_out": 128}),
-    Family("mamba2", "mamba2", "state space", {"intermediate_size": 256, "num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 2,
-                                               "expand": 2}),
+    Family("mamba2", "mamba2", "state space", {"intermediate_size": 256, "num_heads": 8, "head_dim": 32,
+                                               "state_size": 16, "n_groups": 2, "expand": 2}),
     Family("bamba", "bamba", "state space and attention", {**_MAMBA, "attn_layer_indices": [1]}),
     Family("falcon-h1", "falcon_h1", "state space beside attention", {**_MAMBA, "mamba_d_ssm": 256, "head_dim": 32}),
     Family("granitemoehybrid", "granitemoehybrid", "state space, experts", {
