@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-nixl bench-gpu changelog clean
+.PHONY: help setup demo test test-unit test-e2e test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-nixl bench-gpu families changelog clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ bench-gpu: ## JSON lines: kernels, NIXL and whole pushes on a GPU; uses the pyth
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_kernels.py
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_nixl.py
 	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_push.py
+
+families: setup ## JSON lines: stock configurations of transformers, each judged by a fresh engine at TP 1 and TP 2
+	$(BENCH) tests/benchmarks/bench_families.py
 
 changelog: setup ## print the next section of CHANGELOG.md; with VERSION=1.2.3 write it and remove its fragments
 	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)

@@ -60,10 +60,9 @@ def locate(
         same_geometry = tuple(view.shape) == loaded.parameter.shape and tuple(view.stride()) == loaded.stride
         if not same_geometry or view.dtype != loaded.parameter.dtype:
             continue
-        if not touched and storage_key(view) == loaded.key and view.storage_offset() == loaded.offset:
-            return LocatedParameter(view, untouched=True)
         if order_sensitive_digest(view) == loaded.digest:
-            return LocatedParameter(view)
+            same = storage_key(view) == loaded.key and view.storage_offset() == loaded.offset
+            return LocatedParameter(view, untouched=same and not touched)
         if may_exchange_halves and _has_halves(view) and order_sensitive_digest(_exchanged(view)) == loaded.digest:
             return LocatedParameter(view, halves_exchanged=True)
     return None

@@ -56,6 +56,7 @@ WITHOUT_A_MODULE = {
     "test_deploy.py": "the files under deploy/",
     "test_docs.py": "the pages under docs/",
     "test_hooks.py": ".pre-commit-config.yaml",
+    "test_families.py": "what make families prints, and docs/models.md",
     "test_mirror.py": "the tree itself",
     "test_packaging.py": "pyproject.toml",
 }

@@ -132,6 +132,8 @@ class Router:
         """Logical shape, offset of each source's part along ``cat_dim``, and the first expert of the sources."""
         stacked = int(spec.experts > 0)
         parts = [_part_shape(source, h, stacked, spec.dst) for source, h in zip(spec.sources, held, strict=True)]
+        if parts == [()]:
+            return (), [0], 0  # a scalar has no dimension to be joined along
         cat = spec.cat_dim + stacked
         if any(len(p) != len(parts[0]) or cat >= len(p) for p in parts) or any(
             p[:cat] + p[cat + 1 :] != parts[0][:cat] + parts[0][cat + 1 :] for p in parts
@@ -258,7 +260,7 @@ def _local_pieces(
             cut = _cut(held_box, source, stacked)
             if cut is None:
                 continue
-            box = cut.box.shifted(spec.cat_dim + stacked, offset)
+            box = cut.box.shifted(spec.cat_dim + stacked, offset) if offset else cut.box
             yield SlotPiece(number, cut.local, box.shifted(0, first_expert) if stacked else box)
 
 

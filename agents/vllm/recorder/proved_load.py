@@ -39,6 +39,7 @@ def proved_load(model: nn.Module, model_config: Any, load: Callable[[], None]) -
         checkpoint = list(ledger.seen.values()) or (traced and traced.checkpoint) or checkpoint_of(model, model_config)
         traced = trace_loader(model, checkpoint, engine)
         ledger = _load_again(traced, load, fed=bool(ledger.seen))
+        _must_be_proved(ledger)
     began = time.monotonic()
     recording = Recording(traced, ledger)
     logger.info("weightsync: %d landings proved, %.2f s after loading", len(traced.landings), time.monotonic() - began)

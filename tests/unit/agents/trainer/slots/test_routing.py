@@ -35,6 +35,22 @@ def test_a_plain_tensor_is_held_whole():
     assert route.pieces == (SlotPiece(0, (slice(0, 3),), Box((0,), (3,))),)
 
 
+@pytest.mark.parametrize("mesh", [None, Grid((4,), ("dp_shard",), (1,), (0, 1, 2, 3))])
+def test_a_scalar_has_no_dimension_to_be_joined_along(mesh):
+    held = LocalShare((), F32, (), mesh)
+    routes = [routed(ConversionSpec("beta", (Source("beta"),)), held, rank=rank) for rank in range(4)]
+    whole = SlotPiece(0, (), Box((), ()))
+    assert {route.shape for route in routes} == {()}
+    assert [route.pieces for route in routes] == [(whole,)] * 4
+    gathered = routed(ConversionSpec("beta", (Source("beta"),)), held, rank=0, options=SlotOptions())
+    assert (gathered.kind, gathered.pieces) == ("sharded" if mesh is None else "gathered", (whole,))
+
+
+def test_two_scalars_cannot_be_joined():
+    with pytest.raises(ConversionTableError, match="cannot be joined"):
+        routed(ConversionSpec("x", (Source("a"), Source("b"))), LocalShare((), F32), LocalShare((), F32))
+
+
 def test_a_cut_source_takes_only_what_lies_in_its_part():
     spec = ConversionSpec("k", (Source("qkv", 0, start=3, length=4),))
     here = routed(spec, shard((12, 2), 1))

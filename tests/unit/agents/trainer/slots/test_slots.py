@@ -19,9 +19,10 @@ from weightsync.agents.trainer.errors import (
     NoRoomForSlots,
     OffGridError,
 )
-from weightsync.agents.trainer.models import STACKED, model_table
+from weightsync.agents.trainer.models import STACKED, ModelConfig, model_table
+from weightsync.agents.trainer.models.dense import LlamaTable
 from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots, quantization
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW, Tensor
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -420,6 +421,24 @@ def test_tied_weights_and_buffers(weights, assemble):
     assert "lm_head.weight" not in {t.name for t in tied.layout.tensors}
     assert tied.unrouted == ("lm_head.weight", "model.rotary_emb.inv_freq")
     assert tied.layout.unread == tied.unrouted
+
+
+class WithScalar(LlamaTable):
+    """Activations with a scalar of their own, as Apertus has them."""
+
+    def conversion_specs(self, layer_idx):
+        yield from super().conversion_specs(layer_idx)
+        yield self.plain(layer_idx, "mlp.act_fn.beta")
+
+
+def test_a_scalar_is_a_tensor_like_any_other(weights):
+    beta = LAYER + "mlp.act_fn.beta"
+    state = weights.state(DENSE_SHAPES) | {beta: torch.tensor(0.3)}
+    slots = TrainerSlots(state, WithScalar(ModelConfig(DENSE)))
+    slots.convert(state)
+    assert Tensor(beta, "bfloat16", ()) in slots.layout.tensors
+    (place,) = [entry.offset for entry in slots.entries() if entry.tensor.name == beta]
+    assert slots.arenas[0][place : place + 2].view(torch.bfloat16).item() == torch.tensor(0.3).bfloat16().item()
 
 
 def test_memory_comes_from_the_given_allocator_in_aligned_places(weights):
