@@ -16,6 +16,7 @@ from typing import Any, Final
 from torch import nn
 from weightsync.agents.recorder.recording import Recording
 from weightsync.agents.vllm.backend import chosen
+from weightsync.agents.vllm.holders import settings
 from weightsync.agents.vllm.recorder.proved_load import proved_load
 from weightsync.agents.vllm.recorder.recorded import keep, keep_draft
 
@@ -35,6 +36,7 @@ def install() -> None:
         if not chosen(vllm_config):
             model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
             return model
+        settings.require(vllm_config)  # before hours of loading, not after
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
         # A draft model of speculative decoding is loaded with a configuration of its own.
         if model_config is vllm_config.model_config:

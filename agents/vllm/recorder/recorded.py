@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.recording import Recording
-from weightsync.agents.recorder.rows import build_rows, fill
+from weightsync.agents.recorder.rows import Target, build_rows, fill
 from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.recorder.traced import trace_loader
@@ -35,6 +35,7 @@ __all__ = [
     "keep_draft",
     "record",
     "recorded_layout",
+    "targets_of",
 ]
 
 MAX_NAMES: Final = 8
@@ -104,6 +105,14 @@ def bounded(names: Sequence[str]) -> str:
 def keep_draft(model: nn.Module) -> None:
     """Remember that ``model``, of speculative decoding, was loaded too: no layout covers its weights."""
     _drafts.add(model)
+
+
+def targets_of(model: nn.Module) -> Sequence[Target]:
+    """The memory that a round writes in ``model``; its layout was recorded."""
+    recording = getattr(model, _ATTRIBUTE)
+    assert recording.finished is not None, "recorded_layout has refused it"
+    targets: list[Target] = recording.finished.targets
+    return targets
 
 
 def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
