@@ -167,3 +167,65 @@ def test_weights_that_a_loader_computes_are_refused() -> None:
     ]
     with pytest.raises(RecordError, match=r"cannot be written: weight: aten\.cumsum\.\w+ of weight"):
         Recording(trace_loader(model, CHECKPOINT, Engine()))
+
+
+def processed(process: Callable[[Model], object], values: torch.Tensor) -> Recording:
+    model = Model()
+    model.weight.data.copy_(values)
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
+    with recording.processing:
+        model.kept = process(model)  # type: ignore[assignment]
+    recording.finish()
+    return recording
+
+
+def moved(model: Model) -> None:
+    model.weight = nn.Parameter(model.weight.data.flip(0), requires_grad=False)
+
+
+def test_equal_values_that_processing_moves_prove_nothing_and_are_refused() -> None:
+    with pytest.raises(RecordError, match=r"weight: processing moved it, and its values cannot show where to \(4 of 4"):
+        processed(moved, torch.ones(4, 3))
+    with pytest.raises(RecordError, match="weight"):
+        processed(lambda model: model.weight.data.copy_(model.weight.data.flip(0)), torch.zeros(4, 3))
+
+
+def test_equal_values_that_processing_leaves_alone_are_believed() -> None:
+    assert len(processed(lambda model: None, torch.ones(4, 3)).finished.targets) == 1  # type: ignore[union-attr]
+
+
+def test_a_packed_copy_in_a_closure_is_refused_by_the_weight_s_name() -> None:
+    def packs(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+        packed = model.weight.data.t().contiguous()
+        return lambda x: x @ packed
+
+    with pytest.raises(RecordError, match=r"weight: a result of aten\.\w+\.\w+ is kept"):
+        processed(packs, torch.randn(4, 3))
+
+
+def test_weights_that_were_processed_unwatched_are_refused() -> None:
+    recording = Recording(trace_loader(Model(), CHECKPOINT, Engine()))
+    with pytest.raises(RecordError, match="without being watched"):
+        recording.finish()
+
+
+def test_a_parameter_that_the_engine_replaces_later_is_stale() -> None:
+    recording = processed(lambda model: None, torch.randn(4, 3))
+    assert recording.finished is not None
+    assert recording.finished.stale() == []
+    recording.model.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    assert recording.finished.stale() == ["weight"]
+
+
+def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
+    model = Model()
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,))))
+    with recording.processing:
+        model.weight = nn.Parameter(model.weight.data.flip(0), requires_grad=False)
+    recording.finish()
+    assert recording.finished is not None
+    assert recording.finished.stale() == []
+    model.weight.data[0, 0] += 1
+    assert recording.finished.stale() == ["weight"]
+    write(recording, torch.randn(4, 3))
+    assert recording.finished.stale() == []
