@@ -12,6 +12,7 @@ not with the number of layers.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,8 +32,9 @@ SEED: Final = 20260101
 CHANGED_BYTES: Final = 64 * 1024 * 1024
 """Of one parameter, from its start: enough for every tile of a kernel, and little enough to keep on the host."""
 
-OF_THE_ROUTER: Final = frozenset({"e_score_correction_bias"})
-"""Parameters that vLLM keeps in the gate's linear layer, too, and reads in the experts' router only."""
+OWN: Final = re.compile(r"(w13_|w2_)?bias|(?!.*input_scale).*(weight|scale|zero).*")
+"""Names of what a layer itself computes with. Others are kept in it for somebody else (a gate's ``expert_bias`` and
+``e_score_correction_bias`` are read by the experts' router), or not used by every kernel (``input_scale``)."""
 
 Run = Callable[[], torch.Tensor]
 
@@ -91,13 +93,17 @@ def probe(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], Non
         undo = _change({p.memory.data_ptr(): p.memory for p in chosen}.values())
         try:
             refresh()
-            unread += [p.name for p in chosen if _same(p.run(), p.before)]
+            still = [p for p in chosen if _same(p.run(), p.before)]
         finally:
             undo()
             refresh()
+        if OWN.fullmatch(attribute):
+            unread += [p.name for p in still]
+        else:
+            unknown |= {p.name: "its layer alone does not depend on it" for p in still}
     if torn := [p.name for p in probes if not _same(p.run(), p.before)]:
         raise UnreadWeights(f"{', '.join(torn)}: the layer answers otherwise after its bytes were put back")
-    read = tuple(p.name for p in probes if p.name not in unread)
+    read = tuple(p.name for p in probes if p.name not in unread and p.name not in unknown)
     return Found(read, tuple(unread), unknown)
 
 
@@ -136,8 +142,7 @@ def _kinds(model: nn.Module, targets: Sequence[Target], vllm_config: Any) -> Ite
             memory = by_owner.get((id(module), attribute))
             if memory is None and parameter is not None:
                 memory = by_address.get(parameter.data_ptr())
-            elsewhere = attribute in OF_THE_ROUTER and id(module) not in runners
-            if memory is None or not memory.numel() or elsewhere:
+            if memory is None or not memory.numel():
                 continue
             # Layers of one class may differ by what they are for (MLA's kv_b_proj is dropped after packing).
             leaf = path.rpartition(".")[2]

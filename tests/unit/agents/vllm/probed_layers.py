@@ -90,6 +90,11 @@ def unrunnable(model: nn.Module) -> None:
     model.odd = nn.Bilinear(2, 2, 2)
 
 
+def gate(model: nn.Module) -> None:
+    in_place(model)
+    model.proj.expert_bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+
+
 def restless(model: nn.Module) -> None:
     in_place(model)
     model.proj.cpu_linear = lambda x, weight, bias: torch.rand(3)
@@ -112,6 +117,7 @@ def main() -> None:
             "packed tied head": case(True, packed_head),
             "packed head, refreshed": case(False, packed_head, repack=True),
             "unrunnable": case(False, unrunnable),
+            "gate": case(False, gate),
             "restless": case(False, restless),
         }
     print("RESULTS", json.dumps(results))

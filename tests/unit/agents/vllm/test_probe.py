@@ -53,6 +53,24 @@ def test_what_cannot_be_run_alone_is_said(results: dict[str, Any]) -> None:
     assert "no way is known to run a Bilinear alone" in found["unknown"]["odd.weight"]
 
 
+def test_what_a_gate_keeps_for_the_router_is_not_the_gates(results: dict[str, Any]) -> None:
+    assert results["gate"]["unread"] == []
+    assert results["gate"]["unknown"] == {"proj.expert_bias": "its layer alone does not depend on it"}
+    assert sorted(results["gate"]["read"]) == sorted(EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "own"),
+    [
+        ("weight", True), ("bias", True), ("weight_scale_inv", True), ("w13_weight", True), ("w2_bias", True),
+        ("qzeros", True), ("input_scale", False), ("w13_input_scale", False), ("expert_bias", False),
+        ("e_score_correction_bias", False),
+    ],
+)  # fmt: skip
+def test_which_names_are_a_layers_own(attribute: str, own: bool) -> None:
+    assert bool(probe.OWN.fullmatch(attribute)) == own
+
+
 def test_a_layer_that_answers_otherwise_each_time_proves_nothing(results: dict[str, Any]) -> None:
     assert "twice" in results["restless"]["unknown"]["proj.weight"]
     assert "proj.weight" not in results["restless"]["read"]
