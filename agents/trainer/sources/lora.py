@@ -82,11 +82,12 @@ def declared_merges(state: Mapping[str, torch.Tensor], rules: Sequence[LoraMerge
             factors.setdefault(place, {})[found["side"].lower()] = name
     if rules and not factors:
         raise AdapterError("lora=", "it is given, and no tensor of the state is named like an adapter (lora_A, lora_b)")
+    places = {place for name in state for place in (name + ".", *_places(name))}
     merges: dict[str, Merge] = {}
     for (module, adapter, embedding), sides in sorted(factors.items()):
         if sides.keys() != {"a", "b"}:
             raise AdapterError(module, f"there is {', '.join(sides.values())} and not its other half")
-        base = _base_of(module, state)
+        base = _base_of(module, state, places)
         rule = next((rule for rule in rules if fnmatchcase(module, rule.pattern)), None)
         if rule is None:
             raise AdapterError(module, "it has adapters, and no LoraMerge(pattern=…) fits its name")
@@ -124,7 +125,7 @@ def peft_merges(module: nn.Module, plain: Callable[[str], str], names: Collectio
     renamed: dict[str, str] = {}
     consumed: set[str] = set()
     for place, part in at.items():
-        if any(outer in at for outer in _places(place[:-1])):
+        if any(outer in at and outer != place for outer in _places(place[:-1])):
             raise AdapterError(place.rstrip("."), "an adapter within another one; give a callable of merged weights")
         if _saves(part):
             used = place + f"modules_to_save.{_active(part, place)[0]}."
@@ -187,9 +188,9 @@ def _active(part: nn.Module, at: str) -> list[str]:
     return list(cast(Sequence[str], part.active_adapters))
 
 
-def _base_of(module: str, names: Collection[str]) -> str:
-    """Name of the frozen weight of a module that has adapters."""
-    dora = next((f"{module}.{part}" for part in MAGNITUDE if any(_within(n, f"{module}.{part}") for n in names)), None)
+def _base_of(module: str, names: Collection[str], places: Collection[str]) -> str:
+    """Name of the frozen weight of a module that has adapters; ``places`` are all prefixes of names, with their dot."""
+    dora = next((f"{module}.{part}" for part in MAGNITUDE if f"{module}.{part}." in places), None)
     if dora is not None:
         raise AdapterError(
             module, f"{dora} makes it DoRA, no sum of matrices; give a callable that returns merged weights"
@@ -198,10 +199,6 @@ def _base_of(module: str, names: Collection[str]) -> str:
     if len(bases) != 1:
         raise AdapterError(module, f"its adapters belong to one of {bases}" if bases else "its adapters have no base")
     return bases[0]
-
-
-def _within(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
 
 
 def _without_base(name: str, modules: Collection[str]) -> str:
