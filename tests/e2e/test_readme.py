@@ -38,7 +38,9 @@ def test_the_block_publishes_what_a_fresh_engine_would_answer(serve: Serve, qwen
             "UCX_TLS": "tcp,self,sm",
         }
         command = [sys.executable, "-c", block()]
-        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert ran.returncode == 0, ran.stderr[-4000:]
         for step in (1, 2):
             assert (whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED").exists()
