@@ -11,8 +11,8 @@ from weightsync.kernels.fp8_reference import ScaleFormat
 from weightsync.orchestrator.protocol.layout import ITEMSIZE, Quantized, Tensor
 from weightsync.orchestrator.protocol.messages import Needs
 
-SHOWN: Final = 10
-"""Tensors that an error names; it counts the others."""
+SHOWN: Final = 5
+"""Tensors that an error names; it counts the others, and stays short enough to reach the other ranks whole."""
 
 CODES: Final = torch.float8_e4m3fn
 VALUES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -149,5 +149,5 @@ def test_other_formats_are_refused_by_name(
 
 def test_an_error_names_some_and_counts_the_others() -> None:
     packed = [Tensor(f"layers.{n}.qweight", "int32", (4, 4)) for n in range(30)]
-    with pytest.raises(UnsupportedFormat, match=r"30 tensors .*'layers.9.qweight'.*and 20 more\. Serve the model unq"):
+    with pytest.raises(UnsupportedFormat, match=r"30 tensors .*'layers.4.qweight'.*and 25 more\. Serve the model unq"):
         treatments(needs(*packed), None)
