@@ -16,7 +16,7 @@ from typing import Final, Self, SupportsIndex
 
 import torch
 import torch.distributed as dist
-from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
+from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
 from weightsync.agents.link.token import read_token
 from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start
 from weightsync.agents.trainer.errors import ReplicaFailed
@@ -283,10 +283,11 @@ class TrainerAgent:
         if number != follows.made_for:
             message = encode(told) if told is not None else b""
             message = self._ranks.share(message, self._first_sender, seconds=RANKS_SECONDS)
+            follows.made_for = 0  # until all ranks have theirs: those that failed and the others must agree next time
             self._hold(self._made_slots(follows.table(message, state)))
-            follows.made_for = number
         self._check(state)
         self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
+        follows.made_for = number
 
     def _check(self, state: Mapping[str, torch.Tensor]) -> None:
         """That the slots can be filled, and that all that is trained is read; no rank waits for another."""
@@ -297,7 +298,7 @@ class TrainerAgent:
         """Send from ``slots`` in the place of the former ones, which nothing is written from."""
         if self._agent is not None:
             side, (memory, size) = self._agent.side, _memory_of(slots, self._agent.identity)
-            self._agent.call(lambda: side.hold(memory, size)).result(timeout=STOP_SECONDS)
+            self._agent.call(lambda: side.hold(memory, size)).result(timeout=self._publish_seconds)
         self._slots = slots
 
     def _told(self) -> Needs | None:

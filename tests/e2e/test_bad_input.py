@@ -282,7 +282,7 @@ def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(ser
 
 def test_a_step_names_one_version_for_good(served: Served) -> None:
     again = served.trainer.publish(served.step)
-    assert f"has published step {served.step} before" in again["error"]
+    assert f"step {served.step} is committed already" in again["error"]
     assert not served.server.is_paused()
 
 
