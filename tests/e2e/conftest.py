@@ -1,16 +1,14 @@
 """Fixtures of the e2e tests: tiny models, and servers that are gone when the test or its module is over."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from serving import VllmServer, tiny_qwen3
-
-Serve = Callable[..., VllmServer]
+from serving import Serve, VllmServer, tiny_qwen3
 
 
 @pytest.fixture(scope="session")

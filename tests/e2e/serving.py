@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, version
@@ -408,3 +408,7 @@ class Hammer:
             else:
                 self.answers.append((time.monotonic(), answer))
                 self._first.set()
+
+
+Serve = Callable[..., VllmServer]
+"""The fixture ``serve``: starts a server of a model without waiting for it."""

@@ -8,10 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import Serve
 from fleet import fleet
 from reference import plain, reference_answers
-from serving import HOST, answers, tiny_qwen3
+from serving import HOST, Serve, answers, tiny_qwen3
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
