@@ -25,6 +25,7 @@ On the right, the module below ``agents``::
     ├── UpdateFailed             a round that was not committed here                 inference.window
     ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
+    │   └── UnprovedPlace        a parameter whose place after processing is not proved  recorder.recording
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
     ├── UnreadWeights            a layer that does not read what a round writes      vllm.probe
     ├── HoldsWeights             a setting by which copies of weights are kept       vllm.holders.settings

@@ -53,7 +53,7 @@ class Finished:
         return sorted(name for name, check in self.checks.items() if not check())
 
 
-class _Unproved(RecordError):
+class UnprovedPlace(RecordError):
     """A parameter whose place after processing is not proved."""
 
 
@@ -128,7 +128,7 @@ class Recording:
                 landings = _inside(first.parameter, self._settled[storage].landings)
                 try:
                     target = self._target(first, landings, done, shadows)
-                except _Unproved as error:
+                except UnprovedPlace as error:
                     faults.append(str(error))
                     continue
                 moved = [b.parameter.name for b in others if target is not None and not _same_memory(b, target.tensor)]
@@ -177,7 +177,7 @@ class Recording:
         if before.copy is None:
             return None
         if any(landing.program for landing in landings):
-            raise _Unproved(f"{parameter.name}: computed while it loads, and laid out anew afterwards")
+            raise UnprovedPlace(f"{parameter.name}: computed while it loads, and laid out anew afterwards")
         for layout in self._engine.kernel_layouts:
             if layout.may_apply(parameter) and live is not None and _gives(layout, parameter, before.copy, live):
                 _must_tell_places(parameter, before.copy)
@@ -274,7 +274,7 @@ def _some(faults: Sequence[str]) -> str:
 def _must_tell_places(parameter: ParameterPlace, values: torch.Tensor) -> None:
     reason = repeated(values)
     if reason:
-        raise _Unproved(
+        raise UnprovedPlace(
             f"{parameter.name}: processing moved it, and its values cannot show where to ({reason}); start the engine "
             "from weights that differ"
         )

@@ -61,7 +61,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Probed:
     """What a probe of a model came to: names of parameters, one for each kind.
 
     ``unread``: the output does not depend on them. ``unknown``: with the reason why nobody can say.
@@ -73,7 +73,7 @@ class Found:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], None], vllm_config: Any = None) -> Found:
+def probe(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], None], vllm_config: Any = None) -> Probed:
     """Run one layer of each kind before and after a change of what a round would write. Leaves all bytes as they were.
 
     Args:
@@ -104,7 +104,7 @@ def probe(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], Non
     if torn := [p.name for p in probes if not _same(p.run(), p.before)]:
         raise UnreadWeights(f"{', '.join(torn)}: the layer answers otherwise after its bytes were put back")
     read = tuple(p.name for p in probes if p.name not in unread and p.name not in unknown)
-    return Found(read, tuple(unread), unknown)
+    return Probed(read, tuple(unread), unknown)
 
 
 def require(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], None], vllm_config: Any = None) -> None:

@@ -5,6 +5,7 @@ Everything else is real: slots, planner, tables, both sides of the agents, diges
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -185,7 +186,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
 
     # A round.
     trainer.prepare(VERSION)
-    trainer.staged(VERSION, 0.0, 0.0)
+    trainer.staged(VERSION, 0.0, 0.0, Future())
     trainer.heard(
         Grant(
             round=ROUND,

@@ -105,8 +105,8 @@ def test_strided_memory_is_changed_where_it_lies() -> None:
     assert whole.eq(0).all()
 
 
-def found(*unread: str) -> probe.Found:
-    return probe.Found(("a.weight",), unread, {"c.weight": "no way is known"})
+def found(*unread: str) -> probe.Probed:
+    return probe.Probed(("a.weight",), unread, {"c.weight": "no way is known"})
 
 
 def test_an_engine_with_unread_weights_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
