@@ -170,7 +170,12 @@ class TrainerRanks:
             try:
                 if self._store.check(keys):
                     return  # before ``look``: a rank that said its part may have gone on, and closed
-                self.look()
+                try:
+                    self.look()
+                except ReplicaFailed:
+                    if self._store.check(keys):
+                        return  # it did so between the two
+                    raise
                 if time.monotonic() >= ends:
                     late = [key.rpartition("/")[2] for key in keys if not self._store.check([key])]
                     late = ["0" if name == "verdict" else name for name in late]

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from weightsync.agents.trainer import replicas
 from weightsync.agents.trainer.errors import ReplicaFailed
 from weightsync.agents.trainer.replicas import TrainerRanks
 
@@ -164,3 +165,31 @@ def test_long_texts_are_cut(in_ranks):
     for first, second in in_ranks(2, body):
         assert first == "0"
         assert second == "é" * 2000
+
+
+def test_a_rank_that_said_its_part_and_closed_meanwhile_is_no_failure(in_ranks, monkeypatch):
+    """Rank 0 gives its verdict and closes just between rank 1's two looks."""
+    looked, gone = threading.Event(), threading.Event()
+
+    def body(rank):
+        ranks = TrainerRanks()
+        if rank == 1:
+            look = ranks.look
+
+            def late_look():
+                looked.set()
+                assert gone.wait(30)
+                look()
+
+            monkeypatch.setattr(ranks, "look", late_look)
+        with ranks.section():
+            if rank == 0:
+                assert looked.wait(30)  # rank 1 has seen that nothing is there yet
+            said = ranks.agree(str(rank), seconds=30)
+        if rank == 0:
+            monkeypatch.setattr(replicas, "READ_SECONDS", 0.0)
+            ranks.close()
+            gone.set()
+        return said
+
+    assert in_ranks(2, body) == [("0", "1"), ("0", "1")]
