@@ -2,18 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from weightsync.agents.trainer.errors import ReplicaFailed
+
+ALONE: Final = "alone"
+"""In the place of a group: one rank that has an agent by itself, whatever job it is a part of."""
+
+Group = dist.ProcessGroup | Literal["alone"] | None
+"""Who enters a collective together; None: all ranks of the default group, or nobody else without torch.distributed."""
 
 TEXT_BYTES: Final = 1024
 """Of one rank's reason in UTF-8; longer ones are cut. They end in one line of a log."""
 
 
 @contextmanager
-def leave_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def leave_together(group: Group = None) -> Iterator[None]:
     """A section that all ranks of ``group`` leave through one closing barrier, whether they succeed or fail.
 
     Without it a replica that does nothing in a publish (or fails early) would run ahead into the next collective of
@@ -38,7 +44,7 @@ def leave_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             raise ReplicaFailed(first, reasons[first])
 
 
-def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+def gather_texts(text: str, group: Group = None) -> list[str]:
     """Every rank's text, by rank within ``group``; cut to TEXT_BYTES. Collective."""
     if not _together(group):
         return [text]
@@ -51,7 +57,7 @@ def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]
     return [bytes(each.cpu().numpy()).rstrip(b"\0").decode(errors="ignore") for each in everyone]
 
 
-def agree_on(value: int, group: dist.ProcessGroup | None = None) -> int:
+def agree_on(value: int, group: Group = None) -> int:
     """The number that the first rank of ``group`` gives, below 2^63. Collective."""
     if not _together(group):
         return value
@@ -60,8 +66,10 @@ def agree_on(value: int, group: dist.ProcessGroup | None = None) -> int:
     return int(given.item())
 
 
-def _together(group: dist.ProcessGroup | None) -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+def _together(group: Group) -> TypeGuard[dist.ProcessGroup | None]:
+    return (
+        not isinstance(group, str) and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+    )
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:

@@ -10,6 +10,7 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.stream import StreamSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends
 from weightsync.agents.transport.shares import Shares
@@ -205,7 +206,7 @@ class TrainerSide:
             waiting.set_exception(PublishError(outcome.reason))
 
 
-def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:
+def source_of(slots: TrainerSlots | StreamSlots, member: Member, world: int) -> SourceMemory:
     """The slots' memory, as ``member`` of ``world`` ranks that have an agent."""
     first_replica = tuple(entry.first_replica for entry in slots.entries())
     return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)

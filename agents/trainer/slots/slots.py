@@ -97,7 +97,9 @@ class TrainerSlots:
             self.arenas.append(make(options.staging_bytes))
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
-        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas])
+        staging = STAGING_REGION if len(self.arenas) > STAGING_REGION else -1
+        placed = [(slot, ARENA_REGION) for slot in self.slots]
+        self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
 
@@ -164,18 +166,19 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
         yield LocalBatch([slot for slot in local if slot.spec.quantization == treatment], state)
 
 
-def _layout(slots: Sequence[Slot], regions: Sequence[Region]) -> Layout:
+def layout_of(placed: Sequence[tuple[Slot, int]], regions: Sequence[Region], staging: int) -> Layout:
+    """The layout of slots, each bound to the memory of the region beside it; also numbers the slots' rows."""
     tensors: dict[Tensor, int] = {}
     rows: list[list[int]] = []
-    for slot in slots:
+    for slot, region in placed:
         first = len(rows)
         for entry in slot.entries:
             number = tensors.setdefault(entry.tensor, len(tensors))
-            rows.append(row(number, ARENA_REGION, entry.offset, entry.box.offset, entry.box.extent, entry.stride))
+            rows.append(row(number, region, entry.offset, entry.box.offset, entry.box.extent, entry.stride))
         slot.rows = range(first, len(rows))
     matrix = np.array(rows, dtype="<i8")
-    staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
-    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=tuple(_notes(slots)))
+    notes = tuple(_notes([slot for slot, _ in placed]))
+    return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=notes)
 
 
 def _notes(slots: Sequence[Slot]) -> Iterator[Note]:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import agree_on, gather_texts, leave_together
+from weightsync.agents.trainer.replicas import ALONE, agree_on, gather_texts, leave_together
 
 
 def test_nobody_leaves_before_a_slow_primary(in_ranks):
@@ -38,6 +38,16 @@ def test_a_failure_reaches_every_rank_and_stays_its_own_at_home(in_ranks):
     assert {(error.rank, error.reason) for rank, error in enumerate(errors) if rank != 2} == {
         (2, "KeyError: 'model.norm.weight'")
     }
+
+
+def test_a_rank_that_is_alone_in_its_job_meets_nobody(in_ranks):
+    def body(rank):
+        if rank != 1:
+            return 1  # these ranks enter no collective
+        with leave_together(ALONE):
+            return agree_on(len(gather_texts("mine", ALONE)) + 40, ALONE)
+
+    assert in_ranks(3, body) == [1, 41, 1]
 
 
 def test_alone_it_does_nothing():
