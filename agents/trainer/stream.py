@@ -247,8 +247,6 @@ def _by_name(metadata: Iterable[StreamedTensor]) -> dict[str, StreamedTensor]:
         if tensor.name in declared:
             raise StreamError(f"the metadata declares {tensor.name!r} twice")
         declared[tensor.name] = tensor
-    if not declared:
-        raise StreamError("the metadata declares no tensor")
     return declared
 
 

@@ -249,8 +249,6 @@ def test_what_the_stream_raises_comes_out_as_it_is():
 def test_metadata_names_each_tensor_once():
     with pytest.raises(StreamError, match=r"declares 'w' twice"):
         StreamSlots(declared({"w": (1,)}) * 2)
-    with pytest.raises(StreamError, match=r"declares no tensor"):
-        StreamSlots([])
 
 
 def test_a_table_says_what_is_quantised():
