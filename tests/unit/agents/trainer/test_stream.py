@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import tiny_fleet
 import torch
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 from weightsync.agents.trainer import stream as streams
@@ -13,6 +14,8 @@ from weightsync.agents.trainer.models import STACKED, model_table
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.stream import StreamSlots, treatments_of
 from weightsync.agents.trainer.streamed import StreamedTensor, StreamError
+from weightsync.orchestrator.planner import CostModel, Party, make_plan
+from weightsync.orchestrator.protocol.names import Member
 
 FP8 = QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX)
 SHAPES = {"a.weight": (300, 20), "a.bias": (300,), "scale": (), "conv": (4, 3, 2, 2), "b.weight": (7, 129)}
@@ -166,6 +169,27 @@ def test_pieces_on_the_grid_are_quantised_each_by_itself(weights, assemble, fp8_
     found = assemble(ranks)
     assert torch.equal(found["w"].view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(found["w" + FP8_SUFFIX], scales)
+
+
+def test_segments_pieces_and_ranks_without_any_are_planned(monkeypatch, weights):
+    """The real planner covers an engine of two ranks from: rank 0's rows, rank 1's rows, and a rank with nothing."""
+    monkeypatch.setattr(streams, "SMALLEST_SEGMENT", 4096)
+    masters = {name: value.to(torch.bfloat16) for name, value in weights.state(tiny_fleet.SHAPES).items()}
+    targets = [tiny_fleet.Target.of("e0", rank, staging=4096) for rank in (0, 1)]
+    whole = StreamSlots(staging_bytes=4096)
+    whole.fill(masters.items())
+    assert len(whole.arenas) > 10
+    plan, connect = tiny_fleet.planned(whole, targets)
+    needed = sum(memory.numel() for target in targets for memory in target.memory) - 2 * 4096
+    assert connect.expected_bytes == needed
+    metadata = [StreamedTensor(n, t.dtype, tuple(t.shape), (0, 1), placements=(0,)) for n, t in masters.items()]
+    ranks = [StreamSlots(metadata, rank=rank) for rank in (0, 1, 2)]
+    for rank, slots in enumerate(ranks):
+        slots.fill((name, value.chunk(2)[rank]) for name, value in masters.items() if rank < 2)
+    sources = [Party(Member("trainer", "", rank), 1, slots.layout) for rank, slots in enumerate(ranks)]
+    plan = make_plan(sources, [Party(target.member, 1, target.layout) for target in targets], CostModel())
+    sent = [plan.part(source.member).expected_bytes for source in sources]
+    assert (sum(sent), sent[2]) == (needed, 0)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
