@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,11 +99,11 @@ def verl(job: Job) -> None:
 
     engine = CheckpointEngineRegistry.new("weightsync", is_master=job.rank == 0, bucket_size=2**31, **job.daemon)
 
+    actor = ThreadPoolExecutor(1)  # in the place of Ray's actor, which has an event loop of its own
+
     def update_weights(global_steps: int, mode: str) -> list["Future[Any]"]:
         assert mode == "weightsync"
-        done: Future[Any] = Future()
-        done.set_result(asyncio.new_event_loop().run_until_complete(engine.send_weights(job.gathered(), global_steps)))
-        return [done]
+        return [actor.submit(asyncio.run, engine.send_weights(job.gathered(), global_steps))]
 
     config = SimpleNamespace(backend="weightsync", custom_backend_module=adapter.__name__)
     manager = adapter.WeightsyncManager(config, SimpleNamespace(update_weights=update_weights), [])
@@ -112,7 +112,7 @@ def verl(job: Job) -> None:
         if job.rank == 0:
             assert manager.update_weights(step)["weightsync/sequence"] >= step
         else:
-            update_weights(step, "weightsync")
+            assert update_weights(step, "weightsync")[0].result() == {}
         job.say(step)
     engine.finalize()
 

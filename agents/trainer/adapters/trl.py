@@ -4,7 +4,7 @@ The protocol (TRL 1.16.0, ``trl/experimental/async_grpo/async_grpo_trainer.py``)
 imported. TRL calls it on the main process only, with full tensors; its other ranks drain the same generator.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from weightsync.agents.trainer.adapters.connection import PUBLISH_SECONDS, Connection, FilePath
@@ -15,7 +15,7 @@ class WeightsyncTransfer:
     """Each ``send_weights`` is a version; it returns when the whole fleet serves it.
 
     Args:
-        hub_url, token_file, run_id, run_dir, forward_dtype, publish_seconds: see ``Connection``.
+        hub_url, token_file, run_id, run_dir, forward_dtype, model_config, publish_seconds: see ``Connection``.
         first_step: number of the first version. TRL passes none; with 1 the numbers are TRL's ``model_version``, and a
             resumed training goes on with ``first_step=model_version + 1``.
 
@@ -31,11 +31,12 @@ class WeightsyncTransfer:
         run_id: str,
         run_dir: FilePath,
         forward_dtype: str | torch.dtype | None = None,
+        model_config: FilePath | Mapping[str, object] | None = None,
         first_step: int = 1,
         publish_seconds: float = PUBLISH_SECONDS,
     ) -> None:
         self._connection = Connection(
-            hub_url, token_file, run_id, run_dir, forward_dtype=forward_dtype, publish_seconds=publish_seconds
+            hub_url, token_file, run_id, run_dir, forward_dtype, model_config, publish_seconds
         )
         self._agent: TrainerAgent | None = None
         self.step = first_step - 1
