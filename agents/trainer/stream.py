@@ -78,6 +78,7 @@ class StreamSlots:
         self._device = torch.device("cpu")
         self._slots: dict[str, Slot] = {}
         self._regions: dict[str, int] = {}
+        self._looks: dict[str, tuple[object, ...]] = {}  # of what has been found fit; most passes bring the same
         self._room = ArenaPlan()  # what has been handed out of the last segment
         self._declared: dict[str, StreamedTensor] | None = None
         self._complete = False
@@ -135,7 +136,7 @@ class StreamSlots:
 
     # ------------------------------------------------------------------------------------------------- one tensor
     def _take(self, pair: tuple[str, torch.Tensor], seen: set[str], unknown: list[str]) -> None:
-        name, tensor = _checked(pair)
+        name, tensor = self._checked(pair)
         if name in seen:
             raise StreamError(f"tensor {name!r} came twice in one pass; a version has one value for each name")
         seen.add(name)
@@ -149,10 +150,30 @@ class StreamSlots:
                 raise StreamError(f"tensor {name!r} has no elements: a placeholder (ZeRO-3); gather it first")
             self._make_seen(StreamedTensor(name, tensor.dtype, tuple(tensor.shape)), tensor.device)
         slot = self._slots[name]
-        _compare(name, tensor, slot.shares[0])
+        if self._looks.get(name) != _look(tensor):
+            _compare(name, tensor, slot.shares[0])
+            self._looks[name] = _look(tensor)
         here = tensor.to(self._device)
         for move in slot.moves:
             slot.spec.quantization.apply(here[move.index], move.out, move.scale_out)
+
+    def _checked(self, pair: object) -> tuple[str, torch.Tensor]:
+        """A pair that may travel.
+
+        Raises:
+            StreamError: it may not; with the tensor's name, what is wrong, and what to do.
+        """
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise StreamError(f"a stream yields (name, tensor) pairs, not {type(pair).__name__}")
+        name, tensor = pair
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+            raise StreamError(f"a tensor's name is a string of 1 to {MAX_NAME_CHARS} characters, not {name!r:.200}")
+        if not isinstance(tensor, torch.Tensor):
+            raise StreamError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+        wrong = "" if self._looks.get(name) == _look(tensor) else _unfit(tensor)
+        if wrong:
+            raise StreamError(f"tensor {name!r} {wrong}")
+        return name, tensor
 
     def _account(self, seen: set[str], unknown: list[str]) -> None:
         known = self._slots or self._owned(self._declared or {})
@@ -281,25 +302,6 @@ def _next_segment(size: int) -> int:
     return min(LARGEST_SEGMENT, max(SMALLEST_SEGMENT, size // GROWTH))
 
 
-def _checked(pair: object) -> tuple[str, torch.Tensor]:
-    """A pair that may travel.
-
-    Raises:
-        StreamError: it may not; with the tensor's name, what is wrong, and what to do.
-    """
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise StreamError(f"a stream yields (name, tensor) pairs, not {type(pair).__name__}")
-    name, tensor = pair
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
-        raise StreamError(f"a tensor's name is a string of 1 to {MAX_NAME_CHARS} characters, not {name!r:.200}")
-    if not isinstance(tensor, torch.Tensor):
-        raise StreamError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-    wrong = _unfit(tensor)
-    if wrong:
-        raise StreamError(f"tensor {name!r} {wrong}")
-    return name, tensor
-
-
 def _unfit(tensor: torch.Tensor) -> str:
     """Why ``tensor`` cannot travel; empty if it can."""
     if isinstance(tensor, DTensor):
@@ -315,6 +317,11 @@ def _unfit(tensor: torch.Tensor) -> str:
     if tensor.ndim > MAX_RANK:
         return f"has {tensor.ndim} dimensions; at most {MAX_RANK} can travel"
     return ""
+
+
+def _look(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What decides whether a tensor may travel and fits its slot."""
+    return type(tensor), tensor.dtype, tensor.shape, tensor.layout, tensor.device
 
 
 def _compare(name: str, tensor: torch.Tensor, share: LocalShare) -> None:
