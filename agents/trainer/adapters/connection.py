@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from weightsync.agents.trainer.agent import TrainerAgent
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.stream_agent import StreamAgent
 
 FilePath = str | os.PathLike[str]
 
@@ -56,15 +56,14 @@ class Connection:
             return found
         raise ValueError(f"weightsync: forward_dtype {given!r} is no dtype of floating point such as 'bfloat16'")
 
-    def agent(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> TrainerAgent:
+    def agent(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> StreamAgent:
         """An agent for streams: alone, or one of ``world`` ranks that ``group`` connects."""
         dtype, table = self.dtype(), None
         if self.model_config is not None:
             config = self.model_config if isinstance(self.model_config, Mapping) else Path(self.model_config)
             table = model_table(config, forward_dtype=dtype or torch.bfloat16)
-        return TrainerAgent(
-            None,
-            table,
+        return StreamAgent(
+            table=table,
             hub_url=self.hub_url,
             token_file=Path(self.token_file),
             run_id=self.run_id,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from weightsync.agents.trainer.adapters.connection import PUBLISH_SECONDS, Connection, FilePath
-from weightsync.agents.trainer.agent import TrainerAgent
+from weightsync.agents.trainer.stream_agent import StreamAgent
 
 
 class WeightsyncTransfer:
@@ -38,7 +38,7 @@ class WeightsyncTransfer:
         self._connection = Connection(
             hub_url, token_file, run_id, run_dir, forward_dtype, model_config, publish_seconds
         )
-        self._agent: TrainerAgent | None = None
+        self._agent: StreamAgent | None = None
         self.step = first_step - 1
 
     def init_weight_transfer(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineManager, CheckpointEngineRegistry
 from verl.utils.ray_utils import auto_await
 from weightsync.agents.trainer.adapters.connection import PUBLISH_SECONDS, Connection, FilePath
-from weightsync.agents.trainer.agent import TrainerAgent
+from weightsync.agents.trainer.stream_agent import StreamAgent
 
 BACKEND: Final = "weightsync"
 
@@ -46,7 +46,7 @@ class WeightsyncCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             hub_url, token_file, run_id, run_dir, forward_dtype, model_config, publish_seconds
         )
         self._is_master = is_master
-        self._agent: TrainerAgent | None = None
+        self._agent: StreamAgent | None = None
         self._step = -1
 
     async def send_weights(

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from weightsync.agents.trainer.adapters.connection import PUBLISH_SECONDS, Connection
-from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.replicas import ALONE, Group, leave_together
+from weightsync.agents.trainer.stream_agent import StreamAgent
 from weightsync.agents.trainer.streamed import StreamedTensor
 
 BACKEND: Final = "weightsync"
@@ -85,7 +86,7 @@ class WeightsyncTrainerEngine(TrainerWeightTransferEngine):  # type: ignore[misc
             info.publish_seconds,
         )  # fmt: skip
         self._pass = _planned(source, info.rank, quantised=info.model_config is not None)
-        self._agent: TrainerAgent | None = None
+        self._agent: StreamAgent | None = None
         if self._pass.every_rank and self._world > 1:
             if self._group == ALONE:
                 raise ValueError(

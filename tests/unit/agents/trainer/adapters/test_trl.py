@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from weightsync.agents.trainer.adapters.trl import WeightsyncTransfer
-from weightsync.agents.trainer.agent import PublishError
+from weightsync.agents.trainer.publication import PublishError
 
 PROTOCOL = {
     "init_weight_transfer": ["self"],

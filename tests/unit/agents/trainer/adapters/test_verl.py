@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsync.agents.trainer.agent import PublishError
+from weightsync.agents.trainer.publication import PublishError
 
 PARTS = Path(__file__).resolve().parents[4] / "verl_0_9_1"
 MODULE = "weightsync.agents.trainer.adapters.verl"

@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm_0_33_source import ModuleSource as Source33
 from weightsync.agents.trainer.adapters import vllm as adapter
 from weightsync.agents.trainer.adapters.vllm import WeightsyncTrainerEngine, WeightsyncTrainerInitInfo
-from weightsync.agents.trainer.agent import PublishError
+from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.streamed import StreamedTensor
 
 

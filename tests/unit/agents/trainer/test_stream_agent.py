@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from weightsync.agents.trainer.agent import PublishError, TrainerAgent
+from weightsync.agents.trainer.publication import PublishError
+from weightsync.agents.trainer.stream_agent import StreamAgent
 from weightsync.agents.trainer.streamed import StreamedTensor
 
 NOBODY = "ws://127.0.0.1:9/agents"
 """The discard port, where nothing listens."""
 
 
-def stream_agent(folder: Path, rank: int = 0, world: int = 1) -> TrainerAgent:
+def stream_agent(folder: Path, rank: int = 0, world: int = 1) -> StreamAgent:
     token = folder / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)
-    return TrainerAgent(
-        None, None, hub_url=NOBODY, token_file=token, run_id="r", run_dir=folder, rank=rank, world=world,
+    return StreamAgent(
+        hub_url=NOBODY, token_file=token, run_id="r", run_dir=folder, rank=rank, world=world,
         connect_seconds=0.3,
     )  # fmt: skip
 
@@ -75,6 +76,6 @@ def test_a_refusal_at_one_rank_reaches_all_after_everybodys_pass(in_ranks, tmp_p
     assert "1 of 2 ranks; rank 1: StreamError: tensor 'a' has the dtype torch.int32" in said[0]
 
 
-def test_models_and_streams_are_not_mixed_up(tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match=r"no model to publish; it was made for publish_stream"):
+def test_it_has_no_model_to_publish(tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match=r"step 1: this agent has no model to publish; call publish_stream"):
         stream_agent(tmp_path).publish(1)
