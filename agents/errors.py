@@ -22,8 +22,13 @@ On the right, the module below ``agents``::
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls
     ├── UpdateFailed             a round that was not committed here                 inference.window
+    ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
+    ├── UnreadWeights            a layer that does not read what a round writes      vllm.probe
+    ├── HoldsWeights             a setting by which copies of weights are kept       vllm.holders.settings
+    ├── BalancerBusy             experts still being moved in the background         vllm.holders.balancer
+    ├── BalancerUnknown          a vLLM whose background moves cannot be stopped     vllm.holders.balancer
     └── UnsupportedVllm          a vLLM that no adapter knows                        vllm.adapter.choose
 
 Errors of other libraries are chained below one of these where the reason is known. What is not (torch out of memory,

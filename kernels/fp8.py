@@ -9,22 +9,22 @@ from typing import Protocol
 
 import torch
 from weightsync.kernels.dispatch import common_device, use_triton
-from weightsync.kernels.fp8_jobs import QuantizeJob, check_job, stand_ins
+from weightsync.kernels.fp8_jobs import Look, QuantizeJob, check_job, checked_sources
 from weightsync.kernels.fp8_reference import ScaleFormat, quantize_reference
 
 
 class PreparedQuantize(Protocol):
     """Many tensors in one launch, their table already where it is needed."""
 
-    def __call__(self, sources: Sequence[torch.Tensor] | None = None) -> None:
+    def __call__(self, sources: Sequence[torch.Tensor]) -> None:
         """Quantise on the current stream; returns at once on CUDA.
 
         Args:
-            sources: other tensors in place of the jobs' own, of the same dtypes, shapes and strides (gathered
-                parameters are new tensors each time). Without it, the jobs' own.
+            sources: one per job, of the dtypes, shapes, strides and devices of the jobs' own (gathered parameters are
+                new tensors each time). None of them is kept.
 
         Raises:
-            KernelError: a source does not look like the one it stands in for.
+            KernelError: a source does not look like its job's.
         """
 
 
@@ -38,18 +38,18 @@ class _ReferenceQuantize:
         forward_dtype: torch.dtype | None,
         scale_format: ScaleFormat,
     ) -> None:
-        self._jobs = list(jobs)
+        self._looks = [Look.of(job.src) for job in jobs]
+        self._outs = [(job.out, job.scale_out) for job in jobs]
         self._block, self._forward_dtype, self._scale_format = block, forward_dtype, scale_format
 
-    def __call__(self, sources: Sequence[torch.Tensor] | None = None) -> None:
-        chosen = stand_ins(self._jobs, sources)
-        for source, job in zip(chosen, self._jobs, strict=True):
+    def __call__(self, sources: Sequence[torch.Tensor]) -> None:
+        for source, (out, scale_out) in zip(checked_sources(self._looks, sources), self._outs, strict=True):
             if source.numel() == 0:
                 continue
             quantize_reference(
                 source,
-                job.out,
-                job.scale_out,
+                out,
+                scale_out,
                 block=self._block,
                 forward_dtype=self._forward_dtype,
                 scale_format=self._scale_format,
@@ -103,4 +103,4 @@ def quantize_blocks(
         KernelUnavailableError: the tensors are on CUDA and Triton is missing.
     """
     job = QuantizeJob(src, out, scale_out)
-    prepare_quantize([job], block=block, forward_dtype=forward_dtype, scale_format=scale_format)()
+    prepare_quantize([job], block=block, forward_dtype=forward_dtype, scale_format=scale_format)([src])

@@ -24,6 +24,25 @@ class QuantizeJob:
     scale_out: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a prepared call depends on of a source. The source itself is not kept: it may be the only copy of its kind,
+    and nobody else's any more after the first call. ``stride`` in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "Look":
+        """The look of ``tensor``."""
+        return Look(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)} with strides {self.stride} on {self.device}"
+
+
 def check_job(job: QuantizeJob, block: tuple[int, int], forward_dtype: torch.dtype | None, fmt: ScaleFormat) -> None:
     """That one job's tensors fit together.
 
@@ -51,30 +70,15 @@ def check_job(job: QuantizeJob, block: tuple[int, int], forward_dtype: torch.dty
         raise KernelError(f"one job on several devices: {src.device}, {out.device}, {scale.device}")
 
 
-def check_stand_in(source: torch.Tensor, job: QuantizeJob, index: int) -> None:
-    """That ``source`` can take the place of the source of job ``index``.
-
-    Raises:
-        KernelError: another dtype, shape, stride or device.
-    """
-    own = job.src
-    if (source.dtype, source.shape, source.stride(), source.device) != (own.dtype, own.shape, own.stride(), own.device):
-        raise KernelError(
-            f"source {index} was prepared as {own.dtype}{list(own.shape)} with strides {own.stride()} on {own.device}; "
-            f"this is {source.dtype}{list(source.shape)} with strides {source.stride()} on {source.device}"
-        )
-
-
-def stand_ins(jobs: Sequence[QuantizeJob], sources: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
-    """The sources of one call: the jobs' own, or ``sources`` after checking each.
+def checked_sources(looks: Sequence[Look], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``sources`` of one call, after checking that each looks like the one that the call was prepared with.
 
     Raises:
         KernelError: their number or one of them does not fit.
     """
-    if sources is None:
-        return [job.src for job in jobs]
-    if len(sources) != len(jobs):
-        raise KernelError(f"{len(sources)} sources for {len(jobs)} jobs")
-    for index, (source, job) in enumerate(zip(sources, jobs, strict=True)):
-        check_stand_in(source, job, index)
+    if len(sources) != len(looks):
+        raise KernelError(f"{len(sources)} sources for {len(looks)} jobs")
+    for index, (source, look) in enumerate(zip(sources, looks, strict=True)):
+        if Look.of(source) != look:
+            raise KernelError(f"source {index} was prepared as {look}; this is {Look.of(source)}")
     return list(sources)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from weightsync.kernels.dispatch import interpreting, on_device
-from weightsync.kernels.fp8_jobs import QuantizeJob, stand_ins
+from weightsync.kernels.fp8_jobs import Look, QuantizeJob, checked_sources
 from weightsync.kernels.fp8_reference import ScaleFormat
 from weightsync.kernels.strided import Table
 
@@ -244,19 +244,22 @@ class TritonQuantize:
         scale_format: ScaleFormat,
     ) -> None:
         """Arguments as checked by ``prepare_quantize``. Tables are uploaded here."""
-        self._jobs, self._block, self._scale_format = list(jobs), block, scale_format
+        self._block, self._scale_format = block, scale_format
+        self._looks = [Look.of(job.src) for job in jobs]
         self._forward = forward_dtype
-        self._device = self._jobs[0].src.device if self._jobs else torch.device("cpu")
+        self._device = self._looks[0].device if self._looks else torch.device("cpu")
         self._native = not interpreting() and torch.cuda.get_device_capability(self._device) >= (8, 9)
         kinds: dict[tuple[torch.dtype, int, int], list[int]] = {}
-        for index, job in enumerate(self._jobs):
+        for index, job in enumerate(jobs):
             if job.src.numel():
                 kinds.setdefault((job.src.dtype, job.scale_out.element_size(), _access(job)), []).append(index)
-        self._launches = [self._launch(*kind, which) for kind, which in kinds.items()]
+        self._launches = [self._launch(*kind, which, jobs) for kind, which in kinds.items()]
 
-    def _launch(self, dtype: torch.dtype, scale_bytes: int, access: int, which: list[int]) -> _Launch:
-        parts = [_tiles(self._jobs[index], self._block) for index in which]
-        jobs = np.repeat(np.arange(len(which)), [len(part[0]) for part in parts])
+    def _launch(
+        self, dtype: torch.dtype, scale_bytes: int, access: int, which: list[int], jobs: Sequence[QuantizeJob]
+    ) -> _Launch:
+        parts = [_tiles(jobs[index], self._block) for index in which]
+        owners = np.repeat(np.arange(len(which)), [len(part[0]) for part in parts])
         offsets, tiles = (np.concatenate(side) for side in zip(*parts, strict=True))
         return _Launch(
             dtype,
@@ -264,12 +267,12 @@ class TritonQuantize:
             access,
             which,
             torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device),
-            _Addresses(self._device, jobs, offsets),
+            _Addresses(self._device, owners, offsets),
         )
 
-    def __call__(self, sources: Sequence[torch.Tensor] | None = None) -> None:
+    def __call__(self, sources: Sequence[torch.Tensor]) -> None:
         """Quantise on the current stream; sources as in :class:`weightsync.kernels.fp8.PreparedQuantize`."""
-        chosen = stand_ins(self._jobs, sources)
+        chosen = checked_sources(self._looks, sources)
         for launch in self._launches:
             addresses = [chosen[index].data_ptr() for index in launch.which]
             access = launch.access

@@ -60,5 +60,5 @@ def warm_up_quantize(
             grid = [-(-src.shape[0] // block[0]), -(-src.shape[1] // block[1])]
             scale = torch.empty(grid, dtype=scale_dtype, device=device)
             jobs = [QuantizeJob(src, out, scale)]
-            prepare_quantize(jobs, block=block, forward_dtype=forward_dtype, scale_format=scale_format)()
+            prepare_quantize(jobs, block=block, forward_dtype=forward_dtype, scale_format=scale_format)([src])
     torch.cuda.synchronize(device)

@@ -34,6 +34,10 @@ class TinyModel:
     generates: bool = True
     unused: tuple[str, ...] = ()
     """Prefixes of checkpoint tensors that the served model does not have."""
+    first_rank_only: str = "\0"
+    """End of the names of tensors that the other ranks blank while they load."""
+    derivable: bool = True
+    """Whether the recorder can tell the checkpoint's tensors from the model when there are no files."""
 
 
 def _common(**own: Any) -> dict[str, Any]:
@@ -154,6 +158,58 @@ def glm_moe_dsa(**overrides: Any) -> TinyModel:
     return TinyModel("glm_moe_dsa", config, shapes, generates=False, unused=("model.layers.2.",))
 
 
+def gpt_oss(**overrides: Any) -> TinyModel:
+    """GPT-OSS dequantised: experts stacked and transposed, gate and up interleaved, sinks, biases everywhere."""
+    own = {
+        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64, "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2, "sliding_window": 128, "attention_bias": True, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"], "initial_context_length": 512,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 256,
+        },
+    }  # fmt: skip
+    config = _common(architectures=["GptOssForCausalLM"], model_type="gpt_oss", **own) | overrides
+    inner = config["intermediate_size"]
+    experts = {
+        "self_attn.sinks": (4,), "mlp.router.weight": (EXPERTS, HIDDEN), "mlp.router.bias": (EXPERTS,),
+        "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * inner), "mlp.experts.gate_up_proj_bias": (EXPERTS, 2 * inner),
+        "mlp.experts.down_proj": (EXPERTS, inner, HIDDEN), "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
+    }  # fmt: skip
+
+    def layer(index: int) -> Shapes:
+        attention = _attention(config)
+        biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in attention.items()}
+        return attention | biases | experts
+
+    shapes = _checkpoint(config, layer)
+    return TinyModel("gpt_oss", config, shapes, first_rank_only="down_proj_bias", derivable=False)
+
+
+def mamba2(**overrides: Any) -> TinyModel:
+    """Mamba-2: no attention; its loader keeps ``-exp(A_log)``."""
+    heads, groups, state, inner = 4, 1, 16, 256
+    convolved = inner + 2 * groups * state
+    config = {
+        "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_size": HIDDEN, "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2, "state_size": state, "num_heads": heads, "head_dim": inner // heads, "n_groups": groups,
+        "conv_kernel": 4, "expand": 2, "chunk_size": 64, "use_bias": False, "use_conv_bias": True, "hidden_act": "silu",
+        "layer_norm_epsilon": 1e-5, "rms_norm": True, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 1, "eos_token_id": 2,
+    } | overrides  # fmt: skip
+    layer = {
+        "norm.weight": (HIDDEN,), "mixer.in_proj.weight": (inner + convolved + heads, HIDDEN),
+        "mixer.conv1d.weight": (convolved, 1, 4), "mixer.conv1d.bias": (convolved,), "mixer.dt_bias": (heads,),
+        "mixer.A_log": (heads,), "mixer.D": (heads,), "mixer.norm.weight": (inner,),
+        "mixer.out_proj.weight": (HIDDEN, inner),
+    }  # fmt: skip
+    shapes: Shapes = {"backbone.embeddings.weight": (VOCABULARY, HIDDEN), "backbone.norm_f.weight": (HIDDEN,)}
+    shapes |= {f"backbone.layers.{index}.{name}": shape for index in range(2) for name, shape in layer.items()}
+    return TinyModel(
+        "mamba2", config, shapes | {"lm_head.weight": (VOCABULARY, HIDDEN)}, generates=False, derivable=False
+    )
+
+
 ALL: dict[str, Callable[..., TinyModel]] = {
     "llama": llama,
     "qwen3": qwen3,
@@ -162,6 +218,8 @@ ALL: dict[str, Callable[..., TinyModel]] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "glm_moe_dsa": glm_moe_dsa,
+    "gpt_oss": gpt_oss,
+    "mamba2": mamba2,
 }
 
 

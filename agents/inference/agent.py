@@ -8,19 +8,20 @@ capture is never disturbed.
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import torch
-from weightsync.agents.errors import blame
-from weightsync.agents.inference.calls import InitInfo, LiveModel, Ranks, UpdateInfo, synchronize
+from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, Ranks, UpdateInfo, synchronize
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, staging_arenas
 from weightsync.agents.inference.window import Update, UpdateFailed, Windows
-from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
+from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.codec import cut
-from weightsync.orchestrator.protocol.messages import EngineStatus, Left, Quiesced, Verified, Verify
+from weightsync.orchestrator.protocol.messages import EngineStatus, Fault, Left, Quiesced, Verified, Verify
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
 
 __all__ = ["InferenceAgent", "UpdateFailed"]
@@ -32,6 +33,12 @@ DEFAULT_STAGING_MIB: Final = 64
 """Packed writes land here before they are scattered; small tensors of a large model are a few MiB per rank."""
 
 
+class AgentStuck(AgentError):
+    """A thread of the agent is still inside a call of the transport. Only a restart of the engine helps."""
+
+    fault: Fault = "engine"
+
+
 class InferenceAgent:
     """One worker's agent. Made after the model is loaded, so that its staging memory is in the engine's own budget.
 
@@ -41,10 +48,19 @@ class InferenceAgent:
         ranks: the worker's place in its engine.
         device: of the model.
         model: the live weights and their layout.
+        drain: brings to rest, within that many seconds, whatever else in this worker holds copies of the weights and
+            would write them back later; asked in each round before the worker says that it stands still.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, model: LiveModel) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        model: LiveModel,
+        drain: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.ranks = ranks
+        self._drain = drain
         self._device = device
         staging = int(os.environ.get(STAGING_VARIABLE, DEFAULT_STAGING_MIB)) * 1024 * 1024
         arenas = tuple(staging_arenas(staging, device))
@@ -65,17 +81,31 @@ class InferenceAgent:
         return self._windows.may_run
 
     def begin(self, info: InitInfo) -> None:
-        """Start the agent's thread; the same info again does nothing, another one replaces it."""
-        if info == self._info and self._agent is not None and self._agent.failure is None:
-            return
-        if self._agent is not None:
-            self._agent.close("replaced by a newer init")
+        """Start the agent's thread; the same info again does nothing while the thread lives.
+
+        A thread that has ended is replaced, and so is one whose daemon has moved (``hub_url``, ``token_file``): this
+        memory is the same, so what the old thread obeyed binds the new one.
+
+        Raises:
+            InfoError: a daemon was obeyed here, and ``info`` names another run or another place in the fleet. Writers
+                of that run may still reach this memory, so only a restart of the engine makes it another's.
+            AgentStuck: the old thread has not ended, so a second one would share its endpoint.
+        """
+        old = self._agent
+        if old is not None:
+            if info == self._info and old.alive:
+                return
+            if old.epoch:
+                self._require_the_same_place(info)
+            old.close("replaced by a newer init")
+            if old.alive:
+                raise AgentStuck(f"the agent's thread has not ended within {STOP_SECONDS:g} s; restart the engine")
         member = Member("inference", info.engine, self.ranks.rank)
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
-        self._info = info
         address = ControlAddress(info.hub_url, Path(info.token_file))
         side = InferenceSide(member, self._weights, self._windows)
-        self._agent = AgentThread(identity, address, lambda thread: side, self._agent)
+        self._agent = AgentThread(identity, address, lambda thread: side, old)
+        self._info = info
         self._agent.start()
 
     def update(self, info: UpdateInfo) -> None:
@@ -83,19 +113,23 @@ class InferenceAgent:
 
         Raises:
             UpdateFailed: the round was not committed here; ``status`` says what live memory holds now.
+            AgentError: something else holds copies of the weights and does not let go of them.
         """
         agent = self._agent
         if agent is None:
             raise UpdateFailed("no daemon has been introduced to this worker yet")
         if agent.failure is not None:
             raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
+        if not agent.alive:
+            raise UpdateFailed("the agent of this worker was closed; the daemon must introduce itself again")
+        began = time.monotonic()
+        self._drain(info.deadline_seconds)  # before the look at the experts, which it may have caught half moved
         if self._weights.follow_experts():
             # The plan's targets hold other experts now, so it must be made anew before any byte is granted.
             agent.post(agent.announce)
             raise UpdateFailed("experts were rebalanced since the plan was made; the layout is announced anew")
-        update = Update(
-            RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), info.deadline_seconds
-        )
+        left = round(max(0.0, info.deadline_seconds - (time.monotonic() - began)), 3)  # as people read it
+        update = Update(RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), left)
 
         def tell(word: object) -> None:
             match word:
@@ -114,6 +148,16 @@ class InferenceAgent:
             self._agent.close("the worker ends")
 
     # ----------------------------------------------------------------------------------------------------- internals
+    def _require_the_same_place(self, info: InitInfo) -> None:
+        assert self._info is not None, "whoever obeyed a daemon was introduced to it"
+        for field in ("run_id", "engine", "world"):
+            known, asked = getattr(self._info, field), getattr(info, field)
+            if known != asked:
+                raise InfoError(
+                    f"init_info.{field}: this worker obeys a daemon with {field} {known!r}, and {asked!r} was asked; "
+                    "restart the engine to give it to another"
+                )
+
     def _synchronise(self) -> None:
         synchronize(self._device)
 

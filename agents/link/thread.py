@@ -126,6 +126,11 @@ class AgentThread(Generic[SideT]):
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: it was started and has not ended, neither by ``close`` nor by an error."""
+        return self._thread.is_alive()
+
     def wait_welcome(self, seconds: float) -> Welcome:
         """The first Welcome.
 

@@ -11,15 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from weightsync.agents.recorder.boxes import StridedView
-from weightsync.agents.recorder.trace import (
-    Checkpoint,
-    LoadTracer,
-    RecordError,
-    Write,
-    in_bytes,
-    storage_key,
-    view_of,
-)
+from weightsync.agents.recorder.contents import Checkpoint, in_bytes, storage_key, view_of
+from weightsync.agents.recorder.operations import Watching
+from weightsync.agents.recorder.trace import LoadTracer, RecordError, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +52,7 @@ class Blueprint:
         Raises:
             RecordError: a parameter has no memory yet (online quantisation, lazy parameters).
         """
+        self._model = model
         self.parameters: list[ParameterPlace] = []
         self.storages: list[torch.Tensor] = []
         # Parallel to ``parameters``. Tied weights are one stand-in, because loaders compare parameters by identity.
@@ -92,20 +87,51 @@ class Blueprint:
         Raises:
             RecordError: the loader failed on them, or looked at a value.
         """
-        tracer = LoadTracer(self.storages)
-        with self._swapped(), torch.no_grad(), tracer:
+        tracer = LoadTracer(self.storages, [self.names[index] for index in range(len(self.storages))])
+        with self._swapped(), torch.no_grad(), Watching(tracer):
             try:
                 load(tracer.feed(checkpoint))
             except RecordError:
                 raise
             except Exception as error:
                 where = f" at {tracer.current}" if tracer.current else ""
+                where += f", after {tracer.computed}" if tracer.computed else ""
                 # A loader is foreign code and may raise anything; mostly torch says that meta tensors have no values.
                 raise RecordError(f"the model's loader cannot run without the values{where}: {error}") from error
+            self._adopt(tracer)
         for parameter, stand_in in zip(self.parameters, self._stand_ins, strict=True):
             if storage_key(stand_in) != storage_key(self.storages[parameter.storage]):
                 raise RecordError(f"{parameter.name}: the loader replaces its memory instead of filling it")
         return tracer.writes
+
+    def _adopt(self, tracer: LoadTracer) -> None:
+        """What the loader put into parameters that it registered itself lands in those that the model has.
+
+        Raises:
+            RecordError: the model has no such parameter, or another attribute keeps something of the checkpoint.
+        """
+        own = {(id(p.module), p.attribute): t for p, t in zip(self.parameters, self._stand_ins, strict=True)}
+        for path, module in self._model.named_modules():
+            for table in (module._parameters, module._buffers, vars(module)):
+                for attribute, tensor in table.items():
+                    stand_in = own.get((id(module), attribute))
+                    if not isinstance(tensor, torch.Tensor) or tensor is stand_in or not tracer.loaded(tensor):
+                        continue
+                    name = f"{path}.{attribute}" if path else attribute
+                    if stand_in is None or (stand_in.shape, stand_in.dtype) != (tensor.shape, tensor.dtype):
+                        raise RecordError(
+                            f"{name}: the loader makes it of {tracer.describe([tensor])}, and the model has no such "
+                            "parameter to write to"
+                        )
+                    tracer.copied(stand_in, tensor)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """A parameter's name for each storage: its first."""
+        first: dict[int, str] = {}
+        for parameter in self.parameters:
+            first.setdefault(parameter.storage, parameter.name)
+        return first
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:

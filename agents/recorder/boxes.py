@@ -158,3 +158,27 @@ def intersection(corner: Ints, extent: Ints, other_corner: Ints, other_extent: I
     high = tuple(min(a + n, b + m) for a, n, b, m in zip(corner, extent, other_corner, other_extent, strict=True))
     sizes = tuple(h - lo for lo, h in zip(low, high, strict=True))
     return None if any(size <= 0 for size in sizes) else (low, sizes)
+
+
+def outside(corner: Ints, extent: Ints, hole_corner: Ints, hole_extent: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Disjoint boxes (corner, extent) that make up a box without what a second one, which meets it, shares with it."""
+    low, size = list(corner), list(extent)
+    for dim, (start, count) in enumerate(zip(hole_corner, hole_extent, strict=True)):
+        for first, last in ((low[dim], start), (start + count, low[dim] + size[dim])):
+            if last > first:
+                yield (*low[:dim], first, *low[dim + 1 :]), (*size[:dim], last - first, *size[dim + 1 :])
+        # What is left lies beside the hole in later dimensions only.
+        first, last = max(low[dim], start), min(low[dim] + size[dim], start + count)
+        low[dim], size[dim] = first, last - first
+
+
+def is_dense(view: StridedView) -> bool:
+    """Whether the elements of ``view`` lie without gaps and overlaps, in any order of dimensions."""
+    step = 1
+    for size, stride in sorted(zip(view.sizes, view.strides, strict=True), key=lambda d: d[1]):
+        if size == 1:
+            continue
+        if stride != step:
+            return False
+        step *= size
+    return True

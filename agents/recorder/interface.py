@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import ParameterPlace
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.orchestrator.protocol.layout import Derived
 
 
@@ -52,6 +52,9 @@ class Derivations(Protocol):
 
         ``accounted`` are data pointers of storages that hold targets and parameters; views of them are not new.
         """
+
+    def refreshed(self) -> set[int]:
+        """Keys (``contents.storage_key``) of the storages that ``refreshes`` bring up to date, or that stay right."""
 
 
 class LayerFacts(Protocol):

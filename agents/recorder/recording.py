@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
-from torch import nn
-from weightsync.agents.recorder.blueprint import Blueprint, ParameterPlace
-from weightsync.agents.recorder.interface import KernelLayout, LayerFacts, Shadow
-from weightsync.agents.recorder.located import LoadedParameter, locate, order_sensitive_digest, with_halves_exchanged
+from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.chains import Chain, described, run
+from weightsync.agents.recorder.contents import storage_key
+from weightsync.agents.recorder.interface import KernelLayout, Shadow
+from weightsync.agents.recorder.ledger import Ledger
+from weightsync.agents.recorder.located import LoadedParameter, locate, repeated, with_halves_exchanged
+from weightsync.agents.recorder.processing import Processing
 from weightsync.agents.recorder.rows import Target
-from weightsync.agents.recorder.settled import Unrecorded, judge_unreached, opaque_names, settle
-from weightsync.agents.recorder.trace import Checkpoint, Landing, RecordError
+from weightsync.agents.recorder.settled import Unrecorded
+from weightsync.agents.recorder.trace import Landing, RecordError
+from weightsync.agents.recorder.traced import Traced, landed
 from weightsync.orchestrator.protocol.layout import Derived
+
+MAX_FAULTS: Final = 16
+"""Parameters that one error names; every layer of a model has the same fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +45,54 @@ class Finished:
     refreshes: list[Callable[[], None]] = field(default_factory=list)
     derived: list[Derived] = field(default_factory=list)
     shadows: list[str] = field(default_factory=list)
+    checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    """By parameter: whether the engine's memory is what a round has written, or would be made of it now."""
+
+    def stale(self) -> list[str]:
+        """Parameters that are not what was written and refreshed: replaced since, or refreshed to no avail."""
+        return sorted(name for name, check in self.checks.items() if not check())
+
+
+class _Unproved(RecordError):
+    """A parameter whose place after processing is not proved."""
 
 
 class Recording:
     """A load, recorded. ``finish`` after post-load processing; ``finished`` then holds the targets."""
 
-    def __init__(self, model: nn.Module, checkpoint: Sequence[Checkpoint], engine: LayerFacts) -> None:
-        """Record ``model``, loaded and not yet processed, fed with the tensors of ``checkpoint``.
+    def __init__(self, traced: Traced, ledger: Ledger | None = None) -> None:
+        """Record a model that is loaded and not yet processed. Its weights are read, never written.
 
         Args:
-            model: has a ``load_weights`` that takes pairs of name and tensor. Its weights are read, never written.
-            checkpoint: every tensor that the engine's own load was fed with, more if it skips some.
-            engine: what is to be known about the engine that the model belongs to.
+            traced: of the model's loader.
+            ledger: of what the model was really loaded from.
 
         Raises:
-            RecordError: the loader does what bytes cannot follow, or leaves a parameter unfilled.
+            RecordError: the model's memory is not what the trace makes of that.
         """
-        self.model = model
-        self._engine = engine
+        self.model = traced.model
+        self._engine = traced.engine
         self.finished: Finished | None = None
-        self._blueprint = Blueprint(model)
-        fed = engine.as_fed(checkpoint, {parameter.name: parameter.dtype for parameter in self._blueprint.parameters})
-        self._settled = settle(self._blueprint.trace(fed, cast(Any, model).load_weights))
-        opaque = opaque_names(self._settled.values())
-        if opaque:
-            raise RecordError(f"weights that are computed while they load cannot be written: {'; '.join(opaque)}")
-        self.unrecorded: list[Unrecorded] = judge_unreached(
-            self._blueprint.parameters, self._settled, engine.reason_to_stay
-        )
-        landed = {mark.source.name for state in self._settled.values() for mark in state.landings}
-        self.unused: list[str] = [entry.name for entry in checkpoint if entry.name not in landed]
+        if ledger is not None:
+            traced.compare(ledger)
+        self._sent = ledger.sent if ledger is not None else {}
+        self._blueprint = traced.blueprint
+        self._settled = traced.settled
+        self.unrecorded: list[Unrecorded] = list(traced.unrecorded)
+        self.unused: list[str] = traced.unused
         self._before = self._before_processing()
-        self._derivations = engine.derivations(model)
+        self._derivations = self._engine.derivations(self.model)
+        self.processing = Processing(self._landed())
+        """The mode that the engine must process its weights under, before ``finish``."""
+
+    def _landed(self) -> dict[str, torch.Tensor]:
+        """Parameters that hold something of the checkpoint, by name."""
+        found = {}
+        for parameter in self._blueprint.parameters:
+            state, tensor = self._settled.get(parameter.storage), parameter.current()
+            if state is not None and state.landings and tensor is not None:
+                found[parameter.name] = tensor
+        return found
 
     def _before_processing(self) -> list[_Before]:
         dropped = self._engine.may_be_dropped(self.model)
@@ -82,9 +105,7 @@ class Recording:
                 layout.may_apply(parameter) for layout in self._engine.kernel_layouts
             )
             copy = tensor.detach().clone() if keep else None
-            before.append(
-                _Before(LoadedParameter(parameter, tuple(tensor.stride()), order_sensitive_digest(tensor)), copy)
-            )
+            before.append(_Before(LoadedParameter.of(parameter, tensor), copy))
         return before
 
     def finish(self) -> None:
@@ -93,6 +114,8 @@ class Recording:
         Raises:
             RecordError: names each parameter in a layout that nothing here knows, and each tensor of unknown origin.
         """
+        if not self.processing.entered:
+            raise RecordError("the weights were processed without being watched; their memory cannot be accounted for")
         done = Finished()
         faults: list[str] = []
         shadows: list[Shadow] = []
@@ -103,7 +126,11 @@ class Recording:
         for storage, group in by_storage.items():
             for first, others in _distinct_places(group):
                 landings = _inside(first.parameter, self._settled[storage].landings)
-                target = self._target(first, landings, done, shadows)
+                try:
+                    target = self._target(first, landings, done, shadows)
+                except _Unproved as error:
+                    faults.append(str(error))
+                    continue
                 moved = [b.parameter.name for b in others if target is not None and not _same_memory(b, target.tensor)]
                 if target is None or moved:
                     faults.append(f"{', '.join(moved) or first.parameter.name}: {_state(first.parameter)}")
@@ -111,13 +138,15 @@ class Recording:
                 place = (target.tensor.untyped_storage().data_ptr(), int(target.tensor.storage_offset()))
                 if landings and place not in taken:
                     taken.add(place)
-                    done.targets.append(target)
+                    done.targets += self._with_programs(target, first, done)
         done.refreshes += self._derivations.refreshes(shadows)
         derived, unknown = self._derivations.appeared(self._accounted(done))
         done.derived += derived
         faults += unknown
+        faults += self.processing.handed_over
+        faults += self.processing.copies(self._reached(done))
         if faults:
-            raise RecordError(f"post-load processing leaves layouts that are not known: {'; '.join(sorted(faults))}")
+            raise RecordError(f"post-load processing leaves layouts that are not known: {_some(sorted(faults))}")
         self._before = []
         self.finished = done
 
@@ -135,15 +164,25 @@ class Recording:
             return Target(tensor, parameter.place.offset, where, parameter.module, parameter.attribute)
 
         may_exchange = self._engine.may_exchange_halves(parameter)
-        found = None if live is None else locate(before.loaded, live.detach(), may_exchange_halves=may_exchange)
+        touched = live is None or self.processing.touched(storage_key(live))
+        found = None
+        if live is not None:
+            found = locate(before.loaded, live.detach(), may_exchange_halves=may_exchange, touched=touched)
         if found is not None:
+            if not found.untouched:
+                _must_tell_places(parameter, found.tensor)
+            done.checks[parameter.name] = _is_still(parameter, found.tensor)
             where = with_halves_exchanged(landings, before.loaded) if found.halves_exchanged else landings
             return None if where is None else target(found.tensor, where)
         if before.copy is None:
             return None
+        if any(landing.program for landing in landings):
+            raise _Unproved(f"{parameter.name}: computed while it loads, and laid out anew afterwards")
         for layout in self._engine.kernel_layouts:
             if layout.may_apply(parameter) and live is not None and _gives(layout, parameter, before.copy, live):
+                _must_tell_places(parameter, before.copy)
                 done.refreshes.append(_refresh(layout, parameter, before.copy, live.detach()))
+                done.checks[parameter.name] = _check(layout, parameter, before.copy)
                 done.derived.append(Derived(parameter.name, layout.name))
                 done.shadows.append(parameter.name)
                 return target(before.copy, landings)
@@ -153,6 +192,40 @@ class Recording:
             done.shadows.append(parameter.name)
             return target(before.copy, landings)
         return None
+
+    def _with_programs(self, target: Target, before: _Before, done: Finished) -> list[Target]:
+        """``target``, and a shadow for those of its landings that the engine makes from what travels."""
+        plain = tuple(landing for landing in target.landings if not landing.program)
+        made = tuple(landing for landing in target.landings if landing.program)
+        if not made:
+            return [target]
+        parameter, shadow = before.parameter, torch.zeros_like(target.tensor)
+        steps: list[tuple[Chain, torch.Tensor, torch.Tensor]] = []
+        for landing in made:
+            sent = landed(shadow, target.start, replace(landing, program=()))
+            if landing in self._sent:
+                sent.copy_(self._sent[landing])
+            steps.append((landing.program, sent, landed(target.tensor, target.start, landing)))
+            done.derived.append(Derived(parameter.name, f"{described(landing.program)} of {landing.source.name}"))
+        done.shadows.append(parameter.name)
+        done.refreshes.append(_run_again(steps))
+        there = done.checks[parameter.name]
+        done.checks[parameter.name] = lambda: (
+            there() and all(same_bits(run(program, sent), live) for program, sent, live in steps)
+        )
+        return [
+            *([replace(target, landings=plain)] if plain else []),
+            Target(shadow, target.start, made, parameter.module, parameter.attribute),
+        ]
+
+    def _reached(self, done: Finished) -> set[int]:
+        """Keys of the storages that a round writes or refreshes."""
+        reached = {storage_key(target.tensor) for target in done.targets} | self._derivations.refreshed()
+        for parameter in self._blueprint.parameters:
+            tensor = parameter.current()
+            if tensor is not None and parameter.name in done.shadows:
+                reached.add(storage_key(tensor))
+        return reached
 
     def _accounted(self, done: Finished) -> set[int]:
         """Data pointers of the storages whose bytes a write reaches, or that are parameters and buffers by name."""
@@ -193,18 +266,35 @@ def _state(parameter: ParameterPlace) -> str:
     return f"{parameter.shape} {parameter.dtype} became {tuple(live.shape)} {live.dtype} strides {tuple(live.stride())}"
 
 
+def _some(faults: Sequence[str]) -> str:
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return "; ".join([*faults[:MAX_FAULTS], *more])
+
+
+def _must_tell_places(parameter: ParameterPlace, values: torch.Tensor) -> None:
+    reason = repeated(values)
+    if reason:
+        raise _Unproved(
+            f"{parameter.name}: processing moved it, and its values cannot show where to ({reason}); start the engine "
+            "from weights that differ"
+        )
+
+
 def _gives(layout: KernelLayout, parameter: ParameterPlace, loaded: torch.Tensor, live: torch.Tensor) -> bool:
     try:
         result = layout.forward(parameter, loaded)
     except LookupError:
         return False
-    return (
-        result.shape == live.shape and result.dtype == live.dtype and torch.equal(_bits(result), _bits(live.detach()))
-    )
+    return same_bits(result, live)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, one dtype and the same bits in every element, -0 and NaN included."""
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(_bits(left), _bits(right))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _refresh(
@@ -212,5 +302,29 @@ def _refresh(
 ) -> Callable[[], None]:
     def refresh() -> None:
         live.copy_(layout.forward(parameter, shadow))
+
+    return refresh
+
+
+def _check(layout: KernelLayout, parameter: ParameterPlace, shadow: torch.Tensor) -> Callable[[], bool]:
+    def is_current() -> bool:
+        live = parameter.current()
+        return live is not None and same_bits(layout.forward(parameter, shadow), live)
+
+    return is_current
+
+
+def _is_still(parameter: ParameterPlace, target: torch.Tensor) -> Callable[[], bool]:
+    def is_there() -> bool:
+        live = parameter.current()
+        return live is not None and live.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+
+    return is_there
+
+
+def _run_again(steps: Sequence[tuple[Chain, torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    def refresh() -> None:
+        for program, sent, live in steps:
+            live.copy_(run(program, sent))
 
     return refresh

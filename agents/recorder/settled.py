@@ -23,11 +23,15 @@ MAX_RUNS: Final = 50_000_000
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a storage holds after loading: landings (disjoint), opaque bytes, and the runs that any of them covers."""
+    """What a storage holds after loading: landings (disjoint), opaque bytes, and the runs that any of them covers.
+
+    ``written`` are the runs of all assignments: what they cover beyond ``reached`` are constants of the loader's.
+    """
 
     landings: tuple[Landing, ...]
     opaque: tuple[OpaqueBytes, ...]
     reached: Runs
+    written: Runs
 
 
 def runs_of(place: StridedView, itemsize: int) -> Runs:
@@ -101,8 +105,9 @@ def _last_of_each_place(writes: Sequence[Write]) -> list[Write]:
 
 def _settle_one(writes: list[Write]) -> Settled:
     places = [runs_of(write.place, write.itemsize) for write in writes]
+    written = union(places)
     # Only where writes overlap does their order matter; looking at each pair costs too much for thousands of experts.
-    if length(union(places)) != sum(length(runs) for runs in places):
+    if length(written) != sum(length(runs) for runs in places):
         writes = _uncovered(writes, places)
     landings = [mark for write in writes for mark in write.marks if isinstance(mark, Landing)]
     opaque = [mark for write in writes for mark in write.marks if isinstance(mark, OpaqueBytes)]
@@ -112,7 +117,7 @@ def _settle_one(writes: list[Write]) -> Settled:
     if length(reached) != sum(length(runs) for runs in pieces):
         names = sorted({mark.source.name for mark in landings})
         raise RecordError(f"bytes are loaded twice, from among {', '.join(names[:8])}")
-    return Settled(tuple(landings), tuple(opaque), reached)
+    return Settled(tuple(landings), tuple(opaque), reached, written)
 
 
 def _uncovered(writes: list[Write], places: list[Runs]) -> list[Write]:
@@ -169,6 +174,8 @@ def judge_unreached(
         if not left:
             continue
         reason = reason_to_stay(parameter, left == length(wanted))
+        if not reason and state is not None and not missing(state.written, wanted):
+            reason = "a constant that the loader writes"
         if reason:
             kept.append(Unrecorded(parameter.name, left, reason))
         else:
@@ -178,6 +185,6 @@ def judge_unreached(
     return kept
 
 
-def opaque_names(settled: Iterable[Settled]) -> list[str]:
-    """Reasons of all writes whose bytes are not the checkpoint's own, each once, sorted."""
-    return sorted({opaque.reason for state in settled for opaque in state.opaque})
+def opaque_names(settled: Mapping[int, Settled], names: Mapping[int, str]) -> list[str]:
+    """Parameters with bytes that are not the checkpoint's own, and why, each once, sorted; ``names`` are by storage."""
+    return sorted({f"{names[index]}: {opaque.reason}" for index, state in settled.items() for opaque in state.opaque})

@@ -7,30 +7,33 @@ only writes what it is granted. Slots are separate memory, so training goes on w
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
-from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.errors import NonFiniteWeights, ReplicaFailed
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.models.table import ModelTable
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import Group, agree_on, gather_texts, leave_together
+from weightsync.agents.trainer.slots.finite import NonFinite
 from weightsync.agents.trainer.slots.slots import ARENA_REGION, SlotOptions, TrainerSlots
-from weightsync.agents.trainer.state import current_state
+from weightsync.agents.trainer.sources.lora import LoraMerge
+from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.names import Member, Version
 
-__all__ = ["BusyError", "Publication", "PublishError", "TrainerAgent"]
+__all__ = ["BusyError", "LoraMerge", "Publication", "PublishError", "TrainerAgent"]
 
 log = logging.getLogger(__name__)
+
+OnNonFinite = Literal["refuse", "warn", "allow"]
 
 BUSY: Final = "busy: "
 """How a rank tells the others that waiting helps."""
@@ -52,6 +55,9 @@ class TrainerAgent:
         rank, world: of the trainer fleet; alone without torch.distributed: 0 and 1.
         process_group: for the collectives of publish; None for the default group.
         options: which slots are sharded, gathered or by expert; see SlotOptions.
+        lora: how adapters are merged into their weights, where the source is no peft model (which says it itself).
+        ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
+        nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
 
     Raises:
@@ -62,7 +68,7 @@ class TrainerAgent:
 
     def __init__(
         self,
-        source: nn.Module | Callable[[], Mapping[str, torch.Tensor]],
+        source: StateSource,
         table: ModelTable,
         *,
         hub_url: str,
@@ -73,15 +79,21 @@ class TrainerAgent:
         world: int = 1,
         process_group: dist.ProcessGroup | None = None,
         options: SlotOptions | None = None,
+        lora: Sequence[LoraMerge] = (),
+        ignore: Sequence[str] = (),
+        nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        self._source = source
+        if nonfinite not in get_args(OnNonFinite):
+            raise ValueError(f"nonfinite={nonfinite!r}; it is one of {', '.join(get_args(OnNonFinite))}")
+        self._source = TrainerSource(source, lora=lora, ignore=ignore)
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group: Group = process_group
-        self._publish_seconds = publish_seconds
+        self._publish_seconds, self._nonfinite = publish_seconds, nonfinite
         self._generation = agree_on(secrets.randbits(62), process_group)
-        self.slots = TrainerSlots(self._state(), table, options=options, rank=rank, world=world)
+        self.slots = TrainerSlots(self._source.values(), table, options=options, rank=rank, world=world)
+        self._source.account_for(self._source.state(), self.slots.read)
         warm_up(self.slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         self._last: Publication | None = None
         self._steps: set[int] = set()
@@ -105,9 +117,6 @@ class TrainerAgent:
         except BaseException:
             self._agent.close("no Welcome")
             raise
-
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        return current_state(self._source)
 
     @property
     def generation(self) -> int:
@@ -173,7 +182,9 @@ class TrainerAgent:
     def _claim_slots(self, step: int) -> None:
         if step in self._steps:
             raise PublishError(f"this trainer has published step {step} before; a step names one version for good")
-        self.slots.check(self._state())
+        state = self._source.state()
+        self.slots.check(state)
+        self._source.account_for(state, self.slots.read)
         self._claim_memory()
 
     def _claim_memory(self) -> None:
@@ -190,10 +201,19 @@ class TrainerAgent:
         """Fill the slots and have them digested; the seconds of each."""
         began = time.monotonic()
         with torch.no_grad():
-            self.slots.convert(self._state())
+            self.slots.convert(self._source.values())
         self._synchronise()
+        self._judge_numbers(version, self.slots.nonfinite)
         convert_seconds = time.monotonic() - began
         return convert_seconds, self._agent.side.prepare(version) if self._agent is not None else 0.0
+
+    def _judge_numbers(self, version: Version, find: Callable[[], tuple[NonFinite, ...]]) -> None:
+        """NaN and infinity in the slots, as the option ``nonfinite`` says; the ranks agree on the outcome."""
+        found = find() if self._nonfinite != "allow" else ()
+        if found and self._nonfinite == "refuse":
+            raise NonFiniteWeights(found)
+        if found:
+            log.warning("%s: NaN or infinity in %s", version, ", ".join(map(str, found)))
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(arena.is_cuda for arena in self.slots.arenas):

@@ -1,6 +1,12 @@
 """What can be wrong with a trainer's tensors or its table. Its fault; the same state fails again."""
 
+from collections.abc import Sequence
+from typing import Final
+
 from weightsync.agents.errors import AgentError
+
+SHOWN_NAMES: Final = 6
+"""Of tensors in one error; their number is said beside them."""
 
 
 class TrainerError(AgentError):
@@ -12,13 +18,62 @@ class TrainerError(AgentError):
 class MissingTensor(TrainerError, KeyError):
     """The trainer's state lacks a tensor that the conversion table reads."""
 
-    def __init__(self, key: str, dst: str) -> None:
+    def __init__(self, key: str, dst: str, hint: str = "") -> None:
         super().__init__(key)
         self.key = key
         self.dst = dst
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}"
+        return f"the trainer's state has no tensor {self.key!r}, which the table reads for {self.dst!r}{self.hint}"
+
+
+class UnfitTensor(TrainerError):
+    """A tensor that can be no weight as it is: codes of a quantisation, a placeholder, one without values."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name!r} {reason}")
+        self.name = name
+
+
+class AmbiguousName(TrainerError):
+    """Two tensors that would have one name without what wrappers put before it."""
+
+    def __init__(self, one: str, other: str, plain: str) -> None:
+        super().__init__(
+            f"{one!r} and {other!r} are different tensors, and both are {plain!r} without the names of wrappers; give"
+            " the model inside the wrapper, or a callable that returns one of them"
+        )
+
+
+class UnreadTensors(TrainerError):
+    """Tensors that are trained and that no engine would get."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{len(names)} trained tensors are read by nobody, engines would serve a model without them:"
+            f" {_shown(names)}. Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what"
+            " engines do not need is declared by ignore=('pattern', …)"
+        )
+        self.names = tuple(names)
+
+
+class AdapterError(TrainerError):
+    """Adapters that cannot be merged into a weight of the module ``name``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name!r}: {reason}")
+        self.name = name
+
+
+class NonFiniteWeights(TrainerError):
+    """Converted weights that are NaN or infinite, where the option ``nonfinite`` refuses them."""
+
+    def __init__(self, found: Sequence[object]) -> None:
+        super().__init__(
+            f"{len(found)} tensors hold NaN or infinity in the dtype that engines are sent: {_shown(found)}. Publish a"
+            " step before they came, or allow them by nonfinite='warn' or 'allow'"
+        )
 
 
 class ChangedTensor(TrainerError):
@@ -55,3 +110,9 @@ class ReplicaFailed(TrainerError):
         super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
         self.reason = reason
+
+
+def _shown(things: Sequence[object]) -> str:
+    """The first of ``things``, and how many more there are."""
+    more = f" and {len(things) - SHOWN_NAMES} more" if len(things) > SHOWN_NAMES else ""
+    return ", ".join(map(str, things[:SHOWN_NAMES])) + more

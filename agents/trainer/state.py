@@ -1,31 +1,107 @@
 """The trainer's tensors by name, from whatever a training script has at hand."""
 
-from collections.abc import Callable, Mapping
-from typing import Final
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from weightsync.agents.trainer.errors import AmbiguousName
+from weightsync.agents.trainer.slots.merged import Merge, MergedState
+from weightsync.agents.trainer.sources.lora import LoraMerge, Merges, declared_merges, peft_merges
+from weightsync.agents.trainer.sources.modules import module_tensors
+from weightsync.agents.trainer.sources.names import plain_names, plain_state
+from weightsync.agents.trainer.sources.unread import refuse_trained, unread
 
 StateSource = Callable[[], Mapping[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
-WRAPPERS: Final = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-"""What torch.compile, activation checkpointing and FSDP put into the names of the modules that they wrap."""
+log = logging.getLogger(__name__)
 
 
 def current_state(source: StateSource) -> dict[str, torch.Tensor]:
-    """All tensors of ``source`` now, with wrappers' prefixes taken out of their names. Nothing is copied.
+    """All tensors of ``source`` now, by the model's own names without those of wrappers. Nothing is copied.
 
-    Of a module: its parameters and buffers, tied ones under each of their names.
+    Of a module: what its ``state_dict`` gives, tied tensors under each of their names.
+
+    Raises:
+        UnfitTensor: a module that is sharded by FSDP1.
+        AmbiguousName: two tensors would have one name without their wrappers'.
     """
     if isinstance(source, torch.nn.Module):
-        tensors: dict[str, torch.Tensor] = {}
-        tensors.update(source.named_parameters(remove_duplicate=False))
-        tensors.update(source.named_buffers(remove_duplicate=False))
-        return {_plain_name(name): tensor for name, tensor in tensors.items()}
-    mapping = source if isinstance(source, Mapping) else source()
-    return {_plain_name(name): tensor for name, tensor in mapping.items()}
+        return plain_state(module_tensors(source))
+    return plain_state(source if isinstance(source, Mapping) else source())
 
 
-def _plain_name(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+class TrainerSource:
+    """What a training script gave to publish from, read anew at each publish.
+
+    Args:
+        source: the model, a mapping, or a callable that returns the current state. The adapters of a peft model are
+            merged without further words.
+        lora: how adapters of other names, or of a mapping, are merged; the first rule that fits a module counts.
+        ignore: patterns (``fnmatch``) of names that no engine is to get although they are trained: value heads,
+            prediction layers.
+    """
+
+    def __init__(self, source: StateSource, *, lora: Sequence[LoraMerge] = (), ignore: Sequence[str] = ()) -> None:
+        self._source = source
+        self._lora = tuple(lora)
+        self._ignore = tuple(ignore)
+        self._told: tuple[str, ...] = ()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors by the model's own names; in place of merged weights their bases. No rank waits for another.
+
+        Raises:
+            UnfitTensor, AmbiguousName: see ``current_state``.
+            AdapterError: adapters that cannot be merged.
+        """
+        return self._read()[0]
+
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """As ``state``, with adapters merged. Collective where adapters are sharded."""
+        bare, merges, factors = self._read()
+        return MergedState(bare, merges, factors) if merges else bare
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Merge], dict[str, torch.Tensor]]:
+        """The state without adapters, the merges, and the adapters' own tensors."""
+        merges: dict[str, Merge] = {}
+        if isinstance(self._source, torch.nn.Module):
+            given = module_tensors(self._source)
+            everything = plain_state(given)
+            own = peft_merges(self._source, plain_names(given), everything)
+            state = _without(everything, own)
+            merges |= own.merges
+        else:
+            state = everything = current_state(self._source)
+        if self._lora:
+            declared = declared_merges(state, self._lora)
+            state = _without(state, declared)
+            merges |= declared.merges
+        return state, merges, everything
+
+    def account_for(self, state: Mapping[str, torch.Tensor], read: Collection[str]) -> None:
+        """That all that is trained is among ``read``; whatever else nobody reads is logged when it changes.
+
+        Raises:
+            UnreadTensors: trained tensors that no engine would get.
+        """
+        left = unread(state, read, self._ignore)
+        refuse_trained(state, left, read)
+        if left != self._told:
+            self._told = left
+            log.info("%d tensors of the trainer are read by nobody: %s", len(left), ", ".join(left))
+
+
+def _without(state: dict[str, torch.Tensor], found: Merges) -> dict[str, torch.Tensor]:
+    """The state by the names that the model has without its adapters.
+
+    Raises:
+        AmbiguousName: the state has that name already.
+    """
+    left: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        short = found.renamed.get(name, name)
+        if name in found.consumed:
+            continue
+        if left.setdefault(short, tensor) is not tensor:
+            raise AmbiguousName(name, short, short)
+    return left

@@ -17,6 +17,7 @@ from weightsync.agents.trainer.errors import ChangedTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable, Source
+from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import STAGING_BYTES, Route, SlotPiece
 from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote, dtype_name
@@ -82,6 +83,7 @@ class StreamSlots:
         self._room = ArenaPlan()  # what has been handed out of the last segment
         self._declared: dict[str, StreamedTensor] | None = None
         self._complete = False
+        self._finite: list[FiniteCheck] = []  # one for each segment
         self.arenas: list[torch.Tensor] = []
         self.layout = Layout((), (), b"")
         if metadata is not None:
@@ -105,6 +107,10 @@ class StreamSlots:
     def explain(self) -> tuple[SlotNote, ...]:
         """What each slot is and why."""
         return tuple(slot.explain() for slot in self._slots.values())
+
+    def nonfinite(self) -> tuple[NonFinite, ...]:
+        """Tensors of the last pass with values that are no finite numbers. Waits for the device."""
+        return tuple(found for check in self._finite for found in check.find())
 
     @torch.no_grad()
     def fill(self, tensors: Pairs) -> None:
@@ -240,6 +246,9 @@ class StreamSlots:
             self.arenas.append(self._make(self._staging_bytes))
         placed = [(slot, self._regions[name]) for name, slot in self._slots.items()]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
+        for region in sorted({number for _, number in placed}):
+            own = [slot for slot, number in placed if number == region]
+            self._finite.append(FiniteCheck(own, self.arenas[region]))
         self._complete = True
 
     def _spec(self, tensor: StreamedTensor) -> ConversionSpec:

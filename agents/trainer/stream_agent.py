@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
-from weightsync.agents.trainer.agent import CONNECT_SECONDS, TrainerAgent
+from weightsync.agents.trainer.agent import CONNECT_SECONDS, OnNonFinite, TrainerAgent
 from weightsync.agents.trainer.publication import Publication, PublishError
 from weightsync.agents.trainer.replicas import ALONE, agree_on
 from weightsync.agents.trainer.slots.conversion import ConversionTable
@@ -26,7 +26,8 @@ class StreamAgent(TrainerAgent):
     It meets the daemon in its first ``publish_stream``: what there is to announce is known only then.
 
     Args:
-        hub_url, token_file, run_id, run_dir, rank, process_group, publish_seconds, connect_seconds: see TrainerAgent.
+        hub_url, token_file, run_id, run_dir, rank, process_group, nonfinite, publish_seconds,
+            connect_seconds: see TrainerAgent.
         world: ranks that have an agent. With 1 it enters no collective, whatever job its rank is a part of.
         table: of the model, for engines that serve FP8 blocks; None: nothing is quantised.
         forward_dtype: what tensors without an entry in the table are rounded to; None: each travels in the dtype that
@@ -48,6 +49,7 @@ class StreamAgent(TrainerAgent):
         process_group: dist.ProcessGroup | None = None,
         table: ConversionTable | None = None,
         forward_dtype: torch.dtype | None = None,
+        nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
@@ -55,6 +57,7 @@ class StreamAgent(TrainerAgent):
         self._rank, self._world, self._run_id, self._run_dir = rank, world, run_id, run_dir
         self._group = process_group if world > 1 else ALONE
         self._publish_seconds, self._connect_seconds = publish_seconds, connect_seconds
+        self._nonfinite = nonfinite
         self._address = ControlAddress(hub_url, token_file)
         self._treatments = treatments_of(table) if table is not None else {}
         self._forward_dtype = forward_dtype
@@ -106,7 +109,7 @@ class StreamAgent(TrainerAgent):
             raise
         # Agreed before anybody joins: a daemon is not to see ranks whose version has been refused at another one.
         with self._together(version):
-            convert_seconds = self._fill(tensors)
+            convert_seconds = self._fill(version, tensors)
         with self._together(version):
             digest_seconds = self._joined().side.prepare(version)
         return self._staged(version, convert_seconds, digest_seconds)
@@ -121,12 +124,13 @@ class StreamAgent(TrainerAgent):
             self._stream = self._slots_for(metadata)  # anew after a first pass that failed
         self._claim_memory()
 
-    def _fill(self, tensors: Pairs) -> float:
+    def _fill(self, version: Version, tensors: Pairs) -> float:
         """Convert the tensors as they pass; the seconds that it took, those of the stream itself included."""
         began = time.monotonic()
         self._stream.fill(tensors)
         if any(arena.is_cuda for arena in self._stream.arenas):
             torch.cuda.synchronize()
+        self._judge_numbers(version, self._stream.nonfinite)
         return time.monotonic() - began
 
     def _joined(self) -> AgentThread[TrainerSide]:

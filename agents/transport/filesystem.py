@@ -103,7 +103,7 @@ class _SavedPart(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class _FoundBox:
+class _ReadableBox:
     """A saved box and the file that it is in."""
 
     file: Path
@@ -146,11 +146,11 @@ def load_checkpoint_parts(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         CheckpointError: a part is missing or unreadable, or the boxes of a tensor leave a gap or overlap; by name.
     """
-    found: dict[str, list[_FoundBox]] = {}
+    found: dict[str, list[_ReadableBox]] = {}
     for file, part in _parts(path):
         for saved in part.boxes:
             box = Box(saved.offset, saved.extent)
-            found.setdefault(saved.tensor.name, []).append(_FoundBox(file, saved.key, saved.tensor, box))
+            found.setdefault(saved.tensor.name, []).append(_ReadableBox(file, saved.key, saved.tensor, box))
     distinct = {name: _covering(name, boxes) for name, boxes in sorted(found.items())}
     return _assembled(distinct)
 
@@ -199,7 +199,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
         raise CheckpointError(f"{path} lacks the parts of ranks {sorted(missing)}")
 
 
-def _covering(name: str, boxes: Sequence[_FoundBox]) -> list[_FoundBox]:
+def _covering(name: str, boxes: Sequence[_ReadableBox]) -> list[_ReadableBox]:
     """The distinct boxes of a tensor, proved to be all of it, once."""
     tensors = {found.tensor for found in boxes}
     if len(tensors) != 1:
@@ -221,7 +221,7 @@ def _covering(name: str, boxes: Sequence[_FoundBox]) -> list[_FoundBox]:
     return distinct
 
 
-def _assembled(tensors: dict[str, list[_FoundBox]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _assembled(tensors: dict[str, list[_ReadableBox]]) -> Iterator[tuple[str, torch.Tensor]]:
     with ExitStack() as stack:
         open_parts: dict[Path, Any] = {}
         for name, boxes in tensors.items():

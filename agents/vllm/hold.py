@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from weightsync.agents.vllm import gate
+from weightsync.agents.vllm import gate, worker_calls
 from weightsync.agents.vllm.backend import chosen, logger
 
 ASK_SECONDS: Final = 60.0
@@ -28,9 +28,6 @@ NEEDED: Final = (
     "sleep",
 )
 """Methods of ``EngineCore`` that the hold wraps or relies on."""
-
-REFUSED_CALLS: Final = frozenset({"reload_weights", "reset_weights"})
-"""Worker methods that change live weights outside of a round, where no digest would ever see it."""
 
 
 class HoldUnavailable(RuntimeError):
@@ -184,12 +181,12 @@ def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str,
     theirs fail for ever; here a new start replaces it.
 
     Raises:
-        CallRefused: the call changes weights outside of a round.
+        CallRefused: the call changes weights outside of a round, or nobody knows whether it does.
         EngineNotPaused: an update while requests are running.
         SessionError: update or finish without a start.
     """
-    if method in REFUSED_CALLS:
-        raise CallRefused(f"weightsync: {method} changes the weights outside of a round, unverified; use a round")
+    if reason := worker_calls.refusal(method):
+        raise CallRefused(f"weightsync: {reason}")
     if method == "start_weight_update":
         if kwargs.get("is_checkpoint_format", False):
             raise SessionError(

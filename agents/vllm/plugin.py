@@ -23,8 +23,10 @@ def register() -> None:
     if BACKEND in WeightTransferEngineFactory._registry:
         return
     from weightsync.agents.vllm import hold
+    from weightsync.agents.vllm.holders import balancer
     from weightsync.agents.vllm.recorder import load_hook
 
     hold.install()
+    balancer.install()
     load_hook.install()
     WeightTransferEngineFactory.register_engine(BACKEND, ADAPTER_MODULE, ADAPTER_CLASS)

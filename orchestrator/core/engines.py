@@ -35,7 +35,7 @@ def tend_engines(turn: Turn) -> None:
         elif engine.paused is False and must_not_serve(fleet, name):
             _pause_again(turn, name)
         elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.ATTACH, fleet.policy.init)
+            turn.call(name, Call.ATTACH, fleet.policy.attach)
         else:
             turn.call(name, Call.PROBE, fleet.policy.probe)
 

@@ -50,7 +50,7 @@ class Policy:
     probe: float
     probe_interval: float
     """From the beginning of one look at an idle engine to the next."""
-    init: float
+    attach: float
     pause: float
     quiesce: float
     transfer: float

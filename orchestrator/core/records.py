@@ -115,7 +115,8 @@ REMEMBERED_ROUNDS: Final = 64
 
 @dataclass(slots=True)
 class Memory:
-    """The fold of all records. ``ended``: the newest rounds that are over, oldest first."""
+    """The fold of all records. ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the
+    version that was last decided in its memory, and its digest."""
 
     epoch: int = 0
     round_number: int = 0
@@ -125,6 +126,7 @@ class Memory:
     done: set[Version] = field(default_factory=set)
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
+    held: dict[str, tuple[Version, str]] = field(default_factory=dict)
 
 
 def replay(memory: Memory, record: Record) -> None:
@@ -140,8 +142,9 @@ def replay(memory: Memory, record: Record) -> None:
             opened.dirty = True
             opened.writers = writers
             opened.ranks = ranks
-        case Decided(round=name):
+        case Decided(round=name, version=version, digests=digests):
             memory.open_rounds[name].decided = True
+            memory.held |= {member: (version, digest) for member, digest in digests.items()}
         case RoundEnded(round=name):
             _end(memory, name)
         case Committed(version=version, sequence=sequence):

@@ -71,15 +71,18 @@ class Outbox:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
-                # Runs of records, and runs of what may leave only once the records before it are durable.
-                for durable, commands in itertools.groupby(await self._batches.get(), lambda c: isinstance(c, Append)):
-                    if durable:
-                        await self._append([command for command in commands if isinstance(command, Append)])
-                        continue
-                    for command in commands:
-                        self._perform(command)
+                await self.perform(await self._batches.get())
         except Exception as error:
             self._inbox.fail(error)
+
+    async def perform(self, batch: list[Command]) -> None:
+        """One batch: runs of records, and runs of what may leave only once the records before it are durable."""
+        for durable, commands in itertools.groupby(batch, lambda c: isinstance(c, Append)):
+            if durable:
+                await self._append([command for command in commands if isinstance(command, Append)])
+                continue
+            for command in commands:
+                self._perform(command)
 
     async def _append(self, commands: list[Append]) -> None:
         """Neighbours in one commit: an fsync costs milliseconds."""

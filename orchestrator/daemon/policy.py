@@ -20,7 +20,7 @@ def policy_of(settings: Settings) -> Policy:
         rendezvous=deadlines.rendezvous_seconds,
         probe=deadlines.probe_seconds,
         probe_interval=deadlines.probe_interval_seconds,
-        init=deadlines.init_seconds,
+        attach=deadlines.attach_seconds,
         pause=deadlines.pause_seconds,
         quiesce=deadlines.quiesce_seconds,
         transfer=deadlines.transfer_seconds,

@@ -92,9 +92,8 @@ class Runner:
         commands = await self._recall()
         self._open_outbox()
         try:
-            # Before anybody can connect: the first record of this life is that its epoch began. Nothing is performed
-            # until the outbox runs, so a port that is taken leaves the journal as it was.
-            self.outbox.put(commands)
+            # Before anybody can connect: nobody hears of an epoch that the next daemon would not find in the journal.
+            await self.outbox.perform(commands)
             port = await self._listen()
             async with asyncio.TaskGroup() as group:
                 tasks = [

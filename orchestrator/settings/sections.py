@@ -143,7 +143,7 @@ class DeadlinesSection(Section):
     finish_seconds: Seconds = Field(default=60, description="From the decision until every worker has left the update.")
     probe_seconds: Seconds = Field(default=10, description="Asking one engine for its routes and its state.")
     probe_interval_seconds: Seconds = Field(default=5, description="Between two looks at an engine outside a round.")
-    init_seconds: Seconds = Field(
+    attach_seconds: Seconds = Field(
         default=20, description="Starting the agents of one engine: threads and a NIXL agent in every worker."
     )
     heartbeat_seconds: Seconds = Field(default=5, description="Between two signs of life on a control connection.")

@@ -110,11 +110,17 @@ def quantise_traffic(jobs: list[QuantizeJob]) -> int:
     return sum(job.src.numel() * (job.src.element_size() + 1) + 4 * job.scale_out.numel() for job in jobs)
 
 
+def quantising(jobs: list[QuantizeJob]) -> Launch:
+    """One launch over all jobs, with their own sources."""
+    launch, sources = prepare_quantize(jobs), [job.src for job in jobs]
+    return lambda: launch(sources)
+
+
 def bench_quantise(figure: str, sources: list[list[torch.Tensor]]) -> None:
     """One launch over ``sources`` against a copy of the same traffic."""
     jobs = slot_jobs(sources)
     traffic = quantise_traffic(jobs)
-    compare(figure, prepare_quantize(jobs), copy_of(traffic), traffic, tensors=len(jobs))
+    compare(figure, quantising(jobs), copy_of(traffic), traffic, tensors=len(jobs))
 
 
 def glm5_attention() -> list[list[torch.Tensor]]:
@@ -148,9 +154,9 @@ def bench_over_eager() -> None:
     """Against the same arithmetic in eager torch, and under torch.compile."""
     x = weights(16384, 16384)
     jobs = slot_jobs([[x]])
-    compare("quantise_over_eager", prepare_quantize(jobs), lambda: eager_blocks(x), quantise_traffic(jobs))
+    compare("quantise_over_eager", quantising(jobs), lambda: eager_blocks(x), quantise_traffic(jobs))
     compiled = torch.compile(eager_blocks)
-    compare("quantise_over_compiled", prepare_quantize(jobs), lambda: compiled(x), quantise_traffic(jobs))
+    compare("quantise_over_compiled", quantising(jobs), lambda: compiled(x), quantise_traffic(jobs))
 
 
 def bench_over_vllm() -> None:
@@ -162,7 +168,7 @@ def bench_over_vllm() -> None:
 
     x = weights(16384, 16384)
     jobs = slot_jobs([[x]])
-    compare("quantise_over_vllm", prepare_quantize(jobs), lambda: per_block_cast_to_fp8(x), quantise_traffic(jobs))
+    compare("quantise_over_vllm", quantising(jobs), lambda: per_block_cast_to_fp8(x), quantise_traffic(jobs))
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 Prints one JSON object a line:
 
 * ``nixl_vram_over_copy``: the rate of writing a 4 GiB arena into another process, over the rate of a device copy of as
-  many bytes, alternating in one run; at least 0.90.
+  many bytes, alternating in one run.
 * ``coalesced_over_per_tensor``: how much faster 20,000 tensors travel as pack + one write + scatter than with one
   descriptor each; at least 10. The first includes both kernels and asking the other process to scatter.
 * ``nixl_vram``, ``device_copy``, ``coalesced``, ``per_tensor``, ``first_write``: what those are made of.

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_nixl.py [--bytes N] [--tensors N] [--repeat N] [--tls TRANSPORTS]
 
-Prints ``nixl_write_over_bare`` (a ratio; at least 0.9 for 1 GB in 300 tensors) and the two rates behind it, one JSON
+Prints ``nixl_write_over_bare`` (a ratio, for 1 GB in 300 tensors) and the two rates behind it, one JSON
 object a line. Bare means: one handle over all descriptors, posted and polled in a tight loop, with no deadline, no
 window and no event loop.
 """

@@ -22,9 +22,10 @@ sys.path[:0] = [str(TESTS), str(TESTS / "e2e" / "cpu_plugin")]
 import models  # noqa: E402
 import weightsync_cpu_test_plugin  # noqa: E402
 from weightsync.agents.recorder.blueprint import Blueprint  # noqa: E402
+from weightsync.agents.recorder.contents import Checkpoint  # noqa: E402
 from weightsync.agents.recorder.rows import Target, build_rows  # noqa: E402
 from weightsync.agents.recorder.settled import settle  # noqa: E402
-from weightsync.agents.recorder.trace import Checkpoint  # noqa: E402
+from weightsync.agents.recorder.trace import RecordError  # noqa: E402
 from weightsync.agents.vllm.recorder import load_hook  # noqa: E402
 from weightsync.agents.vllm.recorder.derived import held_tensors  # noqa: E402
 from weightsync.agents.vllm.recorder.kernel_layouts import as_fed  # noqa: E402
@@ -166,6 +167,16 @@ def lay_out(place: Place, case: Mapping[str, Any]) -> dict[str, Any]:
     return summary(recorded) | {"different": different(model, fresh)}
 
 
+def refused(place: Place, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Engines that must not start: why they do not, empty if they do."""
+    files, _ = checkpoints(place, case)
+    try:
+        load(place, case, files.old)
+    except RecordError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
 def lay_out_unprocessed(place: Place, case: Mapping[str, Any]) -> dict[str, Any]:
     """Quantised models, whose processing the CPU build does in its own way: compared as the loader leaves them."""
     from vllm.config import set_current_vllm_config
@@ -243,8 +254,11 @@ def load(place: Place, case: Mapping[str, Any], directory: Path) -> tuple[torch.
 
 
 # ------------------------------------------------------------------------------------------------------------ process
-def prepare(place: Place) -> None:
-    """The environment and the patches of a CPU worker that are not the product's."""
+def prepare(place: Place, stock: str) -> None:
+    """The environment and the patches of a CPU worker that are not the product's.
+
+    ``stock``: "all" leaves vLLM's packing of weights as it is, "head" that of the output head only.
+    """
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         RANK=str(place.rank),
@@ -254,7 +268,10 @@ def prepare(place: Place) -> None:
         MASTER_PORT=str(place.port),
         VLLM_DIST_IDENT=f"architectures-{place.port}",
     )
-    weightsync_cpu_test_plugin.register()
+    if stock:
+        os.environ["VLLM_PLUGINS"] = "weightsync"  # else vLLM finds the test plugin by itself
+    if stock != "all":
+        _keep_weights_live(but_the_head=stock == "head")
     load_hook.install()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms.cpu import CpuPlatform
@@ -272,6 +289,19 @@ def prepare(place: Place) -> None:
 
     CpuPlatform.get_attn_backend_cls = classmethod(dense_attention)
     _quantised_layers_without_kernels()
+
+
+def _keep_weights_live(*, but_the_head: bool) -> None:
+    from vllm.model_executor.layers import utils
+
+    packing = utils.dispatch_cpu_unquantized_gemm
+    weightsync_cpu_test_plugin.register()
+    live = utils.dispatch_cpu_unquantized_gemm
+    if but_the_head:
+        # vLLM keeps the weight beside its packed copy for embeddings only, and computes with the copy.
+        utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: (live if remove_weight else packing)(
+            layer, remove_weight
+        )
 
 
 def _quantised_layers_without_kernels() -> None:
@@ -307,12 +337,12 @@ def main() -> None:
     rank, world, port, directory = sys.argv[1:]
     place = Place(int(rank), int(world), int(port), Path(directory))
     cases: list[dict[str, Any]] = json.loads((place.directory / "cases.json").read_text())
-    prepare(place)
+    prepare(place, cases[0].get("stock", ""))
     join(place, cases)
-    kinds = {"serve": serve, "lay_out": lay_out, "lay_out_unprocessed": lay_out_unprocessed}
+    kinds = {"serve": serve, "lay_out": lay_out, "lay_out_unprocessed": lay_out_unprocessed, "refused": refused}
     with (place.directory / f"rank_{rank}.jsonl").open("w", buffering=1) as out:
         for case in cases:
-            out.write(json.dumps({"case": case} | kinds[case["kind"]](place, case)) + "\n")
+            out.write(json.dumps({"case": case, "rank": place.rank} | kinds[case["kind"]](place, case)) + "\n")
 
 
 if __name__ == "__main__":

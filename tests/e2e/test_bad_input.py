@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from serving import HOST, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
 from weightsync.agents.link.client import RefusedForGood
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
+from weightsync.agents.trainer.errors import UnfitTensor, UnreadTensors
 from weightsync.agents.trainer.models import model_table
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.names import Version
@@ -41,10 +43,9 @@ def stable(step: int, *, run: str = "e2e", generation: int = 1) -> bytes:
     return encode_manifest(manifest(run, Version(generation, step)))
 
 
-def in_process_trainer(whole: Fleet, **other: Any) -> TrainerAgent:
+def in_process_trainer(whole: Fleet, source: Any = None, **other: Any) -> TrainerAgent:
     """A trainer rank in this process, with its options as ``other`` says."""
-    state = masters(model_shapes(CONFIG), 0)
-    return TrainerAgent(lambda: state, model_table(CONFIG), **{
+    return TrainerAgent(source or masters(model_shapes(CONFIG), 0), model_table(CONFIG), **{
         "hub_url": f"ws://{HOST}:{whole.port}/agents", "token_file": whole.token, "run_id": whole.run_id,
         "run_dir": whole.directory / "run", "connect_seconds": 3.0, **other,
     })  # fmt: skip
@@ -122,6 +123,40 @@ def test_a_wrong_token_is_what_the_constructor_says(lonely: Fleet, tmp_path: Pat
 def test_another_run_is_refused_for_good(lonely: Fleet) -> None:
     with pytest.raises(RefusedForGood, match="belongs to run 'another-run', this daemon serves run 'e2e'"):
         in_process_trainer(lonely, run_id="another-run")
+
+
+def test_a_tensor_that_is_no_weight_is_what_the_constructor_says(lonely: Fleet) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state = masters(model_shapes(CONFIG), 0)
+    with pytest.raises(UnfitTensor, match=rf"^'{name}' is int8; .*give a callable that dequantises it"):
+        in_process_trainer(lonely, lambda: state | {name: state[name].to(torch.int8)})
+    adapter = name.replace("weight", "lora_a.weight")
+    with pytest.raises(UnreadTensors, match=rf"^1 trained tensors are read by nobody.*: {adapter}\. "):
+        in_process_trainer(lonely, state | {adapter: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="nonfinite='ignore'; it is one of refuse, warn, allow"):
+        in_process_trainer(lonely, nonfinite="ignore")
+    assert lonely.status()["trainers"] == []
+
+
+def test_nan_and_infinity_are_refused_or_warned_of_or_allowed(lonely: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    state = masters(model_shapes(CONFIG), 0)
+    state["model.norm.weight"][:2] = torch.tensor([torch.nan, 3.4e38])  # the second one only in bfloat16
+    words = f"model.norm.weight (2 of {state['model.norm.weight'].numel()} values)"
+    for option in ("refuse", "warn", "allow"):
+        agent = in_process_trainer(lonely, state, nonfinite=option)
+        try:
+            caplog.clear()
+            if option == "refuse":
+                with pytest.raises(PublishError, match=rf"NaN or infinity .*: {re.escape(words)}\. .*nonfinite='warn'"):
+                    agent.publish_async(30)
+                state["model.norm.weight"][:2] = 1.0
+                agent.publish_async(30)  # a step that was not staged may be tried again
+                state["model.norm.weight"][:2] = torch.tensor([torch.nan, 3.4e38])
+                continue
+            agent.publish_async(31)
+            assert (f"NaN or infinity in {words}" in caplog.text) == (option == "warn")
+        finally:
+            agent.close()
 
 
 def test_a_second_daemon_on_the_same_journal_ends_with_75(lonely: Fleet) -> None:

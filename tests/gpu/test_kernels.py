@@ -97,7 +97,7 @@ def test_a_layer_on_a_stream_of_its_own() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        launch()
+        launch(sources)
     stream.synchronize()
     for job in jobs:
         theirs = outputs(job.src)

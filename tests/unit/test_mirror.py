@@ -21,7 +21,23 @@ MODULES = [
     if path.name != "__init__.py"
 ]
 
+BY_EACH_ARCHITECTURE = "models/test_models.py holds each table against what transformers saves"
+BY_REAL_WRITES = "nixl/test_endpoint.py drives it by real NIXL writes"
+BY_BOTH_SHAPES = "adapter/test_common.py runs both shapes of vLLM's interface through it"
+
 TESTED_ELSEWHERE = {
+    "agents/trainer/agent.py": "test_gloo.py runs it in real ranks, tests/e2e in front of real engines",
+    "agents/trainer/errors.py": "texts of errors, asserted where they are raised",
+    "agents/trainer/models/dense.py": BY_EACH_ARCHITECTURE,
+    "agents/trainer/models/mla.py": BY_EACH_ARCHITECTURE,
+    "agents/trainer/models/moe.py": BY_EACH_ARCHITECTURE,
+    "agents/transport/nixl/edge.py": BY_REAL_WRITES,
+    "agents/transport/nixl/errors.py": "texts of errors, asserted where they are raised",
+    "agents/transport/nixl/open.py": BY_REAL_WRITES,
+    "agents/transport/nixl/write.py": BY_REAL_WRITES,
+    "agents/vllm/adapter/callback.py": BY_BOTH_SHAPES,
+    "agents/vllm/adapter/choose.py": BY_BOTH_SHAPES,
+    "agents/vllm/adapter/lifecycle.py": BY_BOTH_SHAPES,
     "kernels/copy_reference.py": "test_copy runs each implementation through kernels/copy.py",
     "kernels/copy_triton.py": "test_copy runs each implementation through kernels/copy.py",
     "kernels/digest_reference.py": "test_digest runs each implementation through kernels/digest.py",
@@ -32,14 +48,15 @@ TESTED_ELSEWHERE = {
 """Modules with code and without a test file of their own, and why."""
 
 WITHOUT_A_MODULE = {
+    "agents/trainer/models/test_models.py": "the tables of all architectures, against what transformers saves",
     "agents/trainer/test_gloo.py": "trainer ranks in processes of their own",
     "agents/transport/test_third_transport.py": "the seam of transports, by a transport that only the test has",
-    "core/test_restart.py": "the core, started again from every place at which it may be interrupted",
     "daemon/engines/test_second_engine.py": "the seam of engines, by an engine that only the test has",
     "settings/test_every_key_is_read.py": "the schema of the settings against all code that reads it",
     "settings/test_example.py": "deploy/config.example.yaml",
     "test_deploy.py": "the files under deploy/",
     "test_docs.py": "the pages under docs/",
+    "test_hooks.py": ".pre-commit-config.yaml",
     "test_mirror.py": "the tree itself",
     "test_packaging.py": "pyproject.toml",
 }

@@ -101,14 +101,27 @@ class QuantizationSpec:
         outs = [conversion.out for conversion in conversions]
         if not self.quantizes:
             return lambda sources: self._cast(sources, outs)
-        jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
-        return prepare_quantize(jobs, block=self.block, forward_dtype=self.forward_dtype)
+        jobs = [QuantizeJob(self._readable(c.src), c.out, c.scale_out) for c in conversions if c.scale_out is not None]
+        quantize = prepare_quantize(jobs, block=self.block, forward_dtype=self.forward_dtype)
+        return lambda sources: quantize([self._readable(src) for src in sources])
+
+    def _readable(self, src: torch.Tensor) -> torch.Tensor:
+        """``src`` in a dtype that the kernels read; itself unless it is float64."""
+        return src.to(self._dtype_read(src.dtype))
+
+    def _dtype_read(self, dtype: torch.dtype) -> torch.dtype:
+        # Quantised values are rounded to the forward dtype first in any case.
+        return self.forward_dtype if dtype == torch.float64 else dtype
 
     def warm_up(self, device: torch.device, source_dtypes: Iterable[torch.dtype]) -> None:
         """Compile what converting sources of these dtypes on ``device`` needs; a plain cast needs nothing."""
         if self.quantizes:
             warm_up_quantize(
-                device, source_dtypes, block=self.block, forward_dtype=self.forward_dtype, scale_dtype=SCALE_DTYPE
+                device,
+                {self._dtype_read(dtype) for dtype in source_dtypes},
+                block=self.block,
+                forward_dtype=self.forward_dtype,
+                scale_dtype=SCALE_DTYPE,
             )
 
     def _check(self, conversion: Conversion) -> None:

@@ -8,22 +8,29 @@ a collective on every rank, in the table's order, also where they own no bytes.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import ClassVar, cast
+from typing import ClassVar, Final, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 from weightsync.agents.tables.box import Box
 from weightsync.agents.tables.runs import runs
-from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
+from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
+from weightsync.agents.trainer.slots.fitness import hint
 from weightsync.agents.trainer.slots.quantization import SCALE_DTYPE, Conversion, QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
 
 State = Mapping[str, torch.Tensor]
 """The trainer's tensors by its own names: plain ones, or DTensors."""
+
+UNSHARDED: Final = (
+    "; FSDP2 leaves parameters whole after a forward without backward: give the model itself, or a callable that calls"
+    " reshard() on its FSDP modules first"
+)
+"""What to do about a tensor that lost its mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +165,13 @@ class Slot:
         source, held = self.spec.sources[number], self.shares[number]
         tensor = state.get(source.key)
         if tensor is None:
-            raise MissingTensor(source.key, self.spec.dst)
+            raise MissingTensor(source.key, self.spec.dst, hint(source.key, state))
         shape = tuple(tensor.shape)
         if shape != held.shape or isinstance(tensor, DTensor) != (held.grid is not None):
+            whole = held.grid is not None and not isinstance(tensor, DTensor)
             raise ChangedTensor(
                 f"{source.key!r} is {type(tensor).__name__} {shape} now; its slot was made for {held.shape}"
-                f" over {held.grid or 'no mesh'}"
+                f" over {held.grid or 'no mesh'}{UNSHARDED if whole else ''}"
             )
         return tensor
 
@@ -256,6 +264,12 @@ class LocalBatch:
         sources = self._sources(state)
         self._looks = [_look(source) for source in sources]
         moves = [move for slot in slots for move in slot.moves]
+        keys = [slot.spec.sources[move.source].key for slot in slots for move in slot.moves]
+        for key, src, move in zip(keys, sources, moves, strict=True):
+            if slots[0].spec.quantization.quantizes and src.device != move.out.device:
+                raise UnfitTensor(
+                    key, f"is on {src.device}, its slot on {move.out.device}: it is quantised where it is"
+                )
         jobs = [Conversion(src, m.out, m.scale_out) for src, m in zip(sources, moves, strict=True)]
         self._convert = slots[0].spec.quantization.prepare(jobs)
 

@@ -1,7 +1,7 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Final
@@ -14,6 +14,9 @@ from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
+from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
+from weightsync.agents.trainer.slots.merged import MergedState, together
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
@@ -64,11 +67,14 @@ class TrainerSlots:
         layout: for Announce. Region 0 is the arena, region 1 (if any) the staging region.
         arenas: uint8 tensors, one per region, in the regions' order.
         slots: in the table's order.
+        read: names of the state that the table reads, in its order.
         unrouted: names of the state that no specification reads.
         primary: whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``).
 
     Raises:
         MissingTensor: the table reads a tensor that the state lacks.
+        UnfitTensor: one that the table reads can be no weight as it is. (Tensors on meta are accepted with an
+            ``allocate`` of the caller's, for plans without values; ``check`` refuses them.)
         TrainerError: of other kinds, see ``Router.route`` and ``local_share``.
     """
 
@@ -85,12 +91,13 @@ class TrainerSlots:
         options = options or SlotOptions()
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
-        shares = {source.key: local_share(source.key, state[source.key]) for s in specs for source in s.sources}
+        self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
+        shares = {key: _share(key, state[key], values=allocate is None) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
-        make = allocate or _allocator_for(state)
+        make = allocate or _allocator_for([_bare(state)[key] for key in shares])
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         self.arenas = [make(max(plan.size, ALIGNMENT))]
         if options.staging_bytes and self.primary:
@@ -100,6 +107,7 @@ class TrainerSlots:
         staging = STAGING_REGION if len(self.arenas) > STAGING_REGION else -1
         placed = [(slot, ARENA_REGION) for slot in self.slots]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
+        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
 
@@ -110,8 +118,13 @@ class TrainerSlots:
 
         Raises:
             MissingTensor: the state lacks a tensor.
+            UnfitTensor: a tensor can be no weight as it is now.
             ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
         """
+        state = _bare(state)
+        for key in self.read:
+            if key in state:  # what is missing is the slots' to say
+                refuse_unfit(key, state[key])
         for slot in self.slots:
             slot.check(state)
 
@@ -121,7 +134,7 @@ class TrainerSlots:
         Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight.
 
         Raises:
-            MissingTensor, ChangedTensor: as ``check``, before anything is written.
+            MissingTensor, UnfitTensor, ChangedTensor: as ``check``, before anything is written.
         """
         self.check(state)
         # Gathered ones first and in the table's order: each is a collective, which all ranks enter alike.
@@ -130,6 +143,10 @@ class TrainerSlots:
                 slot.convert(state)
         for batch in self._batches:
             batch.convert(state)
+
+    def nonfinite(self) -> tuple[NonFinite, ...]:
+        """Tensors of this rank's slots with values that are NaN or infinite, as converted. Waits for the device."""
+        return self._finite.find()
 
     def _warm_up(self) -> None:
         """Compile the kernels of every treatment here, so that the first publish does not."""
@@ -149,6 +166,16 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
+def _bare(state: State) -> State:
+    """The state with bases in place of merged weights: of the same shapes, shards and devices; merging costs."""
+    return state.bare if isinstance(state, MergedState) else state
+
+
+def _share(key: str, tensor: torch.Tensor, *, values: bool) -> LocalShare:
+    refuse_unfit(key, tensor, values=values)
+    return local_share(key, tensor)
+
+
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
     """This rank and the number of ranks: as given, else torch.distributed's, else alone."""
     distributed = dist.is_available() and dist.is_initialized()
@@ -163,7 +190,10 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
     """All slots that need no other rank, one batch for each treatment."""
     local = [slot for slot in slots if slot.kind != "gathered"]
     for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
-        yield LocalBatch([slot for slot in local if slot.spec.quantization == treatment], state)
+        alike = [slot for slot in local if slot.spec.quantization == treatment]
+        for group in together([[source.key for source in slot.spec.sources] for slot in alike], state):
+            if group:
+                yield LocalBatch([alike[number] for number in group], state)
 
 
 def layout_of(placed: Sequence[tuple[Slot, int]], regions: Sequence[Region], staging: int) -> Layout:
@@ -212,7 +242,7 @@ def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOpti
 def _complete(spec: ConversionSpec, keys: Collection[str]) -> ConversionSpec:
     for source in spec.sources:
         if source.key not in keys:
-            raise MissingTensor(source.key, spec.dst)
+            raise MissingTensor(source.key, spec.dst, hint(source.key, keys))
     return spec
 
 
@@ -242,10 +272,10 @@ def _in_first_replica(shares: Collection[LocalShare], replicate_dim: str) -> boo
     return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
 
 
-def _allocator_for(state: State) -> Allocate:
-    """Arenas on the device that most of the state's elements are on."""
+def _allocator_for(sources: Iterable[torch.Tensor]) -> Allocate:
+    """Arenas on the device that most elements of the sources are on."""
     elements: Counter[torch.device] = Counter()
-    for tensor in state.values():
+    for tensor in sources:
         elements[tensor.device] += tensor.numel()
     device = max(elements, key=elements.__getitem__, default=torch.device("cpu"))
     return partial(arena, device=device)

@@ -22,11 +22,20 @@ def open_endpoint(name: str, settings: NixlSettings, device: torch.device) -> Ni
     """
     if device.type != "cuda":
         return NixlEndpoint(name, settings)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    Runtime().bind(index)
     try:
-        ports = net_devices(index)
+        ports = net_devices(bind(device))
     except NicError as error:
         log.warning("%s: UCX chooses the ports itself: %s", name, error)
         ports = None
     return NixlEndpoint(name, settings, net_devices=ports)
+
+
+def bind(device: torch.device) -> int:
+    """Make the CUDA ``device`` the calling thread's; its index. Also for a thread that takes an open endpoint over.
+
+    Raises:
+        MemoryPlacementError: the device cannot be used.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    Runtime().bind(index)
+    return index

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from weightsync.agents.inference.calls import WeightHolder
-from weightsync.agents.vllm import gate, hold
+from weightsync.agents.memory.reach import check_reachable
+from weightsync.agents.vllm import gate, hold, probe
 from weightsync.agents.vllm.backend import logger
+from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
-from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout
+from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout, targets_of
 from weightsync.orchestrator.protocol.layout import Layout
 
 
@@ -60,7 +62,10 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config))
+    live = VllmModel.of(model, vllm_config)
+    check_reachable(live.layout.regions)  # on the agent's thread it would be known only after the daemon came
+    probe.require(model, targets_of(model), live.refresh, vllm_config)
+    return InferenceAgent(ranks, device, live, balancer.drain)
 
 
 def equip(
@@ -74,6 +79,8 @@ def equip(
     Raises:
         HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
         RanksError: the parallel configuration contradicts itself.
+        UnreadWeights: its layers compute with something else than what a round writes.
+        MemoryPlacementError: its weights lie where no writer can reach them.
         RecordError: the model's layout is not known.
     """
     _log_where_vllm_does()

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.contents import Checkpoint
+from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.vllm.recorder.vllm_names import (
     CACHE_SCALES,
     GATE_UP,
@@ -53,11 +54,30 @@ def checkpoint_of(model: nn.Module, model_config: Any) -> list[Checkpoint]:
     Raises:
         RecordError: there are no files, and the model's names cannot be derived.
     """
+    return files_of(model_config) or expected_checkpoint(model)
+
+
+def files_of(model_config: Any) -> list[Checkpoint]:
+    """The tensors of the safetensors files in the model's directory, or in Hugging Face's cache; none without any.
+
+    Raises:
+        RecordError: see :func:`read_header`.
+    """
     directory = Path(str(model_config.model))
+    if not directory.is_dir():
+        directory = _cached(str(model_config.model), getattr(model_config, "revision", None)) or directory
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    if files:
-        return [entry for file in files for entry in read_header(file)]
-    return expected_checkpoint(model)
+    return [entry for file in files for entry in read_header(file)]
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """Where the files of a model that was downloaded before lie; None if it was not."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # no such library, no such files, no name of a repository
+        return None
 
 
 def read_header(file: Path) -> list[Checkpoint]:

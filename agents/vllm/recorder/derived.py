@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.contents import storage_key
 from weightsync.agents.recorder.interface import Shadow
 from weightsync.orchestrator.protocol.layout import Derived
 
@@ -168,8 +169,7 @@ class VllmDerivations:
 
     def appeared(self, accounted: set[int]) -> tuple[list[Derived], list[str]]:
         """New tensors of attention layers that absorb a projection; all others but constants are of unknown origin."""
-        layers: list[Any] = [module for module in self._model.modules() if is_mla(module)]
-        owners = {id(holder) for layer in layers for holder in (layer, getattr(layer, "impl", layer))}
+        owners = self._owners()
         known: list[Derived] = []
         unknown: list[str] = []
         for held in self._census.appeared(self._model, accounted):
@@ -180,6 +180,20 @@ class VllmDerivations:
             else:
                 unknown.append(f"{held.name}: {tuple(held.tensor.shape)} {held.tensor.dtype} appeared")
         return known, unknown
+
+    def refreshed(self) -> set[int]:
+        """All tensors of attention layers that absorb a projection, and constants."""
+        owners = self._owners()
+        return {
+            storage_key(held.tensor)
+            for held in held_tensors(self._model)
+            if id(held.holder) in owners or is_constant(held)
+        }
+
+    def _owners(self) -> set[int]:
+        """ids of the objects whose tensors ``refreshes`` compute anew."""
+        layers: list[Any] = [module for module in self._model.modules() if is_mla(module)]
+        return {id(holder) for layer in layers for holder in (layer, getattr(layer, "impl", layer))}
 
 
 CONSTANTS: Final = frozenset(

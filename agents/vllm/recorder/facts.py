@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.interface import KernelLayout
-from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.recorder import kernel_layouts
 from weightsync.agents.vllm.recorder.derived import VllmDerivations, dropped_by_mla
 from weightsync.agents.vllm.recorder.vllm_names import (

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import torch
 from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.interface import KernelLayout
-from weightsync.agents.recorder.trace import Checkpoint
 from weightsync.agents.vllm.recorder.vllm_names import (
     DOWN,
     GATE_UP,

@@ -7,16 +7,20 @@ afterwards. ``recorded_layout`` turns it into what the agent announces, register
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.recording import Recording
-from weightsync.agents.recorder.rows import build_rows, fill
+from weightsync.agents.recorder.rows import Target, build_rows, fill
 from weightsync.agents.recorder.settled import Unrecorded
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import RecordError
+from weightsync.agents.recorder.traced import trace_loader
+from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
 from weightsync.orchestrator.protocol.layout import Layout
@@ -31,7 +35,11 @@ __all__ = [
     "keep_draft",
     "record",
     "recorded_layout",
+    "targets_of",
 ]
+
+MAX_NAMES: Final = 8
+"""Names in one line of the log: every layer of a model has the same ones."""
 
 _ATTRIBUTE: Final = "_weightsync_recording"
 _drafts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -66,19 +74,45 @@ def record(model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]
         model_config: vLLM's, whose ``dtype`` is that of the unquantised weights.
 
     Raises:
-        RecordError: see :class:`weightsync.agents.recorder.recording.Recording`.
+        RecordError: see :func:`weightsync.agents.recorder.traced.trace_loader`.
     """
-    return Recording(model, checkpoint, VllmFacts(model_config.dtype))
+    return Recording(trace_loader(model, checkpoint, VllmFacts(model_config.dtype)))
 
 
 def keep(recording: Recording) -> None:
-    """Leave a finished recording with its model, for ``recorded_layout``."""
+    """Leave a finished recording with its model, for ``recorded_layout``; log what of the model is not written."""
     setattr(recording.model, _ATTRIBUTE, recording)
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for entry in recording.unrecorded:
+        by_reason[entry.reason].append(entry.name)
+    for reason, names in by_reason.items():
+        logger.info("weightsync: stay as the engine started (%s): %s", reason, bounded(names))
+    if recording.unused:
+        logger.info("weightsync: checkpoint tensors that this rank needs nothing of: %s", bounded(recording.unused))
+    if recording.finished is not None and recording.finished.shadows:
+        logger.info("weightsync: written beside and made anew: %s", bounded(recording.finished.shadows))
+    if recording.processing.looked:
+        names = sorted(recording.processing.looked)
+        logger.warning("weightsync: the engine looked at values of weights while it processed them: %s", bounded(names))
+
+
+def bounded(names: Sequence[str]) -> str:
+    """``names`` for people: how many, and the first of them."""
+    more = ", …" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} ({', '.join(names[:MAX_NAMES])}{more})"
 
 
 def keep_draft(model: nn.Module) -> None:
     """Remember that ``model``, of speculative decoding, was loaded too: no layout covers its weights."""
     _drafts.add(model)
+
+
+def targets_of(model: nn.Module) -> Sequence[Target]:
+    """The memory that a round writes in ``model``; its layout was recorded."""
+    recording = getattr(model, _ATTRIBUTE)
+    assert recording.finished is not None, "recorded_layout has refused it"
+    targets: list[Target] = recording.finished.targets
+    return targets
 
 
 def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
@@ -113,6 +147,12 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         with torch.no_grad():
             for step in finished.refreshes:
                 step()
+            stale = finished.stale()
+        if stale:
+            raise RecordError(
+                f"{bounded(stale)}: the engine's memory is not what was written: it has replaced or changed it since "
+                "it loaded; restart the engine"
+            )
 
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         fill(rows, weights)

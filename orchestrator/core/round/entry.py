@@ -9,7 +9,7 @@ from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round, Unclosed
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Commit, Grant, Verify
-from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, add_digests
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Version, add_digests
 
 
 # ------------------------------------------------------------------------------------------------ before the decision
@@ -71,7 +71,19 @@ def decide(turn: Turn, current: Round) -> None:
     """Make the decision durable; from here it only goes forward."""
     current.decided = True
     digests = {str(m): f"{v.digest[0]:016x}{v.digest[1]:016x}" for m, v in sorted(current.verified.items())}
+    _note_same_bytes(turn, current.version, digests)
     turn.append_and_wait(Decided(round=current.name, version=current.version, digests=digests))
+
+
+def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> None:
+    """Say it if every member holds what it held before: a trainer that trains changes its weights."""
+    held = turn.fleet.memory.held
+    before = {held[member][0] for member, digest in digests.items() if member in held and held[member][1] == digest}
+    known = [member for member in digests if member in held]
+    same = all(held[member][1] == digests[member] for member in known)
+    if same and len(before) == 1 and version not in before:
+        sentence = f"step {version.step} holds the same bytes as step {before.pop().step}"
+        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning")
 
 
 # ------------------------------------------------------------------------------------------------- after the decision

@@ -34,8 +34,10 @@ def _keep_linear_weights_live() -> None:
         torch.cpu._init_amx()  # bf16 products in a process that never asked for AMX end in SIGILL
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
-        if layer.weight.is_meta or layer.weight.ndim != 2:
+        if layer.weight.is_meta:
             packing(layer, remove_weight)
+        elif layer.weight.ndim != 2:
+            pass  # experts are packed elsewhere; convolutions stay as a GPU build has them, and cannot run
         else:
             layer.cpu_linear = torch.nn.functional.linear
 

@@ -66,6 +66,7 @@ class Driven:
     records: list[AnyRecord] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     now: float = 0.0
+    digest: tuple[int, int] = DIGEST
 
     @classmethod
     def joined(cls, **options: Any) -> "Driven":
@@ -228,14 +229,14 @@ class Driven:
 
     def closed(self, **more: Any) -> Closed:
         """What an honest writer says at the end of the round's grant."""
-        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, DIGEST) for member in self.round.ranks)
+        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in self.round.ranks)
         return Closed(**{"round": self.round.name, "peers": peers, **more})
 
     def verified(self, **more: Any) -> Verified:
         """What an honest worker finds."""
         found = {
             "round": self.round.name,
-            "digest": DIGEST,
+            "digest": self.digest,
             "bytes": BYTES_PER_EDGE,
             "apply_seconds": 0.0,
             "digest_seconds": 0.0,

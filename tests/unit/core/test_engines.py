@@ -60,7 +60,7 @@ def test_an_engine_that_serves_an_older_version_is_paused_again(drive: Any) -> N
 
 @pytest.mark.parametrize(("call", "deadline"), [(Call.PROBE, 7.0), (Call.ATTACH, 11.0)])
 def test_a_call_has_the_deadline_of_the_settings(drive: Any, call: Call, deadline: float) -> None:
-    fleet = drive(options={"probe": 7.0, "init": 11.0})
+    fleet = drive(options={"probe": 7.0, "attach": 11.0})
     fleet.passes(0.0)
     fleet.answers("e0", Call.PROBE, True)
     asked = [c.deadline for c in fleet.commands if isinstance(c, CallEngine) and c.call is call]

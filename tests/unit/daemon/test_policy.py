@@ -39,7 +39,7 @@ def test_every_deadline_of_the_settings_reaches_the_core(settings: Settings) -> 
     for field in fields(Policy):
         if field.name in named:
             assert getattr(policy, field.name) == getattr(changed.deadlines, f"{field.name}_seconds"), field.name
-    assert {"init", "probe", "probe_interval"} <= named
+    assert {"attach", "probe", "probe_interval"} <= named
     assert (policy.run_id, [engine.name for engine in policy.engines]) == ("glm", ["e0"])
     assert policy.transport == NixlSettings()
 

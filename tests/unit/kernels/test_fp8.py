@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> Non
         jobs.append(QuantizeJob(src, out.view(src.shape), scale.view(*src.shape[:-2], -1, 2)))
         row, block_row = row + rows, block_row + blocks
     launch = prepare_quantize(jobs)
-    launch()
+    launch(sources)
     for job in jobs:
         codes, scales = check(job.src)
         assert same(job.out.contiguous(), codes)
@@ -243,20 +244,20 @@ def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> Non
     launch(shifted)
     for job, src in zip(jobs, shifted, strict=True):
         assert same(job.out.contiguous(), check(src)[0])
-    launch()
+    launch(sources)
     assert same(jobs[0].out.contiguous(), check(sources[0])[0])
 
 
 def test_mixed_dtypes_in_one_call(device: torch.device) -> None:
     sources = [normal(60, 70, dtype=dtype).to(device) for dtype in DTYPES]
     jobs = [QuantizeJob(src, *outputs(src)) for src in sources]
-    prepare_quantize(jobs, forward_dtype=torch.bfloat16)()
+    prepare_quantize(jobs, forward_dtype=torch.bfloat16)(sources)
     for job in jobs:
         assert same(job.out, check(job.src, forward_dtype=torch.bfloat16)[0])
 
 
 def test_nothing_to_do(device: torch.device) -> None:
-    prepare_quantize([])()
+    prepare_quantize([])([])
     check(torch.zeros(0, 128, dtype=torch.bfloat16, device=device))
     check(torch.zeros(2, 128, 0, dtype=torch.bfloat16, device=device))
 
@@ -282,3 +283,12 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     with pytest.raises(KernelError, match="2 sources for 1 jobs"):
         launch([src, src])
     assert bool((codes.view(torch.uint8) == 0xEE).all())
+
+
+def test_sources_are_not_kept(device: torch.device) -> None:
+    src = normal(130, 100, dtype=torch.bfloat16).to(device)
+    kept = weakref.ref(src)
+    launch = prepare_quantize([QuantizeJob(src, *outputs(src))])
+    launch([src])
+    del src
+    assert kept() is None

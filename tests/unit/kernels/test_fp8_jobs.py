@@ -3,7 +3,7 @@
 import pytest
 import torch
 from weightsync.kernels.errors import KernelError
-from weightsync.kernels.fp8_jobs import BLOCKS, QuantizeJob, check_job, stand_ins
+from weightsync.kernels.fp8_jobs import BLOCKS, Look, QuantizeJob, check_job, checked_sources
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 
@@ -49,12 +49,13 @@ def test_what_does_not_fit_is_named(
         check_job(made, block, forward, scale_format)  # type: ignore[arg-type]
 
 
-def test_stand_ins_look_like_the_sources_that_they_replace() -> None:
-    jobs = [job(), job((4, 8), (1, 1))]
-    assert [source.data_ptr() for source in stand_ins(jobs, None)] == [j.src.data_ptr() for j in jobs]
+def test_sources_look_like_those_that_a_call_was_prepared_with() -> None:
+    looks = [Look.of(job().src), Look.of(job((4, 8), (1, 1)).src)]
     others = [torch.empty(130, 256, dtype=BF16), torch.empty(4, 8, dtype=BF16)]
-    assert [source.data_ptr() for source in stand_ins(jobs, others)] == [other.data_ptr() for other in others]
+    assert [source.data_ptr() for source in checked_sources(looks, others)] == [other.data_ptr() for other in others]
     with pytest.raises(KernelError, match="1 sources for 2 jobs"):
-        stand_ins(jobs, others[:1])
-    with pytest.raises(KernelError, match=r"source 1 was prepared as torch.bfloat16\[4, 8\] with strides \(8, 1\)"):
-        stand_ins(jobs, [others[0], torch.empty(8, 4, dtype=BF16).t()])
+        checked_sources(looks, others[:1])
+    with pytest.raises(
+        KernelError, match=r"source 1 was prepared as torch.bfloat16\[4, 8\] with strides \(8, 1\) on cpu;"
+    ):
+        checked_sources(looks, [others[0], torch.empty(8, 4, dtype=BF16).t()])

@@ -63,10 +63,15 @@ def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(
     seen: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], list[int]]] = []
     options: list[dict[str, object]] = []
 
-    def prepare(jobs: list[QuantizeJob], **given: object) -> Callable[[], None]:
+    def prepare(jobs: list[QuantizeJob], **given: object) -> Callable[[list[torch.Tensor]], None]:
         [job] = jobs
         options.append(given)
-        return lambda: seen.append((job.src.dtype, tuple(job.src.shape), job.src.stride(), list(job.scale_out.shape)))
+
+        def run(sources: list[torch.Tensor]) -> None:
+            assert [source.data_ptr() for source in sources] == [job.src.data_ptr()]
+            seen.append((job.src.dtype, tuple(job.src.shape), job.src.stride(), list(job.scale_out.shape)))
+
+        return run
 
     monkeypatch.setattr(warm, "prepare_quantize", prepare)
     warm.warm_up_quantize(compiling, [torch.bfloat16, torch.float32], block=(1, 32), forward_dtype=torch.float16)

@@ -1,16 +1,19 @@
 """Experts that were rebalanced between rounds: the plan no longer fits, so the layout is announced anew."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from weightsync.agents.errors import AgentError
-from weightsync.agents.inference.agent import STAGING_VARIABLE, InferenceAgent
-from weightsync.agents.inference.calls import LiveModel, UpdateInfo
+from weightsync.agents.inference.agent import STAGING_VARIABLE, AgentStuck, InferenceAgent
+from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, UpdateInfo
 from weightsync.agents.inference.window import UpdateFailed
+from weightsync.agents.link.thread import AgentThread
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.kernels.digest import tensor_key
 from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
@@ -35,6 +38,7 @@ class Thread:
     """In place of the agent's thread: what is posted to it is kept."""
 
     failure = None
+    alive = True
 
     def __init__(self) -> None:
         self.posted: list[Any] = []
@@ -127,3 +131,110 @@ def test_a_worker_that_nobody_introduced_refuses() -> None:
     with pytest.raises(UpdateFailed, match="no daemon has been introduced"):
         agent.update(UPDATE)
     assert not agent.may_run
+
+
+def test_holders_of_copies_are_drained_before_the_experts_are_looked_at() -> None:
+    story: list[object] = []
+
+    def find(known: str) -> LiveModel | None:
+        story.append("looked")
+        return None
+
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3, find), story.append)
+    agent._agent = Thread()  # type: ignore[assignment]
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        agent.update(msgspec.structs.replace(UPDATE, deadline_seconds=0.001))
+    assert story == [0.001, "looked"]
+
+
+def test_who_does_not_let_go_of_copies_keeps_the_worker_from_standing_still() -> None:
+    def drain(seconds: float) -> None:
+        raise Lost("copies in flight")
+
+    thread = Thread()
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3), drain)
+    agent._agent = thread  # type: ignore[assignment]
+    with pytest.raises(Lost, match="copies in flight"):
+        agent.update(UPDATE)
+    assert thread.posted == []
+    assert not agent.status.torn
+
+
+@pytest.fixture
+def introduced(tmp_path: Path) -> Iterator[tuple[InferenceAgent, InitInfo]]:
+    """An agent whose thread runs and finds nobody at the hub's address."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    token.chmod(0o600)
+    info = InitInfo(hub_url="ws://127.0.0.1:1/agents", token_file=str(token), run_id="run", engine="engine-0", world=1)
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
+    agent.begin(info)
+    yield agent, info
+    agent.close()
+
+
+def thread_of(agent: InferenceAgent) -> AgentThread[Any]:
+    assert agent._agent is not None
+    assert agent._agent.alive
+    return agent._agent
+
+
+def test_the_same_introduction_again_does_nothing(introduced: tuple[InferenceAgent, InitInfo]) -> None:
+    agent, info = introduced
+    thread = thread_of(agent)
+    agent.begin(info)
+    assert thread_of(agent) is thread
+
+
+def test_an_agent_that_was_closed_comes_back_as_itself(introduced: tuple[InferenceAgent, InitInfo]) -> None:
+    agent, info = introduced
+    first = thread_of(agent)
+    first._epoch = 7  # as after a Welcome
+    agent.close()
+    assert not first.alive
+    with pytest.raises(UpdateFailed, match="was closed"):
+        agent.update(UPDATE)
+    agent.begin(info)
+    second = thread_of(agent)
+    assert second is not first
+    assert (second.incarnation, second.epoch) == (first.incarnation, 7)
+
+
+def test_a_daemon_may_move(introduced: tuple[InferenceAgent, InitInfo]) -> None:
+    agent, info = introduced
+    first = thread_of(agent)
+    first._epoch = 7
+    agent.begin(msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents"))
+    assert not first.alive
+    assert (thread_of(agent).incarnation, thread_of(agent).epoch) == (first.incarnation, 7)
+
+
+@pytest.mark.parametrize("other", [{"run_id": "another"}, {"engine": "engine-1"}, {"world": 2}])
+def test_who_has_obeyed_is_not_given_to_another_run(
+    introduced: tuple[InferenceAgent, InitInfo], other: dict[str, Any]
+) -> None:
+    agent, info = introduced
+    (field,) = other
+    thread = thread_of(agent)
+    thread._epoch = 7
+    with pytest.raises(InfoError, match=rf"init_info\.{field}: .* restart the engine"):
+        agent.begin(msgspec.structs.replace(info, **other))
+    assert thread_of(agent) is thread
+
+
+def test_who_has_obeyed_nobody_is_free(introduced: tuple[InferenceAgent, InitInfo]) -> None:
+    agent, info = introduced
+    agent.begin(msgspec.structs.replace(info, run_id="another"))
+    assert thread_of(agent).identity.run_id == "another"
+
+
+def test_no_second_thread_beside_one_that_does_not_end(
+    introduced: tuple[InferenceAgent, InitInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, info = introduced
+    thread = thread_of(agent)
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "close", lambda reason: None)
+        with pytest.raises(AgentStuck, match="has not ended"):
+            agent.begin(msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents"))
+    assert thread_of(agent) is thread

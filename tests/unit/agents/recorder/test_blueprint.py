@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.settled import settle
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import RecordError
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 F32 = torch.float32
@@ -128,3 +129,45 @@ def test_subclasses_and_attributes_pass_for_the_original() -> None:
 def test_a_parameter_without_memory_is_refused() -> None:
     with pytest.raises(RecordError, match="w has no memory before loading"):
         Blueprint(Model(torch.zeros(2, device="meta"), lambda m, n, t: None))
+
+
+class Registering(nn.Module):
+    """A loader that registers its bias anew, where the model has one or not, or keeps what it got elsewhere."""
+
+    def __init__(self, *, has_bias: bool, attribute: str = "bias", size: int = 4) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4, bias=has_bias)
+        self.attribute, self.size = attribute, size
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, tensor in weights:
+            if name == "weight":
+                self.head.weight.data.copy_(tensor)
+            elif self.attribute == "bias":
+                self.head.bias = nn.Parameter(torch.empty(self.size), requires_grad=False)
+                self.head.bias.data.copy_(tensor)
+            else:
+                setattr(self, self.attribute, tensor.clone())
+
+
+ENTRIES = [Checkpoint("weight", (4, 3), F32), Checkpoint("bias", (4,), F32)]
+
+
+def test_what_a_parameter_that_the_loader_registers_holds_lands_in_the_model_s_own() -> None:
+    model = Registering(has_bias=True)
+    blueprint = Blueprint(model)
+    states = settle(blueprint.trace(ENTRIES, model.load_weights))
+    by_name = {parameter.name: states[parameter.storage] for parameter in blueprint.parameters}
+    assert [landing.source.name for landing in by_name["head.bias"].landings] == ["bias"]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (Registering(has_bias=False), "head.bias"),
+        (Registering(has_bias=True, attribute="kept"), "kept"),
+    ],
+)
+def test_what_the_loader_keeps_where_the_model_has_no_parameter_is_refused(model: Registering, name: str) -> None:
+    with pytest.raises(RecordError, match=f"^{name}: the loader makes it of bias, and the model has no such parameter"):
+        Blueprint(model).trace(ENTRIES, model.load_weights)

@@ -8,8 +8,9 @@ from torch import nn
 from weightsync.agents.recorder import located
 from weightsync.agents.recorder.blueprint import Blueprint
 from weightsync.agents.recorder.boxes import StridedView
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.located import locate, order_sensitive_digest
-from weightsync.agents.recorder.trace import Checkpoint, Landing
+from weightsync.agents.recorder.trace import Landing
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_moving_a_value_between_zeros_is_seen() -> None:
 def test_pieces_give_the_same_sum_as_the_whole(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
     tensor = torch.randn(10, 7) if contiguous else torch.randn(7, 10).t()
     whole = order_sensitive_digest(tensor)
-    monkeypatch.setattr(located, "CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr(located, "CACHED_ELEMENTS", 16)
     assert order_sensitive_digest(tensor) == whole
 
 
@@ -59,26 +60,57 @@ class Holder(nn.Module):
 
     def as_loaded(self) -> located.LoadedParameter:
         (parameter,) = Blueprint(self).parameters
-        return located.LoadedParameter(parameter, self.weight.stride(), order_sensitive_digest(self.weight))
+        return located.LoadedParameter.of(parameter, self.weight)
 
 
 def test_a_parameter_is_found_as_it_was_as_a_copy_and_transposed() -> None:
     holder = Holder(4, 6)
     loaded, live = holder.as_loaded(), holder.weight.data
     for candidate in (live, live.clone(), live.t()):
-        found = locate(loaded, candidate, may_exchange_halves=False)
+        found = locate(loaded, candidate, may_exchange_halves=False, touched=True)
         assert found is not None
         assert found.tensor.data_ptr() == candidate.data_ptr()
         assert (tuple(found.tensor.shape), found.tensor.stride(), found.halves_exchanged) == ((4, 6), (6, 1), False)
     for candidate in (live.flip(0), live.t().contiguous(), live.double(), live[:2]):
-        assert locate(loaded, candidate, may_exchange_halves=True) is None
+        assert locate(loaded, candidate, may_exchange_halves=True, touched=True) is None
+
+
+def test_memory_that_nothing_was_written_to_is_believed_whatever_its_values_are() -> None:
+    holder = Holder(4, 4)
+    holder.weight.data.fill_(1)
+    loaded, live = holder.as_loaded(), holder.weight.data
+    for candidate, touched, believed in ((live, False, True), (live.t(), False, True), (live, True, False)):
+        found = locate(loaded, candidate, may_exchange_halves=False, touched=touched)
+        assert found is not None
+        assert found.untouched is believed
+    copy = locate(loaded, live.clone(), may_exchange_halves=False, touched=False)
+    assert copy is not None
+    assert not copy.untouched
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.randn(6), ""),
+        (torch.randn(6, 4), ""),
+        (torch.randn(3, 4, 5).to(torch.bfloat16), ""),
+        (torch.ones(1, 1), ""),
+        (torch.tensor(1.0), ""),
+        (torch.zeros(6), "6 of 6 slices along dimension 0 are equal"),
+        (torch.tensor([1.0, 1.0, 1.0, 2.0]), "3 of 4 slices along dimension 0 are equal"),
+        (torch.arange(4.0).repeat(3, 1), "3 of 3 slices along dimension 0 are equal"),
+        (torch.arange(4.0).repeat(3, 1).t(), "3 of 3 slices along dimension 1 are equal"),
+    ],
+)
+def test_equal_slices_do_not_tell_their_places(tensor: torch.Tensor, reason: str) -> None:
+    assert located.repeated(tensor) == reason
 
 
 def test_exchanged_halves_are_found_where_they_may_be_and_their_landings_follow() -> None:
     holder = Holder(2, 4, 3)
     loaded, live = holder.as_loaded(), holder.weight.data.roll(2, dims=1)
-    assert locate(loaded, live, may_exchange_halves=False) is None
-    found = locate(loaded, live, may_exchange_halves=True)
+    assert locate(loaded, live, may_exchange_halves=False, touched=True) is None
+    found = locate(loaded, live, may_exchange_halves=True, touched=True)
     assert found is not None
     assert found.halves_exchanged
     # Bytes: a row is 12, a half 24, an expert 48.

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import ParameterPlace
+from weightsync.agents.recorder.contents import Checkpoint, storage_key
 from weightsync.agents.recorder.interface import KernelLayout, Shadow
 from weightsync.agents.recorder.recording import Recording
 from weightsync.agents.recorder.rows import build_rows, fill
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.trace import RecordError
+from weightsync.agents.recorder.traced import trace_loader
 from weightsync.orchestrator.protocol.layout import Derived
 
 F32 = torch.float32
@@ -46,6 +48,9 @@ class Sums:
         if self.model.weight.untyped_storage().data_ptr() not in accounted:
             return [], ["weight: unaccounted"]
         return [Derived("total", "sum")], []
+
+    def refreshed(self) -> set[int]:
+        return {storage_key(self.model.total)}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ def write(recording: Recording, new: torch.Tensor) -> None:
 
 def test_a_weight_that_stays_as_it_was_loaded_is_the_target_itself() -> None:
     model, engine = Model(), Engine()
-    recording = Recording(model, [*CHECKPOINT, Checkpoint("other", (9,), F32)], engine)
+    recording = Recording(trace_loader(model, [*CHECKPOINT, Checkpoint("other", (9,), F32)], engine))
+    with recording.processing:
+        pass
     recording.finish()
     assert engine.fed == ["weight", "other"]
     assert recording.unused == ["other"]
@@ -101,8 +108,9 @@ def test_a_weight_that_stays_as_it_was_loaded_is_the_target_itself() -> None:
 
 def test_a_kernel_layout_is_made_again_from_a_shadow() -> None:
     model = Model()
-    recording = Recording(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,)))
-    live = model.weight = nn.Parameter(model.weight.data.flip(0), requires_grad=False)
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,))))
+    with recording.processing:
+        live = model.weight = nn.Parameter(model.weight.data.flip(0), requires_grad=False)
     recording.finish()
     assert recording.finished is not None
     assert recording.finished.shadows == ["weight"]
@@ -114,16 +122,18 @@ def test_a_kernel_layout_is_made_again_from_a_shadow() -> None:
 
 def test_a_kernel_layout_that_does_not_give_the_live_bytes_is_refused() -> None:
     model = Model()
-    recording = Recording(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,)))
-    model.weight = nn.Parameter(model.weight.data.flip(1), requires_grad=False)
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine(kernel_layouts=(UPSIDE_DOWN,))))
+    with recording.processing:
+        model.weight = nn.Parameter(model.weight.data.flip(1), requires_grad=False)
     with pytest.raises(RecordError, match=r"weight: \(4, 3\) torch.float32 became \(4, 3\)"):
         recording.finish()
 
 
 def test_a_dropped_weight_lives_on_in_the_copy_that_derivations_read() -> None:
     model = Model()
-    recording = Recording(model, CHECKPOINT, Engine(drops=True))
-    model.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine(drops=True)))
+    with recording.processing:
+        model.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     recording.finish()
     assert recording.finished is not None
     assert recording.finished.shadows == ["weight"]
@@ -142,7 +152,9 @@ def test_what_derivations_do_not_know_is_refused() -> None:
             assert isinstance(model, Model)
             return Forgetful(model)
 
-    recording = Recording(Model(), CHECKPOINT, Other())
+    recording = Recording(trace_loader(Model(), CHECKPOINT, Other()))
+    with recording.processing:
+        pass
     with pytest.raises(RecordError, match=r"not known: total: \(\) torch.float32 appeared"):
         recording.finish()
     assert recording.finished is None
@@ -151,7 +163,7 @@ def test_what_derivations_do_not_know_is_refused() -> None:
 def test_weights_that_a_loader_computes_are_refused() -> None:
     model = Model()
     model.load_weights = lambda weights: [  # type: ignore[method-assign, assignment]
-        model.weight.data.copy_(tensor * 2) for _, tensor in weights
+        model.weight.data.copy_(tensor.cumsum(0)) for _, tensor in weights
     ]
-    with pytest.raises(RecordError, match=r"computed while they load cannot be written: aten\.mul\.\w+ of weight"):
-        Recording(model, CHECKPOINT, Engine())
+    with pytest.raises(RecordError, match=r"cannot be written: weight: aten\.cumsum\.\w+ of weight"):
+        Recording(trace_loader(model, CHECKPOINT, Engine()))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.recorder.boxes import StridedView
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.rows import LayoutRows, Row, Target, build_rows, fill, merge
-from weightsync.agents.recorder.trace import Checkpoint, Landing, RecordError
+from weightsync.agents.recorder.trace import Landing, RecordError
 from weightsync.orchestrator.protocol import layout as protocol
 
 F32 = torch.float32

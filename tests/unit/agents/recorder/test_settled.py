@@ -7,6 +7,7 @@ from torch import nn
 from weightsync.agents.recorder import settled
 from weightsync.agents.recorder.blueprint import Blueprint, ParameterPlace
 from weightsync.agents.recorder.boxes import StridedView
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.settled import (
     Unrecorded,
     judge_unreached,
@@ -17,7 +18,7 @@ from weightsync.agents.recorder.settled import (
     settle,
     union,
 )
-from weightsync.agents.recorder.trace import Checkpoint, Landing, OpaqueBytes, RecordError, Write
+from weightsync.agents.recorder.trace import Landing, OpaqueBytes, RecordError, Write
 
 F32 = torch.float32
 
@@ -103,7 +104,7 @@ def test_marks_of_one_write_that_overlap_are_refused() -> None:
 def test_reasons_of_opaque_bytes_are_named_once_and_sorted() -> None:
     place = StridedView((1,), (4,))
     marks = [Write(n, place, 4, (OpaqueBytes(n, place, 4, reason),)) for n, reason in enumerate("bab")]
-    assert opaque_names(settle(marks).values()) == ["a", "b"]
+    assert opaque_names(settle(marks), dict(enumerate("vwv"))) == ["v: b", "w: a"]
 
 
 class Padded(nn.Module):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint
 from weightsync.agents.recorder.boxes import StridedView
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.recorder.settled import Settled, settle
-from weightsync.agents.recorder.trace import Checkpoint, Landing, OpaqueBytes, RecordError
+from weightsync.agents.recorder.trace import Landing, OpaqueBytes, RecordError
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 BF16, F32 = torch.bfloat16, torch.float32
@@ -152,12 +153,12 @@ def test_two_casts_are_refused_by_name() -> None:
     load = lambda m, n, t: m.w.data.copy_(t.to(BF16))  # noqa: E731
     state, _ = record(torch.zeros(4), load, Checkpoint("x", (4,), torch.float64))
     assert [opaque.reason for opaque in state.opaque] == [
-        "x is converted more than once: float64 to bfloat16 to bfloat16 to float32"
+        "x is converted more than once: float64 to bfloat16 to float32"
     ]
 
 
 @pytest.mark.parametrize(
-    "compute", [lambda t: t * 2, lambda t: -torch.exp(t), lambda t: t[torch.tensor([1, 0, 2, 3])]]
+    "compute", [lambda t: t * t, lambda t: torch.softmax(t, 0), lambda t: t[torch.tensor([1, 0, 2, 3])]]
 )  # fmt: skip
 def test_values_that_are_computed_are_opaque_and_named(compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
     state, _ = record(torch.zeros(4), lambda m, n, t: m.w.data.copy_(compute(t)), Checkpoint("a.log", (4,), F32))
@@ -168,7 +169,7 @@ def test_values_that_are_computed_are_opaque_and_named(compute: Callable[[torch.
 def test_a_change_in_place_after_the_copy_spoils_it() -> None:
     def load(model: Model, name: str, tensor: torch.Tensor) -> None:
         model.w.data.copy_(tensor)
-        model.w.data.mul_(2)
+        model.w.data.mul_(tensor)
 
     state, _ = record(torch.zeros(4), load, Checkpoint("x", (4,), F32))
     assert not state.landings

@@ -47,6 +47,14 @@ def test_contradicting_metadata_is_refused_and_the_stream_read_to_its_end(tmp_pa
     assert passed == ["w"]
 
 
+def test_nan_and_infinity_are_refused_by_name_in_every_pass(tmp_path: Path) -> None:
+    agent = stream_agent(tmp_path)
+    bad = [("fine", torch.ones(2)), ("w", torch.tensor([1.0, float("nan"), float("-inf")]))]
+    for step in (1, 2):
+        with pytest.raises(PublishError, match=rf"step {step} .*w \(2 of 3 values\)"):
+            agent.publish_stream(step, bad)
+
+
 def test_without_a_daemon_the_first_pass_says_so_and_the_next_one_tries_again(tmp_path: Path) -> None:
     agent = stream_agent(tmp_path)
     for step in (1, 1):

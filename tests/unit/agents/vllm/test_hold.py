@@ -374,9 +374,18 @@ def test_calls_that_change_weights_unseen_are_refused(core_class: type[EngineCor
     assert core.model_executor.workers[0].calls == []
 
 
-def test_other_calls_pass_through(core_class: type[EngineCore]) -> None:
+def test_calls_of_unknown_effect_reach_no_worker(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> None:
     core = core_class(config(), ranks=2)
-    assert core.collective_rpc(lambda worker, more: worker.rank + more, args=(10,)) == [10, 11]
+
+    def rank_and_more(worker: Any, more: int) -> int:
+        return int(worker.rank) + more
+
+    with pytest.raises(hold.CallRefused, match="rank_and_more is refused: nobody knows whether it changes weights"):
+        core.collective_rpc(rank_and_more, args=(10,))
+    with pytest.raises(hold.CallRefused, match="the daemon needs the agent"):
+        core.collective_rpc("shutdown_weight_transfer_engine")
+    monkeypatch.setenv("WEIGHTSYNC_ALLOW_CALLS", f"{__name__}.{rank_and_more.__qualname__}")
+    assert core.collective_rpc(rank_and_more, args=(10,)) == [10, 11]
 
 
 def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCore]) -> None:

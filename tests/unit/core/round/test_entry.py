@@ -4,11 +4,15 @@ from typing import Any
 
 import pytest
 from fleets import BYTES_PER_EDGE, rank, trainer
+from weightsync.orchestrator.core.commands import Say
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.core.records import LiveDirty, RoundEnded
+from weightsync.orchestrator.core.round import entry
 from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Grant, Left, Quiesced, Verify
+from weightsync.orchestrator.protocol.names import Version
 
 TRAINER = trainer()
 
@@ -162,3 +166,55 @@ def test_a_writer_may_write_only_where_it_owes_bytes(drive: Any) -> None:
         rank("e0", 1): 101,
         rank("e1", 1): 101,
     }
+
+
+SAME = "step 2 holds the same bytes as step 1; does the trainer publish what it trains?"
+
+
+def rounds(fleet: Any, step: int) -> None:
+    """One more version, through all of its round."""
+    if step > 1:
+        fleet.stage(step)
+        fleet.settle()
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    fleet.settle()
+
+
+def test_a_version_of_the_same_bytes_as_the_one_before_is_said_once(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    rounds(fleet, 1)
+    assert "same bytes" not in fleet.told()
+    rounds(fleet, 2)
+    said = [command for command in fleet.commands if isinstance(command, Say) and command.sentence == SAME]
+    assert [command.level for command in said] == ["warning"]
+    fleet.digest = (12, 13)
+    rounds(fleet, 3)
+    fleet.digest = (11, 13)
+    rounds(fleet, 4)
+    assert fleet.told().count("same bytes") == 1, "step 4 is no repetition of step 3"
+    rounds(fleet, 5)
+    assert "step 5 holds the same bytes as step 4;" in fleet.told()
+
+
+def test_the_same_bytes_are_known_across_a_restart_of_the_daemon(drive: Any) -> None:
+    fleet = drive()
+    rounds(fleet, 1)
+    again = drive(records=fleet.written())
+    again.connect(TRAINER)
+    digests = {"e0/0": f"{11:016x}{13:016x}", "e0/1": f"{11:016x}{13:016x}"}
+    assert again.fleet.memory.held == {member: (Version(7, 1), digest) for member, digest in digests.items()}
+
+
+def test_the_same_version_again_is_no_repetition(drive: Any) -> None:
+    fleet = drive(options={"attempts": 3})
+    rounds(fleet, 1)
+    fleet.stage(2)
+    fleet.settle()
+    fleet.digest = (12, 13)
+    fleet.to(Phase.DECIDING)
+    held = dict(fleet.fleet.memory.held)
+    assert {version for version, _ in held.values()} == {Version(7, 2)}, "as the journal was told"
+    turn = Turn(fleet.fleet, fleet.now, 0)
+    entry.decide(turn, fleet.round)
+    assert not [command for command in turn.commands if isinstance(command, Say)]

@@ -1,5 +1,7 @@
 """Slots over real meshes: what they hold equals independent slicing, casting and quantising of the full weights."""
 
+import weakref
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -472,3 +474,20 @@ def test_every_way_of_quantising_is_compiled_when_the_slots_are_made(in_ranks, w
 def test_what_is_only_cast_compiles_nothing(weights, monkeypatch):
     monkeypatch.setattr(quantization, "warm_up_quantize", lambda *given, **options: pytest.fail("nothing to compile"))
     TrainerSlots(weights.state(DENSE_SHAPES), table(DENSE))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_tensors_of_a_callable_live_no_longer_than_their_conversion(weights, fp8):
+    def fresh():
+        return {name: tensor.clone() for name, tensor in weights.state(DENSE_SHAPES).items()}
+
+    state = fresh()
+    kept = [weakref.ref(tensor) for tensor in state.values()]
+    slots = TrainerSlots(state, table(DENSE, fp8=fp8), options=LARGE)
+    del state
+    assert not [ref for ref in kept if ref() is not None], "the first state is let go when slots are made"
+    later = fresh()
+    kept = [weakref.ref(tensor) for tensor in later.values()]
+    slots.convert(later)
+    del later
+    assert not [ref for ref in kept if ref() is not None]

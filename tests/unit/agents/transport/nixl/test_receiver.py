@@ -1,9 +1,14 @@
 """NIXL at an inference rank: what came packed is spread by the plan, derived tensors follow, and experts may move."""
 
+import asyncio
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_fleet import SHAPES, Target, made_slots, planned
 from weightsync.agents.transport.interface import TargetMemory
+from weightsync.agents.transport.nixl import receiver as receivers
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
@@ -73,3 +78,51 @@ async def test_a_second_welcome_opens_no_second_endpoint(packed):
     assert card
     receiver.poll()
     receiver._endpoint.close()
+
+
+def test_a_thread_that_takes_an_open_endpoint_over_binds_its_device(weights, monkeypatch):
+    bound = []
+    monkeypatch.setattr(receivers, "bind", bound.append)
+    target = Target.of("a", 0, STAGING)
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        receiver = NixlReceiver(replace(memory_of(target, []), device=device))
+        receiver._endpoint = object()
+        receiver.open(NixlSettings())
+    assert bound == [torch.device("cuda", 1)]
+
+
+async def test_a_large_plan_is_prepared_while_the_loop_answers_heartbeats(packed, monkeypatch):
+    """The table is made on another thread: it waits here for the loop, which therefore must be free."""
+    target, connect = packed
+    loop, turned = asyncio.get_running_loop(), threading.Event()
+    make = receivers.scatter_table
+
+    def slow(copies, layout):
+        loop.call_soon_threadsafe(turned.set)
+        assert turned.wait(10.0), "the loop stands still while the table is made"
+        return make(copies, layout)
+
+    story = []
+    receiver = NixlReceiver(memory_of(target, story))
+    monkeypatch.setattr(receivers, "scatter_table", slow)
+    await receiver.connect(connect)
+    receiver.arrive(VERSION)
+    assert story == ["refreshed"]
+
+
+async def test_a_plan_for_experts_that_have_moved_meanwhile_is_not_used(packed, monkeypatch):
+    target, connect = packed
+    receiver = NixlReceiver(memory_of(target, []))
+    make = receivers.scatter_table
+
+    def moved(copies, layout):
+        table = make(copies, layout)
+        if len(copies):
+            receiver.renew(memory_of(target, []))
+        return table
+
+    monkeypatch.setattr(receivers, "scatter_table", moved)
+    before = [memory.clone() for memory in target.memory]
+    await receiver.connect(connect)
+    receiver.arrive(VERSION)
+    assert all(map(torch.equal, before, target.memory))

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from weightsync.agents.inference import calls
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
+from weightsync.agents.vllm.ranks import EngineRanks
+from weightsync.orchestrator.protocol.layout import Region
 
 INIT = {
     "hub_url": "ws://127.0.0.1:9000",
@@ -225,3 +228,16 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     assert fresh is not None
     assert fresh.layout == "layout 4", "recorded after the three events so far"
     assert story[3:] == [(module, "config")]
+
+
+def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = Region(base=4096, length=8, memory="VRAM", device=0)
+
+    def refuse(regions: Any) -> None:
+        assert list(regions) == [region]
+        raise MemoryPlacementError("expandable segments")
+
+    monkeypatch.setattr(engine.VllmModel, "of", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,))))
+    monkeypatch.setattr(engine, "check_reachable", refuse)
+    with pytest.raises(MemoryPlacementError, match="expandable segments"):
+        engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), None)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint, RecordError
+from weightsync.agents.recorder.contents import Checkpoint
+from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of, expected_checkpoint, read_header
 
 BF16 = torch.bfloat16

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.vllm.recorder.derived import MAX_DEPTH, held_tensors
 from weightsync.agents.vllm.recorder.recorded import RecordError, keep, record, recorded_layout
 
@@ -67,7 +67,8 @@ def test_absorbed_projections_are_refreshed_in_place(drops: bool, replaces: bool
     attention = Attention(projection, drops=drops, replaces=replaces)
     model = Model(projection, attention=attention)
     recording = record(model, CONFIG, LAYER)
-    attention.process_weights_after_loading(F32)
+    with recording.processing:
+        attention.process_weights_after_loading(F32)
     recording.finish()
     keep(recording)
     recorded = recorded_layout(model, VLLM_CONFIG)
@@ -103,7 +104,8 @@ Kernel.__module__ = "vllm.kernels"
 def test_helpers_may_hold_tables_and_constants_but_no_new_weights(name: str, tensor: torch.Tensor, known: bool) -> None:
     model = Model(Layer())
     recording = record(model, CONFIG, LAYER)
-    model.layer.kernel = Kernel(**{name: tensor})
+    with recording.processing:
+        model.layer.kernel = Kernel(**{name: tensor})
     if known:
         recording.finish()
         keep(recording)

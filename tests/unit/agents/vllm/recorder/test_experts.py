@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint
 from weightsync.agents.vllm.recorder.recorded import RecordError, keep, record, recorded_layout
 
@@ -40,6 +40,8 @@ class ExpertModel(nn.Module):
 
 def expert_recording(model: ExpertModel, name: str = "mlp.experts.{}.w") -> None:
     recording = record(model, CONFIG, [Checkpoint(name.format(e), (3,), F32) for e in range(4)])
+    with recording.processing:
+        pass
     recording.finish()
     keep(recording)
 

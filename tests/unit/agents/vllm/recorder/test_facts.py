@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.vllm.recorder.facts import VllmFacts
 from weightsync.agents.vllm.recorder.recorded import RecordError, keep, record, recorded_layout
 
@@ -37,7 +37,8 @@ def test_experts_whose_halves_a_kernel_wants_exchanged_are_written_there() -> No
     model = Fused()
     names = [f"{expert}.{part}" for expert in range(2) for part in ("gate", "up")]
     recording = record(model, CONFIG, [Checkpoint(name, (2, 3), F32) for name in names])
-    model.exchange_halves()
+    with recording.processing:
+        model.exchange_halves()
     recording.finish()
     keep(recording)
     new = {name: torch.randn(2, 3) for name in names}
@@ -51,7 +52,8 @@ def test_experts_whose_halves_a_kernel_wants_exchanged_are_written_there() -> No
 def test_exchanged_halves_of_what_the_checkpoint_keeps_whole_are_refused() -> None:
     model = Fused()
     recording = record(model, CONFIG, [Checkpoint(f"{expert}.all", (4, 3), F32) for expert in range(2)])
-    model.exchange_halves()
+    with recording.processing:
+        model.exchange_halves()
     with pytest.raises(RecordError, match="w13_weight"):
         recording.finish()
 

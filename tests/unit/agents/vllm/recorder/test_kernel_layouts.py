@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.blueprint import Blueprint, ParameterPlace
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.vllm.recorder.kernel_layouts import KERNEL_LAYOUTS, as_fed
 
 BF16 = torch.bfloat16

@@ -83,7 +83,7 @@ def test_installing_twice_wraps_once(loader: Any) -> None:
     load_hook.install()
     assert loader.load_model is wrapped
     settings = config()
-    assert loader({"proj.weight": torch.zeros(4, 3)}).load_model(settings, settings.model_config).loads == 2
+    assert loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config).loads == 3
 
 
 @pytest.mark.parametrize("backend", ["nccl", None])
@@ -91,7 +91,7 @@ def test_engines_with_another_backend_are_left_alone(loader: Any, backend: str |
     load_hook.install()
     settings = config()
     settings.weight_transfer_config = SimpleNamespace(backend=backend) if backend else None
-    model = loader({"proj.weight": torch.zeros(4, 3)}).load_model(settings, settings.model_config)
+    model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
     assert model.loads == 1
     with pytest.raises(RecordError, match="without the recorder"):
         recorded_layout(model, settings)
@@ -100,8 +100,8 @@ def test_engines_with_another_backend_are_left_alone(loader: Any, backend: str |
 def test_a_draft_model_is_loaded_unrecorded_and_remembered(loader: Any) -> None:
     load_hook.install()
     settings = config()
-    model = loader({"proj.weight": torch.zeros(4, 3)}).load_model(settings, settings.model_config)
-    draft = loader({"proj.weight": torch.zeros(4, 3)}).load_model(settings, SimpleNamespace(dtype=torch.float32))
+    model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
+    draft = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, SimpleNamespace(dtype=torch.float32))
     assert draft.loads == 1
     with pytest.raises(RecordError, match="speculative decoding with Model"):
         recorded_layout(model, settings)

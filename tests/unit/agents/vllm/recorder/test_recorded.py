@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from weightsync.agents.recorder.trace import Checkpoint
+from weightsync.agents.recorder.contents import Checkpoint
 from weightsync.agents.vllm.recorder import recorded as recorder
 from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, keep, keep_draft, record, recorded_layout
 
@@ -46,9 +46,10 @@ def checkpoint(**shapes: tuple[int, ...]) -> list[Checkpoint]:
 
 def loaded(model: Model, entries: list[Checkpoint]) -> Recorded:
     recording = record(model, CONFIG, entries)
-    for layer in model.children():
-        if isinstance(layer, Layer):
-            layer.process(layer)
+    with recording.processing:
+        for layer in model.children():
+            if isinstance(layer, Layer):
+                layer.process(layer)
     recording.finish()
     keep(recording)
     return recorded_layout(model, VLLM_CONFIG)
