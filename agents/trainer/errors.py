@@ -66,6 +66,10 @@ class AdapterError(TrainerError):
         self.name = name
 
 
+class NoRoomForSlots(TrainerError):
+    """The memory that slots need cannot be had."""
+
+
 class NonFiniteWeights(TrainerError):
     """Converted weights that are NaN or infinite, where the option ``nonfinite`` refuses them."""
 

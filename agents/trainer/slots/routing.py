@@ -35,6 +35,8 @@ class SlotOptions:
     ``hsdp``: whether only the first replica holds slots, or all do; ``replicate_dim`` names the mesh dimension.
     ``tensor_parallel_dims``: mesh dimensions whose slices must lie on the quantisation grid.
     ``pipeline``: a rank may lack whole layers and tensors outside the layers.
+    ``slots_on``: ``device``, where most of the rank's sources are, or ``cpu``, host memory, pinned where there is CUDA.
+    Blocks are quantised where their source is, so FP8 slots of sources on a GPU cannot lie on the host.
     """
 
     min_sharded_bytes: int = MIN_SHARDED_BYTES
@@ -44,6 +46,11 @@ class SlotOptions:
     tensor_parallel_dims: tuple[str, ...] = ("tp",)
     expert_parallel: ExpertParallel | None = None
     pipeline: bool = False
+    slots_on: Literal["device", "cpu"] = "device"
+
+    def __post_init__(self) -> None:
+        if self.slots_on not in ("device", "cpu"):
+            raise ValueError(f"slots_on={self.slots_on!r}; it is 'device' or 'cpu'")
 
 
 @dataclass(frozen=True, slots=True)

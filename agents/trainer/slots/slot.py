@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from weightsync.agents.tables.box import Box
 from weightsync.agents.tables.runs import runs
-from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor, UnfitTensor
+from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
@@ -264,12 +264,6 @@ class LocalBatch:
         sources = self._sources(state)
         self._looks = [_look(source) for source in sources]
         moves = [move for slot in slots for move in slot.moves]
-        keys = [slot.spec.sources[move.source].key for slot in slots for move in slot.moves]
-        for key, src, move in zip(keys, sources, moves, strict=True):
-            if slots[0].spec.quantization.quantizes and src.device != move.out.device:
-                raise UnfitTensor(
-                    key, f"is on {src.device}, its slot on {move.out.device}: it is quantised where it is"
-                )
         jobs = [Conversion(src, m.out, m.scale_out) for src, m in zip(sources, moves, strict=True)]
         self._convert = slots[0].spec.quantization.prepare(jobs)
 

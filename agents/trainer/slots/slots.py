@@ -1,5 +1,6 @@
 """All slots of one trainer rank: made once from the state, the table and the options; filled at every publish."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
-from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor
+from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
@@ -45,6 +47,8 @@ __all__ = [
     "TrainerSlots",
 ]
 
+log = logging.getLogger(__name__)
+
 ARENA_REGION: Final = 0
 STAGING_REGION: Final = 1
 
@@ -75,6 +79,7 @@ class TrainerSlots:
         MissingTensor: the table reads a tensor that the state lacks.
         UnfitTensor: one that the table reads can be no weight as it is. (Tensors on meta are accepted with an
             ``allocate`` of the caller's, for plans without values; ``check`` refuses them.)
+        NoRoomForSlots: there is no memory for them.
         TrainerError: of other kinds, see ``Router.route`` and ``local_share``.
     """
 
@@ -97,16 +102,17 @@ class TrainerSlots:
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
-        make = allocate or _allocator_for([_bare(state)[key] for key in shares])
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
-        self.arenas = [make(max(plan.size, ALIGNMENT))]
-        if options.staging_bytes and self.primary:
-            self.arenas.append(make(options.staging_bytes))
+        staging = [options.staging_bytes] if options.staging_bytes and self.primary else []
+        bare = _bare(state)
+        device = _device([bare[key] for key in shares], options)
+        self.arenas = _allocated([max(plan.size, ALIGNMENT), *staging], device, allocate)
+        _refuse_elsewhere(specs, bare, self.arenas[ARENA_REGION].device)
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
-        staging = STAGING_REGION if len(self.arenas) > STAGING_REGION else -1
+        region = STAGING_REGION if len(self.arenas) > STAGING_REGION else -1
         placed = [(slot, ARENA_REGION) for slot in self.slots]
-        self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
+        self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], region)
         self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
@@ -272,10 +278,38 @@ def _in_first_replica(shares: Collection[LocalShare], replicate_dim: str) -> boo
     return all(grid.coordinate[grid.names.index(replicate_dim)] == 0 for grid in grids)
 
 
-def _allocator_for(sources: Iterable[torch.Tensor]) -> Allocate:
-    """Arenas on the device that most elements of the sources are on."""
+def _device(sources: Iterable[torch.Tensor], options: SlotOptions) -> torch.device:
+    """Where the arenas lie: where most elements of the sources are, unless the options say otherwise."""
     elements: Counter[torch.device] = Counter()
     for tensor in sources:
         elements[tensor.device] += tensor.numel()
-    device = max(elements, key=elements.__getitem__, default=torch.device("cpu"))
-    return partial(arena, device=device)
+    host = torch.device("cpu")
+    return host if options.slots_on == "cpu" else max(elements, key=elements.__getitem__, default=host)
+
+
+def _refuse_elsewhere(specs: Iterable[ConversionSpec], state: State, device: torch.device) -> None:
+    """That whatever is quantised lies on ``device``: a cast copies across devices, a quantisation does not.
+
+    Raises:
+        UnfitTensor: by the source's name.
+    """
+    for key in (source.key for spec in specs if spec.quantization.quantizes for source in spec.sources):
+        if state[key].device != device:
+            raise UnfitTensor(key, f"is on {state[key].device}, its slot on {device}: it is quantised where it is")
+
+
+def _allocated(sizes: Sequence[int], device: torch.device, allocate: Allocate | None) -> list[torch.Tensor]:
+    """The arenas; what they cost is logged before anything is allocated.
+
+    Raises:
+        NoRoomForSlots: with the cost, and what else could be done.
+    """
+    cost = " and ".join(f"{size / 2**30:.2f} GiB" for size in sizes)
+    cost += f" on {device} (a wire copy of this rank's share{', and staging' if len(sizes) > 1 else ''})"
+    log.info("slots need %s", cost)
+    make = allocate or partial(arena, device=device)
+    try:
+        return [make(size) for size in sizes]
+    except (MemoryPlacementError, MemoryError, torch.OutOfMemoryError) as error:
+        advice = "" if device.type == "cpu" else "; SlotOptions(slots_on='cpu') takes host memory"
+        raise NoRoomForSlots(f"slots need {cost}, and there is no room{advice}: {error}") from error

@@ -1,5 +1,6 @@
 """Slots over real meshes: what they hold equals independent slicing, casting and quantising of the full weights."""
 
+import re
 import weakref
 
 import pytest
@@ -9,8 +10,15 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from weightsync.agents.memory.arena import ALIGNMENT, host_arena
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.tables.runs import RUN_LENGTH
-from weightsync.agents.trainer.errors import ChangedTensor, ExpertPartitionError, MissingTensor, OffGridError
+from weightsync.agents.trainer.errors import (
+    ChangedTensor,
+    ExpertPartitionError,
+    MissingTensor,
+    NoRoomForSlots,
+    OffGridError,
+)
 from weightsync.agents.trainer.models import STACKED, model_table
 from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots, quantization
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW
@@ -491,3 +499,28 @@ def test_tensors_of_a_callable_live_no_longer_than_their_conversion(weights, fp8
     slots.convert(later)
     del later
     assert not [ref for ref in kept if ref() is not None]
+
+
+def test_what_slots_cost_is_said_before_they_are_allocated(weights, caplog):
+    state = weights.state(DENSE_SHAPES)
+    caplog.set_level("INFO", "weightsync.agents.trainer.slots.slots")
+    elements = sum(tensor.numel() for tensor in state.values())
+    share = r"on cpu \(a wire copy of this rank's share, and staging\)"
+    said = rf"slots need {2 * elements / 2**30:.2f} GiB and 0\.06 GiB {share}"
+
+    def no_room(size):
+        assert re.fullmatch(said, caplog.messages[-1])
+        raise MemoryPlacementError(f"no room for a host arena of {size} bytes")
+
+    with pytest.raises(NoRoomForSlots, match=said + r", and there is no room: no room for a host arena of \d+ bytes"):
+        TrainerSlots(state, table(DENSE), allocate=no_room)
+
+
+def test_slots_may_lie_on_the_host(weights, assemble):
+    masters = weights.state(DENSE_SHAPES)
+    slots = TrainerSlots(masters, table(DENSE), options=SlotOptions(slots_on="cpu"))
+    slots.convert(masters)
+    assert [arena.device.type for arena in slots.arenas] == ["cpu", "cpu"]
+    assert all(torch.equal(tensor, masters[name].to(torch.bfloat16)) for name, tensor in assemble([slots]).items())
+    with pytest.raises(ValueError, match="slots_on='host'; it is 'device' or 'cpu'"):
+        SlotOptions(slots_on="host")
