@@ -17,7 +17,8 @@ On the right, the module below ``agents``::
     │   └── TransferError            one peer was not written
     │       └── DeadlineError, DisconnectedError, ImplausibleRateError
     ├── TrainerError             a trainer's tensors or its table                    trainer.errors
-    │   └── MissingTensor, ChangedTensor, UnsupportedPlacement, …
+    │   ├── MissingTensor, ChangedTensor, UnsupportedPlacement, …
+    │   └── StreamError              a stream that is not what a version needs       trainer.streams.streamed
     ├── TrainerSettingsError     where a trainer's daemon and run are                trainer.options
     ├── PublishError             a version that was not committed                    trainer.publication
     │   └── BusyError                an earlier version still needs the slots

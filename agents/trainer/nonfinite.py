@@ -4,7 +4,7 @@ import logging
 from typing import Literal, get_args
 
 from weightsync.agents.trainer.errors import NonFiniteWeights
-from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.orchestrator.protocol.names import Version
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def known_option(value: OnNonFinite) -> OnNonFinite:
     return value
 
 
-def judge_numbers(slots: TrainerSlots, option: OnNonFinite, version: Version) -> None:
+def judge_numbers(slots: FilledSlots, option: OnNonFinite, version: Version) -> None:
     """Look for NaN and infinity in what was converted, and act as ``option`` says. Waits for the device.
 
     Raises:

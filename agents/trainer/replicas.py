@@ -10,13 +10,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, Literal
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from weightsync.agents.trainer.errors import ReplicaFailed
 
 log = logging.getLogger(__name__)
+
+ALONE: Final = "alone"
+"""In the place of a group: one rank that has an agent by itself, whatever job it is a part of."""
+
+Group = dist.ProcessGroup | Literal["alone"] | None
+"""Ranks that are a trainer together; None: all of the default group, or this process without torch.distributed."""
 
 TEXT_CHARS: Final = 2000
 """Of one rank's reason; longer ones are cut. They end in one line of a log."""
@@ -32,7 +38,7 @@ READ_SECONDS: Final = 2.0
 
 
 class TrainerRanks:
-    """This rank among those of ``group`` (None: the default group; alone without torch.distributed).
+    """This rank among those of ``group`` (None: the default group; alone without torch.distributed, and with ALONE).
 
     Made on all ranks of the group, as often and in the same order.
 
@@ -43,10 +49,11 @@ class TrainerRanks:
         ValueError: this rank is no member of the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if distributed else 0
-        self.world = dist.get_world_size(group) if distributed else 1
+    def __init__(self, group: Group = None) -> None:
+        alone = isinstance(group, str) or not (dist.is_available() and dist.is_initialized())
+        members = None if isinstance(group, str) else group
+        self.rank = 0 if alone else dist.get_rank(members)
+        self.world = 1 if alone else dist.get_world_size(members)
         if self.rank < 0:
             raise ValueError(
                 f"process_group: rank {dist.get_rank()} is no member; make the agent on the group's ranks only"
@@ -58,7 +65,7 @@ class TrainerRanks:
         """Counts the ranks that have read this one's last verdict; empty where it gave none."""
         self._store: c10d.Store | None = None
         if self.world > 1:
-            name = (group or c10d._get_default_group()).group_name
+            name = (members or c10d._get_default_group()).group_name
             store = c10d.PrefixStore(f"weightsync/{name}", c10d._get_default_store())
             # All ranks make them alike, so that how many this rank has made names each.
             self._store = c10d.PrefixStore(str(store.add(f"made/{self.rank}", 1)), store)

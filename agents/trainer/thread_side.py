@@ -10,7 +10,7 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
-from weightsync.agents.trainer.slots.slots import TrainerSlots
+from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import Shares
@@ -175,7 +175,7 @@ class TrainerSide:
         if self._follows_needs and isinstance(welcome.rendezvous, TcpStoreRendezvous):
             raise ConversionTableError(
                 "rendezvous: tcpstore wants every layout before anybody can say what engines need; give TrainerAgent a"
-                " table, or use rendezvous: hub"
+                " table (an adapter: model_config), or use rendezvous: hub"
             )
         self._transport = welcome.transport
         if self._memory is not None:
@@ -311,10 +311,15 @@ def _no_sender(transport: Transport) -> Sender:
     raise AssertionError("a transport is opened when there are slots")
 
 
-def source_of(slots: TrainerSlots, member: Member, world: int) -> SourceMemory:
+def source_of(slots: FilledSlots, member: Member, world: int) -> SourceMemory:
     """The slots' memory, as ``member`` of ``world`` ranks that have an agent."""
     first_replica = tuple(entry.first_replica for entry in slots.entries())
     return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)
+
+
+def staged_bytes_of(slots: FilledSlots) -> int:
+    """What one conversion fills: all of the arenas but the staging region."""
+    return sum(arena.numel() for number, arena in enumerate(slots.arenas) if number != slots.layout.staging)
 
 
 def _transfers(moved: tuple[HandedOver, ...], digests: dict[Member, Digest]) -> tuple[PeerTransfer, ...]:

@@ -20,12 +20,22 @@ from weightsync.orchestrator.settings.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "changelog.d/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PACKAGES = ("orchestrator", "agents", "kernels")
 FOLDERS = (*PACKAGES, "tests", "docs", "deploy", "changelog.d", ".ci")
-FOREIGN = frozenset({"DTensor", "EngineCore", "StatelessProcessGroup"})
-"""Classes of torch and vLLM that the documents name."""
+FOREIGN = frozenset(
+    {
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "DTensor",
+        "EngineCore",
+        "StatelessProcessGroup",
+        "WeightSource",
+        "WeightTransferClient",
+    }
+)
+"""Classes of torch, vLLM and TRL that the documents name."""
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")

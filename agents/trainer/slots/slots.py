@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,28 @@ STAGING_REGION: Final = 1
 
 Allocate = Callable[[int], torch.Tensor]
 """Bytes → a one-dimensional contiguous uint8 tensor of that size, aligned to ALIGNMENT, that may be registered."""
+
+
+class FilledSlots(Protocol):
+    """What is sent from, however it was filled. ``arenas``: one for each region of ``layout``, in their order."""
+
+    @property
+    def layout(self) -> Layout:
+        """For Announce."""
+        ...
+
+    @property
+    def arenas(self) -> Sequence[torch.Tensor]:
+        """Of uint8, in the regions' order."""
+        ...
+
+    def entries(self) -> Iterator[LayoutEntry]:
+        """The rows of the layout, in its order."""
+        ...
+
+    def nonfinite(self) -> tuple[NonFinite, ...]:
+        """Tensors with values that are NaN or infinite, as converted."""
+        ...
 
 
 class TrainerSlots:
@@ -111,7 +133,9 @@ class TrainerSlots:
         _refuse_elsewhere(specs, bare, self.arenas[ARENA_REGION].device)
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
-        self.layout = _layout(self.slots, [region_of(memory) for memory in self.arenas], self.unrouted)
+        region = STAGING_REGION if staging else -1
+        placed = [(slot, ARENA_REGION) for slot in self.slots]
+        self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], region, self.unrouted)
         self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
@@ -208,18 +232,20 @@ def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
                 yield LocalBatch([alike[number] for number in group], state)
 
 
-def _layout(slots: Sequence[Slot], regions: Sequence[Region], unrouted: Sequence[str]) -> Layout:
+def layout_of(
+    placed: Sequence[tuple[Slot, int]], regions: Sequence[Region], staging: int, unrouted: Sequence[str] = ()
+) -> Layout:
+    """The layout of slots, each bound to the memory of the region beside it; also numbers the slots' rows."""
     tensors: dict[Tensor, int] = {}
     rows: list[list[int]] = []
-    for slot in slots:
+    for slot, region in placed:
         first = len(rows)
         for entry in slot.entries:
             number = tensors.setdefault(entry.tensor, len(tensors))
-            rows.append(row(number, ARENA_REGION, entry.offset, entry.box.offset, entry.box.extent, entry.stride))
+            rows.append(row(number, region, entry.offset, entry.box.offset, entry.box.extent, entry.stride))
         slot.rows = range(first, len(rows))
     matrix = np.array(rows, dtype="<i8")
-    staging = STAGING_REGION if len(regions) > STAGING_REGION else -1
-    notes, unread = tuple(_notes(slots)), tuple(unrouted[:MAX_UNREAD])
+    notes, unread = tuple(_notes([slot for slot, _ in placed])), tuple(unrouted[:MAX_UNREAD])
     return Layout(tuple(tensors), tuple(regions), matrix.tobytes(), staging, notes=notes, unread=unread)
 
 

@@ -101,9 +101,8 @@ def assemble() -> Assemble:
                 place = tuple(slice(d[0], d[0] + d[1]) for d in dims)
                 full = whole.setdefault(tensor.name, torch.zeros(tensor.shape, dtype=dtype))
                 known = seen.setdefault(tensor.name, torch.zeros(tensor.shape, dtype=torch.bool))
-                mine, theirs = box.contiguous().view(torch.uint8), full[place].contiguous().view(torch.uint8)
-                width = dtype.itemsize
-                old = known[place].repeat_interleave(width, -1) if rank else known[place]
+                mine, theirs = (part.flatten().view(torch.uint8) for part in (box, full[place]))
+                old = known[place].flatten().repeat_interleave(dtype.itemsize)
                 assert torch.equal(mine[old], theirs[old]), f"replicas of {tensor.name} differ"
                 full[place] = box
                 known[place] = True

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from weightsync.agents.trainer import replicas
 from weightsync.agents.trainer.errors import ReplicaFailed
-from weightsync.agents.trainer.replicas import TrainerRanks
+from weightsync.agents.trainer.replicas import ALONE, TrainerRanks
 
 
 def test_nobody_goes_on_before_a_slow_one(in_ranks):
@@ -143,6 +143,19 @@ def test_alone_it_asks_nobody():
         ranks.look()
     ranks.close()
     assert (ranks.rank, ranks.world, done) == (0, 1, [1])
+
+
+def test_a_rank_that_is_alone_in_its_job_meets_nobody(in_ranks):
+    def body(rank):
+        if rank != 1:
+            return ("nobody",)  # these ranks come to no agreement
+        ranks = TrainerRanks(ALONE)
+        assert (ranks.rank, ranks.world) == (0, 1)
+        with ranks.section():
+            assert ranks.share(b"mine", 0, seconds=0) == b"mine"
+            return ranks.agree("mine", seconds=0)
+
+    assert in_ranks(3, body) == [("nobody",), ("mine",), ("nobody",)]
 
 
 def test_bytes_of_one_rank_are_shared_whole(in_ranks):
