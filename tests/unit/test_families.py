@@ -82,6 +82,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.e2e
 def test_a_family_that_crashes_or_hangs_costs_only_itself(planted: Path) -> None:
     names = [
         "same",

@@ -18,6 +18,8 @@ from weightsync.agents.trainer.agent import PublishError
 from weightsync.agents.trainer.options import TrainerSettingsError
 from weightsync.orchestrator.protocol.markers import decode_manifest
 
+pytestmark = pytest.mark.e2e  # ranks in processes of their own, and a daemon: seconds each
+
 WITHIN = 5.0
 """Seconds in which every rank hears of another one's end."""
 

@@ -178,5 +178,6 @@ def publish_sharded(rank):
         assert torch.allclose(held.float(), wanted.float(), rtol=2**-7, atol=1e-6), entry.tensor.name
 
 
+@pytest.mark.e2e
 def test_sharded_bases_and_adapters_are_merged_on_each_rank():
     in_two_processes(publish_sharded)

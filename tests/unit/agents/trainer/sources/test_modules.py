@@ -102,6 +102,7 @@ def publish_around_evaluations(rank):
         assert not any(torch.equal(before[name], after[name]) for name in after), "it did train"
 
 
+@pytest.mark.e2e
 def test_fsdp2_is_read_from_its_shards_whatever_forward_came_before():
     in_two_processes(publish_around_evaluations)
 
@@ -154,6 +155,7 @@ def read_or_refuse(rank):
     refuse_flat(rank)
 
 
+@pytest.mark.e2e
 def test_ddp_is_read_through_and_fsdp1_refused_by_name():
     in_two_processes(read_or_refuse)
 
