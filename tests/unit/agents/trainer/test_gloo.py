@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -16,6 +17,8 @@ from weightsync.agents.trainer.state import current_state
 from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.filesystem import load_checkpoint_parts, save_checkpoint_part
 from weightsync.orchestrator.protocol.names import Member
+
+pytestmark = pytest.mark.e2e  # trainer ranks in processes of their own
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -25,26 +25,31 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.e2e
 def test_layers_that_read_their_parameters_pass(results: dict[str, Any]) -> None:
     assert sorted(results["in place"]["read"]) == sorted(EVERYTHING)
     assert (results["in place"]["unread"], results["in place"]["unknown"]) == ([], {})
 
 
+@pytest.mark.e2e
 def test_a_packed_copy_that_the_forward_reads_instead_is_found(results: dict[str, Any]) -> None:
     assert results["packed head"]["unread"] == ["lm_head.weight"]
     assert sorted(results["packed head"]["read"]) == sorted(set(EVERYTHING) - {"lm_head.weight"})
 
 
+@pytest.mark.e2e
 def test_a_tied_head_is_looked_at_by_itself(results: dict[str, Any]) -> None:
     """The embedding reads the memory that both share; the head has packed it for itself."""
     assert results["packed tied head"]["unread"] == ["lm_head.weight"]
     assert "embed_tokens.weight" in results["packed tied head"]["read"]
 
 
+@pytest.mark.e2e
 def test_a_copy_that_is_refreshed_counts_as_read(results: dict[str, Any]) -> None:
     assert results["packed head, refreshed"]["unread"] == []
 
 
+@pytest.mark.e2e
 def test_what_cannot_be_run_alone_is_said(results: dict[str, Any]) -> None:
     found = results["unrunnable"]
     assert found["unread"] == []
@@ -53,6 +58,7 @@ def test_what_cannot_be_run_alone_is_said(results: dict[str, Any]) -> None:
     assert "no way is known to run a Bilinear alone" in found["unknown"]["odd.weight"]
 
 
+@pytest.mark.e2e
 def test_what_a_gate_keeps_for_the_router_is_not_the_gates(results: dict[str, Any]) -> None:
     assert results["gate"]["unread"] == []
     assert results["gate"]["unknown"] == {"proj.expert_bias": "its layer alone does not depend on it"}
@@ -71,11 +77,13 @@ def test_which_names_are_a_layers_own(attribute: str, own: bool) -> None:
     assert bool(probe.OWN.fullmatch(attribute)) == own
 
 
+@pytest.mark.e2e
 def test_a_layer_that_answers_otherwise_each_time_proves_nothing(results: dict[str, Any]) -> None:
     assert "twice" in results["restless"]["unknown"]["proj.weight"]
     assert "proj.weight" not in results["restless"]["read"]
 
 
+@pytest.mark.e2e
 def test_every_byte_is_put_back(results: dict[str, Any]) -> None:
     assert {case: found["restored"] for case, found in results.items()} == dict.fromkeys(results, True)
 
