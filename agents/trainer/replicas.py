@@ -30,9 +30,6 @@ TEXT_CHARS: Final = 2000
 FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.0005, 0.05
 """Between two looks at the store while another rank is awaited: doubling, since most come at once."""
 
-LEFT_LOOK_SECONDS: Final = 0.5
-"""Between two looks whether a rank has left, while something else is awaited."""
-
 READ_SECONDS: Final = 2.0
 """That a rank which closes gives the others to read its last word."""
 
