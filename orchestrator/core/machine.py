@@ -26,9 +26,9 @@ from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence, standing
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged, Standing
 from weightsync.orchestrator.protocol.names import Member, Role
+from weightsync.orchestrator.protocol.text import clean
 
 
 def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float) -> tuple[Fleet, list[Command]]:
@@ -189,7 +189,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = cut(standing(turn.fleet, turn.now))
+    told = clean(standing(turn.fleet, turn.now))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

@@ -6,9 +6,10 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.protocol.names import IDENTIFIER
 from weightsync.orchestrator.settings.sources import NUMBERED
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Url = Annotated[str, Field(pattern=r"^https?://[^/?#\s@]+(/[^?#\s]*)?$", max_length=2048)]
 
