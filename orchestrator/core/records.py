@@ -4,17 +4,20 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
-from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
+from weightsync.orchestrator.protocol.fields import Count, Spoken
+from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_SECONDS
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 
-class Record(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Record(Spoken, frozen=True, tag=True, kw_only=True):
     """Base; the tag is the entry's kind."""
 
 
 class EpochBegan(Record, frozen=True, kw_only=True):
-    epoch: int
+    epoch: Count
 
 
 class RoundBegan(Record, frozen=True, kw_only=True):
@@ -22,7 +25,7 @@ class RoundBegan(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    attempt: int
+    attempt: Count
     engines: tuple[str, ...]
 
 
@@ -32,7 +35,7 @@ class LiveDirty(Record, frozen=True, kw_only=True):
     round: RoundName
     writers: dict[str, int]
     """Trainer ranks that are granted → their incarnation."""
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int] = msgspec.field(default_factory=dict)
     """Inference ranks that they may write to → theirs."""
 
 
@@ -52,7 +55,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    attempt: int
+    attempt: Count
     engines: tuple[str, ...]
     evicted: tuple[str, ...]
     outcome: str
@@ -61,6 +64,15 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     bytes: int
     descriptors: int
     times: dict[str, float]
+    spoken = ("reason",)
+
+    def __post_init__(self) -> None:
+        # Sums of what agents reported: a wrong one must not keep the row, by which the round is over, from being kept.
+        super().__post_init__()
+        msgspec.structs.force_setattr(self, "bytes", min(self.bytes, MAX_COUNT))
+        msgspec.structs.force_setattr(self, "descriptors", min(self.descriptors, MAX_COUNT))
+        times = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in self.times.items()}
+        msgspec.structs.force_setattr(self, "times", times)
 
 
 class Committed(Record, frozen=True, kw_only=True):
@@ -68,19 +80,20 @@ class Committed(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    sequence: int
+    sequence: Count
 
 
 class VersionFailed(Record, frozen=True, kw_only=True):
     version: Version
     reason: str
+    spoken = ("reason",)
 
 
 class StagedAgain(Record, frozen=True, kw_only=True):
     """A trainer staged ``version``, which had FAILED, once more; it did so ``restaged`` times by now."""
 
     version: Version
-    restaged: int
+    restaged: Count
 
 
 AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain
@@ -88,21 +101,74 @@ AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committ
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 
+UNREADABLE: Final = "unreadable"
+"""In the place of ``RoundEnded.outcome``, of a row of history that cannot be read."""
+
+
+class _Over(msgspec.Struct, tag=RoundEnded.__name__):
+    """Of a RoundEnded, what the fold asks for; the rest is for people."""
+
+    round: RoundName
+
+
+_over: msgspec.json.Decoder[_Over] = msgspec.json.Decoder(_Over)
+
+
 def encode_record(record: Record) -> bytes:
-    """A record as JSON."""
-    return msgspec.json.encode(record)
-
-
-def decode_record(body: bytes) -> AnyRecord:
-    """The record in a journal entry.
+    """A record as JSON, tried out: what could not be read back is never written.
 
     Raises:
-        JournalUnreadable: it is none.
+        RecordUnwritable: it would not be read back as it is.
     """
     try:
+        body = msgspec.json.encode(record)
+        read = _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise RecordUnwritable(f"{type(record).__name__} is not written, it could not be read back: {error}") from error
+    if read != record:
+        raise RecordUnwritable(f"{type(record).__name__} is not written, it would be read back as another: {read}")
+    return body
+
+
+def decode_record(body: bytes, intact: bool = True) -> AnyRecord:
+    """The record in a journal entry. A RoundEnded of which only the particulars cannot be read is one without them.
+
+    Args:
+        body: JSON.
+        intact: whether the entry's checksum is right.
+
+    Raises:
+        JournalUnreadable: it is none, or not what was written.
+    """
+    try:
+        if not intact:
+            raise JournalUnreadable(_unreadable(body, "it is damaged: its checksum is wrong"))
         return _decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise JournalUnreadable(f"journal entry cannot be read ({error}): {body[:200]!r}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        try:
+            return _without_particulars(_over.decode(body).round, str(error))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise JournalUnreadable(_unreadable(body, str(error))) from error
+
+
+def decode_row(body: bytes, intact: bool = True) -> AnyRecord:
+    """As ``decode_record``, of an entry that is only shown: one that is none is a RoundEnded that says so."""
+    try:
+        return decode_record(body, intact)
+    except JournalUnreadable as error:
+        return _without_particulars(RoundName(0, 0), str(error))
+
+
+def _unreadable(body: bytes, why: str) -> str:
+    fix = "restore the state directory, or start with a new one: the engines then catch up"  # as daemon.journal says
+    return f"an entry of the journal cannot be read ({clean(why, 500)}): {body[:200]!r}. Fix: {fix}"
+
+
+def _without_particulars(name: RoundName, why: str) -> RoundEnded:
+    return RoundEnded(
+        round=name, version=Version(0, 0), attempt=0, engines=(), evicted=(), outcome=UNREADABLE,
+        reason=f"this row of the journal cannot be read: {why}", fault="config", bytes=0, descriptors=0, times={},
+    )  # fmt: skip
 
 
 @dataclass(slots=True)

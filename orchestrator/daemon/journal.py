@@ -11,7 +11,9 @@ import fcntl
 import os
 import secrets
 import sqlite3
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,8 +25,8 @@ from weightsync.orchestrator.protocol.messages import Fault
 
 T = TypeVar("T")
 
-JOURNAL_SCHEMA: Final = 1
-"""Raised when tables change; a journal of a newer schema is refused."""
+JOURNAL_SCHEMA: Final = 2
+"""Raised when tables change; a journal of another schema is refused."""
 
 MAX_ENTRY_BYTES: Final = 16 * 1024 * 1024
 """A decision with the digests of 65,536 ranks has 5 MB."""
@@ -35,7 +37,8 @@ ROUND_KINDS: Final = ("RoundBegan", "LiveDirty", "Decided", "RoundEnded")
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE entries (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, unix_time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, unix_time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 );
 CREATE INDEX entries_by_kind ON entries (kind, sequence);
 CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
@@ -46,6 +49,15 @@ DELETE FROM entries WHERE sequence <= :cut AND kind IN (SELECT value FROM json_e
     json_extract(body, '$.round') IN (
         SELECT json_extract(body, '$.round') FROM entries WHERE kind = :last AND sequence <= :cut)
 """
+
+
+_RESTORE: Final = "restore it, or start with a new state directory: the engines then catch up"
+
+_FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
+"""Of a damaged file. The second one, where the words of SQLite's own error are the damage."""
+
+_COLUMNS = "sequence, unix_time, CAST(kind AS BLOB), CAST(body AS BLOB), checksum"
+"""As bytes: of a damaged entry nothing is sure, not even that its text can be decoded."""
 
 
 class JournalError(WeightsyncError):
@@ -71,12 +83,16 @@ class JournalLost(WeightsyncError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry. ``sequence`` grows by appending and is never reused; ``body`` is JSON."""
+    """One entry. ``sequence`` grows by appending and is never reused; ``body`` is JSON.
+
+    ``intact``: its checksum is right, so that it is what was written.
+    """
 
     sequence: int
     unix_time: float
     kind: str
     body: bytes
+    intact: bool = True
 
 
 class Journal:
@@ -119,7 +135,7 @@ class Journal:
             except BaseException:
                 connection.close()
                 raise
-        except (sqlite3.Error, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             os.close(lock)
             raise JournalError(f"{path} is no usable journal: {error}") from error
         except BaseException:
@@ -137,7 +153,7 @@ class Journal:
             raise JournalError(f"there is no journal at {path}")
         # A directory that we may not write to admits no shared-memory file; without a log the file alone is all.
         modes = ("mode=ro", "mode=ro&immutable=1") if not path.with_name(path.name + "-wal").exists() else ("mode=ro",)
-        failure: sqlite3.Error | None = None
+        failure: Exception | None = None
         for mode in modes:
             try:
                 connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)
@@ -147,7 +163,7 @@ class Journal:
                 except BaseException:
                     connection.close()
                     raise
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 failure = error
         raise JournalError(f"{path} is no readable journal: {failure}") from failure
 
@@ -162,9 +178,10 @@ class Journal:
         for kind, body in entries:
             if len(body) > MAX_ENTRY_BYTES:
                 raise ValueError(f"an entry of {len(body)} bytes exceeds the limit of {MAX_ENTRY_BYTES}")
-            rows.append((self._clock(), kind, body.decode("utf-8")))
+            now = self._clock()
+            rows.append((now, kind, body.decode("utf-8"), _checksum(now, kind.encode(), body)))
         with self._commit("append") as connection:
-            insert = "INSERT INTO entries (unix_time, kind, body) VALUES (?, ?, ?) RETURNING sequence"
+            insert = "INSERT INTO entries (unix_time, kind, body, checksum) VALUES (?, ?, ?, ?) RETURNING sequence"
             return [int(connection.execute(insert, row).fetchone()[0]) for row in rows]
 
     def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> Iterator[Entry]:
@@ -172,18 +189,21 @@ class Journal:
 
         Raises:
             JournalLost: the disk cannot be read.
+            JournalError: what is on it makes no sense.
         """
         wanted = None if kinds is None else list(kinds)
         where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
         # Backwards from the end, so that the newest few cost nothing of the rest; then turned round again.
-        latest = f"SELECT sequence, unix_time, kind, body FROM entries {where} ORDER BY sequence DESC LIMIT ?"
+        latest = f"SELECT {_COLUMNS} FROM entries {where} ORDER BY sequence DESC LIMIT ?"
         query = f"SELECT * FROM ({latest}) ORDER BY sequence"
         arguments = [*(wanted or ()), -1 if newest is None else newest]
         try:
-            for sequence, unix_time, kind, body in self._usable().execute(query, arguments):
-                yield Entry(sequence, unix_time, kind, body.encode())
-        except sqlite3.Error as error:
+            for row in self._usable().execute(query, arguments):
+                yield _entry(*row)
+        except sqlite3.OperationalError as error:
             raise self._lose("read", error) from error
+        except _FAILURES as error:
+            raise JournalError(f"{self.path} is damaged: {error}. Fix: {_RESTORE}") from error
 
     def prune(self, keep_rounds: int) -> int:
         """Drops the entries of rounds that ended before the newest ``keep_rounds`` ended; returns how many.
@@ -228,7 +248,7 @@ class Journal:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             raise self._lose(doing, error) from error
         except BaseException:
             # Not the disk's doing (a bad entry, a cancelled caller): nothing was committed, and that is known.
@@ -238,7 +258,7 @@ class Journal:
     def _meta(self, name: str) -> str:
         try:
             row = self._usable().execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        except sqlite3.Error as error:
+        except _FAILURES as error:
             raise self._lose(f"reading {name}", error) from error
         if row is None:
             raise JournalError(f"{self.path} is no journal: it names no {name}")
@@ -272,6 +292,17 @@ class AsyncJournal:
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _checksum(unix_time: float, kind: bytes, body: bytes) -> int:
+    return zlib.crc32(b"%s %s " % (kind, struct.pack("<d", unix_time)) + body)
+
+
+def _entry(sequence: int, unix_time: object, kind: object, body: object, checksum: object) -> Entry:
+    """An entry as the file has it, where damage may have made anything of a column."""
+    moment = unix_time if isinstance(unix_time, float) else 0.0
+    name, text = (value if isinstance(value, bytes) else b"" for value in (kind, body))
+    return Entry(sequence, moment, name.decode(errors="replace"), text, _checksum(moment, name, text) == checksum)
 
 
 def _lock(path: Path) -> int:
@@ -308,7 +339,7 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     _check_schema(path, connection)
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
-        raise JournalError(f"{path} is damaged: {found}. Fix: restore it, or start with a new state directory")
+        raise JournalError(f"{path} is damaged: {found}. Fix: {_RESTORE}")
 
 
 def _create(connection: sqlite3.Connection) -> None:
@@ -321,12 +352,12 @@ def _create(connection: sqlite3.Connection) -> None:
 
 def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
     row = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
-    schema = int(row[0]) if row is not None and str(row[0]).isdigit() else 0
-    if schema > JOURNAL_SCHEMA:
-        fix = "run the newer daemon, or start with a new state directory"
-        raise JournalError(f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix}")
-    if schema != JOURNAL_SCHEMA:
+    schema = int(row[0]) if row is not None and str(row[0]).isdecimal() else 0
+    if schema == 0:
         raise JournalError(f"{path} is no journal of this program")
+    if schema != JOURNAL_SCHEMA:
+        fix = "run the daemon of that release, or start with a new state directory"
+        raise JournalError(f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix}")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -118,7 +118,7 @@ class Runner:
         # At a start only: nothing waits for it then, and between two starts history grows by 1 kB a round.
         await self.journal.prune(KEPT_ROUNDS)
         entries = await self.journal.entries()
-        records = [decode_record(entry.body) for entry in entries]
+        records = [decode_record(entry.body, entry.intact) for entry in entries]
         for entry, record in zip(entries, records, strict=True):
             self.history.remember(record, entry.unix_time)
         now = asyncio.get_running_loop().time()

@@ -19,7 +19,7 @@ def status_from(settings: Settings) -> StatusView:
     memory, history = Memory(), History()
     with Journal.read_only(settings.journal_path) as journal:
         for entry in journal.entries():
-            record = decode_record(entry.body)
+            record = decode_record(entry.body, entry.intact)
             replay(memory, record)
             history.remember(record, entry.unix_time)
         journal_id = journal.journal_id

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_record
+from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_row
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
 from weightsync.orchestrator.daemon.journal import Entry
 
@@ -29,10 +29,6 @@ class History:
 
 
 def rows_of(entries: Iterable[Entry]) -> tuple[RoundRow, ...]:
-    """The rows of the rounds that ended, among ``entries`` of a journal.
-
-    Raises:
-        JournalUnreadable.
-    """
-    read = [(decode_record(entry.body), entry.unix_time) for entry in entries]
+    """The rows of the rounds that ended, among ``entries`` of a journal. One that cannot be read says so."""
+    read = [(decode_row(entry.body, entry.intact), entry.unix_time) for entry in entries]
     return tuple(round_row(record, when) for record, when in read if isinstance(record, RoundEnded))

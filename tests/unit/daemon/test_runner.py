@@ -234,6 +234,24 @@ async def test_a_journal_that_it_cannot_read_is_not_guessed_at(settings: Setting
         await Runner(settings).run()
 
 
+async def test_a_row_of_history_that_it_cannot_read_stops_no_start(settings: Settings) -> None:
+    with Journal.open(settings.journal_path) as journal:
+        journal.append([("RoundEnded", b'{"type":"RoundEnded","round":[1,1],"version":[7,1],"times":{"wire":null}}')])
+    async with running(settings) as (_, port, _):
+        (row,) = (await asked(port, "/status"))["rounds"]
+        assert row["outcome"] == "unreadable"
+        assert (await asked(port, "/rounds"))["rounds"] == [row]
+
+
+async def test_damage_to_what_it_decides_by_does(settings: Settings) -> None:
+    with Journal.open(settings.journal_path) as journal:
+        journal.append([("EpochBegan", b'{"type":"EpochBegan","epoch":17}')])
+        journal._connection.execute("DROP TRIGGER entries_are_final")
+        journal._connection.execute("UPDATE entries SET body = replace(body, '17', '11')")
+    with pytest.raises(JournalUnreadable, match="its checksum is wrong"):
+        await Runner(settings).run()
+
+
 async def test_an_engine_that_nobody_can_talk_to_is_refused_before_anything_is_opened(settings: Settings) -> None:
     odd = settings.engines[0].model_copy(update={"kind": "abacus"})
     with pytest.raises(UnknownEngineKind, match=r"engine e0: unknown engine kind 'abacus'.*one of: vllm"):
