@@ -12,6 +12,7 @@
     └── EngineError                engine   a call to an engine failed (daemon.engines.errors)
         ├── EngineUnreachable      network
         ├── EngineTimeout          engine
+        ├── EngineGarbled          engine   a 200 that is not the engine's
         ├── EngineRefused          engine   ``retry`` by the answer's status
         └── EngineMisconfigured       config   ``retry`` false: the server was started without something
 
