@@ -52,7 +52,7 @@ class EngineGarbled(EngineError):
 
     def __init__(self, engine: str, call: str, excerpt: str) -> None:
         fix = "look what stands between the daemon and the engine, and set the engine's own url"
-        super().__init__(engine, call, f"an answer that is not the engine's: {excerpt or 'nothing'}. Fix: {fix}")
+        super().__init__(engine, call, f"an answer that is not the engine's: {excerpt}. Fix: {fix}")
 
 
 class EngineRefused(EngineError):

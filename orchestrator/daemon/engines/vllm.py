@@ -229,7 +229,7 @@ class VllmClient:
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EngineGarbled(self.name, call, f"{excerpt_of(data)} ({error})") from error
+            raise EngineGarbled(self.name, call, f"{excerpt_of(data) or 'nothing'} ({error})") from error
 
     async def _server_version(self, deadline: float) -> str:
         return clean((await self._get("/version", deadline, _ServerVersion)).version, MAX_NAME_CHARS)

@@ -27,6 +27,7 @@ from weightsync.orchestrator.protocol.markers import (
     parse_step,
     step_name,
 )
+from weightsync.orchestrator.protocol.text import clean
 
 MAX_STEPS: Final = 100_000
 """Step directories that one scan looks at, newest first: a year of a step every five minutes."""
@@ -57,7 +58,7 @@ class MarkerProblem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.what}. Fix: {self.fix}"
+        return clean(f"{self.path}: {self.what}. Fix: {self.fix}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class StableWatch:
         self._markers, self._inbox = markers, inbox
         self._run_directory, self._rescan_seconds = run_directory, rescan_seconds
         self._posted: tuple[StableSeen, ...] = ()
+        self._failure = ""
 
     async def run(self) -> None:
         """Scan at once, then after every change and every ``rescan_seconds``, until cancelled."""
@@ -40,7 +41,15 @@ class StableWatch:
     async def scan(self) -> bool:
         """Read the directory once; whether there was something new to post."""
         # The scan, never the wake, is the truth: whoever woke us may know less than the directory.
-        scan = await self._markers.scan()
+        try:
+            scan = await self._markers.scan()
+        except Exception as error:
+            # Many may write to that directory; whatever they have found, it ends a scan and nothing else.
+            if repr(error) != self._failure:
+                log.exception("the run directory cannot be scanned", path=str(self._run_directory))
+            self._failure = repr(error)
+            return False
+        self._failure = ""
         for problem in scan.problems:
             log.warning("marker not believed", problem=str(problem))
         seen = _seen(scan)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 from weightsync.orchestrator.daemon.run_directory.markers import MarkerDirectory, MarkerProblem, Scan
-from weightsync.orchestrator.protocol.markers import MarkerError, MarkerKind, manifest
+from weightsync.orchestrator.protocol.markers import MarkerKind, manifest
 from weightsync.orchestrator.protocol.names import Version
 
 log = structlog.get_logger(__name__)
@@ -43,5 +43,5 @@ class MarkerThread:
     def _write(self, kind: MarkerKind, version: Version, facts: dict[str, str | int | float]) -> None:
         try:
             self.directory.write(kind, manifest(self._run_id, version, **facts))
-        except (OSError, MarkerError) as error:
+        except (OSError, ValueError) as error:
             log.error("marker not written", marker=kind, version=str(version), reason=str(error))
