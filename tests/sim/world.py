@@ -40,6 +40,7 @@ from weightsync.orchestrator.core.events import (
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Outcome, Staged
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -245,7 +246,7 @@ class World:
             return
         agent.connection = self.next_id()
         hello = Hello(
-            schema=1, run_id="sim", member=agent.member, incarnation=agent.incarnation,
+            schema=SCHEMA_VERSION, run_id="sim", member=agent.member, incarnation=agent.incarnation,
             world=self.trainers if agent.member.role == "trainer" else self.ranks,
             generation=getattr(agent, "generation", 0), epoch_seen=agent.epoch, journal_id=agent.journal_id,
             **agent.status(),  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     EngineStatus,
@@ -100,7 +101,7 @@ class Driven:
         self.connections[member] = connection = self.id()
         trainer = member.role == "trainer"
         said = Hello(**{
-            "schema": 1, "run_id": "unit", "member": member, "world": 1 if trainer else self.ranks,
+            "schema": SCHEMA_VERSION, "run_id": "unit", "member": member, "world": 1 if trainer else self.ranks,
             "incarnation": self.incarnations.get(member, 100 + member.rank), "generation": GENERATION if trainer else 0,
             "trainer": status or TrainerStatus() if trainer else None,
             "engine": None if trainer else status or EngineStatus(), **hello,

@@ -14,12 +14,13 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state
 from weightsync.orchestrator.daemon.admin.views import TrainerView, VersionView
 from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
 MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
-HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
+HELLO = Hello(schema=SCHEMA_VERSION, run_id="run", member=MEMBER, world=1, incarnation=1)
 
 
 def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
@@ -122,7 +123,7 @@ def test_what_is_committed_is_what_is_durable(overview: Overview) -> None:
 
 def test_a_trainer_rank(overview: Overview) -> None:
     fleet, member = fleet_with(SERVING), Member("trainer", "", 3)
-    hello = Hello(schema=1, run_id="run", member=member, world=4, incarnation=2, host="node7", pid=77)
+    hello = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=4, incarnation=2, host="node7", pid=77)
     fleet.enter(ConnectedAgent(member, 2, hello))
 
     def trainer() -> TrainerView:
