@@ -29,14 +29,24 @@ class RoundBegan(Record, frozen=True, kw_only=True):
     engines: tuple[str, ...]
 
 
+class Taint(msgspec.Struct, frozen=True):
+    """A writer's process that may still write, and the inference ranks that it can reach → their incarnations.
+
+    A newer process on the same ``host`` and ``boot`` proves this one dead; nothing else that we hear does.
+    """
+
+    incarnation: int
+    host: str
+    boot: str
+    targets: dict[str, int]
+
+
 class LiveDirty(Record, frozen=True, kw_only=True):
     """Grants may be given from here on: live memory of the round's engines may be torn."""
 
     round: RoundName
-    writers: dict[str, int]
-    """Trainer ranks that are granted → their incarnation."""
-    ranks: dict[str, int] = msgspec.field(default_factory=dict)
-    """Inference ranks that they may write to → theirs."""
+    writers: dict[str, Taint]
+    """Trainer ranks that are granted."""
 
 
 class Decided(Record, frozen=True, kw_only=True):
@@ -50,20 +60,22 @@ class Decided(Record, frozen=True, kw_only=True):
 class RoundEnded(Record, frozen=True, kw_only=True):
     """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
 
-    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail.
+    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
+    that had not said CLOSED to everybody when it ended.
     """
 
     round: RoundName
     version: Version
     attempt: Count
     engines: tuple[str, ...]
-    evicted: tuple[str, ...]
+    left_out: tuple[str, ...]
     outcome: str
     reason: str
     fault: Fault = ""
     bytes: int
     descriptors: int
     times: dict[str, float]
+    unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
     spoken = ("reason",)
 
     def __post_init__(self) -> None:
@@ -73,6 +85,32 @@ class RoundEnded(Record, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "descriptors", min(self.descriptors, MAX_COUNT))
         times = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in self.times.items()}
         msgspec.structs.force_setattr(self, "times", times)
+
+
+class GrantOver(Record, frozen=True, kw_only=True):
+    """A grant that outlived its round is over: its writer has said CLOSED, or is dead as ``reason`` says."""
+
+    round: RoundName
+    writer: str
+    reason: str
+    spoken = ("reason",)
+
+
+class EngineHeld(Record, frozen=True, kw_only=True):
+    """The operator's wish: the engine is not to serve (``held``), or may again."""
+
+    engine: str
+    held: bool
+    reason: str
+    spoken = ("reason",)
+
+
+class Maintenance(Record, frozen=True, kw_only=True):
+    """The operator's wish: no round begins (``on``), or they may again."""
+
+    on: bool
+    reason: str
+    spoken = ("reason",)
 
 
 class Committed(Record, frozen=True, kw_only=True):
@@ -96,19 +134,35 @@ class StagedAgain(Record, frozen=True, kw_only=True):
     restaged: Count
 
 
-AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain
+AnyRecord = (
+    EpochBegan
+    | RoundBegan
+    | LiveDirty
+    | Decided
+    | RoundEnded
+    | GrantOver
+    | EngineHeld
+    | Maintenance
+    | Committed
+    | VersionFailed
+    | StagedAgain
+)
 
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 
 UNREADABLE: Final = "unreadable"
-"""In the place of ``RoundEnded.outcome``, of a row of history that cannot be read."""
+"""In the place of ``RoundEnded.outcome`` where that cannot be read."""
 
 
 class _Over(msgspec.Struct, tag=RoundEnded.__name__):
     """Of a RoundEnded, what the fold asks for; the rest is for people."""
 
     round: RoundName
+    engines: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    outcome: str = UNREADABLE
+    unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
 
 
 _over: msgspec.json.Decoder[_Over] = msgspec.json.Decoder(_Over)
@@ -146,7 +200,7 @@ def decode_record(body: bytes, intact: bool = True) -> AnyRecord:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
-            return _without_particulars(_over.decode(body).round, str(error))
+            return _without_particulars(_over.decode(body), str(error))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise JournalUnreadable(_unreadable(body, str(error))) from error
 
@@ -156,7 +210,7 @@ def decode_row(body: bytes, intact: bool = True) -> AnyRecord:
     try:
         return decode_record(body, intact)
     except JournalUnreadable as error:
-        return _without_particulars(RoundName(0, 0), str(error))
+        return _without_particulars(_Over(RoundName(0, 0)), str(error))
 
 
 def _unreadable(body: bytes, why: str) -> str:
@@ -164,10 +218,11 @@ def _unreadable(body: bytes, why: str) -> str:
     return f"an entry of the journal cannot be read ({clean(why, 500)}): {body[:200]!r}. Fix: {fix}"
 
 
-def _without_particulars(name: RoundName, why: str) -> RoundEnded:
+def _without_particulars(over: _Over, why: str) -> RoundEnded:
     return RoundEnded(
-        round=name, version=Version(0, 0), attempt=0, engines=(), evicted=(), outcome=UNREADABLE,
-        reason=f"this row of the journal cannot be read: {why}", fault="config", bytes=0, descriptors=0, times={},
+        round=over.round, version=Version(0, 0), attempt=0, engines=over.engines, left_out=over.left_out,
+        outcome=over.outcome, reason=f"this row of the journal cannot be read: {why}", fault="config", bytes=0,
+        descriptors=0, times={}, unclosed=over.unclosed,
     )  # fmt: skip
 
 
@@ -178,8 +233,9 @@ class OpenRound:
     began: RoundBegan
     dirty: bool = False
     decided: bool = False
-    writers: dict[str, int] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    writers: dict[str, Taint] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """By member, of those that the decision is about."""
 
 
 REMEMBERED_ROUNDS: Final = 64
@@ -188,8 +244,12 @@ REMEMBERED_ROUNDS: Final = 64
 
 @dataclass(slots=True)
 class Memory:
-    """The fold of all records. ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the
-    version that was last decided in its memory, and its digest."""
+    """The fold of all records.
+
+    ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the version that was last decided in
+    its memory, and its digest. ``unclosed``: grants that outlived their round. ``live``: engines of the last commit.
+    ``holds``: engines that the operator holds, and why. ``maintenance``: why no round begins.
+    """
 
     epoch: int = 0
     round_number: int = 0
@@ -202,6 +262,10 @@ class Memory:
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
     held: dict[str, tuple[Version, str]] = field(default_factory=dict)
+    unclosed: dict[tuple[str, RoundName], Taint] = field(default_factory=dict)
+    live: frozenset[str] = frozenset()
+    holds: dict[str, str] = field(default_factory=dict)
+    maintenance: str | None = None
 
 
 def replay(memory: Memory, record: Record) -> None:
@@ -212,17 +276,27 @@ def replay(memory: Memory, record: Record) -> None:
         case RoundBegan(round=name) as began:
             memory.round_number = max(memory.round_number, name.number)
             memory.open_rounds[name] = OpenRound(began)
-        case LiveDirty(round=name, writers=writers, ranks=ranks):
+        case LiveDirty(round=name, writers=writers):
             opened = memory.open_rounds[name]
             opened.dirty = True
             opened.writers = writers
-            opened.ranks = ranks
         case Decided(round=name, version=version, digests=digests):
             memory.open_rounds[name].decided = True
+            memory.open_rounds[name].digests = digests
             memory.held |= {member: (version, digest) for member, digest in digests.items()}
-        case RoundEnded(round=name):
-            _end(memory, name)
+        case RoundEnded(round=name) as ended:
+            _end(memory, ended)
+        case GrantOver(round=name, writer=writer):
+            memory.unclosed.pop((writer, name), None)
+        case EngineHeld(engine=engine, held=held, reason=reason):
+            memory.holds.pop(engine, None)
+            if held:
+                memory.holds[engine] = reason
+        case Maintenance(on=on, reason=reason):
+            memory.maintenance = reason if on else None
         case Committed(version=version, sequence=sequence):
+            if version != memory.committed:
+                memory.live = frozenset()  # those of its round follow with the round's end
             memory.committed = version
             memory.sequence = sequence
             memory.done.add(version)
@@ -233,9 +307,12 @@ def replay(memory: Memory, record: Record) -> None:
             memory.restaged[version] = restaged
 
 
-def _end(memory: Memory, name: RoundName) -> None:
-    ended = memory.open_rounds.pop(name, None)
+def _end(memory: Memory, record: RoundEnded) -> None:
+    memory.unclosed |= {(writer, record.round): taint for writer, taint in record.unclosed.items()}
+    if record.outcome == "committed":
+        memory.live |= frozenset(record.engines) - frozenset(record.left_out)
+    ended = memory.open_rounds.pop(record.round, None)
     if ended is not None:
-        memory.ended[name] = ended
+        memory.ended[record.round] = ended
     while len(memory.ended) > REMEMBERED_ROUNDS:
         del memory.ended[next(iter(memory.ended))]

@@ -22,7 +22,7 @@ from weightsync.orchestrator.protocol.fields import (
     World,
 )
 from weightsync.orchestrator.protocol.layout import Layout, Peer, Quantized, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_SECONDS, MAX_TENSORS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
@@ -35,14 +35,14 @@ class Message(Spoken, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
     ``restaged``: as in Staged.
     ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """
 
     staged: Version | None = None
-    open_round: RoundName | None = None
+    open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
     restaged: Count = 0
     follows_needs: bool = False
 

@@ -17,6 +17,7 @@ from weightsync.orchestrator.settings.explain import explain
 from weightsync.orchestrator.settings.places import usable_path
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import (
+    CommitSection,
     DeadlinesSection,
     EngineSection,
     File,
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
         default="live", description="live: writes go straight into the paused engine's parameters."
     )
     pause: PauseSection = PauseSection()
+    commit: CommitSection = CommitSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     retry: RetrySection = RetrySection()
     rescan_seconds: Seconds = Field(

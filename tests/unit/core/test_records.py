@@ -17,6 +17,7 @@ from weightsync.orchestrator.core.records import (
     Record,
     RoundBegan,
     RoundEnded,
+    Taint,
     decode_record,
     decode_row,
     encode_record,
@@ -44,7 +45,7 @@ def test_records_survive_the_journal(seed: int) -> None:
 
 
 ENDED = RoundEnded(
-    round=RoundName(1, 7), version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="failed", reason="why",
+    round=RoundName(1, 7), version=VERSION, attempt=1, engines=("e0",), left_out=(), outcome="failed", reason="why",
     bytes=5, descriptors=1, times={"total": 1.5},
 )  # fmt: skip
 
@@ -84,23 +85,36 @@ def test_what_could_not_be_read_back_is_not_written(record: Record) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "outcome"),
     [
-        b'{"type":"RoundEnded","round":[1,7],"version":[7,1],"times":{"total":null}}',
-        b'{"type":"RoundEnded","round":[1,7],"written by":"a later release"}',
-        encode_record(ENDED).replace(b"1.5", b"null"),
+        (b'{"type":"RoundEnded","round":[1,7],"version":[7,1],"times":{"total":null}}', "unreadable"),
+        (b'{"type":"RoundEnded","round":[1,7],"written by":"a later release"}', "unreadable"),
+        (encode_record(ENDED).replace(b"1.5", b"null"), "failed"),
     ],
 )
-def test_a_round_is_over_even_if_its_row_cannot_be_read(body: bytes) -> None:
+def test_a_round_is_over_even_if_its_row_cannot_be_read(body: bytes, outcome: str) -> None:
     memory = Memory()
     replay(memory, RoundBegan(round=ENDED.round, version=VERSION, attempt=1, engines=()))
     row = decode_record(body)
     assert isinstance(row, RoundEnded)
-    assert row.outcome == "unreadable"
+    assert row.outcome == outcome
     assert row.reason.startswith("this row of the journal cannot be read: ")
     replay(memory, row)
     assert memory.open_rounds == {}
     assert decode_record(encode_record(row)) == row
+
+
+def test_what_the_fold_asks_of_a_row_is_kept_or_the_row_refused() -> None:
+    taint = Taint(5, "host", "boot", {"e0/0": 6})
+    whole = msgspec.structs.replace(
+        ENDED, engines=("e0", "e1"), left_out=("e1",), outcome="committed", unclosed={"trainer/0": taint}
+    )
+    memory = Memory()
+    replay(memory, decode_record(encode_record(whole).replace(b"1.5", b"null")))
+    assert memory.live == {"e0"}
+    assert memory.unclosed == {("trainer/0", ENDED.round): taint}
+    with pytest.raises(JournalUnreadable):
+        decode_record(encode_record(whole).replace(b"1.5", b"null").replace(b'"host"', b"null"))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +145,7 @@ def test_nobody_remembers_for_ever(drive: Any) -> None:
         name = RoundName(1, number)
         replay(memory, RoundBegan(round=name, version=VERSION, attempt=1, engines=()))
         replay(memory, RoundEnded(
-            round=name, version=VERSION, attempt=1, engines=(), evicted=(), outcome="failed", reason="", bytes=0,
+            round=name, version=VERSION, attempt=1, engines=(), left_out=(), outcome="failed", reason="", bytes=0,
             descriptors=0, times={},
         ))  # fmt: skip
     assert len(memory.ended) == REMEMBERED_ROUNDS

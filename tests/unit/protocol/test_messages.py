@@ -70,7 +70,7 @@ def test_what_fits(change: dict[str, Any]) -> None:
         ({"pid": 2**53 + 1}, "pid"),
         ({"trainer": {"staged": [1, 10**18]}}, "staged"),
         ({"trainer": {"staged": [-1, 1]}}, "staged"),
-        ({"trainer": {"open_round": [1, -1]}}, "open_round"),
+        ({"trainer": {"open_rounds": [[1, -1]]}}, "open_rounds"),
         ({"schema": "1"}, "schema"),
     ],
 )
