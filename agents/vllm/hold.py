@@ -23,6 +23,9 @@ ASK_SECONDS: Final = 60.0
 RESUME: Final = "weightsync_resume"
 """Method of ``/collective_rpc`` by which the daemon resumes; no worker has it, the engine core answers it."""
 
+READY: Final = "weightsync_ready"
+"""Likewise: raises, with the reason, unless the engine serves; see ``readiness``."""
+
 NEEDED: Final = (
     "_initialize_kv_caches",
     "resume_scheduler",
@@ -168,6 +171,9 @@ def held_class(core_class: Any) -> type[Any]:
             if method == RESUME:
                 self.weightsync_resume(meant(kwargs))
                 return []
+            if method == READY:
+                require_serving(self)
+                return []
             if not check_call(self, method, kwargs):
                 return []
             results = _call_workers(self, method, timeout, args, kwargs)
@@ -224,6 +230,13 @@ def require_servable(core: Any, means: Mapping[int, int] | None = None) -> None:
         refusals = ["a data-parallel peer of this rank is not servable"]
     if refusals:
         raise gate.NotServable(_not_servable(refusals))
+
+
+def require_serving(core: Any) -> None:
+    """Raises NotServable while the scheduler is paused; only then are the workers asked why."""
+    if core.is_scheduler_paused():
+        refusals = refusals_of(core) or ["the engine is paused; its weights are whole"]
+        raise gate.NotServable(f"weightsync: not serving: {'; '.join(refusals)}")
 
 
 def _refusals(reports: list[gate.WorkerReport], means: Mapping[int, int] | None) -> list[str]:

@@ -84,7 +84,9 @@ def held(request: pytest.FixtureRequest, qwen3: Path, serve: Any, tmp_path_facto
     """A server that clients hammered until it was ready and for a while longer."""
     tp, dp = request.param
     flag = tmp_path_factory.mktemp("held") / "servable"
-    server = serve(qwen3, tp=tp, dp=dp, env={"WEIGHTSYNC_TEST_SERVABLE": str(flag)}, log=flag.with_suffix(".log"))
+    ready = ("--middleware", "weightsync.agents.vllm.readiness.Readiness")
+    env = {"WEIGHTSYNC_TEST_SERVABLE": str(flag)}
+    server = serve(qwen3, tp=tp, dp=dp, env=env, arguments=ready, log=flag.with_suffix(".log"))
     with Hammer(server, clients=1, timeout=QUIET_SECONDS) as hammer:
         server.wait_ready()
         hammer.wait_answer(QUIET_SECONDS)
@@ -110,6 +112,12 @@ def test_workers_know_their_ranks(held: Held) -> None:
     assert [r["tp_rank"] for r in ranks] == ([0, 1] if held.server.tp == 2 else [0, 0])
     assert [r["dp_rank"] for r in ranks] == ([0, 1] if held.server.dp == 2 else [0, 0])
     assert held.server.get("/get_world_size") == (200, {"world_size": 2})
+
+
+def test_a_load_balancer_is_told_that_it_is_held(held: Held) -> None:
+    status, body = held.server.get("/weightsync/ready")
+    assert (status, body["ready"]) == (503, False)
+    assert re.search(r"not serving: rank [01]: no version has been committed", body["reason"])
 
 
 def test_a_strangers_resume_is_refused(held: Held) -> None:
@@ -156,6 +164,7 @@ def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None
     assert "not servable: rank 1: it is incarnation 101, and the resume means 55" in json.dumps(body)
     assert held.resume({"0": 100, "1": 101}) == (200, {"results": []})
     assert not held.server.is_paused()
+    assert held.server.get("/weightsync/ready") == (200, {"ready": True, "reason": ""})
     thread.join(60)
     assert results == [held.server.complete(PROMPT, 4)]
 

@@ -316,6 +316,18 @@ def test_ranks_in_step_refuse_together_whom_the_resume_does_not_mean(dp_class: t
     assert core.dp_group.met == [True]
 
 
+def test_whoever_asks_for_readiness_is_told_why_not(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(gate.NotServable, match="not serving: rank 0: no version has been committed"):
+        core.collective_rpc(hold.READY)
+    servable(core)
+    with pytest.raises(gate.NotServable, match="not serving: the engine is paused; its weights are whole"):
+        core.collective_rpc(hold.READY)
+    core.resume_scheduler()
+    core.model_executor.workers.clear()  # whoever serves is not asked anything
+    assert core.collective_rpc(hold.READY) == []
+
+
 # -------------------------------------------------------------------------------------------------------------- lease
 def test_the_lease_of_an_engine_core_is_that_of_the_worker_that_waits_longest(core_class: type[EngineCore]) -> None:
     core = core_class(config(), ranks=2)
