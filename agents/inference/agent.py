@@ -93,9 +93,9 @@ class InferenceAgent:
         return 0 if self._agent is None else self._agent.obedience.incarnation
 
     @property
-    def lease_left(self) -> float | None:
-        """Seconds until a paused engine may resume without its daemon, 0 or less once it may; None: it may never."""
-        return None if self._agent is None else self._agent.lease_left
+    def lease(self) -> tuple[float, float] | None:
+        """How long a paused engine waits for a silent daemon, and how long it has been silent; None: for ever."""
+        return None if self._agent is None else self._agent.lease
 
     def begin(self, info: InitInfo) -> None:
         """Start the agent's thread; the same info again does nothing while the thread lives.
@@ -194,8 +194,8 @@ class InferenceAgent:
             )
 
     def _abandoned(self) -> bool:
-        left = self.lease_left
-        return left is not None and left <= 0
+        lease = self.lease
+        return lease is not None and lease[1] >= lease[0]
 
     def _synchronise(self) -> None:
         synchronize(self._device)

@@ -135,8 +135,9 @@ class WeightHolder(Protocol):
         """Of this process, as the daemon knows it; 0 while it knows none."""
 
     @property
-    def lease_left(self) -> float | None:
-        """Seconds until a paused engine may resume without its daemon, 0 or less once it may; None: it may never."""
+    def lease(self) -> tuple[float, float] | None:
+        """How long a paused engine waits for a silent daemon, and how long it has been silent here, in seconds; None:
+        for ever."""
 
 
 def parse_init_info(body: dict[str, Any]) -> InitInfo:

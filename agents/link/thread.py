@@ -130,13 +130,13 @@ class AgentThread(Generic[SideT]):
         return self._client is not None and self._client.connected
 
     @property
-    def lease_left(self) -> float | None:
-        """Seconds until the lease runs out that the daemon gave, 0 or less once it has; None: there is none.
+    def lease(self) -> tuple[float, float] | None:
+        """The lease that the daemon gave, and for how long it was not heard, in seconds; None: there is none.
 
         An agent that was refused or closed has heard of its daemon, so its lease does not run.
         """
-        lease = self.obedience.lease_seconds
-        return lease - self._silence.seconds if lease and self.alive else None
+        seconds = self.obedience.lease_seconds
+        return (seconds, self._silence.seconds) if seconds and self.alive else None
 
     def wait_welcome(self, seconds: float, look: Callable[[], None] | None = None) -> Welcome:
         """The first Welcome.

@@ -24,7 +24,7 @@ class GateUnavailable(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
     """One worker's answer to ``report``. ``rank`` counts over the whole engine, data-parallel replicas included;
-    ``reason`` is empty while the engine may be resumed. ``incarnation`` and ``lease_left`` are the agent's.
+    ``reason`` is empty while the engine may be resumed. ``incarnation`` and ``lease`` are the agent's.
 
     ``nonce`` is the question's: an answer with another one belongs to an earlier call, see ``hold``.
     """
@@ -34,7 +34,7 @@ class WorkerReport:
     reason: str
     session_open: bool
     incarnation: int = 0
-    lease_left: float | None = None
+    lease: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def report(worker: Any, nonce: str) -> WorkerReport:
         if agent is None:
             return WorkerReport(nonce, rank, reason, is_open)
         reason = reason or (agent.held_because and f"held: {agent.held_because}")
-        return WorkerReport(nonce, rank, reason, is_open, agent.incarnation, agent.lease_left)
+        return WorkerReport(nonce, rank, reason, is_open, agent.incarnation, agent.lease)
     except Exception as error:
         logger.exception("weightsync: this worker cannot say whether its weights may be served")
         return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)

@@ -177,8 +177,8 @@ def held_class(core_class: Any) -> type[Any]:
             if not check_call(self, method, kwargs):
                 return []
             results = _call_workers(self, method, timeout, args, kwargs)
-            if method == "start_weight_update" and (switch := _lease(self)) is not None:
-                switch.arm()
+            if method in worker_calls.OF_A_ROUND and (switch := _lease(self)) is not None:
+                switch.arm() if method == "start_weight_update" else switch.heard()
             return results
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
@@ -195,11 +195,15 @@ def refusals_of(core: Any) -> list[str]:
     return _refusals(_ask(core), None)
 
 
-def lease_left(core: Any) -> float | None:
-    """Seconds until this engine core may resume without its daemon; None while one of its workers says never."""
-    left = [None if report.reason else report.lease_left for report in _ask(core)]
-    known = [seconds for seconds in left if seconds is not None]
-    return max(known) if known and len(known) == len(left) else None
+def lease_left(core: Any, silent: float) -> float | None:
+    """Seconds until this engine core may resume without its daemon; None while one of its workers says never.
+
+    Args:
+        silent: since the daemon has called this server; by either way it is heard.
+    """
+    leases = [None if report.reason else report.lease for report in _ask(core)]
+    known = [seconds - min(silent, unheard) for seconds, unheard in filter(None, leases)]
+    return max(known) if known and len(known) == len(leases) else None
 
 
 def meant(kwargs: Mapping[str, Any]) -> dict[int, int]:

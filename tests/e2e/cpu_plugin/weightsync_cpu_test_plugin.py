@@ -86,8 +86,8 @@ class FlagAgent:
         return FlagStatus(torn=self._flag.with_suffix(".torn").exists())
 
     @property
-    def lease_left(self) -> float | None:
-        return -1.0 if self._flag.with_suffix(".abandoned").exists() else None
+    def lease(self) -> tuple[float, float] | None:
+        return (1.0, 99.0) if self._flag.with_suffix(".abandoned").exists() else None
 
     def begin(self, init_info: Any) -> None: ...
 

@@ -40,7 +40,7 @@ class Thread:
     failure = None
     alive = True
     epoch = 1
-    lease_left: float | None = None
+    lease: tuple[float, float] | None = None
 
     def __init__(self) -> None:
         self.posted: list[Any] = []

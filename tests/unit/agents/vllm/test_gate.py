@@ -11,7 +11,7 @@ from weightsync.agents.vllm import gate
 class Agent:
     def __init__(self, may_run: bool = False, torn: bool = False, applied: Any = None, window: Any = None) -> None:
         self.may_run = may_run
-        self.held_because, self.incarnation, self.lease_left = "", 77, 12.5
+        self.held_because, self.incarnation, self.lease = "", 77, (20.0, 7.5)
         self.status = SimpleNamespace(torn=torn, applied=applied, window=window)
 
 
@@ -119,7 +119,7 @@ def test_a_vllm_without_a_place_for_the_gate_is_refused(monkeypatch: pytest.Monk
 
 
 def test_reports() -> None:
-    assert gate.report(Wrapper(Agent(may_run=True)), "n") == gate.WorkerReport("n", 3, "", False, 77, 12.5)
+    assert gate.report(Wrapper(Agent(may_run=True)), "n") == gate.WorkerReport("n", 3, "", False, 77, (20.0, 7.5))
     worker = Wrapper(Agent())
     worker._weight_update_active = True  # type: ignore[attr-defined]
     found = gate.report(worker, "m")

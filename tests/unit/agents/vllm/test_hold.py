@@ -31,9 +31,7 @@ class Worker:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         status = SimpleNamespace(torn=False, applied=None, window=None)
-        self.agent = SimpleNamespace(
-            may_run=False, status=status, held_because="", incarnation=100 + rank, lease_left=None
-        )
+        self.agent = SimpleNamespace(may_run=False, status=status, held_because="", incarnation=100 + rank, lease=None)
         self.weight_transfer_engine = SimpleNamespace(agent=self.agent)
         self._weight_update_active = False
         self.calls: list[str] = []
@@ -333,13 +331,14 @@ def test_the_lease_of_an_engine_core_is_that_of_the_worker_that_waits_longest(co
     core = core_class(config(), ranks=2)
     servable(core)
     first, second = (worker.agent for worker in core.model_executor.workers)
-    assert hold.lease_left(core) is None
-    first.lease_left, second.lease_left = -3.0, 4.5
-    assert hold.lease_left(core) == 4.5
+    assert hold.lease_left(core, 99.0) is None
+    first.lease, second.lease = (20.0, 23.0), (20.0, 15.5)
+    assert hold.lease_left(core, 99.0) == 4.5
+    assert hold.lease_left(core, 3.0) == 17.0, "the server has heard the daemon since"
     second.held_because = "an operator looks at it"
-    assert hold.lease_left(core) is None
+    assert hold.lease_left(core, 99.0) is None
     second.held_because, second.may_run = "", False
-    assert hold.lease_left(core) is None
+    assert hold.lease_left(core, 99.0) is None
 
 
 def with_a_loop(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -369,11 +368,11 @@ def test_a_core_whose_daemon_paused_it_resumes_when_the_lease_has_run_out(
 ) -> None:
     core = with_a_loop(core_class, monkeypatch)
     agent = core.model_executor.workers[0].agent
-    agent.lease_left = 5.0
+    agent.lease = (60.0, 55.0)
     core.collective_rpc("start_weight_update")
     look(core)
     assert core.is_scheduler_paused()
-    agent.lease_left = 0.0
+    agent.lease = (0.0, 1.0)  # no time has passed since the start that the core heard
     look(core)
     assert not core.is_scheduler_paused()
     assert core.handled == [], "vLLM never sees our word"
@@ -386,7 +385,7 @@ def test_a_core_that_is_torn_or_was_paused_by_somebody_else_stays_paused(
 ) -> None:
     core = with_a_loop(core_class, monkeypatch)
     agent = core.model_executor.workers[0].agent
-    agent.lease_left = -1.0
+    agent.lease = (0.0, 1.0)
     core.resume_scheduler()
     core.pause_scheduler("keep")
     assert "weightsync_lease" not in core.__dict__ or core.weightsync_lease._timer is None, "nothing asks"
@@ -397,12 +396,34 @@ def test_a_core_that_is_torn_or_was_paused_by_somebody_else_stays_paused(
     assert core.is_scheduler_paused()
 
 
+def test_a_daemon_that_still_calls_the_server_is_heard(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agents' connections may be cut alone; it then introduces itself to them again and again."""
+    core = with_a_loop(core_class, monkeypatch)
+    core.model_executor.workers[0].init_weight_transfer_engine = lambda init_info: None
+    now = 100.0
+    core.collective_rpc("start_weight_update")
+    core.weightsync_lease._clock = lambda: now
+    core.weightsync_lease.arm()
+    core.model_executor.workers[0].agent.lease = (20.0, 500.0)
+    for _ in range(3):
+        now += 15.0
+        core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        now += 15.0
+        look(core)
+        assert core.is_scheduler_paused()
+    now += 5.0
+    look(core)
+    assert not core.is_scheduler_paused()
+
+
 def test_a_resume_ends_the_lease(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> None:
     core = with_a_loop(core_class, monkeypatch)
     core.collective_rpc("start_weight_update")
     resume(core, {"0": 100})
     core.pause_scheduler("keep")
-    core.model_executor.workers[0].agent.lease_left = -1.0
+    core.model_executor.workers[0].agent.lease = (0.0, 1.0)
     core._handle_client_request("wakeup", lease.CHECK)  # as if it had been in the queue
     assert core.is_scheduler_paused()
 

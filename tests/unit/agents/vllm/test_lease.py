@@ -30,10 +30,13 @@ class Engine:
     def __init__(self) -> None:
         self.left: float | None = None
         self.paused, self.failure, self.asked = True, "", 0
-        self.lease = lease.Lease(lambda: None, self.ask, lambda: self.paused, self.resume)
+        self.now = 100.0
+        self.silent: list[float] = []
+        self.lease = lease.Lease(lambda: None, self.ask, lambda: self.paused, self.resume, lambda: self.now)
 
-    def ask(self) -> float | None:
+    def ask(self, silent: float) -> float | None:
         self.asked += 1
+        self.silent.append(silent)
         if self.failure:
             raise RuntimeError(self.failure)
         return self.left
@@ -63,6 +66,19 @@ def test_it_asks_again_and_again_until_the_lease_has_run_out(engine: Engine) -> 
     assert not engine.paused
     engine.lease.check()
     assert (len(made), engine.asked) == (4, 4), "it is over"
+
+
+def test_what_the_server_hears_of_the_daemon_counts_too(engine: Engine) -> None:
+    engine.lease.arm()
+    engine.now += 7.0
+    engine.lease.check()
+    engine.lease.heard()
+    engine.now += 2.0
+    engine.lease.check()
+    engine.now += 1.0
+    engine.lease.arm()
+    engine.lease.check()
+    assert engine.silent == [7.0, 2.0, 0.0]
 
 
 def test_an_engine_that_is_not_paused_is_not_asked(engine: Engine) -> None:
@@ -96,4 +112,4 @@ def test_a_resume_of_somebody_else_disarms_it(engine: Engine) -> None:
 
 @pytest.mark.parametrize("core", [SimpleNamespace(), SimpleNamespace(input_queue=object(), dp_group=object())])
 def test_there_is_none_without_a_loop_or_in_step_with_others(core: Any) -> None:
-    assert lease.lease_of(core, lambda: None) is None
+    assert lease.lease_of(core, lambda silent: None) is None
