@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from weightsync.agents.link.connection import NotObeyed
-from weightsync.orchestrator.protocol.messages import RoundWord, Welcome
+from weightsync.orchestrator.protocol.messages import Exposed, Left, Quiesced, RoundWord, Welcome
 
 
 @dataclass(slots=True)
@@ -52,6 +52,9 @@ class Obedience:
             return
         if word.round > last:
             self._words.clear()
+        if isinstance(word, Left):  # it is inside no longer, whatever it said before
+            self._words.pop(Quiesced, None)
+            self._words.pop(Exposed, None)
         self._words.pop(type(word), None)  # said again it comes last
         self._words[type(word)] = word
 

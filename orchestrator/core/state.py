@@ -159,6 +159,7 @@ class Round:
     away: dict[Member, tuple[float, str]] = field(default_factory=dict)
     """Members without a connection: since when, and why."""
     quiesced: set[Member] = field(default_factory=set)
+    exposed: set[Member] = field(default_factory=set)
     closed: dict[Member, dict[Member, PeerTransfer]] = field(default_factory=dict)
     """What each writer moved to the peers that it is done with …"""
     final: set[Member] = field(default_factory=set)

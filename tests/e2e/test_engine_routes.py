@@ -142,6 +142,7 @@ async def test_a_round_through_vllms_routes() -> None:
             "generation": 7,
             "step": 40,
             "deadline_seconds": 20.0,
+            "exposes": True,
         },
     )
 

@@ -181,6 +181,7 @@ class VllmClient:
             "generation": switch.version.generation,
             "step": switch.version.step,
             "deadline_seconds": switch.rank_seconds,
+            "exposes": True,
         }
         async with self._within("switch", deadline):
             try:

@@ -6,7 +6,16 @@ import msgspec
 import pytest
 from weightsync.agents.link.connection import NotObeyed
 from weightsync.agents.link.obedience import Obedience
-from weightsync.orchestrator.protocol.messages import Closed, EngineStatus, Left, NixlSettings, Quiesced, Welcome
+from weightsync.orchestrator.protocol.messages import (
+    Closed,
+    EngineStatus,
+    Exposed,
+    Left,
+    NixlSettings,
+    Quiesced,
+    Verified,
+    Welcome,
+)
 from weightsync.orchestrator.protocol.names import RoundName
 
 OURS = Welcome(
@@ -46,11 +55,14 @@ def test_the_same_or_a_later_one_is(changes: dict[str, object]) -> None:
 
 def test_words_of_the_last_round_are_kept_one_of_each_kind_as_they_were_said() -> None:
     obedience = Obedience(7)
-    obedience.keep(Quiesced(round=FIRST))
+    quiesced, exposed = Quiesced(round=FIRST), Exposed(round=FIRST)
+    verified = Verified(round=FIRST, digest=(1, 2), bytes=3, apply_seconds=0.0, digest_seconds=0.0)
+    for word in (quiesced, exposed, verified, exposed):
+        obedience.keep(word)
+    assert obedience.words == (quiesced, verified, exposed)
     left = Left(round=FIRST, status=EngineStatus())
     obedience.keep(left)
-    obedience.keep(Quiesced(round=FIRST))
-    assert obedience.words == (left, Quiesced(round=FIRST))
+    assert obedience.words == (verified, left), "who has left is inside no longer"
     closed = Closed(round=SECOND)
     obedience.keep(closed)
     assert obedience.words == (closed,)

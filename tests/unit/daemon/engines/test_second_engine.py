@@ -37,6 +37,8 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    Expose,
+    Exposed,
     FromDaemon,
     Grant,
     Hello,
@@ -127,6 +129,8 @@ class OneProcess:
                 self.agent.send(Announce(layout=layout(1 << 30), endpoint_name="sg"))
             case Connect():
                 self.agent.send(Ready(fingerprint=message.fingerprint))
+            case Expose():
+                self.agent.send(Exposed(round=message.round))
             case Verify():
                 found, size = digest(self.weights), len(self.weights)
                 self.agent.send(

@@ -140,7 +140,7 @@ async def test_a_whole_round(told_version: bool) -> None:
         assert vllm.version == ("12" if told_version else None)
     hub = {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4}
     update = {"token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 12,
-              "deadline_seconds": 20.0}  # fmt: skip
+              "deadline_seconds": 20.0, "exposes": True}  # fmt: skip
     assert [entry for entry in vllm.asked if entry[0] not in ("/version", "/get_world_size", "/is_paused")] == [
         ("/init_weight_transfer_engine", {"init_info": hub}),
         ("/pause", {"mode": "keep", "clear_cache": "true"}),
