@@ -167,7 +167,7 @@ async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
     assert rank.wire.granted == [(TARGET,)]
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 @pytest.mark.parametrize(
@@ -281,29 +281,29 @@ async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     rank.wire.failure = KeyError("e0/0")
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("KeyError('e0/0')", "trainer", True)
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write cannot be taken back: after a failure the grant stays open until the last handle is DONE."""
-    waits: list[RoundName | None] = []
+    waits: list[tuple[RoundName, ...]] = []
 
     async def no_time_passes(seconds: float) -> None:
-        waits.append(rank.side.status().open_round)
+        waits.append(rank.side.status().open_rounds)
 
     monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("deadline")
     rank.wire.left = 3
     assert (await granted(rank)).error == "deadline"
-    assert waits == [ROUND] * 3
+    assert waits == [(ROUND,)] * 3
 
 
 def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.side._open = ROUND
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert rank.side.status().open_round == ROUND
+    assert rank.side.status().open_rounds == (ROUND,)
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
