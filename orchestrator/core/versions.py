@@ -4,9 +4,11 @@ from typing import Final
 
 from weightsync.orchestrator.core import conditions, rendezvous
 from weightsync.orchestrator.core.commands import LookForStable
+from weightsync.orchestrator.core.records import StagedAgain
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Staged
 from weightsync.orchestrator.protocol.names import Version
 
 STABLE_LOOK_DELAYS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -38,10 +40,27 @@ def _note_stale_markers(turn: Turn) -> None:
 
 def _note_waiting(turn: Turn) -> None:
     fleet = turn.fleet
-    settled = fleet.memory.done | fleet.memory.failed.keys()
     for agent in fleet.trainers():
-        if agent.staged is not None and agent.staged.version not in settled:
+        if agent.staged is None or fleet.memory.settled(agent.staged.version):
+            continue
+        if fleet.memory.forgot(agent.staged.version):
+            _refuse(turn, agent.staged)
+        else:
             fleet.waiting_since.setdefault(agent.staged.version, turn.now)
+
+
+def _refuse(turn: Turn, staged: Staged) -> None:
+    """FAILED: nobody knows any more whether this version was committed, and none is committed twice."""
+    if staged.restaged > turn.fleet.memory.restaged.get(staged.version, 0):
+        # The trainer hears only what is said of the staging that it waits for.
+        turn.append(StagedAgain(version=staged.version, restaged=staged.restaged))
+    furthest = turn.fleet.memory.forgotten[staged.version.generation]
+    endings.fail_version(
+        turn,
+        staged.version,
+        f"this trainer's steps up to {furthest} are too long ago to know whether step {staged.version.step} was "
+        "committed before; publish it under a higher number, or start the trainer anew",
+    )
 
 
 def _look_for_stable(turn: Turn, version: Version | None) -> None:

@@ -1,19 +1,27 @@
 """What the journal holds reads back as it was written, in order, and is not kept for ever."""
 
+import copy
 from typing import Any
 
 import pytest
 from recordings import recording
+from weightsync.orchestrator.core import records as records_module
+from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.core.records import (
     REMEMBERED_ROUNDS,
     Committed,
+    Decided,
     EpochBegan,
     Memory,
     RoundBegan,
     RoundEnded,
+    Snapshot,
+    StagedAgain,
+    VersionFailed,
     decode_record,
     encode_record,
     replay,
+    snapshot,
 )
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -46,3 +54,74 @@ def test_nobody_remembers_for_ever(drive: Any) -> None:
         ))  # fmt: skip
     assert len(memory.ended) == REMEMBERED_ROUNDS
     assert RoundName(1, number) in memory.ended
+
+
+# ------------------------------------------------------------------------------------------------- what is remembered
+def committed(*versions: Version) -> Memory:
+    memory = Memory()
+    for sequence, version in enumerate(versions, start=1):
+        replay(memory, Committed(round=RoundName(1, sequence), version=version, sequence=sequence))
+    return memory
+
+
+def test_the_newest_versions_are_known_by_name_and_how_far_the_others_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "REMEMBERED_VERSIONS", 3)
+    memory = committed(*(Version(7, step) for step in (10, 20, 30, 40, 50)))
+    assert list(memory.done) == [Version(7, 30), Version(7, 40), Version(7, 50)]
+    assert [memory.forgot(Version(7, step)) for step in (5, 10, 15, 20, 25, 30, 60)] == [True] * 4 + [False] * 3
+    assert not memory.forgot(Version(8, 10)), "another trainer's step of the same number"
+    assert (memory.committed, memory.sequence) == (Version(7, 50), 5)
+
+
+def test_a_step_far_ahead_of_its_followers_locks_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "REMEMBERED_VERSIONS", 2)
+    memory = committed(*(Version(7, step) for step in (1_000_000, 1, 2, 3)))
+    assert memory.forgotten == {7: 1}
+    assert not memory.forgot(Version(7, 4))
+
+
+def test_failures_are_remembered_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "REMEMBERED_FAILURES", 2)
+    memory = Memory()
+    for step in range(1, 5):
+        replay(memory, StagedAgain(version=Version(7, step), restaged=1))
+        replay(memory, VersionFailed(version=Version(7, step), reason=f"{step}"))
+    assert memory.failed == {Version(7, 3): "3", Version(7, 4): "4"}
+    assert list(memory.restaged) == [Version(7, 3), Version(7, 4)]
+    assert [memory.forgot(Version(7, step)) for step in (2, 3, 5)] == [True, False, False]
+
+
+def test_members_that_come_and_go_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "REMEMBERED_MEMBERS", 2)
+    memory = Memory()
+    for number, members in enumerate((("a/0", "b/0"), ("a/0", "c/0")), start=1):
+        name = RoundName(1, number)
+        replay(memory, RoundBegan(round=name, version=Version(7, number), attempt=1, engines=()))
+        replay(memory, Decided(round=name, version=Version(7, number), digests=dict.fromkeys(members, "d")))
+    assert memory.held == {"a/0": (Version(7, 2), "d"), "c/0": (Version(7, 2), "d")}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_snapshot_stands_for_all_that_was_before_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any place: whoever begins there knows what he knows who has read everything."""
+    monkeypatch.setattr(records_module, "REMEMBERED_VERSIONS", 4)
+    _, records = recording(seed)
+    whole = Memory()
+    for place, record in enumerate(records):
+        replay(whole, record)
+        if place % 7 and place + 1 < len(records):
+            continue
+        began = Memory()
+        replay(began, EpochBegan(epoch=999))
+        replay(began, decode_record(encode_record(snapshot(whole))))
+        assert began == whole
+        rest = copy.deepcopy(whole)
+        for later in records[place + 1 :]:
+            replay(began, later)
+            replay(rest, later)
+        assert began == rest
+
+
+def test_a_damaged_snapshot_is_not_guessed_at() -> None:
+    with pytest.raises(JournalUnreadable, match="snapshot"):
+        replay(Memory(), Snapshot(memory=b"\xc1"))

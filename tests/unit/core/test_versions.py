@@ -5,12 +5,14 @@ from typing import Any
 import msgspec
 import pytest
 from fleets import rank, trainer
+from weightsync.orchestrator.core import records
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.events import Call, MarkersSeen, StableSeen
+from weightsync.orchestrator.core.records import Committed, VersionFailed, replay
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
 from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
 VERSION = Version(7, 1)
@@ -121,3 +123,33 @@ def test_each_version_is_looked_for_anew(drive: Any) -> None:
     assert looks(fleet) == [0.002, 0.005]
     fleet.says(TRAINER, msgspec.structs.replace(STAGED, version=Version(7, 2)))
     assert looks(fleet) == [0.002, 0.005, 0.002]
+
+
+# ------------------------------------------------------------------------------------------------- long ago committed
+def test_a_step_of_too_long_ago_is_refused_by_name_and_not_committed_again(
+    drive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "REMEMBERED_VERSIONS", 1)
+    fleet = drive.joined()
+    for step in (1, 2):
+        replay(fleet.fleet.memory, Committed(round=RoundName(1, step), version=Version(7, step), sequence=step))
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    fleet.says(TRAINER, STAGED)
+    fleet.passes(1.0)
+    assert fleet.fleet.round is None
+    (failure,) = fleet.failures()
+    assert "whether step 1 was committed before" in failure
+    assert fleet.sent(TRAINER, Outcome)[-1].reason == failure
+
+
+def test_also_where_it_is_staged_again(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer waits for the outcome of that staging and of no other."""
+    monkeypatch.setattr(records, "REMEMBERED_FAILURES", 1)
+    fleet = drive.joined()
+    for step in (1, 2):
+        replay(fleet.fleet.memory, VersionFailed(version=Version(7, step), reason="once"))
+    fleet.says(TRAINER, msgspec.structs.replace(STAGED, restaged=1))
+    fleet.passes(1.0)
+    told = fleet.sent(TRAINER, Outcome)[-1]
+    assert (told.version, told.committed, told.restaged) == (VERSION, False, 1)
+    assert "publish it under a higher number" in told.reason
