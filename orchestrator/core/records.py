@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable
-from weightsync.orchestrator.core.newest import keep_newest
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Record(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -85,7 +87,7 @@ class StagedAgain(Record, frozen=True, kw_only=True):
     restaged: int
 
 
-class Snapshot(Record, frozen=True, kw_only=True):
+class MemorySaved(Record, frozen=True, kw_only=True):
     """The fold of everything before it: whoever reads the journal begins at the newest one.
 
     ``memory``: a Memory in msgpack, because keys in JSON are text only.
@@ -95,7 +97,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
 
 
 AnyRecord = (
-    EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain | Snapshot
+    EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain | MemorySaved
 )
 
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
@@ -178,13 +180,27 @@ class Memory:
 _packed: msgspec.msgpack.Decoder[Memory] = msgspec.msgpack.Decoder(Memory)
 
 
-def snapshot(memory: Memory) -> Snapshot:
+def keep_newest(mapping: dict[K, V], key: K, value: V, limit: int) -> list[K]:
+    """Put ``value`` under ``key`` as the newest entry of ``mapping``; returns the keys that ``limit`` has no room for.
+
+    Its order is that of the last putting, oldest first.
+    """
+    mapping.pop(key, None)
+    mapping[key] = value
+    gone = []
+    while len(mapping) > limit:
+        gone.append(next(iter(mapping)))
+        del mapping[gone[-1]]
+    return gone
+
+
+def saved(memory: Memory) -> MemorySaved:
     """The record that stands for all that ``memory`` is the fold of.
 
     Raises:
         JournalUnreadable: it would not be read back as it is; a bug, and no reason to lose what is readable.
     """
-    made = Snapshot(memory=msgspec.msgpack.encode(memory))
+    made = MemorySaved(memory=msgspec.msgpack.encode(memory))
     read = Memory()
     replay(read, decode_record(encode_record(made)))
     if read != memory:
@@ -220,7 +236,7 @@ def replay(memory: Memory, record: Record) -> None:
         case StagedAgain(version=version, restaged=restaged):
             memory.failed.pop(version, None)
             keep_newest(memory.restaged, version, restaged, REMEMBERED_FAILURES)
-        case Snapshot(memory=packed):
+        case MemorySaved(memory=packed):
             _restore(memory, packed)
 
 

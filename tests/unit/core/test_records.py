@@ -13,15 +13,16 @@ from weightsync.orchestrator.core.records import (
     Decided,
     EpochBegan,
     Memory,
+    MemorySaved,
     RoundBegan,
     RoundEnded,
-    Snapshot,
     StagedAgain,
     VersionFailed,
     decode_record,
     encode_record,
+    keep_newest,
     replay,
-    snapshot,
+    saved,
 )
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -80,6 +81,19 @@ def test_a_step_far_ahead_of_its_followers_locks_nobody_out(monkeypatch: pytest.
     assert not memory.forgot(Version(7, 4))
 
 
+def test_the_oldest_make_room() -> None:
+    kept: dict[str, int] = {}
+    assert [keep_newest(kept, key, number, 3) for number, key in enumerate("abcd")] == [[], [], [], ["a"]]
+    assert list(kept.items()) == [("b", 1), ("c", 2), ("d", 3)]
+
+
+def test_what_comes_again_is_the_newest() -> None:
+    kept = {"a": 0, "b": 1}
+    assert keep_newest(kept, "a", 5, 2) == []
+    assert list(kept.items()) == [("b", 1), ("a", 5)]
+    assert keep_newest(kept, "c", 6, 1) == ["b", "a"]
+
+
 def test_failures_are_remembered_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records_module, "REMEMBERED_FAILURES", 2)
     memory = Memory()
@@ -113,7 +127,7 @@ def test_a_snapshot_stands_for_all_that_was_before_it(seed: int, monkeypatch: py
             continue
         began = Memory()
         replay(began, EpochBegan(epoch=999))
-        replay(began, decode_record(encode_record(snapshot(whole))))
+        replay(began, decode_record(encode_record(saved(whole))))
         assert began == whole
         rest = copy.deepcopy(whole)
         for later in records[place + 1 :]:
@@ -124,4 +138,4 @@ def test_a_snapshot_stands_for_all_that_was_before_it(seed: int, monkeypatch: py
 
 def test_a_damaged_snapshot_is_not_guessed_at() -> None:
     with pytest.raises(JournalUnreadable, match="snapshot"):
-        replay(Memory(), Snapshot(memory=b"\xc1"))
+        replay(Memory(), MemorySaved(memory=b"\xc1"))
