@@ -70,7 +70,7 @@ def _look_for_stable(turn: Turn, version: Version | None) -> None:
     if version is None or settled or conditions.is_stable(fleet, version):
         fleet.stable_looks = 0
     elif not fleet.looking and fleet.stable_looks < len(STABLE_LOOK_DELAYS):
-        turn.do(LookForStable(STABLE_LOOK_DELAYS[fleet.stable_looks]))
+        turn.do(LookForStable(STABLE_LOOK_DELAYS[fleet.stable_looks], version.step))
         fleet.stable_looks += 1
         fleet.looking = True
 

@@ -129,8 +129,8 @@ class Outbox:
                 self._inbox.spawn(self._needs(command), "needs")
             case CallEngine():
                 self._engines.call(command)
-            case LookForStable(after_seconds=seconds):
-                self._inbox.spawn(self._stable.look(seconds), "look for STABLE")
+            case LookForStable():
+                self._inbox.spawn(self._stable.look(command.after_seconds, command.step), "look for STABLE")
             case WriteMarker():
                 self._markers.write(command.kind, command.version, command.facts)
             case Say():

@@ -84,8 +84,8 @@ class Desk:
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
         )  # fmt: skip
 
-    async def _look(self, after_seconds: float) -> None:
-        self.done.append(("look", after_seconds))
+    async def _look(self, after_seconds: float, step: int) -> None:
+        self.done.append(("look", after_seconds, step))
 
     @property
     def failures(self) -> list[BaseException]:
@@ -133,12 +133,12 @@ async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
     await desk.performs([
         Accept(MEMBER, 5, WELCOME), Refuse(MEMBER, 6, REFUSED), Drop(MEMBER, 5, "rude"),
         Send(MEMBER, Heartbeat()), SendPlan(MEMBER, CONNECT), CALL, OpenGroup(STORE, ((MEMBER, 5),)),
-        LookForStable(0.02),
+        LookForStable(0.02, 5),
     ])  # fmt: skip
     assert desk.done == [
         ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, 5, "rude"),
         ("send", MEMBER, Heartbeat()), ("send", MEMBER, CONNECT), ("call", CALL), ("open", STORE, {MEMBER: 5}),
-        ("look", 0.02),
+        ("look", 0.02, 5),
     ]  # fmt: skip
 
 
