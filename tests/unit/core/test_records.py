@@ -50,7 +50,7 @@ def test_nobody_remembers_for_ever(drive: Any) -> None:
         name = RoundName(1, number)
         replay(memory, RoundBegan(round=name, version=VERSION, attempt=1, engines=()))
         replay(memory, RoundEnded(
-            round=name, version=VERSION, attempt=1, engines=(), evicted=(), outcome="failed", reason="", bytes=0,
+            round=name, version=VERSION, attempt=1, engines=(), left_out=(), outcome="failed", reason="", bytes=0,
             descriptors=0, times={},
         ))  # fmt: skip
     assert len(memory.ended) == REMEMBERED_ROUNDS
@@ -139,3 +139,18 @@ def test_a_snapshot_stands_for_all_that_was_before_it(seed: int, monkeypatch: py
 def test_a_damaged_snapshot_is_not_guessed_at() -> None:
     with pytest.raises(JournalUnreadable, match="snapshot"):
         replay(Memory(), MemorySaved(memory=b"\xc1"))
+
+
+def test_of_large_rounds_fewer_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "REMEMBERED_MEMBERS", 10)
+    memory = Memory()
+    for number in range(1, 9):
+        name, members = RoundName(1, number), [f"a/{rank}" for rank in range(4)]
+        replay(memory, RoundBegan(round=name, version=VERSION, attempt=1, engines=("a",)))
+        replay(memory, Decided(round=name, version=VERSION, digests=dict.fromkeys(members, "d")))
+        replay(memory, RoundEnded(
+            round=name, version=VERSION, attempt=1, engines=("a",), left_out=(), outcome="committed", reason="",
+            bytes=0, descriptors=0, times={},
+        ))  # fmt: skip
+    assert [name.number for name in memory.ended] == [7, 8]
+    assert set(memory.ended[name].digests) == set(members)

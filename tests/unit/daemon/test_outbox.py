@@ -54,7 +54,7 @@ DIRTY = Append(LiveDirty(round=NAME, writers={}), answer=True)
 BEGAN = Append(RoundBegan(round=NAME, version=VERSION, attempt=1, engines=("e0",)))
 COMMITTED = Append(Committed(round=NAME, version=VERSION, sequence=1))
 ENDED = Append(RoundEnded(
-    round=NAME, version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="committed", reason="", bytes=1,
+    round=NAME, version=VERSION, attempt=1, engines=("e0",), left_out=(), outcome="committed", reason="", bytes=1,
     descriptors=1, times={},
 ))  # fmt: skip
 

@@ -148,7 +148,7 @@ async def test_markers_become_events(settings: Settings) -> None:
 async def test_a_look_that_the_core_asked_for_is_answered_even_if_nothing_changed(settings: Settings) -> None:
     async with running(settings) as (runner, _, _):
         runner.fleet.looking = True
-        await runner.stable.look(0.0)
+        await runner.stable.look(0.0, 5)
 
         async def answered() -> bool:
             return not runner.fleet.looking
@@ -200,7 +200,7 @@ async def test_a_compacted_journal_is_all_that_a_start_needs(
     monkeypatch.setitem(compaction.KEPT, "RoundEnded", 5)
     name, version = RoundName(3, 1), Version(7, 41)
     ended = RoundEnded(
-        round=name, version=version, attempt=1, engines=("e0",), evicted=(), outcome="committed", reason="", bytes=0,
+        round=name, version=version, attempt=1, engines=("e0",), left_out=(), outcome="committed", reason="", bytes=0,
         descriptors=0, times={},
     )  # fmt: skip
     records = [EpochBegan(epoch=3), Committed(round=name, version=version, sequence=8), *[ended] * 9]
