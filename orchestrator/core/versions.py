@@ -6,7 +6,7 @@ from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.membership import rendezvous
-from weightsync.orchestrator.core.records import StagedAgain
+from weightsync.orchestrator.core.records import REMEMBERED_VERSIONS, StagedAgain, keep_newest
 from weightsync.orchestrator.core.round import blame, endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
@@ -36,7 +36,7 @@ def _note_stale_markers(turn: Turn) -> None:
         return
     for seen in fleet.stable:
         if seen.generation not in (None, fleet.generation) and seen not in fleet.stale_said:
-            fleet.stale_said.add(seen)
+            keep_newest(fleet.stale_said, seen, None, REMEMBERED_VERSIONS)
             turn.say(f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation:x}); ignored", "warning")
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 from fleets import rank, trainer
-from weightsync.orchestrator.core import records
+from weightsync.orchestrator.core import records, versions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.events import AbortAsked, Call, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.records import Committed, VersionFailed, replay
+from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
 from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged
@@ -155,3 +156,25 @@ def test_also_where_it_is_staged_again(drive: Any, monkeypatch: pytest.MonkeyPat
     told = fleet.sent(TRAINER, Outcome)[-1]
     assert (told.version, told.committed, told.restaged) == (VERSION, False, 1)
     assert "publish it under a higher number" in told.reason
+
+
+def test_nothing_is_kept_of_every_version_for_ever(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (records, versions, endings):
+        monkeypatch.setattr(module, "REMEMBERED_VERSIONS", 5)
+    fleet = drive.joined(staged=10.0)
+    for step in range(1, 41):
+        seen = StableSeen(step, 7 if step % 2 else 6)
+        fleet.says(TRAINER, msgspec.structs.replace(STAGED, version=Version(7, step)))
+        fleet.happens(MarkersSeen(fleet.id(), (seen,)))
+        if step % 2:
+            fleet.to(Phase.RECORDING)
+            fleet.durable()
+        else:
+            fleet.passes(10.0)
+        fleet.settle()
+    state = fleet.fleet
+    assert (state.memory.sequence, len(state.memory.failed)) == (20, 20)
+    assert list(state.memory.done) == [Version(7, step) for step in (31, 33, 35, 37, 39)]
+    assert list(state.marked) == [Version(7, step) for step in range(36, 41)]
+    assert [seen.step for seen in state.stale_said] == [32, 34, 36, 38, 40]
+    assert (state.attempts, state.retry_at, state.first_attempt, state.waiting_since) == ({}, {}, {}, {})
