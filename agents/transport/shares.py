@@ -53,6 +53,9 @@ class Shares:
         self._layout = layout
         self._arenas = arenas
         self._shares: Mapping[Member, Share] = {}
+        # Of its own, so that a digest at a grant does not queue behind the kernels of the training. Slots are complete
+        # before they are digested (the trainer synchronises), so there is nothing that it would have to wait for.
+        self._stream = torch.cuda.Stream(arenas[0].device) if arenas and arenas[0].is_cuda else None  # type: ignore[no-untyped-call]
 
     def replan(self, connect: Connect) -> Sequence[Share]:
         """The shares of a new plan, in the order of its peers.
@@ -78,15 +81,17 @@ class Shares:
     def digests(self) -> dict[Member, Digest]:
         """Digest of the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
         shares = self._shares
-        for share in shares.values():
-            share.digest.launch()  # all queued before the first is waited for
-        return {member: share.digest.result() for member, share in shares.items()}
+        with torch.cuda.stream(self._stream):
+            for share in shares.values():
+                share.digest.launch()  # all queued before the first is waited for
+            return {member: share.digest.result() for member, share in shares.items()}
 
     def _share(self, peer: Peer, copies: Matrix, table: Matrix) -> Share:
         old = self._shares.get(peer.member)
         if old is not None and old.peer == peer and old.copies.tobytes() == copies.tobytes():
             return old
-        digest = prepare_digest(self._arenas, digest_table(copies, self._layout))
+        with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
+            digest = prepare_digest(self._arenas, digest_table(copies, self._layout))
         return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest)
 
 
