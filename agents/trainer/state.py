@@ -91,6 +91,8 @@ def _without(state: dict[str, torch.Tensor], found: Merges) -> dict[str, torch.T
     Raises:
         AmbiguousName: the state has that name already.
     """
+    if not found.renamed and not found.consumed:
+        return state
     left: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         short = found.renamed.get(name, name)
