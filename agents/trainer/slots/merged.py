@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.errors import AdapterError
 from weightsync.agents.trainer.slots.boxes import local_share
 from weightsync.agents.trainer.slots.fitness import refuse_unfit
+from weightsync.agents.trainer.slots.whole import whole_tensors
 
 MERGED_BYTES: Final = 256 * 1024 * 1024
 """Of merged weights that exist at a time while slots are converted; more would be a second model in memory."""
@@ -44,7 +45,7 @@ class MergedState(Mapping[str, torch.Tensor]):
         factors: the adapters' tensors by their own names.
 
     Raises:
-        UnfitTensor: a base or a factor that can be no weight.
+        UnfitTensor, UnsupportedPlacement: a base or a factor that can be no weight, or is sharded in another way.
         AdapterError: shapes that do not belong together.
     """
 
@@ -76,15 +77,11 @@ class MergedState(Mapping[str, torch.Tensor]):
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Have the factors on this rank. Collective where they are sharded: all of them on every rank, in the order of
-        the names of their weights. ``local`` needs no other rank."""
+        """Have all factors on this rank, so that ``local`` needs no other. Collective where they are sharded."""
         if self._factors is None:
-            self._factors = {
-                key: _whole(self._given[key])
-                for name in sorted(self._merges)
-                for adapter in self._merges[name].adapters
-                for key in (adapter.a, adapter.b)
-            }
+            adapters = [adapter for name in sorted(self._merges) for adapter in self._merges[name].adapters]
+            keys = [key for adapter in adapters for key in (adapter.a, adapter.b)]
+            self._factors = whole_tensors({key: self._given[key] for key in keys}, torch.float32)
 
     @torch.no_grad()
     def local(self, name: str) -> torch.Tensor:
@@ -141,6 +138,7 @@ def _check(name: str, base: torch.Tensor | None, merge: Merge, factors: Mapping[
         a, b = factors[adapter.a], factors[adapter.b]
         for key, factor in ((adapter.a, a), (adapter.b, b)):
             refuse_unfit(key, factor)
+            local_share(key, factor)
         expected = tuple(reversed(base.shape)) if adapter.transposed else tuple(base.shape)
         fits = a.dim() == b.dim() == base.dim() == 2 and a.shape[0] == b.shape[1]
         if not fits or (b.shape[0], a.shape[1]) != expected:
@@ -149,9 +147,3 @@ def _check(name: str, base: torch.Tensor | None, merge: Merge, factors: Mapping[
                 f"{adapter.b} {tuple(b.shape)} times {adapter.a} {tuple(a.shape)} is no addition to {merge.base}"
                 f" {tuple(base.shape)}; only matrices are merged on the way",
             )
-
-
-def _whole(factor: torch.Tensor) -> torch.Tensor:
-    """All of a factor in float32, on this rank."""
-    whole = factor.full_tensor() if isinstance(factor, DTensor) else factor
-    return whole.detach().to(torch.float32)

@@ -15,7 +15,6 @@ from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.batch import local_batches
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
@@ -32,6 +31,7 @@ from weightsync.agents.trainer.slots.slot import (
     ShardedSlot,
     Slot,
     SlotNote,
+    local_batches,
     made_slots,
 )
 from weightsync.orchestrator.protocol.codec import cut

@@ -17,6 +17,7 @@ from weightsync.agents.trainer.slots.journeys import Blob, Coordinate, Journey, 
 from weightsync.agents.trainer.slots.reading import Picks, Taken
 from weightsync.agents.trainer.slots.routing import part_of
 from weightsync.agents.trainer.slots.slot import Slot
+from weightsync.agents.trainer.slots.whole import group_order
 
 _UNIT: Final = 16
 """Bytes that every piece in a buffer is aligned to: any dtype can be viewed there, and copies use wide accesses."""
@@ -170,7 +171,7 @@ class Transit:
         here = self._items[0].here
         if self._mesh is not None:
             for exchange in exchanges([item.journey for item in self._items], tuple(self._mesh.mesh.shape), here):
-                order = _group_order(self._mesh, exchange.dim, here)
+                order = group_order(self._mesh, exchange.dim, here)
                 moves: list[tuple[int, int, int]] = []
                 send = (self.end, [self._sent(exchange.send[position], moves) for position in order])
                 receive = (self.end, [self._placed(exchange.receive[position]) for position in order])
@@ -212,13 +213,6 @@ def _bound(leg: _Leg, space: torch.Tensor) -> _Bound:
         [space[to : to + size] for _, to, size in leg.moves],
         [space[begin : begin + size] for begin, _, size in leg.moves],
     )
-
-
-def _group_order(mesh: DeviceMesh, dim: int, here: Coordinate) -> list[int]:
-    """Positions along ``dim`` in the order of its process group: a mesh may list its ranks in another one."""
-    line = mesh.mesh[tuple(slice(None) if e == dim else index for e, index in enumerate(here))].tolist()
-    group = mesh.get_group(dim)
-    return sorted(range(len(line)), key=lambda position: dist.get_group_rank(group, line[position]))
 
 
 def _view(space: torch.Tensor, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

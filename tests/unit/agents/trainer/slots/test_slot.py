@@ -4,13 +4,12 @@ import torch
 from weightsync.agents.memory.arena import ALIGNMENT
 from weightsync.agents.tables.box import Box
 from weightsync.agents.trainer.slots.arena import ArenaPlan
-from weightsync.agents.trainer.slots.batch import LocalBatch
 from weightsync.agents.trainer.slots.boxes import local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
 from weightsync.agents.trainer.slots.reading import Read, Readings
 from weightsync.agents.trainer.slots.routing import Router, SlotOptions
-from weightsync.agents.trainer.slots.slot import GatheredSlot, SlotNote, made_slots
+from weightsync.agents.trainer.slots.slot import GatheredSlot, LocalBatch, SlotNote, made_slots
 from weightsync.orchestrator.protocol.layout import Tensor
 
 FP8 = QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX)
@@ -79,3 +78,25 @@ def test_dtypes_to_compile_for_are_those_that_this_rank_converts():
     gathered = GatheredSlot(spec, slot.route, slot.shares, slot.places)
     assert gathered.source_dtypes == {torch.bfloat16}, "what is gathered is cast before it travels"
     assert GatheredSlot(spec, slot.route, slot.shares, ()).source_dtypes == set()
+
+
+def test_slots_of_one_treatment_are_converted_together():
+    state = {"a": torch.randn(4), "fused": torch.randn(6, 3), "c": torch.randn(2, 3)}
+    specs = [
+        ConversionSpec("a", (Source("a"),)),
+        ConversionSpec("up", (Source("fused", 0, 4, 2),)),
+        ConversionSpec("joined", (Source("c"), Source("fused", 0, 0, 4))),
+    ]
+    shares = {key: local_share(key, tensor) for key, tensor in state.items()}
+    router, plan = Router(SlotOptions(), 0, True), ArenaPlan()
+    slots = made_slots([(spec, router.route(spec, shares)) for spec in specs], shares, plan)
+    arena = torch.zeros(plan.size, dtype=torch.uint8)
+    for slot in slots:
+        slot.bind(arena)
+    readings = Readings(state, [Read(s.key, spec.dst, shares[s.key]) for spec in specs for s in spec.sources])
+    batch = LocalBatch(slots, readings, readings.take(state))
+    now = {name: tensor + 1 for name, tensor in state.items()}
+    batch.convert(readings.take(now))
+    found = [torch.cat([move.out.flatten() for move in slot.moves]) for slot in slots]
+    expected = [now["a"], now["fused"][4:].flatten(), torch.cat([now["c"], now["fused"][:4]]).flatten()]
+    assert all(torch.equal(out, full.to(torch.bfloat16)) for out, full in zip(found, expected, strict=True))
