@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
@@ -76,8 +77,8 @@ class FilledSlots(Protocol):
         """The rows of the layout, in its order."""
         ...
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
-        """Tensors with values that are NaN or infinite, as converted."""
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
+        """Tensors with values that are NaN or infinite, as converted; ``finite``: memory that is known to hold none."""
         ...
 
 
@@ -137,7 +138,7 @@ class TrainerSlots:
         region = STAGING_REGION if staging else -1
         placed = [(slot, ARENA_REGION) for slot in self.slots]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], region, self.unrouted)
-        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
+        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION], ARENA_REGION)
         self._readings = Readings(state, (Read(s.key, spec.dst, shares[s.key]) for spec in specs for s in spec.sources))
         first = self._readings.first(state)
         self._gathering = Gathering([s for s in self.slots if s.kind == "gathered"], self._readings, first)
@@ -177,9 +178,9 @@ class TrainerSlots:
         """
         self.fill(self.check(state))
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
         """Tensors of this rank's slots with values that are NaN or infinite, as converted. Waits for the device."""
-        return self._finite.find()
+        return self._finite.find(finite)
 
     def _prepare(self, taken: Taken) -> None:
         self._merged = frozenset(taken.merged)
