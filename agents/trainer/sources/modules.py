@@ -1,9 +1,7 @@
 """A module's tensors as its own ``state_dict`` gives them, without copying any."""
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cache
 from typing import Final, cast
 
 import torch
@@ -44,25 +42,30 @@ def _collect(module: nn.Module, prefix: str, given: dict[str, torch.Tensor], sha
     done here, in a fraction of its time, because a model may have tens of thousands; one that has a way of its own goes
     it. Extra state is no tensor as a rule.
     """
-    kind = _kind(cast(Hashable, type(module)))
+    kind = _KINDS.get(type(module)) or _kind(type(module))
     if kind.flat:
         raise UnfitTensor(prefix.rstrip(".") or type(module).__name__, FSDP1)
-    if isinstance(module, FSDPModule):
-        sharded.append(module)
+    if kind.sharded:
+        sharded.append(cast(FSDPModule, module))
     if kind.own_way or module._state_dict_hooks or not module.__dict__.keys().isdisjoint(OVERRIDDEN):
         _collect_own(module, prefix, given, sharded)
         return
-    for hook in module._state_dict_pre_hooks.values():
-        hook(module, prefix, True)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            given[prefix + name] = parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            given[prefix + name] = buffer
-    for name, child in module._modules.items():
-        if child is not None:
-            _collect(child, f"{prefix}{name}.", given, sharded)
+    # Most modules have none of most of these, and a loop over nothing costs as much as one over one thing.
+    if module._state_dict_pre_hooks:
+        for hook in module._state_dict_pre_hooks.values():
+            hook(module, prefix, True)
+    if module._parameters:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                given[prefix + name] = parameter
+    if module._buffers:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                given[prefix + name] = buffer
+    if module._modules:
+        for name, child in module._modules.items():
+            if child is not None:
+                _collect(child, f"{prefix}{name}.", given, sharded)
 
 
 def _collect_own(module: nn.Module, prefix: str, given: dict[str, torch.Tensor], sharded: list[FSDPModule]) -> None:
@@ -81,14 +84,18 @@ def _collect_own(module: nn.Module, prefix: str, given: dict[str, torch.Tensor],
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Of modules of one class: whether they are FSDP1's, and whether they have a state_dict of their own."""
+    """Of modules of one class: whether they are FSDP1's or FSDP2's, and whether they have a state_dict of their own."""
 
     flat: bool
+    sharded: bool
     own_way: bool
 
 
-@cache
-def _kind(kind: Hashable) -> _Kind:
-    assert isinstance(kind, type)
+_KINDS: Final[dict[type, _Kind]] = {}
+"""Of the classes that there are, which are few."""
+
+
+def _kind(kind: type[nn.Module]) -> _Kind:
     own_way = any(getattr(kind, name) is not getattr(nn.Module, name) for name in OVERRIDDEN)
-    return _Kind(issubclass(kind, FullyShardedDataParallel), own_way)
+    found = _Kind(issubclass(kind, FullyShardedDataParallel), issubclass(kind, FSDPModule), own_way)
+    return _KINDS.setdefault(kind, found)
