@@ -1,6 +1,7 @@
 """A trainer rank's side of grants: which it refuses, what it says when it closes, whom it tells the fate."""
 
 import asyncio
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -233,6 +234,43 @@ async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
     rank.side._open = RoundName(3, 0)
     assert "round 3.0 is still being written" in (await granted(rank)).error
     assert not rank.side.reserve(), "nor may the next version take the slots"
+
+
+async def test_a_heartbeat_passes_while_the_digest_of_a_grant_computes(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped() -> Reading:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return Reading({TARGET: (1, 2)}, NOWHERE)
+
+    rank.owed.read = stopped
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side.heard(GRANT)
+    assert await asyncio.to_thread(computing.wait, 10)
+    heartbeat = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(heartbeat.set_result, "answered")
+    assert await heartbeat == "answered"
+    assert rank.wire.granted == [], "nothing is written before it is digested"
+    assert rank.side.status().open_rounds == (ROUND,)
+    go_on.set()
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+
+
+async def test_a_heartbeat_passes_while_the_tables_of_a_plan_are_made(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped(connect: Connect) -> Sequence[Share]:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return ()
+
+    rank.owed.replan = stopped
+    connecting = asyncio.create_task(rank.side.connect(CONNECT))
+    assert await asyncio.to_thread(computing.wait, 10)
+    go_on.set()
+    await connecting
 
 
 async def test_what_went_wrong_is_said(rank: Any) -> None:
