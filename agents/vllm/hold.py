@@ -248,10 +248,8 @@ def _refusals(reports: list[gate.WorkerReport], means: Mapping[int, int] | None)
     for report in reports:
         reason = report.reason
         if means is not None and means.get(report.rank) != report.incarnation:
-            known = means.get(report.rank, "nobody")
-            reason = f"it is incarnation {report.incarnation}, and the resume means {known}" + (
-                reason and f"; {reason}"
-            )
+            other = f"it is incarnation {report.incarnation}, and the resume means {means.get(report.rank, 'nobody')}"
+            reason = f"{other}; {reason}" if reason else other
         if reason:
             refusals.append(f"rank {report.rank}: {reason}")
     return refusals
