@@ -6,7 +6,7 @@ from typing import Final
 
 from weightsync.orchestrator.protocol.markers import BROADCASTS
 
-SHOWN: Final = 8
+SHOWN: Final = 16
 """Problems with the same fix that are told one by one; of more, one stands for all."""
 
 
