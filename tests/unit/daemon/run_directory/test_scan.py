@@ -32,7 +32,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def directory(run: Path) -> MarkerDirectory:
-    return MarkerDirectory(run, RUN)
+    """For which no time passes, so that it reads everything at once."""
+    return MarkerDirectory(run, RUN, clock=lambda: 0.0)
 
 
 def put(run: Path, step: int | str, kind: str = "STABLE", content: bytes = b"", at: float | None = None) -> Path:
@@ -403,6 +404,7 @@ def test_of_many_left_over_markers_the_youngest_are_told_of(
     assert [step.step for step in directory.scan().waiting] == [1, 7, 8]
     (problem,) = directory.scan().problems
     assert "more than 3 steps have a STABLE without an outcome" in problem.what
+    assert [step.step for step in directory.look(2).waiting] == [1, 2, 7, 8], "whatever its time says, it is asked for"
     assert directory.scan().problems == ()
 
 
