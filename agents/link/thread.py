@@ -22,7 +22,6 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.side import AgentSide
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Announce,
@@ -37,6 +36,7 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 if TYPE_CHECKING:
     from weightsync.agents.link.process_group import SpgRendezvous
@@ -211,7 +211,7 @@ class AgentThread(Generic[SideT]):
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("%s: %s", self.identity.member, cut(repr(task.exception())), exc_info=task.exception())
+            log.error("%s: %s", self.identity.member, clean(repr(task.exception())), exc_info=task.exception())
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -357,7 +357,7 @@ class AgentThread(Generic[SideT]):
             except Exception as error:
                 fault, retry = blame(error, self.side.here)
                 if not retry:
-                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, cut(repr(error)))
+                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, clean(repr(error)))
                     return False
                 # A peer may be starting, or be gone.
                 known = error if isinstance(error, AgentError) else repr(error)

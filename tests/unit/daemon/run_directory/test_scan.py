@@ -138,6 +138,35 @@ def test_wrong_names_are_ignored_once(run: Path, directory: MarkerDirectory, nam
     assert directory.scan().problems == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"step_\xff\xfe", "broadcasts/step_\\xff\\xfe: wrongly named"),
+        (b"two\nlines", "broadcasts/two lines: wrongly named"),
+        (b"\x1b[2J", "broadcasts/\\x1b[2J: wrongly named"),
+        ("step_٣".encode(), "broadcasts/step_٣: wrongly named"),
+    ],
+)
+def test_a_name_that_is_no_text_is_shown_as_text(
+    run: Path, directory: MarkerDirectory, name: bytes, shown: str
+) -> None:
+    put(run, 3)
+    os.mkdir(os.path.join(os.fsencode(run / "broadcasts"), name))
+    scan = directory.scan()
+    assert [step.step for step in scan.waiting] == [3]
+    (problem,) = scan.problems
+    assert str(problem).startswith(shown)
+    assert str(problem).isprintable()
+    assert str(problem).encode()
+    assert directory.scan().problems == ()
+
+
+def test_a_near_miss_that_is_no_text_is_shown_as_text(run: Path, directory: MarkerDirectory) -> None:
+    put(run, 3, "x")
+    os.mknod(os.path.join(os.fsencode(run / "broadcasts" / "step_3"), b"STABLE.\xff"))
+    assert "step_3/STABLE.\\xff: wrongly named" in str(directory.scan().problems[0])
+
+
 def test_hidden_names_are_silent(run: Path, directory: MarkerDirectory) -> None:
     put(run, ".nfs0001")
     put(run, ".step_1.tmp")
