@@ -100,6 +100,6 @@ def _fail_overdue(turn: Turn) -> None:
             endings.fail_version(turn, version, "its trainer ended before the version was committed")
         elif published and obstacle:
             endings.fail_version(turn, version, obstacle)
-        elif turn.now >= since + (fleet.policy.join if published else fleet.policy.staged):
+        elif turn.now >= since + (fleet.policy.join + fleet.policy.patience if published else fleet.policy.staged):
             clause = conditions.waits_for(fleet, version, turn.now)
             endings.fail_version(turn, version, f"after {turn.now - since:.0f} s: {clause}")

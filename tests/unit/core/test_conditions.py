@@ -114,14 +114,14 @@ def test_a_round_does_not_wait_for_ever_for_an_engine_beside_others(drive: Any) 
 def test_but_for_every_writer(drive: Any) -> None:
     fleet = due(drive)
     fleet.fleet.agents[TRAINER].fingerprint = ""
-    fleet.now += 100 * fleet.policy.rendezvous
+    fleet.now += 100 * fleet.policy.patience
     assert waits(fleet) == "agents that have not confirmed their edges: trainer/0"
 
 
 def test_and_for_some_engine(drive: Any) -> None:
     fleet = due(drive)
     fleet.fleet.agents[rank("e0", 0)].fingerprint = ""
-    fleet.now += 100 * fleet.policy.rendezvous
+    fleet.now += 100 * fleet.policy.patience
     assert waits(fleet) == "agents that have not confirmed their edges: e0/0"
 
 
