@@ -5,12 +5,18 @@ region: element ``i`` of the box (counted from the box's corner) is at ``base + 
 Tensors have up to ``MAX_RANK`` dimensions; lower ranks are padded on the left with offset 0, extent 1, stride 0.
 """
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.protocol.limits import MAX_RANK
+from weightsync.orchestrator.protocol.limits import (
+    MAX_LEFT_OUT,
+    MAX_LEFT_OUT_CHARS,
+    MAX_LEFT_OUT_REASONS,
+    MAX_NAME_CHARS,
+    MAX_RANK,
+)
 
 Matrix = npt.NDArray[np.int64]
 
@@ -87,6 +93,22 @@ class Quantized(msgspec.Struct, frozen=True, array_like=True, gc=False):
     scale_format: ScaleFormat = "float32"
 
 
+class LeftOut(msgspec.Struct, frozen=True, array_like=True):
+    """Tensors of an engine's rank that rounds leave out, for people: which kind of leaving out, and why.
+
+    ``unwritten``: bytes of its model that stay as the engine's start left them. ``unneeded``: tensors of the
+    checkpoint of which this rank needs nothing. ``unprobed``: written, and nobody could look whether they are read.
+    ``names`` are the first of ``count``.
+    """
+
+    kind: Literal["unwritten", "unneeded", "unprobed"]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_LEFT_OUT_CHARS)]
+    names: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)], ...], msgspec.Meta(max_length=MAX_LEFT_OUT)
+    ]
+    count: Annotated[int, msgspec.Meta(ge=0)]
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
@@ -95,7 +117,7 @@ class Layout(msgspec.Struct, frozen=True):
     placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
     transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
     format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
-    tensors that are part of no row, at most MAX_UNREAD of them; for people.
+    tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
     """
 
     tensors: tuple[Tensor, ...]
@@ -108,6 +130,7 @@ class Layout(msgspec.Struct, frozen=True):
     quantized: tuple[Quantized, ...] = ()
     quantization: str = ""
     unread: tuple[str, ...] = ()
+    left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

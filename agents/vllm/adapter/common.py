@@ -6,13 +6,15 @@ versions of vLLM is in ``lifecycle`` and ``callback``; ``choose`` chooses.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from msgspec import structs
 from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.memory.reach import check_reachable
+from weightsync.agents.recorder.left_out import left_out
 from weightsync.agents.vllm import gate, hold, probe
 from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.holders import balancer
@@ -23,24 +25,31 @@ from weightsync.orchestrator.protocol.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class VllmModel:
-    """A vLLM model as ``inference.calls.LiveModel``: the layout that was recorded while it was loaded."""
+    """A vLLM model as ``inference.calls.LiveModel``: the layout that was recorded while it was loaded.
+
+    ``unprobed``: parameters of which nobody could look whether they are read, with the reason; the layout names them,
+    and all else that rounds leave out.
+    """
 
     module: torch.nn.Module
     vllm_config: Any
     recorded: Recorded
+    unprobed: Mapping[str, str]
+    layout: Layout
 
     @classmethod
     def of(cls, module: torch.nn.Module, vllm_config: Any) -> "VllmModel":
-        """The model with its layout as it is now.
+        """The model with its layout as it is now, after a look at each kind of layer.
 
         Raises:
             RecordError: the layout is not known.
+            MemoryPlacementError: its weights lie where no writer can reach them.
+            UnreadWeights: its layers compute with something else than what a round writes.
         """
-        return cls(module, vllm_config, recorded_layout(module, vllm_config))
-
-    @property
-    def layout(self) -> Layout:
-        return self.recorded.layout
+        recorded = recorded_layout(module, vllm_config)
+        check_reachable(recorded.layout.regions)  # on the agent's thread it would be known only after the daemon came
+        unprobed = probe.require(module, targets_of(module), recorded.refresh, vllm_config)
+        return cls(module, vllm_config, recorded, unprobed, _with_left_out(recorded, unprobed))
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -55,17 +64,22 @@ class VllmModel:
     def rebalanced(self, known: str) -> "VllmModel | None":
         if expert_map_fingerprint(self.module) == known:
             return None
-        return VllmModel.of(self.module, self.vllm_config)
+        fresh = recorded_layout(self.module, self.vllm_config)
+        return replace(self, recorded=fresh, layout=_with_left_out(fresh, self.unprobed))
+
+
+def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
+    names = {tensor.name for tensor in recorded.layout.tensors}
+    return structs.replace(
+        recorded.layout, left_out=left_out(recorded.unrecorded, recorded.unused, unprobed, needed=names)
+    )
 
 
 def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> WeightHolder:
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    live = VllmModel.of(model, vllm_config)
-    check_reachable(live.layout.regions)  # on the agent's thread it would be known only after the daemon came
-    probe.require(model, targets_of(model), live.refresh, vllm_config)
-    return InferenceAgent(ranks, device, live, balancer.drain)
+    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config), balancer.drain)
 
 
 def equip(
