@@ -19,7 +19,7 @@ from weightsync.agents.vllm import gate, hold, probe
 from weightsync.agents.vllm.backend import logger
 from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
-from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout, targets_of
+from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map, models_of, recorded_layout, targets_of
 from weightsync.orchestrator.protocol.layout import Layout
 
 
@@ -48,7 +48,9 @@ class VllmModel:
         """
         recorded = recorded_layout(module, vllm_config)
         check_reachable(recorded.layout.regions)  # on the agent's thread it would be known only after the daemon came
-        unprobed = probe.require(module, targets_of(module), recorded.refresh, vllm_config)
+        unprobed: dict[str, str] = {}
+        for model in models_of(module):
+            unprobed |= probe.require(model, targets_of(model), recorded.refresh, vllm_config)
         return cls(module, vllm_config, recorded, unprobed, _with_left_out(recorded, unprobed))
 
     @property
@@ -62,7 +64,7 @@ class VllmModel:
         self.recorded.load(weights)
 
     def rebalanced(self, known: str) -> "VllmModel | None":
-        if expert_map_fingerprint(self.module) == known:
+        if expert_map(self.module) == known:
             return None
         fresh = recorded_layout(self.module, self.vllm_config)
         return replace(self, recorded=fresh, layout=_with_left_out(fresh, self.unprobed))

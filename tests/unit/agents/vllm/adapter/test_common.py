@@ -222,7 +222,7 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "recorded_layout", record)
     monkeypatch.setattr(engine, "targets_of", lambda module: [])
     monkeypatch.setattr(engine.probe, "require", lambda *_: {"conv": "no way"})
-    monkeypatch.setattr(engine, "expert_map_fingerprint", lambda module: "map of 5")
+    monkeypatch.setattr(engine, "expert_map", lambda module: "map of 5")
     module = Model()
     model = engine.VllmModel.of(module, "config")
     assert model.tensors == ["region"]
