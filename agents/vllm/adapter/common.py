@@ -16,8 +16,11 @@ from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.recorder.left_out import left_out
 from weightsync.agents.vllm import gate, hold, probe
-from weightsync.agents.vllm.backend import logger
+from weightsync.agents.vllm.backend import ADAPTER_VARIABLE, logger
 from weightsync.agents.vllm.holders import balancer
+from weightsync.agents.vllm.lora import hook
+from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
+from weightsync.agents.vllm.lora.served import ServedAdapter
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map, models_of, recorded_layout, targets_of
 from weightsync.orchestrator.protocol.layout import Layout
@@ -81,7 +84,30 @@ def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device,
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    return InferenceAgent(ranks, device, VllmModel.of(model, vllm_config), balancer.drain)
+    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config)
+    return InferenceAgent(ranks, device, live, balancer.drain)
+
+
+def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> ServedAdapter | None:
+    """The adapter that rounds write in place of the model; None without one.
+
+    Raises:
+        AdapterRefused: it cannot be, in this server.
+    """
+    found = declared()
+    if found is None:
+        return None
+    settings = getattr(vllm_config, "lora_config", None)
+    dtype = getattr(settings, "lora_dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        raise AdapterRefused(
+            f"adapter {found.name!r} is written by rounds ({ADAPTER_VARIABLE}), and lora_config.lora_dtype is"
+            f" {dtype!r}; start the server with --enable-lora"
+        )
+    served = ServedAdapter(found, [name for name, _ in model.named_parameters()], dtype, device)
+    check_reachable(served.layout.regions)
+    hook.serve(served)
+    return served
 
 
 def equip(

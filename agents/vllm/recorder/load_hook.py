@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from torch import nn
 from weightsync.agents.recorder.recording import Recording
-from weightsync.agents.vllm.backend import chosen
+from weightsync.agents.vllm.backend import chosen, writes_adapter
 from weightsync.agents.vllm.holders import settings
 from weightsync.agents.vllm.recorder.drafts import prefix_of
 from weightsync.agents.vllm.recorder.proved_load import proved_load
@@ -39,6 +39,9 @@ def install() -> None:
             return model
         settings.require(vllm_config)  # before hours of loading, not after
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
+        if writes_adapter():
+            base: nn.Module = load()
+            return base
         return _recorded_load(load, self, prefix_of(vllm_config, model_config))
 
     setattr(load_model, _INSTALLED, True)

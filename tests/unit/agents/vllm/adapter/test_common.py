@@ -3,17 +3,21 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft_files import adapter as peft_adapter
 from weightsync.agents.inference import calls
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
+from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
+from weightsync.agents.vllm.lora.declared import AdapterRefused
 from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region
 
@@ -250,3 +254,18 @@ def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pyte
     monkeypatch.setattr(engine, "check_reachable", refuse)
     with pytest.raises(MemoryPlacementError, match="expandable segments"):
         engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), None)
+
+
+def test_an_adapter_is_served_in_place_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(engine.hook, "serve", served.append)
+    monkeypatch.setenv(ADAPTER_VARIABLE, f"policy={peft_adapter(tmp_path)}")
+    with pytest.raises(AdapterRefused, match=r"lora_config\.lora_dtype is None; start the server with --enable-lora"):
+        engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), SimpleNamespace(lora_config=None))
+    assert served == []
+    lora = SimpleNamespace(lora_config=SimpleNamespace(lora_dtype=torch.float16))
+    agent = engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), lora)
+    assert not agent.may_run, "the files that it began with are no committed version"
+    (found,) = served
+    assert {tensor.dtype for tensor in found.layout.tensors} == {"float16", "float64"}
+    assert found.layout.left_out[0].names == ("weight",)
