@@ -74,8 +74,8 @@ def eagle(directory: Path) -> Drafted:
 
 
 def eagle3(directory: Path) -> Drafted:
-    """EAGLE-3: a layer on three of its model's hidden states, with a head of its own."""
-    config, shapes = llama(num_hidden_layers=4)
+    """EAGLE-3: a layer on the hidden states of three of its model's (from 7 on they differ), and a head of its own."""
+    config, shapes = llama(num_hidden_layers=7)
     model = save_model(directory / "model", config, random_state(shapes, 1))
     config, shapes = llama(num_hidden_layers=1)
     config["architectures"] = ["LlamaForCausalLMEagle3"]
