@@ -1,14 +1,14 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
-Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Outcome, Standing, Heartbeat.
+Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Holding, Heartbeat, Bye.
+Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Hold, Outcome, Standing, Heartbeat.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_OPEN_GRANTS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
@@ -23,14 +23,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
     ``restaged``: as in Staged.
     ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """
 
     staged: Version | None = None
-    open_round: RoundName | None = None
+    open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
     restaged: Natural = 0
     follows_needs: bool = False
 
@@ -40,28 +40,13 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
     ``applied``: the last version committed here, None for checkpoint weights. ``window``: the round whose update
     call is blocking the worker now. ``torn``: live memory may hold anything but ``applied``; the worker refuses to run.
+    ``held``: the daemon said Hold; the worker refuses to run until it is told otherwise.
     """
 
     applied: Version | None = None
     window: RoundName | None = None
     torn: bool = False
-
-
-class Hello(Message, frozen=True, kw_only=True):
-    """First frame of a connection. ``epoch_seen`` and ``journal_id`` are the last daemon's that this agent obeyed."""
-
-    schema: int
-    run_id: Name
-    member: Member
-    world: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD)]
-    incarnation: Natural
-    generation: Natural = 0
-    epoch_seen: Natural = 0
-    journal_id: Name = ""
-    host: Name = ""
-    pid: Natural = 0
-    trainer: TrainerStatus | None = None
-    engine: EngineStatus | None = None
+    held: bool = False
 
 
 class Announce(Message, frozen=True, kw_only=True):
@@ -72,10 +57,21 @@ class Announce(Message, frozen=True, kw_only=True):
     endpoint: bytes = b""
 
 
+class EdgeFailure(msgspec.Struct, frozen=True):
+    """An edge that cannot be used now, and why."""
+
+    peer: Member
+    error: Reason
+
+
 class Ready(Message, frozen=True, kw_only=True):
-    """Rendezvous round 2 is done: every edge is warm and the tables hash to ``fingerprint``."""
+    """Rendezvous round 2: the tables hash to ``fingerprint``, and every edge is warm but those that ``failed``.
+
+    Said again whenever ``failed`` changes: a dead edge is tried again for as long as the plan stands.
+    """
 
     fingerprint: Name
+    failed: tuple[EdgeFailure, ...] = ()
 
 
 class Staged(Message, frozen=True, kw_only=True):
@@ -98,23 +94,30 @@ class Quiesced(Message, frozen=True, kw_only=True):
 
 
 class PeerTransfer(msgspec.Struct, frozen=True):
-    """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes."""
+    """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
+
+    With ``error`` the peer did not get all of it, and no handle to it is pending any more.
+    """
 
     peer: Member
     bytes: Natural
     descriptors: Natural
     seconds: float
     digest: Digest
+    error: Reason = ""
 
 
 class Closed(Message, frozen=True, kw_only=True):
-    """Every handle of the grant is DONE (or, with ``error``, will never be posted). Nothing is written after it.
+    """The grant is over towards ``peers``: every handle to them has ended and none will be posted.
 
-    With ``error``: ``fault`` says whose it is, ``retry`` whether another attempt at this version may succeed.
+    A writer may say it several times, each time with all peers that it is done with. ``final``: it is done with every
+    peer, those that it does not name included, and nothing is written after it. With ``error``: nothing more was
+    posted, ``fault`` says whose fault that is, ``retry`` whether another attempt at this version may succeed.
     """
 
     round: RoundName
     peers: tuple[PeerTransfer, ...] = ()
+    final: bool = True
     error: Reason = ""
     fault: Fault = ""
     retry: bool = True
@@ -146,6 +149,36 @@ class Left(Message, frozen=True, kw_only=True):
     status: EngineStatus
     fault: Fault = ""
     retry: bool = True
+
+
+class Holding(Message, frozen=True, kw_only=True):
+    """The answer to Hold: this worker's status now."""
+
+    status: EngineStatus
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First frame of a connection.
+
+    ``epoch_seen``, ``journal_id`` and ``life_seen`` are the last daemon's that this agent obeyed. ``boot``: of the
+    host, drawn anew by its kernel at each start. After Welcome the agent repeats its words of its last round (Quiesced,
+    Closed, Verified, Left), since the connection before may have lost them.
+    """
+
+    schema: int
+    run_id: Name
+    member: Member
+    world: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD)]
+    incarnation: Natural
+    generation: Natural = 0
+    epoch_seen: Natural = 0
+    journal_id: Name = ""
+    life_seen: Name = ""
+    host: Name = ""
+    boot: Name = ""
+    pid: Natural = 0
+    trainer: TrainerStatus | None = None
+    engine: EngineStatus | None = None
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -215,6 +248,11 @@ class Welcome(Message, frozen=True, kw_only=True):
     lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
     transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
+    life: Name = ""
+    """Nonce of this start of the daemon: of one epoch an agent obeys one life."""
+    lease_seconds: float = 0.0
+    """An engine that the daemon paused, that holds a whole committed version and to which no grant was given since,
+    resumes by itself when it has not heard the daemon for so long; 0: never."""
     run_dir: Reason = ""
     """The run directory, as the daemon's host names it; a trainer compares it with its own."""
 
@@ -289,11 +327,25 @@ class Commit(Message, frozen=True, kw_only=True):
 
 
 class Abort(Message, frozen=True, kw_only=True):
-    """Leave the update call as failed. ``torn``: bytes may have been written."""
+    """To a worker: leave the update call as failed. To a writer: post nothing more.
+
+    ``torn``: bytes may have been written. ``members``: to a writer, the only edges that it is about; empty: all.
+    """
 
     round: RoundName
     torn: bool
     reason: Reason
+    members: tuple[Member, ...] = ()
+
+
+class Hold(Message, frozen=True, kw_only=True):
+    """To a worker outside of a round: refuse to run (``held``), or run again once the engine is resumed.
+
+    Answered with Holding. A later Commit ends a hold, too.
+    """
+
+    held: bool
+    reason: Reason = ""
 
 
 class Outcome(Message, frozen=True, kw_only=True):
@@ -315,5 +367,7 @@ class Standing(Message, frozen=True, kw_only=True):
     sentence: Reason
 
 
-FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Heartbeat | Bye
-FromDaemon = Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Outcome | Standing | Heartbeat
+FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Holding | Heartbeat | Bye
+FromDaemon = (
+    Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Hold | Outcome | Standing | Heartbeat
+)

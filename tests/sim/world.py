@@ -40,6 +40,7 @@ from weightsync.orchestrator.core.events import (
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Outcome, Staged
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -72,7 +73,7 @@ class World:
         self._ids = itertools.count(1)
         self.log: list[str] = []
         self.policy = policy_for(
-            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", attempts=4, backoff=0.5,
+            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", retry=60.0, backoff=0.5,
             join=2000.0, staged=500.0, rendezvous=20.0, probe=4.0, probe_interval=2.0, attach=8.0, pause=10.0,
             quiesce=10.0, transfer=10.0, verify=10.0, finish=10.0,
         )  # fmt: skip
@@ -245,7 +246,7 @@ class World:
             return
         agent.connection = self.next_id()
         hello = Hello(
-            schema=1, run_id="sim", member=agent.member, incarnation=agent.incarnation,
+            schema=SCHEMA_VERSION, run_id="sim", member=agent.member, incarnation=agent.incarnation,
             world=self.trainers if agent.member.role == "trainer" else self.ranks,
             generation=getattr(agent, "generation", 0), epoch_seen=agent.epoch, journal_id=agent.journal_id,
             **agent.status(),  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from weightsync.agents.vllm.backend import logger, writes_adapter
 from weightsync.agents.vllm.lora.declared import AdapterRefused
-from weightsync.agents.vllm.lora.served import Asked, ServedAdapter
+from weightsync.agents.vllm.lora.served import LoadAsked, ServedAdapter
 
 _INSTALLED: Final = "_weightsync_adapter"
 _served: list[ServedAdapter] = []
@@ -86,7 +86,7 @@ def _load_adapter(original: Any, manager: Any, request: Any) -> Any:
     with adapter.files() as directory:
         loaded = original(manager, msgspec.structs.replace(request, lora_path=str(directory)))
     adapter.require_loaded(loaded)
-    adapter.asked = Asked(manager, request)
+    adapter.asked = LoadAsked(manager, request)
     return loaded
 
 

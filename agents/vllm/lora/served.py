@@ -33,7 +33,7 @@ MEMORY_FILES: Final = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LoadAsked:
     """Who was asked to load the adapter, and how: vLLM's ``WorkerLoRAManager`` and ``LoRARequest``."""
 
     manager: Any
@@ -55,7 +55,7 @@ class ServedAdapter:
 
     def __init__(self, declared: Declared, base: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
         self.declared = declared
-        self.asked: Asked | None = None
+        self.asked: LoadAsked | None = None
         self.layout, places = _laid_out(declared, base, dtype)
         memory = arena(max(end for _, end in places), device)
         self.layout = _in_region(self.layout, memory)

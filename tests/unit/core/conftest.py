@@ -35,6 +35,7 @@ from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     EngineStatus,
@@ -100,7 +101,7 @@ class Driven:
         self.connections[member] = connection = self.id()
         trainer = member.role == "trainer"
         said = Hello(**{
-            "schema": 1, "run_id": "unit", "member": member, "world": 1 if trainer else self.ranks,
+            "schema": SCHEMA_VERSION, "run_id": "unit", "member": member, "world": 1 if trainer else self.ranks,
             "incarnation": self.incarnations.get(member, 100 + member.rank), "generation": GENERATION if trainer else 0,
             "trainer": status or TrainerStatus() if trainer else None,
             "engine": None if trainer else status or EngineStatus(), **hello,
@@ -178,7 +179,7 @@ class Driven:
         for name, engine in self.fleet.engines.items():
             for call in (Call.PROBE, Call.ATTACH):
                 if call in engine.calls:
-                    self.answers(name, call, True if call is Call.PROBE else None)
+                    self.answers(name, call, engine.paused is not False if call is Call.PROBE else None)
 
     @property
     def round(self) -> Round:
@@ -212,16 +213,18 @@ class Driven:
             case Phase.VERIFYING:
                 for member in everybody:
                     self.says(member, self.verified())
-            case Phase.APPLYING:
-                for member in everybody:
-                    self.says(member, Left(round=going.name, status=EngineStatus(applied=version)))
-                self.each(lambda name: self.answers(name, Call.SWITCH))
-            case Phase.FINISHING:
+            case Phase.SWITCHING:
+                self.leave(version)
                 self.each(lambda name: self.answers(name, Call.FINISH))
-            case Phase.RESUMING:
                 self.each(lambda name: self.answers(name, Call.RESUME, False))
             case other:
                 raise AssertionError(f"nothing leads on from {other}")
+
+    def leave(self, version: Version) -> None:
+        """All workers leave the update call with ``version``, and it answers."""
+        for member in self.ranks_of():
+            self.says(member, Left(round=self.round.name, status=EngineStatus(applied=version)))
+        self.each(lambda name: self.answers(name, Call.SWITCH))
 
     def each(self, work: Callable[[str], object]) -> None:
         for name in self.engines:
@@ -229,7 +232,8 @@ class Driven:
 
     def closed(self, **more: Any) -> Closed:
         """What an honest writer says at the end of the round's grant."""
-        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in self.round.ranks)
+        granted = self.round.writers[TRAINER]
+        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in granted)
         return Closed(**{"round": self.round.name, "peers": peers, **more})
 
     def verified(self, **more: Any) -> Verified:

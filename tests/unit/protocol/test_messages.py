@@ -22,7 +22,7 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 HELLO: dict[str, Any] = {
-    "type": "Hello", "schema": 1, "run_id": "run", "member": ["trainer", "", 0], "world": 1, "incarnation": 1,
+    "type": "Hello", "schema": 2, "run_id": "run", "member": ["trainer", "", 0], "world": 1, "incarnation": 1,
 }  # fmt: skip
 WELCOME: dict[str, Any] = {
     "type": "Welcome", "epoch": 1, "journal_id": "j", "heartbeat_seconds": 5.0, "lost_after_heartbeats": 3,
@@ -31,7 +31,7 @@ WELCOME: dict[str, Any] = {
 
 
 def test_the_least_that_a_hello_says() -> None:
-    expected = Hello(schema=1, run_id="run", member=Member("trainer", "", 0), world=1, incarnation=1)
+    expected = Hello(schema=2, run_id="run", member=Member("trainer", "", 0), world=1, incarnation=1)
     assert decode_from_agent(msgspec.msgpack.encode(HELLO)) == expected
     assert expected.trainer is expected.engine is None
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.runs import RunTableError
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
@@ -20,7 +22,7 @@ from weightsync.agents.transport.interface import HandedOver, PushError, Sender,
 from weightsync.agents.transport.nixl.errors import EdgeError
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
-from weightsync.agents.transport.shares import Share, Shares
+from weightsync.agents.transport.shares import Reading, Share, Shares
 from weightsync.kernels.errors import KernelError
 from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
@@ -41,7 +43,7 @@ from weightsync.orchestrator.protocol.messages import (
     TransportSettings,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 MEMBER, TARGET = Member("trainer", "", 0), Member("inference", "e0", 0)
 VERSION, ROUND = Version(7, 1), RoundName(3, 1)
@@ -92,6 +94,9 @@ class Wire(Sender):
         self.closed = True
 
 
+FINITE = Spans.of(np.array([[8, 0, 0, 0, 0, *[1, 0, 0] * 3]]))
+
+
 class Owed(Shares):
     """One peer, whose bytes have the digest (1, 2); counts how often that is computed."""
 
@@ -101,9 +106,9 @@ class Owed(Shares):
     def replan(self, connect: Connect) -> Sequence[Share]:
         return ()
 
-    def digests(self) -> dict[Member, Digest]:
+    def read(self) -> Reading:
         self.computed += 1
-        return {TARGET: (1, 2)}
+        return Reading({TARGET: (1, 2)}, FINITE)
 
 
 class Thread:
@@ -340,6 +345,25 @@ async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
     await granted(rank, replace(GRANT, fingerprint="edges of another plan"))
     assert rank.owed.computed == 2
+
+
+async def test_a_version_that_comes_again_is_read_again(rank: Any) -> None:
+    """A step that FAILED is the same version with other weights."""
+    known = SimpleNamespace(layout=rank.side._memory.layout)
+    assert rank.side.read(VERSION, known) is FINITE
+    rank.side.prepare(VERSION)
+    assert rank.owed.computed == 1
+    assert rank.side.read(VERSION, known) is FINITE
+    assert rank.owed.computed == 2
+
+
+async def test_nothing_is_known_of_slots_without_edges_or_that_the_daemon_does_not_know(rank: Any) -> None:
+    assert rank.side.read(VERSION, SimpleNamespace(layout=Layout((), (), b""))) is NOWHERE
+    rank.wire.refusal = NoRoute("e0/0 did not take the first word")
+    with pytest.raises(NoRoute):
+        await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
+    assert rank.side.read(VERSION, SimpleNamespace(layout=rank.side._memory.layout)) is NOWHERE
+    assert rank.owed.computed == 0
 
 
 async def test_the_transport_takes_the_version_before_it_is_reported(rank: Any) -> None:

@@ -14,12 +14,13 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state, left_out_of
 from weightsync.orchestrator.daemon.admin.views import LeftOutView, TrainerView, VersionView
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
 MEMBER, VERSION = Member("inference", "e0", 0), Version(7, 1)
-HELLO = Hello(schema=1, run_id="run", member=MEMBER, world=1, incarnation=1)
+HELLO = Hello(schema=SCHEMA_VERSION, run_id="run", member=MEMBER, world=1, incarnation=1)
 
 
 def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
@@ -41,7 +42,6 @@ SERVING = EngineStatus(applied=VERSION)
     [
         (SERVING, {"paused": False}, "serving"),
         (SERVING, {"paused": True}, "paused"),
-        (SERVING, {"ours_paused": True}, "paused"),
         (SERVING, {"reachable": False}, "unreachable"),
         (EngineStatus(), {"paused": True}, "held"),
         (EngineStatus(applied=VERSION, torn=True), {"paused": True}, "torn"),
@@ -56,9 +56,9 @@ def test_one_word_for_an_engine(status: EngineStatus | None, engine: dict[str, A
 
 def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
     fleet = fleet_with(SERVING, paused=True)
-    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING)
+    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING)
     assert engine_state(fleet, "e0") == "updating"
-    fleet.round.engines["e0"].evicted = "its /resume failed"
+    fleet.round.engines["e0"].left_out = "its /resume failed"
     assert engine_state(fleet, "e0") == "paused"
 
 
@@ -102,7 +102,7 @@ def test_a_round_under_way(overview: Overview) -> None:
     fleet = fleet_with(SERVING, paused=True)
     assert overview.status(fleet, History(), (), now=12.0).round is None
     fleet.round = Round(
-        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING, began=10.0
+        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING, began=10.0
     )
     progress = overview.status(fleet, History(), (), now=12.5).round
     assert progress is not None
@@ -122,7 +122,7 @@ def test_what_is_committed_is_what_is_durable(overview: Overview) -> None:
 
 def test_a_trainer_rank(overview: Overview) -> None:
     fleet, member = fleet_with(SERVING), Member("trainer", "", 3)
-    hello = Hello(schema=1, run_id="run", member=member, world=4, incarnation=2, host="node7", pid=77)
+    hello = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=4, incarnation=2, host="node7", pid=77)
     fleet.enter(ConnectedAgent(member, 2, hello))
 
     def trainer() -> TrainerView:
@@ -133,7 +133,7 @@ def test_a_trainer_rank(overview: Overview) -> None:
     fleet.agents[member].staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
     assert trainer().state == "staged"
     assert trainer().staged == VersionView(step=VERSION.step, generation=VERSION.generation)
-    fleet.unclosed[member] = Unclosed(RoundName(1, 1), 2, {MEMBER: 1})
+    fleet.unclosed[member, RoundName(1, 1)] = Unclosed(2, "", "", {MEMBER: 1})
     assert trainer().state == "writing"
 
 

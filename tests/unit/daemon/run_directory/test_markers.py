@@ -82,13 +82,13 @@ def test_a_missing_run_directory_is_said_once(tmp_path: Path) -> None:
 
 
 BAD = {
-    "torn": b'{"schema": 1, "run_id": "gl',
+    "torn": b'{"schema": 2, "run_id": "gl',
     "no object": b"[1, 2]",
     "no JSON": b"\x00\xff\x80",
-    "no step": b'{"schema": 1, "run_id": "glm", "generation": 1}',
-    "wrong type": b'{"schema": 1, "run_id": "glm", "generation": "x", "step": 5}',
-    "negative": b'{"schema": 1, "run_id": "glm", "generation": -1, "step": 5}',
-    "newer schema": b'{"schema": 2, "run_id": "glm", "generation": 1, "step": 5}',
+    "no step": b'{"schema": 2, "run_id": "glm", "generation": 1}',
+    "wrong type": b'{"schema": 2, "run_id": "glm", "generation": "x", "step": 5}',
+    "negative": b'{"schema": 2, "run_id": "glm", "generation": -1, "step": 5}',
+    "newer schema": b'{"schema": 3, "run_id": "glm", "generation": 1, "step": 5}',
     "deep": b"[" * 60000,
     "foreign run": encode_manifest(manifest("other", Version(7, 5))),
     "other step": encode_manifest(manifest(RUN, Version(7, 6))),
@@ -285,7 +285,7 @@ def test_written_markers_are_whole_json_and_leave_nothing_else(run: Path, direct
     directory.write("COMMITTED", told)
     assert sorted(path.name for path in folder.iterdir()) == ["COMMITTED", "TRANSFER_READY"]
     assert json.loads((folder / "COMMITTED").read_bytes()) == {
-        "schema": 1, "run_id": RUN, "generation": 7, "step": 9, "sequence": 3, "round": "2.5", "digest": "ab",
+        "schema": 2, "run_id": RUN, "generation": 7, "step": 9, "sequence": 3, "round": "2.5", "digest": "ab",
     }  # fmt: skip
     assert decode_manifest((folder / "COMMITTED").read_bytes()) == told
     put(run, 9, content=says(9))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from weightsync.agents.vllm import backend
 from weightsync.agents.vllm.lora import hook
 from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
-from weightsync.agents.vllm.lora.served import Asked, ServedAdapter
+from weightsync.agents.vllm.lora.served import LoadAsked, ServedAdapter
 
 
 class Request(msgspec.Struct):
@@ -93,7 +93,7 @@ def test_asked_for_the_adapter_vllm_gets_what_rounds_wrote(vllm: Any, directory:
     manager, request = vllm.manager(), Request("policy", str(directory))
     loaded = manager._load_adapter(request)
     assert loaded.loras["model.layers.0.q_proj"].lora_a.tolist() == [[2.5] * 3] * 2
-    assert adapter.asked == Asked(manager, request)
+    assert adapter.asked == LoadAsked(manager, request)
 
 
 def test_other_adapters_are_loaded_from_their_files(vllm: Any, directory: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from weightsync.agents.tables.runs import digest_table, table_bytes
 from weightsync.agents.vllm import backend
 from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
-from weightsync.agents.vllm.lora.served import Asked, ServedAdapter
+from weightsync.agents.vllm.lora.served import LoadAsked, ServedAdapter
 from weightsync.orchestrator.protocol.adapter import SCALING
 from weightsync.orchestrator.protocol.layout import Tensor
 
@@ -74,7 +74,7 @@ def test_it_begins_as_its_files_do(policy: ServedAdapter) -> None:
 
 def test_what_is_written_is_what_vllm_reads(policy: ServedAdapter) -> None:
     manager, request = Manager(), SimpleNamespace(lora_int_id=3)
-    policy.asked = Asked(manager, request)
+    policy.asked = LoadAsked(manager, request)
     new = {A: torch.full((2, 3), 1.5), B: torch.full((5, 2), -2.0), SCALING: torch.tensor([6.5, 1.0])}
     policy.load(new.items())
     assert manager.story == [("removed", 3), ("added", request)]
