@@ -82,6 +82,8 @@ class ServedAdapter:
         manager, request = self.asked.manager, self.asked.request
         manager.remove_adapter(request.lora_int_id)
         manager.add_adapter(request)
+        if request.lora_int_id not in manager.list_adapters():
+            raise AdapterRefused(f"adapter {self.declared.name!r}: vLLM does not list it after it has loaded it")
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See ``LiveModel.load``."""

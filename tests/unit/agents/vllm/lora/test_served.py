@@ -37,12 +37,16 @@ class Manager:
     """vLLM's, as far as an adapter is loaded by it."""
 
     story: list[Any] = field(default_factory=list)
+    drops: bool = False
 
     def remove_adapter(self, number: int) -> None:
         self.story.append(("removed", number))
 
     def add_adapter(self, request: Any) -> None:
         self.story.append(("added", request))
+
+    def list_adapters(self) -> set[int]:
+        return set() if self.drops else {request.lora_int_id for what, request in self.story if what == "added"}
 
 
 def test_the_layout_is_the_adapter_and_its_scaling_in_the_engines_dtype(policy: ServedAdapter) -> None:
@@ -84,6 +88,12 @@ def test_what_is_written_is_what_vllm_reads(policy: ServedAdapter) -> None:
     assert torch.equal(found[A], torch.full((2, 3), 1.5, dtype=torch.bfloat16))
     assert torch.equal(found[B], torch.full((5, 2), -2.0, dtype=torch.bfloat16))
     assert (config["lora_alpha"], config["use_rslora"]) == (6.5, True)
+
+
+def test_an_adapter_that_vllm_does_not_keep(policy: ServedAdapter) -> None:
+    policy.asked = LoadAsked(Manager(drops=True), SimpleNamespace(lora_int_id=3))
+    with pytest.raises(AdapterRefused, match="does not list it after it has loaded it"):
+        policy.refresh()
 
 
 def test_a_tensor_that_did_not_come_or_does_not_fit(policy: ServedAdapter) -> None:
