@@ -67,7 +67,7 @@ _ROUND_COLUMNS: Final = (
 
 
 _LEFT_OUT: Final = {
-    "unwritten": "stay as it started",
+    "unwritten": "stay as its start left them",
     "unneeded": "are in its checkpoint only",
     "unprobed": "are written, and whether they are read is not known",
 }
