@@ -1,6 +1,7 @@
 """A trainer of a model and its drafter, without a table; told what to do as ``scripted_trainer``.
 
-``DRAFT`` names the drafter's directory, whose tensors it has below ``draft.``; without one they are the model's own.
+``DRAFT`` names the drafter's directory, whose tensors it has below ``draft.``; without one they are the model's own. It
+lacks tensors with ``LACKS`` in their names, which then stay those of the model's directory.
 The values of the model's and the drafter's tensors of one name are the same, so that a drafter that is the model's
 beginning guesses well, and one of another version badly.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scripted_trainer import answer, told
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 
@@ -53,10 +54,13 @@ def main() -> None:
 
     def take(step: int) -> None:
         own = drawn(shapes_of(model), step)
+        kept = {name for name in own if "LACKS" in os.environ and os.environ["LACKS"] in name}
         drafted = {} if draft is None else drawn(shapes_of(draft), step)
-        state.update(own | {PREFIX + name: value for name, value in drafted.items()})
+        held = {name: value for name, value in own.items() if name not in kept}
+        state.update(held | {PREFIX + name: value for name, value in drafted.items()})
         if step:
-            saved(model, own, checkpoints / f"step_{step}")
+            first = load_file(model / "model.safetensors")
+            saved(model, held | {name: first[name] for name in kept}, checkpoints / f"step_{step}")
         if step and draft is not None:
             saved(draft, drafted, checkpoints / f"draft_{step}")
 

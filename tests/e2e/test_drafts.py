@@ -149,3 +149,25 @@ def test_a_drafter_is_written_with_its_model(kind: Any, tp: int, tmp_path: Path)
     with fresh:
         assert said(fresh) == pushed[1]
     assert sum(pushed[1][1].values()) > 0, "without a right guess nothing is seen of the drafter"
+
+
+def test_a_drafter_that_nobody_trains_may_stay(tmp_path: Path) -> None:
+    """A trainer of MiMo without its MTP layer, as transformers has it; the layer stays as the engine loaded it."""
+    drafted = mtp(tmp_path / "start")
+    env = {"WEIGHTSYNC_DRAFTER": "keep"}
+    server = drafted.server(drafted.model, None, env=env, log=tmp_path / "vllm.log").start()
+    try:
+        with fleet(tmp_path / "fleet", {"engine": server}) as whole:
+            trainer = whole.start_trainer(drafted.model, script="drafted_trainer.py", env={"LACKS": "mtp_layers"})
+            server.wait_ready()
+            assert trainer.hear()["ready"]
+            assert trainer.publish(1).get("sequence") == 1
+            pushed = said(server)
+            left_out = {entry["reason"]: entry for entry in whole.engine("engine")["left_out"]}
+            (stays,) = (entry for reason, entry in left_out.items() if "WEIGHTSYNC_DRAFTER=keep" in reason)
+            assert stays["kind"] == "unwritten"
+    finally:
+        server.close()
+    # The checkpoint that was saved has the layer of the start.
+    with drafted.server(whole.checkpoints / "step_1", None, weightsync=False) as fresh:
+        assert said(fresh) == pushed

@@ -5,15 +5,20 @@ a checkpoint of its own has its names below ``draft.``.
 
 vLLM loads a drafter after the model, and then lets it share the model's embedding and head where it has none of its own
 (or the same ones). What it shares is the model's to write.
+
+Who does not train a drafter may leave it as the engine has loaded it: its guesses get worse, and every one is checked
+by the model.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 from torch import nn
+from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.vllm.holders.settings import DRAFTS_WITHOUT_WEIGHTS
 from weightsync.agents.vllm.recorder.facts import SHARED
@@ -21,9 +26,15 @@ from weightsync.agents.vllm.recorder.kept import Kept
 
 PREFIX: Final = "draft."
 
+VARIABLE: Final = "WEIGHTSYNC_DRAFTER"
+KEEP: Final = "keep"
+"""Value of that variable by which drafters are not written."""
+
 T = TypeVar("T")
 _drafters: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""That this process has loaded."""
+"""That this process has loaded, and that rounds write."""
+_left: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Those that rounds leave as they are."""
 
 
 def prefix_of(vllm_config: Any, model_config: Any) -> str | None:
@@ -36,13 +47,42 @@ def prefix_of(vllm_config: Any, model_config: Any) -> str | None:
     return "" if model_config.model == speculative.target_model_config.model else PREFIX
 
 
+def are_left() -> bool:
+    """Whether the server's environment leaves drafters as they are.
+
+    Raises:
+        RecordError: it says something else.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", KEEP):
+        raise RecordError(f"{VARIABLE} is {value!r}; unset it, or set it to {KEEP!r} to leave drafters as they start")
+    return value == KEEP
+
+
+def leave(drafter: nn.Module) -> None:
+    """``drafter`` was loaded in this process, and rounds do not write it."""
+    _left.add(drafter)
+
+
+def left_as_started(model: nn.Module) -> list[Unrecorded]:
+    """Parameters of drafters that rounds leave as they are, but those that they share with ``model``."""
+    theirs = set(map(id, model.parameters()))
+    reason = f"a drafter, which {VARIABLE}={KEEP} leaves as the engine loaded it"
+    return [
+        Unrecorded(f"{PREFIX}{name}", parameter.numel() * parameter.element_size(), reason)
+        for drafter in _left
+        for name, parameter in drafter.named_parameters()
+        if id(parameter) not in theirs
+    ]
+
+
 def remember(drafter: nn.Module) -> None:
-    """``drafter`` was loaded in this process."""
+    """``drafter`` was loaded in this process, and rounds write it."""
     _drafters.add(drafter)
 
 
 def drafters() -> list[nn.Module]:
-    """Those of this process."""
+    """Those of this process that rounds write."""
     return list(_drafters)
 
 
@@ -53,7 +93,7 @@ def require_loaded(vllm_config: Any) -> None:
         RecordError: it was not.
     """
     speculative = getattr(vllm_config, "speculative_config", None)
-    if speculative is None or speculative.method in DRAFTS_WITHOUT_WEIGHTS or _drafters:
+    if speculative is None or speculative.method in DRAFTS_WITHOUT_WEIGHTS or _drafters or _left:
         return
     from vllm.distributed.parallel_state import get_pp_group
 

@@ -17,7 +17,7 @@ from torch import nn
 from weightsync.agents.recorder.recording import Recording
 from weightsync.agents.vllm.backend import chosen, writes_adapter
 from weightsync.agents.vllm.holders import settings
-from weightsync.agents.vllm.recorder.drafts import prefix_of
+from weightsync.agents.vllm.recorder import drafts
 from weightsync.agents.vllm.recorder.proved_load import proved_load
 from weightsync.agents.vllm.recorder.recorded import keep
 
@@ -42,7 +42,12 @@ def install() -> None:
         if writes_adapter():
             base: nn.Module = load()
             return base
-        return _recorded_load(load, self, prefix_of(vllm_config, model_config))
+        prefix = drafts.prefix_of(vllm_config, model_config)
+        if prefix is not None and drafts.are_left():
+            drafter: nn.Module = load()
+            drafts.leave(drafter)
+            return drafter
+        return _recorded_load(load, self, prefix)
 
     setattr(load_model, _INSTALLED, True)
     BaseModelLoader.load_model = load_model

@@ -169,7 +169,10 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         tensors=list(rows.memory),
         refresh=refresh,
         load=load,
-        unrecorded=tuple(replace(entry, name=part.prefix + entry.name) for part in parts for entry in part.unrecorded),
+        unrecorded=(
+            *(replace(entry, name=part.prefix + entry.name) for part in parts for entry in part.unrecorded),
+            *drafts.left_as_started(model),
+        ),
         unused=tuple(name for name in names if name not in needed),
         shadows=tuple(part.prefix + name for part in parts for name in part.finished.shadows),
     )

@@ -48,6 +48,8 @@ class Model(nn.Module):
 @pytest.fixture(autouse=True)
 def _no_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "_drafters", type(drafts._drafters)())
+    monkeypatch.setattr(drafts, "_left", type(drafts._left)())
+    monkeypatch.delenv(drafts.VARIABLE, raising=False)
 
 
 def loaded(names: tuple[str, ...], prefix: str | None = None) -> Model:
@@ -157,3 +159,27 @@ def test_a_drafter_that_was_loaded_unseen_is_refused(
             recorded_layout(model, settings)
     else:
         recorded_layout(model, settings)
+
+
+def test_a_drafter_that_is_left_as_it_started_is_listed_but_for_what_it_shares() -> None:
+    model, drafter = loaded(WHOLE), Model()
+    drafter.embed = model.embed
+    drafts.leave(drafter)
+    recorded = recorded_layout(
+        model, speculating("eagle", SimpleNamespace(model="small"), SimpleNamespace(model="big"))
+    )
+    assert names_of(recorded) == list(WHOLE)
+    assert [(entry.name, entry.bytes) for entry in recorded.unrecorded] == [
+        ("norm.table", 8),
+        ("draft.norm.weight", 12),
+    ]
+    assert "WEIGHTSYNC_DRAFTER=keep" in recorded.unrecorded[-1].reason
+
+
+def test_what_the_environment_may_say_of_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not drafts.are_left()
+    monkeypatch.setenv(drafts.VARIABLE, "keep")
+    assert drafts.are_left()
+    monkeypatch.setenv(drafts.VARIABLE, "yes")
+    with pytest.raises(RecordError, match="WEIGHTSYNC_DRAFTER is 'yes'; unset it, or set it to 'keep'"):
+        drafts.are_left()

@@ -113,6 +113,21 @@ def test_a_drafter_is_recorded_with_its_model(loader: Any) -> None:
     assert torch.equal(drafter.proj.weight, weights["draft.proj.weight"])
 
 
+def test_a_drafter_that_rounds_leave_alone_is_loaded_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(drafts.VARIABLE, drafts.KEEP)
+    monkeypatch.setattr(drafts, "_left", type(drafts._left)())
+    load_hook.install()
+    settings = config()
+    own = SimpleNamespace(model="another", dtype=torch.float32)
+    settings.speculative_config = SimpleNamespace(
+        method="draft_model", draft_model_config=own, target_model_config=settings.model_config
+    )
+    model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
+    drafter = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, own)
+    assert drafter.loads == 1
+    assert [tensor.name for tensor in recorded_layout(model, settings).layout.tensors] == ["proj.weight"]
+
+
 def test_the_loader_is_left_as_it_was_when_loading_fails(loader: Any) -> None:
     load_hook.install()
     settings = config()
