@@ -115,12 +115,12 @@ def let_go_of_shared(drafter: Kept, model: nn.Module) -> None:
         name: module for name, module in drafter.model.named_modules(remove_duplicate=False) if id(module) not in theirs
     }
     owners = set(map(id, mine.values()))
-    unfilled = [e.name for e in drafter.unrecorded if e.reason == SHARED and _owner(e.name) in mine]
+    drafter.unrecorded = [entry for entry in drafter.unrecorded if _owner(entry.name) in mine]
+    unfilled = [entry.name for entry in drafter.unrecorded if entry.reason == SHARED]
     if unfilled:
         raise RecordError(
             f"no tensor of the drafter's checkpoint reaches {', '.join(unfilled)}, and the drafter does not share it"
         )
-    drafter.unrecorded = [entry for entry in drafter.unrecorded if entry.reason != SHARED]
     drafter.finished.targets = [target for target in drafter.finished.targets if id(target.owner) in owners]
     drafter.finished.checks = _of(mine, drafter.finished.checks)
 
