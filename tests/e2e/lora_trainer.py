@@ -25,7 +25,7 @@ def adapted(model: Path, **settings: Any) -> PeftModel:
     """The model of a directory with an adapter on attention and MLP."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
-    return PeftModel(base, LoraConfig(r=4, target_modules=modules, **{"lora_alpha": 6, **settings}))
+    return PeftModel(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": modules, **settings}))
 
 
 def draw(model: PeftModel, seed: int) -> PeftModel:

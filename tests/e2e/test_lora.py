@@ -46,7 +46,7 @@ def test_the_adapter_alone_is_pushed(tp: int, world: int, transport: str, model:
     server = VllmServer(
         model,
         tp=tp,
-        env={"WEIGHTSYNC_ADAPTER": f"{POLICY}={first}"},
+        env={"WEIGHTSYNC_ADAPTER": f"{POLICY}={first}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         arguments=lora_arguments(first),
         log=tmp_path / "vllm.log",
         prefix_caching=True,  # blocks of an old adapter would be answers of two
