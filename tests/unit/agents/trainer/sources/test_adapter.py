@@ -1,5 +1,6 @@
 """An adapter alone, from real peft models: names and values are those of ``save_pretrained``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from weightsync.agents.trainer.errors import AdapterError, UnreadTensors
+from weightsync.agents.trainer.errors import AdapterError, UnreadTensors, UnroutableTensors
+from weightsync.agents.trainer.routes.routes import TrainerModel, route_needs
+from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.sources.adapter import AdapterSource
 from weightsync.orchestrator.protocol.adapter import SCALING
+from weightsync.orchestrator.protocol.layout import Tensor
+from weightsync.orchestrator.protocol.messages import Needs
 
 peft = pytest.importorskip("peft")
 
@@ -97,3 +102,24 @@ def test_sources_without_such_an_adapter_are_refused() -> None:
     )
     with pytest.raises(AdapterError, match="peft_type is IA3"):
         AdapterSource(other, "default")
+
+
+def needs_of(state: Mapping[str, torch.Tensor], rank: int) -> Needs:
+    """Of an engine whose adapter has ``rank``, which is the first extent of A and the last of B."""
+    shapes = {
+        name: tuple(tensor.shape) if name == SCALING else tuple(rank if n == 4 else n for n in tensor.shape)
+        for name, tensor in state.items()
+    }
+    tensors = tuple(Tensor(n, "float64" if n == SCALING else "bfloat16", shape) for n, shape in shapes.items())
+    return Needs(tensors=tensors, quantized=(), fingerprint="f")
+
+
+def test_engines_get_it_in_their_dtype_and_an_adapter_of_another_rank_is_refused_by_name() -> None:
+    state = AdapterSource(adapted(), "default").state()
+    table = route_needs(needs_of(state, 4), state, TrainerModel(), forward_dtype=None)
+    slots = TrainerSlots(state, table, options=SlotOptions(8192, staging_bytes=0))
+    slots.convert(state)
+    assert set(slots.read) == state.keys()
+    assert sum(tensor.dtype == "bfloat16" for tensor in slots.layout.tensors) == len(state) - 1
+    with pytest.raises(UnroutableTensors, match=r"lora_A.* is \(4, 16\) here, engines need .* \(8, 16\)"):
+        route_needs(needs_of(state, 8), state, TrainerModel(), forward_dtype=None)
