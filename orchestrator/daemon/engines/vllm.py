@@ -76,10 +76,11 @@ class _ServerVersion(msgspec.Struct):
 
 
 class _Done(msgspec.Struct):
-    """Of every POST route, in all releases: which of the two depends on the route."""
+    """Of every POST route, in all releases: which of them depends on the route."""
 
     status: str = ""
     message: str = ""
+    results: list[msgspec.Raw] | None = None
 
 
 class _OpenApi(msgspec.Struct):
@@ -251,7 +252,7 @@ class VllmClient:
     ) -> None:
         data = await self._http.exchange("POST", path, deadline, body=body, query=query, idempotent=idempotent)
         done = self._read(f"POST {path}", data, _Done)
-        if not done.status and not done.message:
+        if not done.status and not done.message and done.results is None:
             raise EngineGarbled(self.name, f"POST {path}", excerpt_of(data))
 
     async def _get(self, path: str, deadline: float, kind: type[T]) -> T:
