@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.beside import computed
 from weightsync.agents.link.side import Link
 from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
@@ -203,7 +204,9 @@ class TrainerSide:
     async def connect(self, connect: Connect) -> None:
         async with self._using_sender:
             self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
-            await self._senders.current.connect(self._shares.replan(connect))
+            # Tables of a large plan take seconds, and the loop has heartbeats to answer.
+            shares = await computed(lambda: self._shares.replan(connect))
+            await self._senders.current.connect(shares)
             self._fingerprint = connect.fingerprint
 
     def heard(self, message: FromDaemon) -> None:
@@ -263,7 +266,8 @@ class TrainerSide:
         digests: Mapping[Member, Digest] = {}
         try:
             async with self._using_sender:
-                digests = self._read(grant.version).digests
+                # Seconds on the CPU, if no edge was known when the slots were filled.
+                digests = (await computed(lambda: self._read(grant.version))).digests
                 remaining = max(0.0, ends - time.monotonic())
                 moved = await self._senders.current.write(grant.members, remaining)
         except AgentError as error:

@@ -4,7 +4,7 @@ from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.membership import engines
-from weightsync.orchestrator.core.records import EpochBegan, GrantOver
+from weightsync.orchestrator.core.records import REMEMBERED_GENERATIONS, EpochBegan, GrantOver, keep_newest
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
@@ -103,7 +103,7 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     if fleet.generation == generation:
         return
     if fleet.generation is not None:
-        fleet.past_generations.add(fleet.generation)
+        keep_newest(fleet.past_generations, fleet.generation, None, REMEMBERED_GENERATIONS)
     fleet.generation = generation
     turn.say(f"trainer generation {generation:x} begins")
 
@@ -178,6 +178,13 @@ def let_out(turn: Turn, agent: ConnectedAgent) -> None:
         final = _final_message(turn.fleet, agent.member, agent.status.window)
         if final is not None:
             turn.send(agent.member, final)
+
+
+def mend(turn: Turn, agent: ConnectedAgent, name: RoundName) -> None:
+    """A worker left round ``name`` as torn because nobody told it in time how the round ended: it may hold it whole."""
+    final = _final_message(turn.fleet, agent.member, name)
+    if final is not None and (isinstance(final, Commit) or not final.torn):
+        turn.send(agent.member, final)
 
 
 def _final_message(fleet: Fleet, member: Member, name: RoundName) -> Commit | Abort | None:

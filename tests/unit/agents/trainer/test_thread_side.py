@@ -1,6 +1,7 @@
 """A trainer rank's side of grants: which it refuses, what it says when it closes, whom it tells the fate."""
 
 import asyncio
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -167,7 +168,7 @@ async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
     assert rank.wire.granted == [(TARGET,)]
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,43 @@ async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
     assert not rank.side.reserve(), "nor may the next version take the slots"
 
 
+async def test_a_heartbeat_passes_while_the_digest_of_a_grant_computes(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped() -> Reading:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return Reading({TARGET: (1, 2)}, NOWHERE)
+
+    rank.owed.read = stopped
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side.heard(GRANT)
+    assert await asyncio.to_thread(computing.wait, 10)
+    heartbeat = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(heartbeat.set_result, "answered")
+    assert await heartbeat == "answered"
+    assert rank.wire.granted == [], "nothing is written before it is digested"
+    assert rank.side.status().open_rounds == (ROUND,)
+    go_on.set()
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+
+
+async def test_a_heartbeat_passes_while_the_tables_of_a_plan_are_made(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped(connect: Connect) -> Sequence[Share]:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return ()
+
+    rank.owed.replan = stopped
+    connecting = asyncio.create_task(rank.side.connect(CONNECT))
+    assert await asyncio.to_thread(computing.wait, 10)
+    go_on.set()
+    await connecting
+
+
 async def test_what_went_wrong_is_said(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("e0/0: no route")
@@ -281,29 +319,29 @@ async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     rank.wire.failure = KeyError("e0/0")
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("KeyError('e0/0')", "trainer", True)
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write cannot be taken back: after a failure the grant stays open until the last handle is DONE."""
-    waits: list[RoundName | None] = []
+    waits: list[tuple[RoundName, ...]] = []
 
     async def no_time_passes(seconds: float) -> None:
-        waits.append(rank.side.status().open_round)
+        waits.append(rank.side.status().open_rounds)
 
     monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("deadline")
     rank.wire.left = 3
     assert (await granted(rank)).error == "deadline"
-    assert waits == [ROUND] * 3
+    assert waits == [(ROUND,)] * 3
 
 
 def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.side._open = ROUND
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert rank.side.status().open_round == ROUND
+    assert rank.side.status().open_rounds == (ROUND,)
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
