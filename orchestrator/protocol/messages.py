@@ -10,6 +10,7 @@ Heartbeat.
 from typing import Annotated, Literal
 
 import msgspec
+from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
@@ -22,7 +23,7 @@ from weightsync.orchestrator.protocol.fields import (
     Spoken,
     World,
 )
-from weightsync.orchestrator.protocol.layout import Layout, Peer, Quantized, Tensor
+from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
@@ -70,14 +71,6 @@ class Announce(Message, frozen=True, kw_only=True):
     endpoint: Endpoint = b""
 
 
-class EdgeFailure(Spoken, frozen=True):
-    """An edge that cannot be used now, and why."""
-
-    peer: Member
-    error: Reason
-    spoken = ("error",)
-
-
 class Ready(Message, frozen=True, kw_only=True):
     """Rendezvous round 2: the tables hash to ``fingerprint``, and every edge is warm but those that ``failed``.
 
@@ -111,21 +104,6 @@ class Exposed(Message, frozen=True, kw_only=True):
     """The answer to Expose: from here on writers may reach this worker's memory, and it counts as torn until Commit."""
 
     round: RoundName
-
-
-class PeerTransfer(Spoken, frozen=True):
-    """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
-
-    With ``error`` the peer did not get all of it, and no handle to it is pending any more.
-    """
-
-    peer: Member
-    bytes: Count
-    descriptors: Count
-    seconds: Seconds
-    digest: Digest
-    error: Reason = ""
-    spoken = ("error",)
 
 
 class Closed(Message, frozen=True, kw_only=True):
