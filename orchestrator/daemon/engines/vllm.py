@@ -157,9 +157,7 @@ class VllmClient:
         """
         clear_cache = "true" if self._setup.clear_cache else "false"
         query = {"mode": self._setup.pause_mode, "clear_cache": clear_cache}
-        opened = self._http.exchange(
-            "POST", "/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True
-        )
+        opened = self._post("/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True)
         paused = self._set_paused(True, "/pause", deadline, query=query)
         for outcome in await asyncio.gather(paused, opened, return_exceptions=True):
             if isinstance(outcome, BaseException):

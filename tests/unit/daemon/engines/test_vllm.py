@@ -423,9 +423,9 @@ async def test_an_answer_that_is_not_vllms(content: str) -> None:
 
 POSTS: dict[str, Callable[[VllmClient], Awaitable[None]]] = {
     "/pause": lambda client: client.pause(LONG),
-    "/resume": lambda client: client.resume(LONG),
+    "/collective_rpc": lambda client: client.resume({0: 7}, LONG),
     "/init_weight_transfer_engine": lambda client: client.attach(HUB, LONG),
-    "/start_weight_update": lambda client: client.switch(SWITCH, LONG),
+    "/start_weight_update": lambda client: client.pause(LONG),
     "/update_weights": lambda client: client.switch(SWITCH, LONG),
     "/finish_weight_update": lambda client: client.finish(VERSION, LONG),
 }
@@ -440,7 +440,7 @@ async def test_a_page_of_something_else_is_no_success(path: str, content: str) -
         return web.Response(text=content, content_type="text/html")
 
     vllm = Vllm()
-    vllm.paused = path == "/resume"
+    vllm.paused = path == "/collective_rpc"
     vllm.replaced[path] = page
     async with talking(vllm) as client:
         with pytest.raises(EngineGarbled, match=f"POST {path}: an answer that is not the engine's: ") as caught:
