@@ -1,10 +1,7 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
 Each number, list and text has a bound, which decoding holds it to. Free text is cut and cleaned by the struct itself.
-
-Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Exposed, Closed, Verified, Left, Holding, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Needs, Connect, Expose, Grant, Verify, Commit, Abort, Hold, Outcome, Standing,
-Heartbeat.
+``FromAgent`` and ``FromDaemon``, at the end, list them.
 """
 
 from typing import Annotated, Literal
@@ -239,9 +236,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     """The daemon takes this agent in.
 
     Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
-    them is taken for lost.
-
-    ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
+    them is taken for lost. ``rendezvous`` None: another Welcome on this connection will say how, once the group is
+    known.
     """
 
     epoch: Count
@@ -296,10 +292,8 @@ class Connect(Message, frozen=True, kw_only=True):
 
 
 class Expose(Message, frozen=True, kw_only=True):
-    """To a quiesced worker, before any writer is granted: grants that name it may be given once it says Exposed.
-
-    A worker that never heard it knows that nobody was granted, whatever became of the daemon.
-    """
+    """To a quiesced worker: once it says Exposed, writers may be granted its memory. One that never heard this knows
+    that nobody was, whatever became of the daemon."""
 
     round: RoundName
 
@@ -322,10 +316,8 @@ class Verify(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """``version`` is decided; leave the update call as successful.
-
-    To a worker that has left it as torn after it said Verified: its memory is that version, whole.
-    """
+    """``version`` is decided: leave the update call as successful. A worker that has left it as torn, after it said
+    Verified, holds that version whole."""
 
     round: RoundName
     version: Version
@@ -347,9 +339,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Hold(Message, frozen=True, kw_only=True):
     """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
-
-    Answered with Holding. A later Commit ends a hold, too.
-    """
+    Answered with Holding. A later Commit ends a hold, too."""
 
     held: bool
     reason: Reason = ""
