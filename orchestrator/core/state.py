@@ -288,6 +288,10 @@ class Fleet:
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     """Of the newest call to any engine."""
+    words: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """What each engine and trainer rank was at the last tick, and since when (``core.since``)."""
+    stopping: bool = False
+    """The daemon ends as soon as no round is under way."""
     sentence: str = ""
     """What the daemon does and why, as said last."""
 
