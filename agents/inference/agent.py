@@ -21,9 +21,9 @@ from weightsync.agents.inference.window import Update, UpdateFailed, Windows
 from weightsync.agents.link.introduction import Identity
 from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress
 from weightsync.kernels.warm import warm_up
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import EngineStatus, Exposed, Fault, Left, Quiesced, Verified, Verify
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 __all__ = ["InferenceAgent", "UpdateFailed"]
 
@@ -216,7 +216,7 @@ class InferenceAgent:
                 bytes=0,
                 apply_seconds=0.0,
                 digest_seconds=0.0,
-                error=cut(repr(error)),
+                error=clean(repr(error)),
                 fault=fault,
                 retry=retry,
             )

@@ -24,7 +24,6 @@ from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
 from weightsync.agents.link.silence import Silence
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Connect,
@@ -36,6 +35,7 @@ from weightsync.orchestrator.protocol.messages import (
     TcpStoreRendezvous,
     Welcome,
 )
+from weightsync.orchestrator.protocol.text import clean
 
 if TYPE_CHECKING:
     from weightsync.agents.link.process_group import SpgRendezvous
@@ -219,7 +219,7 @@ class AgentThread(Generic[SideT]):
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("%s: %s", self.identity.member, cut(repr(task.exception())), exc_info=task.exception())
+            log.error("%s: %s", self.identity.member, clean(repr(task.exception())), exc_info=task.exception())
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -356,7 +356,7 @@ class AgentThread(Generic[SideT]):
             except Exception as error:
                 fault, retry = blame(error, self.side.here)
                 if not retry:
-                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, cut(repr(error)))
+                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, clean(repr(error)))
                     return False
                 # A peer may be starting, or be gone.
                 known = error if isinstance(error, AgentError) else repr(error)

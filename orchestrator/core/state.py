@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.layout import LeftOut
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     EngineStatus,
@@ -85,6 +86,8 @@ class EngineState:
     """Why its last call failed; empty after a call that did not."""
     fault: Fault = ""
     """Whose fault that is."""
+    left_out_said: dict[int, tuple[LeftOut, ...]] = field(default_factory=dict)
+    """By rank: what the log says that its rounds leave out."""
     failures: int = 0
     """Rounds in a row that it was left out of by its own fault."""
     retry_at: float = 0.0
@@ -228,7 +231,8 @@ class Unclosed:
 
 @dataclass(slots=True)
 class Fleet:
-    """The whole state. ``started``: when, on the clock of ``now``; ``epoch``: of this daemon."""
+    """The whole state. ``started``, ``ended_at``: when the daemon began and the last round ended, on the clock of
+    ``now``; ``epoch``: of this daemon, which ends with its round when ``stopping``; ``words``: see ``core.since``."""
 
     policy: Policy
     journal_id: str
@@ -283,15 +287,12 @@ class Fleet:
     """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None
     ended_at: float = 0.0
-    """When the last round ended."""
     awaited: tuple[str, RoundName] | None = None
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     """Of the newest call to any engine."""
     words: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """What each engine and trainer rank was at the last tick, and since when (``core.since``)."""
     stopping: bool = False
-    """The daemon ends as soon as no round is under way."""
     sentence: str = ""
     """What the daemon does and why, as said last."""
 

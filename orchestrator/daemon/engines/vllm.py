@@ -13,15 +13,19 @@ from typing import Final, TypeVar
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
+    EngineGarbled,
     EngineMisconfigured,
     EngineNotServable,
     EngineRefused,
     EngineTimeout,
     EngineUnreachable,
 )
-from weightsync.orchestrator.daemon.engines.http import EngineHttp
+from weightsync.orchestrator.daemon.engines.http import EngineHttp, excerpt_of
 from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.protocol.fields import World
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS
 from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.text import clean
 
 REQUIRED: Final[Mapping[str, str]] = {
     "/pause": "POST",
@@ -64,11 +68,19 @@ class _IsPaused(msgspec.Struct):
 
 
 class _WorldSize(msgspec.Struct):
-    world_size: int
+    world_size: World
 
 
 class _ServerVersion(msgspec.Struct):
     version: str
+
+
+class _Done(msgspec.Struct):
+    """Of every POST route, in all releases: which of them depends on the route."""
+
+    status: str = ""
+    message: str = ""
+    results: list[msgspec.Raw] | None = None
 
 
 class _OpenApi(msgspec.Struct):
@@ -129,7 +141,7 @@ class VllmClient:
                 "world": self._ranks,
             }
             try:
-                await self._http.exchange("POST", path, deadline, body={"init_info": info}, idempotent=True)
+                await self._post(path, deadline, body={"init_info": info}, idempotent=True)
             except EngineRefused as error:
                 if _NOT_CONFIGURED in error.excerpt:
                     what = "no weight transfer is configured in it"
@@ -145,9 +157,7 @@ class VllmClient:
         """
         clear_cache = "true" if self._setup.clear_cache else "false"
         query = {"mode": self._setup.pause_mode, "clear_cache": clear_cache}
-        opened = self._http.exchange(
-            "POST", "/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True
-        )
+        opened = self._post("/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True)
         paused = self._set_paused(True, "/pause", deadline, query=query)
         for outcome in await asyncio.gather(paused, opened, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -214,8 +224,8 @@ class VllmClient:
         body: Mapping[str, object] | None = None,
     ) -> None:
         try:
-            await self._http.exchange("POST", path, deadline, query=query, body=body, idempotent=True)
-        except (EngineTimeout, EngineUnreachable) as error:
+            await self._post(path, deadline, query=query, body=body, idempotent=True)
+        except (EngineTimeout, EngineUnreachable, EngineGarbled) as error:
             if not error.sent:
                 raise
             try:
@@ -227,17 +237,33 @@ class VllmClient:
                 raise  # the answer was lost, and so was the request
 
     async def _once(self, path: str, body: Mapping[str, object], deadline: float) -> None:
-        await self._http.exchange("POST", path, deadline, body=body, idempotent=False)
+        await self._post(path, deadline, body=body, idempotent=False)
+
+    async def _post(
+        self,
+        path: str,
+        deadline: float,
+        *,
+        body: Mapping[str, object] | None = None,
+        query: Mapping[str, str] | None = None,
+        idempotent: bool,
+    ) -> None:
+        data = await self._http.exchange("POST", path, deadline, body=body, query=query, idempotent=idempotent)
+        done = self._read(f"POST {path}", data, _Done)
+        if not done.status and not done.message and done.results is None:
+            raise EngineGarbled(self.name, f"POST {path}", excerpt_of(data))
 
     async def _get(self, path: str, deadline: float, kind: type[T]) -> T:
-        data = await self._http.exchange("GET", path, deadline, idempotent=True)
+        return self._read(f"GET {path}", await self._http.exchange("GET", path, deadline, idempotent=True), kind)
+
+    def _read(self, call: str, data: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineRefused(self.name, f"GET {path}", 200, f"an answer that is not vLLM's: {error}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineGarbled(self.name, call, f"{excerpt_of(data) or 'nothing'} ({error})") from error
 
     async def _server_version(self, deadline: float) -> str:
-        return (await self._get("/version", deadline, _ServerVersion)).version
+        return clean((await self._get("/version", deadline, _ServerVersion)).version, MAX_NAME_CHARS)
 
     async def _routes(self, deadline: float) -> frozenset[str]:
         """Asks with OPTIONS, which no route of vLLM performs; where a proxy answers that itself, reads its document."""

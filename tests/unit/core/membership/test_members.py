@@ -11,6 +11,7 @@ from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan,
 from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_FOREIGN_EPOCH
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -85,6 +86,17 @@ def test_an_agent_that_obeyed_a_later_daemon_raises_the_epoch(drive: Any) -> Non
     fleet.connect(TRAINER, epoch_seen=41, journal_id="of the lost journal")
     assert fleet.fleet.epoch == 42
     assert EpochBegan(epoch=42) in fleet.written()
+
+
+def test_an_epoch_that_no_daemon_reaches_is_believed_of_nobody(drive: Any) -> None:
+    """Going above it would leave no epoch for the next start."""
+    fleet = drive()
+    fleet.connect(TRAINER, epoch_seen=MAX_FOREIGN_EPOCH + 1, journal_id="made up")
+    (refusal,) = refusals(fleet)
+    assert f"it obeyed epoch {MAX_FOREIGN_EPOCH + 1}, and no daemon has started so often" in refusal[0]
+    assert fleet.fleet.epoch == 1
+    fleet.connect(TRAINER, epoch_seen=MAX_FOREIGN_EPOCH, journal_id="hardly true")
+    assert fleet.fleet.epoch == MAX_FOREIGN_EPOCH + 1 < MAX_COUNT
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineRefused
 from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, Switch
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
@@ -163,6 +164,30 @@ async def test_so_is_a_client_that_breaks_its_contract(desk: Desk, monkeypatch: 
     report = await desk.performs(Call.PAUSE)
     assert isinstance(report, CallFailed)
     assert "a bug in the client" in report.reason
+    assert desk.inbox.failure is None
+
+
+async def gives_up() -> None:
+    raise asyncio.CancelledError
+
+
+async def says_odd_things() -> None:
+    raise RuntimeError("\ud800\n" * 9999)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [(gives_up, "gave the call up by itself"), (says_odd_things, "engine e0: pause: RuntimeError")],
+)
+async def test_whatever_happens_is_one_report_that_can_be_told(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, behaviour: Any, reason: str
+) -> None:
+    monkeypatch.setattr(Client, "behaviour", staticmethod(behaviour))
+    report = await desk.performs(Call.PAUSE)
+    assert isinstance(report, CallFailed)
+    assert reason in report.reason
+    assert (report.fault, report.retry) == ("daemon", True)
+    assert len(report.reason.encode()) <= MAX_REASON_CHARS + 2
     assert desk.inbox.failure is None
 
 

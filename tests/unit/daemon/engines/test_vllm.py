@@ -10,6 +10,7 @@ from aiohttp import web
 from weightsync.orchestrator.daemon.engines import http as engine_http
 from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
+    EngineGarbled,
     EngineMisconfigured,
     EngineNotServable,
     EngineRefused,
@@ -306,7 +307,7 @@ async def test_a_compressed_bomb_stays_compressed() -> None:
     vllm = Vllm()
     vllm.replaced["/is_paused"] = bomb
     async with talking(vllm) as client:
-        with pytest.raises(EngineRefused, match="not vLLM's"):
+        with pytest.raises(EngineGarbled, match="not the engine's"):
             await client.is_paused(LONG)
 
 
@@ -415,8 +416,47 @@ async def test_an_answer_that_is_not_vllms(content: str) -> None:
     vllm = Vllm()
     vllm.replaced["/is_paused"] = odd
     async with talking(vllm) as client:
-        with pytest.raises(EngineRefused, match="not vLLM's"):
+        with pytest.raises(EngineGarbled, match="GET /is_paused: an answer that is not the engine's") as caught:
             await client.is_paused(LONG)
+        assert caught.value.retry, "whatever stands in between may be gone next time"
+
+
+POSTS: dict[str, Callable[[VllmClient], Awaitable[None]]] = {
+    "/pause": lambda client: client.pause(LONG),
+    "/collective_rpc": lambda client: client.resume({0: 7}, LONG),
+    "/init_weight_transfer_engine": lambda client: client.attach(HUB, LONG),
+    "/start_weight_update": lambda client: client.pause(LONG),
+    "/update_weights": lambda client: client.switch(SWITCH, LONG),
+    "/finish_weight_update": lambda client: client.finish(VERSION, LONG),
+}
+
+
+@pytest.mark.parametrize("content", ["<html>Please log in</html>", "", "{}", "[" * 60_000])
+@pytest.mark.parametrize("path", POSTS)
+async def test_a_page_of_something_else_is_no_success(path: str, content: str) -> None:
+    """An ingress answers 200 to everything; the engine has heard nothing of it."""
+
+    async def page(_: web.Request) -> web.StreamResponse:
+        return web.Response(text=content, content_type="text/html")
+
+    vllm = Vllm()
+    vllm.paused = path == "/collective_rpc"
+    vllm.replaced[path] = page
+    async with talking(vllm) as client:
+        with pytest.raises(EngineGarbled, match=f"POST {path}: an answer that is not the engine's: ") as caught:
+            await POSTS[path](client)
+        assert (content[:100] or "nothing") in str(caught.value)
+
+
+async def test_a_pause_whose_answer_was_replaced_is_looked_up() -> None:
+    async def page(_: web.Request) -> web.StreamResponse:
+        vllm.paused = True
+        return web.Response(text="<html>OK</html>")
+
+    vllm = Vllm()
+    vllm.replaced["/pause"] = page
+    async with talking(vllm) as client:
+        await client.pause(LONG)
 
 
 def failing(times: int, status: int | None, vllm: Vllm) -> Handler:
