@@ -120,6 +120,11 @@ def _not_marked(fleet: Fleet, version: Version, now: float) -> str:
     return "" if is_stable(fleet, version) else f"broadcasts/step_{version.step}/STABLE is missing"
 
 
+def _stopping(fleet: Fleet, version: Version, now: float) -> str:
+    """The daemon is to stay."""
+    return "the next start of the daemon, which is stopping" if fleet.stopping else ""
+
+
 def _maintenance(fleet: Fleet, version: Version, now: float) -> str:
     """The operator lets rounds begin."""
     wish = fleet.memory.maintenance
@@ -143,14 +148,14 @@ def _no_target(fleet: Fleet, version: Version, now: float) -> str:
     enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
     if here >= enough:
         return ""
-    late = [f"{name} ({_why_not(fleet, name, now)})" for name in fleet.engines if fleet.version_of(name) != version]
+    late = [f"{name} ({why_not(fleet, name, now)})" for name in fleet.engines if fleet.version_of(name) != version]
     if not late:
         return "nothing: every engine holds it"
     few = f"{enough - here} more of " if here else ""
     return f"{few}engines that can take part: {_named(late)}"
 
 
-def _why_not(fleet: Fleet, name: str, now: float) -> str:
+def why_not(fleet: Fleet, name: str, now: float) -> str:
     """Why the engine is in no round."""
     engine = fleet.engines[name]
     if name in fleet.memory.holds:
@@ -203,6 +208,7 @@ def _named(members: Iterable[str]) -> str:
 CONDITIONS: Final[tuple[Callable[[Fleet, Version, float], str], ...]] = (
     _not_staged,
     _not_marked,
+    _stopping,
     _maintenance,
     _other_round,
     _no_plan,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 
+from weightsync.orchestrator.core.since import engine_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import (
@@ -48,7 +49,7 @@ class Overview:
 
     def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:
         engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
-        state = engine_state(fleet, config.name)
+        state = engine_word(fleet, config.name)
         error, fault = engine.complaint
         return EngineView(
             name=config.name,
@@ -92,23 +93,6 @@ class Overview:
         if self._since.get(name, ("", 0.0))[0] != state:
             self._since[name] = (state, time.time())
         return self._since[name][1]
-
-
-def engine_state(fleet: Fleet, name: str) -> str:
-    """One word for what an engine is doing."""
-    engine = fleet.engines[name]
-    # The order decides: a torn engine that is unreachable, too, is to be seen as torn.
-    if fleet.round is not None and name in fleet.round.remaining():
-        return "updating"
-    if fleet.torn(name):
-        return "torn"
-    if not engine.reachable:
-        return "unreachable"
-    if not fleet.attached(name):
-        return "joining"
-    if fleet.version_of(name) is None:
-        return "held"
-    return "paused" if engine.paused else "serving"
 
 
 def left_out_of(ranks: Sequence[Layout]) -> Iterator[LeftOutView]:
