@@ -165,6 +165,22 @@ class HoldAsked(Asked):
 
 
 @dataclass(frozen=True, slots=True)
+class DrainAsked(Asked):
+    """The engine, and its pair, is to be in no round (``drained``), or may again."""
+
+    engine: str
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAsked(Asked):
+    """The engine, and its pair, is no member any more (``forgotten``), or may be one again."""
+
+    engine: str
+    forgotten: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MaintenanceAsked(Asked):
     """No round is to begin (``on``), or they may again."""
 
@@ -195,8 +211,8 @@ class StopAsked(Event):
 
 @dataclass(frozen=True, slots=True)
 class PolicyChanged(Event):
-    """The configuration was read again. Engines, run, transport and group are as before; what is under way keeps the
-    deadlines that it began with."""
+    """The configuration was read again. Run, transport and group are as before; what is under way keeps the deadlines
+    that it began with. For every engine of it there is a client."""
 
     policy: Policy
 

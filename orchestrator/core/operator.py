@@ -5,12 +5,14 @@ from weightsync.orchestrator.core.events import (
     AbortAsked,
     Asked,
     DeadDeclared,
+    DrainAsked,
+    ForgetAsked,
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
 )
-from weightsync.orchestrator.core.membership import members
-from weightsync.orchestrator.core.records import EngineHeld, Maintenance
+from weightsync.orchestrator.core.membership import members, roster
+from weightsync.orchestrator.core.records import EngineDrained, EngineHeld, Maintenance
 from weightsync.orchestrator.core.round import blame, reports
 from weightsync.orchestrator.core.turn import Turn
 
@@ -23,6 +25,15 @@ def asked(turn: Turn, event: Asked) -> None:
                 turn.append(EngineHeld(engine=engine, held=held, reason=_words(event)))
             turn.fleet.touch(engine)
             turn.say(f"{engine} is {'held' if held else 'released'}: {_words(event)}", "warning")
+        case DrainAsked(engine=engine, drained=drained):
+            for name in turn.fleet.unit(engine):
+                if drained != (name in turn.fleet.memory.drains):
+                    turn.append(EngineDrained(engine=name, drained=drained, reason=_words(event)))
+                    turn.say(f"{name} is {'drained' if drained else 'in rounds again'}: {_words(event)}", "warning")
+        case ForgetAsked(engine=engine, forgotten=True):
+            roster.forget(turn, engine, _words(event))
+        case ForgetAsked(engine=engine):
+            roster.call_back(turn, engine, _words(event))
         case MaintenanceAsked(on=on):
             turn.append(Maintenance(on=on, reason=_words(event)))
             turn.say(f"maintenance is {'on: no round begins' if on else 'over'}: {_words(event)}", "warning")
