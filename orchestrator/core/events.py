@@ -158,7 +158,7 @@ class Asked(Event):
 
 @dataclass(frozen=True, slots=True)
 class HoldAsked(Asked):
-    """The engine is not to serve (``held``), or may again."""
+    """The engine is not to serve (``held``), or may again: no hold, no drain, and it is forgotten no longer."""
 
     engine: str
     held: bool
@@ -166,18 +166,16 @@ class HoldAsked(Asked):
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked(Asked):
-    """The engine, and its pair, is to be in no round (``drained``), or may again."""
+    """The engine, and its pair, is to be in no round until it is released."""
 
     engine: str
-    drained: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ForgetAsked(Asked):
-    """The engine, and its pair, is no member any more (``forgotten``), or may be one again."""
+    """The engine, and its pair, is no member any more."""
 
     engine: str
-    forgotten: bool
 
 
 @dataclass(frozen=True, slots=True)

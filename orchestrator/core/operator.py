@@ -23,17 +23,19 @@ def asked(turn: Turn, event: Asked) -> None:
         case HoldAsked(engine=engine, held=held):
             if held != (engine in turn.fleet.memory.holds):
                 turn.append(EngineHeld(engine=engine, held=held, reason=_words(event)))
-            turn.fleet.touch(engine)
+            if not held:
+                _end_drain(turn, engine, event)
+                roster.call_back(turn, engine, _words(event))
+            if engine in turn.fleet.engines:
+                turn.fleet.touch(engine)
             turn.say(f"{engine} is {'held' if held else 'released'}: {_words(event)}", "warning")
-        case DrainAsked(engine=engine, drained=drained):
+        case DrainAsked(engine=engine):
             for name in turn.fleet.unit(engine):
-                if drained != (name in turn.fleet.memory.drains):
-                    turn.append(EngineDrained(engine=name, drained=drained, reason=_words(event)))
-                    turn.say(f"{name} is {'drained' if drained else 'in rounds again'}: {_words(event)}", "warning")
-        case ForgetAsked(engine=engine, forgotten=True):
-            roster.forget(turn, engine, _words(event))
+                if name not in turn.fleet.memory.drains:
+                    turn.append(EngineDrained(engine=name, drained=True, reason=_words(event)))
+                    turn.say(f"{name} is drained: {_words(event)}", "warning")
         case ForgetAsked(engine=engine):
-            roster.call_back(turn, engine, _words(event))
+            roster.forget(turn, engine, _words(event))
         case MaintenanceAsked(on=on):
             turn.append(Maintenance(on=on, reason=_words(event)))
             turn.say(f"maintenance is {'on: no round begins' if on else 'over'}: {_words(event)}", "warning")
@@ -51,6 +53,12 @@ def asked(turn: Turn, event: Asked) -> None:
                 members.grant_over(turn, *grant, f"declared dead: {_words(event)}")
         case _:
             raise TypeError(f"nobody knows what {type(event).__name__} asks for")
+
+
+def _end_drain(turn: Turn, engine: str, event: Asked) -> None:
+    for name in turn.fleet.unit(engine) if engine in turn.fleet.engines else ():
+        if name in turn.fleet.memory.drains:
+            turn.append(EngineDrained(engine=name, drained=False, reason=_words(event)))
 
 
 def _words(event: Asked) -> str:

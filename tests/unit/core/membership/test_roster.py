@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fleets import ANNOUNCE, rank, trainer
 from weightsync.orchestrator.core.commands import Drop, MakePlan, Refuse
-from weightsync.orchestrator.core.events import Call, CallDone, DrainAsked, ForgetAsked, PolicyChanged, Tick
+from weightsync.orchestrator.core.events import Call, CallDone, DrainAsked, ForgetAsked, HoldAsked, PolicyChanged, Tick
 from weightsync.orchestrator.core.membership.engines import Wish, wish
 from weightsync.orchestrator.core.policy import EngineConfig
 from weightsync.orchestrator.core.records import Committed, EngineDrained, EngineForgotten
@@ -18,12 +18,16 @@ TRAINER = trainer()
 THREE = ("e0", "e1", "e2")
 
 
-def drain(fleet: Any, engine: str, drained: bool = True) -> None:
-    fleet.happens(DrainAsked(fleet.id(), "ann", "new image", engine, drained))
+def drain(fleet: Any, engine: str) -> None:
+    fleet.happens(DrainAsked(fleet.id(), "ann", "new image", engine))
 
 
-def forget(fleet: Any, engine: str, forgotten: bool = True) -> None:
-    fleet.happens(ForgetAsked(fleet.id(), "ann", "scaled down", engine, forgotten))
+def forget(fleet: Any, engine: str) -> None:
+    fleet.happens(ForgetAsked(fleet.id(), "ann", "scaled down", engine))
+
+
+def release(fleet: Any, engine: str) -> None:
+    fleet.happens(HoldAsked(fleet.id(), "ann", "", engine, False))
 
 
 def configured(fleet: Any, *names: str, **more: Any) -> None:
@@ -68,7 +72,7 @@ def test_a_drained_engine_serves_on_until_another_version_is_decided(drive: Any)
     commit_of(fleet)
     assert fleet.fleet.memory.committed == Version(7, 2)
     assert wish(fleet.fleet, "e1") == (Wish.PAUSE, f"it holds {Version(7, 1)}, not {Version(7, 2)}")
-    drain(fleet, "e1", False)
+    release(fleet, "e1")
     fleet.answers("e1", Call.PAUSE, True)
     fleet.settle()
     assert list(fleet.round.engines) == ["e1"], "it catches up"
@@ -80,6 +84,8 @@ def test_a_drain_outlives_the_daemon_and_is_of_the_whole_pair(drive: Any) -> Non
     again = drive(engines=THREE, pairs=(("e0", "e1"),), records=fleet.written())
     assert sorted(again.fleet.memory.drains) == ["e0", "e1"]
     assert again.fleet.expected() == ["e2"]
+    release(again, "e0")
+    assert again.fleet.expected() == ["e0", "e1", "e2"]
 
 
 def test_who_is_drained_is_not_waited_for(drive: Any) -> None:
@@ -108,7 +114,7 @@ def test_an_engine_that_is_forgotten_is_no_member_and_its_processes_stay_out(dri
     fleet.plan()
     commit(fleet, 2)
     assert fleet.fleet.memory.live == {"e0", "e2"}
-    forget(fleet, "e1", False)
+    release(fleet, "e1")
     assert list(fleet.fleet.engines) == ["e0", "e1", "e2"], "in the configuration's order"
 
 
