@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fleets import ANNOUNCE, BYTES_PER_EDGE, plan_facts, policy_for, rank, trainer
+from told import round_trip
 from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
@@ -88,6 +89,7 @@ class Driven:
     # --------------------------------------------------------------------------------------------------------- events
     def happens(self, *events: Event) -> list[Command]:
         fresh = step(self.fleet, events, self.now)
+        round_trip(fresh)
         self.commands.extend(fresh)
         return fresh
 
