@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
+from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
-from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.messages import (
     Announce,
