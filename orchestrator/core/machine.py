@@ -178,6 +178,8 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             members.let_out(turn, agent)
         case Left() | Holding():
             _status(turn, agent, message.status)
+            if isinstance(message, Left) and message.status.torn:
+                members.mend(turn, agent, message.round)
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():

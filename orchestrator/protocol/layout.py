@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Spoken
-from weightsync.orchestrator.protocol.limits import MAX_DEVICE, MAX_DIMENSIONS, MAX_RANK, MAX_TENSORS, MAX_UNREAD
+from weightsync.orchestrator.protocol.limits import (
+    MAX_DEVICE,
+    MAX_DIMENSIONS,
+    MAX_LEFT_OUT,
+    MAX_LEFT_OUT_CHARS,
+    MAX_LEFT_OUT_REASONS,
+    MAX_RANK,
+    MAX_TENSORS,
+    MAX_UNREAD,
+)
 from weightsync.orchestrator.protocol.names import Member
 
 Matrix = npt.NDArray[np.int64]
@@ -91,6 +100,20 @@ class Quantized(msgspec.Struct, frozen=True, array_like=True, gc=False):
     scale_format: ScaleFormat = "float32"
 
 
+class LeftOut(msgspec.Struct, frozen=True, array_like=True):
+    """Tensors of an engine's rank that rounds leave out, for people: which kind of leaving out, and why.
+
+    ``unwritten``: bytes of its model that stay as the engine's start left them. ``unneeded``: tensors of the
+    checkpoint of which this rank needs nothing. ``unprobed``: written, and nobody could look whether they are read.
+    ``names`` are the first of ``count``.
+    """
+
+    kind: Literal["unwritten", "unneeded", "unprobed"]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_LEFT_OUT_CHARS)]
+    names: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_LEFT_OUT)]
+    count: Count
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
@@ -99,7 +122,7 @@ class Layout(msgspec.Struct, frozen=True):
     placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
     transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
     format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
-    tensors that are part of no row, at most MAX_UNREAD of them; for people.
+    tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
     """
 
     tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
@@ -112,6 +135,7 @@ class Layout(msgspec.Struct, frozen=True):
     quantized: Annotated[tuple[Quantized, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
     quantization: Name = ""
     unread: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_UNREAD)] = ()
+    left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

@@ -48,6 +48,16 @@ MAX_TENSORS: Final = 2_000_000
 MAX_UNREAD: Final = 1000
 """Names of tensors that a trainer has and nobody needs: for people, who stop reading earlier."""
 
+MAX_LEFT_OUT: Final = 1000
+"""Names of tensors that an engine's rank leaves out, over all reasons; for people, too. A rank with an eighth of
+Kimi-K2's experts needs nothing of 120 k tensors."""
+
+MAX_LEFT_OUT_REASONS: Final = 64
+"""Reasons by which one rank leaves tensors out; a dozen are known."""
+
+MAX_LEFT_OUT_CHARS: Final = 400
+"""Of one such reason, which may be the text of a kernel's error."""
+
 MAX_ROWS: Final = 4_000_000
 """Boxes in one layout."""
 

@@ -2,8 +2,9 @@
 
 Each number, list and text has a bound, which decoding holds it to. Free text is cut and cleaned by the struct itself.
 
-Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Holding, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Hold, Outcome, Standing, Heartbeat.
+Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Exposed, Closed, Verified, Left, Holding, Heartbeat, Bye.
+Daemon to agent: Welcome, Refused, Needs, Connect, Expose, Grant, Verify, Commit, Abort, Hold, Outcome, Standing,
+Heartbeat.
 """
 
 from typing import Annotated, Literal
@@ -52,7 +53,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
     ``applied``: the last version committed here, None for checkpoint weights. ``window``: the round whose update
     call is blocking the worker now. ``torn``: live memory may hold anything but ``applied``; the worker refuses to run.
-    ``held``: the daemon said Hold; the worker refuses to run until it is told otherwise.
+    ``held``: the daemon said Hold; the worker refuses to be resumed until it is told otherwise.
     """
 
     applied: Version | None = None
@@ -102,6 +103,12 @@ class Staged(Message, frozen=True, kw_only=True):
 
 class Quiesced(Message, frozen=True, kw_only=True):
     """The worker's main thread is inside the update call of ``round`` and its device is idle."""
+
+    round: RoundName
+
+
+class Exposed(Message, frozen=True, kw_only=True):
+    """The answer to Expose: from here on writers may reach this worker's memory, and it counts as torn until Commit."""
 
     round: RoundName
 
@@ -310,6 +317,15 @@ class Connect(Message, frozen=True, kw_only=True):
     expected_bytes: Count
 
 
+class Expose(Message, frozen=True, kw_only=True):
+    """To a quiesced worker, before any writer is granted: grants that name it may be given once it says Exposed.
+
+    A worker that never heard it knows that nobody was granted, whatever became of the daemon.
+    """
+
+    round: RoundName
+
+
 class Grant(Message, frozen=True, kw_only=True):
     """The right to write ``version`` once, until CLOSED. Only to ``members``: edges to others stay silent."""
 
@@ -328,7 +344,10 @@ class Verify(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """``version`` is decided; leave the update call as successful."""
+    """``version`` is decided; leave the update call as successful.
+
+    To a worker that has left it as torn after it said Verified: its memory is that version, whole.
+    """
 
     round: RoundName
     version: Version
@@ -337,7 +356,8 @@ class Commit(Message, frozen=True, kw_only=True):
 class Abort(Message, frozen=True, kw_only=True):
     """To a worker: leave the update call as failed. To a writer: post nothing more.
 
-    ``torn``: bytes may have been written. ``members``: to a writer, the only edges that it is about; empty: all.
+    ``torn``: bytes may have been written; false also mends a worker that left this round as torn, since nobody was
+    granted. ``members``: to a writer, the only edges that it is about; empty: all.
     """
 
     round: RoundName
@@ -348,7 +368,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Hold(Message, frozen=True, kw_only=True):
-    """To a worker outside of a round: refuse to run (``held``), or run again once the engine is resumed.
+    """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
 
     Answered with Holding. A later Commit ends a hold, too.
     """
@@ -379,7 +399,11 @@ class Standing(Message, frozen=True, kw_only=True):
     spoken = ("sentence",)
 
 
-FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Holding | Heartbeat | Bye
-FromDaemon = (
-    Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Hold | Outcome | Standing | Heartbeat
-)
+RoundWord = Quiesced | Exposed | Closed | Verified | Left
+"""What an agent says about a round."""
+
+RoundOrder = Expose | Verify | Commit | Abort
+"""What a worker is told about a round."""
+
+FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Heartbeat | Bye
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Outcome | Standing | Heartbeat

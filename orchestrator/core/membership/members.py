@@ -181,6 +181,13 @@ def let_out(turn: Turn, agent: ConnectedAgent) -> None:
             turn.send(agent.member, final)
 
 
+def mend(turn: Turn, agent: ConnectedAgent, name: RoundName) -> None:
+    """A worker left round ``name`` as torn because nobody told it in time how the round ended: it may hold it whole."""
+    final = _final_message(turn.fleet, agent.member, name)
+    if final is not None and (isinstance(final, Commit) or not final.torn):
+        turn.send(agent.member, final)
+
+
 def _final_message(fleet: Fleet, member: Member, name: RoundName) -> Commit | Abort | None:
     """How round ``name`` ends for a worker; None while the round itself will tell it."""
     current = fleet.round

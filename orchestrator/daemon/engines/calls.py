@@ -95,5 +95,5 @@ class Engines:
                 await client.finish(command.version, deadline)
                 return True
             case Call.RESUME:
-                await client.resume(deadline)
+                await client.resume(dict(command.ranks), deadline)
                 return False

@@ -40,6 +40,7 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     EngineStatus,
+    Exposed,
     FromAgent,
     FromDaemon,
     Hello,
@@ -208,6 +209,9 @@ class Driven:
             case Phase.QUIESCING:
                 for member in everybody:
                     self.says(member, Quiesced(round=going.name))
+            case Phase.EXPOSING:
+                for member in everybody:
+                    self.says(member, Exposed(round=going.name))
             case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
                 self.durable()
             case Phase.WRITING:

@@ -161,7 +161,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
         member: LiveWeights(model, torch.device("cpu"), tuple(staging_arenas(staging, torch.device("cpu"))))
         for member, model in models.items()
     }
-    ranks = {member: InferenceSide(member, weights_of, Windows()) for member, weights_of in live.items()}
+    ranks = {member: InferenceSide(thread, member, weights_of, Windows()) for member, weights_of in live.items()}
     for rank in ranks.values():
         rank.welcomed(welcome)
 

@@ -18,6 +18,7 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     EngineStatus,
     HubRendezvous,
+    Left,
     Quiesced,
     Staged,
     TrainerStatus,
@@ -120,6 +121,30 @@ def test_a_worker_inside_is_let_out_as_the_round_ended(
     assert fleet.sent(ENGINE, type(told)) == [told]
     to_agent = [type(command) for command in fleet.commands if isinstance(command, Accept | Send)]
     assert to_agent == [Accept, Send], "nothing reaches an agent before it is accepted"
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        ([BEGAN, DIRTY, DECIDED], Commit),
+        ([BEGAN], Abort),
+        ([BEGAN, DIRTY], None),
+        ([], None),
+    ],
+    ids=["decided", "nobody was granted", "torn indeed", "nobody remembers it"],
+)
+def test_a_worker_that_left_as_torn_while_nobody_was_there_is_told_that_it_is_whole(
+    drive: Any, records: list[AnyRecord], word: type[Any] | None
+) -> None:
+    """It repeats its last word to whoever comes, and knows itself whether its memory is that of the round."""
+    fleet = drive(records=records)
+    fleet.connect(ENGINE, EngineStatus(torn=True))
+    assert fleet.sent(ENGINE, Commit) == fleet.sent(ENGINE, Abort) == []
+    fleet.says(ENGINE, Left(round=NAME, status=EngineStatus(torn=True)))
+    told = fleet.sent(ENGINE, Commit) + fleet.sent(ENGINE, Abort)
+    assert [(type(said), said.round, getattr(said, "torn", False)) for said in told] == [
+        (kind, NAME, False) for kind in filter(None, [word])
+    ]
 
 
 @pytest.mark.parametrize(

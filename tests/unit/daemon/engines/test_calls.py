@@ -62,7 +62,7 @@ class Desk:
 
     async def performs(self, call: Call, deadline: float = 5.0) -> Any:
         """The report of one call."""
-        self.engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION))
+        self.engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION, ((0, 55), (1, 66))))
         await asyncio.gather(*self.inbox._tasks)
         await asyncio.sleep(0)  # what was posted is decided in a turn of its own
         (report,) = self.reports
@@ -121,6 +121,11 @@ async def test_the_switch_names_the_round_and_ends_before_the_daemon_gives_up(de
 async def test_the_engine_is_told_the_version(desk: Desk) -> None:
     await desk.performs(Call.FINISH)
     assert desk.client.calls == [("finish", VERSION, 5.0)]
+
+
+async def test_the_resume_names_the_processes_that_it_means(desk: Desk) -> None:
+    await desk.performs(Call.RESUME)
+    assert desk.client.calls == [("resume", {0: 55, 1: 66}, 5.0)]
 
 
 async def test_the_pause_says_what_becomes_of_the_cache(desk: Desk) -> None:
