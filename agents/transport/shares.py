@@ -75,6 +75,11 @@ class Shares:
         self._shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
         return tuple(self._shares.values())
 
+    @property
+    def sizes(self) -> dict[Member, int]:
+        """Bytes that each peer is owed."""
+        return {member: share.bytes for member, share in self._shares.items()}
+
     def digests(self) -> dict[Member, Digest]:
         """Digest of the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
         shares = self._shares

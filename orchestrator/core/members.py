@@ -105,7 +105,7 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
             agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
             endings.staged_again(turn, staged, again)
         pending = fleet.unclosed.get(member)
-        still_open = hello.trainer.open_round
+        still_open = next(iter(hello.trainer.open_rounds), None)
         if still_open is not None:
             # Of a grant that we do not know, nobody knows the targets: all that are here may be among them.
             reach = {a.member: a.hello.incarnation for e in fleet.engines for a in fleet.ranks_of(e)}

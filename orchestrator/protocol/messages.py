@@ -23,14 +23,15 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
+    ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
     ``restaged``: as in Staged.
     ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """
 
     staged: Version | None = None
-    open_round: RoundName | None = None
+    open_rounds: tuple[RoundName, ...] = ()
     restaged: Natural = 0
     follows_needs: bool = False
 
@@ -96,7 +97,7 @@ class Quiesced(Message, frozen=True, kw_only=True):
 class PeerTransfer(msgspec.Struct, frozen=True):
     """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
 
-    With ``error`` the peer did not get all of it, and no handle to it is pending any more.
+    With ``error`` the peer did not get all of it, and no handle of the grant to it is pending any more.
     """
 
     peer: Member

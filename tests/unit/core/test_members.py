@@ -128,7 +128,7 @@ def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive
 @pytest.mark.parametrize(
     ("hello", "closed"),
     [
-        ({"incarnation": 100, "status": TrainerStatus(open_round=NAME)}, False),
+        ({"incarnation": 100, "status": TrainerStatus(open_rounds=(NAME,))}, False),
         ({"incarnation": 100, "status": TrainerStatus()}, True),
         ({"incarnation": 101, "status": TrainerStatus(), "generation": 8}, True),
     ],
