@@ -174,5 +174,5 @@ class TrainerAgent(Publisher):
 
     def _stage(self, version: Version) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
-        convert_seconds = self._filled(version, self.slots, lambda: self.slots.convert(self._source.values()))
-        return convert_seconds, self._digested(version)
+        digest, convert = self._filled(version, self.slots, lambda: self.slots.convert(self._source.values()))
+        return convert, digest + self._prepared(version)

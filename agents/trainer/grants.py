@@ -32,13 +32,13 @@ class OpenGrant:
     It is said at once for the first edge that failed and for the last edge, otherwise every SAY_SECONDS.
 
     Args:
-        say: sends CLOSED to the daemon. The last one has ``final`` and is said once.
+        say: sends CLOSED to the daemon; the last one has ``final``.
         later: in the place of the event loop's ``call_later``.
 
     Attributes:
         open: peers whose end has not been told.
         stopped: peers to which nothing may be posted any more, with the reason.
-        final: whether the last CLOSED has been said.
+        final: whether the last CLOSED has been said; after that there is nothing but ``repeat``.
     """
 
     def __init__(self, grant: Grant, say: Callable[[Closed], object], later: Later = _later) -> None:
@@ -79,6 +79,11 @@ class OpenGrant:
         if error:
             self._error = cut(error), fault, retry
         if not self.final and (error or not self.open):
+            self._speak()
+
+    def repeat(self) -> None:
+        """Say again what was said last, which the connection before may have lost."""
+        if self.final:
             self._speak()
 
     def _speak(self) -> None:

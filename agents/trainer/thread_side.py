@@ -9,15 +9,17 @@ from functools import partial
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import Link
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.grants import OpenGrant, not_written
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
-from weightsync.agents.transport.shares import Share, Shares
+from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Connect,
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 class TrainerSide:
     """See ``link.side.AgentSide``.
 
-    ``prepare`` alone runs on the trainer's thread, while nothing is granted; everything else on the agent's.
+    ``read`` and ``prepare`` run on the trainer's thread, while nothing is granted; everything else on the agent's.
 
     Args:
         link: the agent's thread.
@@ -74,12 +76,14 @@ class TrainerSide:
         self._restaged = 0
         self._grants: dict[RoundName, OpenGrant] = {}
         """Not closed towards everybody yet. Only the edges to peers that hang outlive their round."""
+        self._closed: OpenGrant | None = None
+        """The one that was closed last."""
         self._reserved = False
         self._closing = False
         self._waiting: list[OpenGrant] = []
         """Those of them that came while the slots were reserved."""
         self._outcome: Future[int] | None = None
-        self._digests: tuple[str, Version, dict[Member, Digest]] | None = None
+        self._reading: tuple[str, Version, Reading] | None = None
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
     def reserve(self) -> str:
@@ -105,11 +109,19 @@ class TrainerSide:
         for grant in waiting:
             self._link.spawn(self._carry_out(grant))
 
+    def read(self, version: Version, slots: FilledSlots) -> Spans:
+        """Once ``slots`` hold ``version``: digest what will be sent, as far as edges are known. Returns where all is
+        finite, which is nowhere for slots that the daemon does not know yet."""
+        if self._memory is None or self._memory.layout is not slots.layout:
+            return NOWHERE
+        self._reading = None  # a version that FAILED may have come again with other weights
+        return self._read(version).finite
+
     def prepare(self, version: Version) -> float:
-        """Before STAGED, on the trainer's thread: digest what will be sent, as far as edges are known, and have the
-        transport take what it must. Returns the seconds that both took."""
+        """Before STAGED, on the trainer's thread: digest what ``read`` could not, and have the transport take what it
+        must. Returns the seconds that both took."""
         began = time.monotonic()
-        self._digest(version)
+        self._read(version)
         self._senders.current.stage(version)
         return time.monotonic() - began
 
@@ -150,7 +162,7 @@ class TrainerSide:
         try:
             async with self._connecting:
                 self._fingerprint = ""  # edges of the old slots serve nobody any more
-                self._digests = None
+                self._reading = None
                 self._owed = ()
                 for sender in self._senders:
                     sender.close()
@@ -204,11 +216,7 @@ class TrainerSide:
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Grant():
-                grant = self._grants[message.round] = OpenGrant(message, self._link.send)
-                if self._reserved:
-                    self._waiting.append(grant)
-                else:
-                    self._link.spawn(self._carry_out(grant))
+                self._granted(message)
             case Abort():
                 self._stop(message)
             case Outcome():
@@ -233,6 +241,21 @@ class TrainerSide:
             sender.close()
 
     # ------------------------------------------------------------------------------------------------------- a grant
+    def _granted(self, message: Grant) -> None:
+        known = self._grants.get(message.round, self._closed)
+        if known is not None and known.grant.round == message.round:
+            known.repeat()  # said again after a reconnect, it is one grant
+            return
+        grant = OpenGrant(message, self._link.send)
+        if len(self._grants) >= MAX_OPEN_GRANTS:
+            grant.leave((), f"{len(self._grants)} grants are open: {self._in_use()}", "network")
+            return
+        self._grants[message.round] = grant
+        if self._reserved:
+            self._waiting.append(grant)
+        else:
+            self._link.spawn(self._carry_out(grant))
+
     async def _carry_out(self, grant: OpenGrant) -> None:
         objection = self._objection(grant)
         if objection:
@@ -267,7 +290,7 @@ class TrainerSide:
         ends = time.monotonic() + grant.grant.deadline_seconds
         sender = self._senders.current
         try:
-            digests = self._digest(grant.grant.version)
+            digests = self._read(grant.grant.version).digests
             sizes = self._shares.sizes
             grant.leave(sizes)
             for member, reason in self._closed_to(grant).items():
@@ -312,16 +335,18 @@ class TrainerSide:
             self._forget_closed()
 
     def _forget_closed(self) -> None:
-        self._grants = {name: grant for name, grant in self._grants.items() if not grant.final}
+        for name, grant in list(self._grants.items()):
+            if grant.final:
+                self._closed = self._grants.pop(name)
 
-    def _digest(self, version: Version) -> dict[Member, Digest]:
-        """Per peer, of the bytes that it is owed; computed once per version and plan."""
-        fingerprint = self._fingerprint
-        if self._digests is None or self._digests[:2] != (fingerprint, version):
+    def _read(self, version: Version) -> Reading:
+        """Of the bytes that each peer is owed; read once per version and plan."""
+        fingerprint, known = self._fingerprint, self._reading
+        if known is None or known[:2] != (fingerprint, version):
             began = time.monotonic()
-            self._digests = (fingerprint, version, self._shares.digests() if fingerprint else {})
+            known = self._reading = (fingerprint, version, self._shares.read() if fingerprint else NOT_READ)
             log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
-        return self._digests[2]
+        return known[2]
 
     def _in_use(self) -> str:
         """Which edge still reads the slots, or may; empty if none does."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_OPEN_GRANTS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
@@ -31,7 +31,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """
 
     staged: Version | None = None
-    open_rounds: tuple[RoundName, ...] = ()
+    open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
     restaged: Natural = 0
     follows_needs: bool = False
 

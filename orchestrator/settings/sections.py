@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.settings.sources import NUMBERED
@@ -130,6 +130,34 @@ class PauseSection(Section):
     clear_cache: bool = Field(default=True, description="Drop the prefix cache, so that it never mixes two models.")
 
 
+class CommitSection(Section):
+    """On whom a commit depends."""
+
+    min_engines: float = Field(
+        default=0.5,
+        gt=0,
+        le=65536,
+        description="Engines that a commit needs: below 1 a part of all, from 1 on a whole number; more means all.",
+    )
+    patience_seconds: Seconds = Field(
+        default=30, description="What engines that are ready wait in a round, in all, for those that are not."
+    )
+    together: bool = Field(default=False, description="No engine serves a version before all of its round can.")
+    lease_seconds: float = Field(
+        default=120,
+        ge=0,
+        le=86400,
+        description="An engine paused with whole weights resumes by itself without a daemon for so long; 0: never.",
+    )
+
+    @field_validator("min_engines")
+    @classmethod
+    def _whole(cls, wanted: float) -> float:
+        if wanted >= 1 and wanted != int(wanted):
+            raise ValueError("from 1 on it is a whole number of engines")
+        return wanted
+
+
 class DeadlinesSection(Section):
     """Total deadlines in seconds, the daemon's own; agents get shorter ones."""
 
@@ -155,9 +183,12 @@ class DeadlinesSection(Section):
 class RetrySection(Section):
     """A failed round."""
 
-    attempts: int = Field(default=3, ge=1, le=100, description="Rounds per version before FAILED is written.")
+    give_up_seconds: Seconds = Field(
+        default=300,
+        description="From a version's first attempt until FAILED; an engine that it tore is repaired first.",
+    )
     backoff_seconds: Seconds = Field(
-        default=1.0, description="Before the second attempt; doubles with each further one."
+        default=1.0, description="Before the second attempt; doubles with each further one. For each engine, too."
     )
 
 

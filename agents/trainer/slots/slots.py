@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
@@ -74,8 +75,8 @@ class FilledSlots(Protocol):
         """The rows of the layout, in its order."""
         ...
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
-        """Tensors with values that are NaN or infinite, as converted."""
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
+        """Tensors with values that are NaN or infinite, as converted; ``finite``: memory that is known to hold none."""
         ...
 
 
@@ -136,7 +137,7 @@ class TrainerSlots:
         region = STAGING_REGION if staging else -1
         placed = [(slot, ARENA_REGION) for slot in self.slots]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], region, self.unrouted)
-        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
+        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION], ARENA_REGION)
         self._batches = list(_local_batches(self.slots, state))
         self._warm_up()
 
@@ -173,9 +174,9 @@ class TrainerSlots:
         for batch in self._batches:
             batch.convert(state)
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
         """Tensors of this rank's slots with values that are NaN or infinite, as converted. Waits for the device."""
-        return self._finite.find()
+        return self._finite.find(finite)
 
     def _warm_up(self) -> None:
         """Compile the kernels of every treatment here, so that the first publish does not."""

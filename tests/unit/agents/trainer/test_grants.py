@@ -146,3 +146,12 @@ def test_only_what_has_not_ended_can_be_stopped(grant: Opened) -> None:
 
 def test_a_reason_is_cut() -> None:
     assert len(not_written(A, "x" * 2 * MAX_REASON_CHARS).error) == MAX_REASON_CHARS
+
+
+def test_the_last_word_can_be_repeated_and_no_other(grant: Opened) -> None:
+    grant.ended(sent(A))
+    grant.repeat()
+    assert grant.said == []
+    grant.leave(())
+    grant.repeat()
+    assert grant.said == [closed(sent(A), final=True)] * 2

@@ -7,18 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.runs import RunTableError
+from weightsync.agents.tables.spans import NOWHERE, Spans
+from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
-from weightsync.agents.transport.shares import Share, Shares
+from weightsync.agents.transport.shares import Reading, Share, Shares
 from weightsync.kernels.errors import KernelError
 from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
@@ -39,7 +42,7 @@ from weightsync.orchestrator.protocol.messages import (
     TransportSettings,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
 
 MEMBER = Member("trainer", "", 0)
 TARGET, OTHER, THIRD = (Member("inference", f"e{number}", 0) for number in range(3))
@@ -118,6 +121,9 @@ class Wire(Sender):
         self.closed = True
 
 
+FINITE = Spans.of(np.array([[8, 0, 0, 0, 0, *[1, 0, 0] * 3]]))
+
+
 class Owed(Shares):
     """Three peers, whose bytes have the digest (1, 2); counts how often that is computed."""
 
@@ -132,9 +138,9 @@ class Owed(Shares):
     def sizes(self) -> dict[Member, int]:
         return {TARGET: 100, OTHER: 100, THIRD: 100}
 
-    def digests(self) -> dict[Member, Digest]:
+    def read(self) -> Reading:
         self.computed += 1
-        return dict.fromkeys(self.sizes, (1, 2))
+        return Reading(dict.fromkeys(self.sizes, (1, 2)), FINITE)
 
 
 class Thread:
@@ -266,7 +272,7 @@ async def test_a_closing_rank_obeys_no_further_grant_and_is_done_when_the_last_i
     assert not rank.side.retire(), "a write is in flight"
     rank.wire.end(OTHER)
     assert rank.side.retire()
-    assert "is closing its agent" in (await granted(rank)).error
+    assert "is closing its agent" in (await granted(rank, replace(GRANT, round=RoundName(3, 2)))).error
 
 
 async def test_what_went_wrong_on_our_side_is_said(rank: Any) -> None:
@@ -274,7 +280,7 @@ async def test_what_went_wrong_on_our_side_is_said(rank: Any) -> None:
     rank.wire.failure = NoRoute("no port is up")
     closed = await granted(rank, replace(GRANT, members=()))
     assert (closed.error, closed.final) == ("", True), "nobody is owed anything, so nothing is asked of the transport"
-    closed = await granted(rank, BOTH)
+    closed = await granted(rank, replace(BOTH, round=RoundName(3, 2)))
     assert (closed.error, closed.fault, closed.retry, closed.peers) == ("no port is up", "network", True, ())
     assert closed.final
     assert rank.side.status().open_rounds == ()
@@ -382,6 +388,27 @@ async def test_an_abort_reaches_a_grant_that_waits(rank: Any) -> None:
     assert rank.side.status().open_rounds == ()
 
 
+async def test_a_grant_that_is_said_again_is_one_grant(rank: Any) -> None:
+    """The daemon says it again to a rank that has connected anew."""
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, BOTH)
+    await write(rank, BOTH)
+    assert rank.wire.granted == [[TARGET, OTHER]]
+    rank.wire.end(OTHER)
+    assert await granted(rank, BOTH) == Closed(round=ROUND, peers=(SENT, LATE))
+    assert rank.wire.granted == [[TARGET, OTHER]]
+    assert rank.side.status().open_rounds == ()
+
+
+async def test_no_more_grants_are_open_than_a_hello_can_tell(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_side, "MAX_OPEN_GRANTS", 1)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, BOTH)
+    closed = await granted(rank, replace(GRANT, round=RoundName(3, 2)))
+    assert closed.error == "1 grants are open: edge to e1/0 has not ended (round 3.1)"
+    assert rank.side.status().open_rounds == (ROUND,)
+
+
 async def test_edges_that_have_changed_are_looked_after(rank: Any) -> None:
     assert not rank.side.poll()
     assert rank.thread.reconnects == 0
@@ -472,8 +499,27 @@ async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     await granted(rank)
     assert rank.owed.computed == 1
     await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
-    await granted(rank, replace(GRANT, fingerprint="edges of another plan"))
+    await granted(rank, replace(GRANT, fingerprint="edges of another plan", round=RoundName(3, 2)))
     assert rank.owed.computed == 2
+
+
+async def test_a_version_that_comes_again_is_read_again(rank: Any) -> None:
+    """A step that FAILED is the same version with other weights."""
+    known = SimpleNamespace(layout=rank.side._memory.layout)
+    assert rank.side.read(VERSION, known) is FINITE
+    rank.side.prepare(VERSION)
+    assert rank.owed.computed == 1
+    assert rank.side.read(VERSION, known) is FINITE
+    assert rank.owed.computed == 2
+
+
+async def test_nothing_is_known_of_slots_without_edges_or_that_the_daemon_does_not_know(rank: Any) -> None:
+    assert rank.side.read(VERSION, SimpleNamespace(layout=Layout((), (), b""))) is NOWHERE
+    rank.wire.refusal = NoRoute("e0/0 did not take the first word")
+    with pytest.raises(NoRoute):
+        await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
+    assert rank.side.read(VERSION, SimpleNamespace(layout=rank.side._memory.layout)) is NOWHERE
+    assert rank.owed.computed == 0
 
 
 async def test_the_transport_takes_the_version_before_it_is_reported(rank: Any) -> None:
@@ -491,7 +537,7 @@ async def test_a_connect_that_fails_leaves_no_plan_to_write_by(rank: Any) -> Non
     assert rank.wire.granted == []
     rank.wire.refusal = None
     await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
-    assert (await granted(rank, replace(GRANT, fingerprint="other edges"))).error == ""
+    assert (await granted(rank, replace(GRANT, fingerprint="other edges", round=RoundName(3, 2)))).error == ""
 
 
 async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: Path) -> None:

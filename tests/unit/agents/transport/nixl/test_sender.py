@@ -108,7 +108,7 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
     rank = make_rank(slots)
     async with polling(targets):
         assert await rank.connect(connect) == {}
-        digests = rank.shares.digests()
+        digests = rank.shares.read().digests
         moved = await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
         assert {(m.member, m.error) for m in moved.values()} == {(t.member, "") for t in targets}
         assert {m.member: m.bytes for m in moved.values()} == rank.shares.sizes
