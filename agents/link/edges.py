@@ -8,9 +8,9 @@ from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import AgentSide
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import Connect, EdgeFailure, Ready
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class PlanEdges:
         except Exception as error:  # no peer's fault: none of them can be used
             failed = dict.fromkeys((peer.member for peer in self._connect.peers), error) or {self._member: error}
         self._wanting = any(blame(error, self._side.here)[1] for error in failed.values())
-        told = tuple(EdgeFailure(member, cut(_text(error))) for member, error in sorted(failed.items()))
+        told = tuple(EdgeFailure(member, clean(_text(error))) for member, error in sorted(failed.items()))
         ready = Ready(fingerprint=self._connect.fingerprint, failed=told)
         if ready != self._ready:
             for failure in told:

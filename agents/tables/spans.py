@@ -47,7 +47,7 @@ class Spans:
 
     @classmethod
     def _sorted(cls, starts: Column, ends: Column) -> Self:
-        order = np.argsort(starts)
+        order = np.argsort(starts, kind="stable")  # mostly sorted as it is
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         begins = np.flatnonzero(np.append(True, starts[1:] > ends[:-1])[: len(starts)])
         lasts = np.append(begins[1:], len(starts))[: len(begins)] - 1

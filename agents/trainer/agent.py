@@ -5,11 +5,12 @@ they come; the agent's own thread only writes what it is granted. Slots are sepa
 they are being sent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
 import torch.distributed as dist
+from weightsync.agents.trainer.errors import AdapterError
 from weightsync.agents.trainer.following import FollowedNeeds, followed
 from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.models.table import ModelTable
@@ -18,7 +19,9 @@ from weightsync.agents.trainer.options import StrPath, trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.publisher import CONNECT_SECONDS, RANKS_SECONDS, Publisher
 from weightsync.agents.trainer.slots.conversion import ConversionTable
+from weightsync.agents.trainer.slots.reading import State, Taken
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots
+from weightsync.agents.trainer.sources.adapter import AdapterSource
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.step import step_number
@@ -49,6 +52,7 @@ class TrainerAgent(Publisher):
             straight to what the engines need, as they are when the trainer's checkpoint is loaded, and rounded to
             bfloat16 before they are quantised.
         lora: how adapters are merged into their weights, where the source is no peft model (which says it itself).
+        adapter: publish this adapter of a peft model alone, to engines whose rounds write an adapter; without a table.
         ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
         nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
@@ -76,24 +80,35 @@ class TrainerAgent(Publisher):
         config: object | None = None,
         forward_dtype: torch.dtype | None = None,
         lora: Sequence[LoraMerge] = (),
+        adapter: str | None = None,
         ignore: Sequence[str] = (),
         nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
         super().__init__(process_group, nonfinite, publish_seconds)
-        self._source = TrainerSource(source, lora=lora, ignore=ignore)
+        self._source: TrainerSource | AdapterSource
         self._options = options or SlotOptions()
         self._slots: TrainerSlots | None = None
         with self._starting(lambda: trainer_settings(hub_url, token_file, run_id, run_dir)):
-            self._follows = followed(source, table, config, forward_dtype, self._options)
+            if adapter is None:
+                self._source = TrainerSource(source, lora=lora, ignore=ignore)
+            else:
+                self._source = AdapterSource(source, adapter, ignore=ignore)
+                if table is not None or lora:
+                    raise AdapterError(adapter, "adapter= publishes it alone; table= and lora= are for a whole model")
+            # An adapter's names are those of its files, whatever transformers makes of the model's.
+            routed = source if adapter is None else None
+            self._follows = followed(routed, table, config, forward_dtype, self._options)
             if table is not None:
-                self._slots = self._made_slots(table)
-                self._source.account_for(self._state(), self._slots.read)
+                state = self._source.state()
+                self._slots = self._made_slots(table, state)
+                self._source.account_for(state, self._slots.read)
+                del state  # of a callable, it may be a second model in memory
             self._connect(connect_seconds)
 
-    def _made_slots(self, table: ConversionTable) -> TrainerSlots:
-        slots = TrainerSlots(self._source.values(), table, options=self._options)
+    def _made_slots(self, table: ConversionTable, state: State) -> TrainerSlots:
+        slots = TrainerSlots(state, table, options=self._options)
         warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         return slots
 
@@ -110,16 +125,12 @@ class TrainerAgent(Publisher):
 
     def _connect(self, seconds: float) -> None:
         """Join the fleet, on ranks that hold slots."""
-        primary = holds_slots(self._state(), self._options)
+        primary = holds_slots(self._source.state(), self._options)
         said = self._ranks.agree(str(primary), seconds=RANKS_SECONDS)
         senders = [rank for rank, says in enumerate(said) if says == str(True)]
         self._first_sender = senders[0]
         if primary:
             self._join(senders.index(self._ranks.rank), len(senders), self._slots, seconds)
-
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        """By the model's own names; in place of merged weights their bases. No rank waits for another."""
-        return self._source.state()
 
     def publish(self, step: SupportsIndex) -> int:
         """Convert the current weights, have them written into the engines, and return when they serve.
@@ -145,34 +156,38 @@ class TrainerAgent(Publisher):
     def _stage_together(self, step: SupportsIndex) -> Publication:
         """The version in the slots of all ranks, announced to the daemon."""
         version = Version(self._generation, step_number(step))
-        state = self._state()
-        if self._follows is None:
-            self._check(state)
-        restaged = self._take_together(version.step)
-        if self._follows is not None:
-            self._follow_needs(self._follows, state)
+        state = self._source.state()
+        follows = self._follows
+        if follows is None:
+            taken = self._checked(state)
+            restaged = self._take_together(version.step)
+        else:
+            restaged = self._take_together(version.step)
+            taken = self._follow_needs(follows, state)
         with held_interrupts():
-            seconds = self._stage(version)
+            seconds = self._stage(version, taken)
         return self._announce_together(version, seconds, restaged)
 
-    def _follow_needs(self, follows: FollowedNeeds, state: Mapping[str, torch.Tensor]) -> None:
+    def _follow_needs(self, follows: FollowedNeeds, state: State) -> Taken:
         """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
         number, message = self._needs_together(follows.made_for)
         if number != follows.made_for:
             follows.made_for = 0  # until all ranks have theirs: those that failed and the others must agree next time
-            slots = self._made_slots(follows.table(message, state))
+            slots = self._made_slots(follows.table(message, state), state)
             self._hold(slots)
             self._slots = slots
-        self._check(state)
+        taken = self._checked(state)
         self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
         follows.made_for = number
+        return taken
 
-    def _check(self, state: Mapping[str, torch.Tensor]) -> None:
-        """That the slots can be filled, and that all that is trained is read; no rank waits for another."""
-        self.slots.check(state)
+    def _checked(self, state: State) -> Taken:
+        """What the slots are filled with, found fit; all that is trained is read. No rank waits for another."""
+        taken = self.slots.check(state)
         self._source.account_for(state, self.slots.read)
+        return taken
 
-    def _stage(self, version: Version) -> tuple[float, float]:
+    def _stage(self, version: Version, taken: Taken) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
-        digest, convert = self._filled(version, self.slots, lambda: self.slots.convert(self._source.values()))
+        digest, convert = self._filled(version, self.slots, lambda: self.slots.fill(taken))
         return convert, digest + self._prepared(version)

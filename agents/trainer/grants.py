@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import Closed, Fault, Grant, PeerTransfer
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member
+from weightsync.orchestrator.protocol.text import clean
 
 SAY_SECONDS: Final = 0.05
 """At most so often CLOSED is said before the last one: edges that end together are told together."""
@@ -77,7 +77,7 @@ class OpenGrant:
         ``error``, something of our own keeps us from it."""
         self.open.intersection_update(still)
         if error:
-            self._error = cut(error), fault, retry
+            self._error = clean(error), fault, retry
         if not self.final and (error or not self.open):
             self._speak()
 
@@ -98,4 +98,4 @@ class OpenGrant:
 
 def not_written(member: Member, reason: str) -> PeerTransfer:
     """The end of an edge over which nothing was posted."""
-    return PeerTransfer(member, 0, 0, 0.0, NO_BYTES, cut(reason))
+    return PeerTransfer(member, 0, 0, 0.0, NO_BYTES, clean(reason))

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.beside import computed
 from weightsync.agents.link.side import Link
 from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
@@ -17,7 +18,6 @@ from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
@@ -37,6 +37,7 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class TrainerSide:
         self._owed: Sequence[Share] = ()
         """Of the plan that was connected last."""
         self._connecting = asyncio.Lock()  # else the slots could be exchanged in the middle of it
+        self._computing = asyncio.Lock()
+        """Held while another thread uses the shares."""
         self._fingerprint = ""
         self._staged: Version | None = None
         self._restaged = 0
@@ -208,7 +211,8 @@ class TrainerSide:
         async with self._connecting:
             if self._fingerprint != connect.fingerprint:
                 self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
-                self._owed = self._shares.replan(connect)
+                async with self._computing:  # seconds for a large plan's tables, and the loop has heartbeats to answer
+                    self._owed = await computed(lambda: self._shares.replan(connect))
             failed = await self._senders.current.connect(self._owed)
             self._fingerprint = connect.fingerprint
             return failed
@@ -246,7 +250,7 @@ class TrainerSide:
         if known is not None and known.grant.round == message.round:
             known.repeat()  # said again after a reconnect, it is one grant
             return
-        grant = OpenGrant(message, self._link.send)
+        grant = OpenGrant(message, self._link.say_once)
         if len(self._grants) >= MAX_OPEN_GRANTS:
             grant.leave((), f"{len(self._grants)} grants are open: {self._in_use()}", "network")
             return
@@ -290,7 +294,11 @@ class TrainerSide:
         ends = time.monotonic() + grant.grant.deadline_seconds
         sender = self._senders.current
         try:
-            digests = self._read(grant.grant.version).digests
+            async with self._computing:  # seconds on the CPU, if no edge was known when the slots were filled
+                digests = (await computed(lambda: self._read(grant.grant.version))).digests
+            if objection := self._objection(grant):
+                grant.leave((), objection, "trainer")
+                return
             sizes = self._shares.sizes
             grant.leave(sizes)
             for member, reason in self._closed_to(grant).items():
@@ -316,7 +324,7 @@ class TrainerSide:
         if error:
             log.warning("%s: round %s: %s", self._who, grant.grant.round, error)
         digest = digests.get(end.member, NO_BYTES)
-        grant.ended(PeerTransfer(end.member, end.bytes, end.descriptors, end.seconds, digest, cut(error)))
+        grant.ended(PeerTransfer(end.member, end.bytes, end.descriptors, end.seconds, digest, clean(error)))
         self._forget_closed()
 
     def _stop(self, abort: Abort) -> None:

@@ -15,8 +15,8 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
-from weightsync.orchestrator.protocol.messages import Connect, Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, Peer, as_matrix
+from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Digest, Member
 
 
@@ -70,6 +70,9 @@ class Shares:
         self._layout = layout
         self._arenas = arenas
         self._plan: tuple[Mapping[Member, Share], Spans] = ({}, NOWHERE)
+        # Of its own, so that a digest at a grant does not queue behind the kernels of the training. Slots are complete
+        # before they are digested (the trainer synchronises), so there is nothing that it would have to wait for.
+        self._stream = torch.cuda.Stream(arenas[0].device) if arenas and arenas[0].is_cuda else None  # type: ignore[no-untyped-call]
 
     def replan(self, connect: Connect) -> Sequence[Share]:
         """The shares of a new plan, in the order of its peers.
@@ -101,11 +104,12 @@ class Shares:
     def read(self) -> Reading:
         """Digest the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
         shares, looked = self._plan
-        for share in shares.values():
-            share.digest.launch()  # all queued before the first is waited for
-        digests = {member: share.digest.result() for member, share in shares.items()}
-        # Where any is not, nothing is known of the rest: whoever asks has to look for it anyway.
-        finite = all(share.digest.finite() for share in shares.values())
+        with torch.cuda.stream(self._stream):
+            for share in shares.values():
+                share.digest.launch()  # all queued before the first is waited for
+            digests = {member: share.digest.result() for member, share in shares.items()}
+            # Where any is not, nothing is known of the rest: whoever asks has to look for it anyway.
+            finite = all(share.digest.finite() for share in shares.values())
         return Reading(digests, looked if finite else NOWHERE)
 
     def _share(self, peer: Peer, copies: Matrix, table: Matrix) -> Share:
@@ -115,7 +119,8 @@ class Shares:
         logical = digest_table(copies, self._layout)
         codes = element_codes(logical, self._layout)
         looked = Spans.of(logical[codes != UNSEEN])
-        digest = prepare_digest(self._arenas, logical, codes)
+        with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
+            digest = prepare_digest(self._arenas, logical, codes)
         return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest, looked)
 
 

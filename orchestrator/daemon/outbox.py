@@ -23,19 +23,21 @@ from weightsync.orchestrator.core.commands import (
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, NeedsReady, PlanReady, PlanRejected
-from weightsync.orchestrator.core.records import encode_record
+from weightsync.orchestrator.core.records import RoundBegan, RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
-from weightsync.orchestrator.daemon.journal import AsyncJournal
+from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.log import round_line
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.planner import PlanError
+from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +65,8 @@ class Outbox:
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable = planning, markers, stable
         self._batches: asyncio.Queue[list[Command]] = asyncio.Queue()
+        self._in_round = False
+        self._compacting: asyncio.Task[None] | None = None
 
     def put(self, commands: list[Command]) -> None:
         """Perform these after all earlier ones."""
@@ -91,12 +95,20 @@ class Outbox:
         await self._journal.append(entries)
         for command in commands:
             record = command.record
+            self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
             row = self._history.remember(record, time.time())
             if row is not None:
                 round_line(row)
             if command.answer:
                 name = getattr(record, "round", None)
                 self._inbox.post(Appended(self._inbox.next_id(), type(record).__name__, name))
+        if not self._in_round and (self._compacting is None or self._compacting.done()):
+            self._compacting = self._inbox.spawn(self._compact(), "compaction")
+
+    async def _compact(self) -> None:
+        """Between rounds, where nothing waits for the journal's thread while an engine is paused."""
+        while not self._in_round and await self._journal.compact():
+            pass
 
     def _perform(self, command: Command) -> None:
         match command:
@@ -119,8 +131,8 @@ class Outbox:
                 self._inbox.spawn(self._needs(command), "needs")
             case CallEngine():
                 self._engines.call(command)
-            case LookForStable(after_seconds=seconds):
-                self._inbox.spawn(self._stable.look(seconds), "look for STABLE")
+            case LookForStable():
+                self._inbox.spawn(self._stable.look(command.after_seconds, command.step), "look for STABLE")
             case WriteMarker():
                 self._markers.write(command.kind, command.version, command.facts)
             case Say():
@@ -129,19 +141,29 @@ class Outbox:
                 raise TypeError(f"no performer for {type(command).__name__}")
 
     async def _needs(self, command: MakeNeeds) -> None:
-        """In a thread: layouts of large models have a hundred thousand tensors."""
-        found = await asyncio.to_thread(self._planning.needs, command)
+        """In a thread: layouts of large models have a hundred thousand tensors. What breaks costs the needs only."""
+        try:
+            found = await asyncio.to_thread(self._planning.needs, command)
+        except Exception:
+            log.exception("what the engines need cannot be put together")
+            return
         self._inbox.post(NeedsReady(self._inbox.next_id(), command.number, found.needs, found.misfits))
 
     async def _plan(self, command: MakePlan) -> None:
-        """In a thread: the planner computes for seconds. Layouts that make no plan are an event, a bug is not."""
+        """In a thread: the planner computes for seconds. What goes wrong is an event: its input is the agents'."""
         try:
             facts = await asyncio.to_thread(self._planning.make, command)
         except PlanError as error:
             engine = _engine_of(error.member)
-            self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, str(error), engine, error.fault))
+            self._reject(command, str(error), engine, error.fault)
+        except Exception as error:
+            log.exception("the planner broke")
+            self._reject(command, f"the planner broke: {error!r}", "", "daemon")
         else:
             self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts))
+
+    def _reject(self, command: MakePlan, reason: str, engine: str, fault: Fault) -> None:
+        self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, clean(reason), engine, fault))
 
 
 def _engine_of(member: Member | None) -> str:

@@ -14,6 +14,8 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    Expose,
+    Exposed,
     FromDaemon,
     Grant,
     Hold,
@@ -125,6 +127,9 @@ class Worker(Agent):
 
     def heard(self, message: FromDaemon) -> None:
         match message:
+            case Expose():
+                if self.window == message.round:
+                    self.say(Exposed(round=message.round))
             case Verify():
                 self.world.later(self.world.short(), lambda: self._verify(message))
             case Commit():

@@ -142,7 +142,9 @@ def _watched(slots: Iterable[Slot]) -> Iterator[Watched]:
     for slot in slots:
         for place in slot.places:
             shown = place.scales or place.values
-            if shown.nbytes:
+            wide = shown.dtype.is_floating_point and shown.dtype.itemsize > 1
+            # Narrower ones, and integers, have nothing but numbers unless their format is known to have more.
+            if shown.nbytes and (wide or dtype_name(shown.dtype) in CODES):
                 yield Watched(slot.spec.dst, place.scales is not None, shown)
 
 

@@ -4,10 +4,12 @@ import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
 from weightsync.agents.errors import blame
+from weightsync.agents.link.beside import computed
 from weightsync.agents.tables.runs import pack_table, tensor_names
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
@@ -77,9 +79,9 @@ class NixlSender(Sender):
         while asked:
             silent = []
             for share in asked:
-                if self._try(share):
+                if await self._try(share):
                     silent.append(share)
-                await asyncio.sleep(0)  # preparing takes 0.2 s for 10,000 tensors, and there are heartbeats to answer
+                await asyncio.sleep(0)  # an edge of thousands of tensors takes 0.2 s; heartbeats pass between two
             asked = [share for share in silent if share.peer.endpoint_name not in self._silent]
             if asked and time.monotonic() >= ends:
                 self._silent |= {share.peer.endpoint_name for share in asked}
@@ -168,7 +170,7 @@ class NixlSender(Sender):
         member = share.peer.member
         return member not in self._ways and (member not in self._failed or blame(self._failed[member], "trainer")[1])
 
-    def _try(self, share: Share) -> bool:
+    async def _try(self, share: Share) -> bool:
         """One step towards a way for ``share``; whether its peer has yet to take the first word."""
         member, name = share.peer.member, share.peer.endpoint_name
         try:
@@ -179,7 +181,7 @@ class NixlSender(Sender):
                 if not self._opened.warm(name):
                     self._failed[member] = ConnectError(f"{member} does not answer: it has not taken the first word")
                     return True
-            self._ways[member] = self._way(share)
+            self._ways[member] = await self._way(share)
         except Exception as error:  # whatever it is, it is named, and costs this edge only
             self._failed[member] = error
             if isinstance(error, TransferError):
@@ -189,11 +191,12 @@ class NixlSender(Sender):
             self._silent.discard(name)
         return False
 
-    def _way(self, share: Share) -> _Way:
+    async def _way(self, share: Share) -> _Way:
         if not share.bytes:
             return _Way(share, None, None)
         arenas, layout = self._memory.arenas, self._memory.layout
-        packing = pack_table(share.copies, layout)
+        # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
+        packing = await computed(partial(pack_table, share.copies, layout))
         edge = self._opened.prepare_edge(
             share.peer.endpoint_name,
             layout.regions,

@@ -1,8 +1,8 @@
 """The journal: real files, real fsync, real deaths of the process and of the disk."""
 
-import asyncio
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.daemon.journal import (
+    JOURNAL_SCHEMA,
     MAX_ENTRY_BYTES,
-    AsyncJournal,
     Journal,
     JournalError,
     JournalLocked,
@@ -176,14 +176,15 @@ def test_bodies_have_a_limit_and_are_text(journal: Journal) -> None:
     assert append(journal, "A", b"{}") == 1
 
 
-def test_a_newer_schema_is_refused(path: Path) -> None:
+@pytest.mark.parametrize("schema", [JOURNAL_SCHEMA - 1, JOURNAL_SCHEMA + 1])
+def test_another_schema_is_refused(path: Path, schema: int) -> None:
     with Journal.open(path) as journal:
-        journal._connection.execute("UPDATE meta SET value = '2' WHERE name = 'schema'")
+        journal._connection.execute("UPDATE meta SET value = ? WHERE name = 'schema'", [schema])
     for opened in (Journal.open, Journal.read_only):
-        with pytest.raises(JournalError, match="has schema 2"):
+        with pytest.raises(JournalError, match=f"has schema {schema}, this daemon knows {JOURNAL_SCHEMA}"):
             opened(path)
     # The lock of the failed attempt is free again.
-    with pytest.raises(JournalError, match="has schema 2"):
+    with pytest.raises(JournalError, match=f"has schema {schema}"):
         Journal.open(path)
 
 
@@ -221,6 +222,51 @@ def test_damage_is_noticed(path: Path) -> None:
         Journal.open(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "damage"),
+    [
+        ("body", '{"n": 2}'),
+        ("body", b"\xff\xfe"),
+        ("body", 5),
+        ("kind", "B"),
+        ("kind", b"\xff"),
+        ("unix_time", 12.25),
+        ("unix_time", "text"),
+        ("checksum", 0),
+    ],
+)
+def test_an_entry_that_is_not_what_was_written_says_so(journal: Journal, column: str, damage: object) -> None:
+    """SQLite's own check sees pages that make no sense, not a digit that is another."""
+    journal.append([("A", b'{"n": 1}'), ("A", b'{"n": 1}')])
+    journal._connection.execute("DROP TRIGGER entries_are_final")
+    journal._connection.execute(f"UPDATE entries SET {column} = ? WHERE sequence = 2", [damage])
+    assert [entry.intact for entry in journal.entries()] == [True, False]
+
+
+def test_no_byte_of_an_entry_changes_unseen(path: Path) -> None:
+    """Whichever byte of the file is another one: it is refused, or the entries are what was written or say so."""
+    bodies = [b'{"text": "%s%d"}' % (b"x" * 40, number) for number in range(20)]
+    with Journal.open(path, clock=lambda: 12.5) as journal:
+        journal.append([("A", body) for body in bodies])
+    whole, chance, seen = path.read_bytes(), random.Random(3), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        at = chance.randrange(len(whole))
+        damaged[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            with Journal.open(path) as journal:
+                entries = list(journal.entries())
+        except (JournalError, JournalLost):
+            seen += 1
+            continue
+        seen += not all(entry.intact for entry in entries)
+        assert [entry.body for entry in entries if entry.intact] == [
+            body for body, entry in zip(bodies, entries, strict=False) if entry.intact
+        ]
+    assert seen > 10
+
+
 def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> None:
     append(journal, "A", b"{}")
     with Journal.read_only(path) as reader:
@@ -237,45 +283,41 @@ def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> N
         Journal.read_only(path.with_name("absent"))
 
 
-def test_pruning_keeps_open_rounds_other_kinds_and_the_newest(journal: Journal) -> None:
-    def write(kind: str, number: int) -> None:
-        append(journal, kind, json.dumps({"type": kind, "round": [1, number]}).encode())
-
-    write("RoundBegan", 99)
-    for number in range(5):
-        for kind in ("RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"):
-            write(kind, number)
-    write("LiveDirty", 99)
-    assert journal.prune(keep_rounds=10) == 0
-    assert journal.prune(keep_rounds=2) == 3 * 4
-    assert journal.prune(keep_rounds=2) == 0
-    left = [(entry.kind, json.loads(entry.body)["round"][1]) for entry in journal.entries()]
-    whole = ["RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"]
-    assert left == [
-        ("RoundBegan", 99), ("Committed", 0), ("Committed", 1), ("Committed", 2),
-        *((kind, 3) for kind in whole), *((kind, 4) for kind in whole), ("LiveDirty", 99),
-    ]  # fmt: skip
-    assert append(journal, "A", b"{}") == 28
+def test_from_the_newest_of_a_kind_on(journal: Journal) -> None:
+    for kind in "ABCABC":
+        append(journal, kind, b"{}")
+    assert [entry.sequence for entry in journal.since("B")] == [5, 6]
+    assert [entry.sequence for entry in journal.since("X")] == [1, 2, 3, 4, 5, 6]
+    assert [entry.sequence for entry in journal.after(4)] == [5, 6]
+    assert [journal.nth_newest("A", n) for n in (1, 2, 3)] == [4, 1, 0]
 
 
-async def test_behind_a_thread(path: Path) -> None:
-    journal = AsyncJournal(Journal.open(path))
-    sequences = await asyncio.gather(*(journal.append([("A", b"{}")]) for _ in range(20)))
-    assert sorted(sequences) == [[number] for number in range(1, 21)]
-    assert await journal.append([("B", b"{}")]) == [21]
-    assert [entry.sequence for entry in await journal.entries(["B"])] == [21]
-    assert await journal.prune(1) == 0
-    await journal.close()
-    Journal.open(path).close()
+def test_the_oldest_of_a_kind_are_dropped_and_no_sequence_comes_again(journal: Journal) -> None:
+    for kind in "ABAABA":
+        append(journal, kind, b"{}")
+    assert [journal.drop("A", before=6, at_most=2) for _ in range(3)] == [2, 1, 0]
+    assert [(entry.sequence, entry.kind) for entry in journal.entries()] == [(2, "B"), (5, "B"), (6, "A")]
+    assert journal.drop("A", before=7, at_most=9) == 1
+    assert append(journal, "A", b"{}") == 7
 
 
-async def test_a_cancelled_caller_does_not_stop_the_commit(path: Path) -> None:
-    journal = AsyncJournal(Journal.open(path))
-    task = asyncio.create_task(journal.append([("A", b"{}")]))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await journal.append([("B", b"{}")])
-    assert [entry.kind for entry in await journal.entries()][-1] == "B"
-    await journal.close()
+def test_what_was_dropped_is_given_back_to_the_disk_piece_by_piece(journal: Journal, path: Path) -> None:
+    for _ in range(100):
+        append(journal, "A", b'{"text": "%s"}' % (b"x" * 20_000))
+    assert not journal.shrink(100), "nothing was dropped"
+    journal.drop("A", before=100, at_most=100)
+    pieces = 1
+    while journal.shrink(100):
+        pieces += 1
+    assert pieces > 4
+    journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert path.stat().st_size < 100_000
+
+
+def test_a_file_that_cannot_give_anything_back_is_left_as_it_is(journal: Journal, path: Path) -> None:
+    """As one that another program has written anew."""
+    journal._connection.execute("PRAGMA auto_vacuum = NONE")
+    journal._connection.execute("VACUUM")
+    append(journal, "A", b'{"text": "%s"}' % (b"x" * 20_000))
+    journal.drop("A", before=2, at_most=1)
+    assert not journal.shrink(100)

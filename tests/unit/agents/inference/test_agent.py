@@ -39,9 +39,15 @@ class Thread:
 
     failure = None
     alive = True
+    epoch = 1
+    lease: tuple[float, float] | None = None
 
     def __init__(self) -> None:
         self.posted: list[Any] = []
+        self.said: list[Any] = []
+
+    def say_once(self, word: Any) -> None:
+        self.said.append(word)
 
     def post(self, work: Any) -> None:
         self.posted.append(work)
@@ -189,7 +195,7 @@ def test_the_same_introduction_again_does_nothing(introduced: tuple[InferenceAge
 def test_an_agent_that_was_closed_comes_back_as_itself(introduced: tuple[InferenceAgent, InitInfo]) -> None:
     agent, info = introduced
     first = thread_of(agent)
-    first._epoch = 7  # as after a Welcome
+    first.obedience.epoch = 7  # as after a Welcome
     agent.close()
     assert not first.alive
     with pytest.raises(UpdateFailed, match="was closed"):
@@ -197,16 +203,18 @@ def test_an_agent_that_was_closed_comes_back_as_itself(introduced: tuple[Inferen
     agent.begin(info)
     second = thread_of(agent)
     assert second is not first
-    assert (second.incarnation, second.epoch) == (first.incarnation, 7)
+    assert second.obedience is first.obedience
+    assert second.epoch == 7
 
 
 def test_a_daemon_may_move(introduced: tuple[InferenceAgent, InitInfo]) -> None:
     agent, info = introduced
     first = thread_of(agent)
-    first._epoch = 7
+    first.obedience.epoch = 7
     agent.begin(msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents"))
     assert not first.alive
-    assert (thread_of(agent).incarnation, thread_of(agent).epoch) == (first.incarnation, 7)
+    assert thread_of(agent).obedience is first.obedience
+    assert thread_of(agent).epoch == 7
 
 
 @pytest.mark.parametrize("other", [{"run_id": "another"}, {"engine": "engine-1"}, {"world": 2}])
@@ -216,7 +224,7 @@ def test_who_has_obeyed_is_not_given_to_another_run(
     agent, info = introduced
     (field,) = other
     thread = thread_of(agent)
-    thread._epoch = 7
+    thread.obedience.epoch = 7
     with pytest.raises(InfoError, match=rf"init_info\.{field}: .* restart the engine"):
         agent.begin(msgspec.structs.replace(info, **other))
     assert thread_of(agent) is thread

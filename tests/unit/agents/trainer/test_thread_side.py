@@ -1,6 +1,7 @@
 """A trainer rank's side of grants: which it refuses, what it says when it closes, whom it tells the fate."""
 
 import asyncio
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -162,6 +163,9 @@ class Thread:
         self.said.append(message)
         return True
 
+    def say_once(self, word: Any) -> None:
+        self.send(word)
+
     def spawn(self, work: Any) -> "asyncio.Task[None]":
         return asyncio.get_running_loop().create_task(work)
 
@@ -286,6 +290,43 @@ async def test_what_went_wrong_on_our_side_is_said(rank: Any) -> None:
     assert rank.side.status().open_rounds == ()
 
 
+async def test_a_heartbeat_passes_while_the_digest_of_a_grant_computes(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped() -> Reading:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return Reading({TARGET: (1, 2)}, NOWHERE)
+
+    rank.owed.read = stopped
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side.heard(GRANT)
+    assert await asyncio.to_thread(computing.wait, 10)
+    heartbeat = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(heartbeat.set_result, "answered")
+    assert await heartbeat == "answered"
+    assert rank.wire.granted == [], "nothing is written before it is digested"
+    assert rank.side.status().open_rounds == (ROUND,)
+    go_on.set()
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+
+
+async def test_a_heartbeat_passes_while_the_tables_of_a_plan_are_made(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped(connect: Connect) -> Sequence[Share]:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return ()
+
+    rank.owed.replan = stopped
+    connecting = asyncio.create_task(rank.side.connect(replace(CONNECT, fingerprint="others")))
+    assert await asyncio.to_thread(computing.wait, 10)
+    go_on.set()
+    await connecting
+
+
 # ----------------------------------------------------------------------------------------------- each peer for itself
 async def test_a_peer_that_fails_is_told_beside_those_that_were_written(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
@@ -349,8 +390,7 @@ async def test_an_abort_ends_the_edges_that_it_names(rank: Any) -> None:
 async def test_an_abort_without_names_ends_all(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.ends = {}
-    rank.side.heard(BOTH)
-    await asyncio.sleep(0)
+    await write(rank, BOTH)
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
     assert sorted(rank.wire.stopped) == [TARGET, OTHER]
     for member in (TARGET, OTHER):

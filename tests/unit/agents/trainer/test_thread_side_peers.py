@@ -118,6 +118,9 @@ class Trainer:
         self.said.append((time.monotonic(), message))
         return True
 
+    def say_once(self, word: Any) -> None:
+        self.send(word)
+
     def announce(self) -> None: ...
 
     def spawn(self, work: Any) -> "asyncio.Task[None]":

@@ -9,7 +9,7 @@ from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut
 from weightsync.orchestrator.protocol.messages import Announce, Outcome, Staged, TcpStoreRendezvous, Welcome
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -90,7 +90,7 @@ def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -
 
 def test_a_version_that_waits_for_engines_names_the_one_that_does_not_fit(drive: Any) -> None:
     """Beside one that has not come: nobody else can say what is wrong."""
-    fleet = drive(("e0", "e1"), options={"join": 10.0})
+    fleet = drive(("e0", "e1"), options={"join": 10.0, "patience": 5.0})
     fleet.connect(TRAINER)
     fleet.says(TRAINER, ANNOUNCE)
     fleet.passes(0.0)
@@ -100,8 +100,8 @@ def test_a_version_that_waits_for_engines_names_the_one_that_does_not_fit(drive:
     reject(fleet)
     fleet.says(TRAINER, Staged(version=Version(7, 1), bytes=1, convert_seconds=0.0, digest_seconds=0.0))
     fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
-    fleet.passes(10.0)
-    assert fleet.sent(TRAINER, Outcome)[-1].reason == f"after 10 s: an engine that fits: {WHY}"
+    fleet.passes(15.0)
+    assert fleet.sent(TRAINER, Outcome)[-1].reason == f"after 15 s: an engine that fits: {WHY}"
 
 
 def test_an_outdated_plan_or_refusal_is_ignored(drive: Any) -> None:
@@ -182,3 +182,18 @@ def test_another_layout_of_the_same_process_is_planned_anew(drive: Any) -> None:
     assert len(plans(fleet)) == before + 1
     fleet.plan()
     assert fleet.fleet.is_confirmed(TRAINER)
+
+
+def test_what_an_engine_leaves_out_is_said_once(drive: Any) -> None:
+    fleet = drive()
+    fleet.join()
+    entries = (
+        LeftOut("unwritten", "a buffer", ("cache",), 1),
+        LeftOut("unneeded", "nothing", tuple(f"mtp.{number}" for number in range(9)), 900),
+    )
+    for _ in range(2):
+        fleet.says(FIRST, Announce(layout=Layout((), (), b"", left_out=entries)))
+    assert [line for line in fleet.told().splitlines() if "leave out" in line] == [
+        "e0/0: rounds leave out 1 unwritten (a buffer): cache; "
+        "900 unneeded (nothing): mtp.0, mtp.1, mtp.2, mtp.3, mtp.4, mtp.5, mtp.6, mtp.7, …"
+    ]

@@ -141,6 +141,11 @@ def test_numbers_of_any_width_are_counted(dtype):
         values[4, 5] = before
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool])
+def test_formats_without_such_numbers_are_not_looked_at(dtype):
+    assert FiniteCheck([Raw(dtype)], torch.full((2048,), 0xFF, dtype=torch.uint8)).find() == ()
+
+
 def test_memory_that_is_known_to_be_finite_is_not_read(state):
     """Known of all but one tensor, and of the front of another: both of these are looked at."""
     slots = slots_of(state)
