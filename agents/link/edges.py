@@ -8,7 +8,8 @@ from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.side import AgentSide
-from weightsync.orchestrator.protocol.messages import Connect, EdgeFailure, Ready
+from weightsync.orchestrator.protocol.edges import EdgeFailure
+from weightsync.orchestrator.protocol.messages import Connect, Ready
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.text import clean
 

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
-from weightsync.orchestrator.protocol.messages import Closed, Fault, Grant, PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.messages import Closed, Fault, Grant
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member
 from weightsync.orchestrator.protocol.text import clean
 

@@ -18,6 +18,7 @@ from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
@@ -28,7 +29,6 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Needs,
     Outcome,
-    PeerTransfer,
     Staged,
     Standing,
     TcpStoreRendezvous,

@@ -9,8 +9,9 @@ import pytest
 from weightsync.agents.errors import AgentError
 from weightsync.agents.link import edges as link_edges
 from weightsync.agents.link.edges import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, PlanEdges
+from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
-from weightsync.orchestrator.protocol.messages import Connect, EdgeFailure, Fault, Peer, Ready
+from weightsync.orchestrator.protocol.messages import Connect, Fault, Ready
 from weightsync.orchestrator.protocol.names import Member
 
 MEMBER, FIRST, SECOND = Member("trainer", "", 0), Member("inference", "e0", 0), Member("inference", "e1", 0)

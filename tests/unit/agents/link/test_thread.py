@@ -14,12 +14,12 @@ from weightsync.agents.link.connection import NotObeyed
 from weightsync.agents.link.introduction import Identity
 from weightsync.agents.link.thread import AgentThread, ControlAddress
 from weightsync.agents.memory.nic import NicError
+from weightsync.orchestrator.protocol.edges import EdgeFailure
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Closed,
     Connect,
-    EdgeFailure,
     Fault,
     FromAgent,
     FromDaemon,

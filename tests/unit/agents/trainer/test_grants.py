@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 from weightsync.agents.trainer.grants import SAY_SECONDS, OpenGrant, not_written
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
-from weightsync.orchestrator.protocol.messages import Closed, Grant, PeerTransfer
+from weightsync.orchestrator.protocol.messages import Closed, Grant
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
 
 A, B, C, D = (Member("inference", name, 0) for name in "abcd")

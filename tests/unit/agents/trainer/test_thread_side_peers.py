@@ -25,15 +25,14 @@ from weightsync.agents.memory.arena import region_of
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.interface import SourceMemory
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
+from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer
 from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
     Connect,
-    EdgeFailure,
     Grant,
     NixlSettings,
-    Peer,
     Ready,
     Welcome,
 )
