@@ -12,7 +12,8 @@ from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.digest import digest
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Peer, Tensor, as_matrix, row
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Tensor, as_matrix, row
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member
 
@@ -142,6 +143,14 @@ def planned(slots, targets, incarnation=1):
         expected_bytes=part.expected_bytes,
     )
     return plan, connect
+
+
+async def handed_over(sender, members, seconds, groups=None):
+    """The ends of a write, by member."""
+    ends = []
+    await sender.write(members, seconds, ends.append, groups)
+    assert len({end.member for end in ends}) == len(ends), "each peer's end is told once"
+    return {end.member: end for end in ends}
 
 
 def replace_name(peer, name):

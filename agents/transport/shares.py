@@ -15,7 +15,8 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, Peer, as_matrix
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Digest, Member
 
@@ -95,6 +96,11 @@ class Shares:
         shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
         self._plan = (shares, Spans.union([share.looked for share in shares.values()]))
         return tuple(shares.values())
+
+    @property
+    def sizes(self) -> dict[Member, int]:
+        """Bytes that each peer is owed."""
+        return {member: share.bytes for member, share in self._plan[0].items()}
 
     def read(self) -> Reading:
         """Digest the bytes that each peer is owed, as the slots hold them now. Waits for the device."""

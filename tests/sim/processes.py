@@ -8,6 +8,7 @@ from fleets import ANNOUNCE, BYTES_PER_EDGE
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import AgentSaid, Call
 from weightsync.orchestrator.core.policy import AGENT_SHARE
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -22,7 +23,6 @@ from weightsync.orchestrator.protocol.messages import (
     Holding,
     Left,
     Outcome,
-    PeerTransfer,
     Quiesced,
     Ready,
     TrainerStatus,

@@ -4,7 +4,8 @@ from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.membership import engines
-from weightsync.orchestrator.core.records import REMEMBERED_GENERATIONS, EpochBegan, GrantOver, keep_newest
+from weightsync.orchestrator.core.memory import REMEMBERED_GENERATIONS, keep_newest
+from weightsync.orchestrator.core.records import EpochBegan, GrantOver
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed

@@ -8,6 +8,7 @@ from recordings import recording
 from weightsync.orchestrator.core.commands import Append, Command
 from weightsync.orchestrator.core.events import AgentSaid
 from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import (
     AnyRecord,
@@ -15,10 +16,8 @@ from weightsync.orchestrator.core.records import (
     Decided,
     EpochBegan,
     LiveDirty,
-    Memory,
     RoundBegan,
     RoundEnded,
-    replay,
 )
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.messages import Staged, TrainerStatus
