@@ -5,7 +5,7 @@ import asyncio
 import sys
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, Refused, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.client import Denied, NotDone, Unreachable, fetch, token_for
 from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
 from weightsync.orchestrator.daemon.admin.verbs import MAX_REASON, MAX_WHO, Order
 from weightsync.orchestrator.daemon.admin.views import VerbView
@@ -46,7 +46,7 @@ def ask(verb: str, target: str, by: str, options: argparse.Namespace) -> int:
     except Denied as error:
         print(error, file=sys.stderr)
         return Exit.DENIED
-    except Refused as error:
+    except NotDone as error:
         print(error, file=sys.stderr)
         return Exit.REFUSED
     except Unreachable as error:

@@ -20,7 +20,7 @@ class Unreachable(Exception):
     """No usable answer from the daemon."""
 
 
-class Refused(Exception):
+class NotDone(Exception):
     """The daemon understands, and does not do it."""
 
 
@@ -47,7 +47,7 @@ async def fetch(
     With ``order``, it is posted, and an answer in plain text that is not 200 is a refusal.
 
     Raises:
-        Unreachable, Denied, Refused.
+        Unreachable, Denied, NotDone.
     """
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     where, method = url.partition("?")[0], "GET" if order is None else "POST"
@@ -60,7 +60,7 @@ async def fetch(
             if response.status in (401, 403):
                 raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
             if order is not None and response.status != 200 and response.content_type == "text/plain":
-                raise Refused(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
+                raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
             if response.status != 200:
                 raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
             data = bytearray()

@@ -110,6 +110,8 @@ def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
         return f"not STAGED by {_named(lacking)}"
     if staged(fleet) == version:
         return ""
+    if not fleet.trainers():
+        return "a trainer: none is connected"
     silent = [str(agent.member) for agent in fleet.trainers() if agent.announce is None]
     return f"trainer ranks that have not announced their layout: {_named(silent)}"
 

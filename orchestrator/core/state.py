@@ -223,8 +223,7 @@ class Unclosed:
 
 @dataclass(slots=True)
 class Fleet:
-    """The whole state. ``started``, ``ended_at``: when the daemon began and the last round ended, on the clock of
-    ``now``; ``epoch``: of this daemon, which ends with its round when ``stopping``; ``words``: see ``core.since``."""
+    """The whole state. ``started``, ``ended_at``: the daemon, its last round; ``words``: see ``core.since``."""
 
     policy: Policy
     journal_id: str

@@ -30,6 +30,10 @@ class Reload:
         self._read, self._inbox, self._engines = read, inbox, engines
         self._asked = asyncio.Event()
 
+    def stop_seconds(self) -> float:
+        """How long a round may take once the daemon is told to stop."""
+        return self.settings.deadlines.stop_seconds
+
     def ask(self) -> None:
         """SIGHUP arrived."""
         self._asked.set()

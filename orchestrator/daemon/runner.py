@@ -155,9 +155,7 @@ class Runner:
             stable=self.stable,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines)
-        self.stopping = Stopping(
-            self.inbox, self.outbox, self.fleet, lambda: self.reload.settings.deadlines.stop_seconds
-        )
+        self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
 
     async def _listen(self) -> int:
         views = LiveViews(

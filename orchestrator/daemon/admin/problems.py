@@ -123,7 +123,7 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
         yield _Found("critical", what, _mend_torn(fleet), name, began)
     if is_held:
         what = f"held by the operator ({fleet.memory.holds[name]})"
-        yield _Found("degraded", what, "weightsync-orchestrator release ENGINE", name)
+        yield _Found("degraded", what, f"weightsync-orchestrator release {name}", name)
     if word == "held" and not is_held:
         yield _Found("degraded", *_holds_nothing(fleet, now), name, began)
     elif word == "unreachable":

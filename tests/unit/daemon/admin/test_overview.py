@@ -61,16 +61,22 @@ def test_an_engine_in_the_status(overview: Overview) -> None:
     assert overview.status(fleet, History(), (), now=0.0).engines[0].error == "its layout is another model's"
 
 
-def test_since_changes_with_the_state_only(overview: Overview, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100, 200))
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+def test_since_when_comes_from_the_core_however_late_somebody_asks(
+    overview: Overview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    fleet = fleet_with(SERVING, paused=False)
+    fleet.words = {"e0": ("serving", 20.0)}
+    assert overview.status(fleet, History(), (), now=50.0).engines[0].since == 970.0
+    fleet.engines["e0"].paused = True
+    assert overview.status(fleet, History(), (), now=50.0).engines[0].since == 1000.0, "it is news"
 
-    def since(**engine: Any) -> float:
-        return overview.status(fleet_with(SERVING, **engine), History(), (), now=0.0).engines[0].since
 
-    first = since(paused=False)
-    assert since(paused=False) == first
-    assert since(paused=True) > first
+def test_what_a_publish_waits_for(overview: Overview) -> None:
+    fleet = fleet_with(SERVING, paused=False)
+    fleet.waiting_since[Version(7, 2)] = 3.0
+    (waiting,) = overview.status(fleet, History(), (), now=4.0).waiting
+    assert (waiting.version.step, waiting.waits_for) == (2, "a trainer: none is connected")
 
 
 def test_a_round_under_way(overview: Overview) -> None:
