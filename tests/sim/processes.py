@@ -16,6 +16,8 @@ from weightsync.orchestrator.protocol.messages import (
     EngineStatus,
     FromDaemon,
     Grant,
+    Hold,
+    Holding,
     Left,
     Outcome,
     PeerTransfer,
@@ -83,17 +85,21 @@ class Worker(Agent):
     memory: dict[int, Version | None] = field(default_factory=dict)
     applied: Version | None = None
     torn: bool = False
+    held: bool = False
     window: RoundName | None = None
     window_version: Version | None = None
     over: Callable[[bool], None] | None = None
     refused: set[RoundName] = field(default_factory=set)
 
     def status(self) -> dict[str, TrainerStatus | EngineStatus]:
-        return {"engine": EngineStatus(self.applied, self.window, self.torn)}
+        return {"engine": self.engine_status()}
+
+    def engine_status(self) -> EngineStatus:
+        return EngineStatus(self.applied, self.window, self.torn, self.held)
 
     @property
     def may_run(self) -> bool:
-        return self.applied is not None and not self.torn and self.window is None
+        return self.applied is not None and not self.torn and self.window is None and not self.held
 
     def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[bool], None]) -> None:
         """The update call reaches the worker."""
@@ -110,10 +116,10 @@ class Worker(Agent):
         version, over = self.window_version, self.over
         self.window, self.over = None, None
         if good:
-            self.applied, self.torn = version, False
+            self.applied, self.torn, self.held = version, False, False
         else:
             self.torn = self.torn or torn
-        self.say(Left(round=name, status=EngineStatus(self.applied, None, self.torn)))
+        self.say(Left(round=name, status=self.engine_status()))
         assert over is not None
         over(good)
 
@@ -123,6 +129,9 @@ class Worker(Agent):
                 self.world.later(self.world.short(), lambda: self._verify(message))
             case Commit():
                 self.leave(message.round, True, False)
+            case Hold():
+                self.held = message.held
+                self.say(Holding(status=self.engine_status()))
             case Abort():
                 self.refused.add(message.round)
                 self.leave(message.round, False, message.torn)
@@ -146,7 +155,7 @@ class Trainer(Agent):
     open: RoundName | None = None
 
     def status(self) -> dict[str, TrainerStatus | EngineStatus]:
-        return {"trainer": TrainerStatus(self.staged, self.open)}
+        return {"trainer": TrainerStatus(self.staged, (self.open,) if self.open is not None else ())}
 
     def heard(self, message: FromDaemon) -> None:
         match message:

@@ -73,7 +73,7 @@ class World:
         self._ids = itertools.count(1)
         self.log: list[str] = []
         self.policy = policy_for(
-            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", attempts=4, backoff=0.5,
+            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", retry=60.0, backoff=0.5,
             join=2000.0, staged=500.0, rendezvous=20.0, probe=4.0, probe_interval=2.0, attach=8.0, pause=10.0,
             quiesce=10.0, transfer=10.0, verify=10.0, finish=10.0,
         )  # fmt: skip
