@@ -166,7 +166,7 @@ class TrainerSide:
     def status(self) -> TrainerStatus:
         return TrainerStatus(
             staged=self._staged,
-            open_round=self._open,
+            open_rounds=(self._open,) if self._open is not None else (),
             restaged=self._restaged,
             follows_needs=self._follows_needs,
         )

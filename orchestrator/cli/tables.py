@@ -51,7 +51,7 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     for row, line in zip(rounds, table[1:], strict=True):
         lines.append(line)
         lines.extend([f"    {row.reason}"] if row.reason else [])
-        lines.extend([f"    left out: {', '.join(row.evicted)}"] if row.evicted else [])
+        lines.extend([f"    left out: {', '.join(row.left_out)}"] if row.left_out else [])
     return "\n".join(lines)
 
 

@@ -94,7 +94,10 @@ class SendPlan(Command):
 
 @dataclass(frozen=True, slots=True)
 class CallEngine(Command):
-    """``number`` comes back in CallDone or CallFailed; ``round`` and ``version`` for those calls that belong to one."""
+    """``number`` comes back in CallDone or CallFailed; ``round`` and ``version`` for those calls that belong to one.
+
+    ``ranks``: of a resume, the processes that it means, as rank → incarnation; no other may serve by it.
+    """
 
     engine: str
     call: Call
@@ -102,6 +105,7 @@ class CallEngine(Command):
     deadline: float
     round: RoundName | None = None
     version: Version | None = None
+    ranks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

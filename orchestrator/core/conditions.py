@@ -6,6 +6,7 @@ The order is the one in which people can do something about it: the trainer firs
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from weightsync.orchestrator.core import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
 
@@ -43,19 +44,50 @@ def is_catch_up(fleet: Fleet, version: Version) -> bool:
     return version in fleet.memory.done
 
 
-def targets(fleet: Fleet, version: Version) -> list[str]:
-    """Engines that a round should bring to the version."""
+def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
+    """Engines that a round should bring to the version.
+
+    One that was left out comes back by a round of its own, in which it can cost nobody anything; it takes part with
+    others only where a commit needs it.
+    """
     catch_up = is_catch_up(fleet, version)
-    usable = [name for name in fleet.usable() if not (catch_up and fleet.version_of(name) == version)]
-    return _whole_units(fleet, version, usable)
+    usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
+    if catch_up:
+        behind = [name for name in usable if fleet.version_of(name) != version]
+        alone = next((name for name in behind if _has_failed(fleet, name)), None)
+        return [n for n in behind if not _has_failed(fleet, n)] or (
+            [n for n in fleet.unit(alone) if n in behind] if alone is not None else []
+        )
+    good = [name for name in usable if not _has_failed(fleet, name)]
+    return good if len(good) >= fleet.quorum() else usable
 
 
-def ready(fleet: Fleet, version: Version) -> list[str]:
-    """Those of them whose every rank has confirmed its edges."""
-    confirmed = [
-        name for name in targets(fleet, version) if all(fleet.is_confirmed(a.member) for a in fleet.ranks_of(name))
-    ]
-    return _whole_units(fleet, version, confirmed)
+def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
+    waits = now < fleet.engines[name].retry_at
+    return not waits and name not in fleet.memory.holds and not fleet.tainted(name)
+
+
+def _has_failed(fleet: Fleet, name: str) -> bool:
+    return any(fleet.engines[other].failures for other in fleet.unit(name))
+
+
+def ready(fleet: Fleet, version: Version, now: float) -> list[str]:
+    """Those of them that a round can begin with at once."""
+    return _whole_units(fleet, version, [name for name in targets(fleet, version, now) if not unready(fleet, name)])
+
+
+def unready(fleet: Fleet, name: str) -> str:
+    """What the engine itself has to do before it can be in a round; empty when it can."""
+    late = [agent.member for agent in fleet.ranks_of(name) if not fleet.is_confirmed(agent.member)]
+    if late:
+        return f"agents that have not confirmed their edges: {_named(map(str, late))}"
+    if dead := rendezvous.dead_edge(fleet, name):
+        return dead
+    # Answers are told apart by number, so a second call of its kind would make the first one's answer look outdated.
+    if fleet.engines[name].calls:
+        return f"an answer of {name}"
+    inside = [str(agent.member) for agent in fleet.ranks_of(name) if agent.status.window is not None]
+    return f"workers that are still inside an earlier round: {_named(inside)}" if inside else ""
 
 
 def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str]:
@@ -88,10 +120,10 @@ def _not_marked(fleet: Fleet, version: Version, now: float) -> str:
     return "" if is_stable(fleet, version) else f"broadcasts/step_{version.step}/STABLE is missing"
 
 
-def _unclosed(fleet: Fleet, version: Version, now: float) -> str:
-    """Nobody may still write for an earlier round."""
-    names = [f"{writer} (round {pending.round})" for writer, pending in sorted(fleet.unclosed.items())]
-    return f"writers that have not closed their grant and are not proved dead: {', '.join(names)}" if names else ""
+def _maintenance(fleet: Fleet, version: Version, now: float) -> str:
+    """The operator lets rounds begin."""
+    wish = fleet.memory.maintenance
+    return f"the end of maintenance ({wish})" if wish is not None else ""
 
 
 def _no_plan(fleet: Fleet, version: Version, now: float) -> str:
@@ -107,23 +139,50 @@ def _no_plan(fleet: Fleet, version: Version, now: float) -> str:
 
 def _no_target(fleet: Fleet, version: Version, now: float) -> str:
     """Some engine needs the version and can take it."""
-    if targets(fleet, version):
+    here = len(targets(fleet, version, now))
+    enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
+    if here >= enough:
         return ""
-    usable = set(fleet.usable())
-    late = [name for name in fleet.engines if name not in usable and fleet.version_of(name) != version]
-    return f"engines that can take part: {', '.join(late)}" if late else "nothing: every engine holds it"
+    late = [f"{name} ({_why_not(fleet, name, now)})" for name in fleet.engines if fleet.version_of(name) != version]
+    if not late:
+        return "nothing: every engine holds it"
+    few = f"{enough - here} more of " if here else ""
+    return f"{few}engines that can take part: {_named(late)}"
 
 
-def _unconfirmed(fleet: Fleet, version: Version, now: float) -> str:
-    """Every member has confirmed its edges of the plan."""
-    trainers = [agent.member for agent in fleet.trainers()]
-    ranks = [agent.member for name in targets(fleet, version) for agent in fleet.ranks_of(name)]
-    late = [member for member in (*trainers, *ranks) if not fleet.is_confirmed(member)]
-    # Every writer must be there, but a round does not wait for ever for an engine beside others that are ready.
-    overdue = now >= fleet.planned_at + fleet.policy.rendezvous and ready(fleet, version)
-    if not late or (overdue and all(member.role == "inference" for member in late)):
+def _why_not(fleet: Fleet, name: str, now: float) -> str:
+    """Why the engine is in no round."""
+    engine = fleet.engines[name]
+    if name in fleet.memory.holds:
+        return f"held: {fleet.memory.holds[name]}"
+    if not engine.reachable:
+        return engine.error or "it has not answered yet"
+    if not fleet.attached(name):
+        return "not all of its ranks have joined"
+    if engine.misfit:
+        return engine.misfit
+    writers = [f"{writer} of round {grant}" for writer, grant in fleet.tainted(name)]
+    if writers:
+        return f"{_named(writers)} may still write to it and is not proved dead"
+    return (
+        f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}" if engine.failures else "ready"
+    )
+
+
+def _unready(fleet: Fleet, version: Version, now: float) -> str:
+    """Every writer has confirmed its edges of the plan, and every engine is ready, or the others have waited for it."""
+    late = [str(agent.member) for agent in fleet.trainers() if not fleet.is_confirmed(agent.member)]
+    if late:
+        return f"agents that have not confirmed their edges: {_named(late)}"
+    here = ready(fleet, version, now)
+    wanted = targets(fleet, version, now)
+    enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
+    overdue = now >= max(fleet.planned_at, fleet.ended_at) + fleet.policy.patience and len(here) >= enough
+    if len(here) == len(wanted) or overdue:
         return ""
-    return f"agents that have not confirmed their edges: {_named(map(str, late))}"
+    return next(
+        why for name in wanted if name not in here for other in fleet.unit(name) if (why := unready(fleet, other))
+    )
 
 
 def _too_early(fleet: Fleet, version: Version, now: float) -> str:
@@ -136,22 +195,6 @@ def _other_round(fleet: Fleet, version: Version, now: float) -> str:
     return "" if fleet.round is None else f"the end of round {fleet.round.name}"
 
 
-def _calls_under_way(fleet: Fleet, version: Version, now: float) -> str:
-    """The engines have answered every call."""
-    # A probe's answer comes within its deadline. Answers are told apart by number, so a second call of its kind
-    # within the round would make the first one's answer look outdated.
-    busy = [name for name in ready(fleet, version) if fleet.engines[name].calls]
-    return f"an answer of {', '.join(busy)}" if busy else ""
-
-
-def _inside_earlier_round(fleet: Fleet, version: Version, now: float) -> str:
-    """No worker is inside the update call of an earlier round."""
-    # Told to leave; each will say LEFT, or leaves at its own deadline.
-    agents = [agent for name in ready(fleet, version) for agent in fleet.ranks_of(name)]
-    inside = [str(agent.member) for agent in agents if agent.status.window is not None]
-    return f"workers that are still inside an earlier round: {_named(inside)}" if inside else ""
-
-
 def _named(members: Iterable[str]) -> str:
     names = list(members)
     return f"{', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
@@ -160,14 +203,12 @@ def _named(members: Iterable[str]) -> str:
 CONDITIONS: Final[tuple[Callable[[Fleet, Version, float], str], ...]] = (
     _not_staged,
     _not_marked,
-    _unclosed,
+    _maintenance,
     _no_plan,
     _no_target,
-    _unconfirmed,
+    _unready,
     _too_early,
     _other_round,
-    _calls_under_way,
-    _inside_earlier_round,
 )
 """In their order. Each gives the clause that says what is missing, or nothing when its condition holds."""
 

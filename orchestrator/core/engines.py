@@ -1,8 +1,20 @@
-"""Engines outside of a round: probed, told where the daemon is, paused again, and resumed when they may serve."""
+"""Engines outside of a round: what each should be, what it was last seen to be, and the call that makes up for it."""
 
+from enum import Enum
+
+from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.core.state import EngineState, Fleet
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Hold
+
+
+class Wish(Enum):
+    """What an engine should be. Nothing else is kept: it follows from the fleet, after every event anew."""
+
+    SERVE = "serve"
+    PAUSE = "pause"
+    AS_IT_IS = "as it is"
 
 
 def may_serve(fleet: Fleet, engine: str) -> bool:
@@ -11,71 +23,119 @@ def may_serve(fleet: Fleet, engine: str) -> bool:
     return version is not None and version == fleet.memory.committed and not fleet.torn(engine)
 
 
-def unit_may_serve(fleet: Fleet, engine: str) -> bool:
-    """So does every rank of its pair: a prefill or decode engine alone has nobody to work with."""
-    return all(may_serve(fleet, name) for name in fleet.unit(engine))
+def wish(fleet: Fleet, engine: str) -> tuple[Wish, str]:
+    """What an engine that is in no round should be, and why. The engines of a pair want the same."""
+    wishes = [_alone(fleet, name) for name in fleet.unit(engine)]
+    if _alone(fleet, engine)[0] is Wish.AS_IT_IS:
+        return _alone(fleet, engine)
+    for want in (Wish.PAUSE, Wish.AS_IT_IS):
+        found = next((each for each in wishes if each[0] is want), None)
+        if found is not None:
+            return found
+    return wishes[0]
 
 
-def must_not_serve(fleet: Fleet, engine: str) -> bool:
-    """Every rank is here, and they hold something else than the fleet's committed version."""
-    version, committed = fleet.version_of(engine), fleet.memory.committed
-    return fleet.torn(engine) or (version is not None and committed is not None and version != committed)
+def _alone(fleet: Fleet, name: str) -> tuple[Wish, str]:
+    memory, current = fleet.memory, fleet.round
+    if name in memory.holds:
+        return Wish.PAUSE, f"the operator holds it: {memory.holds[name]}"
+    if fleet.torn(name):
+        return Wish.PAUSE, "its memory may be torn"
+    version = fleet.version_of(name)
+    if version is None:
+        return Wish.AS_IT_IS, "not every rank of it holds a version"  # a vLLM is held from its start by itself
+    if current is not None and current.decided and not current.catch_up:
+        if version != current.version:
+            return Wish.PAUSE, f"{current.version} is decided"
+        return Wish.AS_IT_IS, f"{current.version} is being committed"
+    if version != memory.committed:
+        return Wish.PAUSE, f"it holds {version}, not {memory.committed}"
+    if current is not None and name in current.engines:
+        return Wish.AS_IT_IS, f"it was left out of {current.version}, which may be decided yet"
+    return Wish.SERVE, f"it holds {version}"
 
 
 def tend_engines(turn: Turn) -> None:
-    """Probe idle engines, start their agents, and resume engines that we paused and that now hold what they should."""
+    """Look at each engine that something happened to, or whose time has come, and that is in no round."""
     fleet = turn.fleet
-    busy = fleet.round.engines.keys() if fleet.round is not None else frozenset()
     for name, engine in fleet.engines.items():
-        if name in busy or engine.calls or turn.now < engine.probe_at:
+        due = turn.now >= engine.probe_at
+        # One whose last call failed is asked again when its time comes, not at once.
+        if not due and (not engine.touched or engine.error):
             continue
+        if engine.calls or (fleet.round is not None and fleet.round.has(name)):
+            continue
+        engine.touched = False
+        want, why = wish(fleet, name)
+        _hold_ranks(turn, name, want, why)
+        if not _act(turn, name, want, why) and due:
+            _look(turn, name)
+
+
+def _act(turn: Turn, name: str, want: Wish, why: str) -> bool:
+    """The call that the difference between wish and observation asks for, if there is one."""
+    fleet, engine = turn.fleet, turn.fleet.engines[name]
+    if want is Wish.PAUSE and engine.paused is False:
         engine.probe_at = turn.now + fleet.policy.probe_interval
-        if engine.ours_paused and fleet.attached(name) and unit_may_serve(fleet, name):
-            _release(turn, name)
-        elif engine.paused is False and must_not_serve(fleet, name):
-            _pause_again(turn, name)
-        elif engine.reachable and not fleet.ranks_of(name):
-            turn.call(name, Call.ATTACH, fleet.policy.attach)
-        else:
-            turn.call(name, Call.PROBE, fleet.policy.probe)
+        turn.say(f"{name} is paused: {why}", "warning")
+        turn.call(name, Call.PAUSE, fleet.policy.pause)
+        return True
+    if want is Wish.SERVE and engine.paused and fleet.attached(name) and not _held_ranks(fleet, name):
+        engine.probe_at = turn.now + fleet.policy.probe_interval
+        turn.say(f"{name} is resumed: {why}")
+        ranks = tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))
+        turn.call(name, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed, ranks)
+        return True
+    return False
 
 
-def _release(turn: Turn, engine: str) -> None:
-    """Resume an engine that we left paused and that holds the committed version (after a restart, or a failed call)."""
-    fleet = turn.fleet
-    turn.say(f"{engine} holds {fleet.memory.committed} and was left paused: it is resumed")
-    turn.call(engine, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed)
+def _look(turn: Turn, name: str) -> None:
+    """Start its agents, or see whether it is there and paused."""
+    fleet, engine = turn.fleet, turn.fleet.engines[name]
+    engine.probe_at = turn.now + fleet.policy.probe_interval
+    if engine.reachable and not engine.ranks:
+        turn.call(name, Call.ATTACH, fleet.policy.attach)
+    else:
+        turn.call(name, Call.PROBE, fleet.policy.probe)
 
 
-def _pause_again(turn: Turn, engine: str) -> None:
-    """Pause an engine that was to be paused and says that it is not, or that came back with another version."""
-    turn.say(f"{engine} serves another version than {turn.fleet.memory.committed}: it is paused", "warning")
-    turn.fleet.engines[engine].ours_paused = True
-    turn.call(engine, Call.PAUSE, turn.fleet.policy.pause)
+def _hold_ranks(turn: Turn, name: str, want: Wish, why: str) -> None:
+    """Tell the workers themselves, over their own connections: it holds where the engine's server does not answer."""
+    if want is Wish.AS_IT_IS:
+        return
+    held = want is Wish.PAUSE
+    for agent in turn.fleet.ranks_of(name):
+        if agent.status.held != held and agent.told_hold != held:
+            agent.told_hold = held
+            turn.send(agent.member, Hold(held=held, reason=why if held else ""))
+
+
+def _held_ranks(fleet: Fleet, name: str) -> bool:
+    return any(agent.status.held for agent in fleet.ranks_of(name))
 
 
 def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineState) -> None:
     """Book what an answer says about the engine itself."""
+    engine.touched = True
     if isinstance(event, CallFailed):
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
-        engine.error = event.reason
-        engine.fault = event.fault
+        engine.error, engine.fault = event.reason, event.fault
+        engine.paused = None  # whether it had its effect is to be seen
         if event.call in (Call.PROBE, Call.ATTACH):
-            engine.reachable = False
-            engine.paused = None  # another server may stand there when it answers again
+            engine.reachable = False  # another server may stand there when it answers again
         return
     if event.paused is not None:
         engine.paused = event.paused
-    match event.call:
-        case Call.PROBE:
-            if not engine.reachable:
-                engine.probe_at = turn.now  # its agents are started at once
-            engine.reachable = True
-            if engine.ranks:  # without agents, why ATTACH failed is what people must read
-                engine.error = ""
-        case Call.RESUME:
-            engine.ours_paused = False
-            engine.error = ""
-        case _:
-            engine.error = ""
+    if event.call is Call.PROBE:
+        if not engine.reachable:
+            engine.probe_at = turn.now  # its agents are started at once
+        engine.reachable = True
+    if event.call is not Call.PROBE or engine.ranks:  # without agents, why ATTACH failed is what people must read
+        engine.error = ""
+
+
+def started_anew(turn: Turn, engine: str) -> None:
+    """Another process stands there: what the one before did is not its fault."""
+    blame.clear(turn, engine)
+    turn.fleet.engines[engine].torn_by = None

@@ -148,5 +148,45 @@ class Appended(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Asked(Event):
+    """Base of what an operator asks for. ``by``: who, for the log; ``reason``: in the operator's words."""
+
+    by: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldAsked(Asked):
+    """The engine is not to serve (``held``), or may again."""
+
+    engine: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MaintenanceAsked(Asked):
+    """No round is to begin (``on``), or they may again."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAsked(Asked):
+    """The round under way is to be given up, if nothing is decided yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryAsked(Asked):
+    """No engine and no version is to wait for its next attempt any longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadDeclared(Asked):
+    """The processes of this writer that may still hold a grant are dead: the operator has seen to it."""
+
+    writer: Member
+
+
+@dataclass(frozen=True, slots=True)
 class Tick(Event):
     """Time passed; some deadline may have."""

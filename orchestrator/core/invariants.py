@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, RoundBegan
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.protocol.messages import Grant
-from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +53,25 @@ def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
     current = fleet.round
     # Within a round that is decided, its version may serve before COMMITTED is durable: every byte of it is verified.
     decided = current.version if current is not None and current.decided else None
-    version = fleet.version_of(command.engine)
-    if version is None or fleet.torn(command.engine) or version not in (fleet.memory.committed, decided):
+    named = [Member("inference", command.engine, rank) for rank, _ in command.ranks]
+    said = [agent for member in named if (agent := fleet.agents.get(member) or fleet.gone.get(member)) is not None]
+    processes = tuple((agent.member.rank, agent.hello.incarnation) for agent in said)
+    if not said or processes != command.ranks or len(said) != said[0].hello.world:
+        raise InvariantViolation(f"S1: resume of {command.engine} means {command.ranks}, known are {processes}")
+    versions = {None if a.status.torn or a.status.window else a.status.applied for a in said}
+    if len(versions) != 1 or not versions <= {fleet.memory.committed, decided} - {None}:
         raise InvariantViolation(
-            f"S1: resume of {command.engine}, whose ranks hold {version} (committed {fleet.memory.committed}, "
+            f"S1: resume of {command.engine}, whose ranks hold {versions} (committed {fleet.memory.committed}, "
             f"decided {decided})"
         )
 
 
 def _begin_is_safe(fleet: Fleet, name: RoundName) -> None:
-    if fleet.unclosed:
-        writers = sorted(map(str, fleet.unclosed))
-        raise InvariantViolation(f"S2: round {name} begins while {writers} have not closed an earlier grant")
+    assert fleet.round is not None
+    for engine in fleet.round.engines:
+        tainted = [f"{writer} ({grant})" for writer, grant in fleet.tainted(engine) if grant != name]
+        if tainted:
+            raise InvariantViolation(f"S2: round {name} begins with {engine}, within reach of {tainted}")
 
 
 def _grant_is_safe(fleet: Fleet, command: Send) -> None:
@@ -73,14 +80,15 @@ def _grant_is_safe(fleet: Fleet, command: Send) -> None:
     assert isinstance(grant, Grant)
     if current is None or grant.round != current.name or grant.round.epoch != fleet.epoch:
         raise InvariantViolation(f"S2: grant {grant.round} to {member} outside the round of epoch {fleet.epoch}")
-    foreign = {str(writer) for writer, pending in fleet.unclosed.items() if pending.round != current.name}
-    if foreign:
-        raise InvariantViolation(f"S2: grant {grant.round} while {sorted(foreign)} have not closed an earlier one")
+    for engine in {target.engine for target in grant.members}:
+        foreign = [str(writer) for writer, name in fleet.tainted(engine) if name != current.name]
+        if foreign:
+            raise InvariantViolation(f"S2: grant {grant.round} to {engine}, within reach of {sorted(foreign)}")
     if fleet.plan is None or not fleet.plan.proved:
         raise InvariantViolation(f"S6: grant {grant.round} on a plan whose coverage was not proved")
     for other in (member, *grant.members):
-        agent = fleet.agents.get(other)
-        known = current.ranks.get(other, agent.hello.incarnation if agent is not None else None)
+        agent = fleet.agents.get(other) or fleet.gone.get(other)
+        known = current.ranks.get(other, current.sources.get(other))
         if agent is None or not fleet.is_confirmed(other) or agent.hello.incarnation != known:
             raise InvariantViolation(f"S5: grant {grant.round} to {member} involves {other}, which is not confirmed")
 
@@ -93,5 +101,5 @@ def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -
         left = current.left.get(member)
         if verified is None or (verified.digest, verified.bytes) != current.expected[member]:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} is not verified")
-        if left is None or left.applied != version:
+        if left is None or left.applied != version or left.torn:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} has not confirmed it")

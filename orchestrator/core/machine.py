@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import engines, invariants, members, needs, rendezvous, versions
+from weightsync.orchestrator.core import engines, invariants, members, needs, operator, rendezvous, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
     AgentLost,
     AgentSaid,
     Appended,
+    Asked,
     CallDone,
     CallFailed,
     Event,
@@ -23,40 +24,55 @@ from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round import reports as rounds
-from weightsync.orchestrator.core.state import EngineState, Fleet, Unclosed
+from weightsync.orchestrator.core.state import ConnectedAgent, EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence, standing
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.codec import cut
-from weightsync.orchestrator.protocol.messages import Announce, Bye, Closed, Left, Quiesced, Ready, Staged, Standing
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Bye,
+    Closed,
+    EngineStatus,
+    Holding,
+    Left,
+    Quiesced,
+    Ready,
+    Staged,
+    Standing,
+)
 from weightsync.orchestrator.protocol.names import Member, Role
 
 
-def start(policy: Policy, journal_id: str, records: list[AnyRecord], now: float) -> tuple[Fleet, list[Command]]:
+def start(
+    policy: Policy, journal_id: str, records: list[AnyRecord], now: float, life: str = ""
+) -> tuple[Fleet, list[Command]]:
     """The state of a daemon that read ``records`` from its journal, and what it does first.
 
-    A round that was DECIDED is committed now. A round that was not is over; its engines are ours to resume or repair,
-    and its writers count as unclosed until they say otherwise.
+    A round that was DECIDED is committed now. A round that was not is over; its writers count as unclosed until they
+    say otherwise. What engines are, they say themselves. ``life``: a nonce, so that no two daemons are taken for one.
     """
     memory = Memory()
     for record in records:
         replay(memory, record)
     known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in policy.engines}
-    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known)
+    fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known, life)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
     for name, orphan in list(memory.open_rounds.items()):
+        torn = orphan.dirty and not orphan.decided
         for engine in orphan.began.engines:
-            if engine in known:
-                known[engine].ours_paused = True
-        if orphan.dirty and not orphan.decided:
-            for writer, incarnation in orphan.writers.items():
-                reach = {_named("inference", rank): of for rank, of in orphan.ranks.items()}
-                fleet.unclosed[_named("trainer", writer)] = Unclosed(name, incarnation, reach)
+            if engine in known and torn:
+                known[engine].torn_by = orphan.began.version
         _end_orphan(turn, orphan.decided, RoundEnded(
             round=name, version=orphan.began.version, attempt=orphan.began.attempt, engines=orphan.began.engines,
-            evicted=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
+            left_out=(), outcome="committed" if orphan.decided else "failed", reason="the daemon was restarted",
             fault="" if orphan.decided else "daemon", bytes=0, descriptors=0, times={},
+            unclosed=orphan.writers if torn else {},
         ))  # fmt: skip
+    for (writer, name), taint in memory.unclosed.items():
+        reach = {_named("inference", rank): incarnation for rank, incarnation in taint.targets.items()}
+        pending = Unclosed(taint.incarnation, taint.host, taint.boot, reach, outlived=True)
+        fleet.unclosed[_named("trainer", writer), name] = pending
     return fleet, turn.commands
 
 
@@ -82,20 +98,20 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
         ImpossibleTransition: the round's table has no entry for it.
     """
     # Level-triggered: handling an event only books what it says about the world. What follows from the whole state is
-    # decided in the sweep below, after every batch of events and whatever they were: engines first, since a call to one
-    # keeps it out of a round; then the plan, which a round needs; then the versions, which begin rounds. A decision
-    # that was missed, or whose effect was lost, is thus made again by the next event, of which there is one every
-    # quarter of a second. The invariants look at commands and state last, before anything is performed.
+    # decided in the sweep below, after every batch of events and whatever they were: the plan first, which a round
+    # needs; then the versions, which begin rounds; engines last, since a call to one keeps it out of a round. A
+    # decision that was missed, or whose effect was lost, is thus made again by the next event, of which there is one
+    # every quarter of a second. The invariants look at commands and state last, before anything is performed.
     turn = Turn(fleet, now, 0)
     before = invariants.snapshot(fleet)
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
-    engines.tend_engines(turn)
     rendezvous.gather_group(turn)
     needs.evaluate(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
+    engines.tend_engines(turn)
     _tell_story(turn)
     invariants.check(fleet, before, turn.commands)
     return turn.commands
@@ -104,8 +120,9 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
 def _handle(turn: Turn, event: Event) -> None:
     match event:
         case AgentConnected():
-            members.connected(turn, event)
-            _retell(turn, event.member)
+            if members.connected(turn, event):
+                rounds.agent_returned(turn, turn.fleet.agents[event.member])
+                _retell(turn, event.member)
         case AgentSaid():
             _said(turn, event)
         case AgentLost():
@@ -126,6 +143,8 @@ def _handle(turn: Turn, event: Event) -> None:
             if turn.fleet.awaited == (kind, name):
                 turn.fleet.awaited = None
                 rounds.durable(turn, name)
+        case Asked():
+            operator.asked(turn, event)
         case Tick():
             rounds.tick(turn)
 
@@ -144,27 +163,33 @@ def _said(turn: Turn, event: AgentSaid) -> None:
     message = event.message
     match message:
         case Announce():
-            rendezvous.announced(turn, agent, message)
+            if rendezvous.announced(turn, agent, message):
+                rounds.agent_changed(turn, event.member)
         case Ready():
-            rendezvous.confirmed(agent, message)
+            rendezvous.confirmed(turn, agent, message)
         case Staged():
             agent.staged = message
             endings.staged_again(turn, message.version, message.restaged)
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
             agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT
-        case Left():
-            agent.status = message.status
+            members.let_out(turn, agent)
+        case Left() | Holding():
+            _status(turn, agent, message.status)
         case Closed():
-            # Also of a round that is over: it is what the next one waits for.
-            pending = turn.fleet.unclosed.get(event.member)
-            if pending is not None and pending.round == message.round:
-                del turn.fleet.unclosed[event.member]
+            members.closed(turn, event.member, message)
         case Bye():
             turn.say(f"{event.member} says good-bye: {message.reason}")
         case _:
             pass
     rounds.agent_said(turn, event)
+
+
+def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
+    """Only an inference rank has one; a trainer's word about it says nothing."""
+    if agent.member.role == "inference":
+        agent.status = status
+        turn.fleet.engines[agent.member.engine].touched = True
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:

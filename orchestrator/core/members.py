@@ -1,9 +1,10 @@
 """Who is there: agents that connect, are refused, say what their memory holds, and go."""
 
+from weightsync.orchestrator.core import engines
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
-from weightsync.orchestrator.core.records import EpochBegan
+from weightsync.orchestrator.core.records import EpochBegan, GrantOver
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
@@ -12,6 +13,7 @@ from weightsync.orchestrator.protocol.codec import SchemaMismatch, cut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Abort,
+    Closed,
     Commit,
     Hello,
     HubRendezvous,
@@ -23,25 +25,31 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
-def connected(turn: Turn, event: AgentConnected) -> None:
-    """An agent says Hello: take it in, or refuse it with the reason."""
+def connected(turn: Turn, event: AgentConnected) -> bool:
+    """An agent says Hello: take it in (true), or refuse it with the reason."""
     fleet, hello = turn.fleet, event.hello
     objection = _objection(fleet, event.member, hello)
     if objection is not None:
         refused = Refused(reason=objection.reason, fault=objection.fault, retry=objection.retry)
         turn.do(Refuse(event.member, event.connection, refused))
         turn.say(f"{event.member} is refused: {objection.reason}", "warning")
-        return
-    before = fleet.leave(event.member)
-    if before is not None:
-        turn.do(Drop(before.member, before.connection, "the same process connected again"))
+        return False
+    twin = fleet.leave(event.member)
+    if twin is not None:
+        turn.do(Drop(twin.member, twin.connection, "the same process connected again"))
     if event.member.role == "trainer":
         _enter_generation(turn, hello.generation)
     agent = ConnectedAgent(event.member, event.connection, hello)
+    before = fleet.gone.get(event.member)
+    if before is not None and before.hello.incarnation == hello.incarnation:
+        agent.resumes(before)
+    elif event.member.role == "inference":
+        engines.started_anew(turn, event.member.engine)
     fleet.enter(agent)
     _raise_epoch(turn, hello)
     turn.do(Accept(event.member, event.connection, _first_welcome(fleet)))
     _learn(turn, agent)  # what it is told reaches it only once it is accepted
+    return True
 
 
 def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
@@ -75,10 +83,16 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         where = f"{twin.hello.host or 'unknown host'} pid {twin.hello.pid}"
         # Worth another try: the first process may be dead, and its connection not known to be.
         return Trouble(f"duplicate rank: {member} is already connected from {where}", "config")
-    if hello.epoch_seen >= fleet.epoch and hello.journal_id != fleet.journal_id and fleet.round is not None:
+    if _obeyed_another(fleet, hello) and fleet.round is not None:
         # Taking it in raises the epoch, and a round's grants are of the epoch in which it began.
         return Trouble("it obeyed another daemon; this one takes it in after the current round", "daemon")
     return None
+
+
+def _obeyed_another(fleet: Fleet, hello: Hello) -> bool:
+    """It obeyed a later epoch, or another daemon's of ours: a lost, copied or restored journal, or two lives of one."""
+    ours = (hello.journal_id, hello.life_seen) == (fleet.journal_id, fleet.life)
+    return hello.epoch_seen > fleet.epoch or (hello.epoch_seen == fleet.epoch and not ours)
 
 
 def _enter_generation(turn: Turn, generation: int) -> None:
@@ -87,75 +101,102 @@ def _enter_generation(turn: Turn, generation: int) -> None:
         return
     if fleet.generation is not None:
         fleet.past_generations.add(fleet.generation)
-        current = fleet.round.version if fleet.round is not None else None  # the round decides about its own
-        for version in list(fleet.waiting_since):
-            if version != current:
-                endings.fail_version(turn, version, "its trainer ended before the version was committed")
     fleet.generation = generation
     turn.say(f"trainer generation {generation:x} begins")
 
 
 def _learn(turn: Turn, agent: ConnectedAgent) -> None:
     """Believe what the agent says about its own memory."""
-    fleet = turn.fleet
     hello, member = agent.hello, agent.member
     if hello.trainer is not None:
         if hello.trainer.staged is not None:
             staged, again = hello.trainer.staged, hello.trainer.restaged
             agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
             endings.staged_again(turn, staged, again)
-        pending = fleet.unclosed.get(member)
-        still_open = hello.trainer.open_round
-        if still_open is not None:
-            # Of a grant that we do not know, nobody knows the targets: all that are here may be among them.
-            reach = {a.member: a.hello.incarnation for e in fleet.engines for a in fleet.ranks_of(e)}
-            known = pending.targets if pending is not None and pending.round == still_open else reach
-            fleet.unclosed[member] = Unclosed(still_open, hello.incarnation, known)
-        elif pending is not None:
-            del fleet.unclosed[member]  # closed, or a newer incarnation: the old process is dead
+        _compare_grants(turn, member, hello)
     if hello.engine is not None:
         agent.status = hello.engine
-        _untaint(fleet, member, hello.incarnation)
-        _let_out(turn, agent)
+        turn.fleet.engines[member.engine].touched = True
+        _untaint(turn, member, hello.incarnation)
+        let_out(turn, agent)
 
 
-def _untaint(fleet: Fleet, member: Member, incarnation: int) -> None:
+def _compare_grants(turn: Turn, writer: Member, hello: Hello) -> None:
+    """What the writer says it may still write, beside what we know that it may."""
+    fleet = turn.fleet
+    assert hello.trainer is not None
+    for (member, name), pending in list(fleet.unclosed.items()):
+        if member != writer:
+            continue
+        if pending.incarnation == hello.incarnation and name not in hello.trainer.open_rounds:
+            # Of the round under way it may not have had its grant yet; it is told again, and says CLOSED.
+            if fleet.round is None or fleet.round.name != name:
+                grant_over(turn, writer, name, "its writer has closed it")
+        elif pending.is_proved_dead_by(hello):
+            grant_over(turn, writer, name, "a newer process runs in its writer's place")
+    for name in hello.trainer.open_rounds:
+        if (writer, name) not in fleet.unclosed:
+            # Of a grant that we do not know, nobody knows the targets: all that are here may be among them.
+            reach = {a.member: a.hello.incarnation for e in fleet.engines for a in fleet.ranks_of(e)}
+            fleet.unclosed[writer, name] = Unclosed(hello.incarnation, hello.host, hello.boot, reach, outlived=True)
+
+
+def closed(turn: Turn, writer: Member, message: Closed) -> None:
+    """A writer is done with some peers, or with all: they are out of its reach. Also of rounds that are over."""
+    pending = turn.fleet.unclosed.get((writer, message.round))
+    if pending is None:
+        return
+    for sent in message.peers:
+        pending.targets.pop(sent.peer, None)
+    if message.final or not pending.targets:
+        grant_over(turn, writer, message.round, "its writer has closed it")
+
+
+def grant_over(turn: Turn, writer: Member, name: RoundName, reason: str) -> None:
+    """Nothing can be written by this grant any more."""
+    pending = turn.fleet.unclosed.pop((writer, name), None)
+    if pending is not None and pending.outlived:
+        turn.append(GrantOver(round=name, writer=str(writer), reason=reason))
+        turn.say(f"the grant of round {name} to {writer} is over: {reason}")
+
+
+def _untaint(turn: Turn, member: Member, incarnation: int) -> None:
     """A restarted target is out of reach of writers that still hold a grant for its old memory."""
-    for writer, pending in list(fleet.unclosed.items()):
+    for (writer, name), pending in list(turn.fleet.unclosed.items()):
         if pending.targets.get(member, incarnation) != incarnation:
             del pending.targets[member]
             if not pending.targets:
-                del fleet.unclosed[writer]
+                grant_over(turn, writer, name, "all that it could write to was started anew")
 
 
-def _let_out(turn: Turn, agent: ConnectedAgent) -> None:
-    """Send a worker that comes back from inside a round the message that ends its wait; it may have missed it."""
+def let_out(turn: Turn, agent: ConnectedAgent) -> None:
+    """Send a worker inside a round that is over for it the message that ends its wait; it may have missed it."""
     if agent.status.window is not None:
-        final = _final_message(turn.fleet, agent.status.window)
+        final = _final_message(turn.fleet, agent.member, agent.status.window)
         if final is not None:
             turn.send(agent.member, final)
 
 
-def _final_message(fleet: Fleet, name: RoundName) -> Commit | Abort | None:
+def _final_message(fleet: Fleet, member: Member, name: RoundName) -> Commit | Abort | None:
     """How round ``name`` ends for a worker; None while the round itself will tell it."""
     current = fleet.round
+    if current is not None and current.name == name:
+        if current.decided and member.engine in current.live:
+            return None if current.phase is Phase.DECIDING else Commit(round=name, version=current.version)
+        if current.has(member.engine):
+            return None
+        return Abort(round=name, torn=current.granted, reason=current.engines[member.engine].left_out)
     ended = fleet.memory.ended.get(name)
-    if current is None or current.name != name:
-        if ended is not None and ended.decided:
-            return Commit(round=name, version=ended.began.version)
-        torn = ended is None or ended.dirty  # of a round that nobody remembers, the worst is assumed
-        return Abort(round=name, torn=torn, reason="the round ended while this worker was away")
-    if current.phase in (Phase.CANCELLING, Phase.TEARING):
-        return Abort(round=name, torn=current.phase is Phase.TEARING, reason=current.reason)
-    if current.decided and current.phase is not Phase.DECIDING:
-        return Commit(round=name, version=current.version)
-    return None
+    if ended is not None and str(member) in ended.digests:
+        return Commit(round=name, version=ended.began.version)
+    torn = ended is None or ended.dirty  # of a round that nobody remembers, the worst is assumed
+    return Abort(round=name, torn=torn, reason="the round ended while this worker was away")
 
 
 def _raise_epoch(turn: Turn, hello: Hello) -> None:
     """An agent obeyed a later epoch than ours (our journal was lost or replaced): go above it."""
     fleet = turn.fleet
-    if hello.epoch_seen > fleet.epoch or (hello.epoch_seen == fleet.epoch and hello.journal_id != fleet.journal_id):
+    if _obeyed_another(fleet, hello):
         fleet.epoch = hello.epoch_seen + 1
         fleet.group = ()  # its members learnt the old epoch: they meet again
         turn.append(EpochBegan(epoch=fleet.epoch))
@@ -174,6 +215,8 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         lost_after_heartbeats=policy.lost_after,
         transport=policy.transport,
         rendezvous=rendezvous,
+        life=fleet.life,
+        lease_seconds=policy.lease,
         run_dir=cut(policy.run_dir),
     )
 
@@ -193,5 +236,5 @@ def lost(turn: Turn, event: AgentLost) -> bool:
     if event.member.engine in fleet.engines:
         engine = fleet.engines[event.member.engine]
         engine.probe_at = turn.now  # at once: its server may have died with the agent
-        engine.misfit = ""  # the process that comes next may have another layout
+        engine.touched = True
     return True

@@ -1,5 +1,6 @@
 """Treatments: a trainer without a table is told what the attached engines need, and makes its slots for that."""
 
+from weightsync.orchestrator.core import rendezvous
 from weightsync.orchestrator.core.commands import Announced, MakeNeeds
 from weightsync.orchestrator.core.events import NeedsReady
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
@@ -31,12 +32,10 @@ def _ask(turn: Turn) -> None:
     fleet = turn.fleet
     # As for a plan: nobody is told half of it while engines are still expected.
     attached = [name for name in fleet.engines if fleet.attached(name) and _speaks(fleet, name)]
-    expected = [name for name in fleet.engines if _speaks(fleet, name)]
-    patient = turn.now < fleet.started + fleet.policy.join
-    if not attached or (fleet.needs is None and len(attached) < len(expected) and patient):
+    if not attached or (fleet.needs is None and rendezvous.awaited(turn, attached)):
         return
     ranks = [agent for name in attached for agent in fleet.ranks_of(name)]
-    everybody = frozenset((agent.member, agent.hello.incarnation, agent.connection) for agent in ranks)
+    everybody = frozenset((agent.member, agent.hello.incarnation) for agent in ranks)
     if everybody == fleet.needs_of:
         return
     fleet.needs_of = everybody

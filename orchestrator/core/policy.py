@@ -1,5 +1,6 @@
 """The numbers that decisions depend on, in seconds unless the name says otherwise."""
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,10 +40,18 @@ class Policy:
     group: GroupAddress | None
     trainer_world: int | None
     """Trainer ranks that must come; None: what the first one says."""
-    attempts: int
-    """Rounds for a version until it is FAILED."""
+    min_engines: int | float
+    """Engines that a commit needs: so many, or such a part of those that there are."""
+    patience: float
+    """Of an engine's serving time, what all others together may cost it in a round."""
+    together: bool
+    """No engine serves a new version before all of the round can."""
+    lease: float
+    """From the daemon's last word until a paused engine with whole weights resumes by itself; 0: never."""
+    retry: float
+    """From the first attempt of a version until it is FAILED, if nobody is torn by it."""
     backoff: float
-    """Before the second attempt; doubles with each further one."""
+    """Before the second attempt; doubles with each further one. Likewise for an engine that was left out."""
     join: float
     """From the start until a plan or a version no longer waits for engines that have not come."""
     staged: float
@@ -69,6 +78,11 @@ class Policy:
         It is the sum of the phases within, and each of these has its own deadline, so that it never ends first.
         """
         return self.quiesce + self.transfer + self.verify + self.finish
+
+    def quorum(self, engines: int) -> int:
+        """How many of so many engines a commit needs; one at least."""
+        wanted = self.min_engines if isinstance(self.min_engines, int) else math.ceil(self.min_engines * engines)
+        return max(1, min(wanted, engines))
 
     def agent_deadline(self, seconds: float) -> float:
         """The deadline that an agent is told where the daemon's own is ``seconds``."""

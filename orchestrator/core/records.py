@@ -26,14 +26,24 @@ class RoundBegan(Record, frozen=True, kw_only=True):
     engines: tuple[str, ...]
 
 
+class Taint(msgspec.Struct, frozen=True):
+    """A writer's process that may still write, and the inference ranks that it can reach → their incarnations.
+
+    A newer process on the same ``host`` and ``boot`` proves this one dead; nothing else that we hear does.
+    """
+
+    incarnation: int
+    host: str
+    boot: str
+    targets: dict[str, int]
+
+
 class LiveDirty(Record, frozen=True, kw_only=True):
     """Grants may be given from here on: live memory of the round's engines may be torn."""
 
     round: RoundName
-    writers: dict[str, int]
-    """Trainer ranks that are granted → their incarnation."""
-    ranks: dict[str, int] = {}
-    """Inference ranks that they may write to → theirs."""
+    writers: dict[str, Taint]
+    """Trainer ranks that are granted."""
 
 
 class Decided(Record, frozen=True, kw_only=True):
@@ -47,20 +57,45 @@ class Decided(Record, frozen=True, kw_only=True):
 class RoundEnded(Record, frozen=True, kw_only=True):
     """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
 
-    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail.
+    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
+    that had not said CLOSED to everybody when it ended.
     """
 
     round: RoundName
     version: Version
     attempt: int
     engines: tuple[str, ...]
-    evicted: tuple[str, ...]
+    left_out: tuple[str, ...]
     outcome: str
     reason: str
     fault: Fault = ""
     bytes: int
     descriptors: int
     times: dict[str, float]
+    unclosed: dict[str, Taint] = {}
+
+
+class GrantOver(Record, frozen=True, kw_only=True):
+    """A grant that outlived its round is over: its writer has said CLOSED, or is dead as ``reason`` says."""
+
+    round: RoundName
+    writer: str
+    reason: str
+
+
+class EngineHeld(Record, frozen=True, kw_only=True):
+    """The operator's wish: the engine is not to serve (``held``), or may again."""
+
+    engine: str
+    held: bool
+    reason: str
+
+
+class Maintenance(Record, frozen=True, kw_only=True):
+    """The operator's wish: no round begins (``on``), or they may again."""
+
+    on: bool
+    reason: str
 
 
 class Committed(Record, frozen=True, kw_only=True):
@@ -83,7 +118,19 @@ class StagedAgain(Record, frozen=True, kw_only=True):
     restaged: int
 
 
-AnyRecord = EpochBegan | RoundBegan | LiveDirty | Decided | RoundEnded | Committed | VersionFailed | StagedAgain
+AnyRecord = (
+    EpochBegan
+    | RoundBegan
+    | LiveDirty
+    | Decided
+    | RoundEnded
+    | GrantOver
+    | EngineHeld
+    | Maintenance
+    | Committed
+    | VersionFailed
+    | StagedAgain
+)
 
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
@@ -112,8 +159,9 @@ class OpenRound:
     began: RoundBegan
     dirty: bool = False
     decided: bool = False
-    writers: dict[str, int] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    writers: dict[str, Taint] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """By member, of those that the decision is about."""
 
 
 REMEMBERED_ROUNDS: Final = 64
@@ -122,8 +170,12 @@ REMEMBERED_ROUNDS: Final = 64
 
 @dataclass(slots=True)
 class Memory:
-    """The fold of all records. ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the
-    version that was last decided in its memory, and its digest."""
+    """The fold of all records.
+
+    ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the version that was last decided in
+    its memory, and its digest. ``unclosed``: grants that outlived their round. ``live``: engines of the last commit.
+    ``holds``: engines that the operator holds, and why. ``maintenance``: why no round begins.
+    """
 
     epoch: int = 0
     round_number: int = 0
@@ -136,6 +188,10 @@ class Memory:
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
     held: dict[str, tuple[Version, str]] = field(default_factory=dict)
+    unclosed: dict[tuple[str, RoundName], Taint] = field(default_factory=dict)
+    live: frozenset[str] = frozenset()
+    holds: dict[str, str] = field(default_factory=dict)
+    maintenance: str | None = None
 
 
 def replay(memory: Memory, record: Record) -> None:
@@ -146,17 +202,27 @@ def replay(memory: Memory, record: Record) -> None:
         case RoundBegan(round=name) as began:
             memory.round_number = max(memory.round_number, name.number)
             memory.open_rounds[name] = OpenRound(began)
-        case LiveDirty(round=name, writers=writers, ranks=ranks):
+        case LiveDirty(round=name, writers=writers):
             opened = memory.open_rounds[name]
             opened.dirty = True
             opened.writers = writers
-            opened.ranks = ranks
         case Decided(round=name, version=version, digests=digests):
             memory.open_rounds[name].decided = True
+            memory.open_rounds[name].digests = digests
             memory.held |= {member: (version, digest) for member, digest in digests.items()}
-        case RoundEnded(round=name):
-            _end(memory, name)
+        case RoundEnded(round=name) as ended:
+            _end(memory, ended)
+        case GrantOver(round=name, writer=writer):
+            memory.unclosed.pop((writer, name), None)
+        case EngineHeld(engine=engine, held=held, reason=reason):
+            memory.holds.pop(engine, None)
+            if held:
+                memory.holds[engine] = reason
+        case Maintenance(on=on, reason=reason):
+            memory.maintenance = reason if on else None
         case Committed(version=version, sequence=sequence):
+            if version != memory.committed:
+                memory.live = frozenset()  # those of its round follow with the round's end
             memory.committed = version
             memory.sequence = sequence
             memory.done.add(version)
@@ -167,9 +233,12 @@ def replay(memory: Memory, record: Record) -> None:
             memory.restaged[version] = restaged
 
 
-def _end(memory: Memory, name: RoundName) -> None:
-    ended = memory.open_rounds.pop(name, None)
+def _end(memory: Memory, record: RoundEnded) -> None:
+    memory.unclosed |= {(writer, record.round): taint for writer, taint in record.unclosed.items()}
+    if record.outcome == "committed":
+        memory.live |= frozenset(record.engines) - frozenset(record.left_out)
+    ended = memory.open_rounds.pop(record.round, None)
     if ended is not None:
-        memory.ended[name] = ended
+        memory.ended[record.round] = ended
     while len(memory.ended) > REMEMBERED_ROUNDS:
         del memory.ended[next(iter(memory.ended))]

@@ -13,9 +13,11 @@ SHOWN: Final = 8
 """Tensors that a sentence names; ``plan explain`` names all."""
 
 
-def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
-    """Round 1 of one agent."""
+def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
+    """Round 1 of one agent. Whether that is news: after a reconnect, an agent says again what it has said."""
     fleet = turn.fleet
+    if agent.announce == message:
+        return False
     if agent.announce is not None:
         fleet.planned_for = frozenset()  # the plan was made for its other layout
     agent.announces(message)
@@ -26,11 +28,51 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> None:
             engine.misfit = ""
     if agent.member.role == "inference":
         fleet.needs_of = frozenset()
+    return True
 
 
-def confirmed(agent: ConnectedAgent, message: Ready) -> None:
+def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
     """Round 2 of one agent. An outdated confirmation is not one."""
+    if message.fingerprint != agent.delivered:
+        return
     agent.fingerprint = message.fingerprint
+    dead = {failure.peer: failure.error for failure in message.failed}
+    for peer in dead.keys() - agent.dead_edges.keys():
+        turn.say(f"the edge between {agent.member} and {peer} is dead: {dead[peer]}", "warning")
+    agent.dead_edges = dead
+
+
+def dead_edge(fleet: Fleet, engine: str) -> str:
+    """Why some rank of the engine cannot be written to; empty where every edge is alive."""
+    for agent in fleet.trainers():
+        for peer, error in agent.dead_edges.items():
+            if peer.engine == engine:
+                return f"{agent.member} cannot reach {peer}: {error}"
+    for agent in fleet.ranks_of(engine):
+        for peer, error in agent.dead_edges.items():
+            return f"{agent.member} cannot be reached by {peer}: {error}"
+    return ""
+
+
+def awaited(turn: Turn, names: list[str]) -> list[str]:
+    """Engines that the first plan still waits for, given those that are here.
+
+    Enough for a commit are waited for without end, the others for as long as ``patience`` from then on; after the first
+    commit only those that were in the last one, since the journal knows that the others were not there.
+    """
+    fleet = turn.fleet
+    if fleet.memory.committed is None:
+        expected = [name for name, engine in fleet.engines.items() if not engine.misfit]
+    else:
+        expected = [name for name in fleet.engines if name in fleet.memory.live and not fleet.engines[name].misfit]
+    here = set(names)
+    late = [name for name in expected if name not in here]
+    if len(here) < fleet.quorum():
+        fleet.quorum_since = None
+        return late or [name for name in fleet.engines if name not in here]
+    if fleet.quorum_since is None:
+        fleet.quorum_since = turn.now
+    return late if turn.now < fleet.quorum_since + fleet.policy.patience else []
 
 
 def evaluate(turn: Turn) -> None:
@@ -48,13 +90,11 @@ def evaluate(turn: Turn) -> None:
 def _plan(turn: Turn) -> None:
     fleet = turn.fleet
     usable = list(fleet.usable())
-    expected = [name for name, engine in fleet.engines.items() if not engine.misfit]
-    first = fleet.plan is None
-    if not usable or (first and len(usable) < len(expected) and turn.now < fleet.started + fleet.policy.join):
+    if not usable or (fleet.plan is None and awaited(turn, usable)):
         return
     sources = fleet.trainers()
     targets = [agent for name in usable for agent in fleet.ranks_of(name)]
-    everybody = frozenset((a.member, a.hello.incarnation, a.connection) for a in [*sources, *targets])
+    everybody = frozenset((a.member, a.hello.incarnation) for a in [*sources, *targets])
     if everybody == fleet.planned_for:
         return
     fleet.planned_for = everybody
@@ -75,7 +115,7 @@ def _send_plans(turn: Turn) -> None:
         agent = fleet.agents.get(member)
         if agent is None or agent.announce is None:
             continue
-        planned = (member, agent.hello.incarnation, agent.connection) in fleet.planned_for
+        planned = (member, agent.hello.incarnation) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
             agent.delivered = connect.fingerprint
             turn.do(SendPlan(member, connect))
@@ -148,12 +188,13 @@ def gather_group(turn: Turn) -> None:
     address = fleet.policy.group
     if address is None or fleet.round is not None:
         return
-    fitting = [fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit]
-    whole = [ranks for ranks in fitting if ranks and len(ranks) == ranks[0].hello.world]
-    patient = turn.now < fleet.started + fleet.policy.join
-    if not whole or (len(whole) < len(fitting) and patient) or len(fleet.trainers()) != fleet.trainer_world():
+    fitting = {name: fleet.ranks_of(name) for name, engine in fleet.engines.items() if not engine.misfit}
+    whole = {name: ranks for name, ranks in fitting.items() if ranks and len(ranks) == ranks[0].hello.world}
+    if not whole or len(fleet.trainers()) != fleet.trainer_world():
         return
-    agents = [*fleet.trainers(), *(agent for ranks in whole for agent in ranks)]
+    if fleet.plan is None and awaited(turn, list(whole)):
+        return
+    agents = [*fleet.trainers(), *(agent for ranks in whole.values() for agent in ranks)]
     group = tuple((agent.member, agent.connection) for agent in agents)
     if group == fleet.group:
         return

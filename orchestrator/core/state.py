@@ -10,11 +10,11 @@ from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.messages import (
     Announce,
-    Closed,
     EngineStatus,
     Fault,
     Hello,
     Needs,
+    PeerTransfer,
     Staged,
     Verified,
 )
@@ -33,8 +33,12 @@ class ConnectedAgent:
     """The edge set that it was sent in round 2 …"""
     fingerprint: str = ""
     """… and the one that it confirmed."""
+    dead_edges: dict[Member, str] = field(default_factory=dict)
+    """Peers that it cannot reach, and why."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
+    told_hold: bool = False
+    """What Hold it was sent last on this connection."""
     staged: Staged | None = None
     standing: str = ""
     """What a trainer's first rank was told last of what the daemon does."""
@@ -45,6 +49,12 @@ class ConnectedAgent:
         self.announce = announce
         self.delivered = ""
         self.fingerprint = ""
+        self.dead_edges = {}
+
+    def resumes(self, before: "ConnectedAgent") -> None:
+        """It is the process of ``before`` on a new connection: its edges and slots are where they were."""
+        self.announce, self.fingerprint = before.announce, before.fingerprint
+        self.delivered = before.fingerprint  # a Connect that was not confirmed may have been lost
 
 
 @dataclass(slots=True)
@@ -60,6 +70,9 @@ class EngineState:
     calls: dict[Call, int] = field(default_factory=dict)
     """Calls under way: which, and their number."""
     probe_at: float = 0.0
+    """When it is to be looked at again, though nothing happened …"""
+    touched: bool = True
+    """… or at once, since something did."""
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
     misfit_fault: Fault = ""
@@ -70,15 +83,24 @@ class EngineState:
     """Why its last call failed; empty after a call that did not."""
     fault: Fault = ""
     """Whose fault that is."""
-    ours_paused: bool = False
-    """We paused it, so we resume it once its weights are the fleet's."""
+    failures: int = 0
+    """Rounds in a row that it was left out of by its own fault."""
+    retry_at: float = 0.0
+    """Until then it is in no round; nobody else waits for it."""
+    blame: Trouble = NO_TROUBLE
+    """Why it was left out last."""
+    blamed_at: float = 0.0
+    torn_by: Version | None = None
+    """The version whose round may have torn it."""
 
     @property
     def complaint(self) -> tuple[str, Fault]:
-        """What keeps it from taking part, and whose fault that is; a layout that does not fit before a failed call."""
+        """What keeps it from taking part, and whose fault that is: its layout, its last call, its last round."""
         if self.misfit:
             return self.misfit, self.misfit_fault
-        return self.error, self.fault if self.error else ""
+        if self.error:
+            return self.error, self.fault
+        return self.blame.reason, self.blame.fault
 
 
 @dataclass(slots=True)
@@ -87,20 +109,24 @@ class Progress:
 
     paused: bool = False
     update_over: bool = False
+    finishing: bool = False
+    """It was asked to finish …"""
     finished: bool = False
+    resuming: bool = False
+    """… and to resume."""
     resumed: bool = False
+    applied_at: float = 0.0
+    finished_at: float = 0.0
     resumed_at: float = 0.0
     http_seconds: float = 0.0
     """In the calls that do nothing but wait for the engine: pause, finish, resume."""
-    resume_tried: bool = False
-    """In a cancelled round, where one attempt is enough: engines are looked after when the round is over."""
-    evicted: str = ""
+    left_out: str = ""
     """Why the round goes on without it."""
 
 
 @dataclass(slots=True)
 class Round:
-    """One attempt to bring ``engines`` to ``version``. Its members are frozen."""
+    """One attempt to bring ``engines`` to ``version``. Its members are frozen; some may be left out on the way."""
 
     name: RoundName
     version: Version
@@ -111,24 +137,48 @@ class Round:
     """Inference ranks and their incarnations."""
     writers: dict[Member, tuple[Member, ...]]
     """Trainer ranks that have bytes to write, and to whom."""
+    sources: dict[Member, int] = field(default_factory=dict)
+    """Their incarnations."""
+    quorum: int = 1
+    """Engines without which nothing is decided."""
     phase: Phase = Phase.PAUSING
     phase_began: float = 0.0
     deadline: float = 0.0
-    dirty: bool = False
-    decided: bool = False
+    granted: bool = False
+    live: tuple[str, ...] = ()
+    """Engines that the decision is about; empty before it."""
+    switched_at: float = 0.0
     trouble: Trouble = NO_TROUBLE
     """Why it was given up."""
+    waited: float = 0.0
+    """Of the patience, what earlier phases took."""
+    first_done: float | None = None
+    """When the first engine had nothing more to do in this phase, while others had."""
+    away: dict[Member, tuple[float, str]] = field(default_factory=dict)
+    """Members without a connection: since when, and why."""
     quiesced: set[Member] = field(default_factory=set)
-    closed: dict[Member, Closed] = field(default_factory=dict)
+    closed: dict[Member, dict[Member, PeerTransfer]] = field(default_factory=dict)
+    """What each writer moved to the peers that it is done with …"""
+    final: set[Member] = field(default_factory=set)
+    """… and writers that are done with everybody."""
+    failed: dict[Member, Trouble] = field(default_factory=dict)
+    """Why a writer could not go on."""
     expected: dict[Member, tuple[Digest, int]] = field(default_factory=dict)
     """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
     verified: dict[Member, Verified] = field(default_factory=dict)
     left: dict[Member, EngineStatus] = field(default_factory=dict)
-    aborted: set[Member] = field(default_factory=set)
-    """Workers that were told to leave a torn round."""
     began: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
+    by_engine: dict[str, tuple[Member, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
+
+    @property
+    def decided(self) -> bool:
+        """From here only forward."""
+        return bool(self.live)
 
     @property
     def reason(self) -> str:
@@ -136,23 +186,41 @@ class Round:
         return self.trouble.reason
 
     def remaining(self) -> list[str]:
-        """Engines of the round that were not evicted."""
-        return [name for name, progress in self.engines.items() if not progress.evicted]
+        """Engines of the round that were not left out."""
+        return [name for name, progress in self.engines.items() if not progress.left_out]
 
-    def remaining_ranks(self) -> list[Member]:
-        """Their inference ranks."""
-        going = set(self.remaining())
-        return [member for member in self.ranks if member.engine in going]
+    def has(self, engine: str) -> bool:
+        """Whether the engine is in the round and was not left out."""
+        progress = self.engines.get(engine)
+        return progress is not None and not progress.left_out
+
+    def remaining_ranks(self) -> Iterator[Member]:
+        """Inference ranks of the engines that were not left out."""
+        return (member for member in self.ranks if not self.engines[member.engine].left_out)
+
+    def is_done(self, writer: Member) -> bool:
+        """The writer has closed its grant towards all engines that were not left out."""
+        done = self.closed.get(writer, {})
+        open_to = (target for target in self.writers[writer] if target not in done)
+        return writer in self.final or not any(self.has(target.engine) for target in open_to)
 
 
 @dataclass(slots=True)
 class Unclosed:
-    """A grant whose writer has not said CLOSED: its targets are tainted until it does or is proved dead."""
+    """A grant whose writer has not said CLOSED to all ``targets``: they are tainted until it does or is proved dead."""
 
-    round: RoundName
     incarnation: int
+    host: str
+    boot: str
     targets: dict[Member, int]
     """Inference ranks it may write to, and their incarnations: a restarted one is out of its reach."""
+    outlived: bool = False
+    """Its round is over, so that the journal must learn of its end."""
+
+    def is_proved_dead_by(self, hello: Hello) -> bool:
+        """A newer process of the same rank where it ran: whoever starts one there has ended it."""
+        same_place = bool(self.boot) and (self.host, self.boot) == (hello.host, hello.boot)
+        return same_place and hello.incarnation != self.incarnation
 
 
 @dataclass(slots=True)
@@ -165,6 +233,10 @@ class Fleet:
     epoch: int
     started: float
     engines: dict[str, EngineState]
+    life: str = ""
+    """Nonce of this start."""
+    gone: dict[Member, ConnectedAgent] = field(default_factory=dict)
+    """The last connection of each member that has none now: its process may come back on another."""
     agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
     trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     generation: int | None = None
@@ -181,28 +253,34 @@ class Fleet:
     waiting_since: dict[Version, float] = field(default_factory=dict)
     """Versions that some rank staged, and since when."""
     attempts: dict[Version, int] = field(default_factory=dict)
+    first_attempt: dict[Version, float] = field(default_factory=dict)
+    """When the first round for a version began that is not committed yet."""
     retry_at: dict[Version, float] = field(default_factory=dict)
     """Not before; a version that waits for its next attempt holds up no other."""
-    unclosed: dict[Member, Unclosed] = field(default_factory=dict)
+    unclosed: dict[tuple[Member, RoundName], Unclosed] = field(default_factory=dict)
     plan: PlanFacts | None = None
-    planned_for: frozenset[tuple[Member, int, int]] = frozenset()
-    """(member, incarnation, connection) of everybody in the plan."""
+    planned_for: frozenset[tuple[Member, int]] = frozenset()
+    """(member, incarnation) of everybody in the plan."""
     plan_number: int = 0
     confirmed_plan: int = 0
     """Number of the last plan whose every member has confirmed."""
     planning: bool = False
+    quorum_since: float | None = None
+    """Since when enough engines for the first plan are here."""
     plan_error: str = ""
     planned_at: float = 0.0
     needs: Needs | None = None
     """What the attached engines need together, as far as it was worked out."""
-    needs_of: frozenset[tuple[Member, int, int]] = frozenset()
-    """(member, incarnation, connection) of the ranks whose layouts that is about."""
+    needs_of: frozenset[tuple[Member, int]] = frozenset()
+    """(member, incarnation) of the ranks whose layouts that is about."""
     needs_number: int = 0
     unlike: frozenset[str] = frozenset()
     """Engines whose misfit is that they need a tensor in another way than an engine before them."""
     group: tuple[tuple[Member, int], ...] = ()
     """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None
+    ended_at: float = 0.0
+    """When the last round ended."""
     awaited: tuple[str, RoundName] | None = None
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
@@ -212,13 +290,17 @@ class Fleet:
 
     def enter(self, agent: ConnectedAgent) -> None:
         """Take a connected agent in."""
+        self.gone.pop(agent.member, None)
         self.agents[agent.member] = agent
         self._home(agent.member)[agent.member.rank] = agent
 
     def leave(self, member: Member) -> ConnectedAgent | None:
-        """Forget a connection; returns what was known of it."""
+        """End a connection; returns what was known of it, which is kept in case that its process comes back."""
         self._home(member).pop(member.rank, None)
-        return self.agents.pop(member, None)
+        agent = self.agents.pop(member, None)
+        if agent is not None:
+            self.gone[member] = agent
+        return agent
 
     def _home(self, member: Member) -> dict[int, ConnectedAgent]:
         return self.trainer_ranks if member.role == "trainer" else self.engines[member.engine].ranks
@@ -268,13 +350,36 @@ class Fleet:
         """Some rank says that its live memory may be neither its old version nor a new one."""
         return any(agent.status.torn for agent in self.ranks_of(engine))
 
+    def quorum(self) -> int:
+        """Engines that a commit needs."""
+        return self.policy.quorum(len(self.engines))
+
+    def tainted(self, engine: str) -> list[tuple[Member, RoundName]]:
+        """Writers that may still write into this engine's memory by a grant that they have not closed."""
+        return [grant for grant, pending in self.unclosed.items() if self._reaches(pending, engine)]
+
+    def _reaches(self, pending: Unclosed, engine: str) -> bool:
+        here = self.engines[engine].ranks
+        return any(
+            target.engine == engine and (target.rank not in here or here[target.rank].hello.incarnation == incarnation)
+            for target, incarnation in pending.targets.items()
+        )
+
+    def torn_by(self, version: Version) -> list[str]:
+        """Engines that are torn by a round for ``version``."""
+        return [name for name, engine in self.engines.items() if engine.torn_by == version and self.torn(name)]
+
     def usable(self) -> Iterator[str]:
         """Engines that a plan may include."""
         return (name for name, engine in self.engines.items() if self.attached(name) and not engine.misfit)
 
+    def known(self, member: Member) -> ConnectedAgent:
+        """The member's connection, or its last one. Only for members of a round, which have had one."""
+        return self.agents[member] if member in self.agents else self.gone[member]
+
     def is_confirmed(self, member: Member) -> bool:
-        """The member runs the current plan's edge set."""
-        agent = self.agents.get(member)
+        """The member runs the current plan's edge set, as far as its edges are alive."""
+        agent = self.agents.get(member) or self.gone.get(member)
         return (
             self.plan is not None
             and agent is not None

@@ -55,9 +55,10 @@ class Turn:
         deadline: float,
         round_name: RoundName | None = None,
         version: Version | None = None,
+        ranks: tuple[tuple[int, int], ...] = (),
     ) -> None:
         """One call of a kind at a time per engine; the newest number is the one whose answer counts."""
         self.fleet.call_number += 1
         # An older call of this kind may still answer; its number tells that it was replaced.
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
-        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version))
+        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks))

@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from weightsync.orchestrator.core import conditions, rendezvous
+from weightsync.orchestrator.core import blame, conditions, rendezvous
 from weightsync.orchestrator.core.commands import LookForStable
+from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
@@ -59,17 +60,25 @@ def _look_for_stable(turn: Turn, version: Version | None) -> None:
 def _begin_if_due(turn: Turn, version: Version) -> None:
     fleet = turn.fleet
     if not conditions.waits_for(fleet, version, turn.now):
-        begin(turn, version, conditions.ready(fleet, version), conditions.is_catch_up(fleet, version))
+        ready = conditions.ready(fleet, version, turn.now)
+        for name in conditions.targets(fleet, version, turn.now):
+            why = conditions.unready(fleet, name)
+            if why and name not in ready:  # the others have waited for it
+                blame.put(turn, name, Trouble(why, "engine"))
+                turn.say(f"{name} does not take part: {why}", "warning")
+        begin(turn, version, ready, conditions.is_catch_up(fleet, version))
 
 
 def _fail_overdue(turn: Turn) -> None:
     fleet = turn.fleet
     obstacle = rendezvous.obstacle(fleet)
     for version, since in list(fleet.waiting_since.items()):
-        if fleet.round is not None and fleet.round.version == version:
+        if (fleet.round is not None and fleet.round.version == version) or fleet.torn_by(version):
             continue
         published = conditions.is_published(fleet, version)
-        if published and obstacle:
+        if fleet.generation not in (None, version.generation):
+            endings.fail_version(turn, version, "its trainer ended before the version was committed")
+        elif published and obstacle:
             endings.fail_version(turn, version, obstacle)
         elif turn.now >= since + (fleet.policy.join if published else fleet.policy.staged):
             clause = conditions.waits_for(fleet, version, turn.now)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import secrets
 import signal
 from collections.abc import Callable
 from typing import Final
@@ -122,7 +123,9 @@ class Runner:
         for entry, record in zip(entries, records, strict=True):
             self.history.remember(record, entry.unix_time)
         now = asyncio.get_running_loop().time()
-        self.fleet, commands = start(policy_of(self.settings), self.journal.journal_id, records, now)
+        self.fleet, commands = start(
+            policy_of(self.settings), self.journal.journal_id, records, now, secrets.token_hex(8)
+        )
         return commands
 
     def _open_outbox(self) -> None:

@@ -29,6 +29,9 @@ MAX_ROWS: Final = 4_000_000
 MAX_WORLD: Final = 65_536
 """Ranks of one trainer or one engine."""
 
+MAX_OPEN_GRANTS: Final = 64
+"""Grants that one writer may have open at once: one that runs, and those whose edge to a frozen peer never ended."""
+
 MAX_MARKER_BYTES: Final = 64 * 1024
 """A marker is empty or a small JSON manifest."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_OPEN_GRANTS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
@@ -23,14 +23,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and a grant it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
     ``restaged``: as in Staged.
     ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """
 
     staged: Version | None = None
-    open_round: RoundName | None = None
+    open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
     restaged: Natural = 0
     follows_needs: bool = False
 

@@ -130,6 +130,24 @@ class PauseSection(Section):
     clear_cache: bool = Field(default=True, description="Drop the prefix cache, so that it never mixes two models.")
 
 
+class CommitSection(Section):
+    """On whom a commit depends."""
+
+    min_engines: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Engines that a commit needs: a whole number, or a part of all up to 1.0."
+    )
+    patience_seconds: Seconds = Field(
+        default=30, description="What engines that are ready wait in a round, in all, for those that are not."
+    )
+    together: bool = Field(default=False, description="No engine serves a version before all of its round can.")
+    lease_seconds: float = Field(
+        default=120,
+        ge=0,
+        le=86400,
+        description="An engine paused with whole weights resumes by itself without a daemon for so long; 0: never.",
+    )
+
+
 class DeadlinesSection(Section):
     """Total deadlines in seconds, the daemon's own; agents get shorter ones."""
 
@@ -155,9 +173,12 @@ class DeadlinesSection(Section):
 class RetrySection(Section):
     """A failed round."""
 
-    attempts: int = Field(default=3, ge=1, le=100, description="Rounds per version before FAILED is written.")
+    seconds: Seconds = Field(
+        default=300,
+        description="From a version's first attempt until FAILED; an engine that it tore is repaired first.",
+    )
     backoff_seconds: Seconds = Field(
-        default=1.0, description="Before the second attempt; doubles with each further one."
+        default=1.0, description="Before the second attempt; doubles with each further one. For each engine, too."
     )
 
 

@@ -15,6 +15,7 @@ from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.explain import explain
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.sections import (
+    CommitSection,
     DeadlinesSection,
     EngineSection,
     HubSection,
@@ -62,6 +63,7 @@ class Settings(BaseSettings):
         default="live", description="live: writes go straight into the paused engine's parameters."
     )
     pause: PauseSection = PauseSection()
+    commit: CommitSection = CommitSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     retry: RetrySection = RetrySection()
     rescan_seconds: Seconds = Field(

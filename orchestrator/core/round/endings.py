@@ -1,29 +1,25 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
-from typing import Final
-
+from weightsync.orchestrator.core.blame import backoff
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
 from weightsync.orchestrator.core.round.summary import summary
-from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Outcome
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
-MAX_BACKOFF_DOUBLINGS: Final = 6
-"""A catch-up round is tried for ever; its pauses stop growing at 64 times the first."""
-
 
 def committed(turn: Turn, current: Round) -> None:
     """The record is durable: tell the world."""
     fleet = turn.fleet
-    fleet.round = None
+    _over(turn, current)
     fleet.waiting_since.pop(current.version, None)
     fleet.attempts.pop(current.version, None)
+    fleet.first_attempt.pop(current.version, None)
     fleet.retry_at.clear()  # what kept other versions from succeeding may be gone, too
     if not current.catch_up:
-        mark_committed(turn, current.name, current.version, tuple(current.remaining()))
+        mark_committed(turn, current.name, current.version, current.live)
     tell_trainers(turn, current.version)
 
 
@@ -56,28 +52,39 @@ def tell_trainers(turn: Turn, version: Version) -> None:
 def failed(turn: Turn, current: Round) -> None:
     """The attempt failed: another one after a while, or the version is FAILED.
 
-    A version is not tried again after a ``Trouble`` without ``retry``, unless some engine is torn: it can only be
-    repaired by another attempt, which may be the one that finds the cause gone.
+    A version is not tried again after a ``Trouble`` without ``retry``, or when its time is over; unless some engine is
+    torn by it, which only another attempt can repair, perhaps the one that finds the cause gone.
     """
     fleet = turn.fleet
-    fleet.round = None
     turn.append(summary(turn, current, "failed"))
+    _over(turn, current)
     fleet.attempts[current.version] = current.attempt
-    wait = fleet.policy.backoff * 2 ** min(current.attempt - 1, MAX_BACKOFF_DOUBLINGS)
-    fleet.retry_at[current.version] = turn.now + wait
+    fleet.retry_at[current.version] = turn.now + backoff(fleet.policy.backoff, current.attempt)
     if current.catch_up:
         return  # the version is committed; what failed is one more attempt to bring an engine to it
-    # Only a cancelled round is sure to have written nothing, and an earlier one may have torn an engine before it.
-    torn = current.phase is not Phase.CANCELLING or any(fleet.torn(name) for name in current.engines)
-    if not current.trouble.retry and not torn:
+    if current.granted or fleet.torn_by(current.version):
+        return
+    if not current.trouble.retry:
         fail_version(turn, current.version, f"{current.reason}; another attempt would fail in the same way")
-    elif current.attempt >= fleet.policy.attempts:
+    elif turn.now >= fleet.first_attempt[current.version] + fleet.policy.retry:
         fail_version(turn, current.version, f"{current.attempt} attempts failed; the last one: {current.reason}")
+
+
+def _over(turn: Turn, current: Round) -> None:
+    """There is no round any more; its engines are looked after one by one, its open grants outlive it."""
+    fleet = turn.fleet
+    fleet.round = fleet.awaited = None
+    fleet.ended_at = turn.now
+    for engine in fleet.engines.values():
+        engine.touched = True
+    for (_, name), pending in fleet.unclosed.items():
+        pending.outlived = pending.outlived or name == current.name
 
 
 def fail_version(turn: Turn, version: Version, reason: str) -> None:
     """FAILED: durable, as a marker, and to the trainer."""
     turn.fleet.waiting_since.pop(version, None)
+    turn.fleet.first_attempt.pop(version, None)
     turn.append(VersionFailed(version=version, reason=reason))
     turn.fleet.marked.add(version)
     turn.do(WriteMarker("FAILED", version, {"reason": reason, **_restaged(turn, version)}))

@@ -1,9 +1,11 @@
-"""What each phase commands: once when the round enters it and, backward, again after every event."""
+"""What each phase commands when the round enters it, and what is said to those who leave the round."""
 
-from weightsync.orchestrator.core import engines
+from collections.abc import Iterable
+
 from weightsync.orchestrator.core.commands import WriteMarker
+from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty
+from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Taint
 from weightsync.orchestrator.core.round import waits
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round, Unclosed
@@ -16,61 +18,87 @@ from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Ver
 def pause(turn: Turn, current: Round) -> None:
     """Pause every engine of the round."""
     for name in current.engines:
-        turn.fleet.engines[name].ours_paused = True
         turn.call(name, Call.PAUSE, turn.fleet.policy.pause, current.name, current.version)
 
 
 def quiesce(turn: Turn, current: Round) -> None:
     """Start the update call, in which every worker waits until the round lets it out."""
-    for name in current.engines:
+    for name in current.remaining():
         turn.call(name, Call.SWITCH, turn.fleet.policy.update, current.name, current.version)
 
 
 def mark_dirty(turn: Turn, current: Round) -> None:
     """Make durable who may write where, before anybody may: a daemon that finds this record treats them as torn."""
-    current.dirty = True
-    incarnations = {str(w): turn.fleet.agents[w].hello.incarnation for w in current.writers}
-    reach = {str(member): incarnation for member, incarnation in current.ranks.items()}
-    turn.append_and_wait(LiveDirty(round=current.name, writers=incarnations, ranks=reach))
+    current.writers = {
+        writer: going
+        for writer, targets in current.writers.items()
+        if (going := tuple(target for target in targets if current.has(target.engine)))
+    }
+    taints = {str(writer): _taint(turn, current, writer) for writer in current.writers}
+    turn.append_and_wait(LiveDirty(round=current.name, writers=taints))
+
+
+def _taint(turn: Turn, current: Round, writer: Member) -> Taint:
+    hello = turn.fleet.known(writer).hello
+    reach = {str(target): current.ranks[target] for target in current.writers[writer]}
+    return Taint(hello.incarnation, hello.host, hello.boot, reach)
 
 
 def grant(turn: Turn, current: Round) -> None:
     """Give every writer the right to write, once."""
     fleet = turn.fleet
     assert fleet.plan is not None
+    current.granted = True
+    for name in current.remaining():
+        fleet.engines[name].torn_by = current.version
     for writer, targets in current.writers.items():
-        agent = fleet.agents[writer]
+        hello = fleet.known(writer).hello
         reach = {target: current.ranks[target] for target in targets}
-        fleet.unclosed[writer] = Unclosed(current.name, agent.hello.incarnation, reach)
-        message = Grant(
-            round=current.name,
-            version=current.version,
-            fingerprint=agent.fingerprint,
-            members=targets,
-            deadline_seconds=fleet.policy.agent_deadline(fleet.policy.transfer),
-        )
-        turn.send(writer, message)
+        fleet.unclosed[writer, current.name] = Unclosed(hello.incarnation, hello.host, hello.boot, reach)
+        grant_to(turn, current, writer)
     facts: dict[str, str | int | float] = {"round": str(current.name), "plan": fleet.plan.root}
     turn.do(WriteMarker("TRANSFER_READY", current.version, facts))
 
 
+def grant_to(turn: Turn, current: Round, writer: Member) -> None:
+    """The right to write to the engines that are in the round still. Said twice, it is one grant."""
+    policy = turn.fleet.policy
+    members = tuple(target for target in current.writers[writer] if current.has(target.engine))
+    message = Grant(
+        round=current.name,
+        version=current.version,
+        fingerprint=turn.fleet.known(writer).fingerprint,
+        members=members,
+        deadline_seconds=policy.agent_deadline(policy.transfer),
+    )
+    if members:
+        turn.send(writer, message)
+
+
 def verify(turn: Turn, current: Round) -> None:
     """Add up what each worker should hold, and ask each for what it does hold."""
-    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(current.ranks, (NO_BYTES, 0))
-    for closed in current.closed.values():
-        for sent in closed.peers:
-            digest, size = sums[sent.peer]
-            sums[sent.peer] = (add_digests(digest, sent.digest), size + sent.bytes)
+    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(current.remaining_ranks(), (NO_BYTES, 0))
+    for peers in current.closed.values():
+        for target, sent in peers.items():
+            if target in sums:
+                digest, size = sums[target]
+                sums[target] = (add_digests(digest, sent.digest), size + sent.bytes)
     current.expected = sums
+    for member in sums:
+        ask_to_verify(turn, current, member)
+
+
+def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
+    """Ask one worker for the digest of what it holds. Asked twice, it answers twice the same."""
     policy = turn.fleet.policy
-    for member in current.ranks:
-        turn.send(member, Verify(round=current.name, deadline_seconds=policy.agent_deadline(policy.verify)))
+    turn.send(member, Verify(round=current.name, deadline_seconds=policy.agent_deadline(policy.verify)))
 
 
 def decide(turn: Turn, current: Round) -> None:
     """Make the decision durable; from here it only goes forward."""
-    current.decided = True
-    digests = {str(m): f"{v.digest[0]:016x}{v.digest[1]:016x}" for m, v in sorted(current.verified.items())}
+    current.live = tuple(current.remaining())
+    verified = {member: current.verified[member] for member in sorted(current.remaining_ranks())}
+    digests = {str(member): f"{v.digest[0]:016x}{v.digest[1]:016x}" for member, v in verified.items()}
     _note_same_bytes(turn, current.version, digests)
     turn.append_and_wait(Decided(round=current.name, version=current.version, digests=digests))
 
@@ -87,67 +115,58 @@ def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> N
 
 
 # ------------------------------------------------------------------------------------------------- after the decision
-def apply(turn: Turn, current: Round) -> None:
-    """Let the workers out with the version, also those of engines that were left out: their bytes are verified, too."""
-    for member in current.ranks:
-        turn.send(member, Commit(round=current.name, version=current.version))
+def switch(turn: Turn, current: Round) -> None:
+    """Let the workers out with the version, also of engines that are waited for no more: their bytes are verified."""
+    current.switched_at = turn.now
+    for engine in turn.fleet.engines.values():
+        engine.touched = True  # whoever is not in the round must not go on serving the version before
+    for name in current.live:
+        for member in current.by_engine[name]:
+            turn.send(member, Commit(round=current.name, version=current.version))
 
 
-def finish(turn: Turn, current: Round) -> None:
-    """Tell the engines which version they hold."""
-    for name in current.remaining():
-        turn.call(name, Call.FINISH, turn.fleet.policy.finish, current.name, current.version)
+def move_on(turn: Turn, current: Round, name: str) -> None:
+    """The next step of one engine towards serving the version, if it is due."""
+    fleet, progress = turn.fleet, current.engines[name]
+    if progress.left_out or progress.resuming:
+        return
+    if not progress.finishing:
+        if waits.applied(current, name):
+            progress.finishing, progress.applied_at = True, turn.now
+            turn.call(name, Call.FINISH, fleet.policy.finish, current.name, current.version)
+    elif all(current.engines[other].finished for other in _together(turn, current, name)):
+        progress.resuming = True
+        ranks = tuple((member.rank, current.ranks[member]) for member in current.by_engine[name])
+        turn.call(name, Call.RESUME, fleet.policy.finish, current.name, current.version, ranks)
 
 
-def resume(turn: Turn, current: Round) -> None:
-    """Let the engines serve."""
-    for name in current.remaining():
-        turn.call(name, Call.RESUME, turn.fleet.policy.finish, current.name, current.version)
+def _together(turn: Turn, current: Round, name: str) -> list[str]:
+    """Engines that begin to serve at once: the whole round's, or those of a pair."""
+    unit = current.remaining() if turn.fleet.policy.together else turn.fleet.unit(name)
+    return [other for other in unit if current.has(other)]
 
 
 def record(turn: Turn, current: Round) -> None:
     """Make COMMITTED durable before anybody hears of it."""
     memory = turn.fleet.memory
-    for name in current.remaining():
-        turn.fleet.engines[name].ours_paused = False
     sequence = memory.sequence if current.catch_up else memory.sequence + 1
     # In this order: a round that has ended is not looked at again, so whoever finds it ended finds its commit.
     turn.append_and_wait(Committed(round=current.name, version=current.version, sequence=sequence))
     turn.append(summary(turn, current, "committed"))
 
 
-# ------------------------------------------------------------------------------------------------------------ backward
-def cancel(turn: Turn, current: Round) -> None:
-    """Let the workers out as they came in."""
-    turn.say(f"round {current.name} for {current.version} is given up before anything was written: {current.reason}")
-    for member in current.ranks:
-        turn.send(member, Abort(round=current.name, torn=False, reason=current.reason))
+# -------------------------------------------------------------------------------------------------------- out of turn
+def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> None:
+    """Tell the workers of these engines to leave without the version, and the writers to write nothing more to them.
 
-
-def resume_cancelled(turn: Turn, current: Round) -> None:
-    """Resume each engine with what it had, as soon as no worker of it or of its pair is inside the update call."""
-    fleet = turn.fleet
-    for name, progress in current.engines.items():
-        waiting = any(waits.inside(fleet, current, other) for other in fleet.unit(name))
-        if waiting or progress.resume_tried or not engines.unit_may_serve(fleet, name):
-            continue
-        progress.resume_tried = True  # once here; ``engines.tend_engines`` goes on trying after the round
-        turn.call(name, Call.RESUME, fleet.policy.finish, current.name, fleet.version_of(name))
-
-
-def tear(turn: Turn, current: Round) -> None:
-    """Tell the writers to stop. The workers stay inside: their memory may still be written to."""
-    torn = f"round {current.name} for {current.version} failed after the first grant: {current.reason}"
-    turn.say(f"{torn}; {', '.join(current.engines)} stay paused until repaired", "error")
-    for writer in current.writers:
-        turn.send(writer, Abort(round=current.name, torn=True, reason=current.reason))
-
-
-def let_out_torn(turn: Turn, current: Round) -> None:
-    """Once nobody writes any more, tell each worker inside, once, to leave as torn."""
-    if waits.writing(turn.fleet, current):
-        return
-    for member in waits.workers_inside(turn.fleet, current):
-        if member not in current.aborted:
-            current.aborted.add(member)
-            turn.send(member, Abort(round=current.name, torn=True, reason=current.reason))
+    The workers do not wait for the writers: what they hold counts as torn, whatever is still written.
+    """
+    gone = set(names)
+    for name in gone:
+        for member in current.by_engine[name]:
+            turn.send(member, Abort(round=current.name, torn=current.granted, reason=why.reason))
+    if current.granted:
+        for writer, targets in current.writers.items():
+            edges = tuple(target for target in targets if target.engine in gone)
+            if edges and writer not in current.final:
+                turn.send(writer, Abort(round=current.name, torn=True, reason=why.reason, members=edges))

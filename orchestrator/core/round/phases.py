@@ -10,6 +10,7 @@ from typing import Final
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.round import endings, entry, judge, waits
+from weightsync.orchestrator.core.round.judge import Verdict
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.core.turn import Turn
@@ -17,27 +18,21 @@ from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
 
 
-def _nothing(turn: Turn, current: Round) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class PhaseRow:
-    """One phase. Only ``enter``, ``tend`` and an ending in ``then`` command anything; the others look."""
+    """One phase. Only ``enter`` and an ending in ``then`` command anything; the others look."""
 
     enter: Callable[[Turn, Round], None]
     deadline: Callable[[Policy], float]
     """Seconds from its beginning until the report DEADLINE."""
     missing: Callable[[Fleet, Round], Iterator[str]]
-    """Who has not done what the phase waits for. Of a phase that evicts who is late, these are engines."""
+    """Who has not done what the phase waits for."""
     then: Phase | Callable[[Turn, Round], None]
     """The next phase, or how the round ends, once nobody is missing."""
     late: Fault
     """Whose fault a missed deadline is."""
-    judge: Callable[[Round, Member], Trouble | None] = judge.nothing
+    judge: Callable[[Fleet, Round, Member], Verdict] = judge.nothing
     """What is wrong with the member's report that the phase waits for."""
-    tend: Callable[[Turn, Round], None] = _nothing
-    """Done again after every event for as long as the phase lasts, before ``missing`` is asked."""
 
 
 ROWS: Final[dict[Phase, PhaseRow]] = {
@@ -50,33 +45,20 @@ ROWS: Final[dict[Phase, PhaseRow]] = {
     Phase.VERIFYING: PhaseRow(
         entry.verify, lambda p: p.verify, waits.not_verified, Phase.DECIDING, "engine", judge.verified
     ),
-    Phase.DECIDING: PhaseRow(entry.decide, lambda p: p.finish, waits.not_durable, Phase.APPLYING, "daemon"),
-    Phase.APPLYING: PhaseRow(entry.apply, lambda p: p.finish, waits.not_applied, Phase.FINISHING, "engine"),
-    Phase.FINISHING: PhaseRow(entry.finish, lambda p: p.finish, waits.not_finished, Phase.RESUMING, "engine"),
-    Phase.RESUMING: PhaseRow(entry.resume, lambda p: p.finish, waits.not_resumed, Phase.RECORDING, "engine"),
+    Phase.DECIDING: PhaseRow(entry.decide, lambda p: p.finish, waits.not_durable, Phase.SWITCHING, "daemon"),
+    Phase.SWITCHING: PhaseRow(
+        entry.switch, lambda p: 3 * p.finish, waits.not_serving, Phase.RECORDING, "engine", judge.left
+    ),
     Phase.RECORDING: PhaseRow(entry.record, lambda p: p.finish, waits.not_durable, endings.committed, "daemon"),
-    Phase.CANCELLING: PhaseRow(
-        entry.cancel,
-        lambda p: p.quiesce + p.pause,  # a worker leaves the window, then its engine ends the calls under way
-        waits.not_cancelled,
-        endings.failed,
-        "engine",
-        tend=entry.resume_cancelled,
-    ),
-    Phase.TEARING: PhaseRow(
-        entry.tear,
-        lambda p: p.transfer + p.finish,  # a writer closes at its grant's deadline at the latest, then workers leave
-        waits.not_torn_down,
-        endings.failed,
-        "trainer",
-        tend=entry.let_out_torn,
-    ),
 }
 
 
 def enter(turn: Turn, current: Round, phase: Phase) -> None:
     """Begin a phase: book the time of the last one, set the deadline, command what the phase is for."""
     current.times[current.phase.value] = current.times.get(current.phase.value, 0.0) + turn.now - current.phase_began
+    if current.first_done is not None:
+        current.waited += turn.now - current.first_done
+        current.first_done = None
     current.phase = phase
     current.phase_began = turn.now
     current.deadline = turn.now + ROWS[phase].deadline(turn.fleet.policy)
@@ -87,7 +69,6 @@ def advance(turn: Turn, current: Round) -> None:
     """Leave the present phase, and each one after it, for as long as nobody is missing."""
     while turn.fleet.round is current:
         row = ROWS[current.phase]
-        row.tend(turn, current)
         if any(True for _ in row.missing(turn.fleet, current)):
             return
         if isinstance(row.then, Phase):
@@ -101,9 +82,28 @@ def missing(fleet: Fleet, current: Round) -> list[str]:
     return list(ROWS[current.phase].missing(fleet, current))
 
 
+def behind(fleet: Fleet, current: Round) -> set[str]:
+    """Engines of the round that are not done with the present phase; none where it waits for nobody's engine."""
+    if current.phase is Phase.WRITING:
+        return waits.engines_not_closed(fleet, current)
+    if ROWS[current.phase].missing is waits.not_durable:
+        return set()
+    return waits.engines_of(missing(fleet, current))
+
+
+def is_impatient(turn: Turn, current: Round) -> bool:
+    """Engines that are done have waited for the others for as long as the policy allows, over all phases."""
+    late = behind(turn.fleet, current)
+    if not late or len(late) == len(current.remaining()):
+        return False  # nobody waits for another
+    if current.first_done is None:
+        current.first_done = turn.now
+    return current.waited + turn.now - current.first_done >= turn.fleet.policy.patience
+
+
 def overdue(turn: Turn, current: Round) -> Trouble:
     """What to say about a missed deadline."""
     seconds = turn.now - current.phase_began
-    late = ", ".join(missing(turn.fleet, current)) or "nobody"
+    late = ", ".join(missing(turn.fleet, current)[: waits.SHOWN]) or "nobody"
     reason = f"{current.phase} took longer than {seconds:.0f} s; missing: {late}"
     return Trouble(reason, ROWS[current.phase].late)

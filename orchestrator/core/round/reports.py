@@ -5,15 +5,26 @@ on through all phases that are complete.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from weightsync.orchestrator.core import blame
+from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
-from weightsync.orchestrator.core.round import endings, phases, waits
+from weightsync.orchestrator.core.round import endings, entry, phases
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
-from weightsync.orchestrator.core.state import Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Abort, Closed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
 from weightsync.orchestrator.protocol.names import Member, RoundName
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Whom a report is about: the agent that it came from, the engine that it costs its place if it is bad."""
+
+    member: Member | None = None
+    engine: str = ""
 
 
 # ------------------------------------------------------------------------------------------------- events to reports
@@ -26,47 +37,66 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
     message, member = event.message, event.member
     if current is None or getattr(message, "round", None) != current.name:
         return
+    if member in current.ranks and not current.has(member.engine):
+        return  # of an engine that was left out: ``members`` tells it how the round ends for it
+    about = About(member, member.engine)
     match message:
         case Quiesced() if member in current.ranks:
-            current.quiesced.add(member)
+            if current.phase is not Phase.PAUSING:
+                current.quiesced.add(member)
             why = Trouble(f"{member} says QUIESCED before it was asked", "engine")
-            handle(turn, current, Report.QUIESCED, why, member=member, engine=member.engine)
+            handle(turn, current, Report.QUIESCED, why, about)
         case Closed() if member in current.writers:
-            current.closed.setdefault(member, message)  # the first report is the one that counts
-            reason = message.error or f"{member} says CLOSED without a grant"
-            why = Trouble(reason, message.fault or "trainer", message.retry)
-            handle(turn, current, Report.CLOSED, why, member=member)
+            if current.granted:
+                _book_closed(current, member, message)
+            why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or "trainer")
+            handle(turn, current, Report.CLOSED, why, about)
         case Verified() if member in current.ranks:
-            current.verified.setdefault(member, message)
-            reason = message.error or f"{member} says VERIFIED before it was asked"
-            why = Trouble(reason, message.fault or "engine", message.retry)
-            handle(turn, current, Report.VERIFIED, why, member=member, engine=member.engine)
+            if current.phase is Phase.VERIFYING:
+                current.verified.setdefault(member, message)
+            why = Trouble(f"{member} says VERIFIED before it was asked", "engine")
+            handle(turn, current, Report.VERIFIED, why, about)
         case Left() if member in current.ranks:
             current.left[member] = message.status
             why = Trouble(f"{member} left the update call by itself", message.fault or "engine", message.retry)
-            handle(turn, current, Report.LEFT, why, member=member, engine=member.engine)
+            handle(turn, current, Report.LEFT, why, about)
         case _:
             pass
+
+
+def _book_closed(current: Round, writer: Member, message: Closed) -> None:
+    """The first report about each peer is the one that counts."""
+    done = current.closed.setdefault(writer, {})
+    for sent in message.peers:
+        done.setdefault(sent.peer, sent)
+    if message.final:
+        current.final.add(writer)
+    if message.error:
+        fault = message.fault or "trainer"
+        current.failed[writer] = Trouble(f"{writer} could not write: {message.error}", fault, message.retry)
 
 
 def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     """A call to an engine answered, or did not."""
     current = turn.fleet.round
-    if current is None or event.engine not in current.engines or event.call in (Call.PROBE, Call.ATTACH):
+    if current is None or not current.has(event.engine) or event.call in (Call.PROBE, Call.ATTACH):
         return
     progress = current.engines[event.engine]
-    if isinstance(event, CallFailed):
-        progress.update_over = progress.update_over or event.call is Call.SWITCH
-        why = Trouble(f"{event.engine}: {event.call} failed: {event.reason}", event.fault, event.retry)
-        handle(turn, current, Report.CALL_FAILED, why, engine=event.engine)
+    about = About(engine=event.engine)
+    if event.call is Call.SWITCH:
+        progress.update_over = True
+    if isinstance(event, CallDone):
+        why = Trouble(f"{event.engine} ended its update call before the round did", "engine")
+        handle(turn, current, _done(turn, progress, event), why, about)
         return
-    why = Trouble(f"{event.engine} ended its update call before the round did", "engine")
-    handle(turn, current, _done(turn, progress, event), why, engine=event.engine)
+    why = Trouble(f"{event.engine}: {event.call} failed: {event.reason}", event.fault, event.retry)
+    # Its answer may be lost; after the decision only the workers' words count.
+    ended = event.call is Call.SWITCH and current.decided
+    handle(turn, current, Report.UPDATE_OVER if ended else Report.CALL_FAILED, why, about)
 
 
 def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
     if event.call is Call.SWITCH:
-        progress.update_over = True
         return Report.UPDATE_OVER
     progress.http_seconds += event.seconds
     match event.call:
@@ -74,24 +104,52 @@ def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
             progress.paused = True
             return Report.PAUSED
         case Call.FINISH:
-            progress.finished = True
+            progress.finished, progress.finished_at = True, turn.now
             return Report.FINISHED
         case _:
-            progress.resumed = True
-            progress.resumed_at = turn.now
+            progress.resumed, progress.resumed_at = True, turn.now
+            blame.clear(turn, event.engine)
             return Report.RESUMED
 
 
 def agent_lost(turn: Turn, member: Member, reason: str) -> None:
-    """An agent of the round lost its connection."""
+    """An agent of the round has no connection; it has the time of a reconnect before that counts."""
     current = turn.fleet.round
-    if current is None:
+    if current is not None and (member in current.ranks or member in current.writers):
+        current.away[member] = (turn.now, f"{member} was lost: {reason}")
+
+
+def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
+    """An agent of the round is connected again: tell it what it may have missed. Another process is not the member."""
+    current, member = turn.fleet.round, agent.member
+    if current is None or (member not in current.ranks and member not in current.writers):
         return
-    lost = f"{member} was lost: {reason}"
-    if member in current.writers and member not in current.closed:
-        handle(turn, current, Report.WRITER_LOST, Trouble(lost, "trainer"), member=member)
-    elif member in current.ranks:
-        handle(turn, current, Report.RANK_LOST, Trouble(lost, "engine"), member=member, engine=member.engine)
+    current.away.pop(member, None)
+    known = current.ranks.get(member, current.sources.get(member))
+    if agent.hello.incarnation != known:
+        _gone(turn, current, member, f"{member} was started anew")
+    elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
+        trainer = agent.hello.trainer
+        if trainer is not None and current.name not in trainer.open_rounds:
+            entry.grant_to(turn, current, member)
+    elif current.phase is Phase.VERIFYING and current.has(member.engine) and member not in current.verified:
+        entry.ask_to_verify(turn, current, member)
+
+
+def agent_changed(turn: Turn, member: Member) -> None:
+    """A member of the round announces another layout: it cannot go on in this one."""
+    current = turn.fleet.round
+    if current is not None and (member in current.ranks or member in current.writers):
+        _gone(turn, current, member, f"{member} has another layout")
+
+
+def _gone(turn: Turn, current: Round, member: Member, reason: str) -> None:
+    current.away.pop(member, None)
+    if member in current.ranks:
+        if current.has(member.engine):
+            handle(turn, current, Report.RANK_GONE, Trouble(reason, "engine"), About(None, member.engine))
+    elif not current.is_done(member):
+        handle(turn, current, Report.WRITER_GONE, Trouble(reason, "trainer"))
 
 
 def durable(turn: Turn, name: RoundName | None) -> None:
@@ -102,22 +160,36 @@ def durable(turn: Turn, name: RoundName | None) -> None:
 
 
 def tick(turn: Turn) -> None:
-    """The phase's deadline may have passed."""
+    """A member may be away for too long; the phase's deadline, or the patience of the engines, may be over."""
     current = turn.fleet.round
-    if current is not None and turn.now >= current.deadline:
+    if current is None:
+        return
+    for member, (since, reason) in list(current.away.items()):
+        if turn.fleet.round is current and turn.now >= since + turn.fleet.policy.heartbeat:
+            _gone(turn, current, member, reason)
+    if turn.fleet.round is not current:
+        return
+    newer = _newer_waits(turn, current)
+    if turn.now >= current.deadline:
         handle(turn, current, Report.DEADLINE, phases.overdue(turn, current))
+    elif newer and not current.decided:
+        give_up(turn, current, Trouble(newer, "engine"))
+    elif phases.is_impatient(turn, current):
+        handle(turn, current, Report.IMPATIENCE, phases.overdue(turn, current))
+
+
+def _newer_waits(turn: Turn, current: Round) -> str:
+    """Why a catch-up, which only brings some engine back, is to end: it keeps a version from all the others."""
+    waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
+    if not current.catch_up or not waiting:
+        return ""
+    seconds = turn.now - max(min(waiting), current.began)
+    return f"a new version has waited {seconds:.0f} s for it" if seconds >= turn.fleet.policy.patience else ""
 
 
 # ------------------------------------------------------------------------------------------------ reports to actions
-def handle(
-    turn: Turn, current: Round, report: Report, why: Trouble, *, member: Member | None = None, engine: str = ""
-) -> None:
-    """Look the pair up and act; then go on for as long as phases are complete.
-
-    Args:
-        why: what to say if the report costs the round or an engine.
-        member: who reports, where it is an agent.
-        engine: the engine that it is about, where it is about one.
+def handle(turn: Turn, current: Round, report: Report, why: Trouble, about: About = About()) -> None:
+    """Look the pair up and act; then go on for as long as phases are complete. ``why``: what to say if it costs.
 
     Raises:
         ImpossibleTransition: the table has no entry for ``report`` in the present phase.
@@ -128,65 +200,94 @@ def handle(
             f"round {current.name} for {current.version}: {report} in phase {current.phase} ({why.reason}); "
             f"engines {current.remaining()}, closed {sorted(map(str, current.closed))}, times {current.times}"
         )
-    if action is Action.note and member is not None:
-        wrong = phases.ROWS[current.phase].judge(current, member)
-        if wrong is not None:  # only phases after a grant judge, so what is wrong may be in live memory
-            action, why = Action.tear, wrong
-    _ACTIONS[action](turn, current, why, engine)
+    _ACTIONS[action](turn, current, why, about)
+    if turn.fleet.round is current and current.phase is Phase.SWITCHING:
+        _move_on(turn, current, report, about.engine)
     phases.advance(turn, current)
 
 
-def _note(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
-    """It was written down where the event became a report."""
+def _move_on(turn: Turn, current: Round, report: Report, engine: str) -> None:
+    """After the decision: what an engine does concerns the others only where they begin to serve at once."""
+    alone = report in (Report.LEFT, Report.UPDATE_OVER) and current.has(engine)
+    for name in [engine] if alone else current.remaining():
+        entry.move_on(turn, current, name)
 
 
-def _cancel(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
+def give_up(turn: Turn, current: Round, why: Trouble) -> None:
+    """End the round as failed. After a grant its engines are torn, before one they go on with what they had."""
     current.trouble = why
-    phases.enter(turn, current, Phase.CANCELLING)
-
-
-def _tear(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
-    current.trouble = why
-    phases.enter(turn, current, Phase.TEARING)
-
-
-def _evict(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
-    """Go on without an engine and its pair: they stay paused until a round of their own brings them back."""
-    unit = turn.fleet.unit(engine)
-    for name in current.remaining():
-        if name in unit:
-            current.engines[name].evicted = why.reason
-            turn.say(
-                f"{name} is left out of {current.version}: {why.reason}; it stays paused until it catches up", "error"
-            )
-    if not current.remaining():
-        current.trouble = why
-        endings.failed(turn, current)
-
-
-def _evict_missing(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
-    for late in phases.missing(turn.fleet, current):
-        if turn.fleet.round is current:  # the last eviction may have ended it
-            _evict(turn, current, why, late)
-
-
-def _give_up(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
-    if current.phase is Phase.TEARING:  # writers that do not end have kept the workers waiting
-        for member in waits.workers_inside(turn.fleet, current):
-            turn.send(member, Abort(round=current.name, torn=True, reason=current.reason))
+    round_of = f"round {current.name} for {current.version}"
+    if current.granted:
+        engines = ", ".join(current.remaining())
+        turn.say(
+            f"{round_of} failed after the first grant: {why.reason}; {engines} stay paused until repaired", "error"
+        )
+    else:
+        turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning")
+    entry.let_out(turn, current, current.remaining(), why)
     endings.failed(turn, current)
 
 
-def _ignore(turn: Turn, current: Round, why: Trouble, engine: str) -> None:
+def _note(turn: Turn, current: Round, why: Trouble, about: About) -> None:
+    """It was written down where the event became a report; what is wrong with it is to be found out."""
+    if about.member is None:
+        return
+    verdict = phases.ROWS[current.phase].judge(turn.fleet, current, about.member)
+    if verdict.whole is not None:
+        give_up(turn, current, verdict.whole)
+    for engine, trouble in verdict.engines.items():
+        _leave_out(turn, current, trouble, About(engine=engine))
+
+
+def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
+    """Go on without an engine and its pair: they stay paused until a round of their own brings them back."""
+    unit = [name for name in turn.fleet.unit(about.engine) if current.has(name)]
+    if not unit or turn.fleet.round is not current:
+        return
+    blame.put(turn, about.engine, why)
+    for name in unit:
+        current.engines[name].left_out = why.reason
+        turn.say(f"{name} is left out of {current.version}: {why.reason}; it stays paused until it catches up", "error")
+    if current.decided:
+        return
+    entry.let_out(turn, current, unit, why)
+    here = len(current.remaining())
+    if here < current.quorum:
+        too_few = f"; {here} engines are left and a commit needs {current.quorum}" if here else ""
+        give_up(turn, current, Trouble(why.reason + too_few, why.fault, why.retry))
+
+
+def _leave_out_late(turn: Turn, current: Round, why: Trouble, about: About) -> None:
+    late = phases.behind(turn.fleet, current)
+    if len(late) == len(current.remaining()) and not current.decided:
+        for name in sorted(late) if why.fault == "engine" else ():
+            blame.put(turn, name, why)
+        give_up(turn, current, why)
+        return
+    for name in sorted(late):
+        _leave_out(turn, current, Trouble(f"{name}: {why.reason}", "engine"), About(engine=name))
+
+
+def _give_up(turn: Turn, current: Round, why: Trouble, about: About) -> None:
+    give_up(turn, current, why)
+
+
+def _drop(turn: Turn, current: Round, why: Trouble, about: About) -> None:
+    agent = turn.fleet.agents.get(about.member) if about.member is not None else None
+    if agent is not None:
+        turn.say(f"{agent.member} contradicts the protocol and loses its connection: {why.reason}", "warning")
+        turn.do(Drop(agent.member, agent.connection, why.reason))
+
+
+def _ignore(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     pass
 
 
-_ACTIONS: dict[Action, Callable[[Turn, Round, Trouble, str], None]] = {
+_ACTIONS: dict[Action, Callable[[Turn, Round, Trouble, About], None]] = {
     Action.note: _note,
-    Action.cancel: _cancel,
-    Action.tear: _tear,
-    Action.evict: _evict,
-    Action.evict_missing: _evict_missing,
+    Action.leave_out: _leave_out,
+    Action.leave_out_late: _leave_out_late,
     Action.give_up: _give_up,
+    Action.drop: _drop,
     Action.ignore: _ignore,
 }

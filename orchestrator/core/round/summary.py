@@ -2,41 +2,53 @@
 
 from collections.abc import Iterable
 
-from weightsync.orchestrator.core.records import RoundEnded
-from weightsync.orchestrator.core.state import Round
+from weightsync.orchestrator.core.records import RoundEnded, Taint
+from weightsync.orchestrator.core.state import Round, Unclosed
 from weightsync.orchestrator.core.turn import Turn
 
 
 def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     """Of the round as it stands now. ``outcome``: committed or failed."""
-    peers = [peer for closed in current.closed.values() for peer in closed.peers]
+    peers = [peer for closed in current.closed.values() for peer in closed.values()]
+    open_grants = {str(w): p for (w, name), p in turn.fleet.unclosed.items() if name == current.name}
     return RoundEnded(
         round=current.name,
         version=current.version,
         attempt=current.attempt,
         engines=tuple(current.engines),
-        evicted=tuple(name for name, progress in current.engines.items() if progress.evicted),
+        left_out=tuple(name for name, progress in current.engines.items() if progress.left_out),
         outcome=outcome,
         reason=current.reason,
         fault=current.trouble.fault,
         bytes=sum(peer.bytes for peer in peers),
         descriptors=sum(peer.descriptors for peer in peers),
         times={name: round(seconds, 6) for name, seconds in _times(turn, current).items()},
+        unclosed={writer: taint_of(pending) for writer, pending in open_grants.items()},
     )
 
 
+def taint_of(pending: Unclosed) -> Taint:
+    """An open grant as the journal keeps it."""
+    targets = {str(target): incarnation for target, incarnation in pending.targets.items()}
+    return Taint(pending.incarnation, pending.host, pending.boot, targets)
+
+
 def _times(turn: Turn, current: Round) -> dict[str, float]:
-    """Seconds by phase; ``stall``, ``http``, ``total`` of the whole; and of each step the slowest rank's own figure."""
+    """Seconds by phase, ``applying`` until the last worker was out; ``stall``, ``http``, ``total`` of the whole.
+
+    And of each step the slowest rank's own figure.
+    """
     times = dict(current.times)
     times[current.phase.value] = times.get(current.phase.value, 0.0) + turn.now - current.phase_began
     engines, verified = current.engines.values(), current.verified.values()
     if any(engine.resumed for engine in engines):
         times["stall"] = max(engine.resumed_at for engine in engines) - current.began
+    times["applying"] = _longest(engine.applied_at - current.switched_at for engine in engines if engine.finishing)
     # Entering and leaving the update call is one HTTP call, too, but its answer waits for the round in between.
     waits = _longest(engine.http_seconds for engine in engines)
-    times["http"] = waits + times.get("quiescing", 0.0) + times.get("applying", 0.0)
+    times["http"] = waits + times.get("quiescing", 0.0) + times["applying"]
     times["total"] = turn.now - current.began
-    times["wire"] = _longest(peer.seconds for closed in current.closed.values() for peer in closed.peers)
+    times["wire"] = _longest(peer.seconds for closed in current.closed.values() for peer in closed.values())
     times["apply"] = _longest(report.apply_seconds for report in verified)
     times["digest"] = _longest(report.digest_seconds for report in verified)
     staged = [agent.staged for agent in turn.fleet.trainers() if agent.staged is not None]

@@ -1,14 +1,15 @@
 """The one transition table: what a round does when something happens, phase by phase.
 
-    PAUSING → QUIESCING → MARKING → WRITING → VERIFYING → DECIDING → APPLYING → FINISHING → RESUMING → RECORDING
-       └──────────┴──────────┴→ CANCELLING     └→ TEARING ←┘ └→ TEARING
+    PAUSING → QUIESCING → MARKING → WRITING → VERIFYING → DECIDING → SWITCHING → RECORDING
 
-Before a grant (left of WRITING) nothing was written and the engines resume with what they had. From WRITING to the
-decision a failure tears: the engines stay paused until every writer is CLOSED and a later round repairs them. After
-DECIDING it only goes forward: an engine that fails is evicted, the others go on.
+Up to the decision the round's engines go through the phases together, because a version is committed on all of them or
+on none. Whoever is to blame is left out, the others go on, as long as there are enough of them; too few, or a trainer
+that fails, and the round is given up. Given up before a grant, nothing was written, and the engines go on with what
+they had; after a grant they are torn: they stay paused until a later round repairs them. After DECIDING it only goes
+forward, each engine by itself: one that fails is no longer waited for.
 
-Whatever agents and engines may say at a wrong time has an entry in every phase, so that no peer can end the daemon: out
-of turn it costs the round, said twice it counts once.
+Whatever agents and engines may say at a wrong time has an entry in every phase, so that no peer can end the daemon: a
+word out of turn costs its connection or its engine's place, a word said twice counts once.
 """
 
 from enum import Enum, StrEnum
@@ -21,15 +22,11 @@ class Phase(StrEnum):
     PAUSING = "pausing"  # every engine's /pause
     QUIESCING = "quiescing"  # every worker inside the update call, its device idle
     MARKING = "marking"  # LIVE_DIRTY durable
-    WRITING = "writing"  # CLOSED from every writer
+    WRITING = "writing"  # CLOSED from every writer towards every worker
     VERIFYING = "verifying"  # live digests of every worker
     DECIDING = "deciding"  # DECIDED durable
-    APPLYING = "applying"  # every worker out of the update call, as committed
-    FINISHING = "finishing"  # every engine's answer that it knows the version
-    RESUMING = "resuming"  # every engine's /resume
+    SWITCHING = "switching"  # every engine: workers out of the update call, told the version, resumed
     RECORDING = "recording"  # COMMITTED durable
-    CANCELLING = "cancelling"  # workers out of the update call, engines resumed with what they had
-    TEARING = "tearing"  # CLOSED from every writer; then workers out of the update call, engines kept paused
 
 
 class Report(StrEnum):
@@ -45,68 +42,63 @@ class Report(StrEnum):
     FINISHED = "finished"
     RESUMED = "resumed"
     CALL_FAILED = "call failed"
-    WRITER_LOST = "writer lost"
-    RANK_LOST = "rank lost"
+    WRITER_GONE = "writer gone"  # for longer than a reconnect takes, or another process in its place
+    RANK_GONE = "rank gone"
     DEADLINE = "deadline"
+    IMPATIENCE = "impatience"  # engines that are done have waited for the others as long as they may
 
 
 class Action(Enum):
     """What is done about it; the names of functions in ``reports``."""
 
     note = "note"  # judge it; the phase may be complete
-    cancel = "cancel"  # give up before anything was written
-    tear = "tear"  # give up after something may have been written
-    evict = "evict"  # go on without that engine
-    evict_missing = "evict_missing"  # go on without the engines that did not get there in time
-    give_up = "give_up"  # end the round as failed with what is known
+    leave_out = "leave_out"  # go on without that engine
+    leave_out_late = "leave_out_late"  # go on without the engines that did not get there in time
+    give_up = "give_up"  # end the round as failed
+    drop = "drop"  # end the connection of an agent that contradicts the protocol
     ignore = "ignore"  # late or already accounted for
 
 
 _P, _R, _A = Phase, Report, Action
 
 _BEFORE_WRITING: Final = {
-    _R.PAUSED: _A.note, _R.QUIESCED: _A.cancel, _R.CLOSED: _A.cancel, _R.VERIFIED: _A.cancel, _R.LEFT: _A.cancel,
-    _R.UPDATE_OVER: _A.cancel, _R.CALL_FAILED: _A.cancel, _R.WRITER_LOST: _A.cancel, _R.RANK_LOST: _A.cancel,
-    _R.DEADLINE: _A.cancel,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.drop, _R.CLOSED: _A.drop, _R.VERIFIED: _A.drop, _R.LEFT: _A.leave_out,
+    _R.UPDATE_OVER: _A.leave_out, _R.CALL_FAILED: _A.leave_out, _R.WRITER_GONE: _A.give_up, _R.RANK_GONE: _A.leave_out,
+    _R.DEADLINE: _A.leave_out_late, _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _WRITTEN: Final = {
-    _R.QUIESCED: _A.ignore, _R.CLOSED: _A.note, _R.VERIFIED: _A.tear, _R.LEFT: _A.tear, _R.UPDATE_OVER: _A.note,
-    _R.CALL_FAILED: _A.note, _R.RANK_LOST: _A.tear, _R.DEADLINE: _A.tear,
+    # A call that fails while its workers are inside says nothing: they themselves say what they hold.
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.leave_out,
+    _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late,
+    _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _FORWARD: Final = {
-    _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.ignore, _R.LEFT: _A.note, _R.UPDATE_OVER: _A.note,
-    _R.FINISHED: _A.note, _R.RESUMED: _A.note, _R.CALL_FAILED: _A.evict, _R.WRITER_LOST: _A.ignore,
-    _R.RANK_LOST: _A.evict, _R.DEADLINE: _A.evict_missing,
-}  # fmt: skip
-_BACKWARD: Final = {
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.note, _R.VERIFIED: _A.ignore, _R.LEFT: _A.note,
-    _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore, _R.RESUMED: _A.note, _R.CALL_FAILED: _A.note,
-    _R.WRITER_LOST: _A.note, _R.RANK_LOST: _A.note, _R.DEADLINE: _A.give_up, _R.DURABLE: _A.ignore,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.ignore, _R.LEFT: _A.ignore,
+    _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore, _R.RESUMED: _A.ignore, _R.CALL_FAILED: _A.note,
+    _R.WRITER_GONE: _A.ignore, _R.RANK_GONE: _A.ignore, _R.DEADLINE: _A.ignore, _R.IMPATIENCE: _A.ignore,
 }  # fmt: skip
 
 TABLE: Final[dict[Phase, dict[Report, Action]]] = {
-    _P.PAUSING: _BEFORE_WRITING,
+    _P.PAUSING: {**_BEFORE_WRITING, _R.PAUSED: _A.note},
     _P.QUIESCING: {**_BEFORE_WRITING, _R.QUIESCED: _A.note},
-    _P.MARKING: {**_BEFORE_WRITING, _R.QUIESCED: _A.ignore, _R.DURABLE: _A.note},
-    _P.WRITING: {**_WRITTEN, _R.WRITER_LOST: _A.tear},
-    _P.VERIFYING: {**_WRITTEN, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.note, _R.WRITER_LOST: _A.ignore},
-    _P.DECIDING: {
-        **_FORWARD,
+    _P.MARKING: {
+        **_BEFORE_WRITING,
+        _R.QUIESCED: _A.ignore,
         _R.DURABLE: _A.note,
-        _R.LEFT: _A.evict,
-        _R.CALL_FAILED: _A.note,
-        _R.DEADLINE: _A.ignore,  # no engine is late, the disk is
+        _R.DEADLINE: _A.give_up,  # no engine is late, the disk is
+        _R.IMPATIENCE: _A.ignore,
     },
-    _P.APPLYING: {**_FORWARD, _R.CALL_FAILED: _A.note},
-    _P.FINISHING: _FORWARD,
-    _P.RESUMING: _FORWARD,
-    _P.RECORDING: {
+    _P.WRITING: {**_WRITTEN, _R.CLOSED: _A.note, _R.VERIFIED: _A.drop, _R.WRITER_GONE: _A.give_up},
+    _P.VERIFYING: {**_WRITTEN, _R.VERIFIED: _A.note, _R.WRITER_GONE: _A.ignore},
+    _P.DECIDING: {**_FORWARD, _R.DURABLE: _A.note, _R.LEFT: _A.leave_out},
+    _P.SWITCHING: {
         **_FORWARD,
-        _R.DURABLE: _A.note,
-        _R.CALL_FAILED: _A.ignore,
-        _R.RANK_LOST: _A.ignore,
-        _R.DEADLINE: _A.ignore,
+        _R.LEFT: _A.note,
+        _R.FINISHED: _A.note,
+        _R.RESUMED: _A.note,
+        _R.CALL_FAILED: _A.leave_out,  # not of the update call, which ``reports`` takes for its end
+        _R.DEADLINE: _A.leave_out_late,
+        _R.IMPATIENCE: _A.leave_out_late,
     },
-    _P.CANCELLING: _BACKWARD,
-    _P.TEARING: _BACKWARD,
+    _P.RECORDING: {**_FORWARD, _R.DURABLE: _A.note},
 }

@@ -4,20 +4,23 @@ They are iterators because each of a fleet's thousands of reports asks only whet
 """
 
 from collections.abc import Container, Iterable, Iterator
+from typing import Final
 
-from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.state import Fleet, Round
 from weightsync.orchestrator.protocol.names import Member
+
+SHOWN: Final = 8
+"""Members that a sentence names; a fleet may have thousands."""
 
 
 def not_paused(fleet: Fleet, current: Round) -> Iterator[str]:
     """Engines whose pause has not answered."""
-    return (name for name, progress in current.engines.items() if not progress.paused)
+    return (name for name in current.remaining() if not current.engines[name].paused)
 
 
 def not_quiesced(fleet: Fleet, current: Round) -> Iterator[str]:
     """Workers that are not inside the update call."""
-    return _missing(current.ranks, current.quiesced)
+    return _missing(current.remaining_ranks(), current.quiesced)
 
 
 def not_durable(fleet: Fleet, current: Round) -> Iterator[str]:
@@ -27,76 +30,42 @@ def not_durable(fleet: Fleet, current: Round) -> Iterator[str]:
 
 
 def not_closed(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Writers that may still write."""
-    return _missing(current.writers, current.closed)
+    """Writers that may still write to an engine of the round."""
+    return (str(writer) for writer in current.writers if not current.is_done(writer))
 
 
 def not_verified(fleet: Fleet, current: Round) -> Iterator[str]:
     """Workers whose digest is not there."""
-    return _missing(current.ranks, current.verified)
+    return _missing(current.remaining_ranks(), current.verified)
 
 
-def not_applied(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Engines of which some worker does not hold the version, or whose update call has not answered."""
-    return (name for name in current.remaining() if not _applied(current, name))
-
-
-def not_finished(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Engines that have not been told the version."""
-    return (name for name in current.remaining() if not current.engines[name].finished)
-
-
-def not_resumed(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Engines whose resume has not answered."""
+def not_serving(fleet: Fleet, current: Round) -> Iterator[str]:
+    """Engines that do not serve the version."""
     return (name for name in current.remaining() if not current.engines[name].resumed)
 
 
-def not_cancelled(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Engines with a worker inside the update call, or with a call of the round under way."""
-    return (name for name in current.engines if inside(fleet, current, name) or Call.RESUME in _calls(fleet, name))
-
-
-def not_torn_down(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Writers to wait for, then workers inside the update call, then engines where that call has not answered."""
-    yield from map(str, writing(fleet, current))
-    yield from map(str, workers_inside(fleet, current))
-    yield from (name for name in current.engines if Call.SWITCH in _calls(fleet, name))
-
-
-def writing(fleet: Fleet, current: Round) -> list[Member]:
-    """Writers to wait for when a round is torn: they are here, and so is some target of theirs.
-
-    A writer that is gone cannot say CLOSED, and writes to a target that is gone harm nobody. What they leave open keeps
-    the next round back, not the end of this one.
-    """
-    return [writer for writer in current.writers if _may_write(fleet, writer)]
-
-
-def workers_inside(fleet: Fleet, current: Round) -> list[Member]:
-    """Connected workers that have not said LEFT."""
-    return [member for member in current.ranks if member in fleet.agents and member not in current.left]
-
-
-def inside(fleet: Fleet, current: Round, engine: str) -> bool:
-    """Some worker of the engine is inside the round's update call, or the call or the pause before it is under way."""
-    workers = any(agent.status.window == current.name for agent in fleet.ranks_of(engine))
-    return workers or bool(_calls(fleet, engine) & {Call.PAUSE, Call.SWITCH})
-
-
-def _missing(wanted: Iterable[Member], there: Container[Member]) -> Iterator[str]:
-    return (str(member) for member in wanted if member not in there)
-
-
-def _applied(current: Round, engine: str) -> bool:
-    ranks = [member for member in current.ranks if member.engine == engine]
+def applied(current: Round, engine: str) -> bool:
+    """Every worker of the engine is out of the update call with the version, and the call has answered."""
+    ranks = current.by_engine[engine]
     all_hold = all(m in current.left and current.left[m].applied == current.version for m in ranks)
     return all_hold and current.engines[engine].update_over
 
 
-def _may_write(fleet: Fleet, writer: Member) -> bool:
-    pending = fleet.unclosed.get(writer)
-    return pending is not None and writer in fleet.agents and not pending.targets.keys().isdisjoint(fleet.agents)
+# ------------------------------------------------------------------------------------------------- engines behind them
+def engines_of(names: Iterable[str]) -> set[str]:
+    """The engines of those who are missing, where a phase waits for engines and their workers."""
+    return {name.rpartition("/")[0] if "/" in name else name for name in names}
 
 
-def _calls(fleet: Fleet, engine: str) -> set[Call]:
-    return set(fleet.engines[engine].calls)
+def engines_not_closed(fleet: Fleet, current: Round) -> set[str]:
+    """Engines of the round towards which some writer has not closed."""
+    late: set[str] = set()
+    for writer, targets in current.writers.items():
+        if writer not in current.final:
+            done = current.closed.get(writer, {})
+            late |= {target.engine for target in targets if current.has(target.engine) and target not in done}
+    return late
+
+
+def _missing(wanted: Iterable[Member], there: Container[Member]) -> Iterator[str]:
+    return (str(member) for member in wanted if member not in there)

@@ -65,7 +65,13 @@ class Overview:
     def _trainers(self, fleet: Fleet) -> tuple[TrainerView, ...]:
         views = []
         for agent in fleet.trainers():
-            state = "writing" if agent.member in fleet.unclosed else "staged" if agent.staged else "connected"
+            state = (
+                "writing"
+                if any(writer == agent.member for writer, _ in fleet.unclosed)
+                else "staged"
+                if agent.staged
+                else "connected"
+            )
             views.append(
                 TrainerView(
                     rank=agent.member.rank,
@@ -98,7 +104,7 @@ def engine_state(fleet: Fleet, name: str) -> str:
         return "joining"
     if fleet.version_of(name) is None:
         return "held"
-    return "paused" if engine.paused or engine.ours_paused else "serving"
+    return "paused" if engine.paused else "serving"
 
 
 def _progress(fleet: Fleet, now: float) -> ProgressView | None:

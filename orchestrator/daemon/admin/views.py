@@ -87,7 +87,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     outcome: str
     engines: tuple[str, ...] = ()
-    evicted: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     bytes: int = 0
     descriptors: int = 0
     wire_gb_per_s: float = 0.0
@@ -167,7 +167,7 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         attempt=record.attempt,
         outcome=record.outcome,
         engines=record.engines,
-        evicted=record.evicted,
+        left_out=record.left_out,
         bytes=record.bytes,
         descriptors=record.descriptors,
         wire_gb_per_s=round(record.bytes / wire / 1e9, 3) if wire > 0 else 0.0,

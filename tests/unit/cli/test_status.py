@@ -54,7 +54,7 @@ async def daemon(config: Path, token: str = TOKEN) -> AsyncIterator[str]:
 
 def ended(number: int, outcome: str = "committed", reason: str = "") -> RoundEnded:
     return RoundEnded(
-        round=RoundName(1, number), version=Version(7, 40 + number), attempt=1, engines=("a",), evicted=(),
+        round=RoundName(1, number), version=Version(7, 40 + number), attempt=1, engines=("a",), left_out=(),
         outcome=outcome, reason=reason, bytes=2_000_000, descriptors=3,
         times={"pausing": 0.03, "wire": 0.001, "stall": 0.2, "verifying": 0.02, "total": 0.25},
     )  # fmt: skip

@@ -27,7 +27,7 @@ def test_the_status_table_at_a_glance() -> None:
             trainers=tuple(TrainerView(rank=r, host="n", pid=1, state="ready", staged=version) for r in range(10)),
             round=ProgressView(round="2.7", version=version, phase="writing", attempt=2, elapsed_seconds=0.4),
             rounds=(RoundRow(round="2.6", step=39, generation=255, attempt=1, outcome="failed", engines=("d",),
-                             evicted=("d",), reason="no CLOSED from trainer/1 within 300 s", bytes=1_500_000_000,
+                             left_out=("d",), reason="no CLOSED from trainer/1 within 300 s", bytes=1_500_000_000,
                              wire_gb_per_s=41.234, pause_ms=30.4, stall_ms=210.6, verify_ms=25, total_ms=221,
                              unix_time=NOW - 30),),
             problems=("broadcasts/step_007: wrongly named, ignored",),

@@ -41,7 +41,7 @@ def test_nobody_remembers_for_ever(drive: Any) -> None:
         name = RoundName(1, number)
         replay(memory, RoundBegan(round=name, version=VERSION, attempt=1, engines=()))
         replay(memory, RoundEnded(
-            round=name, version=VERSION, attempt=1, engines=(), evicted=(), outcome="failed", reason="", bytes=0,
+            round=name, version=VERSION, attempt=1, engines=(), left_out=(), outcome="failed", reason="", bytes=0,
             descriptors=0, times={},
         ))  # fmt: skip
     assert len(memory.ended) == REMEMBERED_ROUNDS

@@ -68,7 +68,7 @@ def test_evicted_engines_are_no_longer_counted(drive: Any) -> None:
     fleet.loses(rank("e0", 1))
     assert going.remaining() == ["e1"]
     assert going.remaining_ranks() == [rank("e1", 0), rank("e1", 1)]
-    assert going.engines["e0"].evicted == "e0/1 was lost: reset"
+    assert going.engines["e0"].left_out == "e0/1 was lost: reset"
 
 
 def test_how_many_trainer_ranks_there_are(drive: Any) -> None:

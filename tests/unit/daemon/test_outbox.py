@@ -53,7 +53,7 @@ FOUND = NeedsFound(Needs(tensors=(), quantized=(), fingerprint="f"), {"e1": "why
 DIRTY = Append(LiveDirty(round=NAME, writers={}), answer=True)
 COMMITTED = Append(Committed(round=NAME, version=VERSION, sequence=1))
 ENDED = Append(RoundEnded(
-    round=NAME, version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="committed", reason="", bytes=1,
+    round=NAME, version=VERSION, attempt=1, engines=("e0",), left_out=(), outcome="committed", reason="", bytes=1,
     descriptors=1, times={},
 ))  # fmt: skip
 

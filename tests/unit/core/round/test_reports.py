@@ -122,7 +122,7 @@ def test_an_engine_takes_its_pair_with_it(drive: Any, phase: Phase) -> None:
     going = fleet.to(phase)
     fleet.loses(rank("e0", 1))
     assert going.remaining() == ["e2"]
-    assert going.engines["e1"].evicted == "e0/1 was lost: reset"
+    assert going.engines["e1"].left_out == "e0/1 was lost: reset"
     assert "e1 is left out of step 1 (generation 7): e0/1 was lost: reset; it stays paused" in fleet.told()
 
 
@@ -132,7 +132,7 @@ def test_when_both_of_a_pair_are_late_the_round_ends_once(drive: Any) -> None:
     fleet.passes(fleet.policy.finish)
     assert fleet.fleet.round is None
     (ended,) = [record for record in fleet.written() if isinstance(record, RoundEnded)]
-    assert (ended.outcome, ended.evicted, ended.fault) == ("failed", ("e0", "e1"), "engine")
+    assert (ended.outcome, ended.left_out, ended.fault) == ("failed", ("e0", "e1"), "engine")
 
 
 def test_the_late_are_left_out_and_the_others_go_on(drive: Any) -> None:
@@ -143,7 +143,7 @@ def test_the_late_are_left_out_and_the_others_go_on(drive: Any) -> None:
     assert going.phase is Phase.RESUMING
     assert going.remaining() == ["e1"]
     why = f"finishing took longer than {fleet.policy.finish:.0f} s; missing: e0, e2"
-    assert [going.engines[name].evicted for name in ("e0", "e2")] == [why, why]
+    assert [going.engines[name].left_out for name in ("e0", "e2")] == [why, why]
 
 
 def test_a_call_that_fails_names_its_engine(drive: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_call_that_fails_names_its_engine(drive: Any) -> None:
     going = fleet.to(Phase.FINISHING)
     fleet.fails("e1", Call.FINISH, "503")
     assert going.remaining() == ["e0"]
-    assert going.engines["e1"].evicted == "e1: finish failed: 503"
+    assert going.engines["e1"].left_out == "e1: finish failed: 503"
 
 
 def test_an_update_call_that_ends_too_early_costs_the_round(drive: Any) -> None:

@@ -37,7 +37,7 @@ def test_times_of_a_round(drive: Any) -> None:
     fleet.now = 106.0
     done(fleet, "e1", Call.RESUME, 1.5)
     ended = next(record for record in fleet.written() if isinstance(record, RoundEnded))
-    assert (ended.outcome, ended.reason, ended.fault, ended.evicted) == ("committed", "", "", ())
+    assert (ended.outcome, ended.reason, ended.fault, ended.left_out) == ("committed", "", "", ())
     assert (ended.bytes, ended.descriptors) == (4 * BYTES_PER_EDGE, 8)
     assert ended.times == {
         "pausing": 1.0, "quiescing": 0.0, "marking": 0.0, "writing": 3.0, "verifying": 0.5, "deciding": 0.0,
@@ -53,5 +53,5 @@ def test_a_round_that_failed_says_why_and_whose_fault(drive: Any) -> None:
     going.trouble = Trouble("the decode engine is gone", "engine", retry=False)
     ended = summary(Turn(fleet.fleet, fleet.now, 1), going, "failed")
     assert (ended.outcome, ended.reason, ended.fault) == ("failed", "the decode engine is gone", "engine")
-    assert ended.evicted == ("e0",)
+    assert ended.left_out == ("e0",)
     assert "stall" not in ended.times, "nobody was resumed"

@@ -40,7 +40,7 @@ def began(number: int) -> RoundBegan:
 
 def ended(number: int) -> RoundEnded:
     return RoundEnded(
-        round=RoundName(3, number), version=VERSION, attempt=1, engines=("a",), evicted=(), outcome="committed",
+        round=RoundName(3, number), version=VERSION, attempt=1, engines=("a",), left_out=(), outcome="committed",
         reason="", bytes=0, descriptors=0, times={},
     )  # fmt: skip
 

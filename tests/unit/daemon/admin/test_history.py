@@ -9,7 +9,7 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 
 def ended(number: int) -> RoundEnded:
     return RoundEnded(
-        round=RoundName(1, number), version=Version(7, 40 + number), attempt=1, engines=("a",), evicted=(),
+        round=RoundName(1, number), version=Version(7, 40 + number), attempt=1, engines=("a",), left_out=(),
         outcome="committed", reason="", bytes=0, descriptors=0, times={},
     )  # fmt: skip
 

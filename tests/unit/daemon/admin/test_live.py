@@ -70,7 +70,7 @@ async def test_the_status_is_of_this_moment(daemon: Daemon) -> None:
 async def test_rounds_come_from_the_journal(daemon: Daemon) -> None:
     for number in (1, 2, 3):
         ended = RoundEnded(
-            round=RoundName(1, number), version=VERSION, attempt=1, engines=("e0",), evicted=(), outcome="failed",
+            round=RoundName(1, number), version=VERSION, attempt=1, engines=("e0",), left_out=(), outcome="failed",
             reason="r", bytes=0, descriptors=0, times={},
         )  # fmt: skip
         await daemon.journal.append([("RoundEnded", encode_record(ended)), ("Other", b"{}")])

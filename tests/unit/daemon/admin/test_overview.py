@@ -59,7 +59,7 @@ def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
     fleet = fleet_with(SERVING, paused=True)
     fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING)
     assert engine_state(fleet, "e0") == "updating"
-    fleet.round.engines["e0"].evicted = "its /resume failed"
+    fleet.round.engines["e0"].left_out = "its /resume failed"
     assert engine_state(fleet, "e0") == "paused"
 
 

@@ -8,12 +8,12 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 
 def test_a_row_of_a_record() -> None:
     record = RoundEnded(
-        round=RoundName(2, 9), version=Version(7, 40), attempt=2, engines=("a", "b"), evicted=("b",),
+        round=RoundName(2, 9), version=Version(7, 40), attempt=2, engines=("a", "b"), left_out=("b",),
         outcome="committed", reason="", bytes=3_000_000_000, descriptors=12,
         times={"pausing": 0.0331, "wire": 0.25, "verifying": 0.05, "stall": 0.4, "total": 0.5},
     )  # fmt: skip
     row = round_row(record, 5.0)
-    assert (row.round, row.step, row.generation, row.evicted) == ("2.9", 40, 7, ("b",))
+    assert (row.round, row.step, row.generation, row.left_out) == ("2.9", 40, 7, ("b",))
     assert (row.wire_gb_per_s, row.pause_ms, row.verify_ms, row.stall_ms, row.total_ms) == (12, 33.1, 50, 400, 500)
     assert round_row(msgspec.structs.replace(record, times={}, bytes=0), 5.0).wire_gb_per_s == 0
 
