@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from faults import CHANCES
-from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.events import AbortAsked, Call, RetryAsked
 from world import World
 
 
@@ -51,6 +51,49 @@ def _trainers(world: World) -> None:
 def _sizes(world: World) -> None:
     """The trainer returns with another number of ranks."""
     world.kill_trainer(size=world.rng.choice((1, 2, 3)))
+
+
+def _zombies(world: World) -> None:
+    """The trainer is stopped, a second one starts on another host, and then the first one goes on for a while."""
+    first = world.job
+    if not first.whole:
+        return
+    world.note("the trainer is stopped and will wake up beside another one")
+    end = world.faults.begin(world.servers)
+    for rank in first.ranks:
+        rank.stop()
+    wakes, dies = world.rng.uniform(1.0, 12.0), world.rng.uniform(0.1, 4.0)
+
+    def wake() -> None:
+        world.note("the first trainer goes on")
+        for rank in first.ranks:
+            rank.thaw()
+
+    def die() -> None:
+        first.die()
+        world.declare_dead(range(first.size))
+        end()
+
+    world.later(world.rng.uniform(0.5, 5.0), lambda: world.start_trainer(host=f"host {world.next_id()}"))
+    world.later(wakes, wake)
+    world.later(wakes + dies, die)
+
+
+def _operators(world: World) -> None:
+    """Somebody asks for something, by name of an engine or for all."""
+    daemon, name = world.daemon, world.rng.choice(world.configured)
+    if daemon is None or not daemon.alive or name in world.held:
+        return
+    asked = world.rng.choice(("hold", "maintenance", "abort", "retry"))
+    world.note(f"an operator asks for {asked} ({name})")
+    if asked == "hold":
+        world.hold(name, world.rng.uniform(1.0, 10.0))
+    elif asked == "maintenance":
+        world.later(world.rng.uniform(1.0, 8.0), world.maintain())
+    else:
+        world.faults.hurt(world.servers)
+        kind = AbortAsked if asked == "abort" else RetryAsked
+        daemon.post(kind(daemon.next_id(), "operator", ""))
 
 
 def _frozen_engines(world: World) -> None:
@@ -192,6 +235,8 @@ DISTURBANCES: Final[Mapping[str, tuple[Callable[[World], None], float]]] = {
     "edges": (_edges, 10.0),
     "slow disk": (_slow_disk, 10.0),
     "ill": (_ill, 30.0),
+    "zombies": (_zombies, 30.0),
+    "operators": (_operators, 8.0),
     "configurations": (_configurations, 30.0),
 }
 """What happens, and after how many seconds on average it happens again."""

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from simulated_engine import Worker
-from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.protocol.names import Member
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Faults:
             return float("inf")
         return self._since[name] + self._world.aftermath if name in self._since else -1.0
 
-    # ---------------------------------------------------------------------------------------------------- asked by models
+    # ------------------------------------------------------------------------------------------------ asked by models
     def edge_is_broken(self, rank: "Rank", target: Member) -> bool:
         return target.engine in self.broken_edges
 

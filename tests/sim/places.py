@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from virtual_time import Work
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import StableSeen
 from weightsync.orchestrator.core.records import Record, encode_record
 from weightsync.orchestrator.protocol.names import Version
-from virtual_time import Work
 
 if TYPE_CHECKING:
     from simulated_daemon import SimulatedDaemon

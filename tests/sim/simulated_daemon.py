@@ -171,8 +171,7 @@ class SimulatedDaemon:
                 if link is not None and link.number == command.connection:
                     self._end(link)
             case MakePlan():
-                seconds = self.world.rng.uniform(0.001, 0.05)
-                self.world.later(seconds, lambda: self.post(PlanReady(self.next_id(), command.number, plan_of(command))))
+                self.world.later(self.world.short(), lambda: self._planned(command))
             case LookForStable(after_seconds=seconds):
                 self.world.later(seconds, self._look)
             case WriteMarker():
@@ -181,6 +180,9 @@ class SimulatedDaemon:
                 self.world.note_sentence(command.sentence)
             case _:
                 raise TypeError(f"the simulation performs no {type(command).__name__}")
+
+    def _planned(self, command: MakePlan) -> None:
+        self.post(PlanReady(self.next_id(), command.number, plan_of(command)))
 
     # ------------------------------------------------------------------------------------------------- run directory
     def _scan(self) -> bool:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from contents import CHECKPOINT, SIZES, memory_digest
+from virtual_time import Process
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.policy import AGENT_SHARE
-from virtual_time import Process
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Commit,
@@ -55,6 +55,7 @@ class Worker(Agent):
         self.window: RoundName | None = None
         self.ill = ""
         """``digest``: it says a wrong one; ``silent``: it never answers Verify."""
+        self._connect: Connect | None = None
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
         self._ended: dict[RoundName, str] = {}
@@ -107,7 +108,8 @@ class Worker(Agent):
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Connect():
-                self.later(self.world.short(), lambda: self.say(Ready(fingerprint=message.fingerprint)))
+                self._connect = message
+                self.later(self.world.short(), lambda: self._ready(message))
             case Verify():
                 self.later(self.world.short(), lambda: self._verify(message))
             case Commit():
@@ -121,6 +123,10 @@ class Worker(Agent):
                 self.say(Holding(status=self.status))
             case _:
                 pass
+
+    def _ready(self, connect: Connect) -> None:
+        if self._connect is connect:
+            self.say(Ready(fingerprint=connect.fingerprint))
 
     def _verify(self, message: Verify) -> None:
         if self.window != message.round or self.ill == "silent":

@@ -126,6 +126,7 @@ class Rank(Agent):
         self.restaged = 0
         self.open: dict[RoundName, Writing] = {}
         self.connected: dict[Member, Worker] = {}
+        self._newest: Connect | None = None
         self._connect: Connect | None = None
         self._failed: tuple[EdgeFailure, ...] = ()
 
@@ -141,6 +142,7 @@ class Rank(Agent):
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Connect():
+                self._newest = message
                 self.later(self.world.short(), lambda: self._prepare(message))
             case Grant():
                 self._granted(message)
@@ -156,6 +158,8 @@ class Rank(Agent):
     # -------------------------------------------------------------------------------------------------------- edges
     def _prepare(self, connect: Connect) -> None:
         """Connect to every peer that is there; those that are not are tried again for as long as the plan stands."""
+        if self._newest is not connect:
+            return
         if self.open:
             self.later(0.1, lambda: self._prepare(connect))
             return

@@ -4,8 +4,8 @@ import pytest
 from moments import PHASES, call
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
-from world import World
 from wires import Agent
+from world import World
 
 
 def assert_all_serve(world: World, within: float) -> None:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from virtual_time import Process
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Bye,
@@ -18,8 +20,6 @@ from weightsync.orchestrator.protocol.messages import (
     Verified,
     Welcome,
 )
-from weightsync.orchestrator.protocol.layout import Layout
-from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 if TYPE_CHECKING:

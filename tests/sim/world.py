@@ -20,12 +20,13 @@ from simulated_trainer import Job
 from stories import brief
 from virtual_time import VirtualTime, Work
 from weightsync.orchestrator.core.commands import CallEngine
-from weightsync.orchestrator.core.events import Call, DeadDeclared, Event, Tick
+from weightsync.orchestrator.core.events import Call, DeadDeclared, Event, HoldAsked, MaintenanceAsked, Tick
 from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
 
 NUMBERS: Final[dict[str, float]] = {
-    "min_engines": 0.5, "patience": 3.0, "retry": 20.0, "backoff": 0.25, "join": 30.0, "staged": 30.0, "rendezvous": 6.0, "probe": 1.5, "probe_interval": 1.0,
+    "min_engines": 0.5, "patience": 3.0, "lease": 0.0, "retry": 20.0, "backoff": 0.25, "join": 30.0, "staged": 30.0,
+    "rendezvous": 6.0, "probe": 1.5, "probe_interval": 1.0,
     "attach": 2.0, "pause": 3.0, "quiesce": 3.0, "transfer": 4.0, "verify": 3.0, "finish": 3.0, "heartbeat": 1.0,
     "lost_after": 3,
 }  # fmt: skip
@@ -78,6 +79,8 @@ class World(VirtualTime):
         self.servers: dict[str, Server] = {}
         self._workers: dict[Member, Worker] = {}
         self.jobs: list[Job] = []
+        self.held: set[str] = set()
+        """By the operator."""
         self.healing: list[Work] = []
         """What heals the illnesses that there are."""
         self.daemon: SimulatedDaemon | None = None
@@ -188,13 +191,44 @@ class World(VirtualTime):
         self.run(self.now + 3.0)
 
     def declare_dead(self, ranks: Iterable[int]) -> None:
-        """The operator says that earlier processes of these trainer ranks are dead, once there is a daemon to hear it."""
-        daemon = self.daemon
-        if daemon is None or not daemon.alive:
-            self.later(1.0, lambda: self.declare_dead(ranks))
-            return
+        """The operator says that earlier processes of these trainer ranks are dead, to the next daemon if need be."""
         for rank in ranks:
-            daemon.post(DeadDeclared(daemon.next_id(), "operator", "", Member("trainer", "", rank)))
+            member = Member("trainer", "", rank)
+            self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
+
+    def hold(self, name: str, seconds: float) -> None:
+        """The operator holds an engine, and releases it so many seconds later."""
+        self.held.add(name)
+        end = self.faults.begin([name])
+        self._ask(lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, True))
+
+        def release() -> None:
+            def asked(daemon: SimulatedDaemon) -> HoldAsked:
+                self.held.discard(name)
+                end()
+                return HoldAsked(daemon.next_id(), "operator", "", name, False)
+
+            self._ask(asked)
+
+        self.later(seconds, release)
+
+    def maintain(self) -> Work:
+        """The operator has no round begin, until what is returned is called."""
+        end = self.faults.begin(self.servers)
+        self._ask(lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", True))
+
+        def over() -> None:
+            end()
+            self._ask(lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", False))
+
+        return over
+
+    def _ask(self, what: "Callable[[SimulatedDaemon], Event]") -> None:
+        """Of the daemon, or of the next one."""
+        if self.daemon is None or not self.daemon.alive:
+            self.later(0.5, lambda: self._ask(what))
+        else:
+            self.daemon.post(what(self.daemon))
 
     # ------------------------------------------------------------------------------------------------------- engines
     def unit(self, name: str) -> list[str]:
@@ -258,13 +292,14 @@ class World(VirtualTime):
             self.note("the trainer dies")
             end = self.faults.begin(self.servers)
             self.job.die()
-
-            gone = range(size or self.trainers, self.trainers)
+            old, size = self.job, size or self.trainers
+            host = old.host if self.rng.random() < 0.7 else f"host {self.next_id()}"
 
             def again() -> None:
                 end()
-                self.start_trainer(size)
-                self.declare_dead(gone)  # nothing else could prove it: no other process takes their place
+                self.start_trainer(size, host)
+                # Nothing else could prove it: no other process takes their place where they were.
+                self.declare_dead(range(size if host == old.host else 0, old.size))
 
             self.later(self.rng.uniform(0.5, 6.0) if for_seconds is None else for_seconds, again)
 
