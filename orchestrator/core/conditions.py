@@ -204,11 +204,11 @@ CONDITIONS: Final[tuple[Callable[[Fleet, Version, float], str], ...]] = (
     _not_staged,
     _not_marked,
     _maintenance,
+    _other_round,
     _no_plan,
     _no_target,
     _unready,
     _too_early,
-    _other_round,
 )
 """In their order. Each gives the clause that says what is missing, or nothing when its condition holds."""
 

@@ -59,22 +59,24 @@ def tend_engines(turn: Turn) -> None:
     """Look at each engine that something happened to, or whose time has come, and that is in no round."""
     fleet = turn.fleet
     for name, engine in fleet.engines.items():
+        if fleet.round is not None and fleet.round.has(name):
+            continue
+        if engine.touched:
+            engine.touched, engine.unseen = False, True
+            _hold_ranks(turn, name)  # whether or not its server answers
         due = turn.now >= engine.probe_at
         # One whose last call failed is asked again when its time comes, not at once.
-        if not due and (not engine.touched or engine.error):
+        if engine.calls or not (due or (engine.unseen and not engine.error)):
             continue
-        if engine.calls or (fleet.round is not None and fleet.round.has(name)):
-            continue
-        engine.touched = False
-        want, why = wish(fleet, name)
-        _hold_ranks(turn, name, want, why)
-        if not _act(turn, name, want, why) and due:
+        engine.unseen = False
+        if not _act(turn, name) and due:
             _look(turn, name)
 
 
-def _act(turn: Turn, name: str, want: Wish, why: str) -> bool:
+def _act(turn: Turn, name: str) -> bool:
     """The call that the difference between wish and observation asks for, if there is one."""
     fleet, engine = turn.fleet, turn.fleet.engines[name]
+    want, why = wish(fleet, name)
     if want is Wish.PAUSE and engine.paused is False:
         engine.probe_at = turn.now + fleet.policy.probe_interval
         turn.say(f"{name} is paused: {why}", "warning")
@@ -99,8 +101,9 @@ def _look(turn: Turn, name: str) -> None:
         turn.call(name, Call.PROBE, fleet.policy.probe)
 
 
-def _hold_ranks(turn: Turn, name: str, want: Wish, why: str) -> None:
+def _hold_ranks(turn: Turn, name: str) -> None:
     """Tell the workers themselves, over their own connections: it holds where the engine's server does not answer."""
+    want, why = wish(turn.fleet, name)
     if want is Wish.AS_IT_IS:
         return
     held = want is Wish.PAUSE
@@ -116,7 +119,7 @@ def _held_ranks(fleet: Fleet, name: str) -> bool:
 
 def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineState) -> None:
     """Book what an answer says about the engine itself."""
-    engine.touched = True
+    turn.fleet.touch(engine.name)
     if isinstance(event, CallFailed):
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")

@@ -189,7 +189,7 @@ def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
     """Only an inference rank has one; a trainer's word about it says nothing."""
     if agent.member.role == "inference":
         agent.status = status
-        turn.fleet.engines[agent.member.engine].touched = True
+        turn.fleet.touch(agent.member.engine)
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:

@@ -116,7 +116,7 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
         _compare_grants(turn, member, hello)
     if hello.engine is not None:
         agent.status = hello.engine
-        turn.fleet.engines[member.engine].touched = True
+        turn.fleet.touch(member.engine)
         _untaint(turn, member, hello.incarnation)
         let_out(turn, agent)
 
@@ -236,5 +236,5 @@ def lost(turn: Turn, event: AgentLost) -> bool:
     if event.member.engine in fleet.engines:
         engine = fleet.engines[event.member.engine]
         engine.probe_at = turn.now  # at once: its server may have died with the agent
-        engine.touched = True
+        fleet.touch(engine.name)
     return True

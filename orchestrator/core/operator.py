@@ -21,8 +21,7 @@ def asked(turn: Turn, event: Asked) -> None:
         case HoldAsked(engine=engine, held=held):
             if held != (engine in turn.fleet.memory.holds):
                 turn.append(EngineHeld(engine=engine, held=held, reason=_words(event)))
-            for name in turn.fleet.unit(engine):
-                turn.fleet.engines[name].touched = True
+            turn.fleet.touch(engine)
             turn.say(f"{engine} is {'held' if held else 'released'}: {_words(event)}", "warning")
         case MaintenanceAsked(on=on):
             turn.append(Maintenance(on=on, reason=_words(event)))

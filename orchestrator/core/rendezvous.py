@@ -28,6 +28,7 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
             engine.misfit = ""
     if agent.member.role == "inference":
         fleet.needs_of = frozenset()
+        fleet.touch(agent.member.engine)
     return True
 
 
@@ -95,8 +96,8 @@ def _plan(turn: Turn) -> None:
     sources = fleet.trainers()
     targets = [agent for name in usable for agent in fleet.ranks_of(name)]
     everybody = frozenset((a.member, a.hello.incarnation) for a in [*sources, *targets])
-    if everybody == fleet.planned_for:
-        return
+    if everybody <= fleet.planned_for:
+        return  # who is away may come back as it was, and until then nobody is granted anything towards it
     fleet.planned_for = everybody
     fleet.planning = True
     fleet.plan_error = ""

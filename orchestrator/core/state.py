@@ -37,7 +37,7 @@ class ConnectedAgent:
     """Peers that it cannot reach, and why."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
-    told_hold: bool = False
+    told_hold: bool | None = None
     """What Hold it was sent last on this connection."""
     staged: Staged | None = None
     standing: str = ""
@@ -72,7 +72,9 @@ class EngineState:
     probe_at: float = 0.0
     """When it is to be looked at again, though nothing happened …"""
     touched: bool = True
-    """… or at once, since something did."""
+    """… or at once, since something did …"""
+    unseen: bool = True
+    """… which no call has followed yet."""
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
     misfit_fault: Fault = ""
@@ -309,6 +311,11 @@ class Fleet:
         """The engines that pause and resume as one with ``engine``: its prefill/decode pair, or it alone."""
         pair = self.engines[engine].pair
         return [name for name, other in self.engines.items() if other.pair == pair] if pair else [engine]
+
+    def touch(self, engine: str) -> None:
+        """Something happened to the engine, which may concern its pair."""
+        for name in self.unit(engine):
+            self.engines[name].touched = True
 
     def trainers(self) -> list[ConnectedAgent]:
         """Connected trainer ranks, by rank."""

@@ -8,8 +8,11 @@ def sentence(fleet: Fleet, now: float) -> str:
     """The state of the fleet for people, without figures that change by themselves."""
     if fleet.round is not None:
         current = fleet.round
-        why = f" because {current.reason}" if current.reason else ""
-        return f"round {current.name}: {current.phase} for {current.version}{why}"
+        without = [f"{name} ({p.left_out})" for name, p in current.engines.items() if p.left_out]
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        return f"round {current.name}: {current.phase} for {current.version}" + (
+            f" without {without[0]}{more}" if without else ""
+        )
     torn = [name for name in fleet.engines if fleet.torn(name)]
     if torn:
         return f"{', '.join(torn)} torn and paused: waiting for {_next(fleet, now)}"

@@ -179,7 +179,7 @@ class Driven:
         for name, engine in self.fleet.engines.items():
             for call in (Call.PROBE, Call.ATTACH):
                 if call in engine.calls:
-                    self.answers(name, call, True if call is Call.PROBE else None)
+                    self.answers(name, call, engine.paused is not False if call is Call.PROBE else None)
 
     @property
     def round(self) -> Round:
@@ -213,16 +213,18 @@ class Driven:
             case Phase.VERIFYING:
                 for member in everybody:
                     self.says(member, self.verified())
-            case Phase.APPLYING:
-                for member in everybody:
-                    self.says(member, Left(round=going.name, status=EngineStatus(applied=version)))
-                self.each(lambda name: self.answers(name, Call.SWITCH))
-            case Phase.FINISHING:
+            case Phase.SWITCHING:
+                self.leave(version)
                 self.each(lambda name: self.answers(name, Call.FINISH))
-            case Phase.RESUMING:
                 self.each(lambda name: self.answers(name, Call.RESUME, False))
             case other:
                 raise AssertionError(f"nothing leads on from {other}")
+
+    def leave(self, version: Version) -> None:
+        """All workers leave the update call with ``version``, and it answers."""
+        for member in self.ranks_of():
+            self.says(member, Left(round=self.round.name, status=EngineStatus(applied=version)))
+        self.each(lambda name: self.answers(name, Call.SWITCH))
 
     def each(self, work: Callable[[str], object]) -> None:
         for name in self.engines:
@@ -230,7 +232,8 @@ class Driven:
 
     def closed(self, **more: Any) -> Closed:
         """What an honest writer says at the end of the round's grant."""
-        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in self.round.ranks)
+        granted = self.round.writers[TRAINER]
+        peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in granted)
         return Closed(**{"round": self.round.name, "peers": peers, **more})
 
     def verified(self, **more: Any) -> Verified:

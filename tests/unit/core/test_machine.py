@@ -48,9 +48,10 @@ def check_start(policy: Policy, records: list[AnyRecord]) -> tuple[Fleet, list[A
     assert fleet.memory.committed == (decided[-1] if decided else before.committed)
     assert before.sequence <= fleet.memory.sequence <= before.sequence + len(decided)
     for name, opened in before.open_rounds.items():
-        assert all(fleet.engines[engine].ours_paused for engine in opened.began.engines)
-        tainted = {str(writer) for writer, grant in fleet.unclosed.items() if grant.round == name}
-        assert tainted == (set(opened.writers) if opened.dirty and not opened.decided else set())
+        torn = opened.dirty and not opened.decided
+        assert torn <= all(fleet.engines[engine].torn_by == opened.began.version for engine in opened.began.engines)
+        tainted = {str(writer) for writer, grant in fleet.unclosed if grant == name}
+        assert tainted == (set(opened.writers) if torn else set())
     return fleet, fresh
 
 

@@ -3,20 +3,32 @@
 from typing import Any
 
 import pytest
-from fleets import rank, trainer
+from fleets import ANNOUNCE, rank, trainer
+from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
+from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentLost, Call
-from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, LiveDirty, RoundBegan
+from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, GrantOver, LiveDirty, RoundBegan, Taint
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, HubRendezvous, Staged, TrainerStatus
+from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Closed,
+    Commit,
+    EngineStatus,
+    HubRendezvous,
+    Quiesced,
+    Staged,
+    TrainerStatus,
+)
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
 VERSION = Version(7, 1)
 NAME = RoundName(1, 1)
 BEGAN = RoundBegan(round=NAME, version=VERSION, attempt=1, engines=("e0",))
-DIRTY = LiveDirty(round=NAME, writers={"trainer/0": 100}, ranks={"e0/0": 100})
-DECIDED = Decided(round=NAME, version=VERSION, digests={})
+DIRTY = LiveDirty(round=NAME, writers={"trainer/0": Taint(100, "h1", "b1", {"e0/0": 100})})
+DECIDED = Decided(round=NAME, version=VERSION, digests={"e0/0": "ab"})
 STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.0)
 
 
@@ -103,7 +115,7 @@ def test_a_worker_inside_is_let_out_as_the_round_ended(
     [
         (Phase.QUIESCING, Abort(round=NAME, torn=False, reason="e0/0 was lost: reset")),
         (Phase.WRITING, Abort(round=NAME, torn=True, reason="e0/0 was lost: reset")),
-        (Phase.APPLYING, Commit(round=NAME, version=VERSION)),
+        (Phase.SWITCHING, Commit(round=NAME, version=VERSION)),
     ],
 )
 def test_so_is_one_that_comes_back_into_the_round_under_way(drive: Any, phase: Phase, word: Abort | Commit) -> None:
@@ -111,8 +123,43 @@ def test_so_is_one_that_comes_back_into_the_round_under_way(drive: Any, phase: P
     fleet = drive(("e0", "e1"))
     fleet.to(phase)
     fleet.loses(ENGINE)
+    fleet.passes(fleet.policy.heartbeat)
     fleet.connect(ENGINE, EngineStatus(window=NAME))
     assert fleet.sent(ENGINE, type(word))[-1] == word
+
+
+def test_a_worker_that_was_left_out_is_not_let_out_with_the_version(drive: Any) -> None:
+    """Not in the round, nor after it, nor by the next daemon: its bytes are not among those that were decided."""
+    fleet = drive(("e0", "e1"))
+    fleet.to(Phase.VERIFYING)
+    fleet.says(ENGINE, fleet.verified(digest=(0, 0)))
+    for member in fleet.ranks_of("e1"):
+        fleet.says(member, fleet.verified())
+    fleet.durable()
+    assert fleet.round.phase is Phase.SWITCHING
+
+    def returns(to: Any) -> Abort:
+        to.connect(ENGINE, EngineStatus(window=NAME))
+        assert to.sent(ENGINE, Commit) == []
+        word: Abort = to.sent(ENGINE, Abort)[-1]
+        return word
+
+    assert returns(fleet).torn
+    again = drive(("e0", "e1"), records=fleet.written())
+    assert returns(again).torn
+    again.connect(rank("e1", 0), EngineStatus(window=NAME))
+    assert again.sent(rank("e1", 0), Commit) == [Commit(round=NAME, version=VERSION)]
+
+
+def test_a_worker_that_enters_a_round_that_is_over_is_let_out_at_once(drive: Any) -> None:
+    """The update call reached it late."""
+    fleet = drive()
+    going = fleet.to(Phase.QUIESCING)
+    fleet.fails("e0", Call.SWITCH, "timed out")
+    assert fleet.fleet.round is None
+    before = len(fleet.sent(ENGINE, Abort))
+    fleet.says(ENGINE, Quiesced(round=going.name))
+    assert [word.torn for word in fleet.sent(ENGINE, Abort)[before:]] == [False]
 
 
 def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive: Any) -> None:
@@ -128,25 +175,49 @@ def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive
 @pytest.mark.parametrize(
     ("hello", "closed"),
     [
-        ({"incarnation": 100, "status": TrainerStatus(open_round=NAME)}, False),
+        ({"incarnation": 100, "status": TrainerStatus(open_rounds=(NAME,))}, False),
         ({"incarnation": 100, "status": TrainerStatus()}, True),
-        ({"incarnation": 101, "status": TrainerStatus(), "generation": 8}, True),
+        ({"incarnation": 101, "generation": 8, "host": "h1", "boot": "b1"}, True),
+        ({"incarnation": 101, "generation": 8, "host": "h2", "boot": "b1"}, False),
+        ({"incarnation": 101, "generation": 8, "host": "h1", "boot": "b2"}, False),
+        ({"incarnation": 101, "generation": 8}, False),
     ],
-    ids=["still writing", "closed meanwhile", "the process before it is dead"],
+    ids=["still writing", "closed meanwhile", "the process before it is dead", "elsewhere", "another boot", "unknown"],
 )
 def test_writers_of_a_dirty_round_count_as_unclosed_until_they_say_otherwise(
     drive: Any, hello: dict[str, Any], closed: bool
 ) -> None:
     fleet = drive(records=[BEGAN, DIRTY])
-    assert set(fleet.fleet.unclosed) == {TRAINER}
+    assert set(fleet.fleet.unclosed) == {(TRAINER, NAME)}
     fleet.connect(TRAINER, **hello)
     assert (fleet.fleet.unclosed == {}) is closed
+    over = [record for record in fleet.written() if isinstance(record, GrantOver)]
+    assert [(record.round, record.writer) for record in over] == ([(NAME, "trainer/0")] if closed else [])
+    next_life = drive(records=[BEGAN, DIRTY, *fleet.written()])
+    assert (next_life.fleet.unclosed == {}) is closed, "nor is it forgotten by the daemon after this one"
+
+
+def test_a_grant_that_nobody_knows_may_reach_everybody_here(drive: Any) -> None:
+    fleet = drive()
+    fleet.bring("e0")
+    fleet.connect(TRAINER, TrainerStatus(open_rounds=(RoundName(9, 9),)))
+    assert fleet.fleet.unclosed[TRAINER, RoundName(9, 9)].targets == {rank("e0", 0): 100, rank("e0", 1): 101}
+    fleet.says(TRAINER, Closed(round=RoundName(9, 9)))
+    assert fleet.fleet.unclosed == {}
+
+
+def test_one_restarted_target_clears_nothing_of_the_others(drive: Any) -> None:
+    taint = Taint(100, "h1", "b1", {"e0/0": 100, "e0/1": 101})
+    fleet = drive(records=[BEGAN, LiveDirty(round=NAME, writers={"trainer/0": taint})])
+    fleet.connect(ENGINE, incarnation=555)
+    assert fleet.fleet.unclosed[TRAINER, NAME].targets == {rank("e0", 1): 101}
+    assert fleet.fleet.tainted("e0") == [(TRAINER, NAME)]
 
 
 def test_a_restarted_target_is_out_of_reach_of_a_writer_that_never_returns(drive: Any) -> None:
     fleet = drive(records=[BEGAN, DIRTY])
     fleet.connect(ENGINE, incarnation=100)
-    assert set(fleet.fleet.unclosed) == {TRAINER}
+    assert set(fleet.fleet.unclosed) == {(TRAINER, NAME)}
     fleet.loses(ENGINE)
     fleet.connect(ENGINE, incarnation=101)
     assert fleet.fleet.unclosed == {}
@@ -191,12 +262,21 @@ def test_and_with_the_configuration(drive: Any) -> None:
     assert refusals(fleet) == [("it says that there are 2 ranks, others say [3]", "config", False)]
 
 
-def test_who_obeyed_another_daemon_waits_for_the_end_of_the_round(drive: Any) -> None:
+@pytest.mark.parametrize(
+    "hello",
+    [
+        {"epoch_seen": 9, "journal_id": "another"},
+        {"epoch_seen": 9, "journal_id": "journal"},
+        {"epoch_seen": 1, "journal_id": "another"},
+        {"epoch_seen": 1, "journal_id": "journal", "life_seen": "of a copied state directory"},
+    ],
+)
+def test_who_obeyed_another_daemon_waits_for_the_end_of_the_round(drive: Any, hello: dict[str, Any]) -> None:
     """Its epoch would outlaw the grants of this one."""
     fleet = drive()
     fleet.to(Phase.WRITING)
     fleet.loses(ENGINE)
-    fleet.connect(ENGINE, EngineStatus(), epoch_seen=9, journal_id="another")
+    fleet.connect(ENGINE, EngineStatus(), **hello)
     reason = "it obeyed another daemon; this one takes it in after the current round"
     assert refusals(fleet) == [(reason, "daemon", True)]
     assert fleet.fleet.epoch == 1
@@ -223,11 +303,30 @@ def test_the_loss_of_an_older_connection_is_none(drive: Any) -> None:
 
 def test_an_engine_whose_agent_is_gone_is_looked_at_at_once(drive: Any) -> None:
     fleet = drive.joined()
-    fleet.fleet.engines["e0"].misfit = "two shapes"
     before = fleet.called("e0", Call.PROBE)
     fleet.loses(ENGINE)
     assert fleet.called("e0", Call.PROBE) == before + 1
-    assert fleet.fleet.engines["e0"].misfit == ""
+
+
+@pytest.mark.parametrize(("incarnation", "fits"), [(100, False), (555, True)])
+def test_a_misfit_is_one_until_another_process_announces(drive: Any, incarnation: int, fits: bool) -> None:
+    fleet = drive.joined()
+    fleet.fleet.engines["e0"].misfit = "two shapes"
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, incarnation=incarnation)
+    fleet.says(ENGINE, ANNOUNCE)
+    assert (fleet.fleet.engines["e0"].misfit == "") is fits
+
+
+def test_another_process_is_not_blamed_for_the_one_before(drive: Any) -> None:
+    fleet = drive.joined()
+    blame.put(Turn(fleet.fleet, fleet.now, 0), "e0", Trouble("bad HBM", "engine"))
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE)
+    assert fleet.fleet.engines["e0"].failures == 1
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, incarnation=555)
+    assert fleet.fleet.engines["e0"].complaint == ("", "")
 
 
 def test_what_an_accepted_agent_is_told(drive: Any) -> None:

@@ -135,10 +135,11 @@ def test_a_group_waits_for_all_and_tells_each_its_rank(drive: Any) -> None:
 
 
 def test_a_group_does_not_wait_for_ever_and_grows_when_somebody_comes(drive: Any) -> None:
-    fleet = drive(("e0", "e1"), ranks=1, options={"group": GROUP, "join": 100.0})
+    fleet = drive(("e0", "e1"), ranks=1, options={"group": GROUP, "patience": 20.0})
     fleet.connect(TRAINER)
+    fleet.passes(500.0)
     fleet.connect(FIRST)
-    fleet.passes(99.0)
+    fleet.passes(19.0)
     assert groups(fleet) == []
     fleet.passes(1.0)
     assert groups(fleet) == [[TRAINER, FIRST]]
@@ -175,6 +176,8 @@ def test_another_layout_of_the_same_process_is_planned_anew(drive: Any) -> None:
     fleet = drive.joined()
     before = len(plans(fleet))
     fleet.says(TRAINER, ANNOUNCE)
+    assert fleet.fleet.is_confirmed(TRAINER), "it says again what it has said"
+    fleet.says(TRAINER, Announce(layout=Layout((), (), b"another")))
     assert not fleet.fleet.is_confirmed(TRAINER)
     assert len(plans(fleet)) == before + 1
     fleet.plan()

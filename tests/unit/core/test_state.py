@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
-from fleets import policy_for, rank, trainer
+from fleets import BYTES_PER_EDGE, policy_for, rank, trainer
+from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import EngineStatus
+from weightsync.orchestrator.core.state import Unclosed
+from weightsync.orchestrator.protocol.messages import Closed, EngineStatus, Hello, PeerTransfer
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 OLD, NEW = Version(7, 1), Version(7, 2)
@@ -58,17 +60,39 @@ def test_what_keeps_an_engine_away_and_whose_fault_it_is(drive: Any) -> None:
     engine.misfit, engine.misfit_fault = "two shapes", "config"
     assert engine.complaint == ("two shapes", "config")
     engine.misfit = engine.error = ""
-    assert engine.complaint == ("", "")
+    engine.blame = Trouble("it never answers", "engine")
+    assert engine.complaint == ("it never answers", "engine")
 
 
-def test_evicted_engines_are_no_longer_counted(drive: Any) -> None:
+def test_engines_that_were_left_out_are_no_longer_counted(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
-    going = fleet.to(Phase.APPLYING)
+    going = fleet.to(Phase.WRITING)
     assert going.remaining() == ["e0", "e1"]
     fleet.loses(rank("e0", 1))
+    fleet.passes(fleet.policy.heartbeat)
     assert going.remaining() == ["e1"]
-    assert going.remaining_ranks() == [rank("e1", 0), rank("e1", 1)]
+    assert (going.has("e0"), going.has("e1"), going.has("e9")) == (False, True, False)
+    assert list(going.remaining_ranks()) == [rank("e1", 0), rank("e1", 1)]
     assert going.engines["e0"].left_out == "e0/1 was lost: reset"
+
+
+def test_a_writer_is_done_when_nothing_is_open_towards_who_is_left(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.WRITING)
+    peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.1, (11, 13)) for member in fleet.ranks_of("e1"))
+    fleet.says(trainer(), Closed(round=going.name, peers=peers, final=False))
+    assert not going.is_done(trainer())
+    going.engines["e0"].left_out = "gone"
+    assert going.is_done(trainer())
+
+
+@pytest.mark.parametrize(
+    ("host", "boot", "incarnation", "dead"),
+    [("h", "b", 2, True), ("h", "b", 1, False), ("h", "c", 2, False), ("i", "b", 2, False), ("", "", 2, False)],
+)
+def test_what_proves_a_writer_dead(host: str, boot: str, incarnation: int, dead: bool) -> None:
+    hello = Hello(schema=2, run_id="r", member=trainer(), world=1, incarnation=incarnation, host=host, boot=boot)
+    assert Unclosed(1, "h" if host else "", "b" if boot else "", {}).is_proved_dead_by(hello) is dead
 
 
 def test_how_many_trainer_ranks_there_are(drive: Any) -> None:

@@ -29,11 +29,11 @@ def test_from_the_start_to_the_commit(drive: Any) -> None:
     assert told(fleet) == "step 1 (generation 7) is committed; waiting for the next version"
 
 
-def test_what_a_round_that_is_given_up_says(drive: Any) -> None:
-    fleet = drive()
+def test_who_was_left_out_of_the_round_is_said(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
     fleet.to(Phase.QUIESCING)
-    fleet.loses(trainer())
-    assert told(fleet) == "round 1.1: cancelling for step 1 (generation 7) because trainer/0 was lost: reset"
+    fleet.fails("e0", Call.SWITCH)
+    assert told(fleet) == "round 1.1: quiescing for step 1 (generation 7) without e0 (e0: switch failed: 500)"
 
 
 def test_engines_that_have_not_come_are_named(drive: Any) -> None:
@@ -57,7 +57,8 @@ def test_torn_engines_come_first(drive: Any) -> None:
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
     fleet.fails("e0", Call.SWITCH, "aborted")
-    assert told(fleet) == "e0 torn and paused: waiting for the next attempt"
+    why = "e0 (tried again in 1 s: e0/0 could not verify: out of memory)"
+    assert told(fleet) == f"e0 torn and paused: waiting for engines that can take part: {why}"
 
 
 def test_it_is_said_once_and_again_when_it_changes(drive: Any) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from fleets import rank, trainer
 from weightsync.orchestrator.core.commands import LookForStable
-from weightsync.orchestrator.core.events import Call, MarkersSeen, StableSeen
+from weightsync.orchestrator.core.events import AbortAsked, Call, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
 from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged
@@ -78,7 +78,9 @@ def test_a_version_that_waits_for_its_next_attempt_holds_up_no_other(drive: Any)
     fleet = drive.joined(backoff=50.0)
     fleet.says(TRAINER, STAGED)
     fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
-    fleet.fails("e0", Call.PAUSE, "connection reset")
+    fleet.answers("e0", Call.PAUSE, True)
+    fleet.happens(AbortAsked(fleet.id(), "an operator", ""))
+    fleet.fails("e0", Call.SWITCH, "aborted")
     fleet.stage(2)
     fleet.settle()
     assert fleet.round.version == Version(7, 2)

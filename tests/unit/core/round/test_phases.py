@@ -11,10 +11,11 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Decided, LiveDirty
 from weightsync.orchestrator.core.round import endings, phases
-from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Quiesced
 
-IN_ORDER = [phase for phase in Phase if phase not in (Phase.CANCELLING, Phase.TEARING)]
+IN_ORDER = list(Phase)
 
 DISTINCT = {"pause": 1.0, "quiesce": 2.0, "transfer": 4.0, "verify": 8.0, "finish": 16.0}
 """Every sum of these names its terms."""
@@ -28,7 +29,6 @@ def test_forward_they_follow_each_other_to_the_commit() -> None:
     for phase, following in itertools.pairwise(IN_ORDER):
         assert phases.ROWS[phase].then is following
     assert phases.ROWS[Phase.RECORDING].then is endings.committed
-    assert phases.ROWS[Phase.CANCELLING].then is phases.ROWS[Phase.TEARING].then is endings.failed
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,8 @@ def test_forward_they_follow_each_other_to_the_commit() -> None:
         (Phase.WRITING, 4.0),
         (Phase.VERIFYING, 8.0),
         (Phase.DECIDING, 16.0),
-        (Phase.APPLYING, 16.0),
-        (Phase.FINISHING, 16.0),
-        (Phase.RESUMING, 16.0),
+        (Phase.SWITCHING, 48.0),
         (Phase.RECORDING, 16.0),
-        (Phase.CANCELLING, 3.0),
-        (Phase.TEARING, 20.0),
     ],
 )
 def test_each_deadline_is_the_settings_own(phase: Phase, seconds: float) -> None:
@@ -72,9 +68,7 @@ def test_asking_who_is_missing_changes_nothing(drive: Any, phase: Phase) -> None
         (Phase.WRITING, ["trainer/0"]),
         (Phase.VERIFYING, ["e0/0", "e0/1", "e1/0", "e1/1"]),
         (Phase.DECIDING, [f"{Decided.__name__} in the journal"]),
-        (Phase.APPLYING, ["e0", "e1"]),
-        (Phase.FINISHING, ["e0", "e1"]),
-        (Phase.RESUMING, ["e0", "e1"]),
+        (Phase.SWITCHING, ["e0", "e1"]),
         (Phase.RECORDING, ["Committed in the journal"]),
     ],
 )
@@ -83,12 +77,43 @@ def test_who_is_missing_is_named(drive: Any, phase: Phase, missing: list[str]) -
     assert phases.missing(fleet.fleet, fleet.to(phase)) == missing
 
 
-def test_where_the_late_are_evicted_the_missing_are_engines(drive: Any) -> None:
-    evicting = [phase for phase, row in TABLE.items() if row.get(Report.DEADLINE) is Action.evict_missing]
-    assert evicting == [Phase.APPLYING, Phase.FINISHING, Phase.RESUMING]
-    for phase in evicting:
-        fleet = drive(("e0", "e1"))
-        assert set(phases.missing(fleet.fleet, fleet.to(phase))) <= set(fleet.engines)
+@pytest.mark.parametrize(
+    ("phase", "late"),
+    [
+        (Phase.PAUSING, {"e0", "e1"}),
+        (Phase.QUIESCING, {"e0", "e1"}),
+        (Phase.MARKING, set()),
+        (Phase.WRITING, {"e0", "e1"}),
+        (Phase.VERIFYING, {"e0", "e1"}),
+        (Phase.DECIDING, set()),
+        (Phase.SWITCHING, {"e0", "e1"}),
+        (Phase.RECORDING, set()),
+    ],
+)
+def test_which_engines_are_behind(drive: Any, phase: Phase, late: set[str]) -> None:
+    """Of the disk's slowness, none."""
+    fleet = drive(("e0", "e1"))
+    assert phases.behind(fleet.fleet, fleet.to(phase)) == late
+
+
+def test_patience_is_one_sum_over_all_phases(drive: Any) -> None:
+    """Of the engines that wait, and only while some are done and others are not."""
+    fleet = drive(("e0", "e1"), options={"patience": 10.0, "pause": 100.0, "quiesce": 100.0})
+    going = fleet.to(Phase.PAUSING)
+    fleet.passes(50.0)
+    assert going.remaining() == ["e0", "e1"], "nobody is done: nobody waits"
+    fleet.answers("e0", Call.PAUSE, True)
+    fleet.passes(0.0)
+    fleet.passes(6.0)
+    fleet.answers("e1", Call.PAUSE, True)
+    assert (going.phase, going.waited) == (Phase.QUIESCING, 6.0)
+    for member in fleet.ranks_of("e0"):
+        fleet.says(member, Quiesced(round=going.name))
+    fleet.passes(0.0)
+    fleet.passes(3.9)
+    assert going.remaining() == ["e0", "e1"]
+    fleet.passes(0.1)
+    assert (going.phase, going.remaining()) == (Phase.MARKING, ["e0"])
 
 
 @pytest.mark.parametrize(

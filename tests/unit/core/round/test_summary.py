@@ -5,11 +5,11 @@ from typing import Any
 from fleets import BYTES_PER_EDGE, rank, trainer
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call, CallDone
-from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.core.records import RoundEnded, Taint
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import PeerTransfer
+from weightsync.orchestrator.protocol.messages import EngineStatus, Left, PeerTransfer
 
 
 def done(fleet: Any, engine: str, call: Call, seconds: float) -> None:
@@ -31,7 +31,11 @@ def test_times_of_a_round(drive: Any) -> None:
     fleet.now = 104.5
     for member in fleet.ranks_of():
         fleet.says(member, fleet.verified(apply_seconds=0.25, digest_seconds=0.125 * (1 + member.rank)))
-    fleet.to(Phase.RESUMING)
+    fleet.to(Phase.SWITCHING)
+    fleet.now = 104.75
+    fleet.leave(going.version)
+    done(fleet, "e0", Call.FINISH, 0.01)
+    done(fleet, "e1", Call.FINISH, 0.01)
     fleet.now = 105.0
     done(fleet, "e0", Call.RESUME, 0.5)
     fleet.now = 106.0
@@ -41,17 +45,19 @@ def test_times_of_a_round(drive: Any) -> None:
     assert (ended.bytes, ended.descriptors) == (4 * BYTES_PER_EDGE, 8)
     assert ended.times == {
         "pausing": 1.0, "quiescing": 0.0, "marking": 0.0, "writing": 3.0, "verifying": 0.5, "deciding": 0.0,
-        "applying": 0.0, "finishing": 0.0, "resuming": 1.5, "recording": 0.0, "stall": 6.0, "http": 2.51, "total": 6.0,
+        "switching": 1.5, "applying": 0.25, "recording": 0.0, "stall": 6.0, "http": 2.76, "total": 6.0,
         "wire": 0.2, "apply": 0.25, "digest": 0.25, "convert": 0.1, "slot_digest": 0.1,
     }  # fmt: skip
 
 
-def test_a_round_that_failed_says_why_and_whose_fault(drive: Any) -> None:
+def test_a_round_that_failed_says_why_and_whose_fault_and_who_may_still_write(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
-    going = fleet.to(Phase.APPLYING)
-    fleet.loses(rank("e0", 1))
+    going = fleet.to(Phase.WRITING)
+    fleet.says(rank("e0", 1), Left(round=going.name, status=EngineStatus(torn=True)))
     going.trouble = Trouble("the decode engine is gone", "engine", retry=False)
     ended = summary(Turn(fleet.fleet, fleet.now, 1), going, "failed")
     assert (ended.outcome, ended.reason, ended.fault) == ("failed", "the decode engine is gone", "engine")
     assert ended.left_out == ("e0",)
     assert "stall" not in ended.times, "nobody was resumed"
+    reach = {"e0/0": 100, "e0/1": 101, "e1/0": 100, "e1/1": 101}
+    assert ended.unclosed == {"trainer/0": Taint(100, "", "", reach)}

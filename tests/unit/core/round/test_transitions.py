@@ -8,14 +8,13 @@ ANYTIME = frozenset(Report) - {Report.PAUSED, Report.DURABLE, Report.FINISHED, R
 """What others may say or do at any time, or time itself. The rest answers our own commands."""
 
 ANSWERS = {
-    Report.PAUSED: {Phase.PAUSING, Phase.CANCELLING, Phase.TEARING},
-    Report.DURABLE: {Phase.MARKING, Phase.DECIDING, Phase.RECORDING, Phase.CANCELLING, Phase.TEARING},
-    Report.FINISHED: {Phase.FINISHING},
-    Report.RESUMED: {Phase.RESUMING, Phase.CANCELLING},
+    Report.PAUSED: set(Phase),
+    Report.DURABLE: {Phase.MARKING, Phase.DECIDING, Phase.RECORDING},
+    Report.FINISHED: {Phase.SWITCHING},
+    Report.RESUMED: {Phase.SWITCHING},
 }
 
-FORWARD_ONLY = (Phase.DECIDING, Phase.APPLYING, Phase.FINISHING, Phase.RESUMING, Phase.RECORDING)
-GRANTED = (Phase.WRITING, Phase.VERIFYING)
+BEFORE = (Phase.PAUSING, Phase.QUIESCING, Phase.MARKING, Phase.WRITING, Phase.VERIFYING)
 
 
 def test_every_phase_and_every_action_is_there() -> None:
@@ -34,9 +33,11 @@ def test_answers_have_an_entry_where_they_are_awaited(report: Report) -> None:
         assert report in TABLE[phase]
 
 
-def test_nothing_is_cancelled_after_a_grant_and_nothing_torn_before_or_after() -> None:
+def test_nothing_is_given_up_after_the_decision() -> None:
     for phase, row in TABLE.items():
-        found = set(row.values())
-        assert (Action.cancel in found) == (phase in (Phase.PAUSING, Phase.QUIESCING, Phase.MARKING))
-        assert (Action.tear in found) == (phase in GRANTED)
-        assert (Action.evict in found) <= (phase in FORWARD_ONLY)
+        assert (Action.give_up in row.values()) <= (phase in BEFORE)
+
+
+@pytest.mark.parametrize("phase", BEFORE)
+def test_before_it_a_lost_rank_costs_its_engine_only(phase: Phase) -> None:
+    assert TABLE[phase][Report.RANK_GONE] is Action.leave_out

@@ -2,22 +2,28 @@
 
 from typing import Any
 
-from fleets import rank, trainer
-from weightsync.orchestrator.core.events import Call
+from fleets import BYTES_PER_EDGE, trainer
+from weightsync.orchestrator.core.round import waits
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import EngineStatus
+from weightsync.orchestrator.protocol.messages import EngineStatus, PeerTransfer
 
-TRAINER, ENGINE = trainer(), rank("e0")
+TRAINER = trainer()
 
 
 def test_nobody_waits_for_writes_to_an_engine_that_is_gone(drive: Any) -> None:
     """NIXL may never end them. Its next process is out of their reach, and must not wait to be started."""
-    fleet = drive()
+    fleet = drive(("e0", "e1"))
     going = fleet.to(Phase.WRITING)
     fleet.loses_engine("e0")
-    assert going.phase is Phase.TEARING
-    fleet.fails("e0", Call.SWITCH, "the connection broke")
-    assert fleet.fleet.round is None
-    assert set(fleet.fleet.unclosed) == {TRAINER}, "no round begins before"
+    fleet.passes(fleet.policy.heartbeat)
+    assert going.remaining() == ["e1"]
+    peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.1, (11, 13)) for member in fleet.ranks_of("e1"))
+    fleet.says(TRAINER, fleet.closed(peers=peers, final=False))
+    assert going.phase is Phase.VERIFYING
+    assert set(fleet.fleet.unclosed) == {(TRAINER, going.name)}
     fleet.bring("e0", EngineStatus(), incarnation=555)
     assert fleet.fleet.unclosed == {}
+
+
+def test_the_engine_of_a_worker_is_in_its_name() -> None:
+    assert waits.engines_of(["e0/3", "rack/7", "e1"]) == {"e0", "rack", "e1"}
