@@ -119,7 +119,6 @@ class Worker(Agent):
                 self._leave(message.round, "aborted", message.torn)
             case Hold():
                 self.held = message.held
-                self.world.judge.look(self.member.engine)
                 self.say(Holding(status=self.status))
             case _:
                 pass
@@ -152,9 +151,8 @@ class Server(Process):
     @property
     def serves(self) -> bool:
         """Requests run: its scheduler does, and so does every worker."""
-        if self.paused or not self.alive or self.stopped:
-            return False
-        return not any(worker.held or worker.stopped for worker in self.workers)
+        processes_run = self.alive and not any(process.stopped for process in self.processes())
+        return processes_run and not self.paused
 
     # --------------------------------------------------------------------------------------------- all its processes
     def processes(self) -> list[Process]:
