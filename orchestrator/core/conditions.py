@@ -6,7 +6,7 @@ The order is the one in which people can do something about it: the trainer firs
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from weightsync.orchestrator.core import rendezvous
+from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import engines, invariants, members, needs, operator, rendezvous, versions
+from weightsync.orchestrator.core import invariants, operator, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -20,6 +20,7 @@ from weightsync.orchestrator.core.events import (
     PlanRejected,
     Tick,
 )
+from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
 from weightsync.orchestrator.core.round import endings

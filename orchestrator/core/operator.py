@@ -1,6 +1,5 @@
 """What an operator asks for. Wishes are journaled; what follows from them is found like everything else."""
 
-from weightsync.orchestrator.core import blame, members
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import (
     AbortAsked,
@@ -10,8 +9,9 @@ from weightsync.orchestrator.core.events import (
     MaintenanceAsked,
     RetryAsked,
 )
+from weightsync.orchestrator.core.membership import members
 from weightsync.orchestrator.core.records import EngineHeld, Maintenance
-from weightsync.orchestrator.core.round import reports
+from weightsync.orchestrator.core.round import blame, reports
 from weightsync.orchestrator.core.turn import Turn
 
 

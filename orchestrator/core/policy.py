@@ -40,8 +40,8 @@ class Policy:
     group: GroupAddress | None
     trainer_world: int | None
     """Trainer ranks that must come; None: what the first one says."""
-    min_engines: int | float
-    """Engines that a commit needs: so many, or such a part of those that there are."""
+    min_engines: float
+    """Engines that a commit needs: from 1 on so many, below it such a part of those that there are."""
     patience: float
     """Of an engine's serving time, what all others together may cost it in a round."""
     together: bool
@@ -81,7 +81,8 @@ class Policy:
 
     def quorum(self, engines: int) -> int:
         """How many of so many engines a commit needs; one at least."""
-        wanted = self.min_engines if isinstance(self.min_engines, int) else math.ceil(self.min_engines * engines)
+        part = self.min_engines < 1.0
+        wanted = math.ceil(self.min_engines * engines) if part else int(self.min_engines)
         return max(1, min(wanted, engines))
 
     def agent_deadline(self, seconds: float) -> float:

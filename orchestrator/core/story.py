@@ -1,6 +1,7 @@
 """One sentence that says what the daemon is doing and why."""
 
-from weightsync.orchestrator.core import conditions, needs, rendezvous
+from weightsync.orchestrator.core import conditions
+from weightsync.orchestrator.core.membership import needs, rendezvous
 from weightsync.orchestrator.core.state import Fleet
 
 

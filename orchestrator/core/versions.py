@@ -2,10 +2,11 @@
 
 from typing import Final
 
-from weightsync.orchestrator.core import blame, conditions, rendezvous
+from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.errors import Trouble
-from weightsync.orchestrator.core.round import endings
+from weightsync.orchestrator.core.membership import rendezvous
+from weightsync.orchestrator.core.round import blame, endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import Version

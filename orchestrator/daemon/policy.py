@@ -18,7 +18,7 @@ def policy_of(settings: Settings) -> Policy:
         patience=settings.commit.patience_seconds,
         together=settings.commit.together,
         lease=settings.commit.lease_seconds,
-        retry=settings.retry.seconds,
+        retry=settings.retry.give_up_seconds,
         backoff=settings.retry.backoff_seconds,
         join=deadlines.join_seconds,
         staged=deadlines.staged_seconds,

@@ -34,7 +34,7 @@ PAIRS_AT_ONCE: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class Held:
     """Source rows in columns ``[n]``, sorted by shard, then source.
 
     ``source`` is the index of the party and ``index`` of the row in its layout; ``region`` and ``offset`` (bytes) are
@@ -62,7 +62,7 @@ class Catalogue:
 
     sources: tuple[Decoded, ...]
     decoder: Decoder
-    held: Holding
+    held: Held
     shard_first: Ints
     shard_holders: Ids
     holder_sets: tuple[Ids, ...]
@@ -106,19 +106,19 @@ def make_catalogue(sources: Sequence[Party]) -> Catalogue:
     )  # fmt: skip
 
 
-def _concatenate(sources: Sequence[Decoded], forms: FormTable) -> Holding:
+def _concatenate(sources: Sequence[Decoded], forms: FormTable) -> Held:
     """All rows of all sources but those with empty boxes."""
     counts = [len(s.rows.tensor) for s in sources]
     source = np.repeat(np.arange(len(sources), dtype=np.int32), counts)
     index = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
     columns = {f.name: np.concatenate([getattr(s.rows, f.name) for s in sources]) for f in fields(Rows)}
-    held = Holding(source, index=index, **columns)
+    held = Held(source, index=index, **columns)
     full = forms.elements[held.form] > 0
     return held if full.all() else _take(held, np.flatnonzero(full))
 
 
-def _take(held: Holding, rows: Ints) -> Holding:
-    return Holding(*(getattr(held, f.name)[rows] for f in fields(Holding)))
+def _take(held: Held, rows: Ints) -> Held:
+    return Held(*(getattr(held, f.name)[rows] for f in fields(Held)))
 
 
 def _boxes(forms: FormTable, form: Ids) -> tuple[Ints, Ints]:
@@ -127,7 +127,7 @@ def _boxes(forms: FormTable, form: Ids) -> tuple[Ints, Ints]:
     return boxes, of_form[form]
 
 
-def _group(held: Holding, box: Ints, boxes: int) -> tuple[Holding, Ints, Ints]:
+def _group(held: Held, box: Ints, boxes: int) -> tuple[Held, Ints, Ints]:
     """Sort rows, which come by source, by (tensor, box, source); of a shard that a source has twice the first stays."""
     # Rows come by source and the sort is stable, so that (tensor, box) as one integer is all there is to sort by.
     shard_key = held.tensor.astype(np.int64) * max(boxes, 1) + box
@@ -139,7 +139,7 @@ def _group(held: Holding, box: Ints, boxes: int) -> tuple[Holding, Ints, Ints]:
     return _take(held, order), box[order], boundaries(key)
 
 
-def _patterns(held: Holding, box: Ints, shard_first: Ints, tensors: int) -> tuple[Ids, list[Ints]]:
+def _patterns(held: Held, box: Ints, shard_first: Ints, tensors: int) -> tuple[Ids, list[Ints]]:
     """The pattern of each tensor ``[tensors]``, and per pattern the boxes (indices) in the order of shards."""
     shard_tensor, shard_box = held.tensor[shard_first[:-1]], box[shard_first[:-1]]
     first = boundaries(shard_tensor)
@@ -185,7 +185,7 @@ def _cells(boxes: Ints) -> Ints:
     return np.concatenate([low, high - low], axis=1)
 
 
-def _cut_rows(held: Holding, box: Ints, boxes: Ints, pattern: Ids, cut: dict[int, Ints], decoder: Decoder) -> Holding:
+def _cut_rows(held: Held, box: Ints, boxes: Ints, pattern: Ids, cut: dict[int, Ints], decoder: Decoder) -> Held:
     """Replace each row of an overlapping pattern by one row per cell inside its box.
 
     ``box`` is the box of each row of ``held``, as an index into ``boxes``; ``cut`` the cells of each pattern that
@@ -218,7 +218,7 @@ def _cut_rows(held: Holding, box: Ints, boxes: Ints, pattern: Ids, cut: dict[int
     distinct, index = distinct_rows(keys)
     # The cell's corner lies this many bytes behind the old box's.
     shift = ((cells[:, :MAX_RANK] - forms.offset[old]) * forms.stride[old]).sum(axis=1)
-    return Holding(
+    return Held(
         held.source[rows], held.tensor[rows], decoder.forms.numbers(distinct)[index], held.region[rows],
         held.offset[rows] + shift, held.index[rows],
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.settings.sources import NUMBERED
@@ -133,8 +133,11 @@ class PauseSection(Section):
 class CommitSection(Section):
     """On whom a commit depends."""
 
-    min_engines: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="Engines that a commit needs: a whole number, or a part of all up to 1.0."
+    min_engines: float = Field(
+        default=0.5,
+        gt=0,
+        le=65536,
+        description="Engines that a commit needs: below 1 a part of all, from 1 on a whole number; more means all.",
     )
     patience_seconds: Seconds = Field(
         default=30, description="What engines that are ready wait in a round, in all, for those that are not."
@@ -146,6 +149,13 @@ class CommitSection(Section):
         le=86400,
         description="An engine paused with whole weights resumes by itself without a daemon for so long; 0: never.",
     )
+
+    @field_validator("min_engines")
+    @classmethod
+    def _whole(cls, wanted: float) -> float:
+        if wanted >= 1 and wanted != int(wanted):
+            raise ValueError("from 1 on it is a whole number of engines")
+        return wanted
 
 
 class DeadlinesSection(Section):
@@ -173,7 +183,7 @@ class DeadlinesSection(Section):
 class RetrySection(Section):
     """A failed round."""
 
-    seconds: Seconds = Field(
+    give_up_seconds: Seconds = Field(
         default=300,
         description="From a version's first attempt until FAILED; an engine that it tore is repaired first.",
     )

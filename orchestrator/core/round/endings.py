@@ -1,8 +1,8 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
-from weightsync.orchestrator.core.blame import backoff
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
+from weightsync.orchestrator.core.round.blame import backoff
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn

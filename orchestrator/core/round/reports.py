@@ -7,11 +7,10 @@ on through all phases that are complete.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
-from weightsync.orchestrator.core.round import endings, entry, phases
+from weightsync.orchestrator.core.round import blame, endings, entry, phases
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round
 from weightsync.orchestrator.core.turn import Turn

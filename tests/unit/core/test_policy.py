@@ -24,3 +24,11 @@ def test_an_agents_deadline_is_the_shorter() -> None:
 def test_a_pair_has_one_name() -> None:
     engines = policy_for(["e0", "e1", "e2"], [("e0", "e2")]).engines
     assert [(engine.name, engine.pair) for engine in engines] == [("e0", "pair-0"), ("e1", ""), ("e2", "pair-0")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "engines", "quorum"),
+    [(0.5, 1, 1), (0.5, 2, 1), (0.5, 3, 2), (0.99, 4, 4), (1.0, 4, 1), (3.0, 4, 3), (100.0, 4, 4), (0.01, 4, 1)],
+)
+def test_how_many_engines_a_commit_needs(wanted: float, engines: int, quorum: int) -> None:
+    assert policy_for(["e0"], min_engines=wanted).quorum(engines) == quorum

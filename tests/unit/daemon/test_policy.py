@@ -57,9 +57,19 @@ def test_the_rendezvous_is_a_group_only_where_the_settings_name_one(config: Path
 
 def test_transport_pairs_and_retries(config: Path) -> None:
     pair = "[{name: p, url: 'http://p', role: prefill, pair: x}, {name: d, url: 'http://d', role: decode, pair: x}]"
-    policy = policy_of(load(config, {"WEIGHTSYNC__ENGINES": pair, "WEIGHTSYNC__RETRY__ATTEMPTS": "7"}))
+    policy = policy_of(
+        load(
+            config,
+            {
+                "WEIGHTSYNC__ENGINES": pair,
+                "WEIGHTSYNC__RETRY__GIVE_UP_SECONDS": "70",
+                "WEIGHTSYNC__COMMIT__MIN_ENGINES": "2",
+            },
+        )
+    )
     assert [(engine.name, engine.pair) for engine in policy.engines] == [("p", "x"), ("d", "x")]
-    assert policy.attempts == 7
+    assert policy.retry == 70.0
+    assert (policy.min_engines, policy.quorum(5), policy.quorum(1)) == (2, 2, 1)
     assert isinstance(policy.transport, NixlSettings)
     files = policy_of(load(config, {"WEIGHTSYNC__TRANSPORT__TYPE": "filesystem"}))
     assert isinstance(files.transport, FilesystemSettings)

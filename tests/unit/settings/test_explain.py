@@ -11,7 +11,7 @@ from settings_files import MINIMAL, Refusal
     [
         ("rescan_secnds: 1\n", 10, "rescan_secnds", "did you mean rescan_seconds"),
         ("log: {level: loud}\n", 10, "log.level", "'loud'"),
-        ("retry: {attempts: 0}\n", 10, "retry.attempts", "greater than or equal to 1"),
+        ("commit: {min_engines: 0}\n", 10, "commit.min_engines", "greater than 0"),
         ("deadlines:\n  probe_seconds: soon\n", 11, "deadlines.probe_seconds", "'soon'"),
         ("deadlines:\n  probe_seconds: .inf\n", 11, "deadlines.probe_seconds", "finite"),
         ("deadlines: {probe_seconds: 1.0e+9}\n", 10, "deadlines.probe_seconds", "86400"),

@@ -42,7 +42,6 @@ SERVING = EngineStatus(applied=VERSION)
     [
         (SERVING, {"paused": False}, "serving"),
         (SERVING, {"paused": True}, "paused"),
-        (SERVING, {"ours_paused": True}, "paused"),
         (SERVING, {"reachable": False}, "unreachable"),
         (EngineStatus(), {"paused": True}, "held"),
         (EngineStatus(applied=VERSION, torn=True), {"paused": True}, "torn"),
@@ -57,7 +56,7 @@ def test_one_word_for_an_engine(status: EngineStatus | None, engine: dict[str, A
 
 def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
     fleet = fleet_with(SERVING, paused=True)
-    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING)
+    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING)
     assert engine_state(fleet, "e0") == "updating"
     fleet.round.engines["e0"].left_out = "its /resume failed"
     assert engine_state(fleet, "e0") == "paused"
@@ -103,7 +102,7 @@ def test_a_round_under_way(overview: Overview) -> None:
     fleet = fleet_with(SERVING, paused=True)
     assert overview.status(fleet, History(), (), now=12.0).round is None
     fleet.round = Round(
-        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, Phase.WRITING, began=10.0
+        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING, began=10.0
     )
     progress = overview.status(fleet, History(), (), now=12.5).round
     assert progress is not None
@@ -134,7 +133,7 @@ def test_a_trainer_rank(overview: Overview) -> None:
     fleet.agents[member].staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
     assert trainer().state == "staged"
     assert trainer().staged == VersionView(step=VERSION.step, generation=VERSION.generation)
-    fleet.unclosed[member] = Unclosed(RoundName(1, 1), 2, {MEMBER: 1})
+    fleet.unclosed[member, RoundName(1, 1)] = Unclosed(2, "", "", {MEMBER: 1})
     assert trainer().state == "writing"
 
 

@@ -1,8 +1,8 @@
 """Treatments: a trainer without a table is told what the attached engines need, and makes its slots for that."""
 
-from weightsync.orchestrator.core import rendezvous
 from weightsync.orchestrator.core.commands import Announced, MakeNeeds
 from weightsync.orchestrator.core.events import NeedsReady
+from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.errors import Trouble
+from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.turn import Turn
 
 

@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from weightsync.orchestrator.core import members
 from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
+from weightsync.orchestrator.core.membership import members
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from fleets import rank, trainer
 from weightsync.orchestrator.core.commands import CallEngine
-from weightsync.orchestrator.core.engines import Wish, wish
 from weightsync.orchestrator.core.events import AbortAsked, Call, CallFailed, HoldAsked
+from weightsync.orchestrator.core.membership.engines import Wish, wish
 from weightsync.orchestrator.core.records import Committed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hold, Holding

@@ -2,8 +2,8 @@
 
 from enum import Enum
 
-from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
+from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.state import EngineState, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Hold

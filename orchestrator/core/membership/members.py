@@ -1,9 +1,9 @@
 """Who is there: agents that connect, are refused, say what their memory holds, and go."""
 
-from weightsync.orchestrator.core import engines
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
+from weightsync.orchestrator.core.membership import engines
 from weightsync.orchestrator.core.records import EpochBegan, GrantOver
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 from fleets import ANNOUNCE, rank, trainer
-from weightsync.orchestrator.core import blame
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentLost, Call
 from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, GrantOver, LiveDirty, RoundBegan, Taint
+from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import (
