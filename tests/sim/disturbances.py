@@ -41,11 +41,12 @@ def _daemons(world: World) -> None:
 
 
 def _engines(world: World) -> None:
-    world.kill_engine(world.rng.choice(list(world.servers)), world.rng.choice((0.0, 3.0)))
+    name, seconds = world.rng.choice(list(world.servers)), world.rng.choice((0.0, 3.0))
+    world.kill_engine(name, seconds, silently=world.rng.random() < 0.3)
 
 
 def _trainers(world: World) -> None:
-    world.kill_trainer()
+    world.kill_trainer(silently=world.rng.random() < 0.3)
 
 
 def _sizes(world: World) -> None:
@@ -188,7 +189,8 @@ def _ill(world: World) -> None:
 
 
 ILLNESSES: Final = (
-    "digest", "silent", "pause 500", "switch 500", "switch hangs", "finish hangs", "resume 500", "pause hangs",
+    "digest", "silent", "pause 500", "pause hangs", "switch 500", "switch hangs", "finish 500", "finish hangs",
+    "resume 500", "resume hangs",
 )  # fmt: skip
 
 

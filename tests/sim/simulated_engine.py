@@ -167,12 +167,13 @@ class Server(Process):
             process.thaw()
         self.world.judge.look(self.name)
 
-    def die_all(self) -> None:
+    def die_all(self, *, silently: bool = False) -> None:
+        """With their host (``silently``), or alone, so that its kernel says so."""
         for process in self.processes():
-            process.die()
+            process.die(silently=silently)
         self.paused = True
         waiting, self._waiting = self._waiting, []
-        for reply in waiting:
+        for reply in () if silently else waiting:
             reply(Answer(error="connection reset"))
 
     # --------------------------------------------------------------------------------------------------------- calls

@@ -223,9 +223,9 @@ class Job:
     def dead(self) -> bool:
         return not any(rank.alive for rank in self.ranks)
 
-    def die(self) -> None:
+    def die(self, *, silently: bool = False) -> None:
         for rank in self.ranks:
-            rank.die()
+            rank.die(silently=silently)
 
     def publish_soon(self) -> None:
         """The next version, of a trainer that publishes nothing by itself."""

@@ -1,7 +1,7 @@
 """The core against a simulated fleet: seeds of everything going wrong, judged from the workers' memory.
 
-``WEIGHTSYNC_SIM_SEEDS`` is the number of seeds, 25 by default; a failure names its seed, and the same seed fails again
-in the same way.
+``WEIGHTSYNC_SIM_SEEDS`` is the number of seeds, 25 by default and 500 with ``CI`` set; a failure names its seed, and the
+same seed fails again in the same way.
 """
 
 import os
@@ -11,7 +11,7 @@ import pytest
 from disturbances import KINDS, disturb
 from world import World
 
-SEEDS = range(int(os.environ.get("WEIGHTSYNC_SIM_SEEDS", "25")))
+SEEDS = range(int(os.environ.get("WEIGHTSYNC_SIM_SEEDS", "500" if os.environ.get("CI") else "25")))
 FAULTY_SECONDS = 60.0
 CALM_SECONDS = 60.0
 """L1's T: every deadline of the policy may pass several times over."""
@@ -29,7 +29,14 @@ def world_of(seed: int) -> tuple[World, list[str]]:
         trainers=rng.choice((1, 1, 2, 3)),
         guarded=seed % 2 == 0,
         pairs=pairs,
+        down=rng.sample([f"e{number}" for number in range(engines)], rng.choice((0, 0, 0, 1)) if engines > 1 else 0),
+        together=rng.random() < 0.2,
+        min_engines=rng.choice((0.5, 0.5, 1, 1.0)),
     )
+    for name in world.configured:
+        if name not in world.servers:
+            world.later(rng.uniform(5.0, 40.0), world.faults.begin([name]))
+            world.later(rng.uniform(5.0, 40.0), lambda name=name: world.start_engine(name))
     return world, rng.sample(KINDS, rng.choice((1, 2, 3, 4, 6, 9)))
 
 

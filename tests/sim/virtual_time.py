@@ -60,6 +60,6 @@ class Process:
         for work in backlog:
             self.do(work)
 
-    def die(self) -> None:
+    def die(self, *, silently: bool = False) -> None:
         self.alive = False
         self._backlog = []

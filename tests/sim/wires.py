@@ -183,13 +183,15 @@ class Agent(Process):
 
         self.world.later(self.world.silence, missed)
 
-    def die(self) -> None:
-        """Its kernel resets the connection."""
+    def die(self, *, silently: bool = False) -> None:
+        """Its kernel resets the connection; or dies with it, and the daemon hears nothing more."""
         super().die()
         link, self.link = self.link, None
         if link is not None:
             link.near = False
-            if not link.cut:
+            if silently:
+                link.go_silent()
+            elif not link.cut:
                 self.world.later(self.world.latency(), lambda: link.daemon.lost(link, "process died"))
 
     # ----------------------------------------------------------------------------------------------------- messages

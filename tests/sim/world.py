@@ -200,7 +200,7 @@ class World(VirtualTime):
         """The operator holds an engine, and releases it so many seconds later."""
         self.held.add(name)
         end = self.faults.begin([name])
-        self._ask(lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, True))
+        self._ask(lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, True), name)
 
         def release() -> None:
             def asked(daemon: SimulatedDaemon) -> HoldAsked:
@@ -208,7 +208,7 @@ class World(VirtualTime):
                 end()
                 return HoldAsked(daemon.next_id(), "operator", "", name, False)
 
-            self._ask(asked)
+            self._ask(asked, name)
 
         self.later(seconds, release)
 
@@ -223,12 +223,13 @@ class World(VirtualTime):
 
         return over
 
-    def _ask(self, what: "Callable[[SimulatedDaemon], Event]") -> None:
-        """Of the daemon, or of the next one."""
-        if self.daemon is None or not self.daemon.alive:
-            self.later(0.5, lambda: self._ask(what))
+    def _ask(self, what: "Callable[[SimulatedDaemon], Event]", engine: str = "") -> None:
+        """Of the daemon, or of the next one; about an ``engine``, of one that knows it."""
+        daemon = self.daemon
+        if daemon is None or not daemon.alive or (engine and engine not in daemon.fleet.engines):
+            self.later(0.5, lambda: self._ask(what, engine))
         else:
-            self.daemon.post(what(self.daemon))
+            daemon.post(what(daemon))
 
     # ------------------------------------------------------------------------------------------------------- engines
     def unit(self, name: str) -> list[str]:
@@ -240,13 +241,13 @@ class World(VirtualTime):
         self.servers[name] = Server(self, name, workers)
         self._workers |= {worker.member: worker for worker in workers}
 
-    def kill_engine(self, name: str, for_seconds: float = 0.0) -> None:
+    def kill_engine(self, name: str, for_seconds: float = 0.0, *, silently: bool = False) -> None:
         """All its processes die; others take their place."""
         server = self.servers[name]
         if server.alive:
             self.note(f"engine {name} dies")
             end = self.faults.begin([name])
-            server.die_all()
+            server.die_all(silently=silently)
             self.judge.died(name)
 
             def again() -> None:
@@ -286,12 +287,14 @@ class World(VirtualTime):
         self.trainers = size or self.trainers
         self.jobs.append(Job(self, next(self._generations), self.trainers, host))
 
-    def kill_trainer(self, size: int | None = None, for_seconds: float | None = None) -> None:
+    def kill_trainer(
+        self, size: int | None = None, for_seconds: float | None = None, *, silently: bool = False
+    ) -> None:
         """All its ranks die; another start follows, maybe with another number of ranks."""
         if not self.job.dead:
             self.note("the trainer dies")
             end = self.faults.begin(self.servers)
-            self.job.die()
+            self.job.die(silently=silently)
             old, size = self.job, size or self.trainers
             host = old.host if self.rng.random() < 0.7 else f"host {self.next_id()}"
 
