@@ -1,6 +1,6 @@
 """The core against a simulated fleet: seeds of everything going wrong, judged from the workers' memory.
 
-``WEIGHTSYNC_SIM_SEEDS`` is the number of seeds, 25 by default and 500 with ``CI`` set; a failure names its seed, and the
+``WEIGHTSYNC_SIM_SEEDS`` is the number of seeds, 25 by default, 500 with ``CI`` set; a failure names its seed, and the
 same seed fails again in the same way.
 """
 

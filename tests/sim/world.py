@@ -191,10 +191,13 @@ class World(VirtualTime):
         self.run(self.now + 3.0)
 
     def declare_dead(self, ranks: Iterable[int]) -> None:
-        """The operator says that earlier processes of these trainer ranks are dead, to the next daemon if need be."""
+        """The operator says that earlier processes of these trainer ranks are dead, as soon as all of them are."""
         for rank in ranks:
-            member = Member("trainer", "", rank)
-            self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
+            if any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
+                self.later(0.5, lambda rank=rank: self.declare_dead([rank]))
+            else:
+                member = Member("trainer", "", rank)
+                self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
 
     def hold(self, name: str, seconds: float) -> None:
         """The operator holds an engine, and releases it so many seconds later."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from fleets import plan_facts
-from weightsync.orchestrator.core import rendezvous
 from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
+from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout
