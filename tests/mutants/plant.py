@@ -76,7 +76,7 @@ def run(mutant: Mutant) -> Result:
         ended = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
         )
-    failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in ended.stdout.splitlines() if line.startswith("FAILED")]
     last = (ended.stdout.strip().splitlines() or [ended.stderr.strip()])[-1]
     return Result(ended.returncode == 1 and bool(failed), failed[0].split(" - ")[0] if failed else last)
 

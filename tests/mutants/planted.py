@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from plant import BAD_ENGINE, CORE, FLEET, HISTORIES, Mutant
+from plant import Mutant
 
 _MEMBERS: Final = "core/membership/members.py"
 _RECORDS: Final = "core/records.py"

@@ -1,7 +1,7 @@
 """What happened in a simulated fleet, in lines that people read when a test fails."""
 
 import msgspec
-from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, CallDone, CallFailed
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, CallDone, CallFailed, PlanReady
 from weightsync.orchestrator.protocol.messages import Announce, Closed, Hello, Left, Ready, Staged, Verified
 
 
@@ -16,6 +16,8 @@ def brief(what: object) -> str:
             return f"{member} is lost: {reason}"
         case CallDone(engine=engine, call=call, paused=paused):
             return f"{engine}: {call} done, paused {paused}"
+        case PlanReady(number=number):
+            return f"plan {number} is ready"
         case CallFailed(engine=engine, call=call, reason=reason):
             return f"{engine}: {call} FAILED: {reason}"
         case _:

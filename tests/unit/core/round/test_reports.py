@@ -344,6 +344,16 @@ def test_or_with_those_that_it_must_serve_with(drive: Any, options: dict[str, An
     assert [fleet.called(name, Call.RESUME) for name in ("e0", "e1")] == [1, 1]
 
 
+def test_but_not_for_longer_than_their_patience(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), options={"together": True, "patience": 5.0, "finish": 60.0})
+    going = fleet.to(Phase.SWITCHING)
+    serve(fleet, going, "e1")
+    fleet.passes(0.25)
+    fleet.passes(5.0)
+    assert going.remaining() == ["e1"]
+    assert fleet.called("e1", Call.RESUME) == 1
+
+
 @pytest.mark.parametrize("call", [Call.FINISH, Call.RESUME])
 def test_a_call_that_fails_then_costs_its_engine_only_its_place(drive: Any, call: Call) -> None:
     fleet = drive(("e0", "e1"))
