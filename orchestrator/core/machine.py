@@ -215,7 +215,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = cut(standing(turn.fleet, turn.now))
+    told = cut(standing(turn.fleet))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

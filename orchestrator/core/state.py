@@ -80,7 +80,7 @@ class EngineState:
     misfit_fault: Fault = ""
     """Whose fault that is."""
     ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
-    """Its connected agents."""
+    """Its connected agents, by rank and in this order."""
     error: str = ""
     """Why its last call failed; empty after a call that did not."""
     fault: Fault = ""
@@ -241,6 +241,7 @@ class Fleet:
     """The last connection of each member that has none now: its process may come back on another."""
     agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
     trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
+    """In their order."""
     generation: int | None = None
     past_generations: set[int] = field(default_factory=set)
     stable: tuple[StableSeen, ...] = ()
@@ -294,7 +295,13 @@ class Fleet:
         """Take a connected agent in."""
         self.gone.pop(agent.member, None)
         self.agents[agent.member] = agent
-        self._home(agent.member)[agent.member.rank] = agent
+        home, rank = self._home(agent.member), agent.member.rank
+        behind = rank not in home and bool(home) and rank < next(reversed(home))
+        home[rank] = agent
+        if behind:  # put in order here, since it is read after every event
+            in_order = sorted(home.items())
+            home.clear()
+            home.update(in_order)
 
     def leave(self, member: Member) -> ConnectedAgent | None:
         """End a connection; returns what was known of it, which is kept in case that its process comes back."""
@@ -319,12 +326,11 @@ class Fleet:
 
     def trainers(self) -> list[ConnectedAgent]:
         """Connected trainer ranks, by rank."""
-        return [self.trainer_ranks[rank] for rank in sorted(self.trainer_ranks)]
+        return list(self.trainer_ranks.values())
 
     def ranks_of(self, engine: str) -> list[ConnectedAgent]:
         """Connected ranks of an engine, by rank."""
-        ranks = self.engines[engine].ranks
-        return [ranks[rank] for rank in sorted(ranks)]
+        return list(self.engines[engine].ranks.values())
 
     def trainer_world(self) -> int | None:
         """How many trainer ranks there are to be, once one has said so."""
