@@ -190,14 +190,26 @@ class World(VirtualTime):
             self.run(self.now + 0.5)
         self.run(self.now + 3.0)
 
-    def declare_dead(self, ranks: Iterable[int]) -> None:
-        """The operator says that earlier processes of these trainer ranks are dead, as soon as all of them are."""
+    def declare_dead(self, ranks: Iterable[int], times: int = 3) -> None:
+        """The operator says that earlier processes of these trainer ranks are dead, when status shows none of them.
+
+        And again, since a round that had begun may have granted them something meanwhile.
+        """
         for rank in ranks:
-            if any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
-                self.later(0.5, lambda rank=rank: self.declare_dead([rank]))
-            else:
+            if self._sees_no_other_than_the_last(rank):
                 member = Member("trainer", "", rank)
                 self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
+                times -= 1
+            if times:
+                self.later(2.0, lambda rank=rank, times=times: self.declare_dead([rank], times))
+
+    def _sees_no_other_than_the_last(self, rank: int) -> bool:
+        if self.daemon is None or any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
+            return False
+        connected = self.daemon.fleet.agents.get(Member("trainer", "", rank))
+        if rank >= self.job.size:
+            return connected is None
+        return connected is not None and connected.hello.incarnation == self.job.ranks[rank].incarnation
 
     def hold(self, name: str, seconds: float) -> None:
         """The operator holds an engine, and releases it so many seconds later."""
