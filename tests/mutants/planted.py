@@ -94,8 +94,9 @@ _COMMIT: Final = (
     Mutant(
         "commands leave before the record in front of them is durable",
         _OUTBOX,
-        "                await self._append([command for",
-        "                _ = asyncio.ensure_future(self._append([command for",
+        "                await self._append([command for command in commands if isinstance(command, Append)])\n",
+        "                append = self._append([command for command in commands if isinstance(command, Append)])\n"
+        "                self._inbox.spawn(append, 'append')\n",
         ("tests/unit/daemon/test_outbox.py",),
     ),
     Mutant(
@@ -136,12 +137,6 @@ _COMMIT: Final = (
         _JUDGE,
         "    if sent.bytes != owed:\n",
         "    if owed is None:\n",
-    ),
-    Mutant(
-        "an edge that failed taken for written",
-        _JUDGE,
-        "    if sent.error:\n",
-        "    if sent.error and final and sent.bytes:\n",
     ),
     Mutant("a writer that could not write believed", _JUDGE, "    if writer in current.failed:\n", "    if False:\n"),
     Mutant(
@@ -226,8 +221,8 @@ _BLAME: Final = (
     Mutant(
         "a worker that leaves in the middle is not missed",
         _TABLE,
-        "_R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.leave_out,\n    _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out",
-        "_R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.ignore,\n    _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out",
+        "    _P.VERIFYING: {**_WRITTEN,",
+        "    _P.VERIFYING: {**_WRITTEN, _R.LEFT: _A.ignore,",
     ),
     Mutant(
         "patience without end",
