@@ -13,6 +13,6 @@ def recording(seed: int) -> tuple[Policy, tuple[AnyRecord, ...]]:
     """The journal of a simulated fleet: calm for seed 0, else with everything going wrong."""
     world = World(seed, engines=2, ranks=1, trainers=1 + seed % 2)
     if seed:
-        disturb(world, ("daemons", "commands", "disk", "engines", "trainers", "refused", "corrupt", "ill"), 50.0)
-    world.run(60.0)
+        disturb(world, ("daemons", "commands", "disk", "engines", "trainers", "refused", "corrupt", "ill"), 25.0)
+    world.run(30.0)
     return world.policy, tuple(map(decode_record, world.disk.bodies))
