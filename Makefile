@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-gpu sim mutants lint types format bench-e2e bench-plan bench-hub bench-sim bench-nixl bench-gpu families changelog clean
+.PHONY: help setup demo test test-unit test-e2e test-gpu sim mutants lint types format bench-e2e bench-plan bench-hub bench-sim bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,11 +73,20 @@ bench-plan: setup ## JSON lines: planning for a trillion parameters
 bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
 	$(BENCH) tests/benchmarks/bench_hub.py
 
+bench-history: setup ## JSON lines: a step of the core and a start after a long history, scans of 100,000 steps
+	$(BENCH) tests/benchmarks/bench_history.py
+
+bench-scan: setup ## JSON lines: the scans alone
+	$(BENCH) tests/benchmarks/bench_history.py scan
+
 bench-sim: setup ## JSON lines: simulated rounds a minute, and how long healthy engines stand still beside bad ones
 	PYTHONPATH=tests:tests/sim $(BIN)/python tests/benchmarks/bench_sim.py $(SEEDS)
 
 bench-nixl: setup ## JSON lines: our write path over bare NIXL
 	$(BENCH) tests/benchmarks/bench_nixl.py
+
+bench-convert: setup ## JSON lines: Python of a publish, FSDP ranks over one, a writer beside Python
+	$(BENCH) tests/benchmarks/bench_convert.py
 
 bench-gpu: ## JSON lines: kernels, NIXL and whole pushes on a GPU; uses the python3 of the GPU machine
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_kernels.py

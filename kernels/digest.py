@@ -1,18 +1,20 @@
 """Order-sensitive digest of weights: two 64-bit sums over logical bytes, additive over disjoint boxes.
 
-What is computed, and the probability that it misses a fault (below 2**-58), is in
-:mod:`weightsync.kernels.digest_multipliers`.
+Because it reads every byte, a digest also says whether all that it read are finite numbers. What is computed, and the
+probability that it misses a fault (below 2**-58), is in :mod:`weightsync.kernels.digest_multipliers`.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
+from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest_multipliers import tensor_key
 from weightsync.kernels.digest_reference import ReferenceDigest
 from weightsync.kernels.dispatch import common_device, use_triton
-from weightsync.kernels.strided import as_table, check_bounds, check_logical, check_regions
+from weightsync.kernels.strided import as_codes, as_table, check_bounds, check_logical, check_regions
 
 __all__ = ["PreparedDigest", "digest", "prepare", "tensor_key"]
 
@@ -26,31 +28,39 @@ class PreparedDigest(Protocol):
     def result(self) -> tuple[int, int]:
         """The two sums of the last launch, each in ``range(2**64)``; waits for the device."""
 
+    def finite(self) -> bool:
+        """After ``result``: whether all that was looked at are finite numbers."""
+
     def __call__(self) -> tuple[int, int]:
         """``launch`` and ``result``."""
 
 
-def prepare(regions: Sequence[torch.Tensor], table: npt.ArrayLike) -> PreparedDigest:
+def prepare(
+    regions: Sequence[torch.Tensor], table: npt.ArrayLike, codes: npt.ArrayLike | None = None
+) -> PreparedDigest:
     """A digest over the runs of ``table``, ready to be taken many times.
 
     Args:
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
+        codes: int64[n] of ``columns.CODES``, what the elements of each row are; None: none is looked at.
 
     Raises:
-        KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor.
+        KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor, or cuts an
+            element that is to be looked at.
         KernelUnavailableError: the regions are on CUDA and Triton is missing.
     """
     rows = as_table(table)
     check_regions(regions, "digest")
     check_bounds(rows, [region.numel() for region in regions], destination=False)
     check_logical(rows)
+    kinds = as_codes(np.full(len(rows), UNSEEN) if codes is None else codes, rows)
     device = common_device(list(regions))
     if use_triton(device):
         from weightsync.kernels.digest_triton import TritonDigest
 
-        return TritonDigest(regions, rows)
-    return ReferenceDigest(regions, rows)
+        return TritonDigest(regions, rows, kinds)
+    return ReferenceDigest(regions, rows, kinds)
 
 
 def digest(regions: Sequence[torch.Tensor], table: npt.ArrayLike) -> tuple[int, int]:

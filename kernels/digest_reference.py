@@ -1,7 +1,8 @@
 """The digest in NumPy, for tensors on the CPU: exact, and fast enough to run in every round.
 
 Runs are cut at tile boundaries. Long stretches of whole tiles are multiplied where they lie; everything else is
-gathered in groups of equal length and equal place in the tile, so that each group is one small matrix product.
+gathered in groups of equal length and equal place in the tile, so that each group is one small matrix product. What is
+to be looked at is looked at piece by piece, while it lies in the cache.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from weightsync.kernels.columns import DST_REGION, SRC_REGION
+from weightsync.kernels.columns import DST_REGION, KINDS, SRC_REGION, Element
 from weightsync.kernels.digest_multipliers import (
     PRESENT,
     TILE_BYTES,
@@ -40,6 +41,7 @@ class _Stretch:
     tile: int
     tiles: int
     keys: Words
+    element: Element | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,16 @@ class _PieceGroup:
     length: int
     offsets: Table
     outer: Words
+    element: Element | None
 
 
 class ReferenceDigest:
     """A digest prepared once and taken many times: calling it reads the regions as they are then."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table) -> None:
-        """``regions`` are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller."""
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table) -> None:
+        """``regions`` are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS] and ``codes`` int64[n], checked by the
+        caller."""
+        self._finite = True
         self._regions = [region.numpy() for region in regions]
         rows = canonical(table)
         region, keys = rows[:, SRC_REGION], outer_keys(rows[:, DST_REGION])
@@ -67,24 +72,38 @@ class ReferenceDigest:
         long = whole >= STRETCH_TILES
         stretch = runs.take(long).part(head[long], whole[long] * TILE_BYTES)
         self._stretches = [
-            _Stretch(int(region[row]), int(src), int(dst) // TILE_BYTES, int(run) // TILE_BYTES, keys[row : row + 1])
+            _Stretch(
+                int(region[row]),
+                int(src),
+                int(dst) // TILE_BYTES,
+                int(run) // TILE_BYTES,
+                keys[row : row + 1],
+                KINDS[codes[row]],
+            )
             for row, src, dst, run in zip(stretch.row, stretch.src, stretch.dst, stretch.run, strict=True)
         ]
         tail = runs.take(long).part((head + whole * TILE_BYTES)[long], (runs.run - head - whole * TILE_BYTES)[long])
         pieces = _cut(concatenate([runs.take(~long), runs.take(long).part(0 * head[long], head[long]), tail]))
-        self._groups = _grouped(pieces, region, keys)
+        self._groups = _grouped(pieces, region, keys, codes)
 
     def launch(self) -> None:
         """Nothing to start: the CPU computes in :meth:`result`."""
 
     def result(self) -> tuple[int, int]:
         """The two sums over the bytes as they are now."""
-        total = np.zeros(2, np.uint64)
+        total, finite = np.zeros(2, np.uint64), True
         for stretch in self._stretches:
-            total += _stretch_sum(self._regions[stretch.region], stretch)
+            more, fine = _stretch_sum(self._regions[stretch.region], stretch)
+            total, finite = total + more, finite and fine
         for group in self._groups:
-            total += _group_sum(self._regions[group.region], group)
+            more, fine = _group_sum(self._regions[group.region], group)
+            total, finite = total + more, finite and fine
+        self._finite = finite
         return int(total[0]), int(total[1])
+
+    def finite(self) -> bool:
+        """Whether all that the last :meth:`result` looked at are finite numbers."""
+        return self._finite
 
     def __call__(self) -> tuple[int, int]:
         """``launch`` and ``result``."""
@@ -103,34 +122,45 @@ def _cut(runs: Sheets) -> Sheets:
     return spread.part(begin - spread.dst, end - begin)
 
 
-def _grouped(pieces: Sheets, region: Table, keys: Words) -> list[_PieceGroup]:
-    """Pieces of one length, one place in the tile and one region, together."""
-    start, where = pieces.dst % TILE_BYTES, region[pieces.row]
+def _grouped(pieces: Sheets, region: Table, keys: Words, codes: Table) -> list[_PieceGroup]:
+    """Pieces of one length, one place in the tile, one kind and one region, together."""
+    start, where, code = pieces.dst % TILE_BYTES, region[pieces.row], codes[pieces.row]
     outer = outer_multipliers(keys[pieces.row], pieces.dst // TILE_BYTES)
-    order = np.lexsort((pieces.src, start, pieces.run, where))
-    signature = np.stack([where[order], pieces.run[order], start[order]])
+    order = np.lexsort((pieces.src, code, start, pieces.run, where))
+    signature = np.stack([where[order], pieces.run[order], start[order], code[order]])
     breaks = np.flatnonzero((signature[:, 1:] != signature[:, :-1]).any(axis=0)) + 1
     return [
-        _PieceGroup(int(where[part[0]]), int(start[part[0]]), int(pieces.run[part[0]]), pieces.src[part], outer[part])
+        _PieceGroup(
+            int(where[part[0]]),
+            int(start[part[0]]),
+            int(pieces.run[part[0]]),
+            pieces.src[part],
+            outer[part],
+            KINDS[code[part[0]]],
+        )
         for part in np.split(order, breaks)
         if len(part)
     ]
 
 
-def _stretch_sum(region: Bytes, stretch: _Stretch) -> Words:
+def _stretch_sum(region: Bytes, stretch: _Stretch) -> tuple[Words, bool]:
+    """Both sums, and whether all is finite."""
     data = np.frombuffer(region, "<u4", stretch.tiles * TILE_WORDS, stretch.offset).reshape(-1, TILE_WORDS)
     weights = inner_multipliers()
     # Each byte counts as its value plus one; the ones of a whole tile are the same for all tiles.
     present = np.uint64(PRESENT) * weights.sum(axis=0)
-    total = np.zeros(2, np.uint64)
+    total, finite = np.zeros(2, np.uint64), True
     for first in range(0, stretch.tiles, CHUNK_TILES):
-        inner = data[first : first + CHUNK_TILES].astype(np.uint64) @ weights + present
+        chunk = data[first : first + CHUNK_TILES]
+        finite = finite and all_finite(chunk, stretch.element)
+        inner = chunk.astype(np.uint64) @ weights + present
         tiles = stretch.tile + first + np.arange(len(inner))
         total += _outer_sum(inner, outer_multipliers(stretch.keys, tiles))
-    return total
+    return total, finite
 
 
-def _group_sum(region: Bytes, group: _PieceGroup) -> Words:
+def _group_sum(region: Bytes, group: _PieceGroup) -> tuple[Words, bool]:
+    """Both sums, and whether all is finite."""
     skip = group.start % 4
     words = (skip + group.length + 3) // 4
     weights = inner_multipliers()[group.start // 4 : group.start // 4 + words]
@@ -140,16 +170,28 @@ def _group_sum(region: Bytes, group: _PieceGroup) -> Words:
     present = covered.view("<u4").astype(np.uint64) @ weights
     windows = np.lib.stride_tricks.as_strided(region, (len(region) - group.length + 1, group.length), (1, 1))
     step = max(1, CHUNK_TILES * TILE_BYTES // group.length)
-    total = np.zeros(2, np.uint64)
+    total, finite = np.zeros(2, np.uint64), True
     for first in range(0, len(group.offsets), step):
         gathered = windows[group.offsets[first : first + step]]
+        finite = finite and all_finite(gathered, group.element)
         if skip or group.length % 4:
             padded = np.zeros((len(gathered), 4 * words), np.uint8)
             padded[:, skip : skip + group.length] = gathered
             gathered = padded
         inner = gathered.view("<u4").astype(np.uint64) @ weights + present
         total += _outer_sum(inner, group.outer[first : first + step])
-    return total
+    return total, finite
+
+
+def all_finite(data: npt.NDArray[np.generic], element: Element | None) -> bool:
+    """Whether contiguous memory holds finite numbers only; true of what has no kind."""
+    if element is None:
+        return True
+    # Without its sign a number sorts as its bits do, NaN and infinity above all: as signed integers the positive ones
+    # are on top, as unsigned ones the negative. Two maxima write nothing, which a comparison of each element would.
+    size, top = element.itemsize, element.exponent | element.sign
+    fine = bool(data.view(f"<u{size}").max() < top)
+    return fine and not (element.signed and bool(data.view(f"<i{size}").max() >= element.exponent))
 
 
 def _outer_sum(inner: Words, outer: Words) -> Words:

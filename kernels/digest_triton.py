@@ -4,6 +4,9 @@ Runs become items of three kinds. *Tiles*: whole 8 KiB tiles, 16-byte aligned. *
 many tiles, as a slice of every row of a tensor has. Both hold their inner weights in registers. *Chunks*: rows of
 pieces of at most 256 bytes, each within one 256-byte chunk of the tensor; aligned ones, and those at any alignment. A
 long run gives tiles for its middle and chunks for its ends.
+
+Where elements are to be looked at (``LOOK``), each word is tested beside its product: with ``exponent`` the bits that
+are all ones in NaN and infinity, adding the lowest of them carries into the bit above if and only if all are set.
 """
 # Triton's functions are compiled from their source and have types of their own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -15,13 +18,14 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.columns import DST_REGION, SRC_REGION
+from weightsync.kernels.columns import DST_REGION, ELEMENTS, SRC_REGION, UNSEEN, Element
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
 from weightsync.kernels.dispatch import common_device, on_device
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
-ITEM_COLUMNS: Final = 10
-"""Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys."""
+ITEM_COLUMNS: Final = 12
+"""Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys, and
+two of what elements are: exponent bits of a word and their lowest ones (32 bits each), bits that need not be set."""
 _ITEM_COLUMNS: Final = tl.constexpr(ITEM_COLUMNS)
 """The same for the kernel: compiled functions read no other globals than constexpr ones."""
 TILES, COLUMNS, ALIGNED_CHUNKS, CHUNKS = range(4)
@@ -37,6 +41,19 @@ SMALL_RUN: Final = 2 * TILE_BYTES
 """Runs below this are chunks only; they need not hold a whole tile."""
 OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 """At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
+
+
+def _test_of(element: Element) -> tuple[int, int]:
+    """The last two columns of an item. Without a sign its place holds one more bit of the exponent."""
+    sign = 1 << (8 * element.itemsize - 1)
+    exponent = element.exponent & (sign - 1)
+    of_a_word = ((1 << 32) - 1) // ((sign << 1) - 1)  # a one for each element
+    lowest = exponent & -exponent
+    return of_a_word * (lowest << 32 | exponent), (1 << 32) - 1 if element.signed else 0
+
+
+TESTS: Final = np.array([(0, 0), *map(_test_of, ELEMENTS.values())], np.int64)
+"""By code; words of what is not looked at pass for finite."""
 
 
 @triton.jit
@@ -57,8 +74,20 @@ def _outer_sums(first, second, key_low, key_high, tile):
 
 
 @triton.jit
-def _tiles(item, weights):
-    """Both sums over whole tiles."""
+def _either(one, other):
+    return one | other
+
+
+@triton.jit
+def _beyond(words, item):
+    """Bits, some of which are set where words hold what is no finite number; the bit above each exponent counts."""
+    exponent, free = tl.load(item + 10), tl.load(item + 11)
+    return ((words & exponent.to(tl.uint32)) + (exponent >> 32).to(tl.uint32)) & (words | free.to(tl.uint32))
+
+
+@triton.jit
+def _tiles(item, weights, LOOK: tl.constexpr):
+    """Both sums over whole tiles, and what is beyond the finite numbers."""
     address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
     # Rows of 512 words: a thread owns 4 of each, so that sums over the first axis stay inside it.
@@ -67,20 +96,24 @@ def _tiles(item, weights):
     present = tl.sum(inner.to(tl.uint64) * 0x01010101, axis=0)
     present_too = tl.sum(inner_too.to(tl.uint64) * 0x01010101, axis=0)
     low, high = tl.zeros((128,), tl.uint64), tl.zeros((128,), tl.uint64)  # one partial sum per thread
+    beyond = tl.zeros((128,), tl.uint32)
     start = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
     tile = logical >> 13
     following = tl.load(start + place)
     for step in range(count):
-        words = following.to(tl.uint64)
+        words = following
         # One tile ahead, so that there are always loads in flight.
         following = tl.load(start + tl.minimum(step + 1, count - 1) * 2048 + place)
-        first = tl.sum(words * inner.to(tl.uint64), axis=0) + present
-        second = tl.sum(words * inner_too.to(tl.uint64), axis=0) + present_too
+        if LOOK:
+            more = tl.reduce(_beyond(words, item), 0, _either)
+            beyond |= tl.reduce(tl.reshape(more, (128, 4)), 1, _either)
+        first = tl.sum(words.to(tl.uint64) * inner.to(tl.uint64), axis=0) + present
+        second = tl.sum(words.to(tl.uint64) * inner_too.to(tl.uint64), axis=0) + present_too
         first, second = tl.sum(tl.reshape(first, (128, 4)), axis=1), tl.sum(tl.reshape(second, (128, 4)), axis=1)
         more_low, more_high = _outer_sums(first, second, key_low, key_high, tile + step)
         low += more_low
         high += more_high
-    return tl.sum(low), tl.sum(high)
+    return tl.sum(low), tl.sum(high), tl.reduce(beyond, 0, _either)
 
 
 @triton.jit
@@ -90,8 +123,8 @@ def _product(words, inner):
 
 
 @triton.jit
-def _columns(item, weights):
-    """Both sums over one chunk of each of many tiles, 16-byte aligned. Four threads share a chunk, in four parts."""
+def _columns(item, weights, LOOK: tl.constexpr):
+    """The same over one chunk of each of many tiles, 16-byte aligned. Four threads share a chunk, in four parts."""
     address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
     source_step, tile_step = (tl.load(item + 5) >> 4) * 16, tl.load(item + 6) >> 13
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
@@ -106,6 +139,7 @@ def _columns(item, weights):
     present = _product(ones, first_0) + _product(ones, first_1) + _product(ones, first_2) + _product(ones, first_3)
     present_too = _product(ones, other_0) + _product(ones, other_1) + _product(ones, other_2) + _product(ones, other_3)
     low, high = tl.zeros((32, 4), tl.uint64), tl.zeros((32, 4), tl.uint64)
+    beyond = tl.zeros((32, 4), tl.uint32)
     start = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
     for step in range(0, count, 32):
         row = step + rows
@@ -114,6 +148,10 @@ def _columns(item, weights):
         mask = inside[:, None, None]
         words_0, words_1 = tl.load(source, mask=mask, other=0), tl.load(source + 16, mask=mask, other=0)
         words_2, words_3 = tl.load(source + 32, mask=mask, other=0), tl.load(source + 48, mask=mask, other=0)
+        if LOOK:
+            upper = _beyond(words_0, item) | _beyond(words_1, item)
+            lower = _beyond(words_2, item) | _beyond(words_3, item)
+            beyond |= tl.reduce(upper | lower, 2, _either)
         first = present + _product(words_0, first_0) + _product(words_1, first_1)
         first += _product(words_2, first_2) + _product(words_3, first_3)
         second = present_too + _product(words_0, other_0) + _product(words_1, other_1)
@@ -122,17 +160,18 @@ def _columns(item, weights):
         more_low, more_high = _outer_sums(first, second, key_low, key_high, tile)
         low += tl.where(inside[:, None], more_low, 0)
         high += tl.where(inside[:, None], more_high, 0)
-    return tl.sum(low), tl.sum(high)
+    return tl.sum(low), tl.sum(high), tl.reduce(tl.reduce(beyond, 1, _either), 0, _either)
 
 
 @triton.jit
-def _aligned_chunks(item, weights):
-    """Both sums over rows of whole 256-byte chunks, 16-byte aligned."""
+def _aligned_chunks(item, weights, LOOK: tl.constexpr):
+    """The same over rows of whole 256-byte chunks, 16-byte aligned."""
     address, logical, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 4)
     source_step, logical_step = (tl.load(item + 5) >> 4) * 16, (tl.load(item + 6) >> 8) * 256
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
     word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     low, high = tl.zeros((32, 16), tl.uint64), tl.zeros((32, 16), tl.uint64)
+    beyond = tl.zeros((32, 16), tl.uint32)
     start, first_logical = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16), (logical >> 8) * 256
     for step in range(0, count, 32):
         row = step + tl.arange(0, 32)
@@ -140,23 +179,27 @@ def _aligned_chunks(item, weights):
         source = (start + row * source_step).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None, None] + word
         offset = first_logical + row * logical_step
         place = ((offset & 8191) >> 8)[:, None, None] * 64 + word
-        words = tl.load(source, mask=inside[:, None, None], other=0).to(tl.uint64) + 0x01010101
+        words = tl.load(source, mask=inside[:, None, None], other=0)
+        if LOOK:
+            beyond |= tl.reduce(_beyond(words, item), 2, _either)
+        words = words.to(tl.uint64) + 0x01010101
         first = tl.sum(words * tl.load(weights + place).to(tl.uint64), axis=2)
         second = tl.sum(words * tl.load(weights + 2048 + place).to(tl.uint64), axis=2)
         more_low, more_high = _outer_sums(first, second, key_low, key_high, (offset >> 13)[:, None])
         low += tl.where(inside[:, None], more_low, 0)
         high += tl.where(inside[:, None], more_high, 0)
-    return tl.sum(low), tl.sum(high)
+    return tl.sum(low), tl.sum(high), tl.reduce(tl.reduce(beyond, 1, _either), 0, _either)
 
 
 @triton.jit
-def _chunks(item, weights):
-    """Both sums over rows of pieces at any alignment."""
+def _chunks(item, weights, LOOK: tl.constexpr):
+    """The same over rows of pieces at any alignment."""
     address, logical, run, count = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
     source_step, logical_step, pieces = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
     key_low, key_high = tl.load(item + 8), tl.load(item + 9)
     word = tl.arange(0, 16)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     low, high = tl.zeros((8, 16), tl.uint64), tl.zeros((8, 16), tl.uint64)
+    beyond = tl.zeros((8, 16), tl.uint32)
     for step in range(0, count * pieces, 8):
         piece = step + tl.arange(0, 8).to(tl.int64)
         row = piece // pieces
@@ -180,57 +223,73 @@ def _chunks(item, weights):
             ones >> ((4 - tl.minimum(tl.maximum(after, 0), 4)) * 8).to(tl.uint64)
         )
         keep = tl.where(some, keep, 0)
-        words = (words & keep) + (keep & 0x01010101)
+        words &= keep
+        if LOOK:
+            beyond |= tl.reduce(_beyond(words.to(tl.uint32), item), 2, _either)
+        words += keep & 0x01010101
         place = (chunk & 31)[:, None, None] * 64 + word
         first = tl.sum(words * tl.load(weights + place).to(tl.uint64), axis=2)
         second = tl.sum(words * tl.load(weights + 2048 + place).to(tl.uint64), axis=2)
         more_low, more_high = _outer_sums(first, second, key_low, key_high, (chunk >> 5)[:, None])
         low += more_low
         high += more_high
-    return tl.sum(low), tl.sum(high)
+    return tl.sum(low), tl.sum(high), tl.reduce(tl.reduce(beyond, 1, _either), 0, _either)
 
 
 @triton.jit
-def _digest_kernel(items, weights, sums):
+def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
     item = items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS
     kind = tl.load(item)
     if kind == 0:
-        low, high = _tiles(item, weights)
+        low, high, beyond = _tiles(item, weights, LOOK)
     elif kind == 1:
-        low, high = _columns(item, weights)
+        low, high, beyond = _columns(item, weights, LOOK)
     elif kind == 2:
-        low, high = _aligned_chunks(item, weights)
+        low, high, beyond = _aligned_chunks(item, weights, LOOK)
     else:
-        low, high = _chunks(item, weights)
+        low, high, beyond = _chunks(item, weights, LOOK)
     tl.atomic_add(sums, low.to(tl.int64, bitcast=True))
     tl.atomic_add(sums + 1, high.to(tl.int64, bitcast=True))
+    if LOOK:
+        exponent = tl.load(item + 10)
+        # Where all exponent bits carry to; everything else in ``beyond`` is what became of other bits.
+        carries = exponent.to(tl.uint32) + (exponent >> 32).to(tl.uint32)
+        found = (beyond & carries) != 0
+        tl.atomic_or(sums + 2, found.to(tl.int64), mask=found)
 
 
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table) -> None:
-        """``regions`` and ``table`` as checked by ``prepare``. Items are uploaded here."""
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table) -> None:
+        """``regions``, ``table`` and ``codes`` as checked by ``prepare``. Items are uploaded here."""
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
-        items = digest_items([region.data_ptr() for region in regions], table)
+        items = digest_items([region.data_ptr() for region in regions], table, codes)
         self._programs = len(items)
         self._items = torch.from_numpy(items).to(self._device)
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
-        self._sums = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self._look = bool((codes != UNSEEN).any())
+        self._finite = True
+        self._sums = torch.zeros(3, dtype=torch.int64, device=self._device)
 
     def launch(self) -> None:
         """Start on the current stream."""
         self._sums.zero_()
         if self._programs:
             with on_device(self._device):
-                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, **OPTIONS)
+                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, LOOK=self._look, **OPTIONS)
 
     def result(self) -> tuple[int, int]:
         """The sums of the last launch; waits for the device."""
-        low, high = self._sums.tolist()
+        low, high, beyond = self._sums.tolist()
+        self._finite = not beyond
         return low & ((1 << 64) - 1), high & ((1 << 64) - 1)
+
+    def finite(self) -> bool:
+        """Whether all that the last :meth:`result` looked at are finite numbers."""
+        return self._finite
 
     def __call__(self) -> tuple[int, int]:
         """``launch`` and ``result``."""
@@ -238,10 +297,11 @@ class TritonDigest:
         return self.result()
 
 
-def digest_items(bases: list[int], table: Table) -> Table:
-    """The table as items int64[n, ITEM_COLUMNS], the largest first; ``bases`` are the regions' addresses."""
+def digest_items(bases: list[int], table: Table, codes: Table) -> Table:
+    """The table as items int64[n, ITEM_COLUMNS], the largest first; ``bases`` are the regions' addresses, ``codes`` of
+    the rows' elements."""
     rows = canonical(table)
-    keys = outer_keys(rows[:, DST_REGION]).view(np.int64)
+    facts = np.column_stack([outer_keys(rows[:, DST_REGION]).view(np.int64), TESTS[codes]])
     region = np.asarray(bases, np.int64)[rows[:, SRC_REGION]] if len(bases) else np.zeros(len(rows), np.int64)
     all_sheets = sheets(rows)
     long = all_sheets.run >= SMALL_RUN
@@ -254,11 +314,11 @@ def digest_items(bases: list[int], table: Table) -> Table:
     tiles = runs.part(head, middle).folded(TILE_BYTES)
     tiles = tiles.at_most(np.full(len(tiles), ITEM_TILES))
     pieces = concatenate([all_sheets.take(~long), odd, *ends])
-    items = [_items(TILES, tiles, region, keys), *_chunk_items(pieces, region, keys)]
+    items = [_items(TILES, tiles, region, facts), *_chunk_items(pieces, region, facts)]
     return np.ascontiguousarray(np.concatenate(items))
 
 
-def _chunk_items(pieces: Sheets, region: Table, keys: Table) -> list[Table]:
+def _chunk_items(pieces: Sheets, region: Table, facts: Table) -> list[Table]:
     """Sheets of short runs (and long misaligned ones) as items of all kinds but tiles."""
     single = pieces.count == 1
     whole = (pieces.dst % CHUNK_BYTES == 0) & (pieces.run % CHUNK_BYTES == 0)
@@ -272,7 +332,7 @@ def _chunk_items(pieces: Sheets, region: Table, keys: Table) -> list[Table]:
     wide = wide.at_most(np.full(len(wide), ITEM_CHUNKS))
     rest = _limited(rest, _pieces_per_run(rest))
     return [
-        _items(kind, part, region, keys) for kind, part in ((COLUMNS, columns), (ALIGNED_CHUNKS, wide), (CHUNKS, rest))
+        _items(kind, part, region, facts) for kind, part in ((COLUMNS, columns), (ALIGNED_CHUNKS, wide), (CHUNKS, rest))
     ]
 
 
@@ -323,10 +383,10 @@ def _pieces_per_run(part: Sheets) -> Table:
     return np.asarray((before + part.run - 1) // CHUNK_BYTES + 1, np.int64)
 
 
-def _items(kind: int, part: Sheets, region: Table, keys: Table) -> Table:
+def _items(kind: int, part: Sheets, region: Table, facts: Table) -> Table:
     """Items of one kind, int64[n, ITEM_COLUMNS]."""
     columns = [
         np.full(len(part), kind, np.int64), region[part.row] + part.src, part.dst, part.run, part.count,
         part.src_step, part.dst_step, _pieces_per_run(part),
     ]  # fmt: skip
-    return np.column_stack([*columns, keys[part.row]])
+    return np.column_stack([*columns, facts[part.row]])

@@ -20,12 +20,14 @@ from weightsync.kernels.columns import (
     DST_OFFSET,
     DST_REGION,
     DST_STRIDE,
+    ELEMENTS,
     LOOP_COLUMNS,
     LOOPS,
     RUN_BYTES,
     SRC_OFFSET,
     SRC_REGION,
     SRC_STRIDE,
+    UNSEEN,
 )
 from weightsync.kernels.errors import KernelTableError
 
@@ -141,6 +143,30 @@ def as_table(table: npt.ArrayLike) -> Table:
         raise KernelTableError(
             f"row {int(np.argmax(bad))} of the strided table has a negative length, offset, count or stride"
         )
+    return array
+
+
+def as_codes(codes: npt.ArrayLike, table: Table) -> Table:
+    """``codes`` of the elements of each row of ``table``, as int64[n].
+
+    Raises:
+        KernelTableError: another shape or type, a code that there is not, or a row that cuts an element.
+    """
+    array = np.asarray(codes)
+    if array.shape != (len(table),) or array.dtype != np.int64:
+        raise KernelTableError(f"codes of {len(table)} rows are int64[{len(table)}]: {array.dtype}{list(array.shape)}")
+    wrong = (array < UNSEEN) | (array > len(ELEMENTS))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise KernelTableError(
+            f"row {row} has elements of code {int(array[row])}; there are {UNSEEN} to {len(ELEMENTS)}"
+        )
+    size = np.array([1, *(element.itemsize for element in ELEMENTS.values())], np.int64)[array]
+    places = table[:, [RUN_BYTES, DST_OFFSET, *(column + DST_STRIDE for column in COUNTS)]]
+    cut = (places % size[:, None] != 0).any(axis=1) & _used(table)
+    if cut.any():
+        row = int(np.argmax(cut))
+        raise KernelTableError(f"row {row} cuts elements of {int(size[row])} bytes")
     return array
 
 

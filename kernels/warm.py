@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
-from weightsync.kernels.columns import COLUMNS, COUNTS, RUN_BYTES
+from weightsync.kernels.columns import CODES, COLUMNS, COUNTS, RUN_BYTES, UNSEEN
 from weightsync.kernels.fp8 import prepare_quantize
 from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.fp8_reference import ScaleFormat
@@ -15,7 +15,7 @@ _BYTES = 64
 
 
 def warm_up(device: torch.device) -> None:
-    """Run digest and copy once on ``device``. They have one compiled form each, whatever the table.
+    """Run digest and copy once on ``device`` in each of their compiled forms, which no table changes.
 
     Call it when memory is registered, on the thread that may use the device. It synchronises, and leaves no memory
     behind. On the CPU there is nothing to compile.
@@ -29,7 +29,8 @@ def warm_up(device: torch.device) -> None:
     table[0, RUN_BYTES] = _BYTES
     table[0, list(COUNTS)] = 1
     copy_module.prepare([source], [destination], table)()
-    digest_module.prepare([source], table)()
+    for code in (UNSEEN, CODES["bfloat16"]):  # without and with a look at the elements: one form each
+        digest_module.prepare([source], table, np.array([code]))()
     torch.cuda.synchronize(device)
 
 

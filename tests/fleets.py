@@ -21,7 +21,7 @@ def policy_for(engines: Iterable[str], pairs: Iterable[tuple[str, ...]] = (), **
     pair_of = {name: f"pair-{number}" for number, pair in enumerate(pairs) for name in pair}
     numbers: dict[str, Any] = {
         "min_engines": 0.5, "patience": 30.0, "together": False, "lease": 0.0, "retry": 300.0, "backoff": 1.0,
-        "join": 1800.0, "staged": 120.0, "rendezvous": 120.0, "probe": 10.0, "probe_interval": 5.0, "attach": 20.0,
+        "join": 1800.0, "staged": 120.0, "probe": 10.0, "probe_interval": 5.0, "attach": 20.0,
         "pause": 30.0, "quiesce": 60.0, "transfer": 120.0, "verify": 120.0, "finish": 60.0, "heartbeat": 5.0,
         "lost_after": 3,
     }  # fmt: skip

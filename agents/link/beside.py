@@ -1,4 +1,4 @@
-"""Calls that block, beside the event loop of an agent."""
+"""Calls that block or compute, beside the event loop of an agent: whatever they take, heartbeats are answered."""
 
 import asyncio
 import contextlib
@@ -33,3 +33,20 @@ async def beside(call: Callable[[], T]) -> T:
 
     threading.Thread(target=perform, name="weightsync group", daemon=True).start()
     return await result
+
+
+async def computed(work: Callable[[], T]) -> T:
+    """The result of ``work``, which ends by itself and uses what is nobody else's meanwhile.
+
+    A caller that is cancelled, and however often, leaves only when ``work`` has ended.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+    cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError from running.exception()
+    return running.result()

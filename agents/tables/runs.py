@@ -12,6 +12,7 @@ import numpy as np
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.boxes import Boxes, Column, loops_of, solid, unroll
 from weightsync.kernels.columns import (
+    CODES,
     COLUMNS,
     COUNTS,
     DST_OFFSET,
@@ -23,6 +24,7 @@ from weightsync.kernels.columns import (
     SRC_OFFSET,
     SRC_REGION,
     SRC_STRIDE,
+    UNSEEN,
 )
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
@@ -157,6 +159,15 @@ def digest_table(copies_or_rows: Matrix, layout: Layout) -> Matrix:
         itemsize=facts.itemsize[tensor],
     )
     return _table(boxes)
+
+
+def element_codes(table: Matrix, layout: Layout) -> Column:
+    """What the elements of each row of a ``digest_table`` are, by ``columns.CODES``: int64 ``[m]``."""
+    keys = _keys(layout)
+    codes = np.fromiter((CODES.get(t.dtype, UNSEEN) for t in layout.tensors), np.int64, len(layout.tensors))
+    order = np.argsort(keys)
+    found: Column = codes[order[np.searchsorted(keys[order], table[:, DST_REGION])]]
+    return found
 
 
 def table_bytes(table: Matrix) -> int:

@@ -5,7 +5,7 @@ they come; the agent's own thread only writes what it is granted. Slots are sepa
 they are being sent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
@@ -18,6 +18,7 @@ from weightsync.agents.trainer.options import StrPath, trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.publisher import CONNECT_SECONDS, RANKS_SECONDS, Publisher
 from weightsync.agents.trainer.slots.conversion import ConversionTable
+from weightsync.agents.trainer.slots.reading import State, Taken
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
@@ -88,12 +89,14 @@ class TrainerAgent(Publisher):
         with self._starting(lambda: trainer_settings(hub_url, token_file, run_id, run_dir)):
             self._follows = followed(source, table, config, forward_dtype, self._options)
             if table is not None:
-                self._slots = self._made_slots(table)
-                self._source.account_for(self._state(), self._slots.read)
+                state = self._source.state()
+                self._slots = self._made_slots(table, state)
+                self._source.account_for(state, self._slots.read)
+                del state  # of a callable, it may be a second model in memory
             self._connect(connect_seconds)
 
-    def _made_slots(self, table: ConversionTable) -> TrainerSlots:
-        slots = TrainerSlots(self._source.values(), table, options=self._options)
+    def _made_slots(self, table: ConversionTable, state: State) -> TrainerSlots:
+        slots = TrainerSlots(state, table, options=self._options)
         warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         return slots
 
@@ -110,16 +113,12 @@ class TrainerAgent(Publisher):
 
     def _connect(self, seconds: float) -> None:
         """Join the fleet, on ranks that hold slots."""
-        primary = holds_slots(self._state(), self._options)
+        primary = holds_slots(self._source.state(), self._options)
         said = self._ranks.agree(str(primary), seconds=RANKS_SECONDS)
         senders = [rank for rank, says in enumerate(said) if says == str(True)]
         self._first_sender = senders[0]
         if primary:
             self._join(senders.index(self._ranks.rank), len(senders), self._slots, seconds)
-
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        """By the model's own names; in place of merged weights their bases. No rank waits for another."""
-        return self._source.state()
 
     def publish(self, step: SupportsIndex) -> int:
         """Convert the current weights, have them written into the engines, and return when they serve.
@@ -145,34 +144,38 @@ class TrainerAgent(Publisher):
     def _stage_together(self, step: SupportsIndex) -> Publication:
         """The version in the slots of all ranks, announced to the daemon."""
         version = Version(self._generation, step_number(step))
-        state = self._state()
-        if self._follows is None:
-            self._check(state)
-        restaged = self._take_together(version.step)
-        if self._follows is not None:
-            self._follow_needs(self._follows, state)
+        state = self._source.state()
+        follows = self._follows
+        if follows is None:
+            taken = self._checked(state)
+            restaged = self._take_together(version.step)
+        else:
+            restaged = self._take_together(version.step)
+            taken = self._follow_needs(follows, state)
         with held_interrupts():
-            seconds = self._stage(version)
+            seconds = self._stage(version, taken)
         return self._announce_together(version, seconds, restaged)
 
-    def _follow_needs(self, follows: FollowedNeeds, state: Mapping[str, torch.Tensor]) -> None:
+    def _follow_needs(self, follows: FollowedNeeds, state: State) -> Taken:
         """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
         number, message = self._needs_together(follows.made_for)
         if number != follows.made_for:
             follows.made_for = 0  # until all ranks have theirs: those that failed and the others must agree next time
-            slots = self._made_slots(follows.table(message, state))
+            slots = self._made_slots(follows.table(message, state), state)
             self._hold(slots)
             self._slots = slots
-        self._check(state)
+        taken = self._checked(state)
         self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
         follows.made_for = number
+        return taken
 
-    def _check(self, state: Mapping[str, torch.Tensor]) -> None:
-        """That the slots can be filled, and that all that is trained is read; no rank waits for another."""
-        self.slots.check(state)
+    def _checked(self, state: State) -> Taken:
+        """What the slots are filled with, found fit; all that is trained is read. No rank waits for another."""
+        taken = self.slots.check(state)
         self._source.account_for(state, self.slots.read)
+        return taken
 
-    def _stage(self, version: Version) -> tuple[float, float]:
+    def _stage(self, version: Version, taken: Taken) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
-        convert_seconds = self._filled(version, self.slots, lambda: self.slots.convert(self._source.values()))
-        return convert_seconds, self._digested(version)
+        digest, convert = self._filled(version, self.slots, lambda: self.slots.fill(taken))
+        return convert, digest + self._prepared(version)

@@ -3,6 +3,7 @@
 import logging
 from typing import Literal, get_args
 
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import NonFiniteWeights
 from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.orchestrator.protocol.names import Version
@@ -23,14 +24,16 @@ def known_option(value: OnNonFinite) -> OnNonFinite:
     return value
 
 
-def judge_numbers(slots: FilledSlots, option: OnNonFinite, version: Version) -> None:
+def judge_numbers(slots: FilledSlots, option: OnNonFinite, version: Version, finite: Spans = NOWHERE) -> None:
     """Look for NaN and infinity in what was converted, and act as ``option`` says. Waits for the device.
+
+    ``finite``: where a digest has looked already and found none.
 
     Raises:
         NonFiniteWeights: there are some, and ``option`` is "refuse".
     """
-    # "allow" also saves the pass over the slots.
-    found = slots.nonfinite() if option != "allow" else ()
+    # "allow" also saves the look.
+    found = slots.nonfinite(finite) if option != "allow" else ()
     if found and option == "refuse":
         raise NonFiniteWeights(found)
     if found:

@@ -16,6 +16,7 @@ from typing import Final, Self, SupportsIndex
 import torch
 from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
 from weightsync.agents.link.token import read_token
+from weightsync.agents.tables.spans import NOWHERE
 from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start
 from weightsync.agents.trainer.errors import ReplicaFailed
 from weightsync.agents.trainer.following import await_needs, fingerprint_number
@@ -250,18 +251,22 @@ class Publisher:
         trouble = self._agent.trouble
         return f"not connected ({trouble})" if trouble else self._agent.side.standing
 
-    def _filled(self, version: Version, slots: FilledSlots, fill: Callable[[], None]) -> float:
-        """Fill the slots and look for NaN and infinity in them; the seconds of both."""
+    def _filled(self, version: Version, slots: FilledSlots, fill: Callable[[], None]) -> tuple[float, float]:
+        """Fill the slots, have them digested as far as edges are known, and judge what they hold: the seconds of the
+        digest, which looks for NaN and infinity as well, and of all else."""
         began = time.monotonic()
         with torch.no_grad():
             fill()
         if (device := slots.arenas[0].device).type == "cuda":
             torch.cuda.synchronize(device)
-        judge_numbers(slots, self._nonfinite, version)
-        return time.monotonic() - began
+        reads = time.monotonic()
+        finite = self._agent.side.read(version, slots) if self._agent is not None else NOWHERE
+        digest_seconds = time.monotonic() - reads
+        judge_numbers(slots, self._nonfinite, version, finite)
+        return digest_seconds, time.monotonic() - began - digest_seconds
 
-    def _digested(self, version: Version) -> float:
-        """Have what will be sent digested; the seconds of it."""
+    def _prepared(self, version: Version) -> float:
+        """Have digested what was not, and the transport take what it must; the seconds of it."""
         return self._agent.side.prepare(version) if self._agent is not None else 0.0
 
     def _report(self, version: Version, convert_seconds: float, digest_seconds: float, restaged: int) -> Publication:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from weightsync.agents.trainer.errors import AmbiguousName
 from weightsync.agents.trainer.slots.merged import Merge, MergedState
+from weightsync.agents.trainer.slots.reading import State
 from weightsync.agents.trainer.sources.lora import LoraMerge, Merges, declared_merges, peft_merges
 from weightsync.agents.trainer.sources.modules import module_tensors
 from weightsync.agents.trainer.sources.names import plain_names, plain_state
@@ -47,22 +48,15 @@ class TrainerSource:
         self._ignore = tuple(ignore)
         self._told: tuple[str, ...] = ()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The tensors by the model's own names; in place of merged weights their bases. No rank waits for another.
+    def state(self) -> State:
+        """The tensors by the model's own names; of weights with adapters their bases, in a ``MergedState``.
+
+        No rank waits for another.
 
         Raises:
             UnfitTensor, AmbiguousName: see ``current_state``.
             AdapterError: adapters that cannot be merged.
         """
-        return self._read()[0]
-
-    def values(self) -> Mapping[str, torch.Tensor]:
-        """As ``state``, with adapters merged. Collective where adapters are sharded."""
-        bare, merges, factors = self._read()
-        return MergedState(bare, merges, factors) if merges else bare
-
-    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Merge], dict[str, torch.Tensor]]:
-        """The state without adapters, the merges, and the adapters' own tensors."""
         merges: dict[str, Merge] = {}
         if isinstance(self._source, torch.nn.Module):
             given = module_tensors(self._source)
@@ -76,9 +70,9 @@ class TrainerSource:
             declared = declared_merges(state, self._lora)
             state = _without(state, declared)
             merges |= declared.merges
-        return state, merges, everything
+        return MergedState(state, merges, everything) if merges else state
 
-    def account_for(self, state: Mapping[str, torch.Tensor], read: Collection[str]) -> None:
+    def account_for(self, state: State, read: Collection[str]) -> None:
         """That all that is trained is among ``read``; whatever else nobody reads is logged when it changes.
 
         Raises:
@@ -97,6 +91,8 @@ def _without(state: dict[str, torch.Tensor], found: Merges) -> dict[str, torch.T
     Raises:
         AmbiguousName: the state has that name already.
     """
+    if not found.renamed and not found.consumed:
+        return state
     left: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         short = found.renamed.get(name, name)

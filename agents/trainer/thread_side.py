@@ -3,17 +3,20 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.beside import computed
 from weightsync.agents.link.side import Link
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
-from weightsync.agents.transport.shares import Shares
+from weightsync.agents.transport.shares import NOT_READ, Reading, Shares
 from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
@@ -43,7 +46,7 @@ IN_FLIGHT_POLL_SECONDS: Final = 0.005
 class TrainerSide:
     """See ``link.side.AgentSide``.
 
-    ``prepare`` alone runs on the trainer's thread, while nothing is granted; everything else on the agent's.
+    ``read`` and ``prepare`` run on the trainer's thread, while nothing is granted; everything else on the agent's.
 
     Args:
         link: the agent's thread.
@@ -78,7 +81,7 @@ class TrainerSide:
         self._waiting: list[Grant] = []
         """Grants that came while the slots were reserved; the daemon gives one at a time."""
         self._outcome: Future[int] | None = None
-        self._digests: tuple[str, Version, dict[Member, Digest]] | None = None
+        self._reading: tuple[str, Version, Reading] | None = None
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
     def reserve(self) -> bool:
@@ -104,11 +107,19 @@ class TrainerSide:
         for grant in waiting:
             self._link.spawn(self._write(grant))
 
+    def read(self, version: Version, slots: FilledSlots) -> Spans:
+        """Once ``slots`` hold ``version``: digest what will be sent, as far as edges are known. Returns where all is
+        finite, which is nowhere for slots that the daemon does not know yet."""
+        if self._memory is None or self._memory.layout is not slots.layout:
+            return NOWHERE
+        self._reading = None  # a version that FAILED may have come again with other weights
+        return self._read(version).finite
+
     def prepare(self, version: Version) -> float:
-        """Before STAGED, on the trainer's thread: digest what will be sent, as far as edges are known, and have the
-        transport take what it must. Returns the seconds that both took."""
+        """Before STAGED, on the trainer's thread: digest what ``read`` could not, and have the transport take what it
+        must. Returns the seconds that both took."""
         began = time.monotonic()
-        self._digest(version)
+        self._read(version)
         self._senders.current.stage(version)
         return time.monotonic() - began
 
@@ -149,7 +160,7 @@ class TrainerSide:
         try:
             async with self._using_sender:
                 self._fingerprint = ""  # edges of the old slots serve nobody any more
-                self._digests = None
+                self._reading = None
                 for sender in self._senders:
                     sender.close()
                 self._memory, self._staged_bytes = memory, staged_bytes
@@ -193,7 +204,9 @@ class TrainerSide:
     async def connect(self, connect: Connect) -> None:
         async with self._using_sender:
             self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
-            await self._senders.current.connect(self._shares.replan(connect))
+            # Tables of a large plan take seconds, and the loop has heartbeats to answer.
+            shares = await computed(lambda: self._shares.replan(connect))
+            await self._senders.current.connect(shares)
             self._fingerprint = connect.fingerprint
 
     def heard(self, message: FromDaemon) -> None:
@@ -250,10 +263,11 @@ class TrainerSide:
     async def _push(self, grant: Grant) -> Closed:
         """Write what is granted; the report of it, whatever happens."""
         ends = time.monotonic() + grant.deadline_seconds
-        digests: dict[Member, Digest] = {}
+        digests: Mapping[Member, Digest] = {}
         try:
             async with self._using_sender:
-                digests = self._digest(grant.version)
+                # Seconds on the CPU, if no edge was known when the slots were filled.
+                digests = (await computed(lambda: self._read(grant.version))).digests
                 remaining = max(0.0, ends - time.monotonic())
                 moved = await self._senders.current.write(grant.members, remaining)
         except AgentError as error:
@@ -273,14 +287,14 @@ class TrainerSide:
             return Closed(round=grant.round, error=cut(repr(error)), fault=fault, retry=retry)
         return Closed(round=grant.round, peers=_transfers(moved, digests))
 
-    def _digest(self, version: Version) -> dict[Member, Digest]:
-        """Per peer, of the bytes that it is owed; computed once per version and plan."""
-        fingerprint = self._fingerprint
-        if self._digests is None or self._digests[:2] != (fingerprint, version):
+    def _read(self, version: Version) -> Reading:
+        """Of the bytes that each peer is owed; read once per version and plan."""
+        fingerprint, known = self._fingerprint, self._reading
+        if known is None or known[:2] != (fingerprint, version):
             began = time.monotonic()
-            self._digests = (fingerprint, version, self._shares.digests() if fingerprint else {})
+            known = self._reading = (fingerprint, version, self._shares.read() if fingerprint else NOT_READ)
             log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
-        return self._digests[2]
+        return known[2]
 
     def _in_flight(self) -> bool:
         return any(sender.in_flight() for sender in self._senders)
@@ -322,7 +336,7 @@ def staged_bytes_of(slots: FilledSlots) -> int:
     return sum(arena.numel() for number, arena in enumerate(slots.arenas) if number != slots.layout.staging)
 
 
-def _transfers(moved: tuple[HandedOver, ...], digests: dict[Member, Digest]) -> tuple[PeerTransfer, ...]:
+def _transfers(moved: tuple[HandedOver, ...], digests: Mapping[Member, Digest]) -> tuple[PeerTransfer, ...]:
     return tuple(
         PeerTransfer(each.member, each.bytes, each.descriptors, each.seconds, digests.get(each.member, NO_BYTES))
         for each in moved

@@ -1,14 +1,18 @@
 """What one trainer rank owes each peer of a plan: its bytes, how they are cut into runs, and their digest.
 
-All transports need these, whichever way they move the bytes.
+All transports need these, whichever way they move the bytes. The digests read all that is owed, so they are also asked
+whether it is finite; nothing reads it again for that.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from weightsync.agents.errors import AgentError
-from weightsync.agents.tables.runs import RUN_LENGTH, RUN_PEER, digest_table, runs
+from weightsync.agents.tables.runs import RUN_LENGTH, RUN_PEER, digest_table, element_codes, runs
+from weightsync.agents.tables.spans import NOWHERE, Spans
+from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
@@ -27,7 +31,8 @@ class Share:
     """What one peer is owed. Compared by identity: it is the same object for as long as the plan leaves it alone.
 
     ``copies`` is int64 ``[n, COPY_COLUMNS]``. ``runs`` is int64 ``[m, RUN_COLUMNS]`` as from ``tables.runs``, with the
-    pipelining group of each run in the peer's column: no run belongs to two groups. ``bytes`` is their sum.
+    pipelining group of each run in the peer's column: no run belongs to two groups. ``bytes`` is their sum. ``looked``:
+    where the digest looks for what is no finite number.
     """
 
     peer: Peer
@@ -35,6 +40,7 @@ class Share:
     runs: Matrix
     bytes: int
     digest: PreparedDigest
+    looked: Spans
 
     @property
     def groups(self) -> Matrix:
@@ -42,17 +48,31 @@ class Share:
         return self.runs[:, RUN_PEER]
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was found in reading the slots once: the digest of what each peer is owed, and where all is ``finite``."""
+
+    digests: Mapping[Member, Digest]
+    finite: Spans
+
+
+NOT_READ: Final = Reading({}, NOWHERE)
+
+
 class Shares:
     """The shares of one trainer rank under the present plan.
 
     ``layout`` and ``arenas`` (uint8, one for each region) are the rank's own. ``replan`` replaces the shares as a
-    whole, so that ``digests`` on another thread sees the old ones or the new ones.
+    whole, so that ``read`` on another thread sees the old ones or the new ones.
     """
 
     def __init__(self, layout: Layout, arenas: Sequence[torch.Tensor]) -> None:
         self._layout = layout
         self._arenas = arenas
-        self._shares: Mapping[Member, Share] = {}
+        self._plan: tuple[Mapping[Member, Share], Spans] = ({}, NOWHERE)
+        # Of its own, so that a digest at a grant does not queue behind the kernels of the training. Slots are complete
+        # before they are digested (the trainer synchronises), so there is nothing that it would have to wait for.
+        self._stream = torch.cuda.Stream(arenas[0].device) if arenas and arenas[0].is_cuda else None  # type: ignore[no-untyped-call]
 
     def replan(self, connect: Connect) -> Sequence[Share]:
         """The shares of a new plan, in the order of its peers.
@@ -72,22 +92,31 @@ class Shares:
                 f"plan {connect.fingerprint}: its copies are worth {size} bytes, not {connect.expected_bytes}"
             )
         parts = zip(connect.peers, per_peer, tables, strict=True)
-        self._shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
-        return tuple(self._shares.values())
+        shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
+        self._plan = (shares, Spans.union([share.looked for share in shares.values()]))
+        return tuple(shares.values())
 
-    def digests(self) -> dict[Member, Digest]:
-        """Digest of the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
-        shares = self._shares
-        for share in shares.values():
-            share.digest.launch()  # all queued before the first is waited for
-        return {member: share.digest.result() for member, share in shares.items()}
+    def read(self) -> Reading:
+        """Digest the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
+        shares, looked = self._plan
+        with torch.cuda.stream(self._stream):
+            for share in shares.values():
+                share.digest.launch()  # all queued before the first is waited for
+            digests = {member: share.digest.result() for member, share in shares.items()}
+            # Where any is not, nothing is known of the rest: whoever asks has to look for it anyway.
+            finite = all(share.digest.finite() for share in shares.values())
+        return Reading(digests, looked if finite else NOWHERE)
 
     def _share(self, peer: Peer, copies: Matrix, table: Matrix) -> Share:
-        old = self._shares.get(peer.member)
+        old = self._plan[0].get(peer.member)
         if old is not None and old.peer == peer and old.copies.tobytes() == copies.tobytes():
             return old
-        digest = prepare_digest(self._arenas, digest_table(copies, self._layout))
-        return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest)
+        logical = digest_table(copies, self._layout)
+        codes = element_codes(logical, self._layout)
+        looked = Spans.of(logical[codes != UNSEEN])
+        with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
+            digest = prepare_digest(self._arenas, logical, codes)
+        return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest, looked)
 
 
 def _grouped_runs(copies: Matrix, layout: Layout) -> Matrix:

@@ -118,9 +118,10 @@ class Append(Command):
 
 @dataclass(frozen=True, slots=True)
 class LookForStable(Command):
-    """Scan the run directory after so many seconds, and post MarkersSeen whatever is found."""
+    """Look for STABLE of ``step`` after so many seconds, and post MarkersSeen whatever is found."""
 
     after_seconds: float
+    step: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,6 @@ class Policy:
     """From the start until a plan or a version no longer waits for engines that have not come."""
     staged: float
     """From the first STAGED of a version until the last one and STABLE."""
-    rendezvous: float
-    """From a plan until a round no longer waits for members that have not confirmed it."""
     probe: float
     probe_interval: float
     """From the beginning of one look at an idle engine to the next."""

@@ -1,12 +1,16 @@
 """What the journal holds, and the pure fold that a restarted daemon begins with."""
 
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Final, TypeVar
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Record(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -118,6 +122,15 @@ class StagedAgain(Record, frozen=True, kw_only=True):
     restaged: int
 
 
+class MemorySaved(Record, frozen=True, kw_only=True):
+    """The fold of everything before it: whoever reads the journal begins at the newest one.
+
+    ``memory``: a Memory in msgpack, because keys in JSON are text only.
+    """
+
+    memory: bytes
+
+
 AnyRecord = (
     EpochBegan
     | RoundBegan
@@ -130,6 +143,7 @@ AnyRecord = (
     | Committed
     | VersionFailed
     | StagedAgain
+    | MemorySaved
 )
 
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
@@ -167,6 +181,19 @@ class OpenRound:
 REMEMBERED_ROUNDS: Final = 64
 """Ended rounds whose end is kept for workers that come back from inside one; each engine can be inside one only."""
 
+REMEMBERED_VERSIONS: Final = 10_000
+"""Committed versions that are known by name: asked for are those that a trainer has staged or whose marker is missing.
+Of older ones it is known how far their trainer had come."""
+
+REMEMBERED_FAILURES: Final = 1000
+"""FAILED versions, each with a reason of up to 4000 characters."""
+
+REMEMBERED_GENERATIONS: Final = 1000
+"""Trainers whose oldest versions are no longer known by name."""
+
+REMEMBERED_MEMBERS: Final = 65_536
+"""Inference ranks whose last digest is known; engines that come and go have ever new names."""
+
 
 @dataclass(slots=True)
 class Memory:
@@ -184,7 +211,10 @@ class Memory:
     failed: dict[Version, str] = field(default_factory=dict)
     restaged: dict[Version, int] = field(default_factory=dict)
     """How often a version was staged again after it had FAILED; those that never were are not in it."""
-    done: set[Version] = field(default_factory=set)
+    done: dict[Version, None] = field(default_factory=dict)
+    """Versions that were committed, the newest last."""
+    forgotten: dict[int, int] = field(default_factory=dict)
+    """Generation → the highest step whose version is no longer in ``done`` or ``failed``."""
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
     held: dict[str, tuple[Version, str]] = field(default_factory=dict)
@@ -192,6 +222,45 @@ class Memory:
     live: frozenset[str] = frozenset()
     holds: dict[str, str] = field(default_factory=dict)
     maintenance: str | None = None
+
+    def settled(self, version: Version) -> bool:
+        """It is known to be committed, or FAILED."""
+        return version in self.done or version in self.failed
+
+    def forgot(self, version: Version) -> bool:
+        """It may have been settled before the oldest version of its trainer that is remembered."""
+        return not self.settled(version) and version.step <= self.forgotten.get(version.generation, -1)
+
+
+_packed: msgspec.msgpack.Decoder[Memory] = msgspec.msgpack.Decoder(Memory)
+
+
+def keep_newest(mapping: dict[K, V], key: K, value: V, limit: int) -> list[K]:
+    """Put ``value`` under ``key`` as the newest entry of ``mapping``; returns the keys that ``limit`` has no room for.
+
+    Its order is that of the last putting, oldest first.
+    """
+    mapping.pop(key, None)
+    mapping[key] = value
+    gone = []
+    while len(mapping) > limit:
+        gone.append(next(iter(mapping)))
+        del mapping[gone[-1]]
+    return gone
+
+
+def saved(memory: Memory) -> MemorySaved:
+    """The record that stands for all that ``memory`` is the fold of.
+
+    Raises:
+        JournalUnreadable: it would not be read back as it is; a bug, and no reason to lose what is readable.
+    """
+    made = MemorySaved(memory=msgspec.msgpack.encode(memory))
+    read = Memory()
+    replay(read, decode_record(encode_record(made)))
+    if read != memory:
+        raise JournalUnreadable("the snapshot of the journal's fold does not read back as it was")
+    return made
 
 
 def replay(memory: Memory, record: Record) -> None:
@@ -209,7 +278,8 @@ def replay(memory: Memory, record: Record) -> None:
         case Decided(round=name, version=version, digests=digests):
             memory.open_rounds[name].decided = True
             memory.open_rounds[name].digests = digests
-            memory.held |= {member: (version, digest) for member, digest in digests.items()}
+            for member, digest in digests.items():
+                keep_newest(memory.held, member, (version, digest), REMEMBERED_MEMBERS)
         case RoundEnded(round=name) as ended:
             _end(memory, ended)
         case GrantOver(round=name, writer=writer):
@@ -225,12 +295,14 @@ def replay(memory: Memory, record: Record) -> None:
                 memory.live = frozenset()  # those of its round follow with the round's end
             memory.committed = version
             memory.sequence = sequence
-            memory.done.add(version)
+            _forget(memory, memory.done, keep_newest(memory.done, version, None, REMEMBERED_VERSIONS))
         case VersionFailed(version=version, reason=reason):
-            memory.failed[version] = reason
+            _forget(memory, memory.failed, keep_newest(memory.failed, version, reason, REMEMBERED_FAILURES))
         case StagedAgain(version=version, restaged=restaged):
             memory.failed.pop(version, None)
-            memory.restaged[version] = restaged
+            keep_newest(memory.restaged, version, restaged, REMEMBERED_FAILURES)
+        case MemorySaved(memory=packed):
+            _restore(memory, packed)
 
 
 def _end(memory: Memory, record: RoundEnded) -> None:
@@ -239,6 +311,27 @@ def _end(memory: Memory, record: RoundEnded) -> None:
         memory.live |= frozenset(record.engines) - frozenset(record.left_out)
     ended = memory.open_rounds.pop(record.round, None)
     if ended is not None:
-        memory.ended[record.round] = ended
-    while len(memory.ended) > REMEMBERED_ROUNDS:
-        del memory.ended[next(iter(memory.ended))]
+        # Kept for who was in it, and for how it ended; those that may still write are in ``unclosed``.
+        ended.writers, ended.digests = {}, dict.fromkeys(ended.digests, "")
+        keep_newest(memory.ended, record.round, ended, REMEMBERED_ROUNDS)
+        while len(memory.ended) > 1 and sum(len(each.digests) for each in memory.ended.values()) > REMEMBERED_MEMBERS:
+            del memory.ended[next(iter(memory.ended))]
+
+
+def _forget(memory: Memory, kept: Mapping[Version, object], gone: list[Version]) -> None:
+    """Of versions that no longer have a place in ``kept``, remember how far their trainer had come."""
+    for version in gone:
+        oldest = next(iter(kept))
+        # One far ahead of those that came after it says nothing about them.
+        if oldest.generation != version.generation or oldest.step > version.step:
+            furthest = max(version.step, memory.forgotten.get(version.generation, 0))
+            keep_newest(memory.forgotten, version.generation, furthest, REMEMBERED_GENERATIONS)
+
+
+def _restore(memory: Memory, packed: bytes) -> None:
+    try:
+        read = _packed.decode(packed)
+    except msgspec.MsgspecError as error:
+        raise JournalUnreadable(f"a snapshot in the journal cannot be read ({error})") from error
+    for each in fields(Memory):
+        setattr(memory, each.name, getattr(read, each.name))

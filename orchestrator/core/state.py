@@ -243,15 +243,15 @@ class Fleet:
     trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     """In their order."""
     generation: int | None = None
-    past_generations: set[int] = field(default_factory=set)
+    past_generations: dict[int, None] = field(default_factory=dict)
     stable: tuple[StableSeen, ...] = ()
-    stale_said: set[StableSeen] = field(default_factory=set)
+    stale_said: dict[StableSeen, None] = field(default_factory=dict)
     """Markers of an earlier trainer that a log line already names."""
     stable_looks: int = 0
     """How often the marker of the version that all ranks have staged was looked for."""
     looking: bool = False
     """A look for it is under way; the next MarkersSeen ends it."""
-    marked: set[Version] = field(default_factory=set)
+    marked: dict[Version, None] = field(default_factory=dict)
     """Versions whose outcome this daemon has put beside STABLE."""
     waiting_since: dict[Version, float] = field(default_factory=dict)
     """Versions that some rank staged, and since when."""

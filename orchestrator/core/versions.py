@@ -6,9 +6,11 @@ from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.membership import rendezvous
+from weightsync.orchestrator.core.records import REMEMBERED_VERSIONS, StagedAgain, keep_newest
 from weightsync.orchestrator.core.round import blame, endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Staged
 from weightsync.orchestrator.protocol.names import Version
 
 STABLE_LOOK_DELAYS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -34,16 +36,33 @@ def _note_stale_markers(turn: Turn) -> None:
         return
     for seen in fleet.stable:
         if seen.generation not in (None, fleet.generation) and seen not in fleet.stale_said:
-            fleet.stale_said.add(seen)
+            keep_newest(fleet.stale_said, seen, None, REMEMBERED_VERSIONS)
             turn.say(f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation:x}); ignored", "warning")
 
 
 def _note_waiting(turn: Turn) -> None:
     fleet = turn.fleet
-    settled = fleet.memory.done | fleet.memory.failed.keys()
     for agent in fleet.trainers():
-        if agent.staged is not None and agent.staged.version not in settled:
+        if agent.staged is None or fleet.memory.settled(agent.staged.version):
+            continue
+        if fleet.memory.forgot(agent.staged.version):
+            _refuse(turn, agent.staged)
+        else:
             fleet.waiting_since.setdefault(agent.staged.version, turn.now)
+
+
+def _refuse(turn: Turn, staged: Staged) -> None:
+    """FAILED: nobody knows any more whether this version was committed, and none is committed twice."""
+    if staged.restaged > turn.fleet.memory.restaged.get(staged.version, 0):
+        # The trainer hears only what is said of the staging that it waits for.
+        turn.append(StagedAgain(version=staged.version, restaged=staged.restaged))
+    furthest = turn.fleet.memory.forgotten[staged.version.generation]
+    endings.fail_version(
+        turn,
+        staged.version,
+        f"this trainer's steps up to {furthest} are too long ago to know whether step {staged.version.step} was "
+        "committed before; publish it under a higher number, or start the trainer anew",
+    )
 
 
 def _look_for_stable(turn: Turn, version: Version | None) -> None:
@@ -53,7 +72,7 @@ def _look_for_stable(turn: Turn, version: Version | None) -> None:
     if version is None or settled or conditions.is_stable(fleet, version):
         fleet.stable_looks = 0
     elif not fleet.looking and fleet.stable_looks < len(STABLE_LOOK_DELAYS):
-        turn.do(LookForStable(STABLE_LOOK_DELAYS[fleet.stable_looks]))
+        turn.do(LookForStable(STABLE_LOOK_DELAYS[fleet.stable_looks], version.step))
         fleet.stable_looks += 1
         fleet.looking = True
 
@@ -81,6 +100,6 @@ def _fail_overdue(turn: Turn) -> None:
             endings.fail_version(turn, version, "its trainer ended before the version was committed")
         elif published and obstacle:
             endings.fail_version(turn, version, obstacle)
-        elif turn.now >= since + (fleet.policy.join if published else fleet.policy.staged):
+        elif turn.now >= since + (fleet.policy.join + fleet.policy.patience if published else fleet.policy.staged):
             clause = conditions.waits_for(fleet, version, turn.now)
             endings.fail_version(turn, version, f"after {turn.now - since:.0f} s: {clause}")

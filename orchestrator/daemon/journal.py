@@ -4,7 +4,6 @@ SQLite in WAL mode with ``synchronous=FULL``: each commit returns after an fsync
 the disk under it leaves the outcome of that commit unknown, so the process must end and read the journal again.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import fcntl
@@ -13,24 +12,23 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, Final
 
 from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.messages import Fault
 
-T = TypeVar("T")
-
-JOURNAL_SCHEMA: Final = 1
-"""Raised when tables change; a journal of a newer schema is refused."""
+JOURNAL_SCHEMA: Final = 2
+"""Raised when tables or what is folded change; a journal of another schema is refused."""
 
 MAX_ENTRY_BYTES: Final = 16 * 1024 * 1024
 """A decision with the digests of 65,536 ranks has 5 MB."""
 
-ROUND_KINDS: Final = ("RoundBegan", "LiveDirty", "Decided", "RoundEnded")
-"""Kinds that ``prune`` may drop, once the last of them was written for a round."""
+LOG_BYTES: Final = 1 << 20
+"""From this size on, ``shrink`` carries the write-ahead log over into the database …"""
+
+FULL_LOG_PAGES: Final = 8192
+"""… and from this one on (32 MiB) a commit does it, for which somebody waits."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -41,11 +39,7 @@ CREATE INDEX entries_by_kind ON entries (kind, sequence);
 CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
 """
 
-_PRUNE = """
-DELETE FROM entries WHERE sequence <= :cut AND kind IN (SELECT value FROM json_each(:kinds)) AND
-    json_extract(body, '$.round') IN (
-        SELECT json_extract(body, '$.round') FROM entries WHERE kind = :last AND sequence <= :cut)
-"""
+_COLUMNS = "sequence, unix_time, kind, body"
 
 
 class JournalError(WeightsyncError):
@@ -80,7 +74,7 @@ class Entry:
 
 
 class Journal:
-    """An open journal. Blocking, and not for two threads at once; ``AsyncJournal`` is for an event loop.
+    """An open journal. Blocking, and not for two threads at once; ``journal_thread.AsyncJournal`` is for an event loop.
 
     ``journal_id``: 128 random bits in hex, drawn when the journal was created.
     """
@@ -176,27 +170,57 @@ class Journal:
         wanted = None if kinds is None else list(kinds)
         where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
         # Backwards from the end, so that the newest few cost nothing of the rest; then turned round again.
-        latest = f"SELECT sequence, unix_time, kind, body FROM entries {where} ORDER BY sequence DESC LIMIT ?"
+        latest = f"SELECT {_COLUMNS} FROM entries {where} ORDER BY sequence DESC LIMIT ?"
         query = f"SELECT * FROM ({latest}) ORDER BY sequence"
-        arguments = [*(wanted or ()), -1 if newest is None else newest]
+        return self._read(query, (*(wanted or ()), -1 if newest is None else newest))
+
+    def since(self, kind: str) -> Iterator[Entry]:
+        """Entries in ascending order, from the newest one of ``kind`` on; all where there is none.
+
+        What a daemon does to the journal meanwhile is not seen. Raises JournalLost as ``entries``.
+        """
+        newest = "SELECT max(sequence) FROM entries WHERE kind = ?"
+        query = f"SELECT {_COLUMNS} FROM entries WHERE sequence >= coalesce(({newest}), 0) ORDER BY sequence"
+        return self._read(query, (kind,))
+
+    def after(self, sequence: int) -> Iterator[Entry]:
+        """Entries in ascending order, later than ``sequence``. Raises JournalLost as ``entries``."""
+        return self._read(f"SELECT {_COLUMNS} FROM entries WHERE sequence > ? ORDER BY sequence", (sequence,))
+
+    def nth_newest(self, kind: str, n: int) -> int:
+        """Sequence of the ``n``-th newest entry of ``kind``, 0 where there are fewer. Raises JournalLost."""
+        query = "SELECT sequence FROM entries WHERE kind = ? ORDER BY sequence DESC LIMIT 1 OFFSET ?"
         try:
-            for sequence, unix_time, kind, body in self._usable().execute(query, arguments):
-                yield Entry(sequence, unix_time, kind, body.encode())
+            row = self._usable().execute(query, (kind, n - 1)).fetchone()
         except sqlite3.Error as error:
             raise self._lose("read", error) from error
+        return int(row[0]) if row is not None else 0
 
-    def prune(self, keep_rounds: int) -> int:
-        """Drops the entries of rounds that ended before the newest ``keep_rounds`` ended; returns how many.
+    def drop(self, kind: str, before: int, at_most: int) -> int:
+        """Drops the oldest entries of ``kind`` that are older than sequence ``before``; returns how many.
 
-        Rounds that never ended and entries of other kinds stay. Raises JournalLost as ``append``.
+        Raises JournalLost as ``append``.
         """
-        kinds = "[" + ", ".join(f'"{kind}"' for kind in ROUND_KINDS) + "]"
-        with self._commit("prune") as connection:
-            newest = "SELECT sequence FROM entries WHERE kind = ? ORDER BY sequence DESC LIMIT 1 OFFSET ?"
-            row = connection.execute(newest, (ROUND_KINDS[-1], keep_rounds)).fetchone()
-            if row is None:
-                return 0
-            return connection.execute(_PRUNE, {"cut": row[0], "kinds": kinds, "last": ROUND_KINDS[-1]}).rowcount
+        oldest = "SELECT sequence FROM entries WHERE kind = ? AND sequence < ? ORDER BY sequence LIMIT ?"
+        with self._commit("drop") as connection:
+            delete = f"DELETE FROM entries WHERE sequence IN ({oldest})"
+            return connection.execute(delete, (kind, before, at_most)).rowcount
+
+    def shrink(self, pages: int) -> bool:
+        """Gives so many ``pages`` of 4 KiB that hold nothing any more back to the disk; whether there are others.
+
+        Raises JournalLost as ``append``.
+        """
+        try:
+            connection = self._usable()
+            before = _free_pages(connection)
+            connection.execute(f"PRAGMA incremental_vacuum({int(pages)})").fetchall()
+            if _size(self.path.with_name(self.path.name + "-wal")) > LOG_BYTES:
+                # PASSIVE waits for no reader; what it could not carry over comes with the next time.
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            return 0 < _free_pages(connection) < before
+        except (sqlite3.Error, OSError) as error:
+            raise self._lose("shrink", error) from error
 
     def close(self) -> None:
         """Releases file and lock. Safe to call twice."""
@@ -210,6 +234,13 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read(self, query: str, arguments: tuple[str | int, ...]) -> Iterator[Entry]:
+        try:
+            for sequence, unix_time, kind, body in self._usable().execute(query, arguments):
+                yield Entry(sequence, unix_time, kind, body.encode())
+        except sqlite3.Error as error:
+            raise self._lose("read", error) from error
 
     def _usable(self) -> sqlite3.Connection:
         if self._lost is not None:
@@ -245,35 +276,6 @@ class Journal:
         return str(row[0])
 
 
-class AsyncJournal:
-    """A Journal behind one thread of its own, because an fsync takes milliseconds that the event loop has not."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self.journal_id = journal.journal_id
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
-
-    async def append(self, entries: Sequence[tuple[str, bytes]]) -> list[int]:
-        """As ``Journal.append``. A cancelled caller does not stop a commit that has begun."""
-        return await self._run(partial(self.journal.append, entries))
-
-    async def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> list[Entry]:
-        """As ``Journal.entries``, all at once."""
-        return await self._run(lambda: list(self.journal.entries(kinds, newest)))
-
-    async def prune(self, keep_rounds: int) -> int:
-        """As ``Journal.prune``."""
-        return await self._run(partial(self.journal.prune, keep_rounds))
-
-    async def close(self) -> None:
-        """Waits for the commits under way, then closes."""
-        await self._run(self.journal.close)
-        self._thread.shutdown()
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
 def _lock(path: Path) -> int:
     """An exclusive lock beside ``path``; the kernel releases it when the process dies, however that happens."""
     lock = path.with_name(path.name + ".lock")
@@ -296,9 +298,13 @@ def _lock(path: Path) -> int:
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     # Readers beside the daemon (the command line) may hold the file for a moment.
     connection.execute("PRAGMA busy_timeout = 2000")
+    # Of a new file only, and before anything else is in it: what entries leave behind can be given back piece by piece.
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     # The mode is part of the file and may be refused; ``synchronous`` is this connection's, FULL an fsync per commit.
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {FULL_LOG_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     if mode != "wal":
         raise JournalError(f"{path}: the file system does not allow SQLite's WAL mode. Fix: use a local disk")
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
@@ -322,11 +328,24 @@ def _create(connection: sqlite3.Connection) -> None:
 def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
     row = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
     schema = int(row[0]) if row is not None and str(row[0]).isdigit() else 0
-    if schema > JOURNAL_SCHEMA:
-        fix = "run the newer daemon, or start with a new state directory"
-        raise JournalError(f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix}")
-    if schema != JOURNAL_SCHEMA:
+    if schema == 0:
         raise JournalError(f"{path} is no journal of this program")
+    if schema != JOURNAL_SCHEMA:
+        fix = "run the newer daemon, or start with" if schema > JOURNAL_SCHEMA else "start with"
+        raise JournalError(
+            f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix} a new state directory"
+        )
+
+
+def _free_pages(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _sync_directory(directory: Path) -> None:

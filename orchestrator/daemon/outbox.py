@@ -23,13 +23,13 @@ from weightsync.orchestrator.core.commands import (
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, NeedsReady, PlanReady, PlanRejected
-from weightsync.orchestrator.core.records import encode_record
+from weightsync.orchestrator.core.records import RoundBegan, RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
-from weightsync.orchestrator.daemon.journal import AsyncJournal
+from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.log import round_line
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
@@ -63,6 +63,8 @@ class Outbox:
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable = planning, markers, stable
         self._batches: asyncio.Queue[list[Command]] = asyncio.Queue()
+        self._in_round = False
+        self._compacting: asyncio.Task[None] | None = None
 
     def put(self, commands: list[Command]) -> None:
         """Perform these after all earlier ones."""
@@ -91,12 +93,20 @@ class Outbox:
         await self._journal.append(entries)
         for command in commands:
             record = command.record
+            self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
             row = self._history.remember(record, time.time())
             if row is not None:
                 round_line(row)
             if command.answer:
                 name = getattr(record, "round", None)
                 self._inbox.post(Appended(self._inbox.next_id(), type(record).__name__, name))
+        if not self._in_round and (self._compacting is None or self._compacting.done()):
+            self._compacting = self._inbox.spawn(self._compact(), "compaction")
+
+    async def _compact(self) -> None:
+        """Between rounds, where nothing waits for the journal's thread while an engine is paused."""
+        while not self._in_round and await self._journal.compact():
+            pass
 
     def _perform(self, command: Command) -> None:
         match command:
@@ -119,8 +129,8 @@ class Outbox:
                 self._inbox.spawn(self._needs(command), "needs")
             case CallEngine():
                 self._engines.call(command)
-            case LookForStable(after_seconds=seconds):
-                self._inbox.spawn(self._stable.look(seconds), "look for STABLE")
+            case LookForStable():
+                self._inbox.spawn(self._stable.look(command.after_seconds, command.step), "look for STABLE")
             case WriteMarker():
                 self._markers.write(command.kind, command.version, command.facts)
             case Say():

@@ -22,7 +22,6 @@ def policy_of(settings: Settings) -> Policy:
         backoff=settings.retry.backoff_seconds,
         join=deadlines.join_seconds,
         staged=deadlines.staged_seconds,
-        rendezvous=deadlines.rendezvous_seconds,
         probe=deadlines.probe_seconds,
         probe_interval=deadlines.probe_interval_seconds,
         attach=deadlines.attach_seconds,

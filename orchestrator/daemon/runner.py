@@ -14,7 +14,7 @@ from weightsync.orchestrator.core.events import Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds
@@ -22,7 +22,8 @@ from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, HELLO_SECONDS, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
-from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
+from weightsync.orchestrator.daemon.journal import Journal
+from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
@@ -34,9 +35,6 @@ log = structlog.get_logger(__name__)
 
 TICK_SECONDS: Final = 0.25
 """Deadlines are seconds; an event acts at once, a missed one within this."""
-
-KEPT_ROUNDS: Final = 10_000
-"""Of history, at every start. A round each minute fills them in a week; each has about 1 kB."""
 
 STOP_SECONDS: Final = 10.0
 """For the goodbye: what is not done by then is left to the next daemon, which reads the journal."""
@@ -116,12 +114,9 @@ class Runner:
 
     async def _recall(self) -> list[Command]:
         """The fleet as the journal knows it; what the core wants done first."""
-        # At a start only: nothing waits for it then, and between two starts history grows by 1 kB a round.
-        await self.journal.prune(KEPT_ROUNDS)
-        entries = await self.journal.entries()
-        records = [decode_record(entry.body) for entry in entries]
-        for entry, record in zip(entries, records, strict=True):
-            self.history.remember(record, entry.unix_time)
+        records = [decode_record(entry.body) for entry in await self.journal.recall()]
+        for kind, newest in SHOWN.items():
+            self.history.recall(await self.journal.entries([kind], newest))
         now = asyncio.get_running_loop().time()
         self.fleet, commands = start(
             policy_of(self.settings), self.journal.journal_id, records, now, secrets.token_hex(8)

@@ -161,9 +161,8 @@ class CommitSection(Section):
 class DeadlinesSection(Section):
     """Total deadlines in seconds, the daemon's own; agents get shorter ones."""
 
-    join_seconds: Seconds = Field(default=600, description="From the start until every configured rank has connected.")
+    join_seconds: Seconds = Field(default=600, description="A published version waits so long for enough engines.")
     staged_seconds: Seconds = Field(default=300, description="STABLE without STAGED of every rank, or the reverse.")
-    rendezvous_seconds: Seconds = Field(default=120, description="From Connect until every edge is warm and confirmed.")
     pause_seconds: Seconds = Field(default=120, description="Pausing one engine (mode wait drains its requests).")
     quiesce_seconds: Seconds = Field(default=60, description="From the update call until every worker stands still.")
     transfer_seconds: Seconds = Field(default=300, description="From the grant until every writer has closed.")

@@ -3,7 +3,13 @@
 Each figure is a ratio taken in one run: kernel and ceiling alternate, every pair gives one ratio, ``value`` is the
 median of ``n`` ratios and ``spread`` their interquartile range over the median. The ceiling moves the same number of
 bytes (read + written, or read): a device-to-device copy for quantise and scatter, the best of two reductions for the
-digest. Inputs are random. Run as ``python tests/benchmarks/bench_gpu_kernels.py [figure …]``.
+digest. Inputs are random.
+
+What looking for NaN and infinity costs is time over time, 1 at best: ``finite_over_digest*`` of the kernel, and
+``judged_over_digested_*`` of converting all slots and digesting them, by the clock and with the host's part, with the
+milliseconds of both and of the conversion alone.
+
+Run as ``python tests/benchmarks/bench_gpu_kernels.py [figure …]``.
 """
 
 import argparse
@@ -12,14 +18,21 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from weightsync.agents.tables.runs import digest_table, element_codes
+from weightsync.agents.tables.spans import NOWHERE, Spans
+from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
+from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, PLAIN, QuantizationSpec
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
+from weightsync.kernels.columns import CODES, UNSEEN
 from weightsync.kernels.fp8 import prepare_quantize
 from weightsync.kernels.fp8_jobs import QuantizeJob
 
@@ -217,6 +230,8 @@ def bench_digest() -> None:
     rows = [digest_row(end - begin, begin, 0, f"t{begin}") for begin, end in itertools.pairwise(edges)]
     whole = digest_module.prepare([region], np.array(rows, np.int64))
     compare("digest_over_read", whole.launch, ceiling, region.numel(), rows=len(rows))
+    looked = digest_module.prepare([region], np.array(rows, np.int64), np.full(len(rows), CODES["bfloat16"]))
+    compare("finite_over_digest", whole.launch, looked.launch, region.numel(), rows=len(rows))
     for run in (256, 2048):
         count = (64 << 20) // run
         rows = [
@@ -224,6 +239,78 @@ def bench_digest() -> None:
         ]
         sliced = digest_module.prepare([region], np.array(rows, np.int64))
         compare(f"digest_over_read_slices_{run}", sliced.launch, ceiling, region.numel(), rows=len(rows))
+        looked = digest_module.prepare([region], np.array(rows, np.int64), np.full(len(rows), CODES["bfloat16"]))
+        compare(f"finite_over_digest_slices_{run}", sliced.launch, looked.launch, region.numel(), rows=len(rows))
+
+
+class Alike:
+    """A table that sends every tensor under its own name, each treated alike."""
+
+    layers = 0
+
+    def __init__(self, names: Iterable[str], treatment: QuantizationSpec) -> None:
+        self._specs = [ConversionSpec(name, (Source(name),), quantization=treatment) for name in names]
+
+    def for_keys(self, keys: Collection[str], /) -> "Alike":
+        return self
+
+    def conversion_specs(self, layer_idx: int, /) -> Iterable[ConversionSpec]:
+        return ()
+
+    def non_layer_specs(self) -> Iterable[ConversionSpec]:
+        return self._specs
+
+
+def by_the_clock(publish: Callable[[], object]) -> float:
+    """Milliseconds until the device has done it, the host's part with it."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    publish()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) * 1e3
+
+
+def bench_judged(figure: str, shapes: list[tuple[int, int]], treatment: QuantizationSpec) -> None:
+    """What looking for NaN and infinity adds to converting and digesting all slots, as a publish does it."""
+    state = {f"t{number}": weights(*shape) for number, shape in enumerate(shapes)}
+    slots = TrainerSlots(state, Alike(state, treatment), options=SlotOptions(staging_bytes=0))
+    table = digest_table(slots.layout.matrix(), slots.layout)
+    codes = element_codes(table, slots.layout)
+    plain, looking = digest_module.prepare(slots.arenas, table), digest_module.prepare(slots.arenas, table, codes)
+    finite = Spans.of(table[codes != UNSEEN])
+
+    def digested() -> None:
+        slots.convert(state)
+        torch.cuda.synchronize()
+        plain()
+
+    def judged() -> None:
+        slots.convert(state)
+        torch.cuda.synchronize()
+        looking()
+        assert slots.nonfinite(finite if looking.finite() else NOWHERE) == ()
+
+    for warm in (digested, judged):
+        by_the_clock(warm)
+    times = [[by_the_clock(run) for run in (lambda: slots.convert(state), digested, judged)] for _ in range(PAIRS)]
+    ratios = sorted(mine / theirs for _, theirs, mine in times)
+    quarter = statistics.quantiles(ratios, n=4)
+    convert, theirs, mine = (round(statistics.median(column), 3) for column in zip(*times, strict=True))
+    line = {
+        "figure": figure, "value": round(statistics.median(ratios), 4), "unit": "x", "n": PAIRS,
+        "spread": round((quarter[2] - quarter[0]) / statistics.median(ratios), 4),
+        "convert_ms": convert, "digested_ms": theirs, "judged_ms": mine, "tensors": len(shapes),
+        "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
+def bench_finite() -> None:
+    """Eight layers of Qwen3-8B, cast; four of Qwen3-30B-A3B with their 128 experts as tensors of their own, in FP8."""
+    layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (12288, 4096), (12288, 4096), (4096, 12288)]
+    bench_judged("judged_over_digested_dense", 8 * layer, PLAIN)
+    fp8 = QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX)
+    bench_judged("judged_over_digested_experts", 4 * 128 * [(768, 2048), (768, 2048), (2048, 768)], fp8)
 
 
 def mixed_ranges(total: int) -> Iterator[int]:
@@ -264,6 +351,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     "vllm": bench_over_vllm,
     "digest": bench_digest,
     "scatter": bench_scatter,
+    "finite": bench_finite,
 }
 
 

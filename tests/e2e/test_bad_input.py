@@ -238,7 +238,7 @@ class Served:
 def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served")
     server = VllmServer(qwen3, log=directory / "vllm.log").start()
-    settings = {"deadlines": {"join_seconds": JOIN_SECONDS}}
+    settings = {"deadlines": {"join_seconds": JOIN_SECONDS}, "commit": {"patience_seconds": 1}}
     try:
         server.wait_ready()
         with (

@@ -5,6 +5,7 @@ import pytest
 import torch
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
+from weightsync.kernels.columns import CODES, ELEMENTS, UNSEEN
 from weightsync.kernels.digest import digest
 from weightsync.kernels.digest_reference import ReferenceDigest
 from weightsync.kernels.fp8 import prepare_quantize, quantize_blocks
@@ -127,11 +128,38 @@ def test_the_digest_of_an_arena_is_that_of_the_reference() -> None:
     arena = torch.randint(0, 256, (1 << 29,), dtype=torch.uint8, device=CUDA)
     table = arena_table(arena.numel(), 1)
     prepared = digest_module.prepare([arena], table)
-    expected = ReferenceDigest([arena.cpu()], table)()
+    expected = ReferenceDigest([arena.cpu()], table, np.full(len(table), UNSEEN))()
     assert prepared() == expected
     assert prepared() == expected
     arena[123_456_789] ^= 0x10
     assert prepared() != expected
+
+
+def test_what_is_not_finite_is_found_wherever_it_lies_in_an_arena() -> None:
+    """Tensors of all formats and alignments; of each a number at its beginning, at its end and anywhere."""
+    arena = torch.randint(0, 256, (1 << 27,), dtype=torch.uint8, device=CUDA) & 0xBF  # finite in every format
+    table = arena_table(arena.numel(), 4)
+    rng = np.random.default_rng(5)
+    names = [*ELEMENTS, ""]
+    sizes = [ELEMENTS[name].itemsize if name else 1 for name in names]
+    fit = [[n for n, size in enumerate(sizes) if not (row[[0, 4, 13]] % size).any()] for row in table]
+    chosen = [names[rng.choice(fitting)] for fitting in fit]
+    codes = np.array([CODES[name] if name else UNSEEN for name in chosen])
+    assert set(codes.tolist()) == {UNSEEN, *CODES.values()}
+    prepared = digest_module.prepare([arena], table, codes)
+    assert prepared() == digest([arena], table)
+    assert prepared.finite()
+    for name, (run, _, offset, *loops) in zip(chosen, table.tolist(), strict=True):
+        size, numbers = ELEMENTS[name].itemsize if name else 1, run * loops[8]
+        for at in {0, numbers // size - 1, int(rng.integers(numbers // size))}:
+            place = slice(offset + at * size, offset + (at + 1) * size)
+            before = arena[place].clone()
+            arena[place] = 0xFF
+            prepared()
+            assert prepared.finite() == (name == ""), f"{name} at byte {at * size} of runs of {run}"
+            arena[place] = before
+    prepared()
+    assert prepared.finite()
 
 
 def test_digests_and_copies_beyond_four_gibibytes() -> None:
@@ -195,6 +223,9 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     region = torch.zeros(1 << 24, dtype=torch.uint8, device=CUDA)
     table = arena_table(1 << 22, 3)
     digest([region], table)
+    whole = np.array([[region.numel(), 0, 0, digest_module.tensor_key("x"), 0, *[1, 0, 0] * 3]])
+    for name in ELEMENTS:
+        digest_module.prepare([region], whole, np.array([CODES[name]]))()
     table[:, 3:5] = 0, 0
     copy_module.strided_copy([region], [torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)], table)
     assert compiled_kernels() == before

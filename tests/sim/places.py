@@ -1,17 +1,30 @@
 """Where the simulated fleet keeps things for longer than a process lives: the journal's disk and the run directory."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from virtual_time import Work
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import StableSeen
-from weightsync.orchestrator.core.records import Record, encode_record
+from weightsync.orchestrator.core.records import (
+    AnyRecord,
+    Memory,
+    MemorySaved,
+    Record,
+    decode_record,
+    encode_record,
+    replay,
+    saved,
+)
 from weightsync.orchestrator.protocol.names import Version
 
 if TYPE_CHECKING:
     from simulated_daemon import SimulatedDaemon
     from world import World
+
+
+COMPACTED: Final = 0.005
+"""Chance, at each commit, that the journal is compacted after it."""
 
 
 class Disk:
@@ -32,12 +45,26 @@ class Disk:
             if (lost or not daemon.alive) and world.rng.random() < 0.5:
                 return self._end(daemon, lost)
             self.bodies.extend(map(encode_record, records))
+            if world.rng.random() < COMPACTED:
+                self._compact()
             world.judge.journaled(records)
             if lost or not daemon.alive:
                 return self._end(daemon, lost)
             return durable()
 
         world.later(self.seconds * world.rng.uniform(0.5, 1.5), commit)
+
+    def records(self) -> list[AnyRecord]:
+        """What the next daemon begins with: all since the newest fold of the rest."""
+        records = [decode_record(body) for body in self.bodies]
+        folds = [number for number, record in enumerate(records) if isinstance(record, MemorySaved)]
+        return records[folds[-1] if folds else 0 :]
+
+    def _compact(self) -> None:
+        memory = Memory()
+        for record in self.records():
+            replay(memory, record)
+        self.bodies.append(encode_record(saved(memory)))
 
     def _end(self, daemon: "SimulatedDaemon", lost: bool) -> None:
         """JournalLost: the outcome is unknown until it is read anew."""

@@ -71,7 +71,7 @@ class SimulatedDaemon:
         self._appending = False
         self._posted: tuple[StableSeen, ...] = ()
         self._clock = world.rng.uniform(0.0, 1e5) - world.now
-        records = [decode_record(body) for body in world.disk.bodies]
+        records = world.disk.records()
         self.fleet, commands = start(world.policy, world.journal_id, records, self._now(), f"life {world.next_id()}")
         world.note(f"a daemon starts, epoch {self.fleet.epoch}")
         self._put(commands)

@@ -26,7 +26,7 @@ from wires import Agent
 
 NUMBERS: Final[dict[str, float]] = {
     "min_engines": 0.5, "patience": 3.0, "lease": 0.0, "retry": 20.0, "backoff": 0.25, "join": 30.0, "staged": 30.0,
-    "rendezvous": 6.0, "probe": 1.5, "probe_interval": 1.0,
+    "probe": 1.5, "probe_interval": 1.0,
     "attach": 2.0, "pause": 3.0, "quiesce": 3.0, "transfer": 4.0, "verify": 3.0, "finish": 3.0, "heartbeat": 1.0,
     "lost_after": 3,
 }  # fmt: skip

@@ -33,7 +33,6 @@ TESTED_ELSEWHERE = {
     "agents/transport/nixl/edge.py": BY_REAL_WRITES,
     "agents/transport/nixl/errors.py": "texts of errors, asserted where they are raised",
     "agents/transport/nixl/open.py": BY_REAL_WRITES,
-    "agents/transport/nixl/write.py": BY_REAL_WRITES,
     "agents/vllm/adapter/callback.py": BY_BOTH_SHAPES,
     "agents/vllm/adapter/choose.py": BY_BOTH_SHAPES,
     "agents/vllm/adapter/lifecycle.py": BY_BOTH_SHAPES,

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.errors import AdapterError
 from weightsync.agents.trainer.slots.boxes import local_share
 from weightsync.agents.trainer.slots.fitness import refuse_unfit
+from weightsync.agents.trainer.slots.whole import whole_tensors
 
 MERGED_BYTES: Final = 256 * 1024 * 1024
 """Of merged weights that exist at a time while slots are converted; more would be a second model in memory."""
@@ -36,10 +37,7 @@ class Merge:
 
 
 class MergedState(Mapping[str, torch.Tensor]):
-    """A state whose merged weights are computed, each time, when they are asked for.
-
-    Making one is collective where adapters are sharded: they are gathered here, all of them on every rank, in the
-    order of the names of their weights. What follows needs no other rank: each merges the shard that it holds.
+    """A state with adapters: the mapping gives bases; ``local`` computes a merged weight, anew each time.
 
     Args:
         bare: all other tensors, and for each weight of ``merges`` its base under the weight's name.
@@ -47,7 +45,7 @@ class MergedState(Mapping[str, torch.Tensor]):
         factors: the adapters' tensors by their own names.
 
     Raises:
-        UnfitTensor: a base or a factor that can be no weight.
+        UnfitTensor, UnsupportedPlacement: a base or a factor that can be no weight, or is sharded in another way.
         AdapterError: shapes that do not belong together.
     """
 
@@ -57,80 +55,79 @@ class MergedState(Mapping[str, torch.Tensor]):
         merges: Mapping[str, Merge],
         factors: Mapping[str, torch.Tensor],
     ) -> None:
-        self.bare = bare
+        self._bare = bare
         self._merges = merges
         for name in sorted(merges):
             _check(name, bare.get(name), merges[name], factors)
-        # After all checks, so that no rank waits in a collective for one that was refused.
-        self._factors = {
-            key: _whole(factors[key])
-            for name in sorted(merges)
-            for adapter in merges[name].adapters
-            for key in (adapter.a, adapter.b)
-        }
+        self._given = factors
+        self._factors: Mapping[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        merge = self._merges.get(name)
-        return self.bare[name] if merge is None else self._merged(name, merge)
+        return self._bare[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.bare)
+        return iter(self._bare)
 
     def __len__(self) -> int:
-        return len(self.bare)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.bare  # Mapping's own would merge to find out
+        return len(self._bare)
 
     def is_merged(self, name: str) -> bool:
-        """Whether the tensor is made anew each time."""
+        """Whether the tensor is the base of a weight with adapters."""
         return name in self._merges
 
     @torch.no_grad()
-    def _merged(self, name: str, merge: Merge) -> torch.Tensor:
-        base = self.bare[name]
-        local = base.to_local() if isinstance(base, DTensor) else base
-        merged = local.detach().to(torch.float32, copy=True)
+    def gather(self) -> None:
+        """Have all factors on this rank, so that ``local`` needs no other. Collective where they are sharded."""
+        if self._factors is None:
+            adapters = [adapter for name in sorted(self._merges) for adapter in self._merges[name].adapters]
+            keys = [key for adapter in adapters for key in (adapter.a, adapter.b)]
+            self._factors = whole_tensors({key: self._given[key] for key in keys}, torch.float32)
+
+    @torch.no_grad()
+    def local(self, name: str) -> torch.Tensor:
+        """What this rank holds of a merged weight, in float32 and otherwise like its base. After ``gather``."""
+        assert self._factors is not None, "gather() comes first"
+        base = self._bare[name]
+        held = base.to_local() if isinstance(base, DTensor) else base
+        merged = like_merged(held).copy_(held)
         share = local_share(name, base)
-        with torch.autocast(local.device.type, enabled=False):  # a trainer may publish from within its own
-            for adapter in merge.adapters:
-                a, b = (self._factors[key].to(local.device) for key in (adapter.a, adapter.b))
-                for held in share.boxes:
-                    rows, columns = held.box.slices
+        with torch.autocast(held.device.type, enabled=False):  # a trainer may publish from within its own
+            for adapter in self._merges[name].adapters:
+                a, b = (self._factors[key].to(held.device) for key in (adapter.a, adapter.b))
+                for part in share.boxes:
+                    rows, columns = part.box.slices
                     delta = (b[columns] @ a[:, rows]).T if adapter.transposed else b[rows] @ a[:, columns]
-                    merged[held.local] += delta * adapter.scale
-        if not isinstance(base, DTensor):
-            return merged
-        return DTensor.from_local(
-            merged, base.device_mesh, base.placements, run_check=False, shape=base.shape, stride=base.stride()
-        )
+                    merged[part.local] += delta * adapter.scale
+        return merged
 
 
-def together(keys: Sequence[Sequence[str]], state: Mapping[str, torch.Tensor]) -> Iterator[list[int]]:
-    """Numbers of the slots that may be converted in one go; ``keys`` are the sources of each slot.
+def like_merged(base: torch.Tensor) -> torch.Tensor:
+    """Memory for the merged weight of a local ``base``, with all that a prepared conversion depends on."""
+    return torch.empty_like(base, dtype=torch.float32, requires_grad=False)
+
+
+def together(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of the slots that may be converted in one go.
 
     All that hold no merged weight are one group; the others are groups of at most MERGED_BYTES, or of one slot.
+
+    Args:
+        sizes: bytes of the merged weights that each slot is converted from.
     """
-    if not isinstance(state, MergedState):
-        yield list(range(len(keys)))
-        return
-    merged = [any(state.is_merged(key) for key in own) for own in keys]
-    yield [number for number, made in enumerate(merged) if not made]
-    group, size = list[int](), 0
-    for number, own in enumerate(keys):
-        if not merged[number]:
+    plain = [number for number, size in enumerate(sizes) if not size]
+    if plain:
+        yield plain
+    group, held = list[int](), 0
+    for number, size in enumerate(sizes):
+        if not size:
             continue
-        nbytes = sum(4 * _local_elements(state.bare[key]) for key in own)
-        if group and size + nbytes > MERGED_BYTES:
+        if group and held + size > MERGED_BYTES:
             yield group
-            group, size = [], 0
+            group, held = [], 0
         group.append(number)
-        size += nbytes
-    yield group
-
-
-def _local_elements(tensor: torch.Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+        held += size
+    if group:
+        yield group
 
 
 def _check(name: str, base: torch.Tensor | None, merge: Merge, factors: Mapping[str, torch.Tensor]) -> None:
@@ -141,6 +138,7 @@ def _check(name: str, base: torch.Tensor | None, merge: Merge, factors: Mapping[
         a, b = factors[adapter.a], factors[adapter.b]
         for key, factor in ((adapter.a, a), (adapter.b, b)):
             refuse_unfit(key, factor)
+            local_share(key, factor)
         expected = tuple(reversed(base.shape)) if adapter.transposed else tuple(base.shape)
         fits = a.dim() == b.dim() == base.dim() == 2 and a.shape[0] == b.shape[1]
         if not fits or (b.shape[0], a.shape[1]) != expected:
@@ -149,9 +147,3 @@ def _check(name: str, base: torch.Tensor | None, merge: Merge, factors: Mapping[
                 f"{adapter.b} {tuple(b.shape)} times {adapter.a} {tuple(a.shape)} is no addition to {merge.base}"
                 f" {tuple(base.shape)}; only matrices are merged on the way",
             )
-
-
-def _whole(factor: torch.Tensor) -> torch.Tensor:
-    """All of a factor in float32, on this rank."""
-    whole = factor.full_tensor() if isinstance(factor, DTensor) else factor
-    return whole.detach().to(torch.float32)

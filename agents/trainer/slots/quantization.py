@@ -1,7 +1,7 @@
 """How a trainer's value becomes the byte that engines serve: one entry point for casts and FP8 of any grid."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -15,6 +15,9 @@ BLOCK: Final = (128, 128)
 
 SCALE_DTYPE: Final = torch.float32
 """Of the scales on the wire in DeepSeek-style checkpoints."""
+
+ROUNDING_BYTES: Final = 64 * 1024 * 1024
+"""Of the buffer that values are rounded in on their way to another dtype, unless a single tensor needs more."""
 
 Prepared = Callable[[Sequence[torch.Tensor]], None]
 """Converts sources that look like those that it was prepared with (dtype, shape, strides, device)."""
@@ -63,7 +66,7 @@ class QuantizationSpec:
     @property
     def gather_dtype(self) -> torch.dtype:
         """The narrowest dtype that masters may be cast to before they are gathered, with the same bytes at the end."""
-        return self.dtype if self.keeps_master else self.forward_dtype
+        return self.dtype if self.keeps_master and not self.quantizes else self.forward_dtype
 
     def scale_name(self, name: str) -> str:
         """Name of the scales of the tensor ``name``.
@@ -108,23 +111,25 @@ class QuantizationSpec:
         """
         for conversion in conversions:
             self._check(conversion)
-        outs = [conversion.out for conversion in conversions]
         if not self.quantizes:
-            return lambda sources: self._cast(sources, outs)
-        jobs = [QuantizeJob(self._readable(c.src), c.out, c.scale_out) for c in conversions if c.scale_out is not None]
-        if self.block not in BLOCKS:
-            return lambda sources: self._in_whole_rows([self._readable(src) for src in sources], jobs)
-        quantize = prepare_quantize(
-            jobs, block=self.block, forward_dtype=self.forward_dtype, scale_format=self.scale_format
-        )
-        return lambda sources: quantize([self._readable(src) for src in sources])
+            # Through the forward dtype also on the way to a wider one: engines are to have what the forward pass used.
+            via = self.gather_dtype
+            detours = [n for n, c in enumerate(conversions) if c.out.dtype != via and c.src.dtype != via]
+            return InTurns(detours, via, conversions, Casts)
+        # The kernels do not read float64; quantised values are rounded to the forward dtype first in any case.
+        detours = [n for n, c in enumerate(conversions) if c.src.dtype != self._dtype_read(c.src.dtype)]
+        return InTurns(detours, self.forward_dtype, conversions, self._quantize)
 
-    def _readable(self, src: torch.Tensor) -> torch.Tensor:
-        """``src`` in a dtype that the kernels read; itself unless it is float64."""
-        return src.to(self._dtype_read(src.dtype))
+    def _quantize(self, conversions: Sequence[Conversion]) -> Prepared:
+        jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
+        if self.block in BLOCKS:
+            return prepare_quantize(
+                jobs, block=self.block, forward_dtype=self.forward_dtype, scale_format=self.scale_format
+            )
+        outs = [(job.out, job.scale_out) for job in jobs]  # without the sources, which are not ours to keep
+        return lambda sources: self._in_whole_rows(sources, outs)
 
     def _dtype_read(self, dtype: torch.dtype) -> torch.dtype:
-        # Quantised values are rounded to the forward dtype first in any case.
         return self.forward_dtype if dtype == torch.float64 else dtype
 
     def warm_up(self, device: torch.device, source_dtypes: Iterable[torch.dtype]) -> None:
@@ -150,27 +155,90 @@ class QuantizationSpec:
         if scale_out.dtype != self.scale_dtype or tuple(scale_out.shape) != self.scale_shape(tuple(src.shape)):
             raise ValueError(f"scales of {tuple(src.shape)} are not {scale_out.dtype} {tuple(scale_out.shape)}")
 
-    def _in_whole_rows(self, sources: Sequence[torch.Tensor], jobs: Sequence[QuantizeJob]) -> None:
+    def _in_whole_rows(
+        self, sources: Sequence[torch.Tensor], outs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
         """One scale per row or per tensor: by the definition itself; the kernel knows small blocks only."""
-        for source, job in zip(sources, jobs, strict=True):
+        for source, (out, scale_out) in zip(sources, outs, strict=True):
             if source.numel():
                 quantize_reference(
                     source,
-                    job.out,
-                    job.scale_out,
+                    out,
+                    scale_out,
                     block=self.block,
                     forward_dtype=self.forward_dtype,
                     scale_format=self.scale_format,
                 )
 
-    def _cast(self, sources: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> None:
-        through = self.gather_dtype
-        # Through the forward dtype also on the way to a wider one: engines are to have what the forward pass used.
-        rounded = [
-            src.to(through) if out.dtype != through and src.dtype != through else src
-            for src, out in zip(sources, outs, strict=True)
-        ]
-        torch._foreach_copy_(outs, rounded)  # casts too, in few launches where the device can
+
+class Casts:
+    """Plain casts of many tensors, in few launches where the device can."""
+
+    def __init__(self, conversions: Sequence[Conversion]) -> None:
+        self._outs = [conversion.out for conversion in conversions]
+
+    def __call__(self, sources: Sequence[torch.Tensor]) -> None:
+        """Cast ``sources``, which stand in for those of the conversions."""
+        torch._foreach_copy_(self._outs, list(sources))
+
+
+class InTurns:
+    """Conversions of which some go by way of another dtype, through one buffer that is kept.
+
+    As many as fit into the buffer take it in turns: what is rounded on its way may be the whole model.
+
+    Args:
+        detours: numbers of those that do.
+        via: the dtype.
+        conversions: all.
+        prepare: makes what converts many sources at a time. It keeps none of those that it is shown.
+    """
+
+    def __init__(
+        self,
+        detours: Sequence[int],
+        via: torch.dtype,
+        conversions: Sequence[Conversion],
+        prepare: Callable[[Sequence[Conversion]], Prepared],
+    ) -> None:
+        self._straight = sorted(set(range(len(conversions))) - set(detours))
+        self._convert = prepare([conversions[number] for number in self._straight]) if self._straight else None
+        self._turns: list[tuple[list[int], list[torch.Tensor], Prepared]] = []
+        waiting = iter(detours)
+        for rounded in _turns([conversions[number].src for number in detours], via):
+            numbers = [next(waiting) for _ in rounded]
+            own = [replace(conversions[n], src=src) for n, src in zip(numbers, rounded, strict=True)]
+            self._turns.append((numbers, rounded, prepare(own)))
+
+    def __call__(self, sources: Sequence[torch.Tensor]) -> None:
+        """Convert ``sources``, which stand in for those of the conversions. Allocates nothing for the detours."""
+        for numbers, rounded, convert in self._turns:
+            torch._foreach_copy_(rounded, [sources[number] for number in numbers])
+            convert(rounded)
+        if self._convert is not None:
+            self._convert([sources[number] for number in self._straight] if self._turns else sources)
+
+
+def _turns(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    """Tensors of the sources' shapes in ``dtype``, in lists that share one buffer, of one device each."""
+    sizes = [source.numel() for source in sources]
+    most = (
+        max([ROUNDING_BYTES // dtype.itemsize, *sizes]) if sum(sizes) * dtype.itemsize > ROUNDING_BYTES else sum(sizes)
+    )
+    buffers: dict[torch.device, torch.Tensor] = {}
+    turn: list[torch.Tensor] = []
+    used = 0
+    for source, size in zip(sources, sizes, strict=True):
+        buffer = buffers.get(source.device)
+        if buffer is None:
+            buffer = buffers[source.device] = torch.empty(most, dtype=dtype, device=source.device)
+        if turn and (used + size > most or turn[-1].device != source.device):
+            yield turn
+            turn, used = [], 0
+        turn.append(buffer.narrow(0, used, size).view(source.shape))
+        used += size
+    if turn:
+        yield turn
 
 
 PLAIN: Final = QuantizationSpec()

@@ -66,13 +66,17 @@ class SlotPiece:
 @dataclass(frozen=True, slots=True)
 class Route:
     """What becomes of one specification. ``shape``: of the logical tensor, stacked ones with all experts first.
-    ``pieces``: what this rank keeps in a slot. ``reason`` is a sentence for ``plan explain``."""
+    ``pieces``: what this rank keeps in a slot. ``reason`` is a sentence for ``plan explain``. ``offsets``: where each
+    source's part begins along the specification's ``cat_dim``. ``owner``: the rank that keeps a gathered tensor, as
+    device meshes number it; -1 for other kinds."""
 
     kind: Kind
     reason: str
     shape: tuple[int, ...]
     pieces: tuple[SlotPiece, ...]
     first_replica: bool
+    offsets: tuple[int, ...] = ()
+    owner: int = -1
 
 
 @dataclass(slots=True)
@@ -117,7 +121,7 @@ class Router:
         # Every rank comes to the same answer, from global shapes and the mesh: the turns of owners depend on it.
         obstacle = self._obstacle(spec, held, shape, offsets)
         if obstacle:
-            return self._gathered(spec, held, shape, obstacle)
+            return self._gathered(spec, held, shape, tuple(offsets), obstacle)
         pieces = tuple(_local_pieces(spec, held, offsets, first_expert)) if self._primary else ()
         first = all(h.first_replica for h in held)
         if spec.experts:
@@ -205,7 +209,14 @@ class Router:
                         f" mesh {h.grid}), inside a quantisation block of {block}; {spec.dst!r} cannot be quantised"
                     )
 
-    def _gathered(self, spec: ConversionSpec, held: Sequence[LocalShare], shape: tuple[int, ...], reason: str) -> Route:
+    def _gathered(
+        self,
+        spec: ConversionSpec,
+        held: Sequence[LocalShare],
+        shape: tuple[int, ...],
+        offsets: tuple[int, ...],
+        reason: str,
+    ) -> Route:
         # On every rank, also those that will not hold it: the ranks count turns without asking one another.
         owner = self._turns.next_owner(self._candidates(held))
         pieces: tuple[SlotPiece, ...] = ()
@@ -215,7 +226,7 @@ class Router:
                 first = self._first_expert(spec, held[0])
                 box = Box((first,) + (0,) * (len(shape) - 1), (held[0].shape[0], *shape[1:]))
             pieces = (SlotPiece(0, tuple(slice(0, extent) for extent in box.extent), box),)
-        return Route("gathered", f"{reason}; rank {owner} has it", shape, pieces, True)
+        return Route("gathered", f"{reason}; rank {owner} has it", shape, pieces, True, offsets, owner)
 
     def _candidates(self, held: Sequence[LocalShare]) -> tuple[int, ...]:
         grid = next((h.grid for h in held if h.grid is not None), None)
@@ -257,14 +268,14 @@ def _local_pieces(
     stacked = int(spec.experts > 0)
     for number, (source, h, offset) in enumerate(zip(spec.sources, held, offsets, strict=True)):
         for held_box in h.boxes:
-            cut = _cut(held_box, source, stacked)
+            cut = part_of(held_box, source, stacked)
             if cut is None:
                 continue
             box = cut.box.shifted(spec.cat_dim + stacked, offset) if offset else cut.box
             yield SlotPiece(number, cut.local, box.shifted(0, first_expert) if stacked else box)
 
 
-def _cut(held: HeldBox, source: Source, stacked: int) -> HeldBox | None:
+def part_of(held: HeldBox, source: Source, stacked: int) -> HeldBox | None:
     """The share of ``held`` in the source's part, in the part's coordinates; None where it has none."""
     if source.length is None:
         return held if held.box.volume else None

@@ -1,36 +1,25 @@
 """Slots: registered memory that holds converted weights ready to send.
 
-Each slot owns its places in the arena, its rows of the layout, and the conversion into them. Slots are made once;
-converting allocates nothing for them. Sharded and Expert slots convert what this rank has; Gathered ones take part in
-a collective on every rank, in the table's order, also where they own no bytes.
+Each slot owns its places in the arena and its rows of the layout. Slots are made once; converting (``LocalBatch``,
+``gathering``) allocates nothing. Sharded and Expert slots are filled from what this rank has; Gathered ones take part
+in collectives on every rank, also where they own no bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import ClassVar, Final, cast
+from typing import ClassVar
 
 import torch
-from torch.distributed.tensor import DTensor
 from weightsync.agents.tables.box import Box
 from weightsync.agents.tables.runs import runs
-from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan, Reservation
 from weightsync.agents.trainer.slots.boxes import LocalShare
-from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.agents.trainer.slots.fitness import hint
+from weightsync.agents.trainer.slots.conversion import ConversionSpec
+from weightsync.agents.trainer.slots.merged import together
 from weightsync.agents.trainer.slots.quantization import Conversion, QuantizationSpec
+from weightsync.agents.trainer.slots.reading import Picks, Readings, Taken
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
-
-State = Mapping[str, torch.Tensor]
-"""The trainer's tensors by its own names: plain ones, or DTensors."""
-
-UNSHARDED: Final = (
-    "; FSDP2 leaves parameters whole after a forward without backward: give the model itself, or a callable that calls"
-    " reshard() on its FSDP modules first"
-)
-"""What to do about a tensor that lost its mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,48 +121,10 @@ class Slot:
         keys = tuple(key for s in self.spec.sources for key in (s.key, self.spec.per_source_scale_key(s)) if key)
         return SlotNote(self.spec.dst, self.kind, self.route.reason, keys, size)
 
-    def check(self, state: State) -> None:
-        """That ``state`` has what the slot was made for, without touching a value or another rank.
-
-        Raises:
-            MissingTensor, ChangedTensor: as ``convert``.
-        """
-        for number in range(len(self.spec.sources)):
-            self._take(state, number)
-
-    @torch.no_grad()
-    def convert(self, state: State) -> None:
-        """Write the current weights into the slot.
-
-        Raises:
-            MissingTensor: the state lacks a source.
-            ChangedTensor: a source's shape or sharding is not the one that the slot was made for.
-        """
-        for source, move in zip(self.sources(state), self.moves, strict=True):
-            self.spec.quantization.apply(source, move.out, move.scale_out)
-
-    def sources(self, state: State) -> list[torch.Tensor]:
-        """What each of ``moves`` converts, now. Errors as ``convert``."""
-        raise NotImplementedError
-
     @property
     def source_dtypes(self) -> frozenset[torch.dtype]:
-        """Dtypes of what ``sources`` gives on this rank; empty where the slot has no bytes."""
+        """Dtypes of what is converted into ``moves`` on this rank; empty where the slot has no bytes."""
         return frozenset(held.dtype for held in self.shares) if self.places else frozenset()
-
-    def _take(self, state: State, number: int) -> torch.Tensor:
-        source, held = self.spec.sources[number], self.shares[number]
-        tensor = state.get(source.key)
-        if tensor is None:
-            raise MissingTensor(source.key, self.spec.dst, hint(source.key, state))
-        shape = tuple(tensor.shape)
-        if shape != held.shape or isinstance(tensor, DTensor) != (held.grid is not None):
-            whole = held.grid is not None and not isinstance(tensor, DTensor)
-            raise ChangedTensor(
-                f"{source.key!r} is {type(tensor).__name__} {shape} now; its slot was made for {held.shape}"
-                f" over {held.grid or 'no mesh'}{UNSHARDED if whole else ''}"
-            )
-        return tensor
 
 
 @dataclass(slots=True)
@@ -181,28 +132,6 @@ class ShardedSlot(Slot):
     """This rank's own share of a logical tensor."""
 
     kind: ClassVar[Kind] = "sharded"
-
-    @torch.no_grad()
-    def check(self, state: State) -> None:
-        for number in range(len(self.spec.sources)):
-            self._local(state, number)
-
-    def sources(self, state: State) -> list[torch.Tensor]:
-        locals_ = [self._local(state, number) for number in range(len(self.spec.sources))]
-        return [locals_[move.source][move.index] for move in self.moves]
-
-    def _local(self, state: State, number: int) -> torch.Tensor:
-        tensor, held = self._take(state, number), self.shares[number]
-        if not isinstance(tensor, DTensor):
-            return tensor
-        local = tensor.to_local()
-        # A rank without a share may have a local tensor of any empty shape.
-        if tuple(local.shape) != held.local_shape and held.boxes:
-            raise ChangedTensor(
-                f"{self.spec.sources[number].key!r}: its local shape is {tuple(local.shape)} now,"
-                f" its slot was made for {held.local_shape}"
-            )
-        return local
 
 
 @dataclass(slots=True)
@@ -214,7 +143,7 @@ class ExpertSlot(ShardedSlot):
 
 @dataclass(slots=True)
 class GatheredSlot(Slot):
-    """A whole logical tensor at one owner; every rank of its mesh takes part in the gathering.
+    """A whole logical tensor at one owner; every rank of its mesh takes part in the gathering (``gathering``).
 
     Masters are cast before they are gathered, which halves what travels and changes no byte of the result.
     """
@@ -223,72 +152,47 @@ class GatheredSlot(Slot):
 
     @property
     def source_dtypes(self) -> frozenset[torch.dtype]:
-        if not self.places:
-            return frozenset()
-        narrow = self.spec.quantization.gather_dtype
-        # Sources are joined before they are converted, and torch.cat gives the widest of their dtypes.
-        return frozenset({reduce(torch.promote_types, (narrow if h.grid else h.dtype for h in self.shares))})
-
-    def sources(self, state: State) -> list[torch.Tensor]:
-        # Before the question whether anything is kept here: gathering is a collective, and other ranks wait in it.
-        wholes = [self._whole(state, number, source) for number, source in enumerate(self.spec.sources)]
-        if not self.moves:
-            return []
-        joined = wholes[0] if len(wholes) == 1 else torch.cat(wholes, self.spec.cat_dim)
-        return [joined[move.index] for move in self.moves]
-
-    def _whole(self, state: State, number: int, source: Source) -> torch.Tensor:
-        tensor = self._take(state, number)
-        if isinstance(tensor, DTensor):
-            narrow = cast(DTensor, tensor.to(self.spec.quantization.gather_dtype))
-            tensor = narrow.full_tensor()
-        if source.length is None:
-            return tensor
-        return tensor.narrow(source.dim + int(self.spec.experts > 0), source.start, source.length)
+        return frozenset({self.spec.quantization.gather_dtype}) if self.places else frozenset()
 
 
 class LocalBatch:
-    """Slots of one treatment that need no other rank, converted in few launches with tables that stay on the device.
+    """Sharded and Expert slots, converted in few launches with tables that stay on the device.
 
     Args:
-        slots: Sharded and Expert ones, bound, all of one ``QuantizationSpec``.
-        state: the trainer's tensors; the later ones look like them.
-
-    Raises:
-        As ``Slot.convert``.
+        slots: bound, all of one ``QuantizationSpec``.
+        readings: of the rank.
+        taken: the local tensors now; the later ones look like them.
     """
 
     @torch.no_grad()
-    def __init__(self, slots: Sequence[Slot], state: State) -> None:
-        self._slots = slots
-        sources = self._sources(state)
-        self._looks = [_look(source) for source in sources]
+    def __init__(self, slots: Sequence[Slot], readings: Readings, taken: Taken) -> None:
+        self._picks = Picks([_pick(slot, move, readings) for slot in slots for move in slot.moves])
         moves = [move for slot in slots for move in slot.moves]
-        jobs = [Conversion(src, m.out, m.scale_out) for src, m in zip(sources, moves, strict=True)]
+        jobs = [
+            Conversion(src, move.out, move.scale_out) for src, move in zip(self._picks.like(taken), moves, strict=True)
+        ]
         self._convert = slots[0].spec.quantization.prepare(jobs)
 
     @torch.no_grad()
-    def convert(self, state: State) -> None:
-        """Convert all slots. Errors as ``Slot.convert``."""
-        sources = self._sources(state)
-        looks = [_look(source) for source in sources]
-        # The prepared tables hold dtypes, shapes and strides; only the addresses are read anew each time.
-        if looks != self._looks:
-            number = next(n for n, (now, then) in enumerate(zip(looks, self._looks, strict=True)) if now != then)
-            spec = [slot.spec for slot in self._slots for _ in slot.moves][number]
-            raise ChangedTensor(
-                f"a source of {spec.dst!r} has dtype, shape, strides and device {looks[number]} now;"
-                f" its slot was made for {self._looks[number]}"
-            )
-        self._convert(sources)
-
-    def _sources(self, state: State) -> list[torch.Tensor]:
-        return [source for slot in self._slots for source in slot.sources(state)]
+    def convert(self, taken: Taken) -> None:
+        """Fill the slots with what is taken now, on the caller's stream."""
+        self._convert(self._picks.of(taken))
 
 
-def _look(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What a prepared conversion depends on."""
-    return (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+def local_batches(slots: Sequence[Slot], readings: Readings, taken: Taken) -> Iterator[LocalBatch]:
+    """All slots that need no other rank, one batch for each treatment; more where weights are merged on the way."""
+    local = [slot for slot in slots if slot.kind != "gathered"]
+    for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
+        alike = [slot for slot in local if slot.spec.quantization == treatment]
+        keys = ({source.key for source in slot.spec.sources} for slot in alike)
+        for group in together([sum(taken.merged_bytes(readings.numbers[key]) for key in own) for own in keys]):
+            yield LocalBatch([alike[number] for number in group], readings, taken)
+
+
+def _pick(slot: Slot, move: Move, readings: Readings) -> tuple[int, tuple[slice, ...] | None]:
+    shape = slot.shares[move.source].local_shape
+    whole = move.index == tuple(slice(0, extent) for extent in shape)
+    return readings.numbers[slot.spec.sources[move.source].key], None if whole else move.index
 
 
 KINDS: dict[Kind, type[Slot]] = {"sharded": ShardedSlot, "gathered": GatheredSlot, "expert": ExpertSlot}

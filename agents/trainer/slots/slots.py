@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Final, Protocol
@@ -12,24 +13,26 @@ import torch
 import torch.distributed as dist
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
-from weightsync.agents.trainer.slots.merged import MergedState, together
+from weightsync.agents.trainer.slots.gathering import Gathering
+from weightsync.agents.trainer.slots.merged import MergedState
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+from weightsync.agents.trainer.slots.reading import Read, Readings, State, Taken
 from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
 from weightsync.agents.trainer.slots.slot import (
     ExpertSlot,
     GatheredSlot,
     LayoutEntry,
-    LocalBatch,
     ShardedSlot,
     Slot,
     SlotNote,
-    State,
+    local_batches,
     made_slots,
 )
 from weightsync.orchestrator.protocol.codec import cut
@@ -74,8 +77,8 @@ class FilledSlots(Protocol):
         """The rows of the layout, in its order."""
         ...
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
-        """Tensors with values that are NaN or infinite, as converted."""
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
+        """Tensors with values that are NaN or infinite, as converted; ``finite``: memory that is known to hold none."""
         ...
 
 
@@ -120,62 +123,68 @@ class TrainerSlots:
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
         self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
-        shares = {key: _share(key, state[key], values=allocate is None) for key in self.read}
+        shares = {key: _share(key, state, values=allocate is None) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
         staging = [options.staging_bytes] if options.staging_bytes and self.primary else []
-        bare = _bare(state)
-        device = _device([bare[key] for key in shares], options)
+        device = _device([state[key] for key in shares], options)
         self.arenas = _allocated([max(plan.size, ALIGNMENT), *staging], device, allocate)
-        _refuse_elsewhere(specs, bare, self.arenas[ARENA_REGION].device)
+        _refuse_elsewhere(specs, state, self.arenas[ARENA_REGION].device)
         for slot in self.slots:
             slot.bind(self.arenas[ARENA_REGION])
         region = STAGING_REGION if staging else -1
         placed = [(slot, ARENA_REGION) for slot in self.slots]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], region, self.unrouted)
-        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION])
-        self._batches = list(_local_batches(self.slots, state))
+        self._finite = FiniteCheck(self.slots, self.arenas[ARENA_REGION], ARENA_REGION)
+        self._readings = Readings(state, (Read(s.key, spec.dst, shares[s.key]) for spec in specs for s in spec.sources))
+        first = self._readings.first(state)
+        self._gathering = Gathering([s for s in self.slots if s.kind == "gathered"], self._readings, first)
+        self._prepare(first)
         self._warm_up()
 
-    def check(self, state: State) -> None:
-        """That ``convert`` can be called: what is wrong with this rank's tensors is found without any other rank.
+    def check(self, state: State) -> Taken:
+        """What ``fill`` is to convert: whatever is wrong with this rank's tensors is found without any other rank.
 
         Ranks that agree on its outcome before they convert never leave one another waiting in a collective.
 
         Raises:
             MissingTensor: the state lacks a tensor.
             UnfitTensor: a tensor can be no weight as it is now.
-            ChangedTensor: a tensor's shape or sharding is not the one that its slot was made for.
+            ChangedTensor: a tensor's dtype, shape or sharding is not the one that its slot was made for.
         """
-        state = _bare(state)
-        for key in self.read:
-            if key in state:  # what is missing is the slots' to say
-                refuse_unfit(key, state[key])
-        for slot in self.slots:
-            slot.check(state)
+        return self._readings.take(state)
+
+    def fill(self, taken: Taken) -> None:
+        """Write the weights that were taken into all slots, on the caller's thread and stream, waiting for no device.
+
+        Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight. Allocates
+        nothing but merged weights, a few at a time: buffers and tables were made with the slots.
+        """
+        taken.gather()
+        if taken.merged.keys() != self._merged:
+            self._prepare(taken)  # adapters have come or gone, and merged weights have a dtype of their own
+        self._gathering.convert(taken)
+        for batch in self._batches:
+            batch.convert(taken)
 
     def convert(self, state: State) -> None:
-        """Write the current weights into all slots, on the caller's thread and stream, without waiting for a device.
-
-        Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight.
+        """``check``, then ``fill``.
 
         Raises:
             MissingTensor, UnfitTensor, ChangedTensor: as ``check``, before anything is written.
         """
-        self.check(state)
-        # Gathered ones first and in the table's order: each is a collective, which all ranks enter alike.
-        for slot in self.slots:
-            if slot.kind == "gathered":
-                slot.convert(state)
-        for batch in self._batches:
-            batch.convert(state)
+        self.fill(self.check(state))
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
         """Tensors of this rank's slots with values that are NaN or infinite, as converted. Waits for the device."""
-        return self._finite.find()
+        return self._finite.find(finite)
+
+    def _prepare(self, taken: Taken) -> None:
+        self._merged = frozenset(taken.merged)
+        self._batches = list(local_batches(self.slots, self._readings, taken))
 
     def _warm_up(self) -> None:
         """Compile the kernels of every treatment here, so that the first publish does not."""
@@ -195,14 +204,12 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
-def _bare(state: State) -> State:
-    """The state with bases in place of merged weights: of the same shapes, shards and devices; merging costs."""
-    return state.bare if isinstance(state, MergedState) else state
-
-
-def _share(key: str, tensor: torch.Tensor, *, values: bool) -> LocalShare:
+def _share(key: str, state: State, *, values: bool) -> LocalShare:
+    tensor = state[key]
     refuse_unfit(key, tensor, values=values)
-    return local_share(key, tensor)
+    share = local_share(key, tensor)
+    merged = isinstance(state, MergedState) and state.is_merged(key)
+    return replace(share, dtype=torch.float32) if merged else share
 
 
 def holds_slots(state: State, options: SlotOptions) -> bool:
@@ -220,16 +227,6 @@ def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:
     if world is None:
         world = dist.get_world_size() if distributed else 1
     return rank, world
-
-
-def _local_batches(slots: Sequence[Slot], state: State) -> Iterator[LocalBatch]:
-    """All slots that need no other rank, one batch for each treatment."""
-    local = [slot for slot in slots if slot.kind != "gathered"]
-    for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
-        alike = [slot for slot in local if slot.spec.quantization == treatment]
-        for group in together([[source.key for source in slot.spec.sources] for slot in alike], state):
-            if group:
-                yield LocalBatch([alike[number] for number in group], state)
 
 
 def layout_of(

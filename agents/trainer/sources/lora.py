@@ -24,6 +24,9 @@ MAGNITUDE: Final = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
 BASES: Final = ("base_layer", "base_linear")
 """Where the frozen weight lies beside its adapters, if not under its own name."""
 
+HELD: Final = ("base_layer.", "original_module.")
+"""One of them is in the names of whatever a module of peft holds back."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraMerge:
@@ -113,6 +116,9 @@ def peft_merges(module: nn.Module, plain: Callable[[str], str], names: Collectio
     Raises:
         AdapterError: what is no sum of matrices (DoRA and other tuners), or is switched off.
     """
+    # By names first: asking each of tens of thousands of modules would take longer than all the rest of a publish.
+    if not any(mark in name for name in names for mark in HELD):
+        return Merges({}, {}, frozenset())
     wrapped = [(path, part) for path, part in module.named_modules() if _is_peft(part)]
     # The names of tensors are what plain() reads; the module's own place is all but the last part of one.
     at = {plain(f"{path}.weight" if path else "weight").removesuffix("weight"): part for path, part in wrapped}

@@ -9,6 +9,9 @@ from weightsync.agents.trainer.errors import AmbiguousName
 WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Parts of names, wherever they stand, of torch.compile, activation checkpointing and FSDP1's layers."""
 
+MARKS: Final = ("_orig_mod", "_wrapped_module")
+"""One of them is in each of WRAPPERS."""
+
 OUTER: Final = (
     ("module.", ()),  # DDP, DataParallel, DeepSpeed's engine, Megatron's Float16Module
     ("pretrained_model.", ("v_head.", "ilql_heads.")),  # TRL's value heads
@@ -39,17 +42,17 @@ def plain_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         AmbiguousName: two different tensors would have one name.
     """
     plain = plain_names(tensors)
-    given: dict[str, str] = {}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         short = plain(name)
         if state.setdefault(short, tensor) is not tensor:
-            raise AmbiguousName(given[short], name, short)
-        given.setdefault(short, name)
+            raise AmbiguousName(next(given for given in tensors if plain(given) == short), name, short)
     return state
 
 
 def _inner(name: str) -> str:
+    if MARKS[0] not in name and MARKS[1] not in name:
+        return name  # nearly always, and there may be tens of thousands
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -64,5 +67,4 @@ def _outer(names: set[str]) -> Iterator[str]:
 
 
 def _wraps(prefix: str, beside: tuple[str, ...], names: set[str]) -> bool:
-    inside = [name for name in names if name.startswith(prefix)]
-    return bool(inside) and all(name.startswith((prefix, *beside)) for name in names)
+    return all(name.startswith((prefix, *beside)) for name in names) and any(name.startswith(prefix) for name in names)

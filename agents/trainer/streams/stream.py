@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.tables.box import Box
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ChangedTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare
@@ -108,9 +109,9 @@ class StreamSlots:
         """What each slot is and why."""
         return tuple(slot.explain() for slot in self._slots.values())
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
+    def nonfinite(self, finite: Spans = NOWHERE) -> tuple[NonFinite, ...]:
         """Tensors of the last pass with values that are no finite numbers. Waits for the device."""
-        return tuple(found for check in self._finite for found in check.find())
+        return tuple(found for check in self._finite for found in check.find(finite))
 
     @torch.no_grad()
     def fill(self, tensors: Pairs) -> None:
@@ -248,7 +249,7 @@ class StreamSlots:
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
         for region in sorted({number for _, number in placed}):
             own = [slot for slot, number in placed if number == region]
-            self._finite.append(FiniteCheck(own, self.arenas[region]))
+            self._finite.append(FiniteCheck(own, self.arenas[region], region))
         self._complete = True
 
     def _spec(self, tensor: StreamedTensor) -> ConversionSpec:

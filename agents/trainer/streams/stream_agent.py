@@ -120,11 +120,11 @@ class StreamAgent(Publisher):
             self._slots = self._made_slots(metadata)  # anew after a first pass that failed
         self._ranks.agree(seconds=RANKS_SECONDS)  # before the stream's collectives
         with held_interrupts():
-            convert_seconds = self._filled(version, self._slots, lambda: self._slots.fill(tensors))
+            digest, convert = self._filled(version, self._slots, lambda: self._slots.fill(tensors))
         # Before the daemon is told of slots: it is not to see those of ranks whose version was refused at another one.
         self._ranks.agree(seconds=RANKS_SECONDS)
         self._send_from(self._slots)
-        return self._announce_together(version, (convert_seconds, self._digested(version)), restaged)
+        return self._announce_together(version, (convert, digest + self._prepared(version)), restaged)
 
     def _follow_needs(self, metadata: Sequence[StreamedTensor] | None) -> None:
         """Treatments for what the engines need now, and slots anew, if the present ones are for something else."""

@@ -1,11 +1,14 @@
 """NIXL at a trainer rank: an edge to each peer, prepared once for all rounds, over which the slots are written."""
 
+import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
+from weightsync.agents.link.beside import computed
 from weightsync.agents.tables.runs import pack_table, tensor_names
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.nixl.edge import Edge
@@ -15,6 +18,7 @@ from weightsync.agents.transport.nixl.open import open_endpoint
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
+from weightsync.orchestrator.protocol.layout import Matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member
 
@@ -37,7 +41,7 @@ class NixlSender(Sender):
     def __init__(self, memory: SourceMemory) -> None:
         self._memory = memory
         self._endpoint: NixlEndpoint | None = None
-        self._ways: Mapping[Member, _Way] = {}
+        self._ways: dict[Member, _Way] = {}
         self._describe = tensor_names(memory.layout)
         arena = memory.arenas[0]
         # Of its own, so that packing does not queue behind the kernels of the training.
@@ -60,7 +64,16 @@ class NixlSender(Sender):
             NixlError: a peer's memory or metadata is refused, or a peer did not take the first word.
         """
         self._leave(shares)
-        self._ways = {share.peer.member: self._way(share) for share in shares}
+        for share in shares:
+            old = self._ways.get(share.peer.member)
+            if old is not None and old.share is share:
+                continue
+            # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
+            table = await computed(partial(pack_table, share.copies, self._memory.layout))
+            # Out first, so that whatever stops this leaves no way behind whose edge is gone.
+            self._ways.pop(share.peer.member, None)
+            self._ways[share.peer.member] = self._way(share, table, old)
+            await asyncio.sleep(0)  # an edge of thousands of tensors takes 0.2 s; heartbeats are answered between two
         edges = [way.edge for way in self._ways.values() if way.edge is not None]
         results = await self._opened.warm_up(edges, WARM_UP_SECONDS)
         failed = next((result.error for result in results if result.error is not None), None)
@@ -117,20 +130,18 @@ class NixlSender(Sender):
     def _leave(self, shares: Sequence[Share]) -> None:
         """Give back ways that the new plan does not have, and forget processes that a newer one has replaced."""
         now = {share.peer.member: share.peer for share in shares}
-        for member, way in self._ways.items():
+        for member, way in list(self._ways.items()):
             name = way.share.peer.endpoint_name
             replaced = member in now and now[member].endpoint_name != name
             if way.edge is not None and (member not in now or replaced):
                 self._opened.release_edge(way.edge)
             if replaced:
                 self._opened.forget(name)
+            if replaced or member not in now:
+                del self._ways[member]
 
-    def _way(self, share: Share) -> _Way:
-        old = self._ways.get(share.peer.member)
-        if old is not None and old.share is share:
-            return old
+    def _way(self, share: Share, packing: Matrix, old: _Way | None) -> _Way:
         arenas = self._memory.arenas
-        packing = pack_table(share.copies, self._memory.layout)
         pack = prepare_copy(arenas, arenas, packing) if len(packing) else None
         return _Way(share, pack, self._edge(share, old) if share.bytes else None)
 

@@ -4,7 +4,7 @@ from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.membership import engines
-from weightsync.orchestrator.core.records import EpochBegan, GrantOver
+from weightsync.orchestrator.core.records import REMEMBERED_GENERATIONS, EpochBegan, GrantOver, keep_newest
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
@@ -100,7 +100,7 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     if fleet.generation == generation:
         return
     if fleet.generation is not None:
-        fleet.past_generations.add(fleet.generation)
+        keep_newest(fleet.past_generations, fleet.generation, None, REMEMBERED_GENERATIONS)
     fleet.generation = generation
     turn.say(f"trainer generation {generation:x} begins")
 

@@ -1,7 +1,7 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
 from weightsync.orchestrator.core.commands import WriteMarker
-from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
+from weightsync.orchestrator.core.records import REMEMBERED_VERSIONS, StagedAgain, VersionFailed, keep_newest
 from weightsync.orchestrator.core.round.blame import backoff
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round
@@ -15,8 +15,8 @@ def committed(turn: Turn, current: Round) -> None:
     fleet = turn.fleet
     _over(turn, current)
     fleet.waiting_since.pop(current.version, None)
-    fleet.attempts.pop(current.version, None)
     fleet.first_attempt.pop(current.version, None)
+    fleet.attempts = {version: n for version, n in fleet.attempts.items() if not fleet.memory.settled(version)}
     fleet.retry_at.clear()  # what kept other versions from succeeding may be gone, too
     if not current.catch_up:
         mark_committed(turn, current.name, current.version, current.live)
@@ -31,7 +31,7 @@ def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple
         "engines": ", ".join(engines),
         **_restaged(turn, version),
     }
-    turn.fleet.marked.add(version)
+    _note_marked(turn, version)
     turn.do(WriteMarker("COMMITTED", version, facts))
 
 
@@ -86,7 +86,7 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     turn.fleet.waiting_since.pop(version, None)
     turn.fleet.first_attempt.pop(version, None)
     turn.append(VersionFailed(version=version, reason=reason))
-    turn.fleet.marked.add(version)
+    _note_marked(turn, version)
     turn.do(WriteMarker("FAILED", version, {"reason": reason, **_restaged(turn, version)}))
     turn.say(f"{version} failed: {reason}", "error")
     tell_trainers(turn, version)
@@ -98,7 +98,7 @@ def staged_again(turn: Turn, version: Version, restaged: int) -> None:
     if version not in fleet.memory.failed or restaged <= fleet.memory.restaged.get(version, 0):
         return  # the staging that failed: its other ranks may say STAGED only now
     turn.append(StagedAgain(version=version, restaged=restaged))
-    fleet.marked.discard(version)
+    fleet.marked.pop(version, None)
     fleet.attempts.pop(version, None)
     fleet.retry_at.pop(version, None)
     turn.say(f"{version}, which had failed, is staged again")
@@ -112,14 +112,18 @@ def mark_again(turn: Turn) -> None:
         version = Version(generation, seen.step) if generation is not None else None
         if version is None or version in fleet.marked or (fleet.round is not None and fleet.round.version == version):
             continue
-        fleet.marked.add(version)  # once for each daemon, whether or not the file can be written
         if version in fleet.memory.done:
             turn.do(WriteMarker("COMMITTED", version, _restaged(turn, version)))
         elif version in fleet.memory.failed:
             facts = {"reason": fleet.memory.failed[version], **_restaged(turn, version)}
             turn.do(WriteMarker("FAILED", version, facts))
         else:
-            fleet.marked.discard(version)
+            continue
+        _note_marked(turn, version)  # once for each daemon, whether or not the file can be written
+
+
+def _note_marked(turn: Turn, version: Version) -> None:
+    keep_newest(turn.fleet.marked, version, None, REMEMBERED_VERSIONS)
 
 
 def _restaged(turn: Turn, version: Version) -> dict[str, str | int | float]:

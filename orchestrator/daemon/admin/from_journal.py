@@ -2,8 +2,8 @@
 
 import time
 
-from weightsync.orchestrator.core.records import Memory, RoundEnded, decode_record, replay
-from weightsync.orchestrator.daemon.admin.history import History, rows_of
+from weightsync.orchestrator.core.records import Memory, MemorySaved, RoundEnded, decode_record, replay
+from weightsync.orchestrator.daemon.admin.history import SHOWN, History, rows_of
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.settings.settings import Settings
@@ -18,10 +18,10 @@ def status_from(settings: Settings) -> StatusView:
     """
     memory, history = Memory(), History()
     with Journal.read_only(settings.journal_path) as journal:
-        for entry in journal.entries():
-            record = decode_record(entry.body)
-            replay(memory, record)
-            history.remember(record, entry.unix_time)
+        for entry in journal.since(MemorySaved.__name__):
+            replay(memory, decode_record(entry.body))
+        for kind, newest in SHOWN.items():
+            history.recall(journal.entries([kind], newest))
         journal_id = journal.journal_id
     engines = tuple(
         EngineView(name=engine.name, url=engine.url, role=engine.role, state="unknown") for engine in settings.engines

@@ -1,14 +1,18 @@
 """What the journal's records leave for people to look at: the last rounds, and when the last commit was."""
 
 from collections.abc import Iterable
+from typing import Final
 
 from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_record
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
 from weightsync.orchestrator.daemon.journal import Entry
 
+SHOWN: Final = {RoundEnded.__name__: HISTORY_ROUNDS, Committed.__name__: 1}
+"""Kinds of records that leave something to look at, and how many of each."""
+
 
 class History:
-    """Fed with every record, in the journal's order.
+    """Fed with every record, in the journal's order; at a start with the newest entries of the kinds in SHOWN.
 
     ``rounds``: the newest HISTORY_ROUNDS that ended, oldest first. ``committed``: the newest commit, None before one.
     """
@@ -16,6 +20,15 @@ class History:
     def __init__(self) -> None:
         self.rounds: tuple[RoundRow, ...] = ()
         self.committed: VersionView | None = None
+
+    def recall(self, entries: Iterable[Entry]) -> None:
+        """Keep what is shown of what is in the journal already.
+
+        Raises:
+            JournalUnreadable.
+        """
+        for entry in entries:
+            self.remember(decode_record(entry.body), entry.unix_time)
 
     def remember(self, record: Record, unix_time: float) -> RoundRow | None:
         """Keep what is shown of a record that is durable since ``unix_time``; its row, if a round ended with it."""

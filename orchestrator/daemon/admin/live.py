@@ -12,7 +12,7 @@ from weightsync.orchestrator.daemon.admin.overview import Overview
 from weightsync.orchestrator.daemon.admin.routes import routes
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import read_token
-from weightsync.orchestrator.daemon.journal import AsyncJournal
+from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.settings.settings import Settings
 

@@ -21,4 +21,4 @@ def test_they_are_frozen_values() -> None:
     connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
     assert SendPlan(trainer(), connect) == SendPlan(trainer(), connect)
     with pytest.raises(FrozenInstanceError):
-        LookForStable(0.1).after_seconds = 0.2  # type: ignore[misc]
+        LookForStable(0.1, 5).after_seconds = 0.2  # type: ignore[misc]

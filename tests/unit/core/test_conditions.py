@@ -114,14 +114,14 @@ def test_a_round_does_not_wait_for_ever_for_an_engine_beside_others(drive: Any) 
 def test_but_for_every_writer(drive: Any) -> None:
     fleet = due(drive)
     fleet.fleet.agents[TRAINER].fingerprint = ""
-    fleet.now += 100 * fleet.policy.rendezvous
+    fleet.now += 100 * fleet.policy.patience
     assert waits(fleet) == "agents that have not confirmed their edges: trainer/0"
 
 
 def test_and_for_some_engine(drive: Any) -> None:
     fleet = due(drive)
     fleet.fleet.agents[rank("e0", 0)].fingerprint = ""
-    fleet.now += 100 * fleet.policy.rendezvous
+    fleet.now += 100 * fleet.policy.patience
     assert waits(fleet) == "agents that have not confirmed their edges: e0/0"
 
 
@@ -170,7 +170,7 @@ def test_who_was_left_out_takes_part_with_others_only_where_a_commit_needs_it(dr
 def test_and_it_catches_up_alone(drive: Any) -> None:
     """So that of several that came back, the bad one costs none of the others anything."""
     fleet = due(drive, ("e0", "e1", "e2", "e3"), (("e1", "e2"),))
-    fleet.fleet.memory.done.add(VERSION)
+    fleet.fleet.memory.done[VERSION] = None
     fleet.fleet.memory.committed = VERSION
     assert conditions.targets(fleet.fleet, VERSION, fleet.now) == ["e0", "e1", "e2", "e3"]
     failed(fleet, "e0", "e2")
@@ -190,7 +190,7 @@ def test_who_is_within_reach_of_a_writer_takes_no_part_and_the_others_do(drive: 
 
 def test_a_version_that_was_overtaken_needs_no_round(drive: Any) -> None:
     fleet = due(drive)
-    fleet.fleet.memory.done.update({VERSION, Version(7, 2)})
+    fleet.fleet.memory.done |= {VERSION: None, Version(7, 2): None}
     fleet.fleet.memory.committed = Version(7, 2)
     assert waits(fleet) == "nothing: step 2 (generation 7) was committed after it"
 

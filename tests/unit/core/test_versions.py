@@ -5,12 +5,15 @@ from typing import Any
 import msgspec
 import pytest
 from fleets import rank, trainer
+from weightsync.orchestrator.core import records, versions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.events import AbortAsked, Call, MarkersSeen, StableSeen
+from weightsync.orchestrator.core.records import Committed, VersionFailed, replay
+from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
 from weightsync.orchestrator.protocol.messages import EngineStatus, Outcome, Staged
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
 VERSION = Version(7, 1)
@@ -123,3 +126,55 @@ def test_each_version_is_looked_for_anew(drive: Any) -> None:
     assert looks(fleet) == [0.002, 0.005]
     fleet.says(TRAINER, msgspec.structs.replace(STAGED, version=Version(7, 2)))
     assert looks(fleet) == [0.002, 0.005, 0.002]
+
+
+# ------------------------------------------------------------------------------------------------- long ago committed
+def test_a_step_of_too_long_ago_is_refused_by_name_and_not_committed_again(
+    drive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "REMEMBERED_VERSIONS", 1)
+    fleet = drive.joined()
+    for step in (1, 2):
+        replay(fleet.fleet.memory, Committed(round=RoundName(1, step), version=Version(7, step), sequence=step))
+    fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
+    fleet.says(TRAINER, STAGED)
+    fleet.passes(1.0)
+    assert fleet.fleet.round is None
+    (failure,) = fleet.failures()
+    assert "whether step 1 was committed before" in failure
+    assert fleet.sent(TRAINER, Outcome)[-1].reason == failure
+
+
+def test_also_where_it_is_staged_again(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer waits for the outcome of that staging and of no other."""
+    monkeypatch.setattr(records, "REMEMBERED_FAILURES", 1)
+    fleet = drive.joined()
+    for step in (1, 2):
+        replay(fleet.fleet.memory, VersionFailed(version=Version(7, step), reason="once"))
+    fleet.says(TRAINER, msgspec.structs.replace(STAGED, restaged=1))
+    fleet.passes(1.0)
+    told = fleet.sent(TRAINER, Outcome)[-1]
+    assert (told.version, told.committed, told.restaged) == (VERSION, False, 1)
+    assert "publish it under a higher number" in told.reason
+
+
+def test_nothing_is_kept_of_every_version_for_ever(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (records, versions, endings):
+        monkeypatch.setattr(module, "REMEMBERED_VERSIONS", 5)
+    fleet = drive.joined(staged=10.0)
+    for step in range(1, 41):
+        seen = StableSeen(step, 7 if step % 2 else 6)
+        fleet.says(TRAINER, msgspec.structs.replace(STAGED, version=Version(7, step)))
+        fleet.happens(MarkersSeen(fleet.id(), (seen,)))
+        if step % 2:
+            fleet.to(Phase.RECORDING)
+            fleet.durable()
+        else:
+            fleet.passes(10.0)
+        fleet.settle()
+    state = fleet.fleet
+    assert (state.memory.sequence, len(state.memory.failed)) == (20, 20)
+    assert list(state.memory.done) == [Version(7, step) for step in (31, 33, 35, 37, 39)]
+    assert list(state.marked) == [Version(7, step) for step in range(36, 41)]
+    assert [seen.step for seen in state.stale_said] == [32, 34, 36, 38, 40]
+    assert (state.attempts, state.retry_at, state.first_attempt, state.waiting_since) == ({}, {}, {}, {})

@@ -1,6 +1,5 @@
 """The journal: real files, real fsync, real deaths of the process and of the disk."""
 
-import asyncio
 import json
 import os
 import sqlite3
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from weightsync.orchestrator.daemon.journal import (
     MAX_ENTRY_BYTES,
-    AsyncJournal,
     Journal,
     JournalError,
     JournalLocked,
@@ -176,14 +174,15 @@ def test_bodies_have_a_limit_and_are_text(journal: Journal) -> None:
     assert append(journal, "A", b"{}") == 1
 
 
-def test_a_newer_schema_is_refused(path: Path) -> None:
+@pytest.mark.parametrize(("schema", "fix"), [(1, "Fix: start with a new"), (3, "Fix: run the newer daemon, or start")])
+def test_another_schema_is_refused(path: Path, schema: int, fix: str) -> None:
     with Journal.open(path) as journal:
-        journal._connection.execute("UPDATE meta SET value = '2' WHERE name = 'schema'")
+        journal._connection.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (str(schema),))
     for opened in (Journal.open, Journal.read_only):
-        with pytest.raises(JournalError, match="has schema 2"):
+        with pytest.raises(JournalError, match=f"has schema {schema}, this daemon knows 2. {fix}"):
             opened(path)
     # The lock of the failed attempt is free again.
-    with pytest.raises(JournalError, match="has schema 2"):
+    with pytest.raises(JournalError, match=f"has schema {schema}"):
         Journal.open(path)
 
 
@@ -237,45 +236,41 @@ def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> N
         Journal.read_only(path.with_name("absent"))
 
 
-def test_pruning_keeps_open_rounds_other_kinds_and_the_newest(journal: Journal) -> None:
-    def write(kind: str, number: int) -> None:
-        append(journal, kind, json.dumps({"type": kind, "round": [1, number]}).encode())
-
-    write("RoundBegan", 99)
-    for number in range(5):
-        for kind in ("RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"):
-            write(kind, number)
-    write("LiveDirty", 99)
-    assert journal.prune(keep_rounds=10) == 0
-    assert journal.prune(keep_rounds=2) == 3 * 4
-    assert journal.prune(keep_rounds=2) == 0
-    left = [(entry.kind, json.loads(entry.body)["round"][1]) for entry in journal.entries()]
-    whole = ["RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"]
-    assert left == [
-        ("RoundBegan", 99), ("Committed", 0), ("Committed", 1), ("Committed", 2),
-        *((kind, 3) for kind in whole), *((kind, 4) for kind in whole), ("LiveDirty", 99),
-    ]  # fmt: skip
-    assert append(journal, "A", b"{}") == 28
+def test_from_the_newest_of_a_kind_on(journal: Journal) -> None:
+    for kind in "ABCABC":
+        append(journal, kind, b"{}")
+    assert [entry.sequence for entry in journal.since("B")] == [5, 6]
+    assert [entry.sequence for entry in journal.since("X")] == [1, 2, 3, 4, 5, 6]
+    assert [entry.sequence for entry in journal.after(4)] == [5, 6]
+    assert [journal.nth_newest("A", n) for n in (1, 2, 3)] == [4, 1, 0]
 
 
-async def test_behind_a_thread(path: Path) -> None:
-    journal = AsyncJournal(Journal.open(path))
-    sequences = await asyncio.gather(*(journal.append([("A", b"{}")]) for _ in range(20)))
-    assert sorted(sequences) == [[number] for number in range(1, 21)]
-    assert await journal.append([("B", b"{}")]) == [21]
-    assert [entry.sequence for entry in await journal.entries(["B"])] == [21]
-    assert await journal.prune(1) == 0
-    await journal.close()
-    Journal.open(path).close()
+def test_the_oldest_of_a_kind_are_dropped_and_no_sequence_comes_again(journal: Journal) -> None:
+    for kind in "ABAABA":
+        append(journal, kind, b"{}")
+    assert [journal.drop("A", before=6, at_most=2) for _ in range(3)] == [2, 1, 0]
+    assert [(entry.sequence, entry.kind) for entry in journal.entries()] == [(2, "B"), (5, "B"), (6, "A")]
+    assert journal.drop("A", before=7, at_most=9) == 1
+    assert append(journal, "A", b"{}") == 7
 
 
-async def test_a_cancelled_caller_does_not_stop_the_commit(path: Path) -> None:
-    journal = AsyncJournal(Journal.open(path))
-    task = asyncio.create_task(journal.append([("A", b"{}")]))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await journal.append([("B", b"{}")])
-    assert [entry.kind for entry in await journal.entries()][-1] == "B"
-    await journal.close()
+def test_what_was_dropped_is_given_back_to_the_disk_piece_by_piece(journal: Journal, path: Path) -> None:
+    for _ in range(100):
+        append(journal, "A", b'{"text": "%s"}' % (b"x" * 20_000))
+    assert not journal.shrink(100), "nothing was dropped"
+    journal.drop("A", before=100, at_most=100)
+    pieces = 1
+    while journal.shrink(100):
+        pieces += 1
+    assert pieces > 4
+    journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert path.stat().st_size < 100_000
+
+
+def test_a_file_that_cannot_give_anything_back_is_left_as_it_is(journal: Journal, path: Path) -> None:
+    """As one that another program has written anew."""
+    journal._connection.execute("PRAGMA auto_vacuum = NONE")
+    journal._connection.execute("VACUUM")
+    append(journal, "A", b'{"text": "%s"}' % (b"x" * 20_000))
+    journal.drop("A", before=2, at_most=1)
+    assert not journal.shrink(100)

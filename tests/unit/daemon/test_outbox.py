@@ -23,7 +23,7 @@ from weightsync.orchestrator.core.commands import (
     WriteMarker,
 )
 from weightsync.orchestrator.core.events import Appended, Call, Event, NeedsReady, PlanFacts, PlanReady, PlanRejected
-from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundEnded
+from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundBegan, RoundEnded
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
@@ -51,6 +51,7 @@ STORE = TcpStoreRendezvous("127.0.0.1", 1, 0, 2, 1.0)
 CALL = CallEngine("e0", Call.PAUSE, 1, 1.0)
 FOUND = NeedsFound(Needs(tensors=(), quantized=(), fingerprint="f"), {"e1": "why"})
 DIRTY = Append(LiveDirty(round=NAME, writers={}), answer=True)
+BEGAN = Append(RoundBegan(round=NAME, version=VERSION, attempt=1, engines=("e0",)))
 COMMITTED = Append(Committed(round=NAME, version=VERSION, sequence=1))
 ENDED = Append(RoundEnded(
     round=NAME, version=VERSION, attempt=1, engines=("e0",), left_out=(), outcome="committed", reason="", bytes=1,
@@ -66,6 +67,7 @@ class Desk:
         self.events: list[Event] = []
         self.journal_error: Exception | None = None
         self.in_group = False
+        self.pieces, self.compacted = 1, 0
         self.plan: PlanFacts | Exception = PlanFacts("root", {}, {}, True)
         self.history = History()
         self.inbox = Inbox(self.events.extend)
@@ -82,8 +84,8 @@ class Desk:
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
         )  # fmt: skip
 
-    async def _look(self, after_seconds: float) -> None:
-        self.done.append(("look", after_seconds))
+    async def _look(self, after_seconds: float, step: int) -> None:
+        self.done.append(("look", after_seconds, step))
 
     @property
     def failures(self) -> list[BaseException]:
@@ -95,6 +97,11 @@ class Desk:
             raise self.journal_error
         self.done.append(("durable", *(kind for kind, _ in entries)))
         return [1] * len(entries)
+
+    async def compact(self) -> bool:
+        await asyncio.sleep(0)
+        self.compacted += 1
+        return self.compacted < self.pieces
 
     def _make(self, command: MakePlan) -> PlanFacts:
         if isinstance(self.plan, Exception):
@@ -126,12 +133,12 @@ async def test_each_command_goes_where_it_belongs(desk: Desk) -> None:
     await desk.performs([
         Accept(MEMBER, 5, WELCOME), Refuse(MEMBER, 6, REFUSED), Drop(MEMBER, 5, "rude"),
         Send(MEMBER, Heartbeat()), SendPlan(MEMBER, CONNECT), CALL, OpenGroup(STORE, ((MEMBER, 5),)),
-        LookForStable(0.02),
+        LookForStable(0.02, 5),
     ])  # fmt: skip
     assert desk.done == [
         ("accept", MEMBER, 5, WELCOME), ("refuse", MEMBER, 6, REFUSED), ("drop", MEMBER, 5, "rude"),
         ("send", MEMBER, Heartbeat()), ("send", MEMBER, CONNECT), ("call", CALL), ("open", STORE, {MEMBER: 5}),
-        ("look", 0.02),
+        ("look", 0.02, 5),
     ]  # fmt: skip
 
 
@@ -139,6 +146,17 @@ async def test_a_record_is_durable_before_anything_later(desk: Desk) -> None:
     await desk.performs([DIRTY, Send(MEMBER, Heartbeat())], [CALL])
     assert [word[0] for word in desk.done] == ["durable", "send", "call"]
     assert desk.events == [Appended(1, "LiveDirty", NAME)]
+
+
+async def test_the_journal_is_compacted_piece_by_piece_and_between_rounds_only(desk: Desk) -> None:
+    desk.pieces = 3
+    await desk.performs([BEGAN, DIRTY])
+    assert desk.compacted == 0
+    await desk.performs([ENDED], *[[CALL]] * 9)
+    assert desk.compacted == 3
+    desk.pieces = 10_000
+    await desk.performs([ENDED], *[[CALL]] * 9, [BEGAN])
+    assert 3 < desk.compacted < 30, "a round that begins ends it"
 
 
 async def test_neighbours_share_one_commit_and_only_those_that_ask_are_answered(desk: Desk) -> None:

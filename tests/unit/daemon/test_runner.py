@@ -14,6 +14,8 @@ import aiohttp
 import pytest
 from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable
 from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
+from weightsync.orchestrator.core.records import Committed, EpochBegan, RoundEnded, encode_record
+from weightsync.orchestrator.daemon import compaction
 from weightsync.orchestrator.daemon import runner as runners
 from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
@@ -23,7 +25,7 @@ from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Hello, Refused
-from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -146,7 +148,7 @@ async def test_markers_become_events(settings: Settings) -> None:
 async def test_a_look_that_the_core_asked_for_is_answered_even_if_nothing_changed(settings: Settings) -> None:
     async with running(settings) as (runner, _, _):
         runner.fleet.looking = True
-        await runner.stable.look(0.0)
+        await runner.stable.look(0.0, 5)
 
         async def answered() -> bool:
             return not runner.fleet.looking
@@ -189,6 +191,35 @@ async def test_so_does_a_lost_disk(settings: Settings, monkeypatch: pytest.Monke
     monkeypatch.setattr(runners.AsyncJournal, "append", lost)
     with pytest.raises(OSError, match="the disk is gone"):
         await asyncio.wait_for(runner.run(), SECONDS)
+
+
+async def test_a_compacted_journal_is_all_that_a_start_needs(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "SNAPSHOT_AFTER", 8)
+    monkeypatch.setitem(compaction.KEPT, "RoundEnded", 5)
+    name, version = RoundName(3, 1), Version(7, 41)
+    ended = RoundEnded(
+        round=name, version=version, attempt=1, engines=("e0",), left_out=(), outcome="committed", reason="", bytes=0,
+        descriptors=0, times={},
+    )  # fmt: skip
+    records = [EpochBegan(epoch=3), Committed(round=name, version=version, sequence=8), *[ended] * 9]
+    with Journal.open(settings.journal_path, clock=lambda: 12.5) as journal:
+        journal.append([(type(record).__name__, encode_record(record)) for record in records])
+    async with running(settings) as (runner, _, _):
+
+        async def compacted() -> bool:
+            return [entry.kind for entry in await runner.journal.entries()] == [
+                "Committed", *["RoundEnded"] * 5, "MemorySaved",
+            ]  # fmt: skip
+
+        await until(compacted)
+    async with running(settings) as (runner, port, _):
+        status = await asked(port, "/status")
+        assert (status["epoch"], status["committed"]["step"], status["committed"]["sequence"]) == (5, 41, 8)
+        assert status["committed"]["unix_time"] == 12.5
+        assert len((await asked(port, "/rounds"))["rounds"]) == 5
+        assert version in runner.fleet.memory.done
 
 
 async def test_one_daemon_per_journal(settings: Settings) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels import digest as digest_module
+from weightsync.kernels.columns import CODES, ELEMENTS, UNSEEN
 from weightsync.kernels.digest import digest, tensor_key
 from weightsync.kernels.digest_multipliers import (
     TILE_BYTES,
@@ -65,6 +66,11 @@ def by_definition(runs: list[tuple[int, int, bytes]]) -> tuple[int, int]:
                 )
                 total[seed] += weight * count
     return total[0] & MASK, total[1] & MASK
+
+
+def reference(regions: list[torch.Tensor], rows: np.ndarray, codes: np.ndarray | None = None) -> ReferenceDigest:
+    """The reference over ``regions`` on the CPU, whatever serves the others."""
+    return ReferenceDigest(regions, rows, np.full(len(rows), UNSEEN) if codes is None else codes)
 
 
 def test_the_sums_are_those_of_the_definition(device: torch.device) -> None:
@@ -160,14 +166,14 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
     )
     rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
     host = [region.cpu() for region in regions]
-    assert digest(regions, rows) == ReferenceDigest(host, rows)()
+    assert digest(regions, rows) == reference(host, rows)()
 
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
     """Through the path without a gather, at every relative alignment of memory and tensor."""
     size = 34 * TILE_BYTES
     data = random_bytes(size, 3)
-    whole = ReferenceDigest([data], table(*(row(min(1000, size - at), at, at) for at in range(0, size, 1000))))()
+    whole = reference([data], table(*(row(min(1000, size - at), at, at) for at in range(0, size, 1000))))()
     for shift in (0, 1, 2, 3, 4, 16):
         moved = torch.cat([random_bytes(shift, 4), data]).to(device)
         assert digest([moved], table(row(size, shift, 0))) == whole
@@ -267,3 +273,117 @@ def test_rows_outside_are_refused_by_number(device: torch.device) -> None:
         digest([region], np.zeros((1, 14)))
     with pytest.raises(KernelTableError, match="contiguous uint8"):
         digest([region.view(10, 10)], table(row(10, 0, 0)))
+
+
+# --------------------------------------------------------------------------------------------------- finite numbers
+def patterns(name: str, *, finite: bool) -> torch.Tensor:
+    """Bytes of all numbers of a format that are finite, or not; of float32 those with the ends of every exponent."""
+    size = ELEMENTS[name].itemsize
+    if size < 4:
+        bits = torch.arange(1 << 8 * size, dtype=torch.int32)
+    else:
+        bits = (torch.arange(512)[:, None] << 23 | torch.tensor([0, 1, (1 << 23) - 1])).view(-1).to(torch.int32)
+    raw = bits.view(torch.uint8).view(-1, 4)[:, :size].contiguous()
+    values = raw.view(-1).view(getattr(torch, name)).double()  # torch's own reading of the format
+    return raw[values.isfinite() == finite].view(-1)
+
+
+@pytest.mark.parametrize("name", list(ELEMENTS))
+def test_every_finite_number_passes_and_no_other(device: torch.device, name: str) -> None:
+    good, bad, size = patterns(name, finite=True), patterns(name, finite=False), ELEMENTS[name].itemsize
+    if size == 1:
+        assert bad.numel() == {"float8_e5m2": 8, "float8_e4m3fn": 2, "float8_e8m0fnu": 1}[name]
+    length = max(3 * TILE_BYTES, good.numel())
+    region = good.repeat(-(-length // good.numel()))[:length].to(device)
+    rows = table(row(length, 0, 16))
+    seen = digest_module.prepare([region], rows, np.array([CODES[name]]))
+    assert seen() == digest([region], rows), "a look changes no digest"
+    assert seen.finite()
+    others = bad.view(-1, size).to(device)
+    # Of all that are not, some of both signs; in every place of a word, in whole tiles and at both ends.
+    for at, wrong in enumerate(others[:: max(1, len(others) // 6)]):
+        place = (0, TILE_BYTES // 2 + 5, length // 4 - 1)[at % 3] * 4 // size + at % (4 // size)
+        before = region.view(-1, size)[place].clone()
+        region.view(-1, size)[place] = wrong
+        seen()
+        assert not seen.finite(), f"{wrong.tolist()} at {place}"
+        region.view(-1, size)[place] = before
+    seen()
+    assert seen.finite(), "the look before is forgotten"
+
+
+WAYS = {
+    "aligned chunks": ((256, 512, 512, 1280), 8),
+    "columns": ((256, 256, 0, 512), 1024),
+    "pieces": ((300, 304, 6, 608), 30),
+    "misaligned": ((5000, 0, 18, 0), 1),
+}
+"""How runs lie: their bytes, their step in memory, where their tensor's begin, and the step there; how many."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_elements_are_seen_however_they_lie(device: torch.device, way: str) -> None:
+    (run, step, logical, logical_step), count = WAYS[way]
+    length = step * (count - 1) + run
+    region = torch.zeros(length + 2, dtype=torch.uint8, device=device)
+    region[-2:] = 0xFF  # is in no run
+    seen = digest_module.prepare([region], table(row(run, 0, logical, (count, step, logical_step))), np.array([1]))
+    seen()
+    assert seen.finite()
+    for place in (0, length - 2):
+        region[place : place + 2] = torch.tensor([0x80, 0xFF])  # minus infinity
+        seen()
+        assert not seen.finite(), f"byte {place}"
+        region[place : place + 2] = 0
+
+
+def test_what_has_no_code_is_not_looked_at(device: torch.device) -> None:
+    region = torch.full((3000,), 0xFF, dtype=torch.uint8, device=device)
+    rows = table(row(2000, 0, 0), row(1000, 2000, 0, key=OTHER))
+    plain = digest_module.prepare([region], rows)
+    plain()
+    assert plain.finite()
+    for codes, finite in [([UNSEEN, UNSEEN], True), ([UNSEEN, CODES["bfloat16"]], False), ([CODES["uint8"], 0], False)]:
+        seen = digest_module.prepare([region], rows, np.array(codes))
+        assert seen() == digest([region], rows)
+        assert seen.finite() == finite
+
+
+@hypothesis_settings
+@given(data=st.data())
+def test_any_elements_of_any_table_are_judged_as_torch_does(device: torch.device, data: st.DataObject) -> None:
+    """Every run's bytes as torch reads them; memory is nearly all finite, so that both answers come."""
+    region = (random_bytes(60_000, data.draw(st.integers(0, 99)), "cpu") & 0x3B)[data.draw(st.integers(0, 3)) :]
+    for place in data.draw(st.lists(st.integers(0, 14_000), max_size=2)):
+        region[4 * place : 4 * place + 4] = 0xFF
+    names, rows, finite = [], [], True
+    for name in data.draw(st.lists(st.sampled_from([*ELEMENTS, ""]), min_size=1, max_size=4)):
+        size = ELEMENTS[name].itemsize if name else 1
+        run = size * data.draw(st.one_of(st.integers(1, 80), st.sampled_from([128, 256, 4096])))
+        count, step = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 400))
+        start, logical = data.draw(st.integers(0, 9000)), size * data.draw(st.integers(0, 5000))
+        names.append(CODES[name] if name else UNSEEN)
+        rows.append(row(run, start, logical, (count, step, run + size * data.draw(st.integers(0, 9)))))
+        for at in range(start, start + count * step, step) if name and step else [start] * bool(name):
+            numbers = region[at : at + run].clone().view(getattr(torch, name))
+            finite &= bool(numbers.double().isfinite().all())
+    here = region.to(device)
+    seen = digest_module.prepare([here], table(*rows), np.array(names))
+    assert seen() == reference([region], table(*rows))()
+    assert seen.finite() == finite
+
+
+def test_codes_that_do_not_fit_their_rows_are_refused(device: torch.device) -> None:
+    region = random_bytes(100, 1, device)
+    rows = table(row(8, 0, 0), row(6, 0, 2, (2, 3, 6)))
+    two, four = CODES["float16"], CODES["float32"]
+    digest_module.prepare([region], rows, np.array([four, two]))
+    for codes, words in [
+        ([two, four], "row 1 cuts elements of 4 bytes"),
+        ([two, len(ELEMENTS) + 1], f"row 1 has elements of code {len(ELEMENTS) + 1}; there are 0 to {len(ELEMENTS)}"),
+        ([-1, two], "row 0 has elements of code -1"),
+        ([two], r"codes of 2 rows are int64\[2\]: int64\[1\]"),
+        ([2.0, 2.0], "float64"),
+    ]:
+        with pytest.raises(KernelTableError, match=words):
+            digest_module.prepare([region], rows, np.array(codes))

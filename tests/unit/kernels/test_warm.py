@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from weightsync.kernels import warm
+from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest_reference import ReferenceDigest
 from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.strided import Table, as_table
@@ -42,19 +43,22 @@ def test_copy_and_digest_run_once_over_a_table_that_they_accept(
 ) -> None:
     moved: list[list[int]] = []
     digests: list[tuple[int, int]] = []
+    looked: list[list[int]] = []
 
     def copy(sources: list[torch.Tensor], destinations: list[torch.Tensor], table: Table) -> Callable[[], None]:
         return lambda: moved.append(as_table(table)[0].tolist())
 
-    def digest(regions: list[torch.Tensor], table: Table) -> Callable[[], None]:
-        return lambda: digests.append(ReferenceDigest(regions, as_table(table))())
+    def digest(regions: list[torch.Tensor], table: Table, codes: Table) -> Callable[[], None]:
+        looked.append(codes.tolist())
+        return lambda: digests.append(ReferenceDigest(regions, as_table(table), codes)())
 
     monkeypatch.setattr(warm.copy_module, "prepare", copy)
     monkeypatch.setattr(warm.digest_module, "prepare", digest)
     warm.warm_up(compiling)
     assert moved == [[64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]]
     whole = np.array([[64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
-    assert digests == [ReferenceDigest([torch.arange(64, dtype=torch.uint8)], whole)()]
+    assert digests == [ReferenceDigest([torch.arange(64, dtype=torch.uint8)], whole, np.array([UNSEEN]))()] * 2
+    assert [any(codes) for codes in looked] == [False, True], "with a look at the elements and without"
 
 
 def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsync.agents.tables import runs as tables
-from weightsync.kernels.columns import COLUMNS
+from weightsync.kernels.columns import CODES, COLUMNS, UNSEEN
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, ITEMSIZE, Layout, Region, Tensor, pad, row
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
@@ -179,6 +179,16 @@ def test_digest_of_copies_is_that_of_their_boxes() -> None:
     copy = [0, 0, 0, -1, 0, 1, 0, 1, 1, 2, 2, 3, 0, 0, 0, 0, 0, 0]
     table = tables.digest_table(np.array([copy], dtype=np.int64), layout)
     assert table.tolist() == [[12, 1, 32, -(1 << 63) + 1, 32, 1, 0, 0, 1, 0, 0, 2, 24, 24]]
+
+
+@pytest.mark.usefixtures("keys")
+def test_elements_have_the_code_of_their_dtype() -> None:
+    names = {"t9": "bfloat16", "t2": "int32", "t5": "float8_e8m0fnu", "t1": "uint8"}
+    made = tuple(Tensor(name, dtype, (4,)) for name, dtype in names.items())
+    data = np.array([row(number, 0, 64 * number, (0,), (4,), (8,)) for number in (3, 0, 2, 1)], dtype="<i8")
+    layout = Layout(made, (Region(0, 256),), data.tobytes())
+    codes = tables.element_codes(tables.digest_table(layout.matrix(), layout), layout)
+    assert codes.tolist() == [CODES["float8_e8m0fnu"], CODES["bfloat16"], CODES["float8_e8m0fnu"], UNSEEN]
 
 
 def test_a_whole_row_is_one_run() -> None:

@@ -1,15 +1,22 @@
 """What agents share that publish: errors of one kind, what became of each version, and a start that fails cleanly."""
 
+import re
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from weightsync.agents.trainer.errors import ReplicaFailed
+import torch
+from tiny_fleet import LAYER, SHAPES, TRAINER, Target, made_slots, planned
+from weightsync.agents.trainer.errors import NonFiniteWeights, ReplicaFailed
 from weightsync.agents.trainer.options import trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.publisher import Publisher
 from weightsync.agents.trainer.replicas import ALONE
+from weightsync.agents.trainer.slots import finite
+from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged_bytes_of
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.protocol.token import TokenError
 
@@ -72,6 +79,36 @@ def test_a_step_that_failed_is_counted_until_it_is_committed(bare: Bare) -> None
         assert (bare._failures, bare._committed) == ({7: times}, set())
     bare._book(ended(3))
     assert (bare._failures, bare._committed) == ({}, {7})
+
+
+def test_slots_with_edges_are_read_once(bare: Bare, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of what is sent looks for NaN as well; a second look is for a version that has any."""
+    state = weights.state(SHAPES)
+    slots = made_slots(state, 0)
+    side = TrainerSide(SimpleNamespace(), source_of(slots, TRAINER, 1), staged_bytes_of(slots))  # type: ignore[arg-type]
+    side._shares.replan(planned(slots, [Target.of("a", rank, 0) for rank in range(2)])[1])
+    side._fingerprint = "edges"
+    bare._agent = SimpleNamespace(side=side)  # type: ignore[assignment]
+    looks: list[int] = []
+    fine = finite._fine
+    monkeypatch.setattr(finite, "_fine", lambda runs: looks.append(len(runs)) or fine(runs))
+
+    def publish(step: int) -> tuple[float, float]:
+        return bare._filled(Version(1, step), slots, lambda: slots.convert(state))
+
+    digest, rest = publish(1)
+    assert digest > 0 < rest
+    assert looks == [0], "no run of memory is left to look at"
+    name = LAYER + "mlp.down_proj.weight"
+    state[name][3, 100] = torch.nan
+    with pytest.raises(NonFiniteWeights, match=re.escape(f"{name} (1 of {64 * 128} values)")):
+        publish(2)
+    assert looks[1] > 0
+    refused = side._read(Version(1, 2)).digests
+    state[name][3, 100] = 1.0
+    publish(2)
+    assert looks[2:] == [0]
+    assert side._read(Version(1, 2)).digests != refused, "other weights of the same version have another digest"
 
 
 def test_a_daemon_that_does_not_answer_leaves_no_agent_behind(bare: Bare) -> None:

@@ -1,17 +1,20 @@
 """A trainer rank's side of grants: which it refuses, what it says when it closes, whom it tells the fate."""
 
 import asyncio
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.runs import RunTableError
+from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
@@ -20,7 +23,7 @@ from weightsync.agents.transport.interface import HandedOver, PushError, Sender,
 from weightsync.agents.transport.nixl.errors import EdgeError
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
-from weightsync.agents.transport.shares import Share, Shares
+from weightsync.agents.transport.shares import Reading, Share, Shares
 from weightsync.kernels.errors import KernelError
 from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
@@ -41,7 +44,7 @@ from weightsync.orchestrator.protocol.messages import (
     TransportSettings,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 MEMBER, TARGET = Member("trainer", "", 0), Member("inference", "e0", 0)
 VERSION, ROUND = Version(7, 1), RoundName(3, 1)
@@ -92,6 +95,9 @@ class Wire(Sender):
         self.closed = True
 
 
+FINITE = Spans.of(np.array([[8, 0, 0, 0, 0, *[1, 0, 0] * 3]]))
+
+
 class Owed(Shares):
     """One peer, whose bytes have the digest (1, 2); counts how often that is computed."""
 
@@ -101,9 +107,9 @@ class Owed(Shares):
     def replan(self, connect: Connect) -> Sequence[Share]:
         return ()
 
-    def digests(self) -> dict[Member, Digest]:
+    def read(self) -> Reading:
         self.computed += 1
-        return {TARGET: (1, 2)}
+        return Reading({TARGET: (1, 2)}, FINITE)
 
 
 class Thread:
@@ -162,7 +168,7 @@ async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
     assert rank.wire.granted == [(TARGET,)]
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 @pytest.mark.parametrize(
@@ -230,6 +236,43 @@ async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
     assert not rank.side.reserve(), "nor may the next version take the slots"
 
 
+async def test_a_heartbeat_passes_while_the_digest_of_a_grant_computes(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped() -> Reading:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return Reading({TARGET: (1, 2)}, NOWHERE)
+
+    rank.owed.read = stopped
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side.heard(GRANT)
+    assert await asyncio.to_thread(computing.wait, 10)
+    heartbeat = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(heartbeat.set_result, "answered")
+    assert await heartbeat == "answered"
+    assert rank.wire.granted == [], "nothing is written before it is digested"
+    assert rank.side.status().open_rounds == (ROUND,)
+    go_on.set()
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+
+
+async def test_a_heartbeat_passes_while_the_tables_of_a_plan_are_made(rank: Any) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def stopped(connect: Connect) -> Sequence[Share]:
+        computing.set()
+        assert go_on.wait(10), "only the loop lets it go on"
+        return ()
+
+    rank.owed.replan = stopped
+    connecting = asyncio.create_task(rank.side.connect(CONNECT))
+    assert await asyncio.to_thread(computing.wait, 10)
+    go_on.set()
+    await connecting
+
+
 async def test_what_went_wrong_is_said(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("e0/0: no route")
@@ -276,29 +319,29 @@ async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     rank.wire.failure = KeyError("e0/0")
     closed = await granted(rank)
     assert (closed.error, closed.fault, closed.retry) == ("KeyError('e0/0')", "trainer", True)
-    assert rank.side.status().open_round is None
+    assert rank.side.status().open_rounds == ()
 
 
 async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write cannot be taken back: after a failure the grant stays open until the last handle is DONE."""
-    waits: list[RoundName | None] = []
+    waits: list[tuple[RoundName, ...]] = []
 
     async def no_time_passes(seconds: float) -> None:
-        waits.append(rank.side.status().open_round)
+        waits.append(rank.side.status().open_rounds)
 
     monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.failure = NoRoute("deadline")
     rank.wire.left = 3
     assert (await granted(rank)).error == "deadline"
-    assert waits == [ROUND] * 3
+    assert waits == [(ROUND,)] * 3
 
 
 def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.side._open = ROUND
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert rank.side.status().open_round == ROUND
+    assert rank.side.status().open_rounds == (ROUND,)
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
@@ -340,6 +383,25 @@ async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
     await granted(rank, replace(GRANT, fingerprint="edges of another plan"))
     assert rank.owed.computed == 2
+
+
+async def test_a_version_that_comes_again_is_read_again(rank: Any) -> None:
+    """A step that FAILED is the same version with other weights."""
+    known = SimpleNamespace(layout=rank.side._memory.layout)
+    assert rank.side.read(VERSION, known) is FINITE
+    rank.side.prepare(VERSION)
+    assert rank.owed.computed == 1
+    assert rank.side.read(VERSION, known) is FINITE
+    assert rank.owed.computed == 2
+
+
+async def test_nothing_is_known_of_slots_without_edges_or_that_the_daemon_does_not_know(rank: Any) -> None:
+    assert rank.side.read(VERSION, SimpleNamespace(layout=Layout((), (), b""))) is NOWHERE
+    rank.wire.refusal = NoRoute("e0/0 did not take the first word")
+    with pytest.raises(NoRoute):
+        await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
+    assert rank.side.read(VERSION, SimpleNamespace(layout=rank.side._memory.layout)) is NOWHERE
+    assert rank.owed.computed == 0
 
 
 async def test_the_transport_takes_the_version_before_it_is_reported(rank: Any) -> None:

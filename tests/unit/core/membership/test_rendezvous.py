@@ -133,7 +133,7 @@ def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -
 
 def test_a_version_that_waits_for_engines_names_the_one_that_does_not_fit(drive: Any) -> None:
     """Beside one that has not come: nobody else can say what is wrong."""
-    fleet = drive(("e0", "e1"), options={"join": 10.0})
+    fleet = drive(("e0", "e1"), options={"join": 10.0, "patience": 5.0})
     fleet.connect(TRAINER)
     fleet.says(TRAINER, ANNOUNCE)
     fleet.passes(0.0)
@@ -143,8 +143,8 @@ def test_a_version_that_waits_for_engines_names_the_one_that_does_not_fit(drive:
     reject(fleet)
     fleet.says(TRAINER, Staged(version=Version(7, 1), bytes=1, convert_seconds=0.0, digest_seconds=0.0))
     fleet.happens(MarkersSeen(fleet.id(), (StableSeen(1, 7),)))
-    fleet.passes(10.0)
-    assert fleet.sent(TRAINER, Outcome)[-1].reason == f"after 10 s: an engine that fits: {WHY}"
+    fleet.passes(15.0)
+    assert fleet.sent(TRAINER, Outcome)[-1].reason == f"after 15 s: an engine that fits: {WHY}"
 
 
 def test_an_outdated_plan_or_refusal_is_ignored(drive: Any) -> None:

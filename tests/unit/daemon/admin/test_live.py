@@ -13,7 +13,8 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.daemon.hub.token import TokenError
-from weightsync.orchestrator.daemon.journal import AsyncJournal, Journal
+from weightsync.orchestrator.daemon.journal import Journal
+from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 

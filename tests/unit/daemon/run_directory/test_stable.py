@@ -1,6 +1,7 @@
 """STABLE markers become events: once each, with the generation that their manifest names."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import structlog
 from weightsync.orchestrator.core.events import Event, MarkersSeen, StableSeen
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.daemon.run_directory import scan
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
@@ -47,34 +49,36 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 async def test_a_scan_posts_only_what_is_new(bench: Bench) -> None:
-    assert not await bench.watch.scan()
+    await bench.watch.scan()
     bench.put(3)
-    assert await bench.watch.scan()
-    assert not await bench.watch.scan()
+    await bench.watch.scan()
+    await bench.watch.scan()
     bench.put(5, encode_manifest(manifest("glm", Version(9, 5))))
-    assert await bench.watch.scan()
+    await bench.watch.scan()
     assert await bench.seen() == [(StableSeen(3),), (StableSeen(3), StableSeen(5, 9))]
 
 
 async def test_a_look_that_was_asked_for_is_answered_also_without_news(bench: Bench) -> None:
     bench.put(3)
-    assert await bench.watch.scan()
-    await bench.watch.look(0.0)
-    assert await bench.seen() == [(StableSeen(3),), (StableSeen(3),)]
+    await bench.watch.scan()
+    await bench.watch.look(0.0, 4)
+    bench.put(4)
+    await bench.watch.look(0.0, 4)
+    assert await bench.seen() == [(StableSeen(3),), (StableSeen(3),), (StableSeen(3), StableSeen(4))]
 
 
 async def test_a_marker_that_has_its_outcome_is_seen_no_more(bench: Bench) -> None:
     folder = bench.put(3)
     await bench.watch.scan()
     (folder / "COMMITTED").touch()
-    assert await bench.watch.scan()
+    await bench.watch.scan()
     assert await bench.seen() == [(StableSeen(3),), ()]
 
 
 async def test_what_cannot_be_believed_is_a_warning_and_no_event(bench: Bench) -> None:
     bench.put(3, b"torn {")
     with structlog.testing.capture_logs() as logs:
-        assert not await bench.watch.scan()
+        await bench.watch.scan()
     assert [(line["event"], line["log_level"]) for line in logs] == [("marker not believed", "warning")]
     assert "step_3/STABLE" in logs[0]["problem"]
 
@@ -89,3 +93,22 @@ async def test_it_looks_at_once_and_when_the_directory_changes(bench: Bench) -> 
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert (await bench.seen())[-1] == (StableSeen(3), StableSeen(4))
+
+
+async def test_it_reads_on_until_everything_was_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece at a time, so that others get their turn."""
+    monkeypatch.setattr(scan, "NEWEST", 2)
+    monkeypatch.setattr(bench.markers.directory, "_clock", itertools.count().__next__)
+    monkeypatch.setattr(scan, "IN_TURN_SECONDS", 2)
+    for step in range(1, 30):
+        bench.put(step, encode_manifest(manifest("glm", Version(9, step))))
+    running = asyncio.create_task(bench.watch.run())
+    async with asyncio.timeout(20):
+        while not (seen := await bench.seen()) or len(seen[-1]) < 29:
+            bench.posted.clear()
+            await bench.posted.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert [step.step for step in seen[-1]] == list(range(1, 30))
+    assert len(seen) > 5
+    assert seen[0][-1].step == 29, "the newest come first"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import structlog
-from weightsync.orchestrator.daemon.run_directory.markers import Scan
+from weightsync.orchestrator.daemon.run_directory import thread
+from weightsync.orchestrator.daemon.run_directory.scan import Scan
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.protocol.markers import MarkerError
 from weightsync.orchestrator.protocol.names import Version
@@ -35,16 +36,39 @@ async def test_a_write_is_whole_once_it_is_closed(tmp_path: Path, markers: Marke
     assert (told["run_id"], told["step"], told["generation"], told["sequence"]) == ("glm", 5, 7, 3)
 
 
-async def test_what_is_asked_happens_in_that_order(tmp_path: Path, markers: MarkerThread) -> None:
-    step = tmp_path / "broadcasts" / "step_5"
-    step.mkdir(parents=True)
-    (step / "STABLE").touch()
-    before = asyncio.ensure_future(markers.scan())
+async def test_a_write_waits_for_no_scan(
+    tmp_path: Path, markers: MarkerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scan of a large directory takes long, and its file system may hang."""
+    written_by_then = threading.Event()
+
+    def scan() -> Scan:
+        assert written_by_then.wait(20)
+        return Scan((), ())
+
+    monkeypatch.setattr(markers.directory, "scan", scan)
+    scanning = asyncio.ensure_future(markers.scan())
     await asyncio.sleep(0)  # it is asked
     markers.write("COMMITTED", VERSION, {})
-    after = asyncio.ensure_future(markers.scan())
-    assert [waiting.step for waiting in (await before).waiting] == [5]
-    assert (await after).waiting == ()
+    markers._writes.shutdown()
+    assert written(tmp_path, "COMMITTED")["step"] == 5
+    written_by_then.set()
+    assert await scanning == Scan((), ())
+
+
+async def test_writes_and_scans_each_happen_in_their_order(tmp_path: Path, markers: MarkerThread) -> None:
+    step = tmp_path / "broadcasts" / "step_5"
+    step.mkdir(parents=True)
+    before = asyncio.ensure_future(markers.scan())
+    await asyncio.sleep(0)  # it is asked
+    (step / "STABLE").touch()
+    after = asyncio.ensure_future(markers.look(5))
+    await before
+    assert [waiting.step for waiting in (await after).waiting] == [5]
+    markers.write("FAILED", VERSION, {"reason": "r"})
+    markers.write("COMMITTED", VERSION, {})
+    markers.close()
+    assert sorted(path.name for path in step.iterdir()) == ["COMMITTED", "STABLE"]
 
 
 async def test_the_loop_goes_on_while_a_file_system_does_not(
@@ -71,10 +95,10 @@ async def test_a_failed_write_is_logged_and_nothing_else(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(markers.directory, "write", fail)
+    monkeypatch.setattr(thread, "write_marker", fail)
     with structlog.testing.capture_logs() as logs:
         markers.write("FAILED", VERSION, {"reason": "r"})
-        assert (await markers.scan()).waiting == ()
+        markers.close()
     assert [(line["event"], line["marker"], line["version"], line["reason"]) for line in logs] == [
         ("marker not written", "FAILED", str(VERSION), str(error))
     ]

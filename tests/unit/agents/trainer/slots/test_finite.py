@@ -1,7 +1,11 @@
 """NaN and infinity are found in what engines would be sent, by tensor and number; nothing finite is taken for them."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from weightsync.agents.tables.spans import Spans
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.slots.arena import Reservation
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
@@ -108,6 +112,54 @@ def test_scales_that_are_exponents_show_nan_as_their_highest_byte():
     assert check.find() == ()
     arena[515] = 0xFF
     assert check.find() == (NonFinite("x", 1, 10, blocks=True),)
+
+
+class Raw:
+    """What the check asks of a slot, of one raw tensor."""
+
+    def __init__(self, dtype):
+        self.spec = ConversionSpec("x", (Source("x"),))
+        self.places = (SimpleNamespace(values=Reservation(256, (9, 16), dtype), scales=None),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float64])
+def test_numbers_of_any_width_are_counted(dtype):
+    """A stream may bring such tensors as they are; torch has no maximum of the narrow ones."""
+    arena = torch.zeros(2048, dtype=torch.uint8)
+    values = Raw(dtype).places[0].values.view(arena)
+    every = torch.arange(256, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.tensor([1.0, -1e308])
+    good = every.double().isfinite()
+    values.view(-1)[:] = every[good].to(dtype).repeat(144)[:144]
+    check = FiniteCheck([Raw(dtype)], arena)
+    assert check.find() == ()
+    bad = every[~good] if dtype.itemsize == 1 else torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    assert len(bad) == {torch.float8_e4m3fn: 2, torch.float8_e5m2: 8, torch.float8_e8m0fnu: 1}.get(dtype, 3)
+    for number in range(len(bad)):
+        before = values[4, 5].clone()
+        values[4, 5] = bad[number]
+        assert check.find() == (NonFinite("x", 1, 144, blocks=False),), bad[number]
+        values[4, 5] = before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool])
+def test_formats_without_such_numbers_are_not_looked_at(dtype):
+    assert FiniteCheck([Raw(dtype)], torch.full((2048,), 0xFF, dtype=torch.uint8)).find() == ()
+
+
+def test_memory_that_is_known_to_be_finite_is_not_read(state):
+    """Known of all but one tensor, and of the front of another: both of these are looked at."""
+    slots = slots_of(state)
+    places = [place.scales or place.values for slot in slots.slots for place in slot.places]
+    runs = [(place.offset, place.nbytes) for place in places]
+    del runs[[slot.spec.dst for slot in slots.slots].index("half.a")]
+    front = [slot.spec.dst for slot in slots.slots].index("cast.c")
+    runs[front - 1] = (runs[front - 1][0], 100)
+    finite = Spans.of(np.array([[size, 0, offset, 0, 0, *[1, 0, 0] * 3] for offset, size in runs]))
+    bad = {name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}
+    slots.convert(bad)
+    assert [found.tensor for found in slots.nonfinite(finite)] == ["half.a", "cast.c"]
+    assert {found.tensor for found in slots.nonfinite()} == state.keys()
+    assert [found.tensor for found in slots.nonfinite(finite)] == ["half.a", "cast.c"]
 
 
 def test_a_rank_without_slots_has_nothing_to_find():

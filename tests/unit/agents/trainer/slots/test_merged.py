@@ -40,13 +40,19 @@ def state_of(tensors, *, scale=0.3, transposed=False):
     return MergedState(bare, {"q.weight": Merge("q.base", (Adapter("a", "b", scale, transposed),))}, tensors)
 
 
+def weight(state, name="q.weight"):
+    """A merged weight itself."""
+    state.gather()
+    return state.local(name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_sum_is_made_in_float32_and_rounded_once(dtype):
     tensors = parts(dtype=dtype)
     state = state_of(tensors)
     base, a, b = (tensors[name].float() for name in ("q.weight", "a", "b"))
-    assert torch.equal(state["q.weight"], base + (b @ a) * 0.3)
-    assert state["q.weight"].dtype == torch.float32
+    assert torch.equal(weight(state), base + (b @ a) * 0.3)
+    assert weight(state).dtype == torch.float32
     assert torch.equal(tensors["q.weight"].float(), base), "the base is left as it is"
     slots = TrainerSlots(state, Table(["q.weight"]), options=SlotOptions(staging_bytes=0))
     slots.convert(state)
@@ -68,13 +74,13 @@ def test_several_adapters_are_added_in_their_order_and_transposed_ones_turned():
     adapters = (Adapter("a", "b", 0.5), Adapter("c", "d", -2.0, transposed=True))
     state = MergedState({"q.weight": tensors["q.weight"]}, {"q.weight": Merge("q.weight", adapters)}, tensors)
     once = tensors["q.weight"] + (tensors["b"] @ tensors["a"]) * 0.5
-    assert torch.equal(state["q.weight"], once + (tensors["d"] @ tensors["c"]).T * -2.0)
+    assert torch.equal(weight(state), once + (tensors["d"] @ tensors["c"]).T * -2.0)
 
 
 def test_an_autocast_around_the_publish_rounds_nothing():
     tensors = parts()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        merged_now = state_of(tensors)["q.weight"]
+        merged_now = weight(state_of(tensors))
     assert torch.equal(merged_now, tensors["q.weight"] + (tensors["b"] @ tensors["a"]) * 0.3)
 
 
@@ -106,6 +112,21 @@ def test_each_rank_merges_what_it_holds(in_ranks, rows, placements, smallest):
     different = (joined != expected).float().mean()
     assert different < 1e-3, different
     assert torch.allclose(joined.float(), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_adapters_may_come_and_go_between_publishes():
+    """The same base as it is, then with adapters, then as it is: of bfloat16, which a merged weight is not."""
+    tensors = parts(dtype=torch.bfloat16)
+    adapted, plain = state_of(tensors), {"q.weight": tensors["q.weight"]}
+    expected = (tensors["q.weight"].float() + (tensors["b"].float() @ tensors["a"].float()) * 0.3).to(torch.bfloat16)
+    options = SlotOptions(staging_bytes=0)
+    for table in (Table(["q.weight"]), Table(["q.weight"], FP8)):
+        slots = TrainerSlots(plain, table, options=options)
+        for state, wanted in ((plain, tensors["q.weight"]), (adapted, expected), (plain, tensors["q.weight"])):
+            slots.convert(state)
+            whole = TrainerSlots({"q.weight": wanted}, table, options=options)
+            whole.convert({"q.weight": wanted})
+            assert torch.equal(slots.arenas[0], whole.arenas[0])
 
 
 WRONG = {
@@ -148,21 +169,24 @@ def test_merged_weights_are_made_a_few_at_a_time(monkeypatch):
     merges = {f"{n}.q.weight": Merge(f"{n}.q.weight", (Adapter(f"{n}.a", f"{n}.b", 1.0),)) for n in range(5)}
     state = MergedState({name: tensors[name] for name in names}, merges, tensors)
     monkeypatch.setattr(merged, "MERGED_BYTES", 2 * 16 * 16 * 4)
-    assert list(together([[name] for name in names], state)) == [[5], [0, 1], [2, 3], [4]]
-    assert list(together([[name] for name in names], state.bare)) == [[0, 1, 2, 3, 4, 5]]
+    assert list(together([1024, 1024, 1024, 1024, 1024, 0])) == [[5], [0, 1], [2, 3], [4]]
+    assert list(together([0, 0])) == [[0, 1]]
+    assert list(together([9999, 1, 0])) == [[2], [0], [1]], "one that is larger by itself"
     slots = TrainerSlots(state, Table(names), options=SlotOptions(staging_bytes=0))
     slots.convert(state)
     for n, entry in enumerate(slots.entries()):
         held = slots.arenas[0][entry.offset : entry.offset + 512].view(torch.bfloat16).view(16, 16)
-        assert torch.equal(held, state[names[n]].to(torch.bfloat16))
+        expected = weight(state, names[n]) if n < 5 else tensors[names[n]]
+        assert torch.equal(held, expected.to(torch.bfloat16))
 
 
-def test_it_is_a_mapping_that_merges_only_when_it_is_asked():
-    state = state_of(parts())
+def test_it_is_a_mapping_of_bases_that_merges_only_when_it_is_asked():
+    tensors = parts()
+    state = state_of(tensors)
     assert list(state) == ["q.weight", "other"]
     assert len(state) == 2
     assert "other" in state
     assert "q.base" not in state
-    assert state["other"] is state.bare["other"]
+    assert state["q.weight"] is tensors["q.weight"]
     assert state.is_merged("q.weight")
     assert not state.is_merged("other")

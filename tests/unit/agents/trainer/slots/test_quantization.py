@@ -1,8 +1,11 @@
 """Casts and FP8 blocks, against plain arithmetic."""
 
+import weakref
+
 import pytest
 import torch
-from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+from weightsync.agents.trainer.slots import quantization
+from weightsync.agents.trainer.slots.quantization import Conversion, QuantizationSpec
 
 FP8 = QuantizationSpec(torch.float8_e4m3fn, "_scale_inv")
 THIRD = torch.tensor([1 / 3, 1e-3, -2.7182817])
@@ -85,3 +88,58 @@ def test_outputs_that_do_not_belong_are_refused():
         FP8.apply(src, torch.zeros(128, 128, dtype=torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="scales of"):
         FP8.apply(src, torch.zeros(128, 128, dtype=torch.float8_e4m3fn), torch.zeros(2, 1))
+
+
+def test_what_is_widened_is_rounded_through_one_small_buffer_in_turns(monkeypatch):
+    """Among tensors that need no rounding, and with one that is larger than the buffer."""
+    monkeypatch.setattr(quantization, "ROUNDING_BYTES", 64)
+    spec = QuantizationSpec(torch.float32)
+    shapes = [(5, 3), (4,), (90,), (2, 7), (), (3,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float16]
+    sources = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    outs = [torch.empty(shape) for shape in shapes]
+    cast = spec.prepare([Conversion(src, out) for src, out in zip(sources, outs, strict=True)])
+    for offset in (0, 1):
+        moved = [source + offset for source in sources]
+        cast(moved)
+        for out, source in zip(outs, moved, strict=True):
+            assert torch.equal(out, source.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("block", [(128, 128), (1, -1)], ids=["blocks", "whole rows"])
+def test_float64_is_rounded_through_the_buffer_before_it_is_quantised(monkeypatch, block):
+    monkeypatch.setattr(quantization, "ROUNDING_BYTES", 2 * 130 * 140)
+    columns = 140
+    spec = QuantizationSpec(torch.float8_e4m3fn, "_scale", block=(1, columns) if block[0] == 1 else block)
+    dtypes = [torch.float64, torch.float32, torch.float64, torch.float64]
+    sources = [torch.randn(rows, columns).to(dtype) for rows, dtype in zip((130, 5, 100, 60), dtypes, strict=True)]
+
+    def places():
+        return [torch.empty(source.shape, dtype=torch.float8_e4m3fn) for source in sources], [
+            torch.empty(spec.scale_shape(tuple(source.shape))) for source in sources
+        ]
+
+    (outs, scales), (alone, alone_scales) = places(), places()
+    quantize = spec.prepare([Conversion(*each) for each in zip(sources, outs, scales, strict=True)])
+    for offset in (0, 1):
+        moved = [source + offset for source in sources]
+        quantize(moved)
+        for number, source in enumerate(moved):
+            spec.apply(source.to(torch.bfloat16), alone[number], alone_scales[number])
+            assert torch.equal(outs[number].view(torch.uint8), alone[number].view(torch.uint8))
+            assert torch.equal(scales[number], alone_scales[number])
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantizationSpec(torch.float32), FP8, QuantizationSpec(FP8.dtype, "_s", block=(1, 8))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_it_is_prepared_with_is_not_kept(spec, dtype):
+    source, out = torch.randn(4, 8).to(dtype), torch.empty(4, 8, dtype=spec.dtype)
+    scales = torch.empty(spec.scale_shape((4, 8))) if spec.quantizes else None
+    kept = weakref.ref(source)
+    prepared = spec.prepare([Conversion(source, out, scales)])
+    del source
+    assert kept() is None
+    prepared([torch.ones(4, 8, dtype=dtype)])
+    assert out.float().abs().min() > 0

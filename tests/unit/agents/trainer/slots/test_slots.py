@@ -1,6 +1,8 @@
 """Slots over real meshes: what they hold equals independent slicing, casting and quantising of the full weights."""
 
+import gc
 import re
+import tracemalloc
 import weakref
 
 import pytest
@@ -9,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from weightsync.agents.memory.arena import ALIGNMENT, host_arena
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.tables.runs import RUN_LENGTH
@@ -339,47 +342,68 @@ def test_a_tensor_parallel_slice_off_the_grid_is_an_error_by_name(in_ranks, weig
 
 # -------------------------------------------------------------------------------------------- the slots' promises
 class LargestAllocation(TorchDispatchMode):
-    """The largest new storage that any operator returns, in bytes, outside the given ones."""
+    """The largest storage that any operator returns and was not given, in bytes."""
 
-    def __init__(self, known):
+    def __init__(self):
         super().__init__()
-        self.known, self.largest, self.seen = known, 0, set()
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for found in result if isinstance(result, tuple | list) else [result]:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
+        for found in tree_leaves(result):
             tensor = getattr(found, "_local_tensor", getattr(found, "elem", found))  # of a DTensor, of a pending gather
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
 
 
-def test_converting_allocates_nothing_for_slots(weights):
+def test_converting_allocates_nothing(weights):
     state = weights.state(DENSE_SHAPES)
     slots = TrainerSlots(state, table(DENSE))
     places = [arena.data_ptr() for arena in slots.arenas]
-    known = {t.untyped_storage().data_ptr() for t in [*state.values(), *slots.arenas]}
-    with LargestAllocation(known) as watched:
+    with LargestAllocation() as watched:
         slots.convert(state)
     assert watched.largest == 0
     assert [arena.data_ptr() for arena in slots.arenas] == places
     assert [region.base for region in slots.layout.regions] == places
+    with LargestAllocation() as watched:
+        state["lm_head.weight"].to(torch.bfloat16)
+    assert watched.largest == 512 * 256 * 2, "an allocation would be seen"
 
 
-def test_gathering_allocates_its_own_buffer_and_nothing_for_slots(in_ranks, weights):
+def test_publishing_again_and_again_keeps_no_memory():
+    layers = {n.replace("layers.0", f"layers.{k}"): s for k in range(30) for n, s in DENSE_SHAPES.items()}
+    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in layers.items()}
+    slots = TrainerSlots(state, table(DENSE | {"num_hidden_layers": 30}))
+    slots.convert(state)
+    tracemalloc.start()
+    try:
+        slots.convert(state)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(5):
+            slots.convert(state)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2048, "a list of its tensors would take more"
+
+
+def test_gathering_allocates_nothing(in_ranks, weights):
+    """Beyond the few dozen bytes in which the threads' process group counts sizes."""
     masters = weights.state(DENSE_SHAPES)
-    largest = max(t.numel() for t in masters.values()) * 2
 
     def body(rank):
         state = sharded(masters, init_device_mesh("cpu", (2,)), {"": [Shard(0)]})
         slots = TrainerSlots(state, table(DENSE), options=SlotOptions(2**40))
-        known = {t.untyped_storage().data_ptr() for t in slots.arenas}
-        known |= {t.to_local().untyped_storage().data_ptr() for t in state.values()}
-        with LargestAllocation(known) as watched:
+        slots.convert(state)
+        with LargestAllocation() as watched:
             slots.convert(state)
         return watched.largest
 
-    assert all(0 < found <= largest for found in in_ranks(2, body)), "one tensor in the forward dtype at a time"
+    assert all(found <= 64 for found in in_ranks(2, body))
 
 
 def test_a_missing_tensor_is_named_before_anything_is_written(weights):

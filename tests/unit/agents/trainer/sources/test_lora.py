@@ -12,6 +12,12 @@ from weightsync.agents.trainer.state import TrainerSource
 RANK, OUT, IN = 4, 6, 8
 
 
+def merged(state, name):
+    """The weight itself."""
+    state.gather()
+    return state.local(name)
+
+
 def tensors(**shapes):
     return {name.replace("__", "."): torch.randn(shape) for name, shape in shapes.items()}
 
@@ -57,10 +63,10 @@ def test_every_trainers_names_are_merged(trainer, rule, scale):
     state = {base: torch.randn(OUT, IN), a: torch.randn(RANK, IN), b: torch.randn(OUT, RANK), "norm": torch.ones(3)}
     state[base.replace("weight", "bias")] = torch.ones(OUT)
     source = TrainerSource(state, lora=(rule,))
-    assert source.state().keys() == {"layers.0.q.weight", "layers.0.q.bias", "norm"}
-    values = source.values()
-    assert torch.equal(values["layers.0.q.weight"], state[base] + (state[b] @ state[a]) * scale)
-    assert values["norm"] is state["norm"]
+    now = source.state()
+    assert now.keys() == {"layers.0.q.weight", "layers.0.q.bias", "norm"}
+    assert torch.equal(merged(now, "layers.0.q.weight"), state[base] + (state[b] @ state[a]) * scale)
+    assert now["norm"] is state["norm"]
     source.account_for(source.state(), ("layers.0.q.weight", "layers.0.q.bias", "norm"))
 
 
@@ -70,7 +76,7 @@ def test_modules_whose_base_keeps_its_name_are_merged_at_every_publish(kind):
     source = TrainerSource(torch.compile(model, backend="eager"), lora=(LoraMerge(scale=2.0),))
     for _ in range(2):
         a, b = (p for n, p in model["q"].named_parameters() if "lora" in n)
-        assert torch.equal(source.values()["q.weight"], (model["q"].weight + (b @ a) * 2.0).detach())
+        assert torch.equal(merged(source.state(), "q.weight"), (model["q"].weight + (b @ a) * 2.0).detach())
         with torch.no_grad():
             b += 1
 
@@ -81,8 +87,12 @@ def test_the_first_rule_that_fits_a_module_counts():
         state |= {f"{name}.weight": torch.zeros(OUT, IN)}
         state |= {f"{name}.lora_a.weight": torch.ones(RANK, IN), f"{name}.lora_b.weight": torch.ones(OUT, RANK)}
     rules = (LoraMerge(scale=1.0, pattern="*.q"), LoraMerge(scale=10.0, pattern="attn.*"), LoraMerge(scale=100.0))
-    values = TrainerSource(state, lora=rules).values()
-    assert [values[f"{n}.weight"][0, 0].item() / RANK for n in ("attn.q", "attn.k", "mlp.up")] == [1.0, 10.0, 100.0]
+    now = TrainerSource(state, lora=rules).state()
+    assert [merged(now, f"{n}.weight")[0, 0].item() / RANK for n in ("attn.q", "attn.k", "mlp.up")] == [
+        1.0,
+        10.0,
+        100.0,
+    ]
     with pytest.raises(AdapterError, match=r"^'mlp\.up': it has adapters, and no LoraMerge\(pattern=…\) fits its name"):
         TrainerSource(state, lora=rules[:2]).state()
 
@@ -93,8 +103,8 @@ def test_an_embeddings_adapter_is_turned():
         "embed.lora_embedding_B.default": torch.randn(IN, RANK),
     }
     a, b = state["embed.lora_embedding_A.default"], state["embed.lora_embedding_B.default"]
-    merged = TrainerSource(state, lora=(LoraMerge(scale=0.5),)).values()
-    assert torch.equal(merged["embed.weight"], state["embed.base_layer.weight"] + (b @ a).T * 0.5)
+    now = TrainerSource(state, lora=(LoraMerge(scale=0.5),)).state()
+    assert torch.equal(merged(now, "embed.weight"), state["embed.base_layer.weight"] + (b @ a).T * 0.5)
 
 
 A, B = {"q.lora_A.weight": torch.randn(RANK, IN)}, {"q.lora_B.weight": torch.randn(OUT, RANK)}

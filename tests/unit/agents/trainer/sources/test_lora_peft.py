@@ -35,9 +35,9 @@ def adapted(model, **given):
 
 
 def published(source, assemble):
-    slots = TrainerSlots(source.values(), model_table(CONFIG, fp8=False), options=OPTIONS)
+    slots = TrainerSlots(source.state(), model_table(CONFIG, fp8=False), options=OPTIONS)
     source.account_for(source.state(), slots.read)
-    slots.convert(source.values())
+    slots.convert(source.state())
     return assemble([slots])
 
 
@@ -166,9 +166,9 @@ def publish_sharded(rank):
     source = TrainerSource(model)
     state = source.state()
     assert all(isinstance(tensor, DTensor) for tensor in state.values())
-    slots = TrainerSlots(source.values(), model_table(CONFIG, fp8=False), options=OPTIONS)
+    slots = TrainerSlots(state, model_table(CONFIG, fp8=False), options=OPTIONS)
     source.account_for(state, slots.read)
-    slots.convert(source.values())
+    slots.convert(source.state())
     for entry in slots.entries():
         stride = [step // 2 for step in entry.stride]
         memory = slots.arenas[0].view(torch.bfloat16)

@@ -207,3 +207,45 @@ def test_a_parametrised_module_is_refused_with_what_to_do():
         MissingTensor, match=r"q_proj\.weight'.* it has .*original.*a parametrised module; give a callable"
     ):
         TrainerSlots(current_state(network), model_table(CONFIG, fp8=False), options=OPTIONS)
+
+
+class Own(nn.Linear):
+    """Saves by a way of its own."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "doubled"] = self.weight * 2
+
+
+class Asked(nn.Module):
+    """Makes its weight when its state is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.inner = nn.Linear(2, 2)
+        self.register_state_dict_pre_hook(lambda module, prefix, keep: setattr(module, "weight", module.inner.weight))
+
+
+def test_every_kind_of_module_gives_what_its_state_dict_gives():
+    shared = nn.BatchNorm1d(3)
+    instance = nn.Linear(2, 2)
+    instance.state_dict = lambda destination, prefix, keep_vars: destination.update({prefix + "alone": instance.weight})
+    network = nn.ModuleDict(
+        {
+            "own": nn.Sequential(Own(2, 3), shared),
+            "again": shared,
+            "asked": Asked(),
+            "instance": nn.ModuleList([nn.Linear(2, 2, bias=False), instance]),
+            "quantised": nn.Sequential(nn.Identity(), nn.Embedding(3, 4)),
+        }
+    )
+    network["quantised"].register_module("nothing", None)
+    network["quantised"][1].register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({prefix + "more": module.weight})
+    )
+    expected = {n: t for n, t in network.state_dict(keep_vars=True).items() if n != "own.0.doubled"}
+    found = module_tensors(network)
+    assert torch.equal(found.pop("own.0.doubled"), network["own"][0].weight * 2)
+    assert list(found) == list(expected)
+    assert all(found[name] is expected[name] for name in expected)

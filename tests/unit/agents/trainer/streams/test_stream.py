@@ -4,10 +4,12 @@ import gc
 import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import tiny_fleet
 import torch
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+from weightsync.agents.tables.spans import Spans
 from weightsync.agents.trainer.errors import ChangedTensor
 from weightsync.agents.trainer.models import STACKED, model_table
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
@@ -106,6 +108,22 @@ def test_arenas_grow_by_segments_that_waste_little(monkeypatch, assemble):
     assert max(segments) == 20224  # a tensor larger than any segment has one of its own size
     assert held <= sum(segments) < 1.5 * held
     assert [region.length for region in slots.layout.regions] == [*segments, 512]
+
+
+def test_what_is_not_finite_is_found_in_every_segment(monkeypatch):
+    """Also in tensors that are FP8 already; and not looked for where the segment is known to be finite."""
+    monkeypatch.setattr(streams, "SMALLEST_SEGMENT", 4096)
+    state = {"a": torch.zeros(40, 50), "raw": torch.zeros(64, 64).to(torch.float8_e4m3fn), "b": torch.zeros(3000)}
+    slots = StreamSlots(staging_bytes=0)
+    slots.fill(state.items())
+    assert len(slots.arenas) == 3
+    assert slots.nonfinite() == ()
+    state["a"][1, 2], state["b"][-1] = torch.nan, torch.inf
+    state["raw"].view(torch.uint8)[5, 6] = 0xFF
+    slots.fill(state.items())
+    assert [(found.tensor, found.count) for found in slots.nonfinite()] == [("a", 1), ("raw", 1), ("b", 1)]
+    known = Spans.of(np.array([[slots.arenas[1].numel(), 1, 0, 0, 0, *[1, 0, 0] * 3]]))
+    assert [found.tensor for found in slots.nonfinite(known)] == ["a", "b"]
 
 
 def test_a_declared_stream_has_one_arena_of_its_size():

@@ -107,7 +107,7 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
     rank = make_rank(slots)
     async with polling(targets):
         await rank.connect(connect)
-        digests = rank.shares.digests()
+        digests = rank.shares.read().digests
         moved = await rank.sender.write([t.member for t in targets], PATIENCE)
         assert {m.member for m in moved} == {t.member for t in targets}
         assert sum(m.bytes for m in moved) == connect.expected_bytes
