@@ -296,12 +296,10 @@ class Fleet:
         self.gone.pop(agent.member, None)
         self.agents[agent.member] = agent
         home, rank = self._home(agent.member), agent.member.rank
-        behind = rank not in home and bool(home) and rank < next(reversed(home))
+        behind = rank < next(reversed(home), rank)
         home[rank] = agent
-        if behind:  # put in order here, since it is read after every event
-            in_order = sorted(home.items())
-            home.clear()
-            home.update(in_order)
+        for other in sorted(home) if behind else ():  # put in order here, since it is read after every event
+            home[other] = home.pop(other)
 
     def leave(self, member: Member) -> ConnectedAgent | None:
         """End a connection; returns what was known of it, which is kept in case that its process comes back."""
