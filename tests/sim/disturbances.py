@@ -57,8 +57,9 @@ def _sizes(world: World) -> None:
 def _zombies(world: World) -> None:
     """The trainer is stopped, a second one starts on another host, and then the first one goes on for a while."""
     first = world.job
-    if not first.whole:
+    if not first.whole or world.two_trainers:
         return
+    world.two_trainers = True
     world.note("the trainer is stopped and will wake up beside another one")
     end = world.faults.begin(world.servers)
     for rank in first.ranks:
@@ -71,13 +72,14 @@ def _zombies(world: World) -> None:
             rank.thaw()
 
     def die() -> None:
+        world.two_trainers = False
         first.die()
         world.declare_dead(range(first.size))
         end()
 
     world.later(world.rng.uniform(0.5, 5.0), lambda: world.start_trainer(host=f"host {world.next_id()}"))
-    world.later(wakes, wake)
-    world.later(wakes + dies, die)
+    world.later(max(wakes, 5.0), wake)
+    world.later(max(wakes, 5.0) + dies, die)
 
 
 def _operators(world: World) -> None:

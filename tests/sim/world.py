@@ -79,6 +79,8 @@ class World(VirtualTime):
         self.servers: dict[str, Server] = {}
         self._workers: dict[Member, Worker] = {}
         self.jobs: list[Job] = []
+        self.two_trainers = False
+        """The last one and the one before it, which will be ended."""
         self.held: set[str] = set()
         """By the operator."""
         self.healing: list[Work] = []
@@ -190,18 +192,19 @@ class World(VirtualTime):
             self.run(self.now + 0.5)
         self.run(self.now + 3.0)
 
-    def declare_dead(self, ranks: Iterable[int], times: int = 3) -> None:
+    def declare_dead(self, ranks: Iterable[int], looks: int = 4) -> None:
         """The operator says that earlier processes of these trainer ranks are dead, when status shows none of them.
 
-        And again, since a round that had begun may have granted them something meanwhile.
+        And looks again: a round that had begun may have granted them something, a daemon may have died over it.
         """
         for rank in ranks:
+            left = looks
             if self._sees_no_other_than_the_last(rank):
                 member = Member("trainer", "", rank)
                 self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
-                times -= 1
-            if times:
-                self.later(2.0, lambda rank=rank, times=times: self.declare_dead([rank], times))
+                left -= 1
+            if left:
+                self.later(2.0, lambda rank=rank, left=left: self.declare_dead([rank], left))
 
     def _sees_no_other_than_the_last(self, rank: int) -> bool:
         if self.daemon is None or any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
@@ -283,9 +286,10 @@ class World(VirtualTime):
         self.configured.remove(name)
         self._pairs = [pair for pair in self._pairs if name not in pair]
         self.configure()
-        server = self.servers.pop(name)
-        server.die_all()
-        self.judge.died(name)
+        server = self.servers.pop(name, None)
+        if server is not None:
+            server.die_all()
+            self.judge.died(name)
 
     def workers(self) -> Iterator[Worker]:
         return (worker for worker in self._workers.values() if worker.alive)
@@ -306,7 +310,7 @@ class World(VirtualTime):
         self, size: int | None = None, for_seconds: float | None = None, *, silently: bool = False
     ) -> None:
         """All its ranks die; another start follows, maybe with another number of ranks."""
-        if not self.job.dead:
+        if not self.job.dead and not self.two_trainers:
             self.note("the trainer dies")
             end = self.faults.begin(self.servers)
             self.job.die(silently=silently)
