@@ -30,6 +30,7 @@ On the right, the module below ``agents``::
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
     ├── UnreadWeights            a layer that does not read what a round writes      vllm.probe
     ├── HoldsWeights             a setting by which copies of weights are kept       vllm.holders.settings
+    ├── AdapterRefused           an adapter that rounds cannot write as declared     vllm.lora.declared
     ├── BalancerBusy             experts still being moved in the background         vllm.holders.balancer
     ├── BalancerUnknown          a vLLM whose background moves cannot be stopped     vllm.holders.balancer
     └── UnsupportedVllm          a vLLM that no adapter knows                        vllm.adapter.choose

@@ -18,11 +18,12 @@ from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, Ra
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, staging_arenas
 from weightsync.agents.inference.window import Update, UpdateFailed, Windows
-from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress, Identity
+from weightsync.agents.link.introduction import Identity
+from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress
 from weightsync.kernels.warm import warm_up
-from weightsync.orchestrator.protocol.codec import cut
-from weightsync.orchestrator.protocol.messages import EngineStatus, Fault, Left, Quiesced, Verified, Verify
+from weightsync.orchestrator.protocol.messages import EngineStatus, Exposed, Fault, Left, Quiesced, Verified, Verify
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 __all__ = ["InferenceAgent", "UpdateFailed"]
 
@@ -66,7 +67,7 @@ class InferenceAgent:
         arenas = tuple(staging_arenas(staging, device))
         warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
         self._weights = LiveWeights(model, device, arenas)
-        self._windows = Windows()
+        self._windows = Windows(self._abandoned)
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None
 
@@ -80,6 +81,22 @@ class InferenceAgent:
         """Whether a batch may run: live memory holds one whole committed version."""
         return self._windows.may_run
 
+    @property
+    def held_because(self) -> str:
+        """Why the daemon does not want the engine resumed; empty when it does not say so."""
+        status = self._windows.status
+        return (self._windows.held_because or "the daemon said so") if status.held else ""
+
+    @property
+    def incarnation(self) -> int:
+        """Of this process, as the daemon knows it; 0 before the first ``begin``."""
+        return 0 if self._agent is None else self._agent.obedience.incarnation
+
+    @property
+    def lease(self) -> tuple[float, float] | None:
+        """How long a paused engine waits for a silent daemon, and how long it has been silent; None: for ever."""
+        return None if self._agent is None else self._agent.lease
+
     def begin(self, info: InitInfo) -> None:
         """Start the agent's thread; the same info again does nothing while the thread lives.
 
@@ -89,6 +106,7 @@ class InferenceAgent:
         Raises:
             InfoError: a daemon was obeyed here, and ``info`` names another run or another place in the fleet. Writers
                 of that run may still reach this memory, so only a restart of the engine makes it another's.
+            InfoError: the daemon of another hub is connected, and one of the two must end.
             AgentStuck: the old thread has not ended, so a second one would share its endpoint.
         """
         old = self._agent
@@ -97,14 +115,17 @@ class InferenceAgent:
                 return
             if old.epoch:
                 self._require_the_same_place(info)
+            self._require_no_other_daemon(old, info)
             old.close("replaced by a newer init")
             if old.alive:
                 raise AgentStuck(f"the agent's thread has not ended within {STOP_SECONDS:g} s; restart the engine")
         member = Member("inference", info.engine, self.ranks.rank)
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         address = ControlAddress(info.hub_url, Path(info.token_file))
-        side = InferenceSide(member, self._weights, self._windows)
-        self._agent = AgentThread(identity, address, lambda thread: side, old)
+        weights, windows = self._weights, self._windows
+        self._agent = AgentThread(
+            identity, address, lambda thread: InferenceSide(thread, member, weights, windows), old
+        )
         self._info = info
         self._agent.start()
 
@@ -122,6 +143,10 @@ class InferenceAgent:
             raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
         if not agent.alive:
             raise UpdateFailed("the agent of this worker was closed; the daemon must introduce itself again")
+        if info.round_epoch != agent.epoch:
+            raise UpdateFailed(
+                f"update_info.round_epoch is {info.round_epoch}, and this worker obeys a daemon of epoch {agent.epoch}"
+            )
         began = time.monotonic()
         self._drain(info.deadline_seconds)  # before the look at the experts, which it may have caught half moved
         if self._weights.follow_experts():
@@ -129,18 +154,19 @@ class InferenceAgent:
             agent.post(agent.announce)
             raise UpdateFailed("experts were rebalanced since the plan was made; the layout is announced anew")
         left = round(max(0.0, info.deadline_seconds - (time.monotonic() - began)), 3)  # as people read it
-        update = Update(RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step), left)
+        name, version = RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step)
+        update = Update(name, version, left, info.exposes)
 
         def tell(word: object) -> None:
             match word:
                 case RoundName():
-                    agent.post(lambda: agent.send(Quiesced(round=word)))
-                case Verified():
-                    agent.post(lambda: agent.send(word))
+                    agent.post(lambda: agent.say_once(Quiesced(round=word)))
+                case Verified() | Exposed():
+                    agent.post(lambda: agent.say_once(word))
                 case EngineStatus():
-                    agent.post(lambda: agent.send(Left(round=update.round, status=word)))
+                    agent.post(lambda: agent.say_once(Left(round=name, status=word)))
 
-        self._windows.serve_round(update, self._synchronise, lambda order: self._verify(order, update.version), tell)
+        self._windows.serve_round(update, self._synchronise, lambda order: self._verify(order, version), tell)
 
     def close(self) -> None:
         """End the agent's thread."""
@@ -157,6 +183,19 @@ class InferenceAgent:
                     f"init_info.{field}: this worker obeys a daemon with {field} {known!r}, and {asked!r} was asked; "
                     "restart the engine to give it to another"
                 )
+
+    @staticmethod
+    def _require_no_other_daemon(old: AgentThread[InferenceSide], info: InitInfo) -> None:
+        known = old.address.url
+        if old.connected and known != info.hub_url:
+            raise InfoError(
+                f"init_info.hub_url: this worker is connected to the daemon at {known!r}, and {info.hub_url!r} was "
+                "asked; end one of the two daemons"
+            )
+
+    def _abandoned(self) -> bool:
+        lease = self.lease
+        return lease is not None and lease[1] >= lease[0]
 
     def _synchronise(self) -> None:
         synchronize(self._device)
@@ -177,7 +216,7 @@ class InferenceAgent:
                 bytes=0,
                 apply_seconds=0.0,
                 digest_seconds=0.0,
-                error=cut(repr(error)),
+                error=clean(repr(error)),
                 fault=fault,
                 retry=retry,
             )

@@ -53,7 +53,8 @@ class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One round in this engine.
 
     ``token`` names the call in logs; the round makes it idempotent; ``generation`` and ``step`` name the version. The
-    call returns within ``deadline_seconds``.
+    call returns within ``deadline_seconds``. ``exposes``: the daemon says Expose before it grants any writer; without
+    it, Quiesced lets writers be granted.
     """
 
     token: Text
@@ -62,6 +63,7 @@ class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     generation: Natural
     step: Natural
     deadline_seconds: Seconds
+    exposes: bool = False
 
 
 class Ranks(Protocol):
@@ -123,6 +125,19 @@ class WeightHolder(Protocol):
     @property
     def status(self) -> EngineStatus:
         """What live memory holds."""
+
+    @property
+    def held_because(self) -> str:
+        """Why the engine is not to be resumed whatever its memory holds; empty when it may be."""
+
+    @property
+    def incarnation(self) -> int:
+        """Of this process, as the daemon knows it; 0 while it knows none."""
+
+    @property
+    def lease(self) -> tuple[float, float] | None:
+        """How long a paused engine waits for a silent daemon, and how long it has been silent here, in seconds; None:
+        for ever."""
 
 
 def parse_init_info(body: dict[str, Any]) -> InitInfo:

@@ -1,19 +1,28 @@
 """What an inference rank does on the agent's thread: announce its layout, let bytes come, pass the daemon's word on."""
 
+import logging
+
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
+from weightsync.agents.link.side import Link
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Commit,
     Connect,
     EngineStatus,
+    Expose,
     Fault,
     FromDaemon,
+    Hold,
+    Holding,
+    Left,
     Verify,
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member
+
+log = logging.getLogger(__name__)
 
 
 class InferenceSide:
@@ -21,7 +30,8 @@ class InferenceSide:
 
     here: Fault = "engine"
 
-    def __init__(self, member: Member, weights: LiveWeights, windows: Windows) -> None:
+    def __init__(self, link: Link, member: Member, weights: LiveWeights, windows: Windows) -> None:
+        self._link = link
         self._member = member
         self._weights = weights
         self._windows = windows
@@ -39,8 +49,18 @@ class InferenceSide:
         await self._weights.receivers.current.connect(connect)
 
     def heard(self, message: FromDaemon) -> None:
-        if isinstance(message, Verify | Commit | Abort):
-            self._windows.heard(message)
+        match message:
+            case Hold():
+                status = self._windows.hold(message.held, message.reason)
+                log.warning("%s: %s: %s", self._member, "held" if message.held else "held no longer", message.reason)
+                self._link.send(Holding(status=status))
+            case Expose() | Verify() | Commit() | Abort():
+                changed = self._windows.heard(message)
+                if changed is not None:
+                    log.warning("%s: round %s: torn no longer; now %s", self._member, message.round, changed)
+                    self._link.say_once(Left(round=message.round, status=changed))
+            case _:
+                pass
 
     def poll(self) -> bool:
         for receiver in self._weights.receivers:

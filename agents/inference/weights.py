@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from weightsync.agents.inference.calls import LiveModel
 from weightsync.agents.memory.arena import arena, region_of
@@ -89,11 +90,4 @@ def _with_staging(layout: Layout, staging: Sequence[torch.Tensor]) -> Layout:
     if not staging:
         return layout
     regions = (*layout.regions, *map(region_of, staging))
-    return Layout(
-        tensors=layout.tensors,
-        regions=regions,
-        rows=layout.rows,
-        staging=len(regions) - 1,
-        derived=layout.derived,
-        expert_map=layout.expert_map,
-    )
+    return msgspec.structs.replace(layout, regions=regions, staging=len(regions) - 1)

@@ -2,6 +2,9 @@
 
 While the worker's main thread is in here it can run no batch; that is the proof of quiescence. The agent's thread
 hands it what is to be done (scatter, refresh, digest on the main thread) and the end.
+
+A round that says so tells the worker before the first writer is granted (Expose). Until then nobody has written, so a
+worker that loses its daemon leaves with what it had; afterwards it leaves as torn.
 """
 
 import queue
@@ -13,11 +16,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from weightsync.agents.errors import AgentError
-from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Verified, Verify
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Commit,
+    EngineStatus,
+    Expose,
+    Exposed,
+    RoundOrder,
+    Verified,
+    Verify,
+)
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 REMEMBERED_ROUNDS: Final = 64
 """Rounds whose end is kept, so that a repeated update call gets the answer of the first."""
+
+LOOK_SECONDS: Final = 0.25
+"""Between two looks at whether the daemon is still there."""
 
 
 class UpdateFailed(AgentError):
@@ -26,25 +41,46 @@ class UpdateFailed(AgentError):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one update call asks for."""
+    """What one update call asks for. ``exposes``: Expose will come before any grant; else Quiesced allows them."""
 
     round: RoundName
     version: Version
     deadline_seconds: float
+    exposes: bool = False
+
+
+@dataclass(slots=True)
+class _Written:
+    """The last round that may have written to this memory. ``whole``: what was here before was no torn memory;
+    ``verified``: it is all here, and its digest was told."""
+
+    round: RoundName
+    version: Version
+    whole: bool
+    verified: bool = False
 
 
 class Windows:
     """Status of one worker's weights, and the rendezvous of its main thread with the agent's thread.
 
     ``status`` is replaced, never changed, so that any thread may read it.
+
+    Args:
+        abandoned: whether the lease of the daemon has run out.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, abandoned: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.status = EngineStatus()
+        self.held_because = ""
+        self._abandoned = abandoned
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Verify | Commit | Abort] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RoundOrder] = queue.SimpleQueue()
         self._ended: OrderedDict[RoundName, str] = OrderedDict()
-        self._entering = threading.Lock()
+        self._lock = threading.Lock()
+        self._written: _Written | None = None
         self._torn_on_leave = False
 
     @property
@@ -67,23 +103,23 @@ class Windows:
             UpdateFailed: aborted, or the deadline passed.
         """
         ends = self._clock() + update.deadline_seconds
-        before = self.status
         if not self._enter(update):
             return  # the same call again, after it had succeeded
         failure = "the worker failed inside the update call"
         try:
             synchronise()
+            if not update.exposes:
+                self._expose(update)
             tell(update.round)
-            self._torn_on_leave = True  # from here on a grant may be given
             failure = self._serve(update, ends, verify, tell)
         finally:
-            self._leave(update, before, failure)
+            self._leave(update, failure)
             tell(self.status)
         if failure:
             raise UpdateFailed(failure)
 
     def _enter(self, update: Update) -> bool:
-        with self._entering:
+        with self._lock:
             known = self._ended.get(update.round)
             if known:
                 raise UpdateFailed(known)
@@ -92,38 +128,67 @@ class Windows:
             while not self._inbox.empty():
                 self._inbox.get_nowait()  # words about a round that is over
             self._torn_on_leave = False
-            self.status = EngineStatus(applied=self.status.applied, window=update.round, torn=self.status.torn)
+            self._now(window=update.round)
         return True
+
+    def _expose(self, update: Update) -> None:
+        """From here on a grant may be given."""
+        self._torn_on_leave = True
+        self._written = _Written(update.round, update.version, whole=not self.status.torn)
 
     def _serve(
         self, update: Update, ends: float, verify: Callable[[Verify], Verified], tell: Callable[[object], None]
     ) -> str:
         """Until Commit (empty) or anything else (the reason)."""
-        while True:
-            remaining = ends - self._clock()
+        name = update.round
+        while (left := ends - self._clock()) > 0:
+            if not self._torn_on_leave and self._abandoned():
+                return f"round {name}: the daemon is gone for longer than its lease, and nobody was granted"
             try:
-                word = self._inbox.get(timeout=max(0.0, remaining))
+                word = self._inbox.get(timeout=min(left, LOOK_SECONDS))
             except queue.Empty:
-                return f"round {update.round}: nothing was decided within {update.deadline_seconds:g} s"
+                continue
             match word:
-                case Verify(round=name) if name == update.round:
-                    tell(verify(word))
-                case Commit(round=name, version=version) if name == update.round and version == update.version:
+                case Expose(round=named) if named == name:
+                    if not self._torn_on_leave:
+                        self._expose(update)
+                    tell(Exposed(round=name))
+                case Verify(round=named) if named == name:
+                    verified = verify(word)
+                    if self._written is not None and self._written.round == name:
+                        self._written.verified = not verified.error
+                    tell(verified)
+                case Commit(round=named, version=version) if named == name and version == update.version:
                     return ""
-                case Abort(round=name) if name == update.round:
+                case Abort(round=named) if named == name:
                     self._torn_on_leave = word.torn
                     return f"round {name} was aborted: {word.reason}"
                 case _:
                     pass  # about another round
+        return f"round {name}: nothing was decided within {update.deadline_seconds:g} s"
 
-    def _leave(self, update: Update, before: EngineStatus, failure: str) -> None:
-        if not failure:
-            self.status = EngineStatus(applied=update.version)
-        elif self._torn_on_leave or before.torn:
-            self.status = EngineStatus(applied=before.applied, torn=True)
-        else:
-            self.status = EngineStatus(applied=before.applied)
-        self._remember(update.round, failure)
+    def _leave(self, update: Update, failure: str) -> None:
+        with self._lock:
+            if not failure:
+                self._commit(update.version)
+            else:
+                self._now(torn=self._torn_on_leave or self.status.torn)
+            self._remember(update.round, failure)
+
+    # -------------------------------------------------------------------------------------------- under the lock
+    def _now(self, window: RoundName | None = None, torn: bool | None = None, held: bool | None = None) -> None:
+        old = self.status
+        self.status = EngineStatus(
+            applied=old.applied,
+            window=window,
+            torn=old.torn if torn is None else torn,
+            held=old.held if held is None else held,
+        )
+
+    def _commit(self, version: Version) -> None:
+        self.status = EngineStatus(applied=version)
+        self.held_because = ""
+        self._written = None
 
     def _remember(self, name: RoundName, failure: str) -> None:
         self._ended[name] = failure
@@ -131,10 +196,42 @@ class Windows:
             self._ended.popitem(last=False)
 
     # ------------------------------------------------------------------------------------------- the agent's thread
-    def heard(self, word: Verify | Commit | Abort) -> None:
-        """The daemon's word for the thread that stands still. An Abort that comes first makes the call fail at once."""
-        with self._entering:
+    def heard(self, word: RoundOrder) -> EngineStatus | None:
+        """The daemon's word for the thread that stands still, or about a round that has left this memory torn.
+
+        An Abort that comes first makes the call fail at once. Returns the status if the word has changed it here.
+        """
+        with self._lock:
             if self.status.window == word.round:
                 self._inbox.put(word)
+            elif self.status.window is None and self._mended(word):
+                return self.status
             elif isinstance(word, Abort) and word.round not in self._ended:
                 self._remember(word.round, f"round {word.round} was aborted: {word.reason}")
+        return None
+
+    def _mended(self, word: RoundOrder) -> bool:
+        """Whether a daemon that was away while this worker left knows that torn memory is whole after all.
+
+        The engine is paused since then and its workers refuse to run, so nothing has changed what was verified.
+        """
+        written = self._written
+        if not self.status.torn or written is None or word.round != written.round:
+            return False
+        match word:
+            case Commit(version=version) if written.verified and version == written.version:
+                self._commit(version)
+                self._remember(word.round, "")
+            case Abort(torn=False) if written.whole:
+                self._now(torn=False)
+                self._written = None
+            case _:
+                return False
+        return True
+
+    def hold(self, held: bool, reason: str) -> EngineStatus:
+        """Refuse that the engine is resumed, or refuse it no longer; the status then."""
+        with self._lock:
+            self._now(window=self.status.window, held=held)
+            self.held_because = reason if held else ""
+        return self.status

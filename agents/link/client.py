@@ -20,6 +20,7 @@ from weightsync.agents.link.connection import (
     ConnectionLost,
     DaemonConnection,
     NotConnected,
+    NotObeyed,
     RefusedForGood,
     TokenRejected,
     upgrade,
@@ -120,6 +121,11 @@ class ControlClient:
         """Whether there is a connection with a Welcome."""
         return self._connection is not None and self._connection.welcomed.done() and not self._connection.lost.done()
 
+    @property
+    def heard_at(self) -> float:
+        """When the daemon was heard last on the present connection, on the loop's clock; 0 while there is none."""
+        return self._connection.heard_at if self._connection is not None and self.connected else 0.0
+
     def send(self, message: FromAgent) -> None:
         """Send ``message`` on the present connection, without waiting.
 
@@ -171,7 +177,7 @@ class ControlClient:
             except ConnectionLost as lost:
                 if self._closing.is_set():
                     return
-                failures = 1 if welcomed else failures + 1
+                failures = 1 if welcomed and not isinstance(lost, NotObeyed) else failures + 1
                 self.trouble = str(lost)
                 self.rejections = self.rejections + 1 if isinstance(lost, TokenRejected) else 0
                 wait = self._backoff.seconds(failures, random.random())

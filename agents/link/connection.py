@@ -42,6 +42,10 @@ class TokenRejected(ConnectionLost):
     """The daemon has another token. Retried by the client, too: one of the two files may be about to be replaced."""
 
 
+class NotObeyed(ConnectionLost):
+    """A daemon that is not the one to obey. Retried by the client: ours may listen there later."""
+
+
 class RefusedForGood(AgentError):
     """The daemon will not take this agent in before something is changed: retrying is pointless."""
 
@@ -87,6 +91,7 @@ class DaemonConnection(asyncio.Protocol):
 
     Attributes:
         welcomed: done when the daemon has said Welcome.
+        heard_at: when the last byte came, on the loop's clock.
         lost: gets the exception that ended the connection: ConnectionLost, RefusedForGood or what a callback raised.
     """
 
@@ -107,7 +112,7 @@ class DaemonConnection(asyncio.Protocol):
         self._heartbeat_seconds = 0.0
         self._silence_seconds = 0.0
         self._heartbeat_due = 0.0
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._endpoint = Endpoint(Side.CLIENT, MAX_FRAME_BYTES)
         self._transport.set_protocol(self)
@@ -115,7 +120,7 @@ class DaemonConnection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------ reading
     def data_received(self, data: bytes) -> None:
         """Handle what has come, to the end of the last whole frame."""
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         try:
             for message in self._endpoint.receive(data):
                 self._heard(message)
@@ -214,9 +219,9 @@ class DaemonConnection(asyncio.Protocol):
         now = self._loop.time()
         if now - self._heartbeat_due > self._heartbeat_seconds:
             # This process stood still: the daemon may have spoken meanwhile, and gets one more interval.
-            self._heard_at = max(self._heard_at, now - self._silence_seconds + self._heartbeat_seconds)
-        if now - self._heard_at > self._silence_seconds:
-            self._end(ConnectionLost(f"it was silent for {now - self._heard_at:.1f} s"))
+            self.heard_at = max(self.heard_at, now - self._silence_seconds + self._heartbeat_seconds)
+        if now - self.heard_at > self._silence_seconds:
+            self._end(ConnectionLost(f"it was silent for {now - self.heard_at:.1f} s"))
             self._transport.abort()
             return
         if not self._transport.get_write_buffer_size() and not self._transport.is_closing():

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 from weightsync.agents.errors import AgentError
-from weightsync.orchestrator.protocol.codec import ProtocolError, cut, decode_from_daemon, encode
+from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
 from weightsync.orchestrator.protocol.group import (
     LENGTH_BYTES,
     Answer,
@@ -41,6 +41,7 @@ from weightsync.orchestrator.protocol.group import (
     packed,
 )
 from weightsync.orchestrator.protocol.messages import Announce, Connect, Ready, TcpStoreRendezvous
+from weightsync.orchestrator.protocol.text import clean
 
 DAEMON_RANK: Final = 0
 
@@ -139,7 +140,7 @@ def _carried(call: Callable[[], Any], what: str) -> Any:
     try:
         return call()
     except Exception as error:  # torch raises its own kinds, which differ between versions
-        raise GroupError(f"the group did not carry {what}: {cut(str(error))}") from error
+        raise GroupError(f"the group did not carry {what}: {clean(str(error))}") from error
 
 
 def _as_bytes(data: object) -> bytes:
@@ -219,7 +220,7 @@ def main() -> None:
                 answers_out.write(packed(answer))
             answers_out.write(packed(Done()))
         except GroupError as error:
-            answers_out.write(packed(Failed(cut(str(error)))))
+            answers_out.write(packed(Failed(clean(str(error)))))
         answers_out.flush()
 
 

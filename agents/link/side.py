@@ -11,6 +11,7 @@ from weightsync.orchestrator.protocol.messages import (
     Fault,
     FromAgent,
     FromDaemon,
+    RoundWord,
     TrainerStatus,
     Welcome,
 )
@@ -53,6 +54,12 @@ class Link(Protocol):
 
     def send(self, message: FromAgent) -> bool:
         """Tell the daemon, if it is there."""
+
+    def say_once(self, word: RoundWord) -> None:
+        """Tell the daemon, now and again after each Welcome of a new connection, until a newer round's word comes.
+
+        Each kind of word replaces its own last one.
+        """
 
     def announce(self) -> None:
         """Say the layout anew, because it has changed."""

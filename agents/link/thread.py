@@ -7,9 +7,7 @@ and an inference worker is an ``AgentSide``, which the thread makes and calls.
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -21,22 +19,23 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
+from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.introduction import Identity, hello
+from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
-from weightsync.orchestrator.protocol.codec import cut
-from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
+from weightsync.agents.link.silence import Silence
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Connect,
-    EngineStatus,
     FromAgent,
     FromDaemon,
     Hello,
     Ready,
+    RoundWord,
     TcpStoreRendezvous,
-    TrainerStatus,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 if TYPE_CHECKING:
     from weightsync.agents.link.process_group import SpgRendezvous
@@ -68,16 +67,6 @@ STOP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this agent is. ``generation`` is 0 for inference ranks."""
-
-    run_id: str
-    member: Member
-    world: int
-    generation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ControlAddress:
     """The daemon: ``ws://host:port/agents`` and the file with the bearer token."""
 
@@ -92,13 +81,14 @@ class AgentThread(Generic[SideT]):
 
     Args:
         identity: who this agent is.
-        address: where its daemon is.
+        address: of its daemon.
         make_side: given this thread, the side that it calls; kept as ``side``.
-        obeyed: the agent before this one in the same process. Its memory is this one's, so writers that could reach it
-            still can: the incarnation stays. What it obeyed binds this one too: a daemon of a lower epoch would give
-            its rounds the names of rounds that are over here.
+        obeyed: the agent before this one in the same process. Its memory is this one's, so what it obeyed binds this
+            one, too.
 
     Attributes:
+        address: where its daemon is.
+        obedience: which daemon this process obeys.
         failure: why the thread has ended, if it was not closed; None while it runs.
     """
 
@@ -110,17 +100,16 @@ class AgentThread(Generic[SideT]):
         obeyed: "AgentThread[SideT] | None" = None,
     ) -> None:
         self.identity = identity
-        self.incarnation: int = secrets.randbits(63) if obeyed is None else obeyed.incarnation
-        self._address = address
-        self._epoch: int = 0 if obeyed is None else obeyed._epoch
-        self._journal_id: str = "" if obeyed is None else obeyed._journal_id
+        self.obedience: Obedience = Obedience(secrets.randbits(63)) if obeyed is None else obeyed.obedience
+        self._silence = Silence()
+        self.address = address
         self._loop = asyncio.new_event_loop()
         self._client: ControlClient | None = None
         self._group: SpgRendezvous | None = None
         self._rendezvous: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._farewell: asyncio.Task[None] | None = None
-        self._stopping = self._has_ended = False
+        self._stopping = self._has_ended = self._introduced = False
         self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
         self._welcome: Future[Welcome] = Future()
         self.failure: BaseException | None = None
@@ -134,6 +123,20 @@ class AgentThread(Generic[SideT]):
     def alive(self) -> bool:
         """Whether the thread runs: started and not ended, neither by ``close`` nor by an error."""
         return self._thread.is_alive()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to a daemon that is obeyed."""
+        return self._client is not None and self._client.connected
+
+    @property
+    def lease(self) -> tuple[float, float] | None:
+        """The lease that the daemon gave, and for how long it was not heard, in seconds; None: there is none.
+
+        An agent that was refused or closed has heard of its daemon, so its lease does not run.
+        """
+        seconds = self.obedience.lease_seconds
+        return (seconds, self._silence.seconds) if seconds and self.alive else None
 
     def wait_welcome(self, seconds: float, look: Callable[[], None] | None = None) -> Welcome:
         """The first Welcome.
@@ -154,7 +157,7 @@ class AgentThread(Generic[SideT]):
             except TimeoutError:
                 rejected = self._client is not None and self._client.rejections >= REJECTIONS
                 if waited >= seconds or rejected:
-                    why = f"no Welcome from {self._address.url} within {waited:.0f} s"
+                    why = f"no Welcome from {self.address.url} within {waited:.0f} s"
                     last = f"the last attempt: {self.trouble or 'under way'}"
                     raise TimeoutError(f"{self.identity.member}: {why}; {last}") from None
             if look is not None:
@@ -208,10 +211,15 @@ class AgentThread(Generic[SideT]):
             log.info("%s could not say %s: no daemon", self.identity.member, type(message).__name__)
         return False
 
+    def say_once(self, word: RoundWord) -> None:
+        """See ``Link``."""
+        self.obedience.keep(word)
+        self.send(word)
+
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("%s: %s", self.identity.member, cut(repr(task.exception())), exc_info=task.exception())
+            log.error("%s: %s", self.identity.member, clean(repr(task.exception())), exc_info=task.exception())
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -238,7 +246,7 @@ class AgentThread(Generic[SideT]):
                 await self._farewell
 
     async def _keep_connected(self) -> None:
-        self._client = ControlClient(self._address.url, self._address.token_file, self._hello, self._heard)
+        self._client = ControlClient(self.address.url, self.address.token_file, self._hello, self._heard)
         self.spawn(self._poll())
         try:
             await self._client.run()
@@ -262,25 +270,14 @@ class AgentThread(Generic[SideT]):
 
     async def _poll(self) -> None:
         while True:
+            if self._client is not None:
+                self._silence.look(self._client.heard_at)
             busy = self.side.poll()
             await asyncio.sleep(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
 
     def _hello(self) -> Hello:
-        status = self.side.status()
-        return Hello(
-            schema=SCHEMA_VERSION,
-            run_id=self.identity.run_id,
-            member=self.identity.member,
-            world=self.identity.world,
-            incarnation=self.incarnation,
-            generation=self.identity.generation,
-            epoch_seen=self._epoch,
-            journal_id=self._journal_id,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            trainer=status if isinstance(status, TrainerStatus) else None,
-            engine=status if isinstance(status, EngineStatus) else None,
-        )
+        self._introduced = True  # to a new connection, whose first Welcome has not come
+        return hello(self.identity, self.obedience, self.side.status())
 
     def _heard(self, message: FromDaemon) -> None:
         match message:
@@ -294,13 +291,11 @@ class AgentThread(Generic[SideT]):
                 self.side.heard(message)
 
     def _welcomed(self, welcome: Welcome) -> None:
-        older = welcome.epoch < self._epoch
-        foreign = welcome.epoch == self._epoch and welcome.journal_id != self._journal_id
-        if older or foreign:
-            # Hello told it the epoch that we obey; a daemon that stays below it is not ours to follow.
-            log.error("daemon of epoch %d refused: this agent obeyed %d", welcome.epoch, self._epoch)
-            return
-        self._epoch, self._journal_id = welcome.epoch, welcome.journal_id
+        try:
+            self.obedience.obey(welcome)
+        except NotObeyed as error:
+            log.error("%s: the daemon at %s is refused: %s", self.identity.member, self.address.url, error)
+            raise  # which ends the connection: nothing that it says is heard
         self._leave_group()
         self.side.welcomed(welcome)
         if not self._welcome.done():
@@ -309,6 +304,10 @@ class AgentThread(Generic[SideT]):
             self._begin_rendezvous(self._over_group(welcome.rendezvous))
         elif welcome.rendezvous is not None:
             self.announce()
+        if self._introduced:
+            self._introduced = False
+            for word in self.obedience.words:  # the connection before may have been lost with them
+                self.send(word)
 
     def _leave_group(self) -> None:
         """Each Welcome begins the rendezvous anew, by whichever way it names."""
@@ -321,7 +320,7 @@ class AgentThread(Generic[SideT]):
     @property
     def epoch(self) -> int:
         """Of the daemon that this agent obeys."""
-        return self._epoch
+        return self.obedience.epoch
 
     def _begin_rendezvous(self, work: Coroutine[Any, Any, None]) -> None:
         if self._rendezvous is not None:
@@ -357,7 +356,7 @@ class AgentThread(Generic[SideT]):
             except Exception as error:
                 fault, retry = blame(error, self.side.here)
                 if not retry:
-                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, cut(repr(error)))
+                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, clean(repr(error)))
                     return False
                 # A peer may be starting, or be gone.
                 known = error if isinstance(error, AgentError) else repr(error)

@@ -173,8 +173,10 @@ def judge_unreached(
         left = missing(state.reached, wanted) if state else length(wanted)
         if not left:
             continue
-        reason = reason_to_stay(parameter, left == length(wanted))
-        if not reason and state is not None and not missing(state.written, wanted):
+        whole = left == length(wanted)
+        constant = state is not None and not missing(state.written, wanted)
+        reason = "" if whole and constant else reason_to_stay(parameter, whole)
+        if not reason and constant:
             reason = "a constant that the loader writes"
         if reason:
             kept.append(Unrecorded(parameter.name, left, reason))

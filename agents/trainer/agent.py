@@ -10,6 +10,7 @@ from typing import SupportsIndex
 
 import torch
 import torch.distributed as dist
+from weightsync.agents.trainer.errors import AdapterError
 from weightsync.agents.trainer.following import FollowedNeeds, followed
 from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.models.table import ModelTable
@@ -20,6 +21,7 @@ from weightsync.agents.trainer.publisher import CONNECT_SECONDS, RANKS_SECONDS, 
 from weightsync.agents.trainer.slots.conversion import ConversionTable
 from weightsync.agents.trainer.slots.reading import State, Taken
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots
+from weightsync.agents.trainer.sources.adapter import AdapterSource
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.step import step_number
@@ -50,6 +52,7 @@ class TrainerAgent(Publisher):
             straight to what the engines need, as they are when the trainer's checkpoint is loaded, and rounded to
             bfloat16 before they are quantised.
         lora: how adapters are merged into their weights, where the source is no peft model (which says it itself).
+        adapter: publish this adapter of a peft model alone, to engines whose rounds write an adapter; without a table.
         ignore: patterns of tensors that are trained and that no engine is to get, such as ``("v_head.*",)``.
         nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of ``publish``.
@@ -77,17 +80,26 @@ class TrainerAgent(Publisher):
         config: object | None = None,
         forward_dtype: torch.dtype | None = None,
         lora: Sequence[LoraMerge] = (),
+        adapter: str | None = None,
         ignore: Sequence[str] = (),
         nonfinite: OnNonFinite = "refuse",
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
         super().__init__(process_group, nonfinite, publish_seconds)
-        self._source = TrainerSource(source, lora=lora, ignore=ignore)
+        self._source: TrainerSource | AdapterSource
         self._options = options or SlotOptions()
         self._slots: TrainerSlots | None = None
         with self._starting(lambda: trainer_settings(hub_url, token_file, run_id, run_dir)):
-            self._follows = followed(source, table, config, forward_dtype, self._options)
+            if adapter is None:
+                self._source = TrainerSource(source, lora=lora, ignore=ignore)
+            else:
+                self._source = AdapterSource(source, adapter, ignore=ignore)
+                if table is not None or lora:
+                    raise AdapterError(adapter, "adapter= publishes it alone; table= and lora= are for a whole model")
+            # An adapter's names are those of its files, whatever transformers makes of the model's.
+            routed = source if adapter is None else None
+            self._follows = followed(routed, table, config, forward_dtype, self._options)
             if table is not None:
                 state = self._source.state()
                 self._slots = self._made_slots(table, state)

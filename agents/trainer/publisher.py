@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Final, Self, SupportsIndex
 
 import torch
-from weightsync.agents.link.thread import AgentThread, ControlAddress, Identity
+from weightsync.agents.link.introduction import Identity
+from weightsync.agents.link.thread import AgentThread, ControlAddress
 from weightsync.agents.link.token import read_token
 from weightsync.agents.tables.spans import NOWHERE
 from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start

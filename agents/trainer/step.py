@@ -1,12 +1,10 @@
 """The step that a version is named after, from whatever counts steps in a training script."""
 
 import operator
-from typing import Final, SupportsIndex
+from typing import SupportsIndex
 
 import torch
-
-MAX_STEP: Final = 10**18 - 1
-"""18 digits, as the names of step directories have them."""
+from weightsync.orchestrator.protocol.limits import MAX_STEP
 
 
 def step_number(step: SupportsIndex) -> int:

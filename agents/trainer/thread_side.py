@@ -17,7 +17,6 @@ from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Shares
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Closed,
@@ -36,6 +35,7 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ class TrainerSide:
             return Closed(
                 round=grant.round,
                 peers=_transfers(written, digests),
-                error=cut(str(error)),
+                error=clean(str(error)),
                 fault=error.fault,
                 retry=error.retry,
             )
@@ -284,7 +284,7 @@ class TrainerSide:
             # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
             log.exception("%s: round %s", self._who, grant.round)
             fault, retry = blame(error, self.here)
-            return Closed(round=grant.round, error=cut(repr(error)), fault=fault, retry=retry)
+            return Closed(round=grant.round, error=clean(repr(error)), fault=fault, retry=retry)
         return Closed(round=grant.round, peers=_transfers(moved, digests))
 
     def _read(self, version: Version) -> Reading:

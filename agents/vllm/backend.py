@@ -1,6 +1,7 @@
 """The name of our backend, whether the user of a vLLM chose it, and where its log lines go. Imports nothing."""
 
 import logging
+import os
 from typing import Any, Final
 
 logger = logging.getLogger("vllm.weightsync")
@@ -8,6 +9,14 @@ logger = logging.getLogger("vllm.weightsync")
 
 BACKEND: Final = "weightsync"
 """The name that users choose by ``--weight-transfer-config``."""
+
+ADAPTER_VARIABLE: Final = "WEIGHTSYNC_ADAPTER"
+"""``NAME=DIRECTORY`` of a LoRA adapter that rounds write in place of the model (``lora.declared``)."""
+
+
+def writes_adapter() -> bool:
+    """Whether this server's rounds write an adapter."""
+    return bool(os.environ.get(ADAPTER_VARIABLE))
 
 
 def chosen(vllm_config: Any) -> bool:

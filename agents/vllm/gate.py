@@ -24,7 +24,7 @@ class GateUnavailable(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
     """One worker's answer to ``report``. ``rank`` counts over the whole engine, data-parallel replicas included;
-    ``reason`` is empty while its weights may be served.
+    ``reason`` is empty while the engine may be resumed. ``incarnation`` and ``lease`` are the agent's.
 
     ``nonce`` is the question's: an answer with another one belongs to an earlier call, see ``hold``.
     """
@@ -33,6 +33,8 @@ class WorkerReport:
     rank: int
     reason: str
     session_open: bool
+    incarnation: int = 0
+    lease: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def reason_not_servable(worker: Any) -> str:
     Args:
         worker: vLLM's worker or its wrapper.
     """
-    agent = getattr(getattr(worker, "weight_transfer_engine", None), "agent", None)
+    agent = _agent(worker)
     if agent is None:
         return "this worker has no weightsync agent"
     if agent.may_run:
@@ -67,7 +69,12 @@ def report(worker: Any, nonce: str) -> WorkerReport:
     """Runs in every worker, called by the engine core. Never raises: see ``call``."""
     rank = _rank(worker)
     try:
-        return WorkerReport(nonce, rank, reason_not_servable(worker), bool(_session_open(worker)))
+        # A hold is a wish about the whole engine: a batch that is under way when it comes is no reason to end it.
+        agent, reason, is_open = _agent(worker), reason_not_servable(worker), _session_open(worker)
+        if agent is None:
+            return WorkerReport(nonce, rank, reason, is_open)
+        reason = reason or (agent.held_because and f"held: {agent.held_because}")
+        return WorkerReport(nonce, rank, reason, is_open, agent.incarnation, agent.lease)
     except Exception as error:
         logger.exception("weightsync: this worker cannot say whether its weights may be served")
         return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
@@ -137,5 +144,9 @@ def _rank(worker: Any) -> int:
     return int(getattr(worker, "rank", -1) if ranks is None else ranks.rank)
 
 
+def _agent(worker: Any) -> Any:
+    return getattr(getattr(worker, "weight_transfer_engine", None), "agent", None)
+
+
 def _session_open(worker: Any) -> bool:
-    return getattr(worker, "_weight_update_active", False)
+    return bool(getattr(worker, "_weight_update_active", False))

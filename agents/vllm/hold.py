@@ -2,7 +2,8 @@
 
 vLLM starts unpaused. Here every engine core of our backend is born paused as by ``/pause?mode=keep``: requests queue
 and none is answered. Whoever calls ``/resume`` is refused as long as one worker says that its weights may not be
-served; so neither a restart nor a stranger nor a torn round lets a token out.
+served; so neither a restart nor a stranger nor a torn round lets a token out. The daemon resumes by RESUME instead,
+which names the processes that it means: one that was restarted in their place refuses.
 
 How: while an ``EngineCore`` initialises (``_initialize_kv_caches``, after its executor and before its scheduler
 exist), its class is replaced by a subclass of it. Nothing is replaced in engine cores of other backends.
@@ -13,11 +14,17 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from weightsync.agents.vllm import gate, worker_calls
+from weightsync.agents.vllm import gate, lease, worker_calls
 from weightsync.agents.vllm.backend import chosen, logger
 
 ASK_SECONDS: Final = 60.0
 """Total wait for the workers' reports. They answer at once between batches, and a long prefill takes seconds."""
+
+RESUME: Final = "weightsync_resume"
+"""Method of ``/collective_rpc`` by which the daemon resumes; no worker has it, the engine core answers it."""
+
+READY: Final = "weightsync_ready"
+"""Likewise: raises, with the reason, unless the engine serves; see ``readiness``."""
 
 NEEDED: Final = (
     "_initialize_kv_caches",
@@ -123,8 +130,20 @@ def held_class(core_class: Any) -> type[Any]:
             _pause_all(self)  # before anybody else has seen it, so that nothing can be scheduled first
 
         def resume_scheduler(self) -> None:
-            require_servable(self)
+            self.weightsync_resume(None)
+
+        def weightsync_resume(self, means: Mapping[int, int] | None) -> None:
+            require_servable(self, means)
             super().resume_scheduler()
+            if (switch := _lease(self)) is not None:
+                switch.disarm()
+
+        def _handle_client_request(self, request_type: Any, request: Any) -> None:
+            switch = _lease(self) if request is lease.CHECK else None
+            if switch is not None:
+                switch.check()
+            else:
+                super()._handle_client_request(request_type, request)
 
         def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> Any:
             # mode=keep runs nothing more, so it is safe whatever the weights are.
@@ -148,8 +167,19 @@ def held_class(core_class: Any) -> type[Any]:
             args: tuple[Any, ...] = (),
             kwargs: dict[str, Any] | None = None,
         ) -> list[Any]:
-            check_call(self, method, kwargs or {})
-            return _call_workers(self, method, timeout, args, kwargs or {})
+            kwargs = kwargs or {}
+            if method == RESUME:
+                self.weightsync_resume(meant(kwargs))
+                return []
+            if method == READY:
+                require_serving(self)
+                return []
+            if not check_call(self, method, kwargs):
+                return []
+            results = _call_workers(self, method, timeout, args, kwargs)
+            if method in worker_calls.OF_A_ROUND and (switch := _lease(self)) is not None:
+                switch.arm() if method == "start_weight_update" else switch.heard()
+            return results
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
     return Held
@@ -162,23 +192,82 @@ def refusals_of(core: Any) -> list[str]:
         OutOfStep: a worker answered another question.
         TimeoutError: no answer within ASK_SECONDS.
     """
-    return [f"rank {report.rank}: {report.reason}" for report in _ask(core) if report.reason]
+    return _refusals(_ask(core), None)
 
 
-def require_servable(core: Any) -> None:
-    """Raises NotServable while a worker of this engine core, or of a data-parallel peer in step with it, says no."""
-    refusals = refusals_of(core)
+def lease_left(core: Any, silent: float) -> float | None:
+    """Seconds until this engine core may resume without its daemon; None while one of its workers says never.
+
+    Args:
+        silent: since the daemon has called this server; by either way it is heard.
+    """
+    leases = [None if report.reason else report.lease for report in _ask(core)]
+    known = [seconds - min(silent, unheard) for seconds, unheard in filter(None, leases)]
+    return max(known) if known and len(known) == len(leases) else None
+
+
+def meant(kwargs: Mapping[str, Any]) -> dict[int, int]:
+    """Rank → incarnation, as RESUME names them.
+
+    Raises:
+        CallRefused: it does not.
+    """
+    named = kwargs.get("incarnations")
+    try:
+        if not isinstance(named, Mapping) or not named:
+            raise TypeError
+        return {int(rank): int(incarnation) for rank, incarnation in named.items()}
+    except (TypeError, ValueError):
+        raise CallRefused(
+            f'weightsync: {RESUME} needs kwargs {{"incarnations": {{"<rank>": <incarnation>, …}}}}, got {kwargs!r:.200}'
+        ) from None
+
+
+def require_servable(core: Any, means: Mapping[int, int] | None = None) -> None:
+    """Raises NotServable while a worker of this engine core, or of a data-parallel peer in step with it, says no.
+
+    Args:
+        means: rank → incarnation of the processes that are to serve; None: whichever are here.
+    """
+    refusals = _refusals(_ask(core), means)
     if _refused_by_a_peer(core, bool(refusals)) and not refusals:
         refusals = ["a data-parallel peer of this rank is not servable"]
     if refusals:
         raise gate.NotServable(_not_servable(refusals))
 
 
-def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses calls that would break the protocol, before any worker has seen them.
+def require_serving(core: Any) -> None:
+    """Raises NotServable while the scheduler is paused; only then are the workers asked why."""
+    if core.is_scheduler_paused():
+        refusals = refusals_of(core) or ["the engine is paused; its weights are whole"]
+        raise gate.NotServable(f"weightsync: not serving: {'; '.join(refusals)}")
+
+
+def _refusals(reports: list[gate.WorkerReport], means: Mapping[int, int] | None) -> list[str]:
+    refusals = []
+    for report in reports:
+        reason = report.reason
+        if means is not None and means.get(report.rank) != report.incarnation:
+            other = f"it is incarnation {report.incarnation}, and the resume means {means.get(report.rank, 'nobody')}"
+            reason = f"{other}; {reason}" if reason else other
+        if reason:
+            refusals.append(f"rank {report.rank}: {reason}")
+    return refusals
+
+
+def _lease(core: Any) -> lease.Lease | None:
+    known: lease.Lease | None = core.__dict__.get("weightsync_lease")
+    if "weightsync_lease" not in core.__dict__:
+        known = core.weightsync_lease = lease.lease_of(core, functools.partial(lease_left, core))
+    return known
+
+
+def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Refuses calls that would break the protocol, before any worker has seen them; false where none needs to see it.
 
     vLLM's workers also check the order of start, update and finish, but a start left over by a daemon that died makes
-    theirs fail for ever; here a new start replaces it.
+    theirs fail for ever; here a new start replaces it. A finish without a start has nothing left to do where every
+    worker may serve: its update call had failed before the version was known to be decided.
 
     Raises:
         CallRefused: the call changes weights outside of a round, or nobody knows whether it does.
@@ -194,13 +283,17 @@ def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str,
                 "default, takes the parameters that the weights are written to away"
             )
         if any(report.session_open for report in _ask(core)):
-            logger.warning("weightsync: an update session was left open; ending it for the new one")
+            logger.info("weightsync: an update session was left open; ending it for the new one")
             _call_workers(core, "finish_weight_update", ASK_SECONDS, (), {})
     elif method in ("update_weights", "finish_weight_update"):
-        if not all(report.session_open for report in _ask(core)):
+        reports = _ask(core)
+        if not all(report.session_open for report in reports):
+            if method == "finish_weight_update" and not any(r.session_open or r.reason for r in reports):
+                return False
             raise SessionError(f"weightsync: {method} without an open update; call /start_weight_update first")
         if method == "update_weights":
             _require_paused(core)
+    return True
 
 
 def _require_paused(core: Any) -> None:

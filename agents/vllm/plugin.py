@@ -24,9 +24,11 @@ def register() -> None:
         return
     from weightsync.agents.vllm import hold
     from weightsync.agents.vllm.holders import balancer
+    from weightsync.agents.vllm.lora import hook
     from weightsync.agents.vllm.recorder import load_hook
 
     hold.install()
     balancer.install()
+    hook.install()
     load_hook.install()
     WeightTransferEngineFactory.register_engine(BACKEND, ADAPTER_MODULE, ADAPTER_CLASS)

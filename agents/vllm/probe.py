@@ -107,15 +107,17 @@ def probe(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], Non
     return Probed(read, tuple(unread), unknown)
 
 
-def require(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], None], vllm_config: Any = None) -> None:
-    """``probe``, and a refusal to start.
+def require(
+    model: nn.Module, targets: Sequence[Target], refresh: Callable[[], None], vllm_config: Any = None
+) -> dict[str, str]:
+    """``probe``, and a refusal to start. Returns what could not be looked at, with the reason.
 
     Raises:
         UnreadWeights: naming the parameters.
     """
     if os.environ.get(PROBE_VARIABLE) == "0":
         logger.warning("weightsync: %s=0, so nobody has looked whether layers read what rounds write", PROBE_VARIABLE)
-        return
+        return {"all parameters": f"{PROBE_VARIABLE} is 0"}
     found = probe(model, targets, refresh, vllm_config)
     if found.unread:
         raise UnreadWeights(
@@ -125,6 +127,7 @@ def require(model: nn.Module, targets: Sequence[Target], refresh: Callable[[], N
     logger.info("weightsync: one layer of each of %d kinds reads the memory that rounds write", len(found.read))
     for name, reason in found.unknown.items():
         logger.info("weightsync: %s was not probed: %s", name, reason)
+    return found.unknown
 
 
 # ------------------------------------------------------------------------------------------------------------- layers

@@ -64,7 +64,7 @@ REFUSED: Final = {
     "shutdown_weight_transfer_engine": "the daemon needs the agent for as long as the server lives; stop the daemon or"
     " drain the engine there",
     "sleep": f"{_MOVES}; pause the engine instead",
-    "start_draft_weight_update": "no layout covers the weights of draft models",
+    "start_draft_weight_update": "a round writes drafters together with their model",
     "update_config": "what was recorded and planned holds for the configuration that the engine started with",
     "wake_up": _MOVES,
 }

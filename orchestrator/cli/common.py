@@ -1,13 +1,23 @@
 """What the commands share: exit codes, and the option that names the configuration."""
 
 import argparse
+import math
 import os
+import sys
 import textwrap
 from enum import IntEnum
 from pathlib import Path
 from typing import Final, Self, TypeAlias
 
+from weightsync.orchestrator.protocol.text import clean
+from weightsync.orchestrator.settings.places import usable_url
+
 CONFIG_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
+
+MAX_WAIT_SECONDS: Final = 86_400.0
+
+MAX_OPTION_COUNT: Final = 10_000
+"""Rounds that are shown, ranks that are imagined: ten times what anybody has."""
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -70,3 +80,36 @@ def add_config_option(command: argparse.ArgumentParser, required: bool = True) -
     text = f"the configuration file (default: ${CONFIG_VARIABLE})"
     needed = required and default is None
     command.add_argument("--config", type=Path, metavar="PATH", required=needed, default=default, help=text)
+
+
+def url(text: str) -> str:
+    """Of an option: the URL of a daemon."""
+    try:
+        return usable_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def seconds(text: str) -> float:
+    """Of an option: a time to wait, of at most MAX_WAIT_SECONDS."""
+    return _number(text, float, MAX_WAIT_SECONDS)
+
+
+def positive(text: str) -> float:
+    """Of an option: a number above 0."""
+    return _number(text, float, sys.float_info.max)
+
+
+def count(text: str) -> int:
+    """Of an option: how many, from 1 to MAX_OPTION_COUNT."""
+    return int(_number(text, int, MAX_OPTION_COUNT))
+
+
+def _number(text: str, kind: type[float], most: float) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= most:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{clean(text, 40)!r} is no number above 0 and up to {most:g}")
+    return number

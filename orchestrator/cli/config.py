@@ -1,6 +1,7 @@
 """``config check`` and ``config schema``: what is wrong before the daemon starts rather than after."""
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import socket
@@ -108,7 +109,10 @@ def _kinds(settings: Settings) -> Iterator[Finding]:
 
 
 def _state_directory(path: Path) -> Iterator[Finding]:
-    kind = file_system_of(path)
+    kind = _file_system("state_directory", path)
+    if isinstance(kind, Finding):
+        yield kind
+        return
     if is_network(kind):
         fix = "put it on a local or block device; on a network file system an fsync proves nothing"
         yield Finding("error", f"state_directory: {path} is on {kind}, a network file system. Fix: {fix}")
@@ -118,9 +122,23 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         yield Finding("warning", f"state_directory: {path} is on {kind} and is lost when the machine restarts")
 
 
+def _file_system(key: str, path: Path) -> str | Finding:
+    """What holds ``path``, or what is wrong with it: links in a circle, a name that no file system takes."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+        return file_system_of(path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Finding("error", f"{key}: {path} cannot be looked at: {reason}. Fix: give the path of a directory")
+
+
 def _run_directory(path: Path) -> Iterator[Finding]:
+    kind = _file_system("run.directory", path)
+    if isinstance(kind, Finding):
+        yield kind
+        return
     yield from _writable("run.directory", path, "error")
-    kind = file_system_of(path)
     if path.is_dir() and is_network(kind):
         yield Finding("note", f"run.directory: {kind} sends no events, so STABLE is seen at the next rescan")
 
@@ -156,8 +174,9 @@ def _port(key: str, host: str, port: int) -> Finding:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
-    except OSError as error:
-        return Finding("note", f"{key}: {host}:{port} cannot be bound now ({error.strerror}); is a daemon running?")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Finding("note", f"{key}: {host}:{port} cannot be bound now ({reason}); is a daemon running?")
     return Finding("ok", f"{key}: {host}:{port} is free")
 
 

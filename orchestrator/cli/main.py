@@ -2,13 +2,14 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
-from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, exit_codes_text
+from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, exit_codes_text, seconds, url
 from weightsync.orchestrator.settings.problems import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
@@ -25,6 +26,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
         epilog=exit_codes_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="show which release this is")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_views(commands)
@@ -38,6 +40,18 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     else:
         commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one", add_help=False)
     return top
+
+
+class _Version(argparse.Action):
+    """Looks the release up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            release = importlib.metadata.version(parser.prog)
+        except importlib.metadata.PackageNotFoundError:
+            release = "of a source tree"
+        print(f"{parser.prog} {release}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,13 +84,13 @@ def _add_run(commands: Commands) -> None:
 def _add_views(commands: Commands) -> None:
     status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
     rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
-    rounds.add_argument("--last", type=_count, default=20, metavar="N", help="so many rounds (default 20)")
+    rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
     for command in (status, rounds):
         add_config_option(command, required=False)
-        command.add_argument("--url", help="the daemon's URL, instead of the configuration's")
+        command.add_argument("--url", type=url, help="the daemon's URL, instead of the configuration's")
         command.add_argument("--token-file", type=Path, metavar="PATH", help="with --url: file with the token")
         command.add_argument("--json", action="store_true", help="print JSON, as /status and /rounds answer it")
-        command.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="in total (default 10)")
+        command.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="in total (default 10)")
     status.set_defaults(run=_view("status"))
     rounds.set_defaults(run=_view("rounds"))
 
@@ -90,12 +104,6 @@ def _add_config(commands: Commands) -> None:
     check.set_defaults(run=_check)
     schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
     schema.set_defaults(run=_schema)
-
-
-def _count(text: str) -> int:
-    if text.isdigit() and 1 <= int(text) <= 10_000:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 10000")
 
 
 def _run(options: argparse.Namespace) -> int:

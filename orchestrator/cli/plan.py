@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
-from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option
+from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, positive, seconds
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES
@@ -56,13 +57,13 @@ def add_plan_commands(commands: Commands) -> None:
         )  # fmt: skip
         add_config_option(command, required=False)
         command.add_argument("--token-file", type=Path, metavar="PATH", help="file with the daemon's token")
-        command.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of the daemon's answer")
+        command.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of the daemon's answer")
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--alpha", type=float, default=CostModel().alpha_seconds, metavar="SECONDS",
+        command.add_argument("--alpha", type=positive, default=CostModel().alpha_seconds, metavar="SECONDS",
                              help="per descriptor (default %(default)s)")  # fmt: skip
-        command.add_argument("--bytes-per-second", type=float, default=CostModel().bytes_per_second, metavar="RATE",
+        command.add_argument("--bytes-per-second", type=positive, default=CostModel().bytes_per_second, metavar="RATE",
                              help="of one edge, for what is packed (default %(default)s)")  # fmt: skip
-    explained.add_argument("--top", type=int, default=20, metavar="N", help="rows per table (default 20)")
+    explained.add_argument("--top", type=count, default=20, metavar="N", help="rows per table (default 20)")
     explained.add_argument("--tensors", action="store_true", help="every tensor, not families of layers and experts")
     explained.set_defaults(run=_explain)
     _add_fleet(simulated)
@@ -72,17 +73,17 @@ def add_plan_commands(commands: Commands) -> None:
 def _add_fleet(command: argparse.ArgumentParser) -> None:
     fleet = command.add_argument_group("fleet, without --from")
     fleet.add_argument("--model", choices=sorted(GEOMETRIES), help="sizes of a published model")
-    fleet.add_argument("--trainer-ep", type=int, default=8, metavar="N", help="expert-parallel ranks (default 8)")
-    fleet.add_argument("--fsdp", type=int, default=8, metavar="N", help="FSDP ranks per expert rank (default 8)")
-    fleet.add_argument("--replicas", type=int, default=1, metavar="N", help="HSDP replicas that send (default 1)")
+    fleet.add_argument("--trainer-ep", type=count, default=8, metavar="N", help="expert-parallel ranks (default 8)")
+    fleet.add_argument("--fsdp", type=count, default=8, metavar="N", help="FSDP ranks per expert rank (default 8)")
+    fleet.add_argument("--replicas", type=count, default=1, metavar="N", help="HSDP replicas that send (default 1)")
     fleet.add_argument("--expert-shards", choices=("experts", "rows"), default="experts", help="what FSDP splits")
-    fleet.add_argument("--engines", type=int, default=2, metavar="N", help="engines (default 2)")
-    fleet.add_argument("--engine-ep", type=int, default=16, metavar="N", help="ranks per engine (default 16)")
+    fleet.add_argument("--engines", type=count, default=2, metavar="N", help="engines (default 2)")
+    fleet.add_argument("--engine-ep", type=count, default=16, metavar="N", help="ranks per engine (default 16)")
     hardware, default = command.add_argument_group("hardware"), Hardware()
-    hardware.add_argument("--nic-gbps", type=float, default=default.nic_gbps, help="line rate (default %(default)s)")
-    hardware.add_argument("--nics-per-node", type=int, default=default.nics_per_node, help="default %(default)s")
-    hardware.add_argument("--gpus-per-node", type=int, default=default.gpus_per_node, help="default %(default)s")
-    hardware.add_argument("--efficiency", type=float, default=default.efficiency,
+    hardware.add_argument("--nic-gbps", type=positive, default=default.nic_gbps, help="line rate (default %(default)s)")
+    hardware.add_argument("--nics-per-node", type=count, default=default.nics_per_node, help="default %(default)s")
+    hardware.add_argument("--gpus-per-node", type=count, default=default.gpus_per_node, help="default %(default)s")
+    hardware.add_argument("--efficiency", type=positive, default=default.efficiency,
                           help="of line rate that is reached (default %(default)s)")  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def _from_daemon(url: str, token: str | None, timeout_seconds: float) -> list[Pa
     data = asyncio.run(fetch(url, token, timeout_seconds, MAX_ANSWER_BYTES))
     try:
         view = msgspec.json.decode(data, type=LayoutsView)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unusable(f"{url}: an answer that is not the daemon's: {error}") from error
     return [Party(party.member, party.incarnation, party.layout) for party in view.parties]
 
@@ -172,19 +173,22 @@ def read_layouts(path: Path) -> list[Party]:
     Raises:
         Unusable: no such file, or one that is not a layout.
     """
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    # By the operating system's function, which knows no name that it fails at.
+    files = sorted(path.glob(f"*{SUFFIX}")) if os.path.isdir(path) else [path]
     if not files:
         raise Unusable(f"{path} holds no *{SUFFIX}")
     parties = []
     for file in files:
         try:
-            if file.stat().st_size > MAX_FRAME_BYTES:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_FRAME_BYTES + 1)
+            if len(data) > MAX_FRAME_BYTES:
                 raise Unusable(f"{file} has more than {MAX_FRAME_BYTES} bytes, which no layout has")
-            found = msgspec.msgpack.decode(file.read_bytes(), type=LayoutFile)
-        except OSError as error:
-            raise Unusable(f"{file} cannot be read: {error.strerror or error}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            found = msgspec.msgpack.decode(data, type=LayoutFile)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Unusable(f"{file} is no layout: {error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise Unusable(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         parties.append(Party(found.member, found.incarnation, found.layout))
     return sorted(parties, key=lambda party: party.member)
 

@@ -59,7 +59,7 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
 def _decode(data: bytes, kind: type[View]) -> View:
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unreachable(f"an answer that is not the daemon's: {error}") from error
 
 

@@ -37,6 +37,8 @@ def status_text(status: StatusView, now: float) -> str:
     if status.unneeded:
         shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
         parts.append(f"\n{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}")
+    if left_out := [line for engine in status.engines for line in _left_out(engine)]:
+        parts.append("\n" + "\n".join(left_out))
     if status.problems:
         parts.append("\nproblems:\n" + "\n".join(f"  {problem}" for problem in status.problems))
     return "\n".join(parts)
@@ -64,6 +66,13 @@ _ROUND_COLUMNS: Final = (
 )  # fmt: skip
 
 
+_LEFT_OUT: Final = {
+    "unwritten": "stay as its start left them",
+    "unneeded": "are in its checkpoint only",
+    "unprobed": "are written, and whether they are read is not known",
+}
+
+
 def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     ranks = f"{engine.ranks_connected}/{engine.ranks_expected or '?'}"
     paused = {None: "?", True: "yes", False: "no"}[engine.paused]
@@ -71,6 +80,16 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     since = _age(now - engine.since) if engine.since else "-"
     version = "-" if engine.version is None else f"step {engine.version.step}"
     return (engine.name, engine.role, state, version, ranks, paused, since, engine.url, engine.fault, engine.error)
+
+
+def _left_out(engine: EngineView) -> list[str]:
+    return [
+        _plain(
+            f"{entry.count} tensors of {engine.name} {_LEFT_OUT.get(entry.kind, entry.kind)} ({entry.reason}): "
+            f"{', '.join(entry.names[:SHOWN])}{', …' if entry.count > min(SHOWN, len(entry.names)) else ''}"
+        )
+        for entry in engine.left_out
+    ]
 
 
 def _round(row: RoundRow, now: float) -> tuple[str, ...]:

@@ -3,13 +3,16 @@
     WeightsyncError                fault, retry: read by the core, the runner and the command line
     ├── InvariantViolation         daemon   one of S1-S6 is broken: the process ends (exit code 70)
     ├── ImpossibleTransition       daemon   the table of phases has no entry: the process ends
-    ├── JournalUnreadable          config   a record of another release: the process does not start
+    ├── RecordUnwritable           daemon   a record that could not be read back: the process ends
+    ├── PeerMisbehaved             -        a message that cannot be true: it costs its agent the connection
+    ├── JournalUnreadable          config   a record of another release, or damage: the process does not start
     ├── JournalError, JournalLost  config   no journal, a locked one, a disk that failed (daemon.journal)
     ├── PlanError                  config   the layouts make no plan (planner.errors; ProofFailed: daemon)
     ├── TcpStoreError              network  the group's child process (daemon.group.child)
     └── EngineError                engine   a call to an engine failed (daemon.engines.errors)
         ├── EngineUnreachable      network
         ├── EngineTimeout          engine
+        ├── EngineGarbled          engine   a 200 that is not the engine's
         ├── EngineRefused          engine   ``retry`` by the answer's status
         └── EngineMisconfigured       config   ``retry`` false: the server was started without something
 
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.orchestrator.protocol.names import Member
 
 
 class WeightsyncError(Exception):
@@ -46,8 +50,27 @@ class ImpossibleTransition(WeightsyncError):
     fault: ClassVar[Fault] = "daemon"
 
 
+class RecordUnwritable(WeightsyncError):
+    """A record would not be read back as it is, and is not written. Our bug; the daemon's memory is ahead of the
+    journal by it, so the process ends and the journal is what the next one believes."""
+
+    fault: ClassVar[Fault] = "daemon"
+
+
+class PeerMisbehaved(WeightsyncError):
+    """What an agent said cannot be true. It costs that agent its ``connection`` and nobody else anything.
+
+    Raised by ``machine.step`` before it has changed any state; the runner leaves out what came on that connection and
+    decides the rest.
+    """
+
+    def __init__(self, member: Member, connection: int, reason: str) -> None:
+        super().__init__(f"{member}: {reason}")
+        self.member, self.connection, self.reason = member, connection, reason
+
+
 class JournalUnreadable(WeightsyncError):
-    """The journal holds a record that this version cannot read. Restore it or start with a new state directory."""
+    """The journal holds a record that this version cannot read, or that is not what was written."""
 
     fault: ClassVar[Fault] = "config"
 

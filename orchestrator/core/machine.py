@@ -28,7 +28,6 @@ from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import ConnectedAgent, EngineState, Fleet, Unclosed
 from weightsync.orchestrator.core.story import sentence, standing
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Bye,
@@ -42,6 +41,7 @@ from weightsync.orchestrator.protocol.messages import (
     Standing,
 )
 from weightsync.orchestrator.protocol.names import Member, Role
+from weightsync.orchestrator.protocol.text import clean
 
 
 def start(
@@ -177,6 +177,8 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             members.let_out(turn, agent)
         case Left() | Holding():
             _status(turn, agent, message.status)
+            if isinstance(message, Left) and message.status.torn:
+                members.mend(turn, agent, message.round)
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():
@@ -215,7 +217,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = cut(standing(turn.fleet))
+    told = clean(standing(turn.fleet))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

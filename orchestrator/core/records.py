@@ -5,20 +5,23 @@ from dataclasses import dataclass, field, fields
 from typing import Final, TypeVar
 
 import msgspec
-from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
+from weightsync.orchestrator.protocol.fields import Count, Spoken
+from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_SECONDS
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.text import clean
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Record(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Record(Spoken, frozen=True, tag=True, kw_only=True):
     """Base; the tag is the entry's kind."""
 
 
 class EpochBegan(Record, frozen=True, kw_only=True):
-    epoch: int
+    epoch: Count
 
 
 class RoundBegan(Record, frozen=True, kw_only=True):
@@ -26,7 +29,7 @@ class RoundBegan(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    attempt: int
+    attempt: Count
     engines: tuple[str, ...]
 
 
@@ -67,7 +70,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    attempt: int
+    attempt: Count
     engines: tuple[str, ...]
     left_out: tuple[str, ...]
     outcome: str
@@ -76,7 +79,16 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     bytes: int
     descriptors: int
     times: dict[str, float]
-    unclosed: dict[str, Taint] = {}
+    unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
+    spoken = ("reason",)
+
+    def __post_init__(self) -> None:
+        # Sums of what agents reported: a wrong one must not keep the row, by which the round is over, from being kept.
+        super().__post_init__()
+        msgspec.structs.force_setattr(self, "bytes", min(self.bytes, MAX_COUNT))
+        msgspec.structs.force_setattr(self, "descriptors", min(self.descriptors, MAX_COUNT))
+        times = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in self.times.items()}
+        msgspec.structs.force_setattr(self, "times", times)
 
 
 class GrantOver(Record, frozen=True, kw_only=True):
@@ -85,6 +97,7 @@ class GrantOver(Record, frozen=True, kw_only=True):
     round: RoundName
     writer: str
     reason: str
+    spoken = ("reason",)
 
 
 class EngineHeld(Record, frozen=True, kw_only=True):
@@ -93,6 +106,7 @@ class EngineHeld(Record, frozen=True, kw_only=True):
     engine: str
     held: bool
     reason: str
+    spoken = ("reason",)
 
 
 class Maintenance(Record, frozen=True, kw_only=True):
@@ -100,6 +114,7 @@ class Maintenance(Record, frozen=True, kw_only=True):
 
     on: bool
     reason: str
+    spoken = ("reason",)
 
 
 class Committed(Record, frozen=True, kw_only=True):
@@ -107,19 +122,20 @@ class Committed(Record, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
-    sequence: int
+    sequence: Count
 
 
 class VersionFailed(Record, frozen=True, kw_only=True):
     version: Version
     reason: str
+    spoken = ("reason",)
 
 
 class StagedAgain(Record, frozen=True, kw_only=True):
     """A trainer staged ``version``, which had FAILED, once more; it did so ``restaged`` times by now."""
 
     version: Version
-    restaged: int
+    restaged: Count
 
 
 class MemorySaved(Record, frozen=True, kw_only=True):
@@ -149,21 +165,79 @@ AnyRecord = (
 _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 
+UNREADABLE: Final = "unreadable"
+"""In the place of ``RoundEnded.outcome`` where that cannot be read."""
+
+
+class _Over(msgspec.Struct, tag=RoundEnded.__name__):
+    """Of a RoundEnded, what the fold asks for; the rest is for people."""
+
+    round: RoundName
+    engines: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    outcome: str = UNREADABLE
+    unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
+
+
+_over: msgspec.json.Decoder[_Over] = msgspec.json.Decoder(_Over)
+
+
 def encode_record(record: Record) -> bytes:
-    """A record as JSON."""
-    return msgspec.json.encode(record)
-
-
-def decode_record(body: bytes) -> AnyRecord:
-    """The record in a journal entry.
+    """A record as JSON, tried out: what could not be read back is never written.
 
     Raises:
-        JournalUnreadable: it is none.
+        RecordUnwritable: it would not be read back as it is.
     """
     try:
+        body = msgspec.json.encode(record)
+        read = _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise RecordUnwritable(f"{type(record).__name__} is not written, it could not be read back: {error}") from error
+    if read != record:
+        raise RecordUnwritable(f"{type(record).__name__} is not written, it would be read back as another: {read}")
+    return body
+
+
+def decode_record(body: bytes, intact: bool = True) -> AnyRecord:
+    """The record in a journal entry. A RoundEnded of which only the particulars cannot be read is one without them.
+
+    Args:
+        body: JSON.
+        intact: whether the entry's checksum is right.
+
+    Raises:
+        JournalUnreadable: it is none, or not what was written.
+    """
+    try:
+        if not intact:
+            raise JournalUnreadable(_unreadable(body, "it is damaged: its checksum is wrong"))
         return _decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise JournalUnreadable(f"journal entry cannot be read ({error}): {body[:200]!r}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        try:
+            return _without_particulars(_over.decode(body), str(error))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise JournalUnreadable(_unreadable(body, str(error))) from error
+
+
+def decode_row(body: bytes, intact: bool = True) -> AnyRecord:
+    """As ``decode_record``, of an entry that is only shown: one that is none is a RoundEnded that says so."""
+    try:
+        return decode_record(body, intact)
+    except JournalUnreadable as error:
+        return _without_particulars(_Over(RoundName(0, 0)), str(error))
+
+
+def _unreadable(body: bytes, why: str) -> str:
+    fix = "restore the state directory, or start with a new one: the engines then catch up"  # as daemon.journal says
+    return f"an entry of the journal cannot be read ({clean(why, 500)}): {body[:200]!r}. Fix: {fix}"
+
+
+def _without_particulars(over: _Over, why: str) -> RoundEnded:
+    return RoundEnded(
+        round=over.round, version=Version(0, 0), attempt=0, engines=over.engines, left_out=over.left_out,
+        outcome=over.outcome, reason=f"this row of the journal cannot be read: {why}", fault="config", bytes=0,
+        descriptors=0, times={}, unclosed=over.unclosed,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -253,13 +327,11 @@ def saved(memory: Memory) -> MemorySaved:
     """The record that stands for all that ``memory`` is the fold of.
 
     Raises:
-        JournalUnreadable: it would not be read back as it is; a bug, and no reason to lose what is readable.
+        RecordUnwritable: it would not be read back as it is; a bug, and no reason to lose what is readable.
     """
     made = MemorySaved(memory=msgspec.msgpack.encode(memory))
-    read = Memory()
-    replay(read, decode_record(encode_record(made)))
-    if read != memory:
-        raise JournalUnreadable("the snapshot of the journal's fold does not read back as it was")
+    if _packed.decode(made.memory) != memory:
+        raise RecordUnwritable("the snapshot of the journal's fold does not read back as it was")
     return made
 
 

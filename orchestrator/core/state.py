@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.layout import LeftOut
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     EngineStatus,
@@ -85,6 +86,8 @@ class EngineState:
     """Why its last call failed; empty after a call that did not."""
     fault: Fault = ""
     """Whose fault that is."""
+    left_out_said: dict[int, tuple[LeftOut, ...]] = field(default_factory=dict)
+    """By rank: what the log says that its rounds leave out."""
     failures: int = 0
     """Rounds in a row that it was left out of by its own fault."""
     retry_at: float = 0.0
@@ -159,6 +162,7 @@ class Round:
     away: dict[Member, tuple[float, str]] = field(default_factory=dict)
     """Members without a connection: since when, and why."""
     quiesced: set[Member] = field(default_factory=set)
+    exposed: set[Member] = field(default_factory=set)
     closed: dict[Member, dict[Member, PeerTransfer]] = field(default_factory=dict)
     """What each writer moved to the peers that it is done with …"""
     final: set[Member] = field(default_factory=set)

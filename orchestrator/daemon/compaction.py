@@ -8,7 +8,7 @@ import time
 from typing import Final, get_args
 
 import structlog
-from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
 from weightsync.orchestrator.core.records import (
     AnyRecord,
     Committed,
@@ -20,7 +20,7 @@ from weightsync.orchestrator.core.records import (
     replay,
     saved,
 )
-from weightsync.orchestrator.daemon.journal import Journal
+from weightsync.orchestrator.daemon.journal import Journal, JournalError
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +65,7 @@ class Compaction:
             return False
         try:
             return self._step()
-        except (JournalUnreadable, LookupError, ValueError) as error:
+        except (JournalError, JournalUnreadable, RecordUnwritable, LookupError, ValueError) as error:
             # Nothing is lost by it: the journal grows until somebody looks.
             log.error("the journal is no longer compacted", reason=str(error))
             self._given_up = True
@@ -84,7 +84,7 @@ class Compaction:
         until = time.monotonic() + FOLD_SECONDS
         unread = self._journal.after(self._folded) if self._folded else self._journal.since(MemorySaved.__name__)
         for entry in unread:
-            replay(self._memory, decode_record(entry.body))
+            replay(self._memory, decode_record(entry.body, entry.intact))
             self._folded = entry.sequence
             self._since += 1
             if entry.kind == MemorySaved.__name__:

@@ -10,7 +10,9 @@ import fcntl
 import os
 import secrets
 import sqlite3
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
@@ -33,13 +35,20 @@ FULL_LOG_PAGES: Final = 8192
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE entries (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, unix_time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, unix_time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 );
 CREATE INDEX entries_by_kind ON entries (kind, sequence);
 CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
 """
 
-_COLUMNS = "sequence, unix_time, kind, body"
+_RESTORE: Final = "restore it, or start with a new state directory: the engines then catch up"
+
+_FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
+"""Of a damaged file. The second one, where the words of SQLite's own error are the damage."""
+
+_COLUMNS = "sequence, unix_time, CAST(kind AS BLOB), CAST(body AS BLOB), checksum"
+"""As bytes: of a damaged entry nothing is sure, not even that its text can be decoded."""
 
 
 class JournalError(WeightsyncError):
@@ -65,12 +74,16 @@ class JournalLost(WeightsyncError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry. ``sequence`` grows by appending and is never reused; ``body`` is JSON."""
+    """One entry. ``sequence`` grows by appending and is never reused; ``body`` is JSON.
+
+    ``intact``: its checksum is right, so that it is what was written.
+    """
 
     sequence: int
     unix_time: float
     kind: str
     body: bytes
+    intact: bool = True
 
 
 class Journal:
@@ -113,7 +126,7 @@ class Journal:
             except BaseException:
                 connection.close()
                 raise
-        except (sqlite3.Error, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             os.close(lock)
             raise JournalError(f"{path} is no usable journal: {error}") from error
         except BaseException:
@@ -131,7 +144,7 @@ class Journal:
             raise JournalError(f"there is no journal at {path}")
         # A directory that we may not write to admits no shared-memory file; without a log the file alone is all.
         modes = ("mode=ro", "mode=ro&immutable=1") if not path.with_name(path.name + "-wal").exists() else ("mode=ro",)
-        failure: sqlite3.Error | None = None
+        failure: Exception | None = None
         for mode in modes:
             try:
                 connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None)
@@ -141,7 +154,7 @@ class Journal:
                 except BaseException:
                     connection.close()
                     raise
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 failure = error
         raise JournalError(f"{path} is no readable journal: {failure}") from failure
 
@@ -156,9 +169,10 @@ class Journal:
         for kind, body in entries:
             if len(body) > MAX_ENTRY_BYTES:
                 raise ValueError(f"an entry of {len(body)} bytes exceeds the limit of {MAX_ENTRY_BYTES}")
-            rows.append((self._clock(), kind, body.decode("utf-8")))
+            now = self._clock()
+            rows.append((now, kind, body.decode("utf-8"), _checksum(now, kind.encode(), body)))
         with self._commit("append") as connection:
-            insert = "INSERT INTO entries (unix_time, kind, body) VALUES (?, ?, ?) RETURNING sequence"
+            insert = "INSERT INTO entries (unix_time, kind, body, checksum) VALUES (?, ?, ?, ?) RETURNING sequence"
             return [int(connection.execute(insert, row).fetchone()[0]) for row in rows]
 
     def entries(self, kinds: Iterable[str] | None = None, newest: int | None = None) -> Iterator[Entry]:
@@ -166,6 +180,7 @@ class Journal:
 
         Raises:
             JournalLost: the disk cannot be read.
+            JournalError: what is on it makes no sense.
         """
         wanted = None if kinds is None else list(kinds)
         where = "" if wanted is None else f"WHERE kind IN ({', '.join('?' * len(wanted))})"
@@ -237,10 +252,12 @@ class Journal:
 
     def _read(self, query: str, arguments: tuple[str | int, ...]) -> Iterator[Entry]:
         try:
-            for sequence, unix_time, kind, body in self._usable().execute(query, arguments):
-                yield Entry(sequence, unix_time, kind, body.encode())
-        except sqlite3.Error as error:
+            for row in self._usable().execute(query, arguments):
+                yield _entry(*row)
+        except sqlite3.OperationalError as error:
             raise self._lose("read", error) from error
+        except _FAILURES as error:
+            raise JournalError(f"{self.path} is damaged: {error}. Fix: {_RESTORE}") from error
 
     def _usable(self) -> sqlite3.Connection:
         if self._lost is not None:
@@ -259,7 +276,7 @@ class Journal:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             raise self._lose(doing, error) from error
         except BaseException:
             # Not the disk's doing (a bad entry, a cancelled caller): nothing was committed, and that is known.
@@ -269,11 +286,22 @@ class Journal:
     def _meta(self, name: str) -> str:
         try:
             row = self._usable().execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        except sqlite3.Error as error:
+        except _FAILURES as error:
             raise self._lose(f"reading {name}", error) from error
         if row is None:
             raise JournalError(f"{self.path} is no journal: it names no {name}")
         return str(row[0])
+
+
+def _checksum(unix_time: float, kind: bytes, body: bytes) -> int:
+    return zlib.crc32(b"%s %s " % (kind, struct.pack("<d", unix_time)) + body)
+
+
+def _entry(sequence: int, unix_time: object, kind: object, body: object, checksum: object) -> Entry:
+    """An entry as the file has it, where damage may have made anything of a column."""
+    moment = unix_time if isinstance(unix_time, float) else 0.0
+    name, text = (value if isinstance(value, bytes) else b"" for value in (kind, body))
+    return Entry(sequence, moment, name.decode(errors="replace"), text, _checksum(moment, name, text) == checksum)
 
 
 def _lock(path: Path) -> int:
@@ -314,7 +342,7 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     _check_schema(path, connection)
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
-        raise JournalError(f"{path} is damaged: {found}. Fix: restore it, or start with a new state directory")
+        raise JournalError(f"{path} is damaged: {found}. Fix: {_RESTORE}")
 
 
 def _create(connection: sqlite3.Connection) -> None:
@@ -327,14 +355,12 @@ def _create(connection: sqlite3.Connection) -> None:
 
 def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
     row = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
-    schema = int(row[0]) if row is not None and str(row[0]).isdigit() else 0
+    schema = int(row[0]) if row is not None and str(row[0]).isdecimal() else 0
     if schema == 0:
         raise JournalError(f"{path} is no journal of this program")
     if schema != JOURNAL_SCHEMA:
-        fix = "run the newer daemon, or start with" if schema > JOURNAL_SCHEMA else "start with"
-        raise JournalError(
-            f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix} a new state directory"
-        )
+        fix = "run the daemon of that release, or start with a new state directory"
+        raise JournalError(f"{path} has schema {schema}, this daemon knows {JOURNAL_SCHEMA}. Fix: {fix}")
 
 
 def _free_pages(connection: sqlite3.Connection) -> int:

@@ -35,7 +35,9 @@ from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.planner import PlanError
+from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 log = structlog.get_logger(__name__)
 
@@ -139,19 +141,29 @@ class Outbox:
                 raise TypeError(f"no performer for {type(command).__name__}")
 
     async def _needs(self, command: MakeNeeds) -> None:
-        """In a thread: layouts of large models have a hundred thousand tensors."""
-        found = await asyncio.to_thread(self._planning.needs, command)
+        """In a thread: layouts of large models have a hundred thousand tensors. What breaks costs the needs only."""
+        try:
+            found = await asyncio.to_thread(self._planning.needs, command)
+        except Exception:
+            log.exception("what the engines need cannot be put together")
+            return
         self._inbox.post(NeedsReady(self._inbox.next_id(), command.number, found.needs, found.misfits))
 
     async def _plan(self, command: MakePlan) -> None:
-        """In a thread: the planner computes for seconds. Layouts that make no plan are an event, a bug is not."""
+        """In a thread: the planner computes for seconds. What goes wrong is an event: its input is the agents'."""
         try:
             facts = await asyncio.to_thread(self._planning.make, command)
         except PlanError as error:
             engine = _engine_of(error.member)
-            self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, str(error), engine, error.fault))
+            self._reject(command, str(error), engine, error.fault)
+        except Exception as error:
+            log.exception("the planner broke")
+            self._reject(command, f"the planner broke: {error!r}", "", "daemon")
         else:
             self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts))
+
+    def _reject(self, command: MakePlan, reason: str, engine: str, fault: Fault) -> None:
+        self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, clean(reason), engine, fault))
 
 
 def _engine_of(member: Member | None) -> str:

@@ -10,7 +10,8 @@ from typing import Final
 
 import structlog
 from weightsync.orchestrator.core.commands import Command
-from weightsync.orchestrator.core.events import Event, Tick
+from weightsync.orchestrator.core.errors import PeerMisbehaved
+from weightsync.orchestrator.core.events import AgentLost, Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
@@ -29,6 +30,8 @@ from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.protocol.messages import Fault, Refused
+from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -114,7 +117,7 @@ class Runner:
 
     async def _recall(self) -> list[Command]:
         """The fleet as the journal knows it; what the core wants done first."""
-        records = [decode_record(entry.body) for entry in await self.journal.recall()]
+        records = [decode_record(entry.body, entry.intact) for entry in await self.journal.recall()]
         for kind, newest in SHOWN.items():
             self.history.recall(await self.journal.entries([kind], newest))
         now = asyncio.get_running_loop().time()
@@ -164,10 +167,27 @@ class Runner:
 
     # -------------------------------------------------------------------------------------------------------- events
     def _decide(self, events: list[Event]) -> None:
-        commands = step(self.fleet, events, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        while True:
+            try:
+                commands = step(self.fleet, events, now)
+                break
+            except PeerMisbehaved as error:  # before it changed anything: the rest is decided as if it had not come
+                events = self._without(events, error)
         if commands:
             self.outbox.put(commands)
         self._freeze_after_rendezvous()
+
+    def _without(self, events: list[Event], error: PeerMisbehaved) -> list[Event]:
+        """Send the agent away whose message cannot be true; the events without those of its connection."""
+        log.error("an agent is sent away", agent=str(error.member), reason=error.reason, story=self.fleet.sentence)
+        if not self.hub.drop(error.member, error.connection, error.reason):
+            refused = Refused(reason=error.reason, fault=_side(error.member), retry=True)
+            self.hub.refuse(error.member, error.connection, refused)
+        kept = [event for event in events if getattr(event, "connection", None) != error.connection]
+        if len(kept) == len(events):
+            raise error  # it is about none of them, and would come again without end: a bug of the core
+        return [*kept, AgentLost(self.inbox.next_id(), error.member, error.connection, error.reason)]
 
     def _freeze_after_rendezvous(self) -> None:
         """Once per complete rendezvous, take what it built out of the garbage collector's walk.
@@ -183,6 +203,10 @@ class Runner:
         while True:
             self.inbox.post(Tick(self.inbox.next_id()))
             await asyncio.sleep(TICK_SECONDS)
+
+
+def _side(member: Member) -> Fault:
+    return "trainer" if member.role == "trainer" else "engine"
 
 
 def run(settings: Settings) -> int:

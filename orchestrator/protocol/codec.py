@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 import msgspec
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_REASON_CHARS, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import FromAgent, FromDaemon, Hello, Message
 
 T = TypeVar("T")
@@ -96,8 +96,3 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes, limit: int) -> T:
         return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed frame of {len(data)} bytes: {error}") from error
-
-
-def cut(text: str) -> str:
-    """``text`` within MAX_REASON_CHARS."""
-    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 1] + "…"

@@ -5,12 +5,23 @@ region: element ``i`` of the box (counted from the box's corner) is at ``base + 
 Tensors have up to ``MAX_RANK`` dimensions; lower ranks are padded on the left with offset 0, extent 1, stride 0.
 """
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.protocol.limits import MAX_RANK
+from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Spoken
+from weightsync.orchestrator.protocol.limits import (
+    MAX_DEVICE,
+    MAX_DIMENSIONS,
+    MAX_LEFT_OUT,
+    MAX_LEFT_OUT_CHARS,
+    MAX_LEFT_OUT_REASONS,
+    MAX_RANK,
+    MAX_TENSORS,
+    MAX_UNREAD,
+)
+from weightsync.orchestrator.protocol.names import Member
 
 Matrix = npt.NDArray[np.int64]
 
@@ -40,34 +51,36 @@ COPY_COLUMNS: Final = COPY_REMOTE + 2 + MAX_RANK
 class Tensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A logical tensor: its checkpoint name, wire dtype (a key of ITEMSIZE) and full shape."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: Name
+    dtype: Name
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One registered range of memory. ``base`` is an address in the owner's process, ``length`` in bytes."""
 
-    base: int
-    length: int
+    base: Nonce
+    length: Count
     memory: Literal["DRAM", "VRAM"] = "DRAM"
-    device: int = 0
+    device: Annotated[int, msgspec.Meta(ge=0, le=MAX_DEVICE)] = 0
 
 
 class Derived(msgspec.Struct, frozen=True, array_like=True):
     """A parameter or attribute of the engine that is recomputed after a write, not written: its name and by what."""
 
-    name: str
-    refresh: str
+    name: Name
+    refresh: Reason
 
 
-class Note(msgspec.Struct, frozen=True, array_like=True):
+class Note(Spoken, frozen=True, array_like=True):
     """What rows ``[first_row, end_row)`` are to their owner, for people: the kind of slot and why it is that kind."""
 
-    first_row: int
-    end_row: int
-    slot: str
-    reason: str
+    first_row: Count
+    end_row: Count
+    slot: Name
+    reason: Reason
+
+    spoken = ("reason",)
 
 
 ScaleFormat = Literal["float32", "ue8m0"]
@@ -81,10 +94,24 @@ class Quantized(msgspec.Struct, frozen=True, array_like=True, gc=False):
     dtype and shape are those of their own tensor, which may drop dimensions of extent 1.
     """
 
-    tensor: int
-    scales: int
-    block: tuple[int, int]
+    tensor: Count
+    scales: Count
+    block: tuple[Count, Count]
     scale_format: ScaleFormat = "float32"
+
+
+class LeftOut(msgspec.Struct, frozen=True, array_like=True):
+    """Tensors of an engine's rank that rounds leave out, for people: which kind of leaving out, and why.
+
+    ``unwritten``: bytes of its model that stay as the engine's start left them. ``unneeded``: tensors of the
+    checkpoint of which this rank needs nothing. ``unprobed``: written, and nobody could look whether they are read.
+    ``names`` are the first of ``count``.
+    """
+
+    kind: Literal["unwritten", "unneeded", "unprobed"]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_LEFT_OUT_CHARS)]
+    names: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_LEFT_OUT)]
+    count: Count
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -95,23 +122,34 @@ class Layout(msgspec.Struct, frozen=True):
     placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
     transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
     format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
-    tensors that are part of no row, at most MAX_UNREAD of them; for people.
+    tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
     """
 
-    tensors: tuple[Tensor, ...]
-    regions: tuple[Region, ...]
+    tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_TENSORS)]
     rows: bytes
-    staging: int = -1
-    derived: tuple[Derived, ...] = ()
-    expert_map: str = ""
-    notes: tuple[Note, ...] = ()
-    quantized: tuple[Quantized, ...] = ()
-    quantization: str = ""
-    unread: tuple[str, ...] = ()
+    staging: Annotated[int, msgspec.Meta(ge=-1, le=MAX_TENSORS)] = -1
+    derived: Annotated[tuple[Derived, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
+    expert_map: Name = ""
+    notes: Annotated[tuple[Note, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
+    quantized: Annotated[tuple[Quantized, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
+    quantization: Name = ""
+    unread: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_UNREAD)] = ()
+    left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""
         return as_matrix(self.rows, ROW_COLUMNS)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """The other end of an edge."""
+
+    member: Member
+    incarnation: Nonce
+    endpoint_name: Name
+    endpoint: Endpoint
+    regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
 
 def as_matrix(data: bytes, columns: int) -> Matrix:

@@ -8,14 +8,21 @@ import re
 from typing import Annotated, Final, Literal
 
 import msgspec
+from weightsync.orchestrator.protocol.fields import Count, Name, Nonce, Reason, Spoken, Step
 from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES, MAX_NAME_CHARS, MAX_REASON_CHARS, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.text import clean
 
 MarkerKind = Literal["STABLE", "TRANSFER_READY", "COMMITTED", "FAILED"]
 
 KINDS: Final[tuple[MarkerKind, ...]] = ("STABLE", "TRANSFER_READY", "COMMITTED", "FAILED")
 OUTCOMES: Final[tuple[MarkerKind, ...]] = ("COMMITTED", "FAILED")
 BROADCASTS: Final = "broadcasts"
+
+MAX_ENGINES_CHARS: Final = MAX_MARKER_BYTES // 2
+"""Of all engines' names together; the rest of a marker has as much again."""
+
+_TEXTS: Final = {"reason": MAX_REASON_CHARS, "engines": MAX_ENGINES_CHARS}
 
 _STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})", re.ASCII)
 
@@ -24,22 +31,23 @@ class MarkerError(ValueError):
     """A marker whose contents are not a manifest of this schema. Its writer's fault; not to be retried."""
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Manifest(Spoken, frozen=True, kw_only=True, omit_defaults=True):
     """What a marker says. Beyond the version, each where it applies: how often it was ``restaged`` after it had FAILED,
     the commit's ``sequence``, ``round`` and ``digest`` as text, the fingerprint of the ``plan``, the names of the
     ``engines``, the ``reason`` of a failure."""
 
-    schema: int
+    schema: Count
     run_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-    generation: Annotated[int, msgspec.Meta(ge=0)]
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    restaged: Annotated[int, msgspec.Meta(ge=0)] = 0
-    sequence: Annotated[int, msgspec.Meta(ge=0)] = 0
-    round: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
-    digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
-    plan: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
-    engines: Annotated[str, msgspec.Meta(max_length=MAX_MARKER_BYTES // 2)] = ""
-    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)] = ""
+    generation: Nonce
+    step: Step
+    restaged: Count = 0
+    sequence: Count = 0
+    round: Name = ""
+    digest: Name = ""
+    plan: Name = ""
+    engines: Annotated[str, msgspec.Meta(max_length=MAX_ENGINES_CHARS)] = ""
+    reason: Reason = ""
+    spoken = ("reason",)
 
     @property
     def version(self) -> Version:
@@ -51,7 +59,7 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def manifest(run_id: str, version: Version, **facts: str | int | float) -> Manifest:
-    """A Manifest of this schema; ``facts`` are its optional fields, the reason cut to its limit.
+    """A Manifest of this schema; ``facts`` are its optional fields, reason and engines cut to their limits.
 
     Raises:
         MarkerError: a fact that is no field, or does not fit it.
@@ -60,8 +68,9 @@ def manifest(run_id: str, version: Version, **facts: str | int | float) -> Manif
     if unknown:
         raise MarkerError(f"a manifest has no {', '.join(sorted(unknown))}")
     fields = {"schema": SCHEMA_VERSION, "run_id": run_id, "generation": version.generation, "step": version.step}
-    if "reason" in facts:
-        facts["reason"] = str(facts["reason"])[:MAX_REASON_CHARS]
+    for name, limit in _TEXTS.items():
+        if name in facts:
+            facts[name] = clean(str(facts[name]), limit)
     try:
         return msgspec.convert({**facts, **fields}, Manifest)
     except msgspec.ValidationError as error:

@@ -1,23 +1,36 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
-Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Closed, Verified, Left, Holding, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Needs, Connect, Grant, Verify, Commit, Abort, Hold, Outcome, Standing, Heartbeat.
+Each number, list and text has a bound, which decoding holds it to. Free text is cut and cleaned by the struct itself.
+
+Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Exposed, Closed, Verified, Left, Holding, Heartbeat, Bye.
+Daemon to agent: Welcome, Refused, Needs, Connect, Expose, Grant, Verify, Commit, Abort, Hold, Outcome, Standing,
+Heartbeat.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.layout import Layout, Quantized, Region, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_OPEN_GRANTS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.fields import (
+    Count,
+    Endpoint,
+    Name,
+    Nonce,
+    Path,
+    Port,
+    Reason,
+    Seconds,
+    Spoken,
+    World,
+)
+from weightsync.orchestrator.protocol.layout import Layout, Peer, Quantized, Tensor
+from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
-Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
-Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)]
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
 Fault = Literal["", "trainer", "engine", "daemon", "network", "config"]
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Message(Spoken, frozen=True, tag=True, kw_only=True):
     """Base of all messages; the tag is the class name."""
 
 
@@ -31,7 +44,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
 
     staged: Version | None = None
     open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
-    restaged: Natural = 0
+    restaged: Count = 0
     follows_needs: bool = False
 
 
@@ -40,7 +53,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
     ``applied``: the last version committed here, None for checkpoint weights. ``window``: the round whose update
     call is blocking the worker now. ``torn``: live memory may hold anything but ``applied``; the worker refuses to run.
-    ``held``: the daemon said Hold; the worker refuses to run until it is told otherwise.
+    ``held``: the daemon said Hold; the worker refuses to be resumed until it is told otherwise.
     """
 
     applied: Version | None = None
@@ -54,14 +67,15 @@ class Announce(Message, frozen=True, kw_only=True):
 
     layout: Layout
     endpoint_name: Name = ""
-    endpoint: bytes = b""
+    endpoint: Endpoint = b""
 
 
-class EdgeFailure(msgspec.Struct, frozen=True):
+class EdgeFailure(Spoken, frozen=True):
     """An edge that cannot be used now, and why."""
 
     peer: Member
     error: Reason
+    spoken = ("error",)
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -71,7 +85,7 @@ class Ready(Message, frozen=True, kw_only=True):
     """
 
     fingerprint: Name
-    failed: tuple[EdgeFailure, ...] = ()
+    failed: Annotated[tuple[EdgeFailure, ...], msgspec.Meta(max_length=MAX_WORLD)] = ()
 
 
 class Staged(Message, frozen=True, kw_only=True):
@@ -81,10 +95,10 @@ class Staged(Message, frozen=True, kw_only=True):
     """
 
     version: Version
-    bytes: Natural
-    convert_seconds: float
-    digest_seconds: float
-    restaged: Natural = 0
+    bytes: Count
+    convert_seconds: Seconds
+    digest_seconds: Seconds
+    restaged: Count = 0
 
 
 class Quiesced(Message, frozen=True, kw_only=True):
@@ -93,18 +107,25 @@ class Quiesced(Message, frozen=True, kw_only=True):
     round: RoundName
 
 
-class PeerTransfer(msgspec.Struct, frozen=True):
+class Exposed(Message, frozen=True, kw_only=True):
+    """The answer to Expose: from here on writers may reach this worker's memory, and it counts as torn until Commit."""
+
+    round: RoundName
+
+
+class PeerTransfer(Spoken, frozen=True):
     """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
 
     With ``error`` the peer did not get all of it, and no handle to it is pending any more.
     """
 
     peer: Member
-    bytes: Natural
-    descriptors: Natural
-    seconds: float
+    bytes: Count
+    descriptors: Count
+    seconds: Seconds
     digest: Digest
     error: Reason = ""
+    spoken = ("error",)
 
 
 class Closed(Message, frozen=True, kw_only=True):
@@ -116,11 +137,12 @@ class Closed(Message, frozen=True, kw_only=True):
     """
 
     round: RoundName
-    peers: tuple[PeerTransfer, ...] = ()
+    peers: Annotated[tuple[PeerTransfer, ...], msgspec.Meta(max_length=MAX_WORLD)] = ()
     final: bool = True
     error: Reason = ""
     fault: Fault = ""
     retry: bool = True
+    spoken = ("error",)
 
 
 class Verified(Message, frozen=True, kw_only=True):
@@ -131,12 +153,13 @@ class Verified(Message, frozen=True, kw_only=True):
 
     round: RoundName
     digest: Digest
-    bytes: Natural
-    apply_seconds: float
-    digest_seconds: float
+    bytes: Count
+    apply_seconds: Seconds
+    digest_seconds: Seconds
     error: Reason = ""
     fault: Fault = ""
     retry: bool = True
+    spoken = ("error",)
 
 
 class Left(Message, frozen=True, kw_only=True):
@@ -165,18 +188,18 @@ class Hello(Message, frozen=True, kw_only=True):
     Closed, Verified, Left), since the connection before may have lost them.
     """
 
-    schema: int
+    schema: Count
     run_id: Name
     member: Member
-    world: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD)]
-    incarnation: Natural
-    generation: Natural = 0
-    epoch_seen: Natural = 0
+    world: World
+    incarnation: Nonce
+    generation: Nonce = 0
+    epoch_seen: Count = 0
     journal_id: Name = ""
     life_seen: Name = ""
     host: Name = ""
     boot: Name = ""
-    pid: Natural = 0
+    pid: Count = 0
     trainer: TrainerStatus | None = None
     engine: EngineStatus | None = None
 
@@ -189,6 +212,7 @@ class Bye(Message, frozen=True, kw_only=True):
     """An orderly end of the agent's process."""
 
     reason: Reason = ""
+    spoken = ("reason",)
 
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
@@ -200,10 +224,10 @@ class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
     rates are not judged.
     """
 
-    backends: tuple[str, ...] = ("UCX",)
-    in_flight_per_peer: int = 100
-    rails: int = 2
-    max_gb_per_second: float | None = None
+    backends: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=8)] = ("UCX",)
+    in_flight_per_peer: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+    rails: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    max_gb_per_second: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
 class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
@@ -212,7 +236,7 @@ class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
     Trainer and inference ranks see it under the same path as the daemon.
     """
 
-    directory: str
+    directory: Path
 
 
 TransportSettings = NixlSettings | FilesystemSettings
@@ -226,11 +250,11 @@ class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
 class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
     """Both rounds travel over vLLM's StatelessProcessGroup; this agent joins as ``rank`` of ``world``."""
 
-    host: str
-    port: int
-    rank: int
-    world: int
-    timeout_seconds: float
+    host: Name
+    port: Port
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=2 * MAX_WORLD)]
+    world: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_WORLD)]
+    timeout_seconds: Seconds
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -242,18 +266,18 @@ class Welcome(Message, frozen=True, kw_only=True):
     ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
     """
 
-    epoch: int
+    epoch: Count
     journal_id: Name
-    heartbeat_seconds: float
-    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1)]
+    heartbeat_seconds: Annotated[float, msgspec.Meta(gt=0, le=MAX_SECONDS)]
+    lost_after_heartbeats: Annotated[int, msgspec.Meta(ge=1, le=100)]
     transport: TransportSettings
     rendezvous: HubRendezvous | TcpStoreRendezvous | None
     life: Name = ""
     """Nonce of this start of the daemon: of one epoch an agent obeys one life."""
-    lease_seconds: float = 0.0
+    lease_seconds: Seconds = 0.0
     """An engine that the daemon paused, that holds a whole committed version and to which no grant was given since,
     resumes by itself when it has not heard the daemon for so long; 0: never."""
-    run_dir: Reason = ""
+    run_dir: Path = ""
     """The run directory, as the daemon's host names it; a trainer compares it with its own."""
 
 
@@ -263,6 +287,7 @@ class Refused(Message, frozen=True, kw_only=True):
     reason: Reason
     fault: Fault
     retry: bool
+    spoken = ("reason",)
 
 
 class Needs(Message, frozen=True, kw_only=True):
@@ -272,20 +297,10 @@ class Needs(Message, frozen=True, kw_only=True):
     ``fingerprint`` covers the rest; the same needs have the same one.
     """
 
-    tensors: tuple[Tensor, ...]
-    quantized: tuple[Quantized, ...]
+    tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    quantized: Annotated[tuple[Quantized, ...], msgspec.Meta(max_length=MAX_TENSORS)]
     quantization: Name = ""
     fingerprint: Name
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """The other end of an edge."""
-
-    member: Member
-    incarnation: int
-    endpoint_name: str
-    endpoint: bytes
-    regions: tuple[Region, ...]
 
 
 class Connect(Message, frozen=True, kw_only=True):
@@ -297,9 +312,18 @@ class Connect(Message, frozen=True, kw_only=True):
 
     fingerprint: Name
     root: Name
-    peers: tuple[Peer, ...]
+    peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_WORLD)]
     copies: bytes
-    expected_bytes: Natural
+    expected_bytes: Count
+
+
+class Expose(Message, frozen=True, kw_only=True):
+    """To a quiesced worker, before any writer is granted: grants that name it may be given once it says Exposed.
+
+    A worker that never heard it knows that nobody was granted, whatever became of the daemon.
+    """
+
+    round: RoundName
 
 
 class Grant(Message, frozen=True, kw_only=True):
@@ -308,19 +332,22 @@ class Grant(Message, frozen=True, kw_only=True):
     round: RoundName
     version: Version
     fingerprint: Name
-    members: tuple[Member, ...]
-    deadline_seconds: float
+    members: Members
+    deadline_seconds: Seconds
 
 
 class Verify(Message, frozen=True, kw_only=True):
     """All writers are CLOSED: scatter, refresh derived tensors, digest live memory."""
 
     round: RoundName
-    deadline_seconds: float
+    deadline_seconds: Seconds
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """``version`` is decided; leave the update call as successful."""
+    """``version`` is decided; leave the update call as successful.
+
+    To a worker that has left it as torn after it said Verified: its memory is that version, whole.
+    """
 
     round: RoundName
     version: Version
@@ -329,23 +356,26 @@ class Commit(Message, frozen=True, kw_only=True):
 class Abort(Message, frozen=True, kw_only=True):
     """To a worker: leave the update call as failed. To a writer: post nothing more.
 
-    ``torn``: bytes may have been written. ``members``: to a writer, the only edges that it is about; empty: all.
+    ``torn``: bytes may have been written; false also mends a worker that left this round as torn, since nobody was
+    granted. ``members``: to a writer, the only edges that it is about; empty: all.
     """
 
     round: RoundName
     torn: bool
     reason: Reason
-    members: tuple[Member, ...] = ()
+    members: Members = ()
+    spoken = ("reason",)
 
 
 class Hold(Message, frozen=True, kw_only=True):
-    """To a worker outside of a round: refuse to run (``held``), or run again once the engine is resumed.
+    """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
 
     Answered with Holding. A later Commit ends a hold, too.
     """
 
     held: bool
     reason: Reason = ""
+    spoken = ("reason",)
 
 
 class Outcome(Message, frozen=True, kw_only=True):
@@ -356,18 +386,24 @@ class Outcome(Message, frozen=True, kw_only=True):
 
     version: Version
     committed: bool
-    sequence: int = 0
+    sequence: Count = 0
     reason: Reason = ""
-    restaged: Natural = 0
+    restaged: Count = 0
+    spoken = ("reason",)
 
 
 class Standing(Message, frozen=True, kw_only=True):
     """To the first trainer rank while a version of its waits: what the daemon does and why. Sent when it changes."""
 
     sentence: Reason
+    spoken = ("sentence",)
 
 
-FromAgent = Hello | Announce | Ready | Staged | Quiesced | Closed | Verified | Left | Holding | Heartbeat | Bye
-FromDaemon = (
-    Welcome | Refused | Needs | Connect | Grant | Verify | Commit | Abort | Hold | Outcome | Standing | Heartbeat
-)
+RoundWord = Quiesced | Exposed | Closed | Verified | Left
+"""What an agent says about a round."""
+
+RoundOrder = Expose | Verify | Commit | Abort
+"""What a worker is told about a round."""
+
+FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Heartbeat | Bye
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Outcome | Standing | Heartbeat

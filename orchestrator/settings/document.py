@@ -12,11 +12,56 @@ from weightsync.orchestrator.settings.problems import ConfigError, Key, Problem,
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 """A fleet of 1000 engines is under 200 kB."""
 
-MAX_VALUES: Final = 200_000
-"""With every alias written out. A fleet of 4096 engines has 25,000; a few lines of nested aliases make billions."""
+MAX_VALUES: Final = 65_536
+"""As written, and again with every alias written out. A fleet of 4096 engines with five keys each has 45,000; a few
+lines of nested aliases make billions. Each costs PyYAML a tenth of a millisecond."""
 
 MAX_DEPTH: Final = 32
 """The deepest key has three levels. An alias of a mapping that contains it goes on for ever."""
+
+
+class TooMuch(ValueError):
+    """More values or levels than a configuration can have, by the text's ``line``, where it has some."""
+
+    def __init__(self, line: int | None = None) -> None:
+        super().__init__(f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, aliases written out")
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at the limits instead of at the end of what may be a hostile text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = 0
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MAX_VALUES or self._depth > MAX_DEPTH + 1:
+            raise TooMuch(self.line + 1)
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+            return node
+        finally:
+            self._depth -= 1
+
+
+def parsed(file: Path, text: str) -> tuple[yaml.Node | None, Any]:
+    """The node and the value of one YAML document, neither of which was made if it is beyond the limits.
+
+    Raises:
+        ConfigError: beyond them, or a key is given twice; a line of ``file`` is named.
+        yaml.YAMLError, ValueError, RecursionError: no YAML, or values that are none.
+    """
+    loader = _Loader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None, None
+    # Before any value is made: making those of a hostile text is what takes the time.
+    _refuse(file, root)
+    return root, loader.construct_document(root)
 
 
 class Document:
@@ -30,12 +75,12 @@ class Document:
         self.file = file
         self.values: dict[str, Any] = {}
         try:
-            loader = yaml.SafeLoader(text)
-            self._root = loader.get_single_node()
+            self._root, values = parsed(file, text)
             if self._root is not None:
-                # Before any value is made: making those of a hostile file is what takes the time.
-                _refuse(file, self._root)
-                self.values = loader.construct_document(self._root)
+                _refuse_other_roots(file, self._root)
+                self.values = values
+        except TooMuch as error:
+            raise ConfigError(file, Problem("", "", str(error), "is it a configuration file?", error.line)) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(file, _yaml_problem(error)) from error
 
@@ -85,8 +130,8 @@ def _yaml_problem(error: Exception) -> Problem:
     return Problem("", "", f"is no valid YAML: {what}", "mind indentation, colons and quotes at that line", line)
 
 
-def _refuse(file: Path, root: yaml.Node) -> None:
-    """Raises ConfigError for what safe_load would take and we do not."""
+def _refuse_other_roots(file: Path, root: yaml.Node) -> None:
+    """Raises ConfigError for what is no mapping of names."""
     if not isinstance(root, yaml.MappingNode):
         fix = "start with keys such as run: and engines: (see deploy/config.example.yaml)"
         kind, line = root.tag.rpartition(":")[2], root.start_mark.line + 1
@@ -96,6 +141,10 @@ def _refuse(file: Path, root: yaml.Node) -> None:
             line = name.start_mark.line + 1
             text = str(name.value) if isinstance(name, yaml.ScalarNode) else ""
             raise ConfigError(file, Problem(text, "", "unknown key", "remove the line", line))
+
+
+def _refuse(file: Path, root: yaml.Node) -> None:
+    """Raises ConfigError for what safe_load would take and we do not."""
     seen = 0
     # Not recursive: an alias may contain itself.
     waiting: list[tuple[Key, yaml.Node]] = [((), root)]
@@ -103,9 +152,8 @@ def _refuse(file: Path, root: yaml.Node) -> None:
         key, node = waiting.pop()
         seen += 1
         if seen > MAX_VALUES or len(key) > MAX_DEPTH:
-            what = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, aliases written out"
             line = node.start_mark.line + 1
-            raise ConfigError(file, Problem(dotted(key[:1]), "", what, "write out what is meant", line))
+            raise ConfigError(file, Problem(dotted(key[:1]), "", str(TooMuch()), "write out what is meant", line))
         if isinstance(node, yaml.MappingNode):
             _refuse_doubled_keys(file, node, key)
             waiting += [((*key, str(name.value)), child) for name, child in node.value]

@@ -7,7 +7,7 @@ from typing import Any, Union
 
 from pydantic import BaseModel, ValidationError
 from weightsync.orchestrator.settings.document import Document
-from weightsync.orchestrator.settings.problems import Key, Problem, closest, dotted, shown
+from weightsync.orchestrator.settings.problems import MAX_PROBLEMS, Key, Problem, closest, dotted, shown
 
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -24,7 +24,8 @@ def explain(
         error: pydantic's findings about ``model``.
         model: the class of the whole settings.
     """
-    findings = error.errors(include_url=False)
+    # A few more than are told: a wrong entry has two findings, of which one is left out below.
+    findings = error.errors(include_url=False)[: 4 * MAX_PROBLEMS]
     problems = [(details["type"], _problem(document, variables, details, model)) for details in findings]
     # An invalid entry makes pydantic say in addition that the list is too short.
     return [

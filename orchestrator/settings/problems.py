@@ -5,8 +5,13 @@ import difflib
 from pathlib import Path
 from typing import Final
 
+from weightsync.orchestrator.protocol.text import clean
+
 MAX_SHOWN_CHARS: Final = 200
 """A wrong value is shown, not dumped."""
+
+MAX_PROBLEMS: Final = 20
+"""Told at once: whoever mends these sees the others then."""
 
 _SECRET_WORDS: Final = ("token", "secret", "password", "passphrase", "api_key", "credential")
 
@@ -27,12 +32,13 @@ class Problem:
 
     def where(self) -> str:
         """``line 12: engines[0].url: ``, or the environment variable that set it; empty for the whole file."""
-        source = f"environment variable {self.variable}" if self.variable else f"line {self.line}" if self.line else ""
-        return "".join(f"{part}: " for part in (source, self.key) if part)
+        variable = clean(self.variable, MAX_SHOWN_CHARS)
+        source = f"environment variable {variable}" if variable else f"line {self.line}" if self.line else ""
+        return "".join(f"{part}: " for part in (source, clean(self.key, MAX_SHOWN_CHARS)) if part)
 
     def __str__(self) -> str:
         found = f" (found {self.value})" if self.value else ""
-        return f"{self.where()}{self.problem}{found}. Fix: {self.fix}"
+        return clean(f"{self.where()}{self.problem}{found}. Fix: {self.fix}")
 
 
 class ConfigError(Exception):
@@ -41,7 +47,10 @@ class ConfigError(Exception):
     def __init__(self, file: Path, *problems: Problem) -> None:
         self.file = file
         self.problems = problems
-        super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
+        name = clean(str(file))
+        lines = [f"{name}: {problem}" for problem in problems[:MAX_PROBLEMS]]
+        more = len(problems) - MAX_PROBLEMS
+        super().__init__("\n".join([*lines, f"{name}: … and {more} more"] if more > 0 else lines))
 
 
 def shown(key: Key, value: object) -> str:

@@ -15,9 +15,10 @@ def read_secret(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_TOKEN_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         fix = "create it, readable by the daemon's user only (mode 0600)"
-        raise ConfigError(path, Problem("", "", f"secret cannot be read: {error.strerror or error}", fix)) from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(path, Problem("", "", f"secret cannot be read: {why}", fix)) from error
     try:
         return parse_token(data, path)
     except TokenError as error:

@@ -3,14 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
+from weightsync.orchestrator.protocol.names import IDENTIFIER
+from weightsync.orchestrator.settings.places import URL_PATTERN, usable_host, usable_path, usable_url
 from weightsync.orchestrator.settings.sources import NUMBERED
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
-Url = Annotated[str, Field(pattern=r"^https?://[^/?#\s@]+(/[^?#\s]*)?$", max_length=2048)]
+
+Host = Annotated[str, Field(pattern=r"^[^\s/?#@]{1,253}$"), AfterValidator(usable_host)]
+Url = Annotated[str, Field(pattern=f"^{URL_PATTERN}$", max_length=2048), AfterValidator(usable_url)]
+File = Annotated[Path, AfterValidator(usable_path)]
 
 
 _NIXL: Final = NixlSettings()
@@ -26,15 +31,15 @@ class RunSection(Section):
     """Which training job, and where its run directory is."""
 
     id: Identifier = Field(description="Name of the training job; agents of another run are refused.")
-    directory: Path = Field(description="The run directory, shared with the trainer; holds broadcasts/step_<N>/.")
+    directory: File = Field(description="The run directory, shared with the trainer; holds broadcasts/step_<N>/.")
 
 
 class ListenSection(Section):
     """Where agents and the command line reach the daemon."""
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to bind.")
+    host: Host = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=7410, ge=1, le=65535, description="TCP port to bind.")
-    token_file: Path = Field(description="File with the bearer token that agents and the command line present.")
+    token_file: File = Field(description="File with the bearer token that agents and the command line present.")
 
 
 class EngineSection(Section):
@@ -49,7 +54,7 @@ class EngineSection(Section):
     pair: Identifier | None = Field(
         default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
-    api_key_file: Path | None = Field(default=None, description="File with the key that its API asks for, if it does.")
+    api_key_file: File | None = Field(default=None, description="File with the key that its API asks for, if it does.")
 
 
 class TrainerSection(Section):
@@ -114,7 +119,7 @@ class TcpStoreSection(Section):
     """Both rounds over vLLM's StatelessProcessGroup; it pickles, so only on a trusted network."""
 
     type: Literal["tcpstore"] = "tcpstore"
-    host: str = Field(min_length=1, description="Address of the store that every agent can reach.")
+    host: Host = Field(description="Address of the store that every agent can reach.")
     port: int = Field(default=29501, ge=1, le=65535, description="TCP port of the store.")
     timeout_seconds: Seconds = Field(default=1200, description="Seconds until an exchange over the store is given up.")
 

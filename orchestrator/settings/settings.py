@@ -11,13 +11,16 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.explain import explain
-from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.places import usable_path
+from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import (
     CommitSection,
     DeadlinesSection,
     EngineSection,
+    File,
     HubSection,
     ListenSection,
     LogSection,
@@ -43,7 +46,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True, title="weightsync-orchestrator")
 
     run: RunSection
-    state_directory: Path = Field(description="Local directory of the journal; never on a network file system.")
+    state_directory: File = Field(description="Local directory of the journal; never on a network file system.")
     listen: ListenSection
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
@@ -51,6 +54,7 @@ class Settings(BaseSettings):
     agents_token_file: str | None = Field(
         default=None,
         min_length=1,
+        max_length=MAX_PATH_BYTES,
         description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
     )
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
@@ -136,7 +140,11 @@ def load(path: Path | str, environ: Mapping[str, str] | None = None) -> Settings
     Raises:
         ConfigError: naming file, line and key (or variable), value and fix of everything that is wrong.
     """
-    file = Path(path).expanduser().absolute()
+    try:
+        # What relative paths count from goes to agents and into logs.
+        file = usable_path(usable_path(Path(path)).absolute())
+    except ValueError as error:
+        raise ConfigError(Path(path), Problem("", "", str(error), "name the file otherwise")) from error
     document = Document.read(file)
     environment = EnvironmentSource(Settings, document, os.environ if environ is None else environ)
     # Not by keyword: type checkers would look for a key of that name.
@@ -154,7 +162,7 @@ def _anchored(model: Model, base: Path) -> Model:
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, Path):
-            update[name] = base / value.expanduser()
+            update[name] = base / value
         elif isinstance(value, BaseModel):
             update[name] = _anchored(value, base)
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):

@@ -6,6 +6,8 @@ nothing is an error, values that are lists or mappings are YAML as in the file, 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -13,7 +15,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, YamlConfigSettingsSource
-from weightsync.orchestrator.settings.document import Document
+from weightsync.orchestrator.settings.document import MAX_CONFIG_BYTES, MAX_DEPTH, Document, TooMuch, parsed
 from weightsync.orchestrator.settings.problems import ConfigError, Key, Problem, dotted
 
 PREFIX: Final = "WEIGHTSYNC__"
@@ -40,6 +42,7 @@ class EnvironmentSource(EnvSettingsSource):
                 what, fix = f"{whole} gives all of that", "unset one of the two"
                 raise ConfigError(document.file, Problem(dotted(key), "", what, fix, variable=name))
             self.variables[key] = name
+            _refuse_hostile(document.file, key, name, self._given[name])
         super().__init__(settings_class, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
@@ -96,7 +99,7 @@ NUMBERED: Final = BeforeValidator(in_order)
 
 def _key_of(document: Document, name: str) -> Key:
     parts = name[len(PREFIX) :].lower().split(DELIMITER)
-    if "" in parts:
+    if "" in parts or len(parts) > MAX_DEPTH:
         fix = f"separate the parts of a key by {DELIMITER}, for example {PREFIX}LISTEN__PORT"
         raise ConfigError(document.file, Problem("", "", "names no key", fix, variable=name))
     return tuple(map(_part, parts))
@@ -133,10 +136,29 @@ def _parsed(value: object) -> object:
         return {key: _parsed(entry) for key, entry in value.items()}
     if isinstance(value, str) and (value.strip() == "null" or value.lstrip()[:1] in ("[", "{")):
         try:
-            return yaml.safe_load(value)
+            return parsed(Path(), value)[1]
         except (yaml.YAMLError, ValueError, RecursionError):
             return value
     return value
+
+
+def _refuse_hostile(file: Path, key: Key, name: str, text: str) -> None:
+    """Raise ConfigError for a value that YAML takes and we do not; what YAML does not take is a text, as before."""
+    try:
+        if len(text) > MAX_CONFIG_BYTES:
+            raise TooMuch
+        if text.lstrip()[:1] in ("[", "{"):
+            parsed(file, text)
+    except TooMuch as error:
+        raise ConfigError(
+            file, Problem(dotted(key), "", str(error), "write out what is meant", variable=name)
+        ) from error
+    except ConfigError as error:
+        (problem,) = error.problems
+        where = dotted(key) + (f".{problem.key}" if problem.key else "")
+        raise ConfigError(file, replace(problem, key=where, line=None, variable=name)) from error
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass
 
 
 def _nested(key: Key, value: object) -> object:

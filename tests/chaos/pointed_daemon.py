@@ -1,10 +1,11 @@
 """The daemon, which sends itself a signal at a named point, so that no test has to hit it by chance.
 
 ``WEIGHTSYNC_TEST_POINT`` names a file. While it exists, its three words are: ``before RECORD`` (the core has decided it
-and the journal does not hold it), ``after RECORD`` (durable, and nothing that follows has been done) or ``hearing
-MESSAGE`` (an agent has said it, and nobody has listened yet); then the signal, SIGKILL, or SIGSTOP for a test that does
-something else at that point. The file is removed first, so that it happens once. Records are those of ``core.records``,
-messages those of ``protocol.messages``.
+and the journal does not hold it), ``after RECORD`` (durable, and nothing that follows has been done), ``hearing
+MESSAGE`` (an agent has said it, and nobody has listened yet) or ``answered CALL`` (an engine has performed it, and
+nobody knows yet); then the signal, SIGKILL, or SIGSTOP for a test that does something else at that point. The file is
+removed first, so that it happens once. Records are those of ``core.records``, messages those of ``protocol.messages``,
+calls those of ``core.events.Call``.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.core.commands import Append
-from weightsync.orchestrator.core.events import AgentSaid, Event
+from weightsync.orchestrator.core.events import AgentSaid, CallDone, Event
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.outbox import Outbox
 
@@ -42,6 +43,8 @@ def arm(point: Path) -> None:
     def pointed_post(inbox: Inbox, event: Event) -> None:
         if isinstance(event, AgentSaid):
             reached("hearing", type(event.message).__name__)
+        if isinstance(event, CallDone):
+            reached("answered", event.call.name)
         post(inbox, event)
 
     Outbox._append = pointed_append  # type: ignore[method-assign]

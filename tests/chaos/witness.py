@@ -67,12 +67,13 @@ class Scene:
 
     directory: Path
     server: VllmServer
+    settings: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     committed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.witness = Witness(self.server)
-        self.whole = Fleet(self.directory / "fleet", {"engine": self.server})
+        self.whole = Fleet(self.directory / "fleet", {"engine": self.server}, settings=self.settings)
         self.trainer: Trainer
         self._point = self.directory / "point"
 

@@ -58,10 +58,16 @@ DEFAULT_PROMPTS: tuple[tuple[int, ...], ...] = ((5, 6, 7, 8), (101, 17, 300, 42,
 
 
 def answers(
-    server: "VllmServer", prompts: Sequence[Sequence[int]] = DEFAULT_PROMPTS, max_tokens: int = 16
+    server: "VllmServer",
+    prompts: Sequence[Sequence[int]] = DEFAULT_PROMPTS,
+    max_tokens: int = 16,
+    model: str = MODEL,
 ) -> tuple[Answer, ...]:
-    """The server's answers, asked one after the other so that batches have the same shape everywhere."""
-    return tuple(server.complete(prompt, max_tokens) for prompt in prompts)
+    """The answers of the server's model, or of an adapter by its name.
+
+    They are asked one after the other, so that batches have the same shape everywhere.
+    """
+    return tuple(server.complete(prompt, max_tokens, model=model) for prompt in prompts)
 
 
 class RequestFailed(Exception):
@@ -285,6 +291,7 @@ class VllmServer:
         max_tokens: int = 16,
         logprobs: int = TOP_LOGPROBS,
         timeout: float = ANSWER_SECONDS,
+        model: str = MODEL,
     ) -> Answer:
         """A greedy completion of ``prompt`` (token ids) of exactly ``max_tokens`` tokens.
 
@@ -292,7 +299,8 @@ class VllmServer:
             RequestFailed: the server refused or failed.
             TimeoutError: no byte came within ``timeout`` seconds.
         """
-        status, body = self.post("/v1/completions", self._ask(prompt, max_tokens, logprobs), timeout)
+        ask = self._ask(prompt, max_tokens, logprobs) | {"model": model}
+        status, body = self.post("/v1/completions", ask, timeout)
         if status != 200:
             raise RequestFailed(status, body)
         choice = body["choices"][0]

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import math
+import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,17 +16,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from fleet import Fleet, Trainer, fleet
 from scripted_trainer import masters
 from serving import HOST, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 from weightsync.agents.link.client import RefusedForGood
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import UnfitTensor, UnreadTensors
 from weightsync.agents.trainer.models import model_table
+from weightsync.orchestrator.daemon.journal import Journal
+from weightsync.orchestrator.protocol.codec import decode_from_daemon
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
+from weightsync.orchestrator.protocol.messages import Welcome
 from weightsync.orchestrator.protocol.names import Version
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -175,8 +185,165 @@ def test_a_wrong_configuration_ends_with_78_and_says_what_to_do(lonely: Fleet, t
     assert "rescan_second" in done.stderr
 
 
+# ------------------------------------------------------------------------------------- agents, names and disks of sorts
+HELLO: dict[str, Any] = {
+    "type": "Hello", "schema": SCHEMA_VERSION, "run_id": "e2e", "member": ["trainer", "", 0], "world": 1,
+    "incarnation": 1, "generation": 9,
+}  # fmt: skip
+WRONG_HELLOS = [
+    {"epoch_seen": 2**64 - 1}, {"epoch_seen": 2**53 + 1}, {"generation": 2**63}, {"member": ["trainer", "", -1]},
+    {"member": ["trainer", "x", 0]}, {"member": ["inference", "a/b\n", 0]}, {"trainer": {"staged": [9, 10**18]}},
+]  # fmt: skip
+WRONG_WORDS: list[dict[str, Any]] = [
+    {"type": "Staged", "version": [9, 1], "bytes": 1, "convert_seconds": math.nan, "digest_seconds": 0.0},
+    {"type": "Staged", "version": [9, 1], "bytes": 2**64 - 1, "convert_seconds": 0.0, "digest_seconds": 0.0},
+    {"type": "Verified", "round": [1, 1], "digest": [-1, 0], "bytes": 1, "apply_seconds": 0, "digest_seconds": 0},
+    {"type": "Closed", "round": [1, 1], "peers": [[["inference", "e", 0], 1, 1, math.inf, [0, 0]]]},
+    {"type": "Bye", "reason": "x" * 5000},
+    {"type": "Announce", "layout": {"tensors": [["w", "float32", [2**63]]], "regions": [[0, 2**64 - 1]], "rows": b""}},
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def agent(whole: Fleet, **change: Any) -> Iterator[ClientConnection]:
+    """The connection of an agent that has said Hello, in bytes of its own."""
+    headers = {"Authorization": f"Bearer {whole.token.read_text()}"}
+    with connect(f"ws://{HOST}:{whole.port}/agents", additional_headers=headers, compression=None) as socket:
+        socket.send(msgspec.msgpack.encode(HELLO | change))
+        yield socket
+
+
+def until_closed(socket: ClientConnection) -> str:
+    """The reason with which the daemon closes."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            socket.recv(timeout=20)
+    assert socket.close_reason is not None
+    return socket.close_reason
+
+
+def test_no_word_of_an_agent_ends_the_daemon_or_its_journal(lonely: Fleet) -> None:
+    for change in WRONG_HELLOS:
+        with agent(lonely, **change) as stranger:
+            assert "malformed frame" in until_closed(stranger), change
+    with agent(lonely, epoch_seen=2**53) as liar:
+        assert "no daemon has started so often" in until_closed(liar)
+    for word in WRONG_WORDS:
+        with agent(lonely) as rude:
+            assert decode_from_daemon(rude.recv(timeout=20)).__class__ is Welcome
+            rude.send(msgspec.msgpack.encode(word))
+            assert "malformed frame" in until_closed(rude), word
+        lonely.until(lambda: not lonely.status()["trainers"], "the agent to be gone")
+    before = lonely.status()["epoch"]
+    lonely.restart_daemon()
+    assert lonely.status()["epoch"] == before + 1
+    with agent(lonely) as ordinary:
+        assert isinstance(decode_from_daemon(ordinary.recv(timeout=20)), Welcome)
+
+
+def test_no_name_below_the_run_directory_ends_it_or_the_next_start(lonely: Fleet) -> None:
+    broadcasts = lonely.directory / "run" / "broadcasts"
+    broadcasts.mkdir(exist_ok=True)
+    for name in (b"step_\xff\xfe", b"step_1\nstep_2", b"\x1b[2J"):
+        os.mkdir(os.path.join(os.fsencode(broadcasts), name))
+        os.mkdir(os.path.join(os.fsencode(broadcasts), name, b"\xfe"))
+    (broadcasts / "loop").symlink_to(broadcasts)
+    shown = [
+        "step_\\xff\\xfe: wrongly named",
+        "step_1 step_2: wrongly named",
+        "\\x1b[2J: wrongly named",
+        "loop: wrongly named",
+    ]
+
+    def told() -> bool:
+        return all(any(words in problem for problem in lonely.status()["problems"]) for words in shown)
+
+    for _ in range(2):
+        lonely.until(told, "every name to be told as text")
+        lonely.restart_daemon()
+    # Whoever is told of nothing odd is disturbed by nothing.
+    (broadcasts / "step_50").mkdir()
+    (broadcasts / "step_50" / "STABLE").write_text("{")
+    lonely.until(lambda: any("step_50/STABLE" in p for p in lonely.status()["problems"]), "an ordinary problem")
+
+
+def test_a_damaged_journal_is_78_and_a_row_that_cannot_be_read_is_none(lonely: Fleet, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    config = tmp_path / "config.yaml"
+    text = lonely.config.read_text().replace(str(lonely.directory / "state"), str(state))
+    config.write_text(text.replace(f"port: {lonely.port}", f"port: {free_port()}"))
+    with Journal.open(state / "journal.sqlite") as journal:
+        journal.append([("RoundEnded", b'{"type":"RoundEnded","round":[1,1],"version":[1,1],"times":{"wire":null}}')])
+        journal.append([("EpochBegan", b'{"type":"EpochBegan","epoch":17}')])
+    command = [sys.executable, "-m", "weightsync.orchestrator.cli.main", "run", "--config", str(config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stderr is not None
+        lines = iter(daemon.stderr.readline, "")
+        assert any('"epoch": 18' in line for line in lines), "it serves"
+        daemon.terminate()
+        daemon.communicate(timeout=20)
+    assert daemon.returncode == 0
+    damaged = sqlite3.connect(state / "journal.sqlite")
+    damaged.execute("DROP TRIGGER entries_are_final")
+    damaged.execute("UPDATE entries SET body = replace(body, '17', '11')")
+    damaged.commit()
+    damaged.close()
+    done = command_line("run", "--config", str(config))
+    assert done.returncode == 78, done.stderr
+    assert "its checksum is wrong" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------- engines of sorts
-class WithoutRoutes(BaseHTTPRequestHandler):
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Nasty(Quiet):
+    """Answers everything with the present one of NASTY."""
+
+    answer: bytes = b""
+
+    def do_GET(self) -> None:
+        self.wfile.write(self.answer)
+        self.close_connection = True
+
+    do_POST = do_OPTIONS = do_GET
+
+
+NASTY = {
+    "nested": b"HTTP/1.1 500 no\r\n\r\n" + b'{"detail":' + b"[" * 50_000,
+    "redirect": b"HTTP/1.1 307 go\r\nLocation: http://h/\xff\xfe\x80\r\n\r\n",
+    "page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>Please log in</html>",
+    "bytes": b"\xff" * 10_000,
+    "long": b'HTTP/1.1 500 no\r\n\r\n{"error": "' + b"y" * 100_000 + b'"}',
+}
+TOLD = {
+    "nested": "answered 500: {\"detail\":[[[", "redirect": "a redirect to http://h/", "page": "Please log in",
+    "bytes": "the connection broke", "long": "yyyy",
+}  # fmt: skip
+
+
+def test_whatever_an_engine_answers_is_told_and_it_is_asked_again(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer((HOST, 0), Nasty)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = Address(f"http://{HOST}:{server.server_address[1]}")
+    quick = {"deadlines": {"probe_interval_seconds": 0.1}}
+    try:
+        with fleet(tmp_path / "fleet", {"engine": address}, settings=quick) as whole:  # type: ignore[dict-item]
+            for what in (*NASTY, *NASTY):
+                Nasty.answer = NASTY[what]
+                whole.until(lambda words=TOLD[what]: words in whole.engine("engine")["error"], f"{what} to be told")
+            assert all(line.isprintable() for line in [whole.engine("engine")["error"]])
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class WithoutRoutes(Quiet):
     """A vLLM that was started without VLLM_SERVER_DEV_MODE: it is healthy and has none of the admin routes."""
 
     def do_GET(self) -> None:
@@ -185,9 +352,6 @@ class WithoutRoutes(BaseHTTPRequestHandler):
         self.end_headers()
 
     do_POST = do_OPTIONS = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @contextlib.contextmanager

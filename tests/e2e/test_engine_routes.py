@@ -36,9 +36,11 @@ class Engine:
         self.called.append(("pause", options))
         self.paused = True
 
-    async def resume_generation(self) -> None:
+    async def collective_rpc(self, **call: object) -> list[object]:
         self._may_fail()
+        self.called.append(("collective_rpc", call))
         self.paused = False
+        return []
 
     async def is_paused(self) -> bool:
         return self.paused
@@ -71,6 +73,7 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
     import uvicorn
     from fastapi import FastAPI
     from vllm.entrypoints.rl.online.api_router import router as rl
+    from vllm.entrypoints.serve.dev.rpc.api_router import router as rpc
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.entrypoints.serve.instrumentator.basic import router as basic
 
@@ -78,6 +81,7 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
     app.include_router(basic)
     if dev_mode:
         app.include_router(rl)
+        app.include_router(rpc)
     init_exception_handler(app)
 
     app.state.engine_client = engine
@@ -117,9 +121,13 @@ async def test_a_round_through_vllms_routes() -> None:
         await client.switch(SWITCH, LONG)
         await client.finish(SWITCH.version, LONG)
         assert engine.version == "40"
-        await client.resume(LONG)
+        await client.resume({0: 2**62 + 1}, LONG)
         assert not await client.is_paused(LONG)
-    assert [name for name, _ in engine.called] == ["init", "pause", "start", "update", "finish"]
+    assert sorted(name for name, _ in engine.called[1:3]) == ["pause", "start"], "at the same time"
+    engine.called[1:3] = sorted(engine.called[1:3], key=lambda call: call[0])
+    assert [name for name, _ in engine.called] == ["init", "pause", "start", "update", "finish", "collective_rpc"]
+    resume = {"method": "weightsync_resume", "kwargs": {"incarnations": {"0": 2**62 + 1}}, "timeout": None, "args": ()}
+    assert engine.called[5] == ("collective_rpc", resume)
     assert engine.called[0] == (
         "init",
         {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4},
@@ -134,6 +142,7 @@ async def test_a_round_through_vllms_routes() -> None:
             "generation": 7,
             "step": 40,
             "deadline_seconds": 20.0,
+            "exposes": True,
         },
     )
 
@@ -150,7 +159,7 @@ async def test_errors_of_workers_keep_their_words() -> None:
             await client.attach(HUB, LONG)
         engine.fail = "weightsync: not servable: rank 0 holds no committed version"
         with pytest.raises(EngineNotServable, match="rank 0"):
-            await client.resume(LONG)
+            await client.resume({0: 2**62 + 1}, LONG)
 
 
 async def test_without_dev_mode_it_says_so() -> None:

@@ -7,6 +7,7 @@ part: what is shown is the hold, the gate and the calls alone.
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,10 @@ class Held:
         assert self.server.healthy()
         return str(body["error"])
 
+    def resume(self, means: dict[str, int]) -> tuple[int, Any]:
+        """As the daemon resumes."""
+        return self.server.post("/collective_rpc", {"method": "weightsync_resume", "kwargs": {"incarnations": means}})
+
     def resume_of_all_but_rank_1(self) -> None:
         """Ranks of one engine core stay together; independent replicas each answer for their own weights."""
         if self.server.dp == 1:
@@ -79,7 +84,9 @@ def held(request: pytest.FixtureRequest, qwen3: Path, serve: Any, tmp_path_facto
     """A server that clients hammered until it was ready and for a while longer."""
     tp, dp = request.param
     flag = tmp_path_factory.mktemp("held") / "servable"
-    server = serve(qwen3, tp=tp, dp=dp, env={"WEIGHTSYNC_TEST_SERVABLE": str(flag)}, log=flag.with_suffix(".log"))
+    ready = ("--middleware", "weightsync.agents.vllm.readiness.Readiness")
+    env = {"WEIGHTSYNC_TEST_SERVABLE": str(flag)}
+    server = serve(qwen3, tp=tp, dp=dp, env=env, arguments=ready, log=flag.with_suffix(".log"))
     with Hammer(server, clients=1, timeout=QUIET_SECONDS) as hammer:
         server.wait_ready()
         hammer.wait_answer(QUIET_SECONDS)
@@ -105,6 +112,12 @@ def test_workers_know_their_ranks(held: Held) -> None:
     assert [r["tp_rank"] for r in ranks] == ([0, 1] if held.server.tp == 2 else [0, 0])
     assert [r["dp_rank"] for r in ranks] == ([0, 1] if held.server.dp == 2 else [0, 0])
     assert held.server.get("/get_world_size") == (200, {"world_size": 2})
+
+
+def test_a_load_balancer_is_told_that_it_is_held(held: Held) -> None:
+    status, body = held.server.get("/weightsync/ready")
+    assert (status, body["ready"]) == (503, False)
+    assert re.search(r"not serving: rank [01]: no version has been committed", body["reason"])
 
 
 def test_a_strangers_resume_is_refused(held: Held) -> None:
@@ -146,8 +159,12 @@ def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None
     held.flag.touch()
     held.resume_of_all_but_rank_1()
     refusal.unlink()
-    assert held.server.post("/resume") == (200, {"status": "resumed"})
+    status, body = held.resume({"0": 100, "1": 55})
+    assert status == 500
+    assert "not servable: rank 1: it is incarnation 101, and the resume means 55" in json.dumps(body)
+    assert held.resume({"0": 100, "1": 101}) == (200, {"results": []})
     assert not held.server.is_paused()
+    assert held.server.get("/weightsync/ready") == (200, {"ready": True, "reason": ""})
     thread.join(60)
     assert results == [held.server.complete(PROMPT, 4)]
 
@@ -177,6 +194,37 @@ def test_a_torn_engine_stays_paused_until_it_is_repaired(held: Held) -> None:
     assert results == [before]
 
 
+def paused_in_lease_of(held: Held, seconds: float) -> bool:
+    """Whether the engine is still paused after so many seconds; both replicas have to agree to answer."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status, body = held.server.get("/is_paused")
+        if (status, body) == (200, {"is_paused": False}):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_without_a_daemon_its_pause_ends_by_itself_and_nobody_elses_does(held: Held) -> None:
+    abandoned = held.flag.with_suffix(".abandoned")
+    before = held.server.complete(PROMPT, 4)
+    assert held.server.post("/pause?mode=keep&clear_cache=true")[0] == 200  # an operator's, by hand
+    abandoned.touch()
+    assert paused_in_lease_of(held, QUIET_SECONDS)
+    abandoned.unlink()
+    assert held.server.post("/start_weight_update", {"is_checkpoint_format": False})[0] == 200
+    assert paused_in_lease_of(held, QUIET_SECONDS), "the daemon is there"
+    held.torn.touch()
+    held.flag.unlink()
+    abandoned.touch()
+    assert paused_in_lease_of(held, QUIET_SECONDS), "torn"
+    held.torn.unlink()
+    held.flag.touch()
+    assert not paused_in_lease_of(held, 2 * QUIET_SECONDS)
+    abandoned.unlink()
+    assert held.server.complete(PROMPT, 4) == before
+
+
 def test_a_restarted_engine_is_held_again(held: Held) -> None:
     held.flag.unlink()
     held.server.kill()
@@ -187,7 +235,9 @@ def test_a_restarted_engine_is_held_again(held: Held) -> None:
         assert not hammer.wait_answer(QUIET_SECONDS)
     assert "not servable" in held.refused_to_resume()
     held.flag.touch()
-    assert held.server.post("/resume")[0] == 200
+    assert held.resume({"0": 7, "1": 8})[0] == 500, "the processes before the restart are meant"
+    assert held.server.is_paused()
+    assert held.resume({"0": 100, "1": 101})[0] == 200
     assert len(held.server.complete(PROMPT, 4).tokens) == 4
 
 

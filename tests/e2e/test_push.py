@@ -51,6 +51,10 @@ def test_answers_equal_those_of_a_fresh_engine(tp: int, dp: int, world: int, qwe
             push_and_compare(whole, server, qwen3, world)
             engine = whole.engine("engine")
             assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", tp * dp, False)
+            assert [(entry["kind"], entry["reason"]) for entry in engine["left_out"]] == [
+                ("unwritten", "a buffer that the model computes itself")
+            ]
+            assert any("cos_sin_cache" in name for name in engine["left_out"][0]["names"])
     finally:
         server.close()
 

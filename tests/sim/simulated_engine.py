@@ -15,6 +15,8 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    Expose,
+    Exposed,
     FromDaemon,
     Hello,
     Hold,
@@ -40,6 +42,16 @@ class Answer:
     error: str = ""
 
 
+@dataclass(slots=True)
+class Written:
+    """The last round that may have written into a worker's memory. ``whole``: what was there before was not torn."""
+
+    round: RoundName
+    version: Version
+    whole: bool
+    verified: bool = False
+
+
 Reply = Callable[[Answer], None]
 
 
@@ -59,6 +71,9 @@ class Worker(Agent):
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
         self._ended: dict[RoundName, str] = {}
+        self._exposed = False
+        """Somebody may have been granted since it stands in the window."""
+        self._written: Written | None = None
 
     # ----------------------------------------------------------------------------------------------------- its status
     @property
@@ -84,13 +99,29 @@ class Worker(Agent):
         if known is not None or self.window is not None:
             over(known if known is not None else "inside another round")
             return
-        self.window, self._version, self._over = name, version, over
+        self.window, self._version, self._over, self._exposed = name, version, over, False
         self.later(self.world.short(), lambda: self._stands_still(name))
-        self.later(deadline, lambda: self._leave(name, "nothing was decided in time", True))
+        self.later(deadline, lambda: self._leave(name, "nothing was decided in time", self._exposed))
 
     def _stands_still(self, name: RoundName) -> None:
         if self.window == name:
             self.say_once(Quiesced(round=name))
+            self._look_for_the_daemon(name)
+
+    def _look_for_the_daemon(self, name: RoundName) -> None:
+        """As long as nobody was granted, a worker whose daemon is gone may leave with what it had."""
+        if self.window == name and not self._exposed and self.lease:
+            if self.abandoned:
+                self._leave(name, "the daemon is gone", False)
+            else:
+                self.later(0.5, lambda: self._look_for_the_daemon(name))
+
+    def _expose(self, name: RoundName) -> None:
+        if self.window == name:
+            if not self._exposed:
+                self._exposed = True
+                self._written = Written(name, self._version, whole=not self.torn)
+            self.say_once(Exposed(round=name))
 
     def _leave(self, name: RoundName, failure: str, torn: bool) -> None:
         if self.window != name:
@@ -99,22 +130,42 @@ class Worker(Agent):
         if failure:
             self.torn = self.torn or torn
         else:
-            self.applied, self.torn, self.held = self._version, False, False
+            self._commit(self._version)
         self._ended[name] = failure
         self.say_once(Left(round=name, status=self.status))
         assert over is not None
         over(failure)
 
+    def _commit(self, version: Version) -> None:
+        self.applied, self.torn, self.held, self._written = version, False, False, None
+
+    def _mend(self, message: Commit | Abort) -> None:
+        """The word of a daemon that was away while the worker left: its memory may be whole after all."""
+        written = self._written
+        if self.window is not None or not self.torn or written is None or written.round != message.round:
+            return
+        if isinstance(message, Commit) and written.verified and written.version == message.version:
+            self._commit(message.version)
+        elif isinstance(message, Abort) and not message.torn and written.whole:
+            self.torn, self._written = False, None
+        else:
+            return
+        self.say_once(Left(round=message.round, status=self.status))
+
     def heard(self, message: FromDaemon) -> None:
         match message:
+            case Expose():
+                self._expose(message.round)
             case Connect():
                 self._connect = message
                 self.later(self.world.short(), lambda: self._ready(message))
             case Verify():
                 self.later(self.world.short(), lambda: self._verify(message))
             case Commit():
+                self._mend(message)
                 self._leave(message.round, "", False)
             case Abort():
+                self._mend(message)
                 self._ended.setdefault(message.round, "aborted")
                 self._leave(message.round, "aborted", message.torn)
             case Hold():
@@ -132,6 +183,8 @@ class Worker(Agent):
             return
         first, second = memory_digest(self.memory, self.member)
         digest = (first ^ 1, second) if self.ill == "digest" else (first, second)
+        if self._written is not None:
+            self._written.verified = True
         self.say_once(Verified(
             round=message.round, digest=digest, bytes=sum(SIZES), apply_seconds=0.0, digest_seconds=0.0
         ))  # fmt: skip
@@ -147,6 +200,8 @@ class Server(Process):
         self.ill: dict[Call, str] = {}
         """What is wrong with a call for as long as it stands here: ``500`` or ``hangs``."""
         self._waiting: list[Reply] = []
+        self._armed = False
+        """The daemon has paused it, so that it may resume by itself when the daemon is gone."""
 
     @property
     def serves(self) -> bool:
@@ -204,6 +259,9 @@ class Server(Process):
                 answer(Answer())
             case Call.PAUSE:
                 self.set_paused(True)
+                if not self._armed:
+                    self._armed = True
+                    self._look_for_the_daemon()
                 answer(Answer(True))
             case Call.SWITCH:
                 self._update(command, answer)
@@ -212,6 +270,7 @@ class Server(Process):
             case Call.RESUME:
                 refusal = self.refusal(command)
                 if not refusal:
+                    self._armed = False
                     self.set_paused(False)
                 answer(Answer(None if refusal else False, refusal))
 
@@ -219,6 +278,17 @@ class Server(Process):
         if self.paused != paused:
             self.paused = paused
             self.world.judge.pause_changed(self)
+
+    def _look_for_the_daemon(self) -> None:
+        """The dead man's switch: every worker holds a whole version and has not heard the daemon for its lease."""
+        if not self._armed:
+            return
+        if self.paused and all(w.abandoned and not w.refusal and not w.stopped for w in self.workers):
+            self.world.note(f"{self.name} resumes by itself")
+            self._armed = False
+            self.set_paused(False)
+        else:
+            self.later(1.0, self._look_for_the_daemon)
 
     def refusal(self, command: CallEngine) -> str:
         """Why it does not resume: it means other processes, or, where there is a guard, workers that may not run."""

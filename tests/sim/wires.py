@@ -10,6 +10,7 @@ from weightsync.orchestrator.protocol.messages import (
     Announce,
     Bye,
     Closed,
+    Exposed,
     FromAgent,
     FromDaemon,
     Heartbeat,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 ANNOUNCE = Announce(layout=Layout((), (), b""))
 """The core never looks into a layout."""
 
-Word = Quiesced | Closed | Verified | Left
+Word = Quiesced | Exposed | Closed | Verified | Left
 """What an agent repeats after a Welcome: the last of each kind, of its last round."""
 
 
@@ -107,6 +108,7 @@ class Link:
     def go_silent(self) -> None:
         """Nothing passes any more, and nobody is told; each end misses heartbeats, in time."""
         self.cut = True
+        self.agent.hears_nothing()
         self._daemon_misses_heartbeats()
         self.agent.later(self.world.silence, lambda: self.agent.lost(self))
 
@@ -126,6 +128,9 @@ class Agent(Process):
         self.link: Link | None = None
         self.epoch, self.journal_id, self.life = 0, "", ""
         self.unreachable_until = 0.0
+        self.silent_since: float | None = None
+        """Since when it has heard nothing of the daemon that it obeys; None: it hears it, or obeyed none yet."""
+        self.lease = 0.0
         self.ended = False
         """It was refused for good."""
         self._dialling = False
@@ -169,7 +174,24 @@ class Agent(Process):
         link.near = False
         if self.link is link:
             self.link = None
+            self.hears_nothing()
             self.dial(self.world.rng.uniform(0.01, 0.8))
+
+    def hears_nothing(self) -> None:
+        """From now on, if it has obeyed a daemon at all."""
+        if self.silent_since is None and self.epoch:
+            self.silent_since = self.world.now
+
+    @property
+    def abandoned(self) -> bool:
+        """The lease that the daemon gave has run out."""
+        return bool(self.lease) and self.silent_since is not None and self.world.now - self.silent_since >= self.lease
+
+    def thaw(self) -> None:
+        """It has not waited while it stood still."""
+        if self.silent_since is not None:
+            self.silent_since = self.world.now
+        super().thaw()
 
     def stop(self) -> None:
         """Stopped: its kernel keeps the connection, it says nothing more."""
@@ -229,13 +251,10 @@ class Agent(Process):
             link.closed_by_agent("a daemon of another life")
             return
         self.epoch, self.journal_id, self.life = welcome.epoch, welcome.journal_id, welcome.life
-        self.welcomed(welcome)
+        self.lease, self.silent_since = welcome.lease_seconds, None
         self.say(ANNOUNCE)
         for word in self._words.values():
             self.say(word)
-
-    def welcomed(self, welcome: Welcome) -> None:
-        """More that a Welcome leads to."""
 
     def leave(self) -> None:
         """An orderly end."""

@@ -145,9 +145,12 @@ class Readings:
                 raise self._refusal(key, state)
             local = tensor
             if isinstance(tensor, DTensor):
-                if tensor.placements != placements or tensor.shape != shape or tensor.device_mesh != mesh:
+                # Nearly always these are the same objects as at first; to compare them takes longer than all the rest.
+                spec = tensor._spec
+                same = spec.mesh is mesh and spec.placements is placements
+                if spec.shape != shape or not (same or (spec.mesh == mesh and spec.placements == placements)):
                     raise self._refusal(key, state)
-                local = tensor.to_local()
+                local = tensor._local_tensor  # what to_local() gives where no gradient is wanted
             elif placements is not None:
                 raise self._refusal(key, state)
             if type(local) not in PLAIN:

@@ -35,9 +35,9 @@ from weightsync.agents.trainer.slots.slot import (
     local_batches,
     made_slots,
 )
-from weightsync.orchestrator.protocol.codec import cut
 from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
 from weightsync.orchestrator.protocol.limits import MAX_UNREAD
+from weightsync.orchestrator.protocol.text import clean
 
 __all__ = [
     "ExpertParallel",
@@ -252,7 +252,7 @@ def _notes(slots: Sequence[Slot]) -> Iterator[Note]:
     owning = (slot for slot in slots if slot.rows)
     for (kind, reason), alike in groupby(owning, key=lambda slot: (slot.kind, slot.route.reason)):
         rows = [slot.rows for slot in alike]
-        yield Note(rows[0].start, rows[-1].stop, kind, cut(reason))
+        yield Note(rows[0].start, rows[-1].stop, kind, clean(reason))
 
 
 def _held_specs(table: ConversionTable, keys: Collection[str], options: SlotOptions) -> Iterator[ConversionSpec]:

@@ -6,41 +6,55 @@ versions of vLLM is in ``lifecycle`` and ``callback``; ``choose`` chooses.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from msgspec import structs
 from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.memory.reach import check_reachable
+from weightsync.agents.recorder.left_out import left_out
 from weightsync.agents.vllm import gate, hold, probe
-from weightsync.agents.vllm.backend import logger
+from weightsync.agents.vllm.backend import ADAPTER_VARIABLE, logger
 from weightsync.agents.vllm.holders import balancer
+from weightsync.agents.vllm.lora import hook
+from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
+from weightsync.agents.vllm.lora.served import ServedAdapter
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
-from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map_fingerprint, recorded_layout, targets_of
+from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map, models_of, recorded_layout, targets_of
 from weightsync.orchestrator.protocol.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class VllmModel:
-    """A vLLM model as ``inference.calls.LiveModel``: the layout that was recorded while it was loaded."""
+    """A vLLM model as ``inference.calls.LiveModel``: the layout that was recorded while it was loaded.
+
+    ``unprobed``: parameters of which nobody could look whether they are read, with the reason; the layout names them,
+    and all else that rounds leave out.
+    """
 
     module: torch.nn.Module
     vllm_config: Any
     recorded: Recorded
+    unprobed: Mapping[str, str]
+    layout: Layout
 
     @classmethod
     def of(cls, module: torch.nn.Module, vllm_config: Any) -> "VllmModel":
-        """The model with its layout as it is now.
+        """The model with its layout as it is now, after a look at each kind of layer.
 
         Raises:
             RecordError: the layout is not known.
+            MemoryPlacementError: its weights lie where no writer can reach them.
+            UnreadWeights: its layers compute with something else than what a round writes.
         """
-        return cls(module, vllm_config, recorded_layout(module, vllm_config))
-
-    @property
-    def layout(self) -> Layout:
-        return self.recorded.layout
+        recorded = recorded_layout(module, vllm_config)
+        check_reachable(recorded.layout.regions)  # on the agent's thread it would be known only after the daemon came
+        unprobed: dict[str, str] = {}
+        for model in models_of(module):
+            unprobed |= probe.require(model, targets_of(model), recorded.refresh, vllm_config)
+        return cls(module, vllm_config, recorded, unprobed, _with_left_out(recorded, unprobed))
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -53,19 +67,47 @@ class VllmModel:
         self.recorded.load(weights)
 
     def rebalanced(self, known: str) -> "VllmModel | None":
-        if expert_map_fingerprint(self.module) == known:
+        if expert_map(self.module) == known:
             return None
-        return VllmModel.of(self.module, self.vllm_config)
+        fresh = recorded_layout(self.module, self.vllm_config)
+        return replace(self, recorded=fresh, layout=_with_left_out(fresh, self.unprobed))
+
+
+def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
+    names = {tensor.name for tensor in recorded.layout.tensors}
+    return structs.replace(
+        recorded.layout, left_out=left_out(recorded.unrecorded, recorded.unused, unprobed, needed=names)
+    )
 
 
 def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> WeightHolder:
     """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
     from weightsync.agents.inference.agent import InferenceAgent
 
-    live = VllmModel.of(model, vllm_config)
-    check_reachable(live.layout.regions)  # on the agent's thread it would be known only after the daemon came
-    probe.require(model, targets_of(model), live.refresh, vllm_config)
+    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config)
     return InferenceAgent(ranks, device, live, balancer.drain)
+
+
+def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> ServedAdapter | None:
+    """The adapter that rounds write in place of the model; None without one.
+
+    Raises:
+        AdapterRefused: it cannot be, in this server.
+    """
+    found = declared()
+    if found is None:
+        return None
+    settings = getattr(vllm_config, "lora_config", None)
+    dtype = getattr(settings, "lora_dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        raise AdapterRefused(
+            f"adapter {found.name!r} is written by rounds ({ADAPTER_VARIABLE}), and lora_config.lora_dtype is"
+            f" {dtype!r}; start the server with --enable-lora"
+        )
+    served = ServedAdapter(found, [name for name, _ in model.named_parameters()], dtype, device)
+    check_reachable(served.layout.regions)
+    hook.serve(served)
+    return served
 
 
 def equip(

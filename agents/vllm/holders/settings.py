@@ -68,6 +68,12 @@ HOLDERS: Final = (
 DRAFTS_WITHOUT_WEIGHTS: Final = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Methods of speculative decoding that guess from the text alone."""
 
+RECORDED_DRAFTS: Final = frozenset({"draft_model", "eagle", "eagle3", "mtp"})
+"""Methods whose drafter is one model, loaded as the engine's own is (``recorder.drafts``)."""
+
+COPYING_DRAFTERS: Final = frozenset({"gemma4_mtp"})
+"""Model types of drafters that keep gathered copies of weights (``Gemma4MTP._stable_full_lm_head_weight``)."""
+
 
 def require(vllm_config: Any) -> None:
     """Refuse an engine in which something would keep old weights across a round.
@@ -83,19 +89,33 @@ def require(vllm_config: Any) -> None:
         value = _value(vllm_config, holder.setting)
         if value:
             raise HoldsWeights(f"{holder.setting} is {value!r}: {holder.why}; {holder.fix}")
-    _require_no_draft_weights(vllm_config)
+    _require_known_drafter(vllm_config)
     _require_no_frozen_constants(vllm_config)
     balancer.require(getattr(vllm_config, "parallel_config", None))
 
 
-def _require_no_draft_weights(vllm_config: Any) -> None:
-    """Draft models and MTP layers are loaded beside the model, some by loaders that nobody watches."""
+def _require_known_drafter(vllm_config: Any) -> None:
+    """Other drafters are loaded by loaders that nobody watches, or keep copies of their weights."""
     method = _value(vllm_config, "speculative_config.method")
-    if method is not None and method not in DRAFTS_WITHOUT_WEIGHTS:
+    if method is None or method in DRAFTS_WITHOUT_WEIGHTS:
+        return
+    known = ", ".join(sorted(DRAFTS_WITHOUT_WEIGHTS | RECORDED_DRAFTS))
+    fix = f"use one of {known}, or start without --speculative-config"
+    if method not in RECORDED_DRAFTS:
         raise HoldsWeights(
-            f"speculative_config.method is {method!r}: no layout covers the weights of draft models and MTP layers, so "
-            f"they would stay those of the start; use one of {', '.join(sorted(DRAFTS_WITHOUT_WEIGHTS))}, or start "
-            "without --speculative-config"
+            f"speculative_config.method is {method!r}: no layout covers the weights of its drafter, so they would stay"
+            f" those of the start; {fix}"
+        )
+    if _value(vllm_config, "speculative_config.parallel_drafting"):
+        raise HoldsWeights(
+            "speculative_config.parallel_drafting is True: its proposer keeps what it has computed from the drafter's"
+            " weights; start without it"
+        )
+    kind = _value(vllm_config, "speculative_config.draft_model_config.hf_config.model_type")
+    if kind in COPYING_DRAFTERS:
+        raise HoldsWeights(
+            f"speculative_config.draft_model_config.hf_config.model_type is {kind!r}: this drafter keeps a copy of the"
+            f" whole head; {fix} with another drafter"
         )
 
 

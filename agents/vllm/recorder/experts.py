@@ -34,11 +34,11 @@ _EXPERT: Final = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 """The expert's number in the name of a checkpoint tensor."""
 
 
-def expert_map_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every expert map of ``model``; empty for a model whose experts are all on this rank in order."""
+def expert_map_fingerprint(*models: nn.Module) -> str:
+    """SHA-256 over every expert map of ``models``; empty for those whose experts are all on this rank in order."""
     digest = hashlib.sha256()
     found = False
-    for path, module in model.named_modules():
+    for path, module in (named for model in models for named in model.named_modules()):
         for holder in (module, balancer_of(module)):
             for attribute in MAPS if holder is not None else ():
                 value = _attribute(holder, attribute)

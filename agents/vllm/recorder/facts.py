@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
@@ -21,15 +22,19 @@ from weightsync.agents.vllm.recorder.vllm_names import (
     vocabulary_rows,
 )
 
+SHARED: Final = "the drafter's model has it, and shares it"
+
 
 @dataclass(frozen=True, slots=True)
 class VllmFacts:
     """:class:`weightsync.agents.recorder.interface.LayerFacts` of vLLM.
 
-    ``dtype``: the model's, which vLLM hands to what it runs after loading.
+    ``dtype``: the model's, which vLLM hands to what it runs after loading. ``drafter``: it is a drafter of speculative
+    decoding, whose embedding and head need not be in its checkpoint.
     """
 
     dtype: torch.dtype
+    drafter: bool = False
     kernel_layouts: tuple[KernelLayout, ...] = kernel_layouts.KERNEL_LAYOUTS
 
     def as_fed(self, checkpoint: Sequence[Checkpoint], dtypes: Mapping[str, torch.dtype]) -> list[Checkpoint]:
@@ -47,6 +52,8 @@ class VllmFacts:
         config = moe_config_of(parameter.module)
         if not whole and config is not None and is_expert_weight(parameter.attribute) and is_padded(config):
             return "padding of the experts"
+        if whole and self.drafter and vocabulary_rows(parameter.module) is not None:
+            return SHARED  # whether it is, ``drafts.let_go_of_shared`` sees when the drafter has it
         return ""
 
     def may_exchange_halves(self, parameter: ParameterPlace) -> bool:

@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from torch import nn
 from weightsync.agents.recorder.recording import Recording
-from weightsync.agents.vllm.backend import chosen
+from weightsync.agents.vllm.backend import chosen, writes_adapter
 from weightsync.agents.vllm.holders import settings
+from weightsync.agents.vllm.recorder import drafts
 from weightsync.agents.vllm.recorder.proved_load import proved_load
-from weightsync.agents.vllm.recorder.recorded import keep, keep_draft
+from weightsync.agents.vllm.recorder.recorded import keep
 
 _INSTALLED: Final = "_weightsync_recorder"
 
@@ -38,24 +39,27 @@ def install() -> None:
             return model
         settings.require(vllm_config)  # before hours of loading, not after
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
-        # A draft model of speculative decoding is loaded with a configuration of its own.
-        if model_config is vllm_config.model_config:
-            return _recorded_load(load, self)
-        draft: nn.Module = load()
-        keep_draft(draft)
-        return draft
+        if writes_adapter():
+            base: nn.Module = load()
+            return base
+        prefix = drafts.prefix_of(vllm_config, model_config)
+        if prefix is not None and drafts.are_left():
+            drafter: nn.Module = load()
+            drafts.leave(drafter)
+            return drafter
+        return _recorded_load(load, self, prefix)
 
     setattr(load_model, _INSTALLED, True)
     BaseModelLoader.load_model = load_model
 
 
-def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
+def _recorded_load(load: Callable[[], nn.Module], loader: Any, draft_prefix: str | None) -> nn.Module:
     recordings: list[Recording] = []
     original = loader.load_weights
     with contextlib.ExitStack() as watched:
 
         def load_weights(model: nn.Module, config: Any) -> None:
-            recording = proved_load(model, config, lambda: original(model, config))
+            recording = proved_load(model, config, lambda: original(model, config), drafter=draft_prefix is not None)
             recordings.append(recording)
             # From here on vLLM processes what it has loaded; there is no other sign of where that begins.
             watched.enter_context(recording.processing)
@@ -67,5 +71,5 @@ def _recorded_load(load: Callable[[], nn.Module], loader: Any) -> nn.Module:
             del loader.load_weights  # the instance's own attribute; the method of its class is there again
     for recording in recordings:
         recording.finish()
-        keep(recording)
+        keep(recording, draft_prefix)
     return model

@@ -23,13 +23,13 @@ from weightsync.agents.vllm.recorder.checkpoint import checkpoint_of, files_of
 from weightsync.agents.vllm.recorder.facts import VllmFacts
 
 
-def proved_load(model: nn.Module, model_config: Any, load: Callable[[], None]) -> Recording:
+def proved_load(model: nn.Module, model_config: Any, load: Callable[[], None], *, drafter: bool = False) -> Recording:
     """A recording of ``model`` after ``load`` has filled it, which may run twice.
 
     Raises:
         RecordError: see :class:`weightsync.agents.recorder.recording.Recording`.
     """
-    engine = VllmFacts(model_config.dtype)
+    engine = VllmFacts(model_config.dtype, drafter)
     traced = _foretold(model, files_of(model_config), engine)
     if traced is not None:
         _prove_translated(traced)

@@ -6,10 +6,9 @@ afterwards. ``recorded_layout`` turns it into what the agent announces, register
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -21,19 +20,21 @@ from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.recorder.traced import trace_loader
 from weightsync.agents.vllm.backend import logger
+from weightsync.agents.vllm.recorder import drafts
 from weightsync.agents.vllm.recorder.experts import expert_map_fingerprint, relocated
 from weightsync.agents.vllm.recorder.facts import VllmFacts
+from weightsync.agents.vllm.recorder.kept import attach, kept_of
 from weightsync.agents.vllm.recorder.quantized import quantization_name, quantized_of
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Derived, Layout
 
 __all__ = [
     "RecordError",
     "Recorded",
     "Recording",
     "Unrecorded",
-    "expert_map_fingerprint",
+    "expert_map",
     "keep",
-    "keep_draft",
+    "models_of",
     "record",
     "recorded_layout",
     "targets_of",
@@ -41,10 +42,6 @@ __all__ = [
 
 MAX_NAMES: Final = 8
 """Names in one line of the log: every layer of a model has the same ones."""
-
-_ATTRIBUTE: Final = "_weightsync_recording"
-_drafts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models of speculative decoding that this process has loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +77,14 @@ def record(model: nn.Module, model_config: Any, checkpoint: Sequence[Checkpoint]
     return Recording(trace_loader(model, checkpoint, VllmFacts(model_config.dtype)))
 
 
-def keep(recording: Recording) -> None:
-    """Leave a finished recording with its model, for ``recorded_layout``; log what of the model is not written."""
-    setattr(recording.model, _ATTRIBUTE, recording)
+def keep(recording: Recording, draft_prefix: str | None = None) -> None:
+    """Leave a finished recording with its model, for ``recorded_layout``; log what of the model is not written.
+
+    ``draft_prefix``: what the names of a drafter's tensors begin with; None for the model itself.
+    """
+    attach(recording, draft_prefix or "")
+    if draft_prefix is not None:
+        drafts.remember(recording.model)
     by_reason: dict[str, list[str]] = defaultdict(list)
     for entry in recording.unrecorded:
         by_reason[entry.reason].append(entry.name)
@@ -103,54 +105,53 @@ def bounded(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:MAX_NAMES])}{more})"
 
 
-def keep_draft(model: nn.Module) -> None:
-    """Remember that ``model``, of speculative decoding, was loaded too: no layout covers its weights."""
-    _drafts.add(model)
+def models_of(model: nn.Module) -> list[nn.Module]:
+    """``model`` and its drafters, whose layout is one."""
+    return [model, *drafts.drafters()]
 
 
 def targets_of(model: nn.Module) -> Sequence[Target]:
-    """The memory that a round writes in ``model``; its layout was recorded."""
-    recording = getattr(model, _ATTRIBUTE)
-    assert recording.finished is not None, "recorded_layout has refused it"
-    targets: list[Target] = recording.finished.targets
-    return targets
+    """The memory that a round writes in ``model``, an engine's own or a drafter; its layout was recorded."""
+    return kept_of(model).finished.targets
+
+
+def expert_map(model: nn.Module) -> str:
+    """Where the experts of ``model`` and of its drafters are now; see ``expert_map_fingerprint``."""
+    return expert_map_fingerprint(*models_of(model))
 
 
 def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
-    """The layout of ``model``, with everything needed to keep it current.
+    """The layout of ``model`` and its drafters, with everything needed to keep it current.
 
-    Call it again when ``expert_map_fingerprint(model)`` is no longer that of the layout: experts have moved.
+    Call it again when ``expert_map(model)`` is no longer that of the layout: experts have moved.
 
     Raises:
-        RecordError: the model was not loaded under the hook, or speculation brings weights that no round would update.
+        RecordError: a model was not loaded under the hook.
     """
-    recording = getattr(model, _ATTRIBUTE, None)
-    if not isinstance(recording, Recording) or recording.finished is None:
-        loader = getattr(getattr(vllm_config, "load_config", None), "load_format", "?")
-        raise RecordError(
-            f"{type(model).__name__} was loaded without the recorder: either weightsync's plugin was not active "
-            f"then, or load format {loader!r} does not go through vLLM's BaseModelLoader"
-        )
-    if _drafts:
-        names = ", ".join(sorted({type(draft).__name__ for draft in _drafts}))
-        raise RecordError(f"speculative decoding with {names}: no layout covers weights of MTP layers or drafts")
-    finished = recording.finished
-    rows = build_rows(relocated(finished.targets, recording.model))
+    main = kept_of(model, vllm_config)
+    drafts.require_loaded(vllm_config)
+    parts = [main]
+    for drafter in drafts.drafters():
+        kept = kept_of(drafter, vllm_config)
+        drafts.let_go_of_shared(kept, model)
+        parts.append(kept)
+    rows = build_rows([target for part in parts for target in part.named(relocated(part.finished.targets, part.model))])
     layout = Layout(
         tensors=rows.tensors,
         regions=rows.regions,
         rows=rows.matrix().tobytes(),
-        derived=tuple(finished.derived),
-        expert_map=expert_map_fingerprint(recording.model),
+        derived=tuple(Derived(p.prefix + entry.name, entry.refresh) for p in parts for entry in p.finished.derived),
+        expert_map=expert_map(model),
         quantized=quantized_of(rows.tensors, vllm_config),
         quantization=quantization_name(vllm_config),
     )
 
     def refresh() -> None:
         with torch.no_grad():
-            for step in finished.refreshes:
-                step()
-            stale = finished.stale()
+            for part in parts:
+                for step in part.finished.refreshes:
+                    step()
+            stale = [part.prefix + name for part in parts for name in part.finished.stale()]
         if stale:
             raise RecordError(
                 f"{bounded(stale)}: the engine's memory is not what was written: it has replaced or changed it since "
@@ -161,12 +162,17 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
         fill(rows, weights)
         refresh()
 
+    needed = {tensor.name for tensor in rows.tensors}
+    names = dict.fromkeys(part.prefix + name for part in parts for name in part.names)
     return Recorded(
         layout=layout,
         tensors=list(rows.memory),
         refresh=refresh,
         load=load,
-        unrecorded=tuple(recording.unrecorded),
-        unused=tuple(recording.unused),
-        shadows=tuple(finished.shadows),
+        unrecorded=(
+            *(replace(entry, name=part.prefix + entry.name) for part in parts for entry in part.unrecorded),
+            *drafts.left_as_started(model),
+        ),
+        unused=tuple(name for name in names if name not in needed),
+        shadows=tuple(part.prefix + name for part in parts for name in part.finished.shadows),
     )

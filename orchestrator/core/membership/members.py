@@ -9,8 +9,8 @@ from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.codec import SchemaMismatch, cut
-from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
+from weightsync.orchestrator.protocol.codec import SchemaMismatch
+from weightsync.orchestrator.protocol.limits import MAX_FOREIGN_EPOCH, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -59,6 +59,9 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
     if hello.run_id != fleet.policy.run_id:
         runs = f"it belongs to run {hello.run_id!r}, this daemon serves run {fleet.policy.run_id!r}"
         return Trouble(runs, "config", retry=False)
+    if hello.epoch_seen > max(fleet.epoch, MAX_FOREIGN_EPOCH):
+        often = f"it says that it obeyed epoch {hello.epoch_seen}, and no daemon has started so often"
+        return Trouble(often, "config", retry=False)
     if member.rank >= hello.world:
         return Trouble(f"rank {member.rank} is outside its world of {hello.world}", "config", retry=False)
     if member.role == "inference" and member.engine not in fleet.engines:
@@ -177,6 +180,13 @@ def let_out(turn: Turn, agent: ConnectedAgent) -> None:
             turn.send(agent.member, final)
 
 
+def mend(turn: Turn, agent: ConnectedAgent, name: RoundName) -> None:
+    """A worker left round ``name`` as torn because nobody told it in time how the round ended: it may hold it whole."""
+    final = _final_message(turn.fleet, agent.member, name)
+    if final is not None and (isinstance(final, Commit) or not final.torn):
+        turn.send(agent.member, final)
+
+
 def _final_message(fleet: Fleet, member: Member, name: RoundName) -> Commit | Abort | None:
     """How round ``name`` ends for a worker; None while the round itself will tell it."""
     current = fleet.round
@@ -217,7 +227,7 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         rendezvous=rendezvous,
         life=fleet.life,
         lease_seconds=policy.lease,
-        run_dir=cut(policy.run_dir),
+        run_dir=policy.run_dir,
     )
 
 

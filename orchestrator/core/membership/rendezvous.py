@@ -7,7 +7,10 @@ from weightsync.orchestrator.core.events import PlanReady, PlanRejected
 from weightsync.orchestrator.core.membership import members
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.layout import LeftOut
 from weightsync.orchestrator.protocol.messages import Announce, Ready, TcpStoreRendezvous
+from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 SHOWN: Final = 8
 """Tensors that a sentence names; ``plan explain`` names all."""
@@ -28,8 +31,22 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
             engine.misfit = ""
     if agent.member.role == "inference":
         fleet.needs_of = frozenset()
+        _say_left_out(turn, agent.member, message.layout.left_out)
         fleet.touch(agent.member.engine)
     return True
+
+
+def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> None:
+    """Once for each engine, and for each of its ranks that leaves out something else."""
+    said = turn.fleet.engines[member.engine].left_out_said
+    if left_out and left_out not in said.values():
+        parts = [
+            f"{entry.count} {entry.kind} ({entry.reason}): {', '.join(entry.names[:SHOWN])}"
+            f"{', …' if entry.count > min(SHOWN, len(entry.names)) else ''}"
+            for entry in left_out
+        ]
+        turn.say(clean(f"{member}: rounds leave out {'; '.join(parts)}"))
+    said[member.rank] = left_out
 
 
 def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:

@@ -10,7 +10,7 @@ from weightsync.orchestrator.core.round import waits
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round, Unclosed
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Abort, Commit, Grant, Verify
+from weightsync.orchestrator.protocol.messages import Abort, Commit, Expose, Grant, Verify
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Version, add_digests
 
 
@@ -28,14 +28,23 @@ def quiesce(turn: Turn, current: Round) -> None:
 
 
 def mark_dirty(turn: Turn, current: Round) -> None:
-    """Make durable who may write where, before anybody may: a daemon that finds this record treats them as torn."""
+    """Make durable who may write where, and tell the workers, before anybody may.
+
+    A daemon that finds this record treats them as torn; a worker that never heard of it knows that it is whole.
+    """
     current.writers = {
         writer: going
         for writer, targets in current.writers.items()
         if (going := tuple(target for target in targets if current.has(target.engine)))
     }
     taints = {str(writer): _taint(turn, current, writer) for writer in current.writers}
+    for member in current.remaining_ranks():
+        turn.send(member, Expose(round=current.name))  # first, so that they answer while the disk works
     turn.append_and_wait(LiveDirty(round=current.name, writers=taints))
+
+
+def nothing(turn: Turn, current: Round) -> None:
+    """What this phase waits for was asked for by the one before."""
 
 
 def _taint(turn: Turn, current: Round, writer: Member) -> Taint:

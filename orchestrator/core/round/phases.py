@@ -38,7 +38,8 @@ class PhaseRow:
 ROWS: Final[dict[Phase, PhaseRow]] = {
     Phase.PAUSING: PhaseRow(entry.pause, lambda p: p.pause, waits.not_paused, Phase.QUIESCING, "engine"),
     Phase.QUIESCING: PhaseRow(entry.quiesce, lambda p: p.quiesce, waits.not_quiesced, Phase.MARKING, "engine"),
-    Phase.MARKING: PhaseRow(entry.mark_dirty, lambda p: p.finish, waits.not_durable, Phase.WRITING, "daemon"),
+    Phase.MARKING: PhaseRow(entry.mark_dirty, lambda p: p.finish, waits.not_durable, Phase.EXPOSING, "daemon"),
+    Phase.EXPOSING: PhaseRow(entry.nothing, lambda p: p.finish, waits.not_exposed, Phase.WRITING, "engine"),
     Phase.WRITING: PhaseRow(
         entry.grant, lambda p: p.transfer, waits.not_closed, Phase.VERIFYING, "trainer", judge.closed
     ),

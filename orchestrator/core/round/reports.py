@@ -14,7 +14,7 @@ from weightsync.orchestrator.core.round import blame, endings, entry, phases
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.messages import Closed, Expose, Exposed, Left, Quiesced, Verified
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
 
@@ -45,6 +45,11 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
                 current.quiesced.add(member)
             why = Trouble(f"{member} says QUIESCED before it was asked", "engine")
             handle(turn, current, Report.QUIESCED, why, about)
+        case Exposed() if member in current.ranks:
+            if current.phase in (Phase.MARKING, Phase.EXPOSING):
+                current.exposed.add(member)
+            why = Trouble(f"{member} says EXPOSED before it was asked", "engine")
+            handle(turn, current, Report.EXPOSED, why, about)
         case Closed() if member in current.writers:
             if current.granted:
                 _book_closed(current, member, message)
@@ -127,6 +132,8 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
     known = current.ranks.get(member, current.sources.get(member))
     if agent.hello.incarnation != known:
         _gone(turn, current, member, f"{member} was started anew")
+    elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
+        turn.send(member, Expose(round=current.name))
     elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
         trainer = agent.hello.trainer
         if trainer is not None and current.name not in trainer.open_rounds:

@@ -1,6 +1,6 @@
 """The one transition table: what a round does when something happens, phase by phase.
 
-    PAUSING → QUIESCING → MARKING → WRITING → VERIFYING → DECIDING → SWITCHING → RECORDING
+    PAUSING → QUIESCING → MARKING → EXPOSING → WRITING → VERIFYING → DECIDING → SWITCHING → RECORDING
 
 Up to the decision the round's engines go through the phases together, because a version is committed on all of them or
 on none. Whoever is to blame is left out, the others go on, as long as there are enough of them; too few, or a trainer
@@ -22,6 +22,7 @@ class Phase(StrEnum):
     PAUSING = "pausing"  # every engine's /pause
     QUIESCING = "quiescing"  # every worker inside the update call, its device idle
     MARKING = "marking"  # LIVE_DIRTY durable
+    EXPOSING = "exposing"  # every worker knows that it may be written to; it was told with the marking
     WRITING = "writing"  # CLOSED from every writer towards every worker
     VERIFYING = "verifying"  # live digests of every worker
     DECIDING = "deciding"  # DECIDED durable
@@ -34,6 +35,7 @@ class Report(StrEnum):
 
     PAUSED = "paused"
     QUIESCED = "quiesced"
+    EXPOSED = "exposed"
     DURABLE = "durable"
     CLOSED = "closed"
     VERIFIED = "verified"
@@ -62,20 +64,21 @@ class Action(Enum):
 _P, _R, _A = Phase, Report, Action
 
 _BEFORE_WRITING: Final = {
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.drop, _R.CLOSED: _A.drop, _R.VERIFIED: _A.drop, _R.LEFT: _A.leave_out,
-    _R.UPDATE_OVER: _A.leave_out, _R.CALL_FAILED: _A.leave_out, _R.WRITER_GONE: _A.give_up, _R.RANK_GONE: _A.leave_out,
-    _R.DEADLINE: _A.leave_out_late, _R.IMPATIENCE: _A.leave_out_late,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.drop, _R.EXPOSED: _A.drop, _R.CLOSED: _A.drop, _R.VERIFIED: _A.drop,
+    _R.LEFT: _A.leave_out, _R.UPDATE_OVER: _A.leave_out, _R.CALL_FAILED: _A.leave_out, _R.WRITER_GONE: _A.give_up,
+    _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late, _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _WRITTEN: Final = {
     # A call that fails while its workers are inside says nothing: they themselves say what they hold.
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.leave_out,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.leave_out,
     _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late,
     _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _FORWARD: Final = {
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.CLOSED: _A.ignore, _R.VERIFIED: _A.ignore, _R.LEFT: _A.ignore,
-    _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore, _R.RESUMED: _A.ignore, _R.CALL_FAILED: _A.note,
-    _R.WRITER_GONE: _A.ignore, _R.RANK_GONE: _A.ignore, _R.DEADLINE: _A.ignore, _R.IMPATIENCE: _A.ignore,
+    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore, _R.CLOSED: _A.ignore,
+    _R.VERIFIED: _A.ignore, _R.LEFT: _A.ignore, _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore,
+    _R.RESUMED: _A.ignore, _R.CALL_FAILED: _A.note, _R.WRITER_GONE: _A.ignore, _R.RANK_GONE: _A.ignore,
+    _R.DEADLINE: _A.ignore, _R.IMPATIENCE: _A.ignore,
 }  # fmt: skip
 
 TABLE: Final[dict[Phase, dict[Report, Action]]] = {
@@ -84,10 +87,12 @@ TABLE: Final[dict[Phase, dict[Report, Action]]] = {
     _P.MARKING: {
         **_BEFORE_WRITING,
         _R.QUIESCED: _A.ignore,
+        _R.EXPOSED: _A.note,
         _R.DURABLE: _A.note,
         _R.DEADLINE: _A.give_up,  # no engine is late, the disk is
         _R.IMPATIENCE: _A.ignore,
     },
+    _P.EXPOSING: {**_BEFORE_WRITING, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.note},
     _P.WRITING: {**_WRITTEN, _R.CLOSED: _A.note, _R.VERIFIED: _A.drop, _R.WRITER_GONE: _A.give_up},
     _P.VERIFYING: {**_WRITTEN, _R.VERIFIED: _A.note, _R.WRITER_GONE: _A.ignore},
     _P.DECIDING: {**_FORWARD, _R.DURABLE: _A.note, _R.LEFT: _A.leave_out},

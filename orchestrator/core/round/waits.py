@@ -23,6 +23,11 @@ def not_quiesced(fleet: Fleet, current: Round) -> Iterator[str]:
     return _missing(current.remaining_ranks(), current.quiesced)
 
 
+def not_exposed(fleet: Fleet, current: Round) -> Iterator[str]:
+    """Workers that have not said that they count as written to."""
+    return _missing(current.remaining_ranks(), current.exposed)
+
+
 def not_durable(fleet: Fleet, current: Round) -> Iterator[str]:
     """The record that must be on disk before the round goes on."""
     if fleet.awaited is not None:

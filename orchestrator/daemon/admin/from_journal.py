@@ -19,7 +19,7 @@ def status_from(settings: Settings) -> StatusView:
     memory, history = Memory(), History()
     with Journal.read_only(settings.journal_path) as journal:
         for entry in journal.since(MemorySaved.__name__):
-            replay(memory, decode_record(entry.body))
+            replay(memory, decode_record(entry.body, entry.intact))
         for kind, newest in SHOWN.items():
             history.recall(journal.entries([kind], newest))
         journal_id = journal.journal_id

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Final
 
-from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_record
+from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_row
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
 from weightsync.orchestrator.daemon.journal import Entry
 
@@ -22,13 +22,9 @@ class History:
         self.committed: VersionView | None = None
 
     def recall(self, entries: Iterable[Entry]) -> None:
-        """Keep what is shown of what is in the journal already.
-
-        Raises:
-            JournalUnreadable.
-        """
+        """Keep what is shown of what is in the journal already. A row that cannot be read says so."""
         for entry in entries:
-            self.remember(decode_record(entry.body), entry.unix_time)
+            self.remember(decode_row(entry.body, entry.intact), entry.unix_time)
 
     def remember(self, record: Record, unix_time: float) -> RoundRow | None:
         """Keep what is shown of a record that is durable since ``unix_time``; its row, if a round ended with it."""
@@ -42,10 +38,6 @@ class History:
 
 
 def rows_of(entries: Iterable[Entry]) -> tuple[RoundRow, ...]:
-    """The rows of the rounds that ended, among ``entries`` of a journal.
-
-    Raises:
-        JournalUnreadable.
-    """
-    read = [(decode_record(entry.body), entry.unix_time) for entry in entries]
+    """The rows of the rounds that ended, among ``entries`` of a journal. One that cannot be read says so."""
+    read = [(decode_row(entry.body, entry.intact), entry.unix_time) for entry in entries]
     return tuple(round_row(record, when) for record, when in read if isinstance(record, RoundEnded))

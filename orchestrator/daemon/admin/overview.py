@@ -1,18 +1,21 @@
 """The daemon's state as ``/status`` shows it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    LeftOutView,
     ProgressView,
     StatusView,
     TrainerView,
     VersionView,
     version_view,
 )
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import MAX_LEFT_OUT
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -60,6 +63,7 @@ class Overview:
             error=error,
             fault=fault,
             since=self._state_since(config.name, state),
+            left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
         )
 
     def _trainers(self, fleet: Fleet) -> tuple[TrainerView, ...]:
@@ -105,6 +109,25 @@ def engine_state(fleet: Fleet, name: str) -> str:
     if fleet.version_of(name) is None:
         return "held"
     return "paused" if engine.paused else "serving"
+
+
+def left_out_of(ranks: Sequence[Layout]) -> Iterator[LeftOutView]:
+    """What the layouts of an engine's ranks leave out, together: of the checkpoint only what each of them names."""
+    merged: dict[tuple[str, str], tuple[dict[str, None], int]] = {}
+    for layout in ranks:
+        for entry in layout.left_out:
+            names, count = merged.setdefault((entry.kind, entry.reason), ({}, 0))
+            if entry.kind != "unneeded":
+                names.update(dict.fromkeys(entry.names))
+                merged[entry.kind, entry.reason] = names, max(count, entry.count)
+    everywhere = [
+        {name for entry in layout.left_out if entry.kind == "unneeded" for name in entry.names} for layout in ranks
+    ]
+    nowhere_needed = sorted(set.intersection(*everywhere)) if everywhere else []
+    for (kind, reason), (names, count) in merged.items():
+        shown = nowhere_needed if kind == "unneeded" else list(names)
+        if shown:
+            yield LeftOutView(kind=kind, reason=reason, names=tuple(shown[:MAX_LEFT_OUT]), count=max(count, len(shown)))
 
 
 def _progress(fleet: Fleet, now: float) -> ProgressView | None:

@@ -31,11 +31,24 @@ def version_view(version: Version | None, sequence: int = 0, unix_time: float = 
     return VersionView(step=version.step, generation=version.generation, sequence=sequence, unix_time=unix_time)
 
 
+class LeftOutView(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors of an engine that rounds leave out, and why; ``names`` are the first of at least ``count``.
+
+    ``kind``: unwritten (stay as the engine's start left them), unneeded (of the checkpoint, and no rank needs any of
+    it) or unprobed (written, and nobody could look whether they are read).
+    """
+
+    kind: str
+    reason: str
+    names: tuple[str, ...]
+    count: int
+
+
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     """One engine. ``state``: serving, paused, torn, held, joining, unreachable, updating; ``since`` in unix time.
 
     ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
-    ``error``: trainer, engine, daemon, network or config.
+    ``error``: trainer, engine, daemon, network or config. ``left_out``: what rounds leave out of its connected ranks.
     """
 
     name: str
@@ -50,6 +63,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     fault: str = ""
     since: float = 0.0
+    left_out: tuple[LeftOutView, ...] = ()
 
 
 class TrainerView(msgspec.Struct, frozen=True, kw_only=True):

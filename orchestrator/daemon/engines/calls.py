@@ -13,6 +13,7 @@ from weightsync.orchestrator.daemon.engines.kinds import client_of
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,11 @@ class Engines:
             self._failed(command, str(error), error.fault, error.retry)
         except TimeoutError:
             self._failed(command, f"no answer within {command.deadline:g} s", "engine", retry=True)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # the daemon ends, and nobody waits for a report
+            self._failed(command, "the client gave the call up by itself", "daemon", retry=True)
         except Exception as error:  # a client that breaks its contract costs its own engine and no other
             log.exception("the client of an engine broke", engine=command.engine, call=command.call)
             self._failed(command, f"engine {command.engine}: {command.call}: {error!r}", "daemon", retry=True)
@@ -64,7 +70,7 @@ class Engines:
 
     def _failed(self, command: CallEngine, reason: str, fault: Fault, retry: bool) -> None:
         number = self._inbox.next_id()
-        self._inbox.post(CallFailed(number, command.engine, command.call, command.number, reason, fault, retry))
+        self._inbox.post(CallFailed(number, command.engine, command.call, command.number, clean(reason), fault, retry))
 
     async def _ask(self, command: CallEngine) -> bool | None:
         """Performs one call; returns what is known about the pause afterwards, None where nothing is."""
@@ -89,5 +95,5 @@ class Engines:
                 await client.finish(command.version, deadline)
                 return True
             case Call.RESUME:
-                await client.resume(deadline)
+                await client.resume(dict(command.ranks), deadline)
                 return False

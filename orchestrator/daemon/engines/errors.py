@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.orchestrator.protocol.text import clean
 
 
 class UnknownEngineKind(WeightsyncError):
@@ -19,14 +20,17 @@ class UnknownEngineKind(WeightsyncError):
 
 
 class EngineError(WeightsyncError):
-    """Base. ``sent``: the request may have reached the engine, so its effect is unknown until asked for."""
+    """Base. ``sent``: the request may have reached the engine, so its effect is unknown until asked for.
+
+    What the engine said is part of the text, which is therefore cleaned here, where it enters.
+    """
 
     fault: ClassVar[Fault] = "engine"
     retry: bool = True
 
     def __init__(self, engine: str, call: str, what: str, *, sent: bool = True) -> None:
         self.engine, self.call, self.sent = engine, call, sent
-        super().__init__(f"engine {engine}: {call}: {what}")
+        super().__init__(clean(f"engine {engine}: {call}: {what}"))
 
 
 class EngineUnreachable(EngineError):
@@ -41,6 +45,14 @@ class EngineTimeout(EngineError):
     def __init__(self, engine: str, call: str, seconds: float) -> None:
         self.seconds = seconds
         super().__init__(engine, call, f"no whole answer within {seconds:g} s")
+
+
+class EngineGarbled(EngineError):
+    """A success by its status that is none by its body: something else answers in the engine's place."""
+
+    def __init__(self, engine: str, call: str, excerpt: str) -> None:
+        fix = "look what stands between the daemon and the engine, and set the engine's own url"
+        super().__init__(engine, call, f"an answer that is not the engine's: {excerpt}. Fix: {fix}")
 
 
 class EngineRefused(EngineError):

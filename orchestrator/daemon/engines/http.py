@@ -8,12 +8,16 @@ from typing import Final
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.protocol.text import clean
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 """The largest answer that is read is a server's OpenAPI document, under 1 MiB."""
 
 MAX_EXCERPT_CHARS: Final = 1000
 """Of a refusal's body in an error: enough for a message from each rank, too little for a page of HTML."""
+
+MAX_READ_FOR_EXCERPT: Final = 64 * 1024
+"""Of a refusal's body, larger ones are shown and not parsed: the loop has other things to do."""
 
 MAX_CONNECTIONS: Final = 8
 """To one engine at a time: the update call and a probe beside it, with room for the routes' probing."""
@@ -70,7 +74,7 @@ class EngineHttp:
         """
         status, data = await self.ask(method, path, deadline_seconds, body=body, query=query, idempotent=idempotent)
         if not 200 <= status < 300:
-            raise EngineRefused(self.name, f"{method} {path}", status, _excerpt(data))
+            raise EngineRefused(self.name, f"{method} {path}", status, excerpt_of(data))
         return data
 
     async def ask(
@@ -129,7 +133,7 @@ class EngineHttp:
             reason = _reason(error)
             raise EngineUnreachable(self.name, call, f"{self._url} cannot be reached: {reason}", sent=False) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            text = str(error) or type(error).__name__
+            text = clean(str(error), MAX_EXCERPT_CHARS) or type(error).__name__
             raise EngineUnreachable(self.name, call, f"the connection broke: {text}") from error
 
     async def _body(self, response: aiohttp.ClientResponse, call: str) -> bytes:
@@ -138,7 +142,7 @@ class EngineHttp:
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
                 response.close()  # the rest is not read, so the connection cannot be used again
-                what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {_excerpt(bytes(data[:100]))}"
+                what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {excerpt_of(bytes(data[:100]))}"
                 raise EngineRefused(self.name, call, response.status, what)
         return bytes(data)
 
@@ -148,17 +152,17 @@ def _reason(error: aiohttp.ClientConnectorError | aiohttp.InvalidURL) -> str:
     return (isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror) or str(error)
 
 
-def _excerpt(data: bytes) -> str:
+def excerpt_of(data: bytes) -> str:
     """The message of an error body as OpenAI's API and FastAPI shape it, else the body's beginning, on one line."""
     text = data[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", "replace")
-    with contextlib.suppress(msgspec.MsgspecError):
-        found = msgspec.json.decode(data, type=_Failure)
+    # RecursionError: of the parser, or of ``str``, on what is nested without end.
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = msgspec.json.decode(data if len(data) <= MAX_READ_FOR_EXCERPT else b"", type=_Failure)
         if isinstance(found.error, _Message):
             text = found.error.message
         elif found.error or found.detail:
             text = found.error or str(found.detail)
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_EXCERPT_CHARS else text[: MAX_EXCERPT_CHARS - 1] + "…"
+    return clean(" ".join(text.split()), MAX_EXCERPT_CHARS)
 
 
 class _Message(msgspec.Struct):

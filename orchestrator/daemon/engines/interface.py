@@ -30,7 +30,7 @@ A new kind of engine is a module with a client, and its line in ``kinds.CLIENTS`
 ``engines[].kind``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -118,11 +118,15 @@ class EngineClient(Protocol):
     async def finish(self, version: Version, deadline: float) -> None:
         """Tell the server which version it serves from now on. Called after ``switch``, before ``resume``."""
 
-    async def resume(self, deadline: float) -> None:
-        """Let the engine take steps again.
+    async def resume(self, incarnations: Mapping[int, int], deadline: float) -> None:
+        """Let the engine take steps again, if its ranks are the processes that are meant.
+
+        Args:
+            incarnations: rank → incarnation of the process whose words let it serve. One that was started in its place
+                since, perhaps at the same URL, must refuse.
 
         Raises:
-            EngineNotServable: a rank holds no whole committed version, and the engine stays paused.
+            EngineNotServable: a rank holds no whole committed version or is another process; the engine stays paused.
         """
 
     async def is_paused(self, deadline: float) -> bool | None:

@@ -13,19 +13,23 @@ from typing import Final, TypeVar
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
+    EngineGarbled,
     EngineMisconfigured,
     EngineNotServable,
     EngineRefused,
     EngineTimeout,
     EngineUnreachable,
 )
-from weightsync.orchestrator.daemon.engines.http import EngineHttp
+from weightsync.orchestrator.daemon.engines.http import EngineHttp, excerpt_of
 from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.protocol.fields import World
+from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS
 from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.text import clean
 
 REQUIRED: Final[Mapping[str, str]] = {
     "/pause": "POST",
-    "/resume": "POST",
+    "/collective_rpc": "POST",
     "/is_paused": "GET",
     "/init_weight_transfer_engine": "POST",
     "/start_weight_update": "POST",
@@ -47,8 +51,14 @@ TRANSFER_CONFIG: Final = '--weight-transfer-config \'{"backend": "weightsync"}\'
 _NOT_CONFIGURED: Final = "Weight transfer not configured"
 """vLLM's own words when it was started without --weight-transfer-config."""
 
+_RESUME: Final = "weightsync_resume"
+"""Method of ``/collective_rpc`` that our plugin answers in the engine core: ``/resume`` cannot say whom it means."""
+
 _NOT_SERVABLE: Final = "weightsync: not servable"
 """Our plugin's words when it keeps an engine held."""
+
+_NO_UPDATE: Final = "call /start_weight_update first"
+"""Our plugin's words to an update that nobody has opened; no rank has seen it then."""
 
 T = TypeVar("T")
 
@@ -58,11 +68,19 @@ class _IsPaused(msgspec.Struct):
 
 
 class _WorldSize(msgspec.Struct):
-    world_size: int
+    world_size: World
 
 
 class _ServerVersion(msgspec.Struct):
     version: str
+
+
+class _Done(msgspec.Struct):
+    """Of every POST route, in all releases: which of them depends on the route."""
+
+    status: str = ""
+    message: str = ""
+    results: list[msgspec.Raw] | None = None
 
 
 class _OpenApi(msgspec.Struct):
@@ -123,7 +141,7 @@ class VllmClient:
                 "world": self._ranks,
             }
             try:
-                await self._http.exchange("POST", path, deadline, body={"init_info": info}, idempotent=True)
+                await self._post(path, deadline, body={"init_info": info}, idempotent=True)
             except EngineRefused as error:
                 if _NOT_CONFIGURED in error.excerpt:
                     what = "no weight transfer is configured in it"
@@ -132,28 +150,39 @@ class VllmClient:
                 raise
 
     async def pause(self, deadline: float) -> None:
-        """Stop scheduling; a lost answer is looked up in ``/is_paused``."""
+        """Stop scheduling; a lost answer is looked up in ``/is_paused``.
+
+        The update that the pause is for is opened beside it: that costs the pause nothing, and tells our plugin whose
+        pause it is. Starting again what was started replaces it.
+        """
         clear_cache = "true" if self._setup.clear_cache else "false"
         query = {"mode": self._setup.pause_mode, "clear_cache": clear_cache}
-        await self._set_paused(True, "/pause", query, deadline)
+        opened = self._post("/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True)
+        paused = self._set_paused(True, "/pause", deadline, query=query)
+        for outcome in await asyncio.gather(paused, opened, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
-    async def resume(self, deadline: float) -> None:
+    async def resume(self, incarnations: Mapping[int, int], deadline: float) -> None:
         """Schedule again; a lost answer is looked up in ``/is_paused``.
 
         Raises:
-            EngineNotServable: a worker holds no committed version; the engine stays paused.
+            EngineNotServable: a worker holds no committed version or is another process; the engine stays paused.
         """
+        means = {str(rank): incarnation for rank, incarnation in incarnations.items()}
+        body = {"method": _RESUME, "kwargs": {"incarnations": means}}
         try:
-            await self._set_paused(False, "/resume", None, deadline)
+            await self._set_paused(False, "/collective_rpc", deadline, body=body)
         except EngineRefused as error:
             if _NOT_SERVABLE in error.excerpt:
-                raise EngineNotServable(self.name, "POST /resume", error.status, error.excerpt) from error
+                raise EngineNotServable(self.name, "resume", error.status, error.excerpt) from error
             raise
 
     async def switch(self, switch: Switch, deadline: float) -> None:
-        """Open an update and make the call that lasts as long as the round.
+        """Make the call that lasts as long as the round, in the update that the pause has opened.
 
-        Neither is repeated once it may have arrived: a late second start would replace the session of the first.
+        Not repeated once it may have reached a rank. A round that failed has closed the update of a pause that still
+        holds; another is opened then.
         """
         info = {
             "token": str(switch.round),
@@ -162,10 +191,16 @@ class VllmClient:
             "generation": switch.version.generation,
             "step": switch.version.step,
             "deadline_seconds": switch.rank_seconds,
+            "exposes": True,
         }
         async with self._within("switch", deadline):
-            await self._once("/start_weight_update", {"is_checkpoint_format": False}, deadline)
-            await self._once("/update_weights", {"update_info": info}, deadline)
+            try:
+                await self._once("/update_weights", {"update_info": info}, deadline)
+            except EngineRefused as error:
+                if _NO_UPDATE not in error.excerpt:
+                    raise
+                await self._once("/start_weight_update", {"is_checkpoint_format": False}, deadline)
+                await self._once("/update_weights", {"update_info": info}, deadline)
 
     async def finish(self, version: Version, deadline: float) -> None:
         """Close the update and tell the version's step. Not repeated once it may have arrived."""
@@ -180,10 +215,17 @@ class VllmClient:
         except TimeoutError as error:
             raise EngineTimeout(self.name, call, deadline) from error
 
-    async def _set_paused(self, wanted: bool, path: str, query: Mapping[str, str] | None, deadline: float) -> None:
+    async def _set_paused(
+        self,
+        wanted: bool,
+        path: str,
+        deadline: float,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, object] | None = None,
+    ) -> None:
         try:
-            await self._http.exchange("POST", path, deadline, query=query, idempotent=True)
-        except (EngineTimeout, EngineUnreachable) as error:
+            await self._post(path, deadline, query=query, body=body, idempotent=True)
+        except (EngineTimeout, EngineUnreachable, EngineGarbled) as error:
             if not error.sent:
                 raise
             try:
@@ -195,17 +237,33 @@ class VllmClient:
                 raise  # the answer was lost, and so was the request
 
     async def _once(self, path: str, body: Mapping[str, object], deadline: float) -> None:
-        await self._http.exchange("POST", path, deadline, body=body, idempotent=False)
+        await self._post(path, deadline, body=body, idempotent=False)
+
+    async def _post(
+        self,
+        path: str,
+        deadline: float,
+        *,
+        body: Mapping[str, object] | None = None,
+        query: Mapping[str, str] | None = None,
+        idempotent: bool,
+    ) -> None:
+        data = await self._http.exchange("POST", path, deadline, body=body, query=query, idempotent=idempotent)
+        done = self._read(f"POST {path}", data, _Done)
+        if not done.status and not done.message and done.results is None:
+            raise EngineGarbled(self.name, f"POST {path}", excerpt_of(data))
 
     async def _get(self, path: str, deadline: float, kind: type[T]) -> T:
-        data = await self._http.exchange("GET", path, deadline, idempotent=True)
+        return self._read(f"GET {path}", await self._http.exchange("GET", path, deadline, idempotent=True), kind)
+
+    def _read(self, call: str, data: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineRefused(self.name, f"GET {path}", 200, f"an answer that is not vLLM's: {error}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineGarbled(self.name, call, f"{excerpt_of(data) or 'nothing'} ({error})") from error
 
     async def _server_version(self, deadline: float) -> str:
-        return (await self._get("/version", deadline, _ServerVersion)).version
+        return clean((await self._get("/version", deadline, _ServerVersion)).version, MAX_NAME_CHARS)
 
     async def _routes(self, deadline: float) -> frozenset[str]:
         """Asks with OPTIONS, which no route of vLLM performs; where a proxy answers that itself, reads its document."""

@@ -9,6 +9,7 @@ from weightsync.orchestrator.core.events import AgentLost, AgentSaid
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.messages import Announce, Connect, Ready, TcpStoreRendezvous
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 
 log = structlog.get_logger(__name__)
 
@@ -71,9 +72,10 @@ class Group:
                 for rank, ready in (await server.gather_ready()).items():
                     self._say(gathering, members[rank], ready)
                 await server.barrier()
-        except (TcpStoreError, OSError) as error:  # among them TimeoutError, and a child that cannot be started
-            reason = f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}"
-            log.error(reason)
+        except Exception as error:  # whatever a peer said in it costs the group
+            known = isinstance(error, TcpStoreError | OSError)  # TimeoutError, and a child that cannot be started
+            reason = clean(f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}")
+            log.error(reason, exc_info=None if known else error)
             for member, connection in gathering.connections.items():
                 self._drop(member, connection, reason)
                 self._inbox.post(AgentLost(self._inbox.next_id(), member, connection, reason))

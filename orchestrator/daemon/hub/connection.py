@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
 from websockets.frames import CloseCode
 from websockets.protocol import Side
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.websocket import Endpoint, FrameError
+
+log = structlog.get_logger(__name__)
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Unsent bytes to one agent: one frame of the largest allowed size, and as much again queued behind it."""
@@ -112,13 +115,18 @@ class AgentConnection(asyncio.Protocol):
 
     # ------------------------------------------------------------------------------------------------------ reading
     def data_received(self, data: bytes) -> None:
-        """Handle what has come, to the end of the last whole frame."""
-        self.heard_at = self._loop.time()
+        """Handle what has come, to the end of the last whole frame. What goes wrong with it costs this peer only."""
         try:
-            messages = self._endpoint.receive(data)
+            self._receive(data)
         except FrameError as error:
             self._on_end(self, error.code, str(error))
-            return
+        except Exception as error:
+            log.exception("what an agent sent broke its handling", agent=str(self))
+            self._on_end(self, CloseCode.INTERNAL_ERROR, f"handling its message broke: {error!r}")
+
+    def _receive(self, data: bytes) -> None:
+        self.heard_at = self._loop.time()
+        messages = self._endpoint.receive(data)
         for message in messages:
             if self.stage is Stage.ENDED:
                 break

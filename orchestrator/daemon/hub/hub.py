@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 from aiohttp import hdrs, web
 from websockets.frames import CloseCode
@@ -34,6 +35,7 @@ from weightsync.orchestrator.protocol.codec import (
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.protocol.websocket import message_frame
 
 log = structlog.get_logger(__name__)
@@ -136,7 +138,7 @@ class Hub:
             self._end(older, CloseCode.POLICY_VIOLATION, "a newer connection of this agent took its place")
         connection.accepted()
         self._members[member] = connection
-        return self._write(connection, self._frame(welcome))
+        return self._tell(connection, welcome)
 
     def refuse(self, member: Member, connection_id: int, refused: Refused) -> bool:
         """Tell a waiting connection why it is not taken in, and end it. False when it is gone."""
@@ -147,17 +149,15 @@ class Hub:
         return True
 
     def send(self, member: Member, message: FromDaemon) -> bool:
-        """Queue ``message`` for ``member``; False when it has no connection, or one that is too slow.
+        """Queue ``message`` for ``member``; False when it has no connection, one that is too slow, or when the message
+        cannot be sent, which costs the member its connection.
 
         False needs no answer: the member's AgentLost has been reported or is about to be, never from within ``send``.
 
         The same message object sent to many members is encoded once.
-
-        Raises:
-            ProtocolError: the message exceeds MAX_FRAME_BYTES.
         """
         connection = self._members.get(member)
-        return connection is not None and self._write(connection, self._frame(message))
+        return connection is not None and self._tell(connection, message)
 
     def drop(self, member: Member, connection_id: int, reason: str) -> bool:
         """End this connection of the member; it may come back. False when it is not, or no longer, the member's own."""
@@ -233,7 +233,7 @@ class Hub:
 
     def _refuse(self, connection: AgentConnection, refused: Refused) -> None:
         log.warning("agent refused", agent=str(connection), reason=refused.reason, fault=refused.fault)
-        connection.write(self._frame(refused))
+        self._tell(connection, refused)
         self._end(connection, CloseCode.POLICY_VIOLATION, refused.reason)
 
     def _lose(self, connection: AgentConnection, code: int, reason: str) -> None:
@@ -252,13 +252,14 @@ class Hub:
             self._report(connection, stage, reason)
 
     def _report(self, connection: AgentConnection, stage: Stage, reason: str, *, orderly: bool = False) -> None:
+        reason = clean(reason)
         (log.info if orderly else log.warning)("agent lost", agent=str(connection), reason=reason)
         if connection.member is not None and stage in (Stage.DECISION, Stage.ACCEPTED):
             self._post(AgentLost(self._next_id(), connection.member, connection.number, reason))
 
     def _end(self, connection: AgentConnection, code: int, reason: str) -> None:
         self._forget(connection)
-        connection.end(code, reason, self._timing.close_seconds)
+        connection.end(code, clean(reason), self._timing.close_seconds)
 
     def _forget(self, connection: AgentConnection) -> None:
         del self._connections[connection.number]
@@ -300,6 +301,15 @@ class Hub:
         if self._last is None or self._last[0] is not message:
             self._last = (message, message_frame(encode(message), Side.SERVER))
         return self._last[1]
+
+    def _tell(self, connection: AgentConnection, message: FromDaemon) -> bool:
+        try:
+            return self._write(connection, self._frame(message))
+        except (ValueError, OverflowError, TypeError, msgspec.MsgspecError) as error:
+            # Too long, or with something in it that has no encoding. It is for this agent, made of what agents said.
+            reason = f"{type(message).__name__} cannot be sent to it: {error}"
+            asyncio.get_running_loop().call_soon(self._cut, connection, reason)
+            return False
 
     def _write(self, connection: AgentConnection, data: bytes) -> bool:
         if connection.write(data):

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from weightsync.orchestrator.protocol.markers import BROADCASTS
+from weightsync.orchestrator.protocol.text import clean
 
-SHOWN: Final = 8
+SHOWN: Final = 16
 """Problems with the same fix that are told one by one; of more, one stands for all."""
 
 
@@ -19,7 +20,7 @@ class MarkerProblem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.what}. Fix: {self.fix}"
+        return clean(f"{self.path}: {self.what}. Fix: {self.fix}")
 
 
 class Problems:

@@ -34,8 +34,8 @@ ASKED: Final = 16
 """Steps that were asked for last, which every scan looks at, whatever their numbers: a trainer may have gone back."""
 
 MAX_WAITING: Final = 128
-"""Steps that wait for an outcome and are told of, those of the youngest STABLE. One or two do; more are left from
-earlier trainers."""
+"""Steps that wait for an outcome and are told of beside those that were asked for, those of the youngest STABLE. One or
+two do; more are left from earlier trainers."""
 
 REREAD: Final = 64
 """On a network file system: of the newest steps without STABLE, so many are read anew at each scan."""
@@ -220,7 +220,9 @@ class MarkerDirectory:
 
     # -------------------------------------------------------------------------------------------------------- results
     def _told(self) -> list[Step]:
-        return heapq.nlargest(MAX_WAITING, self._waiting.values(), key=_age)
+        asked = [step for step in self._waiting.values() if step.step in self._asked]
+        others = (step for step in self._waiting.values() if step.step not in self._asked)
+        return [*asked, *heapq.nlargest(MAX_WAITING, others, key=_age)]
 
     def _result(self) -> Scan:
         waiting = tuple(sorted(self._told(), key=lambda step: step.step))

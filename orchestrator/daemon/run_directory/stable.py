@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ class StableWatch:
         self._markers, self._inbox = markers, inbox
         self._run_directory, self._rescan_seconds = run_directory, rescan_seconds
         self._posted: tuple[StableSeen, ...] = ()
+        self._failure = ""
 
     async def run(self) -> None:
         """Scan at once, then after every change and every ``rescan_seconds``, until cancelled."""
@@ -42,19 +44,33 @@ class StableWatch:
         The core asks for a look when STABLE is due, and decides by the answer whether to ask again.
         """
         await asyncio.sleep(after_seconds)
-        self._tell(await self._markers.look(step), always=True)
+        self._tell(await self._whatever_is_there(self._markers.look(step)), always=True)
 
     async def scan(self) -> bool:
         """Scan once, and post what is there if it is news; whether there are steps that no scan has come to."""
         # The scan, never the wake, is the truth: whoever woke us may know less than the directory.
-        scan = await self._markers.scan()
+        scan = await self._whatever_is_there(self._markers.scan())
         self._tell(scan, always=False)
-        return scan.unread
+        return scan is not None and scan.unread
 
-    def _tell(self, scan: Scan, always: bool) -> None:
-        for problem in scan.problems:
-            log.warning("marker not believed", problem=str(problem))
-        seen = _seen(scan)
+    async def _whatever_is_there(self, scanning: Awaitable[Scan]) -> Scan | None:
+        try:
+            scan = await scanning
+        except Exception as error:
+            # Many may write to that directory; whatever they have found, it ends a scan and nothing else.
+            if repr(error) != self._failure:
+                log.exception("the run directory cannot be scanned", path=str(self._run_directory))
+            self._failure = repr(error)
+            return None
+        self._failure = ""
+        return scan
+
+    def _tell(self, scan: Scan | None, always: bool) -> None:
+        seen = self._posted
+        if scan is not None:
+            for problem in scan.problems:
+                log.warning("marker not believed", problem=str(problem))
+            seen = _seen(scan)
         if always or seen != self._posted:
             self._posted = seen
             self._inbox.post(MarkersSeen(self._inbox.next_id(), seen))

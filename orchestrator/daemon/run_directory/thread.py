@@ -11,7 +11,7 @@ from weightsync.orchestrator.daemon.run_directory.markers import write_marker
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, is_network
 from weightsync.orchestrator.daemon.run_directory.problems import MarkerProblem
 from weightsync.orchestrator.daemon.run_directory.scan import MarkerDirectory, Scan
-from weightsync.orchestrator.protocol.markers import MarkerError, MarkerKind, manifest
+from weightsync.orchestrator.protocol.markers import MarkerKind, manifest
 from weightsync.orchestrator.protocol.names import Version
 
 log = structlog.get_logger(__name__)
@@ -57,5 +57,5 @@ class MarkerThread:
     def _write(self, kind: MarkerKind, version: Version, facts: dict[str, str | int | float]) -> None:
         try:
             write_marker(self.directory.run_directory, kind, manifest(self._run_id, version, **facts))
-        except (OSError, MarkerError) as error:
+        except (OSError, ValueError) as error:
             log.error("marker not written", marker=kind, version=str(version), reason=str(error))

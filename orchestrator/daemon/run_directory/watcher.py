@@ -11,7 +11,10 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Final, Literal
 
+import structlog
 from watchfiles import awatch
+
+log = structlog.get_logger(__name__)
 
 Why = Literal["start", "change", "timer"]
 
@@ -20,6 +23,9 @@ STEP_MILLISECONDS: Final = 5
 
 BURST_MILLISECONDS: Final = 200
 """A burst that does not end (a checkpoint being written) wakes us this often."""
+
+RESTART_SECONDS: Final = 1.0
+"""Before a watch that failed is followed by another one: what made it fail may be there still."""
 
 Identity = tuple[int, int] | None
 
@@ -58,12 +64,17 @@ def _start(path: Path, changed: asyncio.Event) -> asyncio.Task[None]:
 
 
 async def _watch(path: Path, changed: asyncio.Event) -> None:
-    # Any failure (no inotify left, the directory gone again) leaves the timer, which starts another watch.
-    with contextlib.suppress(OSError, RuntimeError):
+    try:
         async for _ in awatch(
             path, step=STEP_MILLISECONDS, recursive=True, watch_filter=None, debounce=BURST_MILLISECONDS
         ):
             changed.set()
+    except Exception as error:
+        # No inotify left, the directory gone again, a name that is no UTF-8 (which watchfiles cannot tell us): whatever
+        # it is, the timer is there, and with the next wake another watch.
+        log.debug("the run directory is looked at by the clock", path=str(path), reason=repr(error))
+        await asyncio.sleep(RESTART_SECONDS)
+        changed.set()
 
 
 async def _stop(watching: asyncio.Task[None] | None) -> None:

@@ -67,13 +67,15 @@ class FlagStatus:
 class FlagAgent:
     """The double: servable while ``flag`` exists, torn while ``flag`` with the suffix ``.torn`` does.
 
-    ``flag`` with the suffix ``.refuse<rank>`` makes one rank not servable.
+    ``flag`` with the suffix ``.refuse<rank>`` makes one rank not servable, with ``.abandoned`` its lease runs out. Its
+    incarnation is 100 + its rank.
 
     Each one leaves its ranks in ``flag`` with the suffix ``.rank<rank>``.
     """
 
     def __init__(self, flag: Path, rank: int) -> None:
         self._flag, self._refusal = flag, flag.with_suffix(f".refuse{rank}")
+        self.incarnation, self.held_because = 100 + rank, ""
 
     @property
     def may_run(self) -> bool:
@@ -82,6 +84,10 @@ class FlagAgent:
     @property
     def status(self) -> FlagStatus:
         return FlagStatus(torn=self._flag.with_suffix(".torn").exists())
+
+    @property
+    def lease(self) -> tuple[float, float] | None:
+        return (1.0, 99.0) if self._flag.with_suffix(".abandoned").exists() else None
 
     def begin(self, init_info: Any) -> None: ...
 

@@ -1,6 +1,7 @@
 """``config check`` and ``config schema``."""
 
 import json
+import re
 import socket
 import stat
 from pathlib import Path
@@ -98,3 +99,14 @@ def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: p
 def test_token_files_keep_their_mode(config: Path) -> None:
     findings_of(load(config, {}))
     assert stat.S_IMODE((config.parent / "token").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop/x"])
+def test_config_check_names_a_directory_that_cannot_be(
+    config: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "loop").symlink_to(config.parent / "loop")
+    text = config.read_text()
+    config.write_text(re.sub(r"state_directory: .*", f"state_directory: {config.parent / name}", text))
+    assert cli_config.check(config, environ={}) == 78
+    assert "state_directory: " in capsys.readouterr().out.partition("error")[2]

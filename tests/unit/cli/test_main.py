@@ -36,3 +36,30 @@ async def test_help_lists_commands_and_exit_codes() -> None:
     assert done.code == 0
     for word in ("run", "status", "rounds", "config", "plan", "demo", "75", "77", "78"):
         assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("status", "--url", "ht!tp"), "argument --url: 'ht!tp' is no URL such as http://host:8000"),
+        (("status", "--url", ""), "argument --url: '' is no URL"),
+        (("rounds", "--url", "http://h:99999"), "argument --url: Port out of range"),
+        (("status", "--timeout", "nan"), "argument --timeout: 'nan' is no number above 0 and up to 86400"),
+        (("status", "--timeout", "0"), "argument --timeout"),
+        (("rounds", "--last", "²"), "argument --last: '²' is no number above 0 and up to 10000"),
+        (("rounds", "--last", "9" * 5000), "argument --last"),
+        (("plan", "explain", "--alpha", "nan"), "argument --alpha"),
+        (("plan", "simulate", "--nic-gbps", "0"), "argument --nic-gbps"),
+        (("plan", "simulate", "--engines", "-1"), "argument --engines"),
+    ],
+)
+async def test_an_option_that_cannot_be_meant_is_wrong_usage(arguments: tuple[str, ...], says: str) -> None:
+    done = await cli(*arguments)
+    assert done.code == 2
+    assert says in done.err
+
+
+async def test_the_release() -> None:
+    done = await cli("--version")
+    assert done.code == 0
+    assert done.out.startswith("weightsync-orchestrator ")

@@ -64,6 +64,9 @@ def test_simulate_from_files_and_of_a_model(directory, capsys):
     [
         (lambda d: None, "holds no *.msgpack"),
         (lambda d: (d / "a.msgpack").write_bytes(b"\x93"), "a.msgpack is no layout"),
+        (lambda d: (d / "a.msgpack").write_bytes(b"\x91" * 100_000), "a.msgpack is no layout"),
+        (lambda d: (d / "a.msgpack").symlink_to(d / "a.msgpack"), "a.msgpack cannot be read: Too many levels"),
+        (lambda d: (d / "a.msgpack").symlink_to("/dev/zero"), "a.msgpack has more than 67108864 bytes"),
     ],
 )
 def test_files_that_are_none(tmp_path, write, said, capsys):

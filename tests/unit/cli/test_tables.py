@@ -3,6 +3,7 @@
 from weightsync.orchestrator.cli.tables import rounds_text, status_text
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    LeftOutView,
     ProgressView,
     RoundRow,
     StatusView,
@@ -22,7 +23,11 @@ def test_the_status_table_at_a_glance() -> None:
             engines=(
                 EngineView(name="prefill-0", url="http://a", role="prefill", state="serving", version=version,
                            ranks_connected=8, ranks_expected=8, paused=False),
-                EngineView(name="d", url="http://b", role="decode", state="held", torn=True, error="bad\x1b[31m news"),
+                EngineView(name="d", url="http://b", role="decode", state="held", torn=True, error="bad\x1b[31m news",
+                           left_out=(
+                               LeftOutView(kind="unwritten", reason="a buffer", names=("\x1bcache",), count=1),
+                               LeftOutView(kind="unprobed", reason="no way", names=("a", "b"), count=2000),
+                           )),
             ),
             trainers=tuple(TrainerView(rank=r, host="n", pid=1, state="ready", staged=version) for r in range(10)),
             round=ProgressView(round="2.7", version=version, phase="writing", attempt=2, elapsed_seconds=0.4),
@@ -64,6 +69,9 @@ ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES  WIRE GB/S  PAUSE MS  STALL MS  VERIF
     left out: d
 
 9 tensors of the trainer that no engine needs: head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, …
+
+1 tensors of d stay as its start left them (a buffer):  cache
+2000 tensors of d are written, and whether they are read is not known (no way): a, b, …
 
 problems:
   broadcasts/step_007: wrongly named, ignored"""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fleets import ANNOUNCE, BYTES_PER_EDGE, plan_facts, policy_for, rank, trainer
+from told import round_trip
 from weightsync.orchestrator.core.commands import (
     Append,
     CallEngine,
@@ -39,6 +40,7 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Closed,
     EngineStatus,
+    Exposed,
     FromAgent,
     FromDaemon,
     Hello,
@@ -88,6 +90,7 @@ class Driven:
     # --------------------------------------------------------------------------------------------------------- events
     def happens(self, *events: Event) -> list[Command]:
         fresh = step(self.fleet, events, self.now)
+        round_trip(fresh)
         self.commands.extend(fresh)
         return fresh
 
@@ -206,6 +209,9 @@ class Driven:
             case Phase.QUIESCING:
                 for member in everybody:
                     self.says(member, Quiesced(round=going.name))
+            case Phase.EXPOSING:
+                for member in everybody:
+                    self.says(member, Exposed(round=going.name))
             case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
                 self.durable()
             case Phase.WRITING:

@@ -100,9 +100,9 @@ def test_the_answer_to_a_call_that_another_one_replaced_says_nothing(drive: Any)
 
 def _told_twice_of_a_grant(fleet: Any) -> None:
     """A writer of a round that is over may still write to the engine."""
-    fleet.to(Phase.MARKING)
+    fleet.to(Phase.EXPOSING)
     fleet.fleet.unclosed[trainer(7), RoundName(1, 77)] = Unclosed(1, "h", "b", {ENGINE: 100}, outlived=True)
-    fleet.durable()
+    fleet.to(Phase.WRITING)
 
 
 def _torn_when_resumed(fleet: Any) -> None:
@@ -113,9 +113,9 @@ def _torn_when_resumed(fleet: Any) -> None:
 
 
 def _of_no_proved_plan(fleet: Any) -> None:
-    fleet.to(Phase.MARKING)
+    fleet.to(Phase.EXPOSING)
     fleet.fleet.plan = dataclasses.replace(fleet.fleet.plan, proved=False)
-    fleet.durable()
+    fleet.to(Phase.WRITING)
 
 
 def _with_another_digest(fleet: Any) -> None:
@@ -127,9 +127,9 @@ def _with_another_digest(fleet: Any) -> None:
 
 
 def _to_who_has_not_confirmed(fleet: Any) -> None:
-    fleet.to(Phase.MARKING)
+    fleet.to(Phase.EXPOSING)
     fleet.fleet.agents[ENGINE].fingerprint = ""
-    fleet.durable()
+    fleet.to(Phase.WRITING)
 
 
 @pytest.mark.parametrize(

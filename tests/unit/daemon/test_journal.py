@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.daemon.journal import (
+    JOURNAL_SCHEMA,
     MAX_ENTRY_BYTES,
     Journal,
     JournalError,
@@ -174,12 +176,12 @@ def test_bodies_have_a_limit_and_are_text(journal: Journal) -> None:
     assert append(journal, "A", b"{}") == 1
 
 
-@pytest.mark.parametrize(("schema", "fix"), [(1, "Fix: start with a new"), (3, "Fix: run the newer daemon, or start")])
-def test_another_schema_is_refused(path: Path, schema: int, fix: str) -> None:
+@pytest.mark.parametrize("schema", [JOURNAL_SCHEMA - 1, JOURNAL_SCHEMA + 1])
+def test_another_schema_is_refused(path: Path, schema: int) -> None:
     with Journal.open(path) as journal:
-        journal._connection.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (str(schema),))
+        journal._connection.execute("UPDATE meta SET value = ? WHERE name = 'schema'", [schema])
     for opened in (Journal.open, Journal.read_only):
-        with pytest.raises(JournalError, match=f"has schema {schema}, this daemon knows 2. {fix}"):
+        with pytest.raises(JournalError, match=f"has schema {schema}, this daemon knows {JOURNAL_SCHEMA}"):
             opened(path)
     # The lock of the failed attempt is free again.
     with pytest.raises(JournalError, match=f"has schema {schema}"):
@@ -218,6 +220,51 @@ def test_damage_is_noticed(path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(JournalError):
         Journal.open(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "damage"),
+    [
+        ("body", '{"n": 2}'),
+        ("body", b"\xff\xfe"),
+        ("body", 5),
+        ("kind", "B"),
+        ("kind", b"\xff"),
+        ("unix_time", 12.25),
+        ("unix_time", "text"),
+        ("checksum", 0),
+    ],
+)
+def test_an_entry_that_is_not_what_was_written_says_so(journal: Journal, column: str, damage: object) -> None:
+    """SQLite's own check sees pages that make no sense, not a digit that is another."""
+    journal.append([("A", b'{"n": 1}'), ("A", b'{"n": 1}')])
+    journal._connection.execute("DROP TRIGGER entries_are_final")
+    journal._connection.execute(f"UPDATE entries SET {column} = ? WHERE sequence = 2", [damage])
+    assert [entry.intact for entry in journal.entries()] == [True, False]
+
+
+def test_no_byte_of_an_entry_changes_unseen(path: Path) -> None:
+    """Whichever byte of the file is another one: it is refused, or the entries are what was written or say so."""
+    bodies = [b'{"text": "%s%d"}' % (b"x" * 40, number) for number in range(20)]
+    with Journal.open(path, clock=lambda: 12.5) as journal:
+        journal.append([("A", body) for body in bodies])
+    whole, chance, seen = path.read_bytes(), random.Random(3), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        at = chance.randrange(len(whole))
+        damaged[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            with Journal.open(path) as journal:
+                entries = list(journal.entries())
+        except (JournalError, JournalLost):
+            seen += 1
+            continue
+        seen += not all(entry.intact for entry in entries)
+        assert [entry.body for entry in entries if entry.intact] == [
+            body for body, entry in zip(bodies, entries, strict=False) if entry.intact
+        ]
+    assert seen > 10
 
 
 def test_reading_beside_a_daemon_and_after_it(journal: Journal, path: Path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 from weightsync.orchestrator.core.commands import (
     Accept,
     Append,
@@ -211,7 +212,23 @@ async def test_so_is_what_engines_need(desk: Desk) -> None:
     assert desk.events == [NeedsReady(1, 4, FOUND.needs, FOUND.misfits)]
 
 
-async def test_a_planner_that_breaks_ends_the_daemon(desk: Desk) -> None:
-    desk.plan = IndexError("a bug")
+async def test_layouts_that_break_the_planner_are_an_event(desk: Desk) -> None:
+    desk.plan = IndexError("a bug\ud800")
     await desk.performs([MakePlan(4, (), ())])
-    assert desk.failures == [desk.plan]
+    reason = "the planner broke: IndexError('a bug\\ud800')"
+    assert desk.events == [PlanRejected(1, 4, reason, "", "daemon")]
+    assert desk.failures == []
+
+
+async def test_what_breaks_the_needs_costs_the_needs(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: MakeNeeds) -> NeedsFound:
+        raise OverflowError("a bug")
+
+    monkeypatch.setattr(desk.outbox._planning, "needs", broken)
+    with structlog.testing.capture_logs() as logs:
+        await desk.performs([MakeNeeds(4, ()), CALL])
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == [
+        "what the engines need cannot be put together"
+    ]
+    assert desk.done == [("call", CALL)]
+    assert desk.failures == []

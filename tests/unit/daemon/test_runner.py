@@ -12,9 +12,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable
-from weightsync.orchestrator.core.events import MarkersSeen, StableSeen
+import structlog
+from weightsync.orchestrator.core import machine
+from weightsync.orchestrator.core.commands import Command
+from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable, PeerMisbehaved
+from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event, MarkersSeen, StableSeen
 from weightsync.orchestrator.core.records import Committed, EpochBegan, RoundEnded, encode_record
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon import compaction
 from weightsync.orchestrator.daemon import runner as runners
 from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
@@ -24,7 +28,7 @@ from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
-from weightsync.orchestrator.protocol.messages import Hello, Refused
+from weightsync.orchestrator.protocol.messages import Bye, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
@@ -183,6 +187,85 @@ async def test_a_broken_invariant_ends_it_and_nothing_is_performed(
         assert performed == []
 
 
+@asynccontextmanager
+async def agent(port: int, rank: int) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    """A trainer rank that was taken in."""
+    said = Hello(schema=SCHEMA_VERSION, run_id="glm", member=Member("trainer", "", rank), world=4, incarnation=1)
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
+        session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}") as socket,
+    ):
+        await socket.send_bytes(encode(said))
+        assert isinstance(decode_from_daemon(await socket.receive_bytes(timeout=SECONDS)), Welcome)
+        yield socket
+
+
+async def test_an_agent_that_says_what_cannot_be_true_is_sent_away_and_nobody_else(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[list[Event]] = []
+
+    def step(fleet: Fleet, events: list[Event], now: float) -> list[Command]:
+        for event in events:
+            if isinstance(event, AgentSaid) and isinstance(event.message, Bye):
+                raise PeerMisbehaved(event.member, event.connection, "it says good-bye without having said hello")
+        decided.append(list(events))
+        return machine.step(fleet, events, now)
+
+    async with running(settings) as (runner, port, task), agent(port, 0) as rude, agent(port, 1) as other:
+        (connection,) = [a.connection for a in runner.fleet.trainers() if a.member.rank == 0]
+        monkeypatch.setattr(runners, "step", step)
+        with structlog.testing.capture_logs() as logs:
+            await rude.send_bytes(encode(Bye(reason="made up")))
+            while (await rude.receive(timeout=SECONDS)).type is not aiohttp.WSMsgType.CLOSE:
+                pass  # what it was told before
+
+            async def gone() -> bool:
+                return [a.member.rank for a in runner.fleet.trainers()] == [1]
+
+            await until(gone)
+        (line,) = [line for line in logs if line["event"] == "an agent is sent away"]
+        assert line["agent"] == "trainer/0"
+        assert "nothing is committed yet" in line["story"]
+        lost = [event for events in decided for event in events if isinstance(event, AgentLost)]
+        assert [(event.member.rank, event.connection) for event in lost] == [(0, connection)]
+        assert not other.closed
+        assert not task.done()
+
+
+async def test_one_that_is_not_taken_in_yet_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(fleet: Fleet, events: list[Event], now: float) -> list[Command]:
+        for event in events:
+            if isinstance(event, AgentConnected):
+                raise PeerMisbehaved(event.member, event.connection, "it cannot be")
+        return machine.step(fleet, events, now)
+
+    said = Hello(schema=SCHEMA_VERSION, run_id="glm", member=Member("trainer", "", 0), world=1, incarnation=1)
+    monkeypatch.setattr(runners, "step", step)
+    async with (
+        running(settings) as (_, port, task),
+        aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
+        session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}") as socket,
+    ):
+        await socket.send_bytes(encode(said))
+        refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
+        assert refused == Refused(reason="it cannot be", fault="trainer", retry=True)
+        assert not task.done()
+
+
+async def test_a_blame_that_is_about_no_event_is_our_own_bug(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> Any:
+        raise PeerMisbehaved(Member("trainer", "", 0), 99, "made up")
+
+    async with running(settings) as (runner, _, task):
+        monkeypatch.setattr(runners, "step", step)
+        runner.inbox.post(MarkersSeen(1, ()))
+        with pytest.raises(PeerMisbehaved):
+            await asyncio.wait_for(asyncio.shield(task), SECONDS)
+
+
 async def test_so_does_a_lost_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     async def lost(*_: Any) -> Any:
         raise OSError("the disk is gone")
@@ -262,6 +345,24 @@ async def test_a_journal_that_it_cannot_read_is_not_guessed_at(settings: Setting
     journal.append([("RoundBegan", json.dumps({"type": "OfTheFuture"}).encode())])
     journal.close()
     with pytest.raises(JournalUnreadable, match="OfTheFuture"):
+        await Runner(settings).run()
+
+
+async def test_a_row_of_history_that_it_cannot_read_stops_no_start(settings: Settings) -> None:
+    with Journal.open(settings.journal_path) as journal:
+        journal.append([("RoundEnded", b'{"type":"RoundEnded","round":[1,1],"version":[7,1],"times":{"wire":null}}')])
+    async with running(settings) as (_, port, _):
+        (row,) = (await asked(port, "/status"))["rounds"]
+        assert row["outcome"] == "unreadable"
+        assert (await asked(port, "/rounds"))["rounds"] == [row]
+
+
+async def test_damage_to_what_it_decides_by_does(settings: Settings) -> None:
+    with Journal.open(settings.journal_path) as journal:
+        journal.append([("EpochBegan", b'{"type":"EpochBegan","epoch":17}')])
+        journal._connection.execute("DROP TRIGGER entries_are_final")
+        journal._connection.execute("UPDATE entries SET body = replace(body, '17', '11')")
+    with pytest.raises(JournalUnreadable, match="its checksum is wrong"):
         await Runner(settings).run()
 
 

@@ -6,13 +6,12 @@ from weightsync.orchestrator.protocol import codec
 from weightsync.orchestrator.protocol.codec import (
     ProtocolError,
     SchemaMismatch,
-    cut,
     decode_first,
     decode_from_agent,
     decode_from_daemon,
     encode,
 )
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES, MAX_REASON_CHARS, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import Heartbeat, Hello, Outcome, Ready
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -81,8 +80,3 @@ def test_a_broken_hello_of_this_schema_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError, match="malformed frame") as caught:
         decode_first(data, MAX_HELLO_BYTES)
     assert not isinstance(caught.value, SchemaMismatch)
-
-
-def test_a_text_is_cut_to_its_limit_with_a_mark() -> None:
-    assert cut("x" * MAX_REASON_CHARS) == "x" * 4000
-    assert cut("x" * (MAX_REASON_CHARS + 1)) == "x" * 3999 + "…"

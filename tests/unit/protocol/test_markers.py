@@ -35,7 +35,7 @@ def test_what_touch_makes_is_no_manifest_and_no_error(data: bytes) -> None:
         ({"colour": "red"}, "a manifest has no colour"),
         ({"sequence": -1}, "sequence"),
         ({"round": 5}, "round"),
-        ({"engines": "x" * MAX_MARKER_BYTES}, "engines"),
+        ({"restaged": 2**53 + 1}, "restaged"),
     ],
 )
 def test_facts_that_do_not_fit(facts: dict[str, Any], reason: str) -> None:
@@ -48,7 +48,14 @@ def test_facts_cannot_rename_the_version() -> None:
 
 
 def test_a_reason_is_cut() -> None:
-    assert manifest("glm", Version(7, 40), reason="x" * 5000).reason == "x" * MAX_REASON_CHARS
+    assert manifest("glm", Version(7, 40), reason="x" * 5000).reason == "x" * (MAX_REASON_CHARS - 1) + "…"
+    assert manifest("glm", Version(7, 40), reason="a\ud800\nb").reason == "a\\ud800 b"
+
+
+def test_the_engines_of_a_large_fleet_are_cut_and_the_marker_is_written() -> None:
+    said = manifest("glm", Version(7, 40), engines=", ".join(f"{number:0128}" for number in range(4096)))
+    assert said.engines.endswith("…")
+    assert decode_manifest(encode_manifest(said)) == said
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_what_is_not_believed(data: bytes, reason: str) -> None:
 
 
 def test_a_manifest_that_would_not_be_read_back_is_not_written() -> None:
-    giant = Manifest(schema=SCHEMA_VERSION, run_id="glm", generation=1, step=5, reason="x" * MAX_MARKER_BYTES)
+    giant = Manifest(schema=SCHEMA_VERSION, run_id="glm", generation=1, step=5, engines="𝄞" * (MAX_MARKER_BYTES // 2))
     with pytest.raises(MarkerError, match="exceeds the limit of 65536"):
         encode_manifest(giant)
 

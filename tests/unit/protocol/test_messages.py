@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, decode_from_daemon, encode
-from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.messages import (
     Bye,
     Closed,
@@ -58,6 +58,19 @@ def test_what_fits(change: dict[str, Any]) -> None:
         ({"incarnation": -1}, "incarnation"),
         ({"run_id": "x" * (MAX_NAME_CHARS + 1)}, "run_id"),
         ({"member": ["spectator", "", 0]}, "member"),
+        ({"member": ["trainer", "", -1]}, "member"),
+        ({"member": ["trainer", "", MAX_WORLD]}, "member"),
+        ({"member": ["trainer", "x", 0]}, "belongs to no engine, but this one to 'x'"),
+        ({"member": ["inference", "", 0]}, "'' is no engine's name"),
+        ({"member": ["inference", "e/0", 0]}, "'e/0' is no engine's name: use 1 to 128 letters"),
+        ({"member": ["inference", "e\n", 0]}, "is no engine's name"),
+        ({"incarnation": 2**63}, "incarnation"),
+        ({"generation": 2**63}, "generation"),
+        ({"epoch_seen": MAX_COUNT + 1}, "epoch_seen"),
+        ({"pid": 2**53 + 1}, "pid"),
+        ({"trainer": {"staged": [1, 10**18]}}, "staged"),
+        ({"trainer": {"staged": [-1, 1]}}, "staged"),
+        ({"trainer": {"open_rounds": [[1, -1]]}}, "open_rounds"),
         ({"schema": "1"}, "schema"),
     ],
 )
@@ -69,7 +82,8 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], field: str) -> None:
 def test_free_text_is_bounded() -> None:
     assert decode_from_agent(encode(Bye(reason="x" * MAX_REASON_CHARS))) == Bye(reason="x" * 4000)
     with pytest.raises(ProtocolError, match="reason"):
-        decode_from_agent(encode(Bye(reason="x" * (MAX_REASON_CHARS + 1))))
+        decode_from_agent(msgspec.msgpack.encode({"type": "Bye", "reason": "x" * (MAX_REASON_CHARS + 1)}))
+    assert len(Bye(reason="x" * 9999).reason) == MAX_REASON_CHARS, "what we say is taken back"
     with pytest.raises(ProtocolError, match="fault"):
         decode_from_agent(encode(Closed(round=RoundName(1, 1), fault="somebody")))  # type: ignore[arg-type]
 

@@ -1,6 +1,9 @@
 """Names as people read them, as they are sent, and their order; sums of digests."""
 
+from typing import Any
+
 import msgspec
+import pytest
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version, add_digests
 
 
@@ -9,6 +12,23 @@ def test_names_in_log_lines() -> None:
     assert str(Member("inference", "glm-a", 1)) == "glm-a/1"
     assert str(Version(255, 40)) == "step 40 (generation ff)"
     assert str(RoundName(2, 9)) == "2.9"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (("trainer", "", -1), "rank -1 is not one from 0 to 65535"),
+        (("trainer", "", 65536), "rank 65536 is not one"),
+        (("trainer", "x", 0), "a trainer rank belongs to no engine, but this one to 'x'"),
+        (("inference", "", 0), "'' is no engine's name"),
+        (("inference", "a/b", 0), "'a/b' is no engine's name"),
+        (("inference", "x" * 129, 0), "is no engine's name"),
+    ],
+)
+def test_a_member_is_one_place_with_one_name(wrong: tuple[Any, ...], why: str) -> None:
+    """Else ``trainer/0`` could be two of them, or none."""
+    with pytest.raises(ValueError, match=why):
+        Member(*wrong)
 
 
 def test_they_travel_as_arrays() -> None:

@@ -3,11 +3,14 @@
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from weightsync.orchestrator.settings.document import MAX_CONFIG_BYTES, MAX_DEPTH, Document
+import yaml
+from weightsync.orchestrator.settings import document
+from weightsync.orchestrator.settings.document import MAX_CONFIG_BYTES, MAX_DEPTH, MAX_VALUES, Document
 from weightsync.orchestrator.settings.problems import ConfigError
-from weightsync.orchestrator.settings.settings import load
+from weightsync.orchestrator.settings.settings import MAX_ENGINES, load
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"just text", b"\xff\xfe", b"x" * (MAX_CONFIG_BYTES + 1)])
@@ -34,6 +37,32 @@ def test_aliases_that_grow_without_end_are_refused(tmp_path: Path, bomb: str) ->
     with pytest.raises(ConfigError, match="aliases written out") as caught:
         Document(tmp_path / "config.yaml", bomb)
     assert caught.value.problems[0].line
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "- " * 200_000, "? " * 200_000, "a: [" + "x," * 300_000, "a:\n" + " - b\n" * 200_000]
+)
+def test_reading_stops_at_the_limit_and_not_at_the_end(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = 0
+    compose = yaml.SafeLoader.compose_node
+
+    def counting(self: yaml.SafeLoader, *args: Any) -> Any:
+        nonlocal composed
+        composed += 1
+        return compose(self, *args)
+
+    monkeypatch.setattr(document, "MAX_VALUES", 5000)
+    monkeypatch.setattr(yaml.SafeLoader, "compose_node", counting)
+    with pytest.raises(ConfigError, match="more than 5000 values or 32 levels"):
+        Document(tmp_path / "config.yaml", text)
+    assert composed <= 5000
+
+
+def test_the_limit_leaves_room_for_the_largest_fleet(tmp_path: Path) -> None:
+    keys = 5
+    assert MAX_ENGINES * (1 + 2 * keys) + 200 < MAX_VALUES
 
 
 def test_ordinary_aliases_are_taken(tmp_path: Path) -> None:

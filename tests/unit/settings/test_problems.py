@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from weightsync.orchestrator.settings.problems import MAX_SHOWN_CHARS, ConfigError, Problem, closest, dotted, shown
+from weightsync.orchestrator.settings.problems import (
+    MAX_PROBLEMS,
+    MAX_SHOWN_CHARS,
+    ConfigError,
+    Problem,
+    closest,
+    dotted,
+    shown,
+)
 
 
 def test_a_problem_says_where_what_and_how_to_mend_it() -> None:
@@ -29,3 +37,15 @@ def test_values_are_cut_and_secrets_withheld() -> None:
 def test_the_key_that_was_meant() -> None:
     assert closest("rescan_secnds", ["rescan_seconds", "run"]) == "rescan_seconds"
     assert closest("xyz", ["rescan_seconds", "run"]) == ""
+
+
+def test_many_problems_are_told_as_a_few_and_how_many_more() -> None:
+    wrong = Problem("a", "", "is wrong", "mend it")
+    lines = str(ConfigError(Path("f"), *[wrong] * (MAX_PROBLEMS + 7))).splitlines()
+    assert lines == [f"f: {wrong}"] * MAX_PROBLEMS + ["f: … and 7 more"]
+
+
+def test_a_problem_is_of_one_line_whatever_it_is_about() -> None:
+    odd = Problem("a\n.\x1b", "'\ud800'", "is wrong", "mend it", variable="W" * 1000)
+    assert str(ConfigError(Path("f\n"), odd)).isprintable()
+    assert len(str(odd)) < 600

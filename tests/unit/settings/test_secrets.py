@@ -17,3 +17,8 @@ def test_secrets(tmp_path: Path) -> None:
             read_secret(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_secret(tmp_path / "absent")
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="secret cannot be read: embedded null byte"):
+        read_secret(tmp_path / "a\0b")

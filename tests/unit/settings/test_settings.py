@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from settings_files import MINIMAL, Loaded, Refusal
+from weightsync.orchestrator.settings.problems import MAX_PROBLEMS
 from weightsync.orchestrator.settings.sections import HubSection, NixlSection
 from weightsync.orchestrator.settings.settings import load
 
@@ -46,3 +47,10 @@ def test_settings_cannot_be_changed(config: Path) -> None:
 def test_all_problems_are_told_at_once(refusal: Refusal) -> None:
     error = refusal(MINIMAL + "a: 1\nb: 2\nlog: {format: xml}\n")
     assert {problem.key for problem in error.problems} == {"a", "b", "log.format"}
+
+
+def test_many_wrong_keys_cost_no_more_than_a_few(refusal: Refusal) -> None:
+    """Each costs a search for what was meant."""
+    error = refusal(MINIMAL + "".join(f"key_{number}: 1\n" for number in range(4000)))
+    assert len(str(error).splitlines()) == MAX_PROBLEMS + 1
+    assert len(error.problems) <= 4 * MAX_PROBLEMS

@@ -112,6 +112,36 @@ def test_no_variable_is_passed_over_in_silence(name: str, value: str, key: str, 
     assert "hunter2" not in str(error)
 
 
+BOMB = "[" + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(9)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ENGINES", BOMB, "aliases written out"),
+        ("ENGINES", "[" * 5000, "aliases written out"),
+        ("LOG", "{level: info, level: debug}", "log.level: the key is given twice"),
+        ("ENGINES__²__URL", "http://x", "fits nowhere"),
+        ("ENGINES__٣__URL", "http://x", "fits nowhere"),
+        ("ENGINES__" + "9" * 5000 + "__URL", "http://x", "fits nowhere"),
+        ("A__" * 5000 + "B", "1", "names no key"),
+        ("LISTEN__PORT", "9" * 5000, "listen.port"),
+        ("RUN__DIRECTORY", "/tmp/\udcff", "characters that none should have"),
+        ("STATE_DIRECTORY", "~nobody-of-that-name/x", "the home of a user who has none"),
+        ("LISTEN__HOST", "a..b", "is no name of a host"),
+        ("ENGINES__0__URL", "http://h:99999", "Port out of range"),
+        ("AGENTS_TOKEN_FILE", "/" + "x" * 5000, "agents_token_file"),
+    ],
+)
+def test_a_hostile_variable_is_one_line(name: str, value: str, says: str, refusal: Refusal) -> None:
+    told = str(refusal(MINIMAL, {f"WEIGHTSYNC__{name}": value}))
+    assert "environment variable WEIGHTSYNC__" in told
+    assert says in told
+    assert len(told.splitlines()) == 1
+    assert len(told) < 2000
+    assert told.isprintable()
+
+
 def test_names_are_taken_in_any_case_and_once(loaded: Loaded, refusal: Refusal) -> None:
     assert loaded("", rescan_seconds="4").rescan_seconds == 4
     both = {"WEIGHTSYNC__RESCAN_SECONDS": "4", "WEIGHTSYNC__rescan_seconds": "5"}

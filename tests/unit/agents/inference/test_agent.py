@@ -17,7 +17,7 @@ from weightsync.agents.link.thread import AgentThread
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.kernels.digest import tensor_key
 from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
-from weightsync.orchestrator.protocol.messages import Fault, Verify
+from weightsync.orchestrator.protocol.messages import EngineStatus, Fault, Left, Quiesced, Verify
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 UPDATE = UpdateInfo(token="1.1", round_epoch=1, round_number=1, generation=1, step=1, deadline_seconds=5.0)
@@ -39,9 +39,15 @@ class Thread:
 
     failure = None
     alive = True
+    epoch = 1
+    lease: tuple[float, float] | None = None
 
     def __init__(self) -> None:
         self.posted: list[Any] = []
+        self.said: list[Any] = []
+
+    def say_once(self, word: Any) -> None:
+        self.said.append(word)
 
     def post(self, work: Any) -> None:
         self.posted.append(work)
@@ -133,6 +139,50 @@ def test_a_worker_that_nobody_introduced_refuses() -> None:
     assert not agent.may_run
 
 
+@pytest.mark.parametrize("epoch", [0, 2, 9])
+def test_a_round_of_a_daemon_that_is_not_obeyed_is_refused_before_anything_stands_still(epoch: int) -> None:
+    """Its call may come late, or from a second daemon; nobody here would ever hear how it ends."""
+    drained: list[float] = []
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3), drained.append)
+    agent._agent = thread = Thread()  # type: ignore[assignment]
+    with pytest.raises(UpdateFailed, match=f"round_epoch is {epoch}, and this worker obeys a daemon of epoch 1"):
+        agent.update(msgspec.structs.replace(UPDATE, round_epoch=epoch))
+    assert thread.posted == drained == []
+    assert not agent.status.torn
+
+
+@pytest.mark.parametrize("exposes", [True, False])
+def test_the_words_of_a_round_are_said_until_the_next(exposes: bool) -> None:
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+    agent._agent = thread  # type: ignore[assignment]
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        agent.update(msgspec.structs.replace(UPDATE, exposes=exposes, deadline_seconds=0.01))
+    for post in thread.posted:
+        post()
+    name = RoundName(1, 1)
+    assert thread.said == [Quiesced(round=name), Left(round=name, status=EngineStatus(torn=not exposes))]
+
+
+def test_a_daemon_that_is_gone_for_longer_than_its_lease_ends_a_round_in_which_nobody_was_granted() -> None:
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+    assert (agent.lease, agent.incarnation) == (None, 0)
+    agent._agent = thread  # type: ignore[assignment]
+    thread.lease = (20.0, 20.5)
+    assert agent.lease == (20.0, 20.5)
+    with pytest.raises(UpdateFailed, match="gone for longer than its lease"):
+        agent.update(msgspec.structs.replace(UPDATE, exposes=True, deadline_seconds=60.0))
+    assert not agent.status.torn
+
+
+def test_a_hold_has_a_reason() -> None:
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
+    assert agent.held_because == ""
+    agent._windows.hold(True, "to look at it")
+    assert agent.held_because == "to look at it"
+    agent._windows.hold(True, "")
+    assert agent.held_because == "the daemon said so"
+
+
 def test_holders_of_copies_are_drained_before_the_experts_are_looked_at() -> None:
     story: list[object] = []
 
@@ -189,7 +239,7 @@ def test_the_same_introduction_again_does_nothing(introduced: tuple[InferenceAge
 def test_an_agent_that_was_closed_comes_back_as_itself(introduced: tuple[InferenceAgent, InitInfo]) -> None:
     agent, info = introduced
     first = thread_of(agent)
-    first._epoch = 7  # as after a Welcome
+    first.obedience.epoch = 7  # as after a Welcome
     agent.close()
     assert not first.alive
     with pytest.raises(UpdateFailed, match="was closed"):
@@ -197,16 +247,31 @@ def test_an_agent_that_was_closed_comes_back_as_itself(introduced: tuple[Inferen
     agent.begin(info)
     second = thread_of(agent)
     assert second is not first
-    assert (second.incarnation, second.epoch) == (first.incarnation, 7)
+    assert second.obedience is first.obedience
+    assert second.epoch == 7
 
 
 def test_a_daemon_may_move(introduced: tuple[InferenceAgent, InitInfo]) -> None:
     agent, info = introduced
     first = thread_of(agent)
-    first._epoch = 7
+    first.obedience.epoch = 7
     agent.begin(msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents"))
     assert not first.alive
-    assert (thread_of(agent).incarnation, thread_of(agent).epoch) == (first.incarnation, 7)
+    assert thread_of(agent).obedience is first.obedience
+    assert thread_of(agent).epoch == 7
+
+
+def test_but_not_while_the_one_before_is_connected(
+    introduced: tuple[InferenceAgent, InitInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, info = introduced
+    thread = thread_of(agent)
+    assert agent.incarnation == thread.obedience.incarnation > 0
+    monkeypatch.setattr(AgentThread, "connected", True)
+    moved = msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents")
+    with pytest.raises(InfoError, match=r"init_info\.hub_url: .*:1/agents'.*:2/agents'.*end one of the two"):
+        agent.begin(moved)
+    assert thread_of(agent) is thread
 
 
 @pytest.mark.parametrize("other", [{"run_id": "another"}, {"engine": "engine-1"}, {"world": 2}])
@@ -216,7 +281,7 @@ def test_who_has_obeyed_is_not_given_to_another_run(
     agent, info = introduced
     (field,) = other
     thread = thread_of(agent)
-    thread._epoch = 7
+    thread.obedience.epoch = 7
     with pytest.raises(InfoError, match=rf"init_info\.{field}: .* restart the engine"):
         agent.begin(msgspec.structs.replace(info, **other))
     assert thread_of(agent) is thread

@@ -12,7 +12,11 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    Expose,
     FilesystemSettings,
+    Hold,
+    Holding,
+    Left,
     Outcome,
     Verify,
     Welcome,
@@ -51,8 +55,10 @@ def rank() -> Any:
     weights: Any = SimpleNamespace(
         layout=Layout((), (), b""), receivers=receivers, open=lambda member, settings: opened.append((member, settings))
     )
-    side = InferenceSide(Member("inference", "a", 0), weights, windows)
-    return SimpleNamespace(side=side, receivers=receivers, windows=windows, opened=opened)
+    said: list[Any] = []
+    link: Any = SimpleNamespace(send=said.append, say_once=said.append)
+    side = InferenceSide(link, Member("inference", "a", 0), weights, windows)
+    return SimpleNamespace(side=side, receivers=receivers, windows=windows, opened=opened, said=said)
 
 
 def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> None:
@@ -76,6 +82,7 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     heard: list[Any] = []
     rank.windows.heard = heard.append
     words = [
+        Expose(round=ROUND),
         Verify(round=ROUND, deadline_seconds=1.0),
         Commit(round=ROUND, version=VERSION),
         Abort(round=ROUND, torn=True, reason="a writer was lost"),
@@ -93,3 +100,17 @@ def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> No
     assert rank.side.status() == EngineStatus(window=ROUND)
     rank.side.shut()
     assert rank.side.poll(), "writers may still reach this memory"
+
+
+def test_a_hold_is_answered_with_the_status(rank: Any) -> None:
+    rank.side.heard(Hold(held=True, reason="an operator looks at it"))
+    assert rank.side.status() == EngineStatus(held=True), "which Hello repeats"
+    assert rank.windows.held_because == "an operator looks at it"
+    rank.side.heard(Hold(held=False))
+    assert rank.said == [Holding(status=EngineStatus(held=True)), Holding(status=EngineStatus())]
+
+
+def test_memory_that_a_late_word_has_mended_is_told(rank: Any) -> None:
+    rank.windows.heard = lambda word: EngineStatus(applied=VERSION)
+    rank.side.heard(Commit(round=ROUND, version=VERSION))
+    assert rank.said == [Left(round=ROUND, status=EngineStatus(applied=VERSION))]

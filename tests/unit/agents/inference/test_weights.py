@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
 from weightsync.agents.inference.weights import LiveWeights, staging_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
@@ -15,7 +16,7 @@ from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.kernels.digest import digest
-from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Quantized, Tensor, row
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -84,6 +85,18 @@ def test_staging_is_the_last_region(size: int, regions: int, staging: int) -> No
     assert (len(weights.layout.regions), weights.layout.staging) == (regions, staging)
     if size:
         assert weights.layout.regions[1].length == size
+
+
+def test_all_else_that_the_layout_says_stays_beside_the_staging() -> None:
+    live = model("norm")
+    live.layout = structs.replace(
+        live.layout,
+        quantized=(Quantized(0, 0, (1, 8)),),
+        quantization="fp8",
+        left_out=(LeftOut("unwritten", "a buffer", ("cache",), 1),),
+    )
+    told = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU))).layout
+    assert structs.replace(told, regions=told.regions[:1], staging=-1) == live.layout
 
 
 @pytest.mark.usefixtures("recorder")

@@ -7,13 +7,24 @@ from typing import Any
 
 import pytest
 from weightsync.agents.inference.window import REMEMBERED_ROUNDS, Update, UpdateFailed, Windows
-from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Verified, Verify
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Commit,
+    EngineStatus,
+    Expose,
+    Exposed,
+    Verified,
+    Verify,
+)
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 ROUND, OTHER = RoundName(1, 1), RoundName(1, 2)
 OLD, NEW = Version(7, 1), Version(7, 2)
 UPDATE = Update(ROUND, NEW, 60.0)
 
+TOLD = Update(ROUND, NEW, 60.0, exposes=True)
+
+EXPOSE = Expose(round=ROUND)
 VERIFY = Verify(round=ROUND, deadline_seconds=1.0)
 COMMIT = Commit(round=ROUND, version=NEW)
 TORN = Abort(round=ROUND, torn=True, reason="a writer was lost")
@@ -217,3 +228,174 @@ def test_the_daemons_word_comes_from_another_thread() -> None:
     worker.windows.heard(COMMIT)
     call.join(10)
     assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+# ---------------------------------------------------------------------------------------- told before anybody may write
+def abandoned(worker: Worker, *answers: Any) -> Worker:
+    """The worker, whose daemon says ``answers`` and is then gone for longer than its lease."""
+    worker = after(worker, *answers)
+    gone = iter([False] * len(answers))
+    worker.windows._abandoned = lambda: next(gone, True)
+    return worker
+
+
+def test_a_worker_whose_daemon_is_gone_before_any_grant_leaves_with_what_it_had() -> None:
+    worker = abandoned(serving())
+    with pytest.raises(UpdateFailed, match="the daemon is gone for longer than its lease, and nobody was granted"):
+        worker.hold(TOLD)
+    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert worker.windows.may_run
+    assert worker.said == [ROUND, EngineStatus(applied=OLD)]
+
+
+def test_once_exposed_it_waits_for_the_end_and_is_torn() -> None:
+    worker = abandoned(serving(), EXPOSE)
+    with pytest.raises(UpdateFailed, match=r"nothing was decided within 0\.01 s"):
+        worker.hold(Update(ROUND, NEW, 0.01, exposes=True))
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.said == [ROUND, Exposed(round=ROUND), EngineStatus(applied=OLD, torn=True)]
+
+
+def test_a_round_that_does_not_tell_exposes_with_quiesced() -> None:
+    worker = abandoned(serving())
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        worker.hold(Update(ROUND, NEW, 0.01))
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+
+
+def test_the_deadline_does_not_tear_a_worker_that_was_never_exposed() -> None:
+    worker = serving()
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        worker.hold(Update(ROUND, NEW, 0.01, exposes=True))
+    assert worker.windows.status == EngineStatus(applied=OLD)
+
+
+def test_a_whole_round_with_exposure() -> None:
+    worker = after(serving(), EXPOSE, EXPOSE, VERIFY, COMMIT)
+    worker.hold(TOLD)
+    exposed, again, verified = worker.said[1:4]
+    assert exposed == again == Exposed(round=ROUND)
+    assert isinstance(verified, Verified)
+    assert worker.windows.status == EngineStatus(applied=NEW)
+
+
+def test_an_exposure_that_comes_after_the_worker_has_left_is_not_answered() -> None:
+    """So that no grant is given for memory that may serve by then."""
+    worker = abandoned(serving())
+    with pytest.raises(UpdateFailed):
+        worker.hold(TOLD)
+    assert worker.windows.heard(EXPOSE) is None
+    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert len(worker.said) == 2
+
+
+# -------------------------------------------------------------------------------- mended by a daemon that was away
+def torn_after(*answers: Any, worker: Worker | None = None, update: Update = UPDATE) -> Worker:
+    """A worker whose round ended by its deadline after these words."""
+    worker = after(worker or serving(), *answers)
+    with pytest.raises(UpdateFailed, match="nothing was decided"):
+        worker.hold(Update(update.round, update.version, 0.05, update.exposes))
+    assert worker.windows.status.torn
+    return worker
+
+
+def test_a_commit_mends_what_was_verified_before_the_daemon_was_gone() -> None:
+    worker = torn_after(VERIFY)
+    assert worker.windows.heard(COMMIT) == EngineStatus(applied=NEW) == worker.windows.status
+    worker.hold()  # the update call, if it is repeated, has succeeded
+    assert worker.windows.heard(COMMIT) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ([], COMMIT),
+        ([VERIFY], Commit(round=ROUND, version=OLD)),
+        ([VERIFY], Commit(round=OTHER, version=NEW)),
+        ([VERIFY], TORN),
+        ([], VERIFY),
+    ],
+    ids=["never verified", "another version", "another round", "torn, says the daemon", "verify"],
+)
+def test_nothing_else_does(said: list[Any], word: Any) -> None:
+    worker = torn_after(*said)
+    assert worker.windows.heard(word) is None
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+
+
+def test_memory_that_could_not_be_verified_is_not_mended() -> None:
+    worker = serving()
+
+    def verify(order: Verify) -> Verified:
+        return Verified(round=order.round, digest=(0, 0), bytes=0, apply_seconds=0, digest_seconds=0, error="no part 2")
+
+    worker.verify = verify  # type: ignore[method-assign]
+    torn_after(VERIFY, worker=worker)
+    assert worker.windows.heard(COMMIT) is None
+    assert worker.windows.status.torn
+
+
+def test_a_later_round_that_may_have_written_makes_the_old_digest_worthless() -> None:
+    again = Update(RoundName(1, 9), NEW, 60.0)
+    worker = torn_after(VERIFY)
+    torn_after(worker=worker, update=again)
+    assert worker.windows.heard(COMMIT) is None
+    assert worker.windows.status.torn
+
+
+def test_a_later_round_in_which_nobody_was_granted_does_not() -> None:
+    worker = torn_after(VERIFY)
+    after(worker)
+    with pytest.raises(UpdateFailed):
+        worker.hold(Update(RoundName(1, 9), NEW, 0.01, exposes=True))
+    assert worker.windows.heard(COMMIT) == EngineStatus(applied=NEW)
+
+
+def test_a_commit_of_an_earlier_round_mends_nothing_while_another_is_inside() -> None:
+    worker = torn_after(VERIFY)
+    seen: list[Any] = []
+    worker.tell = lambda word: seen.append(worker.windows.heard(COMMIT))  # type: ignore[method-assign]
+    with pytest.raises(UpdateFailed):
+        worker.hold(Update(RoundName(1, 9), NEW, 0.01, exposes=True))
+    assert seen[0] is None
+
+
+def test_a_daemon_that_knows_that_nobody_was_granted_mends_whole_memory_only() -> None:
+    worker = torn_after()
+    assert worker.windows.heard(CLEAN) == EngineStatus(applied=OLD) == worker.windows.status
+    torn = torn_after(VERIFY)
+    torn_after(worker=torn, update=Update(RoundName(1, 9), NEW, 60.0))
+    assert torn.windows.heard(Abort(round=RoundName(1, 9), torn=False, reason="nobody wrote")) is None
+    assert torn.windows.status.torn, "it was torn before that round"
+
+
+# ---------------------------------------------------------------------------------------------------------------- holds
+def test_a_hold_is_kept_through_rounds_until_a_commit_or_its_end() -> None:
+    worker = serving()
+    assert worker.windows.hold(True, "to look at it") == EngineStatus(applied=OLD, held=True)
+    assert worker.windows.held_because == "to look at it"
+    with pytest.raises(UpdateFailed):
+        after(worker, CLEAN).hold()
+    assert worker.windows.status == EngineStatus(applied=OLD, held=True)
+    assert worker.windows.may_run, "of its weights"
+    assert worker.windows.hold(False, "") == EngineStatus(applied=OLD)
+    worker.windows.hold(True, "again")
+    after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
+    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.held_because == ""
+
+
+def test_a_hold_that_comes_inside_a_round_leaves_the_window_open() -> None:
+    worker = serving()
+    worker.tell = lambda word: worker.windows.hold(True, "now")  # type: ignore[method-assign]
+    seen: list[EngineStatus] = []
+
+    def verify(order: Verify) -> Verified:
+        seen.append(worker.windows.status)
+        return Worker.verify(worker, order)
+
+    worker.verify = verify  # type: ignore[method-assign]
+    with pytest.raises(UpdateFailed):
+        worker.windows.serve_round(Update(ROUND, NEW, 0.05), lambda: worker.windows.heard(VERIFY), verify, worker.tell)
+    assert seen == [EngineStatus(applied=OLD, window=ROUND, held=True)]
+    assert worker.windows.status == EngineStatus(applied=OLD, torn=True, held=True)

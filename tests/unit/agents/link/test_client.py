@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from weightsync.agents.link import connection as control_connection
 from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
+from weightsync.agents.link.connection import NotObeyed
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
@@ -229,6 +230,43 @@ async def test_a_daemon_restart_is_survived_and_hello_is_asked_anew(token_file: 
     assert isinstance(said, AgentSaid)
     await agent.stop()
     await second.hub.close()
+
+
+async def test_a_daemon_that_is_not_obeyed_is_left_and_tried_again_ever_later(token_file: Path) -> None:
+    """It may be replaced by ours; until then nothing that it says behind its Welcome is heard."""
+
+    class Proud(Agent):
+        def on_message(self, message: FromDaemon) -> None:
+            assert isinstance(message, Welcome)
+            super().on_message(message)
+            if self.hellos < 4:
+                raise NotObeyed("its epoch is over")
+
+    daemon = Daemon(token_file)
+
+    def accept_and_speak(event: AgentConnected) -> object:
+        answer = daemon.accept(event)
+        if agent.hellos < 4:
+            daemon.hub.send(MEMBER, OUTCOME)
+        return answer
+
+    waits: list[int] = []
+
+    class Watched(Backoff):
+        def seconds(self, failures: int, draw: float) -> float:
+            waits.append(failures)
+            return 0.001
+
+    daemon.decide = accept_and_speak
+    agent = Proud(await daemon.hub.start("127.0.0.1", 0), token_file, backoff=Watched())
+    for _ in range(4):
+        assert isinstance(await agent.next(), Welcome)
+    assert waits == [1, 2, 3]
+    assert await agent.lost() == "its epoch is over"
+    assert agent.client.heard_at > 0
+    await agent.stop()
+    assert agent.client.heard_at == 0
+    await daemon.hub.close()
 
 
 async def test_a_drop_is_followed_by_a_reconnect(token_file: Path) -> None:

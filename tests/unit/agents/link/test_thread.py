@@ -2,15 +2,19 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from weightsync.agents.errors import AgentError
-from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress, Identity
+from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.introduction import Identity
+from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
+    Closed,
     Connect,
     Fault,
     FromAgent,
@@ -118,11 +122,38 @@ def test_a_welcome_is_answered_with_the_layout(agent: Alone) -> None:
     assert agent.epoch == 3
 
 
-@pytest.mark.parametrize("stale", [welcome(2), welcome(3, "another journal")], ids=["lower epoch", "foreign journal"])
-def test_a_daemon_of_the_past_is_not_obeyed(agent: Alone, stale: Welcome) -> None:
-    agent.hears(welcome(3), stale)
+@pytest.mark.parametrize(
+    "stale",
+    [welcome(2), welcome(3, "another journal"), welcome(3, life="another")],
+    ids=["lower epoch", "foreign journal", "another life"],
+)
+def test_a_daemon_that_is_not_ours_loses_the_connection(
+    agent: Alone, stale: Welcome, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent.hears(welcome(3))
+    with pytest.raises(NotObeyed):
+        agent.hears(stale)
     assert len(agent.said) == len(agent.side.welcomes) == 1
     assert (agent.epoch, agent._hello().journal_id) == (3, "j")
+    assert "trainer/0: the daemon at ws://127.0.0.1:1/agents is refused: " in caplog.text
+
+
+def test_words_of_the_last_round_are_said_again_to_each_new_connection(agent: Alone) -> None:
+    agent.hears(welcome(3))
+    closed = Closed(round=RoundName(3, 1))
+    agent.say_once(Closed(round=RoundName(2, 9)))
+    agent.say_once(closed)
+    agent.said.clear()
+    agent.hears(welcome(3))
+    assert [type(word) for word in agent.said] == [Announce], "the same connection has heard it"
+    agent._hello()
+    agent.hears(welcome(4))
+    assert agent.said[2:] == [closed], "behind the layout"
+    heir = Alone(obeyed=agent)
+    heir._hello()
+    heir.hears(welcome(4, rendezvous=None))
+    assert heir.said == [closed]
+    heir._loop.close()
 
 
 @pytest.mark.parametrize("next_one", [welcome(3), welcome(4), welcome(4, "another journal")])
@@ -136,17 +167,18 @@ def test_hello_says_what_was_obeyed(agent: Alone) -> None:
     assert (agent._hello().epoch_seen, agent._hello().journal_id) == (0, "")
     agent.hears(welcome(9))
     hello = agent._hello()
-    assert (hello.epoch_seen, hello.journal_id, hello.incarnation) == (9, "j", agent.incarnation)
+    assert (hello.epoch_seen, hello.journal_id, hello.incarnation) == (9, "j", agent.obedience.incarnation)
 
 
 def test_an_agent_in_the_place_of_another_is_bound_by_what_that_one_obeyed(agent: Alone) -> None:
     """Same process, same memory: round 1.1 of a new journal must not be taken for the one that is over here."""
     agent.hears(welcome(9))
     heir = Alone(obeyed=agent)
-    heir.hears(welcome(1, "a new journal"))
+    with pytest.raises(NotObeyed):
+        heir.hears(welcome(1, "a new journal"))
     assert heir.said == []
     assert heir._hello().epoch_seen == 9
-    assert heir.incarnation == agent.incarnation
+    assert heir._hello().incarnation == agent._hello().incarnation
     heir._loop.close()
 
 
@@ -292,6 +324,8 @@ class Client:
     """In the place of ``ControlClient``: connected until ``close``, which says Bye and waits for ``run`` to end."""
 
     trouble = ""
+    connected = True
+    heard_at = 0.0
 
     def __init__(self, *_: Any) -> None:
         self.running = threading.Event()
@@ -398,3 +432,19 @@ def test_a_stop_that_comes_when_the_loop_is_ending_begins_nothing(
     assert isinstance(thread.failure, Hopeless)
     assert thread.side.is_shut
     assert all(task.done() for task in tasks)
+
+
+def test_the_lease_runs_while_the_thread_lives_and_the_daemon_is_silent(thread: AgentThread[Side]) -> None:
+    running(thread)
+    assert thread.connected
+    assert thread.lease is None, "no daemon has given one"
+    thread.call(lambda: thread._heard(welcome(1, rendezvous=None, lease_seconds=60.0)))
+    first = thread.lease
+    assert first is not None
+    assert first[0] == 60.0
+    deadline = time.monotonic() + 10
+    while (later := thread.lease) is not None and later[1] <= first[1]:
+        assert time.monotonic() < deadline
+    assert later is not None
+    thread.close()
+    assert thread.lease is None

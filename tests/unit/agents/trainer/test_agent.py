@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from trainer_ranks import Run, daemon, in_processes, weights
-from weightsync.agents.trainer.agent import PublishError
+from trainer_ranks import CONFIG, Run, daemon, in_processes, weights
+from weightsync.agents.trainer.agent import PublishError, TrainerAgent
+from weightsync.agents.trainer.errors import AdapterError
+from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.options import TrainerSettingsError
 from weightsync.orchestrator.protocol.markers import decode_manifest
 
@@ -70,6 +74,14 @@ def test_a_step_that_is_none_is_refused_before_anything(run: Run, step: object, 
     with run.agent() as agent, pytest.raises(PublishError, match=words):
         agent.publish(step)  # type: ignore[arg-type]
     assert not (run.run_dir / "broadcasts").exists() or not list((run.run_dir / "broadcasts").glob("step_1*"))
+
+
+def test_an_adapter_alone_is_of_a_peft_model_and_without_a_table(run: Run) -> None:
+    with pytest.raises(AdapterError, match="'policy': adapter= is for a peft model"):
+        run.agent(adapter="policy")
+    peft_model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(AdapterError, match="'default': adapter= publishes it alone; table= and lora="):
+        TrainerAgent(peft_model, model_table(CONFIG), adapter="default")
 
 
 # ---------------------------------------------------------------------------------------------------------- the ranks

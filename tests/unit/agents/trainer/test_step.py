@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from weightsync.agents.trainer.step import MAX_STEP, step_number
+from weightsync.agents.trainer.step import step_number
+from weightsync.orchestrator.protocol.limits import MAX_STEP
 from weightsync.orchestrator.protocol.markers import step_name
 
 

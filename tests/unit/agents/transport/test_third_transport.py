@@ -31,8 +31,8 @@ from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import strided_copy
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, as_matrix
-from weightsync.orchestrator.protocol.messages import Closed, Connect, Grant, Peer, Welcome
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Peer, as_matrix
+from weightsync.orchestrator.protocol.messages import Closed, Connect, Grant, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 VERSION, ROUND = Version(7, 3), RoundName(1, 1)
@@ -161,7 +161,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
         member: LiveWeights(model, torch.device("cpu"), tuple(staging_arenas(staging, torch.device("cpu"))))
         for member, model in models.items()
     }
-    ranks = {member: InferenceSide(member, weights_of, Windows()) for member, weights_of in live.items()}
+    ranks = {member: InferenceSide(thread, member, weights_of, Windows()) for member, weights_of in live.items()}
     for rank in ranks.values():
         rank.welcomed(welcome)
 

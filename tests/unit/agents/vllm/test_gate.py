@@ -11,6 +11,7 @@ from weightsync.agents.vllm import gate
 class Agent:
     def __init__(self, may_run: bool = False, torn: bool = False, applied: Any = None, window: Any = None) -> None:
         self.may_run = may_run
+        self.held_because, self.incarnation, self.lease = "", 77, (20.0, 7.5)
         self.status = SimpleNamespace(torn=torn, applied=applied, window=window)
 
 
@@ -118,12 +119,25 @@ def test_a_vllm_without_a_place_for_the_gate_is_refused(monkeypatch: pytest.Monk
 
 
 def test_reports() -> None:
-    assert gate.report(Wrapper(Agent(may_run=True)), "n") == gate.WorkerReport("n", 3, "", False)
+    assert gate.report(Wrapper(Agent(may_run=True)), "n") == gate.WorkerReport("n", 3, "", False, 77, (20.0, 7.5))
     worker = Wrapper(Agent())
     worker._weight_update_active = True  # type: ignore[attr-defined]
     found = gate.report(worker, "m")
     assert (found.nonce, found.session_open) == ("m", True)
     assert "no version" in found.reason
+
+
+def test_a_held_worker_refuses_the_resume_and_no_batch_that_is_under_way(wrapper_class: type[Wrapper]) -> None:
+    """The engine is paused before it is held; a batch that was refused would end it."""
+    agent = Agent(may_run=True)
+    agent.held_because = "an operator looks at it"
+    worker = wrapper_class(agent)
+    assert gate.report(worker, "n").reason == "held: an operator looks at it"
+    assert worker.execute_model(batch(7)) == "answer"
+
+
+def test_a_worker_without_an_agent_says_so() -> None:
+    assert gate.report(Wrapper(None), "n") == gate.WorkerReport("n", 3, "this worker has no weightsync agent", False)
 
 
 def test_replicas_are_told_apart_by_their_rank_in_the_engine() -> None:

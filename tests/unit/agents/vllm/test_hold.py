@@ -3,11 +3,12 @@
 import enum
 import sys
 from collections.abc import Callable
+from queue import Queue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsync.agents.vllm import gate, hold
+from weightsync.agents.vllm import gate, hold, lease
 
 
 class PauseState(enum.IntEnum):
@@ -29,7 +30,8 @@ class Worker:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.agent = SimpleNamespace(may_run=False, status=SimpleNamespace(torn=False, applied=None, window=None))
+        status = SimpleNamespace(torn=False, applied=None, window=None)
+        self.agent = SimpleNamespace(may_run=False, status=status, held_because="", incarnation=100 + rank, lease=None)
         self.weight_transfer_engine = SimpleNamespace(agent=self.agent)
         self._weight_update_active = False
         self.calls: list[str] = []
@@ -261,6 +263,171 @@ def test_require_is_content_with_all_hooks(core_class: type[EngineCore]) -> None
     hold.require()
 
 
+# ------------------------------------------------------------------------------------------------ whom a resume means
+def resume(core: EngineCore, means: object) -> None:
+    assert core.collective_rpc(hold.RESUME, kwargs={"incarnations": means}) == []
+
+
+def test_a_resume_that_names_the_processes_is_obeyed(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    servable(core)
+    resume(core, {"0": 100, "1": 101, "2": 7})  # rank 2 is in another engine core of this engine
+    assert not core.is_scheduler_paused()
+
+
+@pytest.mark.parametrize(
+    ("means", "reason"),
+    [
+        ({"0": 100, "1": 55}, "not servable: rank 1: it is incarnation 101, and the resume means 55$"),
+        ({"0": 100}, "rank 1: it is incarnation 101, and the resume means nobody"),
+        ({"0": 0, "1": 0}, "rank 0: it is incarnation 100, and the resume means 0; rank 1"),
+    ],
+)
+def test_a_process_that_is_not_meant_refuses(core_class: type[EngineCore], means: object, reason: str) -> None:
+    """Also one whose memory is servable: whoever resumes does not know what it holds."""
+    core = core_class(config(), ranks=2)
+    servable(core)
+    with pytest.raises(gate.NotServable, match=reason):
+        resume(core, means)
+    assert core.is_scheduler_paused()
+
+
+def test_a_restarted_process_says_both_reasons(core_class: type[EngineCore]) -> None:
+    with pytest.raises(gate.NotServable, match="rank 0: it is incarnation 100, and the resume means 7; no version has"):
+        resume(core_class(config()), {"0": 7})
+
+
+@pytest.mark.parametrize("means", [None, {}, [100], {"zero": 100}, {"0": "x"}, {"0": None}, "0=100"])
+def test_a_resume_that_names_nobody_is_refused(core_class: type[EngineCore], means: object) -> None:
+    core = core_class(config())
+    servable(core)
+    with pytest.raises(hold.CallRefused, match=r'weightsync_resume needs kwargs \{"incarnations"'):
+        resume(core, means)
+    assert core.is_scheduler_paused()
+
+
+def test_ranks_in_step_refuse_together_whom_the_resume_does_not_mean(dp_class: type[Any]) -> None:
+    core = dp_class(config())
+    servable(core)
+    with pytest.raises(gate.NotServable, match="means 7"):
+        resume(core, {"0": 7})
+    assert core.dp_group.met == [True]
+
+
+def test_whoever_asks_for_readiness_is_told_why_not(core_class: type[EngineCore]) -> None:
+    core = core_class(config())
+    with pytest.raises(gate.NotServable, match="not serving: rank 0: no version has been committed"):
+        core.collective_rpc(hold.READY)
+    servable(core)
+    with pytest.raises(gate.NotServable, match="not serving: the engine is paused; its weights are whole"):
+        core.collective_rpc(hold.READY)
+    core.resume_scheduler()
+    core.model_executor.workers.clear()  # whoever serves is not asked anything
+    assert core.collective_rpc(hold.READY) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- lease
+def test_the_lease_of_an_engine_core_is_that_of_the_worker_that_waits_longest(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    servable(core)
+    first, second = (worker.agent for worker in core.model_executor.workers)
+    assert hold.lease_left(core, 99.0) is None
+    first.lease, second.lease = (20.0, 23.0), (20.0, 15.5)
+    assert hold.lease_left(core, 99.0) == 4.5
+    assert hold.lease_left(core, 3.0) == 17.0, "the server has heard the daemon since"
+    second.held_because = "an operator looks at it"
+    assert hold.lease_left(core, 99.0) is None
+    second.held_because, second.may_run = "", False
+    assert hold.lease_left(core, 99.0) is None
+
+
+def with_a_loop(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A servable core with the input queue of a process of its own, and how vLLM takes from it."""
+    engine = ModuleType("vllm.v1.engine")
+    engine.EngineCoreRequestType = SimpleNamespace(WAKEUP="wakeup")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.0)
+
+    def handle(self: Any, kind: str, request: Any) -> None:
+        self.handled.append((kind, request))
+
+    core_class._handle_client_request = handle  # type: ignore[attr-defined]
+    core: Any = core_class(config())
+    core.input_queue, core.handled = Queue(), []
+    servable(core)
+    return core
+
+
+def look(core: Any) -> None:
+    """One turn of the core's loop, when the timer has asked for it."""
+    core._handle_client_request(*core.input_queue.get(timeout=10))
+
+
+def test_a_core_whose_daemon_paused_it_resumes_when_the_lease_has_run_out(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = with_a_loop(core_class, monkeypatch)
+    agent = core.model_executor.workers[0].agent
+    agent.lease = (60.0, 55.0)
+    core.collective_rpc("start_weight_update")
+    look(core)
+    assert core.is_scheduler_paused()
+    agent.lease = (0.0, 1.0)  # no time has passed since the start that the core heard
+    look(core)
+    assert not core.is_scheduler_paused()
+    assert core.handled == [], "vLLM never sees our word"
+    core._handle_client_request("wakeup", None)
+    assert core.handled == [("wakeup", None)]
+
+
+def test_a_core_that_is_torn_or_was_paused_by_somebody_else_stays_paused(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = with_a_loop(core_class, monkeypatch)
+    agent = core.model_executor.workers[0].agent
+    agent.lease = (0.0, 1.0)
+    core.resume_scheduler()
+    core.pause_scheduler("keep")
+    assert "weightsync_lease" not in core.__dict__ or core.weightsync_lease._timer is None, "nothing asks"
+    core.collective_rpc("start_weight_update")
+    agent.may_run, agent.status.torn = False, True
+    look(core)
+    look(core)
+    assert core.is_scheduler_paused()
+
+
+def test_a_daemon_that_still_calls_the_server_is_heard(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agents' connections may be cut alone; it then introduces itself to them again and again."""
+    core = with_a_loop(core_class, monkeypatch)
+    core.model_executor.workers[0].init_weight_transfer_engine = lambda init_info: None
+    now = 100.0
+    core.collective_rpc("start_weight_update")
+    core.weightsync_lease._clock = lambda: now
+    core.weightsync_lease.arm()
+    core.model_executor.workers[0].agent.lease = (20.0, 500.0)
+    for _ in range(3):
+        now += 15.0
+        core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        now += 15.0
+        look(core)
+        assert core.is_scheduler_paused()
+    now += 5.0
+    look(core)
+    assert not core.is_scheduler_paused()
+
+
+def test_a_resume_ends_the_lease(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> None:
+    core = with_a_loop(core_class, monkeypatch)
+    core.collective_rpc("start_weight_update")
+    resume(core, {"0": 100})
+    core.pause_scheduler("keep")
+    core.model_executor.workers[0].agent.lease = (0.0, 1.0)
+    core._handle_client_request("wakeup", lease.CHECK)  # as if it had been in the queue
+    assert core.is_scheduler_paused()
+
+
 # ---------------------------------------------------------------------------------------------- data parallel in step
 @pytest.fixture
 def dp_class(core_class: type[EngineCore]) -> type[Any]:
@@ -335,6 +502,16 @@ def test_calls_without_a_start_reach_no_worker(core_class: type[EngineCore], met
     with pytest.raises(hold.SessionError, match="start_weight_update first"):
         core.collective_rpc(method)
     assert core.model_executor.workers[0].calls == []
+
+
+def test_a_finish_has_nothing_to_do_after_an_update_that_failed_and_was_decided(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    servable(core)
+    assert core.collective_rpc("finish_weight_update") == []
+    core.model_executor.workers[1]._weight_update_active = True  # of one worker alone: nobody knows what that means
+    with pytest.raises(hold.SessionError):
+        core.collective_rpc("finish_weight_update")
+    assert [worker.calls for worker in core.model_executor.workers] == [[], []]
 
 
 def test_a_start_in_checkpoint_format_reaches_no_worker(core_class: type[EngineCore]) -> None:

@@ -119,9 +119,9 @@ def found(*unread: str) -> probe.Probed:
 
 def test_an_engine_with_unread_weights_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "probe", lambda *_: found())
-    probe.require(nn.Module(), [], lambda: None)
+    assert probe.require(nn.Module(), [], lambda: None) == {"c.weight": "no way is known"}
     monkeypatch.setattr(probe, "probe", lambda *_: found("lm_head.weight", "b.bias"))
     with pytest.raises(probe.UnreadWeights, match=r"^lm_head\.weight, b\.bias: the layer computes with a copy"):
         probe.require(nn.Module(), [], lambda: None)
     monkeypatch.setenv(probe.PROBE_VARIABLE, "0")
-    probe.require(nn.Module(), [], lambda: None)
+    assert probe.require(nn.Module(), [], lambda: None) == {"all parameters": "WEIGHTSYNC_PROBE is 0"}

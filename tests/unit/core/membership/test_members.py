@@ -11,12 +11,14 @@ from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan,
 from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_FOREIGN_EPOCH
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
     Commit,
     EngineStatus,
     HubRendezvous,
+    Left,
     Quiesced,
     Staged,
     TrainerStatus,
@@ -86,6 +88,17 @@ def test_an_agent_that_obeyed_a_later_daemon_raises_the_epoch(drive: Any) -> Non
     assert EpochBegan(epoch=42) in fleet.written()
 
 
+def test_an_epoch_that_no_daemon_reaches_is_believed_of_nobody(drive: Any) -> None:
+    """Going above it would leave no epoch for the next start."""
+    fleet = drive()
+    fleet.connect(TRAINER, epoch_seen=MAX_FOREIGN_EPOCH + 1, journal_id="made up")
+    (refusal,) = refusals(fleet)
+    assert f"it obeyed epoch {MAX_FOREIGN_EPOCH + 1}, and no daemon has started so often" in refusal[0]
+    assert fleet.fleet.epoch == 1
+    fleet.connect(TRAINER, epoch_seen=MAX_FOREIGN_EPOCH, journal_id="hardly true")
+    assert fleet.fleet.epoch == MAX_FOREIGN_EPOCH + 1 < MAX_COUNT
+
+
 @pytest.mark.parametrize(
     ("records", "told"),
     [
@@ -108,6 +121,30 @@ def test_a_worker_inside_is_let_out_as_the_round_ended(
     assert fleet.sent(ENGINE, type(told)) == [told]
     to_agent = [type(command) for command in fleet.commands if isinstance(command, Accept | Send)]
     assert to_agent == [Accept, Send], "nothing reaches an agent before it is accepted"
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        ([BEGAN, DIRTY, DECIDED], Commit),
+        ([BEGAN], Abort),
+        ([BEGAN, DIRTY], None),
+        ([], None),
+    ],
+    ids=["decided", "nobody was granted", "torn indeed", "nobody remembers it"],
+)
+def test_a_worker_that_left_as_torn_while_nobody_was_there_is_told_that_it_is_whole(
+    drive: Any, records: list[AnyRecord], word: type[Any] | None
+) -> None:
+    """It repeats its last word to whoever comes, and knows itself whether its memory is that of the round."""
+    fleet = drive(records=records)
+    fleet.connect(ENGINE, EngineStatus(torn=True))
+    assert fleet.sent(ENGINE, Commit) == fleet.sent(ENGINE, Abort) == []
+    fleet.says(ENGINE, Left(round=NAME, status=EngineStatus(torn=True)))
+    told = fleet.sent(ENGINE, Commit) + fleet.sent(ENGINE, Abort)
+    assert [(type(said), said.round, getattr(said, "torn", False)) for said in told] == [
+        (kind, NAME, False) for kind in filter(None, [word])
+    ]
 
 
 @pytest.mark.parametrize(

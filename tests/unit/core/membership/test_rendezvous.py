@@ -10,7 +10,7 @@ from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, Pl
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     EdgeFailure,
@@ -225,3 +225,18 @@ def test_another_layout_of_the_same_process_is_planned_anew(drive: Any) -> None:
     assert len(plans(fleet)) == before + 1
     fleet.plan()
     assert fleet.fleet.is_confirmed(TRAINER)
+
+
+def test_what_an_engine_leaves_out_is_said_once(drive: Any) -> None:
+    fleet = drive()
+    fleet.join()
+    entries = (
+        LeftOut("unwritten", "a buffer", ("cache",), 1),
+        LeftOut("unneeded", "nothing", tuple(f"mtp.{number}" for number in range(9)), 900),
+    )
+    for _ in range(2):
+        fleet.says(FIRST, Announce(layout=Layout((), (), b"", left_out=entries)))
+    assert [line for line in fleet.told().splitlines() if "leave out" in line] == [
+        "e0/0: rounds leave out 1 unwritten (a buffer): cache; "
+        "900 unneeded (nothing): mtp.0, mtp.1, mtp.2, mtp.3, mtp.4, mtp.5, mtp.6, mtp.7, …"
+    ]

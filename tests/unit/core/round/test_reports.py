@@ -18,6 +18,8 @@ from weightsync.orchestrator.protocol.messages import (
     Announce,
     Closed,
     EngineStatus,
+    Expose,
+    Exposed,
     Grant,
     Left,
     PeerTransfer,
@@ -39,13 +41,14 @@ def test_a_pair_without_an_entry_tells_its_story(drive: Any) -> None:
 
 
 @pytest.mark.parametrize("phase", IN_ORDER)
-@pytest.mark.parametrize("word", ["quiesced", "closed", "verified", "left"])
+@pytest.mark.parametrize("word", ["quiesced", "exposed", "closed", "verified", "left"])
 def test_no_word_at_any_time_ends_the_daemon(drive: Any, phase: Phase, word: str) -> None:
     """Said twice, because a repetition is out of turn everywhere."""
     fleet = drive()
     going = fleet.to(phase)
     words = {
         "quiesced": (ENGINE, Quiesced(round=going.name)),
+        "exposed": (ENGINE, Exposed(round=going.name)),
         "closed": (TRAINER, fleet.closed()),
         "verified": (ENGINE, fleet.verified()),
         "left": (ENGINE, Left(round=going.name, status=EngineStatus())),
@@ -56,7 +59,14 @@ def test_no_word_at_any_time_ends_the_daemon(drive: Any, phase: Phase, word: str
 
 
 @pytest.mark.parametrize(
-    ("phase", "word"), [(Phase.PAUSING, "quiesced"), (Phase.QUIESCING, "closed"), (Phase.MARKING, "verified")]
+    ("phase", "word"),
+    [
+        (Phase.PAUSING, "quiesced"),
+        (Phase.QUIESCING, "exposed"),
+        (Phase.QUIESCING, "closed"),
+        (Phase.MARKING, "verified"),
+        (Phase.EXPOSING, "closed"),
+    ],
 )
 def test_a_word_out_of_turn_costs_its_agent_the_connection(drive: Any, phase: Phase, word: str) -> None:
     """And is not believed later."""
@@ -64,6 +74,7 @@ def test_a_word_out_of_turn_costs_its_agent_the_connection(drive: Any, phase: Ph
     going = fleet.to(phase)
     words: dict[str, Any] = {
         "quiesced": (ENGINE, Quiesced(round=going.name)),
+        "exposed": (ENGINE, Exposed(round=going.name)),
         "closed": (TRAINER, fleet.closed()),
         "verified": (ENGINE, fleet.verified()),
     }
@@ -161,6 +172,9 @@ def finish(fleet: Any, going: Any, *engines: str) -> None:
             fleet.says(member, Quiesced(round=going.name))
     if going.phase is Phase.MARKING:
         fleet.durable()
+    if going.phase is Phase.EXPOSING:
+        for member in members:
+            fleet.says(member, Exposed(round=going.name))
     if going.phase is Phase.WRITING:
         fleet.says(TRAINER, fleet.closed())
     for member in members:
@@ -174,6 +188,43 @@ def finish(fleet: Any, going: Any, *engines: str) -> None:
         fleet.answers(name, Call.RESUME, False)
     fleet.durable()
     assert fleet.fleet.round is None
+
+
+def test_nobody_is_granted_before_every_worker_knows_that_it_is_exposed(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.MARKING)
+    for member in fleet.ranks_of():
+        assert fleet.sent(member, Expose) == [Expose(round=going.name)], "while the disk works"
+    first, *others = fleet.ranks_of()
+    fleet.says(first, Exposed(round=going.name))
+    fleet.durable()
+    for member in others:
+        assert (going.phase, fleet.sent(TRAINER, Grant)) == (Phase.EXPOSING, [])
+        fleet.says(member, Exposed(round=going.name))
+    assert (going.phase, len(fleet.sent(TRAINER, Grant))) == (Phase.WRITING, 1)
+
+
+def test_a_worker_that_does_not_say_so_costs_its_engine_its_place_and_no_memory(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.EXPOSING)
+    for member in fleet.ranks_of("e1"):
+        fleet.says(member, Exposed(round=going.name))
+    fleet.passes(fleet.fleet.policy.finish + 1.0)
+    assert (going.phase, going.remaining()) == (Phase.WRITING, ["e1"])
+    (abort,) = fleet.sent(ENGINE, Abort)
+    assert (abort.torn, "exposing took longer" in abort.reason) == (False, True)
+    (grant,) = fleet.sent(TRAINER, Grant)
+    assert {member.engine for member in grant.members} == {"e1"}
+    assert fleet.fleet.engines["e0"].torn_by is None
+
+
+@pytest.mark.parametrize("phase", [Phase.MARKING, Phase.EXPOSING])
+def test_who_comes_back_before_the_grant_is_told_again_that_it_is_exposed(drive: Any, phase: Phase) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(phase)
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, engine=EngineStatus(window=going.name))
+    assert fleet.sent(ENGINE, Expose) == [Expose(round=going.name)] * 2
 
 
 def test_who_is_left_out_while_writers_write_is_written_to_no_more(drive: Any) -> None:
@@ -316,6 +367,8 @@ def test_nor_is_one_whose_layout_has_changed(drive: Any, member: Member, left: l
     assert (going.remaining() if fleet.fleet.round is going else None) == left
     if left is not None:
         fleet.durable()
+        for other in fleet.ranks_of("e1"):
+            fleet.says(other, Exposed(round=going.name))
         assert {m.engine for grant in fleet.sent(TRAINER, Grant) for m in grant.members} == {"e1"}
 
 

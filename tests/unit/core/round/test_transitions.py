@@ -14,7 +14,7 @@ ANSWERS = {
     Report.RESUMED: {Phase.SWITCHING},
 }
 
-BEFORE = (Phase.PAUSING, Phase.QUIESCING, Phase.MARKING, Phase.WRITING, Phase.VERIFYING)
+BEFORE = (Phase.PAUSING, Phase.QUIESCING, Phase.MARKING, Phase.EXPOSING, Phase.WRITING, Phase.VERIFYING)
 
 
 def test_every_phase_and_every_action_is_there() -> None:

@@ -97,5 +97,8 @@ def test_without_a_journal_there_is_nothing_to_tell(settings: Settings) -> None:
 def test_a_record_of_the_future_is_not_guessed_at(settings: Settings) -> None:
     with Journal.open(settings.journal_path) as journal:
         journal.append([("RoundEnded", b'{"type": "OfTheFuture"}')])
-    with pytest.raises(JournalUnreadable):
-        rounds_from(settings, 1)
+    (row,) = rounds_from(settings, 1).rounds
+    assert row.outcome == "unreadable"
+    assert "OfTheFuture" in row.reason
+    with pytest.raises(JournalUnreadable, match=r"OfTheFuture.* Fix: restore the state directory"):
+        status_from(settings)

@@ -11,9 +11,9 @@ from weightsync.orchestrator.core.records import Committed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
 from weightsync.orchestrator.daemon.admin.history import History
-from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state
-from weightsync.orchestrator.daemon.admin.views import TrainerView, VersionView
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state, left_out_of
+from weightsync.orchestrator.daemon.admin.views import LeftOutView, TrainerView, VersionView
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Hello, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -141,3 +141,23 @@ def test_an_error_is_shown_with_whose_fault_it_is(overview: Overview) -> None:
     fleet = fleet_with(SERVING, error="connection refused", fault="network")
     (engine,) = overview.status(fleet, History(), (), now=0.0).engines
     assert (engine.error, engine.fault) == ("connection refused", "network")
+
+
+def leaves_out(*entries: LeftOut) -> Layout:
+    return Layout((), (), b"", left_out=entries)
+
+
+def test_what_all_ranks_of_an_engine_leave_out() -> None:
+    """Expert 1 is on the first rank and expert 0 on the second: the engine needs both, and only the MTP layer not."""
+    buffer = LeftOut("unwritten", "a buffer", ("cache",), 1)
+    first = leaves_out(buffer, LeftOut("unneeded", "nothing", ("expert.0", "mtp"), 2))
+    second = leaves_out(
+        buffer, LeftOut("unprobed", "unknown", ("conv",), 7), LeftOut("unneeded", "nothing", ("expert.1", "mtp"), 2)
+    )
+    assert list(left_out_of([first, second])) == [
+        LeftOutView(kind="unwritten", reason="a buffer", names=("cache",), count=1),
+        LeftOutView(kind="unneeded", reason="nothing", names=("mtp",), count=1),
+        LeftOutView(kind="unprobed", reason="unknown", names=("conv",), count=7),
+    ]
+    assert list(left_out_of([first, leaves_out(buffer)]))[1:] == []
+    assert list(left_out_of([])) == []

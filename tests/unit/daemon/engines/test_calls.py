@@ -13,6 +13,7 @@ from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineRefused
 from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, Switch
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
 
@@ -61,7 +62,7 @@ class Desk:
 
     async def performs(self, call: Call, deadline: float = 5.0) -> Any:
         """The report of one call."""
-        self.engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION))
+        self.engines.call(CallEngine("e0", call, 8, deadline, NAME, VERSION, ((0, 55), (1, 66))))
         await asyncio.gather(*self.inbox._tasks)
         await asyncio.sleep(0)  # what was posted is decided in a turn of its own
         (report,) = self.reports
@@ -122,6 +123,11 @@ async def test_the_engine_is_told_the_version(desk: Desk) -> None:
     assert desk.client.calls == [("finish", VERSION, 5.0)]
 
 
+async def test_the_resume_names_the_processes_that_it_means(desk: Desk) -> None:
+    await desk.performs(Call.RESUME)
+    assert desk.client.calls == [("resume", {0: 55, 1: 66}, 5.0)]
+
+
 async def test_the_pause_says_what_becomes_of_the_cache(desk: Desk) -> None:
     assert (desk.client.setup.pause_mode, desk.client.setup.clear_cache) == ("keep", True)
 
@@ -158,6 +164,30 @@ async def test_so_is_a_client_that_breaks_its_contract(desk: Desk, monkeypatch: 
     report = await desk.performs(Call.PAUSE)
     assert isinstance(report, CallFailed)
     assert "a bug in the client" in report.reason
+    assert desk.inbox.failure is None
+
+
+async def gives_up() -> None:
+    raise asyncio.CancelledError
+
+
+async def says_odd_things() -> None:
+    raise RuntimeError("\ud800\n" * 9999)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [(gives_up, "gave the call up by itself"), (says_odd_things, "engine e0: pause: RuntimeError")],
+)
+async def test_whatever_happens_is_one_report_that_can_be_told(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, behaviour: Any, reason: str
+) -> None:
+    monkeypatch.setattr(Client, "behaviour", staticmethod(behaviour))
+    report = await desk.performs(Call.PAUSE)
+    assert isinstance(report, CallFailed)
+    assert reason in report.reason
+    assert (report.fault, report.retry) == ("daemon", True)
+    assert len(report.reason.encode()) <= MAX_REASON_CHARS + 2
     assert desk.inbox.failure is None
 
 

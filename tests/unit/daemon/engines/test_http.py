@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.engines import http
-from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.daemon.engines.errors import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from weightsync.orchestrator.daemon.engines.http import ATTEMPTS, EngineHttp
+from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SECONDS = 20.0
@@ -117,3 +118,57 @@ async def test_many_calls_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not long.done()
         free.set()
         assert await long == (200, b"")
+
+
+HEAD = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n%s\r\n"
+
+
+def answer(status: bytes, body: bytes, headers: bytes = b"") -> bytes:
+    return HEAD % (status, len(body), headers) + body
+
+
+NASTY = {
+    "nested JSON": answer(b"500 no", b'{"detail":' + b"[" * 30_000 + b"]" * 30_000 + b"}"),
+    "nested objects": answer(b"500 no", b'{"detail":[' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"]}"),
+    "a megabyte of an error": answer(b"500 no", b'{"error": "' + b"x" * 1_000_000 + b'"}'),
+    "no UTF-8": answer(b"500 no", b'{"error": "\xff\xfe\xed\xa0\x80"}'),
+    "control characters": answer(b"500 no", b'{"error": "\\u001b[2J\\u202e\\u0000"}'),
+    "a lone surrogate": answer(b"500 no", b'{"error": "\\ud800"}'),
+    "a redirect to odd bytes": answer(b"307 go", b"", b"Location: http://h/\xff\xfe\x80\r\n"),
+    "a long redirect": answer(b"307 go", b"", b"Location: http://h/" + b"x" * 8000 + b"\r\n"),
+    "an odd reason": answer(b"500 \xff\xfe", b"\x00\x01"),
+    "an endless header": b"HTTP/1.1 500 no\r\nX: " + b"x" * 200_000,
+    "many headers": b"HTTP/1.1 500 no\r\n" + b"X: y\r\n" * 50_000,
+    "a bad chunk": b"HTTP/1.1 500 no\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "no HTTP": b"\xff" * 1000,
+    "two lengths": b"HTTP/1.1 500 no\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "a negative length": b"HTTP/1.1 500 no\r\nContent-Length: -1\r\n\r\n",
+    "a status that is none": b"HTTP/1.1 99999 no\r\n\r\n",
+    "a cut body": b"HTTP/1.1 500 no\r\nContent-Length: 100\r\n\r\nab",
+    "a broken compression": answer(b"500 no", b"\xff" * 100, b"Content-Encoding: gzip\r\n"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", NASTY)
+async def test_whatever_is_answered_is_one_error_that_can_be_told(what: str) -> None:
+    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(NASTY[what])
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(say, "127.0.0.1", 0)
+    exchanges = EngineHttp("a", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None)
+    try:
+        with pytest.raises(EngineError, match=r"^engine a: POST /x: ") as caught:
+            await exchanges.exchange("POST", "/x", SECONDS, idempotent=False)
+    finally:
+        await exchanges.close()
+        server.close()
+    assert not isinstance(caught.value, EngineTimeout)
+    text = str(caught.value)
+    assert len(text) <= MAX_REASON_CHARS
+    assert text.encode()
+    assert text.isprintable()

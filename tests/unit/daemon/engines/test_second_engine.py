@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from weightsync.orchestrator.protocol.messages import (
     Commit,
     Connect,
     EngineStatus,
+    Expose,
+    Exposed,
     FromDaemon,
     Grant,
     Hello,
@@ -59,6 +61,7 @@ SECONDS = 20.0
 
 RANK, TRAINER = Member("inference", "sg", 0), Member("trainer", "", 0)
 VERSION = Version(9, 5)
+INCARNATION = 2**62 + 1
 OLD, NEW = b"\x01" * 128, bytes(range(128))
 
 
@@ -98,6 +101,7 @@ class OneProcess:
             case "/pause_generation":
                 loop.call_soon(setattr, self, "paused", True)  # the answer says "sent", not "done"
             case "/continue_generation":
+                assert body == {"incarnation": INCARNATION}, "another process is meant"
                 self.paused = False
                 self.ran_with.add(self.weights)
             case "/update_weight_version":
@@ -116,7 +120,7 @@ class OneProcess:
 
     def hello(self) -> Hello:
         status = EngineStatus(self.applied, self.window)
-        return Hello(schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=1, engine=status)
+        return Hello(schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=INCARNATION, engine=status)
 
     def hear(self, message: FromDaemon) -> None:
         assert self.agent is not None
@@ -125,6 +129,8 @@ class OneProcess:
                 self.agent.send(Announce(layout=layout(1 << 30), endpoint_name="sg"))
             case Connect():
                 self.agent.send(Ready(fingerprint=message.fingerprint))
+            case Expose():
+                self.agent.send(Exposed(round=message.round))
             case Verify():
                 found, size = digest(self.weights), len(self.weights)
                 self.agent.send(
@@ -172,8 +178,8 @@ class OneProcessClient:
     async def finish(self, version: Version, deadline: float) -> None:
         await self._post("/update_weight_version", deadline, {"new_version": str(version.step)})
 
-    async def resume(self, deadline: float) -> None:
-        await self._post("/continue_generation", deadline, {})
+    async def resume(self, incarnations: Mapping[int, int], deadline: float) -> None:
+        await self._post("/continue_generation", deadline, {"incarnation": incarnations[0]})
 
     async def is_paused(self, deadline: float) -> bool | None:
         return None
@@ -316,7 +322,7 @@ async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
         ("/pause_generation", {"mode": "in_place"}),
         ("/weightsync/switch", {"round": [1, 1], "step": 5}),
         ("/update_weight_version", {"new_version": "5"}),
-        ("/continue_generation", {}),
+        ("/continue_generation", {"incarnation": INCARNATION}),
     ]
     assert (engine.weights, engine.weight_version, engine.applied) == (NEW, "5", VERSION)
     assert engine.ran_with == {NEW}, "no step was taken with anything else"

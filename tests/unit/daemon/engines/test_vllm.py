@@ -10,6 +10,7 @@ from aiohttp import web
 from weightsync.orchestrator.daemon.engines import http as engine_http
 from weightsync.orchestrator.daemon.engines.errors import (
     EngineError,
+    EngineGarbled,
     EngineMisconfigured,
     EngineNotServable,
     EngineRefused,
@@ -29,6 +30,8 @@ BRIEF = 0.1
 
 HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
 VERSION = Version(7, 12)
+MEANT = {0: 2**62 + 1, 1: 5}
+"""Rank → incarnation; JSON's own numbers end at 2^53, and neither side's library minds."""
 SWITCH = Switch(RoundName(3, 9), VERSION, 20.0)
 
 
@@ -51,7 +54,7 @@ class Vllm:
 
     def app(self) -> web.Application:
         app = web.Application()
-        posts = ["/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+        posts = ["/pause", "/collective_rpc", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
                  "/finish_weight_update"]  # fmt: skip
         gets = ["/is_paused", "/get_world_size", "/version"]
         gets += ["/weight_info"] if self.told_version else []
@@ -73,9 +76,9 @@ class Vllm:
         return self.answer(path, body)
 
     def answer(self, path: str, body: object) -> web.Response:
-        if path in ("/pause", "/resume"):
+        if path in ("/pause", "/collective_rpc"):
             self.paused = path == "/pause"
-            return web.json_response({"status": "paused" if self.paused else "resumed"})
+            return web.json_response({"status": "paused"} if self.paused else {"results": []})
         if path == "/finish_weight_update" and self.told_version and isinstance(body, dict):
             self.version = body.get("weight_version")
         answers: dict[str, object] = {
@@ -133,19 +136,19 @@ async def test_a_whole_round(told_version: bool) -> None:
         assert await client.is_paused(LONG)
         await client.switch(SWITCH, LONG)
         await client.finish(VERSION, LONG)
-        await client.resume(LONG)
+        await client.resume(MEANT, LONG)
         assert not vllm.paused
         assert vllm.version == ("12" if told_version else None)
     hub = {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4}
     update = {"token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 12,
-              "deadline_seconds": 20.0}  # fmt: skip
+              "deadline_seconds": 20.0, "exposes": True}  # fmt: skip
     assert [entry for entry in vllm.asked if entry[0] not in ("/version", "/get_world_size", "/is_paused")] == [
         ("/init_weight_transfer_engine", {"init_info": hub}),
         ("/pause", {"mode": "keep", "clear_cache": "true"}),
         ("/start_weight_update", {"is_checkpoint_format": False}),
         ("/update_weights", {"update_info": update}),
         ("/finish_weight_update", {"weight_version": "12"}),
-        ("/resume", {}),
+        ("/collective_rpc", {"method": "weightsync_resume", "kwargs": {"incarnations": {"0": 2**62 + 1, "1": 5}}}),
     ]
 
 
@@ -160,7 +163,10 @@ async def test_the_pause_is_the_settings(mode: PauseMode) -> None:
         client = VllmClient(EngineSetup("a", url, None, mode, False))
         await client.pause(LONG)
         await client.close()
-    assert vllm.asked == [("/pause", {"mode": mode, "clear_cache": "false"})]
+    assert sorted(vllm.asked) == [
+        ("/pause", {"mode": mode, "clear_cache": "false"}),
+        ("/start_weight_update", {"is_checkpoint_format": False}),
+    ]
 
 
 async def test_agents_are_never_told_a_number_of_ranks_that_nobody_has_asked_for() -> None:
@@ -243,7 +249,7 @@ async def test_an_engine_that_accepts_and_never_answers() -> None:
                 client.probe(BRIEF),
                 client.is_paused(BRIEF),
                 client.pause(BRIEF),
-                client.resume(BRIEF),
+                client.resume(MEANT, BRIEF),
                 client.attach(HUB, BRIEF),
                 client.switch(SWITCH, BRIEF),
                 client.finish(VERSION, BRIEF),
@@ -301,7 +307,7 @@ async def test_a_compressed_bomb_stays_compressed() -> None:
     vllm = Vllm()
     vllm.replaced["/is_paused"] = bomb
     async with talking(vllm) as client:
-        with pytest.raises(EngineRefused, match="not vLLM's"):
+        with pytest.raises(EngineGarbled, match="not the engine's"):
             await client.is_paused(LONG)
 
 
@@ -345,7 +351,38 @@ async def test_a_refusal_carries_its_message(body: str, excerpt: str) -> None:
         with pytest.raises(EngineRefused) as caught:
             await client.switch(SWITCH, LONG)
     assert (caught.value.status, caught.value.excerpt, caught.value.retry) == (500, excerpt, True)
-    assert asked(vllm) == ["/start_weight_update", "/update_weights"]
+    assert asked(vllm) == ["/update_weights"]
+
+
+async def test_an_update_that_a_failed_round_has_closed_is_opened_again() -> None:
+    """The engine is paused since before that round, so nobody pauses it again."""
+    vllm = Vllm()
+
+    async def refuse_once(request: web.Request) -> web.StreamResponse:
+        if "/start_weight_update" in asked(vllm):
+            return vllm.answer(request.path, {})
+        text = "weightsync: update_weights without an open update; call /start_weight_update first"
+        return web.json_response({"error": {"message": text}}, status=500)
+
+    vllm.replaced["/update_weights"] = refuse_once
+    async with talking(vllm) as client:
+        await client.switch(SWITCH, LONG)
+    assert asked(vllm) == ["/update_weights", "/start_weight_update", "/update_weights"]
+
+
+@pytest.mark.parametrize("path", ["/pause", "/start_weight_update"])
+async def test_a_pause_is_one_only_with_the_update_that_it_is_for(path: str) -> None:
+    """Without it the engine would wait for ever for a daemon that is gone."""
+
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500, text="no")
+
+    vllm = Vllm()
+    vllm.replaced[path] = refuse
+    async with talking(vllm) as client:
+        with pytest.raises(EngineRefused, match=f"POST {path}"):
+            await client.pause(LONG)
+    assert sorted(asked(vllm)) == ["/pause", "/start_weight_update"]
 
 
 async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
@@ -364,10 +401,10 @@ async def test_a_held_engine_does_not_resume() -> None:
         return web.json_response({"error": "Failed: weightsync: not servable: rank 0 is torn"}, status=500)
 
     vllm = Vllm()
-    vllm.replaced["/resume"] = refuse
+    vllm.replaced["/collective_rpc"] = refuse
     async with talking(vllm) as client:
         with pytest.raises(EngineNotServable, match="rank 0 is torn") as caught:
-            await client.resume(LONG)
+            await client.resume(MEANT, LONG)
         assert not caught.value.retry
 
 
@@ -379,8 +416,47 @@ async def test_an_answer_that_is_not_vllms(content: str) -> None:
     vllm = Vllm()
     vllm.replaced["/is_paused"] = odd
     async with talking(vllm) as client:
-        with pytest.raises(EngineRefused, match="not vLLM's"):
+        with pytest.raises(EngineGarbled, match="GET /is_paused: an answer that is not the engine's") as caught:
             await client.is_paused(LONG)
+        assert caught.value.retry, "whatever stands in between may be gone next time"
+
+
+POSTS: dict[str, Callable[[VllmClient], Awaitable[None]]] = {
+    "/pause": lambda client: client.pause(LONG),
+    "/collective_rpc": lambda client: client.resume({0: 7}, LONG),
+    "/init_weight_transfer_engine": lambda client: client.attach(HUB, LONG),
+    "/start_weight_update": lambda client: client.pause(LONG),
+    "/update_weights": lambda client: client.switch(SWITCH, LONG),
+    "/finish_weight_update": lambda client: client.finish(VERSION, LONG),
+}
+
+
+@pytest.mark.parametrize("content", ["<html>Please log in</html>", "", "{}", "[" * 60_000])
+@pytest.mark.parametrize("path", POSTS)
+async def test_a_page_of_something_else_is_no_success(path: str, content: str) -> None:
+    """An ingress answers 200 to everything; the engine has heard nothing of it."""
+
+    async def page(_: web.Request) -> web.StreamResponse:
+        return web.Response(text=content, content_type="text/html")
+
+    vllm = Vllm()
+    vllm.paused = path == "/collective_rpc"
+    vllm.replaced[path] = page
+    async with talking(vllm) as client:
+        with pytest.raises(EngineGarbled, match=f"POST {path}: an answer that is not the engine's: ") as caught:
+            await POSTS[path](client)
+        assert (content[:100] or "nothing") in str(caught.value)
+
+
+async def test_a_pause_whose_answer_was_replaced_is_looked_up() -> None:
+    async def page(_: web.Request) -> web.StreamResponse:
+        vllm.paused = True
+        return web.Response(text="<html>OK</html>")
+
+    vllm = Vllm()
+    vllm.replaced["/pause"] = page
+    async with talking(vllm) as client:
+        await client.pause(LONG)
 
 
 def failing(times: int, status: int | None, vllm: Vllm) -> Handler:
@@ -415,28 +491,26 @@ async def test_idempotent_calls_are_repeated_with_a_bound(status: int | None) ->
 
 
 @pytest.mark.parametrize("status", [None, 503])
-@pytest.mark.parametrize("path", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
+@pytest.mark.parametrize("path", ["/update_weights", "/finish_weight_update"])
 async def test_the_others_are_never_repeated(path: str, status: int | None) -> None:
     vllm = Vllm()
     vllm.replaced[path] = failing(1, status, vllm)
     async with talking(vllm) as client:
         calls: dict[str, Callable[[], Awaitable[None]]] = {
-            "/start_weight_update": lambda: client.switch(SWITCH, LONG),
             "/update_weights": lambda: client.switch(SWITCH, LONG),
             "/finish_weight_update": lambda: client.finish(VERSION, LONG),
         }
         with pytest.raises(EngineError) as caught:
             await calls[path]()
         assert caught.value.sent
-    before = ["/start_weight_update"] if path == "/update_weights" else []
-    assert asked(vllm) == [*before, path]
+    assert asked(vllm) == [path]
 
 
-@pytest.mark.parametrize("path", ["/pause", "/resume"])
+@pytest.mark.parametrize("path", ["/pause", "/collective_rpc"])
 @pytest.mark.parametrize("happened", [True, False])
 async def test_is_paused_decides_when_the_answer_was_lost(path: str, happened: bool) -> None:
     vllm = Vllm()
-    vllm.paused = path == "/resume"
+    vllm.paused = path != "/pause"
     never = asyncio.Event()
 
     async def lose(_: web.Request) -> web.StreamResponse:
@@ -447,11 +521,12 @@ async def test_is_paused_decides_when_the_answer_was_lost(path: str, happened: b
 
     vllm.replaced[path] = lose
     async with talking(vllm) as client:
-        call = client.pause(BRIEF) if path == "/pause" else client.resume(BRIEF)
+        call = client.pause(BRIEF) if path == "/pause" else client.resume(MEANT, BRIEF)
         if happened:
             await call
         else:
             with pytest.raises(EngineTimeout):
                 await call
         never.set()
-    assert asked(vllm) == [path, "/is_paused"]
+    opened = ["/start_weight_update"] if path == "/pause" else []
+    assert sorted(asked(vllm)) == sorted([path, "/is_paused", *opened])

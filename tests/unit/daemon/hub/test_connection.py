@@ -4,8 +4,10 @@ import asyncio
 
 import pytest
 from websockets.frames import CloseCode
+from websockets.protocol import Side
 from weightsync.orchestrator.daemon.hub import connection as hub_connection
 from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
+from weightsync.orchestrator.protocol.websocket import message_frame
 
 TIMING = HubTiming(heartbeat_seconds=1.0, missed_heartbeats=3, hello_seconds=1.0, close_seconds=1.0)
 
@@ -99,3 +101,16 @@ async def test_an_end_has_a_deadline(connection: AgentConnection, transport: Tra
     asyncio.get_running_loop().call_later(0.001, ended.set_result, None)
     await ended
     assert transport.aborted
+
+
+async def test_whatever_breaks_at_a_message_ends_this_connection(transport: Transport) -> None:
+    ended: list[tuple[int, str]] = []
+
+    def breaks(_: AgentConnection, data: bytes) -> None:
+        raise RuntimeError(f"a bug at {len(data)} bytes")
+
+    connection = AgentConnection(
+        1, "peer", transport, asyncio.Protocol(), breaks, lambda _, code, reason: ended.append((code, reason))
+    )
+    connection.data_received(message_frame(b"hello", Side.CLIENT))
+    assert ended == [(CloseCode.INTERNAL_ERROR, "handling its message broke: RuntimeError('a bug at 5 bytes')")]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from weightsync.orchestrator.daemon.hub import hub as hub_module
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, SWEEP_SLICES, Hub
 from weightsync.orchestrator.protocol.codec import decode_from_daemon, encode
-from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Bye,
     Connect,
@@ -27,6 +28,7 @@ from weightsync.orchestrator.protocol.messages import (
     Heartbeat,
     Hello,
     HubRendezvous,
+    Needs,
     NixlSettings,
     Outcome,
     Ready,
@@ -509,3 +511,69 @@ async def test_others_may_serve_at_the_same_address(token_file: Path) -> None:
     with pytest.raises(OSError, match="address already in use"):
         await hub_of(token_file, lambda _: None).start("127.0.0.1", port)
     await hub.close()
+
+
+# ------------------------------------------------------------------------------------------------- what has no encoding
+@pytest.mark.parametrize(
+    "message",
+    [
+        Needs(tensors=(), quantized=(), quantization="\ud800", fingerprint="f"),
+        Connect(fingerprint="f", root="r", peers=(), copies=bytes(MAX_FRAME_BYTES), expected_bytes=0),
+        Outcome(version=Version(1, 2), committed=True, sequence=2**70),
+    ],
+)
+async def test_what_cannot_be_sent_costs_its_receiver_only(bench: Bench, message: FromDaemon) -> None:
+    _, connection_id = await bench.admit(0)
+    other, _ = await bench.admit(1)
+    assert not bench.hub.send(member(0), message)
+    assert bench.hub.send(member(1), Heartbeat())
+    lost = await bench.next(AgentLost)
+    assert (lost.member, lost.connection) == (member(0), connection_id)
+    assert lost.reason.startswith(f"{type(message).__name__} cannot be sent to it: ")
+    assert lost.reason.encode()
+    assert await said(other) == Heartbeat()
+
+
+async def test_a_message_whose_handling_breaks_costs_its_sender_only(token_file: Path) -> None:
+    """The owner's promise is not to raise; a bug there is no reason to lose everybody."""
+    async with serving(token_file) as bench:
+        rude, connection_id = await bench.admit(0)
+        other, _ = await bench.admit(1)
+        post = bench.hub._post
+
+        def breaks(event: Event) -> None:
+            if isinstance(event, AgentSaid) and event.member == member(0):
+                raise KeyError("a bug")
+            post(event)
+
+        bench.hub._post = breaks
+        bench._last_id += 1  # of the event that nobody got
+        with structlog.testing.capture_logs() as logs:
+            await rude.send_bytes(encode(READY))
+            assert (await closed(rude))[0] == WSCloseCode.INTERNAL_ERROR
+        assert "what an agent sent broke its handling" in [line["event"] for line in logs]
+        lost = await bench.next(AgentLost)
+        assert (lost.member, lost.connection) == (member(0), connection_id)
+        await other.send_bytes(encode(READY))
+        assert (await bench.next(AgentSaid)).member == member(1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "Staged", "version": [1, 2], "bytes": 1, "convert_seconds": math.nan, "digest_seconds": 0.0},
+        {"type": "Staged", "version": [1, 10**18], "bytes": 1, "convert_seconds": 0.0, "digest_seconds": 0.0},
+        {"type": "Quiesced", "round": [2**64 - 1, 1]},
+        {"type": "Bye", "reason": "x" * 5000},
+        {"type": "Ready", "fingerprint": "f", "failed": [{"peer": ["trainer", "e0", 0], "error": ""}]},
+    ],
+)
+async def test_what_is_outside_of_its_bounds_costs_its_sender_only(bench: Bench, wrong: dict[str, Any]) -> None:
+    rude, _ = await bench.admit(0)
+    other, _ = await bench.admit(1)
+    await rude.send_bytes(msgspec.msgpack.encode(wrong))
+    code, reason = await closed(rude)
+    assert (code, reason[:15]) == (WSCloseCode.PROTOCOL_ERROR, "malformed frame")
+    assert (await bench.next(AgentLost)).member == member(0)
+    await other.send_bytes(encode(READY))
+    assert (await bench.next(AgentSaid)).member == member(1)

@@ -32,7 +32,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def directory(run: Path) -> MarkerDirectory:
-    return MarkerDirectory(run, RUN)
+    """For which no time passes, so that it reads everything at once."""
+    return MarkerDirectory(run, RUN, clock=lambda: 0.0)
 
 
 def put(run: Path, step: int | str, kind: str = "STABLE", content: bytes = b"", at: float | None = None) -> Path:
@@ -135,6 +136,35 @@ def test_wrong_names_are_ignored_once(run: Path, directory: MarkerDirectory, nam
         (f"broadcasts/{name}", "wrongly named, ignored")
     ]
     assert directory.scan().problems == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"step_\xff\xfe", "broadcasts/step_\\xff\\xfe: wrongly named"),
+        (b"two\nlines", "broadcasts/two lines: wrongly named"),
+        (b"\x1b[2J", "broadcasts/\\x1b[2J: wrongly named"),
+        ("step_٣".encode(), "broadcasts/step_٣: wrongly named"),
+    ],
+)
+def test_a_name_that_is_no_text_is_shown_as_text(
+    run: Path, directory: MarkerDirectory, name: bytes, shown: str
+) -> None:
+    put(run, 3)
+    os.mkdir(os.path.join(os.fsencode(run / "broadcasts"), name))
+    scan = directory.scan()
+    assert [step.step for step in scan.waiting] == [3]
+    (problem,) = scan.problems
+    assert str(problem).startswith(shown)
+    assert str(problem).isprintable()
+    assert str(problem).encode()
+    assert directory.scan().problems == ()
+
+
+def test_a_near_miss_that_is_no_text_is_shown_as_text(run: Path, directory: MarkerDirectory) -> None:
+    put(run, 3, "x")
+    os.mknod(os.path.join(os.fsencode(run / "broadcasts" / "step_3"), b"STABLE.\xff"))
+    assert "step_3/STABLE.\\xff: wrongly named" in str(directory.scan().problems[0])
 
 
 def test_hidden_names_are_silent(run: Path, directory: MarkerDirectory) -> None:
@@ -403,6 +433,7 @@ def test_of_many_left_over_markers_the_youngest_are_told_of(
     assert [step.step for step in directory.scan().waiting] == [1, 7, 8]
     (problem,) = directory.scan().problems
     assert "more than 3 steps have a STABLE without an outcome" in problem.what
+    assert [step.step for step in directory.look(2).waiting] == [1, 2, 7, 8], "whatever its time says, it is asked for"
     assert directory.scan().problems == ()
 
 

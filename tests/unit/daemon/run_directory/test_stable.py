@@ -10,6 +10,7 @@ import structlog
 from weightsync.orchestrator.core.events import Event, MarkersSeen, StableSeen
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.run_directory import scan
+from weightsync.orchestrator.daemon.run_directory.scan import Scan
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
@@ -81,6 +82,24 @@ async def test_what_cannot_be_believed_is_a_warning_and_no_event(bench: Bench) -
         await bench.watch.scan()
     assert [(line["event"], line["log_level"]) for line in logs] == [("marker not believed", "warning")]
     assert "step_3/STABLE" in logs[0]["problem"]
+
+
+async def test_a_scan_that_breaks_is_told_once_and_ends_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Scan:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "made up")
+
+    bench.put(3)
+    await bench.watch.scan()
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+        patch.setattr(bench.markers.directory, "scan", broken)
+        patch.setattr(bench.markers.directory, "look", lambda _: broken())
+        await bench.watch.scan()
+        await bench.watch.look(0.0, 3)
+    assert [line["event"] for line in logs] == ["the run directory cannot be scanned"]
+    assert await bench.seen() == [(StableSeen(3),), (StableSeen(3),)], "who asked for a look is answered"
+    bench.put(4)
+    await bench.watch.scan()
+    assert (await bench.seen())[-1] == (StableSeen(3), StableSeen(4))
 
 
 async def test_it_looks_at_once_and_when_the_directory_changes(bench: Bench) -> None:

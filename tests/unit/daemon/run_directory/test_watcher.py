@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from watchfiles._rust_notify import WatchfilesRustInternalError
 from weightsync.orchestrator.daemon.run_directory import watcher
 from weightsync.orchestrator.daemon.run_directory.watcher import Why, wakes
 
@@ -67,6 +69,42 @@ async def test_the_timer_survives_a_watch_that_fails(tmp_path: Path, monkeypatch
         assert [await wake(source) for _ in range(3)] == ["start", "timer", "timer"]
     await until_changed(source, tmp_path / "file")
     await source.aclose()
+
+
+ODD_NAMES = [b"step_\xff\xfe", b"two\nlines", b"\x1b[2J", b"-rf", b"x" * 255]
+
+
+def odd_things(directory: Path) -> None:
+    """Whatever somebody may leave in a directory that many write to."""
+    for name in ODD_NAMES:
+        os.mkdir(os.path.join(os.fsencode(directory), name))
+        os.mknod(os.path.join(os.fsencode(directory), name, b"\xfe"))
+    (directory / "loop").symlink_to(directory)
+    (directory / "nowhere").symlink_to(directory / "nothing")
+    os.mkfifo(directory / "pipe")
+
+
+async def test_names_that_are_no_text_end_no_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "RESTART_SECONDS", 0.0)
+    odd_things(tmp_path)
+    async with contextlib.aclosing(wakes(tmp_path, NEVER)) as source:
+        assert await wake(source) == "start"
+        await until_changed(source, tmp_path / "STABLE")
+        for name in (b"new_\xff", b"and_\xfe"):
+            pending = asyncio.ensure_future(wake(source))
+            await asyncio.to_thread(os.mkdir, os.path.join(os.fsencode(tmp_path), name))
+            assert await pending == "change", "the failure itself wakes, for something did change"
+        await until_changed(source, tmp_path / "STABLE")
+
+
+async def test_a_failure_of_any_kind_leaves_the_timer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object, **__: object) -> AsyncGenerator[set[object], None]:
+        raise WatchfilesRustInternalError("error in underlying watcher")
+        yield set()
+
+    monkeypatch.setattr(watcher, "awatch", broken)
+    async with contextlib.aclosing(wakes(tmp_path, 0.01)) as source:
+        assert [await wake(source) for _ in range(3)] == ["start", "timer", "timer"]
 
 
 async def test_closing_leaves_no_task(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft_files import adapter as peft_adapter
 from weightsync.agents.inference import calls
 from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
+from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
+from weightsync.agents.vllm.lora.declared import AdapterRefused
 from weightsync.agents.vllm.ranks import EngineRanks
-from weightsync.orchestrator.protocol.layout import Region
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region
 
 INIT = {
     "hub_url": "ws://127.0.0.1:9000",
@@ -203,30 +208,36 @@ def test_the_module_has_no_other_lazy_names() -> None:
 
 
 def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is recorded anew when its experts are somewhere else, not before."""
+    """And is recorded anew when its experts are somewhere else, not before; what was not probed stays so."""
     story: list[Any] = []
+    left_out = (LeftOut("unwritten", "a buffer", ("cache",), 1), LeftOut("unprobed", "no way", ("conv",), 1))
 
     def record(module: torch.nn.Module, vllm_config: Any) -> Any:
         story.append((module, vllm_config))
         return SimpleNamespace(
-            layout=f"layout {len(story)}",
+            layout=Layout((), (), b"", expert_map=f"layout {len(story)}"),
             tensors=["region"],
             refresh=lambda: story.append("refreshed"),
             load=story.append,
+            unrecorded=(Unrecorded("cache", 8, "a buffer"),),
+            unused=(),
         )
 
     monkeypatch.setattr(engine, "recorded_layout", record)
-    monkeypatch.setattr(engine, "expert_map_fingerprint", lambda module: "map of 5")
+    monkeypatch.setattr(engine, "targets_of", lambda module: [])
+    monkeypatch.setattr(engine.probe, "require", lambda *_: {"conv": "no way"})
+    monkeypatch.setattr(engine, "expert_map", lambda module: "map of 5")
     module = Model()
     model = engine.VllmModel.of(module, "config")
-    assert (model.layout, model.tensors) == ("layout 1", ["region"])
+    assert model.tensors == ["region"]
+    assert model.layout == Layout((), (), b"", expert_map="layout 1", left_out=left_out)
     model.refresh()
     model.load([])
     assert story == [(module, "config"), "refreshed", []]
     assert model.rebalanced("map of 5") is None
     fresh = model.rebalanced("map of 3")
     assert fresh is not None
-    assert fresh.layout == "layout 4", "recorded after the three events so far"
+    assert fresh.layout == Layout((), (), b"", expert_map="layout 4", left_out=left_out), "after three events so far"
     assert story[3:] == [(module, "config")]
 
 
@@ -237,7 +248,24 @@ def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pyte
         assert list(regions) == [region]
         raise MemoryPlacementError("expandable segments")
 
-    monkeypatch.setattr(engine.VllmModel, "of", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,))))
+    monkeypatch.setattr(
+        engine, "recorded_layout", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)))
+    )
     monkeypatch.setattr(engine, "check_reachable", refuse)
     with pytest.raises(MemoryPlacementError, match="expandable segments"):
         engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), None)
+
+
+def test_an_adapter_is_served_in_place_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(engine.hook, "serve", served.append)
+    monkeypatch.setenv(ADAPTER_VARIABLE, f"policy={peft_adapter(tmp_path)}")
+    with pytest.raises(AdapterRefused, match=r"lora_config\.lora_dtype is None; start the server with --enable-lora"):
+        engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), SimpleNamespace(lora_config=None))
+    assert served == []
+    lora = SimpleNamespace(lora_config=SimpleNamespace(lora_dtype=torch.float16))
+    agent = engine.make_agent(EngineRanks(0, 1), Model(), torch.device("cpu"), lora)
+    assert not agent.may_run, "the files that it began with are no committed version"
+    (found,) = served
+    assert {tensor.dtype for tensor in found.layout.tensors} == {"float16", "float64"}
+    assert found.layout.left_out[0].names == ("weight",)

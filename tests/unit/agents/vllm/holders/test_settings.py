@@ -37,15 +37,27 @@ def test_a_holder_of_copies_is_refused_by_name(vllm_config: Any, reason: str) ->
         settings.require(vllm_config)
 
 
-@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp", "eagle3", "medusa", "draft_model", "custom_class"])
-def test_drafts_with_weights_are_refused(method: str) -> None:
+@pytest.mark.parametrize("method", ["medusa", "mlp_speculator", "dflash", "dspark", "custom_class", "of the future"])
+def test_drafters_that_nobody_records_are_refused(method: str) -> None:
     with pytest.raises(settings.HoldsWeights, match=rf"speculative_config\.method is '{method}'"):
         settings.require(config(speculative_config=SimpleNamespace(method=method)))
 
 
-@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
-def test_drafts_without_weights_pass(method: str) -> None:
-    settings.require(config(speculative_config=SimpleNamespace(method=method)))
+def drafting(method: str, model_type: str = "llama", *, parallel: bool = False) -> Any:
+    own = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
+    return config(speculative_config=SimpleNamespace(method=method, draft_model_config=own, parallel_drafting=parallel))
+
+
+def test_drafters_that_keep_copies_are_refused() -> None:
+    with pytest.raises(settings.HoldsWeights, match="model_type is 'gemma4_mtp'"):
+        settings.require(drafting("mtp", "gemma4_mtp"))
+    with pytest.raises(settings.HoldsWeights, match="parallel_drafting is True"):
+        settings.require(drafting("eagle3", parallel=True))
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "mtp", "eagle", "eagle3", "draft_model"])
+def test_drafts_without_weights_and_those_that_are_recorded_pass(method: str) -> None:
+    settings.require(drafting(method))
 
 
 def test_an_engine_without_any_of_them_passes() -> None:
@@ -97,6 +109,9 @@ def test_the_named_fields_exist_in_this_vllm(holder: settings.Holder) -> None:
         "compilation_config": vllm_config.CompilationConfig,
         "engram_config": pytest.importorskip("vllm.config.engram").EngramConfig,
     }
+    assert {"method", "parallel_drafting", "draft_model_config"} <= set(
+        vllm_config.SpeculativeConfig.__dataclass_fields__
+    )
     section, field, *below = holder.setting.split(".")
     assert section in vllm_config.VllmConfig.__dataclass_fields__
     assert field in sections[section].__dataclass_fields__

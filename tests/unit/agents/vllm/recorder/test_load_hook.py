@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weightsync.agents.vllm.recorder import load_hook
-from weightsync.agents.vllm.recorder import recorded as recorder
+from weightsync.agents.vllm.recorder import drafts, load_hook
 from weightsync.agents.vllm.recorder.recorded import RecordError, recorded_layout
 
 BASE = "vllm.model_executor.model_loader.base_loader"
@@ -54,7 +53,7 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Any:
     for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setitem(sys.modules, BASE, module)
-    monkeypatch.setattr(recorder, "_drafts", type(recorder._drafts)())
+    monkeypatch.setattr(drafts, "_drafters", type(drafts._drafters)())
     return BaseModelLoader
 
 
@@ -97,14 +96,36 @@ def test_engines_with_another_backend_are_left_alone(loader: Any, backend: str |
         recorded_layout(model, settings)
 
 
-def test_a_draft_model_is_loaded_unrecorded_and_remembered(loader: Any) -> None:
+def test_a_drafter_is_recorded_with_its_model(loader: Any) -> None:
     load_hook.install()
     settings = config()
+    own = SimpleNamespace(model="another", dtype=torch.float32)
+    settings.speculative_config = SimpleNamespace(
+        method="draft_model", draft_model_config=own, target_model_config=settings.model_config
+    )
     model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
-    draft = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, SimpleNamespace(dtype=torch.float32))
-    assert draft.loads == 1
-    with pytest.raises(RecordError, match="speculative decoding with Model"):
-        recorded_layout(model, settings)
+    drafter = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, own)
+    recorded = recorded_layout(model, settings)
+    assert [tensor.name for tensor in recorded.layout.tensors] == ["proj.weight", "draft.proj.weight"]
+    weights = {name: torch.randn(4, 3) for name in ("proj.weight", "draft.proj.weight")}
+    recorded.load(weights.items())
+    assert torch.equal(model.proj.weight, weights["proj.weight"])
+    assert torch.equal(drafter.proj.weight, weights["draft.proj.weight"])
+
+
+def test_a_drafter_that_rounds_leave_alone_is_loaded_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(drafts.VARIABLE, drafts.KEEP)
+    monkeypatch.setattr(drafts, "_left", type(drafts._left)())
+    load_hook.install()
+    settings = config()
+    own = SimpleNamespace(model="another", dtype=torch.float32)
+    settings.speculative_config = SimpleNamespace(
+        method="draft_model", draft_model_config=own, target_model_config=settings.model_config
+    )
+    model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
+    drafter = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, own)
+    assert drafter.loads == 1
+    assert [tensor.name for tensor in recorded_layout(model, settings).layout.tensors] == ["proj.weight"]
 
 
 def test_the_loader_is_left_as_it_was_when_loading_fails(loader: Any) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 from weightsync.agents.recorder.contents import Checkpoint
-from weightsync.agents.vllm.recorder import recorded as recorder
-from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, keep, keep_draft, record, recorded_layout
+from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, keep, record, recorded_layout
 
 CONFIG = SimpleNamespace(dtype=torch.float32)
 VLLM_CONFIG = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
@@ -175,14 +174,3 @@ def test_weights_untied_by_processing_are_refused() -> None:
 def test_a_model_loaded_without_the_hook_is_refused() -> None:
     with pytest.raises(RecordError, match="Model was loaded without the recorder"):
         recorded_layout(Model(a=Layer()), VLLM_CONFIG)
-
-
-def test_a_draft_model_in_the_process_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model(a=Layer())
-    loaded(model, checkpoint(a=(4, 3)))
-    draft = nn.Linear(2, 2)
-    keep_draft(draft)
-    with pytest.raises(RecordError, match="speculative decoding with Linear"):
-        recorded_layout(model, VLLM_CONFIG)
-    recorder._drafts.discard(draft)
-    recorded_layout(model, VLLM_CONFIG)

@@ -1,0 +1,53 @@
+"""Hosts, URLs and paths that can be asked for at all, told before anybody tries, for settings and for options."""
+
+import re
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
+from weightsync.orchestrator.protocol.text import clean
+
+URL_PATTERN: Final = r"https?://[^/?#\s@]+(/[^?#\s]*)?"
+
+
+def usable_host(name: str) -> str:
+    """``name``, if it can be asked for.
+
+    Raises:
+        ValueError: it cannot, whoever is asked.
+    """
+    try:
+        name.encode("idna")
+    except UnicodeError as error:
+        raise ValueError(f"{clean(name, 100)!r} is no name of a host: {error}") from error
+    return name
+
+
+def usable_url(text: str) -> str:
+    """``text``, an HTTP URL, if its host and port can be asked for.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    parts = urlsplit(text)
+    if re.fullmatch(URL_PATTERN, text) is None or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{clean(text, 200)!r} is no URL such as http://host:8000")
+    usable_host(parts.hostname)
+    return text
+
+
+def usable_path(path: Path) -> Path:
+    """``path``, with the home directory in the place of ``~``, if there can be such a file.
+
+    Raises:
+        ValueError: there cannot.
+    """
+    try:
+        whole = path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{clean(str(path), 200)} names the home of a user who has none") from error
+    text = str(whole)
+    if clean(text, MAX_PATH_BYTES) != text or len(text.encode()) >= MAX_PATH_BYTES:
+        raise ValueError(f"'{clean(text, 200)}' is longer than a path can be, or has characters that none should have")
+    return whole
