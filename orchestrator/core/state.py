@@ -53,9 +53,8 @@ class ConnectedAgent:
         self.dead_edges = {}
 
     def resumes(self, before: "ConnectedAgent") -> None:
-        """It is the process of ``before`` on a new connection: its edges and slots are where they were."""
-        self.announce, self.fingerprint = before.announce, before.fingerprint
-        self.delivered = before.fingerprint  # a Connect that was not confirmed may have been lost
+        """It is the process of ``before`` on a new connection. A Connect that it had not confirmed may be lost."""
+        self.announce, self.delivered, self.fingerprint = before.announce, before.fingerprint, before.fingerprint
 
 
 @dataclass(slots=True)
@@ -245,9 +244,7 @@ class Fleet:
     """The last connection of each member that has none now: its process may come back on another."""
     agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
     trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
-    """In their order."""
     generation: int | None = None
-    past_generations: dict[int, None] = field(default_factory=dict)
     stable: tuple[StableSeen, ...] = ()
     stale_said: dict[StableSeen, None] = field(default_factory=dict)
     """Markers of an earlier trainer that a log line already names."""

@@ -299,7 +299,7 @@ _CONNECTIONS: Final = (
     Mutant(
         "a trainer that was replaced is taken in again",
         _MEMBERS,
-        "        if hello.generation in fleet.past_generations:\n",
+        "        if fleet.memory.was_replaced(hello.generation):\n",
         "        if False:\n",
     ),
     Mutant(

@@ -51,7 +51,7 @@ def _trainers(world: World) -> None:
 
 def _sizes(world: World) -> None:
     """The trainer returns with another number of ranks."""
-    world.kill_trainer(size=world.rng.choice((1, 2, 3)))
+    world.kill_trainer(size=world.rng.choice((1, 2, 3)), silently=world.rng.random() < 0.3)
 
 
 def _zombies(world: World) -> None:

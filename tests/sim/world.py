@@ -221,12 +221,13 @@ class World(VirtualTime):
         self._ask(lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, True), name)
 
         def release() -> None:
-            def asked(daemon: SimulatedDaemon) -> HoldAsked:
-                self.held.discard(name)
-                end()
-                return HoldAsked(daemon.next_id(), "operator", "", name, False)
-
-            self._ask(asked, name)
+            self.held.discard(name)
+            end()
+            self._insist(
+                lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, False),
+                lambda daemon: name not in daemon.fleet.memory.holds,
+                name,
+            )
 
         self.later(seconds, release)
 
@@ -237,9 +238,29 @@ class World(VirtualTime):
 
         def over() -> None:
             end()
-            self._ask(lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", False))
+            self._insist(
+                lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", False),
+                lambda daemon: daemon.fleet.memory.maintenance is None,
+            )
 
         return over
+
+    def _insist(
+        self,
+        what: "Callable[[SimulatedDaemon], Event]",
+        done: "Callable[[SimulatedDaemon], bool]",
+        engine: str = "",
+        looks: int = 4,
+    ) -> None:
+        """Ask until status says several times that it is so: a daemon may die before it has written it down."""
+        daemon = self.daemon
+        if daemon is not None and daemon.alive:
+            if done(daemon):
+                looks -= 1
+            elif not engine or engine in daemon.fleet.engines:
+                daemon.post(what(daemon))
+        if looks:
+            self.later(2.0, lambda: self._insist(what, done, engine, looks))
 
     def _ask(self, what: "Callable[[SimulatedDaemon], Event]", engine: str = "") -> None:
         """Of the daemon, or of the next one; about an ``engine``, of one that knows it."""
