@@ -210,6 +210,12 @@ _SERVING: Final = (
         "        if True:\n",
     ),
     Mutant(
+        "together without patience",
+        _PHASES,
+        "current.phase is Phase.SWITCHING and fleet.policy.together and",
+        "False and",
+    ),
+    Mutant(
         "after the decision one waits for all",
         _ENTRY,
         "current.remaining() if turn.fleet.policy.together else",
@@ -287,14 +293,32 @@ _CONNECTIONS: Final = (
     Mutant(
         "a Connect that was lost is not told again",
         _STATE,
-        "self.delivered = before.fingerprint",
-        "self.delivered = before.delivered",
+        "before.announce, before.fingerprint, before.fingerprint",
+        "before.announce, before.delivered, before.fingerprint",
     ),
     Mutant(
         "an outdated confirmation counts",
         "core/membership/rendezvous.py",
         "    if message.fingerprint != agent.delivered:\n",
         "    if False:\n",
+    ),
+    Mutant(
+        "a restart forgets which trainer was replaced",
+        _RECORDS,
+        "            keep_newest(memory.generations, generation, None, REMEMBERED_GENERATIONS)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "who is connected is declared dead",
+        "core/operator.py",
+        "        if here is not None and here.hello.incarnation == pending.incarnation:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a worker is written to before it knows",
+        _PHASES,
+        "waits.not_durable, Phase.EXPOSING, ",
+        "waits.not_durable, Phase.WRITING, ",
     ),
     Mutant(
         "a trainer that was replaced is taken in again",

@@ -218,7 +218,7 @@ def make_ill(world: World, name: str, what: str) -> Callable[[], None]:
 
 def _configurations(world: World) -> None:
     """The daemon is restarted with one engine more, or one less, whose processes end."""
-    if len(world.configured) > 1 and world.rng.random() < 0.5:
+    if set(world.servers) - {world.configured[-1]} and world.rng.random() < 0.5:
         world.remove_engine(world.configured[-1])
     elif len(world.configured) < 4:
         world.add_engine(f"e{len(world.configured)}")

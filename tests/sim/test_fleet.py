@@ -31,6 +31,7 @@ def world_of(seed: int) -> tuple[World, list[str]]:
         pairs=pairs,
         down=rng.sample([f"e{number}" for number in range(engines)], rng.choice((0, 0, 0, 1)) if engines > 1 else 0),
         together=rng.random() < 0.2,
+        lease=rng.choice((0.0, 4.0)),
         min_engines=rng.choice((0.5, 0.5, 1, 1.0)),
     )
     for name in world.configured:

@@ -3,6 +3,7 @@
 import pytest
 from moments import PHASES, call
 from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
 from wires import Agent
 from world import World
@@ -242,3 +243,76 @@ def test_a_daemon_that_dies_and_a_trainer_that_is_gone(phase: str) -> None:
     for name, server in world.servers.items():
         whole = all(w.applied == world.judge.committed[-1] and not w.torn for w in server.workers)
         assert server.serves == whole, f"{name}\n{world.story()}"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_engine_whose_daemon_is_gone_serves_again_unless_it_may_be_torn(phase: str) -> None:
+    """By the lease that it was given. Of a round that was decided it is told by the next daemon."""
+    world = World(24, engines=2, lease=2.0)
+    world.run(6.0)
+    world.when(PHASES[phase], lambda: world.later(0.01, lambda: world.kill_daemon(60.0)))
+    world.run(40.0)
+    assert world.daemon is not None
+    assert not world.daemon.alive
+    for name, server in world.servers.items():
+        whole = all(worker.applied is not None and not worker.torn for worker in server.workers)
+        assert server.serves == whole, f"{name}: {[w.status for w in server.workers]}\n{world.story()}"
+    assert phase not in ("pausing", "quiescing") or all(server.serves for server in world.servers.values())
+    world.run(80.0)
+    assert_versions_go_on(world)
+    world.run_until_quiet()
+    assert_all_serve(world, within=5.0)
+
+
+def test_memory_that_was_verified_is_used_when_the_daemon_that_decided_is_gone() -> None:
+    """Its workers have left as torn; the word of the next daemon mends them, though no trainer is there to write."""
+    world = World(25, engines=2)
+    world.run(6.0)
+    version = []
+
+    def durable(what: object) -> bool:
+        if isinstance(what, Decided):
+            version.append(what.version)
+        return isinstance(what, Decided)
+
+    def both() -> None:
+        world.kill_daemon(60.0)
+        world.job.die()
+
+    world.when(durable, lambda: world.later(0.004, both))
+    world.run(100.0)
+    assert world.judge.committed[-1] == version[0]
+    assert_all_serve(world, within=5.0)
+
+
+def test_a_trainer_that_wakes_up_after_a_restart_does_not_take_the_place_of_its_successor() -> None:
+    world = World(26, engines=2, trainers=1)
+    world.run(6.0)
+    first = world.job
+    world.faults.begin(world.servers)
+    for rank in first.ranks:
+        rank.stop()
+    world.run(12.0)
+    world.start_trainer(host="another host")
+    world.run(16.0)
+    world.kill_daemon(for_seconds=1.0)
+    for rank in world.job.ranks:
+        rank.unreachable_until = 30.0
+    for rank in first.ranks:
+        rank.thaw()
+    world.run(28.0)
+    assert all(rank.ended for rank in first.ranks), world.story()
+    first.die()
+    world.declare_dead([0])
+    world.run(32.0)
+    assert_versions_go_on(world)
+
+
+def test_a_trainer_of_another_size_whose_predecessor_died_with_its_host() -> None:
+    """Nobody has noticed its end yet when the next one says Hello."""
+    world = World(27, engines=2, trainers=2)
+    world.run(6.0)
+    world.faults.begin(world.servers)
+    world.kill_trainer(size=1, for_seconds=0.2, silently=True)
+    world.run(16.0)
+    assert_versions_go_on(world)
