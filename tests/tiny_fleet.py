@@ -12,7 +12,8 @@ from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.digest import digest
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Peer, Tensor, as_matrix, row
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Tensor, as_matrix, row
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member
 

@@ -17,6 +17,7 @@ from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Shares
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Closed,
@@ -26,7 +27,6 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Needs,
     Outcome,
-    PeerTransfer,
     Staged,
     Standing,
     TcpStoreRendezvous,

@@ -15,7 +15,8 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, Peer, as_matrix
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Digest, Member
 

@@ -21,8 +21,9 @@ from weightsync.orchestrator.core.events import (
     Tick,
 )
 from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous
+from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
-from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, Memory, RoundEnded, replay
+from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round import reports as rounds
 from weightsync.orchestrator.core.state import ConnectedAgent, EngineState, Fleet, Unclosed

@@ -5,20 +5,12 @@ from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
+from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
-from weightsync.orchestrator.core.records import Memory
 from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import LeftOut
-from weightsync.orchestrator.protocol.messages import (
-    Announce,
-    EngineStatus,
-    Fault,
-    Hello,
-    Needs,
-    PeerTransfer,
-    Staged,
-    Verified,
-)
+from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Record, replay
+from weightsync.orchestrator.core.memory import replay
+from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Record
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.messages import FromDaemon
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version

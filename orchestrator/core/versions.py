@@ -6,7 +6,8 @@ from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.membership import rendezvous
-from weightsync.orchestrator.core.records import REMEMBERED_VERSIONS, StagedAgain, keep_newest
+from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
+from weightsync.orchestrator.core.records import StagedAgain
 from weightsync.orchestrator.core.round import blame, endings
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.turn import Turn

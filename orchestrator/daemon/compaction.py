@@ -9,16 +9,14 @@ from typing import Final, get_args
 
 import structlog
 from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
+from weightsync.orchestrator.core.memory import Memory, replay, saved
 from weightsync.orchestrator.core.records import (
     AnyRecord,
     Committed,
-    Memory,
     MemorySaved,
     RoundEnded,
     decode_record,
     encode_record,
-    replay,
-    saved,
 )
 from weightsync.orchestrator.daemon.journal import Journal, JournalError
 

@@ -7,7 +7,7 @@ from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
 from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
-from weightsync.orchestrator.protocol.layout import Peer
+from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member
 

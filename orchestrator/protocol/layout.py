@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Spoken
+from weightsync.orchestrator.protocol.fields import Count, Name, Nonce, Reason, Spoken
 from weightsync.orchestrator.protocol.limits import (
     MAX_DEVICE,
     MAX_DIMENSIONS,
@@ -21,7 +21,6 @@ from weightsync.orchestrator.protocol.limits import (
     MAX_TENSORS,
     MAX_UNREAD,
 )
-from weightsync.orchestrator.protocol.names import Member
 
 Matrix = npt.NDArray[np.int64]
 
@@ -140,16 +139,6 @@ class Layout(msgspec.Struct, frozen=True):
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""
         return as_matrix(self.rows, ROW_COLUMNS)
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """The other end of an edge."""
-
-    member: Member
-    incarnation: Nonce
-    endpoint_name: Name
-    endpoint: Endpoint
-    regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
 
 def as_matrix(data: bytes, columns: int) -> Matrix:

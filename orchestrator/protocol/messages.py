@@ -1,15 +1,13 @@
 """Every message between the daemon and its agents, as tagged msgspec structs (schema version in ``limits``).
 
 Each number, list and text has a bound, which decoding holds it to. Free text is cut and cleaned by the struct itself.
-
-Agent to daemon: Hello, Announce, Ready, Staged, Quiesced, Exposed, Closed, Verified, Left, Holding, Heartbeat, Bye.
-Daemon to agent: Welcome, Refused, Needs, Connect, Expose, Grant, Verify, Commit, Abort, Hold, Outcome, Standing,
-Heartbeat.
+``FromAgent`` and ``FromDaemon``, at the end, list them.
 """
 
 from typing import Annotated, Literal
 
 import msgspec
+from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
@@ -22,7 +20,7 @@ from weightsync.orchestrator.protocol.fields import (
     Spoken,
     World,
 )
-from weightsync.orchestrator.protocol.layout import Layout, Peer, Quantized, Tensor
+from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
@@ -70,14 +68,6 @@ class Announce(Message, frozen=True, kw_only=True):
     endpoint: Endpoint = b""
 
 
-class EdgeFailure(Spoken, frozen=True):
-    """An edge that cannot be used now, and why."""
-
-    peer: Member
-    error: Reason
-    spoken = ("error",)
-
-
 class Ready(Message, frozen=True, kw_only=True):
     """Rendezvous round 2: the tables hash to ``fingerprint``, and every edge is warm but those that ``failed``.
 
@@ -111,21 +101,6 @@ class Exposed(Message, frozen=True, kw_only=True):
     """The answer to Expose: from here on writers may reach this worker's memory, and it counts as torn until Commit."""
 
     round: RoundName
-
-
-class PeerTransfer(Spoken, frozen=True):
-    """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
-
-    With ``error`` the peer did not get all of it, and no handle to it is pending any more.
-    """
-
-    peer: Member
-    bytes: Count
-    descriptors: Count
-    seconds: Seconds
-    digest: Digest
-    error: Reason = ""
-    spoken = ("error",)
 
 
 class Closed(Message, frozen=True, kw_only=True):
@@ -261,9 +236,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     """The daemon takes this agent in.
 
     Either side says Heartbeat every ``heartbeat_seconds``; one that has been silent for ``lost_after_heartbeats`` of
-    them is taken for lost.
-
-    ``rendezvous`` None: another Welcome on this connection will say how, once the group's members are known.
+    them is taken for lost. ``rendezvous`` None: another Welcome on this connection will say how, once the group is
+    known.
     """
 
     epoch: Count
@@ -318,10 +292,8 @@ class Connect(Message, frozen=True, kw_only=True):
 
 
 class Expose(Message, frozen=True, kw_only=True):
-    """To a quiesced worker, before any writer is granted: grants that name it may be given once it says Exposed.
-
-    A worker that never heard it knows that nobody was granted, whatever became of the daemon.
-    """
+    """To a quiesced worker: once it says Exposed, writers may be granted its memory. One that never heard this knows
+    that nobody was, whatever became of the daemon."""
 
     round: RoundName
 
@@ -344,10 +316,8 @@ class Verify(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """``version`` is decided; leave the update call as successful.
-
-    To a worker that has left it as torn after it said Verified: its memory is that version, whole.
-    """
+    """``version`` is decided: leave the update call as successful. A worker that has left it as torn, after it said
+    Verified, holds that version whole."""
 
     round: RoundName
     version: Version
@@ -369,9 +339,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Hold(Message, frozen=True, kw_only=True):
     """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
-
-    Answered with Holding. A later Commit ends a hold, too.
-    """
+    Answered with Holding. A later Commit ends a hold, too."""
 
     held: bool
     reason: Reason = ""

@@ -44,7 +44,8 @@ from weightsync.orchestrator.core.events import AgentConnected, AgentLost, Agent
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
-from weightsync.orchestrator.protocol.layout import ROW_COLUMNS, Layout, Peer, Region, Tensor
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import ROW_COLUMNS, Layout, Region, Tensor
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Announce,

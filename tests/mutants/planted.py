@@ -5,7 +5,7 @@ from typing import Final
 from plant import Mutant
 
 _MEMBERS: Final = "core/membership/members.py"
-_RECORDS: Final = "core/records.py"
+_MEMORY: Final = "core/memory.py"
 _ENGINES: Final = "core/membership/engines.py"
 _MACHINE: Final = "core/machine.py"
 _STATE: Final = "core/state.py"
@@ -45,7 +45,7 @@ _TAINTS: Final = (
     ),
     Mutant(
         "taint forgotten at the end of a round",
-        _RECORDS,
+        _MEMORY,
         "    memory.unclosed |= {(writer, record.round): taint for writer, taint in record.unclosed.items()}\n",
         "",
     ),
@@ -56,7 +56,7 @@ _TAINTS: Final = (
         "unclosed={}",
     ),
     Mutant(
-        "taint that is over comes back with a restart", _RECORDS, "memory.unclosed.pop((writer, name), None)", "pass"
+        "taint that is over comes back with a restart", _MEMORY, "memory.unclosed.pop((writer, name), None)", "pass"
     ),
     Mutant("an engine within reach of a late writer takes part", _CONDITIONS, " and not fleet.tainted(name)", ""),
     Mutant(
@@ -106,7 +106,7 @@ _COMMIT: Final = (
         "        _end_orphan(turn, False,",
     ),
     Mutant("a restart keeps the epoch", _MACHINE, "memory, memory.epoch + 1, now", "memory, memory.epoch, now"),
-    Mutant("the order of commits stands still", _RECORDS, "            memory.sequence = sequence\n", ""),
+    Mutant("the order of commits stands still", _MEMORY, "            memory.sequence = sequence\n", ""),
     Mutant(
         "a catch-up counts as a commit",
         _ENTRY,
@@ -196,7 +196,7 @@ _SERVING: Final = (
     Mutant("one that the operator holds serves", _ENGINES, "    if name in memory.holds:\n", "    if False:\n"),
     Mutant(
         "a hold is forgotten by a restart",
-        _RECORDS,
+        _MEMORY,
         "                memory.holds[engine] = reason\n",
         "                pass\n",
     ),
@@ -304,7 +304,7 @@ _CONNECTIONS: Final = (
     ),
     Mutant(
         "a restart forgets which trainer was replaced",
-        _RECORDS,
+        _MEMORY,
         "            keep_newest(memory.generations, generation, None, REMEMBERED_GENERATIONS)\n",
         "            pass\n",
     ),

@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Final
 from virtual_time import Work
 from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.events import StableSeen
-from weightsync.orchestrator.core.records import (
-    AnyRecord,
-    Memory,
-    MemorySaved,
-    Record,
-    decode_record,
-    encode_record,
-    replay,
-    saved,
-)
+from weightsync.orchestrator.core.memory import Memory, replay, saved
+from weightsync.orchestrator.core.records import AnyRecord, MemorySaved, Record, decode_record, encode_record
 from weightsync.orchestrator.protocol.names import Version
 
 if TYPE_CHECKING:

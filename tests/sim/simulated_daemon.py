@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from contents import plan_of
 from simulated_engine import Answer
+from told import round_trip
 from weightsync.orchestrator.core.commands import (
     Accept,
     Append,
@@ -177,7 +178,7 @@ class SimulatedDaemon:
             case WriteMarker():
                 self._mark(command)
             case Say():
-                self.world.note_sentence(command.sentence)
+                self.world.note(command.sentence)
             case _:
                 raise TypeError(f"the simulation performs no {type(command).__name__}")
 
@@ -208,6 +209,7 @@ class SimulatedDaemon:
 
     def _mark(self, command: WriteMarker) -> None:
         """By a thread of its own, which dies with the daemon."""
+        round_trip([command])
 
         def write() -> None:
             if self.alive:

@@ -152,9 +152,6 @@ class World(VirtualTime):
     def note(self, sentence: str) -> None:
         self._story.append((self.now, sentence))
 
-    def note_sentence(self, sentence: str) -> None:
-        self._story.append((self.now, sentence))
-
     def note_events(self, events: list[Event]) -> None:
         self._story.extend((self.now, event) for event in events if type(event) is not Tick)
 

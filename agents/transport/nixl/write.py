@@ -31,7 +31,7 @@ shortest sleep of 1 ms would double that."""
 POLL_SECONDS: Final = 0.001
 """Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
 
-SWITCH_SECONDS: Final = 0.0005
+SWITCH_SECONDS: Final = 0.0001
 """How long another thread may keep the interpreter from one that writes. Python's default of 5 ms is several times what
 the copy of a chunk takes: beside a training loop that is bound by Python, a write took twice as long or more."""
 

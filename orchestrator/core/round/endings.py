@@ -1,7 +1,8 @@
 """How rounds and versions end: COMMITTED, another attempt, or FAILED."""
 
 from weightsync.orchestrator.core.commands import WriteMarker
-from weightsync.orchestrator.core.records import REMEMBERED_VERSIONS, StagedAgain, VersionFailed, keep_newest
+from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
+from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
 from weightsync.orchestrator.core.round.blame import backoff
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round

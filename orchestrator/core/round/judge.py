@@ -5,7 +5,7 @@ from typing import Final
 
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.state import Fleet, Round
-from weightsync.orchestrator.protocol.messages import PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.names import Digest, Member
 
 

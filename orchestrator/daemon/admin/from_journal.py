@@ -2,7 +2,8 @@
 
 import time
 
-from weightsync.orchestrator.core.records import Memory, MemorySaved, RoundEnded, decode_record, replay
+from weightsync.orchestrator.core.memory import Memory, replay
+from weightsync.orchestrator.core.records import MemorySaved, RoundEnded, decode_record
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History, rows_of
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import Journal

@@ -36,6 +36,7 @@ from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Closed,
@@ -45,7 +46,6 @@ from weightsync.orchestrator.protocol.messages import (
     FromDaemon,
     Hello,
     Left,
-    PeerTransfer,
     Quiesced,
     Ready,
     Staged,

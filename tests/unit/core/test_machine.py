@@ -11,6 +11,7 @@ from weightsync.orchestrator.core.commands import Append, Command
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone
 from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import (
     AnyRecord,
@@ -18,10 +19,8 @@ from weightsync.orchestrator.core.records import (
     Decided,
     EpochBegan,
     LiveDirty,
-    Memory,
     RoundBegan,
     RoundEnded,
-    replay,
 )
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Unclosed

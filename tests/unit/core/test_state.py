@@ -8,7 +8,8 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Unclosed
-from weightsync.orchestrator.protocol.messages import Closed, EngineStatus, Hello, PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.messages import Closed, EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 OLD, NEW = Version(7, 1), Version(7, 2)

@@ -5,10 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 from fleets import rank, trainer
-from weightsync.orchestrator.core import records, versions
+from weightsync.orchestrator.core import memory, versions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.events import AbortAsked, Call, MarkersSeen, StableSeen
-from weightsync.orchestrator.core.records import Committed, VersionFailed, replay
+from weightsync.orchestrator.core.memory import replay
+from weightsync.orchestrator.core.records import Committed, VersionFailed
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.versions import STABLE_LOOK_DELAYS
@@ -132,7 +133,7 @@ def test_each_version_is_looked_for_anew(drive: Any) -> None:
 def test_a_step_of_too_long_ago_is_refused_by_name_and_not_committed_again(
     drive: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "REMEMBERED_VERSIONS", 1)
+    monkeypatch.setattr(memory, "REMEMBERED_VERSIONS", 1)
     fleet = drive.joined()
     for step in (1, 2):
         replay(fleet.fleet.memory, Committed(round=RoundName(1, step), version=Version(7, step), sequence=step))
@@ -147,7 +148,7 @@ def test_a_step_of_too_long_ago_is_refused_by_name_and_not_committed_again(
 
 def test_also_where_it_is_staged_again(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer waits for the outcome of that staging and of no other."""
-    monkeypatch.setattr(records, "REMEMBERED_FAILURES", 1)
+    monkeypatch.setattr(memory, "REMEMBERED_FAILURES", 1)
     fleet = drive.joined()
     for step in (1, 2):
         replay(fleet.fleet.memory, VersionFailed(version=Version(7, step), reason="once"))
@@ -159,7 +160,7 @@ def test_also_where_it_is_staged_again(drive: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_kept_of_every_version_for_ever(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (records, versions, endings):
+    for module in (memory, versions, endings):
         monkeypatch.setattr(module, "REMEMBERED_VERSIONS", 5)
     fleet = drive.joined(staged=10.0)
     for step in range(1, 41):

@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 import structlog
 from weightsync.orchestrator.core.errors import JournalUnreadable
+from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.records import (
     Committed,
     Decided,
     EpochBegan,
     LiveDirty,
-    Memory,
     MemorySaved,
     Record,
     RoundBegan,
     RoundEnded,
     decode_record,
     encode_record,
-    replay,
 )
 from weightsync.orchestrator.daemon import compaction
 from weightsync.orchestrator.daemon.compaction import Compaction

@@ -4,7 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from weightsync.orchestrator.core.records import Memory, encode_record, saved
+from weightsync.orchestrator.core.memory import Memory, saved
+from weightsync.orchestrator.core.records import encode_record
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, decode_from_daemon, encode
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_NAME_CHARS, MAX_REASON_CHARS, MAX_WORLD
 from weightsync.orchestrator.protocol.messages import (
     Bye,
@@ -15,7 +16,6 @@ from weightsync.orchestrator.protocol.messages import (
     Left,
     Message,
     NixlSettings,
-    PeerTransfer,
     Ready,
     Welcome,
 )

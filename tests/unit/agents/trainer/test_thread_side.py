@@ -25,6 +25,7 @@ from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Reading, Share, Shares
 from weightsync.kernels.errors import KernelError
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -36,7 +37,6 @@ from weightsync.orchestrator.protocol.messages import (
     Needs,
     NixlSettings,
     Outcome,
-    PeerTransfer,
     Staged,
     Standing,
     TcpStoreRendezvous,

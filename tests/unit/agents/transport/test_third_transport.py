@@ -31,7 +31,8 @@ from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import strided_copy
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Peer, as_matrix
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, as_matrix
 from weightsync.orchestrator.protocol.messages import Closed, Connect, Grant, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 

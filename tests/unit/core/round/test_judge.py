@@ -7,7 +7,8 @@ from fleets import BYTES_PER_EDGE, rank, trainer
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.round import judge
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Abort, EngineStatus, Left, PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.messages import Abort, EngineStatus, Left
 from weightsync.orchestrator.protocol.names import Member
 
 TRAINER, ENGINE = trainer(), rank("e0")

@@ -12,6 +12,7 @@ from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.round.reports import handle
 from weightsync.orchestrator.core.round.transitions import Phase, Report
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -22,7 +23,6 @@ from weightsync.orchestrator.protocol.messages import (
     Exposed,
     Grant,
     Left,
-    PeerTransfer,
     Quiesced,
     TrainerStatus,
     Verify,

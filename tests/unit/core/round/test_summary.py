@@ -9,7 +9,8 @@ from weightsync.orchestrator.core.records import RoundEnded, Taint
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import EngineStatus, Left, PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.messages import EngineStatus, Left
 
 
 def done(fleet: Any, engine: str, call: Call, seconds: float) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 from fleets import BYTES_PER_EDGE, trainer
 from weightsync.orchestrator.core.round import waits
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import EngineStatus, PeerTransfer
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.messages import EngineStatus
 
 TRAINER = trainer()
 

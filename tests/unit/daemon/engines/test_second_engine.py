@@ -27,6 +27,7 @@ from weightsync.orchestrator.daemon.engines.http import EngineHttp
 from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.runner import Runner
+from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import decode_manifest, encode_manifest, manifest
@@ -44,7 +45,6 @@ from weightsync.orchestrator.protocol.messages import (
     Hello,
     Left,
     Outcome,
-    PeerTransfer,
     Quiesced,
     Ready,
     Staged,
