@@ -321,6 +321,12 @@ _CONNECTIONS: Final = (
         "waits.not_durable, Phase.WRITING, ",
     ),
     Mutant(
+        "who was thrown out counts as connected",
+        _REPORTS,
+        "        turn.fleet.leave(agent.member)  # of",
+        "        # of",
+    ),
+    Mutant(
         "a trainer that was replaced is taken in again",
         _MEMBERS,
         "        if fleet.memory.was_replaced(hello.generation):\n",

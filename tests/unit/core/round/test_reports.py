@@ -83,6 +83,9 @@ def test_a_word_out_of_turn_costs_its_agent_the_connection(drive: Any, phase: Ph
     assert [(c.member, c.connection) for c in fresh if isinstance(c, Drop)] == [(member, fleet.connections[member])]
     assert (going.phase, going.quiesced & {ENGINE} if phase is Phase.PAUSING else set()) == (phase, set())
     assert (going.closed, going.final, going.verified) == ({}, set(), {})
+    assert member not in fleet.fleet.agents
+    fleet.connect(member, incarnation=77)
+    assert fleet.fleet.agents[member].hello.incarnation == 77, "who died meanwhile keeps nobody out"
 
 
 def test_a_worker_that_leaves_by_itself_costs_its_engine(drive: Any) -> None:
