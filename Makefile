@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-long test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean
+.PHONY: help setup demo test test-unit test-e2e test-long test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with
 sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 	WEIGHTSYNC_SIM_SEEDS=$(or $(SEEDS),1000) $(PYTEST) tests/sim
 
+mutants: setup ## plant bugs, one at a time; each must be caught by the tests (MUTANTS="taint" for some of them)
+	$(BIN)/python tests/mutants/plant.py $(MUTANTS)
+
 lint: setup ## ruff and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +81,9 @@ bench-history: setup ## JSON lines: a step of the core and a start after a long 
 
 bench-scan: setup ## JSON lines: the scans alone
 	$(BENCH) tests/benchmarks/bench_history.py scan
+
+bench-sim: setup ## JSON lines: simulated rounds a minute, and how long healthy engines stand still beside bad ones
+	PYTHONPATH=tests:tests/sim $(BIN)/python tests/benchmarks/bench_sim.py $(SEEDS)
 
 bench-nixl: setup ## JSON lines: our write path over bare NIXL
 	$(BENCH) tests/benchmarks/bench_nixl.py
