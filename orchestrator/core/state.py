@@ -222,7 +222,7 @@ class Unclosed:
 
 @dataclass(slots=True)
 class Fleet:
-    """The whole state. ``started``: when, on the clock of ``now``; ``epoch``: of this daemon."""
+    """The whole state. ``started``, ``ended_at``: the daemon, its last round; ``words``: see ``core.since``."""
 
     policy: Policy
     journal_id: str
@@ -276,11 +276,12 @@ class Fleet:
     """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None
     ended_at: float = 0.0
-    """When the last round ended."""
     awaited: tuple[str, RoundName] | None = None
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     """Of the newest call to any engine."""
+    words: dict[str, tuple[str, float]] = field(default_factory=dict)
+    stopping: bool = False
     sentence: str = ""
     """What the daemon does and why, as said last."""
 

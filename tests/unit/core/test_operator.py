@@ -1,5 +1,6 @@
 """The operator's wishes: journaled where they outlive a moment, and nothing is done behind the core's back."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from weightsync.orchestrator.core.events import (
     DeadDeclared,
     HoldAsked,
     MaintenanceAsked,
+    PolicyChanged,
     RetryAsked,
+    StopAsked,
 )
 from weightsync.orchestrator.core.records import EngineHeld, GrantOver, LiveDirty, Maintenance, RoundBegan, Taint
 from weightsync.orchestrator.core.round.transitions import Phase
@@ -99,3 +102,19 @@ def test_what_nobody_knows_is_an_error(drive: Any) -> None:
     fleet = drive()
     with pytest.raises(TypeError, match="nobody knows what Asked asks for"):
         fleet.happens(Asked(fleet.id(), "ann", ""))
+
+
+def test_a_daemon_that_stops_begins_no_round(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.happens(StopAsked(fleet.id()))
+    fleet.stage(1)
+    fleet.settle()
+    assert fleet.fleet.round is None
+    assert "waiting for the next start of the daemon, which is stopping" in fleet.fleet.sentence
+
+
+def test_a_policy_that_was_read_again_counts_from_the_next_decision_on(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.happens(PolicyChanged(fleet.id(), replace(fleet.policy, patience=7.0)))
+    assert fleet.fleet.policy.patience == 7.0
+    assert fleet.fleet.plan is not None, "nothing else is disturbed"
