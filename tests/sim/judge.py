@@ -116,10 +116,15 @@ class Judge:
             self._require(False, f"L2: {name} is healthy and paused since {since:.3f}")
 
     def _healthy(self, name: str, since: float) -> bool:
-        """It was all the while, and so were enough others for a version to be committed on."""
-        since_when = self._world.faults.healthy_since
-        healthy = [other for other in self._world.configured if since_when(other) < since]
-        return name in healthy and len(healthy) >= self._world.policy.quorum(len(self._world.configured))
+        """It was all the while, and so were enough others for a version to be committed on.
+
+        These are counted only when no call that hung in them can hang any more: until then no round begins with them.
+        """
+        policy, healthy_since = self._world.policy, self._world.faults.healthy_since
+        if healthy_since(name) >= since:
+            return False
+        usable = [other for other in self._world.configured if healthy_since(other) + policy.update < since]
+        return len({name, *usable}) >= policy.quorum(len(self._world.configured))
 
     def died(self, name: str) -> None:
         """Its processes are gone; the next ones have served nothing yet."""

@@ -126,9 +126,7 @@ def test_who_taints_whom_and_what_to_type() -> None:
     fleet.unclosed[trainer(0), NAME] = Unclosed(6, "node3", "boot", {rank("e1"): 1})
     (problem,) = found(fleet)
     assert problem.what == "trainer/1 of round 3.4 may still write into e0: no round takes place there"
-    assert problem.fix == (
-        "end that process on node3; once it is dead: weightsync-orchestrator declare-dead trainer/1"
-    )
+    assert problem.fix == ("end that process on node3; once it is dead: weightsync-orchestrator declare-dead trainer/1")
 
 
 def test_who_is_left_out_why_how_often_and_until_when() -> None:
