@@ -1,10 +1,11 @@
 """What a process holds, and by how much that grows over its life."""
 
+import json
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 WARM_ROUNDS = 20
@@ -39,13 +40,18 @@ class Growth:
 
 @dataclass
 class Measured:
-    """All samples of a run."""
+    """All samples of a run; ``file`` takes them as JSON lines, for people."""
 
+    file: Path | None = None
     samples: list[Sample] = field(default_factory=list)
 
     def take(self, process: str, pid: int, number: int, counts: Mapping[str, float]) -> None:
         """A sample of a living process, with what it has counted itself."""
-        self.samples.append(Sample(process, pid, number, {**held_by(pid), **counts}))
+        sample = Sample(process, pid, number, {**held_by(pid), **counts})
+        self.samples.append(sample)
+        if self.file is not None:
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(asdict(sample)) + "\n")
 
     def growths(self) -> list[Growth]:
         """Of everything that was sampled often enough after the process was warm."""

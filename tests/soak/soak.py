@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from counts import VARIABLE
 from fleet import Fleet, Process, Trainer
 from measure import Growth, Measured, megabytes_in
@@ -83,7 +82,7 @@ class Soak:
     def __init__(self, directory: Path, rounds: int, restarts: int, seed: int) -> None:
         self.directory, self.rounds = directory, rounds
         self._look_every, self._count_every = max(1, rounds // 200), max(5, rounds // 60)
-        self.measured, self.committed, self.journal_mb = Measured(), 0, 0.0
+        self.measured, self.committed, self.journal_mb = Measured(directory / "samples.jsonl"), 0, 0.0
         self._random = random.Random(seed)
         paths = [str(HERE), str(HERE.parent), str(HERE.parent / "e2e"), os.environ.get("PYTHONPATH", "")]
         self._environment = {
@@ -231,7 +230,7 @@ class VllmSoak:
 
     def __init__(self, directory: Path, rounds: int, seed: int) -> None:
         self.directory, self.rounds = directory, rounds
-        self.measured, self.committed, self.journal_mb = Measured(), 0, 0.0
+        self.measured, self.committed, self.journal_mb = Measured(directory / "samples.jsonl"), 0, 0.0
         self._random = random.Random(seed)
         model = tiny_qwen3(directory / "qwen3", seed=1)
         self.server = VllmServer(model, log=directory / "vllm.log")
@@ -311,7 +310,6 @@ def soaked(prefix: str, soak: Soak | VllmSoak) -> list[str]:
         soak.run()
     finally:
         soak.close()
-        (soak.directory / "samples.json").write_bytes(msgspec.json.encode(soak.measured.samples))
     seconds = time.monotonic() - began
     growths = soak.measured.growths()
     report(f"{prefix}_rounds", "count", [soak.committed])
@@ -330,6 +328,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--keep", type=Path, help="a new directory for logs, samples and the run; default: removed")
     given = arguments.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its children have sessions of their own
     with tempfile.TemporaryDirectory() as scratch:
         directory = given.keep or Path(scratch)
         wrong = []

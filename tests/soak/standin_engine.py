@@ -136,7 +136,7 @@ class Server:
 
 async def serve(name: str, port: int) -> None:
     server = Server(name)
-    runner = web.AppRunner(server.application(), access_log=None)
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, HOST, port).start()
     print(json.dumps({"serves": name, "port": port}), flush=True)

@@ -42,7 +42,7 @@ def test_a_short_life_says_nothing() -> None:
 def test_each_life_is_its_own() -> None:
     first = [Sample("e0", 1, n * 10, {"fds": 9.0}) for n in range(10)]
     second = [Sample("e0", 2, 100 + n * 10, {"fds": 20.0}) for n in range(10)]
-    assert [(g.pid, g.by) for g in Measured([*first, *second]).growths()] == [(1, 0), (2, 0)]
+    assert [(g.pid, g.by) for g in Measured(samples=[*first, *second]).growths()] == [(1, 0), (2, 0)]
 
 
 @pytest.mark.parametrize("what", BOUNDS)
