@@ -227,7 +227,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = clean(standing(turn.fleet, turn.now))
+    told = clean(standing(turn.fleet))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

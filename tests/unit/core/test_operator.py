@@ -89,6 +89,15 @@ def test_a_writer_that_is_declared_dead_taints_nothing_any_more(drive: Any) -> N
     assert GrantOver(round=NAME, writer="trainer/1", reason=why) in fleet.written()
 
 
+def test_but_a_process_that_is_connected_is_not_dead(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.WRITING)
+    open_grants = dict(fleet.fleet.unclosed)
+    fleet.happens(DeadDeclared(fleet.id(), "ann", "the old one", trainer(0)))
+    assert fleet.fleet.unclosed == open_grants
+    assert "trainer/0 is connected and holds the grant of round 1.1; it is not dead" in fleet.told()
+
+
 def test_what_nobody_knows_is_an_error(drive: Any) -> None:
     fleet = drive()
     with pytest.raises(TypeError, match="nobody knows what Asked asks for"):

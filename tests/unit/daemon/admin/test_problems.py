@@ -87,7 +87,7 @@ def test_an_engine_that_came_back_after_its_trainer_went_needs_a_publish() -> No
     assert problem.fix == PUBLISH_FIRST
     staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
     enter(fleet, trainer(), staged=staged)
-    fleet.memory.done.add(VERSION)
+    fleet.memory.done[VERSION] = None
     fleet.generation = 7
     (problem,) = found(fleet)
     assert problem.what.startswith(f"e1: answers nobody: it has not got {VERSION} yet, and waits for ")
@@ -172,7 +172,7 @@ def test_the_trainers_side() -> None:
     fleet.memory.failed[NEXT] = "too late"
     enter(fleet, trainer(), staged=Staged(version=NEXT, bytes=0, convert_seconds=0.0, digest_seconds=0.0))
     (problem,) = found(fleet)
-    assert (problem.what, problem.fix) == (f"{NEXT} FAILED: too late", "publish it again, or another")
+    assert (problem.what, problem.fix) == (f"{NEXT} FAILED: too late", "publish it again, or another step")
 
 
 def test_markers_that_are_not_believed() -> None:
