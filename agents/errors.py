@@ -9,13 +9,12 @@ On the right, the module below ``agents``::
     ├── GroupError               vLLM's process group did not carry a message        link.process_group
     ├── RefusedForGood           the daemon does not want this agent                 link.connection
     ├── PlanMismatch             a Connect that does not say what it claims          transport.shares
-    ├── PushError                some peers were not written                         transport.interface
     ├── UnknownTransport         a Welcome with a transport that is not registered   transport.registry
     ├── CheckpointError          saved parts that do not make up whole tensors       transport.filesystem
     ├── NixlError                the data plane over NIXL                            transport.nixl.errors
-    │   ├── NixlMissingError, RegionError, MetadataError, EdgeError
+    │   ├── NixlMissingError, RegionError, MetadataError, ConnectError, EdgeError
     │   └── TransferError            one peer was not written
-    │       └── DeadlineError, DisconnectedError, ImplausibleRateError
+    │       └── DeadlineError, StoppedError, DisconnectedError, ImplausibleRateError
     ├── TrainerError             a trainer's tensors or its table                    trainer.errors
     │   ├── MissingTensor, ChangedTensor, UnsupportedPlacement, …
     │   └── StreamError              a stream that is not what a version needs       trainer.streams.streamed

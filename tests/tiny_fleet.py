@@ -145,6 +145,14 @@ def planned(slots, targets, incarnation=1):
     return plan, connect
 
 
+async def handed_over(sender, members, seconds, groups=None):
+    """The ends of a write, by member."""
+    ends = []
+    await sender.write(members, seconds, ends.append, groups)
+    assert len({end.member for end in ends}) == len(ends), "each peer's end is told once"
+    return {end.member: end for end in ends}
+
+
 def replace_name(peer, name):
     return Peer(peer.member, peer.incarnation, name, b"card", peer.regions)
 

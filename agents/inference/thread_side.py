@@ -1,6 +1,7 @@
 """What an inference rank does on the agent's thread: announce its layout, let bytes come, pass the daemon's word on."""
 
 import logging
+from collections.abc import Mapping
 
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
@@ -45,8 +46,9 @@ class InferenceSide:
     def announcement(self) -> tuple[Layout, str, bytes]:
         return self._weights.layout, *self._weights.receivers.current.announcement()
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         await self._weights.receivers.current.connect(connect)
+        return {}
 
     def heard(self, message: FromDaemon) -> None:
         match message:

@@ -1,7 +1,7 @@
 """What differs between a trainer rank and an inference worker, and what these ask of the thread that they share."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 from weightsync.orchestrator.protocol.layout import Layout
@@ -15,6 +15,7 @@ from weightsync.orchestrator.protocol.messages import (
     TrainerStatus,
     Welcome,
 )
+from weightsync.orchestrator.protocol.names import Member
 
 
 class AgentSide(Protocol):
@@ -32,8 +33,13 @@ class AgentSide(Protocol):
     def announcement(self) -> tuple[Layout, str, bytes] | None:
         """Layout, and name and metadata of the transport's endpoint; None while there is no layout yet."""
 
-    async def connect(self, connect: Connect) -> None:
-        """Prepare and warm up the edges."""
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
+        """Prepare and warm up the edges that are not ready. Called again with the same plan for as long as some are not
+        and for each ``Link.reconnect``.
+
+        Returns:
+            The peers whose edges cannot be used now, and why.
+        """
 
     def heard(self, message: FromDaemon) -> None:
         """A message that is not part of the rendezvous."""
@@ -63,6 +69,9 @@ class Link(Protocol):
 
     def announce(self) -> None:
         """Say the layout anew, because it has changed."""
+
+    def reconnect(self) -> None:
+        """Ask for ``connect`` with the present plan: edges may have become ready, or have been lost."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Begin a task of the agent's thread."""

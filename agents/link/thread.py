@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.edges import PlanEdges
 from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
@@ -30,7 +30,6 @@ from weightsync.orchestrator.protocol.messages import (
     FromAgent,
     FromDaemon,
     Hello,
-    Ready,
     RoundWord,
     TcpStoreRendezvous,
     Welcome,
@@ -49,9 +48,6 @@ IDLE_POLL_SECONDS: Final = 0.01
 
 BUSY_POLL_SECONDS: Final = 0.001
 """While a grant is open on either side; NIXL has neither a file descriptor nor a callback to wait for."""
-
-CONNECT_ATTEMPTS: Final = 5
-"""At warming the edges up, one second longer apart each time; with the warm-ups' own deadlines about a minute."""
 
 GROUP_RETRY_SECONDS: Final = 1.0
 """Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
@@ -107,6 +103,7 @@ class AgentThread(Generic[SideT]):
         self._client: ControlClient | None = None
         self._group: SpgRendezvous | None = None
         self._rendezvous: asyncio.Task[None] | None = None
+        self._edges: PlanEdges | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._farewell: asyncio.Task[None] | None = None
         self._stopping = self._has_ended = self._introduced = False
@@ -328,10 +325,17 @@ class AgentThread(Generic[SideT]):
         self._rendezvous = self.spawn(work)
 
     def announce(self) -> None:
-        """Say the layout anew, because it has changed."""
+        """Say the layout anew, because it has changed; the present plan's edges are of no use any more."""
+        if self._rendezvous is not None and self._group is None:
+            self._rendezvous.cancel()
         announce = self._announce()
         if announce is not None:
             self.send(announce)
+
+    def reconnect(self) -> None:
+        """Look at the present plan's edges again, and tell what is ready if that has changed."""
+        if self._edges is not None:
+            self._edges.changed()
 
     def _announce(self) -> Announce | None:
         said = self.side.announcement()
@@ -341,31 +345,9 @@ class AgentThread(Generic[SideT]):
         return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
-        if await self._prepared(connect):
-            self.send(Ready(fingerprint=connect.fingerprint))
-
-    async def _prepared(self, connect: Connect) -> bool:
-        """Edges warm; false when they will not be, for as long as the members stay the same.
-
-        The daemon sends another Connect when they change, and names this agent if it has not confirmed in time.
-        """
-        who = self.identity.member
-        for attempt in range(1, CONNECT_ATTEMPTS + 1):
-            try:
-                await self.side.connect(connect)
-            except Exception as error:
-                fault, retry = blame(error, self.side.here)
-                if not retry:
-                    log.exception("%s: the edges cannot be made ready (fault: %s): %s", who, fault, clean(repr(error)))
-                    return False
-                # A peer may be starting, or be gone.
-                known = error if isinstance(error, AgentError) else repr(error)
-                log.warning("%s: edges not ready (attempt %d, fault: %s): %s", who, attempt, fault, known)
-                await asyncio.sleep(attempt)
-            else:
-                return True
-        log.error("%s: the edges are not ready after %d attempts", who, CONNECT_ATTEMPTS)
-        return False
+        self._edges = PlanEdges(self.identity.member, self.side, connect)
+        self.send(await self._edges.prepare())
+        await self._edges.keep(self.send)
 
     async def _over_group(self, place: TcpStoreRendezvous) -> None:
         """Both rounds over vLLM's StatelessProcessGroup, again until its deadline: the store may be the last group's.
@@ -377,15 +359,15 @@ class AgentThread(Generic[SideT]):
         ends = self._loop.time() + place.timeout_seconds
         while True:
             try:
-                await self._meet(place)
-                return
+                edges = await self._meet(place)
+                await edges.keep(self.send)
             except GroupError as error:
                 log.warning("%s: %s", self.identity.member, error)
             if self._loop.time() >= ends:
                 return
             await asyncio.sleep(GROUP_RETRY_SECONDS)
 
-    async def _meet(self, place: TcpStoreRendezvous) -> None:
+    async def _meet(self, place: TcpStoreRendezvous) -> PlanEdges:
         from weightsync.agents.link.process_group import SpgRendezvous
 
         announce = self._announce()
@@ -393,6 +375,8 @@ class AgentThread(Generic[SideT]):
         self._group = group = await beside(lambda: SpgRendezvous(place))
         await beside(lambda: group.announce(announce))
         connect = await beside(group.connect)
-        if await self._prepared(connect):
-            await beside(lambda: group.ready(Ready(fingerprint=connect.fingerprint)))
-            await beside(lambda: group.barrier(place.timeout_seconds))
+        self._edges = edges = PlanEdges(self.identity.member, self.side, connect)
+        ready = await edges.prepare()
+        await beside(lambda: group.ready(ready))
+        await beside(lambda: group.barrier(place.timeout_seconds))
+        return edges

@@ -217,8 +217,8 @@ class Publisher:
             self._book(self._last)
         if step in self._committed:
             raise PublishError(f"step {step} is committed already; a step names one version for good")
-        if not self._agent.call(self._agent.side.reserve):
-            raise BusyError("a write from the slots is still in flight")
+        if in_use := self._agent.call(self._agent.side.reserve):
+            raise BusyError(in_use)
 
     def _book(self, ended: Publication) -> None:
         """What became of the last version. One that FAILED may be staged again, and the daemon is told how often."""

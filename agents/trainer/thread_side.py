@@ -3,24 +3,26 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Final
+from functools import partial
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.link.beside import computed
 from weightsync.agents.link.side import Link
 from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
+from weightsync.agents.trainer.grants import OpenGrant, not_written
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
-from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
+from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
-from weightsync.agents.transport.shares import NOT_READ, Reading, Shares
+from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
-    Closed,
+    Abort,
     Connect,
     Fault,
     FromDaemon,
@@ -38,9 +40,6 @@ from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Rou
 from weightsync.orchestrator.protocol.text import clean
 
 log = logging.getLogger(__name__)
-
-IN_FLIGHT_POLL_SECONDS: Final = 0.005
-"""Short beside a round: once a peer that is gone is forgotten, the next grant must not find this one open."""
 
 
 class TrainerSide:
@@ -70,30 +69,36 @@ class TrainerSide:
         self._memory = memory
         self._staged_bytes = staged_bytes
         self._shares, self._senders = _ends(memory)
-        # A connect that came in the middle of a write would take its edges from under it.
-        self._using_sender = asyncio.Lock()
+        self._owed: Sequence[Share] = ()
+        """Of the plan that was connected last."""
+        self._connecting = asyncio.Lock()  # else the slots could be exchanged in the middle of it
+        self._computing = asyncio.Lock()
+        """Held while another thread uses the shares."""
         self._fingerprint = ""
         self._staged: Version | None = None
         self._restaged = 0
-        self._open: RoundName | None = None
+        self._grants: dict[RoundName, OpenGrant] = {}
+        """Not closed towards everybody yet. Only the edges to peers that hang outlive their round."""
+        self._closed: OpenGrant | None = None
+        """The one that was closed last."""
         self._reserved = False
         self._closing = False
-        self._waiting: list[Grant] = []
-        """Grants that came while the slots were reserved; the daemon gives one at a time."""
+        self._waiting: list[OpenGrant] = []
+        """Those of them that came while the slots were reserved."""
         self._outcome: Future[int] | None = None
         self._reading: tuple[str, Version, Reading] | None = None
 
     # ------------------------------------------------------------------------------------------ for ``TrainerAgent``
-    def reserve(self) -> bool:
-        """Ask for the slots for the next version; false while something is written from them.
+    def reserve(self) -> str:
+        """Ask for the slots for the next version; empty, or which edge is still written from them.
 
         From then on grants wait: all ranks have to agree first that they begin the next version, and until then one
         that refuses a grant would tear an engine that the others write to. ``take`` or ``release`` must follow.
         """
-        if self._open is not None or self._in_flight():
-            return False
+        if why := self._in_use():
+            return why
         self._reserved = True
-        return True
+        return ""
 
     def take(self) -> None:
         """Every rank has reserved its slots: they hold no version any more."""
@@ -105,7 +110,7 @@ class TrainerSide:
         self._reserved = False
         waiting, self._waiting = self._waiting, []
         for grant in waiting:
-            self._link.spawn(self._write(grant))
+            self._link.spawn(self._carry_out(grant))
 
     def read(self, version: Version, slots: FilledSlots) -> Spans:
         """Once ``slots`` hold ``version``: digest what will be sent, as far as edges are known. Returns where all is
@@ -147,7 +152,7 @@ class TrainerSide:
     def retire(self) -> bool:
         """Obey no further grant; whether the last one is closed, so that nothing reads the slots any more."""
         self._closing = True
-        return self._open is None and not self._in_flight()
+        return not self._in_use()
 
     def hold(self, memory: SourceMemory, staged_bytes: int) -> "Future[None]":
         """Other slots from now on: announce them. Only after ``take``; the result is there when the old ones, which
@@ -158,9 +163,10 @@ class TrainerSide:
 
     async def _hold(self, memory: SourceMemory, staged_bytes: int, done: "Future[None]") -> None:
         try:
-            async with self._using_sender:
+            async with self._connecting:
                 self._fingerprint = ""  # edges of the old slots serve nobody any more
                 self._reading = None
+                self._owed = ()
                 for sender in self._senders:
                     sender.close()
                 self._memory, self._staged_bytes = memory, staged_bytes
@@ -177,7 +183,7 @@ class TrainerSide:
     def status(self) -> TrainerStatus:
         return TrainerStatus(
             staged=self._staged,
-            open_rounds=(self._open,) if self._open is not None else (),
+            open_rounds=tuple(self._grants),
             restaged=self._restaged,
             follows_needs=self._follows_needs,
         )
@@ -201,20 +207,22 @@ class TrainerSide:
     def _who(self) -> str:
         return str(self._memory.member) if self._memory is not None else "trainer"
 
-    async def connect(self, connect: Connect) -> None:
-        async with self._using_sender:
-            self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
-            # Tables of a large plan take seconds, and the loop has heartbeats to answer.
-            shares = await computed(lambda: self._shares.replan(connect))
-            await self._senders.current.connect(shares)
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
+        async with self._connecting:
+            if self._fingerprint != connect.fingerprint:
+                self._fingerprint = ""  # no grant is obeyed until this plan's edges are ready
+                async with self._computing:  # seconds for a large plan's tables, and the loop has heartbeats to answer
+                    self._owed = await computed(lambda: self._shares.replan(connect))
+            failed = await self._senders.current.connect(self._owed)
             self._fingerprint = connect.fingerprint
+            return failed
 
     def heard(self, message: FromDaemon) -> None:
         match message:
-            case Grant() if self._reserved:
-                self._waiting.append(message)
             case Grant():
-                self._link.spawn(self._write(message))
+                self._granted(message)
+            case Abort():
+                self._stop(message)
             case Outcome():
                 self._settle(message)
             case Needs():
@@ -222,12 +230,13 @@ class TrainerSide:
             case Standing():
                 self.standing = message.sentence
             case _:
-                pass  # Abort: what was posted cannot be taken back; CLOSED follows when it is DONE
+                pass
 
     def poll(self) -> bool:
         for sender in self._senders:
-            sender.poll()
-        return self._open is not None
+            if sender.poll():
+                self._link.reconnect()
+        return bool(self._grants)
 
     def shut(self) -> None:
         if self._outcome is not None and not self._outcome.done():
@@ -236,56 +245,107 @@ class TrainerSide:
             sender.close()
 
     # ------------------------------------------------------------------------------------------------------- a grant
-    async def _write(self, grant: Grant) -> None:
+    def _granted(self, message: Grant) -> None:
+        known = self._grants.get(message.round, self._closed)
+        if known is not None and known.grant.round == message.round:
+            known.repeat()  # said again after a reconnect, it is one grant
+            return
+        grant = OpenGrant(message, self._link.say_once)
+        if len(self._grants) >= MAX_OPEN_GRANTS:
+            grant.leave((), f"{len(self._grants)} grants are open: {self._in_use()}", "network")
+            return
+        self._grants[message.round] = grant
+        if self._reserved:
+            self._waiting.append(grant)
+        else:
+            self._link.spawn(self._carry_out(grant))
+
+    async def _carry_out(self, grant: OpenGrant) -> None:
         objection = self._objection(grant)
         if objection:
-            self._link.send(Closed(round=grant.round, error=objection, fault="trainer"))
-            return
-        self._open = grant.round
-        closed = await self._push(grant)
-        await self._until_nothing_is_in_flight()
-        self._open = None
-        self._link.send(closed)
+            grant.leave((), objection, "trainer")
+        else:
+            await self._push(grant)
+        self._forget_closed()
 
-    def _objection(self, grant: Grant) -> str:
+    def _objection(self, opened: OpenGrant) -> str:
+        grant = opened.grant
         if grant.round.epoch != self._link.epoch:
             return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self._link.epoch}"
         if grant.fingerprint != self._fingerprint:
             return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
         if self._closing:
             return "this trainer rank is closing its agent"
-        if self._open is not None:
-            return f"round {self._open} is still being written"
         if self._staged != grant.version:
             return f"the slots hold {self._staged or 'a version in the making'}, not {grant.version}"
         return ""
 
-    async def _push(self, grant: Grant) -> Closed:
-        """Write what is granted; the report of it, whatever happens."""
-        ends = time.monotonic() + grant.deadline_seconds
-        digests: Mapping[Member, Digest] = {}
+    def _closed_to(self, grant: OpenGrant) -> dict[Member, str]:
+        """Peers of the grant to which nothing may be posted, and why."""
+        closed = dict(grant.stopped)
+        for name, earlier in self._grants.items():
+            if earlier is grant:
+                break
+            closed |= {member: f"edge to {member} has not ended (round {name})" for member in earlier.open}
+        return closed
+
+    async def _push(self, grant: OpenGrant) -> None:
+        """Write what is granted; each peer's end is told, and what went wrong on this side."""
+        ends = time.monotonic() + grant.grant.deadline_seconds
+        sender = self._senders.current
         try:
-            async with self._using_sender:
-                # Seconds on the CPU, if no edge was known when the slots were filled.
-                digests = (await computed(lambda: self._read(grant.version))).digests
+            async with self._computing:  # seconds on the CPU, if no edge was known when the slots were filled
+                digests = (await computed(lambda: self._read(grant.grant.version))).digests
+            if objection := self._objection(grant):
+                grant.leave((), objection, "trainer")
+                return
+            sizes = self._shares.sizes
+            grant.leave(sizes)
+            for member, reason in self._closed_to(grant).items():
+                grant.ended(not_written(member, reason))
+            members = [member for member in grant.grant.members if member in grant.open]
+            if members:
                 remaining = max(0.0, ends - time.monotonic())
-                moved = await self._senders.current.write(grant.members, remaining)
-        except AgentError as error:
-            log.warning("%s: round %s: %s", self._who, grant.round, error)
-            written = error.moved if isinstance(error, PushError) else ()
-            return Closed(
-                round=grant.round,
-                peers=_transfers(written, digests),
-                error=clean(str(error)),
-                fault=error.fault,
-                retry=error.retry,
-            )
+                ended = partial(self._ended, grant, sizes, digests)
+                await sender.write(members, remaining, ended)
         except Exception as error:
             # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
-            log.exception("%s: round %s", self._who, grant.round)
+            log.exception("%s: round %s", self._who, grant.grant.round)
             fault, retry = blame(error, self.here)
-            return Closed(round=grant.round, error=clean(repr(error)), fault=fault, retry=retry)
-        return Closed(round=grant.round, peers=_transfers(moved, digests))
+            why = str(error) if isinstance(error, AgentError) else repr(error)
+            grant.leave(sender.in_flight(), why, fault, retry=retry)
+
+    def _ended(
+        self, grant: OpenGrant, sizes: Mapping[Member, int], digests: Mapping[Member, Digest], end: HandedOver
+    ) -> None:
+        error = end.error
+        if not error and end.bytes != sizes[end.member]:
+            error = f"{end.bytes} bytes were written to {end.member}, which is owed {sizes[end.member]}"
+        if error:
+            log.warning("%s: round %s: %s", self._who, grant.grant.round, error)
+        digest = digests.get(end.member, NO_BYTES)
+        grant.ended(PeerTransfer(end.member, end.bytes, end.descriptors, end.seconds, digest, clean(error)))
+        self._forget_closed()
+
+    def _stop(self, abort: Abort) -> None:
+        """What was posted cannot be taken back; CLOSED follows when it has ended."""
+        grant = self._grants.get(abort.round)
+        if grant is None:
+            return
+        reason = f"the daemon ended it: {abort.reason}"
+        members = grant.stop(abort.members or grant.grant.members, reason)
+        if grant not in self._waiting:
+            for sender in self._senders:
+                sender.stop(members, reason)
+        elif grant.open == members:
+            self._waiting.remove(grant)
+            grant.leave((), reason, "daemon")
+            self._forget_closed()
+
+    def _forget_closed(self) -> None:
+        for name, grant in list(self._grants.items()):
+            if grant.final:
+                self._closed = self._grants.pop(name)
 
     def _read(self, version: Version) -> Reading:
         """Of the bytes that each peer is owed; read once per version and plan."""
@@ -296,13 +356,12 @@ class TrainerSide:
             log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
         return known[2]
 
-    def _in_flight(self) -> bool:
-        return any(sender.in_flight() for sender in self._senders)
-
-    async def _until_nothing_is_in_flight(self) -> None:
-        """CLOSED is a promise. A handle whose deadline passed keeps the grant open for as long as it is not DONE."""
-        while self._in_flight():  # noqa: ASYNC110  (no transport has an event to wait for)
-            await asyncio.sleep(IN_FLIGHT_POLL_SECONDS)  # the agent's poll asks after them
+    def _in_use(self) -> str:
+        """Which edge still reads the slots, or may; empty if none does."""
+        for grant in self._grants.values():
+            if grant.open:
+                return f"edge to {min(grant.open)} has not ended (round {grant.grant.round})"
+        return ""
 
     def _settle(self, outcome: Outcome) -> None:
         waiting = self._outcome
@@ -334,10 +393,3 @@ def source_of(slots: FilledSlots, member: Member, world: int) -> SourceMemory:
 def staged_bytes_of(slots: FilledSlots) -> int:
     """What one conversion fills: all of the arenas but the staging region."""
     return sum(arena.numel() for number, arena in enumerate(slots.arenas) if number != slots.layout.staging)
-
-
-def _transfers(moved: tuple[HandedOver, ...], digests: Mapping[Member, Digest]) -> tuple[PeerTransfer, ...]:
-    return tuple(
-        PeerTransfer(each.member, each.bytes, each.descriptors, each.seconds, digests.get(each.member, NO_BYTES))
-        for each in moved
-    )

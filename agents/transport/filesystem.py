@@ -7,7 +7,7 @@ finished.
 
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.box import Box
-from weightsync.agents.transport.interface import HandedOver, Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REGION, ROW_TENSOR, Layout, Matrix, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_RANK
@@ -54,17 +54,20 @@ class FilesystemSender(Sender):
     def open(self, settings: FilesystemSettings) -> None:
         self._directory = Path(settings.directory)
 
-    async def connect(self, shares: Sequence[Share]) -> None:
+    async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         self._sizes = {share.peer.member: share.bytes for share in shares}
+        return {}
 
     def stage(self, version: Version) -> None:
         save_checkpoint_part(parts_of(self._directory, version), self._memory)
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[HandedOver, ...]:
+        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+    ) -> None:
         """All of it, whichever ``groups`` are named: files are read as a whole."""
-        return tuple(HandedOver(member, self._sizes[member]) for member in members if member in self._sizes)
+        for member in members:
+            if member in self._sizes:
+                ended(HandedOver(member, self._sizes[member]))
 
 
 class FilesystemReceiver(Receiver):

@@ -14,22 +14,25 @@ batches, *agent* is the agent's own event loop (``link.thread``).
 3. ``announcement()`` (agent): how peers reach this end. It travels to them through the daemon, as
    ``Peer.endpoint_name`` and ``Peer.endpoint``; a transport without endpoints has the empty name and no bytes.
 4. ``connect`` (agent): the plan is known. A sender gets its shares, one for each peer, and makes everything ready that
-   a write can need; a share that has not changed is the same object as before. A receiver gets the Connect whose
-   copies say what has to be done with bytes that arrive packed. It may be called again at any time outside a write,
-   whenever the plan changes, and after a failure with the same arguments.
+   a write can need; a share that has not changed is the same object as before. It returns the peers for which it could
+   not; these are told to the daemon, the others are used. A receiver gets the Connect whose copies say what has to be
+   done with bytes that arrive packed. It may be called again at any time, also while a write runs: whenever the plan
+   changes, and with the same arguments for as long as an edge is not ready or ``poll`` says that one has changed.
 5. For each version:
 
    a. ``Sender.stage(version)`` (main; the agent may connect and poll meanwhile): the slots hold the version and no
       write is granted. For transports that must copy the bytes elsewhere first; most do nothing.
-   b. ``Sender.write(members, deadline, groups)`` (agent): the daemon has granted the write. When it returns, all bytes
-      for ``members`` have been handed over, and none is written any more. The engines of ``members`` stand still.
+   b. ``Sender.write(members, deadline, ended, groups)`` (agent): the daemon has granted the write, and the engines of
+      ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
+      will be written to it. One whose bytes cannot be taken back (its time is over, or ``stop`` has named it) is given
+      up: ``write`` does not wait for it, and its end is told from ``poll``.
    c. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
       holds the version, derived tensors included; the digest that follows proves it.
    d. A rank may be granted the same version again, after a failed attempt.
 
 6. ``poll()`` (agent): every millisecond or two while a grant is open on this side, and every ten otherwise.
-   ``Sender.in_flight()``: whether a write that failed or ran out of time may still read the slots or reach a peer. As
-   long as it is true the grant stays open and the slots are not converted again.
+   ``Sender.in_flight()``: the peers that were given up and that bytes may still reach, read from the slots. As long as
+   there is one the grant stays open and the slots are not converted again.
 7. ``Sender.close()`` (agent), at the end of the trainer. A receiver has none: what a late writer may still reach has
    to stay where it is until the process ends.
 
@@ -44,7 +47,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from weightsync.agents.errors import AgentError
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Connect
@@ -86,7 +88,7 @@ class TargetMemory:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """What one write handed over to ``member``.
+    """The end of one write to ``member``: what was handed over, and with ``error`` why it was not all.
 
     ``descriptors`` and ``seconds`` (from the first post to the last completion) are 0 where nothing was posted.
     """
@@ -95,21 +97,11 @@ class HandedOver:
     bytes: int
     descriptors: int = 0
     seconds: float = 0.0
+    error: str = ""
 
 
-class PushError(AgentError):
-    """Some peers were not written. ``moved`` tells of those that were, ``failures`` says why by peer.
-
-    One failure that no retry helps is the one that counts: the others would only be repeated with it.
-    """
-
-    def __init__(self, moved: tuple[HandedOver, ...], failures: Mapping[Member, AgentError]) -> None:
-        super().__init__("; ".join(f"{member}: {error}" for member, error in failures.items()))
-        self.moved = moved
-        self.failures = dict(failures)
-        worst = min(failures.values(), key=lambda error: error.retry)
-        self.fault = worst.fault
-        self.retry = worst.retry
+Ended = Callable[[HandedOver], None]
+"""Told once of each member of a write, when nothing is in flight to it any more; on the agent's thread."""
 
 
 class Sender(Protocol):
@@ -123,38 +115,49 @@ class Sender(Protocol):
         """Name and metadata of this end for its peers."""
         return "", b""
 
-    async def connect(self, shares: Sequence[Share]) -> None:
+    async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         """Make everything ready that writing ``shares`` needs; what earlier shares needed may be given back.
 
+        Returns:
+            The peers that cannot be written to now, and why. Nothing is left of what was begun for them; a later call
+            with the same shares tries those again that a retry may help. All other peers are ready.
+
         Raises:
-            AgentError: a peer or its memory is refused. Nothing may be written until a later call succeeds.
+            AgentError: something of our own. Nothing may be written until a later call returns.
         """
+        return {}
 
     def stage(self, version: Version) -> None:
         """The slots hold ``version``; on the trainer's thread."""
 
     @abstractmethod
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[HandedOver, ...]:
-        """Hand over what ``members`` are owed of the version in the slots.
+        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+    ) -> None:
+        """Hand over what ``members`` are owed of the version in the slots; return when nothing more will be posted.
 
         Args:
-            members: of the grant; those that are owed nothing are left out of the result.
+            members: of the grant; ``ended`` hears nothing of those that are no peers of the plan.
             deadline_seconds: for everything together.
+            ended: told of each peer.
             groups: numbers of the layout's pipelining groups (``COPY_GROUP``) to write; None: all of them.
 
         Raises:
-            PushError: some peers were not written.
-            AgentError: none was.
+            Exception: something of our own, which is no peer's fault. ``ended`` will still be told of those that are
+                ``in_flight`` now, and of no others.
         """
 
-    def in_flight(self) -> bool:
-        """Whether bytes may still move although no ``write`` is running."""
-        return False
+    def stop(self, members: Collection[Member], reason: str) -> None:
+        """Post nothing more to ``members`` in the write that runs; the others go on."""
 
-    def poll(self) -> None:
-        """Let the transport make progress; must not block."""
+    def in_flight(self) -> Sequence[Member]:
+        """Peers to which bytes may still move although they were given up."""
+        return ()
+
+    def poll(self) -> bool:
+        """Let the transport make progress; must not block. Whether edges may have become ready, or have been lost:
+        ``connect`` tells which."""
+        return False
 
     def close(self) -> None:
         """Give everything back. Nothing is in flight; again does nothing."""

@@ -97,6 +97,11 @@ class Shares:
         self._plan = (shares, Spans.union([share.looked for share in shares.values()]))
         return tuple(shares.values())
 
+    @property
+    def sizes(self) -> dict[Member, int]:
+        """Bytes that each peer is owed."""
+        return {member: share.bytes for member, share in self._plan[0].items()}
+
     def read(self) -> Reading:
         """Digest the bytes that each peer is owed, as the slots hold them now. Waits for the device."""
         shares, looked = self._plan

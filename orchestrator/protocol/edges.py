@@ -22,7 +22,7 @@ class Peer(msgspec.Struct, frozen=True):
 class PeerTransfer(Spoken, frozen=True):
     """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
 
-    With ``error`` the peer did not get all of it, and no handle to it is pending any more.
+    With ``error`` the peer did not get all of it, and no handle of the grant to it is pending any more.
     """
 
     peer: Member

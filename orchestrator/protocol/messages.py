@@ -36,6 +36,7 @@ class Message(Spoken, frozen=True, tag=True, kw_only=True):
 class TrainerStatus(msgspec.Struct, frozen=True):
     """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
+    ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
     ``restaged``: as in Staged.
     ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
     """

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from weightsync.agents.transport.nixl.chunks import Chunk, Lane
-from weightsync.agents.transport.nixl.errors import TransferError
+from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
+from weightsync.agents.transport.nixl.loader import Bindings
+from weightsync.orchestrator.protocol.messages import Fault
+
+State = Literal["DONE", "PROC", "ERR"]
+"""How a posted handle stands, in NIXL's words: ended, under way, ended without its bytes."""
 
 Describe = Callable[[int, int], str]
 """(local region, local offset) → the tensor there."""
@@ -25,7 +30,7 @@ class EdgeResult:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One NIXL handle that may be posted again once DONE. ``pending``: posted, and not known to have ended."""
+    """One NIXL handle. ``pending``: posted, and not known to have ended; until then it cannot be posted again."""
 
     lane: int
     chunk: Chunk
@@ -35,7 +40,10 @@ class Transfer:
 
 @dataclass(slots=True, eq=False)
 class Edge:
-    """The way from this agent's regions to one peer's. Made by ``NixlEndpoint.prepare_edge``; opaque to callers."""
+    """The way from this agent's regions to one peer's. Made by ``NixlEndpoint.prepare_edge``.
+
+    ``broken``: NIXL has refused a transfer of it, so that only another edge, over a new connection, reaches the peer.
+    """
 
     peer: str
     lanes: Sequence[Lane]
@@ -43,6 +51,7 @@ class Edge:
     transfers: list[Transfer] = field(default_factory=list)
     lists: list[tuple[Any, Any]] = field(default_factory=list)
     last_error: TransferError | None = None
+    broken: bool = False
 
     @property
     def tainted(self) -> bool:
@@ -74,6 +83,33 @@ def arm(edge: Edge, transfer: Transfer, agent: Any) -> None:
     transfer.handle = agent.make_prepped_xfer("WRITE", local, indices, remote, indices)
 
 
+def post(transfer: Transfer, agent: Any, bindings: Bindings) -> tuple[State, Exception | None]:
+    """Post the transfer: how it stands then, and what NIXL raised.
+
+    A post that raises may have begun to move bytes. What NIXL says of the handle afterwards counts: PROC until it has
+    ended, an error for one that was never posted or whose connection is gone.
+    """
+    try:
+        state: State = agent.transfer(transfer.handle)
+    except bindings.errors as error:
+        ask(transfer, agent, bindings)
+        return "ERR", error
+    transfer.pending = state == "PROC"
+    return state, None
+
+
+def ask(transfer: Transfer, agent: Any, bindings: Bindings) -> tuple[State, Exception | None]:
+    """How a posted transfer stands, and what NIXL raised."""
+    cause: Exception | None = None
+    state: State = "ERR"
+    try:
+        state = agent.check_xfer_state(transfer.handle)
+    except bindings.errors as error:
+        cause = error
+    transfer.pending = state == "PROC"
+    return state, cause
+
+
 def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
     """Give back the edge's handles and lists. Returns how many NIXL would not let go because they are in flight;
     their wrappers stay with the agent, which lets them go when it is destroyed."""
@@ -91,3 +127,11 @@ def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
                 prepared.release()
     edge.transfers, edge.lists = [], []
     return kept
+
+
+def refusal(cause: Exception | None, bindings: Bindings) -> tuple[type[TransferError], str, Fault]:
+    """What it means that NIXL ended a transfer without its bytes, having raised ``cause``: kind, reason and fault."""
+    if isinstance(cause, bindings.disconnected):
+        reason = "the peer's process or its connection is gone (or its memory cannot be reached by this transport)"
+        return DisconnectedError, reason, "engine"
+    return TransferError, f"NIXL refused: {cause}" if cause is not None else "NIXL reports an error", "network"

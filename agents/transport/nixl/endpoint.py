@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -23,10 +22,10 @@ from weightsync.agents.transport.nixl import card as nixl_card
 from weightsync.agents.transport.nixl import edge as nixl_edge
 from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
-from weightsync.agents.transport.nixl.errors import NixlError
+from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
 from weightsync.agents.transport.nixl.loader import Bindings, environment, load
 from weightsync.agents.transport.nixl.regions import check_regions
-from weightsync.agents.transport.nixl.write import Writer
+from weightsync.agents.transport.nixl.write import Ended, Writer
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
@@ -89,8 +88,12 @@ class NixlEndpoint:
         self._peers: dict[str, bytes] = {}
         self._edges: list[Edge] = []
         self._orphans: list[Edge] = []
-        self._warm: dict[str, Edge] = {}
-        self._tainted: dict[str, str] = {}
+        self._words: dict[str, Edge] = {}
+        """The edge to each peer's scratch memory, for the first word."""
+        self._warm: set[str] = set()
+        """Peers that have taken it."""
+        self._writers: list[Writer] = []
+        """Writes of which some edge is not over."""
         self._scratch_memory = mmap.mmap(-1, SCRATCH_BYTES)
         address = np.frombuffer(self._scratch_memory, dtype=np.uint8).ctypes.data
         self._scratch = Region(int(address), SCRATCH_BYTES)
@@ -126,39 +129,65 @@ class NixlEndpoint:
 
     def connect(self, peer_name: str, metadata: bytes) -> None:
         """Learn how to reach a peer. The same metadata again does nothing; newer metadata of a live peer adds its
-        new regions.
+        new regions. What fails leaves nothing of a peer that was not connected.
 
         Raises:
             MetadataError: the metadata is torn or another peer's; nothing has changed.
-            NixlError: NIXL refuses it (another backend or version, say).
+            ConnectError: NIXL does not take it: the peer is out of reach, say, or of another backend.
         """
         if self._peers.get(peer_name) == metadata:
             return
         card = nixl_card.unseal(metadata, peer_name)
+        known = peer_name in self._peers
+        failures: tuple[type[Exception], ...] = (NixlError, *self._bindings.errors)
         try:
             self._agent.add_remote_agent(card.metadata)
-        except self._bindings.errors as error:
-            raise NixlError(f"{self.rank}: NIXL refuses the metadata of {peer_name}: {error}") from error
-        self._peers[peer_name] = metadata
-        if peer_name not in self._warm:
-            self._warm[peer_name] = self._make_edge(
-                peer_name,
-                [self._scratch],
-                [card.scratch],
-                np.array([[0, 0, 0, 0, 0, WARM_UP_BYTES]], dtype=np.int64),
-                lambda region, offset: "the warm-up word",
-            )
+            self._peers[peer_name] = metadata
+            if not known:
+                word = np.array([[0, 0, 0, 0, 0, WARM_UP_BYTES]], dtype=np.int64)
+                self._words[peer_name] = self._make_edge(
+                    peer_name, [self._scratch], [card.scratch], word, lambda region, offset: "the first word"
+                )
+        except failures as error:
+            if not known:
+                self._remove(peer_name)
+            raise ConnectError(f"{self.rank}: NIXL does not take the metadata of {peer_name}: {error}") from error
+
+    def warm(self, peer_name: str) -> bool:
+        """Whether a connected peer has taken the first word, which is posted when this is asked first: into its scratch
+        memory, so that the first round does not pay for the wiring. The peer must poll meanwhile.
+
+        Raises:
+            TransferError: it will not be taken. Only a new connection, after ``forget``, can be tried.
+            NixlError: unknown peer.
+        """
+        if peer_name in self._warm:
+            return True
+        if peer_name not in self._words:
+            raise NixlError(f"{self.rank}: {peer_name} is not connected")
+        [word] = self._words[peer_name].transfers
+        again = nixl_edge.ask if word.pending else nixl_edge.post
+        state, cause = again(word, self._agent, self._bindings)
+        if state == "ERR":
+            kind, reason, fault = nixl_edge.refusal(cause, self._bindings)
+            tensor = "the first word"
+            raise kind(
+                reason, rank=self.rank, peer=peer_name, tensor=tensor, bytes_done=0, fault=fault, retry=True
+            ) from cause
+        if state == "DONE":
+            self._warm.add(peer_name)
+        return state == "DONE"
 
     def forget(self, peer_name: str) -> None:
-        """Drop a peer that is gone, with its edges and its taint. For a live peer this leaks two descriptors on both
-        sides, so keep those. Unknown names are ignored."""
+        """Drop a peer that is gone, with its edges and whatever is in flight to it. For a live peer this leaks two
+        descriptors on both sides, so keep those. Unknown names are ignored."""
+        for writer in self._writers:
+            writer.forget(peer_name)
         for edge in self._edges_to(peer_name):
             nixl_edge.release(edge, self._bindings.errors)
         self._edges = [edge for edge in self._edges if edge.peer != peer_name]
         self._orphans = [edge for edge in self._orphans if edge.peer != peer_name]
-        self._warm.pop(peer_name, None)
-        self._tainted.pop(peer_name, None)
-        if self._peers.pop(peer_name, None) is not None:
+        if peer_name in self._peers:
             self._remove(peer_name)
 
     # -------------------------------------------------------------------------------------------------- writing
@@ -203,12 +232,6 @@ class NixlEndpoint:
         else:
             nixl_edge.release(edge, self._bindings.errors)
 
-    async def warm_up(self, edges: Sequence[Edge], deadline_seconds: float) -> list[EdgeResult]:
-        """Write one word into each peer's scratch memory, so that the first round does not pay for the wiring. The
-        peers must poll meanwhile. Results per distinct peer, errors as in ``write``."""
-        peers = dict.fromkeys(edge.peer for edge in edges)
-        return await self.write([self._warm[peer] for peer in peers], deadline_seconds=deadline_seconds)
-
     async def write(
         self,
         edges: Sequence[Edge],
@@ -216,6 +239,7 @@ class NixlEndpoint:
         groups: Collection[int] | None = None,
         in_flight_per_peer: int | None = None,
         deadline_seconds: float,
+        ended: Ended = lambda result: None,
     ) -> list[EdgeResult]:
         """Write all bytes of the edges once, or those of the named groups.
 
@@ -225,9 +249,12 @@ class NixlEndpoint:
             in_flight_per_peer: handles in flight per edge; None for the setting.
             deadline_seconds: for everything together. Transfers still in flight then stay so: NIXL cannot cancel, and
                 their peer is in ``tainted_peers`` until they end or it is forgotten.
+            ended: told once of each edge, when nothing of it is in flight any more: during the write, or from ``poll``
+                or ``forget`` for one that was given up.
 
         Returns:
-            One result per edge, in their order. A peer's failure is its result's ``error`` and no one else's.
+            One result per edge, in their order, as it stands when nothing more is posted. A peer's failure is its
+            result's ``error`` and no one else's.
         """
         writer = Writer(
             self.rank,
@@ -235,48 +262,47 @@ class NixlEndpoint:
             self._bindings,
             in_flight=in_flight_per_peer or self._settings.in_flight_per_peer,
             deadline=time.monotonic() + deadline_seconds,
+            ended=ended,
             max_gb_per_second=self._settings.max_gb_per_second,
         )
-        try:
-            return await writer.write(edges, groups)
-        finally:  # also when the caller's task is cancelled: what was posted stays posted
-            for edge in edges:
-                self._remember_taint(edge)
+        self._writers.append(writer)
+        return await writer.write(edges, groups)
+
+    def stop(self, peers: Collection[str], reason: str) -> None:
+        """Post nothing more to ``peers`` in the writes under way; what is in flight to them is waited for."""
+        for writer in self._writers:
+            writer.stop(peers, reason)
 
     def poll(self) -> None:
         """Let NIXL work: answers peers that write here (they never see DONE otherwise), and notices when a transfer
-        that outlived its deadline ends after all. Call it every millisecond or two while a grant is open; once
+        that outlived its write ends after all. Call it every millisecond or two while a grant is open; once
         closed it does nothing."""
         if self._agent is None:
             return
         self._agent.get_new_notifs()
-        for peer in list(self._tainted):
-            edges = self._edges_to(peer)
-            for edge in edges:
-                self._settle(edge)
-            if not any(edge.tainted for edge in edges):
-                del self._tainted[peer]
+        for writer in self._writers:
+            writer.settle()
+        self._writers = [writer for writer in self._writers if not writer.over]
         for edge in [orphan for orphan in self._orphans if not orphan.tainted]:
             self.release_edge(edge)
             self._orphans.remove(edge)
 
     @property
     def tainted_peers(self) -> Mapping[str, str]:
-        """Peers into whose memory a write may still land, with the reason. Neither the bytes it reads here nor those
-        it writes there may be reused until the peer leaves this list or is fenced."""
-        return MappingProxyType(self._tainted)
+        """Peers into whose memory a write may still land although it was given up, with the reason. Neither the bytes
+        it reads here nor those it writes there may be reused until the peer leaves this list or is fenced."""
+        return {left.edge.peer: str(left.error) for writer in self._writers for left in writer.left()}
 
     def close(self) -> None:
         """Give everything back; again does nothing. The caller has made sure that no peer still writes here: NIXL's
         CPU transports do not fence what is deregistered."""
         if self._agent is None:
             return
-        for edge in (*self._edges, *self._orphans, *self._warm.values()):
+        for edge in (*self._edges, *self._orphans, *self._words.values()):
             nixl_edge.release(edge, self._bindings.errors)
-        self._edges, self._orphans, self._warm = [], [], {}
+        self._edges, self._orphans, self._writers = [], [], []
         for peer in list(self._peers):
             self._remove(peer)
-        self._peers.clear()
         for registration in self._registrations:
             self._agent.deregister_memory(registration)
         self._registrations, self._regions = [], []
@@ -314,20 +340,11 @@ class NixlEndpoint:
                 log.warning("gpu_direct_unavailable", rank=self.rank, device=device, reason=reason)
 
     def _remove(self, peer_name: str) -> None:
+        self._words.pop(peer_name, None)
+        self._warm.discard(peer_name)
+        self._peers.pop(peer_name, None)
         with suppress(*self._bindings.errors):  # gone already is what was asked for
             self._agent.remove_remote_agent(peer_name)
 
-    def _remember_taint(self, edge: Edge) -> None:
-        pending = sum(transfer.pending for transfer in edge.transfers)
-        if pending:
-            self._tainted[edge.peer] = f"{pending} transfers were posted and never seen to end"
-
     def _edges_to(self, peer: str) -> list[Edge]:
-        return [edge for edge in (*self._edges, *self._orphans, *self._warm.values()) if edge.peer == peer]
-
-    def _settle(self, edge: Edge) -> None:
-        """Ask after transfers that were left behind. Only DONE proves that the write ended."""
-        for transfer in edge.transfers:
-            if transfer.pending:
-                with suppress(*self._bindings.errors):
-                    transfer.pending = self._agent.check_xfer_state(transfer.handle) != "DONE"
+        return [edge for edge in (*self._edges, *self._orphans, *self._words.values()) if edge.peer == peer]

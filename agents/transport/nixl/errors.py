@@ -17,7 +17,13 @@ class RegionError(NixlError):
 
 
 class MetadataError(NixlError):
-    """A peer's card that is torn, of another schema, or of another name. Ask the peer for a new one."""
+    """A peer's card that is torn, of another schema, or of another name. Only another card helps."""
+
+    fault: Fault = "network"
+
+
+class ConnectError(NixlError):
+    """NIXL does not take a peer's metadata: the peer is gone or out of reach, or speaks another backend."""
 
     fault: Fault = "network"
     retry = True
@@ -57,6 +63,10 @@ class TransferError(NixlError):
 
 class DeadlineError(TransferError):
     """The write's total deadline passed. NIXL cannot cancel it, so the peer's memory is tainted until DONE."""
+
+
+class StoppedError(TransferError):
+    """The daemon took the write to this peer back before it had ended."""
 
 
 class DisconnectedError(TransferError):

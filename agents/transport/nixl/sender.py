@@ -2,33 +2,36 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import torch
+from weightsync.agents.errors import blame
 from weightsync.agents.link.beside import computed
 from weightsync.agents.tables.runs import pack_table, tensor_names
-from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
-from weightsync.agents.transport.nixl.edge import Edge
+from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.errors import TransferError
+from weightsync.agents.transport.nixl.errors import ConnectError, NixlError, TransferError
 from weightsync.agents.transport.nixl.open import open_endpoint
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
-from weightsync.orchestrator.protocol.layout import Matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member
 
-WARM_UP_SECONDS: Final = 10.0
-"""For the first word to every peer. Wiring takes 5–20 ms an edge; a peer that is busy polls late, a dead one never."""
+FIRST_WORD_SECONDS: Final = 5.0
+"""For new peers to take the first word, until those that have not are named and the others used. Wiring takes 5–20 ms
+an edge; a peer that is busy polls late, a dead one never."""
+
+WORD_POLL_SECONDS: Final = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """The prepared way to one peer. ``edge`` is None for a peer that is owed no bytes."""
+    """The prepared way to a peer that has taken the first word. ``edge`` is None for one that is owed no bytes."""
 
     share: Share
     pack: PreparedCopy | None
@@ -36,12 +39,23 @@ class _Way:
 
 
 class NixlSender(Sender):
-    """See ``transport.interface``."""
+    """See ``transport.interface``.
+
+    Each peer of the plan is in one of two places: ``_ways``, ready to be written to, or ``_failed`` with the reason,
+    and then nothing of it is left but what is in flight.
+    """
 
     def __init__(self, memory: SourceMemory) -> None:
         self._memory = memory
         self._endpoint: NixlEndpoint | None = None
+        self._shares: Mapping[Member, Share] = {}
         self._ways: dict[Member, _Way] = {}
+        self._failed: dict[Member, Exception] = {}
+        self._names: dict[Member, str] = {}
+        """Of the endpoint that each member had last, in this plan or in one before."""
+        self._silent: set[str] = set()
+        """Endpoints that have let the time for the first word pass."""
+        self._changed = False
         self._describe = tensor_names(memory.layout)
         arena = memory.arenas[0]
         # Of its own, so that packing does not queue behind the kernels of the training.
@@ -57,65 +71,66 @@ class NixlSender(Sender):
     def announcement(self) -> tuple[str, bytes]:
         return self._opened.name, self._opened.metadata()
 
-    async def connect(self, shares: Sequence[Share]) -> None:
-        """Prepare the edges and warm them up. Edges of unchanged shares are kept as they are.
-
-        Raises:
-            NixlError: a peer's memory or metadata is refused, or a peer did not take the first word.
-        """
+    async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
+        """Prepare the edges that are not. Those of unchanged shares are kept as they are."""
         self._leave(shares)
-        for share in shares:
-            old = self._ways.get(share.peer.member)
-            if old is not None and old.share is share:
-                continue
-            # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
-            table = await computed(partial(pack_table, share.copies, self._memory.layout))
-            # Out first, so that whatever stops this leaves no way behind whose edge is gone.
-            self._ways.pop(share.peer.member, None)
-            self._ways[share.peer.member] = self._way(share, table, old)
-            await asyncio.sleep(0)  # an edge of thousands of tensors takes 0.2 s; heartbeats are answered between two
-        edges = [way.edge for way in self._ways.values() if way.edge is not None]
-        results = await self._opened.warm_up(edges, WARM_UP_SECONDS)
-        failed = next((result.error for result in results if result.error is not None), None)
-        if failed is not None:
-            raise failed
+        ends = time.monotonic() + FIRST_WORD_SECONDS
+        asked = [share for share in shares if self._lacks(share)]
+        while asked:
+            silent = []
+            for share in asked:
+                if await self._try(share):
+                    silent.append(share)
+                await asyncio.sleep(0)  # an edge of thousands of tensors takes 0.2 s; heartbeats pass between two
+            asked = [share for share in silent if share.peer.endpoint_name not in self._silent]
+            if asked and time.monotonic() >= ends:
+                self._silent |= {share.peer.endpoint_name for share in asked}
+                break
+            await asyncio.sleep(WORD_POLL_SECONDS if asked else 0)
+        left = self._ways.keys() & set(self.in_flight())
+        return self._failed | {member: _not_ended(member) for member in left}
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[HandedOver, ...]:
-        """Gather what travels packed, write, and wait until all is DONE.
-
-        Raises:
-            PushError: some peers were not written in time or are gone.
-        """
+        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+    ) -> None:
+        """Gather what travels packed, write, and wait until every edge has ended or is given up."""
         until = time.monotonic() + deadline_seconds
-        ways = [self._ways[member] for member in members if member in self._ways]
-        self._gather(ways)
-        edges = [way.edge for way in ways if way.edge is not None]
+        ways: dict[str, _Way] = {}
+        for member in members:
+            way = self._ways.get(member)
+            if way is not None and way.edge is not None:
+                ways[way.share.peer.endpoint_name] = way
+            elif member in self._shares:
+                ended(HandedOver(member, 0, error="" if way is not None else self._why_not(member)))
+
+        def told(result: EdgeResult) -> None:
+            self._changed = self._changed or result.error is not None
+            member = ways[result.peer].share.peer.member
+            error = str(result.error or "")
+            ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error))
+
+        self._gather(ways.values())
+        edges = [way.edge for way in ways.values() if way.edge is not None]
         remaining = max(until - time.monotonic(), 0.0)
-        results = iter(await self._opened.write(edges, groups=groups, deadline_seconds=remaining))
-        moved: list[HandedOver] = []
-        failures: dict[Member, TransferError] = {}
-        for way in ways:
-            member = way.share.peer.member
-            if way.edge is None:
-                moved.append(HandedOver(member, 0))
-                continue
-            result = next(results)
-            if result.error is not None:
-                failures[member] = result.error
-            else:
-                moved.append(HandedOver(member, result.bytes, result.descriptors, result.seconds))
-        if failures:
-            raise PushError(tuple(moved), failures)
-        return tuple(moved)
+        results = await self._opened.write(edges, groups=groups, deadline_seconds=remaining, ended=told)
+        self._changed = self._changed or any(result.error is not None for result in results)
 
-    def in_flight(self) -> bool:
-        return self._endpoint is not None and bool(self._endpoint.tainted_peers)
+    def stop(self, members: Collection[Member], reason: str) -> None:
+        self._opened.stop({self._names[member] for member in members if member in self._names}, reason)
 
-    def poll(self) -> None:
-        if self._endpoint is not None:
-            self._endpoint.poll()
+    def in_flight(self) -> Sequence[Member]:
+        left = self._endpoint.tainted_peers if self._endpoint is not None else {}
+        return [member for member, name in self._names.items() if name in left]
+
+    def poll(self) -> bool:
+        if self._endpoint is None:
+            return False
+        self._endpoint.poll()
+        for name in [name for name in self._silent if self._has_answered(name)]:
+            self._silent.discard(name)
+            self._changed = True
+        changed, self._changed = self._changed, False
+        return changed
 
     def close(self) -> None:
         if self._endpoint is not None:
@@ -128,38 +143,85 @@ class NixlSender(Sender):
         return self._endpoint
 
     def _leave(self, shares: Sequence[Share]) -> None:
-        """Give back ways that the new plan does not have, and forget processes that a newer one has replaced."""
-        now = {share.peer.member: share.peer for share in shares}
+        """Give back ways that the new plan does not have or that are broken; forget processes that are replaced."""
+        now = {share.peer.member: share for share in shares}
+        kept = {member for member, share in self._shares.items() if now.get(member) is share}
+        self._failed = {member: error for member, error in self._failed.items() if member in kept}
+        left = set(self.in_flight())
         for member, way in list(self._ways.items()):
-            name = way.share.peer.endpoint_name
-            replaced = member in now and now[member].endpoint_name != name
-            if way.edge is not None and (member not in now or replaced):
+            broken = way.edge is not None and way.edge.broken and member not in left
+            if member in kept and not broken:
+                continue
+            del self._ways[member]  # first: an edge that is given back must not be used, whatever fails from here on
+            if way.edge is not None:
+                self._opened.stop({way.edge.peer}, "the plan has changed")
                 self._opened.release_edge(way.edge)
-            if replaced:
-                self._opened.forget(name)
-            if replaced or member not in now:
-                del self._ways[member]
+            if broken:
+                self._forget(way.share.peer.endpoint_name)
+        for member, share in now.items():
+            name = share.peer.endpoint_name
+            if self._names.get(member, name) != name:
+                self._forget(self._names[member])
+            self._names[member] = name
+        self._shares = now
 
-    def _way(self, share: Share, packing: Matrix, old: _Way | None) -> _Way:
-        arenas = self._memory.arenas
-        pack = prepare_copy(arenas, arenas, packing) if len(packing) else None
-        return _Way(share, pack, self._edge(share, old) if share.bytes else None)
+    def _lacks(self, share: Share) -> bool:
+        """Whether a try may give ``share`` a way that it has not."""
+        member = share.peer.member
+        return member not in self._ways and (member not in self._failed or blame(self._failed[member], "trainer")[1])
 
-    def _edge(self, share: Share, old: _Way | None) -> Edge:
-        peer = share.peer
-        if old is not None and old.edge is not None and old.share.peer.endpoint_name == peer.endpoint_name:
-            self._opened.release_edge(old.edge)
-        self._opened.connect(peer.endpoint_name, peer.endpoint)
-        return self._opened.prepare_edge(
-            peer.endpoint_name,
-            self._memory.layout.regions,
-            peer.regions,
+    async def _try(self, share: Share) -> bool:
+        """One step towards a way for ``share``; whether its peer has yet to take the first word."""
+        member, name = share.peer.member, share.peer.endpoint_name
+        try:
+            if share.bytes:
+                if name in self._opened.tainted_peers:
+                    raise _not_ended(member)
+                self._opened.connect(name, share.peer.endpoint)
+                if not self._opened.warm(name):
+                    self._failed[member] = ConnectError(f"{member} does not answer: it has not taken the first word")
+                    return True
+            self._ways[member] = await self._way(share)
+        except Exception as error:  # whatever it is, it is named, and costs this edge only
+            self._failed[member] = error
+            if isinstance(error, TransferError):
+                self._forget(name)
+        else:
+            self._failed.pop(member, None)
+            self._silent.discard(name)
+        return False
+
+    async def _way(self, share: Share) -> _Way:
+        if not share.bytes:
+            return _Way(share, None, None)
+        arenas, layout = self._memory.arenas, self._memory.layout
+        # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
+        packing = await computed(partial(pack_table, share.copies, layout))
+        edge = self._opened.prepare_edge(
+            share.peer.endpoint_name,
+            layout.regions,
+            share.peer.regions,
             share.runs,
             groups=share.groups,
             describe=self._describe,
         )
+        return _Way(share, prepare_copy(arenas, arenas, packing) if len(packing) else None, edge)
 
-    def _gather(self, ways: Sequence[_Way]) -> None:
+    def _forget(self, name: str) -> None:
+        self._silent.discard(name)
+        self._opened.forget(name)
+
+    def _has_answered(self, name: str) -> bool:
+        """Whether a new try may do more than the last one, now that the first word is taken or refused."""
+        try:
+            return self._opened.warm(name)
+        except NixlError:
+            return True
+
+    def _why_not(self, member: Member) -> str:
+        return f"there is no edge to {member}: {self._failed.get(member, 'it is being prepared')}"
+
+    def _gather(self, ways: Iterable[_Way]) -> None:
         """Collect packed bytes in the staging region; they are there when this returns."""
         packs = [way.pack for way in ways if way.pack is not None]
         with torch.cuda.stream(self._stream):
@@ -167,3 +229,7 @@ class NixlSender(Sender):
                 pack()
         if packs and self._stream is not None:
             self._stream.synchronize()
+
+
+def _not_ended(member: Member) -> NixlError:
+    return ConnectError(f"edge to {member} has not ended: an earlier write may still reach its memory")

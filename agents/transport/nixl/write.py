@@ -4,19 +4,18 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
-from weightsync.agents.transport.nixl.errors import (
-    DeadlineError,
-    DisconnectedError,
-    ImplausibleRateError,
-    TransferError,
-)
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer, ask, post, refusal
+from weightsync.agents.transport.nixl.errors import DeadlineError, ImplausibleRateError, StoppedError, TransferError
 from weightsync.agents.transport.nixl.loader import Bindings
+from weightsync.orchestrator.protocol.messages import Fault
+
+Ended = Callable[[EdgeResult], None]
+"""Told of an edge once nothing of it is in flight and nothing more will be posted."""
 
 IN_FLIGHT_BYTES: Final = 16 << 30
 """Per edge: beyond it a link gains nothing, and a failure leaves more to doubt."""
@@ -62,7 +61,7 @@ def quick_turns() -> Iterator[None]:
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """One edge's state within one write."""
+    """One edge's state within one write. ``over``: ``Ended`` was told."""
 
     edge: Edge
     waiting: deque[Transfer]
@@ -73,6 +72,7 @@ class _Progress:
     started: float = 0.0
     ended: float = 0.0
     error: TransferError | None = None
+    over: bool = False
 
     @property
     def active(self) -> bool:
@@ -85,7 +85,9 @@ class _Progress:
 
 
 class Writer:
-    """One write of some edges. A peer that fails or stops ends its own edge only.
+    """One write of some edges. A peer that fails, stops or hangs ends its own edge only.
+
+    An edge that is given up while its transfers are in flight is over when ``settle`` sees the last of them end.
 
     Args:
         rank: this agent, for errors.
@@ -93,6 +95,7 @@ class Writer:
         bindings: for the types of its errors.
         in_flight: handles in flight per edge: a sliding window.
         deadline: of the whole write, on ``time.monotonic``'s clock.
+        ended: told once of each edge.
         max_gb_per_second: what no edge can exceed, in 10^9 bytes per second; None: not judged.
     """
 
@@ -104,6 +107,7 @@ class Writer:
         *,
         in_flight: int,
         deadline: float,
+        ended: Ended,
         max_gb_per_second: float | None = None,
     ) -> None:
         self._rank = rank
@@ -111,33 +115,72 @@ class Writer:
         self._bindings = bindings
         self._in_flight = in_flight
         self._deadline = deadline
+        self._ended = ended
         self._max_gb_per_second = max_gb_per_second
+        self._all: list[_Progress] = []
 
     async def write(self, edges: Sequence[Edge], groups: Collection[int] | None = None) -> list[EdgeResult]:
-        """Post everything (or the named groups) once and wait for it; results in the order of ``edges``."""
-        with quick_turns():
-            return await self._write(edges, groups)
+        """Post everything (or the named groups) once and wait until each edge has ended or is given up; results in the
+        order of ``edges``."""
+        self._all = [self._begin(edge, groups) for edge in edges]
+        try:
+            with quick_turns():
+                await self._post_all()
+        finally:  # also when the caller's task is cancelled: what was posted stays posted
+            self._give_up("the write was cut off")
+        return [progress.result() for progress in self._all]
 
-    async def _write(self, edges: Sequence[Edge], groups: Collection[int] | None) -> list[EdgeResult]:
-        all_progress = [self._begin(edge, groups) for edge in edges]
+    async def _post_all(self) -> None:
         eager_until = 0.0
-        while any(progress.active for progress in all_progress):
+        for progress in self._all:
+            self._conclude(progress)
+        while any(progress.active for progress in self._all):
             if time.monotonic() >= self._deadline:
-                self._expire(all_progress)
-                break
+                self._give_up("the deadline passed", DeadlineError)
+                return
             turn_ends = time.monotonic() + TURN_SECONDS
-            for progress in all_progress:
-                if progress.active and self._turn(progress, turn_ends):
-                    eager_until = time.monotonic() + EAGER_SECONDS
+            for progress in self._all:
+                if progress.active:
+                    if self._turn(progress, turn_ends):
+                        eager_until = time.monotonic() + EAGER_SECONDS
+                    self._conclude(progress)
                 if time.monotonic() >= turn_ends:
                     await asyncio.sleep(0)
                     turn_ends = time.monotonic() + TURN_SECONDS
             await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
-        for progress in all_progress:
-            self._judge_rate(progress)
-            progress.edge.last_error = progress.error
-        return [progress.result() for progress in all_progress]
 
+    def stop(self, peers: Collection[str], reason: str) -> None:
+        """Post nothing more to ``peers``."""
+        for progress in self._all:
+            if progress.active and progress.edge.peer in peers:
+                self._give_up_edge(progress, reason, StoppedError)
+
+    def settle(self) -> None:
+        """Ask after the transfers of edges that were given up."""
+        for progress in self.left():
+            self._collect(progress)
+            self._conclude(progress)
+
+    def left(self) -> Iterator[_Progress]:
+        """Edges that were given up and are not over."""
+        return (progress for progress in self._all if progress.error is not None and not progress.over)
+
+    def forget(self, peer: str) -> None:
+        """``peer``'s process is gone for good: nothing of it is waited for."""
+        for progress in self._all:
+            if progress.edge.peer == peer and not progress.over:
+                self._give_up_edge(progress, "another process has taken its place", StoppedError)
+                progress.in_flight = []
+                for transfer in progress.edge.transfers:
+                    transfer.pending = False
+                self._conclude(progress)
+
+    @property
+    def over(self) -> bool:
+        """Whether all edges are."""
+        return all(progress.over for progress in self._all)
+
+    # ------------------------------------------------------------------------------------------------- internals
     def _begin(self, edge: Edge, groups: Collection[int] | None) -> _Progress:
         chosen = [transfer for transfer in edge.transfers if groups is None or transfer.chunk.group in groups]
         descriptors = sum(transfer.chunk.descriptors for transfer in chosen)
@@ -149,6 +192,7 @@ class Writer:
             reason = "an earlier write has not ended" + (f" ({before.reason})" if before else "")
             fault = before.fault if before else "network"
             progress.error = self._error(TransferError, progress, "", reason, fault, retry=True)
+            progress.waiting.clear()
         return progress
 
     def _turn(self, progress: _Progress, until: float) -> bool:
@@ -167,68 +211,71 @@ class Writer:
         )
 
     def _post(self, progress: _Progress, transfer: Transfer) -> None:
-        transfer.pending = True  # before posting: even a post that raises may have begun to move bytes
-        try:
-            state = self._agent.transfer(transfer.handle)
-        except self._bindings.errors as error:
-            progress.error = self._failed(progress, transfer, error)
-            return
+        state, cause = post(transfer, self._agent, self._bindings)
         if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
-        elif state == "PROC":
+        elif state == "ERR":
+            self._refused(progress, transfer, cause)
+        if transfer.pending:
             progress.in_flight.append(transfer)
             progress.bytes_in_flight += transfer.chunk.bytes
-        else:
-            progress.error = self._failed(progress, transfer, None)
 
     def _collect(self, progress: _Progress) -> bool:
         """Whether any transfer ended."""
         still: list[Transfer] = []
         for transfer in progress.in_flight:
-            if progress.error is not None:
-                still.append(transfer)  # one of this edge has failed; the endpoint's poll asks after the others
-                continue
-            try:
-                state = self._agent.check_xfer_state(transfer.handle)
-            except self._bindings.errors as error:
-                progress.error = self._failed(progress, transfer, error)
-                continue
-            if state == "DONE":
-                progress.bytes_in_flight -= transfer.chunk.bytes
-                self._done(progress, transfer)
-            elif state == "PROC":
+            state, cause = ask(transfer, self._agent, self._bindings)
+            if state == "PROC":
                 still.append(transfer)
+                continue
+            progress.bytes_in_flight -= transfer.chunk.bytes
+            if state == "DONE":
+                self._done(progress, transfer)
             else:
-                progress.error = self._failed(progress, transfer, None)
+                self._refused(progress, transfer, cause)
         moved = len(still) < len(progress.in_flight)
         progress.in_flight = still
         return moved
 
     def _done(self, progress: _Progress, transfer: Transfer) -> None:
-        transfer.pending = False
         progress.bytes_done += transfer.chunk.bytes
         progress.ended = time.monotonic()
 
-    def _failed(self, progress: _Progress, transfer: Transfer, cause: Exception | None) -> TransferError:
-        """The error of this edge. The transfer stays pending: nothing proves that none of its bytes will land."""
-        tensor = progress.edge.tensor_of(transfer)
-        if isinstance(cause, self._bindings.disconnected):
-            reason = "the peer's process or its connection is gone (or its memory cannot be reached by this transport)"
-            error = self._error(DisconnectedError, progress, tensor, reason, "engine", retry=True)
-        else:
-            reason = f"NIXL refused: {cause}" if cause is not None else "NIXL reports an error"
-            error = self._error(TransferError, progress, tensor, reason, "network", retry=True)
-        error.__cause__ = cause
-        return error
+    def _refused(self, progress: _Progress, transfer: Transfer, cause: Exception | None) -> None:
+        """NIXL has ended a transfer without its bytes; the rest of the edge will not be posted."""
+        progress.edge.broken = True
+        progress.waiting.clear()
+        if progress.error is None:
+            kind, reason, fault = refusal(cause, self._bindings)
+            tensor = progress.edge.tensor_of(transfer)
+            progress.error = self._error(kind, progress, tensor, reason, fault, retry=True)
+            progress.error.__cause__ = cause
 
-    def _expire(self, all_progress: Sequence[_Progress]) -> None:
-        for progress in all_progress:
+    def _conclude(self, progress: _Progress) -> None:
+        """Tell of the edge if it is over."""
+        # Of an edge that an earlier write has left, that write's transfers count, too.
+        if progress.over or progress.active or progress.in_flight or progress.edge.tainted:
+            return
+        self._judge_rate(progress)
+        progress.edge.last_error = progress.error
+        progress.over = True
+        self._ended(progress.result())
+
+    def _give_up(self, reason: str, kind: type[TransferError] = TransferError) -> None:
+        for progress in self._all:
             if progress.active:
-                stuck = (progress.in_flight or progress.waiting)[0]
-                count = len(progress.in_flight)
-                reason = f"the deadline passed with {count} transfers in flight and {len(progress.waiting)} unposted"
-                tensor = progress.edge.tensor_of(stuck)
-                progress.error = self._error(DeadlineError, progress, tensor, reason, "network", retry=True)
+                self._give_up_edge(progress, reason, kind)
+
+    def _give_up_edge(self, progress: _Progress, reason: str, kind: type[TransferError] = TransferError) -> None:
+        """Post nothing more; it is over once nothing is in flight."""
+        if progress.error is None:
+            stuck = (*progress.in_flight, *progress.waiting)[:1]
+            tensor = progress.edge.tensor_of(stuck[0]) if stuck else ""
+            counts = f"{len(progress.in_flight)} transfers in flight and {len(progress.waiting)} unposted"
+            progress.error = self._error(kind, progress, tensor, f"{reason} with {counts}", "network", retry=True)
+        progress.edge.last_error = progress.error
+        progress.waiting.clear()
+        self._conclude(progress)
 
     def _judge_rate(self, progress: _Progress) -> None:
         result = progress.result()
@@ -244,7 +291,7 @@ class Writer:
             progress.error = self._error(ImplausibleRateError, progress, "", reason, "network", retry=False)
 
     def _error(
-        self, kind: type[TransferError], progress: _Progress, tensor: str, reason: str, fault: Any, *, retry: bool
+        self, kind: type[TransferError], progress: _Progress, tensor: str, reason: str, fault: Fault, *, retry: bool
     ) -> TransferError:
         return kind(
             reason,

@@ -1,4 +1,4 @@
-"""What the journal holds reads back as it was written, in order, and is not kept for ever."""
+"""What the journal holds reads back as it was written, and in order."""
 
 import math
 from typing import get_args

@@ -3,14 +3,18 @@
 import asyncio
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from weightsync.agents.errors import AgentError
 from weightsync.agents.link.connection import NotObeyed
 from weightsync.agents.link.introduction import Identity
-from weightsync.agents.link.thread import CONNECT_ATTEMPTS, AgentThread, ControlAddress
+from weightsync.agents.link.thread import AgentThread, ControlAddress
+from weightsync.agents.memory.nic import NicError
+from weightsync.orchestrator.protocol.edges import EdgeFailure
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
@@ -32,23 +36,18 @@ from weightsync.orchestrator.protocol.names import Member, RoundName
 MEMBER = Member("trainer", "", 0)
 
 
-class Passing(AgentError):
-    fault: Fault = "network"
-    retry = True
-
-
 class Hopeless(AgentError):
     fault: Fault = "daemon"
 
 
 class Side:
-    """A side that writes down what it is asked; ``refusals`` are what ``connect`` raises first."""
+    """A side that writes down what it is asked; ``failed`` is what ``connect`` returns."""
 
     def __init__(self) -> None:
         self.welcomes: list[Welcome] = []
         self.connects: list[Connect] = []
         self.words: list[FromDaemon] = []
-        self.refusals: list[Exception] = []
+        self.failed: dict[Member, Exception] = {}
         self.is_shut = False
 
     here: Fault = "trainer"
@@ -62,10 +61,9 @@ class Side:
     def announcement(self) -> tuple[Layout, str, bytes]:
         return Layout((), (), b""), "endpoint", b"where"
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         self.connects.append(connect)
-        if self.refusals:
-            raise self.refusals.pop()
+        return self.failed
 
     def heard(self, message: FromDaemon) -> None:
         self.words.append(message)
@@ -84,6 +82,7 @@ class Alone(AgentThread[Side]):
         address = ControlAddress("ws://127.0.0.1:1/agents", Path("token"))
         super().__init__(Identity("run", MEMBER, 1), address, lambda thread: Side(), obeyed)
         self.said: list[FromAgent] = []
+        self.at_rest = False
 
     def send(self, message: FromAgent) -> bool:
         self.said.append(message)
@@ -93,16 +92,34 @@ class Alone(AgentThread[Side]):
         async def listen() -> None:
             for message in messages:
                 self._heard(message)
-            await asyncio.gather(*self._tasks)
+            for _ in range(5):  # what was awake goes on
+                await asyncio.sleep(0)
+            while not self.at_rest and not all(task.done() for task in self._tasks):  # noqa: ASYNC110  (threads, too)
+                await asyncio.sleep(0)
 
         self._loop.run_until_complete(listen())
 
+    def ends(self) -> None:
+        async def wait() -> None:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+        self._loop.run_until_complete(wait())
+        self._loop.close()
+
+    async def rests(self, event: asyncio.Event, seconds: float | None) -> None:
+        """Between two looks at a plan's edges: no time passes."""
+        self.at_rest = True
+        await event.wait()
+        self.at_rest = False
+
 
 @pytest.fixture
-def agent() -> Any:
+def agent(monkeypatch: pytest.MonkeyPatch) -> Any:
     alone = Alone()
+    monkeypatch.setattr("weightsync.agents.link.edges._happened", alone.rests)
     yield alone
-    alone._loop.close()
+    alone._leave_group()
+    alone.ends()
 
 
 def welcome(epoch: int, journal: str = "j", **more: Any) -> Welcome:
@@ -188,44 +205,30 @@ def test_edges_are_confirmed_when_they_are_warm(agent: Alone) -> None:
     assert agent.said[1:] == [Ready(fingerprint="edges")]
 
 
-def test_edges_that_are_not_ready_are_tried_again(agent: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-
-    async def no_time_passes(seconds: float) -> None:
-        waited.append(seconds)
-
-    # Whatever the kind: ours that may pass, torch's own, anything.
-    agent.side.refusals = [Passing("the peer is starting"), RuntimeError("CUDA error"), ValueError("no such region")]
-    agent.hears(welcome(1))
-    monkeypatch.setattr("weightsync.agents.link.thread.asyncio.sleep", no_time_passes)
-    agent.hears(CONNECT)
-    assert waited == [1, 2, 3]
-    assert agent.said[1:] == [Ready(fingerprint="edges")]
-
-
-def test_edges_that_no_retry_makes_ready_are_given_up_at_once(agent: Alone, caplog: pytest.LogCaptureFixture) -> None:
-    agent.side.refusals = [Hopeless("a copy outside its row")]
+def test_an_edge_that_is_lost_is_told_and_one_that_comes_back_too(agent: Alone) -> None:
     agent.hears(welcome(1), CONNECT)
-    assert agent.side.connects == [CONNECT]
-    assert len(agent.said) == 1, "the announcement, and no Ready"
-    assert "the edges cannot be made ready (fault: daemon): Hopeless('a copy outside its row')" in caplog.text
-    agent.hears(CONNECT)
-    assert agent.said[1:] == [Ready(fingerprint="edges")], "another Connect is another try"
+    peer = Member("inference", "e0", 1)
+    agent.side.failed = {peer: NicError("the port is down")}
+    agent.reconnect()
+    agent.hears()
+    agent.side.failed = {}
+    agent.reconnect()
+    agent.hears()
+    lost = Ready(fingerprint="edges", failed=(EdgeFailure(peer, "the port is down"),))
+    assert agent.said[1:] == [Ready(fingerprint="edges"), lost, Ready(fingerprint="edges")]
 
 
-def test_edges_are_given_up_after_the_last_attempt(
-    agent: Alone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def no_time_passes(seconds: float) -> None: ...
-
-    agent.side.refusals = [Passing("the peer is starting")] * CONNECT_ATTEMPTS
-    agent.hears(welcome(1))
-    monkeypatch.setattr("weightsync.agents.link.thread.asyncio.sleep", no_time_passes)
-    agent.hears(CONNECT)
-    assert len(agent.side.connects) == CONNECT_ATTEMPTS
-    assert len(agent.said) == 1
-    assert f"not ready after {CONNECT_ATTEMPTS} attempts" in caplog.text
-    assert "fault: network" in caplog.text
+@pytest.mark.parametrize("newer", ["a Connect", "another layout"])
+def test_only_the_present_plan_is_kept(agent: Alone, newer: str) -> None:
+    agent.hears(welcome(1), CONNECT)
+    if newer == "a Connect":
+        agent.hears(replace(CONNECT, fingerprint="others"))
+    else:
+        agent.announce()
+    agent.side.connects.clear()
+    agent.reconnect()
+    agent.hears()
+    assert [connect.fingerprint for connect in agent.side.connects] == (["others"] if newer == "a Connect" else [])
 
 
 def test_other_words_go_to_the_side(agent: Alone) -> None:
@@ -287,6 +290,12 @@ def test_both_rounds_over_the_group(agent: Alone, group: type[Group], failures: 
     kinds = [type(word) for word in group.told]
     assert kinds == [Announce, Ready, float]
     assert agent.said == [], "nothing of the rendezvous goes over the hub"
+    agent.side.failed = {MEMBER: NicError("the port is down")}
+    agent.reconnect()
+    agent.hears()
+    assert agent.said == [Ready(fingerprint="edges", failed=(EdgeFailure(MEMBER, "the port is down"),))], (
+        "once it is over"
+    )
 
 
 def test_a_connect_over_the_hub_is_not_heard_in_a_group(agent: Alone, group: type[Group]) -> None:

@@ -226,7 +226,7 @@ def busy_on_one(rank: int, run: Run) -> tuple[str, bool]:
         side = agent._agent.side
         agent._last = None  # as if its fate were known
         if rank == 1:
-            side.reserve = lambda: False  # type: ignore[method-assign]
+            side.reserve = lambda: "edge to e2/0 has not ended (round 1.1)"  # type: ignore[method-assign]
         try:
             agent.publish_async(6)
         except PublishError as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,7 @@ from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
-from weightsync.agents.transport.interface import HandedOver, PushError, Sender, SourceMemory
-from weightsync.agents.transport.nixl.errors import EdgeError
+from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Reading, Share, Shares
@@ -44,12 +43,15 @@ from weightsync.orchestrator.protocol.messages import (
     TransportSettings,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
 
-MEMBER, TARGET = Member("trainer", "", 0), Member("inference", "e0", 0)
+MEMBER = Member("trainer", "", 0)
+TARGET, OTHER, THIRD = (Member("inference", f"e{number}", 0) for number in range(3))
 VERSION, ROUND = Version(7, 1), RoundName(3, 1)
 GRANT = Grant(round=ROUND, version=VERSION, fingerprint="edges", members=(TARGET,), deadline_seconds=5.0)
+BOTH = replace(GRANT, members=(TARGET, OTHER))
 SENT = PeerTransfer(TARGET, 100, 1, 0.1, (1, 2))
+LATE = PeerTransfer(OTHER, 40, 1, 0.1, (1, 2), "the deadline passed")
 
 
 class NoRoute(AgentError):
@@ -58,38 +60,63 @@ class NoRoute(AgentError):
 
 
 class Wire(Sender):
-    """A transport whose writes end as ``failure`` says, with something in flight for as long as ``left`` says."""
+    """A transport over which each member gets what ``ends`` says; one without an entry hangs until ``end``.
+
+    A write that fails does so before the first of them unless ``late``.
+    """
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.late = False
         self.refusal: Exception | None = None
+        self.failed: dict[Member, Exception] = {}
         self.granted: list[Sequence[Member]] = []
+        self.stopped: list[Member] = []
         self.stages: list[Version] = []
-        self.shares: Sequence[Share] = ()
-        self.left = 0
+        self.shares: list[Sequence[Share]] = []
+        self.ends = {TARGET: HandedOver(TARGET, 100, 1, 0.1)}
+        self.left: dict[Member, Ended] = {}
+        self.changed = False
         self.closed = False
 
     def open(self, settings: Any) -> None: ...
 
-    async def connect(self, shares: Sequence[Share]) -> None:
+    async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         if self.refusal is not None:
             raise self.refusal
-        self.shares = shares
+        self.shares.append(shares)
+        return self.failed
 
     def stage(self, version: Version) -> None:
         self.stages.append(version)
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[HandedOver, ...]:
+        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+    ) -> None:
         self.granted.append(members)
+        if self.failure is not None and not self.late:
+            raise self.failure
+        for member in members:
+            if member in self.ends:
+                ended(self.ends[member])
+            else:
+                self.left[member] = ended
         if self.failure is not None:
             raise self.failure
-        return (HandedOver(TARGET, 100, 1, 0.1),)
 
-    def in_flight(self) -> bool:
-        self.left -= 1
-        return self.left >= 0
+    def end(self, member: Member, error: str = "the deadline passed") -> None:
+        """Nothing is in flight to ``member`` any more."""
+        self.left.pop(member)(HandedOver(member, 40, 1, 0.1, error))
+
+    def stop(self, members: Collection[Member], reason: str) -> None:
+        self.stopped += members
+
+    def in_flight(self) -> Sequence[Member]:
+        return tuple(self.left)
+
+    def poll(self) -> bool:
+        changed, self.changed = self.changed, False
+        return changed
 
     def close(self) -> None:
         self.closed = True
@@ -99,17 +126,22 @@ FINITE = Spans.of(np.array([[8, 0, 0, 0, 0, *[1, 0, 0] * 3]]))
 
 
 class Owed(Shares):
-    """One peer, whose bytes have the digest (1, 2); counts how often that is computed."""
+    """Three peers, whose bytes have the digest (1, 2); counts how often that is computed."""
 
     def __init__(self) -> None:
-        self.computed = 0
+        self.computed = self.plans = 0
 
     def replan(self, connect: Connect) -> Sequence[Share]:
+        self.plans += 1
         return ()
+
+    @property
+    def sizes(self) -> dict[Member, int]:
+        return {TARGET: 100, OTHER: 100, THIRD: 100}
 
     def read(self) -> Reading:
         self.computed += 1
-        return Reading({TARGET: (1, 2)}, FINITE)
+        return Reading(dict.fromkeys(self.sizes, (1, 2)), FINITE)
 
 
 class Thread:
@@ -119,7 +151,10 @@ class Thread:
 
     def __init__(self) -> None:
         self.said: list[Any] = []
-        self.announced = 0
+        self.announced = self.reconnects = 0
+
+    def reconnect(self) -> None:
+        self.reconnects += 1
 
     def announce(self) -> None:
         self.announced += 1
@@ -127,6 +162,9 @@ class Thread:
     def send(self, message: Any) -> bool:
         self.said.append(message)
         return True
+
+    def say_once(self, word: Any) -> None:
+        self.send(word)
 
     def spawn(self, work: Any) -> "asyncio.Task[None]":
         return asyncio.get_running_loop().create_task(work)
@@ -154,11 +192,16 @@ def welcome(transport: TransportSettings) -> Welcome:
     )
 
 
-async def granted(rank: Any, grant: Grant = GRANT) -> Closed:
-    """The CLOSED that follows a grant."""
+async def write(rank: Any, grant: Grant = GRANT) -> None:
+    """Until nothing more is posted."""
     before = set(asyncio.all_tasks())
     rank.side.heard(grant)
     await asyncio.gather(*(asyncio.all_tasks() - before))
+
+
+async def granted(rank: Any, grant: Grant = GRANT) -> Closed:
+    """The last CLOSED that follows a grant."""
+    await write(rank, grant)
     closed = rank.thread.said[-1]
     assert isinstance(closed, Closed)
     return closed
@@ -167,7 +210,7 @@ async def granted(rank: Any, grant: Grant = GRANT) -> Closed:
 async def test_a_grant_is_carried_out_and_closed(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     assert await granted(rank) == Closed(round=ROUND, peers=(SENT,))
-    assert rank.wire.granted == [(TARGET,)]
+    assert rank.wire.granted == [[TARGET]]
     assert rank.side.status().open_rounds == ()
 
 
@@ -191,7 +234,7 @@ async def test_a_grant_of_something_else_is_refused_and_nothing_written(
 
 async def test_slots_in_the_making_are_written_by_nobody(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    assert rank.side.reserve()
+    assert rank.side.reserve() == ""
     rank.side.take()
     closed = await granted(rank)
     assert "the slots hold a version in the making" in closed.error
@@ -201,7 +244,7 @@ async def test_slots_in_the_making_are_written_by_nobody(rank: Any) -> None:
 async def test_a_grant_waits_until_all_ranks_have_agreed_on_the_next_version(rank: Any) -> None:
     """Refused by one rank and carried out by the others, it would tear an engine."""
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    assert rank.side.reserve()
+    assert rank.side.reserve() == ""
     rank.side.heard(GRANT)
     await asyncio.sleep(0)
     assert rank.wire.granted == []
@@ -210,7 +253,7 @@ async def test_a_grant_waits_until_all_ranks_have_agreed_on_the_next_version(ran
     rank.side.release()  # another rank was busy
     await asyncio.gather(*(asyncio.all_tasks() - before))
     assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
-    assert rank.side.reserve()
+    assert rank.side.reserve() == ""
     rank.side.heard(replace(GRANT, round=RoundName(3, 2)))
     before = set(asyncio.all_tasks())
     rank.side.take()
@@ -218,22 +261,33 @@ async def test_a_grant_waits_until_all_ranks_have_agreed_on_the_next_version(ran
     assert "a version in the making" in rank.thread.said[-1].error
 
 
-async def test_a_closing_rank_obeys_no_further_grant_and_is_done_with_the_last_closed(rank: Any) -> None:
+async def test_a_grant_that_waits_is_open(rank: Any) -> None:
+    """A daemon that meets this rank again must not believe that it is closed."""
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.side._open = ROUND
-    assert not rank.side.retire()
-    rank.side._open = None
-    rank.wire.left = 1
+    assert rank.side.reserve() == ""
+    rank.side.heard(GRANT)
+    assert rank.side.status().open_rounds == (ROUND,)
+    assert rank.side.reserve() == "edge to e0/0 has not ended (round 3.1)"
+
+
+async def test_a_closing_rank_obeys_no_further_grant_and_is_done_when_the_last_is_closed(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, BOTH)
     assert not rank.side.retire(), "a write is in flight"
+    rank.wire.end(OTHER)
     assert rank.side.retire()
-    assert "is closing its agent" in (await granted(rank)).error
+    assert "is closing its agent" in (await granted(rank, replace(GRANT, round=RoundName(3, 2)))).error
 
 
-async def test_a_second_grant_waits_for_the_end_of_the_first(rank: Any) -> None:
+async def test_what_went_wrong_on_our_side_is_said(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.side._open = RoundName(3, 0)
-    assert "round 3.0 is still being written" in (await granted(rank)).error
-    assert not rank.side.reserve(), "nor may the next version take the slots"
+    rank.wire.failure = NoRoute("no port is up")
+    closed = await granted(rank, replace(GRANT, members=()))
+    assert (closed.error, closed.final) == ("", True), "nobody is owed anything, so nothing is asked of the transport"
+    closed = await granted(rank, replace(BOTH, round=RoundName(3, 2)))
+    assert (closed.error, closed.fault, closed.retry, closed.peers) == ("no port is up", "network", True, ())
+    assert closed.final
+    assert rank.side.status().open_rounds == ()
 
 
 async def test_a_heartbeat_passes_while_the_digest_of_a_grant_computes(rank: Any) -> None:
@@ -267,34 +321,151 @@ async def test_a_heartbeat_passes_while_the_tables_of_a_plan_are_made(rank: Any)
         return ()
 
     rank.owed.replan = stopped
-    connecting = asyncio.create_task(rank.side.connect(CONNECT))
+    connecting = asyncio.create_task(rank.side.connect(replace(CONNECT, fingerprint="others")))
     assert await asyncio.to_thread(computing.wait, 10)
     go_on.set()
     await connecting
 
 
-async def test_what_went_wrong_is_said(rank: Any) -> None:
+# ----------------------------------------------------------------------------------------------- each peer for itself
+async def test_a_peer_that_fails_is_told_beside_those_that_were_written(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.wire.failure = NoRoute("e0/0: no route")
-    closed = await granted(rank)
-    assert (closed.error, closed.fault, closed.retry, closed.peers) == ("e0/0: no route", "network", True, ())
+    rank.wire.ends[OTHER] = HandedOver(OTHER, 40, 1, 0.1, "the peer is gone")
+    closed = await granted(rank, BOTH)
+    gone = PeerTransfer(OTHER, 40, 1, 0.1, (1, 2), "the peer is gone")
+    assert closed == Closed(round=ROUND, peers=(SENT, gone))
+    assert rank.side.reserve() == ""
 
 
-async def test_peers_that_were_written_are_said_beside_those_that_were_not(rank: Any) -> None:
-    other = Member("inference", "e1", 0)
+async def test_a_peer_that_hangs_holds_up_nobody(rank: Any) -> None:
+    """Neither the word about the others nor a grant to them; only the slots, by name."""
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.wire.failure = PushError((HandedOver(TARGET, 100, 1, 0.1),), {other: NoRoute("no route")})
-    closed = await granted(rank)
-    assert (closed.error, closed.fault, closed.retry) == ("e1/0: no route", "network", True)
-    assert closed.peers == (SENT,)
+    rank.wire.ends[THIRD] = HandedOver(THIRD, 40, 1, 0.1, "the peer is gone")
+    gone = PeerTransfer(THIRD, 40, 1, 0.1, (1, 2), "the peer is gone")
+    assert await granted(rank, replace(BOTH, members=(TARGET, OTHER, THIRD))) == Closed(
+        round=ROUND, peers=(SENT, gone), final=False
+    )
+    assert rank.side.status().open_rounds == (ROUND,)
+    assert rank.side.reserve() == "edge to e1/0 has not ended (round 3.1)"
+    assert rank.side.poll(), "a grant is open"
+
+    second = RoundName(3, 2)
+    assert await granted(rank, replace(GRANT, round=second)) == Closed(round=second, peers=(SENT,))
+    busy = PeerTransfer(OTHER, 0, 0, 0.0, NO_BYTES, "edge to e1/0 has not ended (round 3.1)")
+    third = RoundName(3, 3)
+    assert await granted(rank, replace(BOTH, round=third)) == Closed(round=third, peers=(busy, SENT))
+    assert rank.wire.granted[-1] == [TARGET], "nothing is posted to it again"
+    assert rank.side.status().open_rounds == (ROUND,)
+
+    rank.wire.end(OTHER)
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT, gone, LATE))
+    assert rank.side.status().open_rounds == ()
+    assert rank.side.reserve() == ""
 
 
-async def test_one_failure_that_no_retry_helps_counts_for_all(rank: Any) -> None:
-    other = Member("inference", "e1", 0)
+async def test_bytes_that_are_not_those_of_the_table_are_an_error(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.wire.failure = PushError((), {TARGET: NoRoute("no route"), other: EdgeError("outside its region")})
+    rank.wire.ends[TARGET] = HandedOver(TARGET, 0)
     closed = await granted(rank)
-    assert (closed.fault, closed.retry) == ("daemon", False)
+    assert [peer.error for peer in closed.peers] == ["0 bytes were written to e0/0, which is owed 100"]
+
+
+async def test_members_that_are_owed_nothing_by_this_rank_are_left_out(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    closed = await granted(rank, replace(GRANT, members=(TARGET, Member("inference", "stranger", 0))))
+    assert closed == Closed(round=ROUND, peers=(SENT,))
+    assert rank.wire.granted == [[TARGET]]
+
+
+async def test_an_abort_ends_the_edges_that_it_names(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, replace(GRANT, members=(OTHER, TARGET)))
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="e1 is left out", members=(TARGET, OTHER)))
+    assert rank.wire.stopped == [OTHER], "the other one has ended"
+    rank.side.heard(Abort(round=RoundName(3, 9), torn=True, reason="unknown"))
+    assert rank.wire.stopped == [OTHER]
+    assert rank.side.status().open_rounds == (ROUND,), "what is in flight is waited for"
+
+
+async def test_an_abort_without_names_ends_all(rank: Any) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.wire.ends = {}
+    await write(rank, BOTH)
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
+    assert sorted(rank.wire.stopped) == [TARGET, OTHER]
+    for member in (TARGET, OTHER):
+        rank.wire.end(member, "stopped")
+    assert rank.thread.said[-1].final
+
+
+@pytest.mark.parametrize("members", [(), (OTHER,)], ids=["all", "one"])
+async def test_an_abort_before_the_first_post_leaves_nothing_to_post(rank: Any, members: tuple[Member, ...]) -> None:
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    before = set(asyncio.all_tasks())
+    rank.side.heard(BOTH)
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost", members=members))
+    await asyncio.gather(*(asyncio.all_tasks() - before))
+    closed = rank.thread.said[-1]
+    assert closed.final
+    errors = {peer.peer: peer.error for peer in closed.peers}
+    assert errors[OTHER] == "the daemon ended it: a rank was lost"
+    assert rank.wire.granted == ([[TARGET]] if members else [])
+    assert (errors[TARGET] == "") is bool(members)
+
+
+async def test_an_abort_reaches_a_grant_that_waits(rank: Any) -> None:
+    """It must not begin afterwards."""
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    assert rank.side.reserve() == ""
+    rank.side.heard(BOTH)
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost", members=(OTHER,)))
+    assert rank.thread.said[1:] == []
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
+    assert (rank.thread.said[-1].final, rank.thread.said[-1].error) == (True, "the daemon ended it: a rank was lost")
+    rank.side.release()
+    await asyncio.sleep(0)
+    assert rank.wire.granted == []
+    assert rank.side.status().open_rounds == ()
+
+
+async def test_a_grant_that_is_said_again_is_one_grant(rank: Any) -> None:
+    """The daemon says it again to a rank that has connected anew."""
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, BOTH)
+    await write(rank, BOTH)
+    assert rank.wire.granted == [[TARGET, OTHER]]
+    rank.wire.end(OTHER)
+    assert await granted(rank, BOTH) == Closed(round=ROUND, peers=(SENT, LATE))
+    assert rank.wire.granted == [[TARGET, OTHER]]
+    assert rank.side.status().open_rounds == ()
+
+
+async def test_no_more_grants_are_open_than_a_hello_can_tell(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_side, "MAX_OPEN_GRANTS", 1)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await write(rank, BOTH)
+    closed = await granted(rank, replace(GRANT, round=RoundName(3, 2)))
+    assert closed.error == "1 grants are open: edge to e1/0 has not ended (round 3.1)"
+    assert rank.side.status().open_rounds == (ROUND,)
+
+
+async def test_edges_that_have_changed_are_looked_after(rank: Any) -> None:
+    assert not rank.side.poll()
+    assert rank.thread.reconnects == 0
+    rank.wire.changed = True
+    rank.side.poll()
+    assert rank.thread.reconnects == 1
+
+
+async def test_edges_that_cannot_be_used_are_told_and_the_others_are(rank: Any) -> None:
+    """And a second look at the same plan does not void what is granted meanwhile."""
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.wire.failed = {OTHER: NoRoute("no route")}
+    plans = rank.owed.plans
+    assert await rank.side.connect(replace(CONNECT, fingerprint="others")) == {OTHER: rank.wire.failed[OTHER]}
+    assert await rank.side.connect(replace(CONNECT, fingerprint="others")) == {OTHER: rank.wire.failed[OTHER]}
+    assert rank.owed.plans == plans + 1
+    assert (await granted(rank, replace(GRANT, fingerprint="others"))).error == ""
 
 
 @pytest.mark.parametrize(
@@ -322,26 +493,13 @@ async def test_a_bug_closes_the_grant_too(rank: Any) -> None:
     assert rank.side.status().open_rounds == ()
 
 
-async def test_closed_is_said_when_nothing_is_in_flight_any_more(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write cannot be taken back: after a failure the grant stays open until the last handle is DONE."""
-    waits: list[tuple[RoundName, ...]] = []
-
-    async def no_time_passes(seconds: float) -> None:
-        waits.append(rank.side.status().open_rounds)
-
-    monkeypatch.setattr(thread_side.asyncio, "sleep", no_time_passes)
+async def test_a_bug_in_mid_write_leaves_the_grant_open_for_what_is_in_flight(rank: Any) -> None:
     rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.wire.failure = NoRoute("deadline")
-    rank.wire.left = 3
-    assert (await granted(rank)).error == "deadline"
-    assert waits == [(ROUND,)] * 3
-
-
-def test_an_abort_does_not_close_what_may_still_be_written(rank: Any) -> None:
-    rank.side.staged(VERSION, 0.5, 0.25, Future())
-    rank.side._open = ROUND
-    rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert rank.side.status().open_rounds == (ROUND,)
+    rank.wire.failure, rank.wire.late = KeyError("e0/0"), True
+    closed = await granted(rank, BOTH)
+    assert (closed.error, closed.final, closed.peers) == ("KeyError('e0/0')", False, (SENT,))
+    rank.wire.end(OTHER)
+    assert rank.thread.said[-1] == replace(closed, final=True, peers=(SENT, LATE))
 
 
 def test_staged_is_reported_with_its_cost(rank: Any) -> None:
@@ -381,7 +539,7 @@ async def test_a_version_is_digested_once_for_a_plan(rank: Any) -> None:
     await granted(rank)
     assert rank.owed.computed == 1
     await rank.side.connect(replace(CONNECT, fingerprint="edges of another plan"))
-    await granted(rank, replace(GRANT, fingerprint="edges of another plan"))
+    await granted(rank, replace(GRANT, fingerprint="edges of another plan", round=RoundName(3, 2)))
     assert rank.owed.computed == 2
 
 
@@ -417,15 +575,18 @@ async def test_a_connect_that_fails_leaves_no_plan_to_write_by(rank: Any) -> Non
         await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
     assert "grant for the edges edges; this rank has none" in (await granted(rank)).error
     assert rank.wire.granted == []
+    rank.wire.refusal = None
+    await rank.side.connect(replace(CONNECT, fingerprint="other edges"))
+    assert (await granted(rank, replace(GRANT, fingerprint="other edges", round=RoundName(3, 2)))).error == ""
 
 
 async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: Path) -> None:
     """The first one's endpoint stays open and is polled: a late write may still be in flight there."""
     rank.side.welcomed(welcome(FilesystemSettings(str(tmp_path))))
     assert rank.side.announcement() == (Layout((), (), b""), "", b"")
-    rank.wire.left = 1
-    assert not rank.side.reserve()
-    assert rank.side.reserve()
+    rank.wire.changed = True
+    rank.side.poll()
+    assert rank.thread.reconnects == 1
     rank.side.shut()
     assert rank.wire.closed
 

@@ -202,8 +202,8 @@ async def test_a_write_hands_over_what_the_files_hold(weights, tmp_path):
     targets = [tiny_fleet.Target.of("a", rank, 0) for rank in range(2)]
     shares = Shares(slots.layout, slots.arenas).replan(tiny_fleet.planned(slots, targets)[1])
     sender = FilesystemSender(memory_of(slots))
-    await sender.connect(shares)
+    assert await sender.connect(shares) == {}
     stranger = Member("inference", "stranger", 0)
-    moved = await sender.write([targets[1].member, stranger], 1.0)
-    assert moved == (HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0),)
+    ends = await tiny_fleet.handed_over(sender, [targets[1].member, stranger], 1.0)
+    assert list(ends.values()) == [HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0)]
     assert all(target.untouched() for target in targets)

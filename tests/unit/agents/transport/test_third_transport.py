@@ -4,7 +4,7 @@ Everything else is real: slots, planner, tables, both sides of the agents, diges
 """
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,7 +26,7 @@ from weightsync.agents.tables.runs import (
     scatter_table,
 )
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of
-from weightsync.agents.transport.interface import HandedOver, Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share
 from weightsync.kernels.copy import strided_copy
@@ -55,13 +55,16 @@ class MemorySender(Sender):
 
     def open(self, settings: MemorySettings) -> None: ...
 
-    async def connect(self, shares: Sequence[Share]) -> None:
+    async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         self._shares = {share.peer.member: share for share in shares}
+        return {}
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, groups: Collection[int] | None = None
-    ) -> tuple[HandedOver, ...]:
-        return tuple(self._copy(self._shares[member], groups) for member in members if member in self._shares)
+        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+    ) -> None:
+        for member in members:
+            if member in self._shares:
+                ended(self._copy(self._shares[member], groups))
 
     def _copy(self, share: Share, groups: Collection[int] | None) -> HandedOver:
         arenas, there = self._memory.arenas, REACHABLE[share.peer.endpoint_name].tensors
@@ -137,6 +140,9 @@ class Thread:
         self.said.append(message)
         return True
 
+    def say_once(self, word: Any) -> None:
+        self.send(word)
+
     def spawn(self, work: Any) -> "asyncio.Task[None]":
         self.tasks.append(asyncio.get_running_loop().create_task(work))
         return self.tasks[-1]
@@ -200,7 +206,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     await asyncio.gather(*thread.tasks)
     closed = thread.said[-1]
     assert isinstance(closed, Closed)
-    assert closed.error == ""
+    assert (closed.error, closed.final) == ("", True)
     sent = {transfer.peer: transfer for transfer in closed.peers}
     assert sent.keys() == ranks.keys()
     for member, model in models.items():

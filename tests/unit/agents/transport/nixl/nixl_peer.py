@@ -1,14 +1,18 @@
 """The other end of the data plane, as a process of its own: ``nixl_peer.py BYTES``.
 
 Prints one JSON line with its endpoint name, card (hex) and region, then polls until its standard input closes,
-answering each line on it: ``digest`` with the SHA-256 of its memory, ``clear`` after zeroing it.
+answering each line on it: ``digest`` with the SHA-256 of its memory, ``clear`` after zeroing it, ``sever`` after
+breaking its connections. After ``SIGSTOP`` or ``SIGKILL`` it sends that signal to itself when its first byte changes.
 """
 
 import hashlib
 import json
 import os
 import select
+import signal
+import socket
 import sys
+from contextlib import suppress
 
 import numpy as np
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
@@ -24,8 +28,12 @@ def main() -> None:
     endpoint.register([region])
     card = endpoint.metadata().hex()
     print(json.dumps({"name": endpoint.name, "card": card, "base": region.base, "length": region.length}), flush=True)
+    before, at_first_byte = memory[0], None
     while True:
         endpoint.poll()
+        if at_first_byte is not None and memory[0] != before:
+            sent, at_first_byte = at_first_byte, None
+            os.kill(os.getpid(), sent)
         ready, _, _ = select.select([sys.stdin], [], [], 0.001)
         if not ready:
             continue
@@ -35,9 +43,23 @@ def main() -> None:
             case "clear":
                 memory[:] = 0
                 print("cleared", flush=True)
+            case "sever":
+                sever()
+                print("severed", flush=True)
+            case "SIGSTOP" | "SIGKILL" as name:
+                at_first_byte, before = signal.Signals[name], memory[0]
+                print("armed", flush=True)
             case "":
                 break
     endpoint.close()
+
+
+def sever() -> None:
+    """Shut every connected TCP socket of this process down; those that listen stay."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
+            if one.family == socket.AF_INET and one.getpeername():
+                one.shutdown(socket.SHUT_RDWR)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 import asyncio
 import contextlib
+import functools
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from msgspec import structs
-from tiny_fleet import SHAPES, TRAINER, Target, made_slots, planned, replace_name, with_peers
+from tiny_fleet import SHAPES, TRAINER, Target, handed_over, made_slots, planned, replace_name, with_peers
 from weightsync.agents.tables.runs import RUN_LENGTH
 from weightsync.agents.trainer.thread_side import source_of
-from weightsync.agents.transport.interface import HandedOver, PushError
+from weightsync.agents.transport.interface import HandedOver
 from weightsync.agents.transport.nixl import sender as senders
 from weightsync.agents.transport.nixl.edge import EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.errors import DeadlineError
+from weightsync.agents.transport.nixl.errors import ConnectError, DisconnectedError, MetadataError, NixlError
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, as_matrix
@@ -62,7 +63,7 @@ class Rank:
         self.sender.open(settings)
 
     async def connect(self, connect):
-        await self.sender.connect(self.shares.replan(connect))
+        return await self.sender.connect(self.shares.replan(connect))
 
 
 @pytest.fixture
@@ -106,11 +107,12 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
     plan, connect = planned(slots, targets)
     rank = make_rank(slots)
     async with polling(targets):
-        await rank.connect(connect)
+        assert await rank.connect(connect) == {}
         digests = rank.shares.read().digests
-        moved = await rank.sender.write([t.member for t in targets], PATIENCE)
-        assert {m.member for m in moved} == {t.member for t in targets}
-        assert sum(m.bytes for m in moved) == connect.expected_bytes
+        moved = await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
+        assert {(m.member, m.error) for m in moved.values()} == {(t.member, "") for t in targets}
+        assert {m.member: m.bytes for m in moved.values()} == rank.shares.sizes
+        assert sum(m.bytes for m in moved.values()) == connect.expected_bytes
         packed = sum(len(plan.part(t.member).copies) for t in targets)
         assert (packed > 0) == (staging > 0)
         for target in targets:
@@ -119,11 +121,11 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
             assert digests[target.member] == target.digest(), "digest of the slots equals digest of what arrived"
         changed = {name: tensor + 1 for name, tensor in masters.items()}
         slots.convert(changed)
-        await rank.sender.write([t.member for t in targets], PATIENCE)
+        await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
         for target in targets:
             target.scatter(plan.part(target.member).copies)
             target.check(changed)
-    assert not rank.sender.in_flight()
+    assert list(rank.sender.in_flight()) == []
 
 
 @pytest.mark.parametrize("staging", [0, 1 << 20], ids=["straight", "packed"])
@@ -138,23 +140,22 @@ async def test_groups_are_written_one_after_the_other(weights, endpoints, make_r
     rank = make_rank(slots)
     outside = {"embed", "norm", "head"}
     async with polling(targets):
-        await rank.connect(connect)
+        assert await rank.connect(connect) == {}
         members = [t.member for t in targets]
-        layer = await rank.sender.write(members, PATIENCE, groups=[0])
+        layer = await handed_over(rank.sender, members, PATIENCE, groups=[0])
         for target in targets:
             target.scatter(plan.part(target.member).copies)
             target.check(masters, only=target.parameters.keys() - outside)
             assert not any(target.memory[target.parameters[name][0]].any() for name in outside)
-        rest = await rank.sender.write(members, PATIENCE, groups=[1])
+        rest = await handed_over(rank.sender, members, PATIENCE, groups=[1])
         for target in targets:
             target.scatter(plan.part(target.member).copies)
             target.check(masters)
-    assert sum(m.bytes for m in layer + rest) == connect.expected_bytes
+    assert sum(m.bytes for m in (*layer.values(), *rest.values())) == connect.expected_bytes
     whole = {share.peer.member: share for share in rank.shares.replan(connect)}
-    for first, second in zip(layer, rest, strict=True):
-        share = whole[first.member]
-        assert first.bytes == share.runs[share.groups == 0, RUN_LENGTH].sum() > 0
-        assert second.bytes == share.runs[share.groups == 1, RUN_LENGTH].sum() > 0
+    for member, share in whole.items():
+        assert layer[member].bytes == share.runs[share.groups == 0, RUN_LENGTH].sum() > 0
+        assert rest[member].bytes == share.runs[share.groups == 1, RUN_LENGTH].sum() > 0
 
 
 async def test_only_granted_members_are_written(weights, endpoints, make_rank):
@@ -162,61 +163,204 @@ async def test_only_granted_members_are_written(weights, endpoints, make_rank):
     slots, targets = made_slots(masters, 0), engine_ranks(endpoints, "ab")
     rank = make_rank(slots)
     async with polling(targets):
-        await rank.connect(planned(slots, targets)[1])
+        assert await rank.connect(planned(slots, targets)[1]) == {}
         granted = [t.member for t in targets if t.member.engine == "b"]
-        moved = await rank.sender.write([*granted, Member("inference", "stranger", 0)], PATIENCE)
-    assert sorted(m.member for m in moved) == sorted(granted)
+        moved = await handed_over(rank.sender, [*granted, Member("inference", "stranger", 0)], PATIENCE)
+    assert sorted(moved) == sorted(granted)
     assert all(t.untouched() for t in targets if t.member.engine == "a")
     for target in targets[2:]:
         target.check(masters)
 
 
-async def test_unchanged_edges_are_kept_and_replaced_processes_forgotten(weights, pretend):
-    masters = weights.state(SHAPES)
-    slots, targets = made_slots(masters, 0), [Target.of("a", rank, 0) for rank in range(2)]
-    double = EndpointDouble()
-    rank = pretend(slots, double)
-    _, connect = planned(slots, targets)
-    peers = tuple(replace_name(peer, f"{peer.member}-old") for peer in connect.peers)
-    await rank.connect(with_peers(connect, peers))
-    assert [name for call, name in double.calls if call == "edge"] == ["a/0-old", "a/1-old"]
-    double.calls.clear()
-    await rank.connect(with_peers(connect, peers))
-    assert not [call for call in double.calls if call[0] in ("edge", "release", "forget")]
-    double.calls.clear()
-    await rank.connect(with_peers(connect, (peers[0], replace_name(peers[1], "a/1-new"))))
-    assert double.calls == [
-        ("release", "a/1-old"),
-        ("forget", "a/1-old"),
-        ("connect", "a/1-new"),
-        ("edge", "a/1-new"),
-        ("warm", "a/0-old"),
-        ("warm", "a/1-new"),
+FIRST, SECOND = Member("inference", "a", 0), Member("inference", "a", 1)
+
+
+@pytest.fixture
+def fleet(weights, pretend):
+    """A rank over a double, and the trainer's Connect for the given ranks of an engine under the given names."""
+
+    class Fleet:
+        def __init__(self):
+            self.slots = made_slots(weights.state(SHAPES), 0)
+            self.double = EndpointDouble()
+            self.rank = pretend(self.slots, self.double)
+
+        async def connect(self, **names):
+            """By rank: ``r0="name"``; the result, and what the endpoint was asked meanwhile."""
+            self.double.calls.clear()
+            targets = [Target_of(int(rank[1:])) for rank in names]
+            _, connect = planned(self.slots, targets)
+            given = {target.member: name for target, name in zip(targets, names.values(), strict=True)}
+            peers = tuple(replace_name(peer, given[peer.member]) for peer in connect.peers)
+            return await self.rank.connect(with_peers(connect, peers)), list(self.double.calls)
+
+        async def write(self, *members, seconds=PATIENCE):
+            return await handed_over(self.rank.sender, members, seconds)
+
+    return Fleet()
+
+
+@functools.cache
+def Target_of(rank):
+    return Target.of("a", rank, 0)
+
+
+def calls(asked, kind):
+    return [name for call, name in asked if call == kind]
+
+
+async def test_unchanged_edges_are_kept_and_replaced_processes_forgotten(fleet):
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (failed, calls(asked, "edge")) == ({}, ["zero", "one"])
+    assert await fleet.connect(r0="zero", r1="one") == ({}, []), "no edge is made, no first word sent again"
+    failed, asked = await fleet.connect(r0="zero", r1="other")
+    assert failed == {}
+    assert asked == [
+        ("stop", "one"),
+        ("release", "one"),
+        ("forget", "one"),
+        ("connect", "other"),
+        ("word", "other"),
+        ("edge", "other"),
     ]
 
 
-async def test_a_peer_that_fails_does_not_hide_the_others(weights, pretend):
-    masters = weights.state(SHAPES)
-    slots, targets = made_slots(masters, 0), [Target.of("a", rank, 0) for rank in range(2)]
-    rank = pretend(slots, EndpointDouble(failing="a/1"))
-    _, connect = planned(slots, targets)
-    await rank.connect(with_peers(connect, tuple(replace_name(p, str(p.member)) for p in connect.peers)))
-    with pytest.raises(PushError, match=r"a/1: .*the deadline") as caught:
-        await rank.sender.write([t.member for t in targets], PATIENCE)
-    assert [m.member for m in caught.value.moved] == [targets[0].member]
-    assert list(caught.value.failures) == [targets[1].member]
-    assert (caught.value.fault, caught.value.retry) == ("network", True)
+async def test_a_process_that_left_the_plan_is_forgotten_when_another_takes_its_place(fleet):
+    """Else what was in flight to it would count for ever."""
+    await fleet.connect(r0="zero", r1="one")
+    assert await fleet.connect(r0="zero") == ({}, [("stop", "one"), ("release", "one")])
+    _, asked = await fleet.connect(r0="zero", r1="other")
+    assert calls(asked, "forget") == ["one"]
 
 
-async def test_a_peer_that_does_not_take_the_first_word_fails_the_connect(weights, pretend):
-    masters = weights.state(SHAPES)
-    slots, targets = made_slots(masters, 0), [Target.of("a", rank, 0) for rank in range(2)]
-    double = EndpointDouble(failing="a/1")
-    double.warm_up_fails = True
-    rank = pretend(slots, double)
-    _, connect = planned(slots, targets)
-    with pytest.raises(DeadlineError):
-        await rank.connect(with_peers(connect, tuple(replace_name(p, str(p.member)) for p in connect.peers)))
+async def test_a_process_that_comes_back_into_the_plan_gets_its_edge_again(fleet):
+    """Also if a plan between failed: an edge that was given back is never written by."""
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.refused["other"] = NixlError("refused")
+    failed, _ = await fleet.connect(r1="other")
+    assert {member: str(error) for member, error in failed.items()} == {SECOND: "refused"}
+    failed, asked = await fleet.connect(r0="zero")
+    assert (failed, calls(asked, "edge")) == ({}, ["zero"])
+    ends = await fleet.write(FIRST, SECOND)
+    assert ends == {FIRST: HandedOver(FIRST, fleet.rank.shares.sizes[FIRST], 1, 0.001)}
+
+
+async def test_a_peer_that_is_refused_costs_nobody_else_its_edge(fleet):
+    fleet.double.refused["one"] = ConnectError("out of reach")
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert {member: str(error) for member, error in failed.items()} == {SECOND: "out of reach"}
+    assert calls(asked, "edge") == ["zero"]
+    ends = await fleet.write(FIRST, SECOND)
+    assert (ends[FIRST].error, ends[FIRST].bytes) == ("", fleet.rank.shares.sizes[FIRST])
+    assert ends[SECOND] == HandedOver(SECOND, 0, error="there is no edge to a/1: out of reach")
+    fleet.double.refused.clear()
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (failed, calls(asked, "edge")) == ({}, ["one"]), "it is tried again, and nothing else is done"
+    assert (await fleet.write(SECOND))[SECOND].error == ""
+
+
+async def test_what_no_retry_helps_is_not_tried_again_under_the_same_plan(fleet):
+    fleet.double.refused["one"] = MetadataError("a card of another schema")
+    for expected in (["zero", "one"], []):
+        failed, asked = await fleet.connect(r0="zero", r1="one")
+        assert {member: str(error) for member, error in failed.items()} == {SECOND: "a card of another schema"}
+        assert calls(asked, "connect") == expected
+    assert (await fleet.connect(r0="zero", r1="another card"))[0] == {}
+
+
+async def test_an_edge_that_cannot_be_prepared_leaves_nothing_behind(fleet, monkeypatch):
+    """Whatever it is that goes wrong."""
+    monkeypatch.setattr(senders, "prepare_copy", lambda *_: pytest.fail("nothing is packed"))
+    monkeypatch.setattr(senders, "pack_table", broken)
+    failed, asked = await fleet.connect(r0="zero")
+    assert [str(error) for error in failed.values()] == ["out of memory"]
+    assert calls(asked, "edge") == []
+    monkeypatch.undo()
+    assert (await fleet.write(FIRST))[FIRST].error == "there is no edge to a/0: out of memory"
+
+
+def broken(*_):
+    raise RuntimeError("out of memory")
+
+
+async def test_a_peer_that_does_not_take_the_first_word_is_waited_for_once(fleet, monkeypatch):
+    """Then it is named, and used as soon as it has."""
+    monkeypatch.setattr(senders, "FIRST_WORD_SECONDS", 0.01)
+    fleet.double.silent.add("one")
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert {member: str(error) for member, error in failed.items()} == {
+        SECOND: "a/1 does not answer: it has not taken the first word"
+    }
+    assert calls(asked, "edge") == ["zero"]
+    monkeypatch.setattr(senders, "FIRST_WORD_SECONDS", 3600.0)
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (list(failed), asked) == ([SECOND], [("connect", "one"), ("word", "one")])
+    assert not fleet.rank.sender.poll()
+    fleet.double.silent.clear()
+    assert fleet.rank.sender.poll(), "there is something to connect"
+    assert not fleet.rank.sender.poll()
+    assert (await fleet.connect(r0="zero", r1="one"))[0] == {}
+
+
+async def test_a_first_word_that_is_refused_makes_way_for_a_new_connection(fleet):
+    fleet.double.gone.add("one")
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert [(member, type(error)) for member, error in failed.items()] == [(SECOND, DisconnectedError)]
+    assert calls(asked, "forget") == ["one"]
+    fleet.double.gone.clear()
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (failed, calls(asked, "connect"), calls(asked, "edge")) == ({}, ["one"], ["one"])
+
+
+async def test_an_edge_that_breaks_is_made_anew_over_another_connection(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.failing["one"] = True
+    ends = await fleet.write(FIRST, SECOND)
+    assert (ends[FIRST].error, ends[SECOND].bytes) == ("", 0)
+    assert "the peer is gone" in ends[SECOND].error
+    assert fleet.rank.sender.poll(), "there is an edge to look after"
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert failed == {}
+    assert asked == [
+        ("stop", "one"),
+        ("release", "one"),
+        ("forget", "one"),
+        ("connect", "one"),
+        ("word", "one"),
+        ("edge", "one"),
+    ]
+
+
+async def test_an_edge_that_has_not_ended_is_named_until_it_has(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.hung["one"] = "the deadline passed"
+    assert list(fleet.rank.sender.in_flight()) == [SECOND]
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert {member: str(error) for member, error in failed.items()} == {
+        SECOND: "edge to a/1 has not ended: an earlier write may still reach its memory"
+    }
+    assert asked == [], "and it is left alone"
+    assert (await fleet.connect(r0="zero", r1="one"))[0].keys() == {SECOND}
+    fleet.double.hung.clear()
+    assert await fleet.connect(r0="zero", r1="one") == ({}, [])
+
+
+async def test_an_edge_of_another_plan_waits_for_the_end_of_the_one_before(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.hung["one"] = "the deadline passed"
+    await fleet.connect(r0="zero")
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (list(failed), calls(asked, "edge")) == ([SECOND], [])
+    fleet.double.hung.clear()
+    failed, asked = await fleet.connect(r0="zero", r1="one")
+    assert (failed, calls(asked, "edge")) == ({}, ["one"])
+
+
+async def test_only_the_edges_that_are_named_are_stopped(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.calls.clear()
+    fleet.rank.sender.stop([SECOND, Member("inference", "stranger", 0)], "the round is over")
+    assert fleet.double.calls == [("stop", "one")]
 
 
 async def test_a_peer_that_is_owed_nothing_has_no_edge(weights, pretend):
@@ -228,20 +372,30 @@ async def test_a_peer_that_is_owed_nothing_has_no_edge(weights, pretend):
     idle = Member("inference", "idle", 0)
     await rank.connect(with_peers(connect, (*connect.peers, structs.replace(connect.peers[0], member=idle))))
     assert [call for call, _ in double.calls].count("edge") == 2
-    assert await rank.sender.write([idle], PATIENCE) == (HandedOver(idle, 0),)
+    assert await handed_over(rank.sender, [idle], PATIENCE) == {idle: HandedOver(idle, 0)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class EdgeDouble:
     peer: str
     size: int
+    broken: bool = False
 
 
 class EndpointDouble:
-    """Remembers what it is asked for; fails writes to the peer ``failing``."""
+    """Remembers what it is asked for.
 
-    def __init__(self, failing=""):
-        self.calls, self.failing, self.warm_up_fails = [], failing, False
+    ``refused`` is what ``connect`` raises, ``silent`` do not take the first word, to those that are ``gone`` it is
+    refused, writes to ``failing`` fail, ``hung`` have transfers in flight.
+    """
+
+    def __init__(self):
+        self.calls, self.refused, self.silent, self.gone, self.failing, self.hung = [], {}, set(), set(), {}, {}
+        self.warmed = set()
+
+    @property
+    def tainted_peers(self):
+        return self.hung
 
     def register(self, regions):
         self.regions = regions
@@ -249,11 +403,27 @@ class EndpointDouble:
     def close(self):
         self.calls.append(("close", ""))
 
+    def poll(self): ...
+
     def connect(self, name, card):
         self.calls.append(("connect", name))
+        if name in self.refused:
+            raise self.refused[name]
+
+    def warm(self, name):
+        if name in self.warmed:
+            return True
+        self.calls.append(("word", name))
+        if name in self.gone:
+            raise self.error(name, DisconnectedError)
+        if name not in self.silent:
+            self.warmed.add(name)
+        return name not in self.silent
 
     def forget(self, name):
         self.calls.append(("forget", name))
+        self.warmed.discard(name)
+        self.failing.pop(name, None)
 
     def prepare_edge(self, name, local, remote, runs, *, groups, describe):
         self.calls.append(("edge", name))
@@ -262,24 +432,23 @@ class EndpointDouble:
     def release_edge(self, edge):
         self.calls.append(("release", edge.peer))
 
-    async def warm_up(self, edges, deadline_seconds):
-        self.calls += [("warm", edge.peer) for edge in edges]
-        return await self.write(edges, deadline_seconds=deadline_seconds, fail=self.warm_up_fails)
+    def stop(self, peers, reason):
+        self.calls += [("stop", peer) for peer in peers]
 
-    async def write(self, edges, *, groups=None, deadline_seconds, fail=True):
-        return [self.result(edge, fail and edge.peer == self.failing) for edge in edges]
+    async def write(self, edges, *, groups=None, deadline_seconds, ended):
+        results = [self.result(edge) for edge in edges]
+        for result in results:
+            ended(result)
+        return results
 
-    def result(self, edge, fails):
+    def result(self, edge):
         done = EdgeResult(edge.peer, edge.size, 1, 0.001)
-        if not fails:
+        if edge.peer not in self.failing:
             return done
-        error = DeadlineError(
-            "the deadline passed",
-            rank="trainer/0",
-            peer=edge.peer,
-            tensor="",
-            bytes_done=0,
-            fault="network",
-            retry=True,
+        edge.broken = True
+        return replace(done, bytes=0, error=self.error(edge.peer, DisconnectedError))
+
+    def error(self, peer, kind):
+        return kind(
+            "the peer is gone", rank="trainer/0", peer=peer, tensor="", bytes_done=0, fault="engine", retry=True
         )
-        return replace(done, bytes=0, error=error)

@@ -1,4 +1,7 @@
-"""The write loop leaves the process as it found it; what it writes is tested by real NIXL in test_endpoint.py."""
+"""The write loop leaves the process as it found it, and tells each edge's end once, when nothing of it is in flight.
+
+What it writes is tested by real NIXL in test_endpoint.py.
+"""
 
 import asyncio
 import sys
@@ -33,13 +36,18 @@ class Wire:
     def transfer(self, handle: int) -> str:
         return self.post()
 
+    def check_xfer_state(self, handle: int) -> str:
+        raise RuntimeError("never posted")
+
 
 def written(post: Callable[[], str]) -> EdgeResult:
     lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
     edge = Edge("peer", [lane], lambda region, offset: "x", [Transfer(0, Chunk(0, 1, 10, 0), 0)])
     bindings: Any = SimpleNamespace(errors=(RuntimeError,), disconnected=(ConnectionError,))
-    writer = Writer("trainer/0", Wire(post), bindings, in_flight=100, deadline=time.monotonic() + 60)
+    told: list[EdgeResult] = []
+    writer = Writer("trainer/0", Wire(post), bindings, in_flight=100, deadline=time.monotonic() + 60, ended=told.append)
     [result] = asyncio.run(writer.write([edge]))
+    assert told == [result]
     return result
 
 
@@ -86,3 +94,126 @@ def test_what_somebody_else_says_meanwhile_counts() -> None:
 
     written(post)
     assert sys.getswitchinterval() == pytest.approx(ELSEWHERE)
+
+
+# ------------------------------------------------------------------------------------------------- the end of an edge
+class Handles:
+    """A NIXL that says of each handle, at each question, the next of ``answers``; the last one for ever."""
+
+    def __init__(self, **answers: list[str]) -> None:
+        self.answers = answers
+        self.posted: list[str] = []
+
+    def transfer(self, handle: str) -> str:
+        self.posted.append(handle)
+        return self.check_xfer_state(handle)
+
+    def check_xfer_state(self, handle: str) -> str:
+        answers = self.answers[handle]
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer == "gone":
+            raise ConnectionError("disconnected")
+        if answer == "refused":
+            raise RuntimeError("invalid")
+        return answer
+
+
+class Written:
+    """One write of edges a and b, of two handles each; ``told`` are their ends."""
+
+    def __init__(self, seconds: float, **answers: list[str]) -> None:
+        self.nixl = Handles(**answers)
+        lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
+        self.edges = [
+            Edge(
+                peer,
+                [lane],
+                lambda region, offset: "x",
+                [Transfer(0, Chunk(0, 1, 10, 0), f"{peer}{n}") for n in (1, 2)],
+            )
+            for peer in ("a", "b")
+        ]
+        self.told: list[EdgeResult] = []
+        bindings: Any = SimpleNamespace(errors=(RuntimeError, ConnectionError), disconnected=ConnectionError)
+        deadline = time.monotonic() + seconds
+        self.writer = Writer("trainer/0", self.nixl, bindings, in_flight=9, deadline=deadline, ended=self.told.append)
+
+    async def write(self) -> None:
+        await self.writer.write(self.edges)
+
+    @property
+    def ends(self) -> dict[str, tuple[int, str]]:
+        assert len({end.peer for end in self.told}) == len(self.told), "each is told once"
+        return {end.peer: (end.bytes, type(end.error).__name__ if end.error else "") for end in self.told}
+
+
+async def test_a_refused_post_is_not_in_flight() -> None:
+    write = Written(60.0, a1=["DONE"], a2=["gone"], b1=["DONE"], b2=["PROC", "DONE"])
+    await write.write()
+    assert write.ends == {"a": (10, "DisconnectedError"), "b": (20, "")}
+    assert [edge.tainted for edge in write.edges] == [False, False]
+    assert [edge.broken for edge in write.edges] == [True, False]
+    assert write.writer.over
+
+
+async def test_after_the_first_failure_nothing_more_is_posted_and_what_is_in_flight_is_waited_for() -> None:
+    write = Written(60.0, a1=["PROC", "PROC", "DONE"], a2=["ERR"], b1=["DONE"], b2=["DONE"])
+    await write.write()
+    assert write.ends == {"b": (20, "")}
+    assert [left.edge.peer for left in write.writer.left()] == ["a"]
+    while not write.writer.over:
+        write.writer.settle()
+    assert write.ends == {"b": (20, ""), "a": (10, "TransferError")}
+
+
+async def test_a_post_that_raises_and_has_begun_is_in_flight() -> None:
+    write = Written(60.0, a1=["refused", "PROC", "PROC", "PROC", "DONE"], a2=["DONE"], b1=["DONE"], b2=["DONE"])
+    await write.write()
+    assert write.nixl.posted == ["a1", "b1", "b2"]
+    assert write.edges[0].tainted
+    while not write.writer.over:
+        write.writer.settle()
+    assert write.ends == {"b": (20, ""), "a": (10, "TransferError")}
+
+
+async def test_an_edge_that_hangs_at_the_deadline_is_over_when_its_last_transfer_is() -> None:
+    write = Written(0.05, a1=["PROC"], a2=["PROC"], b1=["DONE"], b2=["DONE"])
+    await write.write()
+    assert write.ends == {"b": (20, "")}
+    write.nixl.answers["a1"] = ["DONE"]
+    write.writer.settle()
+    assert len(write.told) == 1
+    write.nixl.answers["a2"] = ["gone"]
+    write.writer.settle()
+    write.writer.settle()
+    assert write.ends == {"b": (20, ""), "a": (10, "DeadlineError")}
+
+
+async def test_only_the_edge_that_is_named_is_stopped() -> None:
+    write = Written(60.0, a1=["PROC"], a2=["PROC"], b1=["PROC"], b2=["PROC"])
+    task = asyncio.create_task(write.write())
+    await asyncio.sleep(0)
+    write.writer.stop({"a"}, "left out")
+    write.nixl.answers |= {"b1": ["DONE"], "b2": ["DONE"]}
+    await task
+    assert write.ends == {"b": (20, "")}
+    write.writer.forget("a")
+    assert write.ends == {"b": (20, ""), "a": (0, "StoppedError")}
+    assert not write.edges[0].tainted
+
+
+async def test_an_edge_that_has_not_ended_is_not_posted_again() -> None:
+    write = Written(0.05, a1=["PROC"], a2=["PROC"], b1=["DONE"], b2=["DONE"])
+    await write.write()
+    again = Writer("trainer/0", write.nixl, write.writer._bindings, in_flight=9, deadline=time.monotonic() + 60,
+                   ended=write.told.append)  # fmt: skip
+    write.nixl.posted.clear()
+    write.told.clear()
+    [hung, sent] = await again.write(write.edges)
+    assert "an earlier write has not ended (the deadline passed" in str(hung.error)
+    assert sent.error is None
+    assert write.nixl.posted == ["b1", "b2"]
+    assert [end.peer for end in write.told] == ["b"]
+    write.writer.forget("a")
+    again.settle()
+    assert [end.peer for end in write.told] == ["b", "a", "a"], "one end for each write"
