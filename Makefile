@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean
+.PHONY: help setup demo test test-unit test-e2e test-gpu chaos sim lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-unit: setup ## the quick ones, with the seeded simulation
 
 test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 	$(PYTEST) -m e2e
+
+chaos: setup ## processes killed, stopped, cut off and out of disk in every phase of a round; root for networks and disks
+	$(PYTEST) -m 'chaos or e2e' tests/chaos
 
 test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu tests/unit/kernels -m gpu

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import torch
 from fleet import HERE, Fleet, Process
 from pointed import Pointed
@@ -105,6 +106,25 @@ def content(checkpoint: Path) -> str:
     return hashlib.sha256(b"".join(read)).hexdigest()
 
 
+PHASES = {
+    "PAUSING": "after RoundBegan",
+    "QUIESCING": "hearing Quiesced",
+    "MARKING": "after LiveDirty",
+    "EXPOSING": "hearing Exposed",
+    "WRITING": "hearing Closed",
+    "VERIFYING": "hearing Verified",
+    "DECIDING": "after Decided",
+    "SWITCHING": "hearing Left",
+    "RECORDING": "after Committed",
+}
+"""The point of the daemon at which each phase is harmed; see ``pointed_daemon``."""
+
+
+def cases(of: Iterable[str], short: Collection[str]) -> list[Any]:
+    """Parameters of a test: those of ``short`` run with the e2e tests, the others with ``make chaos``."""
+    return [pytest.param(case, marks=pytest.mark.e2e if case in short else pytest.mark.chaos) for case in of]
+
+
 class Several(Pointed):
     """A fleet of stand-ins, which are their own witnesses; versions are counted over all tests of a module."""
 
@@ -143,6 +163,11 @@ class Several(Pointed):
         told = self.trainer.hear()
         assert (told["step"], told.get("sequence")) == (step, len(self.committed) + 1), told
         self.committed.append(step)
+
+    def keep_going(self, names: Iterable[str], since: float, bound: float = BOUND) -> None:
+        """None of these has stood still for longer than ``bound`` seconds since then."""
+        still = {name: self.engines[name].still(since) for name in names}
+        assert max(still.values()) < bound, still
 
     def everywhere(self) -> None:
         """The last committed version is served by all."""
