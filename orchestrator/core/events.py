@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello, Needs
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
@@ -185,6 +186,19 @@ class DeadDeclared(Asked):
     """The processes of this writer that may still hold a grant are dead: the operator has seen to it."""
 
     writer: Member
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked(Event):
+    """The daemon is to end: the round under way may, and no other begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged(Event):
+    """The configuration was read again. Engines, run, transport and group are as before; what is under way keeps the
+    deadlines that it began with."""
+
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import invariants, operator, versions
+from weightsync.orchestrator.core import invariants, operator, since, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -18,6 +18,8 @@ from weightsync.orchestrator.core.events import (
     NeedsReady,
     PlanReady,
     PlanRejected,
+    PolicyChanged,
+    StopAsked,
     Tick,
 )
 from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous
@@ -147,8 +149,13 @@ def _handle(turn: Turn, event: Event) -> None:
                 rounds.durable(turn, name)
         case Asked():
             operator.asked(turn, event)
+        case StopAsked():
+            turn.fleet.stopping = True
+        case PolicyChanged(policy=policy):
+            turn.fleet.policy = policy
         case Tick():
             rounds.tick(turn)
+            since.note(turn)
 
 
 def _retell(turn: Turn, member: Member) -> None:
@@ -218,7 +225,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = clean(standing(turn.fleet, turn.now))
+    told = clean(standing(turn.fleet))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

@@ -20,6 +20,7 @@ from weightsync.orchestrator.core.records import (
     RoundEnded,
     StagedAgain,
     Taint,
+    TrainerBegan,
     VersionFailed,
 )
 from weightsync.orchestrator.protocol.names import RoundName, Version
@@ -82,8 +83,14 @@ class Memory:
     held: dict[str, tuple[Version, str]] = field(default_factory=dict)
     unclosed: dict[tuple[str, RoundName], Taint] = field(default_factory=dict)
     live: frozenset[str] = frozenset()
+    generations: dict[int, None] = field(default_factory=dict)
+    """Of trainers that were taken in, the newest last."""
     holds: dict[str, str] = field(default_factory=dict)
     maintenance: str | None = None
+
+    def was_replaced(self, generation: int) -> bool:
+        """It is of a trainer that another one has followed."""
+        return generation in self.generations and generation != next(reversed(self.generations))
 
     def settled(self, version: Version) -> bool:
         """It is known to be committed, or FAILED."""
@@ -158,6 +165,8 @@ def replay(memory: Memory, record: Record) -> None:
             _forget(memory, memory.done, keep_newest(memory.done, version, None, REMEMBERED_VERSIONS))
         case VersionFailed(version=version, reason=reason):
             _forget(memory, memory.failed, keep_newest(memory.failed, version, reason, REMEMBERED_FAILURES))
+        case TrainerBegan(generation=generation):
+            keep_newest(memory.generations, generation, None, REMEMBERED_GENERATIONS)
         case StagedAgain(version=version, restaged=restaged):
             memory.failed.pop(version, None)
             keep_newest(memory.restaged, version, restaged, REMEMBERED_FAILURES)

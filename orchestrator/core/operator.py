@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.membership import members
 from weightsync.orchestrator.core.records import EngineHeld, Maintenance
 from weightsync.orchestrator.core.round import blame, reports
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.names import Member
 
 
 def asked(turn: Turn, event: Asked) -> None:
@@ -36,10 +37,21 @@ def asked(turn: Turn, event: Asked) -> None:
                 blame.clear(turn, name)
             turn.say(f"everything is tried again: {_words(event)}")
         case DeadDeclared(writer=writer):
-            for grant in [grant for grant in turn.fleet.unclosed if grant[0] == writer]:
-                members.grant_over(turn, *grant, f"declared dead: {_words(event)}")
+            _declare_dead(turn, writer, _words(event))
         case _:
             raise TypeError(f"nobody knows what {type(event).__name__} asks for")
+
+
+def _declare_dead(turn: Turn, writer: Member, words: str) -> None:
+    """End the grants of this rank's processes, but not of one that is connected: whoever meant it is mistaken."""
+    here = turn.fleet.agents.get(writer)
+    for grant, pending in list(turn.fleet.unclosed.items()):
+        if grant[0] != writer:
+            continue
+        if here is not None and here.hello.incarnation == pending.incarnation:
+            turn.say(f"{writer} is connected and holds the grant of round {grant[1]}; it is not dead", "warning")
+        else:
+            members.grant_over(turn, *grant, f"declared dead: {words}")
 
 
 def _words(event: Asked) -> str:

@@ -126,6 +126,12 @@ class VersionFailed(Record, frozen=True, kw_only=True):
     spoken = ("reason",)
 
 
+class TrainerBegan(Record, frozen=True, kw_only=True):
+    """A trainer of another start than before was taken in: earlier ones have been replaced, for good."""
+
+    generation: int
+
+
 class StagedAgain(Record, frozen=True, kw_only=True):
     """A trainer staged ``version``, which had FAILED, once more; it did so ``restaged`` times by now."""
 
@@ -153,6 +159,7 @@ AnyRecord = (
     | Maintenance
     | Committed
     | VersionFailed
+    | TrainerBegan
     | StagedAgain
     | MemorySaved
 )

@@ -32,12 +32,12 @@ def sentence(fleet: Fleet, now: float) -> str:
     return f"{_serving(fleet)}; waiting for {_next(fleet, now)}"
 
 
-def standing(fleet: Fleet, now: float) -> str:
+def standing(fleet: Fleet) -> str:
     """The sentence, and what is wrong with each engine: for the trainer, whose user may look nowhere else."""
     wrong = [f"{name}: {engine.complaint[0]}" for name, engine in fleet.engines.items() if engine.complaint[0]]
     more = len(wrong) - conditions.SHOWN
     shown = [*wrong[: conditions.SHOWN], *([f"{more} more"] if more > 0 else [])]
-    return "; ".join([sentence(fleet, now), *shown])
+    return "; ".join([fleet.sentence, *shown])
 
 
 def _slots(fleet: Fleet, here: int) -> str:

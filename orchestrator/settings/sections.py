@@ -178,6 +178,9 @@ class DeadlinesSection(Section):
     attach_seconds: Seconds = Field(
         default=20, description="Starting the agents of one engine: threads and a NIXL agent in every worker."
     )
+    stop_seconds: Seconds = Field(
+        default=30, description="From SIGTERM until a round under way is left to the next start."
+    )
     heartbeat_seconds: Seconds = Field(default=5, description="Between two signs of life on a control connection.")
     lost_after_heartbeats: int = Field(
         default=3, ge=1, le=100, description="Signs of life missed until an agent is lost."

@@ -44,6 +44,12 @@ class Pointed:
         assert daemon.child is not None
         assert daemon.child.wait(POINT_SECONDS) == -signal.SIGKILL, daemon.tail()
 
+    def wait_daemons_end(self) -> None:
+        """It ends by itself, as told."""
+        daemon = self._daemon()
+        assert daemon.child is not None
+        assert daemon.child.wait(POINT_SECONDS) == 0, daemon.tail()
+
     def start_daemon(self) -> None:
         """One that can be told to signal itself; see ``pointed_daemon``."""
         script = Path(__file__).with_name("pointed_daemon.py")

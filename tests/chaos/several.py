@@ -121,8 +121,8 @@ PHASES = {
 
 
 def cases(of: Iterable[str], short: Collection[str]) -> list[Any]:
-    """Parameters of a test: those of ``short`` run with the e2e tests, the others with ``make chaos``."""
-    return [pytest.param(case, marks=pytest.mark.e2e if case in short else pytest.mark.chaos) for case in of]
+    """Parameters of an e2e test: those of ``short`` run in every ``make test``, the others are long."""
+    return [pytest.param(case, marks=() if case in short else pytest.mark.long) for case in of]
 
 
 class Several(Pointed):

@@ -9,7 +9,7 @@ import pytest
 from proxy import Proxy
 from several import NAMES, Several, StandIn, cases
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
 CALLS = ("/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/collective_rpc")
 """Those of a round, in their order; the last resumes."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from several import NAMES, ORDINARY, PHASES, Several, StandIn, cases
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
 STOPPED = 2.5
 """In seconds: longer than heartbeats may be missed, so that all connections are lost meanwhile."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from several import NAMES, PHASES, Several, StandIn, cases
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
 
 @pytest.fixture(scope="module")

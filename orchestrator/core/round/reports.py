@@ -283,6 +283,8 @@ def _drop(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     if agent is not None:
         turn.say(f"{agent.member} contradicts the protocol and loses its connection: {why.reason}", "warning")
         turn.do(Drop(agent.member, agent.connection, why.reason))
+        turn.fleet.leave(agent.member)  # of a connection that we end ourselves nobody reports the end
+        agent_lost(turn, agent.member, why.reason)
 
 
 def _ignore(turn: Turn, current: Round, why: Trouble, about: About) -> None:

@@ -7,7 +7,16 @@ from fleets import ANNOUNCE, rank, trainer
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentLost, Call
-from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, GrantOver, LiveDirty, RoundBegan, Taint
+from weightsync.orchestrator.core.records import (
+    AnyRecord,
+    Decided,
+    EpochBegan,
+    GrantOver,
+    LiveDirty,
+    RoundBegan,
+    Taint,
+    TrainerBegan,
+)
 from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
@@ -290,13 +299,36 @@ def test_all_ranks_must_agree_on_how_many_there_are(drive: Any) -> None:
     fleet = drive()
     fleet.connect(rank("e0", 0), world=2)
     fleet.connect(rank("e0", 1), world=4)
-    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", False)]
+    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", True)]
 
 
 def test_and_with_the_configuration(drive: Any) -> None:
     fleet = drive(options={"trainer_world": 3})
     fleet.connect(TRAINER, world=2)
-    assert refusals(fleet) == [("it says that there are 2 ranks, others say [3]", "config", False)]
+    assert refusals(fleet) == [("it says that there are 2 ranks, the configuration 3", "config", False)]
+
+
+def test_a_trainer_of_another_size_waits_for_the_end_of_the_first(drive: Any) -> None:
+    """Refused for good it would have to be started once more, only because the first one's end was noticed late."""
+    fleet = drive()
+    fleet.connect(TRAINER, world=2)
+    fleet.connect(TRAINER, incarnation=5, generation=8, world=1)
+    (refused,) = refusals(fleet)
+    assert refused == ("trainer/0 of another trainer start is still connected", "trainer", True)
+
+
+def test_a_trainer_that_was_replaced_stays_so_when_the_daemon_is_restarted(drive: Any) -> None:
+    """Else it would be taken for a new one, and the new one be refused for good as replaced."""
+    fleet = drive()
+    for generation in (7, 8):
+        fleet.connect(TRAINER, incarnation=generation, generation=generation)
+        fleet.loses(TRAINER)
+    again = drive(records=fleet.written())
+    again.connect(TRAINER, incarnation=7, generation=7)
+    assert refusals(again) == [("its trainer generation 7 was replaced by a newer start", "trainer", False)]
+    again.connect(TRAINER, incarnation=8, generation=8)
+    assert again.fleet.agents[TRAINER].hello.generation == 8
+    assert [record for record in again.written() if isinstance(record, TrainerBegan)] == []
 
 
 @pytest.mark.parametrize(
