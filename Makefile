@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-gpu sim lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean
+.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,13 +41,25 @@ test-unit: setup ## the quick ones, with the seeded simulation
 	$(PYTEST)
 
 test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
-	$(PYTEST) -m e2e
+	$(PYTEST) -m 'e2e and not long'
+
+test-long: setup ## neighbours of those, and many faults one after the other
+	$(PYTEST) -m long
+
+chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase; as root also networks
+	$(PYTEST) -m e2e tests/chaos
 
 test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu tests/unit/kernels -m gpu
 
 sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 	WEIGHTSYNC_SIM_SEEDS=$(or $(SEEDS),1000) $(PYTEST) tests/sim
+
+soak: setup ## JSON lines: 2,000 rounds of stand-in engines and 50 of a real vLLM with restarts; fails if anything grows
+	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/soak.py
+
+mutants: setup ## plant bugs, one at a time; each must be caught by the tests (MUTANTS="taint" for some of them)
+	$(BIN)/python tests/mutants/plant.py $(MUTANTS)
 
 lint: setup ## ruff and the import contracts
 	$(BIN)/ruff check .
@@ -75,6 +87,9 @@ bench-history: setup ## JSON lines: a step of the core and a start after a long 
 
 bench-scan: setup ## JSON lines: the scans alone
 	$(BENCH) tests/benchmarks/bench_history.py scan
+
+bench-sim: setup ## JSON lines: simulated rounds a minute, and how long healthy engines stand still beside bad ones
+	PYTHONPATH=tests:tests/sim $(BIN)/python tests/benchmarks/bench_sim.py $(SEEDS)
 
 bench-nixl: setup ## JSON lines: our write path over bare NIXL
 	$(BENCH) tests/benchmarks/bench_nixl.py

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -12,8 +13,15 @@ MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """10,000 rounds with long reasons."""
 
 
+MAX_REFUSAL_BYTES: Final = 16_384
+
+
 class Unreachable(Exception):
     """No usable answer from the daemon."""
+
+
+class NotDone(Exception):
+    """The daemon understands, and does not do it."""
 
 
 class Denied(Exception):
@@ -31,22 +39,28 @@ def token_for(token_file: Path | None, settings: Settings | None) -> str | None:
     return None if token_file is None else read_secret(token_file)
 
 
-async def fetch(url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES) -> bytes:
+async def fetch(
+    url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES, order: bytes | None = None
+) -> bytes:
     """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
 
+    With ``order``, it is posted, and an answer in plain text that is not 200 is a refusal.
+
     Raises:
-        Unreachable, Denied.
+        Unreachable, Denied, NotDone.
     """
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    where = url.partition("?")[0]
+    where, method = url.partition("?")[0], "GET" if order is None else "POST"
     try:
         async with (
             asyncio.timeout(timeout_seconds),
             aiohttp.ClientSession() as session,
-            session.get(url, headers=headers, allow_redirects=False) as response,
+            session.request(method, url, headers=headers, data=order, allow_redirects=False) as response,
         ):
             if response.status in (401, 403):
                 raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
+            if order is not None and response.status != 200 and response.content_type == "text/plain":
+                raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
             if response.status != 200:
                 raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
             data = bytearray()

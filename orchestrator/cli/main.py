@@ -4,12 +4,21 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, exit_codes_text, seconds, url
+from weightsync.orchestrator.cli.common import (
+    Commands,
+    Exit,
+    add_config_option,
+    add_daemon_options,
+    count,
+    exit_codes_text,
+)
+from weightsync.orchestrator.cli.operator import add_verb_commands
 from weightsync.orchestrator.settings.problems import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
@@ -30,6 +39,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_views(commands)
+    add_verb_commands(commands)
     _add_config(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
@@ -85,12 +95,9 @@ def _add_views(commands: Commands) -> None:
     status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
     rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
+    status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
     for command in (status, rounds):
-        add_config_option(command, required=False)
-        command.add_argument("--url", type=url, help="the daemon's URL, instead of the configuration's")
-        command.add_argument("--token-file", type=Path, metavar="PATH", help="with --url: file with the token")
-        command.add_argument("--json", action="store_true", help="print JSON, as /status and /rounds answer it")
-        command.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="in total (default 10)")
+        add_daemon_options(command)
     status.set_defaults(run=_view("status"))
     rounds.set_defaults(run=_view("rounds"))
 
@@ -107,6 +114,7 @@ def _add_config(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     from weightsync.orchestrator.daemon import log
     from weightsync.orchestrator.settings.secrets import read_secret
     from weightsync.orchestrator.settings.settings import load
@@ -131,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
         OSError: Exit.TEMPORARY,
     }
     try:
-        return run(loaded)
+        return run(loaded, lambda: load(options.config))
     except tuple(codes) as error:
         print(error, file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))

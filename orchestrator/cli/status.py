@@ -7,14 +7,15 @@ import time
 from typing import Literal, TypeVar
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
-from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
-from weightsync.orchestrator.cli.tables import rounds_text, status_text
+from weightsync.orchestrator.cli.asking import daemon_of
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.cli.tables import check_line, rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
-from weightsync.orchestrator.settings.settings import Settings, load
+from weightsync.orchestrator.settings.settings import Settings
 
 View = TypeVar("View", StatusView, RoundsView)
 
@@ -25,17 +26,15 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration or the token file cannot be used.
     """
-    settings = load(options.config) if options.config is not None and options.url is None else None
-    if settings is None and options.url is None:
-        print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
+    found = daemon_of(options)
+    if found is None:
         return Exit.USAGE
-    url = options.url or settings.agents_url  # type: ignore[union-attr]
-    token = token_for(options.token_file, settings)
+    url, token, settings = found
     route = "/status" if what == "status" else f"/rounds?last={options.last}"
     code: int = Exit.OK
     view: StatusView | RoundsView
     try:
-        data = asyncio.run(fetch(url.rstrip("/") + route, token, options.timeout))
+        data = asyncio.run(fetch(url + route, token, options.timeout))
         view = _decode(data, StatusView) if what == "status" else _decode(data, RoundsView)
     except Denied as error:
         print(error, file=sys.stderr)
@@ -43,10 +42,13 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     except Unreachable as error:
         print(error, file=sys.stderr)
         code = Exit.TEMPORARY
-        found = None if settings is None else _from_journal(what, settings, options)
-        if found is None:
+        known = None if settings is None else _from_journal(what, settings, options)
+        if known is None:
             return code
-        view = found
+        view = known
+    if isinstance(view, StatusView) and options.check:
+        print(check_line(view))
+        return code or severity(view)
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(view)).decode())
     elif isinstance(view, StatusView):
@@ -54,6 +56,11 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     else:
         print(rounds_text(view.rounds, time.time()))
     return code
+
+
+def severity(view: StatusView) -> int:
+    """0: nothing is wrong; 1: something is; 2: nobody is served, or memory is torn."""
+    return max((2 if problem.severity == "critical" else 1 for problem in view.problems), default=0)
 
 
 def _decode(data: bytes, kind: type[View]) -> View:

@@ -1,9 +1,23 @@
 """Status and history as text for people."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, TrainerView, VersionView
+from weightsync.orchestrator.daemon.admin.views import (
+    EngineView,
+    ProblemView,
+    RoundRow,
+    StatusView,
+    TrainerView,
+    VersionView,
+)
+
+WIDTH: Final = 100
+"""Columns of a terminal that people have; what is longer goes on in the next line, or ends in … within a table."""
+
+MAX_CELL: Final = 32
+"""Of a table: a name may have 128 characters; ``--json`` has all of it."""
 
 SHOWN_ROUNDS: Final = 5
 """Rounds in ``status``; ``rounds`` shows more."""
@@ -18,30 +32,64 @@ _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def status_text(status: StatusView, now: float) -> str:
-    """The whole status; ``now`` in unix time."""
+    """The whole status, what is wrong first, in lines of at most WIDTH; ``now`` in unix time."""
+    parts = [
+        "\n".join(_head(status, now)),
+        _table(_ENGINE_COLUMNS, [_engine(engine, now) for engine in status.engines]),
+    ]
+    if status.trainers:
+        parts.append(_trainers(status.trainers, now))
+    if status.rounds:
+        parts.append(rounds_text(status.rounds[-SHOWN_ROUNDS:], now))
+    if status.unneeded:
+        shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
+        unneeded = f"{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}"
+        parts.append("\n".join(_wrapped(unneeded)))
+    if left_out := [line for engine in status.engines for line in _left_out(engine)]:
+        parts.append("\n".join(left_out))
+    return "\n\n".join(parts)
+
+
+def _head(status: StatusView, now: float) -> list[str]:
+    """What is wrong, what is done, and what the operator wants."""
     daemon = f"daemon epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
     source = "" if status.source == "daemon" else "  [from the journal: the daemon does not answer]"
-    parts = [f"run {status.run}   {daemon}   journal {status.journal_id[:8] or '-'}{source}", status.state]
-    parts.append(f"committed: {_committed(status.committed, now)}")
+    lines = _wrapped(f"run {status.run}, {daemon}, journal {status.journal_id[:8] or '-'}{source}")
+    for problem in status.problems:
+        lines += _problem(problem, now)
+    lines += _wrapped(status.state)
+    lines += _wrapped(f"committed: {_committed(status.committed, now)}")
     if status.round is not None:
         under_way = status.round
-        parts.append(
+        lines.append(
             f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, {under_way.phase}"
             f" for {_age(under_way.elapsed_seconds)}"
         )
-    parts.append("\n" + _table(_ENGINE_COLUMNS, [_engine(engine, now) for engine in status.engines]))
-    if status.trainers:
-        parts.append("\n" + _trainers(status.trainers, now))
-    if status.rounds:
-        parts.append("\n" + rounds_text(status.rounds[-SHOWN_ROUNDS:], now))
-    if status.unneeded:
-        shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
-        parts.append(f"\n{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}")
-    if left_out := [line for engine in status.engines for line in _left_out(engine)]:
-        parts.append("\n" + "\n".join(left_out))
-    if status.problems:
-        parts.append("\nproblems:\n" + "\n".join(f"  {problem}" for problem in status.problems))
-    return "\n".join(parts)
+    for waiting in status.waiting:
+        since = _age(now - waiting.since)
+        lines += _wrapped(f"publish of step {waiting.version.step}: waits {since} for {waiting.waits_for}")
+    return lines
+
+
+def check_line(status: StatusView) -> str:
+    """One line for a monitor: the worst that is wrong, or what is served."""
+    if not status.problems:
+        serving = sum(engine.state in ("serving", "updating") for engine in status.engines)
+        step = f"step {status.committed.step}" if status.committed is not None else "nothing"
+        return f"ok: {step} is committed, {serving} of {len(status.engines)} engines serve"
+    first, more = status.problems[0], len(status.problems) - 1
+    return _plain(f"{first.severity}: {first.what}" + (f" (and {more} more)" if more else ""))
+
+
+def _problem(problem: ProblemView, now: float) -> list[str]:
+    since = f" [{_age(now - problem.since)}]" if problem.since else ""
+    lines = _wrapped(f"{problem.severity.upper()}: {problem.what}{since}")
+    return lines + (_wrapped(f"Fix: {problem.fix}", "    ") if problem.fix else [])
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """In lines of at most WIDTH; the second and later ones are indented."""
+    return textwrap.wrap(_plain(text), WIDTH, initial_indent=indent, subsequent_indent=indent + "    ")
 
 
 def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
@@ -52,17 +100,14 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     lines = [table[0]]
     for row, line in zip(rounds, table[1:], strict=True):
         lines.append(line)
-        lines.extend([f"    {row.reason}"] if row.reason else [])
-        lines.extend([f"    left out: {', '.join(row.left_out)}"] if row.left_out else [])
+        lines.extend(_wrapped(f"{row.fault}: {row.reason}" if row.fault else row.reason, "    "))
+        lines.extend(_wrapped(f"left out: {', '.join(row.left_out)}", "    ") if row.left_out else [])
     return "\n".join(lines)
 
 
-_ENGINE_COLUMNS: Final = (
-    "ENGINE", "ROLE", "STATE", "VERSION", "RANKS", "PAUSED", "SINCE", "URL", "FAULT", "LAST ERROR",
-)  # fmt: skip
+_ENGINE_COLUMNS: Final = ("ENGINE", "ROLE", "STATE", "SINCE", "VERSION", "RANKS", "PAUSED", "FAULT")
 _ROUND_COLUMNS: Final = (
-    "ROUND", "STEP", "TRY", "OUTCOME", "FAULT", "ENGINES", "BYTES", "WIRE GB/S", "PAUSE MS", "STALL MS", "VERIFY MS",
-    "TOTAL MS", "AGO",
+    "ROUND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "GB/S", "PAUSE", "STALL", "VERIFY", "TOTAL MS", "AGO",
 )  # fmt: skip
 
 
@@ -79,16 +124,17 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     state = f"{engine.state} (TORN)" if engine.torn and engine.state != "torn" else engine.state
     since = _age(now - engine.since) if engine.since else "-"
     version = "-" if engine.version is None else f"step {engine.version.step}"
-    return (engine.name, engine.role, state, version, ranks, paused, since, engine.url, engine.fault, engine.error)
+    return (engine.name, engine.role, state, since, version, ranks, paused, engine.fault)
 
 
 def _left_out(engine: EngineView) -> list[str]:
     return [
-        _plain(
+        line
+        for entry in engine.left_out
+        for line in _wrapped(
             f"{entry.count} tensors of {engine.name} {_LEFT_OUT.get(entry.kind, entry.kind)} ({entry.reason}): "
             f"{', '.join(entry.names[:SHOWN])}{', …' if entry.count > min(SHOWN, len(entry.names)) else ''}"
         )
-        for entry in engine.left_out
     ]
 
 
@@ -96,8 +142,8 @@ def _round(row: RoundRow, now: float) -> tuple[str, ...]:
     wire = f"{row.wire_gb_per_s:.2f}" if row.wire_gb_per_s else "-"
     times = (f"{ms:.0f}" for ms in (row.pause_ms, row.stall_ms, row.verify_ms, row.total_ms))
     ago = _age(now - row.unix_time) if row.unix_time else "-"
-    engines = str(len(row.engines)) if len(row.engines) > 3 else ",".join(row.engines) or "-"
-    who = (row.round, str(row.step), str(row.attempt), row.outcome, row.fault, engines)
+    engines = str(len(row.engines)) if len(row.engines) > 3 else _cut(",".join(row.engines), 16) or "-"
+    who = (row.round, str(row.step), str(row.attempt), row.outcome, engines)
     return (*who, _bytes(row.bytes), wire, *times, ago)
 
 
@@ -126,7 +172,7 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns as wide as their widest cell; numbers to the right; no column of which nothing is known."""
     kept = [column for column in range(len(header)) if not rows or any(row[column] not in ("", "-") for row in rows)]
     header = tuple(header[column] for column in kept)
-    cells = [tuple(_plain(row[column]) for column in kept) for row in rows]
+    cells = [tuple(_cut(_plain(row[column]), MAX_CELL) for column in kept) for row in rows]
     widths = [max(len(row[column]) for row in (header, *cells)) for column in range(len(header))]
     right = [bool(cells) and all(_numeric(row[column]) for row in cells) for column in range(len(header))]
     lines = []
@@ -135,8 +181,12 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
             cell.rjust(width) if flush else cell.ljust(width)
             for cell, width, flush in zip(row, widths, right, strict=True)
         )
-        lines.append("  ".join(padded).rstrip())
+        lines.append(_cut("  ".join(padded).rstrip(), WIDTH))
     return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _plain(text: str) -> str:

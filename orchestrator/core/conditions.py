@@ -64,7 +64,8 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
 
 def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
     waits = now < fleet.engines[name].retry_at
-    return not waits and name not in fleet.memory.holds and not fleet.tainted(name)
+    wished = name not in fleet.memory.holds and name not in fleet.memory.drains
+    return not waits and wished and not fleet.tainted(name)
 
 
 def _has_failed(fleet: Fleet, name: str) -> bool:
@@ -109,6 +110,8 @@ def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
         return f"not STAGED by {_named(lacking)}"
     if staged(fleet) == version:
         return ""
+    if not fleet.trainers():
+        return "a trainer: none is connected"
     silent = [str(agent.member) for agent in fleet.trainers() if agent.announce is None]
     return f"trainer ranks that have not announced their layout: {_named(silent)}"
 
@@ -118,6 +121,11 @@ def _not_marked(fleet: Fleet, version: Version, now: float) -> str:
     if is_catch_up(fleet, version):  # its STABLE has COMMITTED beside it and is reported no more
         return "" if version == fleet.memory.committed else f"nothing: {fleet.memory.committed} was committed after it"
     return "" if is_stable(fleet, version) else f"broadcasts/step_{version.step}/STABLE is missing"
+
+
+def _stopping(fleet: Fleet, version: Version, now: float) -> str:
+    """The daemon is to stay."""
+    return "the next start of the daemon, which is stopping" if fleet.stopping else ""
 
 
 def _maintenance(fleet: Fleet, version: Version, now: float) -> str:
@@ -133,7 +141,7 @@ def _no_plan(fleet: Fleet, version: Version, now: float) -> str:
     misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
     if misfits:
         return f"an engine that fits: {misfits[0]}"
-    late = [name for name in fleet.engines if not fleet.attached(name)]
+    late = [name for name in fleet.expected() if not fleet.attached(name)]
     return f"engines that have not joined: {', '.join(late)}" if late else "the plan"
 
 
@@ -143,18 +151,20 @@ def _no_target(fleet: Fleet, version: Version, now: float) -> str:
     enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
     if here >= enough:
         return ""
-    late = [f"{name} ({_why_not(fleet, name, now)})" for name in fleet.engines if fleet.version_of(name) != version]
+    late = [f"{name} ({why_not(fleet, name, now)})" for name in fleet.engines if fleet.version_of(name) != version]
     if not late:
         return "nothing: every engine holds it"
     few = f"{enough - here} more of " if here else ""
     return f"{few}engines that can take part: {_named(late)}"
 
 
-def _why_not(fleet: Fleet, name: str, now: float) -> str:
+def why_not(fleet: Fleet, name: str, now: float) -> str:
     """Why the engine is in no round."""
     engine = fleet.engines[name]
     if name in fleet.memory.holds:
         return f"held: {fleet.memory.holds[name]}"
+    if name in fleet.memory.drains:
+        return f"drained: {fleet.memory.drains[name]}"
     if not engine.reachable:
         return engine.error or "it has not answered yet"
     if not fleet.attached(name):
@@ -203,6 +213,7 @@ def _named(members: Iterable[str]) -> str:
 CONDITIONS: Final[tuple[Callable[[Fleet, Version, float], str], ...]] = (
     _not_staged,
     _not_marked,
+    _stopping,
     _maintenance,
     _other_round,
     _no_plan,

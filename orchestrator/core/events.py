@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello, Needs
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
@@ -157,10 +158,24 @@ class Asked(Event):
 
 @dataclass(frozen=True, slots=True)
 class HoldAsked(Asked):
-    """The engine is not to serve (``held``), or may again."""
+    """The engine is not to serve (``held``), or may again: no hold, no drain, and it is forgotten no longer."""
 
     engine: str
     held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked(Asked):
+    """The engine, and its pair, is to be in no round until it is released."""
+
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAsked(Asked):
+    """The engine, and its pair, is no member any more."""
+
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +200,19 @@ class DeadDeclared(Asked):
     """The processes of this writer that may still hold a grant are dead: the operator has seen to it."""
 
     writer: Member
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked(Event):
+    """The daemon is to end: the round under way may, and no other begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged(Event):
+    """The configuration was read again. Run, transport and group are as before; what is under way keeps the deadlines
+    that it began with. For every engine of it there is a client."""
+
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)

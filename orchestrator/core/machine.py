@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import invariants, operator, versions
+from weightsync.orchestrator.core import invariants, operator, since, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -18,9 +18,11 @@ from weightsync.orchestrator.core.events import (
     NeedsReady,
     PlanReady,
     PlanRejected,
+    PolicyChanged,
+    StopAsked,
     Tick,
 )
-from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous
+from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous, roster
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
@@ -56,7 +58,8 @@ def start(
     memory = Memory()
     for record in records:
         replay(memory, record)
-    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in policy.engines}
+    wanted = roster.members(policy, memory).values()
+    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in wanted}
     fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known, life)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
@@ -109,6 +112,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
+    roster.evaluate(turn)
     rendezvous.gather_group(turn)
     needs.evaluate(turn)
     rendezvous.evaluate(turn)
@@ -147,8 +151,13 @@ def _handle(turn: Turn, event: Event) -> None:
                 rounds.durable(turn, name)
         case Asked():
             operator.asked(turn, event)
+        case StopAsked():
+            turn.fleet.stopping = True
+        case PolicyChanged(policy=policy):
+            turn.fleet.policy = policy
         case Tick():
             rounds.tick(turn)
+            since.note(turn)
 
 
 def _retell(turn: Turn, member: Member) -> None:
@@ -197,9 +206,9 @@ def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
-    engine = turn.fleet.engines[event.engine]
-    if engine.calls.get(event.call) != event.number:
-        return  # the answer to a call that a newer one replaced
+    engine = turn.fleet.engines.get(event.engine)
+    if engine is None or engine.calls.get(event.call) != event.number:
+        return  # of an engine that is no member any more, or the answer to a call that a newer one replaced
     del engine.calls[event.call]
     engines.engine_answered(turn, event, engine)
     rounds.call_ended(turn, event)
@@ -218,7 +227,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = clean(standing(turn.fleet, turn.now))
+    told = clean(standing(turn.fleet))
     if told != first.standing:
         first.standing = told
         turn.send(first.member, Standing(sentence=told))

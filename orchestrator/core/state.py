@@ -45,9 +45,8 @@ class ConnectedAgent:
         self.dead_edges = {}
 
     def resumes(self, before: "ConnectedAgent") -> None:
-        """It is the process of ``before`` on a new connection: its edges and slots are where they were."""
-        self.announce, self.delivered, self.fingerprint = before.announce, before.delivered, before.fingerprint
-        self.dead_edges = before.dead_edges
+        """It is the process of ``before`` on a new connection. A Connect that it had not confirmed may be lost."""
+        self.announce, self.delivered, self.fingerprint = before.announce, before.fingerprint, before.fingerprint
 
 
 @dataclass(slots=True)
@@ -73,7 +72,7 @@ class EngineState:
     misfit_fault: Fault = ""
     """Whose fault that is."""
     ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
-    """Its connected agents."""
+    """Its connected agents, by rank and in this order."""
     error: str = ""
     """Why its last call failed; empty after a call that did not."""
     fault: Fault = ""
@@ -223,7 +222,7 @@ class Unclosed:
 
 @dataclass(slots=True)
 class Fleet:
-    """The whole state. ``started``: when, on the clock of ``now``; ``epoch``: of this daemon."""
+    """The whole state. ``started``, ``ended_at``: the daemon, its last round; ``words``: see ``core.since``."""
 
     policy: Policy
     journal_id: str
@@ -238,7 +237,6 @@ class Fleet:
     agents: dict[Member, ConnectedAgent] = field(default_factory=dict)
     trainer_ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     generation: int | None = None
-    past_generations: dict[int, None] = field(default_factory=dict)
     stable: tuple[StableSeen, ...] = ()
     stale_said: dict[StableSeen, None] = field(default_factory=dict)
     """Markers of an earlier trainer that a log line already names."""
@@ -278,11 +276,12 @@ class Fleet:
     """Members and their connections in the StatelessProcessGroup (``rendezvous: tcpstore``), in rank order from 1."""
     round: Round | None = None
     ended_at: float = 0.0
-    """When the last round ended."""
     awaited: tuple[str, RoundName] | None = None
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     """Of the newest call to any engine."""
+    words: dict[str, tuple[str, float]] = field(default_factory=dict)
+    stopping: bool = False
     sentence: str = ""
     """What the daemon does and why, as said last."""
 
@@ -290,7 +289,11 @@ class Fleet:
         """Take a connected agent in."""
         self.gone.pop(agent.member, None)
         self.agents[agent.member] = agent
-        self._home(agent.member)[agent.member.rank] = agent
+        home, rank = self._home(agent.member), agent.member.rank
+        behind = rank < next(reversed(home), rank)
+        home[rank] = agent
+        for other in sorted(home) if behind else ():  # put in order here, since it is read after every event
+            home[other] = home.pop(other)
 
     def leave(self, member: Member) -> ConnectedAgent | None:
         """End a connection; returns what was known of it, which is kept in case that its process comes back."""
@@ -315,12 +318,11 @@ class Fleet:
 
     def trainers(self) -> list[ConnectedAgent]:
         """Connected trainer ranks, by rank."""
-        return [self.trainer_ranks[rank] for rank in sorted(self.trainer_ranks)]
+        return list(self.trainer_ranks.values())
 
     def ranks_of(self, engine: str) -> list[ConnectedAgent]:
         """Connected ranks of an engine, by rank."""
-        ranks = self.engines[engine].ranks
-        return [ranks[rank] for rank in sorted(ranks)]
+        return list(self.engines[engine].ranks.values())
 
     def trainer_world(self) -> int | None:
         """How many trainer ranks there are to be, once one has said so."""
@@ -354,8 +356,14 @@ class Fleet:
         return any(agent.status.torn for agent in self.ranks_of(engine))
 
     def quorum(self) -> int:
-        """Engines that a commit needs."""
-        return self.policy.quorum(len(self.engines))
+        """Engines that a commit needs, of those that are there to be."""
+        return self.policy.quorum(len(self.expected()))
+
+    def expected(self) -> list[str]:
+        """Members that rounds may wait for: not drained, and not forgotten while a round still has them."""
+        memory = self.memory
+        away = memory.drains.keys() | memory.forgotten_engines.keys()
+        return [name for name in self.engines if name not in away]
 
     def tainted(self, engine: str) -> list[tuple[Member, RoundName]]:
         """Writers that may still write into this engine's memory by a grant that they have not closed."""

@@ -10,6 +10,7 @@ from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
 from weightsync.orchestrator.core.records import StagedAgain
 from weightsync.orchestrator.core.round import blame, endings
 from weightsync.orchestrator.core.round.begin import begin
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Staged
 from weightsync.orchestrator.protocol.names import Version
@@ -90,6 +91,11 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
         begin(turn, version, ready, conditions.is_catch_up(fleet, version))
 
 
+def _join(fleet: Fleet) -> float:
+    """How long a published version waits for engines: where there are enough, those wait for the others, too."""
+    return fleet.policy.join + (fleet.policy.patience if fleet.quorum_since is not None else 0.0)
+
+
 def _fail_overdue(turn: Turn) -> None:
     fleet = turn.fleet
     obstacle = rendezvous.obstacle(fleet)
@@ -101,6 +107,6 @@ def _fail_overdue(turn: Turn) -> None:
             endings.fail_version(turn, version, "its trainer ended before the version was committed")
         elif published and obstacle:
             endings.fail_version(turn, version, obstacle)
-        elif turn.now >= since + (fleet.policy.join + fleet.policy.patience if published else fleet.policy.staged):
+        elif turn.now >= since + (_join(fleet) if published else fleet.policy.staged):
             clause = conditions.waits_for(fleet, version, turn.now)
             endings.fail_version(turn, version, f"after {turn.now - since:.0f} s: {clause}")

@@ -32,7 +32,12 @@ class StatusCollector(Collector):
         status = self._status
         yield _gauge("epoch", "Epoch of the daemon.", status.epoch)
         yield _gauge("round_running", "1 while a round is under way.", status.round is not None)
-        yield _gauge("problems", "Things in the run directory that are not believed.", len(status.problems))
+        family = GaugeMetricFamily(
+            _PREFIX + "problems", "Things that are wrong; status names them.", labels=("severity",)
+        )
+        for severity in ("critical", "degraded"):
+            family.add_metric((severity,), sum(problem.severity == severity for problem in status.problems))
+        yield family
         if status.committed is not None:
             yield from _commit(status.committed)
         yield from _engines(status)

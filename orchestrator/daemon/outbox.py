@@ -64,7 +64,7 @@ class Outbox:
         self._inbox, self._journal, self._history = inbox, journal, history
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable = planning, markers, stable
-        self._batches: asyncio.Queue[list[Command]] = asyncio.Queue()
+        self._batches: asyncio.Queue[list[Command] | asyncio.Future[None]] = asyncio.Queue()
         self._in_round = False
         self._compacting: asyncio.Task[None] | None = None
 
@@ -72,11 +72,21 @@ class Outbox:
         """Perform these after all earlier ones."""
         self._batches.put_nowait(commands)
 
+    def flushed(self) -> "asyncio.Future[None]":
+        """Done when all that was put before is performed, and durable where it is to be."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._batches.put_nowait(waiter)
+        return waiter
+
     async def run(self) -> None:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
-                await self.perform(await self._batches.get())
+                batch = await self._batches.get()
+                if isinstance(batch, list):
+                    await self.perform(batch)
+                elif not batch.done():  # whoever waited may have given up
+                    batch.set_result(None)
         except Exception as error:
             self._inbox.fail(error)
 

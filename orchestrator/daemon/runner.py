@@ -15,8 +15,10 @@ from weightsync.orchestrator.core.events import AgentLost, Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
+from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds
 from weightsync.orchestrator.daemon.group.group import Group
@@ -28,8 +30,10 @@ from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
+from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.daemon.stopping import Stopping
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.settings.settings import Settings
@@ -39,6 +43,8 @@ log = structlog.get_logger(__name__)
 TICK_SECONDS: Final = 0.25
 """Deadlines are seconds; an event acts at once, a missed one within this."""
 
+_STOP: Final = (signal.SIGTERM, signal.SIGINT)
+
 STOP_SECONDS: Final = 10.0
 """For the goodbye: what is not done by then is left to the next daemon, which reads the journal."""
 
@@ -46,14 +52,16 @@ STOP_SECONDS: Final = 10.0
 class Runner:
     """One daemon. ``run`` returns when it is told to stop, and raises when it must not go on.
 
+    ``read`` gives the settings anew when SIGHUP asks for it.
+
     Raises:
         UnknownEngineKind: the settings name an engine that nobody here can talk to.
         TokenError: the token file cannot serve.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read: Callable[[], Settings] | None = None) -> None:
         check_kinds(settings.engines)
-        self.settings = settings
+        self.settings, self._read = settings, read
         self.inbox = Inbox(self._decide)
         self.planning, self.history = Planning(), History()
         self.markers = MarkerThread(settings.run.directory, settings.run.id)
@@ -73,10 +81,12 @@ class Runner:
         self.engines: Engines
         self.group: Group
         self.outbox: Outbox
+        self.reload: Reload
+        self.stopping: Stopping
 
     # ---------------------------------------------------------------------------------------------------------- life
     async def run(self, ready: Callable[[int], None] | None = None) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM or SIGINT; a round under way may end within ``deadlines.stop_seconds``.
 
         Args:
             ready: called with the port once agents can connect.
@@ -88,7 +98,7 @@ class Runner:
         """
         loop = asyncio.get_running_loop()
         # A signal is no exception in the middle of a decision: the loop ends its turn, then the daemon ends in order.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOP:
             loop.add_signal_handler(number, self.inbox.stopped.set)
         self.journal = AsyncJournal(Journal.open(self.settings.journal_path))
         commands = await self._recall()
@@ -102,7 +112,12 @@ class Runner:
                     group.create_task(self.outbox.run(), name="outbox"),
                     group.create_task(self.stable.run(), name="markers"),
                     group.create_task(self._tick(), name="ticks"),
+                    group.create_task(self.reload.run(), name="reload"),
+                    group.create_task(self.reload.watch(), name="engines_from"),
                 ]
+                for number in _STOP:
+                    loop.add_signal_handler(number, self.stopping.ask)
+                loop.add_signal_handler(signal.SIGHUP, self.reload.ask)
                 log.info("the daemon serves", run=self.settings.run.id, epoch=self.fleet.epoch, port=port)
                 if ready is not None:
                     ready(port)
@@ -140,6 +155,8 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
         )
+        self.reload = Reload(self.settings, self._read, self.inbox, self.engines)
+        self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
 
     async def _listen(self) -> int:
         views = LiveViews(
@@ -149,6 +166,8 @@ class Runner:
             markers=self.markers,
             layouts=self.planning.layouts,
             journal=self.journal,
+            sections=lambda: self.reload.settings.engines,
+            verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen
         return await self.hub.start(listen.host, listen.port, views.add_routes)
@@ -166,6 +185,12 @@ class Runner:
         await self.journal.close()
 
     # -------------------------------------------------------------------------------------------------------- events
+    async def _ask(self, event: Event) -> None:
+        """Have ``event`` decided; returns when what follows from it is durable, so far as it is to be."""
+        self.inbox.post(event)
+        await asyncio.sleep(0)  # the inbox is emptied in the loop's next turn, before this goes on
+        await self.outbox.flushed()
+
     def _decide(self, events: list[Event]) -> None:
         now = asyncio.get_running_loop().time()
         while True:
@@ -176,6 +201,7 @@ class Runner:
                 events = self._without(events, error)
         if commands:
             self.outbox.put(commands)
+        self.stopping.decided()
         self._freeze_after_rendezvous()
 
     def _without(self, events: list[Event], error: PeerMisbehaved) -> list[Event]:
@@ -193,10 +219,13 @@ class Runner:
         """Once per complete rendezvous, take what it built out of the garbage collector's walk.
 
         The agents, their layouts and the plan are many objects and stay until the next plan. A full collection walks
-        all of them, finds nothing, and stops the loop for tens of milliseconds in the middle of a barrier.
+        all of them, finds nothing, and stops the loop for tens of milliseconds in the middle of a barrier. What was
+        frozen is looked at here: connections that ended since the last time are cycles, and frozen they stay for ever.
         """
         if self._frozen_for != self.fleet.confirmed_plan:
             self._frozen_for = self.fleet.confirmed_plan
+            gc.unfreeze()
+            gc.collect()
             gc.freeze()
 
     async def _tick(self) -> None:
@@ -209,10 +238,10 @@ def _side(member: Member) -> Fault:
     return "trainer" if member.role == "trainer" else "engine"
 
 
-def run(settings: Settings) -> int:
-    """Entry of the command ``run``."""
+def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
+    """Entry of the command ``run``. ``read``: as for ``Runner``."""
     try:
-        asyncio.run(Runner(settings).run())
+        asyncio.run(Runner(settings, read).run())
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from group  # the first has cancelled the others; its type is the exit code
     return 0

@@ -124,7 +124,12 @@ def guesses(server: VllmServer) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("kind", "tp"),
-    [(drafter_of_its_own, 2), (eagle, 1), (eagle3, 1), (mtp, 1)],
+    [
+        (drafter_of_its_own, 2),
+        pytest.param(eagle, 1, marks=pytest.mark.long),
+        pytest.param(eagle3, 1, marks=pytest.mark.long),
+        (mtp, 1),
+    ],
     ids=["draft_model at tp 2", "eagle", "eagle3", "mtp"],
 )
 def test_a_drafter_is_written_with_its_model(kind: Any, tp: int, tmp_path: Path) -> None:
@@ -151,6 +156,7 @@ def test_a_drafter_is_written_with_its_model(kind: Any, tp: int, tmp_path: Path)
     assert sum(pushed[1][1].values()) > 0, "without a right guess nothing is seen of the drafter"
 
 
+@pytest.mark.long
 def test_a_drafter_that_nobody_trains_may_stay(tmp_path: Path) -> None:
     """A trainer of MiMo without its MTP layer, as transformers has it; the layer stays as the engine loaded it."""
     drafted = mtp(tmp_path / "start")

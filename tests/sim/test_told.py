@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-import world as simulation
-from test_fleet import disturb
+import simulated_daemon
+from disturbances import KINDS, disturb
 from told import round_trip
 from weightsync.orchestrator.core import machine
 from weightsync.orchestrator.core.commands import Command
@@ -14,6 +14,7 @@ from weightsync.orchestrator.core.events import AgentLost, AgentSaid, CallFailed
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.messages import Closed, Verified
+from world import World
 
 LONGEST = "\ud800\n\x1b" + "x" * (MAX_REASON_CHARS - 3)
 
@@ -38,9 +39,9 @@ def test_everything_that_is_said_is_taken_back(seed: int, monkeypatch: pytest.Mo
         said.extend(commands)
         return commands
 
-    monkeypatch.setattr(simulation, "step", step)
-    world = simulation.World(seed, engines=2, ranks=1 + seed % 2, trainers=1 + seed % 2, faults=0.05)
-    disturb(world, 150.0)
-    world.run(200.0)
+    monkeypatch.setattr(simulated_daemon, "step", step)
+    world = World(seed, engines=2, ranks=1 + seed % 2, trainers=1 + seed % 2)
+    disturb(world, KINDS, 40.0)
+    world.run(50.0)
     assert len({type(command) for command in said}) > 8
     assert any("…" in str(command) for command in said), "some sentence was as long as can be"

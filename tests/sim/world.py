@@ -1,58 +1,53 @@
 """A simulated fleet under the real core: virtual time, seeded faults, workers whose memory is the judge.
 
 Only the core runs for real. Trainers, engines, wires and the disk are models small enough to be read; what they get
-wrong is what real ones get wrong: answers that are lost, writers that stop and write later, processes that die and
-return, digests that do not match. ``World.check`` looks at the workers alone, never at the daemon's own state.
+wrong is what real ones get wrong. ``judge`` looks at the workers and at what is durable, never at the core's state.
 """
 
-import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
 
-from fleets import plan_facts, policy_for
-from processes import Agent, Server, Trainer, Worker
-from weightsync.orchestrator.core.commands import (
-    Accept,
-    Append,
-    CallEngine,
-    Command,
-    Drop,
-    LookForStable,
-    MakePlan,
-    Refuse,
-    Send,
-    SendPlan,
-    WriteMarker,
-)
-from weightsync.orchestrator.core.events import (
-    AgentConnected,
-    AgentLost,
-    Appended,
-    CallDone,
-    CallFailed,
-    Event,
-    MarkersSeen,
-    PlanReady,
-    StableSeen,
-    Tick,
-)
-from weightsync.orchestrator.core.machine import start, step
-from weightsync.orchestrator.core.records import AnyRecord, Committed, Decided, Record, decode_record, encode_record
-from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
-from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Outcome, Staged
-from weightsync.orchestrator.protocol.names import Member, Version
+from faults import Faults
+from fleets import policy_for
+from judge import Judge
+from places import Disk, RunDirectory
+from simulated_daemon import SimulatedDaemon
+from simulated_engine import Answer, Reply, Server, Worker
+from simulated_trainer import Job
+from stories import brief
+from virtual_time import VirtualTime, Work
+from weightsync.orchestrator.core.commands import CallEngine
+from weightsync.orchestrator.core.events import Call, DeadDeclared, Event, HoldAsked, MaintenanceAsked, Tick
+from weightsync.orchestrator.protocol.names import Member
+from wires import Agent
+
+NUMBERS: Final[dict[str, float]] = {
+    "min_engines": 0.5, "patience": 3.0, "lease": 0.0, "retry": 20.0, "backoff": 0.25, "join": 30.0, "staged": 30.0,
+    "probe": 1.5, "probe_interval": 1.0,
+    "attach": 2.0, "pause": 3.0, "quiesce": 3.0, "transfer": 4.0, "verify": 3.0, "finish": 3.0, "heartbeat": 1.0,
+    "lost_after": 3,
+}  # fmt: skip
+"""Of the policy: the shipped ones divided, so that a world of minutes sees each of them pass many times."""
+
+STORY_LINES: Final = 160
 
 
-class World:
+class World(VirtualTime):
     """Everything, and the clock.
 
-    Agents and engines refuse by themselves what would do harm: a resume of what is not servable, a second grant. In a
-    world that is not ``guarded`` they do not, so that the daemon is judged alone.
-    """
+    Engines refuse by themselves what would do harm: a resume of what is not servable. In a world that is not
+    ``guarded`` they do not, so that the daemon is judged alone.
 
-    SHORT = 0.2
+    Args:
+        engines, ranks, trainers: how many; ``ranks`` of each engine.
+        pairs: of engines.
+        idle: each start of the trainer publishes one version and then nothing more.
+        down: engines that are configured and not there.
+        more: of the policy.
+    """
 
     def __init__(
         self,
@@ -60,303 +55,323 @@ class World:
         engines: int = 2,
         ranks: int = 2,
         trainers: int = 2,
-        faults: float = 0.0,
         *,
         guarded: bool = True,
-        paired: bool = False,
+        pairs: Iterable[tuple[str, ...]] = (),
+        idle: bool = False,
+        down: Iterable[str] = (),
+        **more: Any,
     ) -> None:
+        super().__init__()
         self.rng = random.Random(seed)
-        self.now = 0.0
-        self.faults, self.trainers, self.ranks, self.guarded = faults, trainers, ranks, guarded
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
+        self.guarded, self.idle = guarded, idle
+        self.ranks, self.trainers = ranks, trainers
+        self.journal_id = "journal"
+        self.between_versions = (0.1, 1.0)
+        self.configured = [f"e{number}" for number in range(engines)]
+        self._pairs = list(pairs)
+        self._more = more
         self._ids = itertools.count(1)
-        self.log: list[str] = []
-        self.policy = policy_for(
-            [f"e{i}" for i in range(engines)], [("e0", "e1")] if paired else [], run_id="sim", retry=60.0, backoff=0.5,
-            join=2000.0, staged=500.0, probe=4.0, probe_interval=2.0, attach=8.0, pause=10.0,
-            quiesce=10.0, transfer=10.0, verify=10.0, finish=10.0,
-        )  # fmt: skip
-        self.disk: list[bytes] = []
-        self.stable: set[StableSeen] = set()
-        self.committed: list[Version] = []
-        self.decided: set[Version] = set()
+        self._steps = itertools.count(1)
+        self._generations = itertools.count(1)
+        self._moments: list[tuple[Callable[[object], bool], Work]] = []
+        self._story: deque[tuple[float, object]] = deque(maxlen=STORY_LINES)
         self.servers: dict[str, Server] = {}
-        self.workers: dict[Member, Worker] = {}
-        self.trainer_ranks: list[Trainer] = []
-        self.generation = 0
-        self.step_number = 0
-        self.waiting: Version | None = None
-        self.fleet: Fleet | None = None
-        self.life = 0
-        self.finished_versions = 0
-        for i in range(engines):
-            self.start_engine(f"e{i}")
+        self._workers: dict[Member, Worker] = {}
+        self.jobs: list[Job] = []
+        self.two_trainers = False
+        """The last one and the one before it, which will be ended."""
+        self.held: set[str] = set()
+        """By the operator."""
+        self.healing: list[Work] = []
+        """What heals the illnesses that there are."""
+        self.daemon: SimulatedDaemon | None = None
+        self.faults = Faults(self)
+        self.judge = Judge(self)
+        self.disk = Disk(self)
+        self.directory = RunDirectory(self)
+        self.configure()
+        for name in self.configured:
+            if name not in set(down):
+                self.start_engine(name)
         self.start_trainer()
         self.start_daemon()
 
-    # ------------------------------------------------------------------------------------------------------ machinery
+    def configure(self) -> None:
+        """The configuration of the next daemon."""
+        self.policy = policy_for(self.configured, self._pairs, run_id="sim", **{**NUMBERS, **self._more})
+
+    # ------------------------------------------------------------------------------------------------------- numbers
+    @property
+    def silence(self) -> float:
+        """After which a connection is given up."""
+        return self.policy.heartbeat * self.policy.lost_after
+
+    @property
+    def aftermath(self) -> float:
+        """What went wrong may still show so long after it ended: nobody notices a silent connection earlier."""
+        return self.silence + self.patience
+
+    @property
+    def patience(self) -> float:
+        """What one engine may cost another, and what a round takes by itself."""
+        return self.policy.patience + 1.0
+
+    @property
+    def stale_bound(self) -> float:
+        """So long may a healthy engine go on serving the version before the committed one."""
+        return self.patience
+
     def next_id(self) -> int:
         return next(self._ids)
 
-    def later(self, delay: float, work: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (self.now + delay, next(self._order), work))
+    def next_step(self) -> int:
+        return next(self._steps)
 
     def short(self) -> float:
-        return self.rng.uniform(0.001, self.SHORT / 2)
+        """What work takes; in steps, so that some of what is done at several places ends together."""
+        return 0.005 * (1 + int(self.rng.random() * 8))
 
-    def fault(self, what: str) -> bool:
-        happens = self.rng.random() < self.faults
-        if happens:
-            self.log.append(f"{self.now:9.3f} FAULT {what}")
-        return happens
+    def latency(self) -> float:
+        """What a message takes; a few values only, so that some arrive together."""
+        if self.faults.happens("delayed"):
+            return self.rng.uniform(0.2, 2.5)
+        return 0.001 * (1 + int(self.rng.random() * 5))
 
-    def run(self, until: float) -> None:
-        """Advance to ``until``, checking after everything that happens."""
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, work = heapq.heappop(self._heap)
-            work()
-            self.check()
-        self.now = until
+    # ------------------------------------------------------------------------------------------------------- moments
+    def when(self, moment: Callable[[object], bool], happen: Work) -> None:
+        """Once, right when the daemon performs a command, begins a record, or is told a message like that."""
+        self._moments.append((moment, happen))
 
-    def check(self) -> None:
-        """S1, judged from the workers: who serves holds one whole version that was decided."""
-        for server in self.servers.values():
-            if server.paused:
-                continue
-            workers = [w for w in self.workers.values() if w.member.engine == server.name]
-            held = {version for w in workers for version in w.memory.values()}
-            applied = {w.applied for w in workers}
-            assert len(held) == 1, f"{server.name} serves a mixture: {held}\n{self.story()}"
-            assert held == applied, f"{server.name} serves {held}, its workers say {applied}\n{self.story()}"
-            assert held <= self.decided, f"{server.name} serves {held}, decided {self.decided}\n{self.story()}"
+    def saw(self, what: object) -> None:
+        for entry in [entry for entry in self._moments if entry[0](what)] if self._moments else ():
+            self._moments.remove(entry)
+            self.later(0.0, entry[1])
+
+    # --------------------------------------------------------------------------------------------------------- story
+    def note(self, sentence: str) -> None:
+        self._story.append((self.now, sentence))
+
+    def note_events(self, events: list[Event]) -> None:
+        self._story.extend((self.now, event) for event in events if type(event) is not Tick)
 
     def story(self) -> str:
-        return "\n".join(self.log[-80:])
+        """The last things that happened."""
+        return "\n".join(f"{when:9.3f} {brief(what)}" for when, what in self._story)
 
-    # --------------------------------------------------------------------------------------------------------- daemon
+    # -------------------------------------------------------------------------------------------------------- daemon
     def start_daemon(self) -> None:
-        self.life += 1
-        records: list[AnyRecord] = [decode_record(body) for body in self.disk]
-        self.fleet, commands = start(self.policy, "journal", records, self.now)
-        self.log.append(f"{self.now:9.3f} daemon starts with epoch {self.fleet.epoch}")
-        self._perform(commands)
-        self.scan()
-        self._tick(self.life)
-        for agent in [*self.trainer_ranks, *self.workers.values()]:
-            agent.connection = 0
-            self.later(self.rng.uniform(0, 3), lambda a=agent: self.connect(a))
+        if self.daemon is None or not self.daemon.alive:
+            self._daemon_is_back()
+            self._daemon_is_back = lambda: None
+            self.daemon = SimulatedDaemon(self, self.disk)
 
-    def crash_daemon(self) -> None:
-        self.log.append(f"{self.now:9.3f} daemon is killed")
-        self.fleet = None
-        self.life += 1
-        for agent in [*self.trainer_ranks, *self.workers.values()]:
-            agent.connection = 0
-        self.later(self.rng.uniform(0.1, 20), self.start_daemon)
+    def kill_daemon(self, for_seconds: float | None = None) -> None:
+        daemon = self.daemon
+        if daemon is not None and daemon.alive:
+            daemon.die()
+            self._daemon_is_back = self.faults.begin(self.servers)
+            self.later(self.rng.uniform(0.1, 8.0) if for_seconds is None else for_seconds, self.start_daemon)
 
-    def _tick(self, life: int) -> None:
-        if life == self.life:
-            self.to_daemon(Tick(self.next_id()))
-            self.later(0.25, lambda: self._tick(life))
+    def _daemon_is_back(self) -> None:
+        """Replaced while there is none."""
 
-    def to_daemon(self, event: Event) -> None:
-        """Delivered at once, in order; lost when there is no daemon."""
-        life = self.life
-        self.later(0.0, lambda: self._step(event, life))
+    def wake_scan(self) -> None:
+        """The run directory has changed, and the daemon is told of it."""
+        if self.daemon is not None:
+            self.daemon.wake_scan()
 
-    def _step(self, event: Event, life: int) -> None:
-        if self.fleet is None or life != self.life:
-            return
-        if not isinstance(event, Tick):
-            self.log.append(f"{self.now:9.3f} {event}")
-        self._perform(step(self.fleet, [event], self.now))
+    def run_until_quiet(self) -> None:
+        """Have the trainer publish nothing more, and wait until what it has published has ended."""
+        self.idle = True
+        ends = self.now + 60.0
+        while self.job.waiting is not None and self.now < ends:
+            self.run(self.now + 0.5)
+        self.run(self.now + 3.0)
 
-    def _perform(self, commands: list[Command]) -> None:
-        life = self.life
-        for number, command in enumerate(commands):
-            if not isinstance(command, Append):
-                self._do(command)
-                continue
-            self.log.append(f"{self.now:9.3f} journal {command.record}")
-            if self.fault("killed at a record") and self.faults:
-                if self.rng.random() < 0.5:
-                    self._durable(command.record)
-                self.crash_daemon()
-                return
-            self._durable(command.record)
-            if command.answer:
-                kind, name = type(command.record).__name__, getattr(command.record, "round", None)
-                self.later(0.002, lambda k=kind, n=name: self._step(Appended(self.next_id(), k, n), life))
-            del number
+    def declare_dead(self, ranks: Iterable[int], looks: int = 4) -> None:
+        """The operator says that earlier processes of these trainer ranks are dead, when status shows none of them.
 
-    def _durable(self, record: Record) -> None:
-        self.disk.append(encode_record(record))
-        if isinstance(record, Decided):
-            self.decided.add(record.version)
-        if isinstance(record, Committed):
-            self.committed.append(record.version)
+        And looks again: a round that had begun may have granted them something, a daemon may have died over it.
+        """
+        for rank in ranks:
+            left = looks
+            if self._sees_no_other_than_the_last(rank):
+                member = Member("trainer", "", rank)
+                self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
+                left -= 1
+            if left:
+                self.later(2.0, lambda rank=rank, left=left: self.declare_dead([rank], left))
 
-    def _do(self, command: Command) -> None:
-        match command:
-            case Accept():
-                self._deliver(command.member, command.connection, command.welcome)
-            case Refuse() | Drop():
-                agent = self.agent(command.member)
-                if agent.connection == command.connection:
-                    agent.connection = 0
-                    self.later(self.rng.uniform(0.5, 2), lambda: self.connect(agent))
-            case Send():
-                self._deliver(command.member, None, command.message)
-            case SendPlan():
-                self._deliver(command.member, None, command.connect)
-            case MakePlan():
-                self.to_daemon(PlanReady(self.next_id(), command.number, plan_facts(command)))
-            case CallEngine():
-                self._call(command)
-            case LookForStable():
-                self.later(command.after_seconds, self.scan)
-            case WriteMarker():
-                if command.kind != "TRANSFER_READY":
-                    self.stable = {s for s in self.stable if s.step != command.version.step}
-            case _:
-                self.log.append(f"{self.now:9.3f} {command}")
+    def _sees_no_other_than_the_last(self, rank: int) -> bool:
+        if self.daemon is None or any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
+            return False
+        connected = self.daemon.fleet.agents.get(Member("trainer", "", rank))
+        if rank >= self.job.size:
+            return connected is None
+        return connected is not None and connected.hello.incarnation == self.job.ranks[rank].incarnation
 
-    def agent(self, member: Member) -> Agent:
-        return self.trainer_ranks[member.rank] if member.role == "trainer" else self.workers[member]
+    def hold(self, name: str, seconds: float) -> None:
+        """The operator holds an engine, and releases it so many seconds later."""
+        self.held.add(name)
+        end = self.faults.begin([name])
+        self._ask(lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, True), name)
 
-    def _deliver(self, member: Member, connection: int | None, message: FromDaemon) -> None:
-        """To a connection that is being accepted, or (None) to the member's accepted one, if it has one now."""
-        agent = self.agent(member)
-        if connection is not None:
-            agent.accepted = connection
-        at = agent.accepted
-
-        def arrive() -> None:
-            if agent.alive and agent.connection == at and at:
-                agent.receive(message)
-
-        self.later(0.001, arrive)
-
-    # --------------------------------------------------------------------------------------------------------- agents
-    def connect(self, agent: Agent) -> None:
-        if not agent.alive or agent.connection or self.fleet is None:
-            if agent.alive and not agent.connection:
-                self.later(1.0, lambda: self.connect(agent))
-            return
-        agent.connection = self.next_id()
-        hello = Hello(
-            schema=SCHEMA_VERSION, run_id="sim", member=agent.member, incarnation=agent.incarnation,
-            world=self.trainers if agent.member.role == "trainer" else self.ranks,
-            generation=getattr(agent, "generation", 0), epoch_seen=agent.epoch, journal_id=agent.journal_id,
-            **agent.status(),  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.to_daemon(AgentConnected(self.next_id(), agent.member, agent.connection, hello))
-
-    def disconnect(self, agent: Agent) -> None:
-        if agent.connection:
-            self.to_daemon(AgentLost(self.next_id(), agent.member, agent.connection, "connection reset"))
-            agent.connection = 0
-            self.later(self.rng.uniform(0.1, 5), lambda: self.connect(agent))
-
-    def start_engine(self, name: str) -> None:
-        self.servers[name] = Server(self, name)
-        for rank in range(self.ranks):
-            member = Member("inference", name, rank)
-            self.workers[member] = Worker(
-                self, member, self.next_id(), memory=dict.fromkeys(range(self.trainers), None)
+        def release() -> None:
+            self.held.discard(name)
+            end()
+            self._insist(
+                lambda daemon: HoldAsked(daemon.next_id(), "operator", "", name, False),
+                lambda daemon: name not in daemon.fleet.memory.holds,
+                name,
             )
 
-    def kill_engine(self, name: str) -> None:
-        """All its processes die; they return with checkpoint weights, held."""
-        self.log.append(f"{self.now:9.3f} engine {name} dies")
-        self.servers[name].paused = True
-        for worker in [w for w in self.workers.values() if w.member.engine == name]:
-            worker.alive = False
-            if worker.over is not None:
-                over, worker.over = worker.over, None
-                over(False)
-            if worker.connection:
-                self.to_daemon(AgentLost(self.next_id(), worker.member, worker.connection, "process died"))
-                worker.connection = 0
+        self.later(seconds, release)
+
+    def maintain(self) -> Work:
+        """The operator has no round begin, until what is returned is called."""
+        end = self.faults.begin(self.servers)
+        self._ask(lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", True))
+
+        def over() -> None:
+            end()
+            self._insist(
+                lambda daemon: MaintenanceAsked(daemon.next_id(), "operator", "", False),
+                lambda daemon: daemon.fleet.memory.maintenance is None,
+            )
+
+        return over
+
+    def _insist(
+        self,
+        what: "Callable[[SimulatedDaemon], Event]",
+        done: "Callable[[SimulatedDaemon], bool]",
+        engine: str = "",
+        looks: int = 4,
+    ) -> None:
+        """Ask until status says several times that it is so: a daemon may die before it has written it down."""
+        daemon = self.daemon
+        if daemon is not None and daemon.alive:
+            if done(daemon):
+                looks -= 1
+            elif not engine or engine in daemon.fleet.engines:
+                daemon.post(what(daemon))
+        if looks:
+            self.later(2.0, lambda: self._insist(what, done, engine, looks))
+
+    def _ask(self, what: "Callable[[SimulatedDaemon], Event]", engine: str = "") -> None:
+        """Of the daemon, or of the next one; about an ``engine``, of one that knows it."""
+        daemon = self.daemon
+        if daemon is None or not daemon.alive or (engine and engine not in daemon.fleet.engines):
+            self.later(0.5, lambda: self._ask(what, engine))
+        else:
+            daemon.post(what(daemon))
+
+    # ------------------------------------------------------------------------------------------------------- engines
+    def unit(self, name: str) -> list[str]:
+        return next((list(pair) for pair in self._pairs if name in pair), [name])
+
+    def start_engine(self, name: str) -> None:
+        """Its processes, held, with what they loaded from disk."""
+        workers = [Worker(self, Member("inference", name, rank), self.ranks) for rank in range(self.ranks)]
+        self.servers[name] = Server(self, name, workers)
+        self._workers |= {worker.member: worker for worker in workers}
+
+    def kill_engine(self, name: str, for_seconds: float = 0.0, *, silently: bool = False) -> None:
+        """All its processes die; others take their place."""
+        server = self.servers[name]
+        if server.alive:
+            self.note(f"engine {name} dies")
+            end = self.faults.begin([name])
+            server.die_all(silently=silently)
+            self.judge.died(name)
+
+            def again() -> None:
+                end()
+                if name in self.servers and not self.servers[name].alive:
+                    self.start_engine(name)
+
+            self.later(for_seconds, again)
+
+    def add_engine(self, name: str) -> None:
+        """For the next configuration."""
+        self.configured.append(name)
+        self.configure()
         self.start_engine(name)
 
-    def start_trainer(self) -> None:
-        self.generation += 1
-        self.step_number += 1
-        self.trainer_ranks = [
-            Trainer(self, Member("trainer", "", rank), self.next_id(), generation=self.generation)
-            for rank in range(self.trainers)
-        ]
-        for agent in self.trainer_ranks:
-            self.later(self.rng.uniform(0, 2), lambda a=agent: self.connect(a))
-        self.waiting = None
-        generation = self.generation
-        self.later(3.0, lambda: self.publish(generation))
+    def remove_engine(self, name: str) -> None:
+        """Its processes end, and the next configuration does not know it."""
+        self.configured.remove(name)
+        self._pairs = [pair for pair in self._pairs if name not in pair]
+        self.configure()
+        server = self.servers.pop(name, None)
+        if server is not None:
+            server.die_all()
+            self.judge.died(name)
 
-    def kill_trainer(self) -> None:
-        if not any(agent.alive for agent in self.trainer_ranks):
-            return  # its next start is on the way
-        self.log.append(f"{self.now:9.3f} the trainer dies")
-        for agent in self.trainer_ranks:
-            agent.alive = False
-            if agent.connection:
-                self.to_daemon(AgentLost(self.next_id(), agent.member, agent.connection, "process died"))
-                agent.connection = 0
-        self.later(self.rng.uniform(1, 10), self.start_trainer)
+    def workers(self) -> Iterator[Worker]:
+        return (worker for worker in self._workers.values() if worker.alive)
 
-    def publish(self, generation: int) -> None:
-        """All ranks stage the next version, rank 0 marks it; again when its fate is known."""
-        if generation != self.generation or not all(agent.alive for agent in self.trainer_ranks):
-            return
-        if self.waiting is not None or any(agent.open for agent in self.trainer_ranks):
-            self.later(1.0, lambda: self.publish(generation))
-            return
-        self.step_number += 1
-        self.waiting = version = Version(generation, self.step_number)
-        for agent in self.trainer_ranks:
-            agent.staged = None  # the slots are being converted into, and written by nobody
-        self.later(self.rng.uniform(0.0, 2.0), lambda: self._staged(version))
+    def worker(self, member: Member) -> Worker | None:
+        return self._workers.get(member)
 
-    def _staged(self, version: Version) -> None:
-        if version != self.waiting or not all(agent.alive for agent in self.trainer_ranks):
-            return
-        generation = version.generation
-        for agent in self.trainer_ranks:
-            agent.staged = version
-            agent.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0))
-        self.stable.add(StableSeen(version.step, generation if self.rng.random() < 0.5 else None))
-        self.scan()
+    # ------------------------------------------------------------------------------------------------------- trainer
+    @property
+    def job(self) -> Job:
+        return self.jobs[-1]
 
-    def scan(self) -> None:
-        """The daemon looks at the run directory."""
-        self.to_daemon(MarkersSeen(self.next_id(), tuple(sorted(self.stable, key=lambda s: s.step))))
+    def start_trainer(self, size: int | None = None, host: str = "host") -> None:
+        self.trainers = size or self.trainers
+        self.jobs.append(Job(self, next(self._generations), self.trainers, host))
 
-    def outcome(self, trainer: Trainer, message: Outcome) -> None:
-        if message.version == self.waiting and trainer.generation == self.generation:
-            if message.committed:
-                assert message.version in self.committed, f"told of a commit that is not durable\n{self.story()}"
-            self.waiting = None
-            self.finished_versions += 1
-            generation = self.generation
-            self.later(self.rng.uniform(0.5, 5), lambda: self.publish(generation))
+    def kill_trainer(
+        self, size: int | None = None, for_seconds: float | None = None, *, silently: bool = False
+    ) -> None:
+        """All its ranks die; another start follows, maybe with another number of ranks."""
+        if not self.job.dead and not self.two_trainers:
+            self.note("the trainer dies")
+            end = self.faults.begin(self.servers)
+            self.job.die(silently=silently)
+            old, size = self.job, size or self.trainers
+            host = old.host if self.rng.random() < 0.7 else f"host {self.next_id()}"
 
-    # -------------------------------------------------------------------------------------------------------- engines
-    def _call(self, command: CallEngine) -> None:
-        life = self.life
+            def again() -> None:
+                end()
+                self.start_trainer(size, host)
+                # Nothing else could prove it: no other process takes their place where they were.
+                self.declare_dead(range(size if host == old.host else 0, old.size))
 
-        def answer(good: bool, paused: bool | None = None) -> None:
-            if self.fault("answer lost"):
-                left = max(0.0, command.deadline - 0.2)
-                self.later(left, lambda: report(CallFailed(self.next_id(), name, call, command.number, "no answer")))
-            elif good:
-                report(CallDone(self.next_id(), name, call, command.number, 0.01, paused))
+            self.later(self.rng.uniform(0.5, 6.0) if for_seconds is None else for_seconds, again)
+
+    def agents(self) -> list[Agent]:
+        """Everybody who talks to the daemon."""
+        return [*self.job.ranks, *self.workers()]
+
+    def hurt_by(self, agent: Agent) -> list[str]:
+        """The engines that may suffer when something is wrong with ``agent``."""
+        return [agent.member.engine] if agent.member.role == "inference" else list(self.servers)
+
+    # --------------------------------------------------------------------------------------------------------- calls
+    def request(self, command: CallEngine, answered: Reply) -> None:
+        """A call travels to an engine, is performed there, and its answer travels back, unless one of these fails."""
+        name, faults = command.engine, self.faults
+        delay = self.latency()
+        # A resume that is performed late is for the engine's own guard to refuse; nobody else could.
+        if (self.guarded or command.call is not Call.RESUME) and faults.happens("late", name):
+            delay += command.deadline * self.rng.uniform(1.0, 3.0)
+
+        def reply(answer: Answer) -> None:
+            if name not in faults.cut and name not in faults.cut_answers and not faults.happens("lost", name):
+                self.later(self.latency(), lambda: answered(answer))
+
+        def arrive() -> None:
+            server = self.servers.get(name)
+            if name in faults.cut:
+                if self.rng.random() < 0.5:
+                    answered(Answer(error="no route to host"))
+            elif server is None or not server.alive:
+                answered(Answer(error="connection refused"))
             else:
-                report(CallFailed(self.next_id(), name, call, command.number, "500"))
+                server.perform(command, reply)
 
-        def report(event: Event) -> None:
-            self.later(0.0, lambda: self._step(event, life))
-
-        name, call = command.engine, command.call
-        server = self.servers[name]
-        self.later(self.short(), lambda: server.perform(command, answer))
+        self.later(delay, arrive)

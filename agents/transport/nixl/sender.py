@@ -28,6 +28,10 @@ an edge; a peer that is busy polls late, a dead one never."""
 
 WORD_POLL_SECONDS: Final = 0.001
 
+KEPT_ABSENT: Final = 64
+"""Peers that have left the plan and stay connected, for one that comes back alive: a live one that is forgotten leaks
+two descriptors. Engines that scale come back under ever new names, and each would stay for good."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Way:
@@ -52,7 +56,7 @@ class NixlSender(Sender):
         self._ways: dict[Member, _Way] = {}
         self._failed: dict[Member, Exception] = {}
         self._names: dict[Member, str] = {}
-        """Of the endpoint that each member had last, in this plan or in one before."""
+        """Of the endpoint that each member had last, in this plan or in one before; those of this plan come last."""
         self._silent: set[str] = set()
         """Endpoints that have let the time for the first word pass."""
         self._changed = False
@@ -160,9 +164,13 @@ class NixlSender(Sender):
                 self._forget(way.share.peer.endpoint_name)
         for member, share in now.items():
             name = share.peer.endpoint_name
-            if self._names.get(member, name) != name:
-                self._forget(self._names[member])
+            known = self._names.pop(member, name)
+            if known != name:
+                self._forget(known)
             self._names[member] = name
+        absent = [member for member in self._names if member not in now and member not in left]
+        for member in absent[: max(0, len(absent) - KEPT_ABSENT)]:
+            self._forget(self._names.pop(member))
         self._shares = now
 
     def _lacks(self, share: Share) -> bool:

@@ -1,11 +1,12 @@
 """Who is there: agents that connect, are refused, say what their memory holds, and go."""
 
+from typing import Final
+
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.membership import engines
-from weightsync.orchestrator.core.memory import REMEMBERED_GENERATIONS, keep_newest
-from weightsync.orchestrator.core.records import EpochBegan, GrantOver
+from weightsync.orchestrator.core.records import EpochBegan, GrantOver, TrainerBegan
 from weightsync.orchestrator.core.round import endings
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
@@ -24,6 +25,9 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, RoundName
+
+SHOWN: Final = 8
+"""Engines that a refusal names."""
 
 
 def connected(turn: Turn, event: AgentConnected) -> bool:
@@ -65,23 +69,23 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         return Trouble(often, "config", retry=False)
     if member.rank >= hello.world:
         return Trouble(f"rank {member.rank} is outside its world of {hello.world}", "config", retry=False)
-    if member.role == "inference" and member.engine not in fleet.engines:
-        known = ", ".join(fleet.engines)
-        return Trouble(f"engine {member.engine!r} is not configured; engines are: {known}", "config", retry=False)
+    if member.role == "inference" and (stranger := _stranger(fleet, member, hello)):
+        return Trouble(stranger, "config")  # worth another try: engines come and go
     peers = fleet.trainers() if member.role == "trainer" else fleet.ranks_of(member.engine)
-    worlds = {agent.hello.world for agent in peers if agent.member != member}
-    if member.role == "trainer" and fleet.policy.trainer_world is not None:
-        worlds.add(fleet.policy.trainer_world)
-    if worlds - {hello.world}:
-        sizes = f"it says that there are {hello.world} ranks, others say {sorted(worlds)}"
-        return Trouble(sizes, "config", retry=False)
     if member.role == "trainer":
-        if hello.generation in fleet.past_generations:
+        if fleet.policy.trainer_world not in (None, hello.world):
+            wanted = f"it says that there are {hello.world} ranks, the configuration {fleet.policy.trainer_world}"
+            return Trouble(wanted, "config", retry=False)
+        if fleet.memory.was_replaced(hello.generation):
             replaced = f"its trainer generation {hello.generation:x} was replaced by a newer start"
             return Trouble(replaced, "trainer", retry=False)
         others = [a for a in peers if a.hello.generation != hello.generation]
         if others:
             return Trouble(f"{others[0].member} of another trainer start is still connected", "trainer")
+    worlds = {agent.hello.world for agent in peers if agent.member != member}
+    if worlds - {hello.world}:
+        # Worth another try, as below: the others may be of a start before.
+        return Trouble(f"it says that there are {hello.world} ranks, others say {sorted(worlds)}", "config")
     twin = fleet.agents.get(member)
     if twin is not None and twin.hello.incarnation != hello.incarnation:
         where = f"{twin.hello.host or 'unknown host'} pid {twin.hello.pid}"
@@ -91,6 +95,18 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         # Taking it in raises the epoch, and a round's grants are of the epoch in which it began.
         return Trouble("it obeyed another daemon; this one takes it in after the current round", "daemon")
     return None
+
+
+def _stranger(fleet: Fleet, member: Member, hello: Hello) -> str:
+    """Why the agent's engine is no member; empty where it is one."""
+    over = fleet.memory.forgotten_engines.get(member.engine)
+    if over is not None and (over.listed or over.processes.get(member.rank) == hello.incarnation):
+        return f"engine {member.engine!r} was forgotten ({over.reason}); release makes it a member again"
+    if member.engine in fleet.engines:
+        return ""
+    names = [*fleet.engines][:SHOWN]
+    more = " …" if len(fleet.engines) > SHOWN else ""
+    return f"engine {member.engine!r} is not configured; engines are: {', '.join(names)}{more}"
 
 
 def _obeyed_another(fleet: Fleet, hello: Hello) -> bool:
@@ -103,9 +119,10 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     fleet = turn.fleet
     if fleet.generation == generation:
         return
-    if fleet.generation is not None:
-        keep_newest(fleet.past_generations, fleet.generation, None, REMEMBERED_GENERATIONS)
     fleet.generation = generation
+    if generation not in fleet.memory.generations:
+        # Journaled, or one that was away would be taken for a new one after a restart, and the new one for replaced.
+        turn.append(TrainerBegan(generation=generation))
     turn.say(f"trainer generation {generation:x} begins")
 
 

@@ -87,6 +87,8 @@ def behind(fleet: Fleet, current: Round) -> set[str]:
     """Engines of the round that are not done with the present phase; none where it waits for nobody's engine."""
     if current.phase is Phase.WRITING:
         return waits.engines_not_closed(fleet, current)
+    if current.phase is Phase.SWITCHING and fleet.policy.together and (unfinished := waits.not_finished(current)):
+        return unfinished  # all others wait for these to be able to serve, before any of them does
     if ROWS[current.phase].missing is waits.not_durable:
         return set()
     return waits.engines_of(missing(fleet, current))

@@ -62,6 +62,11 @@ def engines_of(names: Iterable[str]) -> set[str]:
     return {name.rpartition("/")[0] if "/" in name else name for name in names}
 
 
+def not_finished(current: Round) -> set[str]:
+    """Engines that could not serve the version yet if they were resumed."""
+    return {name for name in current.remaining() if not current.engines[name].finished}
+
+
 def engines_not_closed(fleet: Fleet, current: Round) -> set[str]:
     """Engines of the round towards which some writer has not closed."""
     late: set[str] = set()

@@ -5,7 +5,7 @@ import time
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.records import MemorySaved, RoundEnded, decode_record
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History, rows_of
-from weightsync.orchestrator.daemon.admin.views import EngineView, RoundsView, StatusView
+from weightsync.orchestrator.daemon.admin.views import EngineView, ProblemView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -37,6 +37,9 @@ def status_from(settings: Settings) -> StatusView:
         committed=history.committed,
         engines=engines,
         rounds=history.rounds,
+        problems=(ProblemView(severity="critical", what=_sentence(memory), fix="start it again"),),
+        holds=dict(memory.holds),
+        maintenance=memory.maintenance or "",
     )
 
 

@@ -2,18 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.overview import Overview
-from weightsync.orchestrator.daemon.admin.routes import routes
+from weightsync.orchestrator.daemon.admin.readiness import readiness
+from weightsync.orchestrator.daemon.admin.routes import routes, verb_routes
+from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
 
@@ -32,23 +35,26 @@ class LiveViews:
         markers: MarkerThread,
         layouts: Callable[[str], LayoutsView | None],
         journal: AsyncJournal,
+        verbs: Verbs,
+        sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
         self._settings, self._fleet, self._history = settings, fleet, history
-        self._overview = Overview(settings, started_unix=time.time())
-        self._markers, self._layouts, self._journal = markers, layouts, journal
+        self._overview = Overview(settings, time.time(), sections)
+        self._markers, self._layouts, self._journal, self._verbs = markers, layouts, journal, verbs
 
     def add_routes(self, app: web.Application) -> None:
-        """Serve these views in ``app``, to whoever bears the daemon's token.
+        """Serve these views and the verbs in ``app``, to whoever bears the daemon's token.
 
         Raises:
             TokenError: the token file cannot serve.
         """
-        app.router.add_routes(routes(self, read_token(self._settings.listen.token_file)))
+        token = read_token(self._settings.listen.token_file)
+        app.router.add_routes([*routes(self, token), *verb_routes(self._verbs, token)])
 
     async def status(self) -> StatusView:
         """What ``/status`` answers."""
-        problems = [str(problem) for problem in self._markers.problems]
-        return self._overview.status(self._fleet, self._history, problems, asyncio.get_running_loop().time())
+        markers = [str(problem) for problem in self._markers.problems]
+        return self._overview.status(self._fleet, self._history, markers, asyncio.get_running_loop().time())
 
     async def rounds(self, last: int) -> RoundsView:
         """What ``/rounds`` answers; from the journal, which holds more rounds than the history.
@@ -62,3 +68,7 @@ class LiveViews:
     async def layouts(self) -> LayoutsView | None:
         """What ``/plan/layouts`` answers."""
         return self._layouts(self._fleet.policy.run_id)
+
+    async def ready(self, engine: str) -> tuple[bool, str] | None:
+        """What ``/engines/NAME/ready`` answers."""
+        return readiness(self._fleet, engine)

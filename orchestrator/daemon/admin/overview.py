@@ -1,10 +1,13 @@
 """The daemon's state as ``/status`` shows it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from weightsync.orchestrator.core import conditions
+from weightsync.orchestrator.core.since import engine_word, since, trainer_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.problems import problems
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
@@ -12,6 +15,7 @@ from weightsync.orchestrator.daemon.admin.views import (
     StatusView,
     TrainerView,
     VersionView,
+    WaitingView,
     version_view,
 )
 from weightsync.orchestrator.protocol.layout import Layout
@@ -21,94 +25,90 @@ from weightsync.orchestrator.settings.settings import Settings
 
 
 class Overview:
-    """Remembers since when each engine and rank has been in its present state."""
+    """Shows one daemon. ``sections``: its engines as they are configured now, where they may change."""
 
-    def __init__(self, settings: Settings, started_unix: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        started_unix: float,
+        sections: Callable[[], Iterable[EngineSection]] | None = None,
+    ) -> None:
         self._settings = settings
+        self._sections = sections or (lambda: settings.engines)
         self._started = started_unix
-        self._since: dict[str, tuple[str, float]] = {}
 
-    def status(self, fleet: Fleet, history: History, problems: Sequence[str], now: float) -> StatusView:
-        """Of this moment. ``now``: seconds of the clock that the rounds are timed with."""
+    def status(self, fleet: Fleet, history: History, markers: Sequence[str], now: float) -> StatusView:
+        """Of this moment. ``now``: seconds of the core's clock; ``markers``: what is wrong in the run directory."""
+        unix_now = time.time()
         return StatusView(
             run=self._settings.run.id,
             state=fleet.sentence,
             epoch=fleet.epoch,
             journal_id=fleet.journal_id,
-            unix_time=time.time(),
+            unix_time=unix_now,
             started=self._started,
             committed=history.committed,
-            engines=tuple(self._engine(fleet, engine) for engine in self._settings.engines),
-            trainers=self._trainers(fleet),
+            engines=self._engines(fleet, now, unix_now),
+            trainers=_trainers(fleet, now, unix_now),
             round=_progress(fleet, now),
             rounds=history.rounds,
-            problems=tuple(problems),
+            problems=problems(fleet, markers, now, unix_now),
+            waiting=tuple(_waiting(fleet, now, unix_now)),
+            holds=dict(fleet.memory.holds),
+            drains=dict(fleet.memory.drains),
+            maintenance=fleet.memory.maintenance or "",
             unneeded=fleet.plan.unneeded if fleet.plan is not None else (),
         )
 
-    def _engine(self, fleet: Fleet, config: EngineSection) -> EngineView:
-        engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
-        state = engine_state(fleet, config.name)
-        error, fault = engine.complaint
-        return EngineView(
-            name=config.name,
-            url=config.url,
-            role=config.role,
-            state=state,
-            version=version_view(fleet.version_of(config.name)),
-            ranks_connected=len(ranks),
-            ranks_expected=ranks[0].hello.world if ranks else 0,
-            paused=engine.paused,
-            torn=fleet.torn(config.name),
-            error=error,
-            fault=fault,
-            since=self._state_since(config.name, state),
-            left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
+    def _engines(self, fleet: Fleet, now: float, unix_now: float) -> tuple[EngineView, ...]:
+        known = {section.name: section for section in self._sections()}
+        return tuple(_engine(fleet, name, known.get(name), now, unix_now) for name in fleet.engines)
+
+
+def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, unix_now: float) -> EngineView:
+    engine, ranks = fleet.engines[name], fleet.ranks_of(name)
+    state = engine_word(fleet, name)
+    error, fault = engine.complaint
+    return EngineView(
+        name=name,
+        url=", ".join(config.servers) if config is not None else "",
+        role=config.role if config is not None else "both",
+        state=state,
+        version=version_view(fleet.version_of(name)),
+        ranks_connected=len(ranks),
+        ranks_expected=ranks[0].hello.world if ranks else 0,
+        paused=engine.paused,
+        torn=fleet.torn(name),
+        error=error,
+        fault=fault,
+        since=unix_now - (now - since(fleet, name, state, now)),
+        left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
+    )
+
+
+def _trainers(fleet: Fleet, now: float, unix_now: float) -> tuple[TrainerView, ...]:
+    views = []
+    for agent in fleet.trainers():
+        word = trainer_word(fleet, agent)
+        views.append(
+            TrainerView(
+                rank=agent.member.rank,
+                host=agent.hello.host,
+                pid=agent.hello.pid,
+                state=word,
+                staged=version_view(agent.staged.version) if agent.staged else None,
+                since=unix_now - (now - since(fleet, str(agent.member), word, now)),
+            )
         )
-
-    def _trainers(self, fleet: Fleet) -> tuple[TrainerView, ...]:
-        views = []
-        for agent in fleet.trainers():
-            state = (
-                "writing"
-                if any(writer == agent.member for writer, _ in fleet.unclosed)
-                else "staged"
-                if agent.staged
-                else "connected"
-            )
-            views.append(
-                TrainerView(
-                    rank=agent.member.rank,
-                    host=agent.hello.host,
-                    pid=agent.hello.pid,
-                    state=state,
-                    staged=version_view(agent.staged.version) if agent.staged else None,
-                    since=self._state_since(str(agent.member), state),
-                )
-            )
-        return tuple(views)
-
-    def _state_since(self, name: str, state: str) -> float:
-        if self._since.get(name, ("", 0.0))[0] != state:
-            self._since[name] = (state, time.time())
-        return self._since[name][1]
+    return tuple(views)
 
 
-def engine_state(fleet: Fleet, name: str) -> str:
-    """One word for what an engine is doing."""
-    engine = fleet.engines[name]
-    # The order decides: a torn engine that is unreachable, too, is to be seen as torn.
-    if fleet.round is not None and name in fleet.round.remaining():
-        return "updating"
-    if fleet.torn(name):
-        return "torn"
-    if not engine.reachable:
-        return "unreachable"
-    if not fleet.attached(name):
-        return "joining"
-    if fleet.version_of(name) is None:
-        return "held"
-    return "paused" if engine.paused else "serving"
+def _waiting(fleet: Fleet, now: float, unix_now: float) -> Iterator[WaitingView]:
+    for version, began in fleet.waiting_since.items():
+        if fleet.round is None or fleet.round.version != version:
+            shown = VersionView(step=version.step, generation=version.generation)
+            clause = conditions.waits_for(fleet, version, now) or "its round"
+            yield WaitingView(version=shown, waits_for=clause, since=unix_now - (now - began))
 
 
 def left_out_of(ranks: Sequence[Layout]) -> Iterator[LeftOutView]:

@@ -1,6 +1,7 @@
-"""The daemon's read-only HTTP routes: /status, /rounds, /plan/layouts and /metrics with the bearer token, /healthz.
+"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics and POST /verbs/VERB with the bearer token.
 
-/healthz needs none and says nothing but that the loop turns, because supervisors and load balancers hold no token.
+/healthz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first says only
+that the loop turns, the second in one word whether requests should go to an engine.
 """
 
 from collections.abc import Awaitable, Callable
@@ -8,9 +9,11 @@ from typing import Final, Protocol
 
 import msgspec
 from aiohttp import hdrs, web
+from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused, Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import bears
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
+from weightsync.orchestrator.protocol.text import clean
 
 MAX_ROUNDS: Final = 10_000
 """Rows of one answer: 5 MB of JSON."""
@@ -18,6 +21,10 @@ MAX_ROUNDS: Final = 10_000
 DEFAULT_ROUNDS: Final = 20
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+MAX_ORDER_BYTES: Final = 16_384
+"""Of the body of a verb; its texts are bounded each."""
 
 
 class Views(Protocol):
@@ -31,6 +38,9 @@ class Views(Protocol):
 
     async def layouts(self) -> LayoutsView | None:
         """What agents announced for the current plan, None before there is one."""
+
+    async def ready(self, engine: str) -> tuple[bool, str] | None:
+        """Whether requests should go to the engine, and what it is in a few words; None: there is none."""
 
 
 def routes(views: Views, token: str) -> list[web.RouteDef]:
@@ -52,22 +62,48 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
         found = await views.layouts()
         return web.Response(status=404, text="there is no plan yet\n") if found is None else _json(found)
 
-    def guarded(handler: Handler) -> Handler:
-        async def guard(request: web.Request) -> web.StreamResponse:
-            if bears(request, token):
-                return await handler(request)
-            headers = {hdrs.WWW_AUTHENTICATE: "Bearer"}
-            return web.Response(status=401, text="wrong or missing token\n", headers=headers)
-
-        return guard
+    async def show_ready(request: web.Request) -> web.StreamResponse:
+        found = await views.ready(request.match_info["engine"])
+        if found is None:
+            return web.Response(status=404, text="no such engine\n")
+        is_ready, text = found
+        return web.Response(status=200 if is_ready else 503, text=f"{text}\n")
 
     return [
         web.get("/healthz", _show_health),
-        web.get("/status", guarded(show_status)),
-        web.get("/rounds", guarded(show_rounds)),
-        web.get("/metrics", guarded(show_metrics)),
-        web.get("/plan/layouts", guarded(show_layouts)),
+        web.get("/engines/{engine}/ready", show_ready),
+        web.get("/status", _guarded(show_status, token)),
+        web.get("/rounds", _guarded(show_rounds, token)),
+        web.get("/metrics", _guarded(show_metrics, token)),
+        web.get("/plan/layouts", _guarded(show_layouts, token)),
     ]
+
+
+def verb_routes(verbs: Verbs, token: str) -> list[web.RouteDef]:
+    """The route of the operator's verbs; a refusal is plain text that says what there is instead."""
+
+    async def perform(request: web.Request) -> web.StreamResponse:
+        body = await request.content.read(MAX_ORDER_BYTES + 1)
+        try:
+            order = msgspec.json.decode(body, type=Order)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return web.Response(status=400, text=f"the body is no order: {clean(str(error))}\n")
+        try:
+            return _json(await verbs.perform(request.match_info["verb"], order, request.remote or "unknown"))
+        except VerbRefused as refused:
+            return web.Response(status=refused.status, text=f"{refused}\n")
+
+    return [web.post("/verbs/{verb}", _guarded(perform, token))]
+
+
+def _guarded(handler: Handler, token: str) -> Handler:
+    async def guard(request: web.Request) -> web.StreamResponse:
+        if bears(request, token):
+            return await handler(request)
+        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"}
+        return web.Response(status=401, text="wrong or missing token\n", headers=headers)
+
+    return guard
 
 
 async def _show_health(_: web.Request) -> web.StreamResponse:

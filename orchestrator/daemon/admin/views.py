@@ -7,7 +7,7 @@ from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.names import Member, Version
 
-VIEW_SCHEMA: Final = 1
+VIEW_SCHEMA: Final = 2
 """Raised when a field changes its meaning; new fields do not raise it."""
 
 HISTORY_ROUNDS: Final = 20
@@ -119,8 +119,40 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("times_ms", "unix_time")}
 
 
+class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is wrong: ``critical`` (nobody is served, or memory is torn) or ``degraded``.
+
+    ``about``: the engines that it is about, the first of ``count``. ``since`` in unix time, 0 where nobody knows.
+    """
+
+    severity: Literal["critical", "degraded"]
+    what: str
+    fix: str = ""
+    about: tuple[str, ...] = ()
+    count: int = 0
+    since: float = 0.0
+
+
+class WaitingView(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that was staged and that no round has begun for, and what it waits for."""
+
+    version: VersionView
+    waits_for: str
+    since: float
+
+
+class VerbView(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to an operator's verb: what happens now. It is durable when this is told."""
+
+    verb: str
+    target: str
+    says: str
+    schema: int = VIEW_SCHEMA
+
+
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon at a glance. ``state`` is one sentence: what it does and why.
+    """The daemon at a glance. ``state`` is one sentence: what it does and why. ``problems``: all that is wrong, worst
+    first. ``holds``: engines that the operator holds, and who said why; ``maintenance``: likewise, empty when off.
 
     ``source``: "daemon", or "journal" when the daemon was down and only the journal spoke. ``unneeded``: tensors that
     the trainer has and no engine needs, as far as the present plan knows.
@@ -138,7 +170,12 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     trainers: tuple[TrainerView, ...] = ()
     round: ProgressView | None = None
     rounds: tuple[RoundRow, ...] = ()
-    problems: tuple[str, ...] = ()
+    problems: tuple[ProblemView, ...] = ()
+    waiting: tuple[WaitingView, ...] = ()
+    holds: dict[str, str] = {}
+    drains: dict[str, str] = {}
+    """Engines that are drained, and why."""
+    maintenance: str = ""
     unneeded: tuple[str, ...] = ()
     schema: int = VIEW_SCHEMA
 

@@ -1,14 +1,17 @@
 """Performs the core's calls to engines, whichever kind they are, and reports each one's end as an event."""
 
 import asyncio
+import contextlib
 import time
+from collections import Counter
+from collections.abc import AsyncIterator
 
 import structlog
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines.errors import EngineError
-from weightsync.orchestrator.daemon.engines.interface import HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import EngineClient, HubAddress, Switch
 from weightsync.orchestrator.daemon.engines.kinds import client_of
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
@@ -33,7 +36,11 @@ class Engines:
             token_file=settings.agents_token_path,
             run_id=settings.run.id,
         )
-        self.clients = {engine.name: client_of(engine, settings.pause) for engine in settings.engines}
+        self.clients: dict[str, EngineClient] = {
+            engine.name: client_of(engine, settings.pause) for engine in settings.engines
+        }
+        self._busy: Counter[EngineClient] = Counter()
+        self._retired: set[EngineClient] = set()
 
     def call(self, command: CallEngine) -> None:
         """Start a call; it ends within its deadline, with one CallDone or CallFailed, whatever the engine does."""
@@ -41,15 +48,58 @@ class Engines:
 
     async def close(self) -> None:
         """End all connections. The calls under way are the inbox's to cancel, before this."""
-        for client in self.clients.values():
+        for client in (*self.clients.values(), *self._retired):
             await client.close()
+
+    async def made_for(self, settings: Settings) -> dict[str, EngineClient]:
+        """New clients for the engines of ``settings``, which ``replace`` takes.
+
+        Raises:
+            ConfigError: a key file cannot be read.
+            UnknownEngineKind: nobody here can talk to one of them.
+        """
+        made: dict[str, EngineClient] = {}
+        try:
+            for engine in settings.engines:
+                made[engine.name] = client_of(engine, settings.pause)
+        except BaseException:
+            for client in made.values():
+                await client.close()
+            raise
+        return made
+
+    async def replace(self, clients: dict[str, EngineClient]) -> None:
+        """From now on calls go through these. A call under way ends with the client that it began with."""
+        old, self.clients = self.clients, clients
+        for client in old.values():
+            if self._busy[client]:
+                self._retired.add(client)
+            else:
+                await client.close()
+
+    @contextlib.asynccontextmanager
+    async def _client(self, engine: str) -> AsyncIterator[EngineClient]:
+        client = self.clients.get(engine)
+        if client is None:  # it left the configuration after the call was decided
+            raise EngineError(engine, "call", "it is no member any more", sent=False)
+        self._busy[client] += 1
+        try:
+            yield client
+        finally:
+            self._busy[client] -= 1
+            if not self._busy[client]:
+                del self._busy[client]
+                if client in self._retired:
+                    self._retired.discard(client)
+                    await client.close()
 
     async def _perform(self, command: CallEngine) -> None:
         began = time.monotonic()
         try:
             # Also around clients that keep to their deadline: a probe is two calls, and they have it together.
             async with asyncio.timeout(command.deadline):
-                paused = await self._ask(command)
+                async with self._client(command.engine) as client:
+                    paused = await self._ask(client, command)
         except EngineError as error:
             self._failed(command, str(error), error.fault, error.retry)
         except TimeoutError:
@@ -72,9 +122,9 @@ class Engines:
         number = self._inbox.next_id()
         self._inbox.post(CallFailed(number, command.engine, command.call, command.number, clean(reason), fault, retry))
 
-    async def _ask(self, command: CallEngine) -> bool | None:
+    async def _ask(self, client: EngineClient, command: CallEngine) -> bool | None:
         """Performs one call; returns what is known about the pause afterwards, None where nothing is."""
-        client, deadline = self.clients[command.engine], command.deadline
+        deadline = command.deadline
         match command.call:
             case Call.PROBE:
                 await client.probe(deadline)

@@ -4,7 +4,9 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from aiohttp import web
 from command_line import TOKEN, cli, process
 from weightsync.orchestrator.core.records import (
@@ -17,7 +19,14 @@ from weightsync.orchestrator.core.records import (
     encode_record,
 )
 from weightsync.orchestrator.daemon.admin import routes as admin
-from weightsync.orchestrator.daemon.admin.views import EngineView, LayoutsView, RoundRow, RoundsView, StatusView
+from weightsync.orchestrator.daemon.admin.views import (
+    EngineView,
+    LayoutsView,
+    ProblemView,
+    RoundRow,
+    RoundsView,
+    StatusView,
+)
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
@@ -26,9 +35,11 @@ from weightsync.orchestrator.settings.settings import load
 class Views:
     """A daemon's views, fixed."""
 
+    problems: tuple[ProblemView, ...] = ()
+
     async def status(self) -> StatusView:
         engine = EngineView(name="a", url="http://a", role="both", state="serving", paused=False)
-        return StatusView(run="glm", state="step 40 is served", epoch=3, engines=(engine,))
+        return StatusView(run="glm", state="step 40 is served", epoch=3, engines=(engine,), problems=self.problems)
 
     async def rounds(self, last: int) -> RoundsView:
         row = RoundRow(round="3.1", step=40, generation=7, attempt=1, outcome="committed", total_ms=float(last))
@@ -36,6 +47,9 @@ class Views:
 
     async def layouts(self) -> LayoutsView | None:
         return None
+
+    async def ready(self, engine: str) -> tuple[bool, str] | None:
+        return {"a": (True, "serving"), "b": (False, "torn")}.get(engine)
 
 
 @contextlib.asynccontextmanager
@@ -128,3 +142,26 @@ async def test_neither_daemon_nor_journal(config: Path) -> None:
     assert done.code == 75
     assert done.out == ""
     assert "nor can the journal be read" in done.err
+
+
+@pytest.mark.parametrize(
+    ("severities", "code", "line"),
+    [
+        ((), 0, "ok: nothing is committed, 1 of 1 engines serve"),
+        (("degraded",), 1, "degraded: e0: left out"),
+        (("critical", "degraded"), 2, "critical: e0: left out (and 1 more)"),
+    ],
+)
+async def test_a_monitor_gets_a_code_and_one_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch, severities: tuple[Any, ...], code: int, line: str
+) -> None:
+    monkeypatch.setattr(Views, "problems", tuple(ProblemView(severity=s, what="e0: left out") for s in severities))
+    async with daemon(config):
+        done = await cli("status", "--check", "--config", config)
+    assert (done.code, done.out, done.err) == (code, line + "\n", "")
+
+
+async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
+    write_journal(config, EpochBegan(epoch=1))
+    done = await cli("status", "--check", "--config", config)
+    assert (done.code, done.out) == (75, "critical: the daemon is not running; no version was ever committed\n")

@@ -1,14 +1,16 @@
 """The tables at a glance."""
 
-from weightsync.orchestrator.cli.tables import rounds_text, status_text
+from weightsync.orchestrator.cli.tables import WIDTH, check_line, rounds_text, status_text
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
+    ProblemView,
     ProgressView,
     RoundRow,
     StatusView,
     TrainerView,
     VersionView,
+    WaitingView,
 )
 
 NOW = 100_000.0
@@ -35,7 +37,12 @@ def test_the_status_table_at_a_glance() -> None:
                              left_out=("d",), reason="no CLOSED from trainer/1 within 300 s", bytes=1_500_000_000,
                              wire_gb_per_s=41.234, pause_ms=30.4, stall_ms=210.6, verify_ms=25, total_ms=221,
                              unix_time=NOW - 30),),
-            problems=("broadcasts/step_007: wrongly named, ignored",),
+            problems=(
+                ProblemView(severity="critical", what="d: torn by step 39", fix="publish", about=("d",), count=1,
+                            since=NOW - 30),
+                ProblemView(severity="degraded", what="broadcasts/step_007: wrongly named, ignored"),
+            ),
+            waiting=(WaitingView(version=VersionView(step=41, generation=255), waits_for="the plan", since=NOW - 12),),
             unneeded=tuple(f"head.{number}" for number in range(9)),
         ),
         NOW,
@@ -43,14 +50,18 @@ def test_the_status_table_at_a_glance() -> None:
     assert (
         text
         == """\
-run glm   daemon epoch 2, up 2.0 h   journal cdcdcdcd
+run glm, daemon epoch 2, up 2.0 h, journal cdcdcdcd
+CRITICAL: d: torn by step 39 [30 s]
+    Fix: publish
+DEGRADED: broadcasts/step_007: wrongly named, ignored
 step 40 is served; waits for the next version
 committed: step 40 (generation ff), commit 3, 2 min ago, digest abababababababab
 round 2.7: step 40, attempt 2, writing for 0.4 s
+publish of step 41: waits 12 s for the plan
 
-ENGINE     ROLE     STATE        VERSION  RANKS  PAUSED  URL       LAST ERROR
-prefill-0  prefill  serving      step 40  8/8    no      http://a
-d          decode   held (TORN)  -        0/?    ?       http://b  bad [31m news
+ENGINE     ROLE     STATE        VERSION  RANKS  PAUSED
+prefill-0  prefill  serving      step 40  8/8    no
+d          decode   held (TORN)  -        0/?    ?
 
 TRAINER    STATE  STAGED   PROCESS
 trainer/0  ready  step 40  n:1
@@ -63,18 +74,16 @@ trainer/6  ready  step 40  n:1
 trainer/7  ready  step 40  n:1
 … and 2 more
 
-ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES  WIRE GB/S  PAUSE MS  STALL MS  VERIFY MS  TOTAL MS   AGO
-  2.6    39    1  failed   d        1.5 GB      41.23        30       211         25       221  30 s
+ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES   GB/S  PAUSE  STALL  VERIFY  TOTAL MS   AGO
+  2.6    39    1  failed   d        1.5 GB  41.23     30    211      25       221  30 s
     no CLOSED from trainer/1 within 300 s
     left out: d
 
-9 tensors of the trainer that no engine needs: head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, …
+9 tensors of the trainer that no engine needs: head.0, head.1, head.2, head.3, head.4, head.5,
+    head.6, head.7, …
 
 1 tensors of d stay as its start left them (a buffer):  cache
-2000 tensors of d are written, and whether they are read is not known (no way): a, b, …
-
-problems:
-  broadcasts/step_007: wrongly named, ignored"""
+2000 tensors of d are written, and whether they are read is not known (no way): a, b, …"""
     )
 
 
@@ -82,12 +91,45 @@ def test_no_rounds_yet() -> None:
     assert rounds_text((), NOW) == "no round has ended yet"
 
 
-def test_whose_fault_is_a_column_where_somebody_is_at_fault() -> None:
+def test_whose_fault_it_is_stands_before_the_reason() -> None:
     row = RoundRow(round="2.6", step=39, generation=255, attempt=1, outcome="failed", fault="network", reason="reset")
-    header, line, why = rounds_text((row,), NOW).splitlines()
-    assert header.split()[:5] == ["ROUND", "STEP", "TRY", "OUTCOME", "FAULT"]
-    assert line.split()[:5] == ["2.6", "39", "1", "failed", "network"]
-    assert why == "    reset"
+    assert rounds_text((row,), NOW).splitlines()[-1] == "    network: reset"
     engine = EngineView(name="a", url="http://a", role="both", state="unreachable", error="gone", fault="network")
     text = status_text(StatusView(run="glm", state="", engines=(engine,)), NOW)
-    assert text.splitlines()[-1].split()[-2:] == ["network", "gone"]
+    assert text.splitlines()[-1].split()[-1] == "network"
+
+
+def test_no_line_is_longer_than_a_terminal_and_none_obeys_escapes() -> None:
+    """Names of 128 characters, reasons of thousands, the largest numbers."""
+    name, reason = "e" * 128, "\x1b[31mwhy " * 500
+    version = VersionView(step=2**53, generation=2**53, sequence=2**53, digest="ab" * 32, unix_time=1.0)
+    left_out = LeftOutView(kind="unneeded", reason=reason, names=("n" * 300,) * 20, count=20)
+    engine = EngineView(
+        name=name, url="http://" + "u" * 2000, role="decode", state="unreachable", version=version, torn=True,
+        ranks_connected=65536, ranks_expected=65536, error=reason, fault="network", since=1.0, left_out=(left_out,),
+    )  # fmt: skip
+    row = RoundRow(
+        round=f"{2**53}.{2**53}", step=2**53, generation=1, attempt=10**6, outcome="committed", engines=(name,) * 3,
+        left_out=(name,) * 9, bytes=2**53, wire_gb_per_s=99999.99, pause_ms=1e9, stall_ms=1e9, verify_ms=1e9,
+        total_ms=1e9, reason=reason, fault="network", unix_time=1.0,
+    )  # fmt: skip
+    status = StatusView(
+        run="r" * 128, state=reason, epoch=2**53, journal_id="j" * 32, source="journal", started=1.0,
+        committed=version, engines=(engine,) * 3, rounds=(row,) * 3, unneeded=("t" * 300,) * 20,
+        trainers=(TrainerView(rank=65535, host="h" * 255, pid=2**22, state="staged", staged=version, since=1),) * 9,
+        problems=(ProblemView(severity="critical", what=f"{name}: {reason}", fix=reason, since=1.0),) * 3,
+        waiting=(WaitingView(version=version, waits_for=reason, since=1.0),),
+    )  # fmt: skip
+    for text in (status_text(status, NOW), rounds_text(status.rounds, NOW)):
+        assert max(map(len, text.splitlines())) <= WIDTH
+        assert "\x1b" not in text
+    assert "\n" not in check_line(status)
+
+
+def test_one_line_for_a_monitor() -> None:
+    version = VersionView(step=40, generation=255)
+    engines = tuple(EngineView(name=n, url="", role="both", state=s) for n, s in (("a", "serving"), ("b", "updating")))
+    good = StatusView(run="glm", state="", committed=version, engines=engines)
+    assert check_line(good) == "ok: step 40 is committed, 2 of 2 engines serve"
+    problems = tuple(ProblemView(severity="degraded", what=what) for what in ("a: slow", "b: late"))
+    assert check_line(StatusView(run="glm", state="", problems=problems)) == "degraded: a: slow (and 1 more)"

@@ -1,12 +1,15 @@
 """A daemon may die after any record: whatever prefix of the journal the next one reads, it begins consistently."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fleets import rank, trainer
 from recordings import recording
 from weightsync.orchestrator.core.commands import Append, Command
-from weightsync.orchestrator.core.events import AgentSaid
+from weightsync.orchestrator.core.errors import InvariantViolation
+from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
@@ -19,9 +22,10 @@ from weightsync.orchestrator.core.records import (
     RoundBegan,
     RoundEnded,
 )
-from weightsync.orchestrator.core.state import Fleet
-from weightsync.orchestrator.protocol.messages import Staged, TrainerStatus
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.state import Fleet, Unclosed
+from weightsync.orchestrator.protocol.messages import EngineStatus, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
 VERSION = Version(7, 1)
@@ -81,3 +85,64 @@ def test_words_of_an_earlier_connection_are_not_heard(drive: Any) -> None:
     fleet.connect(TRAINER, TrainerStatus())
     fleet.happens(AgentSaid(fleet.id(), TRAINER, old, STAGED))
     assert fleet.fleet.agents[TRAINER].staged is None
+
+
+def test_the_answer_to_a_call_that_another_one_replaced_says_nothing(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.PAUSING)
+    number = fleet.fleet.engines["e0"].calls[Call.PAUSE]
+    fleet.happens(CallDone(fleet.id(), "e0", Call.PAUSE, number - 1, 0.01, True))
+    assert not fleet.round.engines["e0"].paused
+    fleet.happens(CallDone(fleet.id(), "e0", Call.PAUSE, number, 0.01, True))
+    assert fleet.round.phase is Phase.QUIESCING
+
+
+def _told_twice_of_a_grant(fleet: Any) -> None:
+    """A writer of a round that is over may still write to the engine."""
+    fleet.to(Phase.EXPOSING)
+    fleet.fleet.unclosed[trainer(7), RoundName(1, 77)] = Unclosed(1, "h", "b", {ENGINE: 100}, outlived=True)
+    fleet.to(Phase.WRITING)
+
+
+def _torn_when_resumed(fleet: Any) -> None:
+    going = fleet.to(Phase.SWITCHING)
+    fleet.leave(going.version)
+    fleet.fleet.agents[ENGINE].status = EngineStatus(going.version, torn=True)
+    fleet.answers("e0", Call.FINISH)
+
+
+def _of_no_proved_plan(fleet: Any) -> None:
+    fleet.to(Phase.EXPOSING)
+    fleet.fleet.plan = dataclasses.replace(fleet.fleet.plan, proved=False)
+    fleet.to(Phase.WRITING)
+
+
+def _with_another_digest(fleet: Any) -> None:
+    going = fleet.to(Phase.SWITCHING)
+    going.expected[ENGINE] = ((0, 0), 0)
+    fleet.leave(going.version)
+    fleet.answers("e0", Call.FINISH)
+    fleet.answers("e0", Call.RESUME, False)
+
+
+def _to_who_has_not_confirmed(fleet: Any) -> None:
+    fleet.to(Phase.EXPOSING)
+    fleet.fleet.agents[ENGINE].fingerprint = ""
+    fleet.to(Phase.WRITING)
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [
+        ("S1", _torn_when_resumed),
+        ("S2", _told_twice_of_a_grant),
+        ("S4", _with_another_digest),
+        ("S5", _to_who_has_not_confirmed),
+        ("S6", _of_no_proved_plan),
+    ],
+)
+def test_a_step_that_would_break_an_invariant_is_not_taken(
+    drive: Any, name: str, breaks: Callable[[Any], None]
+) -> None:
+    with pytest.raises(InvariantViolation, match=f"^{name}: "):
+        breaks(drive())

@@ -1,5 +1,6 @@
 """The operator's wishes: journaled where they outlive a moment, and nothing is done behind the core's back."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from weightsync.orchestrator.core.events import (
     DeadDeclared,
     HoldAsked,
     MaintenanceAsked,
+    PolicyChanged,
     RetryAsked,
+    StopAsked,
 )
 from weightsync.orchestrator.core.records import EngineHeld, GrantOver, LiveDirty, Maintenance, RoundBegan, Taint
 from weightsync.orchestrator.core.round.transitions import Phase
@@ -86,7 +89,32 @@ def test_a_writer_that_is_declared_dead_taints_nothing_any_more(drive: Any) -> N
     assert GrantOver(round=NAME, writer="trainer/1", reason=why) in fleet.written()
 
 
+def test_but_a_process_that_is_connected_is_not_dead(drive: Any) -> None:
+    fleet = drive()
+    fleet.to(Phase.WRITING)
+    open_grants = dict(fleet.fleet.unclosed)
+    fleet.happens(DeadDeclared(fleet.id(), "ann", "the old one", trainer(0)))
+    assert fleet.fleet.unclosed == open_grants
+    assert "trainer/0 is connected and holds the grant of round 1.1; it is not dead" in fleet.told()
+
+
 def test_what_nobody_knows_is_an_error(drive: Any) -> None:
     fleet = drive()
     with pytest.raises(TypeError, match="nobody knows what Asked asks for"):
         fleet.happens(Asked(fleet.id(), "ann", ""))
+
+
+def test_a_daemon_that_stops_begins_no_round(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.happens(StopAsked(fleet.id()))
+    fleet.stage(1)
+    fleet.settle()
+    assert fleet.fleet.round is None
+    assert "waiting for the next start of the daemon, which is stopping" in fleet.fleet.sentence
+
+
+def test_a_policy_that_was_read_again_counts_from_the_next_decision_on(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.happens(PolicyChanged(fleet.id(), replace(fleet.policy, patience=7.0)))
+    assert fleet.fleet.policy.patience == 7.0
+    assert fleet.fleet.plan is not None, "nothing else is disturbed"

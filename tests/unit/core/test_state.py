@@ -102,3 +102,12 @@ def test_how_many_trainer_ranks_there_are(drive: Any) -> None:
     fleet.connect(trainer(1), world=3)
     assert not fleet.fleet.trainers_whole()
     assert [agent.member for agent in fleet.fleet.trainers()] == [trainer(1)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_ranks_are_in_their_order_however_they_come(drive: Any, order: tuple[int, ...]) -> None:
+    fleet = drive(ranks=3)
+    for number in order:
+        fleet.connect(rank("e0", number))
+    fleet.connect(rank("e0", 1))
+    assert [agent.member.rank for agent in fleet.fleet.ranks_of("e0")] == [0, 1, 2]

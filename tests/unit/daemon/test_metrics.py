@@ -2,7 +2,7 @@
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
+from weightsync.orchestrator.daemon.admin.views import EngineView, ProblemView, RoundRow, StatusView, VersionView
 from weightsync.orchestrator.daemon.metrics import render
 
 COMMITTED = VersionView(step=40, generation=7, sequence=3, unix_time=900.5)
@@ -28,13 +28,14 @@ def samples(status: StatusView) -> dict[tuple[str, ...], float]:
 def test_a_daemon_that_has_committed() -> None:
     status = StatusView(
         run="glm", state="all is well", epoch=2, committed=COMMITTED, engines=ENGINES, rounds=(ROUND,),
-        problems=("step_x is no step",),
+        problems=(ProblemView(severity="critical", what="torn"), ProblemView(severity="degraded", what="late")),
     )  # fmt: skip
     torn = ('q"\n', "decode")
     assert samples(status) == {
         ("weightsync_epoch",): 2,
         ("weightsync_round_running",): 0,
-        ("weightsync_problems",): 1,
+        ("weightsync_problems", "critical"): 1,
+        ("weightsync_problems", "degraded"): 1,
         ("weightsync_committed_step",): 40,
         ("weightsync_committed_sequence",): 3,
         ("weightsync_committed_unix_seconds",): 900.5,
@@ -60,7 +61,8 @@ def test_a_daemon_that_has_committed() -> None:
 
 def test_a_daemon_that_has_done_nothing_yet() -> None:
     empty = StatusView(run="glm", state="")
-    assert samples(empty) == {("weightsync_epoch",): 0, ("weightsync_round_running",): 0, ("weightsync_problems",): 0}
+    none = {("weightsync_problems", severity): 0 for severity in ("critical", "degraded")}
+    assert samples(empty) == {("weightsync_epoch",): 0, ("weightsync_round_running",): 0, **none}
 
 
 @pytest.mark.parametrize(

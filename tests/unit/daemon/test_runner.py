@@ -1,10 +1,12 @@
 """The daemon's life in one process: it starts, is asked, is told to stop, and ends when it must not go on."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import socket
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -166,7 +168,7 @@ async def test_problems_of_markers_are_in_the_status(settings: Settings) -> None
         (settings.run.directory / "broadcasts" / "step_x").mkdir(parents=True)
 
         async def told() -> Any:
-            return [p for p in (await asked(port, "/status"))["problems"] if "step_x" in p]
+            return [p["what"] for p in (await asked(port, "/status"))["problems"] if "step_x" in p["what"]]
 
         assert "wrongly named" in (await until(told))[0]
 
@@ -381,3 +383,93 @@ async def test_what_a_rendezvous_built_is_frozen_once(settings: Settings, monkey
             runner.fleet.confirmed_plan = plan
             runner._decide([])
     assert frozen == [1, 2]
+
+
+async def test_what_was_frozen_and_has_ended_is_given_back_at_the_next_rendezvous(settings: Settings) -> None:
+    """A connection and its task know each other: only the collector ends them, and it does not look at the frozen."""
+
+    class Connection:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.collect()
+    connection = Connection()
+    ended = weakref.ref(connection)
+    try:
+        async with running(settings) as (runner, _, _):
+            runner.fleet.confirmed_plan = 1
+            runner._decide([])
+            del connection
+            gc.collect()
+            assert ended() is not None
+            runner.fleet.confirmed_plan = 2
+            runner._decide([])
+            assert ended() is None
+    finally:
+        gc.unfreeze()
+
+
+# ------------------------------------------------------------------------------------------------- verbs and signals
+async def order(port: int, verb: str, **body: str) -> tuple[int, str]:
+    headers = {"Authorization": "Bearer the-token"}
+    url = f"http://127.0.0.1:{port}/verbs/{verb}"
+    async with aiohttp.ClientSession(headers=headers) as session, session.post(url, json=body) as got:
+        return got.status, await got.text()
+
+
+async def test_a_hold_is_durable_when_it_is_answered_and_outlives_the_daemon(settings: Settings) -> None:
+    async with running(settings) as (runner, port, _):
+        status, text = await order(port, "hold", target="e0", reason="new driver", by="ann@desk")
+        assert (status, json.loads(text)["verb"]) == (200, "hold")
+        assert [e.kind for e in await runner.journal.entries()][-1] == "EngineHeld"
+        assert await order(port, "hold", target="e9") == (404, "there is no engine 'e9'; engines are: e0\n")
+    async with running(settings) as (_, port, _):
+        (held,) = [p for p in (await asked(port, "/status"))["problems"] if "new driver" in p["what"]]
+        assert held["what"].startswith("e0: held by the operator (ann@desk at 20")
+        assert (await order(port, "release", target="e0"))[0] == 200
+        assert (await asked(port, "/status"))["holds"] == {}
+    lines = [json.loads(line) for line in (settings.state_directory / "audit.jsonl").read_text().splitlines()]
+    assert [(line["verb"], line["target"], line["who"]) for line in lines] == [
+        ("hold", "e0", "ann@desk"), ("hold", "e9", "127.0.0.1"), ("release", "e0", "127.0.0.1"),
+    ]  # fmt: skip
+    assert lines[1]["result"].startswith("refused: there is no engine 'e9'")
+
+
+async def test_sighup_takes_what_may_change_and_keeps_the_rest(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    before = file.read_text()
+
+    def read() -> Settings:
+        new = load(file, {})
+        return new.model_copy(update={"listen": settings.listen})
+
+    runner = Runner(settings, read)
+    served: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(runner.run(served.set_result))
+    port = await asyncio.wait_for(served, SECONDS)
+    client = runner.engines.clients["e0"]
+
+    async def patience(seconds: float) -> None:
+        async def holds() -> bool:
+            return runner.fleet.policy.patience == seconds
+
+        await until(holds)
+
+    for bad in ("commit: {patience: 1}", "rescan_seconds: 2\ncommit: {patience_seconds: 1}", "{", "engines: []"):
+        file.write_text(before.replace("rescan_seconds: 1", bad))
+        with structlog.testing.capture_logs() as said:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+            async def told(said: list[Any] = said) -> bool:
+                return any("not taken" in line["event"] for line in said)
+
+            await until(told)
+        assert runner.fleet.policy.patience == settings.commit.patience_seconds
+        assert runner.engines.clients["e0"] is client
+    file.write_text(before + "commit: {patience_seconds: 7}\npause: {mode: wait}\n")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await patience(7)
+    assert runner.engines.clients["e0"] is not client
+    assert (await asked(port, "/status"))["epoch"] == 1, "it is the same daemon"
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(task, SECONDS)

@@ -7,7 +7,16 @@ from fleets import ANNOUNCE, rank, trainer
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentLost, Call
-from weightsync.orchestrator.core.records import AnyRecord, Decided, EpochBegan, GrantOver, LiveDirty, RoundBegan, Taint
+from weightsync.orchestrator.core.records import (
+    AnyRecord,
+    Decided,
+    EpochBegan,
+    GrantOver,
+    LiveDirty,
+    RoundBegan,
+    Taint,
+    TrainerBegan,
+)
 from weightsync.orchestrator.core.round import blame
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
@@ -40,7 +49,6 @@ STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.
         (TRAINER, {"schema": 99}, "it speaks schema 99"),
         (TRAINER, {"run_id": "other"}, "it belongs to run 'other'"),
         (Member("trainer", "", 5), {}, "rank 5 is outside its world of 1"),
-        (Member("inference", "e9", 0), {}, "engine 'e9' is not configured; engines are: e0"),
     ],
 )
 def test_a_hello_of_somebody_else_is_refused_for_good(
@@ -52,6 +60,14 @@ def test_a_hello_of_somebody_else_is_refused_for_good(
     assert reason in refusal.refused.reason
     assert not refusal.refused.retry
     assert fleet.fleet.agents == {}
+
+
+def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(Member("inference", "e9", 0))
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert refusal.refused.reason == "engine 'e9' is not configured; engines are: e0"
+    assert refusal.refused.retry
 
 
 def test_a_second_process_of_the_same_rank_is_refused_by_name(drive: Any) -> None:
@@ -290,13 +306,36 @@ def test_all_ranks_must_agree_on_how_many_there_are(drive: Any) -> None:
     fleet = drive()
     fleet.connect(rank("e0", 0), world=2)
     fleet.connect(rank("e0", 1), world=4)
-    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", False)]
+    assert refusals(fleet) == [("it says that there are 4 ranks, others say [2]", "config", True)]
 
 
 def test_and_with_the_configuration(drive: Any) -> None:
     fleet = drive(options={"trainer_world": 3})
     fleet.connect(TRAINER, world=2)
-    assert refusals(fleet) == [("it says that there are 2 ranks, others say [3]", "config", False)]
+    assert refusals(fleet) == [("it says that there are 2 ranks, the configuration 3", "config", False)]
+
+
+def test_a_trainer_of_another_size_waits_for_the_end_of_the_first(drive: Any) -> None:
+    """Refused for good it would have to be started once more, only because the first one's end was noticed late."""
+    fleet = drive()
+    fleet.connect(TRAINER, world=2)
+    fleet.connect(TRAINER, incarnation=5, generation=8, world=1)
+    (refused,) = refusals(fleet)
+    assert refused == ("trainer/0 of another trainer start is still connected", "trainer", True)
+
+
+def test_a_trainer_that_was_replaced_stays_so_when_the_daemon_is_restarted(drive: Any) -> None:
+    """Else it would be taken for a new one, and the new one be refused for good as replaced."""
+    fleet = drive()
+    for generation in (7, 8):
+        fleet.connect(TRAINER, incarnation=generation, generation=generation)
+        fleet.loses(TRAINER)
+    again = drive(records=fleet.written())
+    again.connect(TRAINER, incarnation=7, generation=7)
+    assert refusals(again) == [("its trainer generation 7 was replaced by a newer start", "trainer", False)]
+    again.connect(TRAINER, incarnation=8, generation=8)
+    assert again.fleet.agents[TRAINER].hello.generation == 8
+    assert [record for record in again.written() if isinstance(record, TrainerBegan)] == []
 
 
 @pytest.mark.parametrize(

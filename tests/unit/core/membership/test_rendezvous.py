@@ -7,10 +7,19 @@ import pytest
 from fleets import plan_facts
 from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
+from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut
-from weightsync.orchestrator.protocol.messages import Announce, Outcome, Staged, TcpStoreRendezvous, Welcome
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    EdgeFailure,
+    Outcome,
+    Ready,
+    Staged,
+    TcpStoreRendezvous,
+    Welcome,
+)
 from weightsync.orchestrator.protocol.names import Member, Version
 
 TRAINER, FIRST, SECOND = Member("trainer", "", 0), Member("inference", "e0", 0), Member("inference", "e1", 0)
@@ -72,6 +81,40 @@ def test_an_old_plan_is_never_delivered_to_new_layouts(drive: Any) -> None:
     fleet.passes(1.0)
     assert [command for command in fleet.commands[before:] if isinstance(command, SendPlan)] == []
     assert fleet.fleet.plan is None
+
+
+@pytest.mark.parametrize("member", [TRAINER, FIRST])
+def test_a_connect_that_may_be_lost_with_its_connection_is_sent_again(drive: Any, member: Member) -> None:
+    """Or its confirmation: nobody else would ever say it, and no round begins without it."""
+    fleet = drive()
+    fleet.connect(TRAINER)
+    fleet.says(TRAINER, ANNOUNCE)
+    fleet.passes(0.0)
+    fleet.answers("e0", Call.PROBE, True)
+    fleet.bring("e0")
+    wanted = plans(fleet)[-1]
+    fleet.happens(PlanReady(fleet.id(), wanted.number, plan_facts(wanted)))
+    before = len(fleet.commands)
+    fleet.connect(member)
+    fleet.says(member, ANNOUNCE)
+    again = [command for command in fleet.commands[before:] if isinstance(command, SendPlan)]
+    assert [command.member for command in again] == [member]
+    fleet.says(member, Ready(fingerprint=again[0].connect.fingerprint))
+    assert fleet.fleet.is_confirmed(member)
+    before = len(fleet.commands)
+    fleet.connect(member)
+    assert not [command for command in fleet.commands[before:] if isinstance(command, SendPlan)], "it is confirmed"
+    assert fleet.fleet.is_confirmed(member)
+
+
+def test_an_edge_counts_as_alive_until_its_writer_says_again_that_it_is_dead(drive: Any) -> None:
+    """The word that it is alive again may have been lost with the connection."""
+    fleet = drive.joined()
+    said = fleet.fleet.agents[TRAINER].fingerprint
+    fleet.says(TRAINER, Ready(fingerprint=said, failed=(EdgeFailure(FIRST, "no route"),)))
+    assert rendezvous.dead_edge(fleet.fleet, "e0")
+    fleet.connect(TRAINER)
+    assert not rendezvous.dead_edge(fleet.fleet, "e0")
 
 
 def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -> None:

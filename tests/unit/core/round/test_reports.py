@@ -83,6 +83,9 @@ def test_a_word_out_of_turn_costs_its_agent_the_connection(drive: Any, phase: Ph
     assert [(c.member, c.connection) for c in fresh if isinstance(c, Drop)] == [(member, fleet.connections[member])]
     assert (going.phase, going.quiesced & {ENGINE} if phase is Phase.PAUSING else set()) == (phase, set())
     assert (going.closed, going.final, going.verified) == ({}, set(), {})
+    assert member not in fleet.fleet.agents
+    fleet.connect(member, incarnation=77)
+    assert fleet.fleet.agents[member].hello.incarnation == 77, "who died meanwhile keeps nobody out"
 
 
 def test_a_worker_that_leaves_by_itself_costs_its_engine(drive: Any) -> None:
@@ -395,6 +398,16 @@ def test_or_with_those_that_it_must_serve_with(drive: Any, options: dict[str, An
     assert [fleet.called(name, Call.RESUME) for name in ("e0", "e1")] == [0, 0]
     serve(fleet, going, "e0")
     assert [fleet.called(name, Call.RESUME) for name in ("e0", "e1")] == [1, 1]
+
+
+def test_but_not_for_longer_than_their_patience(drive: Any) -> None:
+    fleet = drive(("e0", "e1"), options={"together": True, "patience": 5.0, "finish": 60.0})
+    going = fleet.to(Phase.SWITCHING)
+    serve(fleet, going, "e1")
+    fleet.passes(0.25)
+    fleet.passes(5.0)
+    assert going.remaining() == ["e1"]
+    assert fleet.called("e1", Call.RESUME) == 1
 
 
 @pytest.mark.parametrize("call", [Call.FINISH, Call.RESUME])

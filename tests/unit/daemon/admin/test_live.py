@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fleets import policy_for
+from weightsync.orchestrator.core.events import Asked
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
+from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.daemon.hub.token import TokenError
 from weightsync.orchestrator.daemon.journal import Journal
@@ -46,7 +49,14 @@ class Daemon:
             "markers": self,
             "layouts": lambda run: self.layouts if run == "glm" else None,
         }
-        self.views = LiveViews(settings=settings, fleet=self.fleet, history=self.history, journal=self.journal, **parts)
+        self.asked: list[Asked] = []
+        self.views = LiveViews(
+            settings=settings, fleet=self.fleet, history=self.history, journal=self.journal,
+            verbs=Verbs(self.fleet, Audit(settings.state_directory), self.ask, lambda: 1), **parts,
+        )  # fmt: skip
+
+    async def ask(self, event: Asked) -> None:
+        self.asked.append(event)
 
 
 @pytest.fixture
@@ -64,7 +74,7 @@ async def test_the_status_is_of_this_moment(daemon: Daemon) -> None:
     assert 0 < status.started <= status.unix_time
     assert status.committed is not None
     assert (status.committed.step, status.committed.unix_time) == (41, 9.0)
-    assert status.problems == ("step_x: wrongly named",)
+    assert "step_x: wrongly named" in [problem.what for problem in status.problems]
     assert [(engine.name, engine.url) for engine in status.engines] == [("e0", "http://127.0.0.1:1")]
 
 
@@ -93,4 +103,11 @@ async def test_they_are_served_to_whoever_bears_the_token(daemon: Daemon, settin
     settings.listen.token_file.write_text("the-token")
     daemon.views.add_routes(app)
     paths = {resource.canonical for resource in app.router.resources()}
-    assert paths == {"/healthz", "/status", "/rounds", "/metrics", "/plan/layouts"}
+    assert paths == {
+        "/healthz", "/status", "/rounds", "/metrics", "/plan/layouts", "/engines/{engine}/ready", "/verbs/{verb}",
+    }  # fmt: skip
+
+
+async def test_whether_an_engine_is_ready(daemon: Daemon) -> None:
+    assert await daemon.views.ready("e0") == (False, "joining")
+    assert await daemon.views.ready("e9") is None

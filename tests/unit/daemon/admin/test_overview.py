@@ -11,7 +11,7 @@ from weightsync.orchestrator.core.records import Committed
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
 from weightsync.orchestrator.daemon.admin.history import History
-from weightsync.orchestrator.daemon.admin.overview import Overview, engine_state, left_out_of
+from weightsync.orchestrator.daemon.admin.overview import Overview, left_out_of
 from weightsync.orchestrator.daemon.admin.views import LeftOutView, TrainerView, VersionView
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -35,31 +35,6 @@ def fleet_with(status: EngineStatus | None, **engine: Any) -> Fleet:
 
 
 SERVING = EngineStatus(applied=VERSION)
-
-
-@pytest.mark.parametrize(
-    ("status", "engine", "word"),
-    [
-        (SERVING, {"paused": False}, "serving"),
-        (SERVING, {"paused": True}, "paused"),
-        (SERVING, {"reachable": False}, "unreachable"),
-        (EngineStatus(), {"paused": True}, "held"),
-        (EngineStatus(applied=VERSION, torn=True), {"paused": True}, "torn"),
-        (EngineStatus(applied=VERSION, torn=True), {"reachable": False}, "torn"),
-        (None, {}, "joining"),
-        (None, {"reachable": False}, "unreachable"),
-    ],
-)
-def test_one_word_for_an_engine(status: EngineStatus | None, engine: dict[str, Any], word: str) -> None:
-    assert engine_state(fleet_with(status, **engine), "e0") == word
-
-
-def test_in_a_round_it_is_updating_until_it_is_left_out() -> None:
-    fleet = fleet_with(SERVING, paused=True)
-    fleet.round = Round(RoundName(1, 1), VERSION, 1, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING)
-    assert engine_state(fleet, "e0") == "updating"
-    fleet.round.engines["e0"].left_out = "its /resume failed"
-    assert engine_state(fleet, "e0") == "paused"
 
 
 # ------------------------------------------------------------------------------------------------------------- status
@@ -86,16 +61,22 @@ def test_an_engine_in_the_status(overview: Overview) -> None:
     assert overview.status(fleet, History(), (), now=0.0).engines[0].error == "its layout is another model's"
 
 
-def test_since_changes_with_the_state_only(overview: Overview, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100, 200))
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+def test_since_when_comes_from_the_core_however_late_somebody_asks(
+    overview: Overview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    fleet = fleet_with(SERVING, paused=False)
+    fleet.words = {"e0": ("serving", 20.0)}
+    assert overview.status(fleet, History(), (), now=50.0).engines[0].since == 970.0
+    fleet.engines["e0"].paused = True
+    assert overview.status(fleet, History(), (), now=50.0).engines[0].since == 1000.0, "it is news"
 
-    def since(**engine: Any) -> float:
-        return overview.status(fleet_with(SERVING, **engine), History(), (), now=0.0).engines[0].since
 
-    first = since(paused=False)
-    assert since(paused=False) == first
-    assert since(paused=True) > first
+def test_what_a_publish_waits_for(overview: Overview) -> None:
+    fleet = fleet_with(SERVING, paused=False)
+    fleet.waiting_since[Version(7, 2)] = 3.0
+    (waiting,) = overview.status(fleet, History(), (), now=4.0).waiting
+    assert (waiting.version.step, waiting.waits_for) == (2, "a trainer: none is connected")
 
 
 def test_a_round_under_way(overview: Overview) -> None:

@@ -2,18 +2,21 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.admin import routes as admin
+from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LayoutsView,
     RoundRow,
     RoundsView,
     StatusView,
+    VerbView,
     VersionView,
 )
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
@@ -52,6 +55,9 @@ class Fixed:
 
     async def layouts(self) -> LayoutsView | None:
         return self._layouts
+
+    async def ready(self, engine: str) -> tuple[bool, str] | None:
+        return {"a": (True, "serving"), "b": (False, "torn")}.get(engine)
 
 
 @contextlib.asynccontextmanager
@@ -112,3 +118,45 @@ async def test_metrics() -> None:
         assert response.status == 200
         assert response.headers["Content-Type"] == CONTENT_TYPE
         assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1.0' in (await response.text()).splitlines()
+
+
+async def test_a_load_balancer_asks_without_a_token() -> None:
+    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+        assert await get(url + "/engines/a/ready", None) == (200, b"serving\n")
+        assert await get(url + "/engines/b/ready", None) == (503, b"torn\n")
+        assert await get(url + "/engines/c/ready", None) == (404, b"no such engine\n")
+
+
+class Obeying:
+    """Verbs that note what they are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Order, str]] = []
+
+    async def perform(self, verb: str, order: Order, address: str) -> VerbView:
+        self.asked.append((verb, order, address))
+        if verb == "explode":
+            raise VerbRefused(404, "there is no verb 'explode'")
+        return VerbView(verb=verb, target=order.target, says="done")
+
+
+async def post(url: str, body: bytes, token: str = TOKEN) -> tuple[int, bytes]:
+    headers = {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=headers) as response:
+        return response.status, await response.read()
+
+
+async def test_verbs_are_posted_by_whoever_bears_the_token() -> None:
+    verbs: Any = Obeying()
+    async with serving(admin.verb_routes(verbs, TOKEN)) as url:
+        status, body = await post(url + "/verbs/hold", b'{"target": "a", "reason": "why", "by": "ann"}')
+        assert (status, msgspec.json.decode(body, type=VerbView).says) == (200, "done")
+        assert verbs.asked == [("hold", Order(target="a", reason="why", by="ann"), "127.0.0.1")]
+        assert await post(url + "/verbs/explode", b"{}") == (404, b"there is no verb 'explode'\n")
+        assert await post(url + "/verbs/hold", b"{}", "wrong") == (401, b"wrong or missing token\n")
+        assert (await get(url + "/verbs/hold"))[0] == 405
+        for body in (b"", b"[]", b"\xff", b'{"target": 1}', b'{"tarket": "a"}', b"[" * 20_000, b" " * 1_000_000,
+                     b'{"reason": "%s"}' % (b"x" * 301)):  # fmt: skip
+            status, text = await post(url + "/verbs/hold", body)
+            assert (status, text.startswith(b"the body is no order")) == (400, True)
+        assert len(verbs.asked) == 2

@@ -233,6 +233,30 @@ async def test_a_process_that_left_the_plan_is_forgotten_when_another_takes_its_
     assert calls(asked, "forget") == ["one"]
 
 
+@pytest.mark.parametrize(("kept", "forgotten"), [(0, ["one"]), (1, [])])
+async def test_of_those_that_left_the_plan_the_oldest_are_forgotten(fleet, monkeypatch, kept, forgotten):
+    """An engine that scales comes back under another name, so nobody would ever take its place."""
+    monkeypatch.setattr(senders, "KEPT_ABSENT", kept)
+    await fleet.connect(r0="zero", r1="one")
+    _, asked = await fleet.connect(r0="zero")
+    assert calls(asked, "forget") == forgotten
+    _, asked = await fleet.connect(r1="one")
+    assert calls(asked, "edge") == ["one"]
+    assert calls(asked, "forget") == (["zero"] if kept == 0 else [])
+
+
+async def test_one_that_left_the_plan_is_not_forgotten_while_a_write_to_it_is_in_flight(fleet, monkeypatch):
+    monkeypatch.setattr(senders, "KEPT_ABSENT", 0)
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.hung["one"] = "posted"
+    _, asked = await fleet.connect(r0="zero")
+    assert calls(asked, "forget") == []
+    assert fleet.rank.sender.in_flight() == [SECOND]
+    fleet.double.hung.clear()
+    _, asked = await fleet.connect(r0="zero")
+    assert calls(asked, "forget") == ["one"]
+
+
 async def test_a_process_that_comes_back_into_the_plan_gets_its_edge_again(fleet):
     """Also if a plan between failed: an edge that was given back is never written by."""
     await fleet.connect(r0="zero", r1="one")

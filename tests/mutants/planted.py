@@ -1,0 +1,350 @@
+"""The bugs that ``plant`` plants: each one somebody could make, and breaks a promise of the protocol."""
+
+from typing import Final
+
+from plant import Mutant
+
+_MEMBERS: Final = "core/membership/members.py"
+_MEMORY: Final = "core/memory.py"
+_ENGINES: Final = "core/membership/engines.py"
+_MACHINE: Final = "core/machine.py"
+_STATE: Final = "core/state.py"
+_CONDITIONS: Final = "core/conditions.py"
+_ENTRY: Final = "core/round/entry.py"
+_JUDGE: Final = "core/round/judge.py"
+_REPORTS: Final = "core/round/reports.py"
+_PHASES: Final = "core/round/phases.py"
+_ENDINGS: Final = "core/round/endings.py"
+_TABLE: Final = "core/round/transitions.py"
+_OUTBOX: Final = "daemon/outbox.py"
+
+_TAINTS: Final = (
+    Mutant(
+        "taint cleared by one restarted target",
+        _MEMBERS,
+        '            if not pending.targets:\n                grant_over(turn, writer, name, "all',
+        '            if True:\n                grant_over(turn, writer, name, "all',
+    ),
+    Mutant(
+        "taint cleared by a newer process anywhere",
+        _STATE,
+        "return same_place and hello.incarnation != self.incarnation",
+        "return hello.incarnation != self.incarnation",
+    ),
+    Mutant(
+        "taint cleared by a process of a host that does not say its boot",
+        _STATE,
+        "same_place = bool(self.boot) and ",
+        "same_place = ",
+    ),
+    Mutant(
+        "taint cleared by CLOSED towards one peer",
+        _MEMBERS,
+        "    if message.final or not pending.targets:\n",
+        "    if message.final or message.peers:\n",
+    ),
+    Mutant(
+        "taint forgotten at the end of a round",
+        _MEMORY,
+        "    memory.unclosed |= {(writer, record.round): taint for writer, taint in record.unclosed.items()}\n",
+        "",
+    ),
+    Mutant(
+        "taint of an open round forgotten by a restart",
+        _MACHINE,
+        "unclosed=orphan.writers if torn else {}",
+        "unclosed={}",
+    ),
+    Mutant(
+        "taint that is over comes back with a restart", _MEMORY, "memory.unclosed.pop((writer, name), None)", "pass"
+    ),
+    Mutant("an engine within reach of a late writer takes part", _CONDITIONS, " and not fleet.tainted(name)", ""),
+    Mutant(
+        "a grant given before the journal knows",
+        _PHASES,
+        "waits.not_quiesced, Phase.MARKING",
+        "waits.not_quiesced, Phase.WRITING",
+    ),
+    Mutant(
+        "writers are not told whom to spare",
+        _ENTRY,
+        "    if current.granted:\n        for writer",
+        "    if False:\n        for writer",
+    ),
+)
+
+_COMMIT: Final = (
+    Mutant(
+        "a commit told before it is durable",
+        _ENTRY,
+        "    # In this order: a round that has ended",
+        "    from weightsync.orchestrator.protocol.messages import Outcome\n\n"
+        "    for agent in turn.fleet.trainers():\n"
+        "        turn.send(agent.member, Outcome(version=current.version, committed=True, sequence=sequence))\n"
+        "    # In this order: a round that has ended",
+    ),
+    Mutant(
+        "RoundEnded before Committed",
+        _ENTRY,
+        "    turn.append_and_wait(Committed(round=current.name, version=current.version, sequence=sequence))\n"
+        '    turn.append(summary(turn, current, "committed"))',
+        '    turn.append(summary(turn, current, "committed"))\n'
+        "    turn.append_and_wait(Committed(round=current.name, version=current.version, sequence=sequence))",
+    ),
+    Mutant(
+        "commands leave before the record in front of them is durable",
+        _OUTBOX,
+        "                await self._append([command for command in commands if isinstance(command, Append)])\n",
+        "                append = self._append([command for command in commands if isinstance(command, Append)])\n"
+        "                self._inbox.spawn(append, 'append')\n",
+        ("tests/unit/daemon/test_outbox.py",),
+    ),
+    Mutant(
+        "a restart forgets that a round was decided",
+        _MACHINE,
+        "        _end_orphan(turn, orphan.decided,",
+        "        _end_orphan(turn, False,",
+    ),
+    Mutant("a restart keeps the epoch", _MACHINE, "memory, memory.epoch + 1, now", "memory, memory.epoch, now"),
+    Mutant("the order of commits stands still", _MEMORY, "            memory.sequence = sequence\n", ""),
+    Mutant(
+        "a catch-up counts as a commit",
+        _ENTRY,
+        "memory.sequence if current.catch_up else memory.sequence + 1",
+        "memory.sequence + 1",
+    ),
+    Mutant("invariants not called", _MACHINE, "    invariants.check(fleet, before, turn.commands)\n", ""),
+    Mutant(
+        "decided without a look at the digests",
+        _PHASES,
+        'entry.verify, lambda p: p.verify, waits.not_verified, Phase.DECIDING, "engine", judge.verified',
+        'entry.verify, lambda p: p.verify, waits.not_verified, Phase.DECIDING, "engine"',
+    ),
+    Mutant(
+        "digests not compared",
+        _JUDGE,
+        "if report.digest != digest or report.bytes != size:",
+        "if report.bytes != size:",
+    ),
+    Mutant(
+        "sizes not compared",
+        _JUDGE,
+        "if report.digest != digest or report.bytes != size:",
+        "if report.digest != digest:",
+    ),
+    Mutant(
+        "bytes of an edge not compared with the plan's",
+        _JUDGE,
+        "    if sent.bytes != owed:\n",
+        "    if owed is None:\n",
+    ),
+    Mutant("a writer that could not write believed", _JUDGE, "    if writer in current.failed:\n", "    if False:\n"),
+    Mutant(
+        "the last writer's digest counts alone",
+        _ENTRY,
+        "(add_digests(digest, sent.digest), size + sent.bytes)",
+        "(sent.digest, sent.bytes)",
+    ),
+    Mutant(
+        "verified while a writer still writes",
+        _STATE,
+        "        return writer in self.final or not any(",
+        "        return bool(done) or not any(",
+    ),
+    Mutant(
+        "FAILED while engines are torn by it",
+        _ENDINGS,
+        "    if current.granted or fleet.torn_by(current.version):\n        return\n",
+        "",
+    ),
+    Mutant("a failed version begun again", "core/versions.py", " and version not in turn.fleet.memory.failed:", ":"),
+)
+
+_SERVING: Final = (
+    Mutant(
+        "pairs ignored",
+        _STATE,
+        "return [name for name, other in self.engines.items() if other.pair == pair] if pair else [engine]",
+        "return [engine]",
+    ),
+    Mutant(
+        "torn memory left as if nothing were written",
+        _ENTRY,
+        "Abort(round=current.name, torn=current.granted, reason=why.reason))",
+        "Abort(round=current.name, torn=False, reason=why.reason))",
+    ),
+    Mutant(
+        "a resume that means whoever is there",
+        _ENGINES,
+        "ranks = tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))",
+        "ranks = ()",
+    ),
+    Mutant("any version may serve", _ENGINES, "    if version != memory.committed:\n", "    if False:\n"),
+    Mutant(
+        "one that serves another version is not paused",
+        _ENGINES,
+        "if want is Wish.PAUSE and engine.paused is False:",
+        "if False:",
+    ),
+    Mutant("a paused engine is not resumed", _ENGINES, "if want is Wish.SERVE and engine.paused and", "if False and"),
+    Mutant(
+        "an engine is what it was when a call to it failed",
+        _ENGINES,
+        "        engine.paused = None  # whether it had its effect is to be seen\n",
+        "",
+    ),
+    Mutant("one that the operator holds serves", _ENGINES, "    if name in memory.holds:\n", "    if False:\n"),
+    Mutant(
+        "a hold is forgotten by a restart",
+        _MEMORY,
+        "                memory.holds[engine] = reason\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "finished as soon as one worker is out", "core/round/waits.py", "    all_hold = all(", "    all_hold = any("
+    ),
+    Mutant(
+        "finished before the workers are out",
+        _ENTRY,
+        "        if waits.applied(current, name):\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "together without patience",
+        _PHASES,
+        "current.phase is Phase.SWITCHING and fleet.policy.together and",
+        "False and",
+    ),
+    Mutant(
+        "after the decision one waits for all",
+        _ENTRY,
+        "current.remaining() if turn.fleet.policy.together else",
+        "current.remaining() if True else",
+    ),
+)
+
+_BLAME: Final = (
+    Mutant(
+        "a worker that leaves in the middle is not missed",
+        _TABLE,
+        "    _P.VERIFYING: {**_WRITTEN,",
+        "    _P.VERIFYING: {**_WRITTEN, _R.LEFT: _A.ignore,",
+    ),
+    Mutant(
+        "patience without end",
+        _PHASES,
+        "turn.now - current.first_done >= turn.fleet.policy.patience",
+        "turn.now - current.first_done >= 1e9",
+    ),
+    Mutant("too few engines commit", _REPORTS, "    if here < current.quorum:\n", "    if not here:\n"),
+    Mutant("one bad engine costs the round", _REPORTS, "    if here < current.quorum:\n", "    if True:\n"),
+    Mutant("nobody remembers who failed", "core/round/blame.py", "    state.failures += 1\n", ""),
+    Mutant(
+        "who failed once is never trusted again",
+        "core/round/blame.py",
+        "    state.failures, state.retry_at, state.blame, state.blamed_at = 0, 0.0, NO_TROUBLE, 0.0\n",
+        "    pass\n",
+    ),
+    Mutant(
+        "who failed is in everybody's round",
+        _CONDITIONS,
+        "    return any(fleet.engines[other].failures for other in fleet.unit(name))\n",
+        "    return False\n",
+    ),
+    Mutant(
+        "a member that is gone is waited for",
+        _REPORTS,
+        "turn.now >= since + turn.fleet.policy.heartbeat:",
+        "turn.now >= since + 1e9:",
+    ),
+)
+
+_CONNECTIONS: Final = (
+    Mutant(
+        "words of a replaced connection are heard",
+        _MACHINE,
+        "    if agent is None or agent.connection != event.connection:\n        return  # of a connection",
+        "    if agent is None:\n        return  # of a connection",
+    ),
+    Mutant(
+        "the answer to an older call counts",
+        _MACHINE,
+        "    if engine.calls.get(event.call) != event.number:\n",
+        "    if event.call not in engine.calls:\n",
+    ),
+    Mutant(
+        "another process taken for a member of the round",
+        _REPORTS,
+        "    if agent.hello.incarnation != known:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "a grant that was lost is not told again",
+        _REPORTS,
+        "            entry.grant_to(turn, current, member)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a Verify that was lost is not told again",
+        _REPORTS,
+        "        entry.ask_to_verify(turn, current, member)\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "a Connect that was lost is not told again",
+        _STATE,
+        "before.announce, before.fingerprint, before.fingerprint",
+        "before.announce, before.delivered, before.fingerprint",
+    ),
+    Mutant(
+        "an outdated confirmation counts",
+        "core/membership/rendezvous.py",
+        "    if message.fingerprint != agent.delivered:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "a restart forgets which trainer was replaced",
+        _MEMORY,
+        "            keep_newest(memory.generations, generation, None, REMEMBERED_GENERATIONS)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "who is connected is declared dead",
+        "core/operator.py",
+        "        if here is not None and here.hello.incarnation == pending.incarnation:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a worker is written to before it knows",
+        _PHASES,
+        "waits.not_durable, Phase.EXPOSING, ",
+        "waits.not_durable, Phase.WRITING, ",
+    ),
+    Mutant(
+        "who was thrown out counts as connected",
+        _REPORTS,
+        "        turn.fleet.leave(agent.member)  # of",
+        "        # of",
+    ),
+    Mutant(
+        "a trainer that was replaced is taken in again",
+        _MEMBERS,
+        "        if fleet.memory.was_replaced(hello.generation):\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "an agent's later epoch is not overtaken",
+        _MEMBERS,
+        "    if _obeyed_another(fleet, hello):\n        fleet.epoch",
+        "    if False:\n        fleet.epoch",
+    ),
+    Mutant("a worker that returns is not let out", _MEMBERS, "        if final is not None:\n", "        if False:\n"),
+    Mutant(
+        "any STABLE of the step is believed",
+        _CONDITIONS,
+        "s.step == version.step and s.generation in (None, version.generation)",
+        "s.step == version.step",
+    ),
+)
+
+PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS)

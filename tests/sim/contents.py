@@ -1,0 +1,60 @@
+"""What memory holds in the simulation: a few chunks, each of one version, with digests that cover place and size."""
+
+from functools import lru_cache
+from typing import Final
+
+from weightsync.orchestrator.core.commands import MakePlan
+from weightsync.orchestrator.core.events import PlanFacts
+from weightsync.orchestrator.protocol.messages import Connect, Peer
+from weightsync.orchestrator.protocol.names import Digest, Member, Version, add_digests
+
+SIZES: Final = (101, 211, 307, 401)
+"""Bytes of each chunk of a worker's memory; which rank writes which depends on how many ranks the trainer has."""
+
+CHECKPOINT: Final = Version(0, 0)
+"""What an engine has loaded from disk."""
+
+GARBAGE: Final = Version(0, 1)
+"""What no trainer has ever staged."""
+
+_MASK: Final = 2**64 - 1
+
+
+def chunks_of(writer: int, writers: int) -> tuple[int, ...]:
+    """The chunks of each target that one of so many trainer ranks writes."""
+    return tuple(range(writer, len(SIZES), writers))
+
+
+@lru_cache(maxsize=100_000)
+def digest_of(chunk: int, held: Version, target: Member) -> Digest:
+    """Of one chunk. The hash of a tuple of integers is the same in every process, that of a text is not."""
+    place = (chunk, SIZES[chunk], held.generation, held.step, sum(target.engine.encode()), target.rank)
+    return hash((1, *place)) & _MASK, hash((2, *place)) & _MASK
+
+
+def memory_digest(memory: list[Version], target: Member) -> Digest:
+    """Of all of a worker's memory."""
+    return add_digests(*(digest_of(chunk, held, target) for chunk, held in enumerate(memory)))
+
+
+def plan_of(wanted: MakePlan) -> PlanFacts:
+    """Each source sends its chunks to every target; a fingerprint names all incarnations and the number."""
+    sources = sorted(party.member.rank for party in wanted.sources)
+    parties = (*wanted.sources, *wanted.targets)
+    peers = {
+        "trainer": tuple(Peer(t.member, t.incarnation, "", b"", ()) for t in wanted.targets),
+        "inference": tuple(Peer(s.member, s.incarnation, "", b"", ()) for s in wanted.sources),
+    }
+    connects = {
+        party.member: Connect(
+            fingerprint=f"{wanted.number}:{party.member}:{party.incarnation}",
+            root=f"plan {wanted.number}",
+            peers=peers[party.member.role],
+            copies=b"",
+            expected_bytes=sum(SIZES),
+        )
+        for party in parties
+    }
+    owed = {rank: sum(SIZES[chunk] for chunk in chunks_of(rank, len(sources))) for rank in sources}
+    flows = {(s.member, t.member): owed[s.member.rank] for s in wanted.sources for t in wanted.targets}
+    return PlanFacts(f"plan {wanted.number}", connects, flows, True)

@@ -1,0 +1,321 @@
+"""A simulated engine: its workers, whose memory is the judge of everything, and the server in front of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+from contents import CHECKPOINT, SIZES, memory_digest
+from virtual_time import Process
+from weightsync.orchestrator.core.commands import CallEngine
+from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.policy import AGENT_SHARE
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Commit,
+    Connect,
+    EngineStatus,
+    Expose,
+    Exposed,
+    FromDaemon,
+    Hello,
+    Hold,
+    Holding,
+    Left,
+    Quiesced,
+    Ready,
+    Verified,
+    Verify,
+)
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from wires import Agent
+
+if TYPE_CHECKING:
+    from world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To a call. ``paused``: whether the engine is, where the call says so."""
+
+    paused: bool | None = None
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Written:
+    """The last round that may have written into a worker's memory. ``whole``: what was there before was not torn."""
+
+    round: RoundName
+    version: Version
+    whole: bool
+    verified: bool = False
+
+
+Reply = Callable[[Answer], None]
+
+
+class Worker(Agent):
+    """One rank of an engine. ``memory``: the version of each chunk."""
+
+    def __init__(self, world: "World", member: Member, size: int) -> None:
+        super().__init__(world, member, size)
+        self.memory = [CHECKPOINT] * len(SIZES)
+        self.applied: Version | None = None
+        self.torn = False
+        self.held = False
+        self.window: RoundName | None = None
+        self.ill = ""
+        """``digest``: it says a wrong one; ``silent``: it never answers Verify."""
+        self._connect: Connect | None = None
+        self._version = CHECKPOINT
+        self._over: Callable[[str], None] | None = None
+        self._ended: dict[RoundName, str] = {}
+        self._exposed = False
+        """Somebody may have been granted since it stands in the window."""
+        self._written: Written | None = None
+
+    # ----------------------------------------------------------------------------------------------------- its status
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.applied, self.window, self.torn, self.held)
+
+    @property
+    def refusal(self) -> str:
+        """Why it refuses to run; empty when it does not."""
+        if self.torn:
+            return "torn"
+        if self.applied is None:
+            return "nothing was committed here"
+        return "a round is changing the weights" if self.window is not None else "held" if self.held else ""
+
+    def introduce(self, hello: Hello) -> Hello:
+        return msgspec.structs.replace(hello, engine=self.status)
+
+    # ---------------------------------------------------------------------------------------------------- its window
+    def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[str], None]) -> None:
+        """The update call reaches the worker's main thread."""
+        known = self._ended.get(name)
+        if known is not None or self.window is not None:
+            over(known if known is not None else "inside another round")
+            return
+        self.window, self._version, self._over, self._exposed = name, version, over, False
+        self.later(self.world.short(), lambda: self._stands_still(name))
+        self.later(deadline, lambda: self._leave(name, "nothing was decided in time", self._exposed))
+
+    def _stands_still(self, name: RoundName) -> None:
+        if self.window == name:
+            self.say_once(Quiesced(round=name))
+            self._look_for_the_daemon(name)
+
+    def _look_for_the_daemon(self, name: RoundName) -> None:
+        """As long as nobody was granted, a worker whose daemon is gone may leave with what it had."""
+        if self.window == name and not self._exposed and self.lease:
+            if self.abandoned:
+                self._leave(name, "the daemon is gone", False)
+            else:
+                self.later(0.5, lambda: self._look_for_the_daemon(name))
+
+    def _expose(self, name: RoundName) -> None:
+        if self.window == name:
+            if not self._exposed:
+                self._exposed = True
+                self._written = Written(name, self._version, whole=not self.torn)
+            self.say_once(Exposed(round=name))
+
+    def _leave(self, name: RoundName, failure: str, torn: bool) -> None:
+        if self.window != name:
+            return
+        over, self._over, self.window = self._over, None, None
+        if failure:
+            self.torn = self.torn or torn
+        else:
+            self._commit(self._version)
+        self._ended[name] = failure
+        self.say_once(Left(round=name, status=self.status))
+        assert over is not None
+        over(failure)
+
+    def _commit(self, version: Version) -> None:
+        self.applied, self.torn, self.held, self._written = version, False, False, None
+
+    def _mend(self, message: Commit | Abort) -> None:
+        """The word of a daemon that was away while the worker left: its memory may be whole after all."""
+        written = self._written
+        if self.window is not None or not self.torn or written is None or written.round != message.round:
+            return
+        if isinstance(message, Commit) and written.verified and written.version == message.version:
+            self._commit(message.version)
+        elif isinstance(message, Abort) and not message.torn and written.whole:
+            self.torn, self._written = False, None
+        else:
+            return
+        self.say_once(Left(round=message.round, status=self.status))
+
+    def heard(self, message: FromDaemon) -> None:
+        match message:
+            case Expose():
+                self._expose(message.round)
+            case Connect():
+                self._connect = message
+                self.later(self.world.short(), lambda: self._ready(message))
+            case Verify():
+                self.later(self.world.short(), lambda: self._verify(message))
+            case Commit():
+                self._mend(message)
+                self._leave(message.round, "", False)
+            case Abort():
+                self._mend(message)
+                self._ended.setdefault(message.round, "aborted")
+                self._leave(message.round, "aborted", message.torn)
+            case Hold():
+                self.held = message.held
+                self.say(Holding(status=self.status))
+            case _:
+                pass
+
+    def _ready(self, connect: Connect) -> None:
+        if self._connect is connect:
+            self.say(Ready(fingerprint=connect.fingerprint))
+
+    def _verify(self, message: Verify) -> None:
+        if self.window != message.round or self.ill == "silent":
+            return
+        first, second = memory_digest(self.memory, self.member)
+        digest = (first ^ 1, second) if self.ill == "digest" else (first, second)
+        if self._written is not None:
+            self._written.verified = True
+        self.say_once(Verified(
+            round=message.round, digest=digest, bytes=sum(SIZES), apply_seconds=0.0, digest_seconds=0.0
+        ))  # fmt: skip
+
+
+class Server(Process):
+    """An engine's API server and engine core: paused from its start, serving when it is not."""
+
+    def __init__(self, world: "World", name: str, workers: list[Worker]) -> None:
+        super().__init__(world)
+        self.world, self.name, self.workers = world, name, workers
+        self.paused = True
+        self.ill: dict[Call, str] = {}
+        """What is wrong with a call for as long as it stands here: ``500`` or ``hangs``."""
+        self._waiting: list[Reply] = []
+        self._armed = False
+        """The daemon has paused it, so that it may resume by itself when the daemon is gone."""
+
+    @property
+    def serves(self) -> bool:
+        """Requests run: its scheduler does, and so does every worker."""
+        processes_run = self.alive and not any(process.stopped for process in self.processes())
+        return processes_run and not self.paused
+
+    # --------------------------------------------------------------------------------------------- all its processes
+    def processes(self) -> list[Process]:
+        return [self, *self.workers]
+
+    def stop_all(self) -> None:
+        for process in self.processes():
+            process.stop()
+
+    def thaw_all(self) -> None:
+        for process in self.processes():
+            process.thaw()
+        self.world.judge.look(self.name)
+
+    def die_all(self, *, silently: bool = False) -> None:
+        """With their host (``silently``), or alone, so that its kernel says so."""
+        for process in self.processes():
+            process.die(silently=silently)
+        self.paused = True
+        waiting, self._waiting = self._waiting, []
+        for reply in () if silently else waiting:
+            reply(Answer(error="connection reset"))
+
+    # --------------------------------------------------------------------------------------------------------- calls
+    def perform(self, command: CallEngine, reply: Reply) -> None:
+        """A call arrives. A stopped server performs it when it is thawed, whoever still waits for it."""
+        self._waiting.append(reply)
+
+        def answer(answer: Answer) -> None:
+            if self.alive and reply in self._waiting:
+                self._waiting.remove(reply)
+                reply(answer)
+
+        self.do(lambda: self._perform(command, answer))
+
+    def _perform(self, command: CallEngine, answer: Reply) -> None:
+        ill = self.ill.get(command.call, "")
+        if ill == "hangs":
+            return
+        if ill or self.world.faults.happens("refused", self.name):
+            answer(Answer(error="500"))
+            return
+        match command.call:
+            case Call.PROBE:
+                answer(Answer(self.paused))
+            case Call.ATTACH:
+                for worker in self.workers:
+                    worker.do(worker.dial)
+                answer(Answer())
+            case Call.PAUSE:
+                self.set_paused(True)
+                if not self._armed:
+                    self._armed = True
+                    self._look_for_the_daemon()
+                answer(Answer(True))
+            case Call.SWITCH:
+                self._update(command, answer)
+            case Call.FINISH:
+                answer(Answer(True))
+            case Call.RESUME:
+                refusal = self.refusal(command)
+                if not refusal:
+                    self._armed = False
+                    self.set_paused(False)
+                answer(Answer(None if refusal else False, refusal))
+
+    def set_paused(self, paused: bool) -> None:
+        if self.paused != paused:
+            self.paused = paused
+            self.world.judge.pause_changed(self)
+
+    def _look_for_the_daemon(self) -> None:
+        """The dead man's switch: every worker holds a whole version and has not heard the daemon for its lease."""
+        if not self._armed:
+            return
+        if self.paused and all(w.abandoned and not w.refusal and not w.stopped for w in self.workers):
+            self.world.note(f"{self.name} resumes by itself")
+            self._armed = False
+            self.set_paused(False)
+        else:
+            self.later(1.0, self._look_for_the_daemon)
+
+    def refusal(self, command: CallEngine) -> str:
+        """Why it does not resume: it means other processes, or, where there is a guard, workers that may not run."""
+        stopped = next((w for w in self.workers if w.stopped or not w.alive), None)
+        if stopped is not None:
+            return "a worker does not answer"
+        if command.ranks != tuple((worker.member.rank, worker.incarnation) for worker in self.workers):
+            return f"it means {command.ranks}"
+        if not self.world.guarded:
+            return ""
+        return next((worker.refusal for worker in self.workers if worker.refusal), "")
+
+    def _update(self, command: CallEngine, answer: Reply) -> None:
+        """Every worker enters the update call; it answers when the last one has left."""
+        name, version = command.round, command.version
+        assert name is not None
+        assert version is not None
+        if not self.paused:
+            answer(Answer(error="the engine is serving"))
+            return
+        results: list[str] = []
+
+        def over(failure: str) -> None:
+            results.append(failure)
+            if len(results) == len(self.workers):
+                answer(Answer(True, next((result for result in results if result), "")))
+
+        deadline = command.deadline * AGENT_SHARE
+        for worker in self.workers:
+            worker.do(lambda w=worker: w.enter(name, version, deadline, over))

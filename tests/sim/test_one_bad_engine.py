@@ -1,0 +1,105 @@
+"""One engine of several is bad, and stays so: the others are updated and serve, and it comes back when it is healed."""
+
+import pytest
+from disturbances import ILLNESSES, make_ill
+from moments import PHASES
+from world import World
+
+BAD = "e2"
+GOOD_COMMITS = 10
+"""Within half a minute, in which a healthy fleet makes thirty and more."""
+
+
+def assert_the_others_go_on(world: World, at_least: int = GOOD_COMMITS, *, deaf: bool = False) -> None:
+    """New versions are committed and served by the others; the judge measures their pauses all the while.
+
+    ``deaf``: the bad one cannot be told to pause, so it may go on with the version that it has.
+    """
+    before = len(world.judge.committed)
+    world.run(world.now + 30.0)
+    assert len(world.judge.committed) >= before + at_least, world.story()
+    world.run_until_quiet()
+    assert not [line for line in world.judge.behind() if not line.startswith(BAD)], world.story()
+    assert deaf or not world.judge.serves_an_older_version(BAD), world.story()
+
+
+def assert_it_comes_back(world: World) -> None:
+    world.run(world.now + 25.0)
+    world.run_until_quiet()
+    assert not world.judge.behind(), f"{world.judge.behind()}\n{world.story()}"
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("illness", ILLNESSES)
+def test_an_engine_that_is_ill(illness: str, guarded: bool) -> None:
+    world = World(1, engines=3, guarded=guarded)
+    world.run(10.0)
+    heal = make_ill(world, BAD, illness)
+    assert_the_others_go_on(world, deaf="pause" in illness)
+    heal()
+    assert_it_comes_back(world)
+
+
+@pytest.mark.parametrize("pairs", [(), [("e0", "e1")]], ids=["alone", "beside a pair"])
+def test_an_engine_whose_routes_are_dead(pairs: list[tuple[str, str]]) -> None:
+    world = World(2, engines=3, pairs=pairs)
+    world.run(10.0)
+    world.faults.cut.add(BAD)
+    end = world.faults.begin([BAD])
+    assert_the_others_go_on(world, deaf=True)
+    end()
+    world.faults.cut.discard(BAD)
+    assert_it_comes_back(world)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("waiting_wires", [True, False], ids=["its wires wait", "its memory is written"])
+def test_an_engine_that_is_frozen(phase: str, waiting_wires: bool) -> None:
+    world = World(3, engines=4, trainers=1)
+    world.faults.waiting_wires = waiting_wires
+    world.run(10.0)
+    ends = []
+
+    def freeze() -> None:
+        ends.append(world.faults.begin([BAD]))
+        world.servers[BAD].stop_all()
+
+    world.when(PHASES[phase], freeze)
+    # A trainer does not convert into slots that a wire still reads; until it is thawed nothing new may be published.
+    assert_the_others_go_on(world, at_least=0 if waiting_wires else GOOD_COMMITS)
+    ends[0]()
+    world.servers[BAD].thaw_all()
+    assert_it_comes_back(world)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_engine_that_dies(phase: str) -> None:
+    world = World(4, engines=3)
+    world.run(10.0)
+    world.when(PHASES[phase], lambda: world.kill_engine(BAD, for_seconds=60.0))
+    assert_the_others_go_on(world)
+    world.run(80.0)
+    assert_it_comes_back(world)
+
+
+def test_an_engine_that_is_not_there_at_the_start() -> None:
+    """Nor at the daemon's next starts: it delays nobody."""
+    world = World(5, engines=3, down=[BAD], join=600.0)
+    world.faults.begin([BAD])
+    world.run(10.0)
+    assert len(world.judge.committed) >= 3, world.story()
+    world.kill_daemon(for_seconds=0.5)
+    assert_the_others_go_on(world)
+    world.start_engine(BAD)
+    assert_it_comes_back(world)
+
+
+def test_an_engine_into_which_nothing_can_be_written() -> None:
+    world = World(6, engines=3)
+    world.run(10.0)
+    world.faults.broken_edges.add(BAD)
+    end = world.faults.begin([BAD])
+    assert_the_others_go_on(world)
+    end()
+    world.faults.broken_edges.discard(BAD)
+    assert_it_comes_back(world)

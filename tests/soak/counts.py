@@ -1,0 +1,50 @@
+"""What a process of the soak counts inside itself: whenever it gets SIGUSR1, one JSON object in a file.
+
+``objects``: that Python's collector tracks; ``registrations``, ``peers``, ``edges``: of its NIXL endpoints; ``tasks``:
+of its event loops. The first comes unasked: from then on the signal is
+understood. Whoever asks removes the file, so that the next one is the answer.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+VARIABLE = "WEIGHTSYNC_SOAK_COUNTS"
+
+
+def install() -> None:
+    """Count from now on; the file is the one that the environment names."""
+    path = Path(os.environ[VARIABLE])
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(counted()))
+        part.replace(path)
+
+    signal.signal(signal.SIGUSR1, answer)
+    answer(signal.SIGUSR1, None)
+
+
+def counted() -> dict[str, int]:
+    gc.collect()
+    objects = gc.get_objects()
+    return {"objects": len(objects), "tasks": sum(isinstance(o, asyncio.Task) for o in objects), **_nixl(objects)}
+
+
+def _nixl(objects: list[Any]) -> dict[str, int]:
+    module = sys.modules.get("weightsync.agents.transport.nixl.endpoint")
+    if module is None:
+        return {}
+    ends = [o for o in objects if type(o) is module.NixlEndpoint]
+    return {
+        "endpoints": len(ends),
+        "registrations": sum(len(end._registrations) for end in ends),
+        "peers": sum(len(end._peers) for end in ends),
+        "edges": sum(len(end._edges) + len(end._orphans) + len(end._warm) for end in ends),
+    }
