@@ -219,10 +219,13 @@ class Runner:
         """Once per complete rendezvous, take what it built out of the garbage collector's walk.
 
         The agents, their layouts and the plan are many objects and stay until the next plan. A full collection walks
-        all of them, finds nothing, and stops the loop for tens of milliseconds in the middle of a barrier.
+        all of them, finds nothing, and stops the loop for tens of milliseconds in the middle of a barrier. What was
+        frozen is looked at here: connections that ended since the last time are cycles, and frozen they stay for ever.
         """
         if self._frozen_for != self.fleet.confirmed_plan:
             self._frozen_for = self.fleet.confirmed_plan
+            gc.unfreeze()
+            gc.collect()
             gc.freeze()
 
     async def _tick(self) -> None:

@@ -1,10 +1,12 @@
 """The daemon's life in one process: it starts, is asked, is told to stop, and ends when it must not go on."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import socket
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -381,6 +383,30 @@ async def test_what_a_rendezvous_built_is_frozen_once(settings: Settings, monkey
             runner.fleet.confirmed_plan = plan
             runner._decide([])
     assert frozen == [1, 2]
+
+
+async def test_what_was_frozen_and_has_ended_is_given_back_at_the_next_rendezvous(settings: Settings) -> None:
+    """A connection and its task know each other: only the collector ends them, and it does not look at the frozen."""
+
+    class Connection:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.collect()
+    connection = Connection()
+    ended = weakref.ref(connection)
+    try:
+        async with running(settings) as (runner, _, _):
+            runner.fleet.confirmed_plan = 1
+            runner._decide([])
+            del connection
+            gc.collect()
+            assert ended() is not None
+            runner.fleet.confirmed_plan = 2
+            runner._decide([])
+            assert ended() is None
+    finally:
+        gc.unfreeze()
 
 
 # ------------------------------------------------------------------------------------------------- verbs and signals
