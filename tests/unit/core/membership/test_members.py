@@ -73,7 +73,7 @@ def test_the_trainer_may_come_back_with_another_number_of_ranks(drive: Any) -> N
     fleet.happens(PolicyChanged(fleet.id(), replace(fleet.fleet.policy, trainer_world=4)))
     fleet.connect(TRAINER, incarnation=6, generation=9, world=2)
     (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
-    assert refusal.refused.reason == "it says that there are 2 ranks, others say [4]"
+    assert refusal.refused.reason == "it says that there are 2 ranks, the configuration 4"
 
 
 def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:
