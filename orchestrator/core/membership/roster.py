@@ -47,7 +47,7 @@ def _end_of_lists(turn: Turn) -> None:
     if not fleet.memory.forgotten_engines:
         return
     names = {config.name for config in fleet.policy.engines}
-    for name in fleet.memory.forgotten_engines.keys() - names:
+    for name in [name for name in fleet.memory.forgotten_engines if name not in names]:
         gone = "the configuration does not name it any more"
         turn.append(EngineForgotten(engine=name, forgotten=False, reason=gone))
 
