@@ -41,8 +41,8 @@ SETTINGS: Final = {
 }
 
 BOUNDS: Final = {
-    "rss_mb": 8.0, "fds": 8.0, "threads": 0.0, "registrations": 0.0, "peers": 2.0, "edges": 4.0, "tasks": 8.0,
-    "objects": 4000.0, "endpoints": 0.0,
+    "rss_mb": 4.0, "objects": 1000.0, "fds": 4.0, "threads": 1.0, "tasks": 4.0, "endpoints": 0.0, "registrations": 0.0,
+    "peers": 0.0, "edges": 0.0,
 }  # fmt: skip
 """The most that a process may grow; ``rss_mb`` and ``objects`` by 1,000 rounds, the others in all."""
 PER_1000: Final = ("rss_mb", "objects")
