@@ -49,7 +49,6 @@ WITHOUT_A_MODULE = {
     "agents/trainer/models/test_models.py": "the tables of all architectures, against what transformers saves",
     "agents/trainer/test_gloo.py": "trainer ranks in processes of their own",
     "agents/transport/test_third_transport.py": "the seam of transports, by a transport that only the test has",
-    "daemon/test_elastic.py": "engines that come and go, through the settings, the daemon and the core",
     "daemon/engines/test_second_engine.py": "the seam of engines, by an engine that only the test has",
     "settings/test_every_key_is_read.py": "the schema of the settings against all code that reads it",
     "settings/test_example.py": "deploy/config.example.yaml",
