@@ -55,6 +55,7 @@ def _serving(fleet: Fleet) -> str:
 
 
 def _next(fleet: Fleet, now: float) -> str:
-    # The oldest first: a later one replaces it in the trainer's slots, and then it fails.
-    pending = min(fleet.waiting_since, default=None)
+    # What the present trainer has staged: one that a dead trainer left waits for nothing that could come. Of these the
+    # oldest: a later one replaces it in the trainer's slots, and then it fails.
+    pending = min(fleet.waiting_since, key=lambda each: (each.generation != fleet.generation, each.step), default=None)
     return conditions.waits_for(fleet, pending, now) if pending is not None else "the next version"

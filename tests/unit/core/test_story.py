@@ -3,11 +3,13 @@
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from fleets import ANNOUNCE, trainer
 from weightsync.orchestrator.core.events import Call, PlanRejected
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.story import sentence
-from weightsync.orchestrator.protocol.messages import EngineStatus, Left, Standing
+from weightsync.orchestrator.protocol.messages import EngineStatus, Left, Staged, Standing
+from weightsync.orchestrator.protocol.names import Version
 
 
 def told(fleet: Any) -> str:
@@ -59,6 +61,18 @@ def test_torn_engines_come_first(drive: Any) -> None:
     fleet.fails("e0", Call.SWITCH, "aborted")
     why = "e0 (tried again in 1 s: e0/0 could not verify: out of memory)"
     assert told(fleet) == f"e0 torn and paused: waiting for engines that can take part: {why}"
+
+
+@pytest.mark.parametrize("dead", [1, 2**60])
+def test_a_version_that_a_dead_trainer_left_hides_none_of_the_present_one(drive: Any, dead: int) -> None:
+    fleet = drive()
+    fleet.join()
+    fleet.fleet.waiting_since = {Version(dead, 9): 0.0, Version(fleet.fleet.generation, 10): 1.0}
+    assert told(fleet) == "nothing is committed yet; waiting for not STAGED by trainer/0"
+    fleet.fleet.trainer_ranks[0].staged = Staged(
+        version=Version(fleet.fleet.generation, 10), bytes=0, convert_seconds=0.0, digest_seconds=0.0
+    )
+    assert told(fleet) == "nothing is committed yet; waiting for broadcasts/step_10/STABLE is missing"
 
 
 def test_it_is_said_once_and_again_when_it_changes(drive: Any) -> None:
