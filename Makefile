@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-long test-gpu sim soak lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
+.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 
 test-long: setup ## neighbours of those, and many faults one after the other
 	$(PYTEST) -m long
+
+chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase; as root also networks
+	$(PYTEST) -m e2e tests/chaos
 
 test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 -m pytest tests/gpu tests/unit/kernels -m gpu

@@ -50,18 +50,24 @@ MAX_DOUBLINGS: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Waits between attempts, in seconds: doubling from ``first`` to ``longest``, each drawn from its upper half.
+    """Waits between attempts, in seconds: doubling from ``first`` to ``quick``, after ``quick_failures`` attempts on
+    to ``longest``; each drawn from its upper half.
 
-    The draw keeps a fleet that lost its daemon at one instant from coming back at one instant.
+    A daemon that is started again in the middle of a round is back within seconds, and paused engines wait for its
+    agents: so the first attempts stay close together. The draw keeps a fleet that lost its daemon at one instant from
+    coming back at one instant.
     """
 
     first: float = 0.2
     longest: float = 10.0
+    quick: float = 1.0
+    quick_failures: int = 16
 
     def seconds(self, failures: int, draw: float) -> float:
         """The wait after ``failures`` in a row (from 1); ``draw`` is uniform in [0, 1)."""
-        doublings = min(failures - 1, MAX_DOUBLINGS)
-        return min(self.longest, self.first * 2.0**doublings) * (0.5 + draw / 2)
+        quick = min(self.longest, self.quick, self.first * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
+        later = min(max(failures - self.quick_failures, 0), MAX_DOUBLINGS)
+        return min(self.longest, quick * 2.0**later) * (0.5 + draw / 2)
 
 
 class ControlClient:

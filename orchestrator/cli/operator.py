@@ -1,4 +1,4 @@
-"""The operator's verbs: ``hold``, ``release``, ``abort``, ``retry``, ``declare-dead``, ``maintenance``."""
+"""The operator's verbs: what is asked of the daemon in one word, as ``VERBS`` lists them."""
 
 import argparse
 import getpass
@@ -9,7 +9,9 @@ from weightsync.orchestrator.cli.common import Commands, add_daemon_options
 
 VERBS: Final[tuple[tuple[str, str, str], ...]] = (
     ("hold", "ENGINE", "keep an engine paused and out of rounds, until it is released"),
-    ("release", "ENGINE", "let a held engine serve and take part again"),
+    ("release", "ENGINE", "let a held, drained or forgotten engine serve and take part again"),
+    ("drain", "ENGINE", "keep an engine out of rounds and not ready; it serves until another version is decided"),
+    ("forget", "ENGINE", "let an engine go: it is no member any more, and nobody waits for it"),
     ("abort", "", "give up the round under way, unless it is decided"),
     ("retry", "", "try engines and versions that wait for their next attempt at once"),
     ("declare-dead", "WRITER", "say that a trainer rank's process is dead (trainer/1), so that rounds may go on"),

@@ -64,7 +64,8 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
 
 def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
     waits = now < fleet.engines[name].retry_at
-    return not waits and name not in fleet.memory.holds and not fleet.tainted(name)
+    wished = name not in fleet.memory.holds and name not in fleet.memory.drains
+    return not waits and wished and not fleet.tainted(name)
 
 
 def _has_failed(fleet: Fleet, name: str) -> bool:
@@ -140,7 +141,7 @@ def _no_plan(fleet: Fleet, version: Version, now: float) -> str:
     misfits = [engine.misfit for engine in fleet.engines.values() if engine.misfit]
     if misfits:
         return f"an engine that fits: {misfits[0]}"
-    late = [name for name in fleet.engines if not fleet.attached(name)]
+    late = [name for name in fleet.expected() if not fleet.attached(name)]
     return f"engines that have not joined: {', '.join(late)}" if late else "the plan"
 
 
@@ -162,6 +163,8 @@ def why_not(fleet: Fleet, name: str, now: float) -> str:
     engine = fleet.engines[name]
     if name in fleet.memory.holds:
         return f"held: {fleet.memory.holds[name]}"
+    if name in fleet.memory.drains:
+        return f"drained: {fleet.memory.drains[name]}"
     if not engine.reachable:
         return engine.error or "it has not answered yet"
     if not fleet.attached(name):

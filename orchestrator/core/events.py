@@ -158,10 +158,24 @@ class Asked(Event):
 
 @dataclass(frozen=True, slots=True)
 class HoldAsked(Asked):
-    """The engine is not to serve (``held``), or may again."""
+    """The engine is not to serve (``held``), or may again: no hold, no drain, and it is forgotten no longer."""
 
     engine: str
     held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked(Asked):
+    """The engine, and its pair, is to be in no round until it is released."""
+
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAsked(Asked):
+    """The engine, and its pair, is no member any more."""
+
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +209,8 @@ class StopAsked(Event):
 
 @dataclass(frozen=True, slots=True)
 class PolicyChanged(Event):
-    """The configuration was read again. Engines, run, transport and group are as before; what is under way keeps the
-    deadlines that it began with."""
+    """The configuration was read again. Run, transport and group are as before; what is under way keeps the deadlines
+    that it began with. For every engine of it there is a client."""
 
     policy: Policy
 

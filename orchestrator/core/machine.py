@@ -22,7 +22,7 @@ from weightsync.orchestrator.core.events import (
     StopAsked,
     Tick,
 )
-from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous
+from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous, roster
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
@@ -58,7 +58,8 @@ def start(
     memory = Memory()
     for record in records:
         replay(memory, record)
-    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in policy.engines}
+    wanted = roster.members(policy, memory).values()
+    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in wanted}
     fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known, life)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
@@ -111,6 +112,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
+    roster.evaluate(turn)
     rendezvous.gather_group(turn)
     needs.evaluate(turn)
     rendezvous.evaluate(turn)
@@ -204,9 +206,9 @@ def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
-    engine = turn.fleet.engines[event.engine]
-    if engine.calls.get(event.call) != event.number:
-        return  # the answer to a call that a newer one replaced
+    engine = turn.fleet.engines.get(event.engine)
+    if engine is None or engine.calls.get(event.call) != event.number:
+        return  # of an engine that is no member any more, or the answer to a call that a newer one replaced
     del engine.calls[event.call]
     engines.engine_answered(turn, event, engine)
     rounds.call_ended(turn, event)

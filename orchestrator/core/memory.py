@@ -9,7 +9,10 @@ from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwrita
 from weightsync.orchestrator.core.records import (
     Committed,
     Decided,
+    EngineDrained,
+    EngineForgotten,
     EngineHeld,
+    EngineJoined,
     EpochBegan,
     GrantOver,
     LiveDirty,
@@ -58,13 +61,18 @@ REMEMBERED_MEMBERS: Final = 65_536
 """Inference ranks whose last digest is known; engines that come and go have ever new names."""
 
 
+REMEMBERED_ENGINES: Final = 4096
+"""Engines that were forgotten: of older ones, a process that still runs may make its engine a member again."""
+
+
 @dataclass(slots=True)
 class Memory:
     """The fold of all records.
 
     ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the version that was last decided in
     its memory, and its digest. ``unclosed``: grants that outlived their round. ``live``: engines of the last commit.
-    ``holds``: engines that the operator holds, and why. ``maintenance``: why no round begins.
+    ``holds``, ``drains``: engines that the operator holds or drains, and why. ``maintenance``: why no round begins.
+    ``admitted``: engines that came by themselves. ``forgotten_engines``: those that are no members any more.
     """
 
     epoch: int = 0
@@ -86,6 +94,9 @@ class Memory:
     generations: dict[int, None] = field(default_factory=dict)
     """Of trainers that were taken in, the newest last."""
     holds: dict[str, str] = field(default_factory=dict)
+    drains: dict[str, str] = field(default_factory=dict)
+    admitted: dict[str, EngineJoined] = field(default_factory=dict)
+    forgotten_engines: dict[str, EngineForgotten] = field(default_factory=dict)
     maintenance: str | None = None
 
     def was_replaced(self, generation: int) -> bool:
@@ -155,6 +166,15 @@ def replay(memory: Memory, record: Record) -> None:
             memory.holds.pop(engine, None)
             if held:
                 memory.holds[engine] = reason
+        case EngineDrained(engine=engine, drained=drained, reason=reason):
+            memory.drains.pop(engine, None)
+            if drained:
+                memory.drains[engine] = reason
+        case EngineJoined(engine=engine) as joined:
+            memory.admitted[engine] = joined
+            memory.forgotten_engines.pop(engine, None)
+        case EngineForgotten(engine=engine) as over:
+            _forget_engine(memory, engine, over)
         case Maintenance(on=on, reason=reason):
             memory.maintenance = reason if on else None
         case Committed(version=version, sequence=sequence):
@@ -185,6 +205,15 @@ def _end(memory: Memory, record: RoundEnded) -> None:
         keep_newest(memory.ended, record.round, ended, REMEMBERED_ROUNDS)
         while len(memory.ended) > 1 and sum(len(each.digests) for each in memory.ended.values()) > REMEMBERED_MEMBERS:
             del memory.ended[next(iter(memory.ended))]
+
+
+def _forget_engine(memory: Memory, engine: str, record: EngineForgotten) -> None:
+    memory.forgotten_engines.pop(engine, None)
+    if record.forgotten:
+        keep_newest(memory.forgotten_engines, engine, record, REMEMBERED_ENGINES)
+        for wishes in (memory.holds, memory.drains, memory.admitted):
+            wishes.pop(engine, None)
+        memory.live -= {engine}
 
 
 def _forget(memory: Memory, kept: Mapping[Version, object], gone: list[Version]) -> None:

@@ -5,12 +5,14 @@ from weightsync.orchestrator.core.events import (
     AbortAsked,
     Asked,
     DeadDeclared,
+    DrainAsked,
+    ForgetAsked,
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
 )
-from weightsync.orchestrator.core.membership import members
-from weightsync.orchestrator.core.records import EngineHeld, Maintenance
+from weightsync.orchestrator.core.membership import members, roster
+from weightsync.orchestrator.core.records import EngineDrained, EngineHeld, Maintenance
 from weightsync.orchestrator.core.round import blame, reports
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import Member
@@ -22,8 +24,19 @@ def asked(turn: Turn, event: Asked) -> None:
         case HoldAsked(engine=engine, held=held):
             if held != (engine in turn.fleet.memory.holds):
                 turn.append(EngineHeld(engine=engine, held=held, reason=_words(event)))
-            turn.fleet.touch(engine)
+            if not held:
+                _end_drain(turn, engine, event)
+                roster.call_back(turn, engine, _words(event))
+            if engine in turn.fleet.engines:
+                turn.fleet.touch(engine)
             turn.say(f"{engine} is {'held' if held else 'released'}: {_words(event)}", "warning")
+        case DrainAsked(engine=engine):
+            for name in turn.fleet.unit(engine):
+                if name not in turn.fleet.memory.drains:
+                    turn.append(EngineDrained(engine=name, drained=True, reason=_words(event)))
+                    turn.say(f"{name} is drained: {_words(event)}", "warning")
+        case ForgetAsked(engine=engine):
+            roster.forget(turn, engine, _words(event))
         case MaintenanceAsked(on=on):
             turn.append(Maintenance(on=on, reason=_words(event)))
             turn.say(f"maintenance is {'on: no round begins' if on else 'over'}: {_words(event)}", "warning")
@@ -40,6 +53,12 @@ def asked(turn: Turn, event: Asked) -> None:
             _declare_dead(turn, writer, _words(event))
         case _:
             raise TypeError(f"nobody knows what {type(event).__name__} asks for")
+
+
+def _end_drain(turn: Turn, engine: str, event: Asked) -> None:
+    for name in turn.fleet.unit(engine) if engine in turn.fleet.engines else ():
+        if name in turn.fleet.memory.drains:
+            turn.append(EngineDrained(engine=name, drained=False, reason=_words(event)))
 
 
 def _declare_dead(turn: Turn, writer: Member, words: str) -> None:

@@ -104,6 +104,39 @@ class EngineHeld(Record, frozen=True, kw_only=True):
     spoken = ("reason",)
 
 
+class EngineDrained(Record, frozen=True, kw_only=True):
+    """The operator's wish: the engine is to be in no round (``drained``), or may again."""
+
+    engine: str
+    drained: bool
+    reason: str
+    spoken = ("reason",)
+
+
+class EngineJoined(Record, frozen=True, kw_only=True):
+    """An engine came by itself, and is reached at ``urls``; said again when it comes from elsewhere."""
+
+    engine: str
+    pair: str
+    kind: str
+    urls: tuple[str, ...]
+
+
+class EngineForgotten(Record, frozen=True, kw_only=True):
+    """The engine is no member any more (``forgotten``), or may be one again.
+
+    ``listed``: the configuration names it all the same. ``processes``: rank → incarnation of its agents at that time,
+    which do not make it a member again.
+    """
+
+    engine: str
+    forgotten: bool
+    reason: str
+    listed: bool = False
+    processes: dict[int, int] = msgspec.field(default_factory=dict)
+    spoken = ("reason",)
+
+
 class Maintenance(Record, frozen=True, kw_only=True):
     """The operator's wish: no round begins (``on``), or they may again."""
 
@@ -156,6 +189,9 @@ AnyRecord = (
     | RoundEnded
     | GrantOver
     | EngineHeld
+    | EngineDrained
+    | EngineJoined
+    | EngineForgotten
     | Maintenance
     | Committed
     | VersionFailed

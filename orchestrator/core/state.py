@@ -356,8 +356,14 @@ class Fleet:
         return any(agent.status.torn for agent in self.ranks_of(engine))
 
     def quorum(self) -> int:
-        """Engines that a commit needs."""
-        return self.policy.quorum(len(self.engines))
+        """Engines that a commit needs, of those that are there to be."""
+        return self.policy.quorum(len(self.expected()))
+
+    def expected(self) -> list[str]:
+        """Members that rounds may wait for: not drained, and not forgotten while a round still has them."""
+        memory = self.memory
+        away = memory.drains.keys() | memory.forgotten_engines.keys()
+        return [name for name in self.engines if name not in away]
 
     def tainted(self, engine: str) -> list[tuple[Member, RoundName]]:
         """Writers that may still write into this engine's memory by a grant that they have not closed."""

@@ -23,7 +23,7 @@ def sentence(fleet: Fleet, now: float) -> str:
         if any(map(needs.asks, fleet.trainers())):
             return f"{_serving(fleet)}; waiting for {_slots(fleet, here)}"
         return f"{_serving(fleet)}; waiting for trainer ranks ({here} of {world if world else '?'} announced)"
-    late = [name for name in fleet.engines if not fleet.attached(name)]
+    late = [name for name in fleet.expected() if not fleet.attached(name)]
     if late and fleet.plan is None:
         return f"{_serving(fleet)}; waiting for engines {', '.join(late)}"
     obstacle = rendezvous.obstacle(fleet)
@@ -43,7 +43,7 @@ def standing(fleet: Fleet) -> str:
 def _slots(fleet: Fleet, here: int) -> str:
     """What a trainer that makes its slots for the engines' needs waits for."""
     if fleet.needs is None:
-        late = [name for name in fleet.engines if not fleet.attached(name)]
+        late = [name for name in fleet.expected() if not fleet.attached(name)]
         return f"engines that say what they need: {', '.join(late) or 'their layouts are being put together'}"
     world = fleet.trainer_world() or "?"
     return f"trainer ranks to make their slots, which they do at their next publish ({here} of {world} announced)"

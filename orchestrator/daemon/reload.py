@@ -1,6 +1,7 @@
 """The configuration, read again on SIGHUP: what may change while the daemon runs does, or all stays as it was."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -11,15 +12,17 @@ from weightsync.orchestrator.daemon import log as daemon_log
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.policy import policy_of
+from weightsync.orchestrator.daemon.run_directory.watcher import wakes
+from weightsync.orchestrator.settings.engine_lists import look
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-MAY_CHANGE: Final = ("commit.", "deadlines.", "log.", "pause.", "retry.", "trainer.world")
-"""Beginnings of keys; an engine's ``api_key_file`` may change, too, and what is in the file."""
+MAY_CHANGE: Final = ("commit.", "deadlines.", "engines", "log.", "pause.", "retry.", "trainer.world")
+"""Beginnings of keys; what is in the files of keys and of ``engines_from`` may change, too."""
 
-MAY_NOT: Final = ("deadlines.heartbeat_seconds", "deadlines.lost_after_heartbeats")
-"""Of those all the same: every agent was told them when it connected."""
+MAY_NOT: Final = ("deadlines.heartbeat_seconds", "deadlines.lost_after_heartbeats", "engines_from")
+"""Of those all the same: every agent was told them when it connected, and what is watched is watched from the start."""
 
 
 class Reload:
@@ -35,8 +38,21 @@ class Reload:
         return self.settings.deadlines.stop_seconds
 
     def ask(self) -> None:
-        """SIGHUP arrived."""
+        """SIGHUP arrived, or a file of ``engines_from`` has changed."""
         self._asked.set()
+
+    async def watch(self) -> None:
+        """Ask whenever ``engines_from`` changes; until cancelled."""
+        source = self.settings.engines_from
+        if source is None:
+            return
+        seen = None  # it may have changed since the settings were read, so the first look asks, too
+        async with contextlib.aclosing(wakes(source, self.settings.rescan_seconds)) as woken:
+            async for _ in woken:
+                found = await asyncio.to_thread(look, source)
+                if found != seen:
+                    seen = found
+                    self.ask()
 
     async def run(self) -> None:
         """Read again whenever asked, once for all that came meanwhile; until cancelled."""
@@ -74,7 +90,7 @@ class Reload:
 
 def may_change(key: str) -> bool:
     """Whether the value of this key may become another while the daemon runs."""
-    return key not in MAY_NOT and (key.startswith(MAY_CHANGE) or key.endswith("].api_key_file"))
+    return key not in MAY_NOT and key.startswith(MAY_CHANGE)
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

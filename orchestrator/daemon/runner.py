@@ -113,6 +113,7 @@ class Runner:
                     group.create_task(self.stable.run(), name="markers"),
                     group.create_task(self._tick(), name="ticks"),
                     group.create_task(self.reload.run(), name="reload"),
+                    group.create_task(self.reload.watch(), name="engines_from"),
                 ]
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
@@ -165,6 +166,7 @@ class Runner:
             markers=self.markers,
             layouts=self.planning.layouts,
             journal=self.journal,
+            sections=lambda: self.reload.settings.engines,
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen

@@ -18,6 +18,12 @@ Url = Annotated[str, Field(pattern=f"^{URL_PATTERN}$", max_length=2048), AfterVa
 File = Annotated[Path, AfterValidator(usable_path)]
 
 
+MAX_ENGINES: Final = 4096
+"""Engines of one run; the hub was measured to 4096 agents."""
+
+MAX_SERVERS: Final = 64
+"""API servers of one engine: one for each node, or for each data-parallel rank."""
+
 _NIXL: Final = NixlSettings()
 
 
@@ -48,6 +54,11 @@ class EngineSection(Section):
     name: Identifier = Field(description="Name of the engine, unique in the run; also the name its agents report.")
     kind: Identifier = Field(default="vllm", description="Kind of engine; config check names those there are.")
     url: Url = Field(description="Base URL of its API server, such as http://host:8000.")
+    more_urls: tuple[Url, ...] = Field(
+        default=(),
+        max_length=MAX_SERVERS - 1,
+        description="Further API servers of the same engine (external or hybrid data-parallel load balancing).",
+    )
     role: Literal["prefill", "decode", "both"] = Field(
         default="both", description="What it does in a disaggregated pair."
     )
@@ -55,6 +66,17 @@ class EngineSection(Section):
         default=None, description="Prefill and decode engines of one pair are left out of a round together."
     )
     api_key_file: File | None = Field(default=None, description="File with the key that its API asks for, if it does.")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The URLs of all its API servers."""
+        return (self.url, *self.more_urls)
+
+
+class EngineList(Section):
+    """A file of ``engines_from``."""
+
+    engines: tuple[EngineSection, ...] = Field(max_length=MAX_ENGINES, description="Engines, as in the configuration.")
 
 
 class TrainerSection(Section):

@@ -7,16 +7,19 @@ Unknown keys are refused, secrets come only from files, relative paths count fro
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
+from weightsync.orchestrator.settings.anchors import anchored
 from weightsync.orchestrator.settings.document import Document
+from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
 from weightsync.orchestrator.settings.explain import explain
 from weightsync.orchestrator.settings.places import usable_path
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import (
+    MAX_ENGINES,
     CommitSection,
     DeadlinesSection,
     EngineSection,
@@ -35,9 +38,6 @@ from weightsync.orchestrator.settings.sections import (
     Url,
 )
 from weightsync.orchestrator.settings.sources import NUMBERED, EnvironmentSource, FileSource
-
-MAX_ENGINES: Final = 4096
-"""Engines of one run; the hub was measured to 4096 agents."""
 
 
 class Settings(BaseSettings):
@@ -58,7 +58,10 @@ class Settings(BaseSettings):
         description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
     )
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
-        min_length=1, max_length=MAX_ENGINES, description="The vLLM servers."
+        default=(), max_length=MAX_ENGINES, description="The vLLM servers."
+    )
+    engines_from: File | None = Field(
+        default=None, description="File, or directory of files, with further engines; read again when it changes."
     )
     trainer: TrainerSection = TrainerSection()
     transport: Transport = Field(default=NixlSection(), description="How weights travel.")
@@ -78,18 +81,14 @@ class Settings(BaseSettings):
     @field_validator("engines")
     @classmethod
     def _engines_differ(cls, engines: tuple[EngineSection, ...]) -> tuple[EngineSection, ...]:
-        for what in ("name", "url"):
-            seen: dict[str, int] = {}
-            for index, engine in enumerate(engines):
-                value = getattr(engine, what).rstrip("/")
-                if value in seen:
-                    raise ValueError(f"entries {seen[value]} and {index} have the same {what} {value!r}")
-                seen[value] = index
-        for pair in {engine.pair for engine in engines if engine.pair is not None}:
-            roles = {engine.role for engine in engines if engine.pair == pair}
-            if not {"prefill", "decode"} <= roles:
-                raise ValueError(f"pair {pair!r} needs an engine of role prefill and one of role decode")
+        require_different(engines)
         return engines
+
+    @model_validator(mode="after")
+    def _some_engine(self) -> "Settings":
+        if not self.engines and self.engines_from is None:
+            raise ValueError("there is no engine: list some in engines, or name a file in engines_from")
+        return self
 
     @model_validator(mode="after")
     def _agents_can_reach_us(self) -> "Settings":
@@ -131,9 +130,6 @@ class Settings(BaseSettings):
         return tuple(init_settings.init_kwargs["sources"])
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
 def load(path: Path | str, environ: Mapping[str, str] | None = None) -> Settings:
     """The settings in ``path`` with the overrides in ``environ`` (default: the process's), paths made absolute.
 
@@ -153,18 +149,7 @@ def load(path: Path | str, environ: Mapping[str, str] | None = None) -> Settings
         settings = Settings(**arguments)
     except ValidationError as error:
         raise ConfigError(file, *explain(document, environment.variables, error, Settings)) from error
-    return _anchored(settings, file.parent)
-
-
-def _anchored(model: Model, base: Path) -> Model:
-    """``model`` with every relative path counted from ``base``."""
-    update: dict[str, Any] = {}
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        if isinstance(value, Path):
-            update[name] = base / value
-        elif isinstance(value, BaseModel):
-            update[name] = _anchored(value, base)
-        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
-            update[name] = tuple(_anchored(item, base) for item in value)
-    return model.model_copy(update=update)
+    settings = anchored(settings, file.parent)
+    if settings.engines_from is None:
+        return settings
+    return settings.model_copy(update={"engines": with_lists(file, settings.engines, settings.engines_from)})

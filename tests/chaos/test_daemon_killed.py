@@ -56,6 +56,21 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
 
 
+@pytest.mark.parametrize("point", ["hearing Quiesced", "after LiveDirty"])
+def test_told_to_stop_in_a_round_it_ends_the_round_first(scene: Scene, point: str) -> None:
+    """SIGTERM: the version is committed, the engine serves it, and only then the daemon goes, with 0."""
+    scene.signal_daemon_at(point, "SIGTERM")
+    step = scene.begin()
+    scene.wait_daemons_end()
+    told = scene.trainer.hear()
+    assert (told["step"], told.get("sequence")) == (step, len(scene.committed) + 1), told
+    scene.committed.append(step)
+    assert not scene.server.is_paused()
+    scene.witness.next()
+    scene.start_daemon()
+    scene.serves(step)
+
+
 def test_afterwards_versions_go_on(scene: Scene) -> None:
     scene.publish()
     assert scene.whole.status()["committed"]["sequence"] == len(scene.committed)

@@ -11,7 +11,7 @@ from witness import Scene
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-DYING_TRAINER = Path(__file__).with_name("dying_trainer.py")
+HARMED_TRAINER = Path(__file__).with_name("harmed_trainer.py")
 
 
 def test_an_engine_killed_while_idle_serves_nothing_before_it_has_caught_up(scene: Scene) -> None:
@@ -42,7 +42,7 @@ def test_an_engine_killed_in_a_round_gets_the_version_when_it_returns(scene: Sce
 def test_a_trainer_rank_killed_in_a_round_leaves_the_engine_paused_until_it_is_repaired(scene: Scene) -> None:
     """Half of the rows are new, half are old; only the next start of the trainer can mend that."""
     scene.trainer.stop()
-    scene.start_trainer(2, script=str(DYING_TRAINER), env={"WEIGHTSYNC_TEST_DIE": "1"})
+    scene.start_trainer(2, script=str(HARMED_TRAINER), env={"WEIGHTSYNC_TEST_HARM": "1 SIGKILL"})
     torn = scene.begin()
 
     def is_torn() -> bool:

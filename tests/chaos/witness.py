@@ -1,6 +1,5 @@
 """Who judges the chaos tests: a client that asks an engine for ever, and what each version answers."""
 
-import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -8,14 +7,13 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from fleet import Fleet, Process, Trainer
+from fleet import Fleet
+from pointed import Pointed
 from reference import reference_answers
 from serving import DEFAULT_PROMPTS, HOST, RequestFailed, VllmServer
 
 PROMPT = DEFAULT_PROMPTS[0]
 FLEET_SECONDS = 120.0
-POINT_SECONDS = 60.0
-"""Until a daemon has come to the point that it waits for."""
 
 Said = tuple[int, float]
 """One greedy token and its log-probability: the work of one forward pass, so it can mix no two moments."""
@@ -62,20 +60,16 @@ class Witness:
 
 
 @dataclass
-class Scene:
+class Scene(Pointed):
     """A fleet of one engine, one trainer and one witness; versions are counted over all tests of a module."""
 
     directory: Path
     server: VllmServer
     settings: dict[str, Any] = field(default_factory=dict)
-    step: int = 0
-    committed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__init__(Fleet(self.directory / "fleet", {"engine": self.server}, settings=self.settings))
         self.witness = Witness(self.server)
-        self.whole = Fleet(self.directory / "fleet", {"engine": self.server}, settings=self.settings)
-        self.trainer: Trainer
-        self._point = self.directory / "point"
 
     def open(self) -> None:
         """Start everything and publish the first version."""
@@ -88,56 +82,13 @@ class Scene:
         self.publish()
 
     def start_trainer(self, world: int = 1, **options: Any) -> None:
-        self.trainer = self.whole.start_trainer(self.server.model_dir, world, **options)
-        assert self.trainer.hear()["ready"]
+        self.take_trainer(self.server.model_dir, world, **options)
 
     def close(self) -> None:
         self.witness.stop()
         self.whole.close()
 
-    # ---------------------------------------------------------------------------------------------------------- daemon
-    def kill_daemon(self) -> None:
-        """``kill -9``."""
-        self._daemon().kill()
-        self.wait_daemons_death()
-
-    def wait_daemons_death(self) -> None:
-        daemon = self._daemon()
-        assert daemon.child is not None
-        assert daemon.child.wait(POINT_SECONDS) == -signal.SIGKILL, daemon.tail()
-
-    def start_daemon(self) -> None:
-        """One that can be told to signal itself; see ``pointed_daemon``."""
-        script = Path(__file__).with_name("pointed_daemon.py")
-        self.whole.start_daemon(script, {"WEIGHTSYNC_TEST_POINT": str(self._point)})
-
-    def signal_daemon_at(self, point: str, number: str) -> None:
-        """Have the running daemon send itself a signal when it comes to ``point``."""
-        written = self._point.with_suffix(".new")
-        written.write_text(f"{point} {number}")
-        written.replace(self._point)
-
-    def wait_daemons_stop(self) -> None:
-        """Until the daemon has stopped itself; ``continue_daemon`` lets it go on."""
-        child = self._daemon().child
-        assert child is not None
-        stat = Path(f"/proc/{child.pid}/stat")
-        self.whole.until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the daemon to stop itself")
-
-    def continue_daemon(self) -> None:
-        self._daemon().kill(signal.SIGCONT)
-
-    def _daemon(self) -> Process:
-        assert self.whole.daemon is not None
-        return self.whole.daemon
-
     # --------------------------------------------------------------------------------------------------------- versions
-    def begin(self) -> int:
-        """Have the trainer publish the next version, without waiting for it."""
-        self.step += 1
-        self.trainer.tell(do="publish", step=self.step)
-        return self.step
-
     def end(self, step: int) -> None:
         """The version is committed, the engine serves it, and nobody is left paused."""
         told = self.trainer.hear()

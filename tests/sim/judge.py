@@ -29,11 +29,11 @@ class Judge:
         self._stale_since: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------------------- journal
-    def journaled(self, records: Sequence[Record]) -> None:
-        """These are durable now."""
+    def journaled(self, records: Sequence[Record], *, in_order: bool = True) -> None:
+        """These are durable now. ``in_order``: in the one journal, whose order must not go back."""
         for record in records:
             match record:
-                case EpochBegan(epoch=epoch):
+                case EpochBegan(epoch=epoch) if in_order:
                     self._require(epoch > self._epoch, f"S3: epoch {epoch} after {self._epoch}")
                     self._epoch = epoch
                 case Decided(round=name, version=version, digests=digests):
@@ -43,9 +43,11 @@ class Judge:
                             whole = set(worker.memory) == {version}
                             self._require(whole, f"S4: {worker.member} holds {worker.memory}, decided {version}")
                 case Committed(version=version, sequence=sequence):
-                    again = sequence == self._sequence and version in self.committed
-                    self._require(again or sequence == self._sequence + 1, f"S3: {sequence} after {self._sequence}")
-                    self._sequence = sequence
+                    again = version in self.committed
+                    if in_order:
+                        grows = sequence == self._sequence + 1 or (again and sequence == self._sequence)
+                        self._require(grows, f"S3: {sequence} after {self._sequence}")
+                        self._sequence = sequence
                     if not again:
                         self.committed.append(version)
                 case RoundEnded(round=name, version=version, outcome=outcome):
@@ -114,10 +116,15 @@ class Judge:
             self._require(False, f"L2: {name} is healthy and paused since {since:.3f}")
 
     def _healthy(self, name: str, since: float) -> bool:
-        """It was all the while, and so were enough others for a version to be committed on."""
-        since_when = self._world.faults.healthy_since
-        healthy = [other for other in self._world.configured if since_when(other) < since]
-        return name in healthy and len(healthy) >= self._world.policy.quorum(len(self._world.configured))
+        """It was all the while, and so were enough others for a version to be committed on.
+
+        These are counted only when no call that hung in them can hang any more: until then no round begins with them.
+        """
+        policy, healthy_since = self._world.policy, self._world.faults.healthy_since
+        if healthy_since(name) >= since:
+            return False
+        usable = [other for other in self._world.configured if healthy_since(other) + policy.update < since]
+        return len({name, *usable}) >= policy.quorum(len(self._world.configured))
 
     def died(self, name: str) -> None:
         """Its processes are gone; the next ones have served nothing yet."""

@@ -22,29 +22,45 @@ COMPACTED: Final = 0.005
 class Disk:
     """The journal: a commit takes time, and the daemon's death in it leaves all of it or nothing."""
 
-    def __init__(self, world: "World") -> None:
+    def __init__(self, world: "World", copied: "Disk | None" = None) -> None:
         self._world = world
-        self.bodies: list[bytes] = []
+        self._is_copy = copied is not None
+        self.bodies: list[bytes] = [] if copied is None else list(copied.bodies)
         self.seconds = 0.002
         """Of one commit."""
+        self._under_way: list[Record] = []
 
     def append(self, records: list[Record], daemon: "SimulatedDaemon", durable: Work) -> None:
         """``durable`` is called when they are; the daemon ends where that is not known."""
         world = self._world
+        self._under_way = records
 
         def commit() -> None:
-            lost = daemon.alive and world.faults.happens("disk")
-            if (lost or not daemon.alive) and world.rng.random() < 0.5:
-                return self._end(daemon, lost)
-            self.bodies.extend(map(encode_record, records))
-            if world.rng.random() < COMPACTED:
-                self._compact()
-            world.judge.journaled(records)
-            if lost or not daemon.alive:
-                return self._end(daemon, lost)
-            return durable()
+            if not daemon.alive:
+                return  # ``interrupted`` has decided
+            lost = world.faults.happens("disk")
+            if not lost or world.rng.random() < 0.5:
+                self._write(records)
+            self._under_way = []
+            if lost:
+                world.note("the journal is lost: what is on disk is not known until it is read anew")
+                world.kill_daemon()
+            else:
+                durable()
 
         world.later(self.seconds * world.rng.uniform(0.5, 1.5), commit)
+
+    def interrupted(self) -> None:
+        """The daemon dies: what it was writing is there as a whole, or not at all."""
+        records, self._under_way = self._under_way, []
+        if records and self._world.rng.random() < 0.5:
+            self._write(records)
+
+    def _write(self, records: list[Record]) -> None:
+        self.bodies.extend(map(encode_record, records))
+        if self._world.rng.random() < COMPACTED:
+            self._compact()
+        self._world.judge.journaled(records, in_order=not self._is_copy)
 
     def records(self) -> list[AnyRecord]:
         """What the next daemon begins with: all since the newest fold of the rest."""
@@ -57,12 +73,6 @@ class Disk:
         for record in self.records():
             replay(memory, record)
         self.bodies.append(encode_record(saved(memory)))
-
-    def _end(self, daemon: "SimulatedDaemon", lost: bool) -> None:
-        """JournalLost: the outcome is unknown until it is read anew."""
-        if lost:
-            self._world.note("the journal is lost")
-            self._world.kill_daemon()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from contents import plan_of
+from places import Disk
 from simulated_engine import Answer
 from told import round_trip
 from weightsync.orchestrator.core.commands import (
@@ -61,8 +62,8 @@ class SimulatedDaemon:
     Its clock is monotonic and begins anywhere: another life, after another boot, may begin earlier.
     """
 
-    def __init__(self, world: "World") -> None:
-        self.world = world
+    def __init__(self, world: "World", disk: Disk) -> None:
+        self.world, self.disk = world, disk
         self.alive = True
         self.links: list[Link] = []
         self._members: dict[Member, Link] = {}
@@ -72,7 +73,7 @@ class SimulatedDaemon:
         self._appending = False
         self._posted: tuple[StableSeen, ...] = ()
         self._clock = world.rng.uniform(0.0, 1e5) - world.now
-        records = world.disk.records()
+        records = disk.records()
         self.fleet, commands = start(world.policy, world.journal_id, records, self._now(), f"life {world.next_id()}")
         world.note(f"a daemon starts, epoch {self.fleet.epoch}")
         self._put(commands)
@@ -110,7 +111,8 @@ class SimulatedDaemon:
         """Whatever it was about to do is not done. Its kernel resets all connections."""
         self.world.note("the daemon dies")
         self.alive = False
-        for link in self.links:
+        self.disk.interrupted()
+        for link in list(self.links):
             if link.far:
                 link.closed_by_daemon()
 
@@ -152,7 +154,7 @@ class SimulatedDaemon:
                     self.post(Appended(self.next_id(), type(command.record).__name__, name))
             self._perform()
 
-        self.world.disk.append([command.record for command in commands], self, durable)
+        self.disk.append([command.record for command in commands], self, durable)
 
     def _do(self, command: Command) -> None:
         self.world.saw(command)

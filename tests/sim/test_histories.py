@@ -2,6 +2,8 @@
 
 import pytest
 from moments import PHASES, call
+from places import Disk
+from simulated_daemon import SimulatedDaemon
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
@@ -316,3 +318,30 @@ def test_a_trainer_of_another_size_whose_predecessor_died_with_its_host() -> Non
     world.kill_trainer(size=1, for_seconds=0.2, silently=True)
     world.run(16.0)
     assert_versions_go_on(world)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_daemons_of_one_copied_state_directory_mix_nothing(seed: int) -> None:
+    """Of the same epoch, journal and round numbers: only the nonce of their lives tells them apart."""
+    world = World(seed, engines=3, trainers=1)
+    world.run(6.0)
+    world.faults.begin(world.servers)
+    copied = Disk(world, world.disk)
+    world.kill_daemon(for_seconds=0.5)
+    world.run(7.0)
+    first = world.daemon
+    second = SimulatedDaemon(world, copied)
+    assert first is not None
+    assert (first.fleet.epoch, first.fleet.journal_id) == (second.fleet.epoch, second.fleet.journal_id)
+    for _ in range(40):
+        world.daemon = world.rng.choice((first, second))
+        agent = world.rng.choice(world.agents())
+        if agent.link is not None:
+            agent.link.closed_by_agent("it looks for the daemon anew")
+        world.run(world.now + world.rng.uniform(0.1, 2.0))
+    second.die()
+    world.daemon = first
+    world.run(world.now + 45.0)  # a version that only the other one has committed fails here, in time
+    assert_versions_go_on(world)
+    world.run_until_quiet()
+    assert_all_serve(world, within=8.0)

@@ -164,7 +164,7 @@ class World(VirtualTime):
         if self.daemon is None or not self.daemon.alive:
             self._daemon_is_back()
             self._daemon_is_back = lambda: None
-            self.daemon = SimulatedDaemon(self)
+            self.daemon = SimulatedDaemon(self, self.disk)
 
     def kill_daemon(self, for_seconds: float | None = None) -> None:
         daemon = self.daemon

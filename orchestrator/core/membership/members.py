@@ -1,5 +1,7 @@
 """Who is there: agents that connect, are refused, say what their memory holds, and go."""
 
+from typing import Final
+
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
@@ -23,6 +25,9 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, RoundName
+
+SHOWN: Final = 8
+"""Engines that a refusal names."""
 
 
 def connected(turn: Turn, event: AgentConnected) -> bool:
@@ -64,9 +69,8 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         return Trouble(often, "config", retry=False)
     if member.rank >= hello.world:
         return Trouble(f"rank {member.rank} is outside its world of {hello.world}", "config", retry=False)
-    if member.role == "inference" and member.engine not in fleet.engines:
-        known = ", ".join(fleet.engines)
-        return Trouble(f"engine {member.engine!r} is not configured; engines are: {known}", "config", retry=False)
+    if member.role == "inference" and (stranger := _stranger(fleet, member, hello)):
+        return Trouble(stranger, "config")  # worth another try: engines come and go
     peers = fleet.trainers() if member.role == "trainer" else fleet.ranks_of(member.engine)
     if member.role == "trainer":
         if fleet.policy.trainer_world not in (None, hello.world):
@@ -91,6 +95,18 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         # Taking it in raises the epoch, and a round's grants are of the epoch in which it began.
         return Trouble("it obeyed another daemon; this one takes it in after the current round", "daemon")
     return None
+
+
+def _stranger(fleet: Fleet, member: Member, hello: Hello) -> str:
+    """Why the agent's engine is no member; empty where it is one."""
+    over = fleet.memory.forgotten_engines.get(member.engine)
+    if over is not None and (over.listed or over.processes.get(member.rank) == hello.incarnation):
+        return f"engine {member.engine!r} was forgotten ({over.reason}); release makes it a member again"
+    if member.engine in fleet.engines:
+        return ""
+    names = [*fleet.engines][:SHOWN]
+    more = " …" if len(fleet.engines) > SHOWN else ""
+    return f"engine {member.engine!r} is not configured; engines are: {', '.join(names)}{more}"
 
 
 def _obeyed_another(fleet: Fleet, hello: Hello) -> bool:

@@ -80,14 +80,15 @@ def awaited(turn: Turn, names: list[str]) -> list[str]:
     """
     fleet = turn.fleet
     if fleet.memory.committed is None:
-        expected = [name for name, engine in fleet.engines.items() if not engine.misfit]
+        expected = [name for name in fleet.expected() if not fleet.engines[name].misfit]
     else:
-        expected = [name for name in fleet.engines if name in fleet.memory.live and not fleet.engines[name].misfit]
-    here = set(names)
+        live = fleet.memory.live
+        expected = [name for name in fleet.expected() if name in live and not fleet.engines[name].misfit]
+    here = set(names) & set(fleet.expected())
     late = [name for name in expected if name not in here]
     if len(here) < fleet.quorum():
         fleet.quorum_since = None
-        return late or [name for name in fleet.engines if name not in here]
+        return late or [name for name in fleet.expected() if name not in here]
     if fleet.quorum_since is None:
         fleet.quorum_since = turn.now
     return late if turn.now < fleet.quorum_since + fleet.policy.patience else []

@@ -142,6 +142,15 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
         entry.ask_to_verify(turn, current, member)
 
 
+def leaves(turn: Turn, engine: str, reason: str) -> None:
+    """An engine of the round is no member any more: the round goes on without it."""
+    current = turn.fleet.round
+    # In the two phases left out here the round waits for the disk alone, and is past them in a moment.
+    if current is not None and current.has(engine) and current.phase not in (Phase.DECIDING, Phase.RECORDING):
+        _leave_out(turn, current, Trouble(reason, "config"), About(engine=engine))
+        phases.advance(turn, current)
+
+
 def agent_changed(turn: Turn, member: Member) -> None:
     """A member of the round announces another layout: it cannot go on in this one."""
     current = turn.fleet.round

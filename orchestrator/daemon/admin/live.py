@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
@@ -16,6 +16,7 @@ from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, 
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
 
@@ -35,9 +36,10 @@ class LiveViews:
         layouts: Callable[[str], LayoutsView | None],
         journal: AsyncJournal,
         verbs: Verbs,
+        sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
         self._settings, self._fleet, self._history = settings, fleet, history
-        self._overview = Overview(settings, started_unix=time.time())
+        self._overview = Overview(settings, time.time(), sections)
         self._markers, self._layouts, self._journal, self._verbs = markers, layouts, journal, verbs
 
     def add_routes(self, app: web.Application) -> None:

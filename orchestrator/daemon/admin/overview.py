@@ -1,7 +1,7 @@
 """The daemon's state as ``/status`` shows it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.since import engine_word, since, trainer_word
@@ -25,10 +25,16 @@ from weightsync.orchestrator.settings.settings import Settings
 
 
 class Overview:
-    """Shows one daemon."""
+    """Shows one daemon. ``sections``: its engines as they are configured now, where they may change."""
 
-    def __init__(self, settings: Settings, started_unix: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        started_unix: float,
+        sections: Callable[[], Iterable[EngineSection]] | None = None,
+    ) -> None:
         self._settings = settings
+        self._sections = sections or (lambda: settings.engines)
         self._started = started_unix
 
     def status(self, fleet: Fleet, history: History, markers: Sequence[str], now: float) -> StatusView:
@@ -42,36 +48,42 @@ class Overview:
             unix_time=unix_now,
             started=self._started,
             committed=history.committed,
-            engines=tuple(self._engine(fleet, engine, now, unix_now) for engine in self._settings.engines),
+            engines=self._engines(fleet, now, unix_now),
             trainers=_trainers(fleet, now, unix_now),
             round=_progress(fleet, now),
             rounds=history.rounds,
             problems=problems(fleet, markers, now, unix_now),
             waiting=tuple(_waiting(fleet, now, unix_now)),
             holds=dict(fleet.memory.holds),
+            drains=dict(fleet.memory.drains),
             maintenance=fleet.memory.maintenance or "",
             unneeded=fleet.plan.unneeded if fleet.plan is not None else (),
         )
 
-    def _engine(self, fleet: Fleet, config: EngineSection, now: float, unix_now: float) -> EngineView:
-        engine, ranks = fleet.engines[config.name], fleet.ranks_of(config.name)
-        state = engine_word(fleet, config.name)
-        error, fault = engine.complaint
-        return EngineView(
-            name=config.name,
-            url=config.url,
-            role=config.role,
-            state=state,
-            version=version_view(fleet.version_of(config.name)),
-            ranks_connected=len(ranks),
-            ranks_expected=ranks[0].hello.world if ranks else 0,
-            paused=engine.paused,
-            torn=fleet.torn(config.name),
-            error=error,
-            fault=fault,
-            since=unix_now - (now - since(fleet, config.name, state, now)),
-            left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
-        )
+    def _engines(self, fleet: Fleet, now: float, unix_now: float) -> tuple[EngineView, ...]:
+        known = {section.name: section for section in self._sections()}
+        return tuple(_engine(fleet, name, known.get(name), now, unix_now) for name in fleet.engines)
+
+
+def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, unix_now: float) -> EngineView:
+    engine, ranks = fleet.engines[name], fleet.ranks_of(name)
+    state = engine_word(fleet, name)
+    error, fault = engine.complaint
+    return EngineView(
+        name=name,
+        url=", ".join(config.servers) if config is not None else "",
+        role=config.role if config is not None else "both",
+        state=state,
+        version=version_view(fleet.version_of(name)),
+        ranks_connected=len(ranks),
+        ranks_expected=ranks[0].hello.world if ranks else 0,
+        paused=engine.paused,
+        torn=fleet.torn(name),
+        error=error,
+        fault=fault,
+        since=unix_now - (now - since(fleet, name, state, now)),
+        left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
+    )
 
 
 def _trainers(fleet: Fleet, now: float, unix_now: float) -> tuple[TrainerView, ...]:

@@ -72,7 +72,7 @@ def _of_all(fleet: Fleet, now: float) -> Iterator[_Found]:
     words = {name: engine_word(fleet, name) for name in fleet.engines}
     if not {"serving", "updating"} & set(words.values()):
         looked = now >= fleet.started + fleet.policy.probe  # a daemon that has just started has not seen them yet
-        last = max(since(fleet, name, word, now) for name, word in words.items())
+        last = max((since(fleet, name, word, now) for name, word in words.items()), default=fleet.started)
         committed = fleet.memory.committed
         what = f"no engine serves {committed}" if committed else "no engine serves: nothing is committed yet"
         yield _Found("critical" if looked else "degraded", what, "" if committed else PUBLISH_FIRST, since=last)
@@ -123,6 +123,9 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
         yield _Found("critical", what, _mend_torn(fleet), name, began)
     if is_held:
         what = f"held by the operator ({fleet.memory.holds[name]})"
+        yield _Found("degraded", what, f"weightsync-orchestrator release {name}", name)
+    if name in fleet.memory.drains:
+        what = f"drained by the operator ({fleet.memory.drains[name]})"
         yield _Found("degraded", what, f"weightsync-orchestrator release {name}", name)
     if word == "held" and not is_held:
         yield _Found("degraded", *_holds_nothing(fleet, now), name, began)

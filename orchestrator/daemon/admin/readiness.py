@@ -13,6 +13,8 @@ def readiness(fleet: Fleet, engine: str) -> tuple[bool, str] | None:
     """
     if engine not in fleet.engines:
         return None
+    if engine in fleet.memory.drains:
+        return False, "drained"
     word, committed, current = engine_word(fleet, engine), fleet.memory.committed, fleet.round
     if word == "serving":
         version = fleet.version_of(engine)

@@ -10,10 +10,13 @@ from weightsync.orchestrator.core.events import (
     AbortAsked,
     Asked,
     DeadDeclared,
+    DrainAsked,
+    ForgetAsked,
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
 )
+from weightsync.orchestrator.core.membership import roster
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.audit import Audit, AuditLine
 from weightsync.orchestrator.daemon.admin.views import VerbView
@@ -143,15 +146,41 @@ def _hold(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
 
 
 def _release(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
-    fleet, name = verbs.fleet, _engine(verbs.fleet, order)
+    fleet = verbs.fleet
+    if (over := fleet.memory.forgotten_engines.get(order.target)) is not None and order.target not in fleet.engines:
+        when = "now" if over.listed else "when its agents come"
+        return HoldAsked(number, by, order.reason, order.target, False), f"{order.target} is a member again {when}"
+    name = _engine(fleet, order)
     version, committed = fleet.version_of(name), fleet.memory.committed
-    if name not in fleet.memory.holds:
-        says = f"{name} is not held by anybody"
+    if name not in fleet.memory.holds and name not in fleet.memory.drains:
+        says = f"{name} is neither held nor drained by anybody"
     elif version is not None and version == committed:
         says = f"{name} holds {version} and is resumed now"
     else:
         says = f"{name} catches up by the next round, and serves then"
     return HoldAsked(number, by, order.reason, name, False), says
+
+
+def _drain(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
+    fleet, name = verbs.fleet, _engine(verbs.fleet, order)
+    unit = [other for other in fleet.unit(name) if other not in fleet.memory.drains]
+    current, serves = fleet.round, fleet.version_of(name)
+    if not unit:
+        says = f"{name} is drained already ({fleet.memory.drains[name]})"
+    else:
+        when = f" after round {current.name}" if current is not None and current.has(name) else ""
+        says = f"{_listed(unit)} takes part in no round{when} until it is released, and its readiness is 503"
+        says += f"; it serves {serves} until another version is decided, then it is paused" if serves else ""
+    return DrainAsked(number, by, order.reason, name), says
+
+
+def _forget(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
+    fleet, name = verbs.fleet, _engine(verbs.fleet, order)
+    unit = fleet.unit(name)
+    says = f"{_listed(unit)} is no member any more, until release makes it one again"
+    for other in unit:
+        says += "".join(f"; {other}: {danger}" for danger in roster.dangers(fleet, other))
+    return ForgetAsked(number, by, order.reason, name), says
 
 
 def _abort(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
@@ -212,6 +241,8 @@ def _maintenance(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
 VERBS: Final[dict[str, _Verb]] = {
     "hold": _hold,
     "release": _release,
+    "drain": _drain,
+    "forget": _forget,
     "abort": _abort,
     "retry": _retry,
     "declare-dead": _declare_dead,

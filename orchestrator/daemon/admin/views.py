@@ -173,6 +173,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[ProblemView, ...] = ()
     waiting: tuple[WaitingView, ...] = ()
     holds: dict[str, str] = {}
+    drains: dict[str, str] = {}
+    """Engines that are drained, and why."""
     maintenance: str = ""
     unneeded: tuple[str, ...] = ()
     schema: int = VIEW_SCHEMA

@@ -36,7 +36,9 @@ class Engines:
             token_file=settings.agents_token_path,
             run_id=settings.run.id,
         )
-        self.clients = {engine.name: client_of(engine, settings.pause) for engine in settings.engines}
+        self.clients: dict[str, EngineClient] = {
+            engine.name: client_of(engine, settings.pause) for engine in settings.engines
+        }
         self._busy: Counter[EngineClient] = Counter()
         self._retired: set[EngineClient] = set()
 
@@ -50,10 +52,11 @@ class Engines:
             await client.close()
 
     async def made_for(self, settings: Settings) -> dict[str, EngineClient]:
-        """New clients for the same engines, which ``replace`` takes.
+        """New clients for the engines of ``settings``, which ``replace`` takes.
 
         Raises:
             ConfigError: a key file cannot be read.
+            UnknownEngineKind: nobody here can talk to one of them.
         """
         made: dict[str, EngineClient] = {}
         try:
@@ -76,7 +79,9 @@ class Engines:
 
     @contextlib.asynccontextmanager
     async def _client(self, engine: str) -> AsyncIterator[EngineClient]:
-        client = self.clients[engine]
+        client = self.clients.get(engine)
+        if client is None:  # it left the configuration after the call was decided
+            raise EngineError(engine, "call", "it is no member any more", sent=False)
         self._busy[client] += 1
         try:
             yield client

@@ -5,6 +5,7 @@ from typing import Final
 
 from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFactory, EngineSetup
+from weightsync.orchestrator.daemon.engines.several import SeveralServers
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
@@ -33,4 +34,8 @@ def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
     """
     check_kinds([engine])
     api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
-    return CLIENTS[engine.kind](EngineSetup(engine.name, engine.url, api_key, pause.mode, pause.clear_cache))
+    clients = [
+        CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.clear_cache))
+        for url in engine.servers
+    ]
+    return clients[0] if len(clients) == 1 else SeveralServers(clients)

@@ -80,7 +80,10 @@ ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES   GB/S  PAUSE  STALL  VERIFY  TOTAL M
     left out: d
 
 9 tensors of the trainer that no engine needs: head.0, head.1, head.2, head.3, head.4, head.5,
-    head.6, head.7, …"""
+    head.6, head.7, …
+
+1 tensors of d stay as its start left them (a buffer):  cache
+2000 tensors of d are written, and whether they are read is not known (no way): a, b, …"""
     )
 
 

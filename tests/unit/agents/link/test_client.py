@@ -459,10 +459,15 @@ def test_an_address_of_another_scheme_is_an_error_by_name(token_file: Path, url:
         ControlClient(url, token_file, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
 
 
-def test_backoff_doubles_to_its_longest_within_its_upper_half() -> None:
-    backoff = Backoff(first=0.2, longest=10.0)
-    assert [backoff.seconds(failures, 1.0) for failures in (1, 2, 3, 6, 7, 1000)] == [0.2, 0.4, 0.8, 6.4, 10.0, 10.0]
-    assert backoff.seconds(3, 0.0) == 0.4
+def test_backoff_stays_close_while_a_daemon_may_only_be_starting_and_doubles_to_its_longest_then() -> None:
+    """A daemon that is started again is met within a second of its coming, for the first eight seconds at least."""
+    backoff = Backoff()
+    waits = [backoff.seconds(failures, 1.0) for failures in range(1, 22)]
+    assert waits == [0.2, 0.4, 0.8, *[1.0] * 13, 2.0, 4.0, 8.0, 10.0, 10.0]
+    assert backoff.seconds(10**6, 1.0) == 10.0
+    assert [backoff.seconds(failures, 0.0) for failures in (1, 4, 1000)] == [0.1, 0.5, 5.0]
+    assert sum(backoff.seconds(failures, 0.0) for failures in range(1, 17)) > 7
+    assert Backoff(first=0.001, longest=0.01).seconds(99, 1.0) == 0.01
 
 
 # --------------------------------------------------------------------------------------- a proxy that speaks TLS

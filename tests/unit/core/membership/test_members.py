@@ -49,7 +49,6 @@ STAGED = Staged(version=VERSION, bytes=1, convert_seconds=0.0, digest_seconds=0.
         (TRAINER, {"schema": 99}, "it speaks schema 99"),
         (TRAINER, {"run_id": "other"}, "it belongs to run 'other'"),
         (Member("trainer", "", 5), {}, "rank 5 is outside its world of 1"),
-        (Member("inference", "e9", 0), {}, "engine 'e9' is not configured; engines are: e0"),
     ],
 )
 def test_a_hello_of_somebody_else_is_refused_for_good(
@@ -61,6 +60,14 @@ def test_a_hello_of_somebody_else_is_refused_for_good(
     assert reason in refusal.refused.reason
     assert not refusal.refused.retry
     assert fleet.fleet.agents == {}
+
+
+def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(Member("inference", "e9", 0))
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert refusal.refused.reason == "engine 'e9' is not configured; engines are: e0"
+    assert refusal.refused.retry
 
 
 def test_a_second_process_of_the_same_rank_is_refused_by_name(drive: Any) -> None:

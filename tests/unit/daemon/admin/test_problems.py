@@ -87,7 +87,7 @@ def test_an_engine_that_came_back_after_its_trainer_went_needs_a_publish() -> No
     assert problem.fix == PUBLISH_FIRST
     staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
     enter(fleet, trainer(), staged=staged)
-    fleet.memory.done.add(VERSION)
+    fleet.memory.done[VERSION] = None
     fleet.generation = 7
     (problem,) = found(fleet)
     assert problem.what.startswith(f"e1: answers nobody: it has not got {VERSION} yet, and waits for ")
@@ -126,9 +126,7 @@ def test_who_taints_whom_and_what_to_type() -> None:
     fleet.unclosed[trainer(0), NAME] = Unclosed(6, "node3", "boot", {rank("e1"): 1})
     (problem,) = found(fleet)
     assert problem.what == "trainer/1 of round 3.4 may still write into e0: no round takes place there"
-    assert problem.fix == (
-        "end that process on node3; once it is dead: weightsync-orchestrator declare-dead trainer/1"
-    )
+    assert problem.fix == ("end that process on node3; once it is dead: weightsync-orchestrator declare-dead trainer/1")
 
 
 def test_who_is_left_out_why_how_often_and_until_when() -> None:
@@ -174,7 +172,7 @@ def test_the_trainers_side() -> None:
     fleet.memory.failed[NEXT] = "too late"
     enter(fleet, trainer(), staged=Staged(version=NEXT, bytes=0, convert_seconds=0.0, digest_seconds=0.0))
     (problem,) = found(fleet)
-    assert (problem.what, problem.fix) == (f"{NEXT} FAILED: too late", "publish it again, or another")
+    assert (problem.what, problem.fix) == (f"{NEXT} FAILED: too late", "publish it again, or another step")
 
 
 def test_markers_that_are_not_believed() -> None:

@@ -1,0 +1,97 @@
+"""Which engines are members: those of the configuration and those that came by themselves, without the forgotten."""
+
+from weightsync.orchestrator.core.commands import Drop
+from weightsync.orchestrator.core.memory import Memory
+from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from weightsync.orchestrator.core.records import EngineForgotten
+from weightsync.orchestrator.core.round import reports
+from weightsync.orchestrator.core.state import EngineState, Fleet
+from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.text import clean
+
+
+def members(policy: Policy, memory: Memory) -> dict[str, EngineConfig]:
+    """Every engine that is to be a member, by name; the configuration's first, in its order."""
+    found = {config.name: config for config in policy.engines if config.name not in memory.forgotten_engines}
+    for name, joined in memory.admitted.items():
+        found.setdefault(name, EngineConfig(name, joined.pair))
+    return found
+
+
+def evaluate(turn: Turn) -> None:
+    """Take in the engines that are to be members and let go those that are not; of a round under way, at its end."""
+    fleet = turn.fleet
+    _end_of_lists(turn)
+    wanted = members(fleet.policy, fleet.memory)
+    for name, config in wanted.items():
+        engine = fleet.engines.get(name)
+        if engine is None:
+            fleet.engines[name] = EngineState(name, config.pair, probe_at=turn.now)
+            turn.say(f"{name} is a member")
+        elif engine.pair != config.pair:
+            engine.pair = config.pair
+            fleet.touch(name)
+    for name in [name for name in fleet.engines if name not in wanted]:
+        if fleet.round is not None and fleet.round.has(name):
+            there = fleet.policy.quorum(len(wanted.keys() - fleet.memory.drains.keys()))
+            fleet.round.quorum = min(fleet.round.quorum, there)  # a commit does not need who is not there to be
+            reports.leaves(turn, name, f"{name} is no member any more")
+        if fleet.round is None or name not in fleet.round.engines:
+            _let_go(turn, name)
+    if list(fleet.engines) != list(wanted):
+        # In the order of the lists, which decides whose layout counts where two contradict each other.
+        order = {name: fleet.engines[name] for name in wanted}
+        fleet.engines = {**order, **fleet.engines}
+
+
+def _end_of_lists(turn: Turn) -> None:
+    """A forgotten engine that the configuration no longer names is a member when it names it again."""
+    fleet = turn.fleet
+    if not any(each.listed for each in fleet.memory.forgotten_engines.values()):
+        return
+    names = {config.name for config in fleet.policy.engines}
+    for name, over in list(fleet.memory.forgotten_engines.items()):
+        if over.listed and name not in names:
+            gone = "the configuration does not name it any more"
+            turn.append(EngineForgotten(engine=name, forgotten=False, reason=gone))
+
+
+def _let_go(turn: Turn, name: str) -> None:
+    fleet = turn.fleet
+    for agent in fleet.ranks_of(name):
+        turn.do(Drop(agent.member, agent.connection, f"{name} is no member of this fleet any more"))
+        fleet.leave(agent.member)
+    for member in [member for member in fleet.gone if member.role == "inference" and member.engine == name]:
+        del fleet.gone[member]
+    del fleet.engines[name]
+    fleet.planned_for = frozenset()  # the trainer is not to keep edges to it
+    turn.say(f"{name} is no member any more", "warning")
+
+
+def forget(turn: Turn, engine: str, reason: str) -> None:
+    """Let an engine and its pair go for good: nobody waits for it, and its present processes do not bring it back."""
+    fleet = turn.fleet
+    listed = {config.name for config in fleet.policy.engines}
+    for name in fleet.unit(engine):
+        processes = {agent.member.rank: agent.hello.incarnation for agent in fleet.ranks_of(name)}
+        turn.append(
+            EngineForgotten(engine=name, forgotten=True, reason=reason, listed=name in listed, processes=processes)
+        )
+        turn.say(clean(f"{name} is forgotten: {'; '.join([reason, *dangers(fleet, name)])}"), "warning")
+
+
+def dangers(fleet: Fleet, name: str) -> list[str]:
+    """What is not over with an engine that is forgotten, for whoever forgets it."""
+    found = []
+    if fleet.torn(name):
+        found.append("its memory may be torn: it stays paused, end it")
+    elif fleet.version_of(name) is not None and not fleet.engines[name].paused:
+        found.append(f"it goes on serving {fleet.version_of(name)} unwatched: end it, or take it out of balancing")
+    found += [f"{writer} of round {name} may still write into it" for writer, name in fleet.tainted(name)]
+    return found
+
+
+def call_back(turn: Turn, engine: str, reason: str) -> None:
+    """A forgotten engine may be a member again: at once if the configuration names it, else when its agents come."""
+    if engine in turn.fleet.memory.forgotten_engines:
+        turn.append(EngineForgotten(engine=engine, forgotten=False, reason=reason))
