@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -95,7 +95,9 @@ class TrainerSide:
         From then on grants wait: all ranks have to agree first that they begin the next version, and until then one
         that refuses a grant would tear an engine that the others write to. ``take`` or ``release`` must follow.
         """
-        if why := self._in_use():
+        # An edge that the daemon has ended may read what is being converted: its target is within reach until it says
+        # CLOSED, so nobody serves what arrives there, and a frozen engine keeps no version from the others.
+        if why := self._in_use(lambda grant: grant.open - grant.stopped.keys()):
             return why
         self._reserved = True
         return ""
@@ -356,11 +358,11 @@ class TrainerSide:
             log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
         return known[2]
 
-    def _in_use(self) -> str:
-        """Which edge still reads the slots, or may; empty if none does."""
+    def _in_use(self, edges: Callable[[OpenGrant], set[Member]] = lambda grant: grant.open) -> str:
+        """Which edge still reads the slots, or may; empty if none of ``edges`` does."""
         for grant in self._grants.values():
-            if grant.open:
-                return f"edge to {min(grant.open)} has not ended (round {grant.grant.round})"
+            if members := edges(grant):
+                return f"edge to {min(members)} has not ended (round {grant.grant.round})"
         return ""
 
     def _settle(self, outcome: Outcome) -> None:

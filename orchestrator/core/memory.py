@@ -12,7 +12,6 @@ from weightsync.orchestrator.core.records import (
     EngineDrained,
     EngineForgotten,
     EngineHeld,
-    EngineJoined,
     EpochBegan,
     GrantOver,
     LiveDirty,
@@ -61,10 +60,6 @@ REMEMBERED_MEMBERS: Final = 65_536
 """Inference ranks whose last digest is known; engines that come and go have ever new names."""
 
 
-REMEMBERED_ENGINES: Final = 4096
-"""Engines that were forgotten: of older ones, a process that still runs may make its engine a member again."""
-
-
 @dataclass(slots=True)
 class Memory:
     """The fold of all records.
@@ -72,7 +67,7 @@ class Memory:
     ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the version that was last decided in
     its memory, and its digest. ``unclosed``: grants that outlived their round. ``live``: engines of the last commit.
     ``holds``, ``drains``: engines that the operator holds or drains, and why. ``maintenance``: why no round begins.
-    ``admitted``: engines that came by themselves. ``forgotten_engines``: those that are no members any more.
+    ``forgotten_engines``: those that are no members although the configuration names them, and why.
     """
 
     epoch: int = 0
@@ -95,8 +90,7 @@ class Memory:
     """Of trainers that were taken in, the newest last."""
     holds: dict[str, str] = field(default_factory=dict)
     drains: dict[str, str] = field(default_factory=dict)
-    admitted: dict[str, EngineJoined] = field(default_factory=dict)
-    forgotten_engines: dict[str, EngineForgotten] = field(default_factory=dict)
+    forgotten_engines: dict[str, str] = field(default_factory=dict)
     maintenance: str | None = None
 
     def was_replaced(self, generation: int) -> bool:
@@ -170,11 +164,10 @@ def replay(memory: Memory, record: Record) -> None:
             memory.drains.pop(engine, None)
             if drained:
                 memory.drains[engine] = reason
-        case EngineJoined(engine=engine) as joined:
-            memory.admitted[engine] = joined
+        case EngineForgotten(engine=engine, forgotten=forgotten, reason=reason):
             memory.forgotten_engines.pop(engine, None)
-        case EngineForgotten(engine=engine) as over:
-            _forget_engine(memory, engine, over)
+            if forgotten:
+                _forget_engine(memory, engine, reason)
         case Maintenance(on=on, reason=reason):
             memory.maintenance = reason if on else None
         case Committed(version=version, sequence=sequence):
@@ -207,13 +200,11 @@ def _end(memory: Memory, record: RoundEnded) -> None:
             del memory.ended[next(iter(memory.ended))]
 
 
-def _forget_engine(memory: Memory, engine: str, record: EngineForgotten) -> None:
-    memory.forgotten_engines.pop(engine, None)
-    if record.forgotten:
-        keep_newest(memory.forgotten_engines, engine, record, REMEMBERED_ENGINES)
-        for wishes in (memory.holds, memory.drains, memory.admitted):
-            wishes.pop(engine, None)
-        memory.live -= {engine}
+def _forget_engine(memory: Memory, engine: str, reason: str) -> None:
+    memory.forgotten_engines[engine] = reason
+    for wishes in (memory.holds, memory.drains):
+        wishes.pop(engine, None)
+    memory.live -= {engine}
 
 
 def _forget(memory: Memory, kept: Mapping[Version, object], gone: list[Version]) -> None:

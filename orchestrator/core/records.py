@@ -113,27 +113,12 @@ class EngineDrained(Record, frozen=True, kw_only=True):
     spoken = ("reason",)
 
 
-class EngineJoined(Record, frozen=True, kw_only=True):
-    """An engine came by itself, and is reached at ``urls``; said again when it comes from elsewhere."""
-
-    engine: str
-    pair: str
-    kind: str
-    urls: tuple[str, ...]
-
-
 class EngineForgotten(Record, frozen=True, kw_only=True):
-    """The engine is no member any more (``forgotten``), or may be one again.
-
-    ``listed``: the configuration names it all the same. ``processes``: rank → incarnation of its agents at that time,
-    which do not make it a member again.
-    """
+    """The engine is no member any more although the configuration names it (``forgotten``), or is one again."""
 
     engine: str
     forgotten: bool
     reason: str
-    listed: bool = False
-    processes: dict[int, int] = msgspec.field(default_factory=dict)
     spoken = ("reason",)
 
 
@@ -190,7 +175,6 @@ AnyRecord = (
     | GrantOver
     | EngineHeld
     | EngineDrained
-    | EngineJoined
     | EngineForgotten
     | Maintenance
     | Committed

@@ -21,6 +21,7 @@ class Pointed:
         self.whole = whole
         self.step = 0
         self.committed: list[int] = []
+        self.daemon_env: dict[str, str] = {}
         self._point = whole.directory / "point"
 
     def take_trainer(self, model_dir: Path, world: int, **options: Any) -> None:
@@ -53,7 +54,7 @@ class Pointed:
     def start_daemon(self) -> None:
         """One that can be told to signal itself; see ``pointed_daemon``."""
         script = Path(__file__).with_name("pointed_daemon.py")
-        self.whole.start_daemon(script, {"WEIGHTSYNC_TEST_POINT": str(self._point)})
+        self.whole.start_daemon(script, {"WEIGHTSYNC_TEST_POINT": str(self._point), **self.daemon_env})
 
     def signal_daemon_at(self, point: str, number: str) -> None:
         """Have the running daemon send itself a signal when it comes to ``point``."""

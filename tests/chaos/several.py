@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class StandIn:
-    """``standin_engine.py`` in a session of its own. ``url``: where the daemon calls it; a proxy may stand there."""
+    """``standin_server.py`` in a session of its own. ``url``: where the daemon calls it; a proxy may stand there."""
 
     name: str
     directory: Path
@@ -58,7 +58,7 @@ class StandIn:
     def start(self) -> Self:
         if not self.config.exists():
             self.config.write_text(json.dumps(small_config()))
-        script = Path(__file__).with_name("standin_engine.py")
+        script = Path(__file__).with_name("standin_server.py")
         command = [*self.before, sys.executable, str(script), str(self.port), str(self.config), str(self.said)]
         environment = {
             **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1", "WEIGHTSYNC_STAGING_MIB": "1",

@@ -269,8 +269,8 @@ _CONNECTIONS: Final = (
     Mutant(
         "the answer to an older call counts",
         _MACHINE,
-        "    if engine.calls.get(event.call) != event.number:\n",
-        "    if event.call not in engine.calls:\n",
+        "engine is None or engine.calls.get(event.call) != event.number:",
+        "engine is None or event.call not in engine.calls:",
     ),
     Mutant(
         "another process taken for a member of the round",

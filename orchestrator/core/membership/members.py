@@ -69,7 +69,7 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
         return Trouble(often, "config", retry=False)
     if member.rank >= hello.world:
         return Trouble(f"rank {member.rank} is outside its world of {hello.world}", "config", retry=False)
-    if member.role == "inference" and (stranger := _stranger(fleet, member, hello)):
+    if member.role == "inference" and (stranger := _stranger(fleet, member)):
         return Trouble(stranger, "config")  # worth another try: engines come and go
     peers = fleet.trainers() if member.role == "trainer" else fleet.ranks_of(member.engine)
     if member.role == "trainer":
@@ -97,11 +97,11 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
     return None
 
 
-def _stranger(fleet: Fleet, member: Member, hello: Hello) -> str:
+def _stranger(fleet: Fleet, member: Member) -> str:
     """Why the agent's engine is no member; empty where it is one."""
     over = fleet.memory.forgotten_engines.get(member.engine)
-    if over is not None and (over.listed or over.processes.get(member.rank) == hello.incarnation):
-        return f"engine {member.engine!r} was forgotten ({over.reason}); release makes it a member again"
+    if over is not None:
+        return f"engine {member.engine!r} was forgotten ({over}); release makes it a member again"
     if member.engine in fleet.engines:
         return ""
     names = [*fleet.engines][:SHOWN]

@@ -1,4 +1,4 @@
-"""Which engines are members: those of the configuration and those that came by themselves, without the forgotten."""
+"""Which engines are members: those of the configuration, which may change, without those that were forgotten."""
 
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.memory import Memory
@@ -11,11 +11,8 @@ from weightsync.orchestrator.protocol.text import clean
 
 
 def members(policy: Policy, memory: Memory) -> dict[str, EngineConfig]:
-    """Every engine that is to be a member, by name; the configuration's first, in its order."""
-    found = {config.name: config for config in policy.engines if config.name not in memory.forgotten_engines}
-    for name, joined in memory.admitted.items():
-        found.setdefault(name, EngineConfig(name, joined.pair))
-    return found
+    """Every engine that is to be a member, by name, in the configuration's order."""
+    return {config.name: config for config in policy.engines if config.name not in memory.forgotten_engines}
 
 
 def evaluate(turn: Turn) -> None:
@@ -47,13 +44,12 @@ def evaluate(turn: Turn) -> None:
 def _end_of_lists(turn: Turn) -> None:
     """A forgotten engine that the configuration no longer names is a member when it names it again."""
     fleet = turn.fleet
-    if not any(each.listed for each in fleet.memory.forgotten_engines.values()):
+    if not fleet.memory.forgotten_engines:
         return
     names = {config.name for config in fleet.policy.engines}
-    for name, over in list(fleet.memory.forgotten_engines.items()):
-        if over.listed and name not in names:
-            gone = "the configuration does not name it any more"
-            turn.append(EngineForgotten(engine=name, forgotten=False, reason=gone))
+    for name in [name for name in fleet.memory.forgotten_engines if name not in names]:
+        gone = "the configuration does not name it any more"
+        turn.append(EngineForgotten(engine=name, forgotten=False, reason=gone))
 
 
 def _let_go(turn: Turn, name: str) -> None:
@@ -69,14 +65,10 @@ def _let_go(turn: Turn, name: str) -> None:
 
 
 def forget(turn: Turn, engine: str, reason: str) -> None:
-    """Let an engine and its pair go for good: nobody waits for it, and its present processes do not bring it back."""
+    """Let an engine and its pair go: nobody waits for them, and their agents are refused."""
     fleet = turn.fleet
-    listed = {config.name for config in fleet.policy.engines}
     for name in fleet.unit(engine):
-        processes = {agent.member.rank: agent.hello.incarnation for agent in fleet.ranks_of(name)}
-        turn.append(
-            EngineForgotten(engine=name, forgotten=True, reason=reason, listed=name in listed, processes=processes)
-        )
+        turn.append(EngineForgotten(engine=name, forgotten=True, reason=reason))
         turn.say(clean(f"{name} is forgotten: {'; '.join([reason, *dangers(fleet, name)])}"), "warning")
 
 
@@ -92,6 +84,10 @@ def dangers(fleet: Fleet, name: str) -> list[str]:
 
 
 def call_back(turn: Turn, engine: str, reason: str) -> None:
-    """A forgotten engine may be a member again: at once if the configuration names it, else when its agents come."""
-    if engine in turn.fleet.memory.forgotten_engines:
-        turn.append(EngineForgotten(engine=engine, forgotten=False, reason=reason))
+    """A forgotten engine is a member again, and its pair."""
+    fleet = turn.fleet
+    pair = next((config.pair for config in fleet.policy.engines if config.name == engine), "")
+    unit = [config.name for config in fleet.policy.engines if config.pair == pair] if pair else [engine]
+    for name in unit:
+        if name in fleet.memory.forgotten_engines:
+            turn.append(EngineForgotten(engine=name, forgotten=False, reason=reason))

@@ -147,9 +147,8 @@ def _hold(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
 
 def _release(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
     fleet = verbs.fleet
-    if (over := fleet.memory.forgotten_engines.get(order.target)) is not None and order.target not in fleet.engines:
-        when = "now" if over.listed else "when its agents come"
-        return HoldAsked(number, by, order.reason, order.target, False), f"{order.target} is a member again {when}"
+    if order.target in fleet.memory.forgotten_engines:
+        return HoldAsked(number, by, order.reason, order.target, False), f"{order.target} is a member again"
     name = _engine(fleet, order)
     version, committed = fleet.version_of(name), fleet.memory.committed
     if name not in fleet.memory.holds and name not in fleet.memory.drains:

@@ -338,7 +338,7 @@ async def test_a_peer_that_fails_is_told_beside_those_that_were_written(rank: An
 
 
 async def test_a_peer_that_hangs_holds_up_nobody(rank: Any) -> None:
-    """Neither the word about the others nor a grant to them; only the slots, by name."""
+    """Neither the word about the others nor a grant to them; the slots, by name, until it is left out."""
     rank.side.staged(VERSION, 0.5, 0.25, Future())
     rank.wire.ends[THIRD] = HandedOver(THIRD, 40, 1, 0.1, "the peer is gone")
     gone = PeerTransfer(THIRD, 40, 1, 0.1, (1, 2), "the peer is gone")
@@ -356,6 +356,10 @@ async def test_a_peer_that_hangs_holds_up_nobody(rank: Any) -> None:
     assert await granted(rank, replace(BOTH, round=third)) == Closed(round=third, peers=(busy, SENT))
     assert rank.wire.granted[-1] == [TARGET], "nothing is posted to it again"
     assert rank.side.status().open_rounds == (ROUND,)
+
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="e1 is left out", members=(OTHER,)))
+    assert rank.side.reserve() == "", "what it still reads of the slots arrives where nobody serves it"
+    assert not rank.side.retire(), "but the memory must stay"
 
     rank.wire.end(OTHER)
     assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT, gone, LATE))

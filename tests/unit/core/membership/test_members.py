@@ -1,12 +1,13 @@
 """Who is taken in, who is refused and why, and what a Hello says about memory."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fleets import ANNOUNCE, rank, trainer
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse, Send
 from weightsync.orchestrator.core.errors import Trouble
-from weightsync.orchestrator.core.events import AgentLost, Call
+from weightsync.orchestrator.core.events import AgentLost, Call, PolicyChanged
 from weightsync.orchestrator.core.records import (
     AnyRecord,
     Decided,
@@ -60,6 +61,19 @@ def test_a_hello_of_somebody_else_is_refused_for_good(
     assert reason in refusal.refused.reason
     assert not refusal.refused.retry
     assert fleet.fleet.agents == {}
+
+
+def test_the_trainer_may_come_back_with_another_number_of_ranks(drive: Any) -> None:
+    fleet = drive()
+    fleet.connect(TRAINER)
+    fleet.loses(TRAINER)
+    fleet.connect(TRAINER, incarnation=5, generation=8, world=2)
+    assert fleet.fleet.trainer_world() == 2
+    fleet.loses(TRAINER)
+    fleet.happens(PolicyChanged(fleet.id(), replace(fleet.fleet.policy, trainer_world=4)))
+    fleet.connect(TRAINER, incarnation=6, generation=9, world=2)
+    (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
+    assert refusal.refused.reason == "it says that there are 2 ranks, the configuration 4"
 
 
 def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:

@@ -11,7 +11,7 @@ from weightsync.orchestrator.core.membership.engines import Wish, wish
 from weightsync.orchestrator.core.policy import EngineConfig
 from weightsync.orchestrator.core.records import Committed, EngineDrained, EngineForgotten
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Abort
+from weightsync.orchestrator.protocol.messages import Abort, EngineStatus, Left
 from weightsync.orchestrator.protocol.names import Version
 
 TRAINER = trainer()
@@ -86,6 +86,24 @@ def test_a_drain_outlives_the_daemon_and_is_of_the_whole_pair(drive: Any) -> Non
     assert again.fleet.expected() == ["e2"]
     release(again, "e0")
     assert again.fleet.expected() == ["e0", "e1", "e2"]
+
+
+def test_a_pair_is_forgotten_and_taken_back_as_one(drive: Any) -> None:
+    fleet = drive(engines=THREE, pairs=(("e0", "e1"),))
+    forget(fleet, "e0")
+    assert list(fleet.fleet.engines) == ["e2"]
+    release(fleet, "e1")
+    assert list(fleet.fleet.engines) == list(THREE)
+
+
+def test_what_is_not_over_with_a_forgotten_engine_is_said(drive: Any) -> None:
+    fleet = drive(engines=("e0", "e1"))
+    fleet.to(Phase.WRITING)
+    for member in fleet.ranks_of("e1"):
+        fleet.says(member, Left(round=fleet.round.name, status=EngineStatus(torn=True)))
+    forget(fleet, "e1")
+    assert "e1 is forgotten: ann: scaled down; its memory may be torn: it stays paused, end it" in fleet.told()
+    assert "trainer/0 of round 1.1 may still write into it" in fleet.told()
 
 
 def test_who_is_drained_is_not_waited_for(drive: Any) -> None:
