@@ -46,7 +46,7 @@ test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 test-long: setup ## neighbours of those, and many faults one after the other
 	$(PYTEST) -m long
 
-chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase; as root also networks
+chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase
 	$(PYTEST) -m e2e tests/chaos
 
 test-gpu: ## what needs an NVIDIA GPU; uses the python3 of the GPU machine, with torch, triton and nixl in it
