@@ -42,7 +42,7 @@ def test_every_error_is_drawn_with_the_module_that_it_is_in() -> None:
     ("error", "fault", "retry"),
     [
         (RegionError("overlaps"), "config", False),
-        (MetadataError("torn"), "network", True),
+        (MetadataError("torn"), "network", False),
         (PlanMismatch("worth less"), "daemon", False),
         (CheckpointError("part 2"), "trainer", True),
         (BusyError("step 1"), "trainer", True),
