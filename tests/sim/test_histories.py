@@ -320,7 +320,7 @@ def test_a_trainer_of_another_size_whose_predecessor_died_with_its_host() -> Non
     assert_versions_go_on(world)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_two_daemons_of_one_copied_state_directory_mix_nothing(seed: int) -> None:
     """Of the same epoch, journal and round numbers: only the nonce of their lives tells them apart."""
     world = World(seed, engines=3, trainers=1)

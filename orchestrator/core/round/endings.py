@@ -7,7 +7,7 @@ from weightsync.orchestrator.core.round.blame import backoff
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Outcome
+from weightsync.orchestrator.protocol.messages import Outcome, Staged
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 
@@ -47,7 +47,18 @@ def tell_trainers(turn: Turn, version: Version) -> None:
     else:
         return
     for agent in turn.fleet.trainers():
-        turn.send(agent.member, outcome)
+        staged = agent.staged
+        later = staged is not None and staged.version == version and staged.restaged > restaged
+        turn.send(agent.member, _refusal(staged) if later and staged is not None and outcome.committed else outcome)
+
+
+def _refusal(staged: Staged) -> Outcome:
+    """Of a version that another daemon has called FAILED, and that is staged again though this one has committed it.
+
+    The engines hold the bytes of the staging before, which need not be those in the slots now.
+    """
+    why = "an earlier staging of it is committed; publish another step"
+    return Outcome(version=staged.version, committed=False, reason=why, restaged=staged.restaged)
 
 
 def failed(turn: Turn, current: Round) -> None:
@@ -94,9 +105,12 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
 
 
 def staged_again(turn: Turn, version: Version, restaged: int) -> None:
-    """A trainer rank has staged ``version``; if it had FAILED and this is a staging after that, it begins anew."""
+    """A trainer rank has staged ``version``; if this is a later staging than we know of, it begins anew.
+
+    It had FAILED, by our word or by another daemon's of a copied state directory.
+    """
     fleet = turn.fleet
-    if version not in fleet.memory.failed or restaged <= fleet.memory.restaged.get(version, 0):
+    if version in fleet.memory.done or restaged <= fleet.memory.restaged.get(version, 0):
         return  # the staging that failed: its other ranks may say STAGED only now
     turn.append(StagedAgain(version=version, restaged=restaged))
     fleet.marked.pop(version, None)

@@ -136,6 +136,14 @@ def test_a_restarted_daemon_knows_it_too(drive: Any) -> None:
     ]
 
 
+def test_a_committed_version_that_another_daemon_called_failed_is_refused_by_name(drive: Any) -> None:
+    """The engines hold the bytes of the staging before; a publish that waits must not wait for ever, nor be told so."""
+    fleet = drive(records=[BEGAN, DIRTY, DECIDED])
+    fleet.connect(TRAINER, TrainerStatus(staged=VERSION, restaged=1))
+    why = "an earlier staging of it is committed; publish another step"
+    assert fleet.sent(TRAINER, Outcome) == [Outcome(version=VERSION, committed=False, reason=why, restaged=1)]
+
+
 def test_ranks_whose_slots_still_are_of_the_failed_staging_are_waited_for(drive: Any) -> None:
     fleet = drive(records=[StagedAgain(version=VERSION, restaged=1)])
     fleet.connect(TRAINER, TrainerStatus(staged=VERSION))
