@@ -9,17 +9,17 @@ from witness import Scene
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 IN_A_ROUND = [
-    "before RoundBegan",
+    pytest.param("before RoundBegan", marks=pytest.mark.long),
     "after RoundBegan",
     "hearing Quiesced",
-    "before LiveDirty",
+    pytest.param("before LiveDirty", marks=pytest.mark.long),
     "after LiveDirty",
     "hearing Closed",
-    "hearing Verified",
-    "before Decided",
+    pytest.param("hearing Verified", marks=pytest.mark.long),
+    pytest.param("before Decided", marks=pytest.mark.long),
     "after Decided",
-    "hearing Left",
-    "before Committed",
+    pytest.param("hearing Left", marks=pytest.mark.long),
+    pytest.param("before Committed", marks=pytest.mark.long),
     "after Committed",
 ]
 
@@ -56,7 +56,7 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
 
 
-@pytest.mark.parametrize("point", ["hearing Quiesced", "after LiveDirty"])
+@pytest.mark.parametrize("point", ["hearing Quiesced", pytest.param("after LiveDirty", marks=pytest.mark.long)])
 def test_told_to_stop_in_a_round_it_ends_the_round_first(scene: Scene, point: str) -> None:
     """SIGTERM: the version is committed, the engine serves it, and only then the daemon goes, with 0."""
     scene.signal_daemon_at(point, "SIGTERM")

@@ -43,7 +43,11 @@ def dies_at(scene: Scene, point: str) -> tuple[int, float]:
     return step, time.monotonic()
 
 
-@pytest.mark.parametrize("point", ["answered PAUSE", "hearing Quiesced"], ids=["paused", "inside the update call"])
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param("answered PAUSE", marks=pytest.mark.long), "hearing Quiesced"],
+    ids=["paused", "inside the update call"],
+)
 def test_an_engine_to_which_nobody_wrote_serves_on(leased: Scene, point: str) -> None:
     step, died = dies_at(leased, point)
     leased.witness.next(LEASE + MARGIN)
@@ -64,6 +68,7 @@ def test_an_engine_that_may_be_torn_does_not(leased: Scene) -> None:
     leased.end(step)
 
 
+@pytest.mark.long
 def test_memory_that_was_verified_and_decided_is_not_written_again(leased: Scene) -> None:
     """The worker has long left the update call, as torn, when a daemon comes that knows what was decided."""
     step, _ = dies_at(leased, "after Decided")

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 HARMED_TRAINER = Path(__file__).with_name("harmed_trainer.py")
 
 
+@pytest.mark.long
 def test_an_engine_killed_while_idle_serves_nothing_before_it_has_caught_up(scene: Scene) -> None:
     """From the trainer's slots: nobody publishes anything for it."""
     scene.publish()

@@ -48,6 +48,7 @@ def test_a_rank_that_is_stopped_and_goes_on(several: Several, point: str) -> Non
     several.everywhere()
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_leaves_engines_paused_until_the_next_start(several: Several) -> None:
     several.open(world=2)
     several.trainer.stop()

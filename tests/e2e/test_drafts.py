@@ -125,7 +125,7 @@ def guesses(server: VllmServer) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("kind", "tp"),
     [
-        (drafter_of_its_own, 2),
+        pytest.param(drafter_of_its_own, 2, marks=pytest.mark.long),
         pytest.param(eagle, 1, marks=pytest.mark.long),
         pytest.param(eagle3, 1, marks=pytest.mark.long),
         (mtp, 1),

@@ -40,7 +40,11 @@ def lora_arguments(adapter: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("tp", "world", "transport"),
-    [(1, 1, "nixl"), pytest.param(2, 2, "nixl", marks=pytest.mark.long), (1, 1, "filesystem")],
+    [
+        (1, 1, "nixl"),
+        pytest.param(2, 2, "nixl", marks=pytest.mark.long),
+        pytest.param(1, 1, "filesystem", marks=pytest.mark.long),
+    ],
     ids=["tp1", "tp2", "files"],
 )
 def test_the_adapter_alone_is_pushed(tp: int, world: int, transport: str, model: Path, tmp_path: Path) -> None:
