@@ -75,6 +75,11 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield whole
 
 
+def told(fleet: Fleet) -> list[str]:
+    """What ``status`` says is wrong."""
+    return [problem["what"] for problem in fleet.status()["problems"]]
+
+
 def test_bad_markers_are_named_and_harm_nobody(lonely: Fleet) -> None:
     broadcasts = lonely.directory / "run" / "broadcasts"
     outside = lonely.directory / "outside"
@@ -105,7 +110,7 @@ def test_bad_markers_are_named_and_harm_nobody(lonely: Fleet) -> None:
     }
 
     def all_named() -> bool:
-        problems = lonely.status()["problems"]
+        problems = told(lonely)
         return all(any(name in p and why in p for p in problems) for name, why in expected.items())
 
     lonely.until(all_named, "every problem to be in the status")
@@ -116,9 +121,9 @@ def test_a_marker_that_is_mended_is_believed(lonely: Fleet) -> None:
     marker = lonely.directory / "run" / "broadcasts" / "step_20" / "STABLE"
     marker.parent.mkdir(parents=True)
     marker.write_text("{")
-    lonely.until(lambda: any("step_20" in p for p in lonely.status()["problems"]), "the problem to be seen")
+    lonely.until(lambda: any("step_20" in p for p in told(lonely)), "the problem to be seen")
     marker.write_bytes(stable(20))
-    lonely.until(lambda: not any("step_20" in p for p in lonely.status()["problems"]), "the problem to be over")
+    lonely.until(lambda: not any("step_20" in p for p in told(lonely)), "the problem to be over")
 
 
 def test_a_wrong_token_is_what_the_constructor_says(lonely: Fleet, tmp_path: Path) -> None:
@@ -255,16 +260,16 @@ def test_no_name_below_the_run_directory_ends_it_or_the_next_start(lonely: Fleet
         "loop: wrongly named",
     ]
 
-    def told() -> bool:
-        return all(any(words in problem for problem in lonely.status()["problems"]) for words in shown)
+    def all_told() -> bool:
+        return all(any(words in problem for problem in told(lonely)) for words in shown)
 
     for _ in range(2):
-        lonely.until(told, "every name to be told as text")
+        lonely.until(all_told, "every name to be told as text")
         lonely.restart_daemon()
     # Whoever is told of nothing odd is disturbed by nothing.
     (broadcasts / "step_50").mkdir()
     (broadcasts / "step_50" / "STABLE").write_text("{")
-    lonely.until(lambda: any("step_50/STABLE" in p for p in lonely.status()["problems"]), "an ordinary problem")
+    lonely.until(lambda: any("step_50/STABLE" in p for p in told(lonely)), "an ordinary problem")
 
 
 def test_a_damaged_journal_is_78_and_a_row_that_cannot_be_read_is_none(lonely: Fleet, tmp_path: Path) -> None:
