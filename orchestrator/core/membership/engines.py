@@ -17,22 +17,17 @@ class Wish(Enum):
     AS_IT_IS = "as it is"
 
 
-def may_serve(fleet: Fleet, engine: str) -> bool:
-    """Every rank holds the fleet's committed version, whole."""
-    version = fleet.version_of(engine)
-    return version is not None and version == fleet.memory.committed and not fleet.torn(engine)
-
-
 def wish(fleet: Fleet, engine: str) -> tuple[Wish, str]:
     """What an engine that is in no round should be, and why. The engines of a pair want the same."""
+    own = _alone(fleet, engine)
+    if own[0] is Wish.AS_IT_IS:
+        return own
     wishes = [_alone(fleet, name) for name in fleet.unit(engine)]
-    if _alone(fleet, engine)[0] is Wish.AS_IT_IS:
-        return _alone(fleet, engine)
     for want in (Wish.PAUSE, Wish.AS_IT_IS):
         found = next((each for each in wishes if each[0] is want), None)
         if found is not None:
             return found
-    return wishes[0]
+    return own
 
 
 def _alone(fleet: Fleet, name: str) -> tuple[Wish, str]:

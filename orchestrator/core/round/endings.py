@@ -48,8 +48,10 @@ def tell_trainers(turn: Turn, version: Version) -> None:
         return
     for agent in turn.fleet.trainers():
         staged = agent.staged
-        later = staged is not None and staged.version == version and staged.restaged > restaged
-        turn.send(agent.member, _refusal(staged) if later and staged is not None and outcome.committed else outcome)
+        if outcome.committed and staged is not None and staged.version == version and staged.restaged > restaged:
+            turn.send(agent.member, _refusal(staged))
+        else:
+            turn.send(agent.member, outcome)
 
 
 def _refusal(staged: Staged) -> Outcome:
