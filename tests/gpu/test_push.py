@@ -18,6 +18,7 @@ from fleet import Fleet, Trainer, fleet
 from serving import Hammer, VllmServer, answers
 from tiny_models import (
     FP8_BLOCKS,
+    FP8_ROWS,
     checkpoint_state,
     model_shapes,
     qwen3_config,
@@ -43,6 +44,11 @@ REPEATABLE = {"TORCHINDUCTOR_DETERMINISTIC": "1"}
 
 def dense() -> dict[str, Any]:
     return qwen3_config(**SIZES, **FP8_BLOCKS)
+
+
+def rows() -> dict[str, Any]:
+    """A scale for each row of a weight, as compressed-tensors has them."""
+    return qwen3_config(**SIZES, **FP8_ROWS)
 
 
 def experts() -> dict[str, Any]:
@@ -92,7 +98,10 @@ def outcomes(whole: Fleet) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "bench", [(dense(), True), (dense(), False), (experts(), True)], ids=["dense", "graphs", "experts"], indirect=True
+    "bench",
+    [(dense(), True), (dense(), False), (rows(), False), (experts(), True)],
+    ids=["dense", "graphs", "rows", "experts"],
+    indirect=True,
 )
 def test_answers_equal_those_of_a_fresh_engine(bench: Bench) -> None:
     whole, server, trainer = bench.whole, bench.server, bench.trainer
