@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_models import checkpoint_state, model_shapes, save_model
+from tiny_models import FP8_BLOCKS, checkpoint_state, model_shapes, save_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
@@ -63,8 +63,11 @@ def main() -> None:
     config = json.loads(Path(given.model_config).read_text())
     shapes = model_shapes(config)
     state = sharded(masters(shapes, 0), world, given.device)
+    # Tables know FP8 by blocks only; of other formats the engines say what they need.
+    quantised = config.get("quantization_config", FP8_BLOCKS["quantization_config"])
+    table = model_table(config) if "weight_block_size" in quantised else None
     agent = TrainerAgent(
-        lambda: state, model_table(config), hub_url=given.hub_url, token_file=given.token_file,
+        lambda: state, table, hub_url=given.hub_url, token_file=given.token_file,
         run_id=given.run_id, run_dir=given.run_dir,
         publish_seconds=given.publish_seconds,
     )  # fmt: skip
