@@ -1,4 +1,4 @@
-"""A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ranks under gloo.
+"""A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ones (gloo or NCCL).
 
 Its masters are fp32 with bits that bf16 cannot hold, so that the cast to the forward dtype is part of what is tested.
 They are drawn on the CPU, wherever they live, and so are the checkpoints: one seed, one model, on every device.
@@ -33,7 +33,7 @@ def sharded(state: dict[str, torch.Tensor], world: int, device: str) -> dict[str
     """On ``device``, rows over the ranks as FSDP2 does."""
     if world == 1:
         return {name: value.to(device) for name, value in state.items()}
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+    mesh = init_device_mesh(device, (world,), mesh_dim_names=("dp_shard",))
     return {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
 
 
@@ -58,8 +58,10 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("gloo")
+    if world > 1 and given.device == "cuda":
+        torch.cuda.set_device(rank)
+    if world > 1:  # what is told travels as bytes on the host, weights on the device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if given.device == "cuda" else "gloo")
     config = json.loads(Path(given.model_config).read_text())
     shapes = model_shapes(config)
     state = sharded(masters(shapes, 0), world, given.device)
