@@ -59,11 +59,11 @@ class StandIn:
     def start(self) -> Self:
         if not self.config.exists():
             self.config.write_text(json.dumps(small_config()))
-        script = Path(__file__).with_name("standin_server.py")
-        command = [*self.before, sys.executable, str(script), str(self.port), str(self.config), str(self.said)]
+        arguments = (self.host, str(self.port), str(self.config), str(self.said))
+        command = [*self.before, sys.executable, str(Path(__file__).with_name("standin_server.py")), *arguments]
         environment = {
             **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1", "WEIGHTSYNC_STAGING_MIB": "1",
-            "STANDIN_HOST": self.host, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             **self.env,
         }  # fmt: skip
         self.process = Process(command, self.directory / f"{self.name}.log", environment).start()
