@@ -82,7 +82,11 @@ class Network:
                 self.cut(other, name)
 
     def slow(self, name: str, kilobits: int) -> None:
-        """All that ``name`` sends and is sent passes at that many kilobits a second."""
+        """All that ``name`` sends and is sent passes at that many kilobits a second.
+
+        Raises:
+            Unavailable: no ``tc``, or a kernel without the filter.
+        """
         host = self.hosts[name]
         for namespace, device in ((host.namespace, host.device), (self._switch, host.port)):
             shape = ["root", "tbf", "rate", f"{kilobits}kbit", "burst", "10kb", "latency", "400ms"]
@@ -117,6 +121,8 @@ class Network:
             _tool("ip", *_in(self._switch), "link", "set", host.port, "master", "switch", "up")
             _tool("ip", *inside, "address", "add", f"{host.address}/24", "dev", host.device)
             _tool("ip", *inside, "link", "set", host.device, "up")
+            if host.namespace:
+                _tool(*host.inside, "true")  # it mounts /sys anew, for which there may be no rights
         self.mend()
 
     def _route(self, sender: Host, receiver: Host, link: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from network import HERE, Network
+from network import HERE, Network, Unavailable
 from several import NAMES, ORDINARY, PHASES, Several, StandIn, cases
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
@@ -152,7 +152,10 @@ def test_a_daemon_that_is_killed_while_an_engine_is_cut_off(apart: Several, netw
 def test_an_engine_behind_a_slow_link_costs_the_others_the_patience_and_catches_up(
     apart: Several, network: Network
 ) -> None:
-    network.slow("e0", SLOW_KILOBITS)
+    try:
+        network.slow("e0", SLOW_KILOBITS)
+    except Unavailable as reason:
+        pytest.skip(f"no link can be made slow here: {reason}")
     began = time.monotonic()
     step = apart.begin()
     apart.ended(step)
