@@ -64,7 +64,7 @@ class Engine:
         self._model = model
         self._agent = InferenceAgent(EngineRanks(0, 1), torch.device("cpu"), model)
         self._calls: queue.SimpleQueue[tuple[Future[Any], str, dict[str, Any]]] = queue.SimpleQueue()
-        self._paused, self._open = True, False
+        self._paused, self._open, self._ends = True, False, False
 
     def ask(self, path: str, body: dict[str, Any]) -> "Future[dict[str, Any]]":
         """From any thread: what the engine answers, or what its worker raises."""
@@ -74,6 +74,7 @@ class Engine:
 
     def end(self) -> None:
         """From another thread than ``run``'s: close the agent, which ends an update call, and perform nothing more."""
+        self._ends = True
         self._agent.close()
         self.ask(ENDED, {})
 
@@ -94,6 +95,7 @@ class Engine:
                 answer.set_exception(error)
 
     def _perform(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        _require(not self._ends, "weightsync: the engine ends")  # an update would wait for an agent that is gone
         match path:
             case "/is_paused":
                 return {"is_paused": self._paused}
