@@ -10,6 +10,7 @@ exist), its class is replaced by a subclass of it. Nothing is replaced in engine
 """
 
 import functools
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -100,6 +101,7 @@ def install() -> None:
     def initialize_held(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if chosen(vllm_config):
             take(self)
+            _apply(self, vllm_config)
         return initialize(self, vllm_config, *args, **kwargs)
 
     initialize_held.weightsync_hold = True  # type: ignore[attr-defined]
@@ -113,6 +115,17 @@ def take(core: Any) -> None:
     if hasattr(core, "ignore_start_dp_wave"):
         core.ignore_start_dp_wave = True  # as after a pause: a request at one rank must not start the others' loops
     logger.info("weightsync: scheduler held; requests queue until a version is committed and the daemon resumes")
+
+
+def _apply(core: Any, vllm_config: Any) -> None:
+    """Where the environment says so, the first engine core of the server makes the engine a member of its run."""
+    from weightsync.agents.inference.application import applicant
+
+    if vllm_config.parallel_config.data_parallel_index == 0:
+        thread = applicant("vllm", os.environ)
+        if thread is not None:
+            core.weightsync_applicant = thread
+            thread.start()
 
 
 @functools.cache
@@ -154,6 +167,12 @@ def held_class(core_class: Any) -> type[Any]:
             if refusals:
                 _pause_all(self)  # mode=abort lets requests that hold KV blocks run
             return result
+
+        def shutdown(self) -> None:
+            thread = self.__dict__.pop("weightsync_applicant", None)
+            if thread is not None:
+                thread.close()
+            super().shutdown()
 
         def sleep(self, level: int = 1, mode: str = "abort") -> Any:
             if level >= 1:

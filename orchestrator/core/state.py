@@ -51,11 +51,12 @@ class ConnectedAgent:
 
 @dataclass(slots=True)
 class EngineState:
-    """One vLLM server of the configuration."""
+    """One engine that is a member. ``heard``: when one that was admitted gave its last sign of life."""
 
     name: str
     pair: str = ""
     """Name of its prefill/decode pair, which pauses and resumes as one; empty for an engine on its own."""
+    heard: float = 0.0
     reachable: bool = False
     paused: bool | None = None
     """What the engine itself said last; None where it did not say."""

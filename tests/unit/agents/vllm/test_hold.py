@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from weightsync.agents.inference import application
+from weightsync.agents.link.applicant import ApplicantError
 from weightsync.agents.vllm import gate, hold, lease
 
 
@@ -95,6 +97,7 @@ class EngineCore:
         self._initialize_kv_caches(vllm_config)
         self.scheduler = Scheduler()
         self.slept: list[int] = []
+        self.ended = 0
         self.batch_queue: list[Any] = []
 
     def _initialize_kv_caches(self, vllm_config: Any) -> None: ...
@@ -108,6 +111,9 @@ class EngineCore:
     def is_scheduler_paused(self) -> bool:
         return self.scheduler.pause_state != PauseState.UNPAUSED
 
+    def shutdown(self) -> None:
+        self.ended += 1
+
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         self.slept.append(level)
 
@@ -120,6 +126,8 @@ class EngineCore:
 
 class StepGroup:
     """Stands for the process group of data-parallel ranks in step; ``others`` is what the peers contribute."""
+
+    data_parallel_index = 0
 
     def __init__(self, others: bool) -> None:
         self.others = others
@@ -572,3 +580,57 @@ def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCo
     with pytest.raises(hold.OutOfStep, match="restart"):
         core.resume_scheduler()
     assert core.is_scheduler_paused()
+
+
+# ---------------------------------------------------------------------------------------------- making itself a member
+class Applying:
+    """Stands for the thread that makes an engine a member."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self) -> None:
+        self.said.append("start")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+
+def test_the_first_engine_core_makes_the_engine_a_member_until_it_ends(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, Applying]] = []
+
+    def applicant(kind: str, environ: Any) -> Applying:
+        made.append((kind, Applying()))
+        return made[-1][1]
+
+    monkeypatch.setattr(application, "applicant", applicant)
+    first, other = config(), config()
+    other.parallel_config.data_parallel_index = 1
+    core = core_class(first)
+    core_class(other)
+    core_class(config(None))
+    ((kind, thread),) = made
+    assert (kind, thread.said) == ("vllm", ["start"])
+    core.shutdown()
+    core.shutdown()
+    assert (thread.said, core.ended) == (["start", "close"], 2)
+
+
+def test_without_a_url_of_its_own_an_engine_is_silent(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(application.URL_VARIABLE, raising=False)
+    core = core_class(config())
+    core.shutdown()
+    assert (core.ended, "weightsync_applicant" in core.__dict__) == (1, False)
+
+
+def test_one_that_cannot_say_who_it_is_does_not_start(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(application.URL_VARIABLE, "http://h:8000")
+    monkeypatch.delenv("WEIGHTSYNC_ENGINE", raising=False)
+    with pytest.raises(ApplicantError, match="WEIGHTSYNC_ENGINE"):
+        core_class(config())
