@@ -5,11 +5,10 @@ does not hear an engine drops it, and one that was restarted or has lost its jou
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import threading
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS: Final = 20.0
 """Of one attempt; longer than the daemon takes to say that its disk is slow."""
 
-FAREWELL_SECONDS: Final = 2.0
-"""For the word that the engine ends, which nobody waits for longer: the daemon notices by itself."""
+STOP_SECONDS: Final = 5.0
+"""For the thread to end."""
 
 LEAST_SECONDS: Final = 1.0
 LONGEST_SECONDS: Final = 300.0
@@ -66,7 +65,8 @@ def engines_url(hub_url: str) -> str:
 
 
 class ApplicantThread:
-    """The thread. ``start`` it once; ``close`` says that the engine ends, within FAREWELL_SECONDS.
+    """The thread. ``start`` it once; it ends with its process, or by ``close``. That the engine has ended the daemon
+    notices by itself.
 
     Args:
         hub_url: the daemon's endpoint for agents.
@@ -90,11 +90,10 @@ class ApplicantThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Say that the engine ends, and end the thread."""
+        """End the thread."""
+        self._closed.cancel()
         if self._thread.is_alive():
-            with contextlib.suppress(InvalidStateError):  # it has ended by itself
-                self._closed.set_result(None)
-            self._thread.join(2 * FAREWELL_SECONDS)
+            self._thread.join(STOP_SECONDS)
 
     # ------------------------------------------------------------------------------------------------- on the thread
     def _run(self) -> None:
@@ -106,22 +105,17 @@ class ApplicantThread:
     async def _live(self) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
             applying = asyncio.ensure_future(self._apply(session))
-            closing = asyncio.wrap_future(self._closed)
-            await asyncio.wait({applying, closing}, return_when=asyncio.FIRST_COMPLETED)
-            closing.cancel()
+            await asyncio.wait({applying, asyncio.wrap_future(self._closed)}, return_when=asyncio.FIRST_COMPLETED)
             if applying.done():
                 applying.result()
             applying.cancel()
-            with contextlib.suppress(NotTakenIn, TimeoutError):
-                async with asyncio.timeout(FAREWELL_SECONDS):
-                    await self._say(session, msgspec.structs.replace(self._application, leaves=True))
 
     async def _apply(self, session: aiohttp.ClientSession) -> None:
         """Again and again; never returns."""
         name, failures, taken_in = self._application.engine.name, 0, False
         while True:
             try:
-                wait = await self._say(session, self._application)
+                wait = await self._say(session)
             except NotTakenIn as error:
                 failures += 1
                 if str(error) != self.trouble:
@@ -134,7 +128,7 @@ class ApplicantThread:
                 self.trouble, taken_in, failures = "", True, 0
             await asyncio.sleep(wait)
 
-    async def _say(self, session: aiohttp.ClientSession, application: Application) -> float:
+    async def _say(self, session: aiohttp.ClientSession) -> float:
         """Say it once; returns the seconds until it is to be said again.
 
         Raises:
@@ -145,7 +139,7 @@ class ApplicantThread:
                 hdrs.AUTHORIZATION: f"Bearer {read_token(self._token_file)}",
                 hdrs.CONTENT_TYPE: "application/json",
             }
-            body = msgspec.json.encode(application)
+            body = msgspec.json.encode(self._application)
             async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as response:
                 data = bytearray()
                 async for chunk in response.content.iter_any():

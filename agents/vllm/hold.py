@@ -101,7 +101,7 @@ def install() -> None:
     def initialize_held(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if chosen(vllm_config):
             take(self)
-            _apply(self, vllm_config)
+            _apply(vllm_config)
         return initialize(self, vllm_config, *args, **kwargs)
 
     initialize_held.weightsync_hold = True  # type: ignore[attr-defined]
@@ -117,14 +117,13 @@ def take(core: Any) -> None:
     logger.info("weightsync: scheduler held; requests queue until a version is committed and the daemon resumes")
 
 
-def _apply(core: Any, vllm_config: Any) -> None:
-    """Where the environment says so, the first engine core of the server makes the engine a member of its run."""
+def _apply(vllm_config: Any) -> None:
+    """Where the environment says so, the first engine core of an engine makes it a member of its run."""
     from weightsync.agents.inference.application import applicant
 
     if vllm_config.parallel_config.data_parallel_index == 0:
         thread = applicant("vllm", os.environ)
         if thread is not None:
-            core.weightsync_applicant = thread
             thread.start()
 
 
@@ -167,12 +166,6 @@ def held_class(core_class: Any) -> type[Any]:
             if refusals:
                 _pause_all(self)  # mode=abort lets requests that hold KV blocks run
             return result
-
-        def shutdown(self) -> None:
-            thread = self.__dict__.pop("weightsync_applicant", None)
-            if thread is not None:
-                thread.close()
-            super().shutdown()
 
         def sleep(self, level: int = 1, mode: str = "abort") -> Any:
             if level >= 1:

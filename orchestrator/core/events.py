@@ -151,7 +151,7 @@ class Appended(Event):
 
 @dataclass(frozen=True, slots=True)
 class EngineApplied(Event):
-    """An engine says over HTTP that it is to be a member, still is one, or ends."""
+    """An engine says over HTTP that it wants to be a member, or that it is still there."""
 
     application: Application
 

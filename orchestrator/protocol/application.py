@@ -39,11 +39,10 @@ class Applicant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Application(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``engine`` wants to be a member of ``run_id``, or still is one; or it ends, and is no member any more."""
+    """``engine`` wants to be a member of ``run_id``, or is one and is still there."""
 
     run_id: Name
     engine: Applicant
-    leaves: bool = False
 
 
 class Admitted(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """Engines that make themselves members: which may, and when they are members no longer.
 
-One that is admitted is a member as any other, by name; it says again and again that it is there. It leaves when it says
-so, or is neither heard nor connected for a while, and comes back as it came: leaving costs it nothing but a catch-up.
+One that is admitted is a member as any other, by name; it says again and again that it is there. It leaves when it is
+neither heard nor connected for a while, sooner where its processes are plainly gone, and comes back as it came: leaving
+costs it nothing but a catch-up.
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from weightsync.orchestrator.core.events import EngineApplied
 from weightsync.orchestrator.core.membership import roster
 from weightsync.orchestrator.core.policy import Admission, Policy
 from weightsync.orchestrator.core.records import EngineAdmitted, EngineLeft
-from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.core.state import EngineState, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.application import Applicant, Application, is_host_name
 
@@ -74,8 +75,6 @@ def objection(fleet: Fleet, application: Application, now: float) -> str:
             f"run_id {application.run_id!r}: this daemon serves run {fleet.policy.run_id!r}. Fix: name that run, or "
             "the daemon of the other one"
         )
-    if application.leaves:
-        return ""
     if unfit := _unfit(fleet.policy, engine):
         return unfit
     if (over := memory.forgotten_engines.get(engine.name)) is not None:
@@ -176,15 +175,11 @@ def _listed(texts: Iterable[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- who is there
 def applied(turn: Turn, event: EngineApplied) -> None:
-    """Take the engine in, hear that it is there, or let it go. Whoever posts this has told it of an objection."""
+    """Take the engine in, or hear that it is there. Whoever posts this has told it of an objection."""
     fleet, engine = turn.fleet, event.application.engine
     if objection(fleet, event.application, turn.now):
         return
     known = fleet.memory.admitted.get(engine.name)
-    if event.application.leaves:
-        if known == engine and engine.name not in fleet.memory.forgotten_engines:
-            _leaves(turn, engine.name, "it says that it ends")
-        return
     if known != engine:
         for other in _neighbours(fleet, engine):
             _leaves(turn, other, f"{engine.name} is in its place")
@@ -192,8 +187,9 @@ def applied(turn: Turn, event: EngineApplied) -> None:
             roster.let_go(turn, engine.name)  # what is known of the server before says nothing of this one
         turn.append(EngineAdmitted(engine=engine))
         turn.say(f"{engine.name} at {_listed(engine.urls)} has made itself a member")
-    if engine.name in fleet.engines:
-        fleet.engines[engine.name].heard = turn.now
+    member = fleet.engines.get(engine.name)
+    if member is not None:
+        member.heard, member.connected = turn.now, False
 
 
 def evaluate(turn: Turn) -> None:
@@ -201,15 +197,23 @@ def evaluate(turn: Turn) -> None:
     fleet, admission = turn.fleet, turn.fleet.policy.admission
     if admission is None:
         return
-    silent = []
+    silent: dict[str, float] = {}
     for name in fleet.memory.admitted:
         engine = fleet.engines.get(name)
-        if engine is not None and engine.ranks:
-            engine.heard = turn.now
-        elif engine is not None and turn.now >= engine.heard + admission.leave:
-            silent.append(name)
-    for name in silent:
-        _leaves(turn, name, f"it was neither heard nor connected for {admission.leave:g} s")
+        if engine is None:
+            continue  # forgotten, or about to be taken in
+        if engine.ranks:
+            engine.heard, engine.connected = turn.now, True
+        limit = fleet.policy.heartbeat if _is_gone(engine) else admission.leave
+        if turn.now >= engine.heard + limit:
+            silent[name] = limit
+    for name, limit in silent.items():
+        _leaves(turn, name, f"it was neither heard nor connected for {limit:g} s")
+
+
+def _is_gone(engine: EngineState) -> bool:
+    """Its agents' connections have ended, and its server does not answer, either: nobody is to wait for it."""
+    return engine.connected and not engine.ranks and not engine.reachable and bool(engine.error)
 
 
 def configured_anew(turn: Turn) -> None:

@@ -76,7 +76,7 @@ class Applications:
         self._refused: dict[str, str] = {}
 
     async def receive(self, application: Application, address: str) -> Admitted:
-        """Take it in, hear of it, or let it go. ``address``: of the peer that says it.
+        """Take it in, or hear that it is there. ``address``: of the peer that says it.
 
         Raises:
             ApplicationRefused: it does not fit (403), its name or place is taken (409), try again later (503).
@@ -106,8 +106,7 @@ class Applications:
             except ValueError as error:
                 raise ApplicationRefused(403, f"url: {error}. Fix: give the server's own base URL") from error
         self._raise_objection(application)
-        if not application.leaves or self._fleet.memory.admitted.get(engine.name) == engine:
-            await self._check_peer(engine, address)
+        await self._check_peer(engine, address)
 
     def _raise_objection(self, application: Application) -> None:
         objection = admission.objection(self._fleet, application, asyncio.get_running_loop().time())
@@ -121,7 +120,8 @@ class Applications:
             ApplicationRefused: it is not.
         """
         policy = self._fleet.policy.admission
-        if policy is None or admission.may_speak_for_others(policy, address):
+        assert policy is not None, "without it there was an objection"
+        if admission.may_speak_for_others(policy, address):
             return
         for host in {admission.host_of(url) for url in engine.urls}:
             if admission.plain(address) in await self._addresses(host):
@@ -157,6 +157,6 @@ class Applications:
         except TimeoutError:
             late = f"it is not in the journal after {DURABLE_SECONDS:g} s: the daemon's disk is slow. Fix: apply again"
             raise ApplicationRefused(503, late) from None
-        if not application.leaves and self._fleet.memory.admitted.get(engine.name) != engine:
+        if self._fleet.memory.admitted.get(engine.name) != engine:
             self._raise_objection(application)
             raise ApplicationRefused(503, "another engine came at the same moment. Fix: apply again")

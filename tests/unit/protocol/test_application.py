@@ -9,7 +9,7 @@ from weightsync.orchestrator.protocol.limits import MAX_SERVERS
 def test_it_says_no_more_than_it_must() -> None:
     body = b'{"run_id": "glm", "engine": {"name": "a0", "urls": ["http://h:1"]}}'
     engine = Applicant(name="a0", urls=("http://h:1",), kind="vllm", role="both", pair="")
-    assert msgspec.json.decode(body, type=Application) == Application(run_id="glm", engine=engine, leaves=False)
+    assert msgspec.json.decode(body, type=Application) == Application(run_id="glm", engine=engine)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,6 @@ class EngineCore:
         self._initialize_kv_caches(vllm_config)
         self.scheduler = Scheduler()
         self.slept: list[int] = []
-        self.ended = 0
         self.batch_queue: list[Any] = []
 
     def _initialize_kv_caches(self, vllm_config: Any) -> None: ...
@@ -110,9 +109,6 @@ class EngineCore:
 
     def is_scheduler_paused(self) -> bool:
         return self.scheduler.pause_state != PauseState.UNPAUSED
-
-    def shutdown(self) -> None:
-        self.ended += 1
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         self.slept.append(level)
@@ -592,11 +588,8 @@ class Applying:
     def start(self) -> None:
         self.said.append("start")
 
-    def close(self) -> None:
-        self.said.append("close")
 
-
-def test_the_first_engine_core_makes_the_engine_a_member_until_it_ends(
+def test_the_first_engine_core_makes_the_engine_a_member(
     core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, Applying]] = []
@@ -608,23 +601,11 @@ def test_the_first_engine_core_makes_the_engine_a_member_until_it_ends(
     monkeypatch.setattr(application, "applicant", applicant)
     first, other = config(), config()
     other.parallel_config.data_parallel_index = 1
-    core = core_class(first)
+    core_class(first)
     core_class(other)
     core_class(config(None))
     ((kind, thread),) = made
     assert (kind, thread.said) == ("vllm", ["start"])
-    core.shutdown()
-    core.shutdown()
-    assert (thread.said, core.ended) == (["start", "close"], 2)
-
-
-def test_without_a_url_of_its_own_an_engine_is_silent(
-    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(application.URL_VARIABLE, raising=False)
-    core = core_class(config())
-    core.shutdown()
-    assert (core.ended, "weightsync_applicant" in core.__dict__) == (1, False)
 
 
 def test_one_that_cannot_say_who_it_is_does_not_start(

@@ -5,7 +5,7 @@ from ipaddress import ip_network
 from typing import Any, Final
 
 import pytest
-from fleets import ANNOUNCE, rank
+from fleets import rank
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.events import Call, DrainAsked, EngineApplied, ForgetAsked, HoldAsked, PolicyChanged
 from weightsync.orchestrator.core.machine import start, step
@@ -31,9 +31,9 @@ def applicant(name: str, url: str = "", **more: Any) -> Applicant:
     return Applicant(name=name, urls=(url or f"http://10.1.0.{number % 256}:8000",), **more)
 
 
-def application(engine: Applicant | str, leaves: bool = False, run_id: str = "unit") -> Application:
+def application(engine: Applicant | str, run_id: str = "unit") -> Application:
     engine = applicant(engine) if isinstance(engine, str) else engine
-    return Application(run_id=run_id, engine=engine, leaves=leaves)
+    return Application(run_id=run_id, engine=engine)
 
 
 def apply(fleet: Any, engine: Applicant | str, **more: Any) -> str:
@@ -230,13 +230,31 @@ def test_who_is_known_has_time_to_be_heard_after_a_restart(fleet: Any, drive: An
     assert members(again) == ["e0"]
 
 
-def test_one_that_says_that_it_ends_leaves_at_once(fleet: Any) -> None:
+def test_one_whose_processes_are_plainly_gone_leaves_soon(fleet: Any) -> None:
+    heartbeat = fleet.policy.heartbeat
     apply(fleet, "a0")
-    apply(fleet, applicant("a0", "http://10.1.7.7:1"), leaves=True)
-    assert members(fleet) == ["e0", "a0"], "another one says it"
-    apply(fleet, "a0", leaves=True)
+    fleet.fails("a0", Call.PROBE, "connection refused")
+    fleet.passes(heartbeat)
+    assert members(fleet) == ["e0", "a0"], "it is still starting"
+    fleet.answers("a0", Call.PROBE, True)
+    fleet.bring("a0")
+    fleet.loses_engine("a0")
+    fleet.passes(heartbeat)
+    assert members(fleet) == ["e0", "a0"], "its server was not asked since"
+    fleet.fails("a0", Call.ATTACH, "connection refused")
     assert members(fleet) == ["e0"]
     assert fleet.fleet.quorum() == 1
+
+
+def test_one_that_is_heard_after_its_agents_are_gone_stays(fleet: Any) -> None:
+    apply(fleet, "a0")
+    fleet.answers("a0", Call.PROBE, True)
+    fleet.bring("a0")
+    fleet.loses_engine("a0")
+    apply(fleet, "a0")
+    fleet.fails("a0", Call.ATTACH, "connection refused")
+    fleet.passes(LEAVE - 1)
+    assert members(fleet) == ["e0", "a0"], "another process is starting there"
 
 
 def test_one_that_is_forgotten_is_not_admitted_until_it_is_released(fleet: Any, drive: Any) -> None:
@@ -246,7 +264,6 @@ def test_one_that_is_forgotten_is_not_admitted_until_it_is_released(fleet: Any, 
     forgotten = "name 'a0' was forgotten (ann: broken). Fix: release a0 makes it a member again"
     assert apply(fleet, "a0") == forgotten
     assert apply(fleet, applicant("a0", "http://10.1.7.7:1")) == forgotten, "wherever it comes from"
-    apply(fleet, "a0", leaves=True)
     again = drive(options={"admission": ADMISSION}, records=fleet.written())
     again.passes(10 * LEAVE)
     assert apply(again, "a0") == forgotten
@@ -258,7 +275,8 @@ def test_one_that_is_forgotten_is_not_admitted_until_it_is_released(fleet: Any, 
 def test_a_drain_waits_for_one_that_leaves_and_comes_back(fleet: Any) -> None:
     apply(fleet, "a0")
     fleet.happens(DrainAsked(fleet.id(), "ann", "new image", "a0"))
-    apply(fleet, "a0", leaves=True)
+    fleet.passes(LEAVE)
+    assert members(fleet) == ["e0"]
     apply(fleet, "a0")
     assert fleet.fleet.expected() == ["e0"]
     fleet.happens(HoldAsked(fleet.id(), "ann", "", "a0", False))
@@ -305,8 +323,10 @@ def test_one_that_leaves_within_a_round_is_left_out_and_may_come_back_after_it(d
     fleet.engines = ("e0", "a0")
     going = fleet.to(Phase.QUIESCING)
     assert list(going.engines) == ["e0", "a0"]
-    apply(fleet, "a0", leaves=True)
+    narrow, wide = replace(ADMISSION, names=("x",)), fleet.policy
+    fleet.happens(PolicyChanged(fleet.id(), replace(wide, admission=narrow)))
     assert not going.has("a0")
+    fleet.happens(PolicyChanged(fleet.id(), wide))
     assert "has left within a round that is not over" in apply(fleet, "a0")
     fleet.engines = ("e0",)
     while fleet.fleet.round is not None:
@@ -315,9 +335,7 @@ def test_one_that_leaves_within_a_round_is_left_out_and_may_come_back_after_it(d
     assert members(fleet) == ["e0"]
     assert rank("a0") in {command.member for command in fleet.commands if isinstance(command, Drop)}
     assert apply(fleet, "a0") == ""
-    fleet.answers("a0", Call.PROBE, True)
-    fleet.connect(rank("a0"))
-    assert fleet.says(rank("a0"), ANNOUNCE) is not None
+    assert fleet.called("a0", Call.PROBE) == 2
     assert fleet.fleet.memory.committed == going.version
 
 

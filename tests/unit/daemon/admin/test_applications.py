@@ -46,9 +46,8 @@ class Desk:
         return self.hosts[host]
 
     async def says(self, *urls: str, address: str = "10.1.0.1", name: str = "a0", **more: Any) -> Admitted:
-        leaves = more.pop("leaves", False)
         engine = Applicant(name=name, urls=urls or ("http://10.1.0.1:8000",), **more)
-        return await self.door.receive(Application(run_id="unit", engine=engine, leaves=leaves), address)
+        return await self.door.receive(Application(run_id="unit", engine=engine), address)
 
     async def refusal(self, *urls: str, **more: Any) -> tuple[int, str]:
         with pytest.raises(ApplicationRefused) as caught:
@@ -66,8 +65,6 @@ async def test_an_engine_is_taken_in_and_told_when_to_come_again(desk: Desk) -> 
     (event,) = desk.events
     assert isinstance(event, EngineApplied)
     assert (event.id, event.application.engine.name, list(desk.fleet.engines)) == (7, "a0", ["a0"])
-    await desk.says(leaves=True)
-    assert list(desk.fleet.engines) == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,6 @@ async def test_hosts_that_engines_may_not_be_on_are_not_even_looked_up(desk: Des
     for url in ("http://evil.example", "http://127.0.0.1:6379", "http://169.254.169.254", "http://0x7f.1"):
         status, reason = await desk.refusal(url)
         assert (status, f"url '{url}': its host is in none of" in reason) == (409, True)
-    await desk.says("http://evil.example", leaves=True)
     assert desk.looked_up == []
 
 
