@@ -59,8 +59,9 @@ REMEMBERED_FAILURES: Final = 1000
 REMEMBERED_GENERATIONS: Final = 1000
 """Trainers whose oldest versions are no longer known by name."""
 
-REMEMBERED_FORGOTTEN: Final = 4096
-"""Engines that were forgotten; of those that came by themselves the names never end."""
+REMEMBERED_WISHES: Final = 4096
+"""Engines that the operator holds, drains or has forgotten, of each as many: names of those that come by themselves
+never end."""
 
 REMEMBERED_MEMBERS: Final = 65_536
 """Inference ranks whose last digest is known; engines that come and go have ever new names."""
@@ -167,11 +168,11 @@ def replay(memory: Memory, record: Record) -> None:
         case EngineHeld(engine=engine, held=held, reason=reason):
             memory.holds.pop(engine, None)
             if held:
-                memory.holds[engine] = reason
+                keep_newest(memory.holds, engine, reason, REMEMBERED_WISHES)
         case EngineDrained(engine=engine, drained=drained, reason=reason):
             memory.drains.pop(engine, None)
             if drained:
-                memory.drains[engine] = reason
+                keep_newest(memory.drains, engine, reason, REMEMBERED_WISHES)
         case EngineForgotten(engine=engine, forgotten=forgotten, reason=reason):
             memory.forgotten_engines.pop(engine, None)
             if forgotten:
@@ -214,7 +215,7 @@ def _end(memory: Memory, record: RoundEnded) -> None:
 
 
 def _forget_engine(memory: Memory, engine: str, reason: str) -> None:
-    for oldest in keep_newest(memory.forgotten_engines, engine, reason, REMEMBERED_FORGOTTEN):
+    for oldest in keep_newest(memory.forgotten_engines, engine, reason, REMEMBERED_WISHES):
         memory.admitted.pop(oldest, None)
     for wishes in (memory.holds, memory.drains):
         wishes.pop(engine, None)

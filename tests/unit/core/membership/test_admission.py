@@ -10,9 +10,16 @@ from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.events import Call, DrainAsked, EngineApplied, ForgetAsked, HoldAsked, PolicyChanged
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.membership import admission
-from weightsync.orchestrator.core.memory import saved
+from weightsync.orchestrator.core.memory import replay, saved
 from weightsync.orchestrator.core.policy import Admission, EngineConfig
-from weightsync.orchestrator.core.records import EngineAdmitted, EngineForgotten, EngineLeft, MemorySaved
+from weightsync.orchestrator.core.records import (
+    EngineAdmitted,
+    EngineDrained,
+    EngineForgotten,
+    EngineHeld,
+    EngineLeft,
+    MemorySaved,
+)
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.application import Applicant, Application
 
@@ -339,14 +346,18 @@ def test_one_that_leaves_within_a_round_is_left_out_and_may_come_back_after_it(d
     assert fleet.fleet.memory.committed == going.version
 
 
-def test_what_is_remembered_of_forgotten_engines_is_bounded(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightsync.orchestrator.core.memory.REMEMBERED_FORGOTTEN", 2)
+def test_what_is_remembered_of_operators_wishes_is_bounded(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightsync.orchestrator.core.memory.REMEMBERED_WISHES", 2)
     for name in ("a0", "a1", "a2"):
         assert apply(fleet, name) == ""
         fleet.happens(ForgetAsked(fleet.id(), "ann", "", name))
     memory = fleet.fleet.memory
     assert list(memory.forgotten_engines) == list(memory.admitted) == ["a1", "a2"]
     assert sum(isinstance(record, EngineForgotten) for record in fleet.written()) == 3
+    for number in range(3):
+        replay(memory, EngineDrained(engine=f"d{number}", drained=True, reason=""))
+        replay(memory, EngineHeld(engine=f"h{number}", held=True, reason=""))
+    assert (list(memory.drains), list(memory.holds)) == (["d1", "d2"], ["h1", "h2"])
 
 
 def test_a_snapshot_knows_who_was_admitted(fleet: Any, drive: Any) -> None:
