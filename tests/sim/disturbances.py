@@ -218,21 +218,22 @@ def make_ill(world: World, name: str, what: str) -> Callable[[], None]:
 
 def _configurations(world: World) -> None:
     """The daemon is restarted with one engine more, or one less, whose processes end."""
-    if set(world.servers) - {world.configured[-1]} and world.rng.random() < 0.5:
-        world.remove_engine(world.configured[-1])
-    elif len(world.configured) < 4:
-        world.add_engine(f"e{len(world.configured)}")
+    _one_more_or_less(world)
     world.kill_daemon(for_seconds=0.5)
 
 
-def _lists(world: World) -> None:
-    """The daemon reads its configuration again: an engine more, or one less, whose processes end."""
-    if set(world.servers) - {world.configured[-1]} and len(world.configured) > 1 and world.rng.random() < 0.5:
+def _one_more_or_less(world: World) -> None:
+    if set(world.servers) - set(world.configured[-1:]) and world.configured and world.rng.random() < 0.5:
         world.remove_engine(world.configured[-1])
     elif len(world.configured) < 4:
         name = f"e{len(world.configured)}"
         world.add_engine(name)
         world.faults.hurt([name])
+
+
+def _lists(world: World) -> None:
+    """The daemon reads its configuration again: one engine more, or one less, whose processes end."""
+    _one_more_or_less(world)
     world.configure_anew()
 
 
