@@ -392,6 +392,7 @@ class World(VirtualTime):
     def end_applicant(self, name: str, *, silently: bool) -> None:
         """It ends for good; and nobody says so, if ``silently``."""
         del self.applicants[name]
+        self.faults.hurt([name])  # and its pair
         self._pairs = [pair for pair in self._pairs if name not in pair]
         self._left[name] = self.now + LEAVING_SECONDS
         server = self.servers.pop(name)
