@@ -108,7 +108,7 @@ def _stranger(fleet: Fleet, member: Member) -> str:
         return ""
     names = [*fleet.engines][:SHOWN]
     more = " …" if len(fleet.engines) > SHOWN else ""
-    return f"engine {member.engine!r} is not configured; engines are: {', '.join(names)}{more}"
+    return f"engine {member.engine!r} is neither configured nor admitted; engines are: {', '.join(names)}{more}"
 
 
 def _obeyed_another(fleet: Fleet, hello: Hello) -> bool:

@@ -80,7 +80,7 @@ def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:
     fleet = drive()
     fleet.connect(Member("inference", "e9", 0))
     (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
-    assert refusal.refused.reason == "engine 'e9' is not configured; engines are: e0"
+    assert refusal.refused.reason == "engine 'e9' is neither configured nor admitted; engines are: e0"
     assert refusal.refused.retry
 
 
