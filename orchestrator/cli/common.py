@@ -36,10 +36,11 @@ class Exit(IntEnum):
     FAILURE = (
         1,
         "all",
-        "a bug of ours, with a traceback; `demo`: it failed, or the answers differ; `status --check`: degraded",
+        "a bug of ours, with a traceback; `demo`: it failed, or the answers differ; `status --check`: degraded;"
+        " `doctor`: warnings",
         "yes; report it",
     )
-    USAGE = 2, "all", "the command line is wrong; `status --check`: critical", "no"
+    USAGE = 2, "all", "the command line is wrong; `status --check`: critical; `doctor`: errors", "no"
     REFUSED = 65, "verbs", "the daemon refuses what was asked for; the message says why, and what there is", "no"
     UNAVAILABLE = 69, "`demo`", "something that it needs is not installed; the message says what", "once installed"
     INTERNAL = 70, "`run`", "an invariant did not hold; it ended before acting on it", "yes: the journal is believed"

@@ -7,15 +7,15 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
+from weightsync.orchestrator.protocol.findings import Finding, Level
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
@@ -23,16 +23,6 @@ from weightsync.orchestrator.settings.settings import Settings, load
 
 SHORT_TOKEN_CHARS: Final = 16
 """Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
-
-Level = Literal["ok", "note", "warning", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    text: str
 
 
 def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None = None) -> int:
@@ -88,16 +78,16 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     try:
         secret = read_secret(path)
     except ConfigError as error:
-        yield Finding("error", f"{key}: {error}")
+        yield Finding("error", str(error), check=key)
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        yield Finding("warning", f"{key}: {path} has mode {mode:04o}, others may read it. Fix: chmod 600 {path}")
+        yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", key)
     elif len(secret) < SHORT_TOKEN_CHARS:
-        fix = f"openssl rand -hex 32 > {path}"
-        yield Finding("warning", f"{key}: {path} holds only {len(secret)} characters and can be guessed. Fix: {fix}")
+        what = f"{path} holds only {len(secret)} characters and can be guessed"
+        yield Finding("warning", what, f"openssl rand -hex 32 > {path}", key)
     else:
-        yield Finding("ok", f"{key}: {path}")
+        yield Finding("ok", str(path), check=key)
 
 
 def _kinds(settings: Settings) -> Iterator[Finding]:
@@ -105,7 +95,7 @@ def _kinds(settings: Settings) -> Iterator[Finding]:
         try:
             check_kinds([engine])
         except UnknownEngineKind as error:
-            yield Finding("error", str(error))
+            yield Finding("error", str(error), check="engines[].kind")
 
 
 def _state_directory(path: Path) -> Iterator[Finding]:
@@ -115,11 +105,12 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         return
     if is_network(kind):
         fix = "put it on a local or block device; on a network file system an fsync proves nothing"
-        yield Finding("error", f"state_directory: {path} is on {kind}, a network file system. Fix: {fix}")
+        yield Finding("error", f"{path} is on {kind}, a network file system", fix, "state_directory")
         return
     yield from _writable("state_directory", path, "error")
     if forgets(kind):
-        yield Finding("warning", f"state_directory: {path} is on {kind} and is lost when the machine restarts")
+        what = f"{path} is on {kind} and is lost when the machine restarts"
+        yield Finding("warning", what, "put it on a disk", "state_directory")
 
 
 def _file_system(key: str, path: Path) -> str | Finding:
@@ -130,7 +121,7 @@ def _file_system(key: str, path: Path) -> str | Finding:
         return file_system_of(path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Finding("error", f"{key}: {path} cannot be looked at: {reason}. Fix: give the path of a directory")
+        return Finding("error", f"{path} cannot be looked at: {reason}", "give the path of a directory", key)
 
 
 def _run_directory(path: Path) -> Iterator[Finding]:
@@ -140,7 +131,8 @@ def _run_directory(path: Path) -> Iterator[Finding]:
         return
     yield from _writable("run.directory", path, "error")
     if path.is_dir() and is_network(kind):
-        yield Finding("note", f"run.directory: {kind} sends no events, so STABLE is seen at the next rescan")
+        what = f"{kind} sends no events, so STABLE is seen at the next rescan"
+        yield Finding("note", what, check="run.directory")
 
 
 def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
@@ -149,23 +141,25 @@ def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        yield Finding(level, f"{key}: {existing} is no directory. Fix: give the path of a directory")
+        yield Finding(level, f"{existing} is no directory", "give the path of a directory", key)
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield Finding(level, f"{key}: {existing} cannot be written. Fix: change its owner or its mode")
+        yield Finding(level, f"{existing} cannot be written", "change its owner or its mode", key)
     elif existing != path:
-        yield Finding("ok", f"{key}: {path} does not exist yet and can be made")
+        yield Finding("ok", f"{path} does not exist yet and can be made", check=key)
     else:
-        yield Finding("ok", f"{key}: {path} can be written ({file_system_of(path)})")
+        yield Finding("ok", f"{path} can be written ({file_system_of(path)})", check=key)
 
 
 def _address(settings: Settings) -> Iterator[Finding]:
     host, port = settings.listen.host, settings.listen.port
-    yield _port("listen", host, port)
-    yield Finding("ok", f"agents are told to come to {settings.agents_url}")
+    yield _port("listen.port", host, port)
+    yield Finding("ok", f"agents are told to come to {settings.agents_url}", check="advertise_url")
     if not _is_loopback(host) and settings.agents_url.startswith("http://"):
-        yield Finding("warning", f"listen: tokens travel unencrypted to {host}; keep them on a trusted network")
+        fix = "keep them on a trusted network, or put TLS before it and set advertise_url"
+        yield Finding("warning", f"tokens travel unencrypted to {host}", fix, "listen.host")
     if settings.rendezvous.group_address() is not None:
-        yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
+        what = "tcpstore unpickles what its peers send"
+        yield Finding("warning", what, "use it on a trusted network only, or rendezvous: {type: hub}", "rendezvous")
 
 
 def _port(key: str, host: str, port: int) -> Finding:
@@ -176,8 +170,8 @@ def _port(key: str, host: str, port: int) -> Finding:
             trial.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Finding("note", f"{key}: {host}:{port} cannot be bound now ({reason}); is a daemon running?")
-    return Finding("ok", f"{key}: {host}:{port} is free")
+        return Finding("note", f"{host}:{port} cannot be bound now ({reason}); is a daemon running?", check=key)
+    return Finding("ok", f"{host}:{port} is free", check=key)
 
 
 def _is_loopback(host: str) -> bool:
@@ -201,4 +195,4 @@ async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
     finally:
         await client.close()
     notes = "".join(f", {note}" for note in facts.notes)
-    return Finding("ok", f"engine {engine.name}: {facts.server}, {facts.ranks} ranks{notes}")
+    return Finding("ok", f"{facts.server}, {facts.ranks} ranks{notes}", check=f"engine {engine.name}")

@@ -17,6 +17,7 @@ from weightsync.orchestrator.cli.common import (
     add_daemon_options,
     count,
     exit_codes_text,
+    seconds,
 )
 from weightsync.orchestrator.cli.operator import add_verb_commands
 from weightsync.orchestrator.settings.problems import ConfigError
@@ -41,6 +42,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     _add_views(commands)
     add_verb_commands(commands)
     _add_config(commands)
+    _add_doctor(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -113,6 +115,15 @@ def _add_config(commands: Commands) -> None:
     schema.set_defaults(run=_schema)
 
 
+def _add_doctor(commands: Commands) -> None:
+    text = "look for known traps on this host, at the engines and at the daemon; exit 0 none, 1 warnings, 2 errors"
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    add_config_option(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="for each answer (default 10)")
+    doctor.set_defaults(run=_doctor)
+
+
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     from weightsync.orchestrator.daemon import log
@@ -164,6 +175,12 @@ def _schema(_: argparse.Namespace) -> int:
     from weightsync.orchestrator.cli import config as cli_config
 
     return cli_config.print_schema()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.doctor.command import diagnose
+
+    return diagnose(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
