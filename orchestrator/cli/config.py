@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.resources
 import ipaddress
 import os
 import socket
@@ -15,17 +16,19 @@ from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
-from weightsync.orchestrator.protocol.findings import Finding, Level
+from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings, load
 
+EXAMPLE: Final = importlib.resources.files("weightsync.orchestrator.settings") / "example.yaml"
+
 SHORT_TOKEN_CHARS: Final = 16
 """Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
 
 
-def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None = None) -> int:
+def check(path: Path, *, probe: bool = False, as_json: bool = False, environ: Mapping[str, str] | None = None) -> int:
     """Prints what is found and returns the exit code: 0, or 78 if the daemon could not work with this.
 
     Raises:
@@ -36,7 +39,10 @@ def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None 
     findings += findings_of(settings)
     if probe:
         findings += asyncio.run(_probe(settings))
-    for finding in findings:
+    if as_json:
+        told = Findings(place=socket.gethostname(), findings=tuple(findings))
+        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+    for finding in () if as_json else findings:
         print(f"{finding.level:<8}{finding.text}")
     return Exit.CONFIG if any(finding.level == "error" for finding in findings) else Exit.OK
 
@@ -44,6 +50,12 @@ def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None 
 def print_schema() -> int:
     """Prints the JSON schema of the configuration."""
     print(msgspec.json.format(msgspec.json.encode(Settings.model_json_schema())).decode())
+    return Exit.OK
+
+
+def print_example() -> int:
+    """Prints the configuration that explains every key."""
+    print(EXAMPLE.read_text(encoding="utf-8"), end="")
     return Exit.OK
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import signal
 import sys
@@ -58,11 +57,9 @@ class _Version(argparse.Action):
     """Looks the release up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        try:
-            release = importlib.metadata.version(parser.prog)
-        except importlib.metadata.PackageNotFoundError:
-            release = "of a source tree"
-        print(f"{parser.prog} {release}")
+        from weightsync.orchestrator.daemon.release import release
+
+        print(f"{parser.prog} {release()}")
         parser.exit()
 
 
@@ -105,14 +102,17 @@ def _add_views(commands: Commands) -> None:
 
 
 def _add_config(commands: Commands) -> None:
-    config = commands.add_parser("config", help="check a configuration, or print its schema")
+    config = commands.add_parser("config", help="check a configuration, or print an example or the schema")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser("check", help="check a configuration and what it points to")
     check.add_argument("path", type=Path, metavar="PATH")
     check.add_argument("--probe", action="store_true", help="ask each engine for its routes, too")
     check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true", help="print JSON")
     schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
     schema.set_defaults(run=_schema)
+    example = actions.add_parser("example", help="print a configuration that explains every key")
+    example.set_defaults(run=_example)
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -168,13 +168,19 @@ def _view(what: Literal["status", "rounds"]) -> Command:
 def _check(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.cli import config as cli_config
 
-    return cli_config.check(options.path, probe=options.probe)
+    return cli_config.check(options.path, probe=options.probe, as_json=options.json)
 
 
 def _schema(_: argparse.Namespace) -> int:
     from weightsync.orchestrator.cli import config as cli_config
 
     return cli_config.print_schema()
+
+
+def _example(_: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli import config as cli_config
+
+    return cli_config.print_example()
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -52,7 +52,8 @@ def status_text(status: StatusView, now: float) -> str:
 
 def _head(status: StatusView, now: float) -> list[str]:
     """What is wrong, what is done, and what the operator wants."""
-    daemon = f"daemon epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
+    release = f" {status.release}," if status.release else ""
+    daemon = f"daemon{release} epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
     source = "" if status.source == "daemon" else "  [from the journal: the daemon does not answer]"
     lines = _wrapped(f"run {status.run}, {daemon}, journal {status.journal_id[:8] or '-'}{source}")
     for problem in status.problems:

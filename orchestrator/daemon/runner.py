@@ -30,6 +30,7 @@ from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
+from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
@@ -118,7 +119,9 @@ class Runner:
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
                 loop.add_signal_handler(signal.SIGHUP, self.reload.ask)
-                log.info("the daemon serves", run=self.settings.run.id, epoch=self.fleet.epoch, port=port)
+                log.info(
+                    "the daemon serves", release=release(), run=self.settings.run.id, epoch=self.fleet.epoch, port=port
+                )
                 if ready is not None:
                     ready(port)
                 await self.inbox.stopped.wait()
