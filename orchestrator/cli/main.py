@@ -18,6 +18,7 @@ from weightsync.orchestrator.cli.common import (
     exit_codes_text,
     seconds,
 )
+from weightsync.orchestrator.cli.completion import SHELLS, script
 from weightsync.orchestrator.cli.operator import add_verb_commands
 from weightsync.orchestrator.settings.problems import ConfigError
 
@@ -42,6 +43,9 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     add_verb_commands(commands)
     _add_config(commands)
     _add_doctor(commands)
+    completion = commands.add_parser("completion", help="print a script by which a shell completes commands")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(run=_completion)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -94,11 +98,22 @@ def _add_views(commands: Commands) -> None:
     status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
     rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
+    rounds.add_argument("of", nargs="*", metavar="show ROUND", help="one round in full, by its name in the table")
     status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
+    watch = commands.add_parser("watch", help="the status, live, until interrupted")
+    watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
+    report = commands.add_parser("report", help="write the history of rounds as one HTML file with charts")
+    report.add_argument("--out", type=Path, metavar="PATH", default=Path("rounds.html"), help="default: rounds.html")
+    report.add_argument("--last", type=count, default=1000, metavar="N", help="so many rounds (default 1000)")
     for command in (status, rounds):
         add_daemon_options(command)
+    for command in (watch, report):
+        add_daemon_options(command, json=False)
     status.set_defaults(run=_view("status"))
     rounds.set_defaults(run=_view("rounds"))
+    watch.set_defaults(run=_watch)
+    report.set_defaults(run=_report)
 
 
 def _add_config(commands: Commands) -> None:
@@ -163,6 +178,23 @@ def _view(what: Literal["status", "rounds"]) -> Command:
         return cli_status.show(what, options)
 
     return show
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.watch import watch
+
+    return watch(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.report import report
+
+    return report(options)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    print(script(parser(), options.shell), end="")
+    return Exit.OK
 
 
 def _check(options: argparse.Namespace) -> int:
