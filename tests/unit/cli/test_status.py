@@ -48,6 +48,12 @@ class Views:
     async def layouts(self) -> LayoutsView | None:
         return None
 
+    async def metrics(self) -> bytes:
+        return b""
+
+    async def obstacle(self) -> str:
+        return ""
+
     async def ready(self, engine: str) -> tuple[bool, str] | None:
         return {"a": (True, "serving"), "b": (False, "torn")}.get(engine)
 
