@@ -22,7 +22,7 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key, as `weightsync-orchestrator config schema` has it; `config example` prints a file that has them all.",
+        "Every key, as `weightsync-orchestrator config schema` has it; `config example` prints a file of all.",
         "A key may be given in the environment: `WEIGHTSYNC__` and its parts in capitals, joined by `__`.",
         "",
         "| key | type | default | what it is |",

@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, Metric
 from weightsync.orchestrator.core.commands import Command, Refuse
 from weightsync.orchestrator.core.events import (
@@ -36,6 +43,10 @@ RATES: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 PARTS: Final = ("pausing", "quiescing", "exposing", "writing", "verifying", "switching", "stall", "total")
 """Of a round: parts of its row that have a histogram of their own."""
+
+
+# A second series for each counter, that says when it began: with the daemon.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Meters:
