@@ -104,7 +104,7 @@ def outcomes(whole: Fleet) -> list[str]:
 
 @pytest.mark.parametrize(
     "bench",
-    [(dense(), True), (dense(), False), (rows(), False), (experts(), True), (dense(), True, 2), (experts(), True, 2)],
+    [(dense(), True), (dense(), False), (rows(), True), (experts(), True), (dense(), True, 2), (experts(), True, 2)],
     ids=["dense", "graphs", "rows", "experts", "nccl", "nccl-moe"],
     indirect=True,
 )
