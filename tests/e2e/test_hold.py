@@ -137,9 +137,9 @@ def test_the_doctor_knows_it_by_what_it_says_of_itself(held: Held, tmp_path: Pat
     [seen] = asyncio.run(servers.ask_all(settings, 60, {held.server.url: urls[held.server.url]}))
     assert seen.info is not None
     assert (seen.info.backend, len(seen.info.identity) > 8) == ("weightsync", True)
-    [found] = seen.findings
-    assert (found.level, found.what.endswith("ranks, weightsync backend")) == ("ok", True)
-    assert found.what.startswith(f"{held.server.url}: vLLM ")
+    [told] = [finding.text for finding in seen.findings]
+    assert told.startswith(f"engine a: {held.server.url}: vLLM ")
+    assert told.endswith("ranks, weightsync backend")
     [twice] = servers.together([seen, dataclasses.replace(seen, engine="b")])
     assert (twice.level, "are one server" in twice.what) == ("error", True)
 
