@@ -13,11 +13,13 @@ from typing import Final
 import msgspec
 from weightsync.agents.doctor import hub, limits, network, packages, variables
 from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.memory.cuda import driver
 from weightsync.agents.memory.nic import Gpu, all_gpus, visible_gpus
 from weightsync.agents.memory.reach import why_not_by_nic
 from weightsync.agents.trainer.options import TrainerSettingsError, trainer_settings
 from weightsync.orchestrator.protocol.findings import Finding, Findings, broke, examined, exit_code, findings_text
 from weightsync.orchestrator.protocol.messages import NixlSettings
+from weightsync.orchestrator.protocol.text import clean
 
 ENGINE_VARIABLES: Final = ("WEIGHTSYNC_HUB_URL", "WEIGHTSYNC_TOKEN_FILE", "WEIGHTSYNC_RUN_ID", "WEIGHTSYNC_ENGINE")
 
@@ -39,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def diagnose(role: str, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
     """All findings of a ``role``: trainer or engine."""
-    gpus, found = _gpus(environ)
-    everywhere = links()
+    gpus: list[Gpu] = []
+    everywhere: list[Interface] = []
+    found = examined("GPUs", lambda: _gpus(environ, gpus))
+    found += examined(network.CHECK, lambda: everywhere.extend(links()) or ())
     rdma = [link for link in everywhere if link.rdma and link.up]
     for check, look in _checks(role, options, environ, gpus, everywhere):
         found += examined(check, look)
@@ -85,18 +89,21 @@ def _checks(
         yield "memory", lambda: _room(role, int(options.weights_gb * 1e9), gpus)
 
 
-def _gpus(environ: Mapping[str, str]) -> tuple[list[Gpu], list[Finding]]:
-    """The GPUs that this process sees."""
+def _gpus(environ: Mapping[str, str], gpus: list[Gpu]) -> Iterable[Finding]:
+    """Puts the GPUs that this process sees into ``gpus``."""
     present = all_gpus()
     named = environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible_gpus(present, named)
+    gpus.extend(visible_gpus(present, named))
     if present and named and len(gpus) < len(named.split(",")):
         what = f"CUDA_VISIBLE_DEVICES={named} names GPUs that are not here: {len(gpus)} of {len(present)} are seen"
-        return gpus, [Finding("warning", what, "mend it", "CUDA_VISIBLE_DEVICES")]
-    return gpus, [Finding("ok", f"{len(gpus)} of {len(present)} are seen", check="GPUs")]
+        return [Finding("warning", what, "name GPUs that nvidia-smi -L shows", "CUDA_VISIBLE_DEVICES")]
+    return [Finding("ok", f"{len(gpus)} of {len(present)} are seen", check="GPUs")]
 
 
 def _gpu_direct(number: int) -> Iterable[Finding]:
+    library = driver()
+    if library is not None:
+        library.cuInit(0)  # in an agent torch has done so; without it the driver answers nothing
     reason = why_not_by_nic(number)
     if reason is not None:
         what, _, fix = reason.partition(": ")
@@ -116,15 +123,21 @@ def _room(role: str, needed: int, gpus: Sequence[Gpu]) -> Iterable[Finding]:
     return limits.room(needed, free, "on the first GPU", why)
 
 
+async def _peer(name: str, seconds: float) -> list[Finding]:
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(seconds):
+            answer = await loop.getaddrinfo(name, None, family=socket.AF_INET)
+    except (OSError, UnicodeError, TimeoutError) as error:
+        what = f"{name} has no IPv4 address: {getattr(error, 'strerror', None) or type(error).__name__}"
+        return [Finding("error", clean(what), "mend the name, or the resolver", network.CHECK)]
+    addresses = sorted({str(address[0]) for *_, address in answer})
+    return examined(network.CHECK, lambda: network.peers(addresses, links()))
+
+
 async def _ways(role: str, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
     """To the daemon, the run directory and other hosts."""
-    found = []
-    if options.peer:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(options.timeout):
-            answers = [await loop.getaddrinfo(name, None, family=socket.AF_INET) for name in options.peer]
-        addresses = sorted({str(address[0]) for answer in answers for *_, address in answer})
-        found += examined(network.CHECK, lambda: network.peers(addresses, links()))
+    found = [finding for name in options.peer for finding in await _peer(name, options.timeout)]
     if role == "trainer":
         try:
             settings = trainer_settings(environment=environ)

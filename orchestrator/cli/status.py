@@ -16,6 +16,7 @@ from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.settings import Settings
 
 View = TypeVar("View", StatusView, RoundsView)
@@ -41,7 +42,8 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
 
 def _rounds(options: argparse.Namespace) -> int:
     if options.of and (len(options.of) != 2 or options.of[0] != "show"):
-        print(f"rounds {' '.join(options.of)}: write rounds show ROUND, such as rounds show 3.17", file=sys.stderr)
+        given = clean(" ".join(options.of), 100)
+        print(f"rounds {given}: write rounds show ROUND, such as rounds show 3.17", file=sys.stderr)
         return Exit.USAGE
     view, code = rounds_view(options, MAX_OPTION_COUNT if options.of else options.last)
     if view is None:
@@ -52,7 +54,7 @@ def _rounds(options: argparse.Namespace) -> int:
     row = next((row for row in view.rounds if row.round == options.of[1]), None)
     if row is None:
         known = f"; there are {view.rounds[0].round} to {view.rounds[-1].round}" if view.rounds else ""
-        print(f"no round {options.of[1]} has ended{known}", file=sys.stderr)
+        print(f"no round {clean(options.of[1], 100)} has ended{known}", file=sys.stderr)
         return Exit.REFUSED
     print(_json(row) if options.json else round_text(row, time.time()))
     return code

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from weightsync.agents.doctor import command
 from weightsync.agents.doctor.command import main
+from weightsync.agents.memory.nic import Gpu
 from weightsync.orchestrator.protocol.findings import WIDTH, Findings
 
 
@@ -40,6 +42,21 @@ def test_an_engine_as_json(tmp_path: Path) -> None:
     assert levels["PYTORCH_CUDA_ALLOC_CONF"] == "warning"
     assert levels["plugin"] == levels["nixl"] == "ok"
     assert levels["token"] == "warning"  # of the mode that an editor leaves
+
+
+def test_a_check_that_breaks_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks() -> list[Gpu]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(command, "all_gpus", breaks)
+    assert main(["doctor", "engine", "--json", "--peer", "nowhere.invalid"]) == 2
+    found = msgspec.json.decode(capsys.readouterr().out, type=Findings).findings
+    told = {finding.check: finding.what for finding in found}
+    assert told["GPUs"] == "could not be looked at: PermissionError: [Errno 13] Permission denied"
+    assert "nowhere.invalid has no IPv4 address" in [f.what.partition(":")[0] for f in found if f.check == "network"]
+    assert {"nixl", "plugin", "settings"} <= told.keys()
 
 
 def test_room_for_a_version(capsys: pytest.CaptureFixture[str]) -> None:
