@@ -44,7 +44,7 @@ def diagnose(role: str, options: argparse.Namespace, environ: Mapping[str, str])
     gpus: list[Gpu] = []
     everywhere: list[Interface] = []
     found = examined("GPUs", lambda: _gpus(environ, gpus))
-    found += examined(network.CHECK, lambda: everywhere.extend(links()) or ())
+    found += examined(network.CHECK, lambda: _links(everywhere))
     rdma = [link for link in everywhere if link.rdma and link.up]
     for check, look in _checks(role, options, environ, gpus, everywhere):
         found += examined(check, look)
@@ -98,6 +98,12 @@ def _gpus(environ: Mapping[str, str], gpus: list[Gpu]) -> Iterable[Finding]:
         what = f"CUDA_VISIBLE_DEVICES={named} names GPUs that are not here: {len(gpus)} of {len(present)} are seen"
         return [Finding("warning", what, "name GPUs that nvidia-smi -L shows", "CUDA_VISIBLE_DEVICES")]
     return [Finding("ok", f"{len(gpus)} of {len(present)} are seen", check="GPUs")]
+
+
+def _links(everywhere: list[Interface]) -> Iterable[Finding]:
+    """Puts this host's ports and interfaces into ``everywhere``; what is wrong with them others say."""
+    everywhere.extend(links())
+    return ()
 
 
 def _gpu_direct(number: int) -> Iterable[Finding]:
