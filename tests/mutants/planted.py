@@ -210,7 +210,7 @@ _SERVING: Final = (
     Mutant(
         "a hold is forgotten by a restart",
         _MEMORY,
-        "                memory.holds[engine] = reason\n",
+        "                keep_newest(memory.holds, engine, reason, REMEMBERED_WISHES)\n",
         "                pass\n",
     ),
     Mutant(
