@@ -45,6 +45,18 @@ _TAINTS: Final = (
         "    if message.final or message.peers:\n",
     ),
     Mutant(
+        "taint kept although its writer, which was replaced, says that it has closed",
+        _MEMBERS,
+        "    _close_grants(turn, event.member, hello)\n    objection",
+        "    objection",
+    ),
+    Mutant(
+        "granted to writers of whom one has no connection",
+        _PHASES,
+        "        if row.needs_writers and ",
+        "        if False and ",
+    ),
+    Mutant(
         "taint forgotten at the end of a round",
         _MEMORY,
         "    memory.unclosed |= {(writer, record.round): taint for writer, taint in record.unclosed.items()}\n",

@@ -20,9 +20,9 @@ class Phase(StrEnum):
     """Where a round stands; the comment says what it waits for."""
 
     PAUSING = "pausing"  # every engine's /pause
-    QUIESCING = "quiescing"  # every worker inside the update call, its device idle
+    QUIESCING = "quiescing"  # every worker inside the update call, its device idle; every writer connected
     MARKING = "marking"  # LIVE_DIRTY durable
-    EXPOSING = "exposing"  # every worker knows that it may be written to; it was told with the marking
+    EXPOSING = "exposing"  # every worker, told with the marking, knows that it may be written to; writers as above
     WRITING = "writing"  # CLOSED from every writer towards every worker
     VERIFYING = "verifying"  # live digests of every worker
     DECIDING = "deciding"  # DECIDED durable
