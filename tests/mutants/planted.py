@@ -126,6 +126,12 @@ _COMMIT: Final = (
         "memory.sequence if current.catch_up else memory.sequence + 1",
         "memory.sequence + 1",
     ),
+    Mutant(
+        "a right is given unlooked at",
+        "core/turn.py",
+        "        invariants.commanded(self.fleet, command)\n",
+        "",
+    ),
     Mutant("invariants not called", _MACHINE, "    invariants.check(fleet, before, turn.commands)\n", ""),
     Mutant(
         "decided without a look at the digests",
