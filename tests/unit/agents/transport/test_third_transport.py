@@ -15,6 +15,7 @@ import torch
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.tables.runs import (
     RUN_LENGTH,
@@ -168,7 +169,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
         member: LiveWeights(model, torch.device("cpu"), tuple(staging_arenas(staging, torch.device("cpu"))))
         for member, model in models.items()
     }
-    ranks = {member: InferenceSide(thread, member, weights_of, Windows()) for member, weights_of in live.items()}
+    ranks = {member: InferenceSide(thread, member, weights_of, Windows(Holdings())) for member, weights_of in live.items()}
     for rank in ranks.values():
         rank.welcomed(welcome)
 
