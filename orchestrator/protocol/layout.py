@@ -113,6 +113,11 @@ class LeftOut(msgspec.Struct, frozen=True, array_like=True):
     count: Count
 
 
+Lands = Literal["live", "copy", "flip"]
+"""Where remote writes reach an engine and how its weights change: ``live``: they are written while it is paused;
+``copy``: a whole version lands beside them and is copied over them; ``flip``: it lands in a second set of pages."""
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
@@ -122,6 +127,8 @@ class Layout(msgspec.Struct, frozen=True):
     transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
     format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
     tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
+    ``lands``: of an engine. ``boundary``: its weights may change between two steps while it serves; false where ranks
+    meet across engine cores, which must be paused before and resumed after. Neither means anything in a trainer's.
     """
 
     tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
@@ -135,6 +142,8 @@ class Layout(msgspec.Struct, frozen=True):
     quantization: Name = ""
     unread: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_UNREAD)] = ()
     left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
+    lands: Lands = "live"
+    boundary: bool = True
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""
