@@ -6,7 +6,7 @@ for each round; both arrive as the body of a call to the engine. The agent reach
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
 import torch
@@ -125,6 +125,18 @@ class LiveModel(Protocol):
 
     def rebalanced(self, known: str) -> "LiveModel | None":
         """The model anew if experts have moved since its layout had the expert map ``known``, else None."""
+
+
+@runtime_checkable
+class PagedModel(LiveModel, Protocol):
+    """A LiveModel whose weights lie in pages, twice. ``standby_tensors`` are the other set, as ``tensors`` are the
+    served one: at addresses that stay; empty where there is none."""
+
+    @property
+    def standby_tensors(self) -> Sequence[torch.Tensor]: ...
+
+    def flip(self) -> None:
+        """What is in standby is served and what was served is in standby; the device is idle before and after it."""
 
 
 class WeightHolder(Protocol):

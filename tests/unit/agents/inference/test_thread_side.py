@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.holdings import Holdings
+from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
@@ -84,7 +84,7 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     rank.windows.heard = heard.append
     words = [
         Expose(round=ROUND),
-        Verify(round=ROUND, deadline_seconds=1.0),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
         Commit(round=ROUND, version=VERSION),
         Abort(round=ROUND, torn=True, reason="a writer was lost"),
     ]

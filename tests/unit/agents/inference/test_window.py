@@ -26,7 +26,7 @@ UPDATE = Update(ROUND, NEW, 60.0)
 TOLD = Update(ROUND, NEW, 60.0, exposes=True)
 
 EXPOSE = Expose(round=ROUND)
-VERIFY = Verify(round=ROUND, deadline_seconds=1.0)
+VERIFY = Verify(round=ROUND, version=NEW, deadline_seconds=1.0)
 COMMIT = Commit(round=ROUND, version=NEW)
 TORN = Abort(round=ROUND, torn=True, reason="a writer was lost")
 CLEAN = Abort(round=ROUND, torn=False, reason="an engine could not pause")
@@ -67,7 +67,7 @@ def after(worker: Worker, *answers: Any) -> Worker:
 
 
 def test_nothing_may_run_before_the_first_commit() -> None:
-    assert not Windows(Holdings()).may_run
+    assert not Holdings().may_run
 
 
 def test_a_committed_round_is_served() -> None:

@@ -93,9 +93,7 @@ def test_another_process_than_the_one_that_is_meant_switches_nobody(core_class: 
 def test_a_worker_that_fails_leaves_the_core_paused_and_in_step(core_class: type[EngineCore]) -> None:
     core = running(core_class)
     core.model_executor.workers[0].failure = "no memory"
-    with pytest.raises(
-        workers.WorkersFailed, match=r"switch failed in 1 of 2 workers: rank 0: .*no memory"
-    ):
+    with pytest.raises(workers.WorkersFailed, match=r"switch failed in 1 of 2 workers: rank 0: .*no memory"):
         core.collective_rpc(boundary.SWITCH, kwargs=order())
     assert core.scheduler.pause_state is PauseState.PAUSED_ALL
     assert core.versions == []
