@@ -24,7 +24,7 @@ def pause(turn: Turn, current: Round) -> None:
 def quiesce(turn: Turn, current: Round) -> None:
     """Start the update call, in which every worker waits until the round lets it out."""
     for name in current.remaining():
-        turn.call(name, Call.SWITCH, turn.fleet.policy.update, current.name, current.version)
+        turn.call(name, Call.UPDATE, turn.fleet.policy.update, current.name, current.version)
 
 
 def mark_dirty(turn: Turn, current: Round) -> None:
