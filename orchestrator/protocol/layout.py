@@ -39,11 +39,13 @@ ROW_COLUMNS: Final = 3 + 3 * MAX_RANK
 # Columns of a copy table: one sub-box of one of the reader's own rows, and where its bytes are at the peer.
 COPY_PEER, COPY_ROW, COPY_GROUP, COPY_STAGED = 0, 1, 2, 3
 """peer: index into Connect.peers; row: index into the agent's own layout; group: pipelining group (layer), ascending;
-staged: byte offset in the peer pair's packed buffer, or -1 for bytes that go straight to their place."""
+staged: of a writer, the place in the edge's cargo of what it packs, -1 of what it does not; of a reader, the place in
+the cargo of what it scatters."""
 COPY_BOX: Final = 4
 """First of 2 × MAX_RANK columns: (absolute offset in the logical tensor, extent), in elements, per dim."""
 COPY_REMOTE: Final = 4 + 2 * MAX_RANK
-"""Remote region index, then remote byte offset of the sub-box's corner, then MAX_RANK remote byte strides."""
+"""Remote region index, then remote byte offset of the sub-box's corner, then MAX_RANK remote byte strides. Where the
+region is the peer's landing, the offset is the place in the edge's cargo."""
 COPY_COLUMNS: Final = COPY_REMOTE + 2 + MAX_RANK
 
 
