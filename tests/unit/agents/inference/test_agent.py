@@ -128,7 +128,7 @@ def test_a_rank_that_cannot_verify_says_whose_fault_it_is(error: Exception, faul
         raise error
 
     agent._weights.arrive = arrive  # type: ignore[method-assign]
-    verified = agent._verify(Verify(round=RoundName(1, 1), deadline_seconds=1.0), Version(1, 1))
+    verified = agent._verify(Verify(round=RoundName(1, 1), version=Version(1, 1), deadline_seconds=1.0), Version(1, 1))
     assert (verified.error, verified.fault, verified.retry) == (repr(error), fault, retry)
 
 

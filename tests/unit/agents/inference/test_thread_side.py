@@ -83,7 +83,7 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     rank.windows.heard = heard.append
     words = [
         Expose(round=ROUND),
-        Verify(round=ROUND, deadline_seconds=1.0),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
         Commit(round=ROUND, version=VERSION),
         Abort(round=ROUND, torn=True, reason="a writer was lost"),
     ]

@@ -25,7 +25,7 @@ UPDATE = Update(ROUND, NEW, 60.0)
 TOLD = Update(ROUND, NEW, 60.0, exposes=True)
 
 EXPOSE = Expose(round=ROUND)
-VERIFY = Verify(round=ROUND, deadline_seconds=1.0)
+VERIFY = Verify(round=ROUND, version=NEW, deadline_seconds=1.0)
 COMMIT = Commit(round=ROUND, version=NEW)
 TORN = Abort(round=ROUND, torn=True, reason="a writer was lost")
 CLEAN = Abort(round=ROUND, torn=False, reason="an engine could not pause")
