@@ -92,7 +92,7 @@ def into_pages(
     try:
         live.fill(size, chunk_bytes)
     except DriverError as error:
-        del move  # and with it torch's knowledge of these addresses
+        move.cancel()
         live.close()
         raise PagesUnavailable(f"no pages for {size / MIB:.0f} MiB of weights on {device}: {error}") from error
     move.finish()

@@ -26,6 +26,9 @@ class MovedByHand:
         self._base, self.used = addresses._base, USED
         assert addresses._span >= USED
 
+    def cancel(self) -> None:
+        pass
+
     def finish(self) -> None:
         at = self._base
         for tensor in self.model:

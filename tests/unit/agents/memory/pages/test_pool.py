@@ -51,7 +51,7 @@ def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     monkeypatch.setattr(torch.cuda, "use_mem_pool", in_use)
-    monkeypatch.setattr(pool, "_pool", lambda addresses: ((), "pool"))
+    monkeypatch.setattr(pool, "_pool", lambda addresses: "pool")
 
 
 @pytest.mark.usefixtures("on_this_machine")
@@ -73,6 +73,14 @@ def test_views_parameters_and_closures_follow_a_storage_with_their_values() -> N
     assert read() == 6005.0
     big[6005] = -1.0
     assert read() == -1.0, "it is the same memory still"
+
+
+@pytest.mark.usefixtures("on_this_machine")
+def test_a_move_that_is_cancelled_has_moved_nothing() -> None:
+    weights = torch.arange(9)
+    before = weights.data_ptr()
+    Move([weights.untyped_storage()], Addresses(BASE, 1), CPU).cancel()
+    assert (weights.data_ptr(), weights.tolist()) == (before, list(range(9)))
 
 
 @pytest.mark.usefixtures("on_this_machine")
