@@ -4,6 +4,10 @@ On the right, the module below ``agents``::
 
     AgentError
     ├── MemoryPlacementError     memory that no NIC and no other process can reach   memory.errors
+    │   ├── PagesUnavailable         weights that cannot lie in pages of ours
+    │   └── StandbyMissing           no memory for a second set of them
+    ├── FlipFailed, PagesTorn    sets of pages that did not change places            memory.errors
+    ├── DriverError              a call of the CUDA driver that failed               memory.pages.driver
     ├── NicError                 a GPU without a network port                        memory.nic
     ├── RunTableError            copies or rows that do not fit their layout         tables.runs
     ├── GroupError               vLLM's process group did not carry a message        link.process_group

@@ -89,6 +89,13 @@ class Runtime:
         return before.value
 
 
+class DeviceBytes:
+    """``size`` bytes of device memory as torch takes them from others (CUDA array interface, version 3): uint8."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
 @functools.cache
 def driver() -> ctypes.CDLL | None:
     """The CUDA driver's library; None on a machine without one."""

@@ -324,9 +324,10 @@ class Grant(Message, frozen=True, kw_only=True):
 
 class Verify(Message, frozen=True, kw_only=True):
     """All writers are CLOSED: scatter, refresh derived tensors, digest live memory. In ``copy`` and ``flip``: digest
-    what has landed, which is the standby from then on."""
+    what has landed, which is ``version`` in standby from then on."""
 
     round: RoundName
+    version: Version
     deadline_seconds: Seconds
 
 

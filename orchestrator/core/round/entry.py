@@ -100,7 +100,10 @@ def verify(turn: Turn, current: Round) -> None:
 def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
     """Ask one worker for the digest of what it holds. Asked twice, it answers twice the same."""
     policy = turn.fleet.policy
-    turn.send(member, Verify(round=current.name, deadline_seconds=policy.agent_deadline(policy.verify)))
+    turn.send(
+        member,
+        Verify(round=current.name, version=current.version, deadline_seconds=policy.agent_deadline(policy.verify)),
+    )
 
 
 def decide(turn: Turn, current: Round) -> None:

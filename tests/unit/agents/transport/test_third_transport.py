@@ -13,8 +13,9 @@ import msgspec
 import pytest
 import torch
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
-from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.tables.cargo import landed, plain_runs
 from weightsync.agents.tables.runs import (
@@ -167,10 +168,12 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     targets = [Target.of("a", rank, 0) for rank in range(2)]
     models = {target.member: Model(target, []) for target in targets}
     live = {
-        member: LiveWeights(model, torch.device("cpu"), tuple(staging_arenas(staging, torch.device("cpu"))))
+        member: LiveWeights(model, torch.device("cpu"), landing_arenas(staging, torch.device("cpu")))
         for member, model in models.items()
     }
-    ranks = {member: InferenceSide(thread, member, weights_of, Windows()) for member, weights_of in live.items()}
+    ranks = {
+        member: InferenceSide(thread, member, weights_of, Windows(Holdings())) for member, weights_of in live.items()
+    }
     for rank in ranks.values():
         rank.welcomed(welcome)
 
