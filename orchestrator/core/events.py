@@ -15,6 +15,7 @@ class Call(StrEnum):
     PROBE = "probe"
     ATTACH = "attach"
     PAUSE = "pause"
+    UPDATE = "update"
     SWITCH = "switch"
     FINISH = "finish"
     RESUME = "resume"
@@ -104,13 +105,17 @@ class NeedsReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class CallDone(Event):
-    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown."""
+    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown.
+
+    ``switch_seconds``: of a switch, how long the engine took no step for it, as it says itself.
+    """
 
     engine: str
     call: Call
     number: int
     seconds: float
     paused: bool | None = None
+    switch_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def _ill(world: World) -> None:
 
 
 ILLNESSES: Final = (
-    "digest", "silent", "pause 500", "pause hangs", "switch 500", "switch hangs", "finish 500", "finish hangs",
+    "digest", "silent", "pause 500", "pause hangs", "update 500", "update hangs", "finish 500", "finish hangs",
     "resume 500", "resume hangs",
 )  # fmt: skip
 

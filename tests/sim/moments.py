@@ -28,7 +28,7 @@ def is_a(kind: type) -> Moment:
 
 PHASES: Final[Mapping[str, Moment]] = {
     "pausing": call(Call.PAUSE),
-    "quiescing": call(Call.SWITCH),
+    "quiescing": call(Call.UPDATE),
     "marking": is_a(LiveDirty),
     "writing": sent(Grant),
     "verifying": sent(Verify),

@@ -263,7 +263,7 @@ class Server(Process):
                     self._armed = True
                     self._look_for_the_daemon()
                 answer(Answer(True))
-            case Call.SWITCH:
+            case Call.UPDATE:
                 self._update(command, answer)
             case Call.FINISH:
                 answer(Answer(True))

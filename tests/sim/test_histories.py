@@ -31,7 +31,7 @@ def test_a_fleet_that_was_paused_and_holds_the_committed_version_is_resumed_afte
     world.run(5.0)
     world.idle = False
     world.job.publish_soon()
-    world.when(call(Call.SWITCH), lambda: world.faults.cut.update(world.servers))
+    world.when(call(Call.UPDATE), lambda: world.faults.cut.update(world.servers))
     world.faults.begin(world.servers)
     world.run(40.0)
     world.jobs[-1].die()  # nobody publishes any more
@@ -69,9 +69,9 @@ def test_an_update_call_that_is_performed_late_delays_nobody() -> None:
     world.run(6.0)
     server = world.servers["e2"]
     end = world.faults.begin(["e2"])
-    server.ill[Call.SWITCH] = "hangs"
+    server.ill[Call.UPDATE] = "hangs"
     calls = []
-    world.when(lambda what: call(Call.SWITCH, "e2")(what) and not calls.append(what), lambda: None)
+    world.when(lambda what: call(Call.UPDATE, "e2")(what) and not calls.append(what), lambda: None)
     world.run(12.0)
     server.ill.clear()
     server.perform(calls[0], lambda answer: None)

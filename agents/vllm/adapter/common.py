@@ -110,12 +110,17 @@ def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
     )
 
 
-def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> WeightHolder:
-    """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
+def make_agent(
+    ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any, boundary: bool = True
+) -> WeightHolder:
+    """The agent of this worker, with the layout of ``model`` recorded and its landing memory allocated.
+
+    ``boundary``: see ``InferenceAgent``.
+    """
     from weightsync.agents.inference.agent import InferenceAgent
 
     live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config)
-    return InferenceAgent(ranks, device, live, balancer.drain)
+    return InferenceAgent(ranks, device, live, balancer.drain, boundary)
 
 
 def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> ServedAdapter | None:
@@ -159,7 +164,9 @@ def equip(
     hold.require()
     gate.install()
     ranks = engine_ranks(parallel_config)
-    agent = make_agent(ranks, model, device, vllm_config)
+    # Replicas of a dense model are engines of their own to vLLM; those of a mixture of experts meet in every step.
+    boundary = parallel_config.data_parallel_size == 1
+    agent = make_agent(ranks, model, device, vllm_config, boundary)
     logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
     return ranks, agent
 

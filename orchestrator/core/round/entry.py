@@ -24,7 +24,7 @@ def pause(turn: Turn, current: Round) -> None:
 def quiesce(turn: Turn, current: Round) -> None:
     """Start the update call, in which every worker waits until the round lets it out."""
     for name in current.remaining():
-        turn.call(name, Call.SWITCH, turn.fleet.policy.update, current.name, current.version)
+        turn.call(name, Call.UPDATE, turn.fleet.policy.update, current.name, current.version)
 
 
 def mark_dirty(turn: Turn, current: Round) -> None:
@@ -100,7 +100,10 @@ def verify(turn: Turn, current: Round) -> None:
 def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
     """Ask one worker for the digest of what it holds. Asked twice, it answers twice the same."""
     policy = turn.fleet.policy
-    turn.send(member, Verify(round=current.name, deadline_seconds=policy.agent_deadline(policy.verify)))
+    turn.send(
+        member,
+        Verify(round=current.name, version=current.version, deadline_seconds=policy.agent_deadline(policy.verify)),
+    )
 
 
 def decide(turn: Turn, current: Round) -> None:

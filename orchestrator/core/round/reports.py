@@ -87,7 +87,7 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
         return
     progress = current.engines[event.engine]
     about = About(engine=event.engine)
-    if event.call is Call.SWITCH:
+    if event.call is Call.UPDATE:
         progress.update_over = True
     if isinstance(event, CallDone):
         why = Trouble(f"{event.engine} ended its update call before the round did", "engine")
@@ -95,12 +95,12 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
         return
     why = Trouble(f"{event.engine}: {event.call} failed: {event.reason}", event.fault, event.retry)
     # Its answer may be lost; after the decision only the workers' words count.
-    ended = event.call is Call.SWITCH and current.decided
+    ended = event.call is Call.UPDATE and current.decided
     handle(turn, current, Report.UPDATE_OVER if ended else Report.CALL_FAILED, why, about)
 
 
 def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
-    if event.call is Call.SWITCH:
+    if event.call is Call.UPDATE:
         return Report.UPDATE_OVER
     progress.http_seconds += event.seconds
     match event.call:

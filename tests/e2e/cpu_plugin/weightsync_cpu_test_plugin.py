@@ -48,9 +48,9 @@ def _keep_linear_weights_live() -> None:
 def _follow(flag: Path) -> None:
     from weightsync.agents.vllm.adapter import common as engine
 
-    def make_agent(ranks: Any, *others: Any) -> FlagAgent:
+    def make_agent(ranks: Any, model: Any, *others: Any) -> FlagAgent:
         flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))
-        return FlagAgent(flag, ranks.rank)
+        return FlagAgent(flag, ranks.rank, model)
 
     engine.make_agent = make_agent
 
@@ -68,13 +68,16 @@ class FlagAgent:
     """The double: servable while ``flag`` exists, torn while ``flag`` with the suffix ``.torn`` does.
 
     ``flag`` with the suffix ``.refuse<rank>`` makes one rank not servable, with ``.abandoned`` its lease runs out. Its
-    incarnation is 100 + its rank.
+    incarnation is 100 + its rank. What waits in its standby are weights that say token 0 whatever they are asked, and
+    any mixture of which with others says something else; with the suffix ``.empty<rank>`` nothing waits.
 
     Each one leaves its ranks in ``flag`` with the suffix ``.rank<rank>``.
     """
 
-    def __init__(self, flag: Path, rank: int) -> None:
+    def __init__(self, flag: Path, rank: int, model: Any) -> None:
         self._flag, self._refusal = flag, flag.with_suffix(f".refuse{rank}")
+        self._empty, self._broken = flag.with_suffix(f".empty{rank}"), flag.with_suffix(f".broken{rank}")
+        self._model = model
         self.incarnation, self.held_because = 100 + rank, ""
 
     @property
@@ -94,5 +97,17 @@ class FlagAgent:
     def update(self, update_info: Any) -> None:
         if self.status.torn:
             raise RuntimeError(f"round {update_info.round_number} tore the weights")
+
+    def switchable(self, order: Any) -> str:
+        return "nothing waits in standby" if self._empty.exists() else ""
+
+    def switch(self, order: Any) -> None:
+        import torch
+
+        if self._broken.exists():
+            raise RuntimeError("the device is lost")
+        with torch.no_grad():
+            for name, weight in self._model.named_parameters():
+                weight.copy_(torch.zeros_like(weight) if name == "model.norm.weight" else weight.flip(0))
 
     def close(self) -> None: ...

@@ -230,7 +230,7 @@ class Driven:
         """All workers leave the update call with ``version``, and it answers."""
         for member in self.ranks_of():
             self.says(member, Left(round=self.round.name, status=EngineStatus(applied=version)))
-        self.each(lambda name: self.answers(name, Call.SWITCH))
+        self.each(lambda name: self.answers(name, Call.UPDATE))
 
     def each(self, work: Callable[[str], object]) -> None:
         for name in self.engines:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.errors import AgentError
-from weightsync.agents.inference.agent import STAGING_VARIABLE, AgentStuck, InferenceAgent
+from weightsync.agents.inference.agent import AgentStuck, InferenceAgent
 from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, UpdateInfo
+from weightsync.agents.inference.landing import LANDING_VARIABLE
 from weightsync.agents.inference.window import UpdateFailed
 from weightsync.agents.link.thread import AgentThread
 from weightsync.agents.memory.arena import host_arena, region_of
@@ -82,7 +83,7 @@ def model(memory: torch.Tensor, expert: int, find: Callable[[str], LiveModel | N
 
 @pytest.fixture(autouse=True)
 def _no_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STAGING_VARIABLE, "0")
+    monkeypatch.setenv(LANDING_VARIABLE, "0")
 
 
 def test_a_round_is_refused_before_the_worker_stands_still() -> None:
@@ -128,7 +129,7 @@ def test_a_rank_that_cannot_verify_says_whose_fault_it_is(error: Exception, faul
         raise error
 
     agent._weights.arrive = arrive  # type: ignore[method-assign]
-    verified = agent._verify(Verify(round=RoundName(1, 1), deadline_seconds=1.0), Version(1, 1))
+    verified = agent._verify(Verify(round=RoundName(1, 1), version=Version(1, 1), deadline_seconds=1.0))
     assert (verified.error, verified.fault, verified.retry) == (repr(error), fault, retry)
 
 
@@ -177,9 +178,9 @@ def test_a_daemon_that_is_gone_for_longer_than_its_lease_ends_a_round_in_which_n
 def test_a_hold_has_a_reason() -> None:
     agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
     assert agent.held_because == ""
-    agent._windows.hold(True, "to look at it")
+    agent._holdings.hold(True, "to look at it")
     assert agent.held_because == "to look at it"
-    agent._windows.hold(True, "")
+    agent._holdings.hold(True, "")
     assert agent.held_because == "the daemon said so"
 
 

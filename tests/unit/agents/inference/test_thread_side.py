@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
 from weightsync.orchestrator.protocol.layout import Layout
@@ -51,7 +52,7 @@ class Receivers:
 def rank() -> Any:
     """A side with doubles for its weights and its windows' inbox."""
     opened: list[Any] = []
-    receivers, windows = Receivers(), Windows()
+    receivers, windows = Receivers(), Windows(Holdings())
     weights: Any = SimpleNamespace(
         layout=Layout((), (), b""), receivers=receivers, open=lambda member, settings: opened.append((member, settings))
     )
@@ -83,7 +84,7 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     rank.windows.heard = heard.append
     words = [
         Expose(round=ROUND),
-        Verify(round=ROUND, deadline_seconds=1.0),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
         Commit(round=ROUND, version=VERSION),
         Abort(round=ROUND, torn=True, reason="a writer was lost"),
     ]
@@ -94,7 +95,7 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
 
 def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> None:
     assert not rank.side.poll()
-    rank.windows.status = EngineStatus(window=ROUND)
+    rank.windows.holdings.status = EngineStatus(window=ROUND)
     assert rank.side.poll()
     assert rank.receivers.polls == 2
     assert rank.side.status() == EngineStatus(window=ROUND)
@@ -105,7 +106,7 @@ def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> No
 def test_a_hold_is_answered_with_the_status(rank: Any) -> None:
     rank.side.heard(Hold(held=True, reason="an operator looks at it"))
     assert rank.side.status() == EngineStatus(held=True), "which Hello repeats"
-    assert rank.windows.held_because == "an operator looks at it"
+    assert rank.windows.holdings.held_because == "an operator looks at it"
     rank.side.heard(Hold(held=False))
     assert rank.said == [Holding(status=EngineStatus(held=True)), Holding(status=EngineStatus())]
 

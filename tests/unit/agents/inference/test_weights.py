@@ -9,7 +9,7 @@ import pytest
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
-from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
@@ -72,7 +72,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_digest_is_of_the_live_memory_and_not_of_the_staging() -> None:
     live = model("norm")
-    weights = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU)))
+    weights = LiveWeights(live, CPU, landing_arenas(4096, CPU))
     assert weights.digest() == digest(live.tensors, digest_table(live.layout.matrix(), live.layout))
     assert weights.bytes == 16
     live.tensors[0][3] += 1
@@ -81,7 +81,7 @@ def test_the_digest_is_of_the_live_memory_and_not_of_the_staging() -> None:
 
 @pytest.mark.parametrize(("size", "regions", "staging"), [(0, 1, -1), (4096, 2, 1)])
 def test_staging_is_the_last_region(size: int, regions: int, staging: int) -> None:
-    weights = LiveWeights(model("norm"), CPU, tuple(staging_arenas(size, CPU)))
+    weights = LiveWeights(model("norm"), CPU, landing_arenas(size, CPU))
     assert (len(weights.layout.regions), weights.layout.staging) == (regions, staging)
     if size:
         assert weights.layout.regions[1].length == size
@@ -95,14 +95,14 @@ def test_all_else_that_the_layout_says_stays_beside_the_staging() -> None:
         quantization="fp8",
         left_out=(LeftOut("unwritten", "a buffer", ("cache",), 1),),
     )
-    told = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU))).layout
+    told = LiveWeights(live, CPU, landing_arenas(4096, CPU)).layout
     assert structs.replace(told, regions=told.regions[:1], staging=-1) == live.layout
 
 
 @pytest.mark.usefixtures("recorder")
 def test_the_receiver_is_given_the_memory_under_the_members_name() -> None:
     live = model("norm")
-    weights = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU)))
+    weights = LiveWeights(live, CPU, landing_arenas(4096, CPU))
     weights.open(MEMBER, NixlSettings())
     receiver: Any = weights.receivers.current
     assert (receiver.memory.name, receiver.memory.layout) == ("a/1", weights.layout)

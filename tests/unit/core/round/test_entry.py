@@ -36,7 +36,7 @@ def leaves(fleet: Any, going: Any, engine: str, **status: Any) -> None:
     """Every worker of the engine leaves the update call, and the call ends."""
     for member in fleet.ranks_of(engine):
         fleet.says(member, Left(round=going.name, status=EngineStatus(**status)))
-    fleet.fails(engine, Call.SWITCH, "aborted")
+    fleet.fails(engine, Call.UPDATE, "aborted")
 
 
 def test_agents_get_the_shorter_deadline(drive: Any) -> None:

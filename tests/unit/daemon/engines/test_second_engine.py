@@ -24,7 +24,14 @@ from weightsync.orchestrator.core.records import Committed, decode_record
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured
 from weightsync.orchestrator.daemon.engines.http import EngineHttp
-from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import (
+    EngineFacts,
+    EngineSetup,
+    HubAddress,
+    RoundUpdate,
+    Switch,
+    Switched,
+)
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.edges import PeerTransfer
@@ -110,7 +117,7 @@ class OneProcess:
                 if self.agent is None:
                     self.agent = ControlClient(body["url"], Path(body["token_file"]), self.hello, self.hear)
                     self.running = asyncio.create_task(self.agent.run())
-            case "/weightsync/switch":
+            case "/weightsync/update":
                 assert self.agent is not None
                 assert self.paused, "a window opens between two steps"
                 self.window, self.left = RoundName(*body["round"]), loop.create_future()
@@ -171,9 +178,14 @@ class OneProcessClient:
     async def pause(self, deadline: float) -> None:
         await self._post("/pause_generation", deadline, {"mode": self.MODES[self._setup.pause_mode]})
 
-    async def switch(self, switch: Switch, deadline: float) -> None:
+    async def update(self, update: RoundUpdate, deadline: float) -> None:
+        body = {"round": [update.round.epoch, update.round.number], "step": update.version.step}
+        await self._post("/weightsync/update", deadline, body)
+
+    async def switch(self, switch: Switch, deadline: float) -> Switched:
         body = {"round": [switch.round.epoch, switch.round.number], "step": switch.version.step}
-        await self._post("/weightsync/switch", deadline, body)
+        answer = await self._http.exchange("POST", "/weightsync/switch", deadline, body=body, idempotent=True)
+        return Switched(**json.loads(answer))
 
     async def finish(self, version: Version, deadline: float) -> None:
         await self._post("/update_weight_version", deadline, {"new_version": str(version.step)})
@@ -320,7 +332,7 @@ async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     told = [entry for entry in engine.asked if entry[0] not in ("/server_info", "/weightsync/attach")]
     assert told == [
         ("/pause_generation", {"mode": "in_place"}),
-        ("/weightsync/switch", {"round": [1, 1], "step": 5}),
+        ("/weightsync/update", {"round": [1, 1], "step": 5}),
         ("/update_weight_version", {"new_version": "5"}),
         ("/continue_generation", {"incarnation": INCARNATION}),
     ]

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_fleet import SHAPES, Target, made_slots, planned
+from tiny_fleet import SHAPES, TRAINER, Target, made_slots, planned
 from weightsync.agents.transport.interface import TargetMemory
 from weightsync.agents.transport.nixl import receiver as receivers
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
+from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
 from weightsync.orchestrator.protocol.names import Version
@@ -36,7 +37,9 @@ def packed(weights):
     targets = [Target.of("a", rank, STAGING) for rank in range(2)]
     plan, _ = planned(slots, targets)
     part = plan.part(targets[0].member)
-    connect = Connect(fingerprint=part.fingerprint, root=plan.root, peers=(), copies=part.copies, expected_bytes=0)
+    [berth] = part.berths
+    peers = (Peer(TRAINER, 1, "", b"", (), berth),)
+    connect = Connect(fingerprint=part.fingerprint, root=plan.root, peers=peers, copies=part.copies, expected_bytes=0)
     staging = targets[0].memory[targets[0].layout.staging]
     staging.copy_(torch.arange(STAGING, dtype=torch.int64).remainder(251).to(torch.uint8))
     return targets[0], connect

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from weightsync.agents.transport.nixl.chunks import Chunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
 from weightsync.agents.transport.nixl.errors import TransferError
 from weightsync.agents.transport.nixl.write import SWITCH_SECONDS, Writer
@@ -41,8 +39,7 @@ class Wire:
 
 
 def written(post: Callable[[], str]) -> EdgeResult:
-    lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
-    edge = Edge("peer", [lane], lambda region, offset: "x", [Transfer(0, Chunk(0, 1, 10, 0), 0)])
+    edge = Edge("peer", [], lambda region, offset: "x", transfers=[Transfer(10, 1, lambda: "x", 0)])
     bindings: Any = SimpleNamespace(errors=(RuntimeError,), disconnected=(ConnectionError,))
     told: list[EdgeResult] = []
     writer = Writer("trainer/0", Wire(post), bindings, in_flight=100, deadline=time.monotonic() + 60, ended=told.append)
@@ -123,13 +120,12 @@ class Written:
 
     def __init__(self, seconds: float, **answers: list[str]) -> None:
         self.nixl = Handles(**answers)
-        lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
         self.edges = [
             Edge(
                 peer,
-                [lane],
+                [],
                 lambda region, offset: "x",
-                [Transfer(0, Chunk(0, 1, 10, 0), f"{peer}{n}") for n in (1, 2)],
+                transfers=[Transfer(10, 1, lambda: "x", f"{peer}{n}") for n in (1, 2)],
             )
             for peer in ("a", "b")
         ]
