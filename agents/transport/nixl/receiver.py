@@ -21,6 +21,8 @@ NO_COPIES: Final = np.empty((0, COPY_COLUMNS), np.int64)
 class NixlReceiver(Receiver):
     """See ``transport.interface``."""
 
+    lands_beside = True
+
     def __init__(self, memory: TargetMemory) -> None:
         self._memory = memory
         self.landed: Matrix = NO_COPIES
