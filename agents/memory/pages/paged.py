@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.memory.pages.driver import CudaMemory, DriverError, VirtualMemory
-from weightsync.agents.memory.pages.pool import Addresses, Move, span_of
+from weightsync.agents.memory.pages.pool import PageAddresses, Relocation, span_of
 from weightsync.agents.memory.pages.ranges import CHUNK_BYTES, PageRange, flip
 
 MIB: Final = 1 << 20
@@ -84,7 +84,7 @@ def into_pages(
         )
     live = _reserved(memory, _up(span_of(sizes), memory.granularity))
     try:
-        move = Move(storages, Addresses(live.base, live.size), device)
+        move = Relocation(storages, PageAddresses(live.base, live.size), device)
     except PagesUnavailable:
         live.close()
         raise

@@ -26,7 +26,7 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, c
 """The signatures of torch's pluggable allocator: (size, device, stream) and (pointer, size, device, stream)."""
 
 
-class Addresses:
+class PageAddresses:
     """The pair of C functions, as integers that torch accepts: addresses of a range, none of them twice.
 
     They take the GIL while torch holds its allocator's lock, so another thread that holds the GIL and waits for that
@@ -56,7 +56,7 @@ def span_of(sizes: Sequence[int]) -> int:
     return sum(_up(size, SEGMENT_BYTES) for size in sizes)
 
 
-class Move:
+class Relocation:
     """Storages on their way into a range of addresses; in two steps, between which memory is mapped to them.
 
     Args:
@@ -70,7 +70,9 @@ class Move:
         PagesUnavailable: a storage's memory is not torch's own, or a torch without such pools. Nothing has changed.
     """
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], addresses: Addresses, device: torch.device) -> None:
+    def __init__(
+        self, storages: Sequence[torch.UntypedStorage], addresses: PageAddresses, device: torch.device
+    ) -> None:
         for storage in storages:
             if not storage.resizable():
                 raise PagesUnavailable(
@@ -110,7 +112,7 @@ class Move:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
-def _pool(addresses: Addresses) -> Any:
+def _pool(addresses: PageAddresses) -> Any:
     """A pool of torch's over ``addresses``. Where it is given up, torch forgets what they gave it."""
     custom = getattr(torch._C, "_cuda_customAllocator", None)
     if custom is None or not hasattr(torch.cuda, "MemPool"):
