@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from weightsync.orchestrator.protocol.fields import Count
 from weightsync.orchestrator.protocol.layout import ITEMSIZE, ROW_BOX, ROW_TENSOR, Layout, Region
+from weightsync.orchestrator.protocol.limits import MAX_COUNT
 
 BERTH_ALIGNMENT: Final = 256
 """Of berths and chunks: a cache line pair, and what CUDA's allocations are aligned to."""
@@ -34,14 +35,17 @@ SPARE_BYTES: Final = 1 << 20
 """Of a landing arena, beside that: padding of the berths of 4096 trainer ranks."""
 
 
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+
+
 class Berth(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where an edge's cargo of ``bytes`` lands: ``places`` places of ``chunk_bytes`` each, from ``offset`` bytes of the
     target's region ``region`` on. Chunk k of the cargo lands in place ``k % places``."""
 
     region: Count
     offset: Count
-    chunk_bytes: Annotated[int, msgspec.Meta(ge=1)]
-    places: Annotated[int, msgspec.Meta(ge=1)]
+    chunk_bytes: Positive
+    places: Positive
     bytes: Count
 
     @property
