@@ -1,6 +1,6 @@
 """The weights of one inference rank as a round sees them: live memory, what lands beside it, and how bytes come in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -71,9 +71,9 @@ class LiveWeights:
         lands = self._lands if self.receivers.current.lands_beside else "live"
         self.layout = msgspec.structs.replace(self.layout, lands=lands)
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``Receiver.connect``."""
-        await self.receivers.current.connect(connect)
+        return await self.receivers.current.connect(connect)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""
