@@ -26,7 +26,7 @@ from weightsync.agents.inference.calls import (
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.landing import choose_landing
 from weightsync.agents.inference.quiet import Quiet
-from weightsync.agents.inference.shadow import Shadow
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Update, UpdateFailed, Windows
@@ -96,7 +96,7 @@ class InferenceAgent:
         self._weights = LiveWeights(model, device, arenas, landing.lands, boundary)
         self._holdings = Holdings()
         self._windows = Windows(self._holdings, self._abandoned)
-        self._shadow = Shadow(self._holdings, self._weights, self._tell, Quiet(device))
+        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None
 

@@ -23,7 +23,7 @@ MAX_SHARE: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class LandingChoice:
     """``bytes`` of one arena, 0 for none; ``why`` says to people how it came to that."""
 
     lands: Lands
@@ -31,7 +31,7 @@ class Landing:
     why: str
 
 
-def choose_landing(layout: Layout, device: torch.device, paged: bool) -> Landing:
+def choose_landing(layout: Layout, device: torch.device, paged: bool) -> LandingChoice:
     """What the environment asks for, if it can be had.
 
     Args:
@@ -44,9 +44,9 @@ def choose_landing(layout: Layout, device: torch.device, paged: bool) -> Landing
     mode, budget = wanted_mode(), _budget()
     ring = DEFAULT_RING_MIB * MIB if budget is None else budget
     if mode == "live":
-        return Landing("live", ring, f"{MODE_VARIABLE}=live")
+        return LandingChoice("live", ring, f"{MODE_VARIABLE}=live")
     if paged:
-        return Landing("flip", ring, "the weights lie in pages, twice")
+        return LandingChoice("flip", ring, "the weights lie in pages, twice")
     if mode == "flip":
         raise ModeRefused(f"{MODE_VARIABLE}=flip: the weights do not lie in pages that could be exchanged")
     needed = arena_bytes(layout)
@@ -56,10 +56,10 @@ def choose_landing(layout: Layout, device: torch.device, paged: bool) -> Landing
                 f"{LANDING_VARIABLE} is {budget // MIB}, and {MODE_VARIABLE}=copy needs {-(-needed // MIB)} in this"
                 " rank; raise it or unset it"
             )
-        return Landing("copy", needed, f"{MODE_VARIABLE}=copy")
+        return LandingChoice("copy", needed, f"{MODE_VARIABLE}=copy")
     if missing := _missing(needed, budget, device):
-        return Landing("live", ring, missing)
-    return Landing("copy", needed, f"{needed / MIB:.0f} MiB for a whole version are there")
+        return LandingChoice("live", ring, missing)
+    return LandingChoice("copy", needed, f"{needed / MIB:.0f} MiB for a whole version are there")
 
 
 def _missing(needed: int, budget: int | None, device: torch.device) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -37,7 +37,8 @@ class Quiet:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # 0, the priority by default, is the lowest
+            stream: Any = torch.cuda.Stream  # torch has no types for it
+            torch.cuda.set_stream(stream(self._device))  # 0, the priority by default, is the lowest
 
     @staticmethod
     def _perform(work: Callable[[], None]) -> None:

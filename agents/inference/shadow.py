@@ -18,6 +18,7 @@ from weightsync.agents.errors import blame
 from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.window import UpdateFailed
+from weightsync.agents.memory.errors import FlipFailed
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Expose,
@@ -67,7 +68,7 @@ class Landed(Protocol):
 
 
 @dataclass(slots=True)
-class _Switch:
+class _Taken:
     """The last one. ``right``: what the audit found; None while it is under way. ``before``: what was served, and its
     digest; None where no switch brought it."""
 
@@ -80,7 +81,7 @@ class _Switch:
     right: bool | None = None
 
 
-class Shadow:
+class ShadowRounds:
     """One worker's, for as long as it lives.
 
     Args:
@@ -110,7 +111,7 @@ class Shadow:
         self._verifying = False
         self._switching = False
         self._deferred: deque[RoundOrder] = deque(maxlen=DEFERRED_WORDS)
-        self._last: _Switch | None = None
+        self._last: _Taken | None = None
 
     # ------------------------------------------------------------------------------------------- the agent's thread
     def heard(self, word: RoundOrder) -> None:
@@ -189,7 +190,7 @@ class Shadow:
             self._verified = word
         self._tell(word)
 
-    def _audit(self, switch: _Switch) -> None:
+    def _audit(self, switch: _Taken) -> None:
         began, found, why = self._clock(), None, ""
         fault: Fault = ""
         retry = True
@@ -215,14 +216,14 @@ class Shadow:
         for word in words:
             self._tell(word)
 
-    def _agreed(self, switch: _Switch) -> None:
+    def _agreed(self, switch: _Taken) -> None:
         lands, held, because = self._landing, self._holdings.status.held, self._holdings.held_because
         previous = switch.before if self._weights.swaps and lands is None else None
         self._holdings.committed(switch.version, *(previous or ()))
         if held:  # said since the switch, which had ended any hold before
             self._holdings.hold(True, because)
 
-    def _left(self, name: RoundName, switch: _Switch, fault: Fault = "", retry: bool = True) -> Left:
+    def _left(self, name: RoundName, switch: _Taken, fault: Fault = "", retry: bool = True) -> Left:
         return Left(
             round=name,
             status=self._holdings.status,
@@ -245,7 +246,8 @@ class Shadow:
         """Serve what waits in standby. Left follows when live memory was audited; asked again, it is said again.
 
         Raises:
-            UpdateFailed: ``order`` names something else than what waits; nothing was changed.
+            UpdateFailed, FlipFailed: ``order`` names something else than what waits, or it cannot be had; nothing was
+            changed.
             Exception: live memory is torn.
         """
         with self._lock:
@@ -256,7 +258,7 @@ class Shadow:
                 raise UpdateFailed(reason)
             last, digest = self._last, self._holdings.status.standby_digest
             before = (last.version, last.digest) if last is not None and self.serves(last.version) else None
-            switch = _Switch(order.version, digest, before)
+            switch = _Taken(order.version, digest, before)
             switch.rounds.append(order.round)
             self._switching, self._last = True, None
         began = self._clock()
@@ -266,7 +268,10 @@ class Shadow:
             synchronise()
         except BaseException as error:
             with self._lock:
-                self._holdings.tear(True)
+                if isinstance(error, FlipFailed):
+                    self._last = last  # what is served is whole, and what it was
+                else:
+                    self._holdings.tear(True)
                 fault, retry = blame(error, "engine")
                 word = self._left(order.round, switch, fault, retry)
             self._tell(word)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 
-from weightsync.agents.inference.shadow import Shadow
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.link.side import Link
@@ -32,7 +32,9 @@ class InferenceSide:
 
     here: Fault = "engine"
 
-    def __init__(self, link: Link, member: Member, weights: LiveWeights, windows: Windows, shadow: Shadow) -> None:
+    def __init__(
+        self, link: Link, member: Member, weights: LiveWeights, windows: Windows, shadow: ShadowRounds
+    ) -> None:
         self._link = link
         self._member = member
         self._weights = weights

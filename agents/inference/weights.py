@@ -58,6 +58,10 @@ class LiveWeights:
         self._landing = tuple(landing)
         self._lands, self._boundary = lands, boundary
         self.receivers: Ends[Receiver] = Ends(lambda transport: transport.receiver(self._target()))
+        self.layout: Layout
+        self.bytes: int
+        self._landed_digest: tuple[Matrix, PreparedDigest] | None
+        self._standby_digest: PreparedDigest | None
         self._adopt(model)
 
     def open(self, member: Member, settings: Any) -> None:
@@ -141,8 +145,7 @@ class LiveWeights:
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
         self._digest = prepare_digest(self._tensors, table)
-        self._landed_digest: tuple[Matrix, PreparedDigest] | None = None
-        self._standby_digest: PreparedDigest | None = None
+        self._landed_digest = self._standby_digest = None
         self.bytes = table_bytes(table)
 
     def _written(self) -> tuple[torch.Tensor, ...]:

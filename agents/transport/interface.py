@@ -173,7 +173,11 @@ class Receiver(Protocol):
         landed: int64 ``[n, COPY_COLUMNS]`` of the plan that was connected last: what lies in the landing when all
             writers have finished, with its place there in COPY_STAGED, and what ``arrive`` has yet to bring to its row.
             Replaced as a whole. Empty for a transport by which nothing lands.
+        lands_beside: whether a version can land beside live memory, so that ``arrive`` may come while a switch holds
+            the main thread only, and what has landed can be digested before it.
     """
+
+    lands_beside: bool = False
 
     landed: Matrix = np.empty((0, COPY_COLUMNS), np.int64)
 

@@ -31,7 +31,7 @@ class SwitchRefused(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Switched:
+class LastSwitch:
     """The last switch of an engine core; ``seconds`` are those in which it could take no step."""
 
     round: RoundName
@@ -47,7 +47,7 @@ def switch(core: Any, kwargs: Mapping[str, Any]) -> list[dict[str, object]]:
         WorkersFailed, TimeoutError: the engine is paused now; its workers say what their memory holds.
     """
     order = parse_switch_info(kwargs)
-    done: Switched | None = core.__dict__.get(_DONE)
+    done: LastSwitch | None = core.__dict__.get(_DONE)
     if done is None or done.round != order.round:
         done = core.__dict__[_DONE] = _perform(core, order)
     return [{"paused": core.is_scheduler_paused(), "seconds": done.seconds}]
@@ -71,7 +71,7 @@ def drain(core: Any) -> None:
     raise SwitchRefused(f"weightsync: batches are still in flight after {MAX_DRAIN_STEPS} steps without a new one")
 
 
-def _perform(core: Any, order: SwitchInfo) -> Switched:
+def _perform(core: Any, order: SwitchInfo) -> LastSwitch:
     _require_no_meeting(core)
     before = core.scheduler.pause_state
     workers.pause_all(core)
@@ -91,7 +91,7 @@ def _perform(core: Any, order: SwitchInfo) -> Switched:
     core.scheduler.set_pause_state(before)
     seconds = time.monotonic() - began
     logger.info("weightsync: round %s: serving %s after %.1f ms", order.round, order.version, 1e3 * seconds)
-    return Switched(order.round, seconds)
+    return LastSwitch(order.round, seconds)
 
 
 def _require_no_meeting(core: Any) -> None:

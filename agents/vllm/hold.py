@@ -156,16 +156,8 @@ def held_class(core_class: Any) -> type[Any]:
             kwargs: dict[str, Any] | None = None,
         ) -> list[Any]:
             kwargs = kwargs or {}
-            if method == RESUME:
-                self.weightsync_resume(meant(kwargs))
-                return []
-            if method == READY:
-                require_serving(self)
-                return []
-            if method == boundary.SWITCH:
-                if (switch := _lease(self)) is not None:
-                    switch.heard()
-                return boundary.switch(self, kwargs)
+            if method in (RESUME, READY, boundary.SWITCH):
+                return _answer(self, method, kwargs)
             if not check_call(self, method, kwargs):
                 return []
             results = workers.call(self, method, timeout, args, kwargs)
@@ -175,6 +167,19 @@ def held_class(core_class: Any) -> type[Any]:
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
     return Held
+
+
+def _answer(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """To calls that no worker has: the engine core answers them itself."""
+    if method == boundary.SWITCH:
+        if (switch := _lease(core)) is not None:
+            switch.heard()
+        return boundary.switch(core, kwargs)
+    if method == RESUME:
+        core.weightsync_resume(meant(kwargs))
+    else:
+        require_serving(core)
+    return []
 
 
 def refusals_of(core: Any) -> list[str]:

@@ -57,6 +57,8 @@ def engine(request: pytest.FixtureRequest, qwen3: Path, tmp_path: Path) -> Any:
     flag = tmp_path / "servable"
     flag.touch()
     env = {"WEIGHTSYNC_TEST_SERVABLE": str(flag)}
+    if request.param == "pp2":
+        env["WEIGHTSYNC_TEST_PIPELINE"] = "1"
     with VllmServer(qwen3, tp=tp, dp=dp, env=env, arguments=arguments, log=tmp_path / "vllm.log") as server:
         assert server.post("/resume")[0] == 200
         yield Switchable(server, flag)
@@ -75,7 +77,8 @@ def test_streams_go_on_across_the_switch_with_tokens_of_whole_versions(engine: S
     engine.flag.with_suffix(".empty1").touch()
     engine.flag.with_suffix(".empty0").touch()
     status, body = engine.switch(1)
-    assert (status, "rank 0: nothing waits in standby" in json.dumps(body)) == (500, True)
+    assert status == 500
+    assert "nothing waits in standby" in json.dumps(body)
     assert not engine.server.is_paused(), "nothing was changed"
     engine.flag.with_suffix(".empty0").unlink()
     engine.flag.with_suffix(".empty1").unlink()

@@ -14,6 +14,9 @@ SERVABLE_FLAG = "WEIGHTSYNC_TEST_SERVABLE"
 """Environment variable naming a file. If it is set, workers get a ``FlagAgent`` that follows this file in place of
 their real agent: for tests of the hold, the gate and the calls, without a daemon."""
 
+PIPELINE_FLAG = "WEIGHTSYNC_TEST_PIPELINE"
+"""Environment variable of a server with pipeline stages; see ``_let_stages_hand_on``."""
+
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``; runs in every vLLM process."""
@@ -21,6 +24,8 @@ def register() -> None:
     flag = os.environ.get(SERVABLE_FLAG)
     if flag:
         _follow(Path(flag))
+    if os.environ.get(PIPELINE_FLAG):
+        _let_stages_hand_on()
 
 
 def _keep_linear_weights_live() -> None:
@@ -43,6 +48,25 @@ def _keep_linear_weights_live() -> None:
 
     dispatch.keeps_weights_live = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _let_stages_hand_on() -> None:
+    """A later stage's buffer is made in the warm-up, which an eager CPU build leaves out."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.sync_and_gather_intermediate_tensors
+    if getattr(gather, "makes_its_buffer", False):
+        return
+
+    def gather_with_buffer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return gather(self, *args, **kwargs)
+
+    gather_with_buffer.makes_its_buffer = True  # type: ignore[attr-defined]
+    GPUModelRunner.sync_and_gather_intermediate_tensors = gather_with_buffer
 
 
 def _follow(flag: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.inference import landing
-from weightsync.agents.inference.landing import LANDING_VARIABLE, MIB, Landing, choose_landing, free_bytes
+from weightsync.agents.inference.landing import LANDING_VARIABLE, MIB, LandingChoice, choose_landing, free_bytes
 from weightsync.agents.inference.modes import MODE_VARIABLE, ModeRefused
 from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
@@ -37,7 +37,7 @@ def chosen(
     budget: int | None = None,
     device: torch.device = CPU,
     paged: bool = False,
-) -> Landing:
+) -> LandingChoice:
     monkeypatch.setenv(MODE_VARIABLE, mode)
     if budget is not None:
         monkeypatch.setenv(LANDING_VARIABLE, str(budget))
@@ -48,7 +48,7 @@ def chosen(
 def test_live_takes_its_budget_and_little_without_one(
     monkeypatch: pytest.MonkeyPatch, budget: int | None, size: int
 ) -> None:
-    assert chosen(monkeypatch, "live", budget) == Landing("live", size, "WEIGHTSYNC_MODE=live")
+    assert chosen(monkeypatch, "live", budget) == LandingChoice("live", size, "WEIGHTSYNC_MODE=live")
 
 
 @pytest.mark.parametrize("mode", ["copy", "auto"])

@@ -7,7 +7,7 @@ import pytest
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
-from weightsync.agents.inference.shadow import Shadow
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.window import UpdateFailed
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -64,7 +64,7 @@ class Worker:
         self.said: list[Any] = []
         self.beside: list[Callable[[], None]] = []
         self.synchronised = 0
-        self.shadow = Shadow(self.holdings, self.memory, self.said.append, self.beside.append, lambda: 5.0)
+        self.shadow = ShadowRounds(self.holdings, self.memory, self.said.append, self.beside.append, lambda: 5.0)
 
     @property
     def status(self) -> EngineStatus:

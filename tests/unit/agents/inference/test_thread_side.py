@@ -54,12 +54,19 @@ def rank() -> Any:
     opened: list[Any] = []
     receivers, windows = Receivers(), Windows(Holdings())
     weights: Any = SimpleNamespace(
-        layout=Layout((), (), b""), receivers=receivers, open=lambda member, settings: opened.append((member, settings))
+        layout=Layout((), (), b""),
+        receivers=receivers,
+        open=lambda member, settings: opened.append((member, settings)),
+        connect=receivers.connect,
     )
+    shadow: Any = SimpleNamespace(words=[], open=False)
+    shadow.heard = shadow.words.append
     said: list[Any] = []
     link: Any = SimpleNamespace(send=said.append, say_once=said.append)
-    side = InferenceSide(link, Member("inference", "a", 0), weights, windows)
-    return SimpleNamespace(side=side, receivers=receivers, windows=windows, opened=opened, said=said)
+    side = InferenceSide(link, Member("inference", "a", 0), weights, windows, shadow)
+    return SimpleNamespace(
+        side=side, receivers=receivers, windows=windows, opened=opened, said=said, shadow=shadow, weights=weights
+    )
 
 
 def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> None:
@@ -91,6 +98,21 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     for word in (*words, Outcome(version=VERSION, committed=True)):
         rank.side.heard(word)
     assert heard == words
+    assert rank.shadow.words == []
+
+
+def test_where_versions_land_beside_live_memory_they_reach_the_shadow_alone(rank: Any) -> None:
+    """Which that is the layout says, and so it is for the daemon."""
+    rank.weights.layout = Layout((), (), b"", lands="copy")
+    rank.windows.heard = lambda word: pytest.fail("nobody stands in a window")
+    words = [
+        Expose(round=ROUND),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
+        Abort(round=ROUND, torn=True, reason="a writer was lost"),
+    ]
+    for word in (*words, Outcome(version=VERSION, committed=True)):
+        rank.side.heard(word)
+    assert rank.shadow.words == words
 
 
 def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> None:
@@ -98,6 +120,11 @@ def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> No
     rank.windows.holdings.status = EngineStatus(window=ROUND)
     assert rank.side.poll()
     assert rank.receivers.polls == 2
+    rank.windows.holdings.status = EngineStatus()
+    assert not rank.side.poll()
+    rank.shadow.open = True
+    assert rank.side.poll(), "writers may be at work"
+    rank.shadow.open, rank.windows.holdings.status = False, EngineStatus(window=ROUND)
     assert rank.side.status() == EngineStatus(window=ROUND)
     rank.side.shut()
     assert rank.side.poll(), "writers may still reach this memory"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots
 from weightsync.agents.inference.holdings import Holdings
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Windows
@@ -171,9 +172,11 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
         member: LiveWeights(model, torch.device("cpu"), landing_arenas(staging, torch.device("cpu")))
         for member, model in models.items()
     }
-    ranks = {
-        member: InferenceSide(thread, member, weights_of, Windows(Holdings())) for member, weights_of in live.items()
-    }
+    ranks = {}
+    for member, weights_of in live.items():
+        holdings = Holdings()
+        shadow = ShadowRounds(holdings, weights_of, thread.say_once, lambda work: work())
+        ranks[member] = InferenceSide(thread, member, weights_of, Windows(holdings), shadow)
     for rank in ranks.values():
         rank.welcomed(welcome)
 
