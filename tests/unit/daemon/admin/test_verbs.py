@@ -17,7 +17,8 @@ from weightsync.orchestrator.core.events import (
     RetryAsked,
 )
 from weightsync.orchestrator.core.machine import start
-from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round, Unclosed
+from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Unclosed
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.verbs import VERBS, Order, VerbRefused, Verbs
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
