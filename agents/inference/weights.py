@@ -1,6 +1,6 @@
 """The weights of one inference rank as a round sees them: live memory, what lands beside it, and how bytes come in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +92,9 @@ class LiveWeights:
         lands = self._lands if self.receivers.current.lands_beside else "live"
         self.layout = msgspec.structs.replace(self.layout, lands=lands)
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``Receiver.connect``."""
-        await self.receivers.current.connect(connect)
+        return await self.receivers.current.connect(connect)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""
@@ -117,6 +117,7 @@ class LiveWeights:
             NotLanded: less than all of ``version`` is there.
         """
         if self.swaps:
+            self.arrive(version)  # what has not passed the landing is brought to standby, too
             return self._standby()()
         self._arrival = None
         arrival = self._landed()
@@ -182,7 +183,12 @@ class LiveWeights:
 
     def _target(self) -> TargetMemory:
         model = self._model
-        return TargetMemory(self._name, self._device, self.layout, self._written(), model.refresh, model.load)
+        refresh = _nothing if self.swaps else model.refresh  # of standby nothing is derived; ``take`` refreshes
+        return TargetMemory(self._name, self._device, self.layout, self._written(), refresh, model.load)
+
+
+def _nothing() -> None:
+    """See its use."""
 
 
 def landing_arenas(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
