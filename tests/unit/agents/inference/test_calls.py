@@ -88,7 +88,7 @@ def test_switch_info_as_json_brings_it() -> None:
     info = calls.parse_switch_info({**order, "deadline_seconds": 5.0})
     assert (info.round, info.version, info.cache) == (RoundName(3, 9), Version(7, 40), "drop")
     assert info.incarnations == {0: 2**62, 1: 5}
-    with pytest.raises(calls.InfoError, match="switch: .*deadline_seconds"):
+    with pytest.raises(calls.InfoError, match=r"switch: .*deadline_seconds"):
         calls.parse_switch_info(order)
 
 
