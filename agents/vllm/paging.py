@@ -2,7 +2,7 @@
 memory, so that its own budget sees both sets."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from weightsync.agents.inference.modes import Mode
@@ -11,10 +11,10 @@ from weightsync.agents.memory.pages.paged import MIB, PagedMemory, into_pages
 from weightsync.agents.vllm.backend import logger
 
 KEPT_FOR_CACHE: Final = 0.5
-"""With ``auto``, of the memory that vLLM may use beside one set of weights: what standby leaves for everything else."""
+"""With ``auto``, of the device's memory that is free beside one set of weights: what standby leaves for the rest."""
 
 
-def place(tensors: Sequence[torch.Tensor], vllm_config: Any, mode: Mode) -> PagedMemory | None:
+def place(tensors: Sequence[torch.Tensor], mode: Mode) -> PagedMemory | None:
     """Move the storages of ``tensors`` into pages if ``mode`` wants that; None if not or, with ``auto``, it cannot be.
 
     Args:
@@ -27,9 +27,8 @@ def place(tensors: Sequence[torch.Tensor], vllm_config: Any, mode: Mode) -> Page
     if mode not in ("auto", "flip"):
         return None
     try:
-        _require_own_memory(vllm_config)
         if mode == "auto":
-            _require_moderation(tensors, vllm_config)
+            _require_moderation(tensors)
         pages = into_pages(tensors)
     except PagesUnavailable as error:
         if mode == "flip":
@@ -43,26 +42,13 @@ def place(tensors: Sequence[torch.Tensor], vllm_config: Any, mode: Mode) -> Page
     return pages
 
 
-def _require_own_memory(vllm_config: Any) -> None:
-    """vLLM's own pages (sleep mode's) keep their memory when weights are moved out of them."""
-    model = getattr(vllm_config, "model_config", None)
-    for setting in ("enable_sleep_mode", "enable_cumem_allocator"):
-        if getattr(model, setting, False):
+def _require_moderation(tensors: Sequence[torch.Tensor]) -> None:
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.empty_cache()
+        weights = sum(tensor.numel() for tensor in tensors if tensor.device == device)
+        free = torch.cuda.mem_get_info(device)[0]
+        if weights > (1 - KEPT_FOR_CACHE) * free:
             raise PagesUnavailable(
-                f"model_config.{setting} is True: vLLM then keeps weights in pages of its own; start without"
-                f" --{setting.replace('_', '-')}"
+                f"a standby set of {weights / MIB:.0f} MiB takes more than half of the {free / MIB:.0f} MiB that are"
+                f" free on {device}; WEIGHTSYNC_MODE=flip takes them all the same"
             )
-
-
-def _require_moderation(tensors: Sequence[torch.Tensor], vllm_config: Any) -> None:
-    share = getattr(getattr(vllm_config, "cache_config", None), "gpu_memory_utilization", None)
-    devices = {tensor.device for tensor in tensors}
-    if share is None or any(device.type != "cuda" for device in devices):
-        return  # ``into_pages`` says what is the matter
-    weights = sum(tensor.numel() for tensor in tensors)
-    left = share * min(torch.cuda.mem_get_info(device)[1] for device in devices) - weights
-    if weights > (1 - KEPT_FOR_CACHE) * left:
-        raise PagesUnavailable(
-            f"a standby set of {weights / MIB:.0f} MiB takes more than half of the {left / MIB:.0f} MiB that"
-            " gpu_memory_utilization leaves beside the weights; WEIGHTSYNC_MODE=flip takes them all the same"
-        )

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.memory.pages.driver import CudaMemory, DriverError, VirtualMemory
-from weightsync.agents.memory.pages.pool import Addresses, Move, span_of
+from weightsync.agents.memory.pages.pool import PageAddresses, Relocation, span_of
 from weightsync.agents.memory.pages.ranges import CHUNK_BYTES, PageRange, flip
 
 MIB: Final = 1 << 20
@@ -84,7 +84,7 @@ def into_pages(
         )
     live = _reserved(memory, _up(span_of(sizes), memory.granularity))
     try:
-        move = Move(storages, Addresses(live.base, live.size), device)
+        move = Relocation(storages, PageAddresses(live.base, live.size), device)
     except PagesUnavailable:
         live.close()
         raise
@@ -92,7 +92,7 @@ def into_pages(
     try:
         live.fill(size, chunk_bytes)
     except DriverError as error:
-        del move  # and with it torch's knowledge of these addresses
+        move.cancel()
         live.close()
         raise PagesUnavailable(f"no pages for {size / MIB:.0f} MiB of weights on {device}: {error}") from error
     move.finish()

@@ -26,7 +26,7 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, c
 """The signatures of torch's pluggable allocator: (size, device, stream) and (pointer, size, device, stream)."""
 
 
-class Addresses:
+class PageAddresses:
     """The pair of C functions, as integers that torch accepts: addresses of a range, none of them twice.
 
     They take the GIL while torch holds its allocator's lock, so another thread that holds the GIL and waits for that
@@ -56,7 +56,7 @@ def span_of(sizes: Sequence[int]) -> int:
     return sum(_up(size, SEGMENT_BYTES) for size in sizes)
 
 
-class Move:
+class Relocation:
     """Storages on their way into a range of addresses; in two steps, between which memory is mapped to them.
 
     Args:
@@ -70,7 +70,9 @@ class Move:
         PagesUnavailable: a storage's memory is not torch's own, or a torch without such pools. Nothing has changed.
     """
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], addresses: Addresses, device: torch.device) -> None:
+    def __init__(
+        self, storages: Sequence[torch.UntypedStorage], addresses: PageAddresses, device: torch.device
+    ) -> None:
         for storage in storages:
             if not storage.resizable():
                 raise PagesUnavailable(
@@ -80,7 +82,7 @@ class Move:
         # The large ones first: torch then cuts them from what it was given for all of them, one after another.
         self._storages = sorted(storages, key=lambda storage: -storage.nbytes())
         self._device = device
-        self._kept, self._pool = _pool(addresses)
+        self._pool = _pool(addresses)
         large = sum(_up(s.nbytes(), BLOCK_BYTES) for s in self._storages if s.nbytes() > SMALL_BYTES)
         try:
             with torch.cuda.use_mem_pool(self._pool, device):
@@ -89,16 +91,18 @@ class Move:
                 self._places = [self._room(storage.nbytes()) for storage in self._storages]
         except torch.cuda.OutOfMemoryError as error:
             raise PagesUnavailable(
-                "torch's allocator rounds weights up to more than twice their size; take options that do so"
-                f" (max_split_size_mb, roundup_power2_divisions) out of PYTORCH_CUDA_ALLOC_CONF: {error}"
+                "torch's allocator does not cut weights from one allocation; take options by which it does not"
+                f" (max_split_size_mb, roundup_power2_divisions) out of PYTORCH_CUDA_ALLOC_CONF ({error})"
             ) from error
         self.used = addresses.used
 
+    def cancel(self) -> None:
+        """Forget the places; in place of ``finish``."""
+        del self._places, self._pool
+
     def finish(self) -> None:
         """Copy every storage to its place; what it had goes back to torch. The pool lives as long as the process."""
-        for kept in (*self._kept, self._pool):
-            # torch may call the functions while the interpreter is taken down; what never dies cannot be called dead.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        _never_dies(self._pool)
         with torch.cuda.use_mem_pool(self._pool, self._device):
             for storage in self._storages:
                 del self._places[0]
@@ -108,8 +112,8 @@ class Move:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
-def _pool(addresses: Addresses) -> tuple[tuple[Any, ...], Any]:
-    """What a pool stands on, and the pool; given up, torch forgets what the functions gave it."""
+def _pool(addresses: PageAddresses) -> Any:
+    """A pool of torch's over ``addresses``. Where it is given up, torch forgets what they gave it."""
     custom = getattr(torch._C, "_cuda_customAllocator", None)
     if custom is None or not hasattr(torch.cuda, "MemPool"):
         raise PagesUnavailable(
@@ -117,7 +121,14 @@ def _pool(addresses: Addresses) -> tuple[tuple[Any, ...], Any]:
             " in pages need; set WEIGHTSYNC_MODE=copy"
         )
     handle = custom(addresses.allocate_pointer, addresses.free_pointer)
-    return (addresses, handle), torch.cuda.MemPool(handle)
+    for called in (addresses, handle):
+        _never_dies(called)
+    return torch.cuda.MemPool(handle)
+
+
+def _never_dies(called: object) -> None:
+    """Torch may call functions late, also while the interpreter is taken down; what never dies is not called dead."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(called))
 
 
 def _up(size: int, unit: int) -> int:

@@ -16,7 +16,7 @@ chunks of 1 GiB and in 2.2 ms with 4 GiB (``make bench-gpu-stall``). The last on
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PhysicalChunk:
     """``size`` bytes of physical memory and its place in a range that it is mapped to."""
 
     handle: Any
@@ -24,27 +24,27 @@ class Chunk:
     size: int
 
 
-Chunks = tuple[Chunk, ...]
+PhysicalChunks = tuple[PhysicalChunk, ...]
 
 
-def create_chunks(memory: VirtualMemory, size: int, chunk_bytes: int = CHUNK_BYTES) -> Chunks:
+def create_chunks(memory: VirtualMemory, size: int, chunk_bytes: int = CHUNK_BYTES) -> PhysicalChunks:
     """Physical memory of ``size`` bytes, a multiple of the granularity.
 
     Raises:
         DriverError: there is no room; what was created is given back.
     """
-    made: list[Chunk] = []
+    made: list[PhysicalChunk] = []
     try:
         for offset in range(0, size, chunk_bytes):
             part = min(chunk_bytes, size - offset)
-            made.append(Chunk(memory.create(part), offset, part))
+            made.append(PhysicalChunk(memory.create(part), offset, part))
     except DriverError:
         release_chunks(memory, made)
         raise
     return tuple(made)
 
 
-def release_chunks(memory: VirtualMemory, chunks: Sequence[Chunk]) -> None:
+def release_chunks(memory: VirtualMemory, chunks: Sequence[PhysicalChunk]) -> None:
     """Give them back; they are mapped nowhere."""
     for chunk in chunks:
         memory.release(chunk.handle)
@@ -68,10 +68,10 @@ class PageRange:
         self._memory = memory
         self.size = size
         self.base = memory.reserve(size)
-        self.chunks: Chunks | None = None
-        self._mapped: list[Chunk] = []
+        self.chunks: PhysicalChunks | None = None
+        self._mapped: list[PhysicalChunk] = []
 
-    def show(self, chunks: Chunks) -> None:
+    def show(self, chunks: PhysicalChunks) -> None:
         """Let the addresses mean ``chunks`` and nothing else. Nobody may use them meanwhile.
 
         Raises:

@@ -55,7 +55,7 @@ class VllmModel:
             UnreadWeights: its layers compute with something else than what a round writes.
         """
         recorded = recorded_layout(module, vllm_config)
-        pages = paging.place(recorded.tensors, vllm_config, wanted_mode())
+        pages = paging.place(recorded.tensors, wanted_mode())
         if pages is None:
             check_reachable(recorded.layout.regions)  # on the agent's thread only the daemon's coming would tell
         else:

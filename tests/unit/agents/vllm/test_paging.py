@@ -12,10 +12,6 @@ TENSORS = [torch.zeros(1 << 20, dtype=torch.uint8)]
 PAGES = SimpleNamespace(bytes=2 << 20)
 
 
-def config(**model: bool) -> SimpleNamespace:
-    return SimpleNamespace(model_config=SimpleNamespace(**model), cache_config=SimpleNamespace())
-
-
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was moved."""
@@ -31,27 +27,25 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize("mode", ["auto", "flip"])
 def test_weights_are_moved_where_a_mode_wants_it(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(TENSORS, config(), mode) is PAGES
+    assert paging.place(TENSORS, mode) is PAGES
     assert moved == [TENSORS]
 
 
 @pytest.mark.parametrize("mode", ["live", "copy"])
 def test_other_modes_leave_them_where_they_are(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(TENSORS, config(), mode) is None
+    assert paging.place(TENSORS, mode) is None
     assert moved == []
 
 
-@pytest.mark.parametrize("setting", ["enable_sleep_mode", "enable_cumem_allocator"])
-def test_pages_of_vllms_own_are_refused_by_their_option(setting: str, moved: list[object]) -> None:
-    with pytest.raises(PagesUnavailable, match=f"start without --{setting.replace('_', '-')}"):
-        paging.place(TENSORS, config(**{setting: True}), "flip")
-    assert moved == []
+def test_flip_is_refused_where_weights_cannot_lie_in_pages() -> None:
+    with pytest.raises(PagesUnavailable, match="weights on cpu cannot lie in pages"):
+        paging.place(TENSORS, "flip")
 
 
-def test_auto_does_without_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("vllm").propagate = True
+def test_auto_does_without_and_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        assert paging.place(TENSORS, config(), "auto") is None
+        assert paging.place(TENSORS, "auto") is None
     assert "weights on cpu cannot lie in pages" in caplog.text
 
 
@@ -61,16 +55,14 @@ def test_a_move_that_went_half_way_ends_the_start_in_auto_too(monkeypatch: pytes
 
     monkeypatch.setattr(paging, "into_pages", into_pages)
     with pytest.raises(StandbyMissing):
-        paging.place(TENSORS, config(), "auto")
+        paging.place(TENSORS, "auto")
 
 
-@pytest.mark.parametrize(("share", "fits"), [(0.5, True), (0.49, False)])
-def test_auto_leaves_half_of_the_memory_beside_the_weights(
-    share: float, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free_mib", "fits"), [(2, True), (1.99, False)])
+def test_auto_leaves_half_of_the_memory_that_is_free(
+    free_mib: float, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 MiB of memory, 1 MiB of weights: half of it leaves 2 MiB beside them, and a standby set is half of that."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 6 << 20))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_mib * (1 << 20)), 1 << 40))
     weights = SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: 1 << 20)
-    settings = SimpleNamespace(cache_config=SimpleNamespace(gpu_memory_utilization=share))
-    assert (paging.place([weights], settings, "auto") is PAGES) == fits  # type: ignore[list-item]
-    assert paging.place([weights], settings, "flip") is PAGES  # type: ignore[list-item]
+    assert (paging.place([weights], "auto") is PAGES) == fits  # type: ignore[list-item]
+    assert paging.place([weights], "flip") is PAGES  # type: ignore[list-item]

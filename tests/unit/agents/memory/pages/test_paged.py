@@ -8,7 +8,7 @@ from dram_pages import PAGE, DramPages
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.memory.pages import paged
 from weightsync.agents.memory.pages.paged import PagedMemory, into_pages
-from weightsync.agents.memory.pages.pool import Addresses
+from weightsync.agents.memory.pages.pool import PageAddresses
 
 SIZES = (3 * PAGE + 8, 16, PAGE)
 USED = 6 * PAGE
@@ -16,15 +16,20 @@ USED = 6 * PAGE
 
 
 class MovedByHand:
-    """``Move`` of the tensors of ``model``: they are set to the addresses that torch would have given them."""
+    """``Relocation`` of the tensors of ``model``: they are set to the addresses that torch would have given them."""
 
     model: Sequence[torch.Tensor]
     memory: DramPages
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], addresses: Addresses, device: torch.device) -> None:
+    def __init__(
+        self, storages: Sequence[torch.UntypedStorage], addresses: PageAddresses, device: torch.device
+    ) -> None:
         assert sorted(s.nbytes() for s in storages) == sorted(SIZES)
         self._base, self.used = addresses._base, USED
         assert addresses._span >= USED
+
+    def cancel(self) -> None:
+        pass
 
     def finish(self) -> None:
         at = self._base
@@ -36,7 +41,7 @@ class MovedByHand:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    monkeypatch.setattr(paged, "Move", MovedByHand)
+    monkeypatch.setattr(paged, "Relocation", MovedByHand)
     MovedByHand.model = [torch.full((size,), index + 1, dtype=torch.uint8) for index, size in enumerate(SIZES)]
     return list(MovedByHand.model)
 

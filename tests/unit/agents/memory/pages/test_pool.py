@@ -8,20 +8,20 @@ import pytest
 import torch
 from weightsync.agents.memory.errors import PagesUnavailable
 from weightsync.agents.memory.pages import pool
-from weightsync.agents.memory.pages.pool import SEGMENT_BYTES, Addresses, Move, span_of
+from weightsync.agents.memory.pages.pool import SEGMENT_BYTES, PageAddresses, Relocation, span_of
 
 BASE = 0x7F00_0000_0000
 CPU = torch.device("cpu")
 
 
-def as_torch_calls(addresses: Addresses, size: int) -> int | None:
+def as_torch_calls(addresses: PageAddresses, size: int) -> int | None:
     function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
     result: int | None = function(addresses.allocate_pointer)(size, 0, None)
     return result
 
 
 def test_addresses_come_one_after_another_until_the_range_ends() -> None:
-    addresses = Addresses(BASE, 3 * SEGMENT_BYTES)
+    addresses = PageAddresses(BASE, 3 * SEGMENT_BYTES)
     assert as_torch_calls(addresses, SEGMENT_BYTES + 1) == BASE
     assert as_torch_calls(addresses, SEGMENT_BYTES) == BASE + 2 * SEGMENT_BYTES
     assert addresses.used == 3 * SEGMENT_BYTES
@@ -30,7 +30,7 @@ def test_addresses_come_one_after_another_until_the_range_ends() -> None:
 
 
 def test_freed_addresses_are_not_given_out_again() -> None:
-    addresses = Addresses(BASE, 2 * SEGMENT_BYTES)
+    addresses = PageAddresses(BASE, 2 * SEGMENT_BYTES)
     first = as_torch_calls(addresses, 1)
     free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
     free(addresses.free_pointer)(first, 1, 0, None)
@@ -51,7 +51,7 @@ def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     monkeypatch.setattr(torch.cuda, "use_mem_pool", in_use)
-    monkeypatch.setattr(pool, "_pool", lambda addresses: ((), "pool"))
+    monkeypatch.setattr(pool, "_pool", lambda addresses: "pool")
 
 
 @pytest.mark.usefixtures("on_this_machine")
@@ -61,7 +61,7 @@ def test_views_parameters_and_closures_follow_a_storage_with_their_values() -> N
     turned = big.view(600, 1000).t()[3:, 5:]
     read = lambda: float(turned[2, 1])  # noqa: E731
     before = big.data_ptr()
-    move = Move([small.untyped_storage(), big.untyped_storage()], Addresses(BASE, 1), CPU)
+    move = Relocation([small.untyped_storage(), big.untyped_storage()], PageAddresses(BASE, 1), CPU)
     assert big.data_ptr() == before, "nothing has moved before memory is mapped"
     move.finish()
     after = big.data_ptr()
@@ -76,11 +76,19 @@ def test_views_parameters_and_closures_follow_a_storage_with_their_values() -> N
 
 
 @pytest.mark.usefixtures("on_this_machine")
+def test_a_move_that_is_cancelled_has_moved_nothing() -> None:
+    weights = torch.arange(9)
+    before = weights.data_ptr()
+    Relocation([weights.untyped_storage()], PageAddresses(BASE, 1), CPU).cancel()
+    assert (weights.data_ptr(), weights.tolist()) == (before, list(range(9)))
+
+
+@pytest.mark.usefixtures("on_this_machine")
 def test_memory_that_torch_has_from_elsewhere_is_refused_before_anything_moves() -> None:
     own, foreign = torch.ones(4), torch.frombuffer(bytearray(64), dtype=torch.uint8)
     before = own.data_ptr()
     with pytest.raises(PagesUnavailable, match=r"64 bytes of weights at 0x.*from elsewhere"):
-        Move([own.untyped_storage(), foreign.untyped_storage()], Addresses(BASE, 1), CPU)
+        Relocation([own.untyped_storage(), foreign.untyped_storage()], PageAddresses(BASE, 1), CPU)
     assert own.data_ptr() == before
 
 
@@ -92,10 +100,10 @@ def test_an_allocator_that_rounds_too_far_up_is_refused_by_its_option(monkeypatc
     storage = torch.ones(4).untyped_storage()
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(PagesUnavailable, match="max_split_size_mb"):
-        Move([storage], Addresses(BASE, 1), CPU)
+        Relocation([storage], PageAddresses(BASE, 1), CPU)
 
 
 def test_a_torch_without_pools_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_cuda_customAllocator", raising=False)
     with pytest.raises(PagesUnavailable, match="no memory pools over a custom allocator"):
-        Move([torch.ones(4).untyped_storage()], Addresses(BASE, 1), CPU)
+        Relocation([torch.ones(4).untyped_storage()], PageAddresses(BASE, 1), CPU)

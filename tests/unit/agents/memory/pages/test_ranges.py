@@ -4,7 +4,7 @@ import pytest
 from dram_pages import PAGE, DramPages
 from weightsync.agents.memory.errors import FlipFailed, PagesTorn
 from weightsync.agents.memory.pages.driver import DriverError
-from weightsync.agents.memory.pages.ranges import Chunks, PageRange, create_chunks, flip, release_chunks
+from weightsync.agents.memory.pages.ranges import PageRange, PhysicalChunks, create_chunks, flip, release_chunks
 
 SIZE = 5 * PAGE
 """In chunks of two pages: two whole ones and a smaller last one."""
@@ -132,7 +132,7 @@ def test_standby_that_cannot_be_shown_again_is_lost_and_what_is_served_is_whole(
 def test_showing_what_is_shown_does_nothing() -> None:
     memory = DramPages()
     live, _ = two_sets(memory)
-    shown: Chunks | None = live.chunks
+    shown: PhysicalChunks | None = live.chunks
     assert shown is not None
     live.show(shown)
     assert memory.calls == []
