@@ -27,7 +27,7 @@ _number = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What moves: ``packed_bytes`` are gathered first, ``direct_bytes`` leave their slot; descriptors that carry both."""
+    """What moves: ``packed_bytes`` are gathered first, ``direct_bytes`` are not; descriptors that carry both."""
 
     direct_bytes: int
     packed_bytes: int
@@ -269,9 +269,7 @@ def _how(moved: Moved, size: int, runs: int, cost: CostModel, *, lands: bool) ->
     if moved.packed_pieces == moved.pieces:
         return f"packed: {shape}; below {limit} bytes a run is worth packing"
     if moved.packed_pieces:
-        return (
-            f"packed in {moved.packed_pieces} of {moved.pieces} pieces: {shape}; elsewhere no company or too long a run"
-        )
+        return f"packed in {moved.packed_pieces} of {moved.pieces} pieces: {shape}; elsewhere no company or long runs"
     way = "to the landing as it lies" if lands else "direct"
     if size < runs * cost.pack_below_bytes:
         return f"{way}: {shape}; no ring or landing, or nothing else on the edge to share a descriptor with"
