@@ -6,6 +6,7 @@ The order is the one in which people can do something about it: the trainer firs
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
@@ -53,7 +54,7 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
     catch_up = is_catch_up(fleet, version)
     usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
     if catch_up:
-        behind = [name for name in usable if fleet.version_of(name) != version]
+        behind = [name for name in usable if fleet.version_of(name) != version and not _switches(fleet, name, now)]
         alone = next((name for name in behind if _has_failed(fleet, name)), None)
         return [n for n in behind if not _has_failed(fleet, n)] or (
             [n for n in fleet.unit(alone) if n in behind] if alone is not None else []
@@ -66,6 +67,13 @@ def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
     waits = now < fleet.engines[name].retry_at
     wished = name not in fleet.memory.holds and name not in fleet.memory.drains
     return not waits and wished and not fleet.tainted(name)
+
+
+def _switches(fleet: Fleet, name: str, now: float) -> bool:
+    """It is brought there by a switch to its standby, unless that fails or shows no effect."""
+    engine = fleet.engines[name]
+    tried = engine.switch_again_at and now >= engine.switch_again_at
+    return not engine.error and not tried and standby.owed(fleet, name)
 
 
 def _has_failed(fleet: Fleet, name: str) -> bool:

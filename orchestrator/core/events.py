@@ -201,6 +201,13 @@ class RetryAsked(Asked):
 
 
 @dataclass(frozen=True, slots=True)
+class RollbackAsked(Asked):
+    """Engines are to serve again what they have in their standby: the version of ``step``, None: the one before."""
+
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class DeadDeclared(Asked):
     """The processes of this writer that may still hold a grant are dead: the operator has seen to it."""
 

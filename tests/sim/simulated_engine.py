@@ -65,8 +65,9 @@ class Worker(Agent):
         self.torn = False
         self.held = False
         self.window: RoundName | None = None
+        self.lands = "live"
         self.ill = ""
-        """``digest``: it says a wrong one; ``silent``: it never answers Verify."""
+        """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``: these fail."""
         self._connect: Connect | None = None
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
@@ -85,9 +86,18 @@ class Worker(Agent):
         """Why it refuses to run; empty when it does not."""
         if self.torn:
             return "torn"
-        if self.applied is None:
+        if self.serves is None:
             return "nothing was committed here"
         return "a round is changing the weights" if self.window is not None else "held" if self.held else ""
+
+    @property
+    def serves(self) -> Version | None:
+        """The version that it takes its live memory for."""
+        return self.applied
+
+    def prepared(self, name: RoundName, version: Version) -> list[Version] | None:
+        """The memory that a decision of round ``name`` is about; None if it is in no such round."""
+        return self.memory if self.window == name else None
 
     def introduce(self, hello: Hello) -> Hello:
         return msgspec.structs.replace(hello, engine=self.status)
@@ -189,6 +199,20 @@ class Worker(Agent):
             round=message.round, digest=digest, bytes=sum(SIZES), apply_seconds=0.0, digest_seconds=0.0
         ))  # fmt: skip
 
+    # ------------------------------------------------------------------------------------- of those that land elsewhere
+    def land(self, chunk: int, held: Version, name: RoundName) -> None:
+        """A write of round ``name`` arrives."""
+        self.memory[chunk] = held
+        self.world.judge.written(self)
+
+    def switch_refusal(self, order: CallEngine) -> str:
+        """Why it would not switch; empty when it would."""
+        return "it lands live"
+
+    def switch(self, order: CallEngine, over: Callable[[str], None]) -> None:
+        """Its main thread switches, and says so by ``over``, with what went wrong."""
+        raise NotImplementedError
+
 
 class Server(Process):
     """An engine's API server and engine core: paused from its start, serving when it is not."""
@@ -202,12 +226,18 @@ class Server(Process):
         self._waiting: list[Reply] = []
         self._armed = False
         """The daemon has paused it, so that it may resume by itself when the daemon is gone."""
+        self._switching: CallEngine | None = None
+        self._behind: list[Callable[[], None]] = []
+        """Calls that wait until the engine core has switched."""
+        self._switched: RoundName | None = None
 
     @property
     def serves(self) -> bool:
         """Requests run: its scheduler does, and so does every worker."""
         processes_run = self.alive and not any(process.stopped for process in self.processes())
-        return processes_run and not self.paused
+        # The gate of a worker whose audit did not agree lets no batch through.
+        audited = not any(worker.torn and worker.lands != "live" for worker in self.workers)
+        return processes_run and not self.paused and audited
 
     # --------------------------------------------------------------------------------------------- all its processes
     def processes(self) -> list[Process]:
@@ -228,6 +258,7 @@ class Server(Process):
             process.die(silently=silently)
         self.paused = True
         waiting, self._waiting = self._waiting, []
+        self._switching, self._behind = None, []
         for reply in () if silently else waiting:
             reply(Answer(error="connection reset"))
 
@@ -244,6 +275,9 @@ class Server(Process):
         self.do(lambda: self._perform(command, answer))
 
     def _perform(self, command: CallEngine, answer: Reply) -> None:
+        if self._switching is not None and command.call is not Call.ATTACH:
+            self._behind.append(lambda: self._perform(command, answer))  # one engine core answers them in their order
+            return
         ill = self.ill.get(command.call, "")
         if ill == "hangs":
             return
@@ -265,6 +299,8 @@ class Server(Process):
                 answer(Answer(True))
             case Call.UPDATE:
                 self._update(command, answer)
+            case Call.SWITCH:
+                self._switch(command, answer)
             case Call.FINISH:
                 answer(Answer(True))
             case Call.RESUME:
@@ -319,3 +355,64 @@ class Server(Process):
         deadline = command.deadline * AGENT_SHARE
         for worker in self.workers:
             worker.do(lambda w=worker: w.enter(name, version, deadline, over))
+
+    # ------------------------------------------------------------------------------------- between two of its steps
+    def _switch(self, command: CallEngine, answer: Reply) -> None:
+        """Ask every worker whether it can, then have all of them do it; no step is taken meanwhile.
+
+        One that fails leaves the engine paused.
+        """
+        name, was_paused = command.round, self.paused
+        assert name is not None
+        if self._switched is not None and name <= self._switched:
+            answer(Answer(was_paused) if name == self._switched else Answer(error="of an earlier round"))
+            return
+        if command.ranks != tuple((worker.member.rank, worker.incarnation) for worker in self.workers):
+            answer(Answer(error=f"it means {command.ranks}"))
+            return
+        if not self.workers[0].announce.layout.boundary and not was_paused:
+            answer(Answer(error="its ranks meet others: pause first"))
+            return
+        self._switching = command
+        self.set_paused(True)
+        said: list[str] = []
+        changing = False
+
+        def end(answered: Answer, paused: bool) -> None:
+            if self._switching is not command:
+                return
+            self._switching = None
+            self.set_paused(paused)
+            answer(answered)
+            behind, self._behind = self._behind, []
+            for work in behind:
+                work()
+
+        def can(worker: Worker) -> None:
+            nonlocal changing
+            said.append(worker.switch_refusal(command))
+            if len(said) < len(self.workers) or self._switching is not command:
+                return
+            refusal = next(filter(None, said), "")
+            if refusal:
+                end(Answer(error=refusal), was_paused)
+                return
+            changing = True
+            said.clear()
+            for each in self.workers:
+                each.do(lambda each=each: each.switch(command, over))
+
+        def over(failure: str) -> None:
+            said.append(failure)
+            if len(said) == len(self.workers):
+                failed = next(filter(None, said), "")
+                if not failed and self._switching is command:
+                    self._switched = name
+                end(Answer(None if failed else was_paused, failed), was_paused or bool(failed))
+
+        def late() -> None:
+            end(Answer(error="a worker does not answer"), was_paused or changing)
+
+        for worker in self.workers:
+            worker.do(lambda worker=worker: can(worker))
+        self.later(command.deadline * AGENT_SHARE, late)

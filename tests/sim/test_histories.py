@@ -1,14 +1,20 @@
 """Histories in which a fleet once stood still or served the wrong weights, each with what must come of it."""
 
 import pytest
-from moments import PHASES, call
+from moments import CASES, PHASES, begins, call
 from places import Disk
 from simulated_daemon import SimulatedDaemon
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Decided
+from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
 from wires import Agent
 from world import World
+
+
+def everybody(mode: Lands) -> dict[str, Lands]:
+    """All engines land in ``mode``."""
+    return {f"e{number}": mode for number in range(4)}
 
 
 def assert_all_serve(world: World, within: float) -> None:
@@ -103,9 +109,9 @@ def agent_of(world: World, who: str) -> Agent:
 
 
 @pytest.mark.parametrize("who", ["trainer", "engine"])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_hello_before_the_end_of_the_last_connection_is_noticed(phase: str, who: str) -> None:
-    world = World(16, engines=2)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
+def test_a_hello_before_the_end_of_the_last_connection_is_noticed(mode: Lands, phase: str, who: str) -> None:
+    world = World(16, engines=2, lands=everybody(mode))
     world.run(6.0)
 
     def reset() -> None:
@@ -114,7 +120,7 @@ def test_a_hello_before_the_end_of_the_last_connection_is_noticed(phase: str, wh
         assert link is not None
         link.reset_half()
 
-    world.when(PHASES[phase], reset)
+    world.when(begins(mode, phase), reset)
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=5.0)
@@ -223,28 +229,29 @@ def test_a_pair_serves_one_version_or_none(bad: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the daemon
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
 @pytest.mark.parametrize("durable", [True, False], ids=["after a while", "at once"])
-def test_a_daemon_that_dies(phase: str, durable: bool) -> None:
-    world = World(22, engines=2)
+def test_a_daemon_that_dies(mode: Lands, phase: str, durable: bool) -> None:
+    world = World(22, engines=2, lands=everybody(mode))
     world.run(6.0)
-    world.when(PHASES[phase], lambda: world.later(0.02 if durable else 0.0, lambda: world.kill_daemon(1.0)))
+    world.when(begins(mode, phase), lambda: world.later(0.02 if durable else 0.0, lambda: world.kill_daemon(1.0)))
     world.run(12.0)
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=5.0)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_daemon_that_dies_and_a_trainer_that_is_gone(phase: str) -> None:
+@pytest.mark.parametrize(("mode", "phase"), CASES)
+def test_a_daemon_that_dies_and_a_trainer_that_is_gone(mode: Lands, phase: str) -> None:
     """Nobody publishes any more, and nobody can repair: who holds the committed version serves."""
-    world = World(23, engines=2)
+    world = World(23, engines=2, lands=everybody(mode))
     world.run(6.0)
-    world.when(PHASES[phase], lambda: (world.kill_daemon(1.0), world.job.die()))  # type: ignore[arg-type,func-returns-value]
+    world.when(begins(mode, phase), lambda: (world.kill_daemon(1.0), world.job.die()))  # type: ignore[arg-type,func-returns-value]
     world.run(40.0)
     for name, server in world.servers.items():
         whole = all(w.applied == world.judge.committed[-1] and not w.torn for w in server.workers)
         assert server.serves == whole, f"{name}\n{world.story()}"
+        assert whole or mode == "live", "a shadow engine switches without a trainer, or keeps what it has"
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -5,7 +5,8 @@ from typing import Any
 from fleets import ANNOUNCE, policy_for, rank, trainer
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
-from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
