@@ -38,11 +38,13 @@ class Stream:
     def __init__(self, server: VllmServer) -> None:
         self._server = server
         self._gaps: list[tuple[float, float]] = []
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._stop, self._lock, self._under_way = threading.Event(), threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
+        if not self._under_way.wait(120):
+            raise TimeoutError("the engine has said nothing for two minutes")
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -56,6 +58,8 @@ class Stream:
                 came.append(time.monotonic())
                 with self._lock:
                     self._gaps += itertools.pairwise(came[-2:])
+                if len(came) > 1:
+                    self._under_way.set()
                 if self._stop.is_set():
                     return
 
@@ -69,9 +73,10 @@ def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[tuple[float, 
     """Longest gap without a push and with one, in seconds, of each pair of windows."""
     trainer, found = whole.trainers[0], []
     for step in (1, 2):  # they pay for wiring and page tables
-        assert trainer.publish(step, save=False)["sequence"] == step
+        told = trainer.publish(step, save=False)
+        assert told["sequence"] == step
     with Stream(server) as stream:
-        length = 2.0
+        length = told["seconds"] + AFTER_SECONDS
         for step in range(3, pushes + 3):
             begin = time.monotonic()
             time.sleep(length)
@@ -86,6 +91,7 @@ def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[tuple[float, 
 
 def measure(model: dict[str, Any], mode: str, directory: Path, pushes: int) -> list[tuple[float, float]]:
     say(f"{mode}, {model['num_hidden_layers']} layers, {pushes} pushes …")
+    directory.mkdir(parents=True, exist_ok=True)
     path = tiny_qwen3(directory / "model", seed=1, **model)
     server = VllmServer(path, env={"WEIGHTSYNC_MODE": mode}, log=directory / "vllm.log").start()
     try:
@@ -105,9 +111,10 @@ def stalls(pairs: Sequence[tuple[float, float]]) -> list[float]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--pushes", type=int, default=10)
+    arguments.add_argument("--modes", nargs="+", default=["copy", "live"], choices=["copy", "live"])
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as parent:
-        for mode in ("copy", "live"):
+        for mode in given.modes:
             pairs = measure(LARGE, mode, Path(parent) / mode, given.pushes)
             report(f"stall_{mode}_over_idle", [push / idle for idle, push in pairs], "ratio")
             report(f"stall_{mode}_ms", stalls(pairs), "ms")
