@@ -41,6 +41,12 @@ def believed(fleet: Fleet, agent: ConnectedAgent) -> Version | None:
     return status.standby if (status.standby, hex_digest(status.standby_digest)) in decided else None
 
 
+def beside(fleet: Fleet, engine: str) -> Version | None:
+    """The version that all ranks of the engine have in their standby, believed."""
+    held = {believed(fleet, agent) for agent in fleet.ranks_of(engine)}
+    return held.pop() if len(held) == 1 else None
+
+
 def serves_on(fleet: Fleet, engine: str) -> bool:
     """It may serve while the next version lands: it holds the committed one, and so does its pair."""
     committed = fleet.memory.committed

@@ -90,9 +90,11 @@ def test_a_process_with_arenas_ends_in_order() -> None:
 def test_no_room_is_an_error_of_ours() -> None:
     with pytest.raises(MemoryPlacementError, match="no room"):
         arena(1 << 50, GPU)
+    assert int(torch.ones(8, device=GPU).sum()) == 8, "the next call does not hear of it"
 
 
 def test_host_arenas_are_pinned_and_copy_at_once() -> None:
+    torch.zeros(1, device=GPU)  # torch asks the device what is pinned
     host = host_arena(8 << 20)
     assert host.is_pinned()
     host.fill_(5)

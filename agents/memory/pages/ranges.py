@@ -11,8 +11,9 @@ from weightsync.agents.memory.errors import FlipFailed, PagesTorn
 from weightsync.agents.memory.pages.driver import DriverError, VirtualMemory
 
 CHUNK_BYTES: Final = 4 << 30
-"""Of one physical allocation. A flip costs by their number and by their bytes: 15 GiB on an H100 flip in 3.9 ms with
-chunks of 1 GiB and in 2.2 ms with 4 GiB (``make bench-gpu-stall``). The last one is as small as it can be."""
+"""Of one physical allocation. A flip costs by their number and by their bytes: 15 GB on an H100 flip in 2.4 ms with
+chunks of 1 GiB, in 1.6 ms with 4 or 16 GiB (``tests/benchmarks/bench_gpu_flip.py``). The last one is as small as it can
+be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,7 @@ def _not_now(fleet: Fleet, engines: list[str]) -> str:
 
 def _before(fleet: Fleet, name: str) -> Version | None:
     """What all of the engine's ranks have in their standby, if it was committed before."""
-    held = {standby.believed(fleet, agent) for agent in fleet.ranks_of(name)}
-    version = held.pop() if len(held) == 1 else None
+    version = standby.beside(fleet, name)
     return version if version in fleet.memory.done and version != fleet.memory.committed else None
 
 
