@@ -73,13 +73,13 @@ class Flow:
         self.peer = peer
         self.stopped = False
         self._cargo = cargo
-        self._ring = ring
+        self._ring = ring if any(chunk.pack is not None for chunk in cargo.chunks) else None
         self._packer = packer
         self._left = deque(cargo.chunks)
         self._packing: deque[tuple[CargoChunk, int, Packing]] = deque()
         self._scattered: set[int] = set()
-        if ring is not None:
-            ring.join(self)
+        if self._ring is not None:
+            self._ring.join(self)
 
     @property
     def open(self) -> bool:
