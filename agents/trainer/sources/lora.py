@@ -117,7 +117,8 @@ def peft_merges(module: nn.Module, plain: Callable[[str], str], names: Collectio
         AdapterError: what is no sum of matrices (DoRA and other tuners), or is switched off.
     """
     # By names first: asking each of tens of thousands of modules would take longer than all the rest of a publish.
-    if not any(mark in name for name in names for mark in HELD):
+    together = "\n".join(names)
+    if not any(mark in together for mark in HELD):
         return Merges({}, {}, frozenset())
     wrapped = [(path, part) for path, part in module.named_modules() if _is_peft(part)]
     # The names of tensors are what plain() reads; the module's own place is all but the last part of one.

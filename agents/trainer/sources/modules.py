@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from weightsync.agents.trainer.errors import UnfitTensor
 from weightsync.agents.trainer.slots.fitness import FSDP1
 
-OVERRIDDEN: Final = ("state_dict", "_save_to_state_dict", "get_extra_state")
+OVERRIDDEN: Final = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
 """By which a module, or its class, may have a state_dict of its own."""
 
 
@@ -47,23 +47,25 @@ def _collect(module: nn.Module, prefix: str, given: dict[str, torch.Tensor], sha
         raise UnfitTensor(prefix.rstrip(".") or type(module).__name__, FSDP1)
     if kind.sharded:
         sharded.append(cast(FSDPModule, module))
-    if kind.own_way or module._state_dict_hooks or not module.__dict__.keys().isdisjoint(OVERRIDDEN):
+    # Read from here, since a module's attributes are looked for in all of its classes first.
+    own = module.__dict__
+    if kind.own_way or own["_state_dict_hooks"] or not OVERRIDDEN.isdisjoint(own):
         _collect_own(module, prefix, given, sharded)
         return
     # Most modules have none of most of these, and a loop over nothing costs as much as one over one thing.
-    if module._state_dict_pre_hooks:
-        for hook in module._state_dict_pre_hooks.values():
+    if hooks := own["_state_dict_pre_hooks"]:
+        for hook in hooks.values():
             hook(module, prefix, True)
-    if module._parameters:
-        for name, parameter in module._parameters.items():
+    if parameters := own["_parameters"]:
+        for name, parameter in parameters.items():
             if parameter is not None:
                 given[prefix + name] = parameter
-    if module._buffers:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+    if buffers := own["_buffers"]:
+        for name, buffer in buffers.items():
+            if buffer is not None and name not in own["_non_persistent_buffers_set"]:
                 given[prefix + name] = buffer
-    if module._modules:
-        for name, child in module._modules.items():
+    if children := own["_modules"]:
+        for name, child in children.items():
             if child is not None:
                 _collect(child, f"{prefix}{name}.", given, sharded)
 

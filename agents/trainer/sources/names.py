@@ -1,6 +1,7 @@
 """The model's own names of its tensors, from those that wrappers around it make of them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -24,15 +25,8 @@ wrapper's only where all of the state bears it out; within a model the same word
 
 def plain_names(names: Collection[str]) -> Callable[[str], str]:
     """How a name of the state ``names`` (or of a module among them) becomes the model's own."""
-    outer = tuple(_outer({_inner(name) for name in names}))
-
-    def plain(name: str) -> str:
-        name = _inner(name)
-        for prefix in outer:
-            name = name.removeprefix(prefix)
-        return name
-
-    return plain
+    inner, outer = _wrapped(names)
+    return partial(_plain, inner, outer)
 
 
 def plain_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,18 +35,33 @@ def plain_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         AmbiguousName: two different tensors would have one name.
     """
-    plain = plain_names(tensors)
+    inner, outer = _wrapped(tensors)
+    if not inner and not outer:
+        return dict(tensors)
     state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        short = plain(name)
+        short = _plain(inner, outer, name)
         if state.setdefault(short, tensor) is not tensor:
-            raise AmbiguousName(next(given for given in tensors if plain(given) == short), name, short)
+            first = next(given for given in tensors if _plain(inner, outer, given) == short)
+            raise AmbiguousName(first, name, short)
     return state
 
 
+def _wrapped(names: Collection[str]) -> tuple[bool, tuple[str, ...]]:
+    """Whether there are wrappers within the model, and the prefixes of those around it."""
+    together = "\n".join(names)  # there may be tens of thousands, and nearly always none is wrapped
+    inner = any(mark in together for mark in MARKS)
+    return inner, tuple(_outer({_inner(name) for name in names} if inner else set(names)))
+
+
+def _plain(inner: bool, outer: tuple[str, ...], name: str) -> str:
+    name = _inner(name) if inner else name
+    for prefix in outer:
+        name = name.removeprefix(prefix)
+    return name
+
+
 def _inner(name: str) -> str:
-    if MARKS[0] not in name and MARKS[1] not in name:
-        return name  # nearly always, and there may be tens of thousands
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
