@@ -16,7 +16,7 @@ from weightsync.agents.transport.nixl import write as writes
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
 from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
-from weightsync.agents.transport.nixl.loading import Loading
+from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.nixl.write import SWITCH_SECONDS, Writer
 from weightsync.orchestrator.protocol.landing import Berth
