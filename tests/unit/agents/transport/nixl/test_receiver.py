@@ -14,9 +14,9 @@ from weightsync.agents.transport.nixl import receiver as receivers
 from weightsync.agents.transport.nixl.arrivals import ChunksMissing
 from weightsync.agents.transport.nixl.errors import ConnectError
 from weightsync.agents.transport.nixl.notices import Notice
-from weightsync.agents.transport.nixl.receiver import NixlReceiver
+from weightsync.agents.transport.nixl.receiver import NixlReceiver, reachable
 from weightsync.orchestrator.protocol.edges import Peer
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, as_matrix
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, Layout, Region, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -220,3 +220,12 @@ async def test_chunks_of_experts_that_have_moved_are_nobodys(passing):
     receiver.poll()
     receiver.arrive(VERSION)
     assert endpoint.asked == []
+
+
+@pytest.mark.parametrize(("lands", "staging", "expected"), [
+    ("live", 1, (0, 1)), ("live", -1, (0, 1)), ("copy", 1, (1,)), ("flip", 1, (1,)), ("copy", -1, ()),
+])  # fmt: skip
+def test_of_a_shadow_engine_peers_reach_the_landing_alone(lands, staging, expected):
+    regions = (Region(4096, 256), Region(8192, 256))
+    found = reachable(Layout((), regions, b"", staging, lands=lands))
+    assert list(found) == [regions[number] for number in expected]
