@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from several import NAMES, PHASES, SETTINGS, Several, StandIn, cases
@@ -21,8 +22,8 @@ HARMED = str(Path(__file__).with_name("harmed_trainer.py"))
 MODES = dict.fromkeys(SHADOW, "copy") | {LIVE: "live"}
 
 
-def fleet_of(directory: Path) -> Several:
-    return Several(directory, [StandIn(name, directory, mode=mode) for name, mode in MODES.items()], SETTINGS)
+def fleet_of(directory: Path, settings: dict[str, Any] = SETTINGS) -> Several:
+    return Several(directory, [StandIn(name, directory, mode=mode) for name, mode in MODES.items()], settings)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,23 @@ def test_a_shadow_engine_that_is_killed_costs_the_other_nothing(several: Several
     several.keep_going(["e1"], began, STILL)
     several.engines["e0"].start()
     several.everywhere()
+
+
+def test_engines_that_change_at_once_are_paused_for_the_switch_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = {**SETTINGS, "commit": {**SETTINGS["commit"], "together": True}}
+    several = fleet_of(tmp_path_factory.mktemp("together"), settings)
+    try:
+        several.open()
+        began = time.monotonic()
+        for _ in range(3):
+            several.publish()
+        several.keep_going(SHADOW, began, STILL)
+        for name in SHADOW:
+            said = (several.directory / f"{name}.log").read_text()
+            assert said.count("POST /pause") >= 3, "each round pauses them"
+        several.judge()
+    finally:
+        several.close()
 
 
 def test_a_trainer_that_is_killed_in_mid_write_changes_nothing_that_is_served(
