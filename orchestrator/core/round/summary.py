@@ -40,8 +40,8 @@ def taint_of(pending: Unclosed) -> Taint:
 def _times(turn: Turn, current: Round) -> dict[str, float]:
     """Seconds by phase, ``applying`` until the last worker was out; ``stall``, ``http``, ``total`` of the whole.
 
-    And of each step the slowest rank's own figure. ``switch``, ``audit``: the longest of an engine; ``skew``: from the first
-    engine that served the version to the last one.
+    And of each step the slowest rank's own figure. ``switch``, ``audit``: the longest of an engine; ``skew``: from the
+    first engine that served the version to the last one.
     """
     times = dict(current.times)
     times[current.phase.value] = times.get(current.phase.value, 0.0) + turn.now - current.phase_began
