@@ -119,10 +119,12 @@ def test_how_far_apart_the_engines_serve_is_told(drive: Any) -> None:
     for name, later in zip(PAIR, (0.0, 0.25), strict=True):
         fleet.now += later
         fleet.answers(name, Call.SWITCH, False, switch_seconds=0.001)
-        leaves(fleet, name)
+        for member in fleet.ranks_of(name):
+            status, took = EngineStatus(applied=SECOND), 0.125 * (1 + member.rank)
+            fleet.says(member, Left(round=fleet.round.name, status=status, switch_seconds=0.001, audit_seconds=took))
     fleet.durable()
     ended = [record for record in fleet.written() if isinstance(record, RoundEnded)][-1]
-    assert ended.times["skew"] == 0.25
+    assert (ended.times["skew"], ended.times["audit"]) == (0.25, 0.25)
 
 
 # -------------------------------------------------------------------------------------------------- who changes at once
