@@ -182,9 +182,9 @@ def why_not(fleet: Fleet, name: str, now: float) -> str:
     writers = [f"{writer} of round {grant}" for writer, grant in fleet.tainted(name)]
     if writers:
         return f"{_named(writers)} may still write to it and is not proved dead"
-    return (
-        f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}" if engine.failures else "ready"
-    )
+    if engine.failures:
+        return f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}"
+    return "it switches to what it has in its standby" if standby.owed(fleet, name) else "ready"
 
 
 def _unready(fleet: Fleet, version: Version, now: float) -> str:

@@ -119,7 +119,11 @@ def _berths(
     source: Ids, target: Ids, length: Ints, sources: Sequence[Decoded], targets: Sequence[Decoded]
 ) -> tuple[Berth | None, ...]:
     """The berth of each edge ``[e]`` with a cargo of ``length [e]`` bytes; those of one target lie by source."""
+    # What leaves its slot as it lies is cut to what the slot's memory allows.
+    regions = [p.party.layout.regions for p in sources]
+    slots = np.array([longest_chunk(held[0].memory) if held else 0 for held in regions], np.int64)
     ring = _ring_chunks(sources)
+    longest_of = np.where(ring > 0, ring, slots)
     berths: list[Berth | None] = [None] * len(length)
     for number, party in enumerate(targets):
         layout = party.party.layout
@@ -133,7 +137,7 @@ def _berths(
         longest = longest_chunk(layout.regions[layout.staging].memory)
         for edge, offset, part in zip(mine.tolist(), starts(parts)[:-1].tolist(), parts.tolist(), strict=True):
             size = int(length[edge])
-            chunk = min(int(ring[source[edge]]) or longest, longest)
+            chunk = min(int(longest_of[source[edge]]), longest)
             if size > part:
                 chunk = min(chunk, max(part // PLACES, BERTH_ALIGNMENT) // BERTH_ALIGNMENT * BERTH_ALIGNMENT)
             places = -(-size // chunk) if size <= part else part // chunk

@@ -92,11 +92,13 @@ class EnginePart:
         # ``merged`` is a flag, and only set where a transfer is one run: the difference is that run or nothing.
         own = np.where(self.packed, 0, self.runs - self.merged).astype(np.int64)
         edges = self.edges()
-        for berth, first, end in zip(self.berths, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            at = first + np.flatnonzero(self.packed[first:end])
-            if berth is not None and len(at):
-                packed = int((self.place[at] + self.shapes.bytes[self.shape[at]]).max())
-                own[at[0]] = -(-packed // berth.chunk_bytes)
+        if self.packed.any():
+            edge = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+            at = np.flatnonzero(self.packed)
+            first = boundaries(edge[at])[:-1]
+            ends = np.maximum.reduceat(self.place[at] + self.shapes.bytes[self.shape[at]], first)
+            chunk = np.array([1 if berth is None else berth.chunk_bytes for berth in self.berths], np.int64)
+            own[at[first]] = -(-ends // chunk[edge[at[first]]])
         return own
 
 

@@ -124,11 +124,12 @@ class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
     ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
-    that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
-    placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
-    transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
-    format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
-    tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
+    that bytes pass through (-1: none): a trainer rank's ring, an engine's landing; its length is the budget.
+    ``expert_map`` is a fingerprint of the expert placement (empty without one): when it changes, the plan does.
+    ``notes``, ascending and apart, explain rows; no transfer depends on them. ``quantized`` says which tensors are
+    codes; ``quantization`` is the engine's name of its format (empty without one), for people. A trainer leaves both
+    empty. ``unread``: of a trainer, names of its own tensors that are part of no row, at most MAX_UNREAD of them; for
+    people. ``left_out``: of an engine, likewise.
     ``lands``: of an engine. ``boundary``: its weights may change between two steps while it serves; false where ranks
     meet across engine cores, which must be paused before and resumed after. Neither means anything in a trainer's.
     """

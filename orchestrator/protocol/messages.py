@@ -355,7 +355,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Hold(Message, frozen=True, kw_only=True):
     """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
-    Answered with Holding. A later Commit ends a hold, too."""
+    Answered with Holding. A later Commit, or a switch, ends a hold, too."""
 
     held: bool
     reason: Reason = ""

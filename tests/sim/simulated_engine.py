@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+from answers import Answer, Reply
 from contents import CHECKPOINT, SIZES, memory_digest
+from simulated_switch import CoreSwitch
 from virtual_time import Process
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call
@@ -34,14 +36,6 @@ if TYPE_CHECKING:
     from world import World
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """To a call. ``paused``: whether the engine is, where the call says so."""
-
-    paused: bool | None = None
-    error: str = ""
-
-
 @dataclass(slots=True)
 class Written:
     """The last round that may have written into a worker's memory. ``whole``: what was there before was not torn."""
@@ -50,9 +44,6 @@ class Written:
     version: Version
     whole: bool
     verified: bool = False
-
-
-Reply = Callable[[Answer], None]
 
 
 class Worker(Agent):
@@ -226,7 +217,7 @@ class Server(Process):
         self._waiting: list[Reply] = []
         self._armed = False
         """The daemon has paused it, so that it may resume by itself when the daemon is gone."""
-        self._switching: CallEngine | None = None
+        self._switching: CoreSwitch | None = None
         self._behind: list[Callable[[], None]] = []
         """Calls that wait until the engine core has switched."""
         self._switched: RoundName | None = None
@@ -358,61 +349,29 @@ class Server(Process):
 
     # ------------------------------------------------------------------------------------- between two of its steps
     def _switch(self, command: CallEngine, answer: Reply) -> None:
-        """Ask every worker whether it can, then have all of them do it; no step is taken meanwhile.
-
-        One that fails leaves the engine paused.
-        """
-        name, was_paused = command.round, self.paused
+        name = command.round
         assert name is not None
-        if self._switched is not None and name <= self._switched:
-            answer(Answer(was_paused) if name == self._switched else Answer(error="of an earlier round"))
-            return
+        error = ""
         if command.ranks != tuple((worker.member.rank, worker.incarnation) for worker in self.workers):
-            answer(Answer(error=f"it means {command.ranks}"))
-            return
-        if not self.workers[0].announce.layout.boundary and not was_paused:
-            answer(Answer(error="its ranks meet others: pause first"))
-            return
-        self._switching = command
-        self.set_paused(True)
-        said: list[str] = []
-        changing = False
+            error = f"it means {command.ranks}"
+        elif self._switched is not None and name < self._switched:
+            error = "of an earlier round"
+        elif not self.workers[0].announce.layout.boundary and not self.paused:
+            error = "its ranks meet others: pause first"
+        if error or name == self._switched:
+            answer(Answer(self.paused, error))
+        else:
+            self._switching = switching = CoreSwitch(self, command, answer)
+            switching.begin()
 
-        def end(answered: Answer, paused: bool) -> None:
-            if self._switching is not command:
-                return
-            self._switching = None
-            self.set_paused(paused)
-            answer(answered)
-            behind, self._behind = self._behind, []
-            for work in behind:
-                work()
+    def switched(self, done: bool, name: RoundName, paused: bool) -> None:
+        """The switch under way has ended; ``done``: every worker has switched."""
+        self._switching = None
+        self._switched = name if done else self._switched
+        self.set_paused(paused)
 
-        def can(worker: Worker) -> None:
-            nonlocal changing
-            said.append(worker.switch_refusal(command))
-            if len(said) < len(self.workers) or self._switching is not command:
-                return
-            refusal = next(filter(None, said), "")
-            if refusal:
-                end(Answer(error=refusal), was_paused)
-                return
-            changing = True
-            said.clear()
-            for each in self.workers:
-                each.do(lambda each=each: each.switch(command, over))
-
-        def over(failure: str) -> None:
-            said.append(failure)
-            if len(said) == len(self.workers):
-                failed = next(filter(None, said), "")
-                if not failed and self._switching is command:
-                    self._switched = name
-                end(Answer(None if failed else was_paused, failed), was_paused or bool(failed))
-
-        def late() -> None:
-            end(Answer(error="a worker does not answer"), was_paused or changing)
-
-        for worker in self.workers:
-            worker.do(lambda worker=worker: can(worker))
-        self.later(command.deadline * AGENT_SHARE, late)
+    def go_on(self) -> None:
+        """With the calls that waited behind the switch."""
+        behind, self._behind = self._behind, []
+        for work in behind:
+            work()

@@ -4,7 +4,7 @@ import pytest
 from moments import CASES, PHASES, begins, call
 from places import Disk
 from simulated_daemon import SimulatedDaemon
-from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.events import Call, RollbackAsked
 from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
@@ -352,3 +352,60 @@ def test_two_daemons_of_one_copied_state_directory_mix_nothing(seed: int) -> Non
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=8.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollbacks
+def rolls_back(world: World) -> None:
+    """The operator wants the version before."""
+    daemon = world.daemon
+    assert daemon is not None
+    daemon.post(RollbackAsked(daemon.next_id(), "operator", "", None))
+
+
+@pytest.mark.parametrize("phase", ["", "deciding", "switching", "left", "recording"])
+def test_a_rollback_whatever_becomes_of_the_daemon(phase: str) -> None:
+    """All serve the one version or all the other, without a trainer; asked again, the one before."""
+    world = World(29, engines=3, lands=everybody("flip"))
+    world.run(6.0)
+    world.run_until_quiet()
+    world.job.die()
+    world.run(world.now + 5.0)
+    before, last = world.judge.committed[-2:]
+    if phase:
+        world.when(begins("flip", phase), lambda: world.kill_daemon(1.0))
+    rolls_back(world)
+    world.run(world.now + 15.0)
+    assert_all_serve(world, within=5.0)
+    assert world.judge.committed[-1] in (before, last)
+    assert phase or world.judge.committed[-1] == before
+    if world.judge.committed[-1] == last:
+        rolls_back(world)
+        world.run(world.now + 5.0)
+    assert world.judge.committed[-1] == before
+    assert_all_serve(world, within=1.0)
+    served = {worker.standby for server in world.servers.values() for worker in server.workers}
+    assert served == {last}, "and back again, if need be"
+
+
+def test_versions_go_on_after_a_rollback() -> None:
+    world = World(30, engines=2, lands=everybody("flip"))
+    world.run(6.0)
+    rolls_back(world)
+    assert_versions_go_on(world)
+    assert len(set(world.judge.committed)) < len(world.judge.committed), "some version was committed twice"
+
+
+@pytest.mark.parametrize("mode", ["copy", "flip"])
+def test_a_trainer_that_wakes_up_late_writes_into_nothing_that_is_served(mode: Lands) -> None:
+    """Stopped in the middle of a grant: all serve on with what they have, whatever it writes when it goes on."""
+    world = World(31, engines=2, trainers=1, lands=everybody(mode))
+    world.run(6.0)
+    first = world.job
+    world.when(begins(mode, "writing"), lambda: world.later(0.03, first.ranks[0].stop))
+    world.run(20.0)
+    assert first.ranks[0].open
+    assert_all_serve(world, within=1.0)
+    first.ranks[0].thaw()
+    world.run(24.0)
+    assert all(server.serves for server in world.servers.values())
+    assert_versions_go_on(world)

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from answers import Answer, Reply
 from faults import Faults
 from fleets import policy_for
 from judge import Judge
 from places import Disk, RunDirectory
 from simulated_daemon import SimulatedDaemon
-from simulated_engine import Answer, Reply, Server, Worker
+from simulated_engine import Server, Worker
 from simulated_shadow import ShadowWorker
 from simulated_trainer import Job
 from stories import brief

@@ -24,8 +24,8 @@ from weightsync.agents.transport.nixl.cargo import Cargo
 from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
+from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.loader import Bindings, environment, load
-from weightsync.agents.transport.nixl.loading import Loading
 from weightsync.agents.transport.nixl.notices import Notice, decode, encode
 from weightsync.agents.transport.nixl.regions import check_regions
 from weightsync.agents.transport.nixl.write import Ended, Writer

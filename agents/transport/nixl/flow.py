@@ -7,14 +7,16 @@ said that the chunk in its place was scattered, and the write is over when the p
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
+from weightsync.agents.transport.nixl.notices import Notice, encode
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.kernels.copy import PreparedCopy
+from weightsync.orchestrator.protocol.names import RoundName
 
 
 class Packing(Protocol):
@@ -73,13 +75,13 @@ class Flow:
         self.peer = peer
         self.stopped = False
         self._cargo = cargo
-        self._ring = ring
+        self._ring = ring if any(chunk.pack is not None for chunk in cargo.chunks) else None
         self._packer = packer
         self._left = deque(cargo.chunks)
         self._packing: deque[tuple[CargoChunk, int, Packing]] = deque()
         self._scattered: set[int] = set()
-        if ring is not None:
-            ring.join(self)
+        if self._ring is not None:
+            self._ring.join(self)
 
     @property
     def open(self) -> bool:
@@ -160,3 +162,27 @@ class Flow:
         self._packing.clear()
         if self._ring is not None:
             self._ring.leave(self)
+
+
+@dataclass(slots=True)
+class Loading:
+    """What the cargo of one write takes, of the round ``round``. ``ring`` is None where nothing is packed."""
+
+    round: RoundName
+    ring: PackingRing | None
+    packer: Packer
+    _flows: dict[str, Flow] = field(default_factory=dict)
+
+    def begin(self, peer: str, cargo: Cargo) -> Flow:
+        """The flow of an edge's cargo to ``peer``."""
+        flow = self._flows[peer] = Flow(peer, cargo, self.ring, self.packer)
+        return flow
+
+    def notice(self, cargo: Cargo, chunk: CargoChunk) -> bytes:
+        """What the peer is told with the bytes of ``chunk``: nothing if all of the cargo stays where it lands."""
+        return encode(Notice("landed", self.round, chunk.number)) if cargo.berth.passes else b""
+
+    def heard(self, peer: str, notice: Notice) -> None:
+        """What a peer says of this round: that a chunk was scattered."""
+        if notice.round == self.round and notice.what == "scattered" and peer in self._flows:
+            self._flows[peer].scattered(notice.chunk)

@@ -143,7 +143,9 @@ class NixlReceiver(Receiver):
 
 def reachable(layout: Layout) -> Sequence[Region]:
     """What peers may write: of a shadow engine its landing alone."""
-    return layout.regions if layout.lands == "live" else [layout.regions[layout.staging]]
+    if layout.lands == "live":
+        return layout.regions
+    return [layout.regions[layout.staging]] if layout.staging >= 0 else []
 
 
 def _scatter_nothing() -> None:

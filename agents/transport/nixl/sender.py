@@ -17,8 +17,7 @@ from weightsync.agents.transport.nixl.cargo import make_cargo
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError, TransferError
-from weightsync.agents.transport.nixl.flow import Packer
-from weightsync.agents.transport.nixl.loading import Loading
+from weightsync.agents.transport.nixl.flow import Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import open_endpoint
 from weightsync.agents.transport.nixl.ring import PackingRing

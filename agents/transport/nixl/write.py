@@ -12,9 +12,8 @@ from typing import Any, Final
 from weightsync.agents.transport.nixl.cargo import CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, State, Transfer, ask, load, post, refusal, unload
 from weightsync.agents.transport.nixl.errors import DeadlineError, ImplausibleRateError, StoppedError, TransferError
-from weightsync.agents.transport.nixl.flow import Flow
+from weightsync.agents.transport.nixl.flow import Flow, Loading
 from weightsync.agents.transport.nixl.loader import Bindings
-from weightsync.agents.transport.nixl.loading import Loading
 from weightsync.orchestrator.protocol.messages import Fault
 
 Ended = Callable[[EdgeResult], None]
@@ -249,7 +248,8 @@ class Writer:
     def _load(self, progress: _Progress, chunk: CargoChunk, place: int) -> None:
         """Post a chunk of the cargo."""
         assert self._loading is not None
-        ring, notice = self._loading.ring, self._loading.notice(progress.edge, chunk)
+        assert progress.edge.cargo is not None
+        ring, notice = self._loading.ring, self._loading.notice(progress.edge.cargo, chunk)
         try:
             transfer = load(progress.edge, chunk, place, ring, notice, self._agent)
         except self._bindings.errors as error:

@@ -185,4 +185,5 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
 def started_anew(turn: Turn, engine: str) -> None:
     """Another process stands there: what the one before did is not its fault."""
     blame.clear(turn, engine)
-    turn.fleet.engines[engine].torn_by = None
+    state = turn.fleet.engines[engine]
+    state.torn_by, state.switch_again_at = None, 0.0

@@ -169,8 +169,10 @@ def move_on(turn: Turn, current: Round, name: str) -> None:
             turn.call(name, Call.FINISH, fleet.policy.finish, current.name, current.version)
             return
         progress.finished, progress.finished_at = True, turn.now  # the switch has told it the version
-    if all(current.engines[other].finished for other in together(turn, current, name)):
-        _serve(turn, current, name)
+    others = together(turn, current, name)
+    if all(current.engines[other].finished for other in others):
+        for other in others:
+            _serve(turn, current, other)
 
 
 def _switch(turn: Turn, current: Round, name: str) -> None:
@@ -189,6 +191,8 @@ def _switch(turn: Turn, current: Round, name: str) -> None:
 def _serve(turn: Turn, current: Round, name: str) -> None:
     """It may serve the version, and does so if it is not paused."""
     fleet, progress = turn.fleet, current.engines[name]
+    if progress.resuming or progress.resumed:
+        return
     if progress.paused and not any(other in fleet.memory.holds for other in fleet.unit(name)):
         progress.resuming = True
         turn.call(name, Call.RESUME, fleet.policy.finish, current.name, current.version, _ranks(current, name))

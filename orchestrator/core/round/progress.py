@@ -44,6 +44,8 @@ class Progress:
     """In the calls that do nothing but wait for the engine: pause, switch, finish, resume."""
     switch_seconds: float = 0.0
     """How long it took no step for the switch, as it says itself."""
+    audit_seconds: float = 0.0
+    """How long the slowest of its workers looked at what it holds after the switch, beside serving."""
     left_out: str = ""
     """Why the round goes on without it."""
 

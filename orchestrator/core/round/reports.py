@@ -66,6 +66,8 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
             handle(turn, current, Report.VERIFIED, why, about)
         case Left() if member in current.ranks:
             current.left[member] = message.status
+            progress = current.engines[member.engine]
+            progress.audit_seconds = max(progress.audit_seconds, message.audit_seconds)
             why = Trouble(f"{member} left the update call by itself", message.fault or "engine", message.retry)
             handle(turn, current, Report.LEFT, why, about)
         case _:

@@ -40,8 +40,8 @@ def taint_of(pending: Unclosed) -> Taint:
 def _times(turn: Turn, current: Round) -> dict[str, float]:
     """Seconds by phase, ``applying`` until the last worker was out; ``stall``, ``http``, ``total`` of the whole.
 
-    And of each step the slowest rank's own figure. ``switch``: the longest of an engine; ``skew``: from the first
-    engine that served the version to the last one.
+    And of each step the slowest rank's own figure. ``switch``, ``audit``: the longest of an engine; ``skew``: from the
+    first engine that served the version to the last one.
     """
     times = dict(current.times)
     times[current.phase.value] = times.get(current.phase.value, 0.0) + turn.now - current.phase_began
@@ -51,6 +51,7 @@ def _times(turn: Turn, current: Round) -> dict[str, float]:
         times["stall"] = max(_stall(engine) for engine in served)
         times["skew"] = max(engine.served_at for engine in served) - min(engine.served_at for engine in served)
     times["switch"] = _longest(engine.switch_seconds for engine in engines)
+    times["audit"] = _longest(engine.audit_seconds for engine in engines)
     times["applying"] = _longest(engine.applied_at - current.switched_at for engine in engines if engine.finishing)
     # Entering and leaving the update call is one HTTP call, too, but its answer waits for the round in between.
     waits = _longest(engine.http_seconds for engine in engines)

@@ -128,6 +128,25 @@ def test_into_a_shadow_engine_everything_lands_packed_first(lands):
     )
 
 
+def test_chunks_are_as_long_as_the_slower_kind_of_memory_allows():
+    """Of a device's slots to a device's landing 128 MiB, with the host at either end 8."""
+    model = [Tensor(f"model.layers.{n}.w", "bfloat16", (1 << 14, 1 << 14)) for n in range(4)]
+    for here, there, expected in [("VRAM", "VRAM", 128), ("VRAM", "DRAM", 8), ("DRAM", "VRAM", 8)]:
+        source, target = (
+            in_memory(party_of(member, model, staging=room), memory)
+            for member, room, memory in ((trainer(0), -1, here), (engine_rank("e"), 1 << 30, there))
+        )
+        layout = structs.replace(target.layout, lands="flip")
+        plan = make_plan([source], [Party(target.member, 1, layout)])
+        (berth,) = plan.part(trainer(0)).berths
+        assert berth.chunk_bytes == expected << 20
+
+
+def in_memory(party, memory):
+    regions = tuple(structs.replace(region, memory=memory) for region in party.layout.regions)
+    return Party(party.member, 1, structs.replace(party.layout, regions=regions))
+
+
 def test_a_ring_in_front_of_pages_is_gone_through_again():
     place, packed, berths = loaded([0] * 5, [0] * 5, [1000] * 5, 1 << 20, [2048], "flip")
     assert place == [0, 1008, 2016, 3024, 4032]

@@ -35,7 +35,7 @@ from weightsync.orchestrator.daemon.engines.interface import (
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.edges import PeerTransfer
-from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.layout import Lands, Layout, Region, Tensor, row
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import decode_manifest, encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import (
@@ -60,7 +60,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -72,11 +72,14 @@ INCARNATION = 2**62 + 1
 OLD, NEW = b"\x01" * 128, bytes(range(128))
 
 
-def layout(base: int) -> Layout:
-    """One tensor of 8 × 8 bfloat16, dense, at address ``base``."""
+def layout(base: int, lands: Lands = "live") -> Layout:
+    """One tensor of 8 × 8 bfloat16, dense, at address ``base``; in mode ``copy`` with 64 KiB for what arrives."""
     box = row(0, 0, 0, (0, 0), (8, 8), (16, 2))
     rows = np.asarray([box], dtype="<i8").tobytes()
-    return Layout((Tensor("w", "bfloat16", (8, 8)),), (Region(base, len(NEW)),), rows)
+    tensors, weights = (Tensor("w", "bfloat16", (8, 8)),), Region(base, len(NEW))
+    if lands == "live":
+        return Layout(tensors, (weights,), rows)
+    return Layout(tensors, (weights, Region(base + (1 << 20), 1 << 16)), rows, staging=1, lands=lands)
 
 
 def digest(data: bytes) -> Digest:
@@ -86,9 +89,15 @@ def digest(data: bytes) -> Digest:
 
 # ---------------------------------------------------------------------------------------------------------- the engine
 class OneProcess:
-    """A server whose scheduler is its only rank. Held from its start; it runs steps while ``paused`` is false."""
+    """A server whose scheduler is its only rank. Held from its start; it runs steps while ``paused`` is false.
 
-    def __init__(self) -> None:
+    In mode ``copy`` what arrives lands beside its weights, and is what stands by until the server is asked to switch.
+    """
+
+    def __init__(self, lands: Lands = "live") -> None:
+        self.lands = lands
+        self.landing = b""
+        self.standby: Version | None = None
         self.paused, self.weights, self.weight_version = True, OLD, "default"
         self.asked: list[tuple[str, Any]] = []
         self.ran_with: set[bytes] = set()
@@ -123,23 +132,45 @@ class OneProcess:
                 self.window, self.left = RoundName(*body["round"]), loop.create_future()
                 self.agent.send(Quiesced(round=self.window))
                 return web.Response(status=200 if await self.left else 500)
+            case "/weightsync/switch":
+                assert self.agent is not None
+                assert self.standby == VERSION
+                self.weights, self.applied, self.standby = self.landing, self.standby, None
+                self.weight_version = body["step"]
+                self.agent.send(Left(round=RoundName(*body["round"]), status=self.status))
+                return web.json_response({"paused": self.paused, "seconds": 0.001})
         return web.json_response({"status": "sent"})
 
+    @property
+    def status(self) -> EngineStatus:
+        told = digest(self.landing) if self.standby is not None else NO_BYTES
+        return EngineStatus(self.applied, self.window, standby=self.standby, standby_digest=told)
+
+    def arrives(self, data: bytes) -> None:
+        """A write."""
+        if self.lands == "copy":
+            self.landing = data
+        else:
+            assert self.paused
+            self.weights = data
+
     def hello(self) -> Hello:
-        status = EngineStatus(self.applied, self.window)
-        return Hello(schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=INCARNATION, engine=status)
+        return Hello(
+            schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=INCARNATION, engine=self.status
+        )
 
     def hear(self, message: FromDaemon) -> None:
         assert self.agent is not None
         match message:
             case Welcome():
-                self.agent.send(Announce(layout=layout(1 << 30), endpoint_name="sg"))
+                self.agent.send(Announce(layout=layout(1 << 30, self.lands), endpoint_name="sg"))
             case Connect():
                 self.agent.send(Ready(fingerprint=message.fingerprint))
             case Expose():
                 self.agent.send(Exposed(round=message.round))
             case Verify():
-                found, size = digest(self.weights), len(self.weights)
+                found, size = digest(self.landing or self.weights), len(NEW)
+                self.standby = message.version if self.lands == "copy" else None
                 self.agent.send(
                     Verified(round=message.round, digest=found, bytes=size, apply_seconds=0.0, digest_seconds=0.0)
                 )
@@ -228,8 +259,7 @@ class Trainer:
                 self.agent.send(Staged(version=VERSION, bytes=len(NEW), convert_seconds=0.0, digest_seconds=0.0))
             case Grant():
                 assert message.members == (RANK,)
-                assert self.engine.paused
-                self.engine.weights = NEW
+                self.engine.arrives(NEW)
                 moved = PeerTransfer(RANK, len(NEW), 1, 0.001, digest(NEW))
                 self.agent.send(Closed(round=message.round, peers=(moved,)))
             case Outcome():
@@ -314,6 +344,24 @@ def _second_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the proof
+@pytest.mark.usefixtures("_second_kind")
+async def test_a_version_lands_beside_the_weights_of_another_engine(tmp_path: Path) -> None:
+    engine = OneProcess("copy")
+    async with served(engine) as url, daemon(settings_for(tmp_path, url)) as port:
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        step = tmp_path / "run" / "broadcasts" / "step_5"
+        step.mkdir(parents=True)
+        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+        outcome = await asyncio.wait_for(trainer.outcome, SECONDS)
+        view = await engine_view(port, lambda view: view["state"] == "serving")
+        await trainer.close()
+    assert (outcome.version, outcome.committed, outcome.sequence) == (VERSION, True, 1)
+    assert (view["version"]["step"], view["paused"], view["mode"], view["standby"]) == (5, False, "copy", None)
+    told = [path for path, _ in engine.asked if path not in ("/server_info", "/weightsync/attach")]
+    assert told == ["/pause_generation", "/weightsync/switch", "/continue_generation"]
+    assert (engine.weights, engine.weight_version, engine.ran_with) == (NEW, 5, {NEW})
+
+
 @pytest.mark.usefixtures("_second_kind")
 async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     engine = OneProcess()

@@ -5,10 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
-from weightsync.agents.transport.nixl.flow import Flow, Packer
+from weightsync.agents.transport.nixl.flow import Flow, Loading, Packer
+from weightsync.agents.transport.nixl.notices import Notice, decode
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
+from weightsync.orchestrator.protocol.names import RoundName
 
 NOTHING = np.empty((0, 3), np.uint64)
 
@@ -129,3 +131,35 @@ async def test_the_cpu_packs_beside_the_loop():
     packing = Packer(None).begin(packed.append, 512)
     await asyncio.wait_for(packing, 10.0)
     assert packed == [512]
+
+
+# ------------------------------------------------------------------------------------------------ a write's flows
+ROUND, EARLIER = RoundName(2, 5), RoundName(2, 4)
+
+
+def test_a_place_is_free_when_its_peer_says_so_of_this_round():
+    loading = Loading(ROUND, None, Packer(None))
+    a, b = (loading.begin(peer, cargo_of(0, straight=3, places=1)) for peer in "ab")
+    assert a.next()[0].number == b.next()[0].number == 0
+    loading.heard("a", Notice("scattered", EARLIER, 0))
+    loading.heard("a", Notice("landed", ROUND, 0))
+    loading.heard("stranger", Notice("scattered", ROUND, 0))
+    assert a.next() is None
+    loading.heard("a", Notice("scattered", ROUND, 0))
+    assert a.next()[0].number == 1
+    assert b.next() is None
+
+
+def test_only_a_peer_that_has_to_scatter_meanwhile_is_told_of_a_chunk():
+    loading = Loading(ROUND, None, Packer(None))
+    again, whole = cargo_of(0, straight=3, places=1), cargo_of(0, straight=3)
+    assert decode(loading.notice(again, again.chunks[2])) == Notice("landed", ROUND, 2)
+    assert loading.notice(whole, whole.chunks[2]) == b""
+
+
+async def test_an_edge_that_packs_nothing_takes_no_part_of_the_ring():
+    ring, hands = PackingRing(Region(4096, 512)), Hands()
+    Flow("straight", cargo_of(0, straight=3), ring, hands)
+    packs = Flow("packs", cargo_of(2), ring, hands)
+    packs.next()
+    assert hands.shifts == [0, 256]

@@ -133,8 +133,9 @@ def fleet():
             sender.close()
 
 
-@pytest.mark.parametrize("lands", ["live", "flip"])
-async def test_several_writers_and_readers_version_after_version(fleet, lands):
+@pytest.mark.parametrize(("lands", "tls"), [("live", "all"), ("flip", "tcp")])
+async def test_several_writers_and_readers_version_after_version(fleet, monkeypatch, lands, tls):
+    monkeypatch.setenv("UCX_TLS", tls)
     two = fleet(2, 2, 2048, 2048, lands=lands)
     await two.connect()
     berths = [peer.berth for connect in two.plan.values() for peer in connect.peers]
