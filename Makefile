@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall
+.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ bench-plan: setup ## JSON lines: planning for a trillion parameters
 
 bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
 	$(BENCH) tests/benchmarks/bench_hub.py
+
+bench-restart: setup ## JSON lines: how long engines stand still when the daemon is killed in a round and started again
+	$(BENCH) tests/benchmarks/bench_restart.py
 
 bench-history: setup ## JSON lines: a step of the core and a start after a long history, scans of 100,000 steps
 	$(BENCH) tests/benchmarks/bench_history.py

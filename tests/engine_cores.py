@@ -133,6 +133,8 @@ class EngineCore:
 class StepGroup:
     """Stands for the process group of data-parallel ranks in step; ``others`` is what the peers contribute."""
 
+    data_parallel_index = 0
+
     def __init__(self, others: bool) -> None:
         self.others = others
         self.met: list[bool] = []

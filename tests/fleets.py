@@ -29,6 +29,7 @@ def policy_for(engines: Iterable[str], pairs: Iterable[tuple[str, ...]] = (), **
         "run_id": "unit",
         "run_dir": "/runs/unit",
         "engines": tuple(EngineConfig(name, pair_of.get(name, "")) for name in engines),
+        "admission": None,
         "transport": NixlSettings(),
         "group": None,
         "trainer_world": None,

@@ -10,6 +10,7 @@ exist), its class is replaced by a subclass of it. Nothing is replaced in engine
 """
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -88,6 +89,7 @@ def install() -> None:
     def initialize_held(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if chosen(vllm_config):
             take(self)
+            _apply(vllm_config)
         return initialize(self, vllm_config, *args, **kwargs)
 
     initialize_held.weightsync_hold = True  # type: ignore[attr-defined]
@@ -101,6 +103,16 @@ def take(core: Any) -> None:
     if hasattr(core, "ignore_start_dp_wave"):
         core.ignore_start_dp_wave = True  # as after a pause: a request at one rank must not start the others' loops
     logger.info("weightsync: scheduler held; requests queue until a version is committed and the daemon resumes")
+
+
+def _apply(vllm_config: Any) -> None:
+    """Where the environment says so, the first engine core of an engine makes it a member of its run."""
+    from weightsync.agents.inference.application import applicant
+
+    if vllm_config.parallel_config.data_parallel_index == 0:
+        thread = applicant("vllm", os.environ)
+        if thread is not None:
+            thread.start()
 
 
 @functools.cache

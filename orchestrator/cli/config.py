@@ -67,6 +67,7 @@ def findings_of(settings: Settings) -> list[Finding]:
             if engine.api_key_file is not None
             for finding in _secret(f"api_key_file of engine {engine.name}", engine.api_key_file)
         ),
+        *_keys_of_admitted(settings),
         *_kinds(settings),
         *_state_directory(settings.state_directory),
         *_run_directory(settings.run.directory),
@@ -74,10 +75,18 @@ def findings_of(settings: Settings) -> list[Finding]:
     ]
 
 
+def _keys_of_admitted(settings: Settings) -> Iterator[Finding]:
+    admit = settings.engines_admit
+    if admit is not None and admit.api_key_file is not None:
+        yield from _secret("engines_admit.api_key_file", admit.api_key_file)
+
+
 def _engines(settings: Settings) -> str:
     names = [engine.name for engine in settings.engines]
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} engine{'s' * (len(names) > 1)} ({shown})"
+    listed = f"{len(names)} engine{'s' * (len(names) != 1)}{f' ({shown})' if names else ''}"
+    admit = settings.engines_admit
+    return listed if admit is None else f"{listed} and at most {admit.at_most} that come by themselves"
 
 
 def _ways(settings: Settings) -> str:

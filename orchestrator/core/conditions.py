@@ -52,9 +52,12 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
     others only where a commit needs it.
     """
     catch_up = is_catch_up(fleet, version)
-    usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
+    able = [name for name in fleet.usable() if _may_take_part(fleet, name, now)]
+    # Before units are looked at: the other one of its pair waits until it has switched.
+    able = [name for name in able if not (catch_up and _switches(fleet, name, now))]
+    usable = _whole_units(fleet, version, able)
     if catch_up:
-        behind = [name for name in usable if fleet.version_of(name) != version and not _switches(fleet, name, now)]
+        behind = [name for name in usable if fleet.version_of(name) != version]
         alone = next((name for name in behind if _has_failed(fleet, name)), None)
         return [n for n in behind if not _has_failed(fleet, n)] or (
             [n for n in fleet.unit(alone) if n in behind] if alone is not None else []

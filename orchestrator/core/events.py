@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from weightsync.orchestrator.core.policy import Policy
+from weightsync.orchestrator.protocol.application import Application
 from weightsync.orchestrator.protocol.messages import Connect, Fault, FromAgent, Hello, Needs
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
@@ -151,6 +152,13 @@ class Appended(Event):
 
     kind: str
     round: RoundName | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineApplied(Event):
+    """An engine says over HTTP that it wants to be a member, or that it is still there."""
+
+    application: Application
 
 
 @dataclass(frozen=True, slots=True)

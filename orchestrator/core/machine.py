@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.events import (
     Asked,
     CallDone,
     CallFailed,
+    EngineApplied,
     Event,
     MarkersSeen,
     NeedsReady,
@@ -22,7 +23,7 @@ from weightsync.orchestrator.core.events import (
     StopAsked,
     Tick,
 )
-from weightsync.orchestrator.core.membership import engines, members, needs, rendezvous, roster
+from weightsync.orchestrator.core.membership import admission, engines, members, needs, rendezvous, roster
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
@@ -59,10 +60,11 @@ def start(
     for record in records:
         replay(memory, record)
     wanted = roster.members(policy, memory).values()
-    known = {config.name: EngineState(config.name, config.pair, probe_at=now) for config in wanted}
+    known = {config.name: EngineState(config.name, config.pair, now, probe_at=now) for config in wanted}
     fleet = Fleet(policy, journal_id, memory, memory.epoch + 1, now, known, life)
     turn = Turn(fleet, now, 0)
     turn.append(EpochBegan(epoch=fleet.epoch))
+    admission.configured_anew(turn)
     for name, orphan in list(memory.open_rounds.items()):
         torn = orphan.dirty and not orphan.decided
         for engine in orphan.began.engines:
@@ -112,6 +114,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     for event in events:
         turn.cause = event.id
         _handle(turn, event)
+    admission.evaluate(turn)
     roster.evaluate(turn)
     rendezvous.gather_group(turn)
     needs.evaluate(turn)
@@ -149,12 +152,15 @@ def _handle(turn: Turn, event: Event) -> None:
             if turn.fleet.awaited == (kind, name):
                 turn.fleet.awaited = None
                 rounds.durable(turn, name)
+        case EngineApplied():
+            admission.applied(turn, event)
         case Asked():
             operator.asked(turn, event)
         case StopAsked():
             turn.fleet.stopping = True
         case PolicyChanged(policy=policy):
             turn.fleet.policy = policy
+            admission.configured_anew(turn)
         case Tick():
             rounds.tick(turn)
             since.note(turn)

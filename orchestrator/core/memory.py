@@ -9,9 +9,11 @@ from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwrita
 from weightsync.orchestrator.core.records import (
     Committed,
     Decided,
+    EngineAdmitted,
     EngineDrained,
     EngineForgotten,
     EngineHeld,
+    EngineLeft,
     EpochBegan,
     GrantOver,
     LiveDirty,
@@ -25,6 +27,7 @@ from weightsync.orchestrator.core.records import (
     TrainerBegan,
     VersionFailed,
 )
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 K = TypeVar("K")
@@ -59,6 +62,10 @@ REMEMBERED_GENERATIONS: Final = 1000
 HELD_VERSIONS: Final = 2
 """Of each member: what it serves, and what it may have in its standby, the next version or the one before."""
 
+REMEMBERED_WISHES: Final = 4096
+"""Engines that the operator holds, drains or has forgotten, of each as many: names of those that come by themselves
+never end."""
+
 REMEMBERED_MEMBERS: Final = 65_536
 """Inference ranks whose last digests are known; engines that come and go have ever new names."""
 
@@ -70,7 +77,9 @@ class Memory:
     ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the versions that were last decided
     in its memory, newest first, each with its digest. ``unclosed``: grants that outlived their round. ``live``: engines
     of the last commit. ``holds``, ``drains``: engines that the operator holds or drains, and why. ``maintenance``: why
-    no round begins. ``forgotten_engines``: those that are no members although the configuration names them, and why.
+    no round begins. ``admitted``: engines that have made themselves members, in the order in which they came.
+    ``forgotten_engines``: those that are no members although the configuration names them or they were admitted, and
+    why.
     """
 
     epoch: int = 0
@@ -93,6 +102,7 @@ class Memory:
     """Of trainers that were taken in, the newest last."""
     holds: dict[str, str] = field(default_factory=dict)
     drains: dict[str, str] = field(default_factory=dict)
+    admitted: dict[str, Applicant] = field(default_factory=dict)
     forgotten_engines: dict[str, str] = field(default_factory=dict)
     maintenance: str | None = None
 
@@ -164,15 +174,20 @@ def replay(memory: Memory, record: Record) -> None:
         case EngineHeld(engine=engine, held=held, reason=reason):
             memory.holds.pop(engine, None)
             if held:
-                memory.holds[engine] = reason
+                keep_newest(memory.holds, engine, reason, REMEMBERED_WISHES)
         case EngineDrained(engine=engine, drained=drained, reason=reason):
             memory.drains.pop(engine, None)
             if drained:
-                memory.drains[engine] = reason
+                keep_newest(memory.drains, engine, reason, REMEMBERED_WISHES)
         case EngineForgotten(engine=engine, forgotten=forgotten, reason=reason):
             memory.forgotten_engines.pop(engine, None)
             if forgotten:
                 _forget_engine(memory, engine, reason)
+        case EngineAdmitted(engine=applicant):
+            memory.admitted[applicant.name] = applicant
+        case EngineLeft(engine=engine):
+            memory.admitted.pop(engine, None)
+            memory.live -= {engine}
         case Maintenance(on=on, reason=reason):
             memory.maintenance = reason if on else None
         case Committed(version=version, sequence=sequence):
@@ -206,7 +221,8 @@ def _end(memory: Memory, record: RoundEnded) -> None:
 
 
 def _forget_engine(memory: Memory, engine: str, reason: str) -> None:
-    memory.forgotten_engines[engine] = reason
+    for oldest in keep_newest(memory.forgotten_engines, engine, reason, REMEMBERED_WISHES):
+        memory.admitted.pop(oldest, None)
     for wishes in (memory.holds, memory.drains):
         wishes.pop(engine, None)
     memory.live -= {engine}

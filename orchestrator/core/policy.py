@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
 from weightsync.orchestrator.protocol.messages import TransportSettings
@@ -13,10 +14,25 @@ equal, the daemon would see only that nobody answered."""
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine of the configuration: where it is reached is the daemon's affair, the core knows name and pair."""
+    """One engine of the configuration. How its ``servers`` are called is the daemon's affair."""
 
     name: str
     pair: str = ""
+    servers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Which engines may make themselves members. The patterns are a shell's; those of hosts in lower case."""
+
+    names: tuple[str, ...]
+    host_names: tuple[str, ...]
+    networks: tuple[IPv4Network | IPv6Network, ...]
+    at_most: int
+    leave: float
+    """Without a sign of life, until one of them is no member any more."""
+    proxies: tuple[IPv4Network | IPv6Network, ...] = ()
+    """Before the daemon: whoever comes from there may be anybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +52,8 @@ class Policy:
     run_dir: str
     """Told to agents in Welcome."""
     engines: tuple[EngineConfig, ...]
+    admission: Admission | None
+    """None: the configuration alone says who is a member."""
     transport: TransportSettings
     group: GroupAddress | None
     trainer_world: int | None

@@ -4,6 +4,7 @@ from typing import Final, Literal
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.fields import Count, Spoken
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_SECONDS
@@ -124,10 +125,24 @@ class EngineDrained(Record, frozen=True, kw_only=True):
 
 
 class EngineForgotten(Record, frozen=True, kw_only=True):
-    """The engine is no member any more although the configuration names it (``forgotten``), or is one again."""
+    """The engine is no member although the configuration names it or it was admitted (``forgotten``), or is again."""
 
     engine: str
     forgotten: bool
+    reason: str
+    spoken = ("reason",)
+
+
+class EngineAdmitted(Record, frozen=True, kw_only=True):
+    """An engine that the configuration does not name has made itself a member, or is another than it was."""
+
+    engine: Applicant
+
+
+class EngineLeft(Record, frozen=True, kw_only=True):
+    """An engine that had made itself a member is none any more, until it comes again."""
+
+    engine: str
     reason: str
     spoken = ("reason",)
 
@@ -186,6 +201,8 @@ AnyRecord = (
     | EngineHeld
     | EngineDrained
     | EngineForgotten
+    | EngineAdmitted
+    | EngineLeft
     | Maintenance
     | Committed
     | VersionFailed

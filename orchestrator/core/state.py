@@ -50,11 +50,13 @@ class ConnectedAgent:
 
 @dataclass(slots=True)
 class EngineState:
-    """One vLLM server of the configuration."""
+    """One engine that is a member. ``heard``: when one that was admitted lived; ``connected``: by its agents' word."""
 
     name: str
     pair: str = ""
     """Name of its prefill/decode pair, which pauses and resumes as one; empty for an engine on its own."""
+    heard: float = 0.0
+    connected: bool = False
     reachable: bool = False
     paused: bool | None = None
     """What the engine itself said last; None where it did not say."""
@@ -71,7 +73,6 @@ class EngineState:
     misfit: str = ""
     """Why its layout does not fit the trainer's; left out of plans until it announces anew."""
     misfit_fault: Fault = ""
-    """Whose fault that is."""
     ranks: dict[int, ConnectedAgent] = field(default_factory=dict)
     """Its connected agents, by rank and in this order."""
     error: str = ""

@@ -1,6 +1,10 @@
 """What the core is told of the settings."""
 
-from weightsync.orchestrator.core.policy import EngineConfig, Policy
+from ipaddress import ip_network
+
+from weightsync.orchestrator.core.policy import Admission, EngineConfig, Policy
+from weightsync.orchestrator.protocol.application import is_host_name
+from weightsync.orchestrator.settings.sections import EnginesAdmitSection
 from weightsync.orchestrator.settings.settings import Settings
 
 
@@ -10,7 +14,8 @@ def policy_of(settings: Settings) -> Policy:
     return Policy(
         run_id=settings.run.id,
         run_dir=str(settings.run.directory),
-        engines=tuple(EngineConfig(engine.name, engine.pair or "") for engine in settings.engines),
+        engines=tuple(EngineConfig(engine.name, engine.pair or "", engine.servers) for engine in settings.engines),
+        admission=None if settings.engines_admit is None else _admission(settings.engines_admit),
         transport=settings.transport.message(settings.run.directory),
         group=settings.rendezvous.group_address(),
         trainer_world=settings.trainer.world,
@@ -32,4 +37,16 @@ def policy_of(settings: Settings) -> Policy:
         finish=deadlines.finish_seconds,
         heartbeat=deadlines.heartbeat_seconds,
         lost_after=deadlines.lost_after_heartbeats,
+    )
+
+
+def _admission(section: EnginesAdmitSection) -> Admission:
+    names = [host for host in section.hosts if "/" not in host and is_host_name(host)]
+    return Admission(
+        names=section.names,
+        host_names=tuple(name.lower() for name in names),
+        networks=tuple(ip_network(host) for host in section.hosts if host not in names),
+        at_most=section.at_most,
+        leave=section.leave_seconds,
+        proxies=tuple(map(ip_network, section.proxies)),
     )

@@ -81,7 +81,7 @@ class Reload:
             what = ", ".join(f"{key} (from {old!s:.80} to {now!s:.80})" for key, old, now in fixed)
             raise ValueError(f"a restart is needed for {what}")
         clients = await self._engines.made_for(new)  # reads the key files, so that nothing below can fail
-        await self._engines.replace(clients)
+        await self._engines.replace(clients, new)
         daemon_log.configure(new.log)
         self.settings = new
         self._inbox.post(PolicyChanged(self._inbox.next_id(), policy_of(new)))

@@ -15,12 +15,13 @@ from weightsync.orchestrator.core.events import AgentLost, Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.engines.calls import Engines
-from weightsync.orchestrator.daemon.engines.kinds import check_kinds
+from weightsync.orchestrator.daemon.engines.kinds import check_kinds, section_of
 from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, HELLO_SECONDS, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
@@ -36,6 +37,7 @@ from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.daemon.stopping import Stopping
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -142,7 +144,7 @@ class Runner:
         return commands
 
     def _open_outbox(self) -> None:
-        self.engines = Engines(self.settings, self.inbox)
+        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted)
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
             inbox=self.inbox,
@@ -166,11 +168,17 @@ class Runner:
             markers=self.markers,
             layouts=self.planning.layouts,
             journal=self.journal,
-            sections=lambda: self.reload.settings.engines,
+            sections=self._sections,
+            applications=Applications(self.fleet, self._ask, self.inbox.next_id),
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen
         return await self.hub.start(listen.host, listen.port, views.add_routes)
+
+    def _sections(self) -> list[EngineSection]:
+        """All engines, as they are configured or have introduced themselves."""
+        settings, admitted = self.reload.settings, self.fleet.memory.admitted
+        return [*settings.engines, *(section_of(engine, settings) for engine in admitted.values())]
 
     async def _close(self) -> None:
         with contextlib.suppress(TimeoutError):

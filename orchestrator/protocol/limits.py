@@ -64,6 +64,12 @@ MAX_ROWS: Final = 4_000_000
 MAX_WORLD: Final = 65_536
 """Ranks of one trainer or one engine."""
 
+MAX_SERVERS: Final = 64
+"""API servers of one engine: one for each node, or for each data-parallel rank."""
+
+MAX_URL_CHARS: Final = 2048
+"""Of an engine's server."""
+
 MAX_OPEN_GRANTS: Final = 64
 """Grants that one writer may have open at once: one that runs, and those whose edge to a frozen peer never ended."""
 

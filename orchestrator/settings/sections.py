@@ -5,24 +5,32 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from weightsync.orchestrator.core.policy import GroupAddress
+from weightsync.orchestrator.protocol.limits import MAX_SERVERS, MAX_URL_CHARS
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.protocol.names import IDENTIFIER
-from weightsync.orchestrator.settings.places import URL_PATTERN, usable_host, usable_path, usable_url
+from weightsync.orchestrator.settings.places import (
+    URL_PATTERN,
+    usable_host,
+    usable_host_pattern,
+    usable_network,
+    usable_path,
+    usable_url,
+)
 from weightsync.orchestrator.settings.sources import NUMBERED
 
 Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 
 Host = Annotated[str, Field(pattern=r"^[^\s/?#@]{1,253}$"), AfterValidator(usable_host)]
-Url = Annotated[str, Field(pattern=f"^{URL_PATTERN}$", max_length=2048), AfterValidator(usable_url)]
+Url = Annotated[str, Field(pattern=f"^{URL_PATTERN}$", max_length=MAX_URL_CHARS), AfterValidator(usable_url)]
 File = Annotated[Path, AfterValidator(usable_path)]
 
 
 MAX_ENGINES: Final = 4096
 """Engines of one run; the hub was measured to 4096 agents."""
 
-MAX_SERVERS: Final = 64
-"""API servers of one engine: one for each node, or for each data-parallel rank."""
+MAX_PATTERNS: Final = 256
+"""Of names or hosts of engines; each is compared when an engine comes."""
 
 _NIXL: Final = NixlSettings()
 
@@ -77,6 +85,39 @@ class EngineList(Section):
     """A file of ``engines_from``."""
 
     engines: tuple[EngineSection, ...] = Field(max_length=MAX_ENGINES, description="Engines, as in the configuration.")
+
+
+NamePattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?\[\]!-]{1,128}$")]
+HostPattern = Annotated[str, Field(min_length=1, max_length=253), AfterValidator(usable_host_pattern)]
+Network = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(usable_network)]
+
+
+class EnginesAdmitSection(Section):
+    """Engines that may make themselves members: they know the token, and come by a name and from a host as here."""
+
+    names: Annotated[tuple[NamePattern, ...], NUMBERED] = Field(
+        min_length=1, max_length=MAX_PATTERNS, description="Patterns of their names, as a shell's: decode-*."
+    )
+    hosts: Annotated[tuple[HostPattern, ...], NUMBERED] = Field(
+        min_length=1,
+        max_length=MAX_PATTERNS,
+        description="Networks (10.1.0.0/16) and patterns of host names (*.gpu.example) that their URLs may name.",
+    )
+    at_most: int = Field(default=64, ge=1, le=MAX_ENGINES, description="So many of them at once.")
+    leave_seconds: float = Field(
+        default=60,
+        ge=5,
+        le=86400,
+        description="One that is neither heard nor connected for so long is no member until it is heard again.",
+    )
+    api_key_file: File | None = Field(
+        default=None, description="File with the key that their API asks for, if it does."
+    )
+    proxies: Annotated[tuple[Network, ...], NUMBERED] = Field(
+        default=(),
+        max_length=MAX_PATTERNS,
+        description="Networks of proxies before the daemon, behind which an engine's own address is not seen.",
+    )
 
 
 class TrainerSection(Section):

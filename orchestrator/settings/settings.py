@@ -22,6 +22,7 @@ from weightsync.orchestrator.settings.sections import (
     MAX_ENGINES,
     CommitSection,
     DeadlinesSection,
+    EnginesAdmitSection,
     EngineSection,
     File,
     HubSection,
@@ -63,6 +64,9 @@ class Settings(BaseSettings):
     engines_from: File | None = Field(
         default=None, description="File, or directory of files, with further engines; read again when it changes."
     )
+    engines_admit: EnginesAdmitSection | None = Field(
+        default=None, description="Engines that make themselves members; null: only those that are listed are any."
+    )
     trainer: TrainerSection = TrainerSection()
     transport: Transport = Field(default=NixlSection(), description="How weights travel.")
     rendezvous: Rendezvous = Field(default=HubSection(), description="How agents learn of each other.")
@@ -83,8 +87,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _some_engine(self) -> "Settings":
-        if not self.engines and self.engines_from is None:
-            raise ValueError("there is no engine: list some in engines, or name a file in engines_from")
+        if not self.engines and self.engines_from is None and self.engines_admit is None:
+            raise ValueError(
+                "there is no engine: list some in engines, name a file in engines_from, or let them come by themselves "
+                "with engines_admit"
+            )
         return self
 
     @model_validator(mode="after")

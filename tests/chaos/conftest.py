@@ -8,7 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from network import Network, Unavailable
 from serving import VllmServer, tiny_qwen3
+from several import NAMES
 from witness import Scene
 
 
@@ -36,3 +38,16 @@ def scene(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.
     finally:
         scene.close()
         server.close()
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """A host for each stand-in engine and for two trainers, beside the one of the test, which is the daemon's."""
+    try:
+        network = Network([*NAMES, "trainer", "another"])
+    except Unavailable as reason:
+        pytest.skip(f"no network namespaces can be made here: {reason}")
+    try:
+        yield network
+    finally:
+        network.close()

@@ -2,7 +2,9 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ from fleet import Fleet, Process, Trainer
 
 POINT_SECONDS = 60.0
 """Until a daemon has come to the point that it waits for."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Of a daemon in the round for ``step``: when it was signalled, and for how many seconds none listened."""
+
+    step: int
+    began: float
+    absence: float
 
 
 class Pointed:
@@ -50,6 +61,20 @@ class Pointed:
         daemon = self._daemon()
         assert daemon.child is not None
         assert daemon.child.wait(POINT_SECONDS) == 0, daemon.tail()
+
+    def restart_daemon_at(self, point: str, signals: Sequence[signal.Signals]) -> Restart:
+        """Publish the next version, send the daemon ``signals`` at ``point`` of its round, and start the next one."""
+        with self.stopped_at(point) as step:
+            began = time.monotonic()
+            for number in signals:
+                self._daemon().kill(number)
+        if signal.SIGKILL in signals:
+            self.wait_daemons_death()
+        else:
+            self.wait_daemons_end()
+        ended = time.monotonic()
+        self.start_daemon()
+        return Restart(step, began, time.monotonic() - ended)
 
     def start_daemon(self) -> None:
         """One that can be told to signal itself; see ``pointed_daemon``."""

@@ -49,6 +49,7 @@ class StandIn:
     """Words before the command, such as ``ip netns exec``."""
     host: str = HOST
     mode: str = "live"
+    env: Mapping[str, str] = field(default_factory=dict)
     process: Process | None = None
 
     def __post_init__(self) -> None:
@@ -59,12 +60,13 @@ class StandIn:
     def start(self) -> Self:
         if not self.config.exists():
             self.config.write_text(json.dumps(small_config()))
-        script = Path(__file__).with_name("standin_server.py")
-        command = [*self.before, sys.executable, str(script), str(self.port), str(self.config), str(self.said)]
+        arguments = (self.host, str(self.port), str(self.config), str(self.said))
+        command = [*self.before, sys.executable, str(Path(__file__).with_name("standin_server.py")), *arguments]
         environment = {
             **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1",
             "WEIGHTSYNC_MODE": self.mode, "WEIGHTSYNC_LANDING_MIB": "1" if self.mode == "live" else "",
-            "STANDIN_HOST": self.host, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            **self.env,
         }  # fmt: skip
         self.process = Process(command, self.directory / f"{self.name}.log", environment).start()
         return self
@@ -130,10 +132,13 @@ def cases(of: Iterable[str], short: Collection[str]) -> list[Any]:
 class Several(Pointed):
     """A fleet of stand-ins, which are their own witnesses; versions are counted over all tests of a module."""
 
-    def __init__(self, directory: Path, engines: Iterable[StandIn], settings: Mapping[str, Any] = SETTINGS) -> None:
+    def __init__(
+        self, directory: Path, engines: Iterable[StandIn], settings: Mapping[str, Any] = SETTINGS, host: str = HOST
+    ) -> None:
         self.directory = directory
         self.engines = {engine.name: engine for engine in engines}
-        super().__init__(Fleet(directory / "fleet", self.engines, settings=dict(settings)))  # type: ignore[arg-type]
+        whole = Fleet(directory / "fleet", self.engines, settings=dict(settings), host=host)  # type: ignore[arg-type]
+        super().__init__(whole)
 
     def open(self, world: int = 1, **options: Any) -> Self:
         """Start everything and publish the first version."""

@@ -130,6 +130,7 @@ class Fleet:
     engines: Mapping[str, VllmServer]
     settings: dict[str, Any] = field(default_factory=dict)
     run_id: str = "e2e"
+    host: str = HOST
     port: int = field(default_factory=free_port)
     daemon: Process | None = None
     trainers: list[Trainer] = field(default_factory=list)
@@ -149,7 +150,7 @@ class Fleet:
         document: dict[str, Any] = {
             "run": {"id": self.run_id, "directory": str(self.directory / "run")},
             "state_directory": str(self.directory / "state"),
-            "listen": {"host": HOST, "port": self.port, "token_file": str(self.token)},
+            "listen": {"host": self.host, "port": self.port, "token_file": str(self.token)},
             "engines": [{"name": name, "url": server.url} for name, server in self.engines.items()],
             "deadlines": quick,
             "rescan_seconds": 1,
@@ -189,7 +190,7 @@ class Fleet:
     def ask(self, path: str) -> Any:
         """GET of the daemon's admin routes; None when it does not answer."""
         headers = {"Authorization": f"Bearer {self.token.read_text().strip()}"}
-        request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", headers=headers)
+        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 body = response.read()
@@ -223,8 +224,12 @@ class Fleet:
         script: str = "scripted_trainer.py",
         device: str = "cpu",
         env: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> Trainer:
-        """Its ranks; ``hear`` tells when they are connected. On "cuda" with expandable segments, as trainers do."""
+        """Its ranks; ``hear`` tells when they are connected. On "cuda" with expandable segments, as trainers do.
+
+        ``before``: words before the command of each, such as ``ip netns exec``.
+        """
         of_device = {"UCX_TLS": "tcp,self,sm"} if device == "cpu" else CUDA_TRAINER
         rendezvous = free_port()
         processes = []
@@ -236,7 +241,7 @@ class Fleet:
                 **(env or {}),
             }  # fmt: skip
             command = [
-                sys.executable, str(HERE / script), "--hub-url", f"ws://{HOST}:{self.port}/agents",
+                *before, sys.executable, str(HERE / script), "--hub-url", f"ws://{self.host}:{self.port}/agents",
                 "--token-file", str(self.token), "--run-id", self.run_id, "--run-dir", str(self.directory / "run"),
                 "--model-config", str(model_dir / "config.json"), "--checkpoints", str(self.checkpoints),
                 "--device", device,

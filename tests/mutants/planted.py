@@ -6,6 +6,7 @@ from plant import Mutant
 from planted_shadows import SHADOWS
 
 _MEMBERS: Final = "core/membership/members.py"
+_ADMIT: Final = "core/membership/admission.py"
 _MEMORY: Final = "core/memory.py"
 _ENGINES: Final = "core/membership/engines.py"
 _MACHINE: Final = "core/machine.py"
@@ -45,6 +46,18 @@ _TAINTS: Final = (
         _MEMBERS,
         "    if message.final or not pending.targets:\n",
         "    if message.final or message.peers:\n",
+    ),
+    Mutant(
+        "taint kept although its writer, which was replaced, says that it has closed",
+        _MEMBERS,
+        "    _close_grants(turn, event.member, hello)\n    objection",
+        "    objection",
+    ),
+    Mutant(
+        "granted to writers of whom one has no connection",
+        _PHASES,
+        "        if row.needs_writers and ",
+        "        if False and ",
     ),
     Mutant(
         "taint forgotten at the end of a round",
@@ -353,4 +366,68 @@ _CONNECTIONS: Final = (
     ),
 )
 
-PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *SHADOWS)
+_ADMISSION: Final = (
+    Mutant(
+        "an engine of any name is admitted",
+        _ADMIT,
+        "    if not any(fnmatchcase(engine.name, pattern) for pattern in admission.names):\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "any URL is called",
+        _ADMIT,
+        "        if not may_be_at(admission, host_of(url)):\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "more engines than at most are admitted",
+        _ADMIT,
+        "len(others) < admission.at_most:",
+        "len(others) >= 0:",
+    ),
+    Mutant(
+        "a forgotten engine is admitted again",
+        _ADMIT,
+        "    if (over := memory.forgotten_engines.get(engine.name)) is not None:\n",
+        "    if (over := memory.forgotten_engines.get(engine.name)) == 0:\n",
+    ),
+    Mutant(
+        "an engine takes the name of one that lives",
+        _ADMIT,
+        " and _lives(fleet, engine.name, now):\n",
+        " and False:\n",
+    ),
+    Mutant(
+        "an engine takes the server of one that lives",
+        _ADMIT,
+        "        if _lives(fleet, other, now):\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "an admitted engine that is gone stays a member",
+        _ADMIT,
+        "        if turn.now >= engine.heard + limit:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a configuration that admits an engine no longer keeps it",
+        _MACHINE,
+        "            admission.configured_anew(turn)\n",
+        "",
+    ),
+    Mutant(
+        "an admitted engine is unknown to the next daemon",
+        _ADMIT,
+        "        turn.append(EngineAdmitted(engine=engine))\n",
+        "        fleet.memory.admitted[engine.name] = engine\n",
+    ),
+    Mutant(
+        "an engine may say where another host is",
+        "daemon/admin/applications.py",
+        "        await self._check_peer(engine, address)\n",
+        "",
+        ("tests/unit/daemon/admin/test_applications.py",),
+    ),
+)
+
+PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION, *SHADOWS)

@@ -84,13 +84,13 @@ def _zombies(world: World) -> None:
 
 def _operators(world: World) -> None:
     """Somebody asks for something, by name of an engine or for all."""
-    daemon, name = world.daemon, world.rng.choice(world.configured)
-    if daemon is None or not daemon.alive or name in world.held:
+    daemon, name = world.daemon, world.rng.choice(world.members())
+    if daemon is None or not daemon.alive or world.held & {*world.unit(name)}:
         return
-    asked = world.rng.choice(("hold", "maintenance", "abort", "retry"))
+    asked = world.rng.choice(("hold", "drain", "forget", "maintenance", "abort", "retry"))
     world.note(f"an operator asks for {asked} ({name})")
-    if asked == "hold":
-        world.hold(name, world.rng.uniform(1.0, 10.0))
+    if asked in ("hold", "drain", "forget"):
+        {"hold": world.hold, "drain": world.drain, "forget": world.forget}[asked](name, world.rng.uniform(1.0, 10.0))
     elif asked == "maintenance":
         world.later(world.rng.uniform(1.0, 8.0), world.maintain())
     else:
@@ -231,11 +231,39 @@ def make_ill(world: World, name: str, what: str) -> Callable[[], None]:
 
 def _configurations(world: World) -> None:
     """The daemon is restarted with one engine more, or one less, whose processes end."""
-    if set(world.servers) - {world.configured[-1]} and world.rng.random() < 0.5:
+    _one_more_or_less(world)
+    world.kill_daemon(for_seconds=0.5)
+
+
+def _one_more_or_less(world: World) -> None:
+    if set(world.servers) - set(world.configured[-1:]) and world.configured and world.rng.random() < 0.5:
         world.remove_engine(world.configured[-1])
     elif len(world.configured) < 4:
-        world.add_engine(f"e{len(world.configured)}")
-    world.kill_daemon(for_seconds=0.5)
+        name = f"e{len(world.configured)}"
+        world.add_engine(name)
+        world.faults.hurt([name])
+
+
+def _lists(world: World) -> None:
+    """The daemon reads its configuration again: one engine more, or one less, whose processes end."""
+    _one_more_or_less(world)
+    world.configure_anew()
+
+
+def _joins(world: World) -> None:
+    """An engine, or a pair, comes by itself; or one of them ends for good, or is another process elsewhere."""
+    free = [name for name in ("a0", "a1", "a2", "a3") if name not in world.applicants]
+    what = world.rng.choice(("one", "pair", "end", "move"))
+    if what in ("one", "pair") and len(free) >= (2 if what == "pair" else 1):
+        world.note(f"{what} of {free} comes by itself")
+        world.bring_applicants(*free[: 2 if what == "pair" else 1])
+    elif world.applicants and len(world.servers) > 1:
+        name = world.rng.choice(sorted(world.applicants))
+        alone = world.unit(name) == [name]
+        world.note(f"{name} ends, {what}")
+        world.end_applicant(name, silently=world.rng.random() < 0.3)
+        if what == "move" and alone:
+            world.bring_applicants(name)
 
 
 DISTURBANCES: Final[Mapping[str, tuple[Callable[[World], None], float]]] = {
@@ -256,6 +284,8 @@ DISTURBANCES: Final[Mapping[str, tuple[Callable[[World], None], float]]] = {
     "operators": (_operators, 8.0),
     "rollbacks": (_rollbacks, 6.0),
     "configurations": (_configurations, 30.0),
+    "lists": (_lists, 12.0),
+    "joins": (_joins, 6.0),
 }
 """What happens, and after how many seconds on average it happens again."""
 

@@ -129,8 +129,8 @@ class Judge:
         policy, healthy_since = self._world.policy, self._world.faults.healthy_since
         if healthy_since(name) >= since:
             return False
-        usable = [other for other in self._world.configured if healthy_since(other) + policy.update < since]
-        return len({name, *usable}) >= policy.quorum(len(self._world.configured))
+        usable = [other for other in self._world.members() if healthy_since(other) + policy.update < since]
+        return len({name, *usable}) >= policy.quorum(self._world.counted(since))
 
     def died(self, name: str) -> None:
         """Its processes are gone; the next ones have served nothing yet."""
@@ -141,7 +141,7 @@ class Judge:
     def behind(self) -> list[str]:
         """L1: engines that do not serve the last committed version, and why."""
         world, lines = self._world, []
-        for name in world.configured:
+        for name in world.members():
             server = world.servers.get(name)
             if server is None:
                 lines.append(f"{name}: not there")

@@ -34,6 +34,7 @@ from weightsync.orchestrator.core.events import (
     Appended,
     CallDone,
     CallFailed,
+    EngineApplied,
     Event,
     MarkersSeen,
     PlanReady,
@@ -41,7 +42,9 @@ from weightsync.orchestrator.core.events import (
     Tick,
 )
 from weightsync.orchestrator.core.machine import start, step
+from weightsync.orchestrator.core.membership import admission
 from weightsync.orchestrator.core.records import decode_record, encode_record
+from weightsync.orchestrator.protocol.application import Application
 from weightsync.orchestrator.protocol.codec import decode_from_agent
 from weightsync.orchestrator.protocol.messages import FromDaemon, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member
@@ -275,9 +278,15 @@ class SimulatedDaemon:
             link.to_agent(message)
 
     # ------------------------------------------------------------------------------------------------ calls to engines
+    def applied(self, application: Application) -> None:
+        """An engine says where it is. It is checked, though another one may come between that and the decision."""
+        if self.alive and not admission.objection(self.fleet, application, self._now()):
+            self.post(EngineApplied(self.next_id(), application))
+
     def _call(self, command: CallEngine) -> None:
         """One CallDone or CallFailed within the deadline, whatever the engine does, and whenever it does it."""
         name, call, began = command.engine, command.call, self.world.now
+        admitted = self.fleet.memory.admitted.get(name)
         ended = False
 
         def once(make: Callable[[], Event]) -> None:
@@ -297,4 +306,4 @@ class SimulatedDaemon:
             once(lambda: CallDone(self.next_id(), name, call, command.number, seconds, answer.paused))
 
         self.world.later(command.deadline, lambda: failed(f"no answer within {command.deadline:g} s"))
-        self.world.request(command, answered)
+        self.world.request(command, answered, admitted.urls[0] if admitted is not None else "")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from answers import Answer, Reply
@@ -12,6 +12,7 @@ from virtual_time import Process
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.policy import AGENT_SHARE
+from weightsync.orchestrator.protocol.application import Applicant, Application
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Commit,
@@ -44,6 +45,10 @@ class Written:
     version: Version
     whole: bool
     verified: bool = False
+
+
+APPLY_SECONDS: Final = 1.5
+"""Between two applications of an engine that makes itself a member."""
 
 
 class Worker(Agent):
@@ -206,10 +211,14 @@ class Worker(Agent):
 
 
 class Server(Process):
-    """An engine's API server and engine core: paused from its start, serving when it is not."""
+    """An engine's API server and engine core: paused from its start, serving when it is not.
 
-    def __init__(self, world: "World", name: str, workers: list[Worker]) -> None:
+    ``applicant``: what it says of itself, if it makes itself a member.
+    """
+
+    def __init__(self, world: "World", name: str, workers: list[Worker], applicant: Applicant | None = None) -> None:
         super().__init__(world)
+        self.applicant = applicant
         self.world, self.name, self.workers = world, name, workers
         self.paused = True
         self.ill: dict[Call, str] = {}
@@ -221,6 +230,16 @@ class Server(Process):
         self._behind: list[Callable[[], None]] = []
         """Calls that wait until the engine core has switched."""
         self._switched: RoundName | None = None
+        if applicant is not None:
+            self.later(world.short(), self._apply)
+
+    def _apply(self) -> None:
+        """Say where it is, again and again, whether or not the daemon takes it in."""
+        assert self.applicant is not None
+        said = Application(run_id="sim", engine=self.applicant)
+        if self.world.now >= max(worker.unreachable_until for worker in self.workers):
+            self.world.later(self.world.latency(), lambda: self.world.apply(said))
+        self.later(APPLY_SECONDS, self._apply)
 
     @property
     def serves(self) -> bool:

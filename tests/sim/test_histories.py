@@ -186,7 +186,8 @@ def test_a_trainer_that_returns_with_fewer_ranks_after_a_torn_round() -> None:
     assert_all_serve(world, within=8.0)
 
 
-def test_a_trainer_that_wakes_up_beside_its_successor_mixes_nothing() -> None:
+@pytest.mark.parametrize("dies", [True, False], ids=["declared dead", "it closes"])
+def test_a_trainer_that_wakes_up_beside_its_successor_mixes_nothing(dies: bool) -> None:
     """Stopped in the middle of a grant, replaced on another host, thawed: it writes on. Nobody can stop it."""
     world = World(20, engines=2, trainers=1)
     world.run(6.0)
@@ -205,8 +206,9 @@ def test_a_trainer_that_wakes_up_beside_its_successor_mixes_nothing() -> None:
     for rank in first.ranks:
         rank.thaw()
     world.run(50.0)
-    first.die()
-    world.declare_dead([0])
+    if dies:
+        first.die()
+        world.declare_dead([0])
     assert_versions_go_on(world, seconds=30.0)
     world.run_until_quiet()
     assert_all_serve(world, within=10.0)

@@ -22,7 +22,20 @@ from simulated_trainer import Job
 from stories import brief
 from virtual_time import VirtualTime, Work
 from weightsync.orchestrator.core.commands import CallEngine
-from weightsync.orchestrator.core.events import Call, DeadDeclared, Event, HoldAsked, MaintenanceAsked, Tick
+from weightsync.orchestrator.core.events import (
+    Call,
+    DeadDeclared,
+    DrainAsked,
+    EngineApplied,
+    Event,
+    ForgetAsked,
+    HoldAsked,
+    MaintenanceAsked,
+    PolicyChanged,
+    Tick,
+)
+from weightsync.orchestrator.core.policy import Admission
+from weightsync.orchestrator.protocol.application import Applicant, Application
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
@@ -34,6 +47,12 @@ NUMBERS: Final[dict[str, float]] = {
     "lost_after": 3,
 }  # fmt: skip
 """Of the policy: the shipped ones divided, so that a world of minutes sees each of them pass many times."""
+
+ADMISSION: Final = Admission(names=("a*",), host_names=("*",), networks=(), at_most=4, leave=6.0)
+"""Who may make itself a member."""
+
+LEAVING_SECONDS: Final = ADMISSION.leave + 3 * NUMBERS["heartbeat"] + 1.0
+"""Until a daemon that runs counts no engine any more that is gone: its silence is noticed first."""
 
 STORY_LINES: Final = 160
 
@@ -76,6 +95,10 @@ class World(VirtualTime):
         self.journal_id = "journal"
         self.between_versions = (0.1, 1.0)
         self.configured = [f"e{number}" for number in range(engines)]
+        self.applicants: dict[str, Applicant] = {}
+        """Engines that make themselves members, as they describe themselves now."""
+        self._left: dict[str, float] = {}
+        """Until when the daemon may count engines of those that are gone."""
         self._pairs = list(pairs)
         self._lands, self._meeting = dict(lands or {}), set(meeting)
         self._more = more
@@ -90,10 +113,11 @@ class World(VirtualTime):
         self.two_trainers = False
         """The last one and the one before it, which will be ended."""
         self.held: set[str] = set()
-        """By the operator."""
+        """By the operator, or drained, or forgotten."""
         self.healing: list[Work] = []
         """What heals the illnesses that there are."""
         self.daemon: SimulatedDaemon | None = None
+        self._daemon_died = 0.0
         self.faults = Faults(self)
         self.judge = Judge(self)
         self.disk = Disk(self)
@@ -106,8 +130,22 @@ class World(VirtualTime):
         self.start_daemon()
 
     def configure(self) -> None:
-        """The configuration of the next daemon."""
-        self.policy = policy_for(self.configured, self._pairs, run_id="sim", **{**NUMBERS, **self._more})
+        """The configuration of the next daemon, or of this one when it reads it again."""
+        numbers = {"admission": ADMISSION, **NUMBERS, **self._more}
+        self.policy = policy_for(self.configured, self._pairs, run_id="sim", **numbers)
+
+    def configure_anew(self) -> None:
+        """The daemon that runs, if one does, reads its configuration again."""
+        if self.daemon is not None:
+            self.daemon.post(PolicyChanged(self.daemon.next_id(), self.policy))
+
+    def members(self) -> list[str]:
+        """Engines that are to be members."""
+        return [*self.configured, *self.applicants]
+
+    def counted(self, since: float) -> int:
+        """Engines that a daemon may have counted since then, for how many a commit needs."""
+        return len({*self.members(), *(name for name, until in self._left.items() if until > since)})
 
     # ------------------------------------------------------------------------------------------------------- numbers
     @property
@@ -161,7 +199,7 @@ class World(VirtualTime):
         self._story.append((self.now, sentence))
 
     def note_events(self, events: list[Event]) -> None:
-        self._story.extend((self.now, event) for event in events if type(event) is not Tick)
+        self._story.extend((self.now, event) for event in events if not isinstance(event, Tick | EngineApplied))
 
     def story(self) -> str:
         """The last things that happened."""
@@ -172,12 +210,16 @@ class World(VirtualTime):
         if self.daemon is None or not self.daemon.alive:
             self._daemon_is_back()
             self._daemon_is_back = lambda: None
+            for name, until in self._left.items():
+                if until > self._daemon_died:
+                    self._left[name] = self.now + LEAVING_SECONDS  # it has time anew to be heard
             self.daemon = SimulatedDaemon(self, self.disk)
 
     def kill_daemon(self, for_seconds: float | None = None) -> None:
         daemon = self.daemon
         if daemon is not None and daemon.alive:
             daemon.die()
+            self._daemon_died = self.now
             self._daemon_is_back = self.faults.begin(self.servers)
             self.later(self.rng.uniform(0.1, 8.0) if for_seconds is None else for_seconds, self.start_daemon)
 
@@ -236,6 +278,33 @@ class World(VirtualTime):
 
         self.later(seconds, release)
 
+    def drain(self, name: str, seconds: float) -> None:
+        """The operator has an engine drained, and releases it so many seconds later."""
+        self._until_released(name, seconds, lambda daemon: DrainAsked(daemon.next_id(), "operator", "", name))
+
+    def forget(self, name: str, seconds: float) -> None:
+        """The operator has an engine forgotten, and takes it back so many seconds later."""
+        self._until_released(name, seconds, lambda daemon: ForgetAsked(daemon.next_id(), "operator", "", name))
+
+    def _until_released(self, name: str, seconds: float, what: "Callable[[SimulatedDaemon], Event]") -> None:
+        unit = self.unit(name)
+        self.held.update(unit)
+        end = self.faults.begin(unit)
+        self._ask(what, name)
+
+        def release() -> None:
+            self.held.difference_update(unit)
+            end()
+            for each in unit:  # one of a pair may have left meanwhile
+                self._insist(
+                    lambda daemon, each=each: HoldAsked(daemon.next_id(), "operator", "", each, False),  # type: ignore[misc]
+                    lambda daemon, each=each: (  # type: ignore[misc]
+                        each not in daemon.fleet.memory.drains and each not in daemon.fleet.memory.forgotten_engines
+                    ),
+                )
+
+        self.later(seconds, release)
+
     def maintain(self) -> Work:
         """The operator has no round begin, until what is returned is called."""
         end = self.faults.begin(self.servers)
@@ -282,7 +351,7 @@ class World(VirtualTime):
     def start_engine(self, name: str) -> None:
         """Its processes, held, with what they loaded from disk."""
         workers = [self._worker(Member("inference", name, rank)) for rank in range(self.ranks)]
-        self.servers[name] = Server(self, name, workers)
+        self.servers[name] = Server(self, name, workers, self.applicants.get(name))
         self._workers |= {worker.member: worker for worker in workers}
 
     def _worker(self, member: Member) -> Worker:
@@ -328,6 +397,32 @@ class World(VirtualTime):
             server.die_all()
             self.judge.died(name)
 
+    def bring_applicants(self, *names: str) -> None:
+        """These come by themselves, as a pair if they are two."""
+        self._left = {name: until for name, until in self._left.items() if name not in names}
+        host, pair = self.next_id(), f"pair of {'-'.join(names)}".replace(" ", "-") if len(names) > 1 else ""
+        if pair:
+            self._pairs.append(names)
+        for name, role in zip(names, ("prefill", "decode") if pair else ("both",), strict=True):
+            self.applicants[name] = Applicant(name=name, urls=(f"http://{name}.host-{host}:80",), role=role, pair=pair)
+            self.faults.hurt([name])
+            self.start_engine(name)
+
+    def end_applicant(self, name: str, *, silently: bool) -> None:
+        """It ends for good; and nobody says so, if ``silently``."""
+        del self.applicants[name]
+        self.faults.hurt([name])  # and its pair
+        self._pairs = [pair for pair in self._pairs if name not in pair]
+        self._left[name] = self.now + LEAVING_SECONDS
+        server = self.servers.pop(name)
+        server.die_all(silently=silently)
+        self.judge.died(name)
+
+    def apply(self, application: Application) -> None:
+        """What an engine says reaches the daemon."""
+        if self.daemon is not None:
+            self.daemon.applied(application)
+
     def workers(self) -> Iterator[Worker]:
         return (worker for worker in self._workers.values() if worker.alive)
 
@@ -371,8 +466,12 @@ class World(VirtualTime):
         return [agent.member.engine] if agent.member.role == "inference" else list(self.servers)
 
     # --------------------------------------------------------------------------------------------------------- calls
-    def request(self, command: CallEngine, answered: Reply) -> None:
-        """A call travels to an engine, is performed there, and its answer travels back, unless one of these fails."""
+    def request(self, command: CallEngine, answered: Reply, url: str = "") -> None:
+        """A call travels to an engine, is performed there, and its answer travels back, unless one of these fails.
+
+        Args:
+            url: of an engine that has said where it is; another one may be there now.
+        """
         name, faults = command.engine, self.faults
         delay = self.latency()
         # A resume that is performed late is for the engine's own guard to refuse; nobody else could.
@@ -388,7 +487,7 @@ class World(VirtualTime):
             if name in faults.cut:
                 if self.rng.random() < 0.5:
                     answered(Answer(error="no route to host"))
-            elif server is None or not server.alive:
+            elif server is None or not server.alive or (url and server.applicant and url not in server.applicant.urls):
                 answered(Answer(error="connection refused"))
             else:
                 server.perform(command, reply)

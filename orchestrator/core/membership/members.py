@@ -34,6 +34,7 @@ SHOWN: Final = 8
 def connected(turn: Turn, event: AgentConnected) -> bool:
     """An agent says Hello: take it in (true), or refuse it with the reason."""
     fleet, hello = turn.fleet, event.hello
+    _close_grants(turn, event.member, hello)
     objection = _objection(fleet, event.member, hello)
     if objection is not None:
         refused = Refused(reason=objection.reason, fault=objection.fault, retry=objection.retry)
@@ -79,7 +80,8 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
             return Trouble(wanted, "config", retry=False)
         if fleet.memory.was_replaced(hello.generation):
             replaced = f"its trainer generation {hello.generation:x} was replaced by a newer start"
-            return Trouble(replaced, "trainer", retry=False)
+            # Until it has closed its grants it comes again, for nobody else can say that they are.
+            return Trouble(replaced, "trainer", retry=_has_unclosed(fleet, member, hello.incarnation))
         others = [a for a in peers if a.hello.generation != hello.generation]
         if others:
             return Trouble(f"{others[0].member} of another trainer start is still connected", "trainer")
@@ -107,7 +109,7 @@ def _stranger(fleet: Fleet, member: Member) -> str:
         return ""
     names = [*fleet.engines][:SHOWN]
     more = " …" if len(fleet.engines) > SHOWN else ""
-    return f"engine {member.engine!r} is not configured; engines are: {', '.join(names)}{more}"
+    return f"engine {member.engine!r} is neither configured nor admitted; engines are: {', '.join(names)}{more}"
 
 
 def _obeyed_another(fleet: Fleet, hello: Hello) -> bool:
@@ -143,18 +145,30 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
         let_out(turn, agent)
 
 
+def _close_grants(turn: Turn, writer: Member, hello: Hello) -> None:
+    """Believe a writer that a grant of its own is closed, also one that is not taken in: it was replaced while it could
+    not be heard, say, and then its CLOSED was lost with the connection."""
+    fleet = turn.fleet
+    if hello.trainer is None or hello.schema != SCHEMA_VERSION or hello.run_id != fleet.policy.run_id:
+        return
+    for (member, name), pending in list(fleet.unclosed.items()):
+        known = member == writer and pending.incarnation == hello.incarnation
+        # Of the round under way it may not have had its grant yet; it is told again, and says CLOSED.
+        under_way = fleet.round is not None and fleet.round.name == name
+        if known and name not in hello.trainer.open_rounds and not under_way:
+            grant_over(turn, writer, name, "its writer has closed it")
+
+
+def _has_unclosed(fleet: Fleet, writer: Member, incarnation: int) -> bool:
+    return any(who == writer and pending.incarnation == incarnation for (who, _), pending in fleet.unclosed.items())
+
+
 def _compare_grants(turn: Turn, writer: Member, hello: Hello) -> None:
     """What the writer says it may still write, beside what we know that it may."""
     fleet = turn.fleet
     assert hello.trainer is not None
     for (member, name), pending in list(fleet.unclosed.items()):
-        if member != writer:
-            continue
-        if pending.incarnation == hello.incarnation and name not in hello.trainer.open_rounds:
-            # Of the round under way it may not have had its grant yet; it is told again, and says CLOSED.
-            if fleet.round is None or fleet.round.name != name:
-                grant_over(turn, writer, name, "its writer has closed it")
-        elif pending.is_proved_dead_by(hello):
+        if member == writer and pending.is_proved_dead_by(hello):
             grant_over(turn, writer, name, "a newer process runs in its writer's place")
     for name in hello.trainer.open_rounds:
         if (writer, name) not in fleet.unclosed:

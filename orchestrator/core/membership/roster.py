@@ -1,4 +1,5 @@
-"""Which engines are members: those of the configuration, which may change, without those that were forgotten."""
+"""Which engines are members: those of the configuration, which may change, and those that were admitted; but not those
+that were forgotten."""
 
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.memory import Memory
@@ -11,8 +12,14 @@ from weightsync.orchestrator.protocol.text import clean
 
 
 def members(policy: Policy, memory: Memory) -> dict[str, EngineConfig]:
-    """Every engine that is to be a member, by name, in the configuration's order."""
-    return {config.name: config for config in policy.engines if config.name not in memory.forgotten_engines}
+    """Every engine that is to be a member, by name: in the configuration's order, then in that of coming."""
+    return {name: config for name, config in known(policy, memory).items() if name not in memory.forgotten_engines}
+
+
+def known(policy: Policy, memory: Memory) -> dict[str, EngineConfig]:
+    """Those and the forgotten ones."""
+    admitted = (EngineConfig(each.name, each.pair, each.urls) for each in memory.admitted.values())
+    return {config.name: config for config in (*policy.engines, *admitted)}
 
 
 def evaluate(turn: Turn) -> None:
@@ -23,7 +30,7 @@ def evaluate(turn: Turn) -> None:
     for name, config in wanted.items():
         engine = fleet.engines.get(name)
         if engine is None:
-            fleet.engines[name] = EngineState(name, config.pair, probe_at=turn.now)
+            fleet.engines[name] = EngineState(name, config.pair, heard=turn.now, probe_at=turn.now)
             turn.say(f"{name} is a member")
         elif engine.pair != config.pair:
             engine.pair = config.pair
@@ -34,7 +41,7 @@ def evaluate(turn: Turn) -> None:
             fleet.round.quorum = min(fleet.round.quorum, there)  # a commit does not need who is not there to be
             reports.leaves(turn, name, f"{name} is no member any more")
         if fleet.round is None or name not in fleet.round.engines:
-            _let_go(turn, name)
+            let_go(turn, name)
     if list(fleet.engines) != list(wanted):
         # In the order of the lists, which decides whose layout counts where two contradict each other.
         order = {name: fleet.engines[name] for name in wanted}
@@ -42,17 +49,18 @@ def evaluate(turn: Turn) -> None:
 
 
 def _end_of_lists(turn: Turn) -> None:
-    """A forgotten engine that the configuration no longer names is a member when it names it again."""
+    """A forgotten engine that nobody names any more is a member when the configuration names it again."""
     fleet = turn.fleet
     if not fleet.memory.forgotten_engines:
         return
-    names = {config.name for config in fleet.policy.engines}
+    names = known(fleet.policy, fleet.memory).keys()
     for name in [name for name in fleet.memory.forgotten_engines if name not in names]:
         gone = "the configuration does not name it any more"
         turn.append(EngineForgotten(engine=name, forgotten=False, reason=gone))
 
 
-def _let_go(turn: Turn, name: str) -> None:
+def let_go(turn: Turn, name: str) -> None:
+    """End its agents' connections, and know nothing of it any more."""
     fleet = turn.fleet
     for agent in fleet.ranks_of(name):
         turn.do(Drop(agent.member, agent.connection, f"{name} is no member of this fleet any more"))
@@ -86,8 +94,9 @@ def dangers(fleet: Fleet, name: str) -> list[str]:
 def call_back(turn: Turn, engine: str, reason: str) -> None:
     """A forgotten engine is a member again, and its pair."""
     fleet = turn.fleet
-    pair = next((config.pair for config in fleet.policy.engines if config.name == engine), "")
-    unit = [config.name for config in fleet.policy.engines if config.pair == pair] if pair else [engine]
+    engines = known(fleet.policy, fleet.memory)
+    pair = engines[engine].pair if engine in engines else ""
+    unit = [config.name for config in engines.values() if config.pair == pair] if pair else [engine]
     for name in unit:
         if name in fleet.memory.forgotten_engines:
             turn.append(EngineForgotten(engine=name, forgotten=False, reason=reason))

@@ -34,13 +34,19 @@ class PhaseRow:
     """Whose fault a missed deadline is."""
     judge: Callable[[Fleet, Round, Member], Verdict] = judge.nothing
     """What is wrong with the member's report that the phase waits for."""
+    needs_writers: bool = False
+    """It is not left while a writer has no connection: one that is dead tears every engine that it is granted."""
 
 
 ROWS: Final[dict[Phase, PhaseRow]] = {
     Phase.PAUSING: PhaseRow(entry.pause, lambda p: p.pause, waits.not_paused, Phase.QUIESCING, "engine"),
-    Phase.QUIESCING: PhaseRow(entry.quiesce, lambda p: p.quiesce, waits.not_quiesced, Phase.MARKING, "engine"),
+    Phase.QUIESCING: PhaseRow(
+        entry.quiesce, lambda p: p.quiesce, waits.not_quiesced, Phase.MARKING, "engine", needs_writers=True
+    ),
     Phase.MARKING: PhaseRow(entry.mark_dirty, lambda p: p.finish, waits.not_durable, Phase.EXPOSING, "daemon"),
-    Phase.EXPOSING: PhaseRow(entry.nothing, lambda p: p.finish, waits.not_exposed, Phase.WRITING, "engine"),
+    Phase.EXPOSING: PhaseRow(
+        entry.nothing, lambda p: p.finish, waits.not_exposed, Phase.WRITING, "engine", needs_writers=True
+    ),
     Phase.WRITING: PhaseRow(
         entry.grant, lambda p: p.transfer, waits.not_closed, Phase.VERIFYING, "trainer", judge.closed
     ),
@@ -73,6 +79,8 @@ def advance(turn: Turn, current: Round) -> None:
         row = ROWS[current.phase]
         if any(True for _ in row.missing(turn.fleet, current)):
             return
+        if row.needs_writers and any(True for _ in waits.writers_away(current)):
+            return  # they are back, or missed, within a heartbeat
         if isinstance(row.then, Phase):
             enter(turn, current, row.then)
         else:

@@ -175,6 +175,8 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
             entry.grant_to(turn, current, member)
     elif current.phase is Phase.VERIFYING and current.has(member.engine) and member not in current.verified:
         entry.ask_to_verify(turn, current, member)
+    if turn.fleet.round is current:
+        phases.advance(turn, current)  # it may have waited for this writer
 
 
 def leaves(turn: Turn, engine: str, reason: str) -> None:

@@ -23,9 +23,9 @@ class Phase(StrEnum):
     """Where a round stands; the comment says what it waits for."""
 
     PAUSING = "pausing"  # the pause of every engine that may not serve meanwhile
-    QUIESCING = "quiescing"  # every worker that lands live inside the update call, its device idle
+    QUIESCING = "quiescing"  # every worker that lands live inside the update call, idle; every writer connected
     MARKING = "marking"  # LIVE_DIRTY durable
-    EXPOSING = "exposing"  # every worker knows that it may be written to; it was told with the marking
+    EXPOSING = "exposing"  # every worker, told with the marking, knows that it may be written to; writers as above
     WRITING = "writing"  # CLOSED from every writer towards every worker
     VERIFYING = "verifying"  # digests of every worker, of live memory or of its standby
     DECIDING = "deciding"  # DECIDED durable

@@ -31,6 +31,11 @@ def not_exposed(fleet: Fleet, current: Round) -> Iterator[str]:
     return _missing(current.remaining_ranks(), current.exposed)
 
 
+def writers_away(current: Round) -> Iterator[Member]:
+    """Writers of the round that have no connection, and may come back."""
+    return (member for member in current.away if member in current.writers and not current.is_done(member))
+
+
 def not_durable(fleet: Fleet, current: Round) -> Iterator[str]:
     """The record that must be on disk before the round goes on."""
     if fleet.awaited is not None:

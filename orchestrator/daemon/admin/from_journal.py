@@ -6,6 +6,7 @@ from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.records import MemorySaved, RoundEnded, decode_record
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History, rows_of
 from weightsync.orchestrator.daemon.admin.views import EngineView, ProblemView, RoundsView, StatusView
+from weightsync.orchestrator.daemon.engines.kinds import section_of
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -24,9 +25,8 @@ def status_from(settings: Settings) -> StatusView:
         for kind, newest in SHOWN.items():
             history.recall(journal.entries([kind], newest))
         journal_id = journal.journal_id
-    engines = tuple(
-        EngineView(name=engine.name, url=engine.url, role=engine.role, state="unknown") for engine in settings.engines
-    )
+    known = [*settings.engines, *(section_of(engine, settings) for engine in memory.admitted.values())]
+    engines = tuple(EngineView(name=each.name, url=each.url, role=each.role, state="unknown") for each in known)
     return StatusView(
         run=settings.run.id,
         state=_sentence(memory),

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.overview import Overview
 from weightsync.orchestrator.daemon.admin.readiness import readiness
-from weightsync.orchestrator.daemon.admin.routes import routes, verb_routes
+from weightsync.orchestrator.daemon.admin.routes import application_routes, routes, verb_routes
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import read_token
@@ -36,20 +37,23 @@ class LiveViews:
         layouts: Callable[[str], LayoutsView | None],
         journal: AsyncJournal,
         verbs: Verbs,
+        applications: Applications,
         sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
         self._settings, self._fleet, self._history = settings, fleet, history
         self._overview = Overview(settings, time.time(), sections)
-        self._markers, self._layouts, self._journal, self._verbs = markers, layouts, journal, verbs
+        self._markers, self._layouts, self._journal = markers, layouts, journal
+        self._verbs, self._applications = verbs, applications
 
     def add_routes(self, app: web.Application) -> None:
-        """Serve these views and the verbs in ``app``, to whoever bears the daemon's token.
+        """Serve these views, the verbs and engines that apply in ``app``, to whoever bears the daemon's token.
 
         Raises:
             TokenError: the token file cannot serve.
         """
         token = read_token(self._settings.listen.token_file)
-        app.router.add_routes([*routes(self, token), *verb_routes(self._verbs, token)])
+        app.router.add_routes(routes(self, token))
+        app.router.add_routes([*verb_routes(self._verbs, token), *application_routes(self._applications, token)])
 
     async def status(self) -> StatusView:
         """What ``/status`` answers."""

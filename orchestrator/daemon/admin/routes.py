@@ -1,18 +1,22 @@
-"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics and POST /verbs/VERB with the bearer token.
+"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics, POST /verbs/VERB and POST /engines, by which
+engines make themselves members, with the bearer token.
 
 /healthz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first says only
 that the loop turns, the second in one word whether requests should go to an engine.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
+from weightsync.orchestrator.daemon.admin.applications import ApplicationRefused, Applications
 from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused, Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import bears
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
+from weightsync.orchestrator.protocol.application import ENGINES_PATH, Application
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_ROUNDS: Final = 10_000
@@ -20,11 +24,18 @@ MAX_ROUNDS: Final = 10_000
 
 DEFAULT_ROUNDS: Final = 20
 
+Body = TypeVar("Body")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 MAX_ORDER_BYTES: Final = 16_384
 """Of the body of a verb; its texts are bounded each."""
+
+MAX_APPLICATION_BYTES: Final = 192 * 1024
+"""Of an engine's application: the URLs of MAX_SERVERS servers."""
+
+BODY_SECONDS: Final = 10.0
+"""For a body to come."""
 
 
 class Views(Protocol):
@@ -83,17 +94,46 @@ def verb_routes(verbs: Verbs, token: str) -> list[web.RouteDef]:
     """The route of the operator's verbs; a refusal is plain text that says what there is instead."""
 
     async def perform(request: web.Request) -> web.StreamResponse:
-        body = await request.content.read(MAX_ORDER_BYTES + 1)
-        try:
-            order = msgspec.json.decode(body, type=Order)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return web.Response(status=400, text=f"the body is no order: {clean(str(error))}\n")
+        order = await _body(request, Order, MAX_ORDER_BYTES)
         try:
             return _json(await verbs.perform(request.match_info["verb"], order, request.remote or "unknown"))
         except VerbRefused as refused:
             return web.Response(status=refused.status, text=f"{refused}\n")
 
     return [web.post("/verbs/{verb}", _guarded(perform, token))]
+
+
+def application_routes(applications: Applications, token: str) -> list[web.RouteDef]:
+    """The route by which engines make themselves members; a refusal is plain text: field, value, fix."""
+
+    async def receive(request: web.Request) -> web.StreamResponse:
+        application = await _body(request, Application, MAX_APPLICATION_BYTES)
+        try:
+            return _json(await applications.receive(application, request.remote or "unknown"))
+        except ApplicationRefused as refused:
+            return web.Response(status=refused.status, text=f"{refused}\n")
+
+    return [web.post(ENGINES_PATH, _guarded(receive, token))]
+
+
+async def _body(request: web.Request, kind: type[Body], limit: int) -> Body:
+    """The body of ``request``, in JSON.
+
+    Raises:
+        web.HTTPBadRequest: it is too large, does not come, or is something else.
+    """
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while len(data) <= limit and (chunk := await request.content.read(limit + 1 - len(data))):
+                data += chunk
+        if len(data) > limit:
+            raise ValueError(f"it has more than {limit} bytes")
+        return msgspec.json.decode(data, type=kind)
+    except TimeoutError:
+        raise web.HTTPBadRequest(text=f"the body has not come within {BODY_SECONDS:g} s\n") from None
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and texts that are no UTF-8, are ValueErrors
+        raise web.HTTPBadRequest(text=f"the body is no {kind.__name__.lower()}: {clean(str(error))}\n") from None
 
 
 def _guarded(handler: Handler, token: str) -> Handler:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -13,11 +13,13 @@ from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines.errors import EngineError
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, HubAddress, RoundUpdate, Switch
-from weightsync.orchestrator.daemon.engines.kinds import client_of
+from weightsync.orchestrator.daemon.engines.kinds import client_of, section_of
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.text import clean
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -32,14 +34,19 @@ class _Known:
 
 
 class Engines:
-    """The clients of all configured engines. Made inside a running loop.
+    """The clients of all engines. Made inside a running loop.
+
+    Args:
+        admitted: engines that have made themselves members, at present; a client is made with the first call.
 
     Raises:
         UnknownEngineKind, ConfigError: an engine of the settings cannot be talked to.
     """
 
-    def __init__(self, settings: Settings, inbox: Inbox) -> None:
-        self._inbox = inbox
+    def __init__(
+        self, settings: Settings, inbox: Inbox, admitted: Callable[[], Mapping[str, Applicant]] = dict
+    ) -> None:
+        self._settings, self._inbox, self._admitted = settings, inbox, admitted
         self._hub = HubAddress(
             url=settings.agents_url.replace("http", "ws", 1) + AGENTS_PATH,
             token_file=settings.agents_token_path,
@@ -48,6 +55,7 @@ class Engines:
         self.clients: dict[str, EngineClient] = {
             engine.name: client_of(engine, settings.pause) for engine in settings.engines
         }
+        self._of_admitted: dict[str, tuple[Applicant, EngineClient]] = {}
         self._busy: Counter[EngineClient] = Counter()
         self._retired: set[EngineClient] = set()
 
@@ -57,7 +65,8 @@ class Engines:
 
     async def close(self) -> None:
         """End all connections. The calls under way are the inbox's to cancel, before this."""
-        for client in (*self.clients.values(), *self._retired):
+        of_admitted = (client for _, client in self._of_admitted.values())
+        for client in (*self.clients.values(), *of_admitted, *self._retired):
             await client.close()
 
     async def made_for(self, settings: Settings) -> dict[str, EngineClient]:
@@ -77,19 +86,36 @@ class Engines:
             raise
         return made
 
-    async def replace(self, clients: dict[str, EngineClient]) -> None:
+    async def replace(self, clients: dict[str, EngineClient], settings: Settings) -> None:
         """From now on calls go through these. A call under way ends with the client that it began with."""
-        old, self.clients = self.clients, clients
-        for client in old.values():
+        old = [*self.clients.values(), *(client for _, client in self._of_admitted.values())]
+        self.clients, self._settings, self._of_admitted = clients, settings, {}
+        for client in old:
             if self._busy[client]:
                 self._retired.add(client)
             else:
                 await client.close()
 
+    def _find(self, name: str) -> EngineClient | None:
+        """The client of this engine; None where it is no member any more."""
+        if name in self.clients:
+            return self.clients[name]
+        admitted = self._admitted()
+        engine, known = admitted.get(name), self._of_admitted.get(name)
+        if engine is not None and known is not None and known[0] == engine:
+            return known[1]
+        gone = [other for other, (was, _) in self._of_admitted.items() if admitted.get(other) != was]
+        self._retired |= {self._of_admitted.pop(other)[1] for other in gone}
+        if engine is None:
+            return None
+        client = client_of(section_of(engine, self._settings), self._settings.pause)
+        self._of_admitted[name] = engine, client
+        return client
+
     @contextlib.asynccontextmanager
     async def _client(self, engine: str) -> AsyncIterator[EngineClient]:
-        client = self.clients.get(engine)
-        if client is None:  # it left the configuration after the call was decided
+        client = self._find(engine)
+        if client is None:  # it left after the call was decided
             raise EngineError(engine, "call", "it is no member any more", sent=False)
         self._busy[client] += 1
         try:
@@ -98,9 +124,9 @@ class Engines:
             self._busy[client] -= 1
             if not self._busy[client]:
                 del self._busy[client]
-                if client in self._retired:
-                    self._retired.discard(client)
-                    await client.close()
+            for over in [other for other in self._retired if not self._busy[other]]:
+                self._retired.discard(over)
+                await over.close()
 
     async def _perform(self, command: CallEngine) -> None:
         began = time.monotonic()
@@ -111,6 +137,8 @@ class Engines:
                     done = await self._ask(client, command)
         except EngineError as error:
             self._failed(command, str(error), error.fault, error.retry)
+        except ConfigError as error:  # the key of those that were admitted
+            self._failed(command, str(error), "config", retry=True)
         except TimeoutError:
             self._failed(command, f"no answer within {command.deadline:g} s", "engine", retry=True)
         except asyncio.CancelledError:

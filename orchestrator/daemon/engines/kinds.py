@@ -7,8 +7,10 @@ from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFactory, EngineSetup
 from weightsync.orchestrator.daemon.engines.several import SeveralServers
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
+from weightsync.orchestrator.settings.settings import Settings
 
 CLIENTS: Final[dict[str, EngineFactory]] = {"vllm": VllmClient}
 """Kind to client. A new kind of engine is one more line."""
@@ -38,3 +40,17 @@ def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
         CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.cache)) for url in engine.servers
     ]
     return clients[0] if len(clients) == 1 else SeveralServers(clients)
+
+
+def section_of(engine: Applicant, settings: Settings) -> EngineSection:
+    """An engine that was admitted as if the configuration listed it."""
+    admit = settings.engines_admit
+    return EngineSection(
+        name=engine.name,
+        kind=engine.kind,
+        url=engine.urls[0],
+        more_urls=engine.urls[1:],
+        role=engine.role,
+        pair=engine.pair or None,
+        api_key_file=None if admit is None else admit.api_key_file,
+    )

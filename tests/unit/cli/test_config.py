@@ -110,3 +110,17 @@ def test_config_check_names_a_directory_that_cannot_be(
     config.write_text(re.sub(r"state_directory: .*", f"state_directory: {config.parent / name}", text))
     assert cli_config.check(config, environ={}) == 78
     assert "state_directory: " in capsys.readouterr().out.partition("error")[2]
+
+
+def test_config_check_says_who_may_come_and_looks_at_their_key(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    admit = 'engines_admit: {names: ["a*"], hosts: ["h*"], at_most: 3, api_key_file: key}\n'
+    config.write_text(config.read_text() + admit)
+    assert main(["config", "check", str(config)]) == 78
+    out = capsys.readouterr().out
+    assert "run glm, 1 engine (a) and at most 3 that come by themselves, transport nixl" in out
+    assert "engines_admit.api_key_file" in out
+    (config.parent / "key").write_text("0123456789abcdef0123456789abcdef")
+    (config.parent / "key").chmod(0o600)
+    assert main(["config", "check", str(config)]) == 0

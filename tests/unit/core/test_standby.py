@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 from fleets import rank
-from weightsync.orchestrator.core import standby
+from weightsync.orchestrator.core import conditions, standby
 from weightsync.orchestrator.core.events import Call, HoldAsked
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Unclosed
@@ -13,6 +13,7 @@ from weightsync.orchestrator.protocol.messages import Announce, EngineStatus
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 FIRST, SECOND = Version(7, 1), Version(7, 2)
+PAIR = ("e0", "e1")
 
 
 def serving(drive: Any, mode: str = "flip", **more: Any) -> Any:
@@ -167,3 +168,22 @@ def test_a_pair_serves_on_as_one(drive: Any) -> None:
     fleet.to(Phase.RECORDING)
     fleet.durable()
     assert not standby.serves_on(fleet.fleet, "e0"), "the other one is paused while it is written"
+
+
+def test_a_pair_of_which_one_switches_and_the_other_has_to_be_written(drive: Any) -> None:
+    """First the one that needs nobody, then the other by a round."""
+    fleet = serving(drive, engines=PAIR, pairs=(PAIR,))
+    fleet.stage(2)
+    fleet.to(Phase.RECORDING)
+    fleet.durable()
+    for member in fleet.ranks_of("e0"):
+        fleet.fleet.agents[member].status = EngineStatus(applied=FIRST, standby=SECOND, standby_digest=(11, 13))
+    for member in fleet.ranks_of("e1"):
+        fleet.fleet.agents[member].status = EngineStatus(applied=FIRST)
+    assert conditions.targets(fleet.fleet, SECOND, fleet.now) == []
+    assert conditions.waits_for(fleet.fleet, SECOND, fleet.now).startswith(
+        "engines that can take part: e0 (it switches"
+    )
+    for member in fleet.ranks_of("e0"):
+        fleet.fleet.agents[member].status = EngineStatus(applied=SECOND)
+    assert conditions.targets(fleet.fleet, SECOND, fleet.now) == ["e1"]

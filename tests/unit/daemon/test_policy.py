@@ -1,10 +1,11 @@
 """The settings as the core is told them."""
 
 from dataclasses import fields
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
-from weightsync.orchestrator.core.policy import GroupAddress, Policy
+from weightsync.orchestrator.core.policy import Admission, GroupAddress, Policy
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.settings.settings import Settings, load
@@ -73,3 +74,14 @@ def test_transport_pairs_and_retries(config: Path) -> None:
     assert isinstance(policy.transport, NixlSettings)
     files = policy_of(load(config, {"WEIGHTSYNC__TRANSPORT__TYPE": "filesystem"}))
     assert isinstance(files.transport, FilesystemSettings)
+
+
+def test_who_may_come_by_itself_reaches_the_core(config: Path) -> None:
+    assert policy_of(load(config, {})).admission is None
+    admit = (
+        "{names: [a*], hosts: [10.1.0.0/16, '*.GPU.example', '::1'], at_most: 3, leave_seconds: 30, proxies: ['::2']}"
+    )
+    policy = policy_of(load(config, {"WEIGHTSYNC__ENGINES_ADMIT": admit}))
+    networks = (ip_network("10.1.0.0/16"), ip_network("::1"))
+    assert policy.admission == Admission(("a*",), ("*.gpu.example",), networks, 3, 30.0, (ip_network("::2"),))
+    assert [engine.servers for engine in policy.engines] == [("http://127.0.0.1:1",)]

@@ -6,8 +6,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from weightsync.agents.link.applicant import ApplicantThread
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.runner import Runner
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.settings.settings import load
 
@@ -25,14 +27,17 @@ from tests.unit.daemon.engines.test_second_engine import (
 
 
 class Fleet:
-    """A daemon whose only engines are those in a file."""
+    """A daemon whose only engines are those in a file, or by ``more`` of its configuration."""
 
-    def __init__(self, directory: Path, url: str) -> None:
+    def __init__(self, directory: Path, url: str, more: str = "engines_from: engines.yaml") -> None:
         settings_for(directory, url)
         self.config, self.list, self.url = directory / "config.yaml", directory / "engines.yaml", url
         text = [line for line in self.config.read_text().splitlines() if not line.startswith("engines:")]
-        self.config.write_text("\n".join([*text, "engines_from: engines.yaml", "rescan_seconds: 0.05", ""]))
+        self.config.write_text("\n".join([*text, more, "rescan_seconds: 0.05", ""]))
         self.lists()
+        self.start()
+
+    def start(self) -> None:
         self.runner = Runner(load(self.config, {}), lambda: load(self.config, {}))
         self.port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self.runner.run(self.port.set_result))
@@ -109,3 +114,43 @@ async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_bac
         await fleet.close()
     assert engine.ran_with == {NEW}
     assert (await asyncio.to_thread((tmp_path / "state" / "audit.jsonl").read_text)).count("\n") == 3
+
+
+async def test_an_engine_makes_itself_a_member_serves_and_is_known_to_the_next_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = OneProcess()
+
+    class Telling(OneProcessClient):
+        """Of a server that says whether it is paused."""
+
+        async def is_paused(self, deadline: float) -> bool:
+            return engine.paused
+
+    monkeypatch.setitem(kinds.CLIENTS, "one-process", Telling)
+    async with served(engine) as url:
+        fleet = Fleet(tmp_path, url, "engines_admit: {names: [s*], hosts: [127.0.0.0/8]}")
+        port = await asyncio.wait_for(fleet.port, SECONDS)
+        await fleet.until()
+        applicant = Applicant(name=RANK.engine, urls=(url,), kind="one-process")
+        thread = ApplicantThread("run", applicant, f"ws://127.0.0.1:{port}/agents", tmp_path / "token")
+        thread.start()
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        step = tmp_path / "run" / "broadcasts" / "step_5"
+        step.mkdir(parents=True)
+        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+        assert (await asyncio.wait_for(trainer.outcome, SECONDS)).committed
+        await fleet.until("serving")
+        assert (await fleet.says("GET", "/status"))["engines"][0]["url"] == url
+        await trainer.close()
+        await asyncio.to_thread(thread.close)
+        await fleet.close()
+
+        fleet.port = asyncio.get_running_loop().create_future()
+        fleet.start()
+        await asyncio.wait_for(fleet.port, SECONDS)
+        assert [view["name"] for view in (await fleet.says("GET", "/status"))["engines"]] == [RANK.engine]
+        assert "no member any more" in (await fleet.says("POST", "/verbs/forget", target="sg"))["says"]
+        await fleet.until()
+        await fleet.close()
+    assert engine.ran_with == {NEW}

@@ -41,7 +41,7 @@ def test_there_may_be_no_engine_yet(config: Path, tmp_path: Path) -> None:
     config.write_text(MINIMAL.split("engines:")[0] + "engines_from: list.yaml\n")
     assert load(config, {}).engines == ()
     config.write_text(MINIMAL.split("engines:")[0])
-    with pytest.raises(ConfigError, match="there is no engine: list some in engines, or name a file in engines_from"):
+    with pytest.raises(ConfigError, match="there is no engine: list some in engines, name a file in engines_from, or"):
         load(config, {})
 
 

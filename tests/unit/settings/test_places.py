@@ -1,10 +1,17 @@
 """What can be asked for is taken as it is; what cannot is refused in words, before anybody tries."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
-from weightsync.orchestrator.settings.places import usable_host, usable_path, usable_url
+from weightsync.orchestrator.settings.places import (
+    usable_host,
+    usable_host_pattern,
+    usable_network,
+    usable_path,
+    usable_url,
+)
 
 
 @pytest.mark.parametrize("name", ["localhost", "10.0.0.1", "::1", "0.0.0.0", "*", "größe.example", "a-b_c.d"])
@@ -53,3 +60,32 @@ def test_paths() -> None:
 def test_no_paths(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         usable_path(Path(text))
+
+
+@pytest.mark.parametrize("text", ["10.1.0.0/16", "10.1.0.7", "2001:db8::/64", "::1"])
+def test_networks(text: str) -> None:
+    assert usable_network(text) == usable_host_pattern(text) == text
+
+
+@pytest.mark.parametrize("text", ["node*", "*.gpu.example", "node-??", "*", "a.b.c", "gpu_1", "fade"])
+def test_patterns_of_hosts(text: str) -> None:
+    assert usable_host_pattern(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("10.1.0.0/33", "'10.1.0.0/33' is no network such as 10.1.0.0/16"),
+        ("10.1.0.1/16", "has host bits set"),
+        ("10.1.*", "nor is it a name of a host"),
+        ("gpu.*", "nor is it a name of a host"),
+        ("*.1", "nor is it a name of a host"),
+        ("http://h", "nor is it a name of a host"),
+        ("a b", "nor is it a name of a host"),
+        ("h:8000", "nor is it a name of a host"),
+        ("größe*", "nor is it a name of a host"),
+    ],
+)
+def test_no_patterns_of_hosts(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        usable_host_pattern(text)

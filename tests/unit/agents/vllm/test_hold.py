@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from engine_cores import DPEngineCore, EngineCore, PauseState, config, pretend_vllm, servable
+from weightsync.agents.inference import application
+from weightsync.agents.link.applicant import ApplicantError
 from weightsync.agents.vllm import gate, hold, lease, workers
 
 
@@ -411,3 +413,42 @@ def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCo
     with pytest.raises(workers.OutOfStep, match="restart"):
         core.resume_scheduler()
     assert core.is_scheduler_paused()
+
+
+# ---------------------------------------------------------------------------------------------- making itself a member
+class Applying:
+    """Stands for the thread that makes an engine a member."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self) -> None:
+        self.said.append("start")
+
+
+def test_the_first_engine_core_makes_the_engine_a_member(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, Applying]] = []
+
+    def applicant(kind: str, environ: Any) -> Applying:
+        made.append((kind, Applying()))
+        return made[-1][1]
+
+    monkeypatch.setattr(application, "applicant", applicant)
+    first, other = config(), config()
+    other.parallel_config.data_parallel_index = 1
+    core_class(first)
+    core_class(other)
+    core_class(config(None))
+    ((kind, thread),) = made
+    assert (kind, thread.said) == ("vllm", ["start"])
+
+
+def test_one_that_cannot_say_who_it_is_does_not_start(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(application.URL_VARIABLE, "http://h:8000")
+    monkeypatch.delenv("WEIGHTSYNC_ENGINE", raising=False)
+    with pytest.raises(ApplicantError, match="WEIGHTSYNC_ENGINE"):
+        core_class(config())

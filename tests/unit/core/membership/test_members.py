@@ -80,7 +80,7 @@ def test_an_engine_that_is_not_a_member_may_be_one_later(drive: Any) -> None:
     fleet = drive()
     fleet.connect(Member("inference", "e9", 0))
     (refusal,) = [command for command in fleet.commands if isinstance(command, Refuse)]
-    assert refusal.refused.reason == "engine 'e9' is not configured; engines are: e0"
+    assert refusal.refused.reason == "engine 'e9' is neither configured nor admitted; engines are: e0"
     assert refusal.refused.retry
 
 
@@ -262,6 +262,31 @@ def test_writers_of_a_dirty_round_count_as_unclosed_until_they_say_otherwise(
     assert [(record.round, record.writer) for record in over] == ([(NAME, "trainer/0")] if closed else [])
     next_life = drive(records=[BEGAN, DIRTY, *fleet.written()])
     assert (next_life.fleet.unclosed == {}) is closed, "nor is it forgotten by the daemon after this one"
+
+
+def test_a_writer_that_was_replaced_comes_again_until_it_has_closed_its_grants(drive: Any) -> None:
+    """Nothing proves it dead, and its own word is as good as that of one that is taken in."""
+    fleet = drive(records=[BEGAN, DIRTY])
+    for generation, incarnation in ((7, 100), (8, 101)):
+        fleet.connect(
+            TRAINER, incarnation=incarnation, generation=generation, status=TrainerStatus(open_rounds=(NAME,))
+        )
+        fleet.loses(TRAINER)
+    replaced = "its trainer generation 7 was replaced by a newer start"
+    for still, again in (((NAME,), True), ((), False)):
+        fleet.connect(TRAINER, incarnation=100, generation=7, status=TrainerStatus(open_rounds=still))
+        assert refusals(fleet)[-1] == (replaced, "trainer", again)
+        assert any(pending.incarnation == 100 for pending in fleet.fleet.unclosed.values()) is again
+    assert [(record.round, record.writer) for record in fleet.written() if isinstance(record, GrantOver)] == [
+        (NAME, "trainer/0")
+    ]
+
+
+@pytest.mark.parametrize("hello", [{"schema": 99}, {"run_id": "another"}, {"incarnation": 101}])
+def test_the_word_of_somebody_else_closes_nothing(drive: Any, hello: dict[str, Any]) -> None:
+    fleet = drive(records=[BEGAN, DIRTY])
+    fleet.connect(TRAINER, **{"incarnation": 100, "status": TrainerStatus(), **hello})
+    assert set(fleet.fleet.unclosed) == {(TRAINER, NAME)}
 
 
 def test_a_grant_that_nobody_knows_may_reach_everybody_here(drive: Any) -> None:

@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 import pytest
-from fleets import policy_for
+from fleets import policy_for, trainer
 from weightsync.orchestrator.core.commands import Append, CallEngine
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call
@@ -13,7 +13,7 @@ from weightsync.orchestrator.core.records import Decided, LiveDirty
 from weightsync.orchestrator.core.round import endings, phases
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Quiesced
+from weightsync.orchestrator.protocol.messages import Exposed, Grant, Quiesced
 
 IN_ORDER = list(Phase)
 
@@ -47,6 +47,38 @@ def test_forward_they_follow_each_other_to_the_commit() -> None:
 )
 def test_each_deadline_is_the_settings_own(phase: Phase, seconds: float) -> None:
     assert phases.ROWS[phase].deadline(policy_for(["e0"], **DISTINCT)) == seconds
+
+
+@pytest.mark.parametrize(
+    ("phase", "stays_in", "goes_on_to"),
+    [
+        (Phase.PAUSING, Phase.QUIESCING, Phase.MARKING),
+        (Phase.QUIESCING, Phase.QUIESCING, Phase.MARKING),
+        (Phase.MARKING, Phase.EXPOSING, Phase.WRITING),
+        (Phase.EXPOSING, Phase.EXPOSING, Phase.WRITING),
+    ],
+)
+@pytest.mark.parametrize("returns", [True, False])
+def test_no_engine_is_given_to_writers_of_whom_one_has_no_connection(
+    drive: Any, phase: Phase, stays_in: Phase, goes_on_to: Phase, returns: bool
+) -> None:
+    """Dead and granted it would tear them all; that it is dead is known within a heartbeat."""
+    fleet, writer = drive(("e0", "e1")), trainer()
+    going = fleet.to(phase)
+    fleet.loses(writer)
+    fleet.to(stays_in)
+    word = Quiesced(round=going.name) if stays_in is Phase.QUIESCING else Exposed(round=going.name)
+    for member in fleet.ranks_of():
+        fleet.says(member, word)
+    assert going.phase is stays_in
+    if returns:
+        fleet.connect(writer)
+        assert fleet.round.phase is goes_on_to
+    else:
+        fleet.passes(fleet.policy.heartbeat)
+        assert fleet.fleet.round is None
+        assert [state.torn_by for state in fleet.fleet.engines.values()] == [None, None]
+    assert len(fleet.sent(writer, Grant)) == (returns and goes_on_to is Phase.WRITING)
 
 
 @pytest.mark.parametrize("phase", IN_ORDER)

@@ -26,5 +26,15 @@ def test_nobody_waits_for_writes_to_an_engine_that_is_gone(drive: Any) -> None:
     assert fleet.fleet.unclosed == {}
 
 
+def test_a_writer_without_a_connection_is_waited_for_while_it_owes_something(drive: Any) -> None:
+    fleet = drive()
+    going = fleet.to(Phase.WRITING)
+    assert list(waits.writers_away(going)) == []
+    fleet.loses(TRAINER)
+    assert list(waits.writers_away(going)) == [TRAINER]
+    going.final.add(TRAINER)
+    assert list(waits.writers_away(going)) == []
+
+
 def test_the_engine_of_a_worker_is_in_its_name() -> None:
     assert waits.engines_of(["e0/3", "rack/7", "e1"]) == {"e0", "rack", "e1"}

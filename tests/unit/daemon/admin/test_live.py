@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fleets import policy_for
-from weightsync.orchestrator.core.events import Asked
+from weightsync.orchestrator.core.events import Event
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
@@ -49,13 +50,14 @@ class Daemon:
             "markers": self,
             "layouts": lambda run: self.layouts if run == "glm" else None,
         }
-        self.asked: list[Asked] = []
+        self.asked: list[Event] = []
         self.views = LiveViews(
             settings=settings, fleet=self.fleet, history=self.history, journal=self.journal,
-            verbs=Verbs(self.fleet, Audit(settings.state_directory), self.ask, lambda: 1), **parts,
+            verbs=Verbs(self.fleet, Audit(settings.state_directory), self.ask, lambda: 1),
+            applications=Applications(self.fleet, self.ask, lambda: 1), **parts,
         )  # fmt: skip
 
-    async def ask(self, event: Asked) -> None:
+    async def ask(self, event: Event) -> None:
         self.asked.append(event)
 
 
@@ -105,6 +107,7 @@ async def test_they_are_served_to_whoever_bears_the_token(daemon: Daemon, settin
     paths = {resource.canonical for resource in app.router.resources()}
     assert paths == {
         "/healthz", "/status", "/rounds", "/metrics", "/plan/layouts", "/engines/{engine}/ready", "/verbs/{verb}",
+        "/engines",
     }  # fmt: skip
 
 

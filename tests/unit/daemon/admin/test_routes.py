@@ -1,6 +1,8 @@
 """The admin routes over real HTTP."""
 
+import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.admin import routes as admin
+from weightsync.orchestrator.daemon.admin.applications import ApplicationRefused
 from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
@@ -20,6 +23,7 @@ from weightsync.orchestrator.daemon.admin.views import (
     VersionView,
 )
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
+from weightsync.orchestrator.protocol.application import Admitted, Applicant, Application
 
 TOKEN = "t0ken-of-the-test"
 
@@ -142,7 +146,10 @@ class Obeying:
 
 async def post(url: str, body: bytes, token: str = TOKEN) -> tuple[int, bytes]:
     headers = {"Authorization": f"Bearer {token}"}
-    async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=headers) as response:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url, data=io.BytesIO(body), headers=headers) as response,
+    ):
         return response.status, await response.read()
 
 
@@ -160,3 +167,50 @@ async def test_verbs_are_posted_by_whoever_bears_the_token() -> None:
             status, text = await post(url + "/verbs/hold", body)
             assert (status, text.startswith(b"the body is no order")) == (400, True)
         assert len(verbs.asked) == 2
+
+
+class Taking:
+    """Takes in all engines but one."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Application, str]] = []
+
+    async def receive(self, application: Application, address: str) -> Admitted:
+        self.heard.append((application, address))
+        if application.engine.name == "bad":
+            raise ApplicationRefused(409, "name 'bad': no. Fix: none")
+        return Admitted(again_seconds=15.0)
+
+
+async def test_engines_apply_with_the_token() -> None:
+    applications: Any = Taking()
+    good = Application(run_id="glm", engine=Applicant(name="a", urls=tuple(f"http://h{n}" for n in range(64))))
+    bad = Application(run_id="glm", engine=Applicant(name="bad", urls=("http://h",)))
+    async with serving(admin.application_routes(applications, TOKEN)) as url:
+        answer = await post(url + "/engines", msgspec.json.encode(good))
+        assert answer == (200, b'{"again_seconds":15.0}')
+        assert applications.heard == [(good, "127.0.0.1")]
+        assert await post(url + "/engines", msgspec.json.encode(bad)) == (409, b"name 'bad': no. Fix: none\n")
+        wrong = await post(url + "/engines", msgspec.json.encode(good), "wrong")
+        assert wrong == (401, b"wrong or missing token\n")
+        long = msgspec.json.encode(good).replace(b"http://h1", b"http://h" + b"1" * 200_000)
+        for body in (b"", b"[]", b"\xff", b'{"run_id": "glm"}', b"[" * 20_000, long):
+            status, text = await post(url + "/engines", body)
+            assert (status, text.startswith(b"the body is no application: ")) == (400, True)
+        assert len(applications.heard) == 2
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "BODY_SECONDS", 0.01)
+    applications: Any = Taking()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with (
+        serving(admin.application_routes(applications, TOKEN)) as url,
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"}) as session,
+        session.post(url + "/engines", data=endless()) as response,
+    ):
+        assert (response.status, await response.text()) == (400, "the body has not come within 0.01 s\n")

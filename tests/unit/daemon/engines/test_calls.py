@@ -13,8 +13,10 @@ from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineRefused
 from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, RoundUpdate, Switch, Switched
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.settings.sections import EnginesAdmitSection, PauseSection
 from weightsync.orchestrator.settings.settings import load
 
 NAME, VERSION = RoundName(3, 9), Version(7, 42)
@@ -208,3 +210,49 @@ async def test_closing_gives_up_what_is_under_way(desk: Desk, monkeypatch: pytes
     await desk.engines.close()
     assert desk.reports == []
     assert desk.client.calls[-1] == ("close",)
+
+
+async def test_an_engine_that_was_admitted_is_called_where_it_is_now(desk: Desk, tmp_path: Path) -> None:
+    admitted = {"a0": Applicant(name="a0", urls=("http://127.0.0.1:2",))}
+    desk.engines._admitted = lambda: admitted
+    made: list[Any] = []
+
+    async def probed() -> Event:
+        desk.reports.clear()
+        desk.engines.call(CallEngine("a0", Call.PROBE, 8, 5.0))
+        await asyncio.gather(*desk.inbox._tasks)
+        await asyncio.sleep(0)
+        made.append(desk.engines._of_admitted["a0"][1] if "a0" in desk.engines._of_admitted else None)
+        return desk.reports[0]
+
+    assert isinstance(await probed(), CallDone)
+    assert isinstance(await probed(), CallDone)
+    assert made[0] is made[1]
+    admitted["a0"] = Applicant(name="a0", urls=("http://127.0.0.1:3",))
+    assert isinstance(await probed(), CallDone)
+    assert [client.setup.url for client in made[1:]] == ["http://127.0.0.1:2", "http://127.0.0.1:3"]
+    assert made[1].calls[-1] == ("close",)
+    settings = desk.engines._settings.model_copy(update={"pause": PauseSection(mode="wait")})
+    await desk.engines.replace({}, settings)
+    assert made[2].calls[-1] == ("close",)
+    assert isinstance(await probed(), CallDone)
+    assert made[3].setup.pause_mode == "wait"
+    admitted.clear()
+    gone = await probed()
+    assert isinstance(gone, CallFailed)
+    assert "it is no member any more" in gone.reason
+    assert made[4] is None
+    await desk.engines.close()
+    assert made[3].calls[-1] == ("close",)
+
+
+async def test_a_key_of_admitted_engines_that_cannot_be_read_is_a_report(desk: Desk, tmp_path: Path) -> None:
+    section = EnginesAdmitSection(names=("a*",), hosts=("h",), api_key_file=tmp_path / "absent")
+    desk.engines._settings = desk.engines._settings.model_copy(update={"engines_admit": section})
+    desk.engines._admitted = lambda: {"e1": Applicant(name="e1", urls=("http://127.0.0.1:2",))}
+    desk.engines.call(CallEngine("e1", Call.PROBE, 8, 5.0))
+    await asyncio.gather(*desk.inbox._tasks)
+    await asyncio.sleep(0)
+    (report,) = desk.reports
+    assert isinstance(report, CallFailed)
+    assert ("absent" in report.reason, report.fault) == (True, "config")
