@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu bench-gpu-flip bench-gpu-stall families changelog clean mutants bench-sim
+.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu bench-gpu-flip bench-gpu-stall families changelog clean mutants bench-sim bench-stall
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ format: setup ## let ruff mend what it can
 
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
+
+bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy and in live, beside its ordinary gaps
+	$(BENCH) tests/benchmarks/bench_stall.py
 
 bench-plan: setup ## JSON lines: planning for a trillion parameters
 	$(BENCH) tests/benchmarks/bench_plan.py

@@ -209,9 +209,7 @@ class ShadowRounds:
             else:
                 fault = fault or "engine"
                 log.error("%s: live memory is not what was verified (%s); torn", switch.version, why or "digest")
-                self._holdings.tear(True)
-                if self._weights.swaps:
-                    self._holdings.keep(None)
+                self._tear()
             words = [self._left(name, switch, fault, retry) for name in switch.rounds]
         for word in words:
             self._tell(word)
@@ -222,6 +220,12 @@ class ShadowRounds:
         self._holdings.committed(switch.version, *(previous or ()))
         if held:  # said since the switch, which had ended any hold before
             self._holdings.hold(True, because)
+
+    def _tear(self) -> None:
+        """What has landed in an arena is there still and can mend it; of pages nobody knows which are which."""
+        self._holdings.tear(True)
+        if self._weights.swaps:
+            self._holdings.keep(None)
 
     def _left(self, name: RoundName, switch: _Taken, fault: Fault = "", retry: bool = True) -> Left:
         return Left(
@@ -271,7 +275,7 @@ class ShadowRounds:
                 if isinstance(error, FlipFailed):
                     self._last = last  # what is served is whole, and what it was
                 else:
-                    self._holdings.tear(True)
+                    self._tear()
                 fault, retry = blame(error, "engine")
                 word = self._left(order.round, switch, fault, retry)
             self._tell(word)

@@ -22,7 +22,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,16 @@ class InferenceSide:
         return self._weights.layout, *self._weights.receivers.current.announcement()
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
-        await self._weights.connect(connect)
-        return {}
+        return await self._weights.connect(connect)
 
     def heard(self, message: FromDaemon) -> None:
+        match message:
+            case Expose() if self._may_be_written(message.round):
+                self._weights.receivers.current.begin(message.round)
+            case Verify() | Commit() | Abort():  # nobody writes any more, or nobody may
+                self._weights.receivers.current.end(message.round)
+            case _:
+                pass
         match message:
             case Hold():
                 status = self._windows.holdings.hold(message.held, message.reason)
@@ -69,6 +75,10 @@ class InferenceSide:
                     self._link.say_once(Left(round=message.round, status=changed))
             case _:
                 pass
+
+    def _may_be_written(self, name: RoundName) -> bool:
+        """Live memory only while the worker stands still for that round."""
+        return self._weights.layout.lands != "live" or self._windows.holdings.status.window == name
 
     def poll(self) -> bool:
         for receiver in self._weights.receivers:

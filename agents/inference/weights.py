@@ -1,6 +1,7 @@
 """The weights of one inference rank as a round sees them: live memory, what lands beside it, and how bytes come in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -8,9 +9,11 @@ import torch
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import LiveModel, PagedModel
 from weightsync.agents.memory.arena import arena, region_of
-from weightsync.agents.tables.runs import digest_table, table_bytes
+from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
+from weightsync.kernels.copy import PreparedCopy
+from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
 from weightsync.orchestrator.protocol.layout import Lands, Layout, Matrix
@@ -23,6 +26,19 @@ class NotLanded(AgentError):
 
     fault: Fault = "daemon"
     retry = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What lands by one plan: its ``copies`` in the landing, their digest there, and the way to their rows.
+
+    A plan may be replaced between the digest and the switch, after a restart of the daemon for one; what has landed by
+    the one before stays where that says.
+    """
+
+    copies: Matrix
+    digest: PreparedDigest
+    scatter: PreparedCopy
 
 
 class LiveWeights:
@@ -60,7 +76,8 @@ class LiveWeights:
         self.receivers: Ends[Receiver] = Ends(lambda transport: transport.receiver(self._target()))
         self.layout: Layout
         self.bytes: int
-        self._landed_digest: tuple[Matrix, PreparedDigest] | None
+        self._known: _Arrival | None
+        self._arrival: _Arrival | None
         self._standby_digest: PreparedDigest | None
         self._adopt(model)
 
@@ -75,9 +92,9 @@ class LiveWeights:
         lands = self._lands if self.receivers.current.lands_beside else "live"
         self.layout = msgspec.structs.replace(self.layout, lands=lands)
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``Receiver.connect``."""
-        await self.receivers.current.connect(connect)
+        return await self.receivers.current.connect(connect)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""
@@ -99,7 +116,14 @@ class LiveWeights:
         Raises:
             NotLanded: less than all of ``version`` is there.
         """
-        return self._standby()() if self.swaps else self._landed()()
+        if self.swaps:
+            self.arrive(version)  # what has not passed the landing is brought to standby, too
+            return self._standby()()
+        self._arrival = None
+        arrival = self._landed()
+        digest = arrival.digest()
+        self._arrival = arrival
+        return digest
 
     def take(self, version: Version) -> None:
         """See ``Landed.take``."""
@@ -107,18 +131,20 @@ class LiveWeights:
         if self.swaps and isinstance(model, PagedModel):
             model.flip()
             model.refresh()
-        else:
-            self.arrive(version)
+            return
+        assert self._arrival is not None, "only what was digested is taken"
+        self._arrival.scatter()
+        model.refresh()
 
-    def _landed(self) -> PreparedDigest:
-        copies = self.receivers.current.landed
-        known = self._landed_digest
-        if known is None or known[0] is not copies:
+    def _landed(self) -> "_Arrival":
+        copies, known = self.receivers.current.landed, self._known
+        if known is None or known.copies is not copies:
             table = digest_table(copies, self.layout, landed=True)
             if (found := table_bytes(table)) != self.bytes:
                 raise NotLanded(f"{found} bytes land by the present plan, and this rank has {self.bytes}")
-            self._landed_digest = known = (copies, prepare_digest(self._tensors, table))
-        return known[1]
+            scatter = prepare_copy(self._tensors, self._tensors, scatter_table(copies, self.layout))
+            self._known = known = _Arrival(copies, prepare_digest(self._tensors, table), scatter)
+        return known
 
     def _standby(self) -> PreparedDigest:
         if self._standby_digest is None:
@@ -145,7 +171,7 @@ class LiveWeights:
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
         self._digest = prepare_digest(self._tensors, table)
-        self._landed_digest = self._standby_digest = None
+        self._known = self._arrival = self._standby_digest = None
         self.bytes = table_bytes(table)
 
     def _written(self) -> tuple[torch.Tensor, ...]:
@@ -157,7 +183,12 @@ class LiveWeights:
 
     def _target(self) -> TargetMemory:
         model = self._model
-        return TargetMemory(self._name, self._device, self.layout, self._written(), model.refresh, model.load)
+        refresh = _nothing if self.swaps else model.refresh  # of standby nothing is derived; ``take`` refreshes
+        return TargetMemory(self._name, self._device, self.layout, self._written(), refresh, model.load)
+
+
+def _nothing() -> None:
+    """See its use."""
 
 
 def landing_arenas(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:

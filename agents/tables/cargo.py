@@ -25,8 +25,8 @@ class CutTable(NamedTuple):
 
 def landed(copies: Matrix, berths: Sequence[Berth | None]) -> Matrix:
     """Copies ``[n, COPY_COLUMNS]`` of a reader with their places in its landing instead of in their edge's cargo; only
-    those of edges all of whose cargo has a place there. ``berths`` are those of the peers."""
-    whole = np.array([berth is not None and not berth.wraps for berth in berths], np.bool_)
+    those of edges whose cargo stays there. ``berths`` are those of the peers."""
+    whole = np.array([berth is not None and not berth.passes for berth in berths], np.bool_)
     offset = np.array([berth.offset if berth is not None else 0 for berth in berths], np.int64)
     peer = copies[:, COPY_PEER]
     found = copies[whole[peer]].copy()
@@ -37,12 +37,12 @@ def landed(copies: Matrix, berths: Sequence[Berth | None]) -> Matrix:
 def plain_runs(runs: Matrix, berth: Berth | None) -> Matrix:
     """Those of an edge's runs that are the same bytes to the same place in every round, with their place at the peer.
 
-    What leaves its slot for a berth that is gone through again is none of them.
+    What leaves its slot for a berth that it only passes is none of them.
     """
     if berth is None:
         return runs
     lands = runs[:, RUN_REMOTE_REGION] == berth.region
-    if berth.wraps:
+    if berth.passes:
         plain: Matrix = runs[~lands]
         return plain
     placed = runs.copy()

@@ -26,9 +26,11 @@ batches, *agent* is the agent's own event loop (``link.thread``).
       of ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
       will be written to it. One whose bytes cannot be taken back (its time is over, or ``stop`` has named it) is given
       up: ``write`` does not wait for it, and its end is told from ``poll``.
-   c. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
+   c. ``Receiver.begin(round_name)`` and ``end(round_name)`` (agent): around the time in which writers are granted; in
+      between, what passes the landing is brought to its rows chunk by chunk.
+   d. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
       holds the version, derived tensors included; the digest that follows proves it.
-   d. A rank may be granted the same version again, after a failed attempt.
+   e. A rank may be granted the same version again, after a failed attempt.
 
 6. ``poll()`` (agent): every millisecond or two while a grant is open on this side, and every ten otherwise.
    ``Sender.in_flight()``: the peers that were given up and that bytes may still reach, read from the slots. As long as
@@ -187,12 +189,24 @@ class Receiver(Protocol):
         """Name and metadata of this end for its peers."""
         return "", b""
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """Prepare what ``arrive`` will need.
+
+        Returns:
+            The peers whose bytes cannot be taken now, and why; a later call with the same Connect tries again.
 
         Raises:
             AgentError: the copies do not fit this rank's layout.
         """
+        return {}
+
+    def begin(self, round_name: RoundName) -> None:
+        """Writers of this round may be granted from now on, and of no other: what still comes of others is not let
+        near the rows. On the agent's thread, before the daemon is told Exposed; again changes nothing."""
+
+    def end(self, round_name: RoundName) -> None:
+        """All writers of this round have finished, or it is over; for another than the one that began it does
+        nothing. On the agent's thread."""
 
     @abstractmethod
     def renew(self, memory: TargetMemory) -> None:

@@ -65,10 +65,20 @@ def drain(core: Any) -> None:
     if step is None:
         raise SwitchRefused("weightsync: batches are in flight in an engine core without a loop; let them end first")
     for _ in range(MAX_DRAIN_STEPS):
-        step()
+        try:
+            step()
+        except Exception:
+            _end(core)  # as the core's own loop does when a step fails; a call's failure alone would hide it
+            raise
         if not core.batch_queue:
             return
     raise SwitchRefused(f"weightsync: batches are still in flight after {MAX_DRAIN_STEPS} steps without a new one")
+
+
+def _end(core: Any) -> None:
+    from vllm.v1.engine import EngineCoreRequestType
+
+    core.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
 
 
 def _perform(core: Any, order: SwitchInfo) -> LastSwitch:

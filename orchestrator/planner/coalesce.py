@@ -5,8 +5,8 @@ is *packed* if the sender gathers it first; else it leaves its slot as it lies t
 cargo. Into the live memory of one, a piece that goes straight costs ``runs * alpha``, as far as its ``bytes / beta`` on
 the wire do not hide them; one that is packed costs ``bytes / pack rate`` for gathering and scattering.
 
-Cargo may be longer than both sides' memory for it: its *berth* in the target's landing is then gone through again and
-again. Nothing ends packing but a landing without room for a chunk.
+Cargo may be longer than both sides' memory for it: it then *passes* its *berth* in the target's landing, whose places
+are written again and again. Nothing ends packing but a landing without room for a chunk.
 """
 
 from collections.abc import Sequence
@@ -137,7 +137,7 @@ def _berths(
             if size > part:
                 chunk = min(chunk, max(part // PLACES, BERTH_ALIGNMENT) // BERTH_ALIGNMENT * BERTH_ALIGNMENT)
             places = -(-size // chunk) if size <= part else part // chunk
-            berths[edge] = Berth(layout.staging, offset, chunk, places, size)
+            berths[edge] = Berth(layout.staging, offset, chunk, places, size, size > part or layout.lands == "flip")
     return tuple(berths)
 
 

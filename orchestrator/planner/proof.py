@@ -156,7 +156,9 @@ class Proof:
         good = known == list(table.berths) and all(berth.region == layout.staging for berth in berths)
         good &= all(left.end <= right.offset for left, right in pairwise(berths))
         good &= not berths or (berths[0].offset >= 0 and berths[-1].end <= landing_length(layout))
-        good &= layout.lands != "copy" or not any(berth.wraps for berth in berths)
+        # What is copied stays where it lands; what passes on from there may go through a berth of any length.
+        good &= all(berth.passes or not berth.wraps for berth in berths)
+        good &= layout.lands != "copy" or not any(berth.passes for berth in berths)
         if not good:
             raise ProofFailed(f"berths of {member} overlap, leave its landing, or are not those of its sources", member)
 

@@ -40,13 +40,15 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 
 class Berth(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where an edge's cargo of ``bytes`` lands: ``places`` places of ``chunk_bytes`` each, from ``offset`` bytes of the
-    target's region ``region`` on. Chunk k of the cargo lands in place ``k % places``."""
+    target's region ``region`` on. Chunk k of the cargo lands in place ``k % places``. ``passes``: each chunk is
+    scattered as it lands, and a place is written again only when that is done; else the cargo stays where it lands."""
 
     region: Count
     offset: Count
     chunk_bytes: Positive
     places: Positive
     bytes: Count
+    passes: bool = False
 
     @property
     def chunks(self) -> int:
@@ -55,7 +57,7 @@ class Berth(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def wraps(self) -> bool:
-        """Whether places are used again: a chunk may then be written only when the one before it was scattered."""
+        """Whether places are used again."""
         return self.chunks > self.places
 
     def place(self, chunk: int) -> int:

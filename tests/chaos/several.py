@@ -48,6 +48,7 @@ class StandIn:
     before: Sequence[str] = ()
     """Words before the command, such as ``ip netns exec``."""
     host: str = HOST
+    mode: str = "live"
     process: Process | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +62,8 @@ class StandIn:
         script = Path(__file__).with_name("standin_server.py")
         command = [*self.before, sys.executable, str(script), str(self.port), str(self.config), str(self.said)]
         environment = {
-            **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1", "WEIGHTSYNC_LANDING_MIB": "1",
+            **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1",
+            "WEIGHTSYNC_MODE": self.mode, "WEIGHTSYNC_LANDING_MIB": "1" if self.mode == "live" else "",
             "STANDIN_HOST": self.host, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         self.process = Process(command, self.directory / f"{self.name}.log", environment).start()

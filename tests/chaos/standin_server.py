@@ -3,7 +3,7 @@
 Its main thread is engine core and worker in one: it performs calls one at a time and, while it is not paused, takes
 *steps* between them. A step reads the whole weight memory and writes one line, "<monotonic seconds> <sha256>", to the
 file SAID. No gate keeps a step from reading torn memory: that nobody resumes such an engine is what is tested. A resume
-is refused as by ``agents.vllm.hold``.
+is refused as by ``agents.vllm.hold``, and a switch takes place as by ``agents.vllm.boundary``.
 
 Arguments: port, config.json of the model, SAID.
 """
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tiny_models import model_shapes
 from weightsync.agents.inference.agent import InferenceAgent
-from weightsync.agents.inference.calls import InitInfo, UpdateInfo
+from weightsync.agents.inference.calls import InitInfo, UpdateInfo, parse_switch_info
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
@@ -99,6 +99,8 @@ class Engine:
                 return {"is_paused": self._paused}
             case "/pause":
                 self._paused = True
+            case "/collective_rpc" if body["method"] == "weightsync_switch":
+                return {"results": [self._switch(body["kwargs"])]}
             case "/collective_rpc":
                 self._resume(body["kwargs"]["incarnations"])
             case "/init_weight_transfer_engine":
@@ -113,6 +115,17 @@ class Engine:
                 self._require(self._open or self._agent.may_run, "weightsync: call /start_weight_update first")
                 self._open = False
         return {"status": "ok"}
+
+    def _switch(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        order, began = parse_switch_info(kwargs), time.monotonic()
+        me = self._agent.incarnation
+        self._require(order.incarnations == {0: me}, f"weightsync: this is {me}, not {order.incarnations}")
+        reason = self._agent.switchable(order)
+        self._require(not reason, f"weightsync: {order.version} is not served: {reason}")
+        before, self._paused = self._paused, True
+        self._agent.switch(order)
+        self._paused = before
+        return {"paused": self._paused, "seconds": time.monotonic() - began}
 
     def _resume(self, incarnations: dict[str, int]) -> None:
         me = self._agent.incarnation

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from serving import VllmServer
+from streams import Streams, require_whole_versions
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PROMPT = (5, 6, 7, 8)
 TOKENS = 160
-SEEN = 12
-"""Tokens that a client has got when the switch is asked for; enough are left to be made after it."""
 
 
 @dataclass
@@ -64,13 +63,6 @@ def engine(request: pytest.FixtureRequest, qwen3: Path, tmp_path: Path) -> Any:
         yield Switchable(server, flag)
 
 
-def streamed(server: VllmServer, seen: threading.Event, into: list[int]) -> None:
-    for chunk in server.stream(PROMPT, TOKENS):
-        into += chunk
-        if len(into) >= SEEN:
-            seen.set()
-
-
 def test_streams_go_on_across_the_switch_with_tokens_of_whole_versions(engine: Switchable) -> None:
     old = [*engine.server.complete(PROMPT, TOKENS).tokens]
     assert 0 not in old
@@ -82,26 +74,13 @@ def test_streams_go_on_across_the_switch_with_tokens_of_whole_versions(engine: S
     assert not engine.server.is_paused(), "nothing was changed"
     engine.flag.with_suffix(".empty0").unlink()
     engine.flag.with_suffix(".empty1").unlink()
-    streams: list[list[int]] = [[] for _ in range(3)]
-    seen = [threading.Event() for _ in streams]
-    clients = [
-        threading.Thread(target=streamed, args=(engine.server, *each)) for each in zip(seen, streams, strict=True)
-    ]
-    for client in clients:
-        client.start()
-    assert all(event.wait(60) for event in seen)
-    status, body = engine.switch(2)
+    with Streams(engine.server, [PROMPT] * 3, TOKENS) as streams:
+        status, body = engine.switch(2)
     assert status == 200, body
     (answer,) = body["results"]
     assert not answer["paused"]
     assert 0.0 < answer["seconds"] < 5.0
-    for client in clients:
-        client.join(60)
-    for tokens in streams:
-        assert len(tokens) == TOKENS
-        switched = tokens.index(0)
-        assert SEEN <= switched < TOKENS
-        assert tokens == old[:switched] + [0] * (TOKENS - switched)
+    require_whole_versions(streams, old)
     assert engine.switch(2) == (200, {"results": [answer]}), "asked again, it changes nothing"
     for _ in range(4):  # whichever replica answers
         assert engine.server.complete(PROMPT, 4).tokens == (0, 0, 0, 0)

@@ -223,6 +223,8 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     region = torch.zeros(1 << 24, dtype=torch.uint8, device=CUDA)
     table = arena_table(1 << 22, 3)
     digest([region], table)
+    for shift in (0, 16, 1 << 20):
+        copy_module.prepare([region], [torch.zeros(1 << 25, dtype=torch.uint8, device=CUDA)], table)(shift)
     whole = np.array([[region.numel(), 0, 0, digest_module.tensor_key("x"), 0, *[1, 0, 0] * 3]])
     for name in ELEMENTS:
         digest_module.prepare([region], whole, np.array([CODES[name]]))()

@@ -80,7 +80,7 @@ def make_cargo(
     if berth.region >= len(remote) or berth.end > remote[berth.region].length:
         raise EdgeError(f"a berth of {berth.end} bytes in region {berth.region} of {len(remote)}, which has fewer")
     packing = cut_packing(pack_table(copies, layout), berth.chunk_bytes)
-    lands = runs[runs[:, RUN_REMOTE_REGION] == berth.region] if berth.wraps else runs[:0]
+    lands = runs[runs[:, RUN_REMOTE_REGION] == berth.region] if berth.passes else runs[:0]
     straight = cut_runs(lands, berth.chunk_bytes)
     numbers = np.union1d(packing.chunk, straight.chunk).tolist()
     if not numbers:

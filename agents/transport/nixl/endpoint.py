@@ -172,9 +172,7 @@ class NixlEndpoint:
             return True
         if peer_name not in self._words:
             raise NixlError(f"{self.rank}: {peer_name} is not connected")
-        [word] = self._words[peer_name].transfers
-        again = nixl_edge.ask if word.pending else nixl_edge.post
-        state, cause = again(word, self._agent, self._bindings)
+        state, cause = self._probe(peer_name)
         if state == "ERR":
             kind, reason, fault = nixl_edge.refusal(cause, self._bindings)
             tensor = "the first word"
@@ -273,6 +271,7 @@ class NixlEndpoint:
             ended=ended,
             loading=loading,
             listen=self._listen,
+            probe=self._probe,
             max_gb_per_second=self._settings.max_gb_per_second,
         )
         self._writers.append(writer)
@@ -360,6 +359,11 @@ class NixlEndpoint:
                 notice = decode(message)
                 if notice is not None:
                     self.heard(peer, notice)
+
+    def _probe(self, peer_name: str) -> tuple[nixl_edge.State, Exception | None]:
+        """How a word to a peer's scratch memory stands, posted anew if the last one has arrived."""
+        [word] = self._words[peer_name].transfers
+        return (nixl_edge.ask if word.pending else nixl_edge.post)(word, self._agent, self._bindings)
 
     def _warn_without_gpu_direct(self, regions: Sequence[Region]) -> None:
         if not self._by_nic:

@@ -1,7 +1,7 @@
-"""One write of an edge's cargo: chunks are packed, posted, and where their berth is gone through again, waited for.
+"""One write of an edge's cargo: chunks are packed, posted, and where they only pass the peer's landing, waited for.
 
-Chunk k is packed while those before it are on the wire. Where the peer's landing is smaller than the cargo, it is
-written when the peer has said that the chunk in its place was scattered.
+Chunk k is packed while those before it are on the wire. Where it passes the landing, it is written when the peer has
+said that the chunk in its place was scattered, and the write is over when the peer has said so of all.
 """
 
 import asyncio
@@ -88,7 +88,7 @@ class Flow:
 
     @property
     def _unscattered(self) -> int:
-        return len(self._cargo.chunks) - len(self._scattered) if self._cargo.berth.wraps else 0
+        return len(self._cargo.chunks) - len(self._scattered) if self._cargo.berth.passes else 0
 
     def scattered(self, chunk: int) -> None:
         """The peer has said so of ``chunk``: its place is free."""
@@ -121,7 +121,7 @@ class Flow:
     def _may_land(self, chunk: CargoChunk) -> bool:
         berth = self._cargo.berth
         before = chunk.number - berth.places
-        return not berth.wraps or before < 0 or before in self._scattered
+        return not berth.passes or before < 0 or before in self._scattered
 
     def give(self, place: int) -> None:
         """The write from ``place`` has ended."""

@@ -27,7 +27,7 @@ class Loading:
     def notice(self, edge: Edge, chunk: CargoChunk) -> bytes:
         """What the peer is told with the bytes of ``chunk``: nothing if all of the cargo stays where it lands."""
         assert edge.cargo is not None
-        return encode(Notice("landed", self.round, chunk.number)) if edge.cargo.berth.wraps else b""
+        return encode(Notice("landed", self.round, chunk.number)) if edge.cargo.berth.passes else b""
 
     def heard(self, peer: str, notice: Notice) -> None:
         """What a peer says of this round: that a chunk was scattered."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weightsync.agents.transport.nixl.cargo import CargoChunk
-from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer, ask, load, post, refusal, unload
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, State, Transfer, ask, load, post, refusal, unload
 from weightsync.agents.transport.nixl.errors import DeadlineError, ImplausibleRateError, StoppedError, TransferError
 from weightsync.agents.transport.nixl.flow import Flow
 from weightsync.agents.transport.nixl.loader import Bindings
@@ -39,6 +39,9 @@ the copy of a chunk takes: beside a training loop that is bound by Python, a wri
 
 HALF_MICROSECOND: Final = 5e-7
 """Python cuts the interval to whole microseconds; without it, what is put back could be one less each time."""
+
+PROBE_SECONDS: Final = 0.5
+"""Between two looks at whether a peer is there whose word is waited for."""
 
 BYTES_PER_GB: Final = 10**9
 
@@ -70,6 +73,8 @@ class _Progress:
     waiting: deque[Transfer]
     descriptors: int
     flow: Flow | None = None
+    looked: float = 0.0
+    """When something moved last, or the peer was looked after."""
     in_flight: list[Transfer] = field(default_factory=list)
     bytes_in_flight: int = 0
     bytes_done: int = 0
@@ -102,6 +107,7 @@ class Writer:
         ended: told once of each edge.
         loading: how the edges' cargo is packed, and what is told the peers of its chunks; None where there is none.
         listen: hears what peers have said, which NIXL keeps until it is asked for.
+        probe: whether a peer is there, as the state of a word to it.
         max_gb_per_second: what no edge can exceed, in 10^9 bytes per second; None: not judged.
     """
 
@@ -116,6 +122,7 @@ class Writer:
         ended: Ended,
         loading: Loading | None = None,
         listen: Callable[[], None] = lambda: None,
+        probe: Callable[[str], tuple[State, Exception | None]] = lambda peer: ("DONE", None),
         max_gb_per_second: float | None = None,
     ) -> None:
         self._rank = rank
@@ -126,6 +133,7 @@ class Writer:
         self._ended = ended
         self._loading = loading
         self._listen = listen
+        self._probe = probe
         self._max_gb_per_second = max_gb_per_second
         self._all: list[_Progress] = []
 
@@ -150,14 +158,18 @@ class Writer:
             turn_ends = time.monotonic() + TURN_SECONDS
             self._listen()
             for progress in self._all:
-                if progress.active:
-                    if self._turn(progress, turn_ends):
-                        eager_until = time.monotonic() + EAGER_SECONDS
-                    self._conclude(progress)
+                if progress.active and self._turn(progress, turn_ends):
+                    eager_until = time.monotonic() + EAGER_SECONDS
+                    progress.looked = time.monotonic()
+                elif progress.active and not progress.in_flight:
+                    self._look_after(progress)
+                self._conclude(progress)
                 if time.monotonic() >= turn_ends:
                     await asyncio.sleep(0)
                     turn_ends = time.monotonic() + TURN_SECONDS
             await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
+        for progress in self._all:  # a peer's last word may have come to whoever else polls
+            self._conclude(progress)
 
     def stop(self, peers: Collection[str], reason: str) -> None:
         """Post nothing more to ``peers``."""
@@ -196,7 +208,7 @@ class Writer:
     def _begin(self, edge: Edge) -> _Progress:
         descriptors = sum(transfer.descriptors for transfer in edge.transfers)
         progress = _Progress(edge, deque(edge.transfers), descriptors, started=time.monotonic())
-        progress.ended = progress.started
+        progress.ended = progress.looked = progress.started
         if edge.tainted:
             # Its handles cannot be posted again, and the old bytes could land on top of the new ones.
             before = edge.last_error
@@ -243,7 +255,7 @@ class Writer:
         except self._bindings.errors as error:
             transfer = progress.edge.loads[-1]
             self._given_back(progress, transfer)
-            self._refused(progress, transfer, error)
+            self._refused(progress, transfer.where(), error)
             return
         progress.descriptors += transfer.descriptors
         self._post(progress, transfer)
@@ -253,7 +265,7 @@ class Writer:
         if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
         elif state == "ERR":
-            self._refused(progress, transfer, cause)
+            self._refused(progress, transfer.where(), cause)
         if transfer.pending:
             progress.in_flight.append(transfer)
             progress.bytes_in_flight += transfer.bytes
@@ -272,11 +284,21 @@ class Writer:
             if state == "DONE":
                 self._done(progress, transfer)
             else:
-                self._refused(progress, transfer, cause)
+                self._refused(progress, transfer.where(), cause)
             self._given_back(progress, transfer)
         moved = len(still) < len(progress.in_flight)
         progress.in_flight = still
         return moved
+
+    def _look_after(self, progress: _Progress) -> None:
+        """Of a peer whose word is waited for, and to which nothing is on its way, NIXL would not tell that it is
+        gone."""
+        if time.monotonic() - progress.looked < PROBE_SECONDS:
+            return
+        progress.looked = time.monotonic()
+        state, cause = self._probe(progress.edge.peer)
+        if state == "ERR":
+            self._refused(progress, progress.flow.waits_for() if progress.flow is not None else "", cause)
 
     def _done(self, progress: _Progress, transfer: Transfer) -> None:
         progress.bytes_done += transfer.bytes
@@ -289,13 +311,13 @@ class Writer:
             if progress.flow is not None:
                 progress.flow.give(transfer.place)
 
-    def _refused(self, progress: _Progress, transfer: Transfer, cause: Exception | None) -> None:
+    def _refused(self, progress: _Progress, where: str, cause: Exception | None) -> None:
         """NIXL has ended a transfer without its bytes; the rest of the edge will not be posted."""
         progress.edge.broken = True
         progress.waiting.clear()
         if progress.error is None:
             kind, reason, fault = refusal(cause, self._bindings)
-            progress.error = self._error(kind, progress, transfer.where(), reason, fault, retry=True)
+            progress.error = self._error(kind, progress, where, reason, fault, retry=True)
             progress.error.__cause__ = cause
             if progress.flow is not None:
                 progress.flow.stop()

@@ -79,7 +79,7 @@ def test_cargo_of_any_length_is_packed_and_its_berth_gone_through_again():
     place, packed, berths = loaded([0] * 80, [0] * 80, [50] * 80, 4096, [1024])
     assert place == list(range(0, 5120, 64))
     assert all(packed)
-    assert berths == (Berth(1, 0, 256, 4, 5120),)
+    assert berths == (Berth(1, 0, 256, 4, 5120, passes=True),)
     assert (berths[0].chunks, berths[0].wraps, berths[0].end) == (20, True, 1024)
     assert [berths[0].place(chunk) for chunk in (0, 3, 4, 19)] == [0, 768, 0, 768]
 
@@ -97,7 +97,11 @@ def test_of_a_landing_that_is_too_small_each_edge_has_what_it_wants_or_what_the_
         np.array(edges), np.array(edges, np.int32), np.zeros(122, np.int32), np.array(sizes), np.ones(122, np.int64),
         COST, [decoded(trainer(n), 8192) for n in range(3)], [decoded(engine_rank("e"), 4096)],
     )  # fmt: skip
-    assert cargo.berths == (Berth(1, 0, 1024, 1, 32), Berth(1, 256, 512, 4, 5120), Berth(1, 2304, 256, 7, 2560))
+    assert cargo.berths == (
+        Berth(1, 0, 1024, 1, 32),
+        Berth(1, 256, 512, 4, 5120, True),
+        Berth(1, 2304, 256, 7, 2560, True),
+    )
 
 
 def test_runs_longer_than_a_chunk_are_not_packed():
@@ -116,15 +120,19 @@ def test_into_a_shadow_engine_everything_lands_packed_first(lands):
     place, packed, berths = loaded([0] * 3, [0] * 3, [500, 30, 40], 1 << 20, [1 << 20], lands)
     assert place == [80, 0, 32]
     assert packed == [False, True, True]
-    assert berths == (Berth(1, 0, 1 << 17, 1, 592),)
-    assert loaded([0], [0], [500], 0, [1 << 20], lands) == ([0], [False], (Berth(1, 0, 8 << 20, 1, 512),))
+    assert berths == (Berth(1, 0, 1 << 17, 1, 592, lands == "flip"),)
+    assert loaded([0], [0], [500], 0, [1 << 20], lands) == (
+        [0],
+        [False],
+        (Berth(1, 0, 8 << 20, 1, 512, lands == "flip"),),
+    )
 
 
 def test_a_ring_in_front_of_pages_is_gone_through_again():
     place, packed, berths = loaded([0] * 5, [0] * 5, [1000] * 5, 1 << 20, [2048], "flip")
     assert place == [0, 1008, 2016, 3024, 4032]
     assert not any(packed)
-    assert berths == (Berth(1, 0, 512, 4, 5040),)
+    assert berths == (Berth(1, 0, 512, 4, 5040, passes=True),)
 
 
 @pytest.mark.parametrize(("lands", "room", "words"), [

@@ -69,7 +69,7 @@ def test_packed_transfers_of_an_edge_count_once_for_each_chunk():
     catalogue = make_catalogue([party_of(trainer(0), norms, staging=1 << 16)])
     targets = (party_of(engine_rank("e"), norms, staging=2048),)
     engine = plan_engine(catalogue, targets, CostModel(), np.zeros(1, np.int64))
-    assert engine.berths == (Berth(1, 0, 512, 4, 6400),)
+    assert engine.berths == (Berth(1, 0, 512, 4, 6400, passes=True),)
     assert engine.descriptors().sum() == 13
 
 

@@ -9,6 +9,7 @@ from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.window import UpdateFailed
+from weightsync.agents.memory.errors import FlipFailed, PagesTorn
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     EngineStatus,
@@ -393,3 +394,30 @@ def test_pages_that_differ_after_a_flip_leave_nothing_in_standby() -> None:
     worker.switches(SECOND, NEW)
     worker.computes()
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=OLD, torn=True), fault="engine")
+
+
+def test_a_flip_that_the_driver_refuses_leaves_both_versions_where_they_are() -> None:
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.words()
+    worker.memory.failure = FlipFailed("cuMemMap: out of memory")
+    with pytest.raises(FlipFailed):
+        worker.switches(SECOND, NEW)
+    whole = EngineStatus(applied=OLD, standby=NEW, standby_digest=(2, 22))
+    assert worker.words() == [Left(round=SECOND, status=whole, fault="engine")]
+    assert worker.holdings.may_run
+    worker.memory.failure = None
+    worker.switches(THIRD, NEW)
+    worker.computes()
+    assert worker.status == EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
+
+
+def test_pages_that_are_torn_leave_nothing_in_standby() -> None:
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.memory.failure = PagesTorn("cuMemMap")
+    with pytest.raises(PagesTorn):
+        worker.switches(SECOND, NEW)
+    assert worker.status == EngineStatus(applied=OLD, torn=True)

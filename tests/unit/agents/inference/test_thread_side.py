@@ -33,6 +33,8 @@ class Receivers:
     def __init__(self) -> None:
         self.current = self
         self.connects: list[Connect] = []
+        self.failed: dict[Member, Exception] = {}
+        self.rounds: list[tuple[str, RoundName]] = []
         self.polls = 0
 
     def __iter__(self) -> Any:
@@ -41,8 +43,15 @@ class Receivers:
     def announcement(self) -> tuple[str, bytes]:
         return "a/0-77", b"card"
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> dict[Member, Exception]:
         self.connects.append(connect)
+        return self.failed
+
+    def begin(self, round_name: RoundName) -> None:
+        self.rounds.append(("begin", round_name))
+
+    def end(self, round_name: RoundName) -> None:
+        self.rounds.append(("end", round_name))
 
     def poll(self) -> None:
         self.polls += 1
@@ -82,8 +91,10 @@ def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> No
 
 async def test_a_connect_goes_to_the_receiver(rank: Any) -> None:
     connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
-    await rank.side.connect(connect)
+    assert await rank.side.connect(connect) == {}
     assert rank.receivers.connects == [connect]
+    rank.receivers.failed = {Member("trainer", "", 0): RuntimeError("out of reach")}
+    assert await rank.side.connect(connect) == rank.receivers.failed
 
 
 def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
@@ -113,6 +124,24 @@ def test_where_versions_land_beside_live_memory_they_reach_the_shadow_alone(rank
     for word in (*words, Outcome(version=VERSION, committed=True)):
         rank.side.heard(word)
     assert rank.shadow.words == words
+
+
+def test_bytes_are_let_near_live_memory_only_while_the_worker_stands_still_for_their_round(rank: Any) -> None:
+    rank.side.heard(Expose(round=ROUND))
+    assert rank.receivers.rounds == [], "it serves"
+    rank.windows.holdings.status = EngineStatus(window=ROUND)
+    rank.side.heard(Expose(round=RoundName(1, 2)))
+    assert rank.receivers.rounds == []
+    rank.side.heard(Expose(round=ROUND))
+    rank.side.heard(Verify(round=ROUND, version=VERSION, deadline_seconds=1.0))
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a writer was lost"))
+    assert rank.receivers.rounds == [("begin", ROUND), ("end", ROUND), ("end", ROUND)]
+
+
+def test_beside_live_memory_they_are_let_in_while_it_serves(rank: Any) -> None:
+    rank.weights.layout = Layout((), (), b"", lands="flip")
+    rank.side.heard(Expose(round=ROUND))
+    assert rank.receivers.rounds == [("begin", ROUND)]
 
 
 def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> None:

@@ -82,7 +82,7 @@ def test_runs_are_cut_at_borders():
     assert cut.rows[:, [0, 1, 3]].tolist() == [[0, 1, 3]] * 4
 
 
-WHOLE, AGAIN = Berth(3, 4096, 256, 8, 2048), Berth(3, 8192, 256, 2, 2048)
+WHOLE, AGAIN = Berth(3, 4096, 256, 8, 2048), Berth(3, 8192, 256, 8, 2048, passes=True)
 
 
 @pytest.mark.parametrize(

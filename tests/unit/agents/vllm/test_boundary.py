@@ -1,5 +1,8 @@
 """The switch between two steps of an engine core, on fakes; tests/e2e/test_shadow.py has the real thing."""
 
+import sys
+from queue import Queue
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +121,26 @@ def test_batches_in_flight_end_before_any_worker_is_asked(core_class: type[Engin
     core.collective_rpc(boundary.SWITCH, kwargs=order())
     assert states == [PauseState.PAUSED_ALL] * 2, "no batch joins them"
     assert calls(core) == [["switch"], ["switch"]]
+
+
+def test_a_step_that_fails_ends_the_core_as_its_own_loop_would(
+    core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ModuleType("vllm.v1.engine")
+    engine.EngineCoreRequestType = SimpleNamespace(EXECUTOR_FAILED="failed")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    core = running(core_class)
+    core.batch_queue.append("batch")
+    core.weightsync_lease, core.input_queue = None, Queue()
+
+    def step() -> None:
+        raise RuntimeError("a worker died")
+
+    core._process_engine_step = step
+    with pytest.raises(RuntimeError, match="a worker died"):
+        core.collective_rpc(boundary.SWITCH, kwargs=order())
+    assert core.input_queue.get_nowait() == ("failed", b"")
+    assert calls(core) == [[], []]
 
 
 def test_batches_that_do_not_end_change_nothing(core_class: type[EngineCore]) -> None:

@@ -34,7 +34,7 @@ def cargo_of(packed, *, straight=0, places=None):
         CargoChunk(n, 256, 256 if n < packed else 0, pack if n < packed else None, NOTHING, NOTHING)
         for n in range(count)
     ]
-    return Cargo(Berth(0, 0, 256, places or count, 256 * count), tuple(chunks), "DRAM", "DRAM")
+    return Cargo(Berth(0, 0, 256, places or count, 256 * count, places is not None), tuple(chunks), "DRAM", "DRAM")
 
 
 def flow_of(cargo, ring_places):
@@ -79,6 +79,16 @@ async def test_a_chunk_waits_for_the_one_in_its_place_to_be_scattered():
     assert flow.open
     assert flow.waits_for() == "the peer has yet to scatter 1 of 3 chunks"
     flow.scattered(2)
+    assert not flow.open
+
+
+async def test_where_chunks_pass_all_of_them_are_waited_for_however_many_places_there_are():
+    flow, _, hands = flow_of(cargo_of(1, places=4), 8)
+    flow.next()
+    hands.begun[0].set_result(None)
+    flow.next()
+    assert flow.open
+    flow.scattered(0)
     assert not flow.open
 
 

@@ -15,7 +15,7 @@ ROUND, EARLIER = RoundName(2, 5), RoundName(2, 4)
 
 def cargo_of(places):
     chunks = tuple(CargoChunk(n, 256, 0, None, NOTHING, NOTHING) for n in range(3))
-    return Cargo(Berth(0, 0, 256, places, 768), chunks, "DRAM", "DRAM")
+    return Cargo(Berth(0, 0, 256, places, 768, places < 3), chunks, "DRAM", "DRAM")
 
 
 def test_a_place_is_free_when_its_peer_says_so_of_this_round():

@@ -9,14 +9,19 @@ from dataclasses import dataclass, replace
 import pytest
 from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, handed_over, made_slots, planned, replace_name, with_peers
+from weightsync.agents.tables.cargo import landed
+from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.interface import HandedOver
 from weightsync.agents.transport.nixl import sender as senders
 from weightsync.agents.transport.nixl.edge import EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, DisconnectedError, MetadataError, NixlError
+from weightsync.agents.transport.nixl.receiver import reachable
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
+from weightsync.kernels.digest import digest
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member
 
@@ -87,12 +92,12 @@ def pretend(monkeypatch, make_rank):
     return make
 
 
-def engine_ranks(endpoints, engines="a", staging=0):
+def engine_ranks(endpoints, engines="a", staging=0, lands="live"):
     """Registered tensor-parallel ranks of ``engines``, two each."""
-    targets = [Target.of(engine, rank, staging) for engine in engines for rank in range(2)]
+    targets = [Target.of(engine, rank, staging, lands) for engine in engines for rank in range(2)]
     for target in targets:
         target.endpoint = endpoints(str(target.member))
-        target.endpoint.register(target.layout.regions)
+        target.endpoint.register(reachable(target.layout))
     return targets
 
 
@@ -123,6 +128,32 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
             target.scatter(plan.part(target.member))
             target.check(changed)
     assert list(rank.sender.in_flight()) == []
+
+
+@pytest.mark.parametrize("ring", [0, 1024, 1 << 20], ids=["straight", "many chunks", "few chunks"])
+async def test_into_a_shadow_engine_all_of_it_lands_and_nothing_else_can_be_reached(
+    weights, endpoints, make_rank, ring
+):
+    masters = weights.state(SHAPES)
+    slots, targets = made_slots(masters, ring), engine_ranks(endpoints, "ab", 2 << 20, "copy")
+    plan, connect = planned(slots, targets)
+    rank = make_rank(slots)
+    async with polling(targets):
+        assert await rank.connect(connect) == {}
+        digests = rank.shares.read().digests
+        moved = await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
+        assert {m.error for m in moved.values()} == {""}
+    assert {m.member: m.bytes for m in moved.values()} == rank.shares.sizes
+    for target in targets:
+        rows = [memory for number, memory in enumerate(target.memory) if number != target.layout.staging]
+        assert not any(memory.any() for memory in rows), "live memory is as it was"
+        part = plan.part(target.member)
+        copies = landed(as_matrix(part.copies, COPY_COLUMNS), part.berths)
+        there = digest(target.memory, digest_table(copies, target.layout, landed=True))
+        assert there == digests[target.member], "which can be digested where it lies"
+        target.scatter(part)
+        target.check(masters)
+        assert there == target.digest()
 
 
 async def test_only_granted_members_are_written(weights, endpoints, make_rank):
