@@ -132,6 +132,19 @@ PARALLEL = SimpleNamespace(
 )
 
 
+@pytest.mark.usefixtures("story")
+@pytest.mark.parametrize(("size", "boundary"), [(1, True), (2, False)])
+def test_weights_change_between_two_steps_unless_ranks_of_several_cores_meet(
+    monkeypatch: pytest.MonkeyPatch, size: int, boundary: bool
+) -> None:
+    """Independent replicas of a dense model say 1, whichever they are."""
+    told: list[Any] = []
+    monkeypatch.setattr(engine, "make_agent", lambda *given: told.append(given[-1]))
+    parallel = SimpleNamespace(**vars(PARALLEL) | {"data_parallel_size": size, "data_parallel_index": size - 1})
+    engine.equip(Model(), torch.device("cpu"), parallel)
+    assert told == [boundary]
+
+
 def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter = pretend_base(LifecycleBase)(None, SimpleNamespace(parallel_config=PARALLEL), torch.device("cpu"), Model())
     assert adapter.supports_draft_weight_update is False
