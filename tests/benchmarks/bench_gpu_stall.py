@@ -193,7 +193,7 @@ def main() -> None:
     arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
     arguments.add_argument("--pushes", type=int, default=30)
     arguments.add_argument("--ring", type=int, default=1024, help="MiB of landing memory of flip and live")
-    arguments.add_argument("--share", type=float, default=0.9, help="of the GPU's memory that vLLM may have")
+    arguments.add_argument("--share", type=float, default=0.3, help="of the GPU's memory that must be free at start")
     arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")
     given = arguments.parse_args()
     for mode in given.modes:
