@@ -79,7 +79,7 @@ class Bench:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    """``request.param``: the model's configuration, whether to run eagerly, ranks of the trainer and the engine, mode."""
+    """``request.param``: the model's configuration, whether to run eagerly, ranks on either side, and the mode."""
     config, eager, *more = request.param
     ranks, mode = more[0] if more else 1, more[1] if len(more) > 1 else "live"
     if torch.cuda.device_count() < ranks:
