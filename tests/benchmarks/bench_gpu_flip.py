@@ -35,15 +35,10 @@ def measure(gigabytes: int, chunk_gib: int) -> None:
         pages.flip()
         times.append(1e3 * (time.perf_counter() - began))
     low, middle, high = statistics.quantiles(times, n=4)
-    facts = {"gb": gigabytes, "chunk_gib": chunk_gib, "n": FLIPS, "device": torch.cuda.get_device_name(0)}
-    for figure, value, unit in (
-        ("flip_ms", middle, "ms"),
-        ("flip_spread_ms", high - low, "ms"),
-        ("flip_max_ms", max(times), "ms"),
-        ("into_pages_ms", 1e3 * moved, "ms"),
-        ("pages_mib", pages.bytes / (1 << 20), "MiB"),
-    ):
-        print(json.dumps({"figure": figure, "value": round(value, 4), "unit": unit} | facts), flush=True)
+    facts = {"longest_ms": round(max(times), 4), "into_pages_ms": round(1e3 * moved, 1), "pages_bytes": pages.bytes}
+    line = {"figure": f"flip_{gigabytes}_gb_chunks_{chunk_gib}_gib_ms", "value": round(middle, 4), "unit": "ms"}
+    line |= {"n": FLIPS, "spread": round(high - low, 4), "device": torch.cuda.get_device_name(0)}
+    print(json.dumps(line | facts), flush=True)
 
 
 def main() -> None:

@@ -11,12 +11,11 @@ its own kernels slow the engine's down. Prints one JSON object a line; the weigh
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -141,8 +140,12 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
     facts = {"model": name, "mode": mode, "gpus": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0)}
     first = 0.0
 
-    def say(figure: str, value: float, unit: str = "ms", **more: Any) -> None:
-        print(json.dumps({"figure": figure, "value": round(value, 4), "unit": unit} | more | facts), flush=True)
+    def say(
+        figure: str, values: Sequence[float], unit: str = "ms", of: Callable[..., float] = statistics.median
+    ) -> None:
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
+        line = {"figure": f"{figure}_{name}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
 
     try:
         for cache in given.cache:
@@ -163,23 +166,23 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
                         pushes(whole, trainer, streams, step + 1, WARM_UP_PUSHES)
                         rows = pushes(whole, trainer, streams, step + 100, given.pushes)
                         failures = streams.failures
-                    facts |= {"cache": cache, "context": context, "n": len(rows)}
+                    facts |= {"cache": cache, "context": context}
                     stalls = [row["stall"] for row in rows]
                     first = first or p95(stalls)
-                    say(f"stall_{mode}_p50_ms", statistics.median(stalls))
-                    say(f"stall_{mode}_p95_ms", p95(stalls))
-                    say(f"stall_{mode}_max_ms", max(stalls))
-                    say("ordinary_gap_ms", statistics.median(row["gap"] for row in rows))
-                    say("push_ms", statistics.median(row["push"] for row in rows))
-                    say("tokens_lost_per_push", statistics.mean(row["lost"] for row in rows), "tokens")
-                    say("failed_requests", failures, "count")
+                    say(f"stall_{mode}_p50_ms", stalls)
+                    say(f"stall_{mode}_p95_ms", stalls, of=p95)
+                    say(f"stall_{mode}_max_ms", stalls, of=max)
+                    say("ordinary_gap_ms", [row["gap"] for row in rows])
+                    say("push_ms", [row["push"] for row in rows])
+                    say("tokens_lost_per_push", [row["lost"] for row in rows], "tokens", statistics.mean)
+                    say("failed_requests", [failures], "count")
                     rounds = whole.ask(f"/rounds?last={given.pushes}")["rounds"]
-                    say("gb", rounds[0]["bytes"] / 1e9, "GB")
-                    say("descriptors", statistics.median(row["descriptors"] for row in rounds), "count")
+                    say("gb", [row["bytes"] / 1e9 for row in rounds], "GB")
+                    say("descriptors", [row["descriptors"] for row in rounds], "count")
                     for part in sorted(rounds[0]["times_ms"]):
-                        say(f"{part}_ms", statistics.median(row["times_ms"].get(part, 0.0) for row in rounds))
-                    free = torch.cuda.mem_get_info(0)
-                    say("gpu_used_mib", (free[1] - free[0]) / (1 << 20), "MiB")
+                        say(f"{mode}_{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds])
+                    free, total = torch.cuda.mem_get_info(0)
+                    say("gpu_used_mib", [(total - free) / (1 << 20)], "MiB")
     finally:
         server.close()
     return first
@@ -193,7 +196,7 @@ def main() -> None:
     arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
     arguments.add_argument("--pushes", type=int, default=30)
     arguments.add_argument("--ring", type=int, default=1024, help="MiB of landing memory of flip and live")
-    arguments.add_argument("--share", type=float, default=0.9, help="of the GPU's memory that vLLM may have")
+    arguments.add_argument("--share", type=float, default=0.3, help="of the GPU's memory that must be free at start")
     arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")
     given = arguments.parse_args()
     for mode in given.modes:
@@ -203,7 +206,7 @@ def main() -> None:
                 stalls.append(measure(name, mode, given, Path(directory)))
         if len(stalls) > 1 and stalls[0] > 0:
             line = {"figure": f"stall_{mode}_growth_8x", "value": round(stalls[1] / stalls[0], 3), "unit": "ratio"}
-            print(json.dumps(line | {"models": given.models[:2], "pid": os.getpid()}), flush=True)
+            print(json.dumps(line | {"n": given.pushes, "spread": 0, "models": given.models[:2]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ class PageAddresses:
         self.allocate_pointer: int = ctypes.cast(self._allocate, ctypes.c_void_p).value or 0
         self.free_pointer: int = ctypes.cast(self._free, ctypes.c_void_p).value or 0
 
+    def end(self) -> None:
+        """Hand out no more: what lies behind is not mapped."""
+        self._span = self.used
+
     def _on_allocate(self, size: int, device: int, stream: int | None) -> int | None:
         taken = _up(size, SEGMENT_BYTES)
         if self.used + taken > self._span:
@@ -94,6 +98,7 @@ class Relocation:
                 "torch's allocator does not cut weights from one allocation; take options by which it does not"
                 f" (max_split_size_mb, roundup_power2_divisions) out of PYTORCH_CUDA_ALLOC_CONF ({error})"
             ) from error
+        addresses.end()
         self.used = addresses.used
 
     def cancel(self) -> None:

@@ -29,6 +29,14 @@ def test_addresses_come_one_after_another_until_the_range_ends() -> None:
     assert addresses.used == 3 * SEGMENT_BYTES
 
 
+def test_no_address_is_handed_out_after_the_end() -> None:
+    addresses = PageAddresses(BASE, 3 * SEGMENT_BYTES)
+    as_torch_calls(addresses, SEGMENT_BYTES)
+    addresses.end()
+    assert as_torch_calls(addresses, 1) is None
+    assert addresses.used == SEGMENT_BYTES
+
+
 def test_freed_addresses_are_not_given_out_again() -> None:
     addresses = PageAddresses(BASE, 2 * SEGMENT_BYTES)
     first = as_torch_calls(addresses, 1)
@@ -61,7 +69,9 @@ def test_views_parameters_and_closures_follow_a_storage_with_their_values() -> N
     turned = big.view(600, 1000).t()[3:, 5:]
     read = lambda: float(turned[2, 1])  # noqa: E731
     before = big.data_ptr()
-    move = Relocation([small.untyped_storage(), big.untyped_storage()], PageAddresses(BASE, 1), CPU)
+    addresses = PageAddresses(BASE, SEGMENT_BYTES)
+    move = Relocation([small.untyped_storage(), big.untyped_storage()], addresses, CPU)
+    assert as_torch_calls(addresses, 1) is None, "what comes later would not be mapped"
     assert big.data_ptr() == before, "nothing has moved before memory is mapped"
     move.finish()
     after = big.data_ptr()
