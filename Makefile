@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-restart bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
+.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ format: setup ## let ruff mend what it can
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
 
+bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy and in live, beside its ordinary gaps
+	$(BENCH) tests/benchmarks/bench_stall.py
+
 bench-plan: setup ## JSON lines: planning for a trillion parameters
 	$(BENCH) tests/benchmarks/bench_plan.py
 
@@ -111,6 +114,12 @@ bench-gpu: ## JSON lines: kernels, NIXL and whole pushes on a GPU; uses the pyth
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_kernels.py
 	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_nixl.py
 	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_push.py
+
+bench-gpu-flip: ## JSON lines: what exchanging two sets of pages costs by itself, on a GPU
+	PYTHONPATH=$$(tests/gpu/link.sh) python3 tests/benchmarks/bench_gpu_flip.py
+
+bench-gpu-stall: ## JSON lines: how long streaming clients wait because of a push, on one GPU or two; with vLLM
+	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_stall.py $(ARGUMENTS)
 
 families: setup ## JSON lines: stock configurations of transformers, each judged by a fresh engine at TP 1 and TP 2
 	$(BENCH) tests/benchmarks/bench_families.py

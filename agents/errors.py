@@ -4,6 +4,10 @@ On the right, the module below ``agents``::
 
     AgentError
     ├── MemoryPlacementError     memory that no NIC and no other process can reach   memory.errors
+    │   ├── PagesUnavailable         weights that cannot lie in pages of ours
+    │   └── StandbyMissing           no memory for a second set of them
+    ├── FlipFailed, PagesTorn    sets of pages that did not change places            memory.errors
+    ├── DriverError              a call of the CUDA driver that failed               memory.pages.driver
     ├── NicError                 a GPU without a network port                        memory.nic
     ├── RunTableError            copies or rows that do not fit their layout         tables.runs
     ├── ApplicantError           an engine that cannot say where it is               link.applicant
@@ -12,6 +16,7 @@ On the right, the module below ``agents``::
     ├── PlanMismatch             a Connect that does not say what it claims          transport.shares
     ├── UnknownTransport         a Welcome with a transport that is not registered   transport.registry
     ├── CheckpointError          saved parts that do not make up whole tensors       transport.filesystem
+    ├── ChunksMissing            chunks that never came, or could not be scattered   transport.nixl.arrivals
     ├── NixlError                the data plane over NIXL                            transport.nixl.errors
     │   ├── NixlMissingError, RegionError, MetadataError, ConnectError, EdgeError
     │   └── TransferError            one peer was not written
@@ -24,6 +29,8 @@ On the right, the module below ``agents``::
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls
     ├── UpdateFailed             a round that was not committed here                 inference.window
+    ├── NotLanded                less than a whole version has landed                inference.weights
+    ├── ModeRefused              a way of landing that an engine cannot have         inference.modes
     ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     │   └── UnprovedPlace        a parameter whose place after processing is not proved  recorder.recording

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from weightsync.kernels.copy_reference import ReferenceCopy
 from weightsync.kernels.dispatch import common_device, use_triton
-from weightsync.kernels.strided import as_table, check_bounds, check_regions
+from weightsync.kernels.strided import as_table, check_bounds, check_regions, slack
 
 __all__ = ["PreparedCopy", "prepare", "strided_copy"]
 
@@ -15,8 +15,15 @@ __all__ = ["PreparedCopy", "prepare", "strided_copy"]
 class PreparedCopy(Protocol):
     """A copy whose table is already where it is needed."""
 
-    def __call__(self) -> None:
-        """Copy every run, on the current stream; returns at once on CUDA."""
+    def __call__(self, shift: int = 0) -> None:
+        """Copy every run, on the current stream; returns at once on CUDA.
+
+        Args:
+            shift: bytes by which every destination lies further on, a multiple of 16.
+
+        Raises:
+            KernelTableError: so shifted a row reaches outside its region.
+        """
 
 
 def prepare(
@@ -39,11 +46,12 @@ def prepare(
     check_bounds(rows, [region.numel() for region in sources], destination=False)
     check_bounds(rows, [region.numel() for region in destinations], destination=True)
     device = common_device([*sources, *destinations])
+    room = slack(rows, [region.numel() for region in destinations])
     if use_triton(device):
         from weightsync.kernels.copy_triton import TritonCopy
 
-        return TritonCopy(sources, destinations, rows)
-    return ReferenceCopy(sources, destinations, rows)
+        return TritonCopy(sources, destinations, rows, room)
+    return ReferenceCopy(sources, destinations, rows, room)
 
 
 def strided_copy(sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: npt.ArrayLike) -> None:

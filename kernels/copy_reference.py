@@ -19,6 +19,7 @@ from weightsync.kernels.columns import (
 from weightsync.kernels.strided import (
     Table,
     canonical,
+    check_shift,
     sheets,
 )
 
@@ -40,8 +41,12 @@ class _RunGroup:
 class ReferenceCopy:
     """A copy prepared once and made many times."""
 
-    def __init__(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table) -> None:
-        """Regions are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller."""
+    def __init__(
+        self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table, room: int
+    ) -> None:
+        """Regions are uint8[n] on the CPU; ``table`` is int64[n, COLUMNS], checked by the caller; ``room``: bytes by
+        which a copy may be shifted."""
+        self._room = room
         self._sources, self._destinations = list(sources), list(destinations)
         rows = canonical(table)
         size = rows[:, RUN_BYTES] * np.prod(rows[:, list(COUNTS)], axis=1)
@@ -60,13 +65,14 @@ class ReferenceCopy:
             if len(part)
         ]
 
-    def __call__(self) -> None:
+    def __call__(self, shift: int = 0) -> None:
         """Copy every run. Runs of one table must not overlap in the destination."""
+        check_shift(shift, self._room)
         for row in self._large:
-            _copy_row(self._sources[int(row[SRC_REGION])], self._destinations[int(row[DST_REGION])], row)
+            _copy_row(self._sources[int(row[SRC_REGION])], self._destinations[int(row[DST_REGION])][shift:], row)
         for group in self._groups:
             source = self._sources[group.src_region].numpy()
-            destination = self._destinations[group.dst_region].numpy()
+            destination = self._destinations[group.dst_region].numpy()[shift:]
             # Every offset as the beginning of a window of one run's length: one index then moves all runs at once.
             windows = (len(source) - group.length + 1, group.length)
             gathered = np.lib.stride_tricks.as_strided(source, windows, (1, 1))[group.src]

@@ -17,9 +17,11 @@ import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION
 from weightsync.kernels.dispatch import common_device, on_device
 from weightsync.kernels.strided import (
+    SHIFT_UNIT,
     Sheets,
     Table,
     canonical,
+    check_shift,
     concatenate,
     sheets,
 )
@@ -51,12 +53,12 @@ def _stretch(source, destination, bytes_left):
 
 
 @triton.jit
-def _pieces(item, UNIT: tl.constexpr):
+def _pieces(item, UNIT: tl.constexpr, shift):
     """A sheet of runs, 32 pieces of 64 elements at a time; elements are 4 bytes, or one where UNIT is."""
     SIZE: tl.constexpr = 1 if UNIT == 1 else 4
     kind: tl.constexpr = tl.uint8 if UNIT == 1 else tl.uint32
     source = tl.load(item + 1).to(tl.pointer_type(tl.uint8))
-    destination = tl.load(item + 2).to(tl.pointer_type(tl.uint8))
+    destination = (tl.load(item + 2) + shift).to(tl.pointer_type(tl.uint8))
     run = tl.load(item + 3)
     count, source_step, destination_step = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     pieces = tl.load(item + 7).to(tl.int32)
@@ -79,41 +81,49 @@ def _pieces(item, UNIT: tl.constexpr):
         tl.store(store_at + element, tl.load(load_at + element, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _copy_kernel(blocks, count, items):
+@triton.jit(do_not_specialize=["count", "units"])
+def _copy_kernel(blocks, count, items, units):
     program = tl.program_id(0).to(tl.int64)
+    shift = units.to(tl.int64) * 16
     if program < count:
-        _stretch(tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1), 16384)
+        _stretch(tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1) + shift, 16384)
     else:
         item = items + (program - count) * _ITEM_COLUMNS
         kind = tl.load(item)
         if kind == 0:
-            _stretch(tl.load(item + 1), tl.load(item + 2), tl.load(item + 3))
+            _stretch(tl.load(item + 1), tl.load(item + 2) + shift, tl.load(item + 3))
         elif kind == 1:
-            _pieces(item, 16)
+            _pieces(item, 16, shift)
         elif kind == 2:
-            _pieces(item, 4)
+            _pieces(item, 4, shift)
         else:
-            _pieces(item, 1)
+            _pieces(item, 1, shift)
 
 
 class TritonCopy:
     """A copy with its items on the device; see :class:`weightsync.kernels.copy.PreparedCopy`."""
 
-    def __init__(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table) -> None:
-        """Arguments as checked by ``prepare``. Blocks and items are uploaded here."""
+    def __init__(
+        self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table, room: int
+    ) -> None:
+        """Arguments as checked by ``prepare``; ``room``: bytes by which a copy may be shifted. Blocks and items are
+        uploaded here."""
+        self._room = room
         self._regions = [*sources, *destinations]  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
         bases = [[region.data_ptr() for region in side] for side in (sources, destinations)]
         blocks, items = blocks_and_items(bases[0], bases[1], table)
         self._blocks, self._items = (torch.from_numpy(part).to(self._device) for part in (blocks, items))
 
-    def __call__(self) -> None:
+    def __call__(self, shift: int = 0) -> None:
         """Copy on the current stream."""
+        check_shift(shift, self._room)
         programs = len(self._blocks) + len(self._items)
         if programs:
             with on_device(self._device):
-                _copy_kernel[(programs,)](self._blocks, len(self._blocks), self._items, **OPTIONS)
+                # In units, so that it is 32 bits wide whatever the region: another width would be compiled anew.
+                units = shift // SHIFT_UNIT
+                _copy_kernel[(programs,)](self._blocks, len(self._blocks), self._items, units, **OPTIONS)
 
 
 def blocks_and_items(source_bases: list[int], destination_bases: list[int], table: Table) -> tuple[Table, Table]:

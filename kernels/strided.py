@@ -37,6 +37,10 @@ MAX_LOGICAL_BYTES: Final = 1 << 44
 """Of one logical tensor; the digest numbers its 8 KiB tiles in 32 bits. The largest known are under 2**35."""
 
 
+SHIFT_UNIT: Final = 16
+"""Of a copy's shift: what is aligned to it stays so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sheets:
     """Runs grouped by their innermost loop: ``count`` runs of ``run`` bytes, ``src_step`` and ``dst_step`` apart.
@@ -194,6 +198,23 @@ def check_bounds(table: Table, lengths: Sequence[int], *, destination: bool) -> 
         raise KernelTableError(
             f"row {row} reaches byte {int(end[row])} of {side} region {int(region[row])}, which has {int(sizes[row])}"
         )
+
+
+def slack(table: Table, lengths: Sequence[int]) -> int:
+    """Bytes by which every destination of a checked table may lie further on; ``lengths`` are the regions' bytes."""
+    used = _used(table)
+    sizes = np.asarray([0, *lengths], np.int64)[1 + table[used, DST_REGION]]
+    return int((sizes - _end(table, destination=True)[used]).min(initial=MAX_LOGICAL_BYTES))
+
+
+def check_shift(shift: int, room: int) -> None:
+    """That destinations may lie ``shift`` bytes further on.
+
+    Raises:
+        KernelTableError: that is no multiple of 16, or more than the ``room``.
+    """
+    if shift % SHIFT_UNIT or not 0 <= shift <= room:
+        raise KernelTableError(f"a shift of {shift} bytes is no multiple of {SHIFT_UNIT} up to {room}")
 
 
 def check_logical(table: Table) -> None:

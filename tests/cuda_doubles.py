@@ -26,6 +26,7 @@ class FakeCudart(SimpleNamespace):
         super().__init__()
         self.room, self.device, self.log, self.bound = room, 0, [], []
         self.cudaMalloc = Call(self._malloc)
+        self.cudaGetLastError = Call(lambda: self._note("forget the error"))
         self.cudaFree = Call(lambda address: self._note("free", address))
         self.cudaGetDevice = Call(self._get)
         self.cudaSetDevice = Call(self._set)

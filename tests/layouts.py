@@ -9,10 +9,12 @@ import numpy as np
 from hypothesis import strategies as st
 from weightsync.orchestrator.planner import Party, Plan
 from weightsync.orchestrator.planner.arrays import Ints
+from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import (
     COPY_COLUMNS,
     ITEMSIZE,
     ROW_COLUMNS,
+    Lands,
     Layout,
     Region,
     Tensor,
@@ -33,6 +35,7 @@ class Builder:
 
     member: Member
     staging: int = -1
+    lands: Lands = "live"
     tensors: list[Tensor] = field(default_factory=list)
     regions: list[int] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
@@ -73,7 +76,13 @@ class Builder:
             staging = len(regions)
             regions.append(Region(0, self.staging))
         rows = np.array(self.rows, "<i8").reshape(-1, ROW_COLUMNS).tobytes()
-        return Party(self.member, incarnation, Layout(tuple(self.tensors), tuple(regions), rows, staging))
+        layout = Layout(tuple(self.tensors), tuple(regions), rows, staging)
+        if self.lands != "live":
+            staging = len(self.regions)
+            room = arena_bytes(layout) if self.lands == "copy" else 4096
+            regions = [*(Region(0, size) for size in self.regions), Region(0, max(self.staging, room))]
+            layout = Layout(layout.tensors, tuple(regions), rows, staging, lands=self.lands)
+        return Party(self.member, incarnation, layout)
 
 
 # ------------------------------------------------------------------------------------------------ whole tensors
@@ -117,6 +126,7 @@ FLAGS = st.booleans()
 GAPS = st.integers(0, 2)
 WAYS = st.sampled_from(["rows", "columns", "interleaved"])
 STAGING = st.sampled_from([-1, 0, 600, 1 << 20])
+LANDS: st.SearchStrategy[Lands] = st.sampled_from(["live", "live", "copy", "flip"])
 WIRE_DTYPES = st.sampled_from(DTYPES)
 up_to = cache(lambda most: st.integers(1, most))
 cuts_below = cache(lambda most: st.sets(st.integers(1, most), max_size=2))
@@ -182,7 +192,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[Party], list[Party]]:
     targets = []
     for engine in range(draw(up_to(3))):
         for rank in range(draw(up_to(3))):
-            target = Builder(engine_rank(f"e{engine}", rank), draw(STAGING))
+            target = Builder(engine_rank(f"e{engine}", rank), draw(STAGING), draw(LANDS))
             for tensor in model:
                 mesh = draw(grids(tensor.shape, BLOCK if quantised(tensor) else 1))
                 for nth in draw(ordered_choice(len(mesh))):

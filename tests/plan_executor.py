@@ -4,8 +4,7 @@ It shares no code with the planner: it works on one byte address per element and
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +43,11 @@ def slice_of(full: Bytes, low: Sequence[int], extent: Sequence[int]) -> Bytes:
 
 @dataclass
 class Memory:
-    """The regions of every member."""
+    """The regions of every member; of every edge its cargo, and how often each byte of it was sent ``[2, bytes]``."""
 
     regions: dict[Member, list[Bytes]]
     written: dict[Member, list[npt.NDArray[np.int64]]]
+    cargo: dict[tuple[Member, Member], Bytes] = field(default_factory=dict)
 
 
 def full_tensors(parties: Sequence[Party], seed: int) -> dict[str, Bytes]:
@@ -68,7 +68,7 @@ def row_bytes(party: Party, index: int) -> tuple[Tensor, int, npt.NDArray[np.int
 
 
 def execute(plan: Plan, sources: Sequence[Party], targets: Sequence[Party], full: Mapping[str, Bytes]) -> Memory:
-    """Fill the sources from ``full``, do every copy of every table, scatter what arrived packed."""
+    """Fill the sources from ``full``, do every copy of every table, scatter what has landed."""
     parties = {p.member: p for p in (*sources, *targets)}
     memory = Memory(
         {m: [np.zeros(r.length, np.uint8) for r in p.layout.regions] for m, p in parties.items()},
@@ -90,9 +90,8 @@ def send(plan: Plan, source: Party, parties: Mapping[Member, Party], memory: Mem
     table = as_matrix(part.copies, COPY_COLUMNS)
     own = memory.regions[source.member]
     rows = source.layout.matrix().tolist()
-    packed: dict[Member, list[tuple[int, int, int, int]]] = {}
     for copy in table.tolist():
-        peer = part.peers[copy[COPY_PEER]]
+        peer, berth = part.peers[copy[COPY_PEER]], part.berths[copy[COPY_PEER]]
         low, extent = copy[COPY_BOX:COPY_REMOTE:2], copy[COPY_BOX + 1 : COPY_REMOTE : 2]
         values = rows[copy[COPY_ROW]]
         strides = values[ROW_BOX + 2 :: 3]
@@ -100,31 +99,38 @@ def send(plan: Plan, source: Party, parties: Mapping[Member, Party], memory: Mem
         corner = values[2] + sum((a - b) * s for a, b, s in zip(low, values[ROW_BOX::3], strides, strict=True))
         data = own[values[1]][addresses(corner, extent, strides, item)]
         region, offset = copy[COPY_REMOTE], copy[COPY_REMOTE + 1]
-        if copy[COPY_STAGED] < 0:
-            place = addresses(offset, extent, copy[COPY_REMOTE + 2 :], item)
+        place = addresses(offset, extent, copy[COPY_REMOTE + 2 :], item)
+        layout = parties[peer].layout
+        if region != layout.staging:
+            assert copy[COPY_STAGED] == -1
+            assert layout.lands == "live"
             memory.regions[peer][region][place] = data
             np.add.at(memory.written[peer][region], place.reshape(-1), 1)
-        else:
-            at = copy[COPY_STAGED]
-            own[source.layout.staging][at : at + data.size] = data.reshape(-1)
-            assert region == parties[peer].layout.staging
-            packed.setdefault(peer, []).append((at, offset, data.size, region))
-    for peer, pieces in packed.items():
-        pieces.sort()
-        assert all(a + size == b for (a, _, size, _), (b, *_) in pairwise(pieces)), "an edge's packed bytes are one run"
-        assert len({a - b for a, b, _, _ in pieces}) == 1
-        start, remote, region = pieces[0][0], pieces[0][1], pieces[0][3]
-        length = sum(size for _, _, size, _ in pieces)
-        memory.regions[peer][region][remote : remote + length] = own[source.layout.staging][start : start + length]
-        memory.written[peer][region][remote : remote + length] += 1
+            continue
+        assert berth is not None
+        assert copy[COPY_STAGED] in (-1, offset)
+        cargo = memory.cargo.setdefault((source.member, peer), np.zeros((2, berth.bytes), np.uint8))
+        cargo[0][place] = data
+        np.add.at(cargo[1], place.reshape(-1), 1)
 
 
 def scatter(plan: Plan, target: Party, memory: Memory) -> None:
     part = plan.part(target.member)
-    own = memory.regions[target.member]
+    own, layout = memory.regions[target.member], target.layout
+    room = layout.regions[layout.staging].length if layout.staging >= 0 else 0
+    used = np.zeros(room, np.uint8)
+    for peer, berth in zip(part.peers, part.berths, strict=True):
+        if berth is not None:
+            assert plan.part(peer).berths[plan.part(peer).peers.index(target.member)] == berth
+            length = min(berth.bytes, berth.places * berth.chunk_bytes)
+            used[berth.offset : berth.offset + length] += 1
+            assert berth.offset + length <= room
+            assert layout.lands != "copy" or length == berth.bytes
+    assert used.max(initial=0) <= 1, "each edge has a part of the landing of its own"
     rows = target.layout.matrix().tolist()
     for copy in as_matrix(part.copies, COPY_COLUMNS).tolist():
-        assert 0 <= copy[COPY_PEER] < len(part.peers)
+        cargo = memory.cargo[part.peers[copy[COPY_PEER]], target.member]
+        assert cargo[1].max() <= 1, "each byte of a cargo is sent once"
         low, extent = copy[COPY_BOX:COPY_REMOTE:2], copy[COPY_BOX + 1 : COPY_REMOTE : 2]
         values = rows[copy[COPY_ROW]]
         strides = values[ROW_BOX + 2 :: 3]
@@ -132,7 +138,8 @@ def scatter(plan: Plan, target: Party, memory: Memory) -> None:
         corner = values[2] + sum((a - b) * s for a, b, s in zip(low, values[ROW_BOX::3], strides, strict=True))
         place = addresses(corner, extent, strides, item)
         at = copy[COPY_STAGED]
-        own[values[1]][place] = own[target.layout.staging][at : at + place.size].reshape(place.shape)
+        assert cargo[1][at : at + place.size].all()
+        own[values[1]][place] = cargo[0][at : at + place.size].reshape(place.shape)
         np.add.at(memory.written[target.member][values[1]], place.reshape(-1), 1)
 
 
@@ -147,7 +154,4 @@ def assert_delivered(targets: Sequence[Party], full: Mapping[str, Bytes], memory
             )
             due[region][place] += 1
         for region, expected in enumerate(due):
-            if region != target.layout.staging:
-                np.testing.assert_array_equal(memory.written[target.member][region], expected)
-        if target.layout.staging >= 0:
-            assert memory.written[target.member][target.layout.staging].max(initial=0) <= 1
+            np.testing.assert_array_equal(memory.written[target.member][region], expected)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from weightsync.agents.memory.arena import host_arena, region_of
+from weightsync.agents.tables.cargo import landed
 from weightsync.agents.tables.runs import digest_table, scatter_table
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
@@ -13,9 +14,9 @@ from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.digest import digest
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.edges import Peer
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Tensor, as_matrix, row
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Lands, Layout, Tensor, as_matrix, row
 from weightsync.orchestrator.protocol.messages import Connect
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,6 +45,7 @@ SHAPES = {
 }
 TRAINER = Member("trainer", "", 0)
 PATIENCE = 20.0
+ROUND = RoundName(1, 1)
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Target:
     endpoint: NixlEndpoint | None = None
 
     @staticmethod
-    def of(engine: str, rank: int, staging: int) -> "Target":
+    def of(engine: str, rank: int, staging: int, lands: Lands = "live") -> "Target":
         def share(name, dim):
             size = SHAPES[name][dim] // 2
             index = [slice(0, extent) for extent in SHAPES[name]]
@@ -94,7 +96,7 @@ class Target:
             at = len(memory)
             memory.append(host_arena(staging))
         regions = tuple(region_of(m.zero_()) for m in memory)
-        layout = Layout(tuple(tensors), regions, np.array(rows, dtype="<i8").tobytes(), at)
+        layout = Layout(tuple(tensors), regions, np.array(rows, dtype="<i8").tobytes(), at, lands=lands)
         return Target(Member("inference", engine, rank), memory, layout, parameters)
 
     def check(self, masters, only=None):
@@ -107,8 +109,9 @@ class Target:
     def untouched(self):
         return not any(m.any() for m in self.memory)
 
-    def scatter(self, copies):
-        strided_copy(self.memory, self.memory, scatter_table(as_matrix(copies, COPY_COLUMNS), self.layout))
+    def scatter(self, part):
+        copies = landed(as_matrix(part.copies, COPY_COLUMNS), part.berths)
+        strided_copy(self.memory, self.memory, scatter_table(copies, self.layout))
 
     def digest(self):
         return digest(self.memory, digest_table(self.layout.matrix(), self.layout))
@@ -132,8 +135,9 @@ def planned(slots, targets, incarnation=1):
             by_member[member].endpoint.name if by_member[member].endpoint else "",
             by_member[member].endpoint.metadata() if by_member[member].endpoint else b"",
             by_member[member].layout.regions,
+            berth,
         )
-        for member in part.peers
+        for member, berth in zip(part.peers, part.berths, strict=True)
     )
     connect = Connect(
         fingerprint=part.fingerprint,
@@ -145,16 +149,16 @@ def planned(slots, targets, incarnation=1):
     return plan, connect
 
 
-async def handed_over(sender, members, seconds, groups=None):
+async def handed_over(sender, members, seconds, round_name=ROUND):
     """The ends of a write, by member."""
     ends = []
-    await sender.write(members, seconds, ends.append, groups)
+    await sender.write(round_name, members, seconds, ends.append)
     assert len({end.member for end in ends}) == len(ends), "each peer's end is told once"
     return {end.member: end for end in ends}
 
 
 def replace_name(peer, name):
-    return Peer(peer.member, peer.incarnation, name, b"card", peer.regions)
+    return Peer(peer.member, peer.incarnation, name, b"card", peer.regions, peer.berth)
 
 
 def with_peers(connect, peers):

@@ -6,7 +6,6 @@ capture is never disturbed.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,36 @@ from typing import Final
 
 import torch
 from weightsync.agents.errors import AgentError, blame
-from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, Ranks, UpdateInfo, synchronize
+from weightsync.agents.inference.calls import (
+    InfoError,
+    InitInfo,
+    LiveModel,
+    PagedModel,
+    Ranks,
+    SwitchInfo,
+    UpdateInfo,
+    synchronize,
+)
+from weightsync.agents.inference.holdings import Holdings
+from weightsync.agents.inference.landing import choose_landing
+from weightsync.agents.inference.quiet import Quiet
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
-from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Update, UpdateFailed, Windows
 from weightsync.agents.link.introduction import Identity
 from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress
 from weightsync.kernels.warm import warm_up
-from weightsync.orchestrator.protocol.messages import EngineStatus, Exposed, Fault, Left, Quiesced, Verified, Verify
+from weightsync.orchestrator.protocol.messages import (
+    EngineStatus,
+    Exposed,
+    Fault,
+    Left,
+    Quiesced,
+    RoundWord,
+    Verified,
+    Verify,
+)
 from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
 from weightsync.orchestrator.protocol.text import clean
 
@@ -29,9 +50,11 @@ __all__ = ["InferenceAgent", "UpdateFailed"]
 
 log = logging.getLogger(__name__)
 
-STAGING_VARIABLE: Final = "WEIGHTSYNC_STAGING_MIB"
-DEFAULT_STAGING_MIB: Final = 64
-"""Packed writes land here before they are scattered; small tensors of a large model are a few MiB per rank."""
+
+MIB: Final = 1 << 20
+
+NOBODY: Final = "no daemon has been introduced to this worker yet"
+REBALANCED: Final = "experts were rebalanced since the plan was made; the layout is announced anew"
 
 
 class AgentStuck(AgentError):
@@ -41,7 +64,7 @@ class AgentStuck(AgentError):
 
 
 class InferenceAgent:
-    """One worker's agent. Made after the model is loaded, so that its staging memory is in the engine's own budget.
+    """One worker's agent. Made after the model is loaded, so that its landing memory is in the engine's own budget.
 
     Everything public is for the worker's main thread; ``status`` and ``may_run`` may be read on any.
 
@@ -50,7 +73,8 @@ class InferenceAgent:
         device: of the model.
         model: the live weights and their layout.
         drain: brings to rest, within that many seconds, whatever else in this worker holds copies of the weights and
-            would write them back later; asked in each round before the worker says that it stands still.
+            would write them back later; asked in each round before the weights change.
+        boundary: whether the weights may change between two steps of the engine.
     """
 
     def __init__(
@@ -59,33 +83,38 @@ class InferenceAgent:
         device: torch.device,
         model: LiveModel,
         drain: Callable[[float], None] = lambda seconds: None,
+        boundary: bool = True,
     ) -> None:
         self.ranks = ranks
         self._drain = drain
         self._device = device
-        staging = int(os.environ.get(STAGING_VARIABLE, DEFAULT_STAGING_MIB)) * 1024 * 1024
-        arenas = tuple(staging_arenas(staging, device))
+        paged = isinstance(model, PagedModel) and len(model.standby_tensors) > 0
+        landing = choose_landing(model.layout, device, paged)
+        log.info("versions land by %s, with %.0f MiB: %s", landing.lands, landing.bytes / MIB, landing.why)
+        arenas = landing_arenas(landing.bytes, device)
         warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
-        self._weights = LiveWeights(model, device, arenas)
-        self._windows = Windows(self._abandoned)
+        self._weights = LiveWeights(model, device, arenas, landing.lands, boundary)
+        self._holdings = Holdings()
+        self._windows = Windows(self._holdings, self._abandoned)
+        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None
 
     @property
     def status(self) -> EngineStatus:
         """What live memory holds."""
-        return self._windows.status
+        return self._holdings.status
 
     @property
     def may_run(self) -> bool:
         """Whether a batch may run: live memory holds one whole committed version."""
-        return self._windows.may_run
+        return self._holdings.may_run
 
     @property
     def held_because(self) -> str:
         """Why the daemon does not want the engine resumed; empty when it does not say so."""
-        status = self._windows.status
-        return (self._windows.held_because or "the daemon said so") if status.held else ""
+        status = self._holdings.status
+        return (self._holdings.held_because or "the daemon said so") if status.held else ""
 
     @property
     def incarnation(self) -> int:
@@ -122,9 +151,9 @@ class InferenceAgent:
         member = Member("inference", info.engine, self.ranks.rank)
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         address = ControlAddress(info.hub_url, Path(info.token_file))
-        weights, windows = self._weights, self._windows
+        weights, windows, shadow = self._weights, self._windows, self._shadow
         self._agent = AgentThread(
-            identity, address, lambda thread: InferenceSide(thread, member, weights, windows), old
+            identity, address, lambda thread: InferenceSide(thread, member, weights, windows, shadow), old
         )
         self._info = info
         self._agent.start()
@@ -137,22 +166,14 @@ class InferenceAgent:
             AgentError: something else holds copies of the weights and does not let go of them.
         """
         agent = self._agent
-        if agent is None:
-            raise UpdateFailed("no daemon has been introduced to this worker yet")
-        if agent.failure is not None:
-            raise UpdateFailed(f"the agent of this worker has ended: {agent.failure}")
-        if not agent.alive:
-            raise UpdateFailed("the agent of this worker was closed; the daemon must introduce itself again")
-        if info.round_epoch != agent.epoch:
-            raise UpdateFailed(
-                f"update_info.round_epoch is {info.round_epoch}, and this worker obeys a daemon of epoch {agent.epoch}"
-            )
+        if agent is None or (reason := self._unfit(agent, info.round_epoch)):
+            raise UpdateFailed(reason if agent is not None else NOBODY)
         began = time.monotonic()
         self._drain(info.deadline_seconds)  # before the look at the experts, which it may have caught half moved
         if self._weights.follow_experts():
             # The plan's targets hold other experts now, so it must be made anew before any byte is granted.
             agent.post(agent.announce)
-            raise UpdateFailed("experts were rebalanced since the plan was made; the layout is announced anew")
+            raise UpdateFailed(REBALANCED)
         left = round(max(0.0, info.deadline_seconds - (time.monotonic() - began)), 3)  # as people read it
         name, version = RoundName(info.round_epoch, info.round_number), Version(info.generation, info.step)
         update = Update(name, version, left, info.exposes)
@@ -166,7 +187,33 @@ class InferenceAgent:
                 case EngineStatus():
                     agent.post(lambda: agent.say_once(Left(round=name, status=word)))
 
-        self._windows.serve_round(update, self._synchronise, lambda order: self._verify(order, version), tell)
+        self._windows.serve_round(update, self._synchronise, self._verify, tell)
+
+    def switchable(self, info: SwitchInfo) -> str:
+        """See ``WeightHolder.switchable``. Experts that have moved since the plan was made end what has landed."""
+        agent = self._agent
+        if agent is None:
+            return NOBODY
+        reason = self._unfit(agent, info.round.epoch) or self._shadow.refusal(info)
+        if reason or self._shadow.serves(info.version):
+            return reason
+        self._drain(info.deadline_seconds)
+        if not self._weights.follow_experts():
+            return ""
+        self._shadow.forget()
+        agent.post(agent.announce)
+        return REBALANCED
+
+    def switch(self, info: SwitchInfo) -> None:
+        """See ``WeightHolder.switch``.
+
+        Raises:
+            UpdateFailed: nothing was changed.
+            Exception: live memory is torn.
+        """
+        if self._agent is None or (reason := self._unfit(self._agent, info.round.epoch)):
+            raise UpdateFailed(reason if self._agent is not None else NOBODY)
+        self._shadow.switch(info, self._synchronise)
 
     def close(self) -> None:
         """End the agent's thread."""
@@ -174,6 +221,25 @@ class InferenceAgent:
             self._agent.close("the worker ends")
 
     # ----------------------------------------------------------------------------------------------------- internals
+    @staticmethod
+    def _unfit(agent: AgentThread[InferenceSide], epoch: int) -> str:
+        """Why no round can be served; empty when one of ``epoch`` can."""
+        if agent.failure is not None:
+            return f"the agent of this worker has ended: {agent.failure}"
+        if not agent.alive:
+            return "the agent of this worker was closed; the daemon must introduce itself again"
+        if epoch != agent.epoch:
+            return f"the round's epoch is {epoch}, and this worker obeys a daemon of epoch {agent.epoch}"
+        return ""
+
+    def _tell(self, word: RoundWord) -> None:
+        agent = self._agent
+        assert agent is not None, "words are answers"
+        try:
+            agent.post(lambda: agent.say_once(word))
+        except RuntimeError:  # its loop has ended; whoever follows it says what it kept
+            agent.obedience.keep(word)
+
     def _require_the_same_place(self, info: InitInfo) -> None:
         assert self._info is not None, "whoever obeyed a daemon was introduced to it"
         for field in ("run_id", "engine", "world"):
@@ -200,10 +266,10 @@ class InferenceAgent:
     def _synchronise(self) -> None:
         synchronize(self._device)
 
-    def _verify(self, order: Verify, version: Version) -> Verified:
+    def _verify(self, order: Verify) -> Verified:
         began = time.monotonic()
         try:
-            self._weights.arrive(version)
+            self._weights.arrive(order.version)
             self._synchronise()
             applied = time.monotonic()
             digest = self._weights.digest()

@@ -5,14 +5,16 @@ for each round; both arrive as the body of a call to the engine. The agent reach
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Final, Protocol, Self, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
 import torch
 from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.limits import MAX_WORLD
 from weightsync.orchestrator.protocol.messages import EngineStatus
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 ENVIRONMENT: Final = {
     "hub_url": "WEIGHTSYNC_HUB_URL",
@@ -66,6 +68,25 @@ class UpdateInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     exposes: bool = False
 
 
+Cache = Literal["keep", "drop", "recompute"]
+"""What becomes of keys and values that the old weights computed: all stay; running requests go on with theirs and
+nobody else finds them; all are dropped, and running requests compute theirs again."""
+
+
+class SwitchInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What waits in standby becomes what is served, in one call of the engine between two steps.
+
+    ``round`` makes the call idempotent. ``incarnations``: rank → process that is meant, of at least the ranks that are
+    asked. A rank answers within ``deadline_seconds``.
+    """
+
+    round: RoundName
+    version: Version
+    incarnations: Annotated[dict[int, int], msgspec.Meta(min_length=1, max_length=MAX_WORLD)]
+    cache: Cache
+    deadline_seconds: Seconds
+
+
 class Ranks(Protocol):
     """A worker's place in its engine: ``rank`` of ``world``, counted from 0 over all data-parallel replicas."""
 
@@ -106,6 +127,18 @@ class LiveModel(Protocol):
         """The model anew if experts have moved since its layout had the expert map ``known``, else None."""
 
 
+@runtime_checkable
+class PagedModel(LiveModel, Protocol):
+    """A LiveModel whose weights lie in pages, twice. ``standby_tensors`` are the other set, as ``tensors`` are the
+    served one: at addresses that stay; empty where there is none."""
+
+    @property
+    def standby_tensors(self) -> Sequence[torch.Tensor]: ...
+
+    def flip(self) -> None:
+        """What is in standby is served and what was served is in standby; the device is idle before and after it."""
+
+
 class WeightHolder(Protocol):
     """What an engine asks of the agent of its worker, on the thread that runs its batches."""
 
@@ -114,6 +147,12 @@ class WeightHolder(Protocol):
 
     def update(self, info: UpdateInfo, /) -> None:
         """One round; returns when its version is committed and raises when it is not."""
+
+    def switchable(self, info: SwitchInfo, /) -> str:
+        """Why ``switch`` would be refused; empty when it would not. Changes nothing."""
+
+    def switch(self, info: SwitchInfo, /) -> None:
+        """Serve what waits in standby; returns when it is in place, and raises when it is not."""
 
     def close(self) -> None:
         """The worker ends."""
@@ -162,6 +201,15 @@ def parse_update_info(body: dict[str, Any], kind: type[T]) -> T:
     return _convert(body, kind, "update_info")
 
 
+def parse_switch_info(kwargs: Mapping[str, Any]) -> SwitchInfo:
+    """``kwargs`` of the call, as JSON brings them.
+
+    Raises:
+        InfoError: a field is missing, unknown or of the wrong type.
+    """
+    return _convert(dict(kwargs), SwitchInfo, "switch")
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until everything queued on ``device`` is done; not every engine's pause does."""
     torch.get_device_module(device.type).synchronize()
@@ -169,6 +217,6 @@ def synchronize(device: torch.device) -> None:
 
 def _convert(body: Any, kind: type[T], name: str) -> T:
     try:
-        return msgspec.convert(body, kind)
+        return msgspec.convert(body, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise InfoError(f"{name}: {error}") from error

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.link.side import Link
@@ -21,7 +22,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,17 @@ class InferenceSide:
 
     here: Fault = "engine"
 
-    def __init__(self, link: Link, member: Member, weights: LiveWeights, windows: Windows) -> None:
+    def __init__(
+        self, link: Link, member: Member, weights: LiveWeights, windows: Windows, shadow: ShadowRounds
+    ) -> None:
         self._link = link
         self._member = member
         self._weights = weights
         self._windows = windows
+        self._shadow = shadow
 
     def status(self) -> EngineStatus:
-        return self._windows.status
+        return self._windows.holdings.status
 
     def welcomed(self, welcome: Welcome) -> None:
         self._weights.open(self._member, welcome.transport)
@@ -47,15 +51,23 @@ class InferenceSide:
         return self._weights.layout, *self._weights.receivers.current.announcement()
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
-        await self._weights.receivers.current.connect(connect)
-        return {}
+        return await self._weights.connect(connect)
 
     def heard(self, message: FromDaemon) -> None:
         match message:
+            case Expose() if self._may_be_written(message.round):
+                self._weights.receivers.current.begin(message.round)
+            case Verify() | Commit() | Abort():  # nobody writes any more, or nobody may
+                self._weights.receivers.current.end(message.round)
+            case _:
+                pass
+        match message:
             case Hold():
-                status = self._windows.hold(message.held, message.reason)
+                status = self._windows.holdings.hold(message.held, message.reason)
                 log.warning("%s: %s: %s", self._member, "held" if message.held else "held no longer", message.reason)
                 self._link.send(Holding(status=status))
+            case Expose() | Verify() | Commit() | Abort() if self._weights.layout.lands != "live":
+                self._shadow.heard(message)
             case Expose() | Verify() | Commit() | Abort():
                 changed = self._windows.heard(message)
                 if changed is not None:
@@ -64,10 +76,14 @@ class InferenceSide:
             case _:
                 pass
 
+    def _may_be_written(self, name: RoundName) -> bool:
+        """Live memory only while the worker stands still for that round."""
+        return self._weights.layout.lands != "live" or self._windows.holdings.status.window == name
+
     def poll(self) -> bool:
         for receiver in self._weights.receivers:
             receiver.poll()
-        return self._windows.status.window is not None
+        return self._windows.holdings.status.window is not None or self._shadow.open
 
     def shut(self) -> None:
         pass  # receivers outlive a connection: writers may still reach this memory until the process ends

@@ -1,42 +1,84 @@
-"""The weights of one inference rank as a round sees them: live memory, staging, digest, and the way bytes come in."""
+"""The weights of one inference rank as a round sees them: live memory, what lands beside it, and how bytes come in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
-from weightsync.agents.inference.calls import LiveModel
+from weightsync.agents.errors import AgentError
+from weightsync.agents.inference.calls import LiveModel, PagedModel
 from weightsync.agents.memory.arena import arena, region_of
-from weightsync.agents.tables.runs import digest_table, table_bytes
+from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
+from weightsync.kernels.copy import PreparedCopy
+from weightsync.kernels.copy import prepare as prepare_copy
+from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Lands, Layout, Matrix
+from weightsync.orchestrator.protocol.messages import Connect, Fault
 from weightsync.orchestrator.protocol.names import Digest, Member, Version
 
 
-class LiveWeights:
-    """One per worker, for as long as it lives.
+class NotLanded(AgentError):
+    """What has landed is not all that this rank needs. The plan's or a writer's fault; another attempt may do."""
 
-    Made on the worker's main thread, and so are the calls of ``digest``, ``arrive`` and ``follow_experts``. The agent's
-    thread calls ``open``, reads ``layout`` and uses ``receivers``.
+    fault: Fault = "daemon"
+    retry = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What lands by one plan: its ``copies`` in the landing, their digest there, and the way to their rows.
+
+    A plan may be replaced between the digest and the switch, after a restart of the daemon for one; what has landed by
+    the one before stays where that says.
+    """
+
+    copies: Matrix
+    digest: PreparedDigest
+    scatter: PreparedCopy
+
+
+class LiveWeights:
+    """One per worker, for as long as it lives; ``inference.shadow.Landed`` of it.
+
+    Made on the worker's main thread, and so are the calls of ``arrive``, ``take`` and ``follow_experts``. The agent's
+    thread calls ``open`` and ``connect``, reads ``layout`` and uses ``receivers``; a thread beside calls ``landed``.
+    ``digest`` is called by one thread at a time.
 
     Args:
-        model: the live weights.
+        model: the live weights; a PagedModel where it ``lands`` by ``flip``.
         device: of the model.
-        staging: memory that packed writes land in before they are scattered; empty for none.
+        landing: memory that writers reach; empty for none.
+        lands: how a version lands, by a transport that can do that.
+        boundary: whether the weights may change between two steps of the engine.
 
     Attributes:
-        layout: of the live weights and the staging memory; replaced when experts have moved.
+        layout: of the live weights and the landing memory; replaced when experts have moved.
         bytes: that the layout covers and ``digest`` reads.
         receivers: of the transports that were opened.
     """
 
-    def __init__(self, model: LiveModel, device: torch.device, staging: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: LiveModel,
+        device: torch.device,
+        landing: Sequence[torch.Tensor],
+        lands: Lands = "live",
+        boundary: bool = True,
+    ) -> None:
         self._name = ""
         self._device = device
-        self._staging = tuple(staging)
+        self._landing = tuple(landing)
+        self._lands, self._boundary = lands, boundary
         self.receivers: Ends[Receiver] = Ends(lambda transport: transport.receiver(self._target()))
+        self.layout: Layout
+        self.bytes: int
+        self._known: _Arrival | None
+        self._arrival: _Arrival | None
+        self._standby_digest: PreparedDigest | None
         self._adopt(model)
 
     def open(self, member: Member, settings: Any) -> None:
@@ -47,6 +89,12 @@ class LiveWeights:
         """
         self._name = str(member)
         self.receivers.open(settings)
+        lands = self._lands if self.receivers.current.lands_beside else "live"
+        self.layout = msgspec.structs.replace(self.layout, lands=lands)
+
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
+        """See ``Receiver.connect``."""
+        return await self.receivers.current.connect(connect)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""
@@ -56,6 +104,55 @@ class LiveWeights:
         """See ``Receiver.arrive``."""
         self.receivers.current.arrive(version)
 
+    # ------------------------------------------------------------------------------------------- beside live memory
+    @property
+    def swaps(self) -> bool:
+        """See ``Landed.swaps``."""
+        return self._lands == "flip"
+
+    def landed(self, version: Version) -> Digest:
+        """See ``Landed.landed``.
+
+        Raises:
+            NotLanded: less than all of ``version`` is there.
+        """
+        if self.swaps:
+            self.arrive(version)  # what has not passed the landing is brought to standby, too
+            return self._standby()()
+        self._arrival = None
+        arrival = self._landed()
+        digest = arrival.digest()
+        self._arrival = arrival
+        return digest
+
+    def take(self, version: Version) -> None:
+        """See ``Landed.take``."""
+        model = self._model
+        if self.swaps and isinstance(model, PagedModel):
+            model.flip()
+            model.refresh()
+            return
+        assert self._arrival is not None, "only what was digested is taken"
+        self._arrival.scatter()
+        model.refresh()
+
+    def _landed(self) -> "_Arrival":
+        copies, known = self.receivers.current.landed, self._known
+        if known is None or known.copies is not copies:
+            table = digest_table(copies, self.layout, landed=True)
+            if (found := table_bytes(table)) != self.bytes:
+                raise NotLanded(f"{found} bytes land by the present plan, and this rank has {self.bytes}")
+            scatter = prepare_copy(self._tensors, self._tensors, scatter_table(copies, self.layout))
+            self._known = known = _Arrival(copies, prepare_digest(self._tensors, table), scatter)
+        return known
+
+    def _standby(self) -> PreparedDigest:
+        if self._standby_digest is None:
+            table = digest_table(self.layout.matrix(), self.layout)
+            self._standby_digest = prepare_digest(self._written(), table)
+        return self._standby_digest
+
+    # ------------------------------------------------------------------------------------------------------ internals
     def follow_experts(self) -> bool:
         """Take the model's layout anew if experts have moved; whether they had."""
         known = self.layout.expert_map
@@ -69,25 +166,38 @@ class LiveWeights:
 
     def _adopt(self, model: LiveModel) -> None:
         self._model = model
-        self._tensors = (*model.tensors, *self._staging)
-        self.layout = _with_staging(model.layout, self._staging)
+        self._tensors = (*model.tensors, *self._landing)
+        layout = msgspec.structs.replace(model.layout, lands=self._lands, boundary=self._boundary)
+        self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
         self._digest = prepare_digest(self._tensors, table)
+        self._known = self._arrival = self._standby_digest = None
         self.bytes = table_bytes(table)
+
+    def _written(self) -> tuple[torch.Tensor, ...]:
+        """What a transport brings bytes to: live memory, or the standby pages."""
+        model = self._model
+        if self.swaps and isinstance(model, PagedModel):
+            return (*model.standby_tensors, *self._landing)
+        return self._tensors
 
     def _target(self) -> TargetMemory:
         model = self._model
-        return TargetMemory(self._name, self._device, self.layout, self._tensors, model.refresh, model.load)
+        refresh = _nothing if self.swaps else model.refresh  # of standby nothing is derived; ``take`` refreshes
+        return TargetMemory(self._name, self._device, self.layout, self._written(), refresh, model.load)
 
 
-def staging_arenas(size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def _nothing() -> None:
+    """See its use."""
+
+
+def landing_arenas(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """One arena of ``size`` bytes on ``device``, or none for 0."""
-    if size:
-        yield arena(size, device)
+    return (arena(size, device),) if size else ()
 
 
-def _with_staging(layout: Layout, staging: Sequence[torch.Tensor]) -> Layout:
-    if not staging:
+def _with_landing(layout: Layout, landing: Sequence[torch.Tensor]) -> Layout:
+    if not landing:
         return layout
-    regions = (*layout.regions, *map(region_of, staging))
+    regions = (*layout.regions, *map(region_of, landing))
     return msgspec.structs.replace(layout, regions=regions, staging=len(regions) - 1)

@@ -8,14 +8,15 @@ worker that loses its daemon leaves with what it had; afterwards it leaves as to
 """
 
 import queue
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from weightsync.agents.errors import AgentError
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Commit,
@@ -61,33 +62,28 @@ class _Written:
 
 
 class Windows:
-    """Status of one worker's weights, and the rendezvous of its main thread with the agent's thread.
-
-    ``status`` is replaced, never changed, so that any thread may read it.
+    """The rendezvous of a worker's main thread with the agent's thread.
 
     Args:
+        holdings: what its memory holds.
         abandoned: whether the lease of the daemon has run out.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, abandoned: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.monotonic
+        self,
+        holdings: Holdings,
+        abandoned: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.status = EngineStatus()
-        self.held_because = ""
+        self.holdings = holdings
         self._abandoned = abandoned
         self._clock = clock
         self._inbox: queue.SimpleQueue[RoundOrder] = queue.SimpleQueue()
         self._ended: OrderedDict[RoundName, str] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = holdings.lock
         self._written: _Written | None = None
         self._torn_on_leave = False
-
-    @property
-    def may_run(self) -> bool:
-        """Live memory holds one whole committed version."""
-        status = self.status
-        return status.applied is not None and not status.torn and status.window is None
 
     # --------------------------------------------------------------------------------------------- the main thread
     def serve_round(
@@ -114,7 +110,7 @@ class Windows:
             failure = self._serve(update, ends, verify, tell)
         finally:
             self._leave(update, failure)
-            tell(self.status)
+            tell(self.holdings.status)
         if failure:
             raise UpdateFailed(failure)
 
@@ -128,13 +124,13 @@ class Windows:
             while not self._inbox.empty():
                 self._inbox.get_nowait()  # words about a round that is over
             self._torn_on_leave = False
-            self._now(window=update.round)
+            self._now(update.round, self.holdings.status.torn)
         return True
 
     def _expose(self, update: Update) -> None:
         """From here on a grant may be given."""
         self._torn_on_leave = True
-        self._written = _Written(update.round, update.version, whole=not self.status.torn)
+        self._written = _Written(update.round, update.version, whole=not self.holdings.status.torn)
 
     def _serve(
         self, update: Update, ends: float, verify: Callable[[Verify], Verified], tell: Callable[[object], None]
@@ -172,22 +168,15 @@ class Windows:
             if not failure:
                 self._commit(update.version)
             else:
-                self._now(torn=self._torn_on_leave or self.status.torn)
+                self._now(None, torn=self._torn_on_leave or self.holdings.status.torn)
             self._remember(update.round, failure)
 
     # -------------------------------------------------------------------------------------------- under the lock
-    def _now(self, window: RoundName | None = None, torn: bool | None = None, held: bool | None = None) -> None:
-        old = self.status
-        self.status = EngineStatus(
-            applied=old.applied,
-            window=window,
-            torn=old.torn if torn is None else torn,
-            held=old.held if held is None else held,
-        )
+    def _now(self, window: RoundName | None, torn: bool) -> None:
+        self.holdings.status = msgspec.structs.replace(self.holdings.status, window=window, torn=torn)
 
     def _commit(self, version: Version) -> None:
-        self.status = EngineStatus(applied=version)
-        self.held_because = ""
+        self.holdings.committed(version)
         self._written = None
 
     def _remember(self, name: RoundName, failure: str) -> None:
@@ -202,10 +191,10 @@ class Windows:
         An Abort that comes first makes the call fail at once. Returns the status if the word has changed it here.
         """
         with self._lock:
-            if self.status.window == word.round:
+            if self.holdings.status.window == word.round:
                 self._inbox.put(word)
-            elif self.status.window is None and self._mended(word):
-                return self.status
+            elif self.holdings.status.window is None and self._mended(word):
+                return self.holdings.status
             elif isinstance(word, Abort) and word.round not in self._ended:
                 self._remember(word.round, f"round {word.round} was aborted: {word.reason}")
         return None
@@ -216,22 +205,15 @@ class Windows:
         The engine is paused since then and its workers refuse to run, so nothing has changed what was verified.
         """
         written = self._written
-        if not self.status.torn or written is None or word.round != written.round:
+        if not self.holdings.status.torn or written is None or word.round != written.round:
             return False
         match word:
             case Commit(version=version) if written.verified and version == written.version:
                 self._commit(version)
                 self._remember(word.round, "")
             case Abort(torn=False) if written.whole:
-                self._now(torn=False)
+                self._now(None, torn=False)
                 self._written = None
             case _:
                 return False
         return True
-
-    def hold(self, held: bool, reason: str) -> EngineStatus:
-        """Refuse that the engine is resumed, or refuse it no longer; the status then."""
-        with self._lock:
-            self._now(window=self.status.window, held=held)
-            self.held_because = reason if held else ""
-        return self.status

@@ -9,13 +9,25 @@ import sys
 from typing import Final
 
 import torch
-from weightsync.agents.memory.cuda import Runtime
+from weightsync.agents.memory.cuda import DeviceBytes, Runtime
 from weightsync.agents.memory.errors import MemoryPlacementError
-from weightsync.agents.memory.pool import device_arena
 from weightsync.orchestrator.protocol.layout import Region
 
 ALIGNMENT: Final = 256
 """Of every tensor within an arena, in bytes: what cudaMalloc gives, and enough for any vector load or NIC."""
+
+
+class _DeviceMemory(DeviceBytes):
+    """Memory of cudaMalloc's that is freed with the last tensor of it."""
+
+    def __init__(self, runtime: Runtime, address: int, size: int, device: int) -> None:
+        super().__init__(address, size)
+        self._given = runtime, address, device
+
+    def __del__(self) -> None:
+        runtime, address, device = self._given
+        if not sys.is_finalizing():
+            runtime.free(address, device)
 
 
 class _HostMapping(mmap.mmap):
@@ -37,6 +49,31 @@ def arena(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return device_arena(size, device)
     return host_arena(size)
+
+
+def device_arena(size: int, device: torch.device) -> torch.Tensor:
+    """``size`` bytes (uint8) of plain device memory, uninitialised; freed with the last tensor of it.
+
+    Not torch's: memory of its expandable segments cannot be exported to another process or pinned by a NIC (NIXL then
+    copies through the host at 0.4 GB/s without a word, or fails at the first write), and vLLM's budget for its KV cache
+    (0.24) does not see what torch was asked for between loading and profiling.
+
+    Raises:
+        MemoryPlacementError: no CUDA, no libcudart, or there is no room.
+    """
+    if size < 1:
+        raise MemoryPlacementError(f"an arena of {size} bytes")
+    if not torch.cuda.is_available():
+        raise MemoryPlacementError("device arenas need a CUDA device, and torch sees none")
+    runtime, number = Runtime(), device.index if device.index is not None else torch.cuda.current_device()
+    address = runtime.malloc(size, number)
+    if address is None:
+        torch.cuda.empty_cache()  # what torch has cached for later
+        address = runtime.malloc(size, number)
+    if address is None:
+        free = torch.cuda.mem_get_info(number)[0]
+        raise MemoryPlacementError(f"no room for an arena of {size} bytes on cuda:{number}, where {free} are free")
+    return torch.as_tensor(_DeviceMemory(runtime, address, size, number), device=torch.device("cuda", number))
 
 
 def host_arena(size: int, *, pin: bool | None = None) -> torch.Tensor:

@@ -46,6 +46,7 @@ class Runtime:
         self._get_device.argtypes = [ctypes.POINTER(ctypes.c_int)]
         self._set_device = library.cudaSetDevice
         self._set_device.argtypes = [ctypes.c_int]
+        self._forget_error = library.cudaGetLastError
 
     def bind(self, device: int) -> None:
         """Make ``device`` the calling thread's, with its context.
@@ -66,7 +67,10 @@ class Runtime:
         before = self._switch(device)
         failed = self._malloc(ctypes.byref(address), size)
         self._set_device(before)
-        return None if failed else address.value
+        if failed:
+            self._forget_error()  # else torch takes it for the failure of its next call
+            return None
+        return address.value
 
     def free(self, address: int, device: int) -> None:
         """Give memory of ``malloc`` back. Waits for the device."""
@@ -76,7 +80,10 @@ class Runtime:
 
     def pin(self, address: int, size: int) -> int:
         """Page-lock host memory for fast copies; 0, or CUDA's error number."""
-        return int(self._register(address, size, 0))
+        failed = int(self._register(address, size, 0))
+        if failed:
+            self._forget_error()
+        return failed
 
     def unpin(self, address: int) -> None:
         """Undo ``pin``, before the memory is unmapped."""
@@ -87,6 +94,13 @@ class Runtime:
         self._get_device(ctypes.byref(before))
         self._set_device(device)
         return before.value
+
+
+class DeviceBytes:
+    """``size`` bytes of device memory as torch takes them from others (CUDA array interface, version 3): uint8."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 @functools.cache

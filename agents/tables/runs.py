@@ -56,11 +56,10 @@ class RunTableError(AgentError):
 
 
 def runs(copies: Matrix, layout: Layout) -> Matrix:
-    """The contiguous byte runs of a writer's copies, merged as far as both memories allow.
+    """The contiguous byte runs of those of a writer's copies that it does not pack, as far as both memories allow.
 
     Args:
-        copies: int64 ``[n, COPY_COLUMNS]``, rows of this agent's own ``layout``. Staged copies are read from
-            ``layout.staging`` at their STAGED offset, the others from where the row lies.
+        copies: int64 ``[n, COPY_COLUMNS]``, rows of this agent's own ``layout``.
         layout: this agent's.
 
     Returns:
@@ -68,44 +67,50 @@ def runs(copies: Matrix, layout: Layout) -> Matrix:
         ordered by peer, local region and local offset. No two runs of one peer continue each other in both memories.
 
     Raises:
-        RunTableError: a copy outside its row, or staged copies in a layout without a staging region.
+        RunTableError: a copy outside its row.
     """
     copies = _checked(copies, COPY_COLUMNS)
-    staged = copies[:, COPY_STAGED] >= 0
-    direct = copies[~staged]
-    pieces = [_expand(_wire_boxes(direct, layout), direct[:, COPY_PEER]), _staged_runs(copies[staged], layout)]
-    return _merged(np.concatenate(pieces))
+    direct = copies[copies[:, COPY_STAGED] < 0]
+    return _merged(_expand(_wire_boxes(direct, layout), direct[:, COPY_PEER]))
+
+
+def copied_bytes(copies: Matrix, layout: Layout) -> int:
+    """Bytes that ``copies`` are worth, packed or not; arguments and errors as for ``runs``."""
+    copies = _checked(copies, COPY_COLUMNS)
+    itemsize = _TensorFacts.of(layout).itemsize[_rows_of(copies, layout)[:, ROW_TENSOR]]
+    return int((copies[:, COPY_BOX + 1 : COPY_REMOTE : 2].prod(axis=1) * itemsize).sum())
 
 
 def pack_table(copies: Matrix, layout: Layout) -> Matrix:
-    """Kernel table that gathers a writer's staged copies from its rows into its staging region.
+    """Kernel table that gathers a writer's packed copies from its rows.
 
     Args:
-        copies: int64 ``[n, COPY_COLUMNS]``; those that are not staged are left out.
+        copies: int64 ``[n, COPY_COLUMNS]``; those that are not packed are left out.
         layout: this agent's.
 
     Returns:
-        int64 ``[m, COLUMNS]`` (:mod:`weightsync.kernels.columns`): from the rows' regions to the staging region.
+        int64 ``[m, COLUMNS]`` (:mod:`weightsync.kernels.columns`): from the rows' regions to places in the edge's
+        cargo, whose region is ``layout.staging``.
 
     Raises:
-        RunTableError: as for ``runs``.
+        RunTableError: as for ``runs``, or packed copies in a layout without a staging region.
     """
     staged = _staged_only(copies, layout)
     return _table(_staging_boxes(staged, layout))
 
 
 def scatter_table(copies: Matrix, layout: Layout) -> Matrix:
-    """Kernel table that spreads what arrived packed in the staging region over a reader's own rows.
+    """Kernel table that spreads what landed over a reader's own rows.
 
     Args:
-        copies: int64 ``[n, COPY_COLUMNS]``; those that are not staged are left out.
+        copies: int64 ``[n, COPY_COLUMNS]``, with their places in the edge's cargo, or in the landing.
         layout: this agent's.
 
     Returns:
-        int64 ``[m, COLUMNS]`` as for ``pack_table``, with the staging region as the source.
+        int64 ``[m, COLUMNS]`` as for ``pack_table``, the other way round.
 
     Raises:
-        RunTableError: as for ``runs``.
+        RunTableError: as for ``pack_table``.
     """
     boxes = _staging_boxes(_staged_only(copies, layout), layout)
     return _table(
@@ -122,12 +127,13 @@ def scatter_table(copies: Matrix, layout: Layout) -> Matrix:
     )
 
 
-def digest_table(copies_or_rows: Matrix, layout: Layout) -> Matrix:
+def digest_table(copies_or_rows: Matrix, layout: Layout, *, landed: bool = False) -> Matrix:
     """Kernel table of the bytes to digest, with logical destinations.
 
     Args:
         copies_or_rows: int64 ``[n, COPY_COLUMNS]`` or ``[n, ROW_COLUMNS]``, told apart by their width.
-        layout: this agent's; the bytes are read where its rows lie, staged or not.
+        layout: this agent's; the bytes are read where its rows lie, packed or not.
+        landed: they are read where copies have landed, by their places in the landing, and not yet in their rows.
 
     Returns:
         int64 ``[m, COLUMNS]`` as for ``pack_table``, where the destination region is the tensor's 64-bit key and the
@@ -148,10 +154,14 @@ def digest_table(copies_or_rows: Matrix, layout: Layout) -> Matrix:
     facts = _TensorFacts.of(layout)
     tensor = rows[:, ROW_TENSOR]
     stride = facts.stride[tensor]
+    region, step = rows[:, ROW_REGION], rows[:, ROW_BOX + 2 :: 3]
+    if landed:
+        region = np.full(len(table), layout.staging, np.int64)
+        offset, step = table[:, COPY_STAGED], _dense(extent, facts.itemsize[tensor])
     boxes = Boxes(
-        source_region=rows[:, ROW_REGION],
+        source_region=region,
         source_offset=offset,
-        source_stride=rows[:, ROW_BOX + 2 :: 3],
+        source_stride=step,
         target_region=_keys(layout)[tensor],
         target_offset=(corner * stride).sum(axis=1),
         target_stride=stride,
@@ -280,37 +290,27 @@ def _staged_only(copies: Matrix, layout: Layout) -> Matrix:
 
 
 def _staging_boxes(staged: Matrix, layout: Layout) -> Boxes:
-    """From the rows to the staging region, where each copy is one packed row-major block."""
+    """From the rows to places in the edge's cargo, where each copy is one block, packed row by row."""
     boxes = _wire_boxes(staged, layout)
-    packed = np.empty_like(boxes.extent)
-    packed[:, -1] = boxes.itemsize
-    for dim in range(MAX_RANK - 2, -1, -1):
-        packed[:, dim] = packed[:, dim + 1] * boxes.extent[:, dim + 1]
     return Boxes(
         boxes.source_region,
         boxes.source_offset,
         boxes.source_stride,
         np.full(len(staged), layout.staging, dtype=np.int64),
         staged[:, COPY_STAGED],
-        packed,
+        _dense(boxes.extent, boxes.itemsize),
         boxes.extent,
         boxes.itemsize,
     )
 
 
-def _staged_runs(copies: Matrix, layout: Layout) -> Matrix:
-    """What lies packed in the staging region leaves it as it lies there: one run a copy, before merging."""
-    staged = _staged_only(copies, layout)
-    rows = _rows_of(staged, layout)
-    itemsize = _TensorFacts.of(layout).itemsize[rows[:, ROW_TENSOR]]
-    table = np.empty((len(staged), RUN_COLUMNS), dtype=np.int64)
-    table[:, RUN_PEER] = staged[:, COPY_PEER]
-    table[:, RUN_LOCAL_REGION] = layout.staging
-    table[:, RUN_LOCAL_OFFSET] = staged[:, COPY_STAGED]
-    table[:, RUN_REMOTE_REGION] = staged[:, COPY_REMOTE]
-    table[:, RUN_REMOTE_OFFSET] = staged[:, COPY_REMOTE + 1]
-    table[:, RUN_LENGTH] = staged[:, COPY_BOX + 1 : COPY_REMOTE : 2].prod(axis=1) * itemsize
-    return table
+def _dense(extent: Matrix, itemsize: Column) -> Matrix:
+    """Byte strides of boxes that are packed row by row."""
+    strides = np.empty_like(extent)
+    strides[:, -1] = itemsize
+    for dim in range(MAX_RANK - 2, -1, -1):
+        strides[:, dim] = strides[:, dim + 1] * extent[:, dim + 1]
+    return strides
 
 
 # ------------------------------------------------------------------------------------------------ loops and runs

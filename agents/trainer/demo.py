@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-checkpoints", type=Path, metavar="DIR", help="save each published version as a checkpoint below DIR")
     add("--forward-dtype", choices=sorted(DTYPES), default="bfloat16")
     add("--min-sharded-bytes", type=int, default=SlotOptions().min_sharded_bytes)
-    add("--staging-bytes", type=int, default=SlotOptions().staging_bytes)
+    add("--staging-bytes", type=int)
     add("--seed", type=int, default=0)
     add("--stay", action="store_true", help="after the last step, keep serving the slots until SIGTERM")
     return parser

@@ -309,7 +309,7 @@ class TrainerSide:
             if members:
                 remaining = max(0.0, ends - time.monotonic())
                 ended = partial(self._ended, grant, sizes, digests)
-                await sender.write(members, remaining, ended)
+                await sender.write(grant.grant.round, members, remaining, ended)
         except Exception as error:
             # Without CLOSED the peers' memory would count as in reach of this grant until this process ends.
             log.exception("%s: round %s", self._who, grant.grant.round)

@@ -7,7 +7,7 @@ finished.
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REG
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 from weightsync.orchestrator.protocol.markers import BROADCASTS, step_name
 from weightsync.orchestrator.protocol.messages import FilesystemSettings
-from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 INDEX_SUFFIX: Final = ".boxes.json"
 MAX_INDEX_BYTES: Final = 256 * 1024 * 1024
@@ -62,9 +62,8 @@ class FilesystemSender(Sender):
         save_checkpoint_part(parts_of(self._directory, version), self._memory)
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
     ) -> None:
-        """All of it, whichever ``groups`` are named: files are read as a whole."""
         for member in members:
             if member in self._sizes:
                 ended(HandedOver(member, self._sizes[member]))

@@ -22,13 +22,15 @@ batches, *agent* is the agent's own event loop (``link.thread``).
 
    a. ``Sender.stage(version)`` (main; the agent may connect and poll meanwhile): the slots hold the version and no
       write is granted. For transports that must copy the bytes elsewhere first; most do nothing.
-   b. ``Sender.write(members, deadline, ended, groups)`` (agent): the daemon has granted the write, and the engines of
-      ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
+   b. ``Sender.write(round_name, members, deadline, ended)`` (agent): the daemon has granted the write, and the engines
+      of ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
       will be written to it. One whose bytes cannot be taken back (its time is over, or ``stop`` has named it) is given
       up: ``write`` does not wait for it, and its end is told from ``poll``.
-   c. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
+   c. ``Receiver.begin(round_name)`` and ``end(round_name)`` (agent): around the time in which writers are granted; in
+      between, what passes the landing is brought to its rows chunk by chunk.
+   d. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
       holds the version, derived tensors included; the digest that follows proves it.
-   d. A rank may be granted the same version again, after a failed attempt.
+   e. A rank may be granted the same version again, after a failed attempt.
 
 6. ``poll()`` (agent): every millisecond or two while a grant is open on this side, and every ten otherwise.
    ``Sender.in_flight()``: the peers that were given up and that bytes may still reach, read from the slots. As long as
@@ -46,11 +48,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from weightsync.agents.transport.shares import Share
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix
 from weightsync.orchestrator.protocol.messages import Connect
-from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +135,15 @@ class Sender(Protocol):
 
     @abstractmethod
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
     ) -> None:
         """Hand over what ``members`` are owed of the version in the slots; return when nothing more will be posted.
 
         Args:
+            round_name: of the grant, by which the peers tell this attempt from others.
             members: of the grant; ``ended`` hears nothing of those that are no peers of the plan.
             deadline_seconds: for everything together.
             ended: told of each peer.
-            groups: numbers of the layout's pipelining groups (``COPY_GROUP``) to write; None: all of them.
 
         Raises:
             Exception: something of our own, which is no peer's fault. ``ended`` will still be told of those that are
@@ -164,7 +167,19 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """An inference rank's end. Steps in the order of the module's docstring."""
+    """An inference rank's end. Steps in the order of the module's docstring.
+
+    Attributes:
+        landed: int64 ``[n, COPY_COLUMNS]`` of the plan that was connected last: what lies in the landing when all
+            writers have finished, with its place there in COPY_STAGED, and what ``arrive`` has yet to bring to its row.
+            Replaced as a whole. Empty for a transport by which nothing lands.
+        lands_beside: whether a version can land beside live memory, so that ``arrive`` may come while a switch holds
+            the main thread only, and what has landed can be digested before it.
+    """
+
+    lands_beside: bool = False
+
+    landed: Matrix = np.empty((0, COPY_COLUMNS), np.int64)
 
     @abstractmethod
     def open(self, settings: Any) -> None:
@@ -174,12 +189,24 @@ class Receiver(Protocol):
         """Name and metadata of this end for its peers."""
         return "", b""
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """Prepare what ``arrive`` will need.
+
+        Returns:
+            The peers whose bytes cannot be taken now, and why; a later call with the same Connect tries again.
 
         Raises:
             AgentError: the copies do not fit this rank's layout.
         """
+        return {}
+
+    def begin(self, round_name: RoundName) -> None:
+        """Writers of this round may be granted from now on, and of no other: what still comes of others is not let
+        near the rows. On the agent's thread, before the daemon is told Exposed; again changes nothing."""
+
+    def end(self, round_name: RoundName) -> None:
+        """All writers of this round have finished, or it is over; for another than the one that began it does
+        nothing. On the agent's thread."""
 
     @abstractmethod
     def renew(self, memory: TargetMemory) -> None:

@@ -10,13 +10,13 @@ from typing import Final
 
 import torch
 from weightsync.agents.errors import AgentError
-from weightsync.agents.tables.runs import RUN_LENGTH, RUN_PEER, digest_table, element_codes, runs
+from weightsync.agents.tables.runs import copied_bytes, digest_table, element_codes, runs
 from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
 from weightsync.orchestrator.protocol.edges import Peer
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, COPY_PEER, Layout, Matrix, as_matrix
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_PEER, Layout, Matrix, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Digest, Member
 
@@ -31,9 +31,8 @@ class PlanMismatch(AgentError):
 class Share:
     """What one peer is owed. Compared by identity: it is the same object for as long as the plan leaves it alone.
 
-    ``copies`` is int64 ``[n, COPY_COLUMNS]``. ``runs`` is int64 ``[m, RUN_COLUMNS]`` as from ``tables.runs``, with the
-    pipelining group of each run in the peer's column: no run belongs to two groups. ``bytes`` is their sum. ``looked``:
-    where the digest looks for what is no finite number.
+    ``copies`` is int64 ``[n, COPY_COLUMNS]``, ``bytes`` what they are worth. ``runs`` is int64 ``[m, RUN_COLUMNS]`` as
+    from ``tables.runs``: of what is not packed. ``looked``: where the digest looks for what is no finite number.
     """
 
     peer: Peer
@@ -42,11 +41,6 @@ class Share:
     bytes: int
     digest: PreparedDigest
     looked: Spans
-
-    @property
-    def groups(self) -> Matrix:
-        """int64 ``[m]``: the pipelining group of each run."""
-        return self.runs[:, RUN_PEER]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +80,13 @@ class Shares:
         per_peer = [copies[copies[:, COPY_PEER] == number] for number in range(len(connect.peers))]
         if sum(map(len, per_peer)) != len(copies):
             raise PlanMismatch(f"plan {connect.fingerprint}: copies for peers that it does not name")
-        tables = [_grouped_runs(own, self._layout) for own in per_peer]
-        size = sum(int(table[:, RUN_LENGTH].sum()) for table in tables)
+        size = sum(copied_bytes(own, self._layout) for own in per_peer)
         if size != connect.expected_bytes:
             raise PlanMismatch(
                 f"plan {connect.fingerprint}: its copies are worth {size} bytes, not {connect.expected_bytes}"
             )
-        parts = zip(connect.peers, per_peer, tables, strict=True)
-        shares = {peer.member: self._share(peer, own, table) for peer, own, table in parts}
+        parts = zip(connect.peers, per_peer, strict=True)
+        shares = {peer.member: self._share(peer, own) for peer, own in parts}
         self._plan = (shares, Spans.union([share.looked for share in shares.values()]))
         return tuple(shares.values())
 
@@ -113,7 +106,7 @@ class Shares:
             finite = all(share.digest.finite() for share in shares.values())
         return Reading(digests, looked if finite else NOWHERE)
 
-    def _share(self, peer: Peer, copies: Matrix, table: Matrix) -> Share:
+    def _share(self, peer: Peer, copies: Matrix) -> Share:
         old = self._plan[0].get(peer.member)
         if old is not None and old.peer == peer and old.copies.tobytes() == copies.tobytes():
             return old
@@ -122,14 +115,4 @@ class Shares:
         looked = Spans.of(logical[codes != UNSEEN])
         with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
             digest = prepare_digest(self._arenas, logical, codes)
-        return Share(peer, copies, table, int(table[:, RUN_LENGTH].sum()), digest, looked)
-
-
-def _grouped_runs(copies: Matrix, layout: Layout) -> Matrix:
-    """``runs`` of one peer's copies that joins nothing across groups.
-
-    It keeps peers apart. The peer is known here, so the group can stand in its column and is kept apart instead.
-    """
-    labelled = copies.copy()
-    labelled[:, COPY_PEER] = copies[:, COPY_GROUP]
-    return runs(labelled, layout)
+        return Share(peer, copies, runs(copies, self._layout), copied_bytes(copies, self._layout), digest, looked)

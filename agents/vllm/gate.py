@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.vllm.backend import logger
 
 
@@ -78,6 +79,22 @@ def report(worker: Any, nonce: str) -> WorkerReport:
     except Exception as error:
         logger.exception("weightsync: this worker cannot say whether its weights may be served")
         return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
+
+
+def switchable(worker: Any, nonce: str, order: SwitchInfo) -> WorkerReport:
+    """Runs in every worker before any switches; ``reason`` is empty where it can. Never raises: see ``call``."""
+    rank, agent = _rank(worker), _agent(worker)
+    try:
+        reason = "this worker has no weightsync agent" if agent is None else agent.switchable(order)
+        return WorkerReport(nonce, rank, reason, False, 0 if agent is None else agent.incarnation)
+    except Exception as error:
+        logger.exception("weightsync: this worker cannot say whether it can switch")
+        return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
+
+
+def switch(worker: Any, order: SwitchInfo) -> None:
+    """Runs in every worker, by ``call``: what waits in standby is what it serves from now on."""
+    _agent(worker).switch(order)
 
 
 def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallOutcome:

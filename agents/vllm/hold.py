@@ -11,15 +11,11 @@ exist), its class is replaced by a subclass of it. Nothing is replaced in engine
 
 import functools
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from weightsync.agents.vllm import gate, lease, worker_calls
+from weightsync.agents.vllm import boundary, gate, lease, worker_calls, workers
 from weightsync.agents.vllm.backend import chosen, logger
-
-ASK_SECONDS: Final = 60.0
-"""Total wait for the workers' reports. They answer at once between batches, and a long prefill takes seconds."""
 
 RESUME: Final = "weightsync_resume"
 """Method of ``/collective_rpc`` by which the daemon resumes; no worker has it, the engine core answers it."""
@@ -52,14 +48,6 @@ class CallRefused(RuntimeError):
 
 class SessionError(RuntimeError):
     """Update calls in an impossible order. The caller's fault."""
-
-
-class WorkersFailed(RuntimeError):
-    """A call failed in one or more workers; lists all of them, by rank."""
-
-
-class OutOfStep(RuntimeError):
-    """Workers answered an earlier question (a call timed out in between). Only a restart of the engine cures it."""
 
 
 def missing_hooks() -> list[str]:
@@ -139,7 +127,7 @@ def held_class(core_class: Any) -> type[Any]:
         @scheduler.setter
         def scheduler(self, scheduler: Any) -> None:
             self.__dict__["scheduler"] = scheduler
-            _pause_all(self)  # before anybody else has seen it, so that nothing can be scheduled first
+            workers.pause_all(self)  # before anybody else has seen it, so that nothing can be scheduled first
 
         def resume_scheduler(self) -> None:
             self.weightsync_resume(None)
@@ -164,7 +152,7 @@ def held_class(core_class: Any) -> type[Any]:
                 raise gate.NotServable(_not_servable(refusals) + "; mode=wait would go on running requests")
             result = super().pause_scheduler(mode, clear_cache)
             if refusals:
-                _pause_all(self)  # mode=abort lets requests that hold KV blocks run
+                workers.pause_all(self)  # mode=abort lets requests that hold KV blocks run
             return result
 
         def sleep(self, level: int = 1, mode: str = "abort") -> Any:
@@ -180,15 +168,11 @@ def held_class(core_class: Any) -> type[Any]:
             kwargs: dict[str, Any] | None = None,
         ) -> list[Any]:
             kwargs = kwargs or {}
-            if method == RESUME:
-                self.weightsync_resume(meant(kwargs))
-                return []
-            if method == READY:
-                require_serving(self)
-                return []
+            if method in (RESUME, READY, boundary.SWITCH):
+                return _answer(self, method, kwargs)
             if not check_call(self, method, kwargs):
                 return []
-            results = _call_workers(self, method, timeout, args, kwargs)
+            results = workers.call(self, method, timeout, args, kwargs)
             if method in worker_calls.OF_A_ROUND and (switch := _lease(self)) is not None:
                 switch.arm() if method == "start_weight_update" else switch.heard()
             return results
@@ -197,14 +181,27 @@ def held_class(core_class: Any) -> type[Any]:
     return Held
 
 
+def _answer(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """To calls that no worker has: the engine core answers them itself."""
+    if method == boundary.SWITCH:
+        if (switch := _lease(core)) is not None:
+            switch.heard()
+        return boundary.switch(core, kwargs)
+    if method == RESUME:
+        core.weightsync_resume(meant(kwargs))
+    else:
+        require_serving(core)
+    return []
+
+
 def refusals_of(core: Any) -> list[str]:
     """Why the workers of this engine core may not serve, one line per rank that says so; empty when all may.
 
     Raises:
         OutOfStep: a worker answered another question.
-        TimeoutError: no answer within ASK_SECONDS.
+        TimeoutError: no answer within workers.ASK_SECONDS.
     """
-    return _refusals(_ask(core), None)
+    return workers.refusals(workers.ask(core), None)
 
 
 def lease_left(core: Any, silent: float) -> float | None:
@@ -213,7 +210,7 @@ def lease_left(core: Any, silent: float) -> float | None:
     Args:
         silent: since the daemon has called this server; by either way it is heard.
     """
-    leases = [None if report.reason else report.lease for report in _ask(core)]
+    leases = [None if report.reason else report.lease for report in workers.ask(core)]
     known = [seconds - min(silent, unheard) for seconds, unheard in filter(None, leases)]
     return max(known) if known and len(known) == len(leases) else None
 
@@ -241,7 +238,7 @@ def require_servable(core: Any, means: Mapping[int, int] | None = None) -> None:
     Args:
         means: rank → incarnation of the processes that are to serve; None: whichever are here.
     """
-    refusals = _refusals(_ask(core), means)
+    refusals = workers.refusals(workers.ask(core), means)
     if _refused_by_a_peer(core, bool(refusals)) and not refusals:
         refusals = ["a data-parallel peer of this rank is not servable"]
     if refusals:
@@ -253,18 +250,6 @@ def require_serving(core: Any) -> None:
     if core.is_scheduler_paused():
         refusals = refusals_of(core) or ["the engine is paused; its weights are whole"]
         raise gate.NotServable(f"weightsync: not serving: {'; '.join(refusals)}")
-
-
-def _refusals(reports: list[gate.WorkerReport], means: Mapping[int, int] | None) -> list[str]:
-    refusals = []
-    for report in reports:
-        reason = report.reason
-        if means is not None and means.get(report.rank) != report.incarnation:
-            other = f"it is incarnation {report.incarnation}, and the resume means {means.get(report.rank, 'nobody')}"
-            reason = f"{other}; {reason}" if reason else other
-        if reason:
-            refusals.append(f"rank {report.rank}: {reason}")
-    return refusals
 
 
 def _lease(core: Any) -> lease.Lease | None:
@@ -294,11 +279,11 @@ def check_call(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str,
                 'weightsync: this vLLM needs {"is_checkpoint_format": false} in /start_weight_update; true, its '
                 "default, takes the parameters that the weights are written to away"
             )
-        if any(report.session_open for report in _ask(core)):
+        if any(report.session_open for report in workers.ask(core)):
             logger.info("weightsync: an update session was left open; ending it for the new one")
-            _call_workers(core, "finish_weight_update", ASK_SECONDS, (), {})
+            workers.call(core, "finish_weight_update", workers.ASK_SECONDS, (), {})
     elif method in ("update_weights", "finish_weight_update"):
-        reports = _ask(core)
+        reports = workers.ask(core)
         if not all(report.session_open for report in reports):
             if method == "finish_weight_update" and not any(r.session_open or r.reason for r in reports):
                 return False
@@ -313,31 +298,7 @@ def _require_paused(core: Any) -> None:
         raise EngineNotPaused("weightsync: the engine is serving; call /pause?mode=keep before /update_weights")
     if getattr(core, "batch_queue", None):
         raise EngineNotPaused("weightsync: batches are still in flight; await the answer of /pause first")
-    _pause_all(core)  # after mode=wait or abort, requests that hold KV blocks could still run
-
-
-def _pause_all(core: Any) -> None:
-    core.scheduler.set_pause_state(type(core.scheduler.pause_state).PAUSED_ALL)
-
-
-def _ask(core: Any) -> list[gate.WorkerReport]:
-    nonce = secrets.token_hex(8)
-    reports: list[gate.WorkerReport] = core.model_executor.collective_rpc(gate.report, ASK_SECONDS, (nonce,))
-    if any(getattr(report, "nonce", None) != nonce for report in reports):
-        raise OutOfStep("weightsync: the workers' answers are out of step with the calls; restart this engine")
-    return reports
-
-
-def _call_workers(
-    core: Any, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any]:
-    outcomes: list[gate.CallOutcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
-    if failed := [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error]:
-        name = method if isinstance(method, str) else getattr(method, "__name__", "the call")
-        raise WorkersFailed(
-            f"weightsync: {name} failed in {len(failed)} of {len(outcomes)} workers: {'; '.join(failed)}"
-        )
-    return [outcome.value for outcome in outcomes]
+    workers.pause_all(core)  # after mode=wait or abort, requests that hold KV blocks could still run
 
 
 def _refused_by_a_peer(core: Any, refused: bool) -> bool:

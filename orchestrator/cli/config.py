@@ -92,7 +92,7 @@ def _engines(settings: Settings) -> str:
 
 
 def _ways(settings: Settings) -> str:
-    return f"transport {settings.transport.type}, rendezvous {settings.rendezvous.type}, mode {settings.mode}"
+    return f"transport {settings.transport.type}, rendezvous {settings.rendezvous.type}"
 
 
 def _secret(key: str, path: Path) -> Iterator[Finding]:

@@ -13,6 +13,11 @@ VERBS: Final[tuple[tuple[str, str, str], ...]] = (
     ("drain", "ENGINE", "keep an engine out of rounds and not ready; it serves until another version is decided"),
     ("forget", "ENGINE", "let an engine go: it is no member any more, and nobody waits for it"),
     ("abort", "", "give up the round under way, unless it is decided"),
+    (
+        "rollback",
+        "[STEP]",
+        "have engines serve again what they have beside it: the version before, or that of STEP",
+    ),
     ("retry", "", "try engines and versions that wait for their next attempt at once"),
     ("declare-dead", "WRITER", "say that a trainer rank's process is dead (trainer/1), so that rounds may go on"),
     ("maintenance", "on|off", "let no round begin, or let them again"),
@@ -26,6 +31,8 @@ def add_verb_commands(commands: Commands) -> None:
         command = commands.add_parser(verb, help=text, description=text)
         if target == "on|off":
             command.add_argument("target", choices=("on", "off"))
+        elif target == "[STEP]":
+            command.add_argument("target", nargs="?", default="", metavar="STEP")
         elif target:
             command.add_argument("target", metavar=target)
         command.add_argument("--reason", default="", help="for the log, the audit log and status")

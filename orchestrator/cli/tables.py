@@ -126,9 +126,12 @@ def round_text(row: RoundRow, now: float) -> str:
     return "\n".join(lines)
 
 
-_ENGINE_COLUMNS: Final = ("ENGINE", "ROLE", "STATE", "SINCE", "VERSION", "RANKS", "PAUSED", "FAULT")
+_ENGINE_COLUMNS: Final = (
+    "ENGINE", "ROLE", "MODE", "STATE", "SINCE", "VERSION", "BESIDE", "RANKS", "PAUSED", "FAULT",
+)  # fmt: skip
 _ROUND_COLUMNS: Final = (
-    "ROUND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "GB/S", "PAUSE", "STALL", "VERIFY", "TOTAL MS", "AGO",
+    "ROUND", "KIND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "GB/S", "PAUSE", "STALL", "SWITCH", "VERIFY",
+    "TOTAL MS", "AGO",
 )  # fmt: skip
 
 
@@ -145,7 +148,9 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     state = f"{engine.state} (TORN)" if engine.torn and engine.state != "torn" else engine.state
     since = _age(now - engine.since) if engine.since else "-"
     version = "-" if engine.version is None else f"step {engine.version.step}"
-    return (engine.name, engine.role, state, since, version, ranks, paused, engine.fault)
+    beside = "-" if engine.standby is None else f"step {engine.standby.step}"
+    mode = engine.mode or "-"
+    return (engine.name, engine.role, mode, state, since, version, beside, ranks, paused, engine.fault)
 
 
 def _left_out(engine: EngineView) -> list[str]:
@@ -161,11 +166,13 @@ def _left_out(engine: EngineView) -> list[str]:
 
 def _round(row: RoundRow, now: float) -> tuple[str, ...]:
     wire = f"{row.wire_gb_per_s:.2f}" if row.wire_gb_per_s else "-"
-    times = (f"{ms:.0f}" for ms in (row.pause_ms, row.stall_ms, row.verify_ms, row.total_ms))
+    pause, stall, verify, total = (f"{ms:.0f}" for ms in (row.pause_ms, row.stall_ms, row.verify_ms, row.total_ms))
+    switch = f"{row.switch_ms:.1f}" if row.switch_ms else "-"
+    kind = "-" if row.kind == "publish" else row.kind
     ago = _age(now - row.unix_time) if row.unix_time else "-"
     engines = str(len(row.engines)) if len(row.engines) > 3 else _cut(",".join(row.engines), 16) or "-"
-    who = (row.round, str(row.step), str(row.attempt), row.outcome, engines)
-    return (*who, _bytes(row.bytes), wire, *times, ago)
+    who = (row.round, kind, str(row.step), str(row.attempt), row.outcome, engines)
+    return (*who, _bytes(row.bytes), wire, pause, stall, switch, verify, total, ago)
 
 
 def _trainers(trainers: Sequence[TrainerView], now: float) -> str:

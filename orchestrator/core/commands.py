@@ -96,7 +96,7 @@ class SendPlan(Command):
 class CallEngine(Command):
     """``number`` comes back in CallDone or CallFailed; ``round`` and ``version`` for those calls that belong to one.
 
-    ``ranks``: of a resume, the processes that it means, as rank → incarnation; no other may serve by it.
+    ``ranks``: of a resume or a switch, the processes that it means, as rank → incarnation; no other may serve by it.
     """
 
     engine: str

@@ -6,6 +6,7 @@ The order is the one in which people can do something about it: the trainer firs
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
@@ -51,7 +52,10 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
     others only where a commit needs it.
     """
     catch_up = is_catch_up(fleet, version)
-    usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
+    able = [name for name in fleet.usable() if _may_take_part(fleet, name, now)]
+    # Before units are looked at: the other one of its pair waits until it has switched.
+    able = [name for name in able if not (catch_up and _switches(fleet, name, now))]
+    usable = _whole_units(fleet, version, able)
     if catch_up:
         behind = [name for name in usable if fleet.version_of(name) != version]
         alone = next((name for name in behind if _has_failed(fleet, name)), None)
@@ -66,6 +70,13 @@ def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
     waits = now < fleet.engines[name].retry_at
     wished = name not in fleet.memory.holds and name not in fleet.memory.drains
     return not waits and wished and not fleet.tainted(name)
+
+
+def _switches(fleet: Fleet, name: str, now: float) -> bool:
+    """It is brought there by a switch to its standby, unless that fails or shows no effect."""
+    engine = fleet.engines[name]
+    tried = engine.switch_again_at and now >= engine.switch_again_at
+    return not engine.error and not tried and standby.owed(fleet, name)
 
 
 def _has_failed(fleet: Fleet, name: str) -> bool:
@@ -174,9 +185,9 @@ def why_not(fleet: Fleet, name: str, now: float) -> str:
     writers = [f"{writer} of round {grant}" for writer, grant in fleet.tainted(name)]
     if writers:
         return f"{_named(writers)} may still write to it and is not proved dead"
-    return (
-        f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}" if engine.failures else "ready"
-    )
+    if engine.failures:
+        return f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}"
+    return "it switches to what it has in its standby" if standby.owed(fleet, name) else "ready"
 
 
 def _unready(fleet: Fleet, version: Version, now: float) -> str:

@@ -16,6 +16,7 @@ class Call(StrEnum):
     PROBE = "probe"
     ATTACH = "attach"
     PAUSE = "pause"
+    UPDATE = "update"
     SWITCH = "switch"
     FINISH = "finish"
     RESUME = "resume"
@@ -105,13 +106,17 @@ class NeedsReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class CallDone(Event):
-    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown."""
+    """An engine answered. ``paused``: whether it is paused now, None where the call leaves that unknown.
+
+    ``switch_seconds``: of a switch, how long the engine took no step for it, as it says itself.
+    """
 
     engine: str
     call: Call
     number: int
     seconds: float
     paused: bool | None = None
+    switch_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,13 @@ class AbortAsked(Asked):
 @dataclass(frozen=True, slots=True)
 class RetryAsked(Asked):
     """No engine and no version is to wait for its next attempt any longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackAsked(Asked):
+    """Engines are to serve again what they have in their standby: the version of ``step``, None: the one before."""
+
+    step: int | None
 
 
 @dataclass(frozen=True, slots=True)

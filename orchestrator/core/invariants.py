@@ -6,11 +6,14 @@ later one may end its round, or bring another process, as it might a moment afte
 
 from dataclasses import dataclass
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, RoundBegan
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.round.progress import Round
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.messages import Grant
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
@@ -38,6 +41,8 @@ def commanded(fleet: Fleet, command: Command) -> None:
     match command:
         case CallEngine(call=Call.RESUME):
             _resume_is_safe(fleet, command)
+        case CallEngine(call=Call.SWITCH):
+            _switch_is_safe(fleet, command)
         case Send(message=Grant()):
             _grant_is_safe(fleet, command)
         case _:
@@ -81,8 +86,34 @@ def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
         )
 
 
+def _switch_is_safe(fleet: Fleet, command: CallEngine) -> None:
+    """To a version that is decided, and that every process which is meant has verified."""
+    current, engine = fleet.round, command.engine
+    what = f"S1: switch of {engine} to {command.version}"
+    if current is not None and current.name == command.round and current.has(engine):
+        if current.phase is Phase.DECIDING or engine not in current.live or command.version != current.version:
+            raise InvariantViolation(f"{what} in round {current.name}, which has not decided it")
+        known = tuple((member.rank, current.ranks[member]) for member in current.by_engine[engine])
+        wrong = [str(m) for m in current.by_engine[engine] if not _is_verified(current, m)]
+    else:
+        if command.version is None or command.version != fleet.memory.committed:
+            raise InvariantViolation(f"{what}, but {fleet.memory.committed} is committed")
+        ranks, version = fleet.ranks_of(engine), command.version
+        known = tuple((agent.member.rank, agent.hello.incarnation) for agent in ranks)
+        wrong = [str(agent.member) for agent in ranks if not standby.has(fleet, agent, version)]
+    if wrong or known != command.ranks or not known:
+        raise InvariantViolation(f"{what} means {command.ranks}, known are {known}, without it are {wrong}")
+
+
+def _is_verified(current: Round, member: Member) -> bool:
+    report = current.verified.get(member)
+    return report is not None and (report.digest, report.bytes) == current.expected[member]
+
+
 def _begin_is_safe(fleet: Fleet, name: RoundName) -> None:
     assert fleet.round is not None
+    if fleet.round.rollback:
+        return  # nothing is written
     for engine in fleet.round.engines:
         tainted = [f"{writer} ({grant})" for writer, grant in fleet.tainted(engine) if grant != name]
         if tainted:
@@ -112,9 +143,8 @@ def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -
     if current is None or current.version != version or not current.decided:
         raise InvariantViolation(f"S4: COMMITTED of {version} without a decided round")
     for member in current.remaining_ranks():
-        verified = current.verified.get(member)
         left = current.left.get(member)
-        if verified is None or (verified.digest, verified.bytes) != current.expected[member]:
+        if not _is_verified(current, member):
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} is not verified")
         if left is None or left.applied != version or left.torn:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} has not confirmed it")

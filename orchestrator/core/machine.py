@@ -194,6 +194,8 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             members.let_out(turn, agent)
         case Left() | Holding():
             _status(turn, agent, message.status)
+            if isinstance(message, Left):
+                agent.told_hold = None  # a commit ends a hold, so what it was told before says nothing
             if isinstance(message, Left) and message.status.torn:
                 members.mend(turn, agent, message.round)
         case Closed():

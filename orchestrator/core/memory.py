@@ -59,23 +59,27 @@ REMEMBERED_FAILURES: Final = 1000
 REMEMBERED_GENERATIONS: Final = 1000
 """Trainers whose oldest versions are no longer known by name."""
 
+HELD_VERSIONS: Final = 2
+"""Of each member: what it serves, and what it may have in its standby, the next version or the one before."""
+
 REMEMBERED_WISHES: Final = 4096
 """Engines that the operator holds, drains or has forgotten, of each as many: names of those that come by themselves
 never end."""
 
 REMEMBERED_MEMBERS: Final = 65_536
-"""Inference ranks whose last digest is known; engines that come and go have ever new names."""
+"""Inference ranks whose last digests are known; engines that come and go have ever new names."""
 
 
 @dataclass(slots=True)
 class Memory:
     """The fold of all records.
 
-    ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the version that was last decided in
-    its memory, and its digest. ``unclosed``: grants that outlived their round. ``live``: engines of the last commit.
-    ``holds``, ``drains``: engines that the operator holds or drains, and why. ``maintenance``: why no round begins.
-    ``admitted``: engines that have made themselves members, in the order in which they came. ``forgotten_engines``:
-    those that are no members although the configuration names them or they were admitted, and why.
+    ``ended``: the newest rounds that are over, oldest first. ``held``: by member, the versions that were last decided
+    in its memory, newest first, each with its digest. ``unclosed``: grants that outlived their round. ``live``: engines
+    of the last commit. ``holds``, ``drains``: engines that the operator holds or drains, and why. ``maintenance``: why
+    no round begins. ``admitted``: engines that have made themselves members, in the order in which they came.
+    ``forgotten_engines``: those that are no members although the configuration names them or they were admitted, and
+    why.
     """
 
     epoch: int = 0
@@ -85,13 +89,13 @@ class Memory:
     failed: dict[Version, str] = field(default_factory=dict)
     restaged: dict[Version, int] = field(default_factory=dict)
     """How often a version was staged again after it had FAILED; those that never were are not in it."""
-    done: dict[Version, None] = field(default_factory=dict)
-    """Versions that were committed, the newest last."""
+    done: dict[Version, int] = field(default_factory=dict)
+    """Versions that were committed, the newest last, each with the sequence number of its last commit."""
     forgotten: dict[int, int] = field(default_factory=dict)
     """Generation → the highest step whose version is no longer in ``done`` or ``failed``."""
     open_rounds: dict[RoundName, OpenRound] = field(default_factory=dict)
     ended: dict[RoundName, OpenRound] = field(default_factory=dict)
-    held: dict[str, tuple[Version, str]] = field(default_factory=dict)
+    held: dict[str, tuple[tuple[Version, str], ...]] = field(default_factory=dict)
     unclosed: dict[tuple[str, RoundName], Taint] = field(default_factory=dict)
     live: frozenset[str] = frozenset()
     generations: dict[int, None] = field(default_factory=dict)
@@ -160,7 +164,9 @@ def replay(memory: Memory, record: Record) -> None:
             memory.open_rounds[name].decided = True
             memory.open_rounds[name].digests = digests
             for member, digest in digests.items():
-                keep_newest(memory.held, member, (version, digest), REMEMBERED_MEMBERS)
+                before = (each for each in memory.held.get(member, ()) if each[0] != version)
+                kept = ((version, digest), *before)[:HELD_VERSIONS]
+                keep_newest(memory.held, member, kept, REMEMBERED_MEMBERS)
         case RoundEnded(round=name) as ended:
             _end(memory, ended)
         case GrantOver(round=name, writer=writer):
@@ -189,7 +195,7 @@ def replay(memory: Memory, record: Record) -> None:
                 memory.live = frozenset()  # those of its round follow with the round's end
             memory.committed = version
             memory.sequence = sequence
-            _forget(memory, memory.done, keep_newest(memory.done, version, None, REMEMBERED_VERSIONS))
+            _forget(memory, memory.done, keep_newest(memory.done, version, sequence, REMEMBERED_VERSIONS))
         case VersionFailed(version=version, reason=reason):
             _forget(memory, memory.failed, keep_newest(memory.failed, version, reason, REMEMBERED_FAILURES))
         case TrainerBegan(generation=generation):

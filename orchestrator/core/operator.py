@@ -10,10 +10,11 @@ from weightsync.orchestrator.core.events import (
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
+    RollbackAsked,
 )
 from weightsync.orchestrator.core.membership import members, roster
 from weightsync.orchestrator.core.records import EngineDrained, EngineHeld, Maintenance
-from weightsync.orchestrator.core.round import blame, reports
+from weightsync.orchestrator.core.round import blame, reports, rollback
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import Member
 
@@ -49,6 +50,12 @@ def asked(turn: Turn, event: Asked) -> None:
             for name in turn.fleet.engines:
                 blame.clear(turn, name)
             turn.say(f"everything is tried again: {_words(event)}")
+        case RollbackAsked(step=step):
+            found = rollback.found(turn.fleet, step)
+            if found.objection or found.version is None:  # whoever asked has heard it, if it was so then already
+                turn.say(f"no rollback: {found.objection}", "warning")
+            else:
+                rollback.begin(turn, found.version, found.engines, _words(event))
         case DeadDeclared(writer=writer):
             _declare_dead(turn, writer, _words(event))
         case _:

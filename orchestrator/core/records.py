@@ -1,15 +1,19 @@
 """What the journal holds: each kind of entry, and how it is written and read."""
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from weightsync.orchestrator.core.errors import JournalUnreadable, RecordUnwritable
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.fields import Count, Spoken
+from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.limits import MAX_COUNT, MAX_SECONDS
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.protocol.text import clean
+
+RoundKind = Literal["publish", "catch-up", "rollback"]
+"""What a round is for: a version that a trainer has published, late engines, or a version that was served before."""
 
 
 class Record(Spoken, frozen=True, tag=True, kw_only=True):
@@ -42,7 +46,7 @@ class Taint(msgspec.Struct, frozen=True):
 
 
 class LiveDirty(Record, frozen=True, kw_only=True):
-    """Grants may be given from here on: live memory of the round's engines may be torn."""
+    """Grants may be given from here on: memory of the round's engines that writers reach may hold parts of versions."""
 
     round: RoundName
     writers: dict[str, Taint]
@@ -50,7 +54,7 @@ class LiveDirty(Record, frozen=True, kw_only=True):
 
 
 class Decided(Record, frozen=True, kw_only=True):
-    """Every byte was verified in live memory; from here only forward. ``digests``: member → hex of its live digest."""
+    """Every byte was verified where it is or will be served from; from here only forward. ``digests``: member → hex."""
 
     round: RoundName
     version: Version
@@ -61,7 +65,8 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
 
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
-    that had not said CLOSED to everybody when it ended.
+    that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
+    that switched, how long each took no step for it.
     """
 
     round: RoundName
@@ -76,6 +81,9 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     descriptors: int
     times: dict[str, float]
     unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
+    kind: RoundKind = "publish"
+    modes: dict[str, Lands] = msgspec.field(default_factory=dict)
+    switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
     spoken = ("reason",)
 
     def __post_init__(self) -> None:
@@ -83,8 +91,10 @@ class RoundEnded(Record, frozen=True, kw_only=True):
         super().__post_init__()
         msgspec.structs.force_setattr(self, "bytes", min(self.bytes, MAX_COUNT))
         msgspec.structs.force_setattr(self, "descriptors", min(self.descriptors, MAX_COUNT))
-        times = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in self.times.items()}
-        msgspec.structs.force_setattr(self, "times", times)
+        for field in ("times", "switch_seconds"):
+            told = getattr(self, field).items()
+            kept = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in told}
+            msgspec.structs.force_setattr(self, field, kept)
 
 
 class GrantOver(Record, frozen=True, kw_only=True):

@@ -8,7 +8,8 @@ def engine_word(fleet: Fleet, name: str) -> str:
     """What an engine is: serving, paused, torn, held, joining, unreachable or updating."""
     engine = fleet.engines[name]
     # The order decides: a torn engine that is unreachable, too, is to be seen as torn.
-    if fleet.round is not None and fleet.round.has(name):
+    current = fleet.round
+    if current is not None and current.has(name) and (current.decided or not current.engines[name].serves_on):
         return "updating"
     if fleet.torn(name):
         return "torn"

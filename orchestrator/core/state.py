@@ -7,11 +7,10 @@ from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
-from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.layout import LeftOut
-from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged, Verified
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
 @dataclass(slots=True)
@@ -63,6 +62,8 @@ class EngineState:
     """What the engine itself said last; None where it did not say."""
     calls: dict[Call, int] = field(default_factory=dict)
     """Calls under way: which, and their number."""
+    switch_again_at: float = 0.0
+    """When it may be asked to switch again, if the last switch shows no effect till then; 0 where there was none."""
     probe_at: float = 0.0
     """When it is to be looked at again, though nothing happened …"""
     touched: bool = True
@@ -98,109 +99,6 @@ class EngineState:
         if self.error:
             return self.error, self.fault
         return self.blame.reason, self.blame.fault
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far one engine is within the round."""
-
-    paused: bool = False
-    update_over: bool = False
-    finishing: bool = False
-    """It was asked to finish …"""
-    finished: bool = False
-    resuming: bool = False
-    """… and to resume."""
-    resumed: bool = False
-    applied_at: float = 0.0
-    finished_at: float = 0.0
-    resumed_at: float = 0.0
-    http_seconds: float = 0.0
-    """In the calls that do nothing but wait for the engine: pause, finish, resume."""
-    left_out: str = ""
-    """Why the round goes on without it."""
-
-
-@dataclass(slots=True)
-class Round:
-    """One attempt to bring ``engines`` to ``version``. Its members are frozen; some may be left out on the way."""
-
-    name: RoundName
-    version: Version
-    attempt: int
-    catch_up: bool
-    engines: dict[str, Progress]
-    ranks: dict[Member, int]
-    """Inference ranks and their incarnations."""
-    writers: dict[Member, tuple[Member, ...]]
-    """Trainer ranks that have bytes to write, and to whom."""
-    sources: dict[Member, int] = field(default_factory=dict)
-    """Their incarnations."""
-    quorum: int = 1
-    """Engines without which nothing is decided."""
-    phase: Phase = Phase.PAUSING
-    phase_began: float = 0.0
-    deadline: float = 0.0
-    granted: bool = False
-    live: tuple[str, ...] = ()
-    """Engines that the decision is about; empty before it."""
-    switched_at: float = 0.0
-    trouble: Trouble = NO_TROUBLE
-    """Why it was given up."""
-    waited: float = 0.0
-    """Of the patience, what earlier phases took."""
-    first_done: float | None = None
-    """When the first engine had nothing more to do in this phase, while others had."""
-    away: dict[Member, tuple[float, str]] = field(default_factory=dict)
-    """Members without a connection: since when, and why."""
-    quiesced: set[Member] = field(default_factory=set)
-    exposed: set[Member] = field(default_factory=set)
-    closed: dict[Member, dict[Member, PeerTransfer]] = field(default_factory=dict)
-    """What each writer moved to the peers that it is done with …"""
-    final: set[Member] = field(default_factory=set)
-    """… and writers that are done with everybody."""
-    failed: dict[Member, Trouble] = field(default_factory=dict)
-    """Why a writer could not go on."""
-    expected: dict[Member, tuple[Digest, int]] = field(default_factory=dict)
-    """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
-    verified: dict[Member, Verified] = field(default_factory=dict)
-    left: dict[Member, EngineStatus] = field(default_factory=dict)
-    began: float = 0.0
-    times: dict[str, float] = field(default_factory=dict)
-    """Seconds spent in each phase."""
-    by_engine: dict[str, tuple[Member, ...]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
-
-    @property
-    def decided(self) -> bool:
-        """From here only forward."""
-        return bool(self.live)
-
-    @property
-    def reason(self) -> str:
-        """Why it was given up, in one sentence; empty while it was not."""
-        return self.trouble.reason
-
-    def remaining(self) -> list[str]:
-        """Engines of the round that were not left out."""
-        return [name for name, progress in self.engines.items() if not progress.left_out]
-
-    def has(self, engine: str) -> bool:
-        """Whether the engine is in the round and was not left out."""
-        progress = self.engines.get(engine)
-        return progress is not None and not progress.left_out
-
-    def remaining_ranks(self) -> Iterator[Member]:
-        """Inference ranks of the engines that were not left out."""
-        return (member for member in self.ranks if not self.engines[member.engine].left_out)
-
-    def is_done(self, writer: Member) -> bool:
-        """The writer has closed its grant towards all engines that were not left out."""
-        done = self.closed.get(writer, {})
-        open_to = (target for target in self.writers[writer] if target not in done)
-        return writer in self.final or not any(self.has(target.engine) for target in open_to)
 
 
 @dataclass(slots=True)
@@ -351,6 +249,12 @@ class Fleet:
             return None
         versions = {None if a.status.torn or a.status.window else a.status.applied for a in ranks}
         return versions.pop() if len(versions) == 1 else None
+
+    def mixed(self, engine: str) -> bool:
+        """All ranks are here, none is inside a round, and they hold different versions: some have switched."""
+        ranks = self.ranks_of(engine)
+        whole = bool(ranks) and len(ranks) == ranks[0].hello.world and not any(a.status.window for a in ranks)
+        return whole and len({agent.status.applied for agent in ranks}) > 1
 
     def torn(self, engine: str) -> bool:
         """Some rank says that its live memory may be neither its old version nor a new one."""

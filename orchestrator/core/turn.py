@@ -68,4 +68,6 @@ class Turn:
         self.fleet.call_number += 1
         # An older call of this kind may still answer; its number tells that it was replaced.
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
+        if call is Call.SWITCH:
+            self.fleet.engines[engine].switch_again_at = self.now + self.fleet.policy.patience
         self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks))

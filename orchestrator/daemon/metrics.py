@@ -125,7 +125,14 @@ def _last_round(row: RoundRow) -> Iterator[Metric]:
     yield _gauge("last_round_bytes", "Bytes that it moved.", row.bytes)
     yield _gauge("last_round_timestamp_seconds", "When it ended, in unix time.", row.unix_time)
     seconds = GaugeMetricFamily(PREFIX + "last_round_seconds", "What it took.", labels=("part",))
-    milliseconds = {"pause": row.pause_ms, "stall": row.stall_ms, "verify": row.verify_ms, "total": row.total_ms}
+    milliseconds = {
+        "pause": row.pause_ms,
+        "stall": row.stall_ms,
+        "verify": row.verify_ms,
+        "total": row.total_ms,
+        "switch": row.switch_ms,
+        "skew": row.skew_ms,
+    }
     for part, value in milliseconds.items():
         seconds.add_metric((part,), value / 1e3)
     yield seconds

@@ -62,8 +62,9 @@ def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced]) -> 
             endpoint_name=everybody[peer].announce.endpoint_name,
             endpoint=everybody[peer].announce.endpoint,
             regions=everybody[peer].announce.layout.regions,
+            berth=berth,
         )
-        for peer in part.peers
+        for peer, berth in zip(part.peers, part.berths, strict=True)
     )
     return Connect(
         fingerprint=part.fingerprint,

@@ -11,6 +11,7 @@ from weightsync.orchestrator.planner.arrays import Flags, Ints
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
+from weightsync.orchestrator.protocol.landing import Berth
 
 TRANSPORTS: Final = {
     "rdma": CostModel(13e-6, 44.3e9),
@@ -26,7 +27,7 @@ _number = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What moves: ``direct_bytes`` to their place, ``packed_bytes`` by way of staging; descriptors that carry both."""
+    """What moves: ``packed_bytes`` are gathered first, ``direct_bytes`` are not; descriptors that carry both."""
 
     direct_bytes: int
     packed_bytes: int
@@ -42,13 +43,16 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class EdgeReport:
-    """One (source, target)."""
+    """One (source, target). ``chunks``: descriptors that carry what is packed; ``straight``: the others. ``landing``:
+    how what lands does so; empty if nothing does. ``seconds``: by transport, alone on it."""
 
     source: str
     target: str
     moved: Moved
+    chunks: int
+    straight: int
+    landing: str
     seconds: dict[str, float]
-    """By transport, alone on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, eve
         every_tensor: one report per tensor, and not per family of tensors.
     """
     transfers, sources = transfers_of(plan), plan.catalogue.sources
-    edges = _edges(transfers, sources, transports)
+    edges = _edges(plan, transfers, transports)
     senders = _ends(transfers, transfers.source, transfers.target, sources, transports)
     receivers = _ends(transfers, transfers.target, transfers.source, transfers.targets, transports)
     seconds: dict[str, float] = {}
@@ -147,15 +151,30 @@ def _total(transfers: Transfers) -> Moved:
     return found[0][1] if found else Moved(0, 0, 0, 0, 0)
 
 
-def _edges(transfers: Transfers, sources: Sequence[Decoded], costs: Mapping[str, CostModel]) -> list[EdgeReport]:
+def _edges(plan: Plan, transfers: Transfers, costs: Mapping[str, CostModel]) -> list[EdgeReport]:
     """One report per (source, target) between which anything moves."""
-    targets = transfers.targets
+    targets, sources = transfers.targets, plan.catalogue.sources
     reports = []
-    for key, moved in _sums(transfers, transfers.source * len(targets) + transfers.target):
-        source, target = divmod(key, len(targets))
-        names = str(sources[source].party.member), str(targets[target].party.member)
-        reports.append(EdgeReport(*names, moved, _seconds(moved, costs)))
+    edge = transfers.source * len(targets) + transfers.target
+    packed = np.where(transfers.packed, transfers.descriptors, 0)
+    chunks = dict(zip(*_summed(edge, packed), strict=True))
+    for key, moved in _sums(transfers, edge):
+        source, target = (sources[key // len(targets)].party.member, targets[key % len(targets)].party)
+        berths = plan.part(source).berths[plan.part(source).peers.index(target.member)]
+        landing = _landing(berths, target.layout.lands) if berths is not None else ""
+        straight = moved.descriptors - chunks[key]
+        names = str(source), str(target.member)
+        reports.append(EdgeReport(*names, moved, chunks[key], straight, landing, _seconds(moved, costs)))
     return reports
+
+
+def _landing(berth: Berth, lands: str) -> str:
+    """How an edge's cargo lands at an engine of this mode, for people."""
+    if not berth.passes:
+        return f"{lands}: {berth.bytes} bytes stay there until all have come"
+    laps = -(-berth.chunks // berth.places)
+    times = "once" if laps == 1 else f"{laps} times"
+    return f"{lands}: {berth.bytes} bytes pass {berth.places} places of {berth.chunk_bytes} {times}"
 
 
 def _ends(
@@ -193,7 +212,8 @@ def _tensors(plan: Plan, transfers: Transfers, every: bool) -> list[TensorReport
         if not every:
             # A family's members lie at many ranks; the one of the first would mislead.
             reason = _rank.sub("a rank", reason)
-        how = _how(moved, transfers.size[at], transfers.runs[at], plan.cost)
+        lands = bool(transfers.lands[at])
+        how = _how(moved, transfers.size[at], transfers.runs[at], plan.cost, lands=lands)
         reports.append(
             TensorReport(name, count[key], dtype, shape, moved, sources[key], targets[key], slot, reason, how)
         )
@@ -204,6 +224,12 @@ def _sum(index: Ints, values: Ints | Flags, count: int) -> list[int]:
     """Sums of ``values [n]`` per ``index [n]``. Exact: bincount adds in float64, which is exact below 2^53."""
     found: list[int] = np.bincount(index, weights=values, minlength=count).astype(np.int64).tolist()
     return found
+
+
+def _summed(index: Ints, values: Ints) -> tuple[list[int], list[int]]:
+    """The distinct values of ``index [n]``, and the sum of ``values [n]`` of each."""
+    keys, place = np.unique(index, return_inverse=True)
+    return keys.tolist(), _sum(place, values, len(keys))
 
 
 def _distinct(group: Ints, values: Ints, count: int) -> list[int]:
@@ -236,17 +262,18 @@ def _note(source: Decoded, row: int) -> tuple[str, str]:
     return "", ""
 
 
-def _how(moved: Moved, size: int, runs: int, cost: CostModel) -> str:
+def _how(moved: Moved, size: int, runs: int, cost: CostModel, *, lands: bool) -> str:
     """Why pieces go straight or packed, told by the ``size`` and ``runs`` of the first, which stands for the others."""
     shape = f"{int(size)} bytes in {int(runs)} run{'s' if runs > 1 else ''}"
     limit = int(cost.pack_below_bytes)
     if moved.packed_pieces == moved.pieces:
         return f"packed: {shape}; below {limit} bytes a run is worth packing"
     if moved.packed_pieces:
-        return f"packed in {moved.packed_pieces} of {moved.pieces} pieces: {shape}; elsewhere no room or no company"
+        return f"packed in {moved.packed_pieces} of {moved.pieces} pieces: {shape}; elsewhere no company or long runs"
+    way = "to the landing as it lies" if lands else "direct"
     if size < runs * cost.pack_below_bytes:
-        return f"direct: {shape}; no staging, or nothing else on the edge to share a descriptor with"
-    return f"direct: {shape}; a run of {limit} bytes or more is worth a descriptor"
+        return f"{way}: {shape}; no ring or landing, or nothing else on the edge to share a descriptor with"
+    return f"{way}: {shape}; a run of {limit} bytes or more is worth a descriptor"
 
 
 def _largest(reports: list[_AnyReport]) -> tuple[_AnyReport, ...]:

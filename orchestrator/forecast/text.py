@@ -32,8 +32,22 @@ def explanation_text(found: Explanation, top: int) -> str:
     ]  # fmt: skip
     head = ("TENSOR", "COUNT", "DTYPE", "SHAPE", "BYTES", "DESCR", "FROM", "TO", "SLOT", "WHY", "HOW")
     lines += ["", *_titled("tensors", len(found.tensors), top), *table(head, tensors)]
-    edges = [(e.source, e.target, *_moved(e.moved), *(f"{e.seconds[n]:.4f}" for n in names)) for e in found.edges[:top]]
-    edge_head = ("SOURCE", "TARGET", "BYTES", "DESCR", *(f"{n} S" for n in names))
+    edges = [
+        (e.source, e.target, *_moved(e.moved), size(e.moved.packed_bytes), str(e.chunks), str(e.straight),
+         *(f"{e.seconds[n]:.4f}" for n in names), e.landing or "-")
+        for e in found.edges[:top]
+    ]  # fmt: skip
+    edge_head = (
+        "SOURCE",
+        "TARGET",
+        "BYTES",
+        "DESCR",
+        "PACKED",
+        "CHUNKS",
+        "STRAIGHT",
+        *(f"{n} S" for n in names),
+        "LANDS",
+    )
     lines += ["", *_titled("edges", len(found.edges), top), *table(edge_head, edges)]
     for title, ends in (("senders", found.senders), ("receivers", found.receivers)):
         lines += ["", *_titled(title, len(ends), top), *_ends(ends[:top], names)]

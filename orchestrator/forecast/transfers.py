@@ -15,7 +15,8 @@ class Transfers:
 
     ``source`` indexes the plan's sources and ``target`` the ``targets``, which are those of all engines in turn;
     ``tensor`` indexes the decoder's names and ``source_row`` the rows of the source's layout. ``size`` is in bytes,
-    ``runs`` counts its contiguous runs, ``descriptors`` what it adds to what its source posts (0 where it shares one).
+    ``runs`` counts its descriptors if it is not packed, ``lands`` says whether it goes by way of the landing;
+    ``descriptors`` what it adds to what its source posts (0 where it shares one).
     """
 
     targets: tuple[Decoded, ...]
@@ -26,6 +27,7 @@ class Transfers:
     group: Ints
     size: Ints
     runs: Ints
+    lands: Flags
     packed: Flags
     descriptors: Ints
 
@@ -42,12 +44,13 @@ def transfers_of(plan: Plan) -> Transfers:
         source_row=_joined([e.source_row for e in engines]),
         group=_joined([e.group for e in engines]),
         size=_joined([e.shapes.bytes[e.shape] for e in engines]),
-        runs=_joined([e.shapes.runs[e.shape] for e in engines]),
-        packed=_joined([e.staged_source for e in engines]) >= 0,
+        runs=_joined([e.runs for e in engines]),
+        lands=_joined([e.place for e in engines]) >= 0,
+        packed=_joined([e.packed for e in engines]).astype(np.bool_),
         descriptors=_joined([e.descriptors() for e in engines]),
     )
 
 
-def _joined(columns: Sequence[Ints | Ids]) -> Ints:
+def _joined(columns: Sequence[Ints | Ids | Flags]) -> Ints:
     # A plan without engines has no columns at all, which concatenate() refuses.
     return np.concatenate([np.zeros(0, np.int64), *columns])

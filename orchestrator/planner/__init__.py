@@ -3,6 +3,7 @@
 from weightsync.orchestrator.planner.errors import (
     CoverageError,
     DtypeMismatch,
+    LandingTooSmall,
     LayoutError,
     Missing,
     PlanError,
@@ -17,6 +18,7 @@ __all__ = [
     "CostModel",
     "CoverageError",
     "DtypeMismatch",
+    "LandingTooSmall",
     "LayoutError",
     "Missing",
     "Party",

@@ -112,6 +112,15 @@ class Growing:
         return self._store[: self._used]
 
 
+def dense_strides(extents: Ints, itemsize: Ints) -> Ints:
+    """Byte strides ``[n, MAX_RANK]`` of boxes packed row by row; arguments as for ``count_runs``."""
+    strides = np.empty_like(extents)
+    strides[:, -1] = itemsize
+    for dim in range(MAX_RANK - 2, -1, -1):
+        strides[:, dim] = strides[:, dim + 1] * extents[:, dim + 1]
+    return strides
+
+
 def count_runs(extents: Ints, itemsize: Ints, *strides: Ints) -> Ints:
     """Into how many runs, contiguous under each of ``strides``, boxes fall.
 

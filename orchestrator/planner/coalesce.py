@@ -1,69 +1,108 @@
-"""Which pieces go straight to their place and which are packed into one run per edge, and where they are staged.
+"""Which pieces go straight to their place and which by way of the target's landing, and where in it.
 
-A piece that goes straight costs ``runs * alpha``, as far as its ``bytes / beta`` on the wire do not hide them; one that
-is packed costs ``bytes / pack rate`` for gathering and scattering. What is packed must fit both sides' staging; the
-shortest runs, where packing saves most per staged byte, come first.
+All that one edge sends by way of the landing is its *cargo*: one line of bytes, which travels in chunks. A piece of it
+is *packed* if the sender gathers it first; else it leaves its slot as it lies there. Into a shadow engine everything is
+cargo. Into the live memory of one, a piece that goes straight costs ``runs * alpha``, as far as its ``bytes / beta`` on
+the wire do not hide them; one that is packed costs ``bytes / pack rate`` for gathering and scattering.
+
+Cargo may be longer than both sides' memory for it: it then *passes* its *berth* in the target's landing, whose places
+are written again and again. Nothing ends packing but a landing without room for a chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Flags, Ids, Ints, boundaries
+from weightsync.orchestrator.planner.arrays import Flags, Ids, Ints, boundaries, starts
+from weightsync.orchestrator.planner.decode import Decoded
+from weightsync.orchestrator.planner.errors import LandingTooSmall
 from weightsync.orchestrator.planner.inputs import CostModel
+from weightsync.orchestrator.protocol.landing import (
+    BERTH_ALIGNMENT,
+    PIECE_ALIGNMENT,
+    Berth,
+    chunk_bytes,
+    landing_length,
+    longest_chunk,
+)
 
-STAGING_ALIGNMENT: Final = 256
-"""Of each edge's first staged byte: a cache line pair, and what CUDA's allocations are aligned to."""
+PLACES: Final = 4
+"""Chunks of a berth that is gone through again: one is packed, one on the wire, one scattered, one on its way back."""
 
 
 @dataclass(frozen=True, slots=True)
-class StagedRuns:
-    """Where each piece is staged, in bytes of its source's and its target's staging region ``[n]``.
+class Loads:
+    """Of pieces ``[n]``: ``place`` in their edge's cargo in bytes, -1 for what goes straight to its row, and which are
+    ``packed`` by the sender. ``berths [edges]``: None for an edge without cargo."""
 
-    Both are -1 for a piece that goes straight.
-    """
-
-    at_source: Ints
-    at_target: Ints
+    place: Ints
+    packed: Flags
+    berths: tuple[Berth | None, ...]
 
 
-def pack(
-    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, used: Ints, source_room: Ints,
-    target_room: Ints,
-) -> StagedRuns:  # fmt: skip
+def shadow(parties: Sequence[Decoded]) -> Flags:
+    """Which parties take everything in their landing, because nothing remote may reach their rows."""
+    return np.array([p.party.layout.lands != "live" for p in parties], np.bool_)
+
+
+def load_cargo(
+    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, sources: Sequence[Decoded],
+    targets: Sequence[Decoded],
+) -> Loads:  # fmt: skip
     """Decide for pieces ``[n]`` that are sorted by edge, and by group within it.
 
     Args:
         edge: ascending number of each piece's edge; ``source`` and ``target`` are its ends.
-        size, runs: bytes, and descriptors if it goes straight.
-        used: bytes of each source's staging that are taken already ``[sources]``; updated in place.
-        source_room, target_room: length of the staging regions, 0 without one.
+        size, runs: bytes, and descriptors if it is not packed.
+
+    Raises:
+        LandingTooSmall: a shadow engine's landing is too small for what it must take.
     """
-    staged = StagedRuns(np.full(len(edge), -1, np.int64), np.full(len(edge), -1, np.int64))
-    wanted = np.flatnonzero(size < runs * cost.pack_below_bytes)
-    wanted = wanted[(target_room[target[wanted]] > 0) & (source_room[source[wanted]] > used[source[wanted]])]
+    first = boundaries(edge)
+    heads = first[:-1]
+    whole = shadow(targets)[target]
+    packed = _packed(edge, source, target, size, runs, cost, sources, targets)
+    at = np.flatnonzero(packed | whole)
+    # Packed pieces first: they lie one behind the other, so that one descriptor carries a chunk of them.
+    at = at[np.lexsort((~packed[at], edge[at]))]
+    place = np.full(len(edge), -1, np.int64)
+    padded = _up(size[at], PIECE_ALIGNMENT)
+    begins = boundaries(edge[at])[:-1]
+    filled = np.cumsum(padded) - padded
+    place[at] = filled - np.repeat(filled[begins], np.diff(boundaries(edge[at])))
+    number = np.searchsorted(edge[heads], edge[at[begins]]) if len(at) else begins
+    length = np.zeros(len(heads), np.int64)
+    length[number] = np.add.reduceat(padded, begins) if len(at) else 0
+    berths = _berths(source[heads], target[heads], length, sources, targets)
+    return Loads(place, packed, berths)
+
+
+def _packed(
+    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, sources: Sequence[Decoded],
+    targets: Sequence[Decoded],
+) -> Flags:  # fmt: skip
+    """Which pieces the sender gathers."""
+    ring = _ring_chunks(sources)
+    whole = shadow(targets)
+    wanted = np.flatnonzero((size < runs * cost.pack_below_bytes) & (ring[source] > 0))
+    # Of a live target's landing each edge has the same part at least. Chunks of it must be longer than the runs.
+    rooms = np.array([landing_length(p.party.layout) for p in targets], np.int64)
+    pairs = np.unique(edge[wanted], return_index=True)[1]
+    edges = np.bincount(target[wanted][pairs], minlength=len(targets))
+    part = rooms // np.maximum(edges, 1) // BERTH_ALIGNMENT * BERTH_ALIGNMENT
+    chunk = np.where(whole, longest_chunk("VRAM"), np.maximum(part // PLACES, np.minimum(part, BERTH_ALIGNMENT)))
+    wanted = wanted[size[wanted] // np.maximum(runs[wanted], 1) < chunk[target[wanted]]]
     wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
-    # Leaving pieces out for want of room can make an edge not worth packing any more, so that is asked again below.
-    density = size // np.maximum(runs, 1)
-    wanted = wanted[_within(target[wanted], target[wanted], density[wanted], size[wanted], edge[wanted], target_room)]
-    room = source_room - used
-    wanted = wanted[_within(source[wanted], target[wanted], density[wanted], size[wanted], edge[wanted], room)]
-    wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
-    if len(wanted) == 0:
-        return staged
-    # From here on per edge: its packed pieces lie one behind the other, so that one descriptor carries them all.
-    first = boundaries(edge[wanted])
-    lengths = np.add.reduceat(size[wanted], first[:-1])
-    heads = wanted[first[:-1]]
-    inside = np.cumsum(size[wanted]) - size[wanted]
-    inside -= np.repeat(inside[first[:-1]], np.diff(first))
-    at_source, ends = _place(source[heads], target[heads], lengths, used)
-    # A target's staging begins at 0 for every plan of its engine: no other engine shares it.
-    at_target, _ = _place(target[heads], source[heads], lengths, np.zeros_like(target_room))
-    staged.at_source[wanted] = np.repeat(at_source, np.diff(first)) + inside
-    staged.at_target[wanted] = np.repeat(at_target, np.diff(first)) + inside
-    used[:] = ends
-    return staged
+    packed = np.zeros(len(edge), np.bool_)
+    packed[wanted] = True
+    return packed
+
+
+def _ring_chunks(sources: Sequence[Decoded]) -> Ints:
+    """Bytes of a chunk of each source's ring, 0 without one."""
+    layouts = [p.party.layout for p in sources]
+    return np.array([chunk_bytes(y.regions[y.staging]) if y.staging >= 0 else 0 for y in layouts], np.int64)
 
 
 def _worthwhile(edge: Ints, size: Ints, runs: Ints, cost: CostModel) -> Flags:
@@ -76,42 +115,51 @@ def _worthwhile(edge: Ints, size: Ints, runs: Ints, cost: CostModel) -> Flags:
     return np.repeat(worth, np.diff(first))
 
 
-def _within(side: Ids, target: Ids, density: Ints, size: Ints, edge: Ints, room: Ints) -> Flags:
-    """Which pieces ``[n]`` fit into the staging of their end ``side [n]``, whose regions have ``room [sides]`` bytes.
+def _berths(
+    source: Ids, target: Ids, length: Ints, sources: Sequence[Decoded], targets: Sequence[Decoded]
+) -> tuple[Berth | None, ...]:
+    """The berth of each edge ``[e]`` with a cargo of ``length [e]`` bytes; those of one target lie by source."""
+    # What leaves its slot as it lies is cut to what the slot's memory allows.
+    regions = [p.party.layout.regions for p in sources]
+    slots = np.array([longest_chunk(held[0].memory) if held else 0 for held in regions], np.int64)
+    ring = _ring_chunks(sources)
+    longest_of = np.where(ring > 0, ring, slots)
+    berths: list[Berth | None] = [None] * len(length)
+    for number, party in enumerate(targets):
+        layout = party.party.layout
+        mine = np.flatnonzero((target == number) & (length > 0))
+        mine = mine[np.argsort(source[mine], kind="stable")]
+        if not len(mine):
+            continue
+        room = landing_length(layout)
+        wants = _up(length[mine], BERTH_ALIGNMENT)
+        parts = wants if wants.sum() <= room else _shares(party, wants, room)
+        longest = longest_chunk(layout.regions[layout.staging].memory)
+        for edge, offset, part in zip(mine.tolist(), starts(parts)[:-1].tolist(), parts.tolist(), strict=True):
+            size = int(length[edge])
+            chunk = min(int(longest_of[source[edge]]), longest)
+            if size > part:
+                chunk = min(chunk, max(part // PLACES, BERTH_ALIGNMENT) // BERTH_ALIGNMENT * BERTH_ALIGNMENT)
+            places = -(-size // chunk) if size <= part else part // chunk
+            berths[edge] = Berth(layout.staging, offset, chunk, places, size, size > part or layout.lands == "flip")
+    return tuple(berths)
 
-    Earlier targets come first, so that a later one never displaces them; of one target the shortest runs do. Room for
-    the alignment of each edge is set aside.
-    """
-    edges = (
-        np.bincount(side[boundaries(edge)[:-1]], minlength=len(room)) if len(edge) else np.zeros(len(room), np.int64)
-    )
-    free = room - edges * STAGING_ALIGNMENT
-    if (np.bincount(side, weights=size, minlength=len(room)) <= np.maximum(free, 0)).all():
-        return np.ones(len(side), np.bool_)
-    # lexsort's last key counts first: by side, then target, then density.
-    order = np.lexsort((density, target, side))
-    filled = np.cumsum(size[order])
-    first = boundaries(side[order])
-    # The running sum goes on over all sides: what it was where a side begins is taken off again.
-    base = np.repeat((filled - size[order])[first[:-1]], np.diff(first))
-    fits = np.empty(len(side), np.bool_)
-    fits[order] = filled - base <= free[side[order]]
-    return fits
+
+def _shares(party: Decoded, wants: Ints, room: int) -> Ints:
+    """What each edge gets of a landing that is too small for all: as much as it wants, or as the others do."""
+    member, lands = party.party.member, party.party.layout.lands
+    if lands == "copy":
+        raise LandingTooSmall(member, int(wants.sum()), room)
+    shares = np.zeros(len(wants), np.int64)
+    left = room
+    for nth, edge in enumerate(np.argsort(wants, kind="stable").tolist()):
+        equal = left // (len(wants) - nth) // BERTH_ALIGNMENT * BERTH_ALIGNMENT
+        shares[edge] = min(int(wants[edge]), equal)
+        left -= int(shares[edge])
+    if not shares.all():
+        raise LandingTooSmall(member, len(wants) * BERTH_ALIGNMENT, room)
+    return shares
 
 
-def _place(side: Ids, other: Ids, lengths: Ints, used: Ints) -> tuple[Ints, Ints]:
-    """Lay edges ``[e]`` of ``lengths`` bytes behind each other in the staging of ``side``, in the order of ``other``.
-
-    Returns:
-        The first byte of each edge ``[e]``, and where the staging of each side ends now ``[sides]``, from ``used``.
-    """
-    padded = -(-lengths // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
-    order = np.lexsort((other, side))
-    filled = np.cumsum(padded[order])
-    first = boundaries(side[order])
-    base = np.repeat((filled - padded[order])[first[:-1]], np.diff(first))
-    place = np.empty(len(side), np.int64)
-    place[order] = filled - padded[order] - base + used[side[order]]
-    ends = used.copy()
-    np.maximum.at(ends, side, place + padded)
-    return place, ends
+def _up(values: Ints, step: int) -> Ints:
+    return -(-values // step) * step

@@ -12,15 +12,17 @@ from weightsync.orchestrator.planner.arrays import (
     boundaries,
     compress,
     count_runs,
+    dense_strides,
     stable_order,
 )
 from weightsync.orchestrator.planner.catalogue import Catalogue
 from weightsync.orchestrator.planner.choose import choose
-from weightsync.orchestrator.planner.coalesce import pack
+from weightsync.orchestrator.planner.coalesce import load_cargo, shadow
 from weightsync.orchestrator.planner.decode import Decoded, FormTable
 from weightsync.orchestrator.planner.inputs import CostModel, Party
 from weightsync.orchestrator.planner.match import Cells, Pieces, Wanted, match
 from weightsync.orchestrator.planner.names import NO_LAYER
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 MAX_GROUPS: Final = 64
@@ -30,12 +32,15 @@ MAX_GROUPS: Final = 64
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """Distinct transfers up to their place: ``box [m, 2 * MAX_RANK]`` (offset, extent per dimension, in elements),
-    ``stride [m, MAX_RANK]`` at the target in bytes; ``bytes``, and descriptors ``runs`` if it goes straight ``[m]``."""
+    ``stride [m, MAX_RANK]`` at the target in bytes, and ``dense`` those of the box packed row by row; ``bytes``, and
+    descriptors if it is not packed: ``runs`` to its row, ``source_runs`` to the landing ``[m]``."""
 
     box: Ints
     stride: Ints
+    dense: Ints
     bytes: Ints
     runs: Ints
+    source_runs: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +49,10 @@ class EnginePart:
 
     ``source`` and ``target`` index the plan's sources and this engine's ``targets``, ``source_row`` and ``target_row``
     the rows of their layouts, ``tensor`` the decoder's names, ``shape`` the ``shapes``. ``region`` and ``offset``
-    (bytes) are the place at the target. ``staged_source`` and ``staged_target`` are byte offsets in the two staging
-    regions, -1 for what goes straight. ``merged``: the transfer continues the one before in both memories, so they
-    share a descriptor. ``load [sources]`` is the bytes that this engine adds to each source, ``staging_used [sources]``
-    where the staging of each source ends with it.
+    (bytes) are the place at the target. ``place`` is that in the edge's cargo (see ``coalesce``), -1 for what goes
+    straight to its row; ``packed`` is gathered by the sender first, and what is not has ``runs`` descriptors.
+    ``merged``: the transfer continues the one before in both memories, so they share a descriptor. ``berths`` are those
+    of the ``edges()``. ``load [sources]`` is the bytes that this engine adds to each source.
     """
 
     targets: tuple[Decoded, ...]
@@ -61,11 +66,12 @@ class EnginePart:
     region: Ids
     offset: Ints
     shape: Ids
-    staged_source: Ints
-    staged_target: Ints
+    place: Ints
+    packed: Flags
+    runs: Ids
     merged: Flags
+    berths: tuple[Berth | None, ...]
     load: Ints
-    staging_used: Ints
 
     @property
     def name(self) -> str:
@@ -81,19 +87,22 @@ class EnginePart:
         return boundaries(self.source.astype(np.int64) * max(1, len(self.targets)) + self.target)
 
     def descriptors(self) -> Ints:
-        """Of each transfer: its own, 0 where it shares another's, and the edge's packed run at its first packed one."""
-        packed = self.staged_source >= 0
+        """Of each transfer: its own, 0 where it shares another's, and all packed chunks of an edge at its first packed
+        one. Where a berth is gone through again, what goes straight may be cut at each of its chunks besides."""
         # ``merged`` is a flag, and only set where a transfer is one run: the difference is that run or nothing.
-        own = np.where(packed, 0, self.shapes.runs[self.shape] - self.merged)
-        at = np.flatnonzero(packed)
-        edge = self.source[at].astype(np.int64) * max(1, len(self.targets)) + self.target[at]
-        own[at[boundaries(edge)[:-1]]] = 1
+        own = np.where(self.packed, 0, self.runs - self.merged).astype(np.int64)
+        edges = self.edges()
+        if self.packed.any():
+            edge = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+            at = np.flatnonzero(self.packed)
+            first = boundaries(edge[at])[:-1]
+            ends = np.maximum.reduceat(self.place[at] + self.shapes.bytes[self.shape[at]], first)
+            chunk = np.array([1 if berth is None else berth.chunk_bytes for berth in self.berths], np.int64)
+            own[at[first]] = -(-ends // chunk[edge[at[first]]])
         return own
 
 
-def plan_engine(
-    catalogue: Catalogue, targets: tuple[Party, ...], cost: CostModel, load: Ints, staging_used: Ints
-) -> EnginePart:
+def plan_engine(catalogue: Catalogue, targets: tuple[Party, ...], cost: CostModel, load: Ints) -> EnginePart:
     """Plan the transfers into ``targets``, the ranks of one engine.
 
     Args:
@@ -101,13 +110,12 @@ def plan_engine(
         targets: the ranks.
         cost: decides what is packed.
         load: bytes that each source sends to other engines ``[sources]``; not changed.
-        staging_used: where the part of each source's staging that other engines use ends ``[sources]``; not changed.
 
     Raises:
-        PlanError: see ``decode`` and ``match``.
+        PlanError: see ``decode``, ``match`` and ``coalesce``.
     """
     load_before = load
-    load, staging_used = load.copy(), staging_used.copy()
+    load = load.copy()
     decoded = tuple(catalogue.decoder.decode(party) for party in targets)
     wanted = _in_memory_order(decoded, catalogue.decoder.form_table())
     pieces, cells = match(catalogue, targets, wanted)
@@ -121,33 +129,27 @@ def plan_engine(
     target = wanted.target[pieces.row]
     offset = wanted.offset[pieces.row] + target_shift[shape]
     region = wanted.region[pieces.row]
-    size, runs = shapes.bytes[shape], shapes.runs[shape]
+    size = shapes.bytes[shape]
+    runs = np.where(shadow(decoded)[target], shapes.source_runs[shape], shapes.runs[shape])
     edge = source.astype(np.int64) * len(targets) + target
-    staged = pack(
-        edge, source, target, size, runs, cost, staging_used,
-        staging_lengths(catalogue.sources), staging_lengths(decoded),
-    )  # fmt: skip
+    cargo = load_cargo(edge, source, target, size, runs, cost, catalogue.sources, decoded)
     # A transfer joins the one before where both are single runs of one edge and group and adjoin in both memories.
-    whole = (runs == 1) & (staged.at_source < 0)
+    whole = (runs == 1) & ~cargo.packed
+    lands = cargo.place >= 0
+    there_region, there = np.where(lands, -1, region), np.where(lands, cargo.place, offset)
     merged = np.zeros(len(size), np.bool_)
     source_offset = catalogue.held.offset[held_row] + source_shift[shape]
     merged[1:] = (
         whole[1:] & whole[:-1] & (edge_group[1:] == edge_group[:-1])
-        & _adjoins(region, offset, size) & _adjoins(catalogue.held.region[held_row], source_offset, size)
+        & _adjoins(there_region, there, size) & _adjoins(catalogue.held.region[held_row], source_offset, size)
     )  # fmt: skip
     group = edge_group % MAX_GROUPS
     return EnginePart(
         decoded, shapes, source, target, wanted.tensor[pieces.row],
         group.astype(np.int32),
         catalogue.held.index[held_row], wanted.index[pieces.row], region, offset, shape.astype(np.int32),
-        staged.at_source, staged.at_target, merged, load - load_before, staging_used,
+        cargo.place, cargo.packed, runs.astype(np.int32), merged, cargo.berths, load - load_before,
     )  # fmt: skip
-
-
-def staging_lengths(parties: Sequence[Decoded]) -> Ints:
-    """Bytes of each party's staging region, 0 without one."""
-    layouts = [p.party.layout for p in parties]
-    return np.array([y.regions[y.staging].length if y.staging >= 0 else 0 for y in layouts], np.int64)
 
 
 def groups(catalogue: Catalogue) -> Ids:
@@ -201,9 +203,13 @@ def _shapes(catalogue: Catalogue, cells: Cells, cell: Ints, held_row: Ints) -> t
     offset, extent = cells.offset[of_cell], cells.extent[of_cell]
     source_shift = ((offset - forms.offset[of_source]) * forms.stride[of_source]).sum(axis=1)
     target_shift = ((offset - forms.offset[of_target]) * forms.stride[of_target]).sum(axis=1)
-    runs = count_runs(extent, forms.itemsize[of_target], forms.stride[of_source], forms.stride[of_target])
+    item = forms.itemsize[of_target]
+    runs = count_runs(extent, item, forms.stride[of_source], forms.stride[of_target])
+    dense = dense_strides(extent, item)
+    source_runs = count_runs(extent, item, forms.stride[of_source], dense)
     box = np.stack([offset, extent], axis=2).reshape(-1, 2 * MAX_RANK)
-    return Shapes(box, forms.stride[of_target], cells.bytes[of_cell], runs), shape, source_shift, target_shift
+    shapes = Shapes(box, forms.stride[of_target], dense, cells.bytes[of_cell], runs, source_runs)
+    return shapes, shape, source_shift, target_shift
 
 
 def _adjoins(region: Ids, offset: Ints, size: Ints) -> Flags:

@@ -8,6 +8,8 @@ from weightsync.orchestrator.core.errors import WeightsyncError
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
 
+MIB: Final = 1 << 20
+
 SHOWN: Final = 20
 """Tensors listed in a message; the whole list is an attribute of the error."""
 
@@ -90,6 +92,18 @@ class CoverageError(PlanError):
         super().__init__(
             f"no trainer rank holds all of {len(self.tensors)} tensors that the engines need: {shown}{more}",
             missing[0].member if len(engines) == 1 else None,
+        )
+
+
+class LandingTooSmall(PlanError):
+    """An engine's landing memory does not take what must land there at once."""
+
+    def __init__(self, member: Member, needed: int, room: int) -> None:
+        missing = -(-(needed - room) // MIB)
+        super().__init__(
+            f"{member}: its landing of {room / MIB:.1f} MiB is {missing} MiB too small for the {needed / MIB:.1f} MiB"
+            f" that land there. Fix: raise WEIGHTSYNC_LANDING_MIB of the engine by {missing}, or unset it",
+            member,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.planner.inputs import Party
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.names import Member
 
 FINGERPRINT_CHARS: Final = 32
@@ -28,15 +29,18 @@ def party_digest(party: Party, tensors: bytes) -> PartyDigest:
     layout = party.layout
     where = hashlib.sha256(_encoder.encode((party.member, party.incarnation, layout.regions, layout.staging))).digest()
     digest = hashlib.sha256(tensors + where)
-    digest.update(_encoder.encode((layout.derived, layout.expert_map)))
+    digest.update(_encoder.encode((layout.derived, layout.expert_map, layout.lands)))
     digest.update(layout.rows)
     return PartyDigest(digest.digest(), where)
 
 
-def part_fingerprint(own: PartyDigest, peers: Sequence[PartyDigest], copies: bytes, expected: int) -> str:
+def part_fingerprint(
+    own: PartyDigest, peers: Sequence[PartyDigest], berths: Sequence[Berth | None], copies: bytes, expected: int
+) -> str:
     """Of one member's edge set: its incarnation and layout, its peers' incarnations and memory, and its table."""
     digest = hashlib.sha256(own.layout + expected.to_bytes(8, "little"))
     digest.update(b"".join([peer.where for peer in peers]))
+    digest.update(_encoder.encode(berths))
     digest.update(copies)
     return digest.hexdigest()[:FINGERPRINT_CHARS]
 

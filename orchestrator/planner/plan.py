@@ -11,6 +11,7 @@ from weightsync.orchestrator.planner.fingerprint import part_fingerprint, root_f
 from weightsync.orchestrator.planner.inputs import CostModel, Party
 from weightsync.orchestrator.planner.proof import Proof
 from weightsync.orchestrator.planner.tables import MemberTable, Tables
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.names import Member
 
 
@@ -18,14 +19,16 @@ from weightsync.orchestrator.protocol.names import Member
 class PlanPart:
     """What one member is told.
 
-    ``copies``: int64 ``[n, COPY_COLUMNS]`` in bytes; a source's writes, or what a target must scatter from its staging.
-    ``expected_bytes``: what a source writes, or what a target receives, packed or not.
+    ``copies``: int64 ``[n, COPY_COLUMNS]`` in bytes; a source's writes, or what a target scatters from its landing.
+    ``expected_bytes``: what a source writes, or what a target receives, packed or not. ``berths``: of the edges with
+    the peers, None where nothing lands.
     """
 
     peers: tuple[Member, ...]
     copies: bytes
     fingerprint: str
     expected_bytes: int
+    berths: tuple[Berth | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def make_plan(
 
     Raises:
         LayoutError: a layout contradicts itself.
+        LandingTooSmall: an engine's landing does not take what must land there at once.
         ShapeMismatch, DtypeMismatch: two parties declare a tensor differently.
         CoverageError: a target needs what no source holds.
         TooComplex: sources overlap in too many ways.
@@ -120,19 +124,14 @@ def _plan_engines(
 ) -> tuple[EnginePart, ...]:
     count = len(catalogue.sources)
     load = np.zeros(count, np.int64)
-    staging_used = np.zeros(count, np.int64)
     engines = list(kept)
     for engine in kept:
         load += engine.load
-        # Each engine was planned behind the staging of those before it, some of which may be gone: the furthest end
-        # of all that stay is free for certain.
-        staging_used = np.maximum(staging_used, engine.staging_used)
     have = {engine.name for engine in kept}
     for ranks in _engines(targets):
         if ranks[0].member.engine not in have:
-            engines.append(plan_engine(catalogue, ranks, cost, load, staging_used))
+            engines.append(plan_engine(catalogue, ranks, cost, load))
             load = load + engines[-1].load
-            staging_used = engines[-1].staging_used
     return tuple(engines)
 
 
@@ -160,8 +159,9 @@ def _assemble(catalogue: Catalogue, engines: tuple[EnginePart, ...], cost: CostM
 
 def _part(table: MemberTable, moved: dict[Member, int]) -> PlanPart:
     copies, expected = table.copies.tobytes(), moved.get(table.member.party.member, 0)
-    fingerprint = part_fingerprint(table.member.digest, [peer.digest for peer in table.peers], copies, expected)
-    return PlanPart(tuple(peer.party.member for peer in table.peers), copies, fingerprint, expected)
+    peers = [peer.digest for peer in table.peers]
+    fingerprint = part_fingerprint(table.member.digest, peers, table.berths, copies, expected)
+    return PlanPart(tuple(peer.party.member for peer in table.peers), copies, fingerprint, expected, table.berths)
 
 
 def _unneeded(catalogue: Catalogue, engines: Sequence[EnginePart]) -> tuple[str, ...]:

@@ -4,19 +4,21 @@ from typing import Annotated
 
 import msgspec
 from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Seconds, Spoken
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.limits import MAX_TENSORS
 from weightsync.orchestrator.protocol.names import Digest, Member
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """The other end of an edge."""
+    """The other end of an edge; ``berth``: where the edge's cargo lands, None without one."""
 
     member: Member
     incarnation: Nonce
     endpoint_name: Name
     endpoint: Endpoint
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    berth: Berth | None = None
 
 
 class PeerTransfer(Spoken, frozen=True):

@@ -39,11 +39,13 @@ ROW_COLUMNS: Final = 3 + 3 * MAX_RANK
 # Columns of a copy table: one sub-box of one of the reader's own rows, and where its bytes are at the peer.
 COPY_PEER, COPY_ROW, COPY_GROUP, COPY_STAGED = 0, 1, 2, 3
 """peer: index into Connect.peers; row: index into the agent's own layout; group: pipelining group (layer), ascending;
-staged: byte offset in the peer pair's packed buffer, or -1 for bytes that go straight to their place."""
+staged: of a writer, the place in the edge's cargo of what it packs, -1 of what it does not; of a reader, the place in
+the cargo of what it scatters."""
 COPY_BOX: Final = 4
 """First of 2 × MAX_RANK columns: (absolute offset in the logical tensor, extent), in elements, per dim."""
 COPY_REMOTE: Final = 4 + 2 * MAX_RANK
-"""Remote region index, then remote byte offset of the sub-box's corner, then MAX_RANK remote byte strides."""
+"""Remote region index, then remote byte offset of the sub-box's corner, then MAX_RANK remote byte strides. Where the
+region is the peer's landing, the offset is the place in the edge's cargo."""
 COPY_COLUMNS: Final = COPY_REMOTE + 2 + MAX_RANK
 
 
@@ -113,15 +115,23 @@ class LeftOut(msgspec.Struct, frozen=True, array_like=True):
     count: Count
 
 
+Lands = Literal["live", "copy", "flip"]
+"""Where remote writes reach an engine and how its weights change: ``live``: they are written while it is paused;
+``copy``: a whole version lands beside them and is copied over them; ``flip``: it lands in a second set of pages."""
+
+
 class Layout(msgspec.Struct, frozen=True):
     """What one rank holds (trainer) or needs (inference).
 
     ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
-    that packed writes may use (-1: none); its length is the budget. ``expert_map`` is a fingerprint of the expert
-    placement (empty without one): when it changes, the plan does. ``notes``, ascending and apart, explain rows; no
-    transfer depends on them. ``quantized`` says which tensors are codes; ``quantization`` is the engine's name of its
-    format (empty without one), for people. A trainer leaves both empty. ``unread``: of a trainer, names of its own
-    tensors that are part of no row, at most MAX_UNREAD of them; for people. ``left_out``: of an engine, likewise.
+    that bytes pass through (-1: none): a trainer rank's ring, an engine's landing; its length is the budget.
+    ``expert_map`` is a fingerprint of the expert placement (empty without one): when it changes, the plan does.
+    ``notes``, ascending and apart, explain rows; no transfer depends on them. ``quantized`` says which tensors are
+    codes; ``quantization`` is the engine's name of its format (empty without one), for people. A trainer leaves both
+    empty. ``unread``: of a trainer, names of its own tensors that are part of no row, at most MAX_UNREAD of them; for
+    people. ``left_out``: of an engine, likewise.
+    ``lands``: of an engine. ``boundary``: its weights may change between two steps while it serves; false where ranks
+    meet across engine cores, which must be paused before and resumed after. Neither means anything in a trainer's.
     """
 
     tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
@@ -135,6 +145,8 @@ class Layout(msgspec.Struct, frozen=True):
     quantization: Name = ""
     unread: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_UNREAD)] = ()
     left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
+    lands: Lands = "live"
+    boundary: bool = True
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

@@ -22,7 +22,7 @@ from weightsync.orchestrator.protocol.fields import (
 )
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 
 Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
 Fault = Literal["", "trainer", "engine", "daemon", "network", "config"]
@@ -53,12 +53,16 @@ class EngineStatus(msgspec.Struct, frozen=True):
     ``applied``: the last version committed here, None for checkpoint weights. ``window``: the round whose update
     call is blocking the worker now. ``torn``: live memory may hold anything but ``applied``; the worker refuses to run.
     ``held``: the daemon said Hold; the worker refuses to be resumed until it is told otherwise.
+    ``standby``: a whole version beside live memory, with the digest that was told of it when it was verified: one that
+    landed and is not switched to, or, in ``flip``, the one before. ``torn`` does not concern it.
     """
 
     applied: Version | None = None
     window: RoundName | None = None
     torn: bool = False
     held: bool = False
+    standby: Version | None = None
+    standby_digest: Digest = NO_BYTES
 
 
 class Announce(Message, frozen=True, kw_only=True):
@@ -99,7 +103,10 @@ class Quiesced(Message, frozen=True, kw_only=True):
 
 
 class Exposed(Message, frozen=True, kw_only=True):
-    """The answer to Expose: from here on writers may reach this worker's memory, and it counts as torn until Commit."""
+    """The answer to Expose: from here on writers may reach this worker's memory.
+
+    In ``live`` it counts as torn until Commit; in ``copy`` and ``flip`` its standby is forgotten.
+    """
 
     round: RoundName
 
@@ -122,8 +129,9 @@ class Closed(Message, frozen=True, kw_only=True):
 
 
 class Verified(Message, frozen=True, kw_only=True):
-    """Digest of this rank's live memory over its whole layout, taken after scatter and refresh of derived tensors.
+    """Digest over this rank's whole layout of what has arrived.
 
+    In ``live`` of live memory, taken after scatter and refresh of derived tensors; else of its standby.
     With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
     """
 
@@ -139,15 +147,20 @@ class Verified(Message, frozen=True, kw_only=True):
 
 
 class Left(Message, frozen=True, kw_only=True):
-    """The update call of ``round`` has ended in this worker; its status is now ``status``.
+    """The round has ended in this worker; its status is now ``status``.
 
-    When it ended by itself, before Commit or Abort: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    In ``live`` the update call has. In ``copy`` and ``flip`` it has switched, and its live memory has the digest that
+    it told of the standby; or it has dropped what had landed. When it ended by itself, before Commit, Abort or a
+    switch: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    ``switch_seconds``: how long the switch kept its main thread. ``audit_seconds``: of that digest, beside serving.
     """
 
     round: RoundName
     status: EngineStatus
     fault: Fault = ""
     retry: bool = True
+    switch_seconds: Seconds = 0.0
+    audit_seconds: Seconds = 0.0
 
 
 class Holding(Message, frozen=True, kw_only=True):
@@ -293,8 +306,8 @@ class Connect(Message, frozen=True, kw_only=True):
 
 
 class Expose(Message, frozen=True, kw_only=True):
-    """To a quiesced worker: once it says Exposed, writers may be granted its memory. One that never heard this knows
-    that nobody was, whatever became of the daemon."""
+    """To a quiesced worker, or a shadow one: once it says Exposed, writers may be granted its memory. One that never
+    heard this knows that nobody was, whatever became of the daemon."""
 
     round: RoundName
 
@@ -310,25 +323,27 @@ class Grant(Message, frozen=True, kw_only=True):
 
 
 class Verify(Message, frozen=True, kw_only=True):
-    """All writers are CLOSED: scatter, refresh derived tensors, digest live memory."""
+    """All writers are CLOSED: scatter, refresh derived tensors, digest live memory. In ``copy`` and ``flip``: digest
+    what has landed, which is ``version`` in standby from then on."""
 
     round: RoundName
+    version: Version
     deadline_seconds: Seconds
 
 
 class Commit(Message, frozen=True, kw_only=True):
     """``version`` is decided: leave the update call as successful. A worker that has left it as torn, after it said
-    Verified, holds that version whole."""
+    Verified, holds that version whole. Only in ``live``: the others are switched by a call to their engine."""
 
     round: RoundName
     version: Version
 
 
 class Abort(Message, frozen=True, kw_only=True):
-    """To a worker: leave the update call as failed. To a writer: post nothing more.
+    """To a worker: leave the update call as failed, or drop what has landed. To a writer: post nothing more.
 
-    ``torn``: bytes may have been written; false also mends a worker that left this round as torn, since nobody was
-    granted. ``members``: to a writer, the only edges that it is about; empty: all.
+    ``torn``: bytes may have been written into live memory; false also mends a worker that left this round as torn,
+    since nobody was granted. ``members``: to a writer, the only edges that it is about; empty: all.
     """
 
     round: RoundName
@@ -340,7 +355,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Hold(Message, frozen=True, kw_only=True):
     """To a worker: refuse that its paused engine is resumed (``held``), or refuse it no longer.
-    Answered with Holding. A later Commit ends a hold, too."""
+    Answered with Holding. A later Commit, or a switch, ends a hold, too."""
 
     held: bool
     reason: Reason = ""

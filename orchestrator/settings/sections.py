@@ -192,10 +192,13 @@ class TcpStoreSection(Section):
 
 
 class PauseSection(Section):
-    """How an engine is paused for a round."""
+    """What a round does with an engine's requests, and with what they have computed."""
 
     mode: Literal["keep", "wait", "abort"] = Field(default="keep", description="What happens to requests in flight.")
-    clear_cache: bool = Field(default=True, description="Drop the prefix cache, so that it never mixes two models.")
+    cache: Literal["keep", "drop", "recompute"] = Field(
+        default="recompute",
+        description="What old weights computed: keep it, drop the prefix cache, or recompute kept requests, too.",
+    )
 
 
 class CommitSection(Section):

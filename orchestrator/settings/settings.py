@@ -7,7 +7,7 @@ Unknown keys are refused, secrets come only from files, relative paths count fro
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -70,9 +70,6 @@ class Settings(BaseSettings):
     trainer: TrainerSection = TrainerSection()
     transport: Transport = Field(default=NixlSection(), description="How weights travel.")
     rendezvous: Rendezvous = Field(default=HubSection(), description="How agents learn of each other.")
-    mode: Literal["live"] = Field(
-        default="live", description="live: writes go straight into the paused engine's parameters."
-    )
     pause: PauseSection = PauseSection()
     commit: CommitSection = CommitSection()
     deadlines: DeadlinesSection = DeadlinesSection()

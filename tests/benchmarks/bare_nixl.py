@@ -13,7 +13,8 @@ import time
 from typing import Any, Self
 
 import numpy as np
-from weightsync.agents.tables.runs import runs
+from weightsync.agents.tables.cargo import plain_runs
+from weightsync.agents.tables.runs import RUN_LENGTH, copied_bytes, runs
 from weightsync.agents.transport.nixl.loader import load
 from weightsync.orchestrator.planner import Party, make_plan
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix, as_matrix
@@ -34,7 +35,13 @@ def planned_runs(layouts: dict[str, Any]) -> tuple[Matrix, list[int], list[int]]
     sources = [party for party in parties if party.member.role == "trainer"]
     targets = [party for party in parties if party.member.role == "inference"]
     part = make_plan(sources, targets).part(sources[0].member)
-    table = runs(as_matrix(part.copies, COPY_COLUMNS), sources[0].layout)
+    copies, layout, [berth] = as_matrix(part.copies, COPY_COLUMNS), sources[0].layout, part.berths
+    table = plain_runs(runs(copies, layout), berth)
+    packed = copied_bytes(copies, layout) - int(table[:, RUN_LENGTH].sum())
+    if packed:  # as one write, which is what a ring of that length would make of it
+        assert berth is not None
+        gathered = [0, layout.staging, 0, berth.region, berth.offset, packed]
+        table = np.concatenate([table, np.array([gathered], np.int64)])
     return table, [r.length for r in sources[0].layout.regions], [r.length for r in targets[0].layout.regions]
 
 

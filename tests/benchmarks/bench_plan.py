@@ -21,6 +21,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import qwen3_layouts
+from weightsync.orchestrator.forecast.explain import explain
+from weightsync.orchestrator.planner import make_plan
+from weightsync.orchestrator.protocol.layout import Lands
+
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 CASES = {
@@ -56,7 +61,6 @@ def build(case: str, directory: Path) -> None:
 def measure(directory: Path) -> dict[str, float]:
     """One plan of the layouts in ``directory``, in this process."""
     from weightsync.orchestrator.cli.plan import read_layouts
-    from weightsync.orchestrator.planner import make_plan
 
     parties = read_layouts(directory)
     sources = [p for p in parties if p.member.role == "trainer"]
@@ -100,6 +104,13 @@ def report(figure: str, values: list[float], unit: str) -> float:
     return value
 
 
+def descriptors(lands: Lands, room: int) -> int:
+    """Of the edge with most, of two FSDP ranks that send a Qwen3 to two tensor-parallel ranks; ``room``: of the rings
+    and the landings."""
+    sources, targets = qwen3_layouts.trainer(36, 2, room), qwen3_layouts.engine(36, 2, room, lands)
+    return max(edge.moved.descriptors for edge in explain(make_plan(sources, targets)).edges)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=5, help="runs of each case")
@@ -127,6 +138,9 @@ def main() -> None:
             report(f"plan_{case}_join_seconds", [r["join_seconds"] for r in runs], "s")
             report(f"plan_{case}_writes", [r["writes"] for r in runs], "writes")
     report_all(medians)
+    for lands, room in (("live", 64 << 20), ("live", 1 << 30), ("flip", 1 << 30), ("copy", 1 << 30)):
+        figure = f"plan_qwen3_fsdp2_tp2_{lands}_{room >> 20}_mib_descriptors_per_edge"
+        report(figure, [descriptors(lands, room)], "descriptors")
 
 
 def report_all(medians: dict[str, dict[str, float]]) -> None:

@@ -21,13 +21,15 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scene(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """One vLLM for all tests of a module, asked by a witness from its start to its end; daemon and trainer started.
 
-    When the last test is over, every answer that the witness ever got is compared with those of the versions.
+    Versions land as the module's ``MODE`` says, live without one. When the last test is over, every answer that the
+    witness ever got is compared with those of the versions.
     """
     directory = tmp_path_factory.mktemp("scene")
-    server = VllmServer(qwen3, log=directory / "vllm.log")
+    env = {"WEIGHTSYNC_MODE": getattr(request.module, "MODE", "live")}
+    server = VllmServer(qwen3, env=env, log=directory / "vllm.log")
     scene = Scene(directory, server)
     try:
         scene.open()

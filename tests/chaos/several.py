@@ -48,6 +48,7 @@ class StandIn:
     before: Sequence[str] = ()
     """Words before the command, such as ``ip netns exec``."""
     host: str = HOST
+    mode: str = "live"
     env: Mapping[str, str] = field(default_factory=dict)
     process: Process | None = None
 
@@ -62,7 +63,8 @@ class StandIn:
         arguments = (self.host, str(self.port), str(self.config), str(self.said))
         command = [*self.before, sys.executable, str(Path(__file__).with_name("standin_server.py")), *arguments]
         environment = {
-            **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1", "WEIGHTSYNC_STAGING_MIB": "1",
+            **os.environ, "UCX_TLS": "tcp,self,sm", "OMP_NUM_THREADS": "1",
+            "WEIGHTSYNC_MODE": self.mode, "WEIGHTSYNC_LANDING_MIB": "1" if self.mode == "live" else "",
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             **self.env,
         }  # fmt: skip

@@ -24,7 +24,7 @@ PATIENCE = {"quiesce_seconds": 5, "transfer_seconds": 5, "verify_seconds": 5, "f
 def leased(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """As ``conftest.scene``, with a lease."""
     directory = tmp_path_factory.mktemp("leased")
-    server = VllmServer(qwen3, log=directory / "vllm.log")
+    server = VllmServer(qwen3, env={"WEIGHTSYNC_MODE": "live"}, log=directory / "vllm.log")
     scene = Scene(directory, server, {"commit": {"lease_seconds": LEASE}, "deadlines": PATIENCE})
     try:
         scene.open()

@@ -198,6 +198,14 @@ class Fleet:
             return None
         return json.loads(body) if body.startswith(b"{") else body.decode()
 
+    def order(self, verb: str, target: str = "") -> None:
+        """An operator's verb; raises if it is refused."""
+        headers = {"Authorization": f"Bearer {self.token.read_text().strip()}", "Content-Type": "application/json"}
+        body = json.dumps({"target": target, "reason": "a test", "by": "tests"}).encode()
+        url = f"http://{HOST}:{self.port}/verbs/{verb}"
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers, method="POST"), timeout=5):
+            pass
+
     def status(self) -> Any:
         return self.ask("/status")
 

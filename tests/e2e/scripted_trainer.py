@@ -78,6 +78,8 @@ def main() -> None:
         step = order["step"]
         if not order.get("again", False):  # else the same weights once more
             full = masters(shapes, order.get("seed", step))
+            if order.get("mute", False):  # says token 0 whatever it is asked, and no mixture with other weights does
+                full["model.norm.weight"].zero_()
             if rank == 0 and order.get("save", True):
                 save_model(Path(given.checkpoints) / f"step_{step}", config, checkpoint_state(config, full))
             if order["do"] == "save":

@@ -3,12 +3,13 @@
 The main thread is engine core and worker in one: it performs calls one after another, also those that change weights,
 and takes *steps* between them while the scheduler is not paused. No gate keeps a step from reading torn memory: that
 nobody resumes such an engine is what is tested. The scheduler is paused from the start, as our plugin holds vLLM, and a
-resume is refused as by ``agents.vllm.hold``.
+resume is refused as by ``agents.vllm.hold``, and a switch takes place as by ``agents.vllm.boundary``.
 """
 
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import msgspec
 import torch
 from aiohttp import web
 from weightsync.agents.inference.agent import InferenceAgent
-from weightsync.agents.inference.calls import InitInfo, LiveModel, UpdateInfo
+from weightsync.agents.inference.calls import InitInfo, LiveModel, UpdateInfo, parse_switch_info
 from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.names import Version
 
@@ -101,6 +102,8 @@ class Engine:
                 return {"is_paused": self._paused}
             case "/pause":
                 self._paused = True
+            case "/collective_rpc" if body["method"] == "weightsync_switch":
+                return {"results": [self._switch(body["kwargs"])]}
             case "/collective_rpc":
                 self._resume(body["kwargs"]["incarnations"])
             case "/init_weight_transfer_engine":
@@ -115,6 +118,17 @@ class Engine:
                 _require(self._open or self._agent.may_run, "weightsync: call /start_weight_update first")
                 self._open = False
         return {"status": "ok"}
+
+    def _switch(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        order, began = parse_switch_info(kwargs), time.monotonic()
+        me = self._agent.incarnation
+        _require(order.incarnations == {0: me}, f"weightsync: this is {me}, not {order.incarnations}")
+        reason = self._agent.switchable(order)
+        _require(not reason, f"weightsync: {order.version} is not served: {reason}")
+        before, self._paused = self._paused, True
+        self._agent.switch(order)
+        self._paused = before
+        return {"paused": self._paused, "seconds": time.monotonic() - began}
 
     def _resume(self, incarnations: dict[str, int]) -> None:
         me, status = self._agent.incarnation, self._agent.status

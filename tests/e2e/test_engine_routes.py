@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineNotServable, EngineRefused
-from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, RoundUpdate
 from weightsync.orchestrator.daemon.engines.vllm import OPTIONAL, REQUIRED, VllmClient
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -19,7 +19,7 @@ LONG = 30.0
 """Total deadline of a call, in seconds; nothing here takes so long."""
 
 HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
-SWITCH = Switch(RoundName(3, 9), Version(7, 40), 20.0)
+UPDATE = RoundUpdate(RoundName(3, 9), Version(7, 40), 20.0)
 
 
 class Engine:
@@ -100,7 +100,7 @@ async def vllm_routes(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator
 @contextlib.asynccontextmanager
 async def talking(engine: Engine, *, dev_mode: bool = True) -> AsyncIterator[VllmClient]:
     async with vllm_routes(engine, dev_mode=dev_mode) as url:
-        client = VllmClient(EngineSetup("a", url, None, "keep", True))
+        client = VllmClient(EngineSetup("a", url, None, "keep", "recompute"))
         try:
             yield client
         finally:
@@ -118,8 +118,8 @@ async def test_a_round_through_vllms_routes() -> None:
         await client.attach(HUB, LONG)
         await client.pause(LONG)
         assert await client.is_paused(LONG)
-        await client.switch(SWITCH, LONG)
-        await client.finish(SWITCH.version, LONG)
+        await client.update(UPDATE, LONG)
+        await client.finish(UPDATE.version, LONG)
         assert engine.version == "40"
         await client.resume({0: 2**62 + 1}, LONG)
         assert not await client.is_paused(LONG)
@@ -153,7 +153,7 @@ async def test_errors_of_workers_keep_their_words() -> None:
         await client.probe(LONG)
         engine.fail = "Call to collective_rpc method failed: digest differs on rank 1"
         with pytest.raises(EngineRefused, match="digest differs on rank 1"):
-            await client.switch(SWITCH, LONG)
+            await client.update(UPDATE, LONG)
         engine.fail = "Weight transfer not configured. Please set weight_transfer_config"
         with pytest.raises(EngineMisconfigured, match="--weight-transfer-config"):
             await client.attach(HUB, LONG)

@@ -185,7 +185,7 @@ def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None
     refusal.unlink()
     status, body = held.resume({"0": 100, "1": 55})
     assert status == 500
-    assert "not servable: rank 1: it is incarnation 101, and the resume means 55" in json.dumps(body)
+    assert "not servable: rank 1: it is incarnation 101, and the call means 55" in json.dumps(body)
     assert held.resume({"0": 100, "1": 101}) == (200, {"results": []})
     assert not held.server.is_paused()
     assert held.server.get("/weightsync/ready") == (200, {"ready": True, "reason": ""})

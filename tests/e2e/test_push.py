@@ -43,9 +43,15 @@ def push_and_compare(whole: Fleet, server: VllmServer, model: Path, world: int) 
         assert served[step] == fresh_answers(whole.checkpoints / f"step_{step}", server.tp)
 
 
-@pytest.mark.parametrize(("tp", "dp", "world"), [(1, 1, 1), (2, 1, 2), (1, 2, 2)], ids=["tp1", "tp2", "dp2"])
-def test_answers_equal_those_of_a_fresh_engine(tp: int, dp: int, world: int, qwen3: Path, tmp_path: Path) -> None:
-    server = VllmServer(qwen3, tp=tp, dp=dp, log=tmp_path / "vllm.log").start()
+@pytest.mark.parametrize(
+    ("tp", "dp", "world", "mode"),
+    [(1, 1, 1, "copy"), (2, 1, 2, "copy"), (1, 2, 2, "copy"), (1, 1, 1, "live"), (2, 1, 2, "live")],
+    ids=["tp1", "tp2", "dp2", "live-tp1", "live-tp2"],
+)
+def test_answers_equal_those_of_a_fresh_engine(
+    tp: int, dp: int, world: int, mode: str, qwen3: Path, tmp_path: Path
+) -> None:
+    server = VllmServer(qwen3, tp=tp, dp=dp, log=tmp_path / "vllm.log", env={"WEIGHTSYNC_MODE": mode}).start()
     try:
         with fleet(tmp_path / "fleet", {"engine": server}) as whole:
             push_and_compare(whole, server, qwen3, world)

@@ -1,13 +1,20 @@
 """The other transport and the other rendezvous: the same rounds, and the same answers bit for bit."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fleet import Fleet, fleet
 from reference import plain, reference_answers
 from serving import HOST, VllmServer, answers, free_port
+from tiny_models import tiny_qwen3
+from weightsync.orchestrator.planner import Party, make_plan
+from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.names import Member
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -43,6 +50,39 @@ def test_a_checkpoint_on_disk_arrives_as_the_wire_would_bring_it(
         assert served[0] != served[1]
         assert [row["descriptors"] for row in whole.ask("/rounds")["rounds"]] == [0, 0]
         assert served == reference_of(whole, qwen3)
+
+
+def passing(whole: Fleet) -> list[Berth]:
+    """The berths of the present plan that chunks pass."""
+    parties = []
+    for one in whole.ask("/plan/layouts")["parties"]:
+        layout = msgspec.convert({**one["layout"], "rows": base64.b64decode(one["layout"]["rows"])}, Layout)
+        parties.append(Party(msgspec.convert(one["member"], Member), one["incarnation"], layout))
+    by_role = [[party for party in parties if party.member.role == role] for role in ("trainer", "inference")]
+    berths = [berth for part in make_plan(*by_role).parts.values() for berth in part.berths if berth is not None]
+    return [berth for berth in berths if berth.passes]
+
+
+def test_what_a_landing_does_not_hold_passes_it_while_the_engine_stands_still(tmp_path: Path) -> None:
+    """Some 3 MiB of small matrices through a landing of 1 MiB, written into the weights of an engine that is paused."""
+    model = tiny_qwen3(tmp_path / "model", 11, hidden_size=256, num_hidden_layers=8)
+    env = {"WEIGHTSYNC_MODE": "live", "WEIGHTSYNC_LANDING_MIB": "1"}
+    small = VllmServer(model, env=env, log=tmp_path / "vllm.log").start()
+    try:
+        with fleet(tmp_path / "fleet", {"engine": small}) as whole:
+            trainer = whole.start_trainer(model)
+            small.wait_ready()
+            assert trainer.hear()["ready"]
+            served = []
+            for step in STEPS:
+                assert trainer.publish(step)["sequence"] == step
+                served.append(plain(answers(small)))
+            berths = passing(whole)
+            assert {berth.chunks > berth.places for berth in berths} == {True}
+            assert served[0] != served[1]
+            assert served == reference_of(whole, model)
+    finally:
+        small.close()
 
 
 def root_of(whole: Fleet) -> str:

@@ -33,7 +33,8 @@ from plan_executor import Memory, scatter, send  # noqa: E402
 from weightsync.agents.memory.arena import arena, region_of  # noqa: E402
 from weightsync.agents.vllm.recorder.recorded import Recorded, RecordError, recorded_layout  # noqa: E402
 from weightsync.orchestrator.planner import Party, Plan, make_plan  # noqa: E402
-from weightsync.orchestrator.protocol.layout import Layout  # noqa: E402
+from weightsync.orchestrator.protocol.landing import arena_bytes  # noqa: E402
+from weightsync.orchestrator.protocol.layout import Lands, Layout  # noqa: E402
 from weightsync.orchestrator.protocol.names import Member  # noqa: E402
 
 Result = TypeVar("Result")
@@ -112,8 +113,10 @@ def judge(ranks: Ranks, family: Family) -> None:
     old, new = (place.directory / family.name / age for age in ("old", "new"))
     trainer = ranks.stage("transformers", "refused", lambda: _checkpoints(place, family, old, new))
     engine, recorded, before = ranks.stage("engine", "refused", lambda: _running(place, old))
-    staging = arena(STAGING_BYTES, device=torch.device("cpu"))
-    parties = _parties(ranks, _with_staging(recorded.layout, staging))
+    lands: Lands = "copy" if place.world > 1 else "live"  # by turns: neither depends on what a family is
+    size = arena_bytes(recorded.layout) if lands == "copy" else STAGING_BYTES
+    staging = arena(size, device=torch.device("cpu"))
+    parties = _parties(ranks, _with_staging(recorded.layout, staging, lands))
     slots = ranks.stage("trainer", "refused", lambda: trainer_side(trainer, parties))
     source = Party(TRAINER, 0, slots.layout)
     plan = ranks.stage("planner", "refused", lambda: make_plan([source], parties))
@@ -146,9 +149,9 @@ def _running(place: Place, model: Path) -> tuple[Any, Recorded, list[Any]]:
     return engine, recorded, answers(engine)
 
 
-def _with_staging(layout: Layout, staging: torch.Tensor) -> Layout:
+def _with_staging(layout: Layout, staging: torch.Tensor, lands: Lands) -> Layout:
     regions = (*layout.regions, region_of(staging))
-    return msgspec.structs.replace(layout, regions=regions, staging=len(regions) - 1)
+    return msgspec.structs.replace(layout, regions=regions, staging=len(regions) - 1, lands=lands)
 
 
 def _parties(ranks: Ranks, layout: Layout) -> list[Party]:

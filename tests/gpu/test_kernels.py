@@ -227,5 +227,7 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     for name in ELEMENTS:
         digest_module.prepare([region], whole, np.array([CODES[name]]))()
     table[:, 3:5] = 0, 0
-    copy_module.strided_copy([region], [torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)], table)
+    copied = copy_module.prepare([region], [torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)], table)
+    for shift in (0, 16, 1 << 20):
+        copied(shift)
     assert compiled_kernels() == before

@@ -17,6 +17,7 @@ import pytest
 import torch
 from fleet import Fleet, Trainer, fleet
 from serving import Hammer, VllmServer, answers
+from streams import Streams
 from tiny_models import (
     FP8_BLOCKS,
     FP8_ROWS,
@@ -78,15 +79,16 @@ class Bench:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    """``request.param``: the model's configuration, whether to run eagerly, and ranks of the trainer and the engine."""
-    config, eager, *ranks = request.param
-    [ranks] = ranks or [1]
+    """``request.param``: the model's configuration, whether to run eagerly, ranks on either side, and the mode."""
+    config, eager, *more = request.param
+    ranks, mode = more[0] if more else 1, more[1] if len(more) > 1 else "live"
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"there are not {ranks} GPUs here")
     state = random_state(model_shapes(config), seed=100)
     model = save_model(tmp_path / "model", config, checkpoint_state(config, state))
     log = tmp_path / "engine.log"
-    server = VllmServer(model, tp=ranks, device="cuda", eager=eager, env=REPEATABLE, log=log).start()
+    env = REPEATABLE | {"WEIGHTSYNC_MODE": mode}
+    server = VllmServer(model, tp=ranks, device="cuda", eager=eager, env=env, log=log).start()
     try:
         with fleet(tmp_path / "fleet", {"engine": server}) as whole:
             yield Bench(whole, server, whole.start_trainer(model, ranks, device="cuda"))
@@ -131,6 +133,53 @@ def test_answers_equal_those_of_a_fresh_engine(bench: Bench) -> None:
     engine = whole.engine("engine")
     assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", server.tp, False)
     assert outcomes(whole) == ["committed"] * 3
+
+
+@pytest.mark.parametrize(
+    ("bench", "mode"),
+    [
+        ((dense(), False, 1, "flip"), "flip"),
+        ((experts(), True, 1, "flip"), "flip"),
+        ((dense(), False, 1, "copy"), "copy"),
+        ((dense(), True, 2, "flip"), "flip"),
+    ],
+    ids=["flipped", "flip-experts", "copied", "flip-nccl"],
+    indirect=["bench"],
+)
+def test_versions_land_beside_what_is_served_and_the_one_before_comes_back(bench: Bench, mode: str) -> None:
+    """Streams go on meanwhile, and every answer is a fresh engine's."""
+    whole, server, trainer = bench.whole, bench.server, bench.trainer
+    assert trainer.hear()["ready"]
+    fresh = {step: bench.fresh(step) for step in (1, 3)}
+    try:
+        for one in fresh.values():
+            one.start()
+        server.wait_ready()
+        assert trainer.publish(1, save=False).get("sequence") == 1
+        served = {1: answers(server)}
+        for step in (2, 3):
+            with Streams(server, [(5, 6, 7, 8)] * 2, 200) as streams:
+                assert trainer.publish(step, save=False).get("sequence") == step
+            assert streams.errors == []
+            served[step] = answers(server)
+        for step, one in fresh.items():
+            assert served[step] == answers(one.wait_ready()), f"version {step}"
+    finally:
+        for one in fresh.values():
+            one.close()
+    rounds = whole.ask("/rounds?last=64")["rounds"]
+    assert [(row["step"], row["modes"]) for row in rounds] == [(step, {"engine": mode}) for step in (1, 2, 3)]
+    assert server.log_path.read_text().count("POST /pause") <= 1, "it is paused for its first version at most"
+    if mode == "flip":
+        whole.order("rollback")
+        whole.until(lambda: len(whole.ask("/rounds?last=64")["rounds"]) == 4, "the rollback to end")
+        assert answers(server) == served[2]
+        whole.order("rollback", "3")
+        whole.until(lambda: len(whole.ask("/rounds?last=64")["rounds"]) == 5, "the way forward again")
+        assert answers(server) == served[3]
+    assert set(outcomes(whole)) == {"committed"}
+    engine = whole.engine("engine")
+    assert (engine["state"], engine["mode"], engine["paused"]) == ("serving", mode, False)
 
 
 @pytest.mark.parametrize("bench", [(dense(), False)], ids=["returns"], indirect=True)

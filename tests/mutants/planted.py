@@ -3,6 +3,7 @@
 from typing import Final
 
 from plant import Mutant
+from planted_shadows import SHADOWS
 
 _MEMBERS: Final = "core/membership/members.py"
 _ADMIT: Final = "core/membership/admission.py"
@@ -14,8 +15,10 @@ _CONDITIONS: Final = "core/conditions.py"
 _ENTRY: Final = "core/round/entry.py"
 _JUDGE: Final = "core/round/judge.py"
 _REPORTS: Final = "core/round/reports.py"
+_PROGRESS: Final = "core/round/progress.py"
 _PHASES: Final = "core/round/phases.py"
 _ENDINGS: Final = "core/round/endings.py"
+_WAITS: Final = "core/round/waits.py"
 _TABLE: Final = "core/round/transitions.py"
 _OUTBOX: Final = "daemon/outbox.py"
 
@@ -166,14 +169,14 @@ _COMMIT: Final = (
     ),
     Mutant(
         "verified while a writer still writes",
-        _STATE,
+        _PROGRESS,
         "        return writer in self.final or not any(",
         "        return bool(done) or not any(",
     ),
     Mutant(
         "FAILED while engines are torn by it",
         _ENDINGS,
-        "    if current.granted or fleet.torn_by(current.version):\n        return\n",
+        "    if tears or fleet.torn_by(current.version):\n        return\n",
         "",
     ),
     Mutant("a failed version begun again", "core/versions.py", " and version not in turn.fleet.memory.failed:", ":"),
@@ -189,28 +192,28 @@ _SERVING: Final = (
     Mutant(
         "torn memory left as if nothing were written",
         _ENTRY,
-        "Abort(round=current.name, torn=current.granted, reason=why.reason))",
-        "Abort(round=current.name, torn=False, reason=why.reason))",
+        "        torn = current.granted and not current.engines[name].shadow\n",
+        "        torn = False\n",
     ),
     Mutant(
         "a resume that means whoever is there",
         _ENGINES,
-        "ranks = tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))",
-        "ranks = ()",
+        "return tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))",
+        "return ()",
     ),
     Mutant("any version may serve", _ENGINES, "    if version != memory.committed:\n", "    if False:\n"),
     Mutant(
         "one that serves another version is not paused",
         _ENGINES,
-        "if want is Wish.PAUSE and engine.paused is False:",
-        "if False:",
+        "if want is Wish.PAUSE and engine.paused is False and not",
+        "if False and not",
     ),
     Mutant("a paused engine is not resumed", _ENGINES, "if want is Wish.SERVE and engine.paused and", "if False and"),
     Mutant(
         "an engine is what it was when a call to it failed",
         _ENGINES,
-        "        engine.paused = None  # whether it had its effect is to be seen\n",
-        "",
+        "            engine.paused = None  # whether it had its effect is to be seen\n",
+        "            pass\n",
     ),
     Mutant("one that the operator holds serves", _ENGINES, "    if name in memory.holds:\n", "    if False:\n"),
     Mutant(
@@ -220,13 +223,16 @@ _SERVING: Final = (
         "                pass\n",
     ),
     Mutant(
-        "finished as soon as one worker is out", "core/round/waits.py", "    all_hold = all(", "    all_hold = any("
+        "finished as soon as one worker is out",
+        _WAITS,
+        "    return all(each is not None",
+        "    return any(each is not None",
     ),
     Mutant(
         "finished before the workers are out",
         _ENTRY,
-        "        if waits.applied(current, name):\n",
-        "        if True:\n",
+        "        if not waits.applied(current, name):\n",
+        "        if False:\n",
     ),
     Mutant(
         "together without patience",
@@ -430,4 +436,4 @@ _ADMISSION: Final = (
     ),
 )
 
-PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION)
+PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION, *SHADOWS)

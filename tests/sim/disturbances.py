@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from faults import CHANCES
-from weightsync.orchestrator.core.events import AbortAsked, Call, RetryAsked
+from weightsync.orchestrator.core.events import AbortAsked, Call, RetryAsked, RollbackAsked
 from world import World
 
 
@@ -99,6 +99,15 @@ def _operators(world: World) -> None:
         daemon.post(kind(daemon.next_id(), "operator", ""))
 
 
+def _rollbacks(world: World) -> None:
+    """An operator asks for the version before, whether or not it can be had."""
+    daemon = world.daemon
+    if daemon is not None and daemon.alive:
+        world.note("an operator asks for a rollback")
+        world.faults.hurt(world.servers)
+        daemon.post(RollbackAsked(daemon.next_id(), "operator", "", None))
+
+
 def _frozen_engines(world: World) -> None:
     """SIGSTOP of a whole engine or of one of its workers."""
     server = world.servers[world.rng.choice(list(world.servers))]
@@ -190,9 +199,11 @@ def _ill(world: World) -> None:
         make_ill(world, server.name, what)
 
 
+WORKERS_ILLNESSES: Final = ("digest", "silent", "switch", "audit", "audit hangs")
+
 ILLNESSES: Final = (
-    "digest", "silent", "pause 500", "pause hangs", "switch 500", "switch hangs", "finish 500", "finish hangs",
-    "resume 500", "resume hangs",
+    "digest", "silent", "pause 500", "pause hangs", "update 500", "update hangs", "finish 500", "finish hangs",
+    "resume 500", "resume hangs", "switch 500", "switch hangs", "switch", "audit", "audit hangs",
 )  # fmt: skip
 
 
@@ -200,7 +211,7 @@ def make_ill(world: World, name: str, what: str) -> Callable[[], None]:
     """``what``: one of ILLNESSES. What is returned heals it."""
     server = world.servers[name]
     end = world.faults.begin([name])
-    if what in ("digest", "silent"):
+    if what in WORKERS_ILLNESSES:
         server.workers[-1].ill = what
     else:
         call, how = what.split()
@@ -208,6 +219,8 @@ def make_ill(world: World, name: str, what: str) -> Callable[[], None]:
 
     def heal() -> None:
         end()
+        if what == "audit hangs" and server.alive:
+            world.kill_engine(name)  # a thread that hangs goes with its process
         server.ill = {}
         for worker in server.workers:
             worker.ill = ""
@@ -269,6 +282,7 @@ DISTURBANCES: Final[Mapping[str, tuple[Callable[[World], None], float]]] = {
     "ill": (_ill, 30.0),
     "zombies": (_zombies, 30.0),
     "operators": (_operators, 8.0),
+    "rollbacks": (_rollbacks, 6.0),
     "configurations": (_configurations, 30.0),
     "lists": (_lists, 12.0),
     "joins": (_joins, 6.0),

@@ -19,6 +19,7 @@ CHANCES: Final[Mapping[str, float]] = {
     "delayed": 0.004,  # a message takes its time, and those behind it
     "corrupt": 0.004,  # a write lands as garbage
     "short": 0.004,  # a writer claims other bytes than it was to write
+    "switch": 0.01,  # a switch fails half way
 }
 """Of each kind of chance, each time it is asked for."""
 

@@ -1,7 +1,7 @@
 """The judge of a simulated fleet. It looks at the workers' memory and the journal's disk, never at the core's state."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from contents import CHECKPOINT
 from simulated_engine import Server, Worker
@@ -10,6 +10,10 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 
 if TYPE_CHECKING:
     from world import World
+
+
+SWITCH_SECONDS: Final = 0.05
+"""Of a shadow engine: all that a healthy round may cost it. Its workers take 40 ms at most, all at once."""
 
 
 class Judge:
@@ -39,13 +43,13 @@ class Judge:
                 case Decided(round=name, version=version, digests=digests):
                     self.deciding[name] = version
                     for worker in self._world.workers():
-                        if str(worker.member) in digests and worker.window == name:
-                            whole = set(worker.memory) == {version}
-                            self._require(whole, f"S4: {worker.member} holds {worker.memory}, decided {version}")
+                        memory = worker.prepared(name, version) if str(worker.member) in digests else None
+                        whole = memory is None or set(memory) == {version}
+                        self._require(whole, f"S4: {worker.member} holds {memory}, decided {version}")
                 case Committed(version=version, sequence=sequence):
-                    again = version in self.committed
+                    again = version in self.committed and sequence == self._sequence
                     if in_order:
-                        grows = sequence == self._sequence + 1 or (again and sequence == self._sequence)
+                        grows = sequence == self._sequence + 1 or again
                         self._require(grows, f"S3: {sequence} after {self._sequence}")
                         self._sequence = sequence
                     if not again:
@@ -77,8 +81,8 @@ class Judge:
         held = {version for worker in server.workers for version in worker.memory}
         self._require(len(held) == 1, f"S1: {name} serves a mixture: {held}")
         (version,) = held
-        applied = {worker.applied for worker in server.workers}
-        self._require(applied == {version}, f"S1: {name} serves {version}, its workers say {applied}")
+        taken = {worker.serves for worker in server.workers}
+        self._require(taken == {version}, f"S1: {name} serves {version}, its workers take it for {taken}")
         self.ever_served.add(version)
         known = version in self.committed or version in self.deciding.values()
         self._require(known and version != CHECKPOINT, f"S1: {name} serves {version}, which is not committed")
@@ -109,6 +113,8 @@ class Judge:
             paused_at = self._paused_at.pop(name, None)
             if paused_at is not None and self._healthy(name, paused_at):
                 self.pauses.append(now - paused_at)
+                long = now - paused_at > SWITCH_SECONDS and self._world.changes_by_itself(name)
+                self._require(not long, f"L2: {name} stood for {now - paused_at:.3f} s, its switch is shorter")
         self.look(name)
 
     def _still_paused(self, name: str, since: float) -> None:

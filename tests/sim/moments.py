@@ -6,7 +6,7 @@ from typing import Final
 from weightsync.orchestrator.core.commands import CallEngine, Send
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty
-from weightsync.orchestrator.protocol.messages import Commit, Grant, Verify
+from weightsync.orchestrator.protocol.messages import Commit, Grant, Left, Verify
 
 Moment = Callable[[object], bool]
 
@@ -28,7 +28,7 @@ def is_a(kind: type) -> Moment:
 
 PHASES: Final[Mapping[str, Moment]] = {
     "pausing": call(Call.PAUSE),
-    "quiescing": call(Call.SWITCH),
+    "quiescing": call(Call.UPDATE),
     "marking": is_a(LiveDirty),
     "writing": sent(Grant),
     "verifying": sent(Verify),
@@ -38,4 +38,22 @@ PHASES: Final[Mapping[str, Moment]] = {
     "resuming": call(Call.RESUME),
     "recording": is_a(Committed),
 }
-"""Where each phase of a round begins."""
+"""Where each phase of a round begins, of engines that land live."""
+
+SHADOW_PHASES: Final[Mapping[str, Moment]] = {
+    **{name: PHASES[name] for name in ("marking", "writing", "verifying", "deciding", "recording")},
+    "switching": call(Call.SWITCH),
+    "left": is_a(Left),
+}
+"""Likewise of those that land beside what they serve."""
+
+CASES: Final = (
+    *(("live", name) for name in PHASES),
+    *((mode, name) for mode in ("copy", "flip") for name in SHADOW_PHASES),
+)
+"""A mode, and a phase of its rounds."""
+
+
+def begins(mode: str, phase: str) -> Moment:
+    """Where ``phase`` of a round begins, of engines that land in ``mode``."""
+    return (PHASES if mode == "live" else SHADOW_PHASES)[phase]

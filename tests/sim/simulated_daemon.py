@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from answers import Answer
 from contents import plan_of
 from places import Disk
-from simulated_engine import Answer
 from told import round_trip
 from weightsync.orchestrator.core.commands import (
     Accept,

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from answers import Answer, Reply
 from contents import CHECKPOINT, SIZES, memory_digest
+from simulated_switch import CoreSwitch
 from virtual_time import Process
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call
@@ -35,14 +37,6 @@ if TYPE_CHECKING:
     from world import World
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """To a call. ``paused``: whether the engine is, where the call says so."""
-
-    paused: bool | None = None
-    error: str = ""
-
-
 @dataclass(slots=True)
 class Written:
     """The last round that may have written into a worker's memory. ``whole``: what was there before was not torn."""
@@ -56,8 +50,6 @@ class Written:
 APPLY_SECONDS: Final = 1.5
 """Between two applications of an engine that makes itself a member."""
 
-Reply = Callable[[Answer], None]
-
 
 class Worker(Agent):
     """One rank of an engine. ``memory``: the version of each chunk."""
@@ -69,8 +61,9 @@ class Worker(Agent):
         self.torn = False
         self.held = False
         self.window: RoundName | None = None
+        self.lands = "live"
         self.ill = ""
-        """``digest``: it says a wrong one; ``silent``: it never answers Verify."""
+        """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``: these fail."""
         self._connect: Connect | None = None
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
@@ -89,9 +82,18 @@ class Worker(Agent):
         """Why it refuses to run; empty when it does not."""
         if self.torn:
             return "torn"
-        if self.applied is None:
+        if self.serves is None:
             return "nothing was committed here"
         return "a round is changing the weights" if self.window is not None else "held" if self.held else ""
+
+    @property
+    def serves(self) -> Version | None:
+        """The version that it takes its live memory for."""
+        return self.applied
+
+    def prepared(self, name: RoundName, version: Version) -> list[Version] | None:
+        """The memory that a decision of round ``name`` is about; None if it is in no such round."""
+        return self.memory if self.window == name else None
 
     def introduce(self, hello: Hello) -> Hello:
         return msgspec.structs.replace(hello, engine=self.status)
@@ -193,6 +195,20 @@ class Worker(Agent):
             round=message.round, digest=digest, bytes=sum(SIZES), apply_seconds=0.0, digest_seconds=0.0
         ))  # fmt: skip
 
+    # ------------------------------------------------------------------------------------- of those that land elsewhere
+    def land(self, chunk: int, held: Version, name: RoundName) -> None:
+        """A write of round ``name`` arrives."""
+        self.memory[chunk] = held
+        self.world.judge.written(self)
+
+    def switch_refusal(self, order: CallEngine) -> str:
+        """Why it would not switch; empty when it would."""
+        return "it lands live"
+
+    def switch(self, order: CallEngine, over: Callable[[str], None]) -> None:
+        """Its main thread switches, and says so by ``over``, with what went wrong."""
+        raise NotImplementedError
+
 
 class Server(Process):
     """An engine's API server and engine core: paused from its start, serving when it is not.
@@ -210,6 +226,10 @@ class Server(Process):
         self._waiting: list[Reply] = []
         self._armed = False
         """The daemon has paused it, so that it may resume by itself when the daemon is gone."""
+        self._switching: CoreSwitch | None = None
+        self._behind: list[Callable[[], None]] = []
+        """Calls that wait until the engine core has switched."""
+        self._switched: RoundName | None = None
         if applicant is not None:
             self.later(world.short(), self._apply)
 
@@ -225,7 +245,9 @@ class Server(Process):
     def serves(self) -> bool:
         """Requests run: its scheduler does, and so does every worker."""
         processes_run = self.alive and not any(process.stopped for process in self.processes())
-        return processes_run and not self.paused
+        # The gate of a worker whose audit did not agree lets no batch through.
+        audited = not any(worker.torn and worker.lands != "live" for worker in self.workers)
+        return processes_run and not self.paused and audited
 
     # --------------------------------------------------------------------------------------------- all its processes
     def processes(self) -> list[Process]:
@@ -246,6 +268,7 @@ class Server(Process):
             process.die(silently=silently)
         self.paused = True
         waiting, self._waiting = self._waiting, []
+        self._switching, self._behind = None, []
         for reply in () if silently else waiting:
             reply(Answer(error="connection reset"))
 
@@ -262,6 +285,9 @@ class Server(Process):
         self.do(lambda: self._perform(command, answer))
 
     def _perform(self, command: CallEngine, answer: Reply) -> None:
+        if self._switching is not None and command.call is not Call.ATTACH:
+            self._behind.append(lambda: self._perform(command, answer))  # one engine core answers them in their order
+            return
         ill = self.ill.get(command.call, "")
         if ill == "hangs":
             return
@@ -281,8 +307,10 @@ class Server(Process):
                     self._armed = True
                     self._look_for_the_daemon()
                 answer(Answer(True))
-            case Call.SWITCH:
+            case Call.UPDATE:
                 self._update(command, answer)
+            case Call.SWITCH:
+                self._switch(command, answer)
             case Call.FINISH:
                 answer(Answer(True))
             case Call.RESUME:
@@ -337,3 +365,32 @@ class Server(Process):
         deadline = command.deadline * AGENT_SHARE
         for worker in self.workers:
             worker.do(lambda w=worker: w.enter(name, version, deadline, over))
+
+    # ------------------------------------------------------------------------------------- between two of its steps
+    def _switch(self, command: CallEngine, answer: Reply) -> None:
+        name = command.round
+        assert name is not None
+        error = ""
+        if command.ranks != tuple((worker.member.rank, worker.incarnation) for worker in self.workers):
+            error = f"it means {command.ranks}"
+        elif self._switched is not None and name < self._switched:
+            error = "of an earlier round"
+        elif not self.workers[0].announce.layout.boundary and not self.paused:
+            error = "its ranks meet others: pause first"
+        if error or name == self._switched:
+            answer(Answer(self.paused, error))
+        else:
+            self._switching = switching = CoreSwitch(self, command, answer)
+            switching.begin()
+
+    def switched(self, done: bool, name: RoundName, paused: bool) -> None:
+        """The switch under way has ended; ``done``: every worker has switched."""
+        self._switching = None
+        self._switched = name if done else self._switched
+        self.set_paused(paused)
+
+    def go_on(self) -> None:
+        """With the calls that waited behind the switch."""
+        behind, self._behind = self._behind, []
+        for work in behind:
+            work()

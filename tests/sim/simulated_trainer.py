@@ -63,8 +63,7 @@ class Edge:
         if worker.alive:
             assert rank.slots is not None
             corrupt = world.faults.happens("corrupt", self.target.engine)
-            worker.memory[chunk] = GARBAGE if corrupt else rank.slots
-            world.judge.written(worker)
+            worker.land(chunk, GARBAGE if corrupt else rank.slots, self.writing.grant.round)
         rank.do(self.post if worker.alive else lambda: self._end(f"{self.target} died"))
 
     def _end(self, error: str) -> None:

@@ -6,13 +6,16 @@ same seed fails again in the same way.
 
 import os
 import random
+from typing import Final
 
 import pytest
 from disturbances import KINDS, disturb
+from weightsync.orchestrator.protocol.layout import Lands
 from world import World
 
 SEEDS = range(int(os.environ.get("WEIGHTSYNC_SIM_SEEDS", "500" if os.environ.get("CI") else "25")))
 FAULTY_SECONDS = 60.0
+NAMES: Final = tuple(f"e{number}" for number in range(8))
 CALM_SECONDS = 60.0
 """L1's T: every deadline of the policy may pass several times over."""
 
@@ -33,12 +36,20 @@ def world_of(seed: int) -> tuple[World, list[str]]:
         together=rng.random() < 0.2,
         lease=rng.choice((0.0, 4.0)),
         min_engines=rng.choice((0.5, 0.5, 1, 1.0)),
+        lands=modes(rng),
+        meeting=rng.choice(((), (), ("e0",), NAMES)),
     )
     for name in world.configured:
         if name not in world.servers:
             world.later(rng.uniform(5.0, 40.0), world.faults.begin([name]))
             world.later(rng.uniform(5.0, 40.0), lambda name=name: bring(world, name))
     return world, rng.sample(KINDS, rng.choice((1, 2, 3, 4, 6, 9)))
+
+
+def modes(rng: random.Random) -> dict[str, Lands]:
+    """All engines land in one way, or each in its own."""
+    one = rng.choice(("live", "live", "copy", "flip", "flip", ""))
+    return {name: one or rng.choice(("live", "copy", "flip")) for name in NAMES}
 
 
 def bring(world: World, name: str) -> None:

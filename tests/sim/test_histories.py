@@ -1,14 +1,20 @@
 """Histories in which a fleet once stood still or served the wrong weights, each with what must come of it."""
 
 import pytest
-from moments import PHASES, call
+from moments import CASES, PHASES, begins, call
 from places import Disk
 from simulated_daemon import SimulatedDaemon
-from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.events import Call, RollbackAsked
 from weightsync.orchestrator.core.records import Decided
+from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
 from wires import Agent
 from world import World
+
+
+def everybody(mode: Lands) -> dict[str, Lands]:
+    """All engines land in ``mode``."""
+    return {f"e{number}": mode for number in range(4)}
 
 
 def assert_all_serve(world: World, within: float) -> None:
@@ -31,7 +37,7 @@ def test_a_fleet_that_was_paused_and_holds_the_committed_version_is_resumed_afte
     world.run(5.0)
     world.idle = False
     world.job.publish_soon()
-    world.when(call(Call.SWITCH), lambda: world.faults.cut.update(world.servers))
+    world.when(call(Call.UPDATE), lambda: world.faults.cut.update(world.servers))
     world.faults.begin(world.servers)
     world.run(40.0)
     world.jobs[-1].die()  # nobody publishes any more
@@ -69,9 +75,9 @@ def test_an_update_call_that_is_performed_late_delays_nobody() -> None:
     world.run(6.0)
     server = world.servers["e2"]
     end = world.faults.begin(["e2"])
-    server.ill[Call.SWITCH] = "hangs"
+    server.ill[Call.UPDATE] = "hangs"
     calls = []
-    world.when(lambda what: call(Call.SWITCH, "e2")(what) and not calls.append(what), lambda: None)
+    world.when(lambda what: call(Call.UPDATE, "e2")(what) and not calls.append(what), lambda: None)
     world.run(12.0)
     server.ill.clear()
     server.perform(calls[0], lambda answer: None)
@@ -103,9 +109,9 @@ def agent_of(world: World, who: str) -> Agent:
 
 
 @pytest.mark.parametrize("who", ["trainer", "engine"])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_hello_before_the_end_of_the_last_connection_is_noticed(phase: str, who: str) -> None:
-    world = World(16, engines=2)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
+def test_a_hello_before_the_end_of_the_last_connection_is_noticed(mode: Lands, phase: str, who: str) -> None:
+    world = World(16, engines=2, lands=everybody(mode))
     world.run(6.0)
 
     def reset() -> None:
@@ -114,7 +120,7 @@ def test_a_hello_before_the_end_of_the_last_connection_is_noticed(phase: str, wh
         assert link is not None
         link.reset_half()
 
-    world.when(PHASES[phase], reset)
+    world.when(begins(mode, phase), reset)
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=5.0)
@@ -225,28 +231,29 @@ def test_a_pair_serves_one_version_or_none(bad: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the daemon
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
 @pytest.mark.parametrize("durable", [True, False], ids=["after a while", "at once"])
-def test_a_daemon_that_dies(phase: str, durable: bool) -> None:
-    world = World(22, engines=2)
+def test_a_daemon_that_dies(mode: Lands, phase: str, durable: bool) -> None:
+    world = World(22, engines=2, lands=everybody(mode))
     world.run(6.0)
-    world.when(PHASES[phase], lambda: world.later(0.02 if durable else 0.0, lambda: world.kill_daemon(1.0)))
+    world.when(begins(mode, phase), lambda: world.later(0.02 if durable else 0.0, lambda: world.kill_daemon(1.0)))
     world.run(12.0)
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=5.0)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_daemon_that_dies_and_a_trainer_that_is_gone(phase: str) -> None:
+@pytest.mark.parametrize(("mode", "phase"), CASES)
+def test_a_daemon_that_dies_and_a_trainer_that_is_gone(mode: Lands, phase: str) -> None:
     """Nobody publishes any more, and nobody can repair: who holds the committed version serves."""
-    world = World(23, engines=2)
+    world = World(23, engines=2, lands=everybody(mode))
     world.run(6.0)
-    world.when(PHASES[phase], lambda: (world.kill_daemon(1.0), world.job.die()))  # type: ignore[arg-type,func-returns-value]
+    world.when(begins(mode, phase), lambda: (world.kill_daemon(1.0), world.job.die()))  # type: ignore[arg-type,func-returns-value]
     world.run(40.0)
     for name, server in world.servers.items():
         whole = all(w.applied == world.judge.committed[-1] and not w.torn for w in server.workers)
         assert server.serves == whole, f"{name}\n{world.story()}"
+        assert whole or mode == "live", "a shadow engine switches without a trainer, or keeps what it has"
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -347,3 +354,60 @@ def test_two_daemons_of_one_copied_state_directory_mix_nothing(seed: int) -> Non
     assert_versions_go_on(world)
     world.run_until_quiet()
     assert_all_serve(world, within=8.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollbacks
+def rolls_back(world: World) -> None:
+    """The operator wants the version before."""
+    daemon = world.daemon
+    assert daemon is not None
+    daemon.post(RollbackAsked(daemon.next_id(), "operator", "", None))
+
+
+@pytest.mark.parametrize("phase", ["", "deciding", "switching", "left", "recording"])
+def test_a_rollback_whatever_becomes_of_the_daemon(phase: str) -> None:
+    """All serve the one version or all the other, without a trainer; asked again, the one before."""
+    world = World(29, engines=3, lands=everybody("flip"))
+    world.run(6.0)
+    world.run_until_quiet()
+    world.job.die()
+    world.run(world.now + 5.0)
+    before, last = world.judge.committed[-2:]
+    if phase:
+        world.when(begins("flip", phase), lambda: world.kill_daemon(1.0))
+    rolls_back(world)
+    world.run(world.now + 15.0)
+    assert_all_serve(world, within=5.0)
+    assert world.judge.committed[-1] in (before, last)
+    assert phase or world.judge.committed[-1] == before
+    if world.judge.committed[-1] == last:
+        rolls_back(world)
+        world.run(world.now + 5.0)
+    assert world.judge.committed[-1] == before
+    assert_all_serve(world, within=1.0)
+    served = {worker.standby for server in world.servers.values() for worker in server.workers}
+    assert served == {last}, "and back again, if need be"
+
+
+def test_versions_go_on_after_a_rollback() -> None:
+    world = World(30, engines=2, lands=everybody("flip"))
+    world.run(6.0)
+    rolls_back(world)
+    assert_versions_go_on(world)
+    assert len(set(world.judge.committed)) < len(world.judge.committed), "some version was committed twice"
+
+
+@pytest.mark.parametrize("mode", ["copy", "flip"])
+def test_a_trainer_that_wakes_up_late_writes_into_nothing_that_is_served(mode: Lands) -> None:
+    """Stopped in the middle of a grant: all serve on with what they have, whatever it writes when it goes on."""
+    world = World(31, engines=2, trainers=1, lands=everybody(mode))
+    world.run(6.0)
+    first = world.job
+    world.when(begins(mode, "writing"), lambda: world.later(0.03, first.ranks[0].stop))
+    world.run(20.0)
+    assert first.ranks[0].open
+    assert_all_serve(world, within=1.0)
+    first.ranks[0].thaw()
+    world.run(24.0)
+    assert all(server.serves for server in world.servers.values())
+    assert_versions_go_on(world)

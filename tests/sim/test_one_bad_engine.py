@@ -2,12 +2,26 @@
 
 import pytest
 from disturbances import ILLNESSES, make_ill
-from moments import PHASES
+from moments import CASES, begins
+from weightsync.orchestrator.protocol.layout import Lands
 from world import World
 
 BAD = "e2"
+LIVE_ONLY = {"update 500", "update hangs", "finish 500", "finish hangs", "pause 500", "pause hangs"}
+SHADOW_ONLY = {"switch 500", "switch hangs", "switch", "audit", "audit hangs"}
+ILL = [
+    (mode, illness)
+    for mode in ("live", "copy", "flip")
+    for illness in ILLNESSES
+    if illness not in (SHADOW_ONLY if mode == "live" else LIVE_ONLY)
+]
 GOOD_COMMITS = 10
 """Within half a minute, in which a healthy fleet makes thirty and more."""
+
+
+def everybody(mode: Lands) -> dict[str, Lands]:
+    """All engines land in ``mode``."""
+    return {f"e{number}": mode for number in range(4)}
 
 
 def assert_the_others_go_on(world: World, at_least: int = GOOD_COMMITS, *, deaf: bool = False) -> None:
@@ -30,9 +44,9 @@ def assert_it_comes_back(world: World) -> None:
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
-@pytest.mark.parametrize("illness", ILLNESSES)
-def test_an_engine_that_is_ill(illness: str, guarded: bool) -> None:
-    world = World(1, engines=3, guarded=guarded)
+@pytest.mark.parametrize(("mode", "illness"), ILL)
+def test_an_engine_that_is_ill(mode: Lands, illness: str, guarded: bool) -> None:
+    world = World(1, engines=3, guarded=guarded, lands=everybody(mode))
     world.run(10.0)
     heal = make_ill(world, BAD, illness)
     assert_the_others_go_on(world, deaf="pause" in illness)
@@ -52,10 +66,10 @@ def test_an_engine_whose_routes_are_dead(pairs: list[tuple[str, str]]) -> None:
     assert_it_comes_back(world)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
 @pytest.mark.parametrize("waiting_wires", [True, False], ids=["its wires wait", "its memory is written"])
-def test_an_engine_that_is_frozen(phase: str, waiting_wires: bool) -> None:
-    world = World(3, engines=4, trainers=1)
+def test_an_engine_that_is_frozen(mode: Lands, phase: str, waiting_wires: bool) -> None:
+    world = World(3, engines=4, trainers=1, lands=everybody(mode))
     world.faults.waiting_wires = waiting_wires
     world.run(10.0)
     ends = []
@@ -64,7 +78,7 @@ def test_an_engine_that_is_frozen(phase: str, waiting_wires: bool) -> None:
         ends.append(world.faults.begin([BAD]))
         world.servers[BAD].stop_all()
 
-    world.when(PHASES[phase], freeze)
+    world.when(begins(mode, phase), freeze)
     # A trainer does not convert into slots that a wire still reads; until it is thawed nothing new may be published.
     assert_the_others_go_on(world, at_least=0 if waiting_wires else GOOD_COMMITS)
     ends[0]()
@@ -72,11 +86,11 @@ def test_an_engine_that_is_frozen(phase: str, waiting_wires: bool) -> None:
     assert_it_comes_back(world)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_an_engine_that_dies(phase: str) -> None:
-    world = World(4, engines=3)
+@pytest.mark.parametrize(("mode", "phase"), CASES)
+def test_an_engine_that_dies(mode: Lands, phase: str) -> None:
+    world = World(4, engines=3, lands=everybody(mode))
     world.run(10.0)
-    world.when(PHASES[phase], lambda: world.kill_engine(BAD, for_seconds=60.0))
+    world.when(begins(mode, phase), lambda: world.kill_engine(BAD, for_seconds=60.0))
     assert_the_others_go_on(world)
     world.run(80.0)
     assert_it_comes_back(world)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from world import World
 
 ANNOUNCE = Announce(layout=Layout((), (), b""))
-"""The core never looks into a layout."""
+"""Of a layout the core reads only how its owner lands."""
 
 Word = Quiesced | Exposed | Closed | Verified | Left
 """What an agent repeats after a Welcome: the last of each kind, of its last round."""
@@ -125,6 +125,7 @@ class Agent(Process):
         self.incarnation = world.next_id()
         self.host, self.boot = "host", "boot"
         self.generation = 0
+        self.announce = ANNOUNCE
         self.link: Link | None = None
         self.epoch, self.journal_id, self.life = 0, "", ""
         self.unreachable_until = 0.0
@@ -252,7 +253,7 @@ class Agent(Process):
             return
         self.epoch, self.journal_id, self.life = welcome.epoch, welcome.journal_id, welcome.life
         self.lease, self.silent_since = welcome.lease_seconds, None
-        self.say(ANNOUNCE)
+        self.say(self.announce)
         for word in self._words.values():
             self.say(word)
 

@@ -7,15 +7,17 @@ wrong is what real ones get wrong. ``judge`` looks at the workers and at what is
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from answers import Answer, Reply
 from faults import Faults
 from fleets import policy_for
 from judge import Judge
 from places import Disk, RunDirectory
 from simulated_daemon import SimulatedDaemon
-from simulated_engine import Answer, Reply, Server, Worker
+from simulated_engine import Server, Worker
+from simulated_shadow import ShadowWorker
 from simulated_trainer import Job
 from stories import brief
 from virtual_time import VirtualTime, Work
@@ -34,6 +36,7 @@ from weightsync.orchestrator.core.events import (
 )
 from weightsync.orchestrator.core.policy import Admission
 from weightsync.orchestrator.protocol.application import Applicant, Application
+from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
 
@@ -65,6 +68,8 @@ class World(VirtualTime):
         pairs: of engines.
         idle: each start of the trainer publishes one version and then nothing more.
         down: engines that are configured and not there.
+        lands: how each engine lands, by its name; those that it does not name land live.
+        meeting: engines whose ranks meet across engine cores, so that they are paused before they switch.
         more: of the policy.
     """
 
@@ -79,6 +84,8 @@ class World(VirtualTime):
         pairs: Iterable[tuple[str, ...]] = (),
         idle: bool = False,
         down: Iterable[str] = (),
+        lands: Mapping[str, Lands] | None = None,
+        meeting: Iterable[str] = (),
         **more: Any,
     ) -> None:
         super().__init__()
@@ -93,6 +100,7 @@ class World(VirtualTime):
         self._left: dict[str, float] = {}
         """Until when the daemon may count engines of those that are gone."""
         self._pairs = list(pairs)
+        self._lands, self._meeting = dict(lands or {}), set(meeting)
         self._more = more
         self._ids = itertools.count(1)
         self._steps = itertools.count(1)
@@ -342,9 +350,20 @@ class World(VirtualTime):
 
     def start_engine(self, name: str) -> None:
         """Its processes, held, with what they loaded from disk."""
-        workers = [Worker(self, Member("inference", name, rank), self.ranks) for rank in range(self.ranks)]
+        workers = [self._worker(Member("inference", name, rank)) for rank in range(self.ranks)]
         self.servers[name] = Server(self, name, workers, self.applicants.get(name))
         self._workers |= {worker.member: worker for worker in workers}
+
+    def _worker(self, member: Member) -> Worker:
+        lands = self._lands.get(member.engine, "live")
+        if lands == "live":
+            return Worker(self, member, self.ranks)
+        return ShadowWorker(self, member, self.ranks, lands, member.engine not in self._meeting)
+
+    def changes_by_itself(self, name: str) -> bool:
+        """Between two of its steps, without a pause."""
+        alone = self.unit(name) == [name] and not self.policy.together and name not in self._meeting
+        return alone and self._lands.get(name, "live") != "live"
 
     def kill_engine(self, name: str, for_seconds: float = 0.0, *, silently: bool = False) -> None:
         """All its processes die; others take their place."""

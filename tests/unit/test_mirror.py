@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {
 WITHOUT_A_MODULE = {
     "agents/trainer/models/test_models.py": "the tables of all architectures, against what transformers saves",
     "agents/trainer/test_gloo.py": "trainer ranks in processes of their own",
+    "core/round/test_shadow_rounds.py": "rounds of engines that land beside what they serve, through the whole core",
     "agents/transport/test_third_transport.py": "the seam of transports, by a transport that only the test has",
     "daemon/engines/test_second_engine.py": "the seam of engines, by an engine that only the test has",
     "settings/test_every_key_is_read.py": "the schema of the settings against all code that reads it",

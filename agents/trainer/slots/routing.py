@@ -5,18 +5,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import torch
 from weightsync.agents.tables.box import Box, with_entry
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
 from weightsync.agents.trainer.slots.boxes import HeldBox, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
+from weightsync.orchestrator.protocol.landing import BERTH_ALIGNMENT, RING_CHUNKS, longest_chunk
 
 Kind = Literal["sharded", "gathered", "expert"]
 
 MIN_SHARDED_BYTES: Final = 2 * 1024 * 1024
 """Tensors below go out whole from one rank: their shards would be many small writes, each with its own cost."""
 
-STAGING_BYTES: Final = 64 * 1024 * 1024
-"""Room for writes that are packed before they leave: norms, biases and narrow slices of the largest known models."""
+
+def ring_bytes(asked: int | None, device: torch.device, slots: int) -> int:
+    """Bytes of the ring that is packed in on ``device``: those that were ``asked`` for, or RING_CHUNKS chunks, and no
+    more than the ``slots`` themselves have."""
+    if asked is not None:
+        return asked
+    most = RING_CHUNKS * longest_chunk("VRAM" if device.type == "cuda" else "DRAM")
+    return min(most, -(-slots // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +42,14 @@ class SlotOptions:
 
     ``hsdp``: whether only the first replica holds slots, or all do; ``replicate_dim`` names the mesh dimension.
     ``tensor_parallel_dims``: mesh dimensions whose slices must lie on the quantisation grid.
+    ``staging_bytes``: of the ring that is packed in before it leaves, 0 for none; None: see ``ring_bytes``.
     ``pipeline``: a rank may lack whole layers and tensors outside the layers.
     ``slots_on``: ``device``, where most of the rank's sources are, or ``cpu``, host memory, pinned where there is CUDA.
     Blocks are quantised where their source is, so FP8 slots of sources on a GPU cannot lie on the host.
     """
 
     min_sharded_bytes: int = MIN_SHARDED_BYTES
-    staging_bytes: int = STAGING_BYTES
+    staging_bytes: int | None = None
     hsdp: Literal["primary", "shared"] = "shared"
     replicate_dim: str = "dp_replicate"
     tensor_parallel_dims: tuple[str, ...] = ("tp",)

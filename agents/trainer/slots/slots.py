@@ -24,7 +24,7 @@ from weightsync.agents.trainer.slots.gathering import Gathering
 from weightsync.agents.trainer.slots.merged import MergedState
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.reading import Read, Readings, State, Taken
-from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions
+from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions, ring_bytes
 from weightsync.agents.trainer.slots.slot import (
     ExpertSlot,
     GatheredSlot,
@@ -129,8 +129,9 @@ class TrainerSlots:
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
         self.slots = made_slots([(s, router.route(s, shares)) for s in specs], shares, plan)
         # At least one unit, also on ranks that hold nothing: region 0 is the arena everywhere.
-        staging = [options.staging_bytes] if options.staging_bytes and self.primary else []
         device = _device([state[key] for key in shares], options)
+        ring = ring_bytes(options.staging_bytes, device, plan.size) if self.primary else 0
+        staging = [ring] if ring else []
         self.arenas = _allocated([max(plan.size, ALIGNMENT), *staging], device, allocate)
         _refuse_elsewhere(specs, state, self.arenas[ARENA_REGION].device)
         for slot in self.slots:

@@ -20,7 +20,7 @@ from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable, Source
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
-from weightsync.agents.trainer.slots.routing import STAGING_BYTES, Route, SlotPiece
+from weightsync.agents.trainer.slots.routing import Route, SlotPiece, ring_bytes
 from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote, dtype_name
 from weightsync.agents.trainer.slots.slots import Allocate, layout_of
 from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
@@ -48,7 +48,7 @@ class StreamSlots:
         rank: this rank, as ``StreamedTensor.owners`` counts.
         treatments: what a tensor becomes on the wire, by name; one without an entry is cast to ``forward_dtype``.
         forward_dtype: what masters are rounded to; None: tensors travel in the dtype that they have.
-        staging_bytes: room for writes that are packed before they leave.
+        staging_bytes: of the ring that is packed in, 0 for none; None: see ``ring_bytes``.
         allocate: makes a segment or the staging region; None: memory that may be registered, on the tensors' device.
 
     Attributes:
@@ -69,7 +69,7 @@ class StreamSlots:
         rank: int = 0,
         treatments: Mapping[str, QuantizationSpec] | None = None,
         forward_dtype: torch.dtype | None = None,
-        staging_bytes: int = STAGING_BYTES,
+        staging_bytes: int | None = None,
         allocate: Allocate | None = None,
     ) -> None:
         self._rank = rank
@@ -242,9 +242,10 @@ class StreamSlots:
         """The first pass has succeeded: from here on the slots are what they are."""
         if not self.arenas:
             self._grow(0)
-        staging = len(self.arenas) if self._staging_bytes else -1
-        if self._staging_bytes:
-            self.arenas.append(self._make(self._staging_bytes))
+        ring = ring_bytes(self._staging_bytes, self._device, sum(memory.numel() for memory in self.arenas))
+        staging = len(self.arenas) if ring else -1
+        if ring:
+            self.arenas.append(self._make(ring))
         placed = [(slot, self._regions[name]) for name, slot in self._slots.items()]
         self.layout = layout_of(placed, [region_of(memory) for memory in self.arenas], staging)
         for region in sorted({number for _, number in placed}):

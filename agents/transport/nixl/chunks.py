@@ -31,12 +31,11 @@ CHUNK_DESCRIPTORS: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One handle's share of a lane: descriptors ``first … last`` (exclusive) of one group, and the bytes they carry."""
+    """One handle's share of a lane: descriptors ``first … last`` (exclusive), and the bytes they carry."""
 
     first: int
     last: int
     bytes: int
-    group: int
 
     @property
     def descriptors(self) -> int:
@@ -61,11 +60,7 @@ class Lane:
 
 
 def lanes(
-    runs: Matrix,
-    local: Sequence[Region],
-    remote: Sequence[Region],
-    groups: Matrix | None = None,
-    chunk_bytes: int | None = None,
+    runs: Matrix, local: Sequence[Region], remote: Sequence[Region], chunk_bytes: int | None = None
 ) -> list[Lane]:
     """The lanes of one edge.
 
@@ -73,15 +68,13 @@ def lanes(
         runs: int64 ``[n, RUN_COLUMNS]``, all of one peer.
         local: this agent's regions, indexed by RUN_LOCAL_REGION.
         remote: the peer's, indexed by RUN_REMOTE_REGION.
-        groups: int64 ``[n]``, the group of each run; None: all are of group 0.
         chunk_bytes: bytes per handle; None for HOST_CHUNK_BYTES or DEVICE_CHUNK_BYTES by the lane's memory.
 
     Raises:
         EdgeError: a run outside its region on either side.
     """
-    here = _Spans(local, runs[:, RUN_LOCAL_REGION], runs[:, RUN_LOCAL_OFFSET], runs[:, RUN_LENGTH], "local")
-    there = _Spans(remote, runs[:, RUN_REMOTE_REGION], runs[:, RUN_REMOTE_OFFSET], runs[:, RUN_LENGTH], "remote")
-    labels = np.zeros(len(runs), dtype=np.int64) if groups is None else groups
+    here = local_spans(local, runs)
+    there = Addresses(remote, runs[:, RUN_REMOTE_REGION], runs[:, RUN_REMOTE_OFFSET], runs[:, RUN_LENGTH], "remote")
     made = []
     for local_memory in ("DRAM", "VRAM"):
         for remote_memory in ("DRAM", "VRAM"):
@@ -90,11 +83,20 @@ def lanes(
                 device = local_memory == remote_memory == "VRAM"
                 limit = chunk_bytes or (DEVICE_CHUNK_BYTES if device else HOST_CHUNK_BYTES)
                 spans = here.take(index), there.take(index)
-                made.append(_lane(runs[index], *spans, labels[index], (local_memory, remote_memory), limit))
+                made.append(_lane(runs[index], *spans, (local_memory, remote_memory), limit))
     return made
 
 
-class _Spans:
+def local_spans(regions: Sequence[Region], runs: Matrix) -> "Addresses":
+    """This agent's side of ``runs``.
+
+    Raises:
+        EdgeError: a run outside its region.
+    """
+    return Addresses(regions, runs[:, RUN_LOCAL_REGION], runs[:, RUN_LOCAL_OFFSET], runs[:, RUN_LENGTH], "local")
+
+
+class Addresses:
     """Absolute addresses of one side of the runs, checked against the regions."""
 
     def __init__(self, regions: Sequence[Region], index: Matrix, offset: Matrix, length: Matrix, side: str) -> None:
@@ -113,13 +115,15 @@ class _Spans:
         self.device = np.array([r.device for r in regions], dtype=np.int64)[index]
         self.vram = np.array([r.memory == "VRAM" for r in regions], dtype=bool)[index]
 
+    def descriptors(self, length: Matrix) -> npt.NDArray[np.uint64]:
+        """``[n, 3]``: address, ``length`` in bytes, device."""
+        return np.stack([self.address, length, self.device], axis=1).astype(np.uint64)
+
     def take(self, index: Matrix) -> npt.NDArray[np.int64]:
         return np.stack([self.address[index], self.device[index]], axis=1)
 
 
-def _lane(
-    runs: Matrix, here: Matrix, there: Matrix, groups: Matrix, memories: tuple[Memory, Memory], limit: int
-) -> Lane:
+def _lane(runs: Matrix, here: Matrix, there: Matrix, memories: tuple[Memory, Memory], limit: int) -> Lane:
     pieces = -(-runs[:, RUN_LENGTH] // limit)
     owner = np.repeat(np.arange(len(runs)), pieces)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -130,7 +134,7 @@ def _lane(
         _descriptors(here[owner], begin, length),
         _descriptors(there[owner], begin, length),
         np.stack([runs[owner, RUN_LOCAL_REGION], runs[owner, RUN_LOCAL_OFFSET] + begin], axis=1),
-        tuple(_chunks(length, groups[owner], limit)),
+        tuple(_chunks(length, limit)),
     )
 
 
@@ -142,17 +146,14 @@ def _descriptors(place: Matrix, begin: Matrix, length: Matrix) -> npt.NDArray[np
     return table
 
 
-def _chunks(length: Matrix, groups: Matrix, limit: int) -> list[Chunk]:
-    """Greedy cuts of at most ``limit`` bytes and CHUNK_DESCRIPTORS descriptors, none across two groups."""
+def _chunks(length: Matrix, limit: int) -> list[Chunk]:
+    """Greedy cuts of at most ``limit`` bytes and CHUNK_DESCRIPTORS descriptors."""
     ends = np.cumsum(length)
-    # For each descriptor, where the stretch of its group ends.
-    borders = np.append(np.flatnonzero(np.diff(groups)) + 1, len(groups))
-    border_of = borders[np.searchsorted(borders, np.arange(len(groups)), side="right")]
     chunks = []
     first, done = 0, 0
     while first < len(length):
         last = int(np.searchsorted(ends, done + limit, side="right"))
-        last = max(first + 1, min(last, first + CHUNK_DESCRIPTORS, int(border_of[first])))
-        chunks.append(Chunk(first, last, int(ends[last - 1]) - done, int(groups[first])))
+        last = max(first + 1, min(last, first + CHUNK_DESCRIPTORS, len(length)))
+        chunks.append(Chunk(first, last, int(ends[last - 1]) - done))
         first, done = last, int(ends[last - 1])
     return chunks

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.chunks import Chunk, Lane
 from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
 from weightsync.agents.transport.nixl.loader import Bindings
+from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.orchestrator.protocol.messages import Fault
 
 State = Literal["DONE", "PROC", "ERR"]
@@ -30,25 +33,32 @@ class EdgeResult:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One NIXL handle. ``pending``: posted, and not known to have ended; until then it cannot be posted again."""
+    """One NIXL handle, for ``bytes`` at ``where`` (a tensor, or a chunk). ``pending``: posted, and not known to have
+    ended; until then it cannot be posted again. ``place``: of the packing ring, NO_PLACE for none."""
 
-    lane: int
-    chunk: Chunk
+    bytes: int
+    descriptors: int
+    where: Callable[[], str]
     handle: Any = None
     pending: bool = False
+    place: int = NO_PLACE
 
 
 @dataclass(slots=True, eq=False)
 class Edge:
     """The way from this agent's regions to one peer's. Made by ``NixlEndpoint.prepare_edge``.
 
-    ``broken``: NIXL has refused a transfer of it, so that only another edge, over a new connection, reaches the peer.
+    ``transfers`` are the same in every round; those of the ``cargo`` are made as its chunks are packed, ``loads`` are
+    the ones that have not ended. ``broken``: NIXL has refused a transfer of it, so that only another edge, over a new
+    connection, reaches the peer.
     """
 
     peer: str
     lanes: Sequence[Lane]
     describe: Describe
+    cargo: Cargo | None = None
     transfers: list[Transfer] = field(default_factory=list)
+    loads: list[Transfer] = field(default_factory=list)
     lists: list[tuple[Any, Any]] = field(default_factory=list)
     last_error: TransferError | None = None
     broken: bool = False
@@ -56,12 +66,7 @@ class Edge:
     @property
     def tainted(self) -> bool:
         """Whether a posted transfer has not ended: its bytes may still be read here and written there."""
-        return any(transfer.pending for transfer in self.transfers)
-
-    def tensor_of(self, transfer: Transfer) -> str:
-        """The tensor at which ``transfer`` begins."""
-        region, offset = self.lanes[transfer.lane].places[transfer.chunk.first]
-        return self.describe(int(region), int(offset))
+        return any(transfer.pending for transfer in (*self.transfers, *self.loads))
 
 
 def build(edge: Edge, agent: Any) -> None:
@@ -70,17 +75,44 @@ def build(edge: Edge, agent: Any) -> None:
         local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", lane.local, lane.local_memory)
         edge.lists.append((local, None))  # so that it is released if the remote side cannot be prepared
         edge.lists[-1] = (local, agent.prep_xfer_dlist(edge.peer, lane.remote, lane.remote_memory))
-        edge.transfers += [Transfer(number, chunk) for chunk in lane.chunks]
-    for transfer in edge.transfers:
-        arm(edge, transfer, agent)
+        for chunk in lane.chunks:
+            edge.transfers.append(arm(edge, number, chunk, agent))
 
 
-def arm(edge: Edge, transfer: Transfer, agent: Any) -> None:
-    """Make the transfer's handle. Both sides are selected by the same indices of whole-edge lists: a list cut to the
+def arm(edge: Edge, lane: int, chunk: Chunk, agent: Any) -> Transfer:
+    """A transfer with its handle. Both sides are selected by the same indices of whole-edge lists: a list cut to the
     chunk would need indices from 0, a mistake that shows only when there is more than one chunk."""
-    indices = np.arange(transfer.chunk.first, transfer.chunk.last, dtype=np.int32)
-    local, remote = edge.lists[transfer.lane]
+    indices = np.arange(chunk.first, chunk.last, dtype=np.int32)
+    local, remote = edge.lists[lane]
+    region, offset = edge.lanes[lane].places[chunk.first].tolist()
+    transfer = Transfer(chunk.bytes, chunk.descriptors, partial(edge.describe, region, offset))
     transfer.handle = agent.make_prepped_xfer("WRITE", local, indices, remote, indices)
+    return transfer
+
+
+def load(edge: Edge, chunk: CargoChunk, place: int, ring: PackingRing | None, notice: bytes, agent: Any) -> Transfer:
+    """A transfer of one chunk of the edge's cargo, packed in ``place`` of the ``ring``; its end is told the peer by
+    ``notice``. It is posted once."""
+    cargo = edge.cargo
+    assert cargo is not None
+    local = chunk.straight if ring is None or place == NO_PLACE else chunk.local(ring.region, ring.offset(place))
+    where = f"chunk {chunk.number} of {cargo.berth.chunks}"
+    transfer = Transfer(chunk.bytes, len(local), lambda: where, place=place)
+    edge.loads.append(transfer)
+    transfer.handle = agent.initialize_xfer(
+        "WRITE",
+        agent.get_xfer_descs(local, cargo.local_memory),
+        agent.get_xfer_descs(chunk.remote, cargo.remote_memory),
+        edge.peer,
+        notice,
+    )
+    return transfer
+
+
+def unload(edge: Edge, transfer: Transfer, errors: tuple[type[Exception], ...]) -> None:
+    """Give a load that has ended back."""
+    edge.loads.remove(transfer)
+    _release(transfer, errors)
 
 
 def post(transfer: Transfer, agent: Any, bindings: Bindings) -> tuple[State, Exception | None]:
@@ -113,20 +145,24 @@ def ask(transfer: Transfer, agent: Any, bindings: Bindings) -> tuple[State, Exce
 def release(edge: Edge, errors: tuple[type[Exception], ...]) -> int:
     """Give back the edge's handles and lists. Returns how many NIXL would not let go because they are in flight;
     their wrappers stay with the agent, which lets them go when it is destroyed."""
-    kept = 0
-    for transfer in edge.transfers:
-        if transfer.handle is not None:
-            try:
-                transfer.handle.release()
-            except errors:  # NIXL does not let go of a handle that is in flight
-                kept += 1
-            transfer.handle = None
+    kept = sum(not _release(transfer, errors) for transfer in (*edge.transfers, *edge.loads))
     for pair in edge.lists:
         for prepared in pair:
             if prepared is not None:
                 prepared.release()
-    edge.transfers, edge.lists = [], []
+    edge.transfers, edge.loads, edge.lists = [], [], []
     return kept
+
+
+def _release(transfer: Transfer, errors: tuple[type[Exception], ...]) -> bool:
+    """Give the transfer's handle back; whether NIXL let go of it."""
+    handle, transfer.handle = transfer.handle, None
+    try:
+        if handle is not None:
+            handle.release()
+    except errors:  # it does not of one that is in flight
+        return False
+    return True
 
 
 def refusal(cause: Exception | None, bindings: Bindings) -> tuple[type[TransferError], str, Fault]:

@@ -10,7 +10,7 @@ removing a live peer leaks descriptors, so connections are kept.
 import mmap
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -20,10 +20,13 @@ from weightsync.agents.memory.reach import check_reachable, why_not_by_nic
 from weightsync.agents.tables.runs import RUN_COLUMNS
 from weightsync.agents.transport.nixl import card as nixl_card
 from weightsync.agents.transport.nixl import edge as nixl_edge
+from weightsync.agents.transport.nixl.cargo import Cargo
 from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
+from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.loader import Bindings, environment, load
+from weightsync.agents.transport.nixl.notices import Notice, decode, encode
 from weightsync.agents.transport.nixl.regions import check_regions
 from weightsync.agents.transport.nixl.write import Ended, Writer
 from weightsync.orchestrator.protocol.layout import Matrix, Region
@@ -48,6 +51,9 @@ class NixlEndpoint:
         variables: further environment for the making of the agent only; None unsets.
         progress_thread: NIXL's own polling thread. It burns a core while idle, so off.
         bindings: another NIXL than ``load()`` finds.
+
+    Attributes:
+        heard: called with what peers tell, in ``poll`` and while something is written.
 
     Raises:
         NixlMissingError: NIXL is not installed.
@@ -94,6 +100,7 @@ class NixlEndpoint:
         """Peers that have taken it."""
         self._writers: list[Writer] = []
         """Writes of which some edge is not over."""
+        self.heard: Callable[[str, Notice], None] = lambda peer, notice: None
         self._scratch_memory = mmap.mmap(-1, SCRATCH_BYTES)
         address = np.frombuffer(self._scratch_memory, dtype=np.uint8).ctypes.data
         self._scratch = Region(int(address), SCRATCH_BYTES)
@@ -165,9 +172,7 @@ class NixlEndpoint:
             return True
         if peer_name not in self._words:
             raise NixlError(f"{self.rank}: {peer_name} is not connected")
-        [word] = self._words[peer_name].transfers
-        again = nixl_edge.ask if word.pending else nixl_edge.post
-        state, cause = again(word, self._agent, self._bindings)
+        state, cause = self._probe(peer_name)
         if state == "ERR":
             kind, reason, fault = nixl_edge.refusal(cause, self._bindings)
             tensor = "the first word"
@@ -198,7 +203,7 @@ class NixlEndpoint:
         remote_regions: Sequence[Region],
         runs: Matrix,
         *,
-        groups: Matrix | None = None,
+        cargo: Cargo | None = None,
         describe: Describe | None = None,
         chunk_bytes: int | None = None,
     ) -> Edge:
@@ -209,7 +214,7 @@ class NixlEndpoint:
             local_regions: registered here, as the runs number them.
             remote_regions: registered there, likewise.
             runs: int64 ``[n, 6]`` as from ``tables.runs``; the peer column is ignored.
-            groups: int64 ``[n]``, a number for each run, by which ``write`` can choose; None: all are of group 0.
+            cargo: what is packed anew, or sent chunk by chunk, in every round; None: nothing.
             describe: names the tensor at (local region, local offset), see ``tables.tensor_names``.
             chunk_bytes: bytes per handle; None for a default by kind of memory.
 
@@ -219,7 +224,8 @@ class NixlEndpoint:
         """
         runs = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, RUN_COLUMNS)
         names = describe or (lambda region, offset: f"region {region} byte {offset}")
-        edge = self._make_edge(peer_name, local_regions, remote_regions, runs, names, groups, chunk_bytes)
+        edge = self._make_edge(peer_name, local_regions, remote_regions, runs, names, chunk_bytes)
+        edge.cargo = cargo
         self._edges.append(edge)
         return edge
 
@@ -236,16 +242,16 @@ class NixlEndpoint:
         self,
         edges: Sequence[Edge],
         *,
-        groups: Collection[int] | None = None,
+        loading: Loading | None = None,
         in_flight_per_peer: int | None = None,
         deadline_seconds: float,
         ended: Ended = lambda result: None,
     ) -> list[EdgeResult]:
-        """Write all bytes of the edges once, or those of the named groups.
+        """Write all bytes of the edges once.
 
         Args:
             edges: of any peers, each at most once.
-            groups: as ``prepare_edge`` was told; None for all. An edge that has none of them has nothing to do.
+            loading: what their cargo takes; None if no edge has any.
             in_flight_per_peer: handles in flight per edge; None for the setting.
             deadline_seconds: for everything together. Transfers still in flight then stay so: NIXL cannot cancel, and
                 their peer is in ``tainted_peers`` until they end or it is forgotten.
@@ -263,10 +269,13 @@ class NixlEndpoint:
             in_flight=in_flight_per_peer or self._settings.in_flight_per_peer,
             deadline=time.monotonic() + deadline_seconds,
             ended=ended,
+            loading=loading,
+            listen=self._listen,
+            probe=self._probe,
             max_gb_per_second=self._settings.max_gb_per_second,
         )
         self._writers.append(writer)
-        return await writer.write(edges, groups)
+        return await writer.write(edges)
 
     def stop(self, peers: Collection[str], reason: str) -> None:
         """Post nothing more to ``peers`` in the writes under way; what is in flight to them is waited for."""
@@ -279,13 +288,26 @@ class NixlEndpoint:
         closed it does nothing."""
         if self._agent is None:
             return
-        self._agent.get_new_notifs()
+        self._listen()
         for writer in self._writers:
             writer.settle()
         self._writers = [writer for writer in self._writers if not writer.over]
         for edge in [orphan for orphan in self._orphans if not orphan.tainted]:
             self.release_edge(edge)
             self._orphans.remove(edge)
+
+    def tell(self, peer_name: str, notice: Notice) -> None:
+        """Tell a connected peer, which hears it when it polls; for one that is gone there is nobody to tell.
+
+        Raises:
+            NixlError: unknown peer, or NIXL does not take it.
+        """
+        if peer_name not in self._peers:
+            raise NixlError(f"{self.rank}: {peer_name} is not connected")
+        try:
+            self._agent.send_notif(peer_name, encode(notice))
+        except self._bindings.errors as error:
+            raise NixlError(f"{self.rank}: NIXL cannot tell {peer_name} of a chunk: {error}") from error
 
     @property
     def tainted_peers(self) -> Mapping[str, str]:
@@ -316,12 +338,11 @@ class NixlEndpoint:
         remote: Sequence[Region],
         runs: Matrix,
         describe: Describe,
-        groups: Matrix | None = None,
         chunk_bytes: int | None = None,
     ) -> Edge:
         if peer_name not in self._peers:
             raise NixlError(f"{self.rank}: {peer_name} is not connected")
-        edge = Edge(peer_name, lanes(runs, local, remote, groups, chunk_bytes), describe)
+        edge = Edge(peer_name, lanes(runs, local, remote, chunk_bytes), describe)
         try:
             nixl_edge.build(edge, self._agent)
         except self._bindings.errors as error:
@@ -331,6 +352,18 @@ class NixlEndpoint:
                 f" registered on both sides? ({error})"
             ) from error
         return edge
+
+    def _listen(self) -> None:
+        for peer, messages in self._agent.get_new_notifs().items():
+            for message in messages:
+                notice = decode(message)
+                if notice is not None:
+                    self.heard(peer, notice)
+
+    def _probe(self, peer_name: str) -> tuple[nixl_edge.State, Exception | None]:
+        """How a word to a peer's scratch memory stands, posted anew if the last one has arrived."""
+        [word] = self._words[peer_name].transfers
+        return (nixl_edge.ask if word.pending else nixl_edge.post)(word, self._agent, self._bindings)
 
     def _warn_without_gpu_direct(self, regions: Sequence[Region]) -> None:
         if not self._by_nic:

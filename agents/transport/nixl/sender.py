@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -10,17 +10,20 @@ from typing import Final
 import torch
 from weightsync.agents.errors import blame
 from weightsync.agents.link.beside import computed
-from weightsync.agents.tables.runs import pack_table, tensor_names
+from weightsync.agents.tables.cargo import plain_runs
+from weightsync.agents.tables.runs import tensor_names
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
+from weightsync.agents.transport.nixl.cargo import make_cargo
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError, TransferError
+from weightsync.agents.transport.nixl.flow import Loading, Packer
+from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import open_endpoint
+from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.shares import Share
-from weightsync.kernels.copy import PreparedCopy
-from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.orchestrator.protocol.messages import NixlSettings
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, RoundName
 
 FIRST_WORD_SECONDS: Final = 5.0
 """For new peers to take the first word, until those that have not are named and the others used. Wiring takes 5–20 ms
@@ -38,7 +41,6 @@ class _Way:
     """The prepared way to a peer that has taken the first word. ``edge`` is None for one that is owed no bytes."""
 
     share: Share
-    pack: PreparedCopy | None
     edge: Edge | None
 
 
@@ -61,15 +63,19 @@ class NixlSender(Sender):
         """Endpoints that have let the time for the first word pass."""
         self._changed = False
         self._describe = tensor_names(memory.layout)
-        arena = memory.arenas[0]
+        arena, layout = memory.arenas[0], memory.layout
         # Of its own, so that packing does not queue behind the kernels of the training.
-        self._stream = torch.cuda.Stream(arena.device) if arena.is_cuda else None  # type: ignore[no-untyped-call]
+        self._packer = Packer(torch.cuda.Stream(arena.device) if arena.is_cuda else None)  # type: ignore[no-untyped-call]
+        self._ring = PackingRing(layout.regions[layout.staging]) if layout.staging >= 0 else None
+        self._loadings: list[Loading] = []
+        """Of the writes under way."""
 
     def open(self, settings: NixlSettings) -> None:
         if self._endpoint is not None:
             return  # backends and ports of an open endpoint cannot be changed
         endpoint = open_endpoint(str(self._memory.member), settings, self._memory.arenas[0].device)
         endpoint.register(self._memory.layout.regions)
+        endpoint.heard = self._heard
         self._endpoint = endpoint
 
     def announcement(self) -> tuple[str, bytes]:
@@ -95,9 +101,9 @@ class NixlSender(Sender):
         return self._failed | {member: _not_ended(member) for member in left}
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
     ) -> None:
-        """Gather what travels packed, write, and wait until every edge has ended or is given up."""
+        """Pack what travels packed, write, and wait until every edge has ended or is given up."""
         until = time.monotonic() + deadline_seconds
         ways: dict[str, _Way] = {}
         for member in members:
@@ -113,10 +119,14 @@ class NixlSender(Sender):
             error = str(result.error or "")
             ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error))
 
-        self._gather(ways.values())
         edges = [way.edge for way in ways.values() if way.edge is not None]
         remaining = max(until - time.monotonic(), 0.0)
-        results = await self._opened.write(edges, groups=groups, deadline_seconds=remaining, ended=told)
+        loading = Loading(round_name, self._ring, self._packer)
+        self._loadings.append(loading)
+        try:
+            results = await self._opened.write(edges, loading=loading, deadline_seconds=remaining, ended=told)
+        finally:
+            self._loadings.remove(loading)
         self._changed = self._changed or any(result.error is not None for result in results)
 
     def stop(self, members: Collection[Member], reason: str) -> None:
@@ -201,19 +211,22 @@ class NixlSender(Sender):
 
     async def _way(self, share: Share) -> _Way:
         if not share.bytes:
-            return _Way(share, None, None)
-        arenas, layout = self._memory.arenas, self._memory.layout
-        # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
-        packing = await computed(partial(pack_table, share.copies, layout))
+            return _Way(share, None)
+        arenas, layout, peer = self._memory.arenas, self._memory.layout, share.peer
+        cargo = None
+        if peer.berth is not None:
+            # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
+            made = partial(make_cargo, share.copies, share.runs, peer.berth, layout, arenas, peer.regions)
+            cargo = await computed(made)
+        runs = plain_runs(share.runs, peer.berth)
         edge = self._opened.prepare_edge(
-            share.peer.endpoint_name,
-            layout.regions,
-            share.peer.regions,
-            share.runs,
-            groups=share.groups,
-            describe=self._describe,
+            peer.endpoint_name, layout.regions, peer.regions, runs, cargo=cargo, describe=self._describe
         )
-        return _Way(share, prepare_copy(arenas, arenas, packing) if len(packing) else None, edge)
+        return _Way(share, edge)
+
+    def _heard(self, peer: str, notice: Notice) -> None:
+        for loading in self._loadings:
+            loading.heard(peer, notice)
 
     def _forget(self, name: str) -> None:
         self._silent.discard(name)
@@ -228,15 +241,6 @@ class NixlSender(Sender):
 
     def _why_not(self, member: Member) -> str:
         return f"there is no edge to {member}: {self._failed.get(member, 'it is being prepared')}"
-
-    def _gather(self, ways: Iterable[_Way]) -> None:
-        """Collect packed bytes in the staging region; they are there when this returns."""
-        packs = [way.pack for way in ways if way.pack is not None]
-        with torch.cuda.stream(self._stream):
-            for pack in packs:
-                pack()
-        if packs and self._stream is not None:
-            self._stream.synchronize()
 
 
 def _not_ended(member: Member) -> NixlError:

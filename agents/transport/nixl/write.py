@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer, ask, post, refusal
+from weightsync.agents.transport.nixl.cargo import CargoChunk
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, State, Transfer, ask, load, post, refusal, unload
 from weightsync.agents.transport.nixl.errors import DeadlineError, ImplausibleRateError, StoppedError, TransferError
+from weightsync.agents.transport.nixl.flow import Flow, Loading
 from weightsync.agents.transport.nixl.loader import Bindings
 from weightsync.orchestrator.protocol.messages import Fault
 
@@ -36,6 +38,9 @@ the copy of a chunk takes: beside a training loop that is bound by Python, a wri
 
 HALF_MICROSECOND: Final = 5e-7
 """Python cuts the interval to whole microseconds; without it, what is put back could be one less each time."""
+
+PROBE_SECONDS: Final = 0.5
+"""Between two looks at whether a peer is there whose word is waited for."""
 
 BYTES_PER_GB: Final = 10**9
 
@@ -66,6 +71,9 @@ class _Progress:
     edge: Edge
     waiting: deque[Transfer]
     descriptors: int
+    flow: Flow | None = None
+    looked: float = 0.0
+    """When something moved last, or the peer was looked after."""
     in_flight: list[Transfer] = field(default_factory=list)
     bytes_in_flight: int = 0
     bytes_done: int = 0
@@ -76,7 +84,7 @@ class _Progress:
 
     @property
     def active(self) -> bool:
-        return self.error is None and bool(self.waiting or self.in_flight)
+        return self.error is None and bool(self.waiting or self.in_flight or (self.flow and self.flow.open))
 
     def result(self) -> EdgeResult:
         return EdgeResult(
@@ -96,6 +104,9 @@ class Writer:
         in_flight: handles in flight per edge: a sliding window.
         deadline: of the whole write, on ``time.monotonic``'s clock.
         ended: told once of each edge.
+        loading: how the edges' cargo is packed, and what is told the peers of its chunks; None where there is none.
+        listen: hears what peers have said, which NIXL keeps until it is asked for.
+        probe: whether a peer is there, as the state of a word to it.
         max_gb_per_second: what no edge can exceed, in 10^9 bytes per second; None: not judged.
     """
 
@@ -108,6 +119,9 @@ class Writer:
         in_flight: int,
         deadline: float,
         ended: Ended,
+        loading: Loading | None = None,
+        listen: Callable[[], None] = lambda: None,
+        probe: Callable[[str], tuple[State, Exception | None]] = lambda peer: ("DONE", None),
         max_gb_per_second: float | None = None,
     ) -> None:
         self._rank = rank
@@ -116,13 +130,15 @@ class Writer:
         self._in_flight = in_flight
         self._deadline = deadline
         self._ended = ended
+        self._loading = loading
+        self._listen = listen
+        self._probe = probe
         self._max_gb_per_second = max_gb_per_second
         self._all: list[_Progress] = []
 
-    async def write(self, edges: Sequence[Edge], groups: Collection[int] | None = None) -> list[EdgeResult]:
-        """Post everything (or the named groups) once and wait until each edge has ended or is given up; results in the
-        order of ``edges``."""
-        self._all = [self._begin(edge, groups) for edge in edges]
+    async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
+        """Post everything once and wait until each edge has ended or is given up; results in the order of ``edges``."""
+        self._all = [self._begin(edge) for edge in edges]
         try:
             with quick_turns():
                 await self._post_all()
@@ -139,15 +155,20 @@ class Writer:
                 self._give_up("the deadline passed", DeadlineError)
                 return
             turn_ends = time.monotonic() + TURN_SECONDS
+            self._listen()
             for progress in self._all:
-                if progress.active:
-                    if self._turn(progress, turn_ends):
-                        eager_until = time.monotonic() + EAGER_SECONDS
-                    self._conclude(progress)
+                if progress.active and self._turn(progress, turn_ends):
+                    eager_until = time.monotonic() + EAGER_SECONDS
+                    progress.looked = time.monotonic()
+                elif progress.active and not progress.in_flight:
+                    self._look_after(progress)
+                self._conclude(progress)
                 if time.monotonic() >= turn_ends:
                     await asyncio.sleep(0)
                     turn_ends = time.monotonic() + TURN_SECONDS
             await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
+        for progress in self._all:  # a peer's last word may have come to whoever else polls
+            self._conclude(progress)
 
     def stop(self, peers: Collection[str], reason: str) -> None:
         """Post nothing more to ``peers``."""
@@ -170,6 +191,8 @@ class Writer:
         for progress in self._all:
             if progress.edge.peer == peer and not progress.over:
                 self._give_up_edge(progress, "another process has taken its place", StoppedError)
+                for transfer in progress.in_flight:
+                    self._given_back(progress, transfer)
                 progress.in_flight = []
                 for transfer in progress.edge.transfers:
                     transfer.pending = False
@@ -181,11 +204,10 @@ class Writer:
         return all(progress.over for progress in self._all)
 
     # ------------------------------------------------------------------------------------------------- internals
-    def _begin(self, edge: Edge, groups: Collection[int] | None) -> _Progress:
-        chosen = [transfer for transfer in edge.transfers if groups is None or transfer.chunk.group in groups]
-        descriptors = sum(transfer.chunk.descriptors for transfer in chosen)
-        progress = _Progress(edge, deque(chosen), descriptors, started=time.monotonic())
-        progress.ended = progress.started
+    def _begin(self, edge: Edge) -> _Progress:
+        descriptors = sum(transfer.descriptors for transfer in edge.transfers)
+        progress = _Progress(edge, deque(edge.transfers), descriptors, started=time.monotonic())
+        progress.ended = progress.looked = progress.started
         if edge.tainted:
             # Its handles cannot be posted again, and the old bytes could land on top of the new ones.
             before = edge.last_error
@@ -193,6 +215,9 @@ class Writer:
             fault = before.fault if before else "network"
             progress.error = self._error(TransferError, progress, "", reason, fault, retry=True)
             progress.waiting.clear()
+        elif edge.cargo is not None:
+            assert self._loading is not None, "cargo is written with what it takes"
+            progress.flow = self._loading.begin(edge.peer, edge.cargo)
         return progress
 
     def _turn(self, progress: _Progress, until: float) -> bool:
@@ -203,22 +228,49 @@ class Writer:
             moved = True
             if time.monotonic() >= until:
                 break
+        while progress.error is None and progress.flow is not None and len(progress.in_flight) < self._in_flight:
+            ready = progress.flow.next()
+            if ready is None:
+                if lost := progress.flow.lost():
+                    self._give_up_edge(progress, lost)
+                break
+            self._load(progress, *ready)
+            moved = True
+            if time.monotonic() >= until:
+                break
         return moved
 
     def _has_room(self, progress: _Progress) -> bool:
         return len(progress.in_flight) < self._in_flight and (
-            not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].chunk.bytes <= IN_FLIGHT_BYTES
+            not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].bytes <= IN_FLIGHT_BYTES
         )
+
+    def _load(self, progress: _Progress, chunk: CargoChunk, place: int) -> None:
+        """Post a chunk of the cargo."""
+        assert self._loading is not None
+        assert progress.edge.cargo is not None
+        ring, notice = self._loading.ring, self._loading.notice(progress.edge.cargo, chunk)
+        try:
+            transfer = load(progress.edge, chunk, place, ring, notice, self._agent)
+        except self._bindings.errors as error:
+            transfer = progress.edge.loads[-1]
+            self._given_back(progress, transfer)
+            self._refused(progress, transfer.where(), error)
+            return
+        progress.descriptors += transfer.descriptors
+        self._post(progress, transfer)
 
     def _post(self, progress: _Progress, transfer: Transfer) -> None:
         state, cause = post(transfer, self._agent, self._bindings)
         if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
         elif state == "ERR":
-            self._refused(progress, transfer, cause)
+            self._refused(progress, transfer.where(), cause)
         if transfer.pending:
             progress.in_flight.append(transfer)
-            progress.bytes_in_flight += transfer.chunk.bytes
+            progress.bytes_in_flight += transfer.bytes
+        else:
+            self._given_back(progress, transfer)
 
     def _collect(self, progress: _Progress) -> bool:
         """Whether any transfer ended."""
@@ -228,28 +280,47 @@ class Writer:
             if state == "PROC":
                 still.append(transfer)
                 continue
-            progress.bytes_in_flight -= transfer.chunk.bytes
+            progress.bytes_in_flight -= transfer.bytes
             if state == "DONE":
                 self._done(progress, transfer)
             else:
-                self._refused(progress, transfer, cause)
+                self._refused(progress, transfer.where(), cause)
+            self._given_back(progress, transfer)
         moved = len(still) < len(progress.in_flight)
         progress.in_flight = still
         return moved
 
+    def _look_after(self, progress: _Progress) -> None:
+        """Of a peer whose word is waited for, and to which nothing is on its way, NIXL would not tell that it is
+        gone."""
+        if time.monotonic() - progress.looked < PROBE_SECONDS:
+            return
+        progress.looked = time.monotonic()
+        state, cause = self._probe(progress.edge.peer)
+        if state == "ERR":
+            self._refused(progress, progress.flow.waits_for() if progress.flow is not None else "", cause)
+
     def _done(self, progress: _Progress, transfer: Transfer) -> None:
-        progress.bytes_done += transfer.chunk.bytes
+        progress.bytes_done += transfer.bytes
         progress.ended = time.monotonic()
 
-    def _refused(self, progress: _Progress, transfer: Transfer, cause: Exception | None) -> None:
+    def _given_back(self, progress: _Progress, transfer: Transfer) -> None:
+        """What a load that has ended, or whose peer is gone, held."""
+        if transfer in progress.edge.loads:
+            unload(progress.edge, transfer, self._bindings.errors)
+            if progress.flow is not None:
+                progress.flow.give(transfer.place)
+
+    def _refused(self, progress: _Progress, where: str, cause: Exception | None) -> None:
         """NIXL has ended a transfer without its bytes; the rest of the edge will not be posted."""
         progress.edge.broken = True
         progress.waiting.clear()
         if progress.error is None:
             kind, reason, fault = refusal(cause, self._bindings)
-            tensor = progress.edge.tensor_of(transfer)
-            progress.error = self._error(kind, progress, tensor, reason, fault, retry=True)
+            progress.error = self._error(kind, progress, where, reason, fault, retry=True)
             progress.error.__cause__ = cause
+            if progress.flow is not None:
+                progress.flow.stop()
 
     def _conclude(self, progress: _Progress) -> None:
         """Tell of the edge if it is over."""
@@ -259,6 +330,8 @@ class Writer:
         self._judge_rate(progress)
         progress.edge.last_error = progress.error
         progress.over = True
+        if progress.flow is not None:
+            progress.flow.stop()
         self._ended(progress.result())
 
     def _give_up(self, reason: str, kind: type[TransferError] = TransferError) -> None:
@@ -270,11 +343,15 @@ class Writer:
         """Post nothing more; it is over once nothing is in flight."""
         if progress.error is None:
             stuck = (*progress.in_flight, *progress.waiting)[:1]
-            tensor = progress.edge.tensor_of(stuck[0]) if stuck else ""
+            tensor = stuck[0].where() if stuck else ""
             counts = f"{len(progress.in_flight)} transfers in flight and {len(progress.waiting)} unposted"
+            if progress.flow is not None and (waits := progress.flow.waits_for()):
+                counts += f"; {waits}"
             progress.error = self._error(kind, progress, tensor, f"{reason} with {counts}", "network", retry=True)
         progress.edge.last_error = progress.error
         progress.waiting.clear()
+        if progress.flow is not None:
+            progress.flow.stop()
         self._conclude(progress)
 
     def _judge_rate(self, progress: _Progress) -> None:

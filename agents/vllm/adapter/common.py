@@ -7,15 +7,18 @@ versions of vLLM is in ``lifecycle`` and ``callback``; ``choose`` chooses.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import WeightHolder
+from weightsync.agents.inference.modes import wanted_mode
+from weightsync.agents.inference.standby import StandbyPages
+from weightsync.agents.memory.pages.paged import PagedMemory
 from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.recorder.left_out import left_out
-from weightsync.agents.vllm import gate, hold, probe
+from weightsync.agents.vllm import gate, hold, paging, probe
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE, logger
 from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.lora import hook
@@ -31,7 +34,7 @@ class VllmModel:
     """A vLLM model as ``inference.calls.LiveModel``: the layout that was recorded while it was loaded.
 
     ``unprobed``: parameters of which nobody could look whether they are read, with the reason; the layout names them,
-    and all else that rounds leave out.
+    and all else that rounds leave out. ``pages``: hold the weights, if versions are to be switched to by remapping.
     """
 
     module: torch.nn.Module
@@ -39,6 +42,8 @@ class VllmModel:
     recorded: Recorded
     unprobed: Mapping[str, str]
     layout: Layout
+    pages: PagedMemory | None = None
+    standby: StandbyPages | None = None
 
     @classmethod
     def of(cls, module: torch.nn.Module, vllm_config: Any) -> "VllmModel":
@@ -46,15 +51,32 @@ class VllmModel:
 
         Raises:
             RecordError: the layout is not known.
-            MemoryPlacementError: its weights lie where no writer can reach them.
+            MemoryPlacementError: its weights lie where no writer can reach them, or cannot lie in pages.
             UnreadWeights: its layers compute with something else than what a round writes.
         """
         recorded = recorded_layout(module, vllm_config)
-        check_reachable(recorded.layout.regions)  # on the agent's thread it would be known only after the daemon came
+        pages = paging.place(recorded.tensors, wanted_mode())
+        if pages is None:
+            check_reachable(recorded.layout.regions)  # on the agent's thread only the daemon's coming would tell
+        else:
+            recorded = recorded_layout(module, vllm_config)  # at its new addresses
         unprobed: dict[str, str] = {}
         for model in models_of(module):
             unprobed |= probe.require(model, targets_of(model), recorded.refresh, vllm_config)
-        return cls(module, vllm_config, recorded, unprobed, _with_left_out(recorded, unprobed))
+        return cls._of(module, vllm_config, recorded, unprobed, pages)
+
+    @classmethod
+    def _of(
+        cls,
+        module: torch.nn.Module,
+        vllm_config: Any,
+        recorded: Recorded,
+        unprobed: Mapping[str, str],
+        pages: PagedMemory | None,
+    ) -> "VllmModel":
+        layout = _with_left_out(recorded, unprobed)
+        standby = None if pages is None else StandbyPages(pages, layout, recorded.tensors)
+        return cls(module, vllm_config, recorded, unprobed, layout, pages, standby)
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -63,6 +85,14 @@ class VllmModel:
     def refresh(self) -> None:
         self.recorded.refresh()
 
+    @property
+    def standby_tensors(self) -> Sequence[torch.Tensor]:
+        return () if self.standby is None else self.standby.tensors
+
+    def flip(self) -> None:
+        assert self.standby is not None, "only a model with standby tensors is flipped"
+        self.standby.flip()
+
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.recorded.load(weights)
 
@@ -70,7 +100,7 @@ class VllmModel:
         if expert_map(self.module) == known:
             return None
         fresh = recorded_layout(self.module, self.vllm_config)
-        return replace(self, recorded=fresh, layout=_with_left_out(fresh, self.unprobed))
+        return self._of(self.module, self.vllm_config, fresh, self.unprobed, self.pages)
 
 
 def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
@@ -80,12 +110,17 @@ def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
     )
 
 
-def make_agent(ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any) -> WeightHolder:
-    """The agent of this worker, with the layout of ``model`` recorded and its staging memory allocated."""
+def make_agent(
+    ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any, boundary: bool = True
+) -> WeightHolder:
+    """The agent of this worker, with the layout of ``model`` recorded and its landing memory allocated.
+
+    ``boundary``: see ``InferenceAgent``.
+    """
     from weightsync.agents.inference.agent import InferenceAgent
 
     live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config)
-    return InferenceAgent(ranks, device, live, balancer.drain)
+    return InferenceAgent(ranks, device, live, balancer.drain, boundary)
 
 
 def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> ServedAdapter | None:
@@ -129,7 +164,9 @@ def equip(
     hold.require()
     gate.install()
     ranks = engine_ranks(parallel_config)
-    agent = make_agent(ranks, model, device, vllm_config)
+    # Replicas of a dense model are engines of their own to vLLM; those of a mixture of experts meet in every step.
+    boundary = parallel_config.data_parallel_size == 1
+    agent = make_agent(ranks, model, device, vllm_config, boundary)
     logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
     return ranks, agent
 

@@ -38,6 +38,11 @@ HOLDERS: Final = (
         _SLEEP_FIX,
     ),
     Holder(
+        "model_config.enable_cumem_allocator",
+        "vLLM then keeps weights in virtual memory of its own, which neither another process nor a NIC can map",
+        "start without --enable-cumem-allocator",
+    ),
+    Holder(
         "offload_config.uva.cpu_offload_gb",
         "offloaded weights lie in host memory behind device addresses, which no writer can reach",
         _OFFLOAD_FIX,

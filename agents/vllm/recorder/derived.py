@@ -199,8 +199,10 @@ class VllmDerivations:
 CONSTANTS: Final = frozenset(
     {"workspace", "fake_input_scale", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"}
     | {f"_{which}_scale{where}" for which in ("q", "k", "v", "prob") for where in ("", "_cpu")}
+    | {f"{which}_range" for which in ("q", "k", "v")}
 )
-"""Scratch memory and activation parameters of kernels, and the KV cache's scales, which stay as the engine started."""
+"""Scratch memory and activation parameters of kernels, and the KV cache's scales and what they are computed with, which
+stay as the engine started."""
 
 
 def is_constant(held: HeldTensor) -> bool:

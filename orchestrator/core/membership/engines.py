@@ -2,11 +2,14 @@
 
 from enum import Enum
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.core.round import blame
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.state import EngineState, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Hold
+from weightsync.orchestrator.protocol.names import RoundName
 
 
 class Wish(Enum):
@@ -37,6 +40,8 @@ def _alone(fleet: Fleet, name: str) -> tuple[Wish, str]:
     if fleet.torn(name):
         return Wish.PAUSE, "its memory may be torn"
     version = fleet.version_of(name)
+    if version is None and fleet.mixed(name):
+        return Wish.PAUSE, "its ranks hold different versions"
     if version is None:
         return Wish.AS_IT_IS, "not every rank of it holds a version"  # a vLLM is held from its start by itself
     if current is not None and current.decided and not current.catch_up:
@@ -45,34 +50,54 @@ def _alone(fleet: Fleet, name: str) -> tuple[Wish, str]:
         return Wish.AS_IT_IS, f"{current.version} is being committed"
     if version != memory.committed:
         return Wish.PAUSE, f"it holds {version}, not {memory.committed}"
-    if current is not None and name in current.engines:
+    if current is not None and name in current.engines and not current.engines[name].shadow:
         return Wish.AS_IT_IS, f"it was left out of {current.version}, which may be decided yet"
     return Wish.SERVE, f"it holds {version}"
 
 
 def tend_engines(turn: Turn) -> None:
-    """Look at each engine that something happened to, or whose time has come, and that is in no round."""
+    """Look at each engine that something happened to, or whose time has come, and that is in no round.
+
+    One that serves on in a round is looked after like any other until the decision.
+    """
     fleet = turn.fleet
     for name, engine in fleet.engines.items():
-        if fleet.round is not None and fleet.round.has(name):
+        if fleet.round is not None and fleet.round.has(name) and not _serves_on(fleet.round, name):
             continue
         if engine.touched:
             engine.touched, engine.unseen = False, True
             _hold_ranks(turn, name)  # whether or not its server answers
         due = turn.now >= engine.probe_at
         # One whose last call failed is asked again when its time comes, not at once.
-        if engine.calls or not (due or (engine.unseen and not engine.error)):
+        if _busy(turn, engine) or not (due or (engine.unseen and not engine.error)):
             continue
         engine.unseen = False
         if not _act(turn, name) and due:
             _look(turn, name)
 
 
+def _busy(turn: Turn, engine: EngineState) -> bool:
+    """A call to it is under way. One that does not answer to a switch may serve meanwhile, but not for long."""
+    late = turn.now >= engine.switch_again_at
+    return bool(engine.calls.keys() - ({Call.SWITCH} if late else set()))
+
+
+def _serves_on(current: Round, name: str) -> bool:
+    return current.engines[name].serves_on and not current.decided
+
+
 def _act(turn: Turn, name: str) -> bool:
     """The call that the difference between wish and observation asks for, if there is one."""
     fleet, engine = turn.fleet, turn.fleet.engines[name]
     want, why = wish(fleet, name)
-    if want is Wish.PAUSE and engine.paused is False:
+    if _may_switch(turn, name) and standby.owed(fleet, name):
+        engine.probe_at = turn.now + fleet.policy.probe_interval
+        turn.say(f"{name} has {fleet.memory.committed} in its standby and switches to it")
+        # Not earlier than any round that its workers have heard of: what they are told of an earlier one they refuse.
+        newest = RoundName(fleet.epoch, fleet.memory.round_number)
+        turn.call(name, Call.SWITCH, fleet.policy.finish, newest, fleet.memory.committed, _processes(fleet, name))
+        return True
+    if want is Wish.PAUSE and engine.paused is False and not _has_switched(turn, name):
         engine.probe_at = turn.now + fleet.policy.probe_interval
         turn.say(f"{name} is paused: {why}", "warning")
         turn.call(name, Call.PAUSE, fleet.policy.pause)
@@ -80,10 +105,30 @@ def _act(turn: Turn, name: str) -> bool:
     if want is Wish.SERVE and engine.paused and fleet.attached(name) and not _held_ranks(fleet, name):
         engine.probe_at = turn.now + fleet.policy.probe_interval
         turn.say(f"{name} is resumed: {why}")
-        ranks = tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))
-        turn.call(name, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed, ranks)
+        turn.call(name, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed, _processes(fleet, name))
         return True
+    if want is Wish.SERVE and engine.switch_again_at and Call.SWITCH not in engine.calls:
+        engine.switch_again_at = 0.0
+        blame.clear(turn, name)  # whatever kept it from there in a round is over
     return False
+
+
+def _has_switched(turn: Turn, name: str) -> bool:
+    """It says that it has, and its workers, who look at what they hold now, have yet to say so."""
+    engine = turn.fleet.engines[name]
+    return turn.now < engine.switch_again_at and not engine.error and standby.owed(turn.fleet, name)
+
+
+def _may_switch(turn: Turn, name: str) -> bool:
+    """It is paused, or serves one whole version and changes by itself; no earlier switch may still show its effect."""
+    fleet, engine = turn.fleet, turn.fleet.engines[name]
+    if Call.SWITCH in engine.calls or turn.now < engine.switch_again_at:
+        return False
+    return engine.paused is True or (standby.by_itself(fleet, name) and fleet.version_of(name) is not None)
+
+
+def _processes(fleet: Fleet, name: str) -> tuple[tuple[int, int], ...]:
+    return tuple((agent.member.rank, agent.hello.incarnation) for agent in fleet.ranks_of(name))
 
 
 def _look(turn: Turn, name: str) -> None:
@@ -119,7 +164,11 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
         if event.reason != engine.error:
             turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
         engine.error, engine.fault = event.reason, event.fault
-        engine.paused = None  # whether it had its effect is to be seen
+        if event.call is Call.SWITCH:  # if it runs, it is to be paused at once: it may hold what it must not serve
+            engine.probe_at = turn.now
+            engine.switch_again_at = turn.now + turn.fleet.policy.probe_interval
+        else:
+            engine.paused = None  # whether it had its effect is to be seen
         if event.call in (Call.PROBE, Call.ATTACH):
             engine.reachable = False  # another server may stand there when it answers again
         return
@@ -136,4 +185,5 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
 def started_anew(turn: Turn, engine: str) -> None:
     """Another process stands there: what the one before did is not its fault."""
     blame.clear(turn, engine)
-    turn.fleet.engines[engine].torn_by = None
+    state = turn.fleet.engines[engine]
+    state.torn_by, state.switch_again_at = None, 0.0

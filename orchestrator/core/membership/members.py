@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Accept, Drop, Refuse
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
@@ -213,7 +214,12 @@ def let_out(turn: Turn, agent: ConnectedAgent) -> None:
 
 
 def mend(turn: Turn, agent: ConnectedAgent, name: RoundName) -> None:
-    """A worker left round ``name`` as torn because nobody told it in time how the round ended: it may hold it whole."""
+    """A worker left round ``name`` as torn because nobody told it in time how the round ended: it may hold it whole.
+
+    Not one that lands elsewhere: what tore that was its own switch.
+    """
+    if standby.lands(turn.fleet, agent.member.engine) != "live":
+        return
     final = _final_message(turn.fleet, agent.member, name)
     if final is not None and (isinstance(final, Commit) or not final.torn):
         turn.send(agent.member, final)

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Announced, MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import PlanReady, PlanRejected
 from weightsync.orchestrator.core.membership import members
@@ -31,9 +32,19 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
             engine.misfit = ""
     if agent.member.role == "inference":
         fleet.needs_of = frozenset()
+        _judge_modes(turn, agent.member.engine)
         _say_left_out(turn, agent.member, message.layout.left_out)
         fleet.touch(agent.member.engine)
     return True
+
+
+def _judge_modes(turn: Turn, engine: str) -> None:
+    """An engine whose ranks do not land in one mode would change in parts."""
+    disagreement = standby.disagreement(turn.fleet, engine)
+    if disagreement:
+        state = turn.fleet.engines[engine]
+        state.misfit, state.misfit_fault = disagreement, "config"
+        turn.say(f"{engine} takes part in no round: {disagreement}", "error")
 
 
 def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> None:

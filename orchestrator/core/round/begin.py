@@ -1,9 +1,11 @@
 """How a round begins: its members are frozen."""
 
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.records import RoundBegan
 from weightsync.orchestrator.core.round import phases
+from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Progress, Round
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -21,7 +23,7 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
         version=version,
         attempt=attempt,
         catch_up=catch_up,
-        engines={engine: Progress() for engine in engines},
+        engines={engine: progress(fleet, engine) for engine in engines},
         ranks=ranks,
         writers=writers,
         sources={writer: fleet.agents[writer].hello.incarnation for writer in writers},
@@ -36,3 +38,9 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
     turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none
+    phases.advance(turn, current)  # nobody has to be paused where all serve on
+
+
+def progress(fleet: Fleet, engine: str) -> Progress:
+    """An engine at the beginning of a round."""
+    return Progress(standby.lands(fleet, engine), standby.boundary(fleet, engine), standby.serves_on(fleet, engine))

@@ -4,8 +4,8 @@ from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
 from weightsync.orchestrator.core.records import StagedAgain, VersionFailed
 from weightsync.orchestrator.core.round.blame import backoff
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.summary import summary
-from weightsync.orchestrator.core.state import Round
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Outcome, Staged
 from weightsync.orchestrator.protocol.names import RoundName, Version
@@ -21,7 +21,8 @@ def committed(turn: Turn, current: Round) -> None:
     fleet.retry_at.clear()  # what kept other versions from succeeding may be gone, too
     if not current.catch_up:
         mark_committed(turn, current.name, current.version, current.live)
-    tell_trainers(turn, current.version)
+    if not current.rollback:
+        tell_trainers(turn, current.version)
 
 
 def mark_committed(turn: Turn, name: RoundName, version: Version, engines: tuple[str, ...]) -> None:
@@ -41,7 +42,7 @@ def tell_trainers(turn: Turn, version: Version) -> None:
     memory = turn.fleet.memory
     restaged = memory.restaged.get(version, 0)
     if version in memory.done:
-        outcome = Outcome(version=version, committed=True, sequence=memory.sequence, restaged=restaged)
+        outcome = Outcome(version=version, committed=True, sequence=memory.done[version], restaged=restaged)
     elif version in memory.failed:
         outcome = Outcome(version=version, committed=False, reason=memory.failed[version], restaged=restaged)
     else:
@@ -76,7 +77,8 @@ def failed(turn: Turn, current: Round) -> None:
     fleet.retry_at[current.version] = turn.now + backoff(fleet.policy.backoff, current.attempt)
     if current.catch_up:
         return  # the version is committed; what failed is one more attempt to bring an engine to it
-    if current.granted or fleet.torn_by(current.version):
+    tears = current.granted and any(not progress.shadow for progress in current.engines.values())
+    if tears or fleet.torn_by(current.version):
         return
     if not current.trouble.retry:
         fail_version(turn, current.version, f"{current.reason}; another attempt would fail in the same way")

@@ -6,9 +6,11 @@ from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Taint
-from weightsync.orchestrator.core.round import waits
+from weightsync.orchestrator.core.round import blame, waits
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.summary import summary
-from weightsync.orchestrator.core.state import Round, Unclosed
+from weightsync.orchestrator.core.standby import hex_digest
+from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Commit, Expose, Grant, Verify
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Version, add_digests
@@ -16,21 +18,31 @@ from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Ver
 
 # ------------------------------------------------------------------------------------------------ before the decision
 def pause(turn: Turn, current: Round) -> None:
-    """Pause every engine of the round."""
-    for name in current.engines:
-        turn.call(name, Call.PAUSE, turn.fleet.policy.pause, current.name, current.version)
+    """Pause every engine of the round that may not serve while its bytes arrive."""
+    for name, progress in current.engines.items():
+        if not progress.serves_on:
+            _pause(turn, current, name)
+
+
+def _pause(turn: Turn, current: Round, name: str) -> None:
+    progress = current.engines[name]
+    progress.pausing, progress.paused_at = True, turn.now
+    turn.call(name, Call.PAUSE, turn.fleet.policy.pause, current.name, current.version)
 
 
 def quiesce(turn: Turn, current: Round) -> None:
-    """Start the update call, in which every worker waits until the round lets it out."""
+    """Start the update call of those that land live, in which every worker waits until the round lets it out."""
     for name in current.remaining():
-        turn.call(name, Call.SWITCH, turn.fleet.policy.update, current.name, current.version)
+        progress = current.engines[name]
+        if not progress.shadow:
+            progress.switching = True
+            turn.call(name, Call.UPDATE, turn.fleet.policy.update, current.name, current.version)
 
 
 def mark_dirty(turn: Turn, current: Round) -> None:
     """Make durable who may write where, and tell the workers, before anybody may.
 
-    A daemon that finds this record treats them as torn; a worker that never heard of it knows that it is whole.
+    A daemon that finds this record treats live ones as torn; a worker that never heard of it knows that it is whole.
     """
     current.writers = {
         writer: going
@@ -100,24 +112,26 @@ def verify(turn: Turn, current: Round) -> None:
 def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
     """Ask one worker for the digest of what it holds. Asked twice, it answers twice the same."""
     policy = turn.fleet.policy
-    turn.send(member, Verify(round=current.name, deadline_seconds=policy.agent_deadline(policy.verify)))
+    turn.send(
+        member,
+        Verify(round=current.name, version=current.version, deadline_seconds=policy.agent_deadline(policy.verify)),
+    )
 
 
 def decide(turn: Turn, current: Round) -> None:
     """Make the decision durable; from here it only goes forward."""
     current.live = tuple(current.remaining())
     verified = {member: current.verified[member] for member in sorted(current.remaining_ranks())}
-    digests = {str(member): f"{v.digest[0]:016x}{v.digest[1]:016x}" for member, v in verified.items()}
+    digests = {str(member): hex_digest(report.digest) for member, report in verified.items()}
     _note_same_bytes(turn, current.version, digests)
     turn.append_and_wait(Decided(round=current.name, version=current.version, digests=digests))
 
 
 def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> None:
     """Say it if every member holds what it held before: a trainer that trains changes its weights."""
-    held = turn.fleet.memory.held
-    before = {held[member][0] for member, digest in digests.items() if member in held and held[member][1] == digest}
-    known = [member for member in digests if member in held]
-    same = all(held[member][1] == digests[member] for member in known)
+    held = {member: turn.fleet.memory.held[member][0] for member in digests if member in turn.fleet.memory.held}
+    before = {of for member, (of, digest) in held.items() if digest == digests[member]}
+    same = all(digest == digests[member] for member, (_, digest) in held.items())
     if same and len(before) == 1 and version not in before:
         sentence = f"step {version.step} holds the same bytes as step {before.pop().step}"
         turn.say(f"{sentence}; does the trainer publish what it trains?", "warning")
@@ -125,11 +139,16 @@ def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> N
 
 # ------------------------------------------------------------------------------------------------- after the decision
 def switch(turn: Turn, current: Round) -> None:
-    """Let the workers out with the version, also of engines that are waited for no more: their bytes are verified."""
+    """Have every engine serve the version. Workers of live ones are let out, also of engines that are waited for no
+    more: their bytes are verified."""
     current.switched_at = turn.now
     for engine in turn.fleet.engines.values():
         engine.touched = True  # whoever is not in the round must not go on serving the version before
     for name in current.live:
+        progress = current.engines[name]
+        if progress.shadow:
+            move_on(turn, current, name)
+            continue
         for member in current.by_engine[name]:
             turn.send(member, Commit(round=current.name, version=current.version))
 
@@ -137,19 +156,65 @@ def switch(turn: Turn, current: Round) -> None:
 def move_on(turn: Turn, current: Round, name: str) -> None:
     """The next step of one engine towards serving the version, if it is due."""
     fleet, progress = turn.fleet, current.engines[name]
-    if progress.left_out or progress.resuming:
+    if progress.left_out or progress.resuming or progress.resumed:
+        return
+    if progress.shadow and not progress.switching:
+        _switch(turn, current, name)
         return
     if not progress.finishing:
-        if waits.applied(current, name):
-            progress.finishing, progress.applied_at = True, turn.now
+        if not waits.applied(current, name):
+            return
+        progress.finishing, progress.applied_at = True, turn.now
+        if not progress.shadow:
             turn.call(name, Call.FINISH, fleet.policy.finish, current.name, current.version)
-    elif all(current.engines[other].finished for other in _together(turn, current, name)):
+            return
+        progress.finished, progress.finished_at = True, turn.now  # the switch has told it the version
+    others = together(turn, current, name)
+    if all(current.engines[other].finished for other in others):
+        for other in others:
+            _serve(turn, current, other)
+
+
+def _switch(turn: Turn, current: Round, name: str) -> None:
+    """Its standby becomes what it serves: between two steps, or, with others, once all of them are paused."""
+    progress, others = current.engines[name], together(turn, current, name)
+    if not progress.paused and not (progress.boundary and others == [name]):
+        if not progress.pausing:
+            _pause(turn, current, name)
+        return
+    if all(current.engines[other].paused for other in others if other != name):
+        progress.switching = True
+        turn.fleet.engines[name].torn_by = current.version
+        turn.call(name, Call.SWITCH, turn.fleet.policy.finish, current.name, current.version, _ranks(current, name))
+
+
+def _serve(turn: Turn, current: Round, name: str) -> None:
+    """It may serve the version, and does so if it is not paused."""
+    fleet, progress = turn.fleet, current.engines[name]
+    if progress.resuming or progress.resumed:
+        return
+    if progress.paused and not any(other in fleet.memory.holds for other in fleet.unit(name)):
         progress.resuming = True
-        ranks = tuple((member.rank, current.ranks[member]) for member in current.by_engine[name])
-        turn.call(name, Call.RESUME, fleet.policy.finish, current.name, current.version, ranks)
+        turn.call(name, Call.RESUME, fleet.policy.finish, current.name, current.version, _ranks(current, name))
+    else:
+        serves(turn, current, name)
 
 
-def _together(turn: Turn, current: Round, name: str) -> list[str]:
+def serves(turn: Turn, current: Round, name: str) -> None:
+    """It serves the version, or would if the operator did not hold it."""
+    progress = current.engines[name]
+    progress.resumed, progress.resumed_at = True, turn.now
+    progress.served_at = progress.served_at or turn.now
+    turn.fleet.engines[name].switch_again_at = 0.0
+    blame.clear(turn, name)
+
+
+def _ranks(current: Round, name: str) -> tuple[tuple[int, int], ...]:
+    """The processes that the round knows, by rank."""
+    return tuple((member.rank, current.ranks[member]) for member in current.by_engine[name])
+
+
+def together(turn: Turn, current: Round, name: str) -> list[str]:
     """Engines that begin to serve at once: the whole round's, or those of a pair."""
     unit = current.remaining() if turn.fleet.policy.together else turn.fleet.unit(name)
     return [other for other in unit if current.has(other)]
@@ -168,12 +233,13 @@ def record(turn: Turn, current: Round) -> None:
 def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> None:
     """Tell the workers of these engines to leave without the version, and the writers to write nothing more to them.
 
-    The workers do not wait for the writers: what they hold counts as torn, whatever is still written.
+    The workers do not wait for the writers: what live ones hold counts as torn, whatever is still written.
     """
     gone = set(names)
     for name in gone:
+        torn = current.granted and not current.engines[name].shadow
         for member in current.by_engine[name]:
-            turn.send(member, Abort(round=current.name, torn=current.granted, reason=why.reason))
+            turn.send(member, Abort(round=current.name, torn=torn, reason=why.reason))
     if current.granted:
         for writer, targets in current.writers.items():
             edges = tuple(target for target in targets if target.engine in gone)

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from weightsync.orchestrator.core.errors import Trouble
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.round.progress import Round
+from weightsync.orchestrator.core.standby import hex_digest
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.edges import PeerTransfer
-from weightsync.orchestrator.protocol.names import Digest, Member
+from weightsync.orchestrator.protocol.names import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def _unwritten(fleet: Fleet, writer: Member, target: Member, sent: PeerTransfer 
 
 
 def verified(fleet: Fleet, current: Round, member: Member) -> Verdict:
-    """A worker's live memory must hold exactly what all its writers say they sent."""
+    """A worker must hold exactly what all its writers say they sent."""
     report = current.verified.get(member)
     if report is None:
         return FINE
@@ -71,8 +73,10 @@ def verified(fleet: Fleet, current: Round, member: Member) -> Verdict:
     digest, size = current.expected[member]
     if report.digest != digest or report.bytes != size:
         # Slots and memory are each digested where they lie: what differs came from between them.
-        what = f"digest of live memory {_hex(report.digest)} over {report.bytes} bytes"
-        return _of(member, Trouble(f"{member}: {what} differs from the slots' {_hex(digest)} over {size}", "network"))
+        where = "what has landed" if current.engines[member.engine].shadow else "live memory"
+        what = f"digest of {where} {hex_digest(report.digest)} over {report.bytes} bytes"
+        slots = f"{hex_digest(digest)} over {size}"
+        return _of(member, Trouble(f"{member}: {what} differs from the slots' {slots}", "network"))
     return FINE
 
 
@@ -87,7 +91,3 @@ def left(fleet: Fleet, current: Round, member: Member) -> Verdict:
 
 def _of(member: Member, trouble: Trouble) -> Verdict:
     return Verdict(engines={member.engine: trouble})
-
-
-def _hex(digest: Digest) -> str:
-    return f"{digest[0]:016x}{digest[1]:016x}"

@@ -11,8 +11,9 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.round import endings, entry, judge, waits
 from weightsync.orchestrator.core.round.judge import Verdict
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
@@ -105,11 +106,17 @@ def behind(fleet: Fleet, current: Round) -> set[str]:
 def is_impatient(turn: Turn, current: Round) -> bool:
     """Engines that are done have waited for the others for as long as the policy allows, over all phases."""
     late = behind(turn.fleet, current)
-    if not late or len(late) == len(current.remaining()):
+    if not late or len(late) == len(_concerned(current)):
         return False  # nobody waits for another
     if current.first_done is None:
         current.first_done = turn.now
     return current.waited + turn.now - current.first_done >= turn.fleet.policy.patience
+
+
+def _concerned(current: Round) -> list[str]:
+    """Engines that have something to do in the present phase: of those that serve on nobody waits for a pause."""
+    pauses = current.phase in (Phase.PAUSING, Phase.QUIESCING)
+    return [name for name in current.remaining() if not (pauses and current.engines[name].serves_on)]
 
 
 def overdue(turn: Turn, current: Round) -> Trouble:

@@ -7,15 +7,17 @@ on through all phases that are complete.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
-from weightsync.orchestrator.core.round import blame, endings, entry, phases
+from weightsync.orchestrator.core.round import blame, endings, entry, phases, waits
+from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
-from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Closed, Expose, Exposed, Left, Quiesced, Verified
-from weightsync.orchestrator.protocol.names import Member, RoundName
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
         case Exposed() if member in current.ranks:
             if current.phase in (Phase.MARKING, Phase.EXPOSING):
                 current.exposed.add(member)
+                _stands_by(turn, current, member, None, NO_BYTES)
             why = Trouble(f"{member} says EXPOSED before it was asked", "engine")
             handle(turn, current, Report.EXPOSED, why, about)
         case Closed() if member in current.writers:
@@ -58,14 +61,24 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
         case Verified() if member in current.ranks:
             if current.phase is Phase.VERIFYING:
                 current.verified.setdefault(member, message)
+                _stands_by(turn, current, member, None if message.error else current.version, message.digest)
             why = Trouble(f"{member} says VERIFIED before it was asked", "engine")
             handle(turn, current, Report.VERIFIED, why, about)
         case Left() if member in current.ranks:
             current.left[member] = message.status
+            progress = current.engines[member.engine]
+            progress.audit_seconds = max(progress.audit_seconds, message.audit_seconds)
             why = Trouble(f"{member} left the update call by itself", message.fault or "engine", message.retry)
             handle(turn, current, Report.LEFT, why, about)
         case _:
             pass
+
+
+def _stands_by(turn: Turn, current: Round, member: Member, version: Version | None, digest: Digest) -> None:
+    """What this word says of the worker's standby."""
+    if current.engines[member.engine].shadow:
+        agent = turn.fleet.known(member)
+        agent.status = msgspec.structs.replace(agent.status, standby=version, standby_digest=digest)
 
 
 def _book_closed(current: Round, writer: Member, message: Closed) -> None:
@@ -86,33 +99,52 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     if current is None or not current.has(event.engine) or event.call in (Call.PROBE, Call.ATTACH):
         return
     progress = current.engines[event.engine]
+    if not _asked(progress, event.call):
+        return  # by this round: it was for the engine as it is outside of one
     about = About(engine=event.engine)
-    if event.call is Call.SWITCH:
-        progress.update_over = True
+    if event.call is Call.UPDATE:
+        progress.call_over = True
     if isinstance(event, CallDone):
         why = Trouble(f"{event.engine} ended its update call before the round did", "engine")
-        handle(turn, current, _done(turn, progress, event), why, about)
+        handle(turn, current, _done(turn, current, event), why, about)
         return
     why = Trouble(f"{event.engine}: {event.call} failed: {event.reason}", event.fault, event.retry)
+    report = Report.CALL_FAILED
     # Its answer may be lost; after the decision only the workers' words count.
-    ended = event.call is Call.SWITCH and current.decided
-    handle(turn, current, Report.UPDATE_OVER if ended else Report.CALL_FAILED, why, about)
+    if event.call is Call.UPDATE and current.decided:
+        report = Report.UPDATE_OVER
+    elif event.call is Call.SWITCH and waits.all_hold(current, event.engine):
+        report, progress.call_over, progress.paused = Report.SWITCHED, True, True  # one that runs may be resumed, too
+    handle(turn, current, report, why, about)
 
 
-def _done(turn: Turn, progress: Progress, event: CallDone) -> Report:
-    if event.call is Call.SWITCH:
+def _asked(progress: Progress, call: Call) -> bool:
+    asked = {
+        Call.PAUSE: progress.pausing, Call.UPDATE: progress.switching, Call.SWITCH: progress.switching,
+        Call.FINISH: progress.finishing, Call.RESUME: progress.resuming,
+    }  # fmt: skip
+    return asked[call]
+
+
+def _done(turn: Turn, current: Round, event: CallDone) -> Report:
+    progress = current.engines[event.engine]
+    if event.call is Call.UPDATE:
         return Report.UPDATE_OVER
     progress.http_seconds += event.seconds
     match event.call:
         case Call.PAUSE:
             progress.paused = True
             return Report.PAUSED
+        case Call.SWITCH:
+            progress.call_over, progress.paused = True, event.paused is not False
+            progress.switch_seconds = event.switch_seconds
+            progress.served_at = 0.0 if progress.paused else turn.now
+            return Report.SWITCHED
         case Call.FINISH:
             progress.finished, progress.finished_at = True, turn.now
             return Report.FINISHED
         case _:
-            progress.resumed, progress.resumed_at = True, turn.now
-            blame.clear(turn, event.engine)
+            entry.serves(turn, current, event.engine)
             return Report.RESUMED
 
 
@@ -132,6 +164,9 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
     known = current.ranks.get(member, current.sources.get(member))
     if agent.hello.incarnation != known:
         _gone(turn, current, member, f"{member} was started anew")
+        if current.phase is Phase.SWITCHING and current.has(member.engine):
+            _leave_out(turn, current, Trouble(f"{member} was started anew", "engine"), About(engine=member.engine))
+            phases.advance(turn, current)
     elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
         turn.send(member, Expose(round=current.name))
     elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
@@ -191,12 +226,12 @@ def tick(turn: Turn) -> None:
         handle(turn, current, Report.DEADLINE, phases.overdue(turn, current))
     elif newer and not current.decided:
         give_up(turn, current, Trouble(newer, "engine"))
-    elif phases.is_impatient(turn, current):
+    elif newer or phases.is_impatient(turn, current):
         handle(turn, current, Report.IMPATIENCE, phases.overdue(turn, current))
 
 
 def _newer_waits(turn: Turn, current: Round) -> str:
-    """Why a catch-up, which only brings some engine back, is to end: it keeps a version from all the others."""
+    """Why a catch-up is to end, or go on without an engine: it keeps a version from all the others."""
     waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
     if not current.catch_up or not waiting:
         return ""
@@ -225,20 +260,24 @@ def handle(turn: Turn, current: Round, report: Report, why: Trouble, about: Abou
 
 def _move_on(turn: Turn, current: Round, report: Report, engine: str) -> None:
     """After the decision: what an engine does concerns the others only where they begin to serve at once."""
-    alone = report in (Report.LEFT, Report.UPDATE_OVER) and current.has(engine)
-    for name in [engine] if alone else current.remaining():
+    if not current.has(engine):
+        names = current.remaining()
+    elif report in (Report.LEFT, Report.UPDATE_OVER) and not current.engines[engine].shadow:
+        names = [engine]
+    else:
+        names = entry.together(turn, current, engine)
+    for name in names:
         entry.move_on(turn, current, name)
 
 
 def give_up(turn: Turn, current: Round, why: Trouble) -> None:
-    """End the round as failed. After a grant its engines are torn, before one they go on with what they had."""
+    """End the round as failed. After a grant live engines are torn; else all go on with what they had."""
     current.trouble = why
     round_of = f"round {current.name} for {current.version}"
     if current.granted:
-        engines = ", ".join(current.remaining())
-        turn.say(
-            f"{round_of} failed after the first grant: {why.reason}; {engines} stay paused until repaired", "error"
-        )
+        torn = ", ".join(name for name in current.remaining() if not current.engines[name].shadow)
+        then = f"{torn} stay paused until repaired" if torn else "its engines go on with what they had"
+        turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error")
     else:
         turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning")
     entry.let_out(turn, current, current.remaining(), why)
@@ -263,8 +302,12 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
         return
     blame.put(turn, about.engine, why)
     for name in unit:
-        current.engines[name].left_out = why.reason
-        turn.say(f"{name} is left out of {current.version}: {why.reason}; it stays paused until it catches up", "error")
+        progress = current.engines[name]
+        progress.left_out = why.reason
+        serves_on = progress.serves_on and not current.decided
+        then = "it serves on until another is decided" if serves_on else "it stays paused until it catches up"
+        turn.say(f"{name} is left out of {current.version}: {why.reason}; {then}", "error")
+        turn.fleet.touch(name)
     if current.decided:
         return
     entry.let_out(turn, current, unit, why)

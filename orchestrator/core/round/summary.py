@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from weightsync.orchestrator.core.records import RoundEnded, Taint
-from weightsync.orchestrator.core.state import Round, Unclosed
+from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
 
 
@@ -24,6 +25,9 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         descriptors=sum(peer.descriptors for peer in peers),
         times={name: round(seconds, 6) for name, seconds in _times(turn, current).items()},
         unclosed={writer: taint_of(pending) for writer, pending in open_grants.items()},
+        kind="rollback" if current.rollback else "catch-up" if current.catch_up else "publish",
+        modes={name: progress.lands for name, progress in current.engines.items()},
+        switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
     )
 
 
@@ -36,13 +40,18 @@ def taint_of(pending: Unclosed) -> Taint:
 def _times(turn: Turn, current: Round) -> dict[str, float]:
     """Seconds by phase, ``applying`` until the last worker was out; ``stall``, ``http``, ``total`` of the whole.
 
-    And of each step the slowest rank's own figure.
+    And of each step the slowest rank's own figure. ``switch``, ``audit``: the longest of an engine; ``skew``: from the
+    first engine that served the version to the last one.
     """
     times = dict(current.times)
     times[current.phase.value] = times.get(current.phase.value, 0.0) + turn.now - current.phase_began
     engines, verified = current.engines.values(), current.verified.values()
-    if any(engine.resumed for engine in engines):
-        times["stall"] = max(engine.resumed_at for engine in engines) - current.began
+    served = [engine for engine in engines if engine.resumed]
+    if served:
+        times["stall"] = max(_stall(engine) for engine in served)
+        times["skew"] = max(engine.served_at for engine in served) - min(engine.served_at for engine in served)
+    times["switch"] = _longest(engine.switch_seconds for engine in engines)
+    times["audit"] = _longest(engine.audit_seconds for engine in engines)
     times["applying"] = _longest(engine.applied_at - current.switched_at for engine in engines if engine.finishing)
     # Entering and leaving the update call is one HTTP call, too, but its answer waits for the round in between.
     waits = _longest(engine.http_seconds for engine in engines)
@@ -55,6 +64,11 @@ def _times(turn: Turn, current: Round) -> dict[str, float]:
     times["convert"] = _longest(report.convert_seconds for report in staged)
     times["slot_digest"] = _longest(report.digest_seconds for report in staged)
     return times
+
+
+def _stall(engine: Progress) -> float:
+    """How long it did not serve: from its pause on, or for the switch alone."""
+    return engine.resumed_at - engine.paused_at if engine.pausing else engine.switch_seconds
 
 
 def _longest(seconds: Iterable[float]) -> float:

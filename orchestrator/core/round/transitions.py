@@ -8,6 +8,9 @@ that fails, and the round is given up. Given up before a grant, nothing was writ
 they had; after a grant they are torn: they stay paused until a later round repairs them. After DECIDING it only goes
 forward, each engine by itself: one that fails is no longer waited for.
 
+A shadow engine (one that lands in ``copy`` or ``flip``) is done with PAUSING and QUIESCING at once, serves through all
+phases up to SWITCHING, and is never torn by what was granted. A rollback begins with DECIDING.
+
 Whatever agents and engines may say at a wrong time has an entry in every phase, so that no peer can end the daemon: a
 word out of turn costs its connection or its engine's place, a word said twice counts once.
 """
@@ -19,14 +22,14 @@ from typing import Final
 class Phase(StrEnum):
     """Where a round stands; the comment says what it waits for."""
 
-    PAUSING = "pausing"  # every engine's /pause
-    QUIESCING = "quiescing"  # every worker inside the update call, its device idle; every writer connected
+    PAUSING = "pausing"  # the pause of every engine that may not serve meanwhile
+    QUIESCING = "quiescing"  # every worker that lands live inside the update call, idle; every writer connected
     MARKING = "marking"  # LIVE_DIRTY durable
     EXPOSING = "exposing"  # every worker, told with the marking, knows that it may be written to; writers as above
     WRITING = "writing"  # CLOSED from every writer towards every worker
-    VERIFYING = "verifying"  # live digests of every worker
+    VERIFYING = "verifying"  # digests of every worker, of live memory or of its standby
     DECIDING = "deciding"  # DECIDED durable
-    SWITCHING = "switching"  # every engine: workers out of the update call, told the version, resumed
+    SWITCHING = "switching"  # every engine: switched, or out of the update call and told the version; resumed
     RECORDING = "recording"  # COMMITTED durable
 
 
@@ -41,6 +44,7 @@ class Report(StrEnum):
     VERIFIED = "verified"
     LEFT = "left"
     UPDATE_OVER = "update over"
+    SWITCHED = "switched"
     FINISHED = "finished"
     RESUMED = "resumed"
     CALL_FAILED = "call failed"
@@ -64,21 +68,22 @@ class Action(Enum):
 _P, _R, _A = Phase, Report, Action
 
 _BEFORE_WRITING: Final = {
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.drop, _R.EXPOSED: _A.drop, _R.CLOSED: _A.drop, _R.VERIFIED: _A.drop,
-    _R.LEFT: _A.leave_out, _R.UPDATE_OVER: _A.leave_out, _R.CALL_FAILED: _A.leave_out, _R.WRITER_GONE: _A.give_up,
-    _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late, _R.IMPATIENCE: _A.leave_out_late,
+    _R.PAUSED: _A.ignore, _R.SWITCHED: _A.ignore, _R.QUIESCED: _A.drop, _R.EXPOSED: _A.drop, _R.CLOSED: _A.drop,
+    _R.VERIFIED: _A.drop, _R.LEFT: _A.leave_out, _R.UPDATE_OVER: _A.leave_out, _R.CALL_FAILED: _A.leave_out,
+    _R.WRITER_GONE: _A.give_up, _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late,
+    _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _WRITTEN: Final = {
     # A call that fails while its workers are inside says nothing: they themselves say what they hold.
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore, _R.CLOSED: _A.ignore, _R.LEFT: _A.leave_out,
-    _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out, _R.DEADLINE: _A.leave_out_late,
-    _R.IMPATIENCE: _A.leave_out_late,
+    _R.PAUSED: _A.ignore, _R.SWITCHED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore, _R.CLOSED: _A.ignore,
+    _R.LEFT: _A.leave_out, _R.UPDATE_OVER: _A.note, _R.CALL_FAILED: _A.note, _R.RANK_GONE: _A.leave_out,
+    _R.DEADLINE: _A.leave_out_late, _R.IMPATIENCE: _A.leave_out_late,
 }  # fmt: skip
 _FORWARD: Final = {
-    _R.PAUSED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore, _R.CLOSED: _A.ignore,
-    _R.VERIFIED: _A.ignore, _R.LEFT: _A.ignore, _R.UPDATE_OVER: _A.note, _R.FINISHED: _A.ignore,
-    _R.RESUMED: _A.ignore, _R.CALL_FAILED: _A.note, _R.WRITER_GONE: _A.ignore, _R.RANK_GONE: _A.ignore,
-    _R.DEADLINE: _A.ignore, _R.IMPATIENCE: _A.ignore,
+    _R.PAUSED: _A.ignore, _R.SWITCHED: _A.ignore, _R.QUIESCED: _A.ignore, _R.EXPOSED: _A.ignore,
+    _R.CLOSED: _A.ignore, _R.VERIFIED: _A.ignore, _R.LEFT: _A.ignore, _R.UPDATE_OVER: _A.note,
+    _R.FINISHED: _A.ignore, _R.RESUMED: _A.ignore, _R.CALL_FAILED: _A.note, _R.WRITER_GONE: _A.ignore,
+    _R.RANK_GONE: _A.ignore, _R.DEADLINE: _A.ignore, _R.IMPATIENCE: _A.ignore,
 }  # fmt: skip
 
 TABLE: Final[dict[Phase, dict[Report, Action]]] = {
@@ -99,9 +104,11 @@ TABLE: Final[dict[Phase, dict[Report, Action]]] = {
     _P.SWITCHING: {
         **_FORWARD,
         _R.LEFT: _A.note,
+        _R.PAUSED: _A.note,
+        _R.SWITCHED: _A.note,
         _R.FINISHED: _A.note,
         _R.RESUMED: _A.note,
-        _R.CALL_FAILED: _A.leave_out,  # not of the update call, which ``reports`` takes for its end
+        _R.CALL_FAILED: _A.leave_out,  # not of one that has had its effect, which ``reports`` takes for its end
         _R.DEADLINE: _A.leave_out_late,
         _R.IMPATIENCE: _A.leave_out_late,
     },

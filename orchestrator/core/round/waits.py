@@ -6,7 +6,8 @@ They are iterators because each of a fleet's thousands of reports asks only whet
 from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.round.progress import Round
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.names import Member
 
 SHOWN: Final = 8
@@ -14,13 +15,15 @@ SHOWN: Final = 8
 
 
 def not_paused(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Engines whose pause has not answered."""
-    return (name for name in current.remaining() if not current.engines[name].paused)
+    """Engines that may not serve meanwhile and whose pause has not answered."""
+    engines = current.engines
+    return (name for name in current.remaining() if not engines[name].paused and not engines[name].serves_on)
 
 
 def not_quiesced(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Workers that are not inside the update call."""
-    return _missing(current.remaining_ranks(), current.quiesced)
+    """Workers that land live and are not inside the update call."""
+    live = (member for member in current.remaining_ranks() if not current.engines[member.engine].shadow)
+    return _missing(live, current.quiesced)
 
 
 def not_exposed(fleet: Fleet, current: Round) -> Iterator[str]:
@@ -55,10 +58,14 @@ def not_serving(fleet: Fleet, current: Round) -> Iterator[str]:
 
 
 def applied(current: Round, engine: str) -> bool:
-    """Every worker of the engine is out of the update call with the version, and the call has answered."""
-    ranks = current.by_engine[engine]
-    all_hold = all(m in current.left and current.left[m].applied == current.version for m in ranks)
-    return all_hold and current.engines[engine].update_over
+    """Every worker of the engine has left the round with the version, and the call that it left has ended."""
+    return all_hold(current, engine) and current.engines[engine].call_over
+
+
+def all_hold(current: Round, engine: str) -> bool:
+    """Every worker of the engine says that it has left with the version, whole."""
+    said = (current.left.get(member) for member in current.by_engine[engine])
+    return all(each is not None and each.applied == current.version and not each.torn for each in said)
 
 
 # ------------------------------------------------------------------------------------------------- engines behind them

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from weightsync.orchestrator.core import conditions
+from weightsync.orchestrator.core import conditions, standby
 from weightsync.orchestrator.core.since import engine_word, since, trainer_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
@@ -85,6 +85,8 @@ def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, u
         fault=fault,
         since=unix_now - (now - since(fleet, name, state, now)),
         left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
+        mode=standby.lands(fleet, name) if any(agent.announce is not None for agent in ranks) else "",
+        standby=version_view(standby.beside(fleet, name)),
     )
 
 

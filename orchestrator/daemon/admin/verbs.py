@@ -15,11 +15,14 @@ from weightsync.orchestrator.core.events import (
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
+    RollbackAsked,
 )
 from weightsync.orchestrator.core.membership import roster
+from weightsync.orchestrator.core.round import rollback
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.audit import Audit, AuditLine
 from weightsync.orchestrator.daemon.admin.views import VerbView
+from weightsync.orchestrator.protocol.limits import MAX_STEP
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_REASON: Final = 300
@@ -34,7 +37,7 @@ DURABLE_SECONDS: Final = 10.0
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a request. ``target``: an engine, a writer, or on and off; empty for verbs that need none."""
+    """The body of a request. ``target``: an engine, a writer, a step, or on and off; empty for verbs that need none."""
 
     target: Annotated[str, msgspec.Meta(max_length=MAX_TARGET)] = ""
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)] = ""
@@ -48,6 +51,8 @@ class VerbRefused(Exception):
         super().__init__(reason)
         self.status = status
 
+
+_GO_ON: Final = "its engines go on with what they have"
 
 _Answer = tuple[Asked, str]
 _Verb = Callable[["Verbs", Order, int, str], _Answer]
@@ -133,7 +138,7 @@ def _hold(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
     fleet, name = verbs.fleet, _engine(verbs.fleet, order)
     if name in fleet.memory.holds:
         says = f"{name} is held already ({fleet.memory.holds[name]})"
-    elif fleet.round is not None and fleet.round.has(name):
+    elif fleet.round is not None and fleet.round.has(name) and not _serves_on(fleet, name):
         says = (
             f"{name} is paused when round {fleet.round.name} is over, and takes part in no other until it is released"
         )
@@ -143,6 +148,12 @@ def _hold(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
     if pair:
         says += f"; so is its pair: {_listed(pair)}"
     return HoldAsked(number, by, order.reason, name, True), says
+
+
+def _serves_on(fleet: Fleet, name: str) -> bool:
+    """It serves in the round under way, and is looked after like one that is in none."""
+    current = fleet.round
+    return current is not None and current.engines[name].serves_on and not current.decided
 
 
 def _release(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
@@ -190,12 +201,30 @@ def _abort(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
     elif current.decided:
         says = f"round {current.name} is decided and goes on: every byte was verified"
     elif current.granted:
-        says = f"round {current.name} is given up; its engines may be torn and stay paused until another repairs them"
+        torn = [name for name in current.remaining() if not current.engines[name].shadow]
+        says = f"round {current.name} is given up; "
+        says += f"{_listed(torn)} may be torn and stay paused until another repairs them" if torn else _GO_ON
     else:
-        says = f"round {current.name} is given up before anything was written; its engines go on with what they have"
+        says = f"round {current.name} is given up before anything was written; {_GO_ON}"
     if current is not None and not current.decided:
         says += ". It is tried again after a while, unless maintenance is on"
     return AbortAsked(number, by, order.reason), says
+
+
+def _rollback(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
+    step = None
+    if order.target:
+        # As many digits as a step has; int() would take signs, spaces and underscores, too.
+        if not (order.target.isascii() and order.target.isdigit() and int(order.target) <= MAX_STEP):
+            raise VerbRefused(404, f"a rollback is to a step's number, or to the version before; got {order.target!r}")
+        step = int(order.target)
+    found = rollback.found(verbs.fleet, step)
+    if found.version is None:
+        raise VerbRefused(409, f"no rollback: {found.objection}")
+    says = f"{_listed(found.engines)} switch back from {verbs.fleet.memory.committed} to {found.version}"
+    others = [name for name in verbs.fleet.expected() if name not in found.engines]
+    says += f"; {_listed(others)} serve nothing until they have it or another version is published" if others else ""
+    return RollbackAsked(number, by, order.reason, step), says
 
 
 def _retry(verbs: Verbs, order: Order, number: int, by: str) -> _Answer:
@@ -243,6 +272,7 @@ VERBS: Final[dict[str, _Verb]] = {
     "drain": _drain,
     "forget": _forget,
     "abort": _abort,
+    "rollback": _rollback,
     "retry": _retry,
     "declare-dead": _declare_dead,
     "maintenance": _maintenance,

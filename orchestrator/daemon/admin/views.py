@@ -49,6 +49,8 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
     ``error``: trainer, engine, daemon, network or config. ``left_out``: what rounds leave out of its connected ranks.
+    ``mode``: how its ranks land, live, copy or flip; empty while none has said so. ``standby``: the version that all of
+    them have beside the one that they serve.
     """
 
     name: str
@@ -64,6 +66,8 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     fault: str = ""
     since: float = 0.0
     left_out: tuple[LeftOutView, ...] = ()
+    mode: str = ""
+    standby: VersionView | None = None
 
 
 class TrainerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,9 +94,12 @@ class ProgressView(msgspec.Struct, frozen=True, kw_only=True):
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One finished round. ``bytes`` over all edges; ``wire_gb_per_s`` in 10^9 bytes per second, 0 if nothing moved.
 
-    ``pause_ms``: until the last engine was paused; ``stall_ms``: from the first pause to the last resume;
-    ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole round. ``fault``: which side
-    has to mend ``reason``: trainer, engine, daemon, network or config.
+    ``pause_ms``: until the last engine was paused; ``stall_ms``: the longest that one of them did not serve;
+    ``switch_ms``: the longest switch of an engine that served meanwhile; ``skew_ms``: from the first engine that served
+    the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
+    round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config. ``kind``: publish,
+    catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
+    step.
     """
 
     round: str
@@ -109,14 +116,23 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     stall_ms: float = 0.0
     verify_ms: float = 0.0
     total_ms: float = 0.0
+    switch_ms: float = 0.0
+    skew_ms: float = 0.0
     times_ms: dict[str, float] = {}
     reason: str = ""
     fault: str = ""
     unix_time: float = 0.0
+    kind: str = "publish"
+    modes: dict[str, str] = {}
+    switches_ms: dict[str, float] = {}
 
     def fields(self) -> dict[str, Any]:
         """Name to value, for a log line."""
-        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("times_ms", "unix_time")}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}
+
+
+_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms")
+"""Fields of a RoundRow that a log line does without."""
 
 
 class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,8 +243,13 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         stall_ms=times.get("stall", 0.0),
         verify_ms=times.get("verifying", 0.0),
         total_ms=times.get("total", 0.0),
+        switch_ms=times.get("switch", 0.0),
+        skew_ms=times.get("skew", 0.0),
         times_ms=times,
         reason=record.reason,
         fault=record.fault,
         unix_time=unix_time,
+        kind=record.kind,
+        modes=dict(record.modes),
+        switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
     )

@@ -5,13 +5,14 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 
 import structlog
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.events import Call, CallDone, CallFailed
 from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines.errors import EngineError
-from weightsync.orchestrator.daemon.engines.interface import EngineClient, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import EngineClient, HubAddress, RoundUpdate, Switch
 from weightsync.orchestrator.daemon.engines.kinds import client_of, section_of
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
@@ -22,6 +23,14 @@ from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """After a call that succeeded: whether the engine is paused, None where nobody knows; how long a switch took."""
+
+    paused: bool | None
+    switch_seconds: float = 0.0
 
 
 class Engines:
@@ -125,7 +134,7 @@ class Engines:
             # Also around clients that keep to their deadline: a probe is two calls, and they have it together.
             async with asyncio.timeout(command.deadline):
                 async with self._client(command.engine) as client:
-                    paused = await self._ask(client, command)
+                    done = await self._ask(client, command)
         except EngineError as error:
             self._failed(command, str(error), error.fault, error.retry)
         except ConfigError as error:  # the key of those that were admitted
@@ -142,36 +151,44 @@ class Engines:
             self._failed(command, f"engine {command.engine}: {command.call}: {error!r}", "daemon", retry=True)
         else:
             seconds = time.monotonic() - began
-            self._inbox.post(
-                CallDone(self._inbox.next_id(), command.engine, command.call, command.number, seconds, paused)
-            )
+            self._inbox.post(CallDone(
+                self._inbox.next_id(), command.engine, command.call, command.number, seconds,
+                done.paused, done.switch_seconds,
+            ))  # fmt: skip
 
     def _failed(self, command: CallEngine, reason: str, fault: Fault, retry: bool) -> None:
         number = self._inbox.next_id()
         self._inbox.post(CallFailed(number, command.engine, command.call, command.number, clean(reason), fault, retry))
 
-    async def _ask(self, client: EngineClient, command: CallEngine) -> bool | None:
-        """Performs one call; returns what is known about the pause afterwards, None where nothing is."""
+    async def _ask(self, client: EngineClient, command: CallEngine) -> _Known:
+        """Performs one call; returns what is known afterwards."""
         deadline = command.deadline
         match command.call:
             case Call.PROBE:
                 await client.probe(deadline)
-                return await client.is_paused(deadline)
+                return _Known(await client.is_paused(deadline))
             case Call.ATTACH:
                 await client.attach(self._hub, deadline)
-                return None
+                return _Known(None)
             case Call.PAUSE:
                 await client.pause(deadline)
-                return True
+                return _Known(True)
+            case Call.UPDATE:
+                assert command.round is not None
+                assert command.version is not None
+                await client.update(RoundUpdate(command.round, command.version, deadline * AGENT_SHARE), deadline)
+                return _Known(True)
             case Call.SWITCH:
                 assert command.round is not None
                 assert command.version is not None
-                await client.switch(Switch(command.round, command.version, deadline * AGENT_SHARE), deadline)
-                return True
+                rank_seconds = deadline * AGENT_SHARE
+                wanted = Switch(command.round, command.version, dict(command.ranks), rank_seconds)
+                switched = await client.switch(wanted, deadline)
+                return _Known(switched.paused, switched.seconds)
             case Call.FINISH:
                 assert command.version is not None
                 await client.finish(command.version, deadline)
-                return True
+                return _Known(True)
             case Call.RESUME:
                 await client.resume(dict(command.ranks), deadline)
-                return False
+                return _Known(False)

@@ -12,14 +12,17 @@ The life of a client, in the order in which the core calls it:
    ``deadlines.probe_seconds`` while the engine is in no round, each time followed by ``is_paused``.
 2. ``attach``: tell the ranks where the hub is. Each of them connects and announces the layout of its weights. Repeated
    while no rank is connected, so also after the daemon or the server was restarted, then with another address perhaps.
-3. For each round: ``pause``, ``switch``, ``finish``, ``resume``. ``switch`` lasts as long as the round: it brings every
-   rank into the window in which its weights may change, and returns when every rank has left it. That a rank stands
-   still it says itself (Quiesced), and that it has left it says itself (Left); only those words count. ``finish`` tells
-   the server the version's name, for it to show to its users. A round that fails before a byte was written goes from
-   there to ``resume``; an engine that may be torn stays paused, and the next round begins with ``pause`` again.
-4. ``close``, once.
+3. For each round, of an engine whose ranks land ``live``: ``pause``, ``update``, ``finish``, ``resume``. ``update``
+   lasts as long as the round: it brings every rank into the window in which its weights may change, and returns when
+   every rank has left it. That a rank stands still it says itself (Quiesced), and that it has left it says itself
+   (Left); only those words count. ``finish`` tells the server the version's name, for it to show to its users. A round
+   that fails before a byte was written goes from there to ``resume``; an engine that may be torn stays paused, and the
+   next round begins with ``pause`` again.
+4. For each round, of one whose ranks land in ``copy`` or ``flip``: ``switch``, between two of its steps, once all that
+   it needs is in its ranks' standby. ``pause`` before it and ``resume`` after it only where it may not serve meanwhile.
+5. ``close``, once.
 
-Methods may overlap: ``is_paused`` beside a ``switch``, a ``pause`` while an earlier one is still under way. Pausing
+Methods may overlap: ``is_paused`` beside an ``update``, a ``pause`` while an earlier one is still under way. Pausing
 what is paused and resuming what runs are no errors.
 
 All deadlines are totals in seconds, retries included, and come from the command that the call performs; a client has no
@@ -39,20 +42,24 @@ from weightsync.orchestrator.protocol.names import RoundName, Version
 PauseMode = Literal["keep", "wait", "abort"]
 """What becomes of requests in flight: they keep their place, are waited for, or end."""
 
+CachePolicy = Literal["keep", "drop", "recompute"]
+"""What becomes of what was computed with the old weights, of requests that keep their place: the prefix cache stays; it
+goes, and they go on with their own part; all of it goes, and they are computed again."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSetup:
     """One engine's part of the settings, as its client needs it.
 
-    ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``clear_cache``: drop the prefix
-    cache with the pause, so that no cached prefix mixes two versions.
+    ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``cache``: at a pause and at a
+    switch.
     """
 
     name: str
     url: str
     api_key: str | None = field(repr=False)
     pause_mode: PauseMode
-    clear_cache: bool
+    cache: CachePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +84,30 @@ class HubAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Switch:
+class RoundUpdate:
     """One round in one engine. The ranks give up by themselves after ``rank_seconds``, before the call's deadline."""
 
     round: RoundName
     version: Version
     rank_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One switch of an engine to the standby of its ranks: rank → incarnation of the processes that are meant."""
+
+    round: RoundName
+    version: Version
+    incarnations: Mapping[int, int]
+    rank_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """``paused``: whether the engine is now, as it was before. ``seconds``: how long it took no step for the switch."""
+
+    paused: bool
+    seconds: float
 
 
 class EngineClient(Protocol):
@@ -106,17 +131,28 @@ class EngineClient(Protocol):
     async def pause(self, deadline: float) -> None:
         """Let no new step begin. Returns when the server says so, or, where it acknowledges nothing, once it was asked.
 
-        ``EngineSetup.pause_mode`` and ``clear_cache`` say how.
+        ``EngineSetup.pause_mode`` and ``cache`` say how. One that cannot drop only the prefix cache drops all.
         """
 
-    async def switch(self, switch: Switch, deadline: float) -> None:
+    async def update(self, update: RoundUpdate, deadline: float) -> None:
         """Bring every rank into the round's window; returns when each has left it with the new version.
 
         Never repeated once it may have arrived. An error with ``sent`` says nothing about the ranks: their agents do.
         """
 
+    async def switch(self, switch: Switch, deadline: float) -> Switched:
+        """Have every rank serve its standby, between two steps of the engine, which is told the version's name.
+
+        What is asked again after it took place changes nothing and is answered as before, so that a lost answer is
+        asked for again. A round that the ranks have gone beyond is refused. An engine of which a rank fails pauses
+        itself. What the ranks hold afterwards they say themselves (Left), once they have looked.
+
+        Raises:
+            EngineNotServable: a rank has not this version in its standby or is another process.
+        """
+
     async def finish(self, version: Version, deadline: float) -> None:
-        """Tell the server which version it serves from now on. Called after ``switch``, before ``resume``."""
+        """Tell the server which version it serves from now on. Called after ``update``, before ``resume``."""
 
     async def resume(self, incarnations: Mapping[int, int], deadline: float) -> None:
         """Let the engine take steps again, if its ranks are the processes that are meant.

@@ -37,8 +37,7 @@ def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
     check_kinds([engine])
     api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
     clients = [
-        CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.clear_cache))
-        for url in engine.servers
+        CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.cache)) for url in engine.servers
     ]
     return clients[0] if len(clients) == 1 else SeveralServers(clients)
 

@@ -5,7 +5,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured
-from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFacts, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import (
+    EngineClient,
+    EngineFacts,
+    HubAddress,
+    RoundUpdate,
+    Switch,
+    Switched,
+)
 from weightsync.orchestrator.protocol.names import Version
 
 T = TypeVar("T")
@@ -50,9 +57,14 @@ class SeveralServers:
         """Pause all."""
         await self._all(lambda server: server.pause(deadline))
 
-    async def switch(self, switch: Switch, deadline: float) -> None:
+    async def update(self, update: RoundUpdate, deadline: float) -> None:
         """Bring all ranks of all servers into the round's window."""
-        await self._all(lambda server: server.switch(switch, deadline))
+        await self._all(lambda server: server.update(update, deadline))
+
+    async def switch(self, switch: Switch, deadline: float) -> Switched:
+        """Switch all, each between two steps of its own. Where one of them is paused, the engine is."""
+        done = await self._all(lambda server: server.switch(switch, deadline))
+        return Switched(any(each.paused for each in done), max(each.seconds for each in done))
 
     async def finish(self, version: Version, deadline: float) -> None:
         """Tell all which version they serve."""

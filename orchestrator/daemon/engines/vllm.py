@@ -8,7 +8,7 @@ says ``is_checkpoint_format: false`` (0.24 moves parameters to the meta device o
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import Final, TypeVar
+from typing import Annotated, Final, NoReturn, TypeVar
 
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import (
@@ -21,8 +21,15 @@ from weightsync.orchestrator.daemon.engines.errors import (
     EngineUnreachable,
 )
 from weightsync.orchestrator.daemon.engines.http import EngineHttp, excerpt_of
-from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
-from weightsync.orchestrator.protocol.fields import World
+from weightsync.orchestrator.daemon.engines.interface import (
+    EngineFacts,
+    EngineSetup,
+    HubAddress,
+    RoundUpdate,
+    Switch,
+    Switched,
+)
+from weightsync.orchestrator.protocol.fields import Seconds, World
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.protocol.text import clean
@@ -54,6 +61,9 @@ _NOT_CONFIGURED: Final = "Weight transfer not configured"
 _RESUME: Final = "weightsync_resume"
 """Method of ``/collective_rpc`` that our plugin answers in the engine core: ``/resume`` cannot say whom it means."""
 
+_SWITCH: Final = "weightsync_switch"
+"""Likewise: between two steps, every worker's standby becomes what it serves."""
+
 _NOT_SERVABLE: Final = "weightsync: not servable"
 """Our plugin's words when it keeps an engine held."""
 
@@ -73,6 +83,17 @@ class _WorldSize(msgspec.Struct):
 
 class _ServerVersion(msgspec.Struct):
     version: str
+
+
+class _Switch(msgspec.Struct):
+    """Of each engine core that answers."""
+
+    paused: bool
+    seconds: Seconds
+
+
+class _Switches(msgspec.Struct):
+    results: Annotated[list[_Switch], msgspec.Meta(min_length=1)]
 
 
 class _Done(msgspec.Struct):
@@ -155,7 +176,8 @@ class VllmClient:
         The update that the pause is for is opened beside it: that costs the pause nothing, and tells our plugin whose
         pause it is. Starting again what was started replaces it.
         """
-        clear_cache = "true" if self._setup.clear_cache else "false"
+        # What vLLM drops it drops with the kept requests' own part, so that they are computed again.
+        clear_cache = "false" if self._setup.cache == "keep" else "true"
         query = {"mode": self._setup.pause_mode, "clear_cache": clear_cache}
         opened = self._post("/start_weight_update", deadline, body={"is_checkpoint_format": False}, idempotent=True)
         paused = self._set_paused(True, "/pause", deadline, query=query)
@@ -174,26 +196,24 @@ class VllmClient:
         try:
             await self._set_paused(False, "/collective_rpc", deadline, body=body)
         except EngineRefused as error:
-            if _NOT_SERVABLE in error.excerpt:
-                raise EngineNotServable(self.name, "resume", error.status, error.excerpt) from error
-            raise
+            self._refused(error, "resume")
 
-    async def switch(self, switch: Switch, deadline: float) -> None:
+    async def update(self, update: RoundUpdate, deadline: float) -> None:
         """Make the call that lasts as long as the round, in the update that the pause has opened.
 
         Not repeated once it may have reached a rank. A round that failed has closed the update of a pause that still
         holds; another is opened then.
         """
         info = {
-            "token": str(switch.round),
-            "round_epoch": switch.round.epoch,
-            "round_number": switch.round.number,
-            "generation": switch.version.generation,
-            "step": switch.version.step,
-            "deadline_seconds": switch.rank_seconds,
+            "token": str(update.round),
+            "round_epoch": update.round.epoch,
+            "round_number": update.round.number,
+            "generation": update.version.generation,
+            "step": update.version.step,
+            "deadline_seconds": update.rank_seconds,
             "exposes": True,
         }
-        async with self._within("switch", deadline):
+        async with self._within("update", deadline):
             try:
                 await self._once("/update_weights", {"update_info": info}, deadline)
             except EngineRefused as error:
@@ -202,9 +222,36 @@ class VllmClient:
                 await self._once("/start_weight_update", {"is_checkpoint_format": False}, deadline)
                 await self._once("/update_weights", {"update_info": info}, deadline)
 
+    async def switch(self, switch: Switch, deadline: float) -> Switched:
+        """Asked again when its answer is lost, until the deadline: our plugin knows what it has done.
+
+        Raises:
+            EngineNotServable: a worker has not this version in its standby or is another process.
+        """
+        means = {
+            "round": [switch.round.epoch, switch.round.number],
+            "version": [switch.version.generation, switch.version.step],
+            "incarnations": {str(rank): incarnation for rank, incarnation in switch.incarnations.items()},
+            "cache": self._setup.cache,
+            "deadline_seconds": switch.rank_seconds,
+        }
+        body = {"method": _SWITCH, "kwargs": means}
+        try:
+            data = await self._http.exchange("POST", "/collective_rpc", deadline, body=body, idempotent=True)
+        except EngineRefused as error:
+            self._refused(error, "switch")
+        answers = self._read("POST /collective_rpc", data, _Switches).results
+        return Switched(any(each.paused for each in answers), max(each.seconds for each in answers))
+
     async def finish(self, version: Version, deadline: float) -> None:
         """Close the update and tell the version's step. Not repeated once it may have arrived."""
         await self._once("/finish_weight_update", {"weight_version": str(version.step)}, deadline)
+
+    def _refused(self, error: EngineRefused, call: str) -> NoReturn:
+        """Raises the refusal as what it is."""
+        if _NOT_SERVABLE in error.excerpt:
+            raise EngineNotServable(self.name, call, error.status, error.excerpt) from error
+        raise error
 
     @contextlib.asynccontextmanager
     async def _within(self, call: str, deadline: float) -> AsyncIterator[None]:

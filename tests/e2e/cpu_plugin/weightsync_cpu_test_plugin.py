@@ -14,6 +14,9 @@ SERVABLE_FLAG = "WEIGHTSYNC_TEST_SERVABLE"
 """Environment variable naming a file. If it is set, workers get a ``FlagAgent`` that follows this file in place of
 their real agent: for tests of the hold, the gate and the calls, without a daemon."""
 
+PIPELINE_FLAG = "WEIGHTSYNC_TEST_PIPELINE"
+"""Environment variable of a server with pipeline stages; see ``_let_stages_hand_on``."""
+
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``; runs in every vLLM process."""
@@ -21,6 +24,8 @@ def register() -> None:
     flag = os.environ.get(SERVABLE_FLAG)
     if flag:
         _follow(Path(flag))
+    if os.environ.get(PIPELINE_FLAG):
+        _let_stages_hand_on()
 
 
 def _keep_linear_weights_live() -> None:
@@ -45,12 +50,31 @@ def _keep_linear_weights_live() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
+def _let_stages_hand_on() -> None:
+    """A later stage's buffer is made in the warm-up, which an eager CPU build leaves out."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.sync_and_gather_intermediate_tensors
+    if getattr(gather, "makes_its_buffer", False):
+        return
+
+    def gather_with_buffer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return gather(self, *args, **kwargs)
+
+    gather_with_buffer.makes_its_buffer = True  # type: ignore[attr-defined]
+    GPUModelRunner.sync_and_gather_intermediate_tensors = gather_with_buffer
+
+
 def _follow(flag: Path) -> None:
     from weightsync.agents.vllm.adapter import common as engine
 
-    def make_agent(ranks: Any, *others: Any) -> FlagAgent:
+    def make_agent(ranks: Any, model: Any, *others: Any) -> FlagAgent:
         flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))
-        return FlagAgent(flag, ranks.rank)
+        return FlagAgent(flag, ranks.rank, model)
 
     engine.make_agent = make_agent
 
@@ -68,13 +92,16 @@ class FlagAgent:
     """The double: servable while ``flag`` exists, torn while ``flag`` with the suffix ``.torn`` does.
 
     ``flag`` with the suffix ``.refuse<rank>`` makes one rank not servable, with ``.abandoned`` its lease runs out. Its
-    incarnation is 100 + its rank.
+    incarnation is 100 + its rank. What waits in its standby are weights that say token 0 whatever they are asked, and
+    any mixture of which with others says something else; with the suffix ``.empty<rank>`` nothing waits.
 
     Each one leaves its ranks in ``flag`` with the suffix ``.rank<rank>``.
     """
 
-    def __init__(self, flag: Path, rank: int) -> None:
+    def __init__(self, flag: Path, rank: int, model: Any) -> None:
         self._flag, self._refusal = flag, flag.with_suffix(f".refuse{rank}")
+        self._empty, self._broken = flag.with_suffix(f".empty{rank}"), flag.with_suffix(f".broken{rank}")
+        self._model = model
         self.incarnation, self.held_because = 100 + rank, ""
 
     @property
@@ -94,5 +121,17 @@ class FlagAgent:
     def update(self, update_info: Any) -> None:
         if self.status.torn:
             raise RuntimeError(f"round {update_info.round_number} tore the weights")
+
+    def switchable(self, order: Any) -> str:
+        return "nothing waits in standby" if self._empty.exists() else ""
+
+    def switch(self, order: Any) -> None:
+        import torch
+
+        if self._broken.exists():
+            raise RuntimeError("the device is lost")
+        with torch.no_grad():
+            for name, weight in self._model.named_parameters():
+                weight.copy_(torch.zeros_like(weight) if name == "model.norm.weight" else weight.flip(0))
 
     def close(self) -> None: ...

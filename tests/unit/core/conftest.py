@@ -34,11 +34,14 @@ from weightsync.orchestrator.core.events import (
 )
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import AnyRecord, Record, VersionFailed
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import Fleet, Round
+from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.layout import Lands, Layout
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
+    Announce,
     Closed,
     EngineStatus,
     Exposed,
@@ -52,7 +55,7 @@ from weightsync.orchestrator.protocol.messages import (
     TrainerStatus,
     Verified,
 )
-from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.names import Digest, Member, Version
 
 TRAINER = trainer()
 GENERATION = 7
@@ -70,6 +73,9 @@ class Driven:
     options: dict[str, Any] = field(default_factory=dict)
     now: float = 0.0
     digest: tuple[int, int] = DIGEST
+    lands: dict[str, Lands] = field(default_factory=dict)
+    """How engines land; those that it does not name land live."""
+    boundary: bool = True
 
     @classmethod
     def joined(cls, **options: Any) -> "Driven":
@@ -84,6 +90,8 @@ class Driven:
         self.policy = policy_for(self.engines, self.pairs, **self.options)
         self.fleet: Fleet
         self.fleet, self.commands = start(self.policy, "journal", self.records, self.now)
+        self.digests: dict[Version, Digest] = {}
+        """Of the versions that workers have left with; every rank has the same."""
         self.connections: dict[Member, int] = {}
         self.incarnations: dict[Member, int] = {}
 
@@ -118,10 +126,10 @@ class Driven:
     def loses(self, member: Member) -> list[Command]:
         return self.happens(AgentLost(self.id(), member, self.connections[member], "reset"))
 
-    def answers(self, engine: str, call: Call, paused: bool | None = None) -> list[Command]:
+    def answers(self, engine: str, call: Call, paused: bool | None = None, **more: float) -> list[Command]:
         """The engine's answer to the call of this kind that is under way."""
         number = self.fleet.engines[engine].calls[call]
-        return self.happens(CallDone(self.id(), engine, call, number, 0.01, paused))
+        return self.happens(CallDone(self.id(), engine, call, number, 0.01, paused, **more))
 
     def fails(self, engine: str, call: Call, reason: str = "500") -> list[Command]:
         number = self.fleet.engines[engine].calls[call]
@@ -150,7 +158,11 @@ class Driven:
         """All ranks of an engine connect and announce."""
         for member in self.ranks_of(engine):
             self.connect(member, status, **hello)
-            self.says(member, ANNOUNCE)
+            self.says(member, self.announcement(engine))
+
+    def announcement(self, engine: str) -> Announce:
+        """What a rank of the engine announces."""
+        return Announce(layout=Layout((), (), b"", lands=self.lands.get(engine, "live"), boundary=self.boundary))
 
     def loses_engine(self, engine: str) -> None:
         """Its processes die, and all their connections end together."""
@@ -205,9 +217,10 @@ class Driven:
         version, everybody = going.version, self.ranks_of()
         match going.phase:
             case Phase.PAUSING:
-                self.each(lambda name: self.answers(name, Call.PAUSE, True))
+                for name in [name for name in self.engines if Call.PAUSE in self.fleet.engines[name].calls]:
+                    self.answers(name, Call.PAUSE, True)
             case Phase.QUIESCING:
-                for member in everybody:
+                for member in [member for member in everybody if not self.shadow(member.engine)]:
                     self.says(member, Quiesced(round=going.name))
             case Phase.EXPOSING:
                 for member in everybody:
@@ -221,16 +234,36 @@ class Driven:
                     self.says(member, self.verified())
             case Phase.SWITCHING:
                 self.leave(version)
-                self.each(lambda name: self.answers(name, Call.FINISH))
-                self.each(lambda name: self.answers(name, Call.RESUME, False))
+                for call, paused in ((Call.FINISH, None), (Call.RESUME, False)):
+                    for name in [name for name in self.engines if call in self.fleet.engines[name].calls]:
+                        self.answers(name, call, paused)
             case other:
                 raise AssertionError(f"nothing leads on from {other}")
 
     def leave(self, version: Version) -> None:
-        """All workers leave the update call with ``version``, and it answers."""
+        """All workers leave the round with ``version``, and the calls that they leave answer."""
+        for name in [name for name in self.engines if Call.PAUSE in self.fleet.engines[name].calls]:
+            self.answers(name, Call.PAUSE, True)
+        for name in [name for name in self.engines if Call.SWITCH in self.fleet.engines[name].calls]:
+            self.answers(name, Call.SWITCH, self.fleet.engines[name].paused, switch_seconds=0.002)
         for member in self.ranks_of():
-            self.says(member, Left(round=self.round.name, status=EngineStatus(applied=version)))
-        self.each(lambda name: self.answers(name, Call.SWITCH))
+            self.says(member, self.left(member, version))
+        for name in [name for name in self.engines if not self.shadow(name)]:
+            self.answers(name, Call.UPDATE)
+
+    def shadow(self, engine: str) -> bool:
+        return self.lands.get(engine, "live") != "live"
+
+    def left(self, member: Member, version: Version) -> Left:
+        """What an honest worker says that has left the round with ``version``: one that flips keeps the one before."""
+        before = self.fleet.agents[member].status.applied
+        if before == version:
+            return Left(round=self.round.name, status=self.fleet.agents[member].status)
+        status = EngineStatus(applied=version)
+        if self.lands.get(member.engine) == "flip" and before is not None:
+            status = EngineStatus(applied=version, standby=before, standby_digest=self.digests[before])
+        self.digests[version] = self.digest
+        return Left(round=self.round.name, status=status)
 
     def each(self, work: Callable[[str], object]) -> None:
         for name in self.engines:

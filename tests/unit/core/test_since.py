@@ -6,8 +6,9 @@ import pytest
 from fleets import ANNOUNCE, policy_for, rank
 from weightsync.orchestrator.core import since
 from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version

@@ -34,8 +34,8 @@ def test_from_the_start_to_the_commit(drive: Any) -> None:
 def test_who_was_left_out_of_the_round_is_said(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
     fleet.to(Phase.QUIESCING)
-    fleet.fails("e0", Call.SWITCH)
-    assert told(fleet) == "round 1.1: quiescing for step 1 (generation 7) without e0 (e0: switch failed: 500)"
+    fleet.fails("e0", Call.UPDATE)
+    assert told(fleet) == "round 1.1: quiescing for step 1 (generation 7) without e0 (e0: update failed: 500)"
 
 
 def test_engines_that_have_not_come_are_named(drive: Any) -> None:
@@ -58,7 +58,7 @@ def test_torn_engines_come_first(drive: Any) -> None:
     fleet.says(fleet.ranks_of()[0], fleet.verified(error="out of memory"))
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.SWITCH, "aborted")
+    fleet.fails("e0", Call.UPDATE, "aborted")
     why = "e0 (tried again in 1 s: e0/0 could not verify: out of memory)"
     assert told(fleet) == f"e0 torn and paused: waiting for engines that can take part: {why}"
 

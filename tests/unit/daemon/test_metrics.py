@@ -23,7 +23,7 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 COMMITTED = VersionView(step=40, generation=7, sequence=3, unix_time=900.5)
 ROUND = RoundRow(
     round="2.9", step=40, generation=7, attempt=1, outcome="committed", engines=("a",), bytes=10**9,
-    wire_gb_per_s=12.5, pause_ms=30, stall_ms=210, verify_ms=25, total_ms=220, unix_time=1000.0,
+    wire_gb_per_s=12.5, pause_ms=30, stall_ms=210, verify_ms=25, total_ms=220, switch_ms=2, skew_ms=4, unix_time=1000.0,
 )  # fmt: skip
 ENGINES = (
     EngineView(name="a", url="http://a", role="both", state="serving", paused=False, ranks_connected=2,
@@ -108,6 +108,8 @@ def test_a_daemon_that_has_committed() -> None:
         ("last_round_seconds", "stall"): 0.21,
         ("last_round_seconds", "verify"): 0.025,
         ("last_round_seconds", "total"): 0.22,
+        ("last_round_seconds", "switch"): 0.002,
+        ("last_round_seconds", "skew"): 0.004,
     }
 
 

@@ -20,6 +20,8 @@ def test_totals_edges_and_ends(plan):
     assert [(e.source, e.target) for e in found.edges] == [
         ("trainer/0", "a/0"), ("trainer/0", "b/0"), ("trainer/1", "a/0"), ("trainer/1", "b/0"),
     ]  # fmt: skip
+    assert {(e.moved.packed_bytes, e.chunks, e.straight) for e in found.edges} == {(2048, 1, 1)}
+    assert {e.landing for e in found.edges} == {"live: 2048 bytes stay there until all have come"}
     for end in (*found.senders, *found.receivers):
         assert end.peers == 2
         assert end.seconds["slow"] == pytest.approx(4 + 2 + 8 * 512 / MIB)
@@ -51,7 +53,30 @@ def test_what_could_have_been_packed_but_was_not_says_why():
         builder.dense((tensor, ((0,), (4,))))
     source, target = (b.party() for b in builders)
     (report,) = explain(make_plan([source], [target])).tensors
-    assert report.how.startswith("direct: 16 bytes in 1 run; no staging")
+    assert report.how.startswith("direct: 16 bytes in 1 run; no ring or landing")
+
+
+@pytest.mark.parametrize(
+    ("lands", "landing", "chunks", "straight", "said"),
+    [
+        ("live", 2048, 13, 0, "live: 6400 bytes pass 4 places of 512 4 times"),
+        ("live", 0, 0, 200, ""),
+        ("flip", 1 << 16, 1, 0, "flip: 6400 bytes pass 1 places of 8192 once"),
+        ("copy", 0, 1, 0, "copy: 6400 bytes stay there until all have come"),
+    ],
+)
+def test_edges_say_how_many_descriptors_they_take_and_how_they_land(lands, landing, chunks, straight, said):
+    """200 norms of 32 bytes, in the target in the other order."""
+    norms = [Tensor(f"model.layers.0.norms.{n}", "bfloat16", (16,)) for n in range(200)]
+    source, target = Builder(Member("trainer", "", 0), 1 << 16), Builder(Member("inference", "e", 0), landing, lands)
+    for tensor in norms:
+        source.dense((tensor, ((0,), (16,))))
+    for tensor in norms[::-1]:
+        target.dense((tensor, ((0,), (16,))))
+    found = explain(make_plan([source.party()], [target.party()]))
+    (edge,) = found.edges
+    assert (edge.chunks, edge.straight, edge.landing) == (chunks, straight, said)
+    assert said in explanation_text(found, top=3)
 
 
 def test_an_empty_plan_can_be_explained_and_simulated():

@@ -132,3 +132,30 @@ def test_regions_may_begin_inside_an_allocation() -> None:
     strided_copy([source], [destination], [[70_000, 0, 7, 0, 11, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
     assert torch.equal(destination[11:70_011], source[7:70_007])
     assert not destination[:11].any()
+
+
+@pytest.mark.parametrize("shift", [0, 16, 4096, 100_000 - 100_000 % 16])
+def test_one_table_copies_to_places_further_on(device: torch.device, shift: int) -> None:
+    """Blocks, stretches and pieces of every width: long runs, and short ones at 16, 4 and 1 bytes."""
+    source = random_bytes(200_000, 7, device)
+    rows = [row(70_000, 0, 16), row(48, 80_000, 70_032, (5, 64, 48)), row(12, 90_000, 70_500, (7, 20, 12)),
+            row(3, 95_001, 70_700, (9, 5, 3))]  # fmt: skip
+    plain, moved = poisoned(170_800, device), poisoned(170_800, device)
+    prepared = copy_module.prepare([source], [plain], np.array(rows, np.int64))
+    prepared()
+    shifted = copy_module.prepare([source], [moved], np.array(rows, np.int64))
+    shifted(shift)
+    assert torch.equal(moved[shift:], plain[: len(plain) - shift])
+    assert (moved[:shift] == POISON).all()
+
+
+@pytest.mark.parametrize("shift", [8, -16, 48])
+def test_a_shift_out_of_the_region_or_off_its_grid_is_refused(device: torch.device, shift: int) -> None:
+    source, target = random_bytes(100, 8, device), poisoned(140, device)
+    prepared = copy_module.prepare([source], [target], np.array([row(100, 0, 8)], np.int64))
+    with pytest.raises(KernelTableError, match=f"a shift of {shift} bytes is no multiple of 16 up to 32"):
+        prepared(shift)
+    prepared(32)
+    assert torch.equal(target[40:], source)
+    nothing = copy_module.prepare([source], [target], np.zeros((0, 14), np.int64))
+    nothing(1 << 20)

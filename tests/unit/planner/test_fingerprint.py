@@ -11,6 +11,7 @@ from weightsync.orchestrator.planner.fingerprint import (
     part_fingerprint,
     root_fingerprint,
 )
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 
 
@@ -39,16 +40,19 @@ def test_fingerprints_follow_what_they_depend_on(change):
 
 def test_a_parts_fingerprint_follows_layout_peers_table_and_bytes():
     own, peer = PartyDigest(b"layout", b"where"), PartyDigest(b"other", b"there")
-    base = part_fingerprint(own, [peer], b"copies", 8)
+    berth = Berth(1, 0, 256, 4, 5120)
+    base = part_fingerprint(own, [peer], [berth], b"copies", 8)
     assert len(base) == FINGERPRINT_CHARS
-    assert part_fingerprint(own, [replace(peer, layout=b"changed")], b"copies", 8) == base
+    assert part_fingerprint(own, [replace(peer, layout=b"changed")], [berth], b"copies", 8) == base
     changed = [
-        part_fingerprint(replace(own, layout=b"changed"), [peer], b"copies", 8),
-        part_fingerprint(own, [replace(peer, where=b"moved")], b"copies", 8),
-        part_fingerprint(own, [peer], b"copied", 8),
-        part_fingerprint(own, [peer], b"copies", 9),
+        part_fingerprint(replace(own, layout=b"changed"), [peer], [berth], b"copies", 8),
+        part_fingerprint(own, [replace(peer, where=b"moved")], [berth], b"copies", 8),
+        part_fingerprint(own, [peer], [None], b"copies", 8),
+        part_fingerprint(own, [peer], [Berth(1, 0, 256, 8, 5120)], b"copies", 8),
+        part_fingerprint(own, [peer], [berth], b"copied", 8),
+        part_fingerprint(own, [peer], [berth], b"copies", 9),
     ]
-    assert len({base, *changed}) == 5
+    assert len({base, *changed}) == 7
 
 
 def test_the_root_depends_on_all_parts_and_not_on_their_order():

@@ -1,8 +1,12 @@
 """The coverage check catches planted faults, and nothing but them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from layouts import Builder
+from msgspec import structs
+from msgspec.structs import replace
 from weightsync.orchestrator.planner import CostModel, ProofFailed, make_plan
 from weightsync.orchestrator.planner.catalogue import make_catalogue
 from weightsync.orchestrator.planner.engine_part import plan_engine
@@ -43,7 +47,7 @@ def plan_tables():
         targets.append(builder.party())
     catalogue = make_catalogue(sources)
     nothing = np.zeros(len(sources), np.int64)
-    engine = plan_engine(catalogue, tuple(targets), CostModel(1e-9, 44e9, 500e9), nothing, nothing)
+    engine = plan_engine(catalogue, tuple(targets), CostModel(1e-9, 44e9, 500e9), nothing)
     tables = Tables(catalogue.sources, [engine])
     found = [tables.of_source(i) for i in range(2)], list(tables.of_targets()), catalogue.decoder.form_table()
     assert all(0 < (s.copies[:, COPY_STAGED] >= 0).sum() < len(s.copies) for s in found[0])
@@ -59,7 +63,7 @@ def check(plan_tables):
 
 
 def with_table(old, table, meant=None):
-    return MemberTable(old.member, old.peers, table, old.target_row if meant is None else meant)
+    return MemberTable(old.member, old.peers, table, old.berths, old.target_row if meant is None else meant)
 
 
 def test_a_right_plan_passes(plan_tables):
@@ -132,13 +136,64 @@ def test_a_scatter_that_differs_from_what_was_packed_is_caught(plan_tables, colu
         check((sources, targets, forms))
 
 
-def test_two_edges_that_share_staging_are_caught(plan_tables):
+def test_two_boxes_at_one_place_are_caught(plan_tables):
     sources, targets, forms = plan_tables
     table = targets[0].copies.copy()
     table[:, COPY_STAGED] = table[0, COPY_STAGED]
     targets[0] = with_table(targets[0], table)
-    with pytest.raises(ProofFailed, match="overlap"):
+    with pytest.raises(ProofFailed, match="overlap in the cargo"):
         check((sources, targets, forms))
+
+
+BERTHS = {
+    "two edges share memory": lambda berth: replace(berth, offset=0),
+    "it leaves the landing": lambda berth: replace(berth, offset=4096 - 16),
+    "it is another region": lambda berth: replace(berth, region=0),
+    "another number of places": lambda berth: replace(berth, places=9),
+}
+AGREED = ("another number of places", True)
+"""There is no harm in that."""
+
+
+@pytest.mark.parametrize(
+    ("change", "both"), [(change, both) for change in BERTHS for both in (True, False) if (change, both) != AGREED]
+)
+def test_a_berth_that_is_wrong_or_not_known_to_both_ends_is_caught(plan_tables, change, both):
+    sources, targets, forms = plan_tables
+    second = targets[0].peers.index(sources[1].member)
+    wrong = BERTHS[change](targets[0].berths[second])
+    changed = [*targets[0].berths]
+    changed[second] = wrong
+    targets[0] = dataclasses.replace(targets[0], berths=tuple(changed))
+    if both:
+        known = [*sources[1].berths]
+        known[sources[1].peers.index(targets[0].member)] = wrong
+        sources[1] = dataclasses.replace(sources[1], berths=tuple(known))
+    with pytest.raises(ProofFailed, match="berths of e/0 overlap, leave its landing, or are not those of its sources"):
+        check((sources, targets, forms))
+
+
+def test_a_write_past_the_landing_of_a_shadow_engine_is_caught(plan_tables):
+    """Its rows are out of everybody's reach: what goes straight to them is refused, however right its place."""
+    sources, targets, forms = plan_tables
+    proof = Proof(targets, forms)
+    proof.shadow[:] = True
+    with pytest.raises(ProofFailed, match="does not arrive where"):
+        proof.writes(sources[0])
+
+
+def test_a_berth_of_a_copying_engine_that_is_gone_through_again_is_caught(plan_tables):
+    _, targets, forms = plan_tables
+    small = replace(targets[0].berths[0], chunk_bytes=16)
+    layout = structs.replace(targets[0].member.party.layout, lands="copy")
+    party = dataclasses.replace(targets[0].member.party, layout=layout)
+    table = dataclasses.replace(targets[0], berths=(small,), peers=targets[0].peers[:1])
+    table = dataclasses.replace(table, member=dataclasses.replace(table.member, party=party))
+    proof = Proof([table], forms)
+    proof.sources[id(table.peers[0])] = 0
+    proof.berths[0, 0] = small
+    with pytest.raises(ProofFailed, match="berths of e/0"):
+        proof._apart(0, table)
 
 
 def test_swapped_destinations_of_equal_shape_are_caught(plan_tables):
@@ -185,7 +240,7 @@ def test_every_plan_is_proved(monkeypatch):
 
     def lossy(self, number):
         whole = lose(self, number)
-        return MemberTable(whole.member, whole.peers, whole.copies[:0], whole.target_row[:0])
+        return MemberTable(whole.member, whole.peers, whole.copies[:0], whole.berths, whole.target_row[:0])
 
     monkeypatch.setattr(Tables, "of_source", lossy)
     with pytest.raises(ProofFailed, match=r"1 target rows are not written exactly once; first: 'w' at e/0"):

@@ -2,6 +2,7 @@
 
 from layouts import SIZE, Builder, copies_of, engine_rank, matrices, party_of, trainer
 from weightsync.orchestrator.planner import make_plan
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import (
     COPY_BOX,
     COPY_COLUMNS,
@@ -46,9 +47,29 @@ def test_packed_copies_are_the_same_on_both_sides():
     plan = make_plan([source], [party_of(engine_rank("e"), norms[::-1], staging=4096)])
     sent, scattered = copies_of(plan, trainer(0)), copies_of(plan, engine_rank("e"))
     assert sent[:, COPY_STAGED].tolist() == [0, 32]
-    assert sent[:, COPY_REMOTE].tolist() == [1, 1], "the target's staging region"
+    assert sent[:, COPY_REMOTE].tolist() == [1, 1], "the target's landing"
     assert sent[:, COPY_REMOTE + 1].tolist() == scattered[:, COPY_STAGED].tolist() == [0, 32]
     assert scattered[:, COPY_ROW].tolist() == [1, 0]
+    berth = Berth(1, 0, 512, 1, 64)
+    assert plan.part(trainer(0)).berths == plan.part(engine_rank("e")).berths == (berth,)
+
+
+def test_what_lands_unpacked_is_told_its_place_and_lies_there_row_by_row():
+    tensor = Tensor("model.layers.0.w", "bfloat16", (64, 64))
+    norm = Tensor("model.norm", "float32", (3,))
+    target = Builder(engine_rank("e"), lands="copy")
+    target.dense((norm, ((0,), (3,))))
+    target.side_by_side([(tensor, ((0, 0), (64, 32))), (tensor, ((0, 32), (64, 32)))])
+    source = Builder(trainer(0))
+    source.dense((tensor, ((0, 0), (64, 64))), order=(1, 0))
+    source.dense((norm, ((0,), (3,))))
+    plan = make_plan([source.party()], [target.party()])
+    sent, scattered = copies_of(plan, trainer(0)), copies_of(plan, engine_rank("e"))
+    assert (sent[:, COPY_STAGED] == -1).all()
+    assert sent[:, COPY_REMOTE].tolist() == [2, 2, 2]
+    assert sent[:, COPY_REMOTE + 1].tolist() == scattered[:, COPY_STAGED].tolist() == [0, 4096, 8192]
+    assert sent[:2, COPY_REMOTE + 4 :].tolist() == [[64, 2], [64, 2]]
+    assert scattered[:, COPY_ROW].tolist() == [1, 2, 0]
 
 
 def test_a_source_that_nobody_needs_anything_of_has_an_empty_table():

@@ -1,11 +1,12 @@
 """What agents make of their tables is what the planner counted."""
 
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import fleets
-from weightsync.agents.tables.runs import pack_table, runs, scatter_table
+from weightsync.agents.tables.runs import copied_bytes, pack_table, runs, scatter_table
 from weightsync.orchestrator.planner import CostModel, make_plan
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_PEER, COPY_REMOTE, COPY_STAGED, as_matrix
 
 RUN_LENGTH = 5
 
@@ -24,11 +25,15 @@ def test_bytes_and_descriptors(data, alpha):
     for source in sources:
         part = plan.part(source.member)
         copies = as_matrix(part.copies, COPY_COLUMNS)
-        posted = runs(copies, source.layout)
-        assert int(posted[:, RUN_LENGTH].sum()) == part.expected_bytes == plan.sends[source.member].bytes
+        posted, packing = runs(copies, source.layout), pack_table(copies, source.layout)
+        size = copied_bytes(copies, source.layout)
+        assert size == part.expected_bytes == plan.sends[source.member].bytes
+        assert size == int(posted[:, RUN_LENGTH].sum()) + moved(packing)
         assert len(posted) <= plan.sends[source.member].descriptors, "agents merge across groups, too"
-        packed += moved(pack_table(copies, source.layout))
+        landing = np.array([berth.region if berth else -1 for berth in part.berths], np.int64)
+        lands = (copies[:, COPY_STAGED] < 0) & (copies[:, COPY_REMOTE] == landing[copies[:, COPY_PEER]])
+        packed += moved(packing) + copied_bytes(copies[lands], source.layout)
     scattered = sum(
         moved(scatter_table(as_matrix(plan.part(t.member).copies, COPY_COLUMNS), t.layout)) for t in targets
     )
-    assert packed == scattered
+    assert packed == scattered, "what lands is scattered"

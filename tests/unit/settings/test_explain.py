@@ -22,7 +22,7 @@ from settings_files import MINIMAL, Refusal
         ("  - {name: 'b/../c', url: 'http://b'}\n", 10, "engines[1].name", "pattern"),
         ("  - {name: b}\n", 10, "engines[1].url", "missing"),
         ("  - {name: b, url: 'http://b', role: prefill, pair: p}\n", 7, "engines", "needs an engine of role prefill"),
-        ("mode: shadow\n", 10, "mode", "'live'"),
+        ("pause: {cache: forget}\n", 10, "pause.cache", "'recompute'"),
         ("transport: {type: rdma}\n", 10, "transport.type", "one of 'nixl', 'filesystem'"),
         ("rendezvous: {type: tcpstore}\n", 10, "rendezvous.host", "missing"),
         ("run: {id: other, directory: x}\n", 10, "run", "given twice (first at line 1)"),

@@ -19,7 +19,7 @@ def test_defaults_and_paths_relative_to_the_file(config: Path, tmp_path: Path) -
     assert settings.transport == NixlSection(backends=("UCX",), in_flight_per_peer=100, rails=2)
     assert settings.rendezvous == HubSection()
     assert settings.pause.mode == "keep"
-    assert settings.pause.clear_cache
+    assert settings.pause.cache == "recompute"
     deadlines = settings.deadlines
     assert (deadlines.quiesce_seconds, deadlines.transfer_seconds) == (60, 300)
     assert (deadlines.verify_seconds, deadlines.finish_seconds) == (120, 60)

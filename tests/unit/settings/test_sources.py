@@ -11,12 +11,12 @@ from weightsync.orchestrator.settings.settings import load
 def test_every_value_can_come_from_the_environment(loaded: Loaded) -> None:
     settings = loaded("", LISTEN__PORT="9", TRANSPORT__IN_FLIGHT_PER_PEER="7", TRANSPORT__BACKENDS="[UCX, GDS]",
         ENGINES__0__URL="http://other:1", ENGINES__1="{name: b, url: http://b:1, role: decode}",
-        PAUSE__CLEAR_CACHE="false", DEADLINES__PROBE_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
+        PAUSE__CACHE="keep", DEADLINES__PROBE_SECONDS="1.5", RUN__ID="77", ADVERTISE_URL="null",
     )  # fmt: skip
     assert settings.listen.port == 9
     assert settings.transport == NixlSection(backends=("UCX", "GDS"), in_flight_per_peer=7)
     assert [engine.url for engine in settings.engines] == ["http://other:1", "http://b:1"]
-    assert not settings.pause.clear_cache
+    assert settings.pause.cache == "keep"
     assert settings.deadlines.probe_seconds == 1.5
     assert settings.run.id == "77"
     assert loaded("agents_token_file: /else/where\n").agents_token_path == "/else/where"
@@ -58,10 +58,10 @@ def test_single_entries_of_lists(loaded: Loaded) -> None:
 
 def test_a_mapping_replaces_the_one_of_the_file_and_a_key_does_not(loaded: Loaded) -> None:
     text = "pause: {mode: wait}\ntransport: {rails: 4}\n"
-    pause = loaded(text, PAUSE="{clear_cache: false}").pause
-    assert (pause.mode, pause.clear_cache) == ("keep", False)
-    pause = loaded(text, PAUSE__CLEAR_CACHE="false").pause
-    assert (pause.mode, pause.clear_cache) == ("wait", False)
+    pause = loaded(text, PAUSE="{cache: drop}").pause
+    assert (pause.mode, pause.cache) == ("keep", "drop")
+    pause = loaded(text, PAUSE__CACHE="keep").pause
+    assert (pause.mode, pause.cache) == ("wait", "keep")
     assert loaded(text, TRANSPORT="{type: filesystem}").transport == FilesystemSection()
     (engine,) = loaded(ENGINES__0="{name: b, url: 'http://b'}").engines
     assert (engine.name, engine.url) == ("b", "http://b")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.errors import AgentError
-from weightsync.agents.inference.agent import STAGING_VARIABLE, AgentStuck, InferenceAgent
-from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, UpdateInfo
+from weightsync.agents.inference.agent import AgentStuck, InferenceAgent
+from weightsync.agents.inference.calls import InfoError, InitInfo, LiveModel, SwitchInfo, UpdateInfo
+from weightsync.agents.inference.landing import LANDING_VARIABLE
 from weightsync.agents.inference.window import UpdateFailed
 from weightsync.agents.link.thread import AgentThread
 from weightsync.agents.memory.arena import host_arena, region_of
@@ -82,7 +84,7 @@ def model(memory: torch.Tensor, expert: int, find: Callable[[str], LiveModel | N
 
 @pytest.fixture(autouse=True)
 def _no_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STAGING_VARIABLE, "0")
+    monkeypatch.setenv(LANDING_VARIABLE, "0")
 
 
 def test_a_round_is_refused_before_the_worker_stands_still() -> None:
@@ -128,7 +130,7 @@ def test_a_rank_that_cannot_verify_says_whose_fault_it_is(error: Exception, faul
         raise error
 
     agent._weights.arrive = arrive  # type: ignore[method-assign]
-    verified = agent._verify(Verify(round=RoundName(1, 1), deadline_seconds=1.0), Version(1, 1))
+    verified = agent._verify(Verify(round=RoundName(1, 1), version=Version(1, 1), deadline_seconds=1.0))
     assert (verified.error, verified.fault, verified.retry) == (repr(error), fault, retry)
 
 
@@ -145,7 +147,7 @@ def test_a_round_of_a_daemon_that_is_not_obeyed_is_refused_before_anything_stand
     drained: list[float] = []
     agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3), drained.append)
     agent._agent = thread = Thread()  # type: ignore[assignment]
-    with pytest.raises(UpdateFailed, match=f"round_epoch is {epoch}, and this worker obeys a daemon of epoch 1"):
+    with pytest.raises(UpdateFailed, match=f"epoch is {epoch}, and this worker obeys a daemon of epoch 1"):
         agent.update(msgspec.structs.replace(UPDATE, round_epoch=epoch))
     assert thread.posted == drained == []
     assert not agent.status.torn
@@ -177,9 +179,9 @@ def test_a_daemon_that_is_gone_for_longer_than_its_lease_ends_a_round_in_which_n
 def test_a_hold_has_a_reason() -> None:
     agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
     assert agent.held_because == ""
-    agent._windows.hold(True, "to look at it")
+    agent._holdings.hold(True, "to look at it")
     assert agent.held_because == "to look at it"
-    agent._windows.hold(True, "")
+    agent._holdings.hold(True, "")
     assert agent.held_because == "the daemon said so"
 
 
@@ -303,3 +305,82 @@ def test_no_second_thread_beside_one_that_does_not_end(
         with pytest.raises(AgentStuck, match="has not ended"):
             agent.begin(msgspec.structs.replace(info, hub_url="ws://127.0.0.1:2/agents"))
     assert thread_of(agent) is thread
+
+
+# -------------------------------------------------------------------------------------------------------------- switch
+ORDER = SwitchInfo(
+    round=RoundName(1, 2), version=Version(1, 2), incarnations={0: 9}, cache="keep", deadline_seconds=5.0
+)
+
+
+def test_a_switch_needs_a_daemon_that_is_obeyed() -> None:
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
+    assert agent.switchable(ORDER) == "no daemon has been introduced to this worker yet"
+    with pytest.raises(UpdateFailed, match="no daemon has been introduced"):
+        agent.switch(ORDER)
+    agent._agent = thread = Thread()  # type: ignore[assignment]
+    late = msgspec.structs.replace(ORDER, round=RoundName(7, 2))
+    refusal = "the round's epoch is 7, and this worker obeys a daemon of epoch 1"
+    assert agent.switchable(late) == refusal
+    with pytest.raises(UpdateFailed, match=refusal):
+        agent.switch(late)
+    thread.failure = OSError("its loop has ended")  # type: ignore[assignment]
+    assert "has ended: its loop has ended" in agent.switchable(ORDER)
+
+
+def standing_by(agent: InferenceAgent) -> None:
+    """As after the digest of what has landed."""
+    agent._holdings.committed(Version(1, 1))
+    agent._holdings.keep(ORDER.version, agent._weights.digest())
+
+
+def test_a_switch_is_told_when_live_memory_was_audited() -> None:
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+    agent._agent = thread  # type: ignore[assignment]
+    assert agent.switchable(ORDER) == "what waits in standby is nothing, not step 2 (generation 1)"
+    standing_by(agent)
+    taken: list[Version] = []
+    agent._weights.take = taken.append  # type: ignore[method-assign]
+    audits: list[Callable[[], None]] = []
+    agent._shadow._beside = audits.append
+    assert agent.switchable(ORDER) == ""
+    agent.switch(ORDER)
+    assert taken == [ORDER.version]
+    assert thread.posted == []
+    audits[0]()
+    for post in thread.posted:
+        post()
+    (left,) = thread.said
+    assert (left.round, left.status) == (ORDER.round, EngineStatus(applied=ORDER.version))
+    assert left.switch_seconds > 0.0
+    assert left.audit_seconds > 0.0
+    assert agent.switchable(ORDER) == "", "it has taken place"
+
+
+def test_experts_that_moved_since_the_plan_end_what_has_landed_before_anything_changes() -> None:
+    memory, thread = host_arena(16), Thread()
+    moved = {"map of 3": model(memory, 5)}
+    drained: list[float] = []
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(memory, 3, moved.get), drained.append)
+    agent._agent = thread  # type: ignore[assignment]
+    standing_by(agent)
+    assert agent.switchable(ORDER) == "experts were rebalanced since the plan was made; the layout is announced anew"
+    assert (drained, thread.posted) == ([5.0], [thread.announce])
+    assert agent.status == EngineStatus(applied=Version(1, 1))
+    with pytest.raises(UpdateFailed, match="nothing"):
+        agent.switch(ORDER)
+
+
+def test_a_word_that_no_loop_takes_is_kept_for_the_next() -> None:
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+    kept: list[Any] = []
+
+    def ended(work: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    thread.post = ended  # type: ignore[method-assign]
+    thread.obedience = SimpleNamespace(keep=kept.append)  # type: ignore[attr-defined]
+    agent._agent = thread  # type: ignore[assignment]
+    word = Left(round=RoundName(1, 1), status=EngineStatus())
+    agent._tell(word)
+    assert kept == [word]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from weightsync.agents.inference import calls
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 INIT = {
     "hub_url": "ws://127.0.0.1:9000",
@@ -80,6 +81,15 @@ def test_update_info() -> None:
 def test_a_wrong_update_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(calls.InfoError, match="update_info"):
         calls.parse_update_info({**UPDATE, **change}, calls.UpdateInfo)
+
+
+def test_switch_info_as_json_brings_it() -> None:
+    order = {"round": [3, 9], "version": [7, 40], "incarnations": {"0": 2**62, "1": 5}, "cache": "drop"}
+    info = calls.parse_switch_info({**order, "deadline_seconds": 5.0})
+    assert (info.round, info.version, info.cache) == (RoundName(3, 9), Version(7, 40), "drop")
+    assert info.incarnations == {0: 2**62, 1: 5}
+    with pytest.raises(calls.InfoError, match=r"switch: .*deadline_seconds"):
+        calls.parse_switch_info(order)
 
 
 def test_synchronising_the_cpu_is_harmless() -> None:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
 from weightsync.orchestrator.protocol.layout import Layout
@@ -32,6 +33,8 @@ class Receivers:
     def __init__(self) -> None:
         self.current = self
         self.connects: list[Connect] = []
+        self.failed: dict[Member, Exception] = {}
+        self.rounds: list[tuple[str, RoundName]] = []
         self.polls = 0
 
     def __iter__(self) -> Any:
@@ -40,8 +43,15 @@ class Receivers:
     def announcement(self) -> tuple[str, bytes]:
         return "a/0-77", b"card"
 
-    async def connect(self, connect: Connect) -> None:
+    async def connect(self, connect: Connect) -> dict[Member, Exception]:
         self.connects.append(connect)
+        return self.failed
+
+    def begin(self, round_name: RoundName) -> None:
+        self.rounds.append(("begin", round_name))
+
+    def end(self, round_name: RoundName) -> None:
+        self.rounds.append(("end", round_name))
 
     def poll(self) -> None:
         self.polls += 1
@@ -51,14 +61,21 @@ class Receivers:
 def rank() -> Any:
     """A side with doubles for its weights and its windows' inbox."""
     opened: list[Any] = []
-    receivers, windows = Receivers(), Windows()
+    receivers, windows = Receivers(), Windows(Holdings())
     weights: Any = SimpleNamespace(
-        layout=Layout((), (), b""), receivers=receivers, open=lambda member, settings: opened.append((member, settings))
+        layout=Layout((), (), b""),
+        receivers=receivers,
+        open=lambda member, settings: opened.append((member, settings)),
+        connect=receivers.connect,
     )
+    shadow: Any = SimpleNamespace(words=[], open=False)
+    shadow.heard = shadow.words.append
     said: list[Any] = []
     link: Any = SimpleNamespace(send=said.append, say_once=said.append)
-    side = InferenceSide(link, Member("inference", "a", 0), weights, windows)
-    return SimpleNamespace(side=side, receivers=receivers, windows=windows, opened=opened, said=said)
+    side = InferenceSide(link, Member("inference", "a", 0), weights, windows, shadow)
+    return SimpleNamespace(
+        side=side, receivers=receivers, windows=windows, opened=opened, said=said, shadow=shadow, weights=weights
+    )
 
 
 def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> None:
@@ -74,8 +91,10 @@ def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> No
 
 async def test_a_connect_goes_to_the_receiver(rank: Any) -> None:
     connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
-    await rank.side.connect(connect)
+    assert await rank.side.connect(connect) == {}
     assert rank.receivers.connects == [connect]
+    rank.receivers.failed = {Member("trainer", "", 0): RuntimeError("out of reach")}
+    assert await rank.side.connect(connect) == rank.receivers.failed
 
 
 def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
@@ -83,20 +102,58 @@ def test_only_words_about_rounds_reach_the_window(rank: Any) -> None:
     rank.windows.heard = heard.append
     words = [
         Expose(round=ROUND),
-        Verify(round=ROUND, deadline_seconds=1.0),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
         Commit(round=ROUND, version=VERSION),
         Abort(round=ROUND, torn=True, reason="a writer was lost"),
     ]
     for word in (*words, Outcome(version=VERSION, committed=True)):
         rank.side.heard(word)
     assert heard == words
+    assert rank.shadow.words == []
+
+
+def test_where_versions_land_beside_live_memory_they_reach_the_shadow_alone(rank: Any) -> None:
+    """Which that is the layout says, and so it is for the daemon."""
+    rank.weights.layout = Layout((), (), b"", lands="copy")
+    rank.windows.heard = lambda word: pytest.fail("nobody stands in a window")
+    words = [
+        Expose(round=ROUND),
+        Verify(round=ROUND, version=VERSION, deadline_seconds=1.0),
+        Abort(round=ROUND, torn=True, reason="a writer was lost"),
+    ]
+    for word in (*words, Outcome(version=VERSION, committed=True)):
+        rank.side.heard(word)
+    assert rank.shadow.words == words
+
+
+def test_bytes_are_let_near_live_memory_only_while_the_worker_stands_still_for_their_round(rank: Any) -> None:
+    rank.side.heard(Expose(round=ROUND))
+    assert rank.receivers.rounds == [], "it serves"
+    rank.windows.holdings.status = EngineStatus(window=ROUND)
+    rank.side.heard(Expose(round=RoundName(1, 2)))
+    assert rank.receivers.rounds == []
+    rank.side.heard(Expose(round=ROUND))
+    rank.side.heard(Verify(round=ROUND, version=VERSION, deadline_seconds=1.0))
+    rank.side.heard(Abort(round=ROUND, torn=True, reason="a writer was lost"))
+    assert rank.receivers.rounds == [("begin", ROUND), ("end", ROUND), ("end", ROUND)]
+
+
+def test_beside_live_memory_they_are_let_in_while_it_serves(rank: Any) -> None:
+    rank.weights.layout = Layout((), (), b"", lands="flip")
+    rank.side.heard(Expose(round=ROUND))
+    assert rank.receivers.rounds == [("begin", ROUND)]
 
 
 def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> None:
     assert not rank.side.poll()
-    rank.windows.status = EngineStatus(window=ROUND)
+    rank.windows.holdings.status = EngineStatus(window=ROUND)
     assert rank.side.poll()
     assert rank.receivers.polls == 2
+    rank.windows.holdings.status = EngineStatus()
+    assert not rank.side.poll()
+    rank.shadow.open = True
+    assert rank.side.poll(), "writers may be at work"
+    rank.shadow.open, rank.windows.holdings.status = False, EngineStatus(window=ROUND)
     assert rank.side.status() == EngineStatus(window=ROUND)
     rank.side.shut()
     assert rank.side.poll(), "writers may still reach this memory"
@@ -105,7 +162,7 @@ def test_the_transport_is_polled_and_an_open_window_means_often(rank: Any) -> No
 def test_a_hold_is_answered_with_the_status(rank: Any) -> None:
     rank.side.heard(Hold(held=True, reason="an operator looks at it"))
     assert rank.side.status() == EngineStatus(held=True), "which Hello repeats"
-    assert rank.windows.held_because == "an operator looks at it"
+    assert rank.windows.holdings.held_because == "an operator looks at it"
     rank.side.heard(Hold(held=False))
     assert rank.said == [Holding(status=EngineStatus(held=True)), Holding(status=EngineStatus())]
 

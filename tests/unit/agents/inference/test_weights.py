@@ -9,15 +9,27 @@ import pytest
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
-from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.kernels.digest import digest
-from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Quantized, Tensor, row
-from weightsync.orchestrator.protocol.messages import NixlSettings
+from weightsync.orchestrator.protocol.layout import (
+    COPY_BOX,
+    COPY_COLUMNS,
+    COPY_PEER,
+    COPY_ROW,
+    COPY_STAGED,
+    Layout,
+    LeftOut,
+    Matrix,
+    Quantized,
+    Tensor,
+    row,
+)
+from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.protocol.names import Member, Version
 
 CPU = torch.device("cpu")
@@ -29,8 +41,10 @@ class Model:
     layout: Layout
     tensors: list[torch.Tensor]
     find: Callable[[str], LiveModel | None] = lambda known: None
+    refreshed: int = 0
 
-    def refresh(self) -> None: ...
+    def refresh(self) -> None:
+        self.refreshed += 1
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
@@ -72,7 +86,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_digest_is_of_the_live_memory_and_not_of_the_staging() -> None:
     live = model("norm")
-    weights = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU)))
+    weights = LiveWeights(live, CPU, landing_arenas(4096, CPU))
     assert weights.digest() == digest(live.tensors, digest_table(live.layout.matrix(), live.layout))
     assert weights.bytes == 16
     live.tensors[0][3] += 1
@@ -81,7 +95,7 @@ def test_the_digest_is_of_the_live_memory_and_not_of_the_staging() -> None:
 
 @pytest.mark.parametrize(("size", "regions", "staging"), [(0, 1, -1), (4096, 2, 1)])
 def test_staging_is_the_last_region(size: int, regions: int, staging: int) -> None:
-    weights = LiveWeights(model("norm"), CPU, tuple(staging_arenas(size, CPU)))
+    weights = LiveWeights(model("norm"), CPU, landing_arenas(size, CPU))
     assert (len(weights.layout.regions), weights.layout.staging) == (regions, staging)
     if size:
         assert weights.layout.regions[1].length == size
@@ -95,14 +109,14 @@ def test_all_else_that_the_layout_says_stays_beside_the_staging() -> None:
         quantization="fp8",
         left_out=(LeftOut("unwritten", "a buffer", ("cache",), 1),),
     )
-    told = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU))).layout
+    told = LiveWeights(live, CPU, landing_arenas(4096, CPU)).layout
     assert structs.replace(told, regions=told.regions[:1], staging=-1) == live.layout
 
 
 @pytest.mark.usefixtures("recorder")
 def test_the_receiver_is_given_the_memory_under_the_members_name() -> None:
     live = model("norm")
-    weights = LiveWeights(live, CPU, tuple(staging_arenas(4096, CPU)))
+    weights = LiveWeights(live, CPU, landing_arenas(4096, CPU))
     weights.open(MEMBER, NixlSettings())
     receiver: Any = weights.receivers.current
     assert (receiver.memory.name, receiver.memory.layout) == ("a/1", weights.layout)
@@ -125,3 +139,125 @@ def test_receivers_learn_that_experts_have_moved() -> None:
     assert receiver.memory.name == "a/1"
     assert weights.digest() != before
     assert not weights.follow_experts(), "they have not moved again"
+
+
+# ------------------------------------------------------------------------------------------------- beside live memory
+class Beside(Recorder):
+    """A transport by which a version lands in the landing memory."""
+
+    lands_beside = True
+
+
+def copies(*places: tuple[int, int, int]) -> Matrix:
+    """First element, number of elements and place in the landing of each piece of the tensor."""
+    table = np.zeros((len(places), COPY_COLUMNS), np.int64)
+    for copy, (first, count, place) in zip(table, places, strict=True):
+        copy[[COPY_PEER, COPY_ROW, COPY_STAGED]] = 0, 0, place
+        shape = rows_of_box(first, count)
+        copy[COPY_BOX : COPY_BOX + len(shape)] = shape
+    return table
+
+
+def rows_of_box(first: int, count: int) -> list[int]:
+    """The box columns of one dimension, padded in front as rows are."""
+    padded = row(0, 0, 0, (first,), (count,), (2,))
+    box = np.asarray(padded)[3:].reshape(-1, 3)[:, :2]
+    return [int(value) for value in box.reshape(-1)]
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> tuple[Model, LiveWeights, Any]:
+    """Weights beside which NIXL would land a version, its halves in the other order."""
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(NixlSender, Beside))
+    live = model("norm")
+    weights = LiveWeights(live, CPU, landing_arenas(64, CPU), "copy", boundary=False)
+    weights.open(MEMBER, NixlSettings())
+    receiver: Any = weights.receivers.current
+    receiver.landed = copies((0, 4, 16), (4, 4, 0))
+    landing = receiver.memory.tensors[1]
+    landing.zero_()
+    landing[16:24] = torch.arange(100, 108, dtype=torch.uint8)
+    landing[:8] = torch.arange(108, 116, dtype=torch.uint8)
+    return live, weights, receiver
+
+
+def test_the_layout_says_how_versions_land(beside: tuple[Model, LiveWeights, Any]) -> None:
+    _, weights, receiver = beside
+    assert (weights.layout.lands, weights.layout.boundary) == ("copy", False)
+    assert receiver.memory.layout.lands == "copy", "by which NIXL knows what peers may reach"
+    assert not weights.swaps
+
+
+def test_what_has_landed_has_the_digest_that_live_memory_has_afterwards(
+    beside: tuple[Model, LiveWeights, Any],
+) -> None:
+    live, weights, receiver = beside
+    before = weights.digest()
+    landed = weights.landed(Version(1, 2))
+    assert landed != before
+    assert weights.digest() == before, "nothing was changed"
+    receiver.landed = copies((0, 4, 32), (4, 4, 40))  # another plan, by which nothing has landed yet
+    weights.take(Version(1, 2))
+    assert live.tensors[0].tolist() == list(range(100, 116))
+    assert live.refreshed == 1
+    assert weights.digest() == landed
+    assert receiver.story == ["opened"]
+
+
+def test_the_digest_of_what_has_landed_follows_the_plan(beside: tuple[Model, LiveWeights, Any]) -> None:
+    _, weights, receiver = beside
+    landed = weights.landed(Version(1, 2))
+    receiver.landed = copies((0, 4, 0), (4, 4, 16))
+    assert weights.landed(Version(1, 2)) != landed
+
+
+def test_a_plan_by_which_less_than_everything_lands_is_no_version(beside: tuple[Model, LiveWeights, Any]) -> None:
+    _, weights, receiver = beside
+    receiver.landed = copies((0, 4, 16))
+    with pytest.raises(NotLanded, match="8 bytes land by the present plan, and this rank has 16"):
+        weights.landed(Version(1, 2))
+
+
+def test_by_a_transport_that_cannot_land_beside_the_weights_are_live(
+    beside: tuple[Model, LiveWeights, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, weights, _ = beside
+    monkeypatch.setitem(TRANSPORTS, FilesystemSettings, Transport(NixlSender, Recorder))
+    weights.open(MEMBER, FilesystemSettings("/runs/a"))
+    assert weights.layout.lands == "live"
+    weights.open(MEMBER, NixlSettings())
+    assert weights.layout.lands == "copy"
+
+
+@dataclass
+class Paged(Model):
+    """Weights in two sets of pages: a flip exchanges what is in them."""
+
+    standby_tensors: tuple[torch.Tensor, ...] = ()
+
+    def flip(self) -> None:
+        for one, other in zip(self.tensors, self.standby_tensors, strict=True):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+
+
+@pytest.mark.usefixtures("recorder")
+def test_pages_are_written_and_digested_in_standby_and_flipped() -> None:
+    plain = model("norm")
+    other = host_arena(16)
+    other.copy_(torch.arange(100, 116, dtype=torch.uint8))
+    live = Paged(plain.layout, plain.tensors, standby_tensors=(other,))
+    weights = LiveWeights(live, CPU, landing_arenas(64, CPU), "flip")
+    weights.open(MEMBER, NixlSettings())
+    receiver: Any = weights.receivers.current
+    assert receiver.memory.tensors[0] is other, "bytes are brought to standby"
+    before, landed = weights.digest(), weights.landed(Version(1, 2))
+    assert before != landed
+    weights.take(Version(1, 2))
+    assert (weights.digest(), weights.landed(Version(1, 1))) == (landed, before)
+    assert weights.swaps
+    assert live.refreshed == 1, "what is derived is made of live memory alone"
+    receiver.memory.refresh()
+    assert live.refreshed == 1
+    assert receiver.story == ["opened", Version(1, 2), Version(1, 1)]

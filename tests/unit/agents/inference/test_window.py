@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.window import REMEMBERED_ROUNDS, Update, UpdateFailed, Windows
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -25,7 +26,7 @@ UPDATE = Update(ROUND, NEW, 60.0)
 TOLD = Update(ROUND, NEW, 60.0, exposes=True)
 
 EXPOSE = Expose(round=ROUND)
-VERIFY = Verify(round=ROUND, deadline_seconds=1.0)
+VERIFY = Verify(round=ROUND, version=NEW, deadline_seconds=1.0)
 COMMIT = Commit(round=ROUND, version=NEW)
 TORN = Abort(round=ROUND, torn=True, reason="a writer was lost")
 CLEAN = Abort(round=ROUND, torn=False, reason="an engine could not pause")
@@ -35,7 +36,7 @@ CLEAN = Abort(round=ROUND, torn=False, reason="an engine could not pause")
 class Worker:
     """A worker whose daemon answers by script: ``answers`` maps what the worker says to what it hears then."""
 
-    windows: Windows = field(default_factory=Windows)
+    windows: Windows = field(default_factory=lambda: Windows(Holdings()))
     said: list[Any] = field(default_factory=list)
     answers: dict[type, list[Any]] = field(default_factory=dict)
 
@@ -66,7 +67,7 @@ def after(worker: Worker, *answers: Any) -> Worker:
 
 
 def test_nothing_may_run_before_the_first_commit() -> None:
-    assert not Windows().may_run
+    assert not Holdings().may_run
 
 
 def test_a_committed_round_is_served() -> None:
@@ -74,15 +75,15 @@ def test_a_committed_round_is_served() -> None:
     worker.hold()
     assert worker.said[0] == ROUND
     assert isinstance(worker.said[1], Verified)
-    assert worker.said[2] == EngineStatus(applied=NEW) == worker.windows.status
-    assert worker.windows.may_run
+    assert worker.said[2] == EngineStatus(applied=NEW) == worker.windows.holdings.status
+    assert worker.windows.holdings.may_run
 
 
 def test_nothing_runs_inside() -> None:
     worker, seen = after(serving(), VERIFY, COMMIT), []
 
     def verify(order: Verify) -> Verified:
-        seen.append(worker.windows.may_run)
+        seen.append(worker.windows.holdings.may_run)
         return Worker.verify(worker, order)
 
     worker.verify = verify  # type: ignore[method-assign]
@@ -97,9 +98,9 @@ def test_an_abort_leaves_the_memory_as_the_daemon_says(word: Abort, torn: bool, 
     worker = after(serving(), word)
     with pytest.raises(UpdateFailed, match=reason):
         worker.hold()
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=torn)
-    assert worker.said[-1] == worker.windows.status
-    assert worker.windows.may_run is not torn
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=torn)
+    assert worker.said[-1] == worker.windows.holdings.status
+    assert worker.windows.holdings.may_run is not torn
 
 
 def test_torn_memory_is_not_mended_by_a_round_that_wrote_nothing() -> None:
@@ -109,7 +110,7 @@ def test_torn_memory_is_not_mended_by_a_round_that_wrote_nothing() -> None:
     again = Abort(round=RoundName(1, 9), torn=False, reason="given up")
     with pytest.raises(UpdateFailed):
         after(worker, again).hold(Update(RoundName(1, 9), NEW, 60.0))
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_torn_memory_is_repaired_by_a_committed_round() -> None:
@@ -117,7 +118,7 @@ def test_torn_memory_is_repaired_by_a_committed_round() -> None:
     with pytest.raises(UpdateFailed):
         worker.hold()
     after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 def test_the_deadline_tears_because_a_grant_may_have_been_given() -> None:
@@ -126,7 +127,7 @@ def test_the_deadline_tears_because_a_grant_may_have_been_given() -> None:
     worker.windows._clock = lambda: next(now)
     with pytest.raises(UpdateFailed, match="nothing was decided within 60 s"):
         worker.hold()
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_a_worker_that_never_said_quiesced_is_not_torn() -> None:
@@ -138,7 +139,7 @@ def test_a_worker_that_never_said_quiesced_is_not_torn() -> None:
 
     with pytest.raises(RuntimeError, match="the device is gone"):
         worker.hold(synchronise=fail)
-    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD)
     assert worker.said == [EngineStatus(applied=OLD)]
 
 
@@ -151,7 +152,7 @@ def test_a_worker_that_fails_later_is() -> None:
     worker.verify = fail  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
         worker.hold()
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_an_abort_before_the_entry_makes_the_call_fail_at_once() -> None:
@@ -160,7 +161,7 @@ def test_an_abort_before_the_entry_makes_the_call_fail_at_once() -> None:
     with pytest.raises(UpdateFailed, match="an engine could not pause"):
         worker.hold()
     assert worker.said == []
-    assert worker.windows.may_run
+    assert worker.windows.holdings.may_run
 
 
 @pytest.mark.parametrize("word", [VERIFY, COMMIT])
@@ -179,14 +180,14 @@ def test_words_about_another_round_or_version_let_nobody_out() -> None:
     ]
     worker = after(serving(), *stray, COMMIT)
     worker.hold()
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 def test_words_left_over_from_a_round_are_not_those_of_the_next() -> None:
     worker = after(serving(), COMMIT, TORN)
     worker.hold()
     after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 def test_a_repeated_call_gets_the_answer_of_the_first() -> None:
@@ -207,11 +208,11 @@ def test_a_late_abort_does_not_undo_a_commit() -> None:
     worker.hold()
     worker.windows.heard(TORN)
     worker.hold()
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 def test_ends_are_remembered_within_bounds() -> None:
-    windows = Windows()
+    windows = Windows(Holdings())
     for number in range(3 * REMEMBERED_ROUNDS):
         windows.heard(Abort(round=RoundName(1, number), torn=False, reason="never began"))
     assert len(windows._ended) == REMEMBERED_ROUNDS
@@ -224,10 +225,10 @@ def test_the_daemons_word_comes_from_another_thread() -> None:
     call = threading.Thread(target=worker.hold)
     call.start()
     assert inside.wait(10)
-    assert worker.windows.status.window == ROUND
+    assert worker.windows.holdings.status.window == ROUND
     worker.windows.heard(COMMIT)
     call.join(10)
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 # ---------------------------------------------------------------------------------------- told before anybody may write
@@ -243,8 +244,8 @@ def test_a_worker_whose_daemon_is_gone_before_any_grant_leaves_with_what_it_had(
     worker = abandoned(serving())
     with pytest.raises(UpdateFailed, match="the daemon is gone for longer than its lease, and nobody was granted"):
         worker.hold(TOLD)
-    assert worker.windows.status == EngineStatus(applied=OLD)
-    assert worker.windows.may_run
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD)
+    assert worker.windows.holdings.may_run
     assert worker.said == [ROUND, EngineStatus(applied=OLD)]
 
 
@@ -252,7 +253,7 @@ def test_once_exposed_it_waits_for_the_end_and_is_torn() -> None:
     worker = abandoned(serving(), EXPOSE)
     with pytest.raises(UpdateFailed, match=r"nothing was decided within 0\.01 s"):
         worker.hold(Update(ROUND, NEW, 0.01, exposes=True))
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
     assert worker.said == [ROUND, Exposed(round=ROUND), EngineStatus(applied=OLD, torn=True)]
 
 
@@ -260,14 +261,14 @@ def test_a_round_that_does_not_tell_exposes_with_quiesced() -> None:
     worker = abandoned(serving())
     with pytest.raises(UpdateFailed, match="nothing was decided"):
         worker.hold(Update(ROUND, NEW, 0.01))
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_the_deadline_does_not_tear_a_worker_that_was_never_exposed() -> None:
     worker = serving()
     with pytest.raises(UpdateFailed, match="nothing was decided"):
         worker.hold(Update(ROUND, NEW, 0.01, exposes=True))
-    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD)
 
 
 def test_a_whole_round_with_exposure() -> None:
@@ -276,7 +277,7 @@ def test_a_whole_round_with_exposure() -> None:
     exposed, again, verified = worker.said[1:4]
     assert exposed == again == Exposed(round=ROUND)
     assert isinstance(verified, Verified)
-    assert worker.windows.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
 
 
 def test_an_exposure_that_comes_after_the_worker_has_left_is_not_answered() -> None:
@@ -285,7 +286,7 @@ def test_an_exposure_that_comes_after_the_worker_has_left_is_not_answered() -> N
     with pytest.raises(UpdateFailed):
         worker.hold(TOLD)
     assert worker.windows.heard(EXPOSE) is None
-    assert worker.windows.status == EngineStatus(applied=OLD)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD)
     assert len(worker.said) == 2
 
 
@@ -295,13 +296,13 @@ def torn_after(*answers: Any, worker: Worker | None = None, update: Update = UPD
     worker = after(worker or serving(), *answers)
     with pytest.raises(UpdateFailed, match="nothing was decided"):
         worker.hold(Update(update.round, update.version, 0.05, update.exposes))
-    assert worker.windows.status.torn
+    assert worker.windows.holdings.status.torn
     return worker
 
 
 def test_a_commit_mends_what_was_verified_before_the_daemon_was_gone() -> None:
     worker = torn_after(VERIFY)
-    assert worker.windows.heard(COMMIT) == EngineStatus(applied=NEW) == worker.windows.status
+    assert worker.windows.heard(COMMIT) == EngineStatus(applied=NEW) == worker.windows.holdings.status
     worker.hold()  # the update call, if it is repeated, has succeeded
     assert worker.windows.heard(COMMIT) is None
 
@@ -320,7 +321,7 @@ def test_a_commit_mends_what_was_verified_before_the_daemon_was_gone() -> None:
 def test_nothing_else_does(said: list[Any], word: Any) -> None:
     worker = torn_after(*said)
     assert worker.windows.heard(word) is None
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_memory_that_could_not_be_verified_is_not_mended() -> None:
@@ -332,7 +333,7 @@ def test_memory_that_could_not_be_verified_is_not_mended() -> None:
     worker.verify = verify  # type: ignore[method-assign]
     torn_after(VERIFY, worker=worker)
     assert worker.windows.heard(COMMIT) is None
-    assert worker.windows.status.torn
+    assert worker.windows.holdings.status.torn
 
 
 def test_a_later_round_that_may_have_written_makes_the_old_digest_worthless() -> None:
@@ -340,7 +341,7 @@ def test_a_later_round_that_may_have_written_makes_the_old_digest_worthless() ->
     worker = torn_after(VERIFY)
     torn_after(worker=worker, update=again)
     assert worker.windows.heard(COMMIT) is None
-    assert worker.windows.status.torn
+    assert worker.windows.holdings.status.torn
 
 
 def test_a_later_round_in_which_nobody_was_granted_does_not() -> None:
@@ -362,40 +363,40 @@ def test_a_commit_of_an_earlier_round_mends_nothing_while_another_is_inside() ->
 
 def test_a_daemon_that_knows_that_nobody_was_granted_mends_whole_memory_only() -> None:
     worker = torn_after()
-    assert worker.windows.heard(CLEAN) == EngineStatus(applied=OLD) == worker.windows.status
+    assert worker.windows.heard(CLEAN) == EngineStatus(applied=OLD) == worker.windows.holdings.status
     torn = torn_after(VERIFY)
     torn_after(worker=torn, update=Update(RoundName(1, 9), NEW, 60.0))
     assert torn.windows.heard(Abort(round=RoundName(1, 9), torn=False, reason="nobody wrote")) is None
-    assert torn.windows.status.torn, "it was torn before that round"
+    assert torn.windows.holdings.status.torn, "it was torn before that round"
 
 
 # ---------------------------------------------------------------------------------------------------------------- holds
 def test_a_hold_is_kept_through_rounds_until_a_commit_or_its_end() -> None:
     worker = serving()
-    assert worker.windows.hold(True, "to look at it") == EngineStatus(applied=OLD, held=True)
-    assert worker.windows.held_because == "to look at it"
+    assert worker.windows.holdings.hold(True, "to look at it") == EngineStatus(applied=OLD, held=True)
+    assert worker.windows.holdings.held_because == "to look at it"
     with pytest.raises(UpdateFailed):
         after(worker, CLEAN).hold()
-    assert worker.windows.status == EngineStatus(applied=OLD, held=True)
-    assert worker.windows.may_run, "of its weights"
-    assert worker.windows.hold(False, "") == EngineStatus(applied=OLD)
-    worker.windows.hold(True, "again")
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, held=True)
+    assert worker.windows.holdings.may_run, "of its weights"
+    assert worker.windows.holdings.hold(False, "") == EngineStatus(applied=OLD)
+    worker.windows.holdings.hold(True, "again")
     after(worker, Commit(round=RoundName(1, 9), version=NEW)).hold(Update(RoundName(1, 9), NEW, 60.0))
-    assert worker.windows.status == EngineStatus(applied=NEW)
-    assert worker.windows.held_because == ""
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
+    assert worker.windows.holdings.held_because == ""
 
 
 def test_a_hold_that_comes_inside_a_round_leaves_the_window_open() -> None:
     worker = serving()
-    worker.tell = lambda word: worker.windows.hold(True, "now")  # type: ignore[method-assign]
+    worker.tell = lambda word: worker.windows.holdings.hold(True, "now")  # type: ignore[method-assign]
     seen: list[EngineStatus] = []
 
     def verify(order: Verify) -> Verified:
-        seen.append(worker.windows.status)
+        seen.append(worker.windows.holdings.status)
         return Worker.verify(worker, order)
 
     worker.verify = verify  # type: ignore[method-assign]
     with pytest.raises(UpdateFailed):
         worker.windows.serve_round(Update(ROUND, NEW, 0.05), lambda: worker.windows.heard(VERIFY), verify, worker.tell)
     assert seen == [EngineStatus(applied=OLD, window=ROUND, held=True)]
-    assert worker.windows.status == EngineStatus(applied=OLD, torn=True, held=True)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True, held=True)

@@ -31,7 +31,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Member, RoundName
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 MEMBER = Member("trainer", "", 0)
 
@@ -232,7 +232,7 @@ def test_only_the_present_plan_is_kept(agent: Alone, newer: str) -> None:
 
 
 def test_other_words_go_to_the_side(agent: Alone) -> None:
-    word = Verify(round=RoundName(1, 1), deadline_seconds=1.0)
+    word = Verify(round=RoundName(1, 1), version=Version(1, 1), deadline_seconds=1.0)
     agent.hears(welcome(1), word)
     assert agent.side.words == [word]
 

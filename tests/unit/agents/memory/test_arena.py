@@ -1,6 +1,7 @@
 """Arenas: real host memory, and a double of CUDA's runtime."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,41 @@ def test_an_impossible_size_is_an_error(size: int) -> None:
 def test_a_strided_tensor_is_no_region() -> None:
     with pytest.raises(MemoryPlacementError, match="no range"):
         arena.region_of(torch.zeros(4, 4)[:, :2])
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
+    """A GPU with room for 100 bytes; what torch makes of its memory is the object that holds it."""
+    library = FakeCudart(room=100)
+    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: library.log.append(("empty torch's cache",)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch, "as_tensor", lambda memory, device: memory)
+    return library
+
+
+def test_a_device_arena_is_freed_with_its_last_tensor(cudart: FakeCudart) -> None:
+    memory: Any = arena.device_arena(100, torch.device("cuda", 1))
+    address = 0x7F0000000001
+    assert memory.__cuda_array_interface__["data"] == (address, False)
+    assert cudart.log == [("malloc", 1, 100)]
+    del memory
+    gc.collect()
+    assert cudart.log == [("malloc", 1, 100), ("free", 1, address)]
+    assert cudart.device == 0, "the current device is the caller's"
+
+
+def test_without_room_torch_gives_back_what_it_has_cached_before_an_arena_is_refused(cudart: FakeCudart) -> None:
+    with pytest.raises(MemoryPlacementError, match="101 bytes on cuda:1, where 60 are free"):
+        arena.device_arena(101, torch.device("cuda", 1))
+    assert cudart.log == [("forget the error", 0), ("empty torch's cache",), ("forget the error", 0)]
+
+
+def test_a_device_arena_of_nothing_is_an_error(cudart: FakeCudart) -> None:
+    with pytest.raises(MemoryPlacementError, match="0 bytes"):
+        arena.device_arena(0, torch.device("cuda", 1))
+    assert cudart.log == []
 
 
 def test_a_device_arena_without_cuda_says_so() -> None:

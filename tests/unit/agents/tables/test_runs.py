@@ -140,13 +140,25 @@ def test_packing_fills_the_staging_bytes_in_the_order_of_the_box(case: Case) -> 
 
 @settings(deadline=None, max_examples=60)
 @given(cases(staged=True))
-def test_staged_copies_leave_as_they_lie(case: Case) -> None:
-    case.copies[:, 12] = 1
-    case.copies[:, 0] = 0
-    case.copies[:, 13] = 5000 + case.copies[:, 3]
-    table = tables.runs(case.copies, case.layout)
-    total = sum(size for *_, size in case.moves)
-    assert table.tolist() == ([[0, 2, 0, 1, 5000, total]] if total else [])
+def test_what_is_packed_is_no_run_and_worth_its_bytes(case: Case) -> None:
+    assert tables.runs(case.copies, case.layout).shape == (0, tables.RUN_COLUMNS)
+    assert tables.copied_bytes(case.copies, case.layout) == sum(size for *_, size in case.moves)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(staged=True))
+def test_what_has_landed_is_digested_where_it_lies_as_its_box(case: Case) -> None:
+    """The logical places are those of the copies' boxes, and each is read from where it is packed to."""
+    with pytest.MonkeyPatch.context() as patched:
+        module = types.ModuleType("weightsync.kernels.digest")
+        module.tensor_key = lambda name: int(name[1:])  # type: ignore[attr-defined]
+        patched.setitem(sys.modules, "weightsync.kernels.digest", module)
+        here = bytes_of_table(tables.digest_table(case.copies, case.layout))
+        there = bytes_of_table(tables.digest_table(case.copies, case.layout, landed=True))
+    # The same copy of a byte at both places: by pack_table, from where its row lies to where it is packed.
+    packed = {(a, b): (c, d) for a, b, c, d in bytes_of_table(tables.pack_table(case.copies, case.layout))}
+    if len(packed) == len(here):  # else copies overlap in their rows
+        assert sorted((*packed[a, b], key, place) for a, b, key, place in here) == there
 
 
 @pytest.fixture
@@ -214,13 +226,20 @@ def one_row() -> tuple[Layout, list[int]]:
 
 @pytest.mark.parametrize(
     ("column", "value", "words"),
-    [(10, 1, "weird"), (11, 5, "weird"), (1, 1, "layout of 1 rows"), (1, -1, "layout of 1 rows"), (3, 0, "no staging")],
+    [(10, 1, "weird"), (11, 5, "weird"), (1, 1, "layout of 1 rows"), (1, -1, "layout of 1 rows")],
 )
 def test_copies_that_do_not_fit_are_refused(column: int, value: int, words: str) -> None:
     layout, copy = one_row()
     copy[column] = value
     with pytest.raises(tables.RunTableError, match=words):
         tables.runs(np.array([copy]), layout)
+
+
+def test_what_is_packed_needs_a_ring() -> None:
+    layout, copy = one_row()
+    copy[3] = 0
+    with pytest.raises(tables.RunTableError, match="no staging"):
+        tables.pack_table(np.array([copy]), layout)
 
 
 def test_a_table_of_another_width_is_refused() -> None:

@@ -91,7 +91,7 @@ class Wire(Sender):
         self.stages.append(version)
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
     ) -> None:
         self.granted.append(members)
         if self.failure is not None and not self.late:

@@ -4,7 +4,7 @@ Everything else is real: slots, planner, tables, both sides of the agents, diges
 """
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,9 +13,12 @@ import msgspec
 import pytest
 import torch
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots
+from weightsync.agents.inference.holdings import Holdings
+from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
-from weightsync.agents.inference.weights import LiveWeights, staging_arenas
+from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Windows
+from weightsync.agents.tables.cargo import landed, plain_runs
 from weightsync.agents.tables.runs import (
     RUN_LENGTH,
     RUN_LOCAL_OFFSET,
@@ -29,6 +32,7 @@ from weightsync.agents.trainer.thread_side import TrainerSide, source_of
 from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share
+from weightsync.kernels.columns import DST_REGION
 from weightsync.kernels.copy import strided_copy
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.edges import Peer
@@ -60,28 +64,27 @@ class MemorySender(Sender):
         return {}
 
     async def write(
-        self, members: Sequence[Member], deadline_seconds: float, ended: Ended, groups: Collection[int] | None = None
+        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
     ) -> None:
         for member in members:
             if member in self._shares:
-                ended(self._copy(self._shares[member], groups))
+                ended(self._copy(self._shares[member]))
 
-    def _copy(self, share: Share, groups: Collection[int] | None) -> HandedOver:
-        arenas, there = self._memory.arenas, REACHABLE[share.peer.endpoint_name].tensors
-        strided_copy(arenas, arenas, pack_table(share.copies, self._memory.layout))
-        moved = 0
-        for run, group in zip(share.runs.tolist(), share.groups.tolist(), strict=True):
-            if groups is None or group in groups:
-                source = arenas[run[RUN_LOCAL_REGION]].narrow(0, run[RUN_LOCAL_OFFSET], run[RUN_LENGTH])
-                there[run[RUN_REMOTE_REGION]].narrow(0, run[RUN_REMOTE_OFFSET], run[RUN_LENGTH]).copy_(source)
-                moved += run[RUN_LENGTH]
-        return HandedOver(share.peer.member, moved)
+    def _copy(self, share: Share) -> HandedOver:
+        arenas, there, berth = self._memory.arenas, REACHABLE[share.peer.endpoint_name].tensors, share.peer.berth
+        for run in plain_runs(share.runs, berth).tolist():
+            source = arenas[run[RUN_LOCAL_REGION]].narrow(0, run[RUN_LOCAL_OFFSET], run[RUN_LENGTH])
+            there[run[RUN_REMOTE_REGION]].narrow(0, run[RUN_REMOTE_OFFSET], run[RUN_LENGTH]).copy_(source)
+        if berth is not None:  # what is packed goes to its place in the landing, which takes all of it
+            table = pack_table(share.copies, self._memory.layout)
+            table[:, DST_REGION] = 0
+            strided_copy(arenas, [there[berth.region].narrow(0, berth.offset, berth.bytes)], table)
+        return HandedOver(share.peer.member, share.bytes)
 
 
 class MemoryReceiver(Receiver):
     def __init__(self, memory: TargetMemory) -> None:
         self._memory = memory
-        self._copies = b""
 
     def open(self, settings: MemorySettings) -> None:
         REACHABLE[self._memory.name] = self._memory
@@ -90,14 +93,15 @@ class MemoryReceiver(Receiver):
         return self._memory.name, b""
 
     async def connect(self, connect: Connect) -> None:
-        self._copies = connect.copies
+        berths = [peer.berth for peer in connect.peers]
+        self.landed = landed(as_matrix(connect.copies, COPY_COLUMNS), berths)
 
     def renew(self, memory: TargetMemory) -> None:
-        self._memory, self._copies = memory, b""
+        self._memory, self.landed = memory, Receiver.landed
 
     def arrive(self, version: Version) -> None:
         tensors = self._memory.tensors
-        strided_copy(tensors, tensors, scatter_table(as_matrix(self._copies, COPY_COLUMNS), self._memory.layout))
+        strided_copy(tensors, tensors, scatter_table(self.landed, self._memory.layout))
         self._memory.refresh()
 
 
@@ -165,10 +169,14 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     targets = [Target.of("a", rank, 0) for rank in range(2)]
     models = {target.member: Model(target, []) for target in targets}
     live = {
-        member: LiveWeights(model, torch.device("cpu"), tuple(staging_arenas(staging, torch.device("cpu"))))
+        member: LiveWeights(model, torch.device("cpu"), landing_arenas(staging, torch.device("cpu")))
         for member, model in models.items()
     }
-    ranks = {member: InferenceSide(thread, member, weights_of, Windows()) for member, weights_of in live.items()}
+    ranks = {}
+    for member, weights_of in live.items():
+        holdings = Holdings()
+        shadow = ShadowRounds(holdings, weights_of, thread.say_once, lambda work: work())
+        ranks[member] = InferenceSide(thread, member, weights_of, Windows(holdings), shadow)
     for rank in ranks.values():
         rank.welcomed(welcome)
 
@@ -184,7 +192,9 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
         connect = Connect(
             fingerprint=part.fingerprint,
             root=plan.root,
-            peers=tuple(peers[peer] for peer in part.peers),
+            peers=tuple(
+                msgspec.structs.replace(peers[peer], berth=b) for peer, b in zip(part.peers, part.berths, strict=True)
+            ),
             copies=part.copies,
             expected_bytes=part.expected_bytes,
         )

@@ -1,178 +1,15 @@
 """The hold of the scheduler, on fakes with the shape of vLLM's engine core."""
 
-import enum
 import sys
-from collections.abc import Callable
 from queue import Queue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from engine_cores import DPEngineCore, EngineCore, PauseState, config, pretend_vllm, servable
 from weightsync.agents.inference import application
 from weightsync.agents.link.applicant import ApplicantError
-from weightsync.agents.vllm import gate, hold, lease
-
-
-class PauseState(enum.IntEnum):
-    UNPAUSED = 0
-    PAUSED_NEW = 1
-    PAUSED_ALL = 2
-
-
-class Scheduler:
-    def __init__(self) -> None:
-        self.pause_state = PauseState.UNPAUSED
-
-    def set_pause_state(self, state: PauseState) -> None:
-        self.pause_state = state
-
-
-class Worker:
-    """One worker process, with the order of calls that vLLM's worker enforces."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        status = SimpleNamespace(torn=False, applied=None, window=None)
-        self.agent = SimpleNamespace(may_run=False, status=status, held_because="", incarnation=100 + rank, lease=None)
-        self.weight_transfer_engine = SimpleNamespace(agent=self.agent)
-        self._weight_update_active = False
-        self.calls: list[str] = []
-        self.failure = ""
-
-    def start_weight_update(self, is_checkpoint_format: bool = False) -> None:
-        self.calls.append("start")
-        assert not self._weight_update_active
-        self._weight_update_active = True
-
-    def update_weights(self, update_info: Any) -> None:
-        self.calls.append("update")
-        if self.failure:
-            self._weight_update_active = False
-            raise RuntimeError(self.failure)
-
-    def finish_weight_update(self) -> str:
-        self.calls.append("finish")
-        self._weight_update_active = False
-        return f"finished {self.rank}"
-
-    def reload_weights(self) -> None:
-        self.calls.append("reload")
-
-
-class Executor:
-    """Reads answers rank by rank and stops at the first error, leaving the others queued, as vLLM's does."""
-
-    def __init__(self, ranks: int) -> None:
-        self.workers = [Worker(rank) for rank in range(ranks)]
-        self.queues: list[list[Any]] = [[] for _ in self.workers]
-
-    def collective_rpc(
-        self,
-        method: str | Callable[..., Any],
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        for worker, queue in zip(self.workers, self.queues, strict=True):
-            try:
-                if isinstance(method, str):
-                    queue.append(getattr(worker, method)(*args, **(kwargs or {})))
-                else:
-                    queue.append(method(worker, *args, **(kwargs or {})))
-            except Exception as error:
-                queue.append(error)
-        answers = []
-        for queue in self.queues:
-            answer = queue.pop(0)
-            if isinstance(answer, Exception):
-                raise RuntimeError(f"Worker failed with error '{answer}'")
-            answers.append(answer)
-        return answers
-
-
-class EngineCore:
-    def __init__(self, vllm_config: Any, ranks: int = 1) -> None:
-        self.vllm_config = vllm_config
-        self.model_executor = Executor(ranks)
-        self._initialize_kv_caches(vllm_config)
-        self.scheduler = Scheduler()
-        self.slept: list[int] = []
-        self.batch_queue: list[Any] = []
-
-    def _initialize_kv_caches(self, vllm_config: Any) -> None: ...
-
-    def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> None:
-        self.scheduler.set_pause_state(PauseState.PAUSED_ALL if mode == "keep" else PauseState.PAUSED_NEW)
-
-    def resume_scheduler(self) -> None:
-        self.scheduler.set_pause_state(PauseState.UNPAUSED)
-
-    def is_scheduler_paused(self) -> bool:
-        return self.scheduler.pause_state != PauseState.UNPAUSED
-
-    def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        self.slept.append(level)
-
-    def wake_up(self) -> None:
-        self.resume_scheduler()
-
-    def collective_rpc(self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
-        return self.model_executor.collective_rpc(method, timeout, args, kwargs)
-
-
-class StepGroup:
-    """Stands for the process group of data-parallel ranks in step; ``others`` is what the peers contribute."""
-
-    data_parallel_index = 0
-
-    def __init__(self, others: bool) -> None:
-        self.others = others
-        self.met: list[bool] = []
-
-    def has_unfinished_dp(self, group: Any, own: bool) -> bool:
-        assert group is self
-        self.met.append(own)
-        return own or self.others
-
-
-class DPEngineCore(EngineCore):
-    def __init__(self, vllm_config: Any, ranks: int = 1) -> None:
-        self.pending_pause = False
-        self.ignore_start_dp_wave = False
-        self.engines_running = False
-        self.dp_group = vllm_config.parallel_config
-        super().__init__(vllm_config, ranks)
-
-
-def config(backend: str | None = "weightsync", peers_refuse: bool = False) -> Any:
-    transfer = None if backend is None else SimpleNamespace(backend=backend)
-    return SimpleNamespace(weight_transfer_config=transfer, parallel_config=StepGroup(peers_refuse))
-
-
-@pytest.fixture
-def core_class(monkeypatch: pytest.MonkeyPatch) -> type[EngineCore]:
-    """A fresh engine core class in the place of vLLM's, with the hold installed twice."""
-    fresh = type("EngineCore", (EngineCore,), {"_initialize_kv_caches": EngineCore._initialize_kv_caches})
-    _pretend_vllm(monkeypatch, fresh)
-    hold.install()
-    hold.install()
-    return fresh
-
-
-def _pretend_vllm(monkeypatch: pytest.MonkeyPatch, core: type[Any]) -> None:
-    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched", "vllm.v1.engine"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    interface = ModuleType("vllm.v1.core.sched.interface")
-    interface.PauseState, interface.SchedulerInterface = PauseState, Scheduler  # type: ignore[attr-defined]
-    engine = ModuleType("vllm.v1.engine.core")
-    engine.EngineCore = core  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    monkeypatch.setitem(sys.modules, engine.__name__, engine)
-
-
-def servable(core: EngineCore, yes: bool = True) -> None:
-    for worker in core.model_executor.workers:
-        worker.agent.may_run = yes
+from weightsync.agents.vllm import gate, hold, lease, workers
 
 
 def start_and_update(core: EngineCore) -> None:
@@ -248,7 +85,7 @@ def test_sleep_that_moves_weights_is_refused(core_class: type[EngineCore]) -> No
 
 def test_without_hooks_nothing_is_installed_and_a_chosen_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = type("EngineCore", (), {"__init__": lambda self: None})
-    _pretend_vllm(monkeypatch, bare)
+    pretend_vllm(monkeypatch, bare)
     hold.install()
     assert not hasattr(bare, "_initialize_kv_caches")
     with pytest.raises(hold.HoldUnavailable, match=r"EngineCore\.resume_scheduler"):
@@ -256,7 +93,7 @@ def test_without_hooks_nothing_is_installed_and_a_chosen_engine_refuses(monkeypa
 
 
 def test_an_engine_core_that_cannot_be_imported_is_a_missing_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend_vllm(monkeypatch, EngineCore)
+    pretend_vllm(monkeypatch, EngineCore)
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
     hold.install()
     with pytest.raises(hold.HoldUnavailable):
@@ -282,9 +119,9 @@ def test_a_resume_that_names_the_processes_is_obeyed(core_class: type[EngineCore
 @pytest.mark.parametrize(
     ("means", "reason"),
     [
-        ({"0": 100, "1": 55}, "not servable: rank 1: it is incarnation 101, and the resume means 55$"),
-        ({"0": 100}, "rank 1: it is incarnation 101, and the resume means nobody"),
-        ({"0": 0, "1": 0}, "rank 0: it is incarnation 100, and the resume means 0; rank 1"),
+        ({"0": 100, "1": 55}, "not servable: rank 1: it is incarnation 101, and the call means 55$"),
+        ({"0": 100}, "rank 1: it is incarnation 101, and the call means nobody"),
+        ({"0": 0, "1": 0}, "rank 0: it is incarnation 100, and the call means 0; rank 1"),
     ],
 )
 def test_a_process_that_is_not_meant_refuses(core_class: type[EngineCore], means: object, reason: str) -> None:
@@ -297,7 +134,7 @@ def test_a_process_that_is_not_meant_refuses(core_class: type[EngineCore], means
 
 
 def test_a_restarted_process_says_both_reasons(core_class: type[EngineCore]) -> None:
-    with pytest.raises(gate.NotServable, match="rank 0: it is incarnation 100, and the resume means 7; no version has"):
+    with pytest.raises(gate.NotServable, match="rank 0: it is incarnation 100, and the call means 7; no version has"):
         resume(core_class(config()), {"0": 7})
 
 
@@ -480,7 +317,7 @@ def test_a_failed_update_names_every_rank_and_keeps_them_in_step(core_class: typ
     core = core_class(config(), ranks=3)
     for worker in core.model_executor.workers[1:]:
         worker.failure = f"broken {worker.rank}"
-    with pytest.raises(hold.WorkersFailed, match=r"2 of 3 workers: rank 1: .*broken 1; rank 2: .*broken 2"):
+    with pytest.raises(workers.WorkersFailed, match=r"2 of 3 workers: rank 1: .*broken 1; rank 2: .*broken 2"):
         start_and_update(core)
     assert core.model_executor.queues == [[], [], []]
     start_and_update_again(core)
@@ -573,7 +410,7 @@ def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCo
     core = core_class(config(), ranks=2)
     servable(core)
     core.model_executor.queues[1].append(gate.WorkerReport("an earlier question", 1, "", False))
-    with pytest.raises(hold.OutOfStep, match="restart"):
+    with pytest.raises(workers.OutOfStep, match="restart"):
         core.resume_scheduler()
     assert core.is_scheduler_paused()
 

@@ -222,7 +222,7 @@ def test_who_was_left_out_waits_for_the_end_of_the_round(drive: Any) -> None:
     fleet.durable()
     fleet.settle()
     going = (fleet.stage(2), fleet.settle(), fleet.to(Phase.QUIESCING))[2]
-    fleet.fails("e1", Call.SWITCH)
+    fleet.fails("e1", Call.UPDATE)
     assert wish(fleet.fleet, "e1")[0] is Wish.AS_IT_IS
     fleet.happens(AbortAsked(fleet.id(), "ann", ""))
     assert fleet.fleet.round is not going

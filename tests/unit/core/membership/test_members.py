@@ -222,7 +222,7 @@ def test_a_worker_that_enters_a_round_that_is_over_is_let_out_at_once(drive: Any
     """The update call reached it late."""
     fleet = drive()
     going = fleet.to(Phase.QUIESCING)
-    fleet.fails("e0", Call.SWITCH, "timed out")
+    fleet.fails("e0", Call.UPDATE, "timed out")
     assert fleet.fleet.round is None
     before = len(fleet.sent(ENGINE, Abort))
     fleet.says(ENGINE, Quiesced(round=going.name))

@@ -200,7 +200,7 @@ def test_who_is_torn_is_repaired_by_another_attempt_all_the_same(
     assert [round.fault for round in ended(fleet)] == [fault]
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(torn=True)))
-    fleet.fails("e0", Call.SWITCH, "aborted")
+    fleet.fails("e0", Call.UPDATE, "aborted")
     fleet.settle()
     for attempt in (2, 3):
         fleet.passes(1000.0)

@@ -36,7 +36,7 @@ def leaves(fleet: Any, going: Any, engine: str, **status: Any) -> None:
     """Every worker of the engine leaves the update call, and the call ends."""
     for member in fleet.ranks_of(engine):
         fleet.says(member, Left(round=going.name, status=EngineStatus(**status)))
-    fleet.fails(engine, Call.SWITCH, "aborted")
+    fleet.fails(engine, Call.UPDATE, "aborted")
 
 
 def test_agents_get_the_shorter_deadline(drive: Any) -> None:
@@ -183,7 +183,7 @@ def test_the_same_bytes_are_known_across_a_restart_of_the_daemon(drive: Any) -> 
     again = drive(records=fleet.written())
     again.connect(TRAINER)
     digests = {"e0/0": f"{11:016x}{13:016x}", "e0/1": f"{11:016x}{13:016x}"}
-    assert again.fleet.memory.held == {member: (Version(7, 1), digest) for member, digest in digests.items()}
+    assert again.fleet.memory.held == {member: ((Version(7, 1), digest),) for member, digest in digests.items()}
 
 
 def test_the_same_version_again_is_no_repetition(drive: Any) -> None:
@@ -194,7 +194,7 @@ def test_the_same_version_again_is_no_repetition(drive: Any) -> None:
     fleet.digest = (12, 13)
     fleet.to(Phase.DECIDING)
     held = dict(fleet.fleet.memory.held)
-    assert {version for version, _ in held.values()} == {Version(7, 2)}, "as the journal was told"
+    assert {newest[0] for newest, *_ in held.values()} == {Version(7, 2)}, "as the journal was told"
     turn = Turn(fleet.fleet, fleet.now, 0)
     entry.decide(turn, fleet.round)
     assert not [command for command in turn.commands if isinstance(command, Say)]

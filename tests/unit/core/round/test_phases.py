@@ -176,6 +176,6 @@ def test_a_round_without_trouble_commands_each_step_once(drive: Any) -> None:
     fleet.to(Phase.RECORDING)
     fleet.durable()
     calls = [c.call for c in fleet.commands if isinstance(c, CallEngine) and c.round is not None]
-    assert calls == [Call.PAUSE, Call.SWITCH, Call.FINISH, Call.RESUME]
+    assert calls == [Call.PAUSE, Call.UPDATE, Call.FINISH, Call.RESUME]
     records = [type(c.record).__name__ for c in fleet.commands if isinstance(c, Append)]
     assert records == ["EpochBegan", "TrainerBegan", "RoundBegan", "LiveDirty", "Decided", "Committed", "RoundEnded"]

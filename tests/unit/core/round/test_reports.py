@@ -137,8 +137,8 @@ def test_the_record_of_a_round_that_is_over_completes_no_other(drive: Any) -> No
 # ---------------------------------------------------------------------------------------------------------- left out
 BAD = [
     (Phase.PAUSING, lambda fleet: fleet.fails("e0", Call.PAUSE), "e0: pause failed: 500"),
-    (Phase.QUIESCING, lambda fleet: fleet.fails("e0", Call.SWITCH), "e0: switch failed: 500"),
-    (Phase.QUIESCING, lambda fleet: fleet.answers("e0", Call.SWITCH), "e0 ended its update call before the round did"),
+    (Phase.QUIESCING, lambda fleet: fleet.fails("e0", Call.UPDATE), "e0: update failed: 500"),
+    (Phase.QUIESCING, lambda fleet: fleet.answers("e0", Call.UPDATE), "e0 ended its update call before the round did"),
     (
         Phase.VERIFYING,
         lambda fleet: fleet.says(ENGINE, fleet.verified(error="bad HBM")),
@@ -186,7 +186,7 @@ def finish(fleet: Any, going: Any, *engines: str) -> None:
     for name in engines:
         for member in fleet.ranks_of(name):
             fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-        fleet.answers(name, Call.SWITCH)
+        fleet.answers(name, Call.UPDATE)
         fleet.answers(name, Call.FINISH)
         fleet.answers(name, Call.RESUME, False)
     fleet.durable()
@@ -259,11 +259,11 @@ def test_who_is_left_out_while_writers_write_is_written_to_no_more(drive: Any) -
 def test_a_decision_needs_enough_engines(drive: Any) -> None:
     fleet = drive(("e0", "e1", "e2"), options={"min_engines": 2})
     going = fleet.to(Phase.QUIESCING)
-    fleet.fails("e0", Call.SWITCH)
+    fleet.fails("e0", Call.UPDATE)
     assert fleet.fleet.round is going
-    fleet.fails("e1", Call.SWITCH)
+    fleet.fails("e1", Call.UPDATE)
     assert fleet.fleet.round is None
-    assert going.reason == "e1: switch failed: 500; 1 engines are left and a commit needs 2"
+    assert going.reason == "e1: update failed: 500; 1 engines are left and a commit needs 2"
     for member in fleet.ranks_of("e2"):
         assert [abort.torn for abort in fleet.sent(member, Abort)] == [False]
 
@@ -389,7 +389,7 @@ def test_nor_is_one_whose_layout_has_changed(drive: Any, member: Member, left: l
 def serve(fleet: Any, going: Any, name: str) -> None:
     for member in fleet.ranks_of(name):
         fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-    fleet.answers(name, Call.SWITCH)
+    fleet.answers(name, Call.UPDATE)
     fleet.answers(name, Call.FINISH)
 
 
@@ -427,7 +427,7 @@ def test_a_call_that_fails_then_costs_its_engine_only_its_place(drive: Any, call
     for name in ("e0", "e1"):
         for member in fleet.ranks_of(name):
             fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-        fleet.answers(name, Call.SWITCH)
+        fleet.answers(name, Call.UPDATE)
     fleet.answers("e0", Call.FINISH)
     if call is Call.RESUME:
         fleet.answers("e1", Call.FINISH)
@@ -443,7 +443,7 @@ def test_the_answer_of_the_update_call_may_be_lost(drive: Any) -> None:
     going = fleet.to(Phase.SWITCHING)
     for member in fleet.ranks_of():
         fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-    fleet.fails("e0", Call.SWITCH, "timed out")
+    fleet.fails("e0", Call.UPDATE, "timed out")
     assert going.remaining() == ["e0"]
     assert fleet.called("e0", Call.FINISH) == 1
 
@@ -461,7 +461,7 @@ def test_what_is_decided_is_committed_though_no_engine_is_left(drive: Any) -> No
     for name in ("e0", "e1"):  # they come out of it later, and are let serve
         for member in fleet.ranks_of(name):
             fleet.says(member, Left(round=going.name, status=EngineStatus(applied=going.version)))
-        fleet.answers(name, Call.SWITCH)
+        fleet.answers(name, Call.UPDATE)
         fleet.passes(fleet.policy.probe_interval)
         assert fleet.called(name, Call.RESUME) == 1
 

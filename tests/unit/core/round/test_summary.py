@@ -47,7 +47,8 @@ def test_times_of_a_round(drive: Any) -> None:
     assert ended.times == {
         "pausing": 1.0, "quiescing": 0.0, "marking": 0.0, "exposing": 0.0, "writing": 3.0, "verifying": 0.5,
         "deciding": 0.0, "switching": 1.5, "applying": 0.25, "recording": 0.0, "stall": 6.0, "http": 2.76, "total": 6.0,
-        "wire": 0.2, "apply": 0.25, "digest": 0.25, "convert": 0.1, "slot_digest": 0.1,
+        "wire": 0.2, "apply": 0.25, "digest": 0.25, "convert": 0.1, "slot_digest": 0.1, "switch": 0.0, "audit": 0.0,
+        "skew": 1.0,
     }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import pytest
 from fleets import policy_for
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import Committed
+from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.overview import Overview, left_out_of
 from weightsync.orchestrator.daemon.admin.views import LeftOutView, TrainerView, VersionView

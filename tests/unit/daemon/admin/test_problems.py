@@ -5,7 +5,8 @@ from typing import Any
 from fleets import ANNOUNCE, policy_for, rank, trainer
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
-from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round, Unclosed
+from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -87,7 +88,7 @@ def test_an_engine_that_came_back_after_its_trainer_went_needs_a_publish() -> No
     assert problem.fix == PUBLISH_FIRST
     staged = Staged(version=VERSION, bytes=0, convert_seconds=0.0, digest_seconds=0.0)
     enter(fleet, trainer(), staged=staged)
-    fleet.memory.done[VERSION] = None
+    fleet.memory.done[VERSION] = 1
     fleet.generation = 7
     (problem,) = found(fleet)
     assert problem.what.startswith(f"e1: answers nobody: it has not got {VERSION} yet, and waits for ")

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from fleets import ANNOUNCE, policy_for, rank
 from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.daemon.admin.readiness import readiness
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello

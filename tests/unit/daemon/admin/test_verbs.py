@@ -15,16 +15,19 @@ from weightsync.orchestrator.core.events import (
     HoldAsked,
     MaintenanceAsked,
     RetryAsked,
+    RollbackAsked,
 )
 from weightsync.orchestrator.core.machine import start
-from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round, Unclosed
+from weightsync.orchestrator.core.round import rollback
+from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.verbs import VERBS, Order, VerbRefused, Verbs
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
-NAME, VERSION = RoundName(1, 4), Version(7, 1)
+NAME, VERSION, NEWER = RoundName(1, 4), Version(7, 1), Version(7, 2)
 
 
 class Desk:
@@ -97,6 +100,9 @@ async def test_each_verb(desk: Desk, verb: str, target: str, event: type[Asked],
         ("abort", "e0", 404, "this verb has no target, got 'e0'"),
         ("maintenance", "maybe", 404, "maintenance is on or off, not 'maybe'"),
         ("declare-dead", "trainer/9", 404, "no grant of 'trainer/9' is open; writers with one are: none"),
+        ("rollback", "last", 404, "a rollback is to a step's number, or to the version before; got 'last'"),
+        ("rollback", "9" * 30, 404, f"a rollback is to a step's number, or to the version before; got '{'9' * 30}'"),
+        ("rollback", "4", 409, "no rollback: nothing is committed yet"),
         ("explode", "", 404, f"there is no verb 'explode'; verbs are: {', '.join(VERBS)}"),
     ],
 )
@@ -115,13 +121,46 @@ async def test_what_does_not_exist_is_refused_by_name_and_in_the_audit_log(
     ("state", "says"),
     [
         ({}, "is given up before anything was written"),
-        ({"granted": True}, "its engines may be torn and stay paused"),
+        ({"granted": True}, "e0 may be torn and stay paused until another repairs them"),
         ({"granted": True, "live": ("e0",)}, "is decided and goes on"),
     ],
 )
 async def test_what_an_abort_does_depends_on_how_far_the_round_is(desk: Desk, state: Any, says: str) -> None:
     desk.begin(**state)
     assert says in await desk.says("abort")
+
+
+async def test_an_abort_tears_no_engine_that_lands_elsewhere(desk: Desk) -> None:
+    desk.begin(granted=True, engines={"e0": Progress("copy")})
+    assert "given up; its engines go on with what they have" in await desk.says("abort")
+
+
+async def test_an_engine_that_serves_in_a_round_is_held_at_once(desk: Desk) -> None:
+    desk.begin(engines={"e0": Progress("flip", serves_on=True)})
+    assert await desk.says("hold", "e0") == "e0 is paused now, and takes part in no round until it is released"
+
+
+@pytest.mark.parametrize(("target", "step"), [("", None), ("42", 42)])
+async def test_a_rollback_says_who_goes_where(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, target: str, step: int | None
+) -> None:
+    asked: list[int | None] = []
+
+    def found(fleet: Fleet, wanted: int | None) -> rollback.Rollback:
+        asked.append(wanted)
+        return rollback.Rollback(VERSION, ["e0"])
+
+    monkeypatch.setattr(rollback, "found", found)
+    desk.fleet.memory.committed = NEWER
+    others = "e1 serve nothing until they have it or another version is published"
+    says = f"e0 switch back from {NEWER} to {VERSION}; {others}"
+    assert await desk.says("rollback", target, reason="riddles", by="ann") == says
+    (event,) = desk.events
+    assert isinstance(event, RollbackAsked)
+    assert (event.step, event.reason) == (step, "riddles")
+    assert set(asked) == {step}
+    (line,) = desk.audit()
+    assert (line["verb"], line["target"], line["result"]) == ("rollback", target, says)
 
 
 async def test_a_hold_says_when_it_takes_effect_and_for_whom(desk: Desk) -> None:

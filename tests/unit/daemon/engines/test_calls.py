@@ -11,7 +11,7 @@ from weightsync.orchestrator.core.policy import AGENT_SHARE
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineRefused
-from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, RoundUpdate, Switch, Switched
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
@@ -36,7 +36,7 @@ class Client:
             self.calls.append((name, *args))
             if self.behaviour is not None and name != "close":
                 await self.behaviour()
-            return name == "is_paused"
+            return Switched(False, 0.25) if name == "switch" else name == "is_paused"
 
         return call
 
@@ -95,7 +95,8 @@ engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
         (Call.PROBE, ["probe", "is_paused"], True),
         (Call.ATTACH, ["attach"], None),
         (Call.PAUSE, ["pause"], True),
-        (Call.SWITCH, ["switch"], True),
+        (Call.UPDATE, ["update"], True),
+        (Call.SWITCH, ["switch"], False),
         (Call.FINISH, ["finish"], True),
         (Call.RESUME, ["resume"], False),
     ],
@@ -108,6 +109,14 @@ async def test_each_call_asks_its_methods(desk: Desk, call: Call, methods: list[
     assert all(arguments[-1] == 5.0 for _, *arguments in desk.client.calls), "the command's deadline, and no other"
 
 
+async def test_a_switch_names_the_processes_and_says_how_long_it_took(desk: Desk) -> None:
+    report = await desk.performs(Call.SWITCH, 100.0)
+    means = {0: 55, 1: 66}
+    assert desk.client.calls == [("switch", Switch(NAME, VERSION, means, 100.0 * AGENT_SHARE), 100.0)]
+    assert isinstance(report, CallDone)
+    assert report.switch_seconds == 0.25
+
+
 async def test_agents_are_told_where_to_go(desk: Desk, tmp_path: Path) -> None:
     await desk.performs(Call.ATTACH)
     hub = HubAddress("ws://127.0.0.1:7000/agents", str(tmp_path / "token"), "glm")
@@ -115,8 +124,8 @@ async def test_agents_are_told_where_to_go(desk: Desk, tmp_path: Path) -> None:
 
 
 async def test_the_switch_names_the_round_and_ends_before_the_daemon_gives_up(desk: Desk) -> None:
-    await desk.performs(Call.SWITCH, 100.0)
-    assert desk.client.calls == [("switch", Switch(NAME, VERSION, 100.0 * AGENT_SHARE), 100.0)]
+    await desk.performs(Call.UPDATE, 100.0)
+    assert desk.client.calls == [("update", RoundUpdate(NAME, VERSION, 100.0 * AGENT_SHARE), 100.0)]
     assert 0 < AGENT_SHARE < 1
 
 
@@ -131,7 +140,7 @@ async def test_the_resume_names_the_processes_that_it_means(desk: Desk) -> None:
 
 
 async def test_the_pause_says_what_becomes_of_the_cache(desk: Desk) -> None:
-    assert (desk.client.setup.pause_mode, desk.client.setup.clear_cache) == ("keep", True)
+    assert (desk.client.setup.pause_mode, desk.client.setup.cache) == ("keep", "recompute")
 
 
 async def test_an_engine_that_refuses_is_a_report(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFacts, EngineSetup
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS
 
-METHODS = ("probe", "attach", "pause", "switch", "finish", "resume", "is_paused", "close")
+METHODS = ("probe", "attach", "pause", "update", "switch", "finish", "resume", "is_paused", "close")
 
 
 def test_the_life_of_a_client_is_these_methods() -> None:
@@ -29,7 +29,7 @@ def test_no_deadline_has_a_default() -> None:
 
 
 def test_a_key_is_not_shown() -> None:
-    assert "k3y" not in repr(EngineSetup("a", "http://h", "k3y", "keep", True))
+    assert "k3y" not in repr(EngineSetup("a", "http://h", "k3y", "keep", "recompute"))
 
 
 def test_notes_are_optional() -> None:

@@ -32,9 +32,9 @@ def test_a_client_gets_its_part_of_the_settings(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(kinds.CLIENTS, "abacus", Abacus)  # type: ignore[arg-type]
     (tmp_path / "key").write_text("k3y\n")
     engine = EngineSection(name="a", kind="abacus", url="http://h:1", api_key_file=tmp_path / "key")
-    client = client_of(engine, PauseSection(mode="wait", clear_cache=False))
+    client = client_of(engine, PauseSection(mode="wait", cache="drop"))
     assert isinstance(client, Abacus)
-    assert client.setup == EngineSetup("a", "http://h:1", "k3y", "wait", False)
+    assert client.setup == EngineSetup("a", "http://h:1", "k3y", "wait", "drop")
     assert "k3y" not in repr(client.setup)
 
 

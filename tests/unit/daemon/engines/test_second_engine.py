@@ -24,11 +24,18 @@ from weightsync.orchestrator.core.records import Committed, decode_record
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured
 from weightsync.orchestrator.daemon.engines.http import EngineHttp
-from weightsync.orchestrator.daemon.engines.interface import EngineFacts, EngineSetup, HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import (
+    EngineFacts,
+    EngineSetup,
+    HubAddress,
+    RoundUpdate,
+    Switch,
+    Switched,
+)
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.edges import PeerTransfer
-from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.layout import Lands, Layout, Region, Tensor, row
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import decode_manifest, encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import (
@@ -53,7 +60,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
     Welcome,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -65,11 +72,14 @@ INCARNATION = 2**62 + 1
 OLD, NEW = b"\x01" * 128, bytes(range(128))
 
 
-def layout(base: int) -> Layout:
-    """One tensor of 8 × 8 bfloat16, dense, at address ``base``."""
+def layout(base: int, lands: Lands = "live") -> Layout:
+    """One tensor of 8 × 8 bfloat16, dense, at address ``base``; in mode ``copy`` with 64 KiB for what arrives."""
     box = row(0, 0, 0, (0, 0), (8, 8), (16, 2))
     rows = np.asarray([box], dtype="<i8").tobytes()
-    return Layout((Tensor("w", "bfloat16", (8, 8)),), (Region(base, len(NEW)),), rows)
+    tensors, weights = (Tensor("w", "bfloat16", (8, 8)),), Region(base, len(NEW))
+    if lands == "live":
+        return Layout(tensors, (weights,), rows)
+    return Layout(tensors, (weights, Region(base + (1 << 20), 1 << 16)), rows, staging=1, lands=lands)
 
 
 def digest(data: bytes) -> Digest:
@@ -79,9 +89,15 @@ def digest(data: bytes) -> Digest:
 
 # ---------------------------------------------------------------------------------------------------------- the engine
 class OneProcess:
-    """A server whose scheduler is its only rank. Held from its start; it runs steps while ``paused`` is false."""
+    """A server whose scheduler is its only rank. Held from its start; it runs steps while ``paused`` is false.
 
-    def __init__(self) -> None:
+    In mode ``copy`` what arrives lands beside its weights, and is what stands by until the server is asked to switch.
+    """
+
+    def __init__(self, lands: Lands = "live") -> None:
+        self.lands = lands
+        self.landing = b""
+        self.standby: Version | None = None
         self.paused, self.weights, self.weight_version = True, OLD, "default"
         self.asked: list[tuple[str, Any]] = []
         self.ran_with: set[bytes] = set()
@@ -110,29 +126,51 @@ class OneProcess:
                 if self.agent is None:
                     self.agent = ControlClient(body["url"], Path(body["token_file"]), self.hello, self.hear)
                     self.running = asyncio.create_task(self.agent.run())
-            case "/weightsync/switch":
+            case "/weightsync/update":
                 assert self.agent is not None
                 assert self.paused, "a window opens between two steps"
                 self.window, self.left = RoundName(*body["round"]), loop.create_future()
                 self.agent.send(Quiesced(round=self.window))
                 return web.Response(status=200 if await self.left else 500)
+            case "/weightsync/switch":
+                assert self.agent is not None
+                assert self.standby == VERSION
+                self.weights, self.applied, self.standby = self.landing, self.standby, None
+                self.weight_version = body["step"]
+                self.agent.send(Left(round=RoundName(*body["round"]), status=self.status))
+                return web.json_response({"paused": self.paused, "seconds": 0.001})
         return web.json_response({"status": "sent"})
 
+    @property
+    def status(self) -> EngineStatus:
+        told = digest(self.landing) if self.standby is not None else NO_BYTES
+        return EngineStatus(self.applied, self.window, standby=self.standby, standby_digest=told)
+
+    def arrives(self, data: bytes) -> None:
+        """A write."""
+        if self.lands == "copy":
+            self.landing = data
+        else:
+            assert self.paused
+            self.weights = data
+
     def hello(self) -> Hello:
-        status = EngineStatus(self.applied, self.window)
-        return Hello(schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=INCARNATION, engine=status)
+        return Hello(
+            schema=SCHEMA_VERSION, run_id="run", member=RANK, world=1, incarnation=INCARNATION, engine=self.status
+        )
 
     def hear(self, message: FromDaemon) -> None:
         assert self.agent is not None
         match message:
             case Welcome():
-                self.agent.send(Announce(layout=layout(1 << 30), endpoint_name="sg"))
+                self.agent.send(Announce(layout=layout(1 << 30, self.lands), endpoint_name="sg"))
             case Connect():
                 self.agent.send(Ready(fingerprint=message.fingerprint))
             case Expose():
                 self.agent.send(Exposed(round=message.round))
             case Verify():
-                found, size = digest(self.weights), len(self.weights)
+                found, size = digest(self.landing or self.weights), len(NEW)
+                self.standby = message.version if self.lands == "copy" else None
                 self.agent.send(
                     Verified(round=message.round, digest=found, bytes=size, apply_seconds=0.0, digest_seconds=0.0)
                 )
@@ -171,9 +209,14 @@ class OneProcessClient:
     async def pause(self, deadline: float) -> None:
         await self._post("/pause_generation", deadline, {"mode": self.MODES[self._setup.pause_mode]})
 
-    async def switch(self, switch: Switch, deadline: float) -> None:
+    async def update(self, update: RoundUpdate, deadline: float) -> None:
+        body = {"round": [update.round.epoch, update.round.number], "step": update.version.step}
+        await self._post("/weightsync/update", deadline, body)
+
+    async def switch(self, switch: Switch, deadline: float) -> Switched:
         body = {"round": [switch.round.epoch, switch.round.number], "step": switch.version.step}
-        await self._post("/weightsync/switch", deadline, body)
+        answer = await self._http.exchange("POST", "/weightsync/switch", deadline, body=body, idempotent=True)
+        return Switched(**json.loads(answer))
 
     async def finish(self, version: Version, deadline: float) -> None:
         await self._post("/update_weight_version", deadline, {"new_version": str(version.step)})
@@ -216,8 +259,7 @@ class Trainer:
                 self.agent.send(Staged(version=VERSION, bytes=len(NEW), convert_seconds=0.0, digest_seconds=0.0))
             case Grant():
                 assert message.members == (RANK,)
-                assert self.engine.paused
-                self.engine.weights = NEW
+                self.engine.arrives(NEW)
                 moved = PeerTransfer(RANK, len(NEW), 1, 0.001, digest(NEW))
                 self.agent.send(Closed(round=message.round, peers=(moved,)))
             case Outcome():
@@ -303,6 +345,24 @@ def _second_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the proof
 @pytest.mark.usefixtures("_second_kind")
+async def test_a_version_lands_beside_the_weights_of_another_engine(tmp_path: Path) -> None:
+    engine = OneProcess("copy")
+    async with served(engine) as url, daemon(settings_for(tmp_path, url)) as port:
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        step = tmp_path / "run" / "broadcasts" / "step_5"
+        step.mkdir(parents=True)
+        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+        outcome = await asyncio.wait_for(trainer.outcome, SECONDS)
+        view = await engine_view(port, lambda view: view["state"] == "serving")
+        await trainer.close()
+    assert (outcome.version, outcome.committed, outcome.sequence) == (VERSION, True, 1)
+    assert (view["version"]["step"], view["paused"], view["mode"], view["standby"]) == (5, False, "copy", None)
+    told = [path for path, _ in engine.asked if path not in ("/server_info", "/weightsync/attach")]
+    assert told == ["/pause_generation", "/weightsync/switch", "/continue_generation"]
+    assert (engine.weights, engine.weight_version, engine.ran_with) == (NEW, 5, {NEW})
+
+
+@pytest.mark.usefixtures("_second_kind")
 async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     engine = OneProcess()
     async with served(engine) as url:
@@ -320,7 +380,7 @@ async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     told = [entry for entry in engine.asked if entry[0] not in ("/server_info", "/weightsync/attach")]
     assert told == [
         ("/pause_generation", {"mode": "in_place"}),
-        ("/weightsync/switch", {"round": [1, 1], "step": 5}),
+        ("/weightsync/update", {"round": [1, 1], "step": 5}),
         ("/update_weight_version", {"new_version": "5"}),
         ("/continue_generation", {"incarnation": INCARNATION}),
     ]

@@ -7,14 +7,14 @@ import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.engines import http as engine_http
 from weightsync.orchestrator.daemon.engines.errors import EngineMisconfigured, EngineNotServable, EngineRefused
-from weightsync.orchestrator.daemon.engines.interface import HubAddress, Switch
+from weightsync.orchestrator.daemon.engines.interface import HubAddress, RoundUpdate, Switch, Switched
 from weightsync.orchestrator.daemon.engines.kinds import client_of
 from weightsync.orchestrator.daemon.engines.several import SeveralServers
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
 
 HUB = HubAddress("ws://hub:1/agents", "/token", "run")
-SWITCH = Switch(RoundName(1, 2), Version(3, 4), 5.0)
+UPDATE = RoundUpdate(RoundName(1, 2), Version(3, 4), 5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,7 @@ class Server:
         self.paused, self.ranks, self.failing = False, ranks, ""
         self.asked: list[str] = []
         self.bodies: dict[str, object] = {}
+        self.results: list[dict[str, object]] = []
 
     async def handle(self, request: web.Request) -> web.Response:
         self.asked.append(request.path)
@@ -39,7 +40,7 @@ class Server:
             self.paused = request.path == "/pause"
         answers: dict[str, object] = {
             "/is_paused": {"is_paused": self.paused}, "/get_world_size": {"world_size": self.ranks},
-            "/version": {"version": "0.32.0"}, "/collective_rpc": {"results": []},
+            "/version": {"version": "0.32.0"}, "/collective_rpc": {"results": self.results},
         }  # fmt: skip
         return web.json_response(answers.get(request.path, {"message": "done"}))
 
@@ -76,8 +77,8 @@ async def test_a_whole_round_is_made_on_all() -> None:
         await client.attach(HUB, 5.0)
         await client.pause(5.0)
         assert await client.is_paused(5.0) is True
-        await client.switch(SWITCH, 5.0)
-        await client.finish(SWITCH.version, 5.0)
+        await client.update(UPDATE, 5.0)
+        await client.finish(UPDATE.version, 5.0)
         await client.resume({0: 7, 1: 8, 2: 9, 3: 10}, 5.0)
         assert await client.is_paused(5.0) is False
     assert (facts.server, facts.ranks, facts.notes[0]) == ("vLLM 0.32.0", 4, "2 API servers")
@@ -89,12 +90,22 @@ async def test_a_whole_round_is_made_on_all() -> None:
         assert (attached["init_info"]["engine"], attached["init_info"]["world"]) == ("e0", 4), "ranks count over all"
 
 
+async def test_all_switch_and_the_longest_counts() -> None:
+    first, second = Server(), Server()
+    first.results = [{"paused": False, "seconds": 0.002}]
+    second.results = [{"paused": True, "seconds": 0.003}]
+    async with engine(first, second) as client:
+        done = await client.switch(Switch(RoundName(1, 2), Version(3, 4), {0: 7}, 5.0), 5.0)
+    assert done == Switched(paused=True, seconds=0.003)
+    assert first.bodies["/collective_rpc"] == second.bodies["/collective_rpc"]
+
+
 async def test_one_failure_is_the_engines() -> None:
     good, bad = Server(), Server()
     async with engine(good, bad) as client:
         bad.failing = "/update_weights"
         with pytest.raises(EngineRefused):
-            await client.switch(SWITCH, 5.0)
+            await client.update(UPDATE, 5.0)
         bad.failing = "/collective_rpc"
         with pytest.raises(EngineNotServable):
             await client.resume({0: 1}, 5.0)

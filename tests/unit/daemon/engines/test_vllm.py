@@ -17,7 +17,15 @@ from weightsync.orchestrator.daemon.engines.errors import (
     EngineTimeout,
     EngineUnreachable,
 )
-from weightsync.orchestrator.daemon.engines.interface import EngineSetup, HubAddress, PauseMode, Switch
+from weightsync.orchestrator.daemon.engines.interface import (
+    CachePolicy,
+    EngineSetup,
+    HubAddress,
+    PauseMode,
+    RoundUpdate,
+    Switch,
+    Switched,
+)
 from weightsync.orchestrator.daemon.engines.vllm import REQUIRED, VllmClient
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
@@ -32,7 +40,7 @@ HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
 VERSION = Version(7, 12)
 MEANT = {0: 2**62 + 1, 1: 5}
 """Rank → incarnation; JSON's own numbers end at 2^53, and neither side's library minds."""
-SWITCH = Switch(RoundName(3, 9), VERSION, 20.0)
+UPDATE = RoundUpdate(RoundName(3, 9), VERSION, 20.0)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +112,7 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def connected(url: str, api_key: str | None = None) -> AsyncIterator[VllmClient]:
-    client = VllmClient(EngineSetup("a", url, api_key, "keep", True))
+    client = VllmClient(EngineSetup("a", url, api_key, "keep", "recompute"))
     try:
         yield client
     finally:
@@ -134,7 +142,7 @@ async def test_a_whole_round(told_version: bool) -> None:
         await client.attach(HUB, LONG)
         await client.pause(LONG)
         assert await client.is_paused(LONG)
-        await client.switch(SWITCH, LONG)
+        await client.update(UPDATE, LONG)
         await client.finish(VERSION, LONG)
         await client.resume(MEANT, LONG)
         assert not vllm.paused
@@ -156,11 +164,21 @@ def test_the_token_of_a_round_is_its_own() -> None:
     assert len({str(RoundName(*name)) for name in ((3, 9), (39, 9), (3, 99))}) == 3
 
 
+@pytest.mark.parametrize(("cache", "cleared"), [("keep", "false"), ("drop", "true"), ("recompute", "true")])
+async def test_what_a_pause_does_with_the_caches(cache: CachePolicy, cleared: str) -> None:
+    vllm = Vllm()
+    async with serving(vllm.app()) as url:
+        client = VllmClient(EngineSetup("a", url, None, "keep", cache))
+        await client.pause(LONG)
+        await client.close()
+    assert ("/pause", {"mode": "keep", "clear_cache": cleared}) in vllm.asked
+
+
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 async def test_the_pause_is_the_settings(mode: PauseMode) -> None:
     vllm = Vllm()
     async with serving(vllm.app()) as url:
-        client = VllmClient(EngineSetup("a", url, None, mode, False))
+        client = VllmClient(EngineSetup("a", url, None, mode, "keep"))
         await client.pause(LONG)
         await client.close()
     assert sorted(vllm.asked) == [
@@ -232,7 +250,7 @@ async def test_nobody_listens() -> None:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         async with connected(url) as client:
-            for call in (client.probe(LONG), client.switch(SWITCH, LONG), client.pause(LONG)):
+            for call in (client.probe(LONG), client.update(UPDATE, LONG), client.pause(LONG)):
                 with pytest.raises(EngineUnreachable) as caught:
                     await call
                 assert not caught.value.sent
@@ -251,7 +269,7 @@ async def test_an_engine_that_accepts_and_never_answers() -> None:
                 client.pause(BRIEF),
                 client.resume(MEANT, BRIEF),
                 client.attach(HUB, BRIEF),
-                client.switch(SWITCH, BRIEF),
+                client.update(UPDATE, BRIEF),
                 client.finish(VERSION, BRIEF),
             ):
                 with pytest.raises(EngineTimeout) as caught:
@@ -285,7 +303,7 @@ async def test_an_endless_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = Vllm()
     vllm.replaced = {"/is_paused": endless, "/update_weights": endless}
     async with talking(vllm) as client:
-        for call in (client.is_paused(LONG), client.switch(SWITCH, LONG)):
+        for call in (client.is_paused(LONG), client.update(UPDATE, LONG)):
             with pytest.raises(EngineRefused, match="a body over 1000000 bytes"):
                 await call
 
@@ -321,7 +339,7 @@ async def test_a_redirect_is_not_followed() -> None:
         vllm = Vllm()
         vllm.replaced = {"/is_paused": redirect, "/update_weights": redirect}
         async with talking(vllm, api_key="k3y") as client:
-            for call in (client.is_paused(LONG), client.switch(SWITCH, LONG)):
+            for call in (client.is_paused(LONG), client.update(UPDATE, LONG)):
                 with pytest.raises(EngineRefused, match="not followed") as caught:
                     await call
                 assert caught.value.status == 307
@@ -349,7 +367,7 @@ async def test_a_refusal_carries_its_message(body: str, excerpt: str) -> None:
     vllm.replaced["/update_weights"] = refuse
     async with talking(vllm) as client:
         with pytest.raises(EngineRefused) as caught:
-            await client.switch(SWITCH, LONG)
+            await client.update(UPDATE, LONG)
     assert (caught.value.status, caught.value.excerpt, caught.value.retry) == (500, excerpt, True)
     assert asked(vllm) == ["/update_weights"]
 
@@ -366,7 +384,7 @@ async def test_an_update_that_a_failed_round_has_closed_is_opened_again() -> Non
 
     vllm.replaced["/update_weights"] = refuse_once
     async with talking(vllm) as client:
-        await client.switch(SWITCH, LONG)
+        await client.update(UPDATE, LONG)
     assert asked(vllm) == ["/update_weights", "/start_weight_update", "/update_weights"]
 
 
@@ -394,6 +412,63 @@ async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
     async with talking(vllm) as client:
         with pytest.raises(EngineMisconfigured, match="--weight-transfer-config"):
             await client.attach(HUB, LONG)
+
+
+SWITCH = Switch(RoundName(3, 9), VERSION, MEANT, 20.0)
+
+
+def switching(*results: dict[str, object]) -> Handler:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"results": list(results)})
+
+    return answer
+
+
+async def test_a_switch_is_one_call_to_the_engine_core() -> None:
+    vllm = Vllm()
+    vllm.replaced["/collective_rpc"] = switching({"paused": False, "seconds": 0.002})
+    async with talking(vllm) as client:
+        assert await client.switch(SWITCH, LONG) == Switched(paused=False, seconds=0.002)
+    kwargs = {"round": [3, 9], "version": [7, 12], "incarnations": {"0": 2**62 + 1, "1": 5}, "cache": "recompute",
+              "deadline_seconds": 20.0}  # fmt: skip
+    assert vllm.asked == [("/collective_rpc", {"method": "weightsync_switch", "kwargs": kwargs})]
+
+
+async def test_a_switch_whose_answer_is_lost_is_asked_for_again() -> None:
+    vllm = Vllm()
+    answers = [failing(1, None, vllm), switching({"paused": True, "seconds": 0.5})]
+
+    async def lose_one(request: web.Request) -> web.StreamResponse:
+        return await answers[len(vllm.asked) > 1](request)
+
+    vllm.replaced["/collective_rpc"] = lose_one
+    async with talking(vllm) as client:
+        assert await client.switch(SWITCH, LONG) == Switched(paused=True, seconds=0.5)
+    assert len(vllm.asked) == 2
+    assert vllm.asked[0] == vllm.asked[1]
+
+
+@pytest.mark.parametrize("results", [[], [{"paused": "maybe", "seconds": 1}], [{"paused": True, "seconds": -1}]])
+async def test_an_odd_answer_to_a_switch_is_none(results: list[dict[str, object]]) -> None:
+    vllm = Vllm()
+    vllm.replaced["/collective_rpc"] = switching(*results)
+    async with talking(vllm) as client:
+        with pytest.raises(EngineGarbled, match="POST /collective_rpc"):
+            await client.switch(SWITCH, LONG)
+
+
+@pytest.mark.parametrize(("words", "kind"), [("weightsync: not servable: rank 0", EngineNotServable),
+                                             ("no such method", EngineRefused)])  # fmt: skip
+async def test_a_switch_that_is_refused(words: str, kind: type[EngineRefused]) -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": words}, status=500)
+
+    vllm = Vllm()
+    vllm.replaced["/collective_rpc"] = refuse
+    async with talking(vllm) as client:
+        with pytest.raises(EngineRefused, match=words) as caught:
+            await client.switch(SWITCH, LONG)
+    assert type(caught.value) is kind
 
 
 async def test_a_held_engine_does_not_resume() -> None:
@@ -426,7 +501,7 @@ POSTS: dict[str, Callable[[VllmClient], Awaitable[None]]] = {
     "/collective_rpc": lambda client: client.resume({0: 7}, LONG),
     "/init_weight_transfer_engine": lambda client: client.attach(HUB, LONG),
     "/start_weight_update": lambda client: client.pause(LONG),
-    "/update_weights": lambda client: client.switch(SWITCH, LONG),
+    "/update_weights": lambda client: client.update(UPDATE, LONG),
     "/finish_weight_update": lambda client: client.finish(VERSION, LONG),
 }
 
@@ -497,7 +572,7 @@ async def test_the_others_are_never_repeated(path: str, status: int | None) -> N
     vllm.replaced[path] = failing(1, status, vllm)
     async with talking(vllm) as client:
         calls: dict[str, Callable[[], Awaitable[None]]] = {
-            "/update_weights": lambda: client.switch(SWITCH, LONG),
+            "/update_weights": lambda: client.update(UPDATE, LONG),
             "/finish_weight_update": lambda: client.finish(VERSION, LONG),
         }
         with pytest.raises(EngineError) as caught:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.daemon.run_directory.markers import MarkerWriteError, write_marker
-from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES
+from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import (
     MarkerError,
     decode_manifest,
@@ -26,7 +26,8 @@ def test_written_markers_are_whole_json_and_leave_nothing_else(tmp_path: Path) -
     write_marker(tmp_path, "COMMITTED", told)
     assert sorted(path.name for path in folder.iterdir()) == ["COMMITTED", "TRANSFER_READY"]
     assert json.loads((folder / "COMMITTED").read_bytes()) == {
-        "schema": 2, "run_id": RUN, "generation": 7, "step": 9, "sequence": 3, "round": "2.5", "digest": "ab",
+        "schema": SCHEMA_VERSION, "run_id": RUN, "generation": 7, "step": 9, "sequence": 3, "round": "2.5",
+        "digest": "ab",
     }  # fmt: skip
     assert decode_manifest((folder / "COMMITTED").read_bytes()) == told
 

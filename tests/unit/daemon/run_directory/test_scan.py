@@ -12,7 +12,7 @@ from weightsync.orchestrator.daemon.run_directory import listing
 from weightsync.orchestrator.daemon.run_directory import scan as scans
 from weightsync.orchestrator.daemon.run_directory.markers import MarkerWriteError, write_marker
 from weightsync.orchestrator.daemon.run_directory.scan import MarkerDirectory, Scan
-from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES
+from weightsync.orchestrator.protocol.limits import MAX_MARKER_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import (
     encode_manifest,
     manifest,
@@ -83,13 +83,13 @@ def test_a_missing_run_directory_is_said_once(tmp_path: Path) -> None:
 
 
 BAD = {
-    "torn": b'{"schema": 2, "run_id": "gl',
+    "torn": b'{"schema": %d, "run_id": "gl' % SCHEMA_VERSION,
     "no object": b"[1, 2]",
     "no JSON": b"\x00\xff\x80",
-    "no step": b'{"schema": 2, "run_id": "glm", "generation": 1}',
-    "wrong type": b'{"schema": 2, "run_id": "glm", "generation": "x", "step": 5}',
-    "negative": b'{"schema": 2, "run_id": "glm", "generation": -1, "step": 5}',
-    "newer schema": b'{"schema": 3, "run_id": "glm", "generation": 1, "step": 5}',
+    "no step": b'{"schema": %d, "run_id": "glm", "generation": 1}' % SCHEMA_VERSION,
+    "wrong type": b'{"schema": %d, "run_id": "glm", "generation": "x", "step": 5}' % SCHEMA_VERSION,
+    "negative": b'{"schema": %d, "run_id": "glm", "generation": -1, "step": 5}' % SCHEMA_VERSION,
+    "newer schema": b'{"schema": %d, "run_id": "glm", "generation": 1, "step": 5}' % (SCHEMA_VERSION + 1),
     "deep": b"[" * 60000,
     "foreign run": encode_manifest(manifest("other", Version(7, 5))),
     "other step": encode_manifest(manifest(RUN, Version(7, 6))),

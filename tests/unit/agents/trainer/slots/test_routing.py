@@ -7,7 +7,7 @@ from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartiti
 from weightsync.agents.trainer.slots.boxes import Cut, Grid, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.quantization import FP8_SUFFIX, QuantizationSpec
-from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions, SlotPiece, Turns
+from weightsync.agents.trainer.slots.routing import ExpertParallel, Router, SlotOptions, SlotPiece, Turns, ring_bytes
 
 F32 = torch.float32
 FP8 = QuantizationSpec(torch.float8_e4m3fn, FP8_SUFFIX)
@@ -21,6 +21,21 @@ def shard(shape, rank, ranks=4, name="dp_shard", dim=0):
 
 def routed(spec, *held, rank=1, primary=True, options=SMALL):
     return Router(options, rank, primary).route(spec, {s.key: h for s, h in zip(spec.sources, held, strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "slots", "expected"),
+    [
+        (None, "cpu", 1 << 40, 64 << 20),
+        (None, "cuda", 1 << 40, 1 << 30),
+        (None, "cuda", 1000, 1024),
+        (None, "cpu", 0, 0),
+        (0, "cpu", 1 << 40, 0),
+        (4096, "cuda", 1 << 40, 4096),
+    ],
+)
+def test_a_ring_has_eight_chunks_and_no_more_than_the_slots(asked, device, slots, expected):
+    assert ring_bytes(asked, torch.device(device), slots) == expected
 
 
 def test_a_share_that_stands_alone_stays_where_it_is():

@@ -1,4 +1,4 @@
-"""How an edge is cut: every byte once, within the limits of a handle, by kind of memory and by group."""
+"""How an edge is cut: every byte once, within the limits of a handle, by kind of memory."""
 
 import itertools
 
@@ -41,15 +41,3 @@ def test_each_pair_of_memories_has_its_own_lane_and_limit() -> None:
     lanes = chunking.lanes(runs, local, remote)
     pairs = {(lane.local_memory, lane.remote_memory): len(lane.chunks) for lane in lanes}
     assert pairs == {("DRAM", "VRAM"): 3, ("DRAM", "DRAM"): 3, ("VRAM", "VRAM"): 1, ("VRAM", "DRAM"): 3}
-
-
-def test_no_handle_carries_two_groups() -> None:
-    runs = np.array([[0, 0, at, 0, at, 10] for at in range(0, 60, 10)])
-    groups = np.array([1, 1, 4, 4, 4, 1])
-    [lane] = chunking.lanes(runs, [Region(1 << 20, 60)], [Region(1 << 30, 60)], groups, chunk_bytes=25)
-    assert lane.chunks == (
-        chunking.Chunk(0, 2, 20, 1),
-        chunking.Chunk(2, 4, 20, 4),
-        chunking.Chunk(4, 5, 10, 4),
-        chunking.Chunk(5, 6, 10, 1),
-    )

@@ -239,28 +239,6 @@ async def test_a_rate_above_the_settings_ceiling_is_an_error(make_endpoint: Make
     assert (result.error.fault, result.error.retry) == ("network", False)
 
 
-async def test_one_write_can_carry_some_groups_only(make_endpoint: MakeEndpoint) -> None:
-    """Neighbouring runs of two groups: no handle carries both, and what the first write left out stays as it was."""
-    writer, target = make_endpoint("writer"), make_endpoint("target")
-    source, sink = random_bytes(4096), np.zeros(4096, dtype=np.uint8)
-    writer.register([region(source)])
-    target.register([region(sink)])
-    writer.connect(target.name, target.metadata())
-    runs = np.array([[0, 0, at, 0, at, 1024] for at in range(0, 4096, 1024)])
-    edge = writer.prepare_edge(target.name, [region(source)], [region(sink)], runs, groups=np.array([7, 3, 7, 3]))
-    async with polling(target):
-        [first] = await writer.write([edge], groups=[3], deadline_seconds=PATIENCE)
-        assert (first.error, first.bytes, first.descriptors) == (None, 2048, 2)
-        expected = np.zeros(4096, dtype=np.uint8)
-        expected[1024:2048], expected[3072:] = source[1024:2048], source[3072:]
-        assert np.array_equal(sink, expected)
-        [nothing] = await writer.write([edge], groups=[9], deadline_seconds=PATIENCE)
-        assert (nothing.error, nothing.bytes, nothing.descriptors) == (None, 0, 0)
-        [second] = await writer.write([edge], groups={7}, deadline_seconds=PATIENCE)
-        assert (second.error, second.bytes) == (None, 2048)
-    assert np.array_equal(sink, source)
-
-
 # -------------------------------------------------------------------------------------------------- two processes
 @pytest.mark.parametrize("tls", TRANSPORTS)
 async def test_bytes_reach_another_process(make_endpoint: MakeEndpoint, start_peer: StartPeer, tls: str | None) -> None:

@@ -5,16 +5,22 @@ import threading
 from dataclasses import replace
 
 import pytest
+import row_parallel
 import torch
-from tiny_fleet import SHAPES, Target, made_slots, planned
+from msgspec import structs
+from tiny_fleet import SHAPES, TRAINER, Target, made_slots, planned
 from weightsync.agents.transport.interface import TargetMemory
 from weightsync.agents.transport.nixl import receiver as receivers
-from weightsync.agents.transport.nixl.receiver import NixlReceiver
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, as_matrix
+from weightsync.agents.transport.nixl.arrivals import ChunksMissing
+from weightsync.agents.transport.nixl.errors import ConnectError
+from weightsync.agents.transport.nixl.notices import Notice
+from weightsync.agents.transport.nixl.receiver import NixlReceiver, reachable
+from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_STAGED, Layout, Region, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
-from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
-VERSION = Version(7, 1)
+VERSION, ROUND = Version(7, 1), RoundName(1, 1)
 STAGING = 1 << 20
 
 
@@ -36,7 +42,9 @@ def packed(weights):
     targets = [Target.of("a", rank, STAGING) for rank in range(2)]
     plan, _ = planned(slots, targets)
     part = plan.part(targets[0].member)
-    connect = Connect(fingerprint=part.fingerprint, root=plan.root, peers=(), copies=part.copies, expected_bytes=0)
+    [berth] = part.berths
+    peers = (Peer(TRAINER, 1, "", b"", (), berth),)
+    connect = Connect(fingerprint=part.fingerprint, root=plan.root, peers=peers, copies=part.copies, expected_bytes=0)
     staging = targets[0].memory[targets[0].layout.staging]
     staging.copy_(torch.arange(STAGING, dtype=torch.int64).remainder(251).to(torch.uint8))
     return targets[0], connect
@@ -126,3 +134,98 @@ async def test_a_plan_for_experts_that_have_moved_meanwhile_is_not_used(packed, 
     await receiver.connect(connect)
     receiver.arrive(VERSION)
     assert all(map(torch.equal, before, target.memory))
+
+
+# ----------------------------------------------------------------------------------------- chunks that pass a landing
+class EndpointDouble:
+    """Remembers what it is asked for; ``refused`` cannot be reached."""
+
+    def __init__(self):
+        self.asked, self.refused = [], set()
+
+    def connect(self, name, card):
+        self.asked.append(("connect", name))
+        if name in self.refused:
+            raise ConnectError(f"no way to {name}")
+
+    def forget(self, name):
+        self.asked.append(("forget", name))
+
+    def tell(self, name, notice):
+        self.asked.append((notice.chunk, name))
+
+    def poll(self): ...
+
+
+@pytest.fixture
+def passing():
+    """(receiver, its endpoint's double, its Connect): half of the columns, from two ranks."""
+    reader = row_parallel.target(1, 2, 2048)
+    sources = [row_parallel.source(number, 2, 2048) for number in range(2)]
+    reached = {rank.member: (rank.layout, f"{rank.member}-1", b"card") for rank in (*sources, reader)}
+    receiver = NixlReceiver(reader.target())
+    receiver._endpoint = EndpointDouble()
+    return receiver, receiver._endpoint, row_parallel.connects(reached)[reader.member]
+
+
+async def scattered(receiver, endpoint, chunk, name="trainer/0-1"):
+    """One chunk lands; until it was scattered."""
+    receiver._arrivals.heard(name, Notice("landed", ROUND, chunk))
+    async with asyncio.timeout(10):
+        while (chunk, name) not in endpoint.asked:
+            receiver.poll()
+            await asyncio.sleep(0)
+
+
+async def test_whoever_sends_chunks_can_be_told_of_them(passing):
+    receiver, endpoint, connect = passing
+    endpoint.refused.add("trainer/1-1")
+    failed = await receiver.connect(connect)
+    assert {str(member): str(error) for member, error in failed.items()} == {"trainer/1": "no way to trainer/1-1"}
+    endpoint.refused.clear()
+    assert await receiver.connect(connect) == {}, "another call tries it again"
+    receiver.begin(ROUND)
+    await scattered(receiver, endpoint, 0)
+    assert receiver.landed.shape[0] == 0, "nothing stays where it lands"
+
+
+async def test_the_same_plan_again_in_the_middle_of_a_round_changes_nothing(passing):
+    receiver, endpoint, connect = passing
+    await receiver.connect(connect)
+    receiver.begin(ROUND)
+    await scattered(receiver, endpoint, 0)
+    await receiver.connect(connect)
+    await scattered(receiver, endpoint, 4)
+    receiver.end(ROUND)
+    with pytest.raises(ChunksMissing, match="94 of 96 chunks from trainer/0"):
+        receiver.arrive(VERSION)
+
+
+async def test_a_sender_that_is_replaced_is_forgotten(passing):
+    receiver, endpoint, connect = passing
+    await receiver.connect(connect)
+    first = structs.replace(connect.peers[0], endpoint_name="trainer/0-2")
+    endpoint.asked.clear()
+    await receiver.connect(structs.replace(connect, fingerprint="another", peers=(first, connect.peers[1])))
+    assert endpoint.asked == [("forget", "trainer/0-1"), ("connect", "trainer/0-2"), ("connect", "trainer/1-1")]
+
+
+async def test_chunks_of_experts_that_have_moved_are_nobodys(passing):
+    receiver, endpoint, connect = passing
+    await receiver.connect(connect)
+    receiver.begin(ROUND)
+    receiver.renew(receiver._memory)
+    receiver._arrivals.heard("trainer/0-1", Notice("landed", ROUND, 0))
+    endpoint.asked.clear()
+    receiver.poll()
+    receiver.arrive(VERSION)
+    assert endpoint.asked == []
+
+
+@pytest.mark.parametrize(("lands", "staging", "expected"), [
+    ("live", 1, (0, 1)), ("live", -1, (0, 1)), ("copy", 1, (1,)), ("flip", 1, (1,)), ("copy", -1, ()),
+])  # fmt: skip
+def test_of_a_shadow_engine_peers_reach_the_landing_alone(lands, staging, expected):
+    regions = (Region(4096, 256), Region(8192, 256))
+    found = reachable(Layout((), regions, b"", staging, lands=lands))
+    assert list(found) == [regions[number] for number in expected]

@@ -6,20 +6,22 @@ import functools
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, handed_over, made_slots, planned, replace_name, with_peers
-from weightsync.agents.tables.runs import RUN_LENGTH
+from weightsync.agents.tables.cargo import landed
+from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.interface import HandedOver
 from weightsync.agents.transport.nixl import sender as senders
 from weightsync.agents.transport.nixl.edge import EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, DisconnectedError, MetadataError, NixlError
+from weightsync.agents.transport.nixl.receiver import reachable
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_GROUP, as_matrix
+from weightsync.kernels.digest import digest
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member
 
@@ -90,12 +92,12 @@ def pretend(monkeypatch, make_rank):
     return make
 
 
-def engine_ranks(endpoints, engines="a", staging=0):
+def engine_ranks(endpoints, engines="a", staging=0, lands="live"):
     """Registered tensor-parallel ranks of ``engines``, two each."""
-    targets = [Target.of(engine, rank, staging) for engine in engines for rank in range(2)]
+    targets = [Target.of(engine, rank, staging, lands) for engine in engines for rank in range(2)]
     for target in targets:
         target.endpoint = endpoints(str(target.member))
-        target.endpoint.register(target.layout.regions)
+        target.endpoint.register(reachable(target.layout))
     return targets
 
 
@@ -116,46 +118,42 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
         packed = sum(len(plan.part(t.member).copies) for t in targets)
         assert (packed > 0) == (staging > 0)
         for target in targets:
-            target.scatter(plan.part(target.member).copies)
+            target.scatter(plan.part(target.member))
             target.check(masters)
             assert digests[target.member] == target.digest(), "digest of the slots equals digest of what arrived"
         changed = {name: tensor + 1 for name, tensor in masters.items()}
         slots.convert(changed)
         await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
         for target in targets:
-            target.scatter(plan.part(target.member).copies)
+            target.scatter(plan.part(target.member))
             target.check(changed)
     assert list(rank.sender.in_flight()) == []
 
 
-@pytest.mark.parametrize("staging", [0, 1 << 20], ids=["straight", "packed"])
-async def test_groups_are_written_one_after_the_other(weights, endpoints, make_rank, staging):
-    """What has no layer is a group of its own: after the first write only layer 0 has arrived, after both all has."""
+@pytest.mark.parametrize("ring", [0, 1024, 1 << 20], ids=["straight", "many chunks", "few chunks"])
+async def test_into_a_shadow_engine_all_of_it_lands_and_nothing_else_can_be_reached(
+    weights, endpoints, make_rank, ring
+):
     masters = weights.state(SHAPES)
-    slots = made_slots(masters, staging)
-    targets = engine_ranks(endpoints, staging=staging)
+    slots, targets = made_slots(masters, ring), engine_ranks(endpoints, "ab", 2 << 20, "copy")
     plan, connect = planned(slots, targets)
-    groups = np.unique(as_matrix(connect.copies, COPY_COLUMNS)[:, COPY_GROUP]).tolist()
-    assert groups == [0, 1]
     rank = make_rank(slots)
-    outside = {"embed", "norm", "head"}
     async with polling(targets):
         assert await rank.connect(connect) == {}
-        members = [t.member for t in targets]
-        layer = await handed_over(rank.sender, members, PATIENCE, groups=[0])
-        for target in targets:
-            target.scatter(plan.part(target.member).copies)
-            target.check(masters, only=target.parameters.keys() - outside)
-            assert not any(target.memory[target.parameters[name][0]].any() for name in outside)
-        rest = await handed_over(rank.sender, members, PATIENCE, groups=[1])
-        for target in targets:
-            target.scatter(plan.part(target.member).copies)
-            target.check(masters)
-    assert sum(m.bytes for m in (*layer.values(), *rest.values())) == connect.expected_bytes
-    whole = {share.peer.member: share for share in rank.shares.replan(connect)}
-    for member, share in whole.items():
-        assert layer[member].bytes == share.runs[share.groups == 0, RUN_LENGTH].sum() > 0
-        assert rest[member].bytes == share.runs[share.groups == 1, RUN_LENGTH].sum() > 0
+        digests = rank.shares.read().digests
+        moved = await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
+        assert {m.error for m in moved.values()} == {""}
+    assert {m.member: m.bytes for m in moved.values()} == rank.shares.sizes
+    for target in targets:
+        rows = [memory for number, memory in enumerate(target.memory) if number != target.layout.staging]
+        assert not any(memory.any() for memory in rows), "live memory is as it was"
+        part = plan.part(target.member)
+        copies = landed(as_matrix(part.copies, COPY_COLUMNS), part.berths)
+        there = digest(target.memory, digest_table(copies, target.layout, landed=True))
+        assert there == digests[target.member], "which can be digested where it lies"
+        target.scatter(part)
+        target.check(masters)
+        assert there == target.digest()
 
 
 async def test_only_granted_members_are_written(weights, endpoints, make_rank):
@@ -294,8 +292,7 @@ async def test_what_no_retry_helps_is_not_tried_again_under_the_same_plan(fleet)
 
 async def test_an_edge_that_cannot_be_prepared_leaves_nothing_behind(fleet, monkeypatch):
     """Whatever it is that goes wrong."""
-    monkeypatch.setattr(senders, "prepare_copy", lambda *_: pytest.fail("nothing is packed"))
-    monkeypatch.setattr(senders, "pack_table", broken)
+    monkeypatch.setattr(senders, "plain_runs", broken)
     failed, asked = await fleet.connect(r0="zero")
     assert [str(error) for error in failed.values()] == ["out of memory"]
     assert calls(asked, "edge") == []
@@ -449,7 +446,7 @@ class EndpointDouble:
         self.warmed.discard(name)
         self.failing.pop(name, None)
 
-    def prepare_edge(self, name, local, remote, runs, *, groups, describe):
+    def prepare_edge(self, name, local, remote, runs, *, cargo, describe):
         self.calls.append(("edge", name))
         return EdgeDouble(name, int(runs[:, 5].sum()))
 
@@ -459,7 +456,7 @@ class EndpointDouble:
     def stop(self, peers, reason):
         self.calls += [("stop", peer) for peer in peers]
 
-    async def write(self, edges, *, groups=None, deadline_seconds, ended):
+    async def write(self, edges, *, loading, deadline_seconds, ended):
         results = [self.result(edge) for edge in edges]
         for result in results:
             ended(result)

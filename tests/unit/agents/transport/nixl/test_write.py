@@ -12,10 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from weightsync.agents.transport.nixl.chunks import Chunk
+from weightsync.agents.transport.nixl import write as writes
+from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
-from weightsync.agents.transport.nixl.errors import TransferError
+from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
+from weightsync.agents.transport.nixl.flow import Loading
+from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.nixl.write import SWITCH_SECONDS, Writer
+from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.layout import Region
+from weightsync.orchestrator.protocol.names import RoundName
 
 ELSEWHERE = 0.004
 
@@ -41,8 +47,7 @@ class Wire:
 
 
 def written(post: Callable[[], str]) -> EdgeResult:
-    lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
-    edge = Edge("peer", [lane], lambda region, offset: "x", [Transfer(0, Chunk(0, 1, 10, 0), 0)])
+    edge = Edge("peer", [], lambda region, offset: "x", transfers=[Transfer(10, 1, lambda: "x", 0)])
     bindings: Any = SimpleNamespace(errors=(RuntimeError,), disconnected=(ConnectionError,))
     told: list[EdgeResult] = []
     writer = Writer("trainer/0", Wire(post), bindings, in_flight=100, deadline=time.monotonic() + 60, ended=told.append)
@@ -123,13 +128,12 @@ class Written:
 
     def __init__(self, seconds: float, **answers: list[str]) -> None:
         self.nixl = Handles(**answers)
-        lane: Any = SimpleNamespace(places=np.zeros((1, 2), dtype=np.int64))
         self.edges = [
             Edge(
                 peer,
-                [lane],
+                [],
                 lambda region, offset: "x",
-                [Transfer(0, Chunk(0, 1, 10, 0), f"{peer}{n}") for n in (1, 2)],
+                transfers=[Transfer(10, 1, lambda: "x", f"{peer}{n}") for n in (1, 2)],
             )
             for peer in ("a", "b")
         ]
@@ -217,3 +221,125 @@ async def test_an_edge_that_has_not_ended_is_not_posted_again() -> None:
     write.writer.forget("a")
     again.settle()
     assert [end.peer for end in write.told] == ["b", "a", "a"], "one end for each write"
+
+
+# --------------------------------------------------------------------------------------------------------- its cargo
+class Loads(Handles):
+    """A NIXL whose handles are made as chunks are loaded: ``peer`` and the chunk's number."""
+
+    def get_xfer_descs(self, table: Any, memory: str) -> Any:
+        return table
+
+    def initialize_xfer(self, operation: str, local: Any, remote: Any, peer: str, notice: bytes) -> Any:
+        number = int(remote[0, 0]) // 256
+        self.answers.setdefault(f"{peer}{number}", ["DONE"])
+        return Handle(f"{peer}{number}")
+
+
+class Handle(str):
+    def release(self) -> None: ...
+
+
+class Pack:
+    """Packed as soon as it is begun."""
+
+    def begin(self, pack: Any, shift: int) -> Any:
+        done: asyncio.Future[None] = asyncio.Future()
+        done.set_result(None)
+        return done
+
+
+class Loaded:
+    """Writes of edges with a cargo of three packed chunks each, through one ring."""
+
+    def __init__(self, places: int, **answers: list[str]) -> None:
+        self.nixl = Loads(**answers)
+        self.ring = PackingRing(Region(1 << 20, 256 * places))
+        self.told: list[EdgeResult] = []
+        self.writers: list[Writer] = []
+        straight = np.empty((0, 3), np.uint64)
+        chunks = tuple(
+            CargoChunk(n, 256, 256, lambda shift=0: None, straight, np.array([[256 * n, 256, 0]], np.uint64))
+            for n in range(3)
+        )
+        cargo = Cargo(Berth(0, 0, 256, 3, 768), chunks, "DRAM", "DRAM")
+        self.edges = {peer: Edge(peer, [], lambda region, offset: "x", cargo) for peer in "ab"}
+
+    async def write(self, peers: str, seconds: float = 60.0) -> list[EdgeResult]:
+        bindings: Any = SimpleNamespace(errors=(RuntimeError, ConnectionError), disconnected=ConnectionError)
+        packer: Any = Pack()
+        self.writers.append(
+            Writer("trainer/0", self.nixl, bindings, in_flight=9, deadline=time.monotonic() + seconds,
+                   ended=self.told.append, loading=Loading(RoundName(1, 1), self.ring, packer))
+        )  # fmt: skip
+        return await self.writers[-1].write([self.edges[peer] for peer in peers])
+
+
+async def test_more_chunks_than_places_go_through_the_ring() -> None:
+    write = Loaded(1)
+    results = await write.write("ab")
+    assert [(result.error, result.bytes, result.descriptors) for result in results] == [(None, 768, 3), (None, 768, 3)]
+    assert sorted(write.nixl.posted) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert not write.edges["a"].loads
+
+
+async def test_a_chunk_that_hangs_holds_its_place_and_what_remains_serves_the_others() -> None:
+    write = Loaded(2, a1=["PROC"])
+    hung, sent = await write.write("ab", seconds=0.05)
+    assert (sent.error, sent.bytes) == (None, 768)
+    assert hung.bytes == 512
+    assert "trainer/0 → a at chunk 1 of 3: the deadline passed with 1 transfers in flight" in str(hung.error)
+    assert write.edges["a"].tainted
+    [again] = await write.write("b")
+    assert (again.error, again.bytes) == (None, 768), "the other place goes round"
+
+
+async def test_where_no_place_remains_an_edge_fails_at_once_and_by_name() -> None:
+    write = Loaded(1, a0=["PROC"])
+    await write.write("a", seconds=0.05)
+    [lost] = await write.write("b")
+    assert "no packing chunk is left: writes to a have not ended" in str(lost.error)
+    write.nixl.answers["a0"] = ["DONE"]
+    write.writers[0].settle()
+    assert [end.peer for end in write.told] == ["b", "a"]
+    assert not write.edges["a"].tainted
+    [sent] = await write.write("b")
+    assert (sent.error, sent.bytes) == (None, 768)
+
+
+async def test_a_chunk_that_is_refused_ends_its_edge_and_frees_its_place() -> None:
+    write = Loaded(1, a1=["gone"])
+    refused, sent = await write.write("ab")
+    assert isinstance(refused.error, DisconnectedError)
+    assert "at chunk 1 of 3" in str(refused.error)
+    assert (refused.bytes, write.edges["a"].broken) == (256, True)
+    assert (sent.error, sent.bytes) == (None, 768)
+
+
+async def test_of_a_peer_that_is_gone_nothing_holds_a_place() -> None:
+    write = Loaded(1, a0=["PROC"])
+    await write.write("a", seconds=0.05)
+    write.writers[0].forget("a")
+    assert [end.peer for end in write.told] == ["a"]
+    [sent] = await write.write("b")
+    assert sent.error is None
+
+
+async def test_a_peer_whose_word_is_waited_for_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All chunks are written and none was scattered: NIXL has nothing in flight that would end."""
+    monkeypatch.setattr(writes, "PROBE_SECONDS", 0.0)
+    write = Loaded(3)
+    edge = write.edges["a"]
+    assert edge.cargo is not None
+    edge.cargo = Cargo(Berth(0, 0, 256, 3, 768, passes=True), edge.cargo.chunks, "DRAM", "DRAM")
+    bindings: Any = SimpleNamespace(errors=(RuntimeError,), disconnected=ConnectionError)
+    packer: Any = Pack()
+    looks = iter(["PROC", "DONE", "ERR"])
+    writer = Writer(
+        "trainer/0", write.nixl, bindings, in_flight=9, deadline=time.monotonic() + 60, ended=write.told.append,
+        loading=Loading(RoundName(1, 1), write.ring, packer), probe=lambda peer: (next(looks), ConnectionError("gone")),
+    )  # fmt: skip
+    [lost] = await writer.write([edge])
+    assert isinstance(lost.error, DisconnectedError)
+    assert "at the peer has yet to scatter 3 of 3 chunks" in str(lost.error)
+    assert edge.broken

@@ -7,11 +7,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from dram_pages import PAGE, DramPages
 from peft_files import adapter as peft_adapter
 from weightsync.agents.inference import calls
 from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.pages.paged import PagedMemory
+from weightsync.agents.memory.pages.ranges import PageRange
 from weightsync.agents.recorder.settled import Unrecorded
 from weightsync.agents.vllm import gate, hold
 from weightsync.agents.vllm.adapter import choose as engine_adapter
@@ -19,7 +23,7 @@ from weightsync.agents.vllm.adapter import common as engine
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
 from weightsync.agents.vllm.lora.declared import AdapterRefused
 from weightsync.agents.vllm.ranks import EngineRanks
-from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region
+from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region, Tensor, row
 
 INIT = {
     "hub_url": "ws://127.0.0.1:9000",
@@ -126,6 +130,19 @@ PARALLEL = SimpleNamespace(
     data_parallel_size=1,
     data_parallel_index=0,
 )
+
+
+@pytest.mark.usefixtures("story")
+@pytest.mark.parametrize(("size", "boundary"), [(1, True), (2, False)])
+def test_weights_change_between_two_steps_unless_ranks_of_several_cores_meet(
+    monkeypatch: pytest.MonkeyPatch, size: int, boundary: bool
+) -> None:
+    """Independent replicas of a dense model say 1, whichever they are."""
+    told: list[Any] = []
+    monkeypatch.setattr(engine, "make_agent", lambda *given: told.append(given[-1]))
+    parallel = SimpleNamespace(**vars(PARALLEL) | {"data_parallel_size": size, "data_parallel_index": size - 1})
+    engine.equip(Model(), torch.device("cpu"), parallel)
+    assert told == [boundary]
 
 
 def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
@@ -241,6 +258,48 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     assert story[3:] == [(module, "config")]
 
 
+def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's memory moves while its agent is made; what is announced is where it lies then."""
+    memory = DramPages()
+    live, standby = PageRange(memory, PAGE), PageRange(memory, PAGE)
+    for value, pages in enumerate((live, standby)):
+        pages.fill(PAGE)
+        memory.tensor(pages.base, PAGE).fill_(value)
+    before, served = torch.zeros(8, dtype=torch.uint8), memory.tensor(live.base, PAGE)[:8]
+    placed: list[Any] = []
+
+    def recorded(*_: Any) -> Any:
+        region = Region(live.base, 8) if placed else Region(before.data_ptr(), 8)
+        layout = Layout(
+            (Tensor("w", "uint8", (8,)),), (region,), bytes(np.array(row(0, 0, 0, (0,), (8,), (1,)), "<i8"))
+        )
+        refresh = lambda: placed.append("refreshed")  # noqa: E731
+        return SimpleNamespace(
+            layout=layout, tensors=[served if placed else before], refresh=refresh, unrecorded=(), unused=()
+        )
+
+    def place(tensors: Any, mode: str) -> PagedMemory:
+        placed.append((tensors, mode))
+        return PagedMemory(memory, live, standby)
+
+    monkeypatch.setenv("WEIGHTSYNC_MODE", "flip")
+    monkeypatch.setattr(engine, "recorded_layout", recorded)
+    monkeypatch.setattr(engine, "expert_map", lambda module: "elsewhere")
+    monkeypatch.setattr(engine.paging, "place", place)
+    monkeypatch.setattr(engine.probe, "require", lambda *_: {})
+    monkeypatch.setattr(engine, "targets_of", lambda model: ())
+    model = engine.VllmModel.of(Model(), None)
+    [(tensors, mode)] = placed
+    assert (tensors[0] is before, mode) == (True, "flip")
+    assert model.layout.regions == (Region(live.base, 8),)
+    assert [tensor.tolist() for tensor in model.standby_tensors] == [[1] * 8]
+    model.flip()
+    assert (served.tolist(), model.standby_tensors[0].tolist()) == ([1] * 8, [0] * 8)
+    fresh = model.rebalanced("here")
+    assert fresh is not None
+    assert fresh.standby_tensors[0].data_ptr() == model.standby_tensors[0].data_ptr()
+
+
 def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     region = Region(base=4096, length=8, memory="VRAM", device=0)
 
@@ -249,7 +308,7 @@ def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pyte
         raise MemoryPlacementError("expandable segments")
 
     monkeypatch.setattr(
-        engine, "recorded_layout", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)))
+        engine, "recorded_layout", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)), tensors=())
     )
     monkeypatch.setattr(engine, "check_reachable", refuse)
     with pytest.raises(MemoryPlacementError, match="expandable segments"):

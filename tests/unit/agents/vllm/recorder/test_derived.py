@@ -97,6 +97,7 @@ Kernel.__module__ = "vllm.kernels"
     [
         ("strides", torch.arange(4), True),
         ("gemm1_alpha", torch.ones(4), True),
+        ("q_range", torch.ones(4), True),
         ("packed", torch.zeros(4, dtype=torch.uint8), False),
         ("inverse", torch.ones(4), False),
     ],

@@ -1,0 +1,48 @@
+"""A thread for what computes for seconds beside an engine that serves: one thing at a time, at low priority."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+
+log = logging.getLogger(__name__)
+
+NICE: Final = 10
+"""Added to the thread's niceness: on a busy core it gets a tenth of what the engine's threads get, never nothing."""
+
+
+class Quiet:
+    """The thread; it begins with the first thing to do. Call it with that.
+
+    Args:
+        device: on CUDA the thread has a stream of its own, of the lowest priority, so that it never waits in front of
+            a batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "weightsync beside", self._begin)
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do ``work`` when everything before is done; what it raises is logged."""
+        self._thread.submit(self._perform, work)
+
+    def _begin(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a system that knows no priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            stream: Any = torch.cuda.Stream  # torch has no types for it
+            torch.cuda.set_stream(stream(self._device))  # 0, the priority by default, is the lowest
+
+    @staticmethod
+    def _perform(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("weightsync: a thread beside the engine failed")

@@ -1,0 +1,75 @@
+"""The sender's packing ring: places that chunks of all edges are gathered in before they are written."""
+
+from collections import deque
+from typing import Final, Protocol
+
+from weightsync.orchestrator.protocol.landing import chunk_bytes
+from weightsync.orchestrator.protocol.layout import Region
+
+NO_PLACE: Final = -1
+"""Of a chunk that is not packed."""
+
+
+class Taker(Protocol):
+    """One write over one edge. ``stopped``: it has been given up, and what it holds may stay held."""
+
+    @property
+    def peer(self) -> str: ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+
+class PackingRing:
+    """Places of ``chunk_bytes`` in a registered ``region``, given to the edges that write in turn.
+
+    No edge holds more than its part of them while others write. A place whose write has been given up is held until
+    that has ended; what remains goes round.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.chunk_bytes = chunk_bytes(region)
+        self._places = region.length // self.chunk_bytes if self.chunk_bytes else 0
+        self._free = deque(range(self._places))
+        self._held: dict[int, Taker] = {}
+        self._waiting: deque[Taker] = deque()
+        self._writing: list[Taker] = []
+
+    def join(self, holder: Taker) -> None:
+        """``holder`` will take places until it leaves."""
+        self._writing.append(holder)
+
+    def leave(self, holder: Taker) -> None:
+        """``holder`` takes no more; what it holds it gives back later. Again does nothing."""
+        self._writing = [one for one in self._writing if one is not holder]
+        self._waiting = deque(one for one in self._waiting if one is not holder)
+
+    def take(self, holder: Taker) -> int | None:
+        """A place for ``holder``; None: ask again."""
+        if not any(one is holder for one in self._waiting):
+            if sum(one is holder for one in self._held.values()) >= max(1, self._places // len(self._writing)):
+                return None
+            self._waiting.append(holder)
+        if not self._free or self._waiting[0] is not holder:
+            return None
+        self._waiting.popleft()
+        place = self._free.popleft()
+        self._held[place] = holder
+        return place
+
+    def give(self, place: int) -> None:
+        """Nothing reads ``place`` any more."""
+        del self._held[place]
+        self._free.append(place)
+
+    def lost(self) -> tuple[str, ...]:
+        """Peers whose writes, given up and not ended, hold all places; none if there is a place or one that will come
+        back."""
+        if self._free or not all(holder.stopped for holder in self._held.values()):
+            return ()
+        return tuple(sorted({holder.peer for holder in self._held.values()}))
+
+    def offset(self, place: int) -> int:
+        """First byte of ``place`` in the region."""
+        return place * self.chunk_bytes

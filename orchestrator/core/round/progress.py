@@ -1,0 +1,139 @@
+"""A round under way: its frozen members, how far each is, and what was reported."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.layout import Lands
+from weightsync.orchestrator.protocol.messages import EngineStatus, Verified
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one engine is within the round, and how it lands, which is frozen when the round begins."""
+
+    lands: Lands = "live"
+    boundary: bool = True
+    """It may switch between two of its steps."""
+    serves_on: bool = False
+    """It serves while its bytes arrive, until it switches."""
+    pausing: bool = False
+    """It was asked to pause for the switch."""
+    paused: bool = False
+    switching: bool = False
+    """It was asked to switch …"""
+    call_over: bool = False
+    """… and the call has ended; of one that lands ``live``, the update call."""
+    finishing: bool = False
+    """It was asked to finish …"""
+    finished: bool = False
+    resuming: bool = False
+    """… and to resume."""
+    resumed: bool = False
+    paused_at: float = 0.0
+    """When it was asked to pause."""
+    served_at: float = 0.0
+    """When it was known to serve the version."""
+    applied_at: float = 0.0
+    finished_at: float = 0.0
+    resumed_at: float = 0.0
+    http_seconds: float = 0.0
+    """In the calls that do nothing but wait for the engine: pause, switch, finish, resume."""
+    switch_seconds: float = 0.0
+    """How long it took no step for the switch, as it says itself."""
+    audit_seconds: float = 0.0
+    """How long the slowest of its workers looked at what it holds after the switch, beside serving."""
+    left_out: str = ""
+    """Why the round goes on without it."""
+
+    @property
+    def shadow(self) -> bool:
+        """Nothing remote reaches its live memory: a whole version lands beside it."""
+        return self.lands != "live"
+
+
+@dataclass(slots=True)
+class Round:
+    """One attempt to bring ``engines`` to ``version``. Its members are frozen; some may be left out on the way."""
+
+    name: RoundName
+    version: Version
+    attempt: int
+    catch_up: bool
+    engines: dict[str, Progress]
+    ranks: dict[Member, int]
+    """Inference ranks and their incarnations."""
+    writers: dict[Member, tuple[Member, ...]]
+    """Trainer ranks that have bytes to write, and to whom."""
+    sources: dict[Member, int] = field(default_factory=dict)
+    """Their incarnations."""
+    rollback: bool = False
+    """To a version that all engines have in their standby: nothing is written."""
+    quorum: int = 1
+    """Engines without which nothing is decided."""
+    phase: Phase = Phase.PAUSING
+    phase_began: float = 0.0
+    deadline: float = 0.0
+    granted: bool = False
+    live: tuple[str, ...] = ()
+    """Engines that the decision is about; empty before it."""
+    switched_at: float = 0.0
+    trouble: Trouble = NO_TROUBLE
+    """Why it was given up."""
+    waited: float = 0.0
+    """Of the patience, what earlier phases took."""
+    first_done: float | None = None
+    """When the first engine had nothing more to do in this phase, while others had."""
+    away: dict[Member, tuple[float, str]] = field(default_factory=dict)
+    """Members without a connection: since when, and why."""
+    quiesced: set[Member] = field(default_factory=set)
+    exposed: set[Member] = field(default_factory=set)
+    closed: dict[Member, dict[Member, PeerTransfer]] = field(default_factory=dict)
+    """What each writer moved to the peers that it is done with …"""
+    final: set[Member] = field(default_factory=set)
+    """… and writers that are done with everybody."""
+    failed: dict[Member, Trouble] = field(default_factory=dict)
+    """Why a writer could not go on."""
+    expected: dict[Member, tuple[Digest, int]] = field(default_factory=dict)
+    """Digest and bytes that the writers say they sent to each inference rank; once all are CLOSED."""
+    verified: dict[Member, Verified] = field(default_factory=dict)
+    left: dict[Member, EngineStatus] = field(default_factory=dict)
+    began: float = 0.0
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds spent in each phase."""
+    by_engine: dict[str, tuple[Member, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
+
+    @property
+    def decided(self) -> bool:
+        """From here only forward."""
+        return bool(self.live)
+
+    @property
+    def reason(self) -> str:
+        """Why it was given up, in one sentence; empty while it was not."""
+        return self.trouble.reason
+
+    def remaining(self) -> list[str]:
+        """Engines of the round that were not left out."""
+        return [name for name, progress in self.engines.items() if not progress.left_out]
+
+    def has(self, engine: str) -> bool:
+        """Whether the engine is in the round and was not left out."""
+        progress = self.engines.get(engine)
+        return progress is not None and not progress.left_out
+
+    def remaining_ranks(self) -> Iterator[Member]:
+        """Inference ranks of the engines that were not left out."""
+        return (member for member in self.ranks if not self.engines[member.engine].left_out)
+
+    def is_done(self, writer: Member) -> bool:
+        """The writer has closed its grant towards all engines that were not left out."""
+        done = self.closed.get(writer, {})
+        open_to = (target for target in self.writers[writer] if target not in done)
+        return writer in self.final or not any(self.has(target.engine) for target in open_to)

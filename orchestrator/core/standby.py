@@ -1,0 +1,80 @@
+"""Shadow engines, whose next version lands beside what they serve: how they land, and what their standby is good for.
+
+A standby is believed when the digest that its worker told of it is the one that the journal holds as decided for that
+version and that worker: whatever else lies there was never decided, or is of another staging of the same step.
+"""
+
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
+from weightsync.orchestrator.protocol.layout import Lands
+from weightsync.orchestrator.protocol.names import Digest, Version
+
+
+def hex_digest(digest: Digest) -> str:
+    """As the journal keeps it."""
+    return f"{digest[0]:016x}{digest[1]:016x}"
+
+
+def lands(fleet: Fleet, engine: str) -> Lands:
+    """How the engine's ranks land; ``live`` while none has announced. They agree, or the engine is a misfit."""
+    return next((a.announce.layout.lands for a in fleet.ranks_of(engine) if a.announce is not None), "live")
+
+
+def boundary(fleet: Fleet, engine: str) -> bool:
+    """It may switch between two of its steps."""
+    return all(a.announce.layout.boundary for a in fleet.ranks_of(engine) if a.announce is not None)
+
+
+def disagreement(fleet: Fleet, engine: str) -> str:
+    """How the engine's ranks land where they do not agree; empty where they do."""
+    said = {a.member.rank: a.announce.layout.lands for a in fleet.ranks_of(engine) if a.announce is not None}
+    if len(set(said.values())) < 2:
+        return ""
+    first = {mode: next(rank for rank, other in said.items() if other == mode) for mode in sorted(set(said.values()))}
+    ranks = ", ".join(f"rank {rank} in {mode}" for mode, rank in first.items())
+    return f"its ranks land in different modes ({ranks}). Fix: start all of them with the same WEIGHTSYNC_MODE"
+
+
+def believed(fleet: Fleet, agent: ConnectedAgent) -> Version | None:
+    """The version in this worker's standby, if it was decided with the very bytes that are there."""
+    status = agent.status
+    decided = fleet.memory.held.get(str(agent.member), ())
+    return status.standby if (status.standby, hex_digest(status.standby_digest)) in decided else None
+
+
+def beside(fleet: Fleet, engine: str) -> Version | None:
+    """The version that all ranks of the engine have in their standby, believed."""
+    held = {believed(fleet, agent) for agent in fleet.ranks_of(engine)}
+    return held.pop() if len(held) == 1 else None
+
+
+def serves_on(fleet: Fleet, engine: str) -> bool:
+    """It may serve while the next version lands: it holds the committed one, and so does its pair."""
+    committed = fleet.memory.committed
+    return committed is not None and all(
+        lands(fleet, name) != "live" and fleet.version_of(name) == committed for name in fleet.unit(engine)
+    )
+
+
+def owed(fleet: Fleet, engine: str) -> bool:
+    """A switch brings the engine to the committed version: all its ranks have that, live or in their standby."""
+    mode, committed, current = lands(fleet, engine), fleet.memory.committed, fleet.round
+    if mode == "live" or committed is None or not fleet.attached(engine) or engine in fleet.memory.holds:
+        return False
+    if mode == "copy" and fleet.tainted(engine):
+        return False  # what has landed may have been written over since
+    if current is not None and current.decided and current.version != committed:
+        return False  # another one is about to be it
+    if fleet.torn(engine) or fleet.version_of(engine) == committed:
+        return False  # what is torn was torn by a switch: it is written anew
+    return all(has(fleet, agent, committed) for agent in fleet.ranks_of(engine))
+
+
+def has(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
+    """The worker holds this version whole, live or in its standby."""
+    live = agent.status.applied == version and not agent.status.torn
+    return live or believed(fleet, agent) == version
+
+
+def by_itself(fleet: Fleet, engine: str) -> bool:
+    """It may switch while it serves: no other engine has to change with it."""
+    return boundary(fleet, engine) and len(fleet.unit(engine)) == 1

@@ -1,0 +1,213 @@
+"""How long clients wait because of a push, by the size of the model and the way that versions land, on one GPU or two.
+
+    make bench-gpu-stall                                   2 GB and 15 GB of dense FP8, flip
+    … bench_gpu_stall.py --models dense-2 dense-15 moe-15 --modes flip copy live --cache keep recompute
+
+Clients stream all the time. The stall of a push is the longest time between two chunks of one answer that any client
+saw during it, less the longest in as long a time right before. The trainer has the second GPU where there is one; else
+its own kernels slow the engine's down. Prints one JSON object a line; the weights change their signs with every push.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from fleet import Fleet, Trainer, fleet
+from serving import RequestFailed, VllmServer
+from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 32768, "max_position_embeddings": 8192,
+}  # fmt: skip
+"""The layers of Qwen3-8B; 0.19 GB each in FP8."""
+EXPERTS: dict[str, Any] = SIZES | {
+    "hidden_size": 2048, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}  # fmt: skip
+"""The layers of Qwen3-30B-A3B; 0.61 GB each in FP8."""
+CLIENTS, TOKENS = 4, 1500
+PROMPTS = {"short": 8, "long": 4000}
+"""Tokens of the context that a client begins with."""
+REST_SECONDS = 0.3
+WARM_UP_PUSHES = 3
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """``dense-2``, ``dense-15`` or ``moe-15``: the kind and about how many GB."""
+    kind, size = name.split("-")
+    if kind == "dense":
+        return qwen3_config(**SIZES, num_hidden_layers=max(1, round((int(size) - 0.5) / 0.193)), **FP8_BLOCKS)
+    layers = max(1, round((int(size) - 0.2) / 0.62))
+    routers = {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(layers)]}
+    blocks = {"quantization_config": FP8_BLOCKS["quantization_config"] | routers}
+    return qwen3_moe_config(**EXPERTS, num_hidden_layers=layers, **blocks)
+
+
+@dataclass
+class Streams:
+    """Clients that stream answers one after another; ``chunks`` are (arrival, gap before it), in seconds."""
+
+    server: VllmServer
+    prompt: Sequence[int]
+    chunks: list[tuple[float, float]] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    failures: int = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Streams"]:
+        threads = [threading.Thread(target=self._run, args=(index,), daemon=True) for index in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self.stopped.set()
+            for thread in threads:
+                thread.join(timeout=60)
+
+    def _run(self, index: int) -> None:
+        while not self.stopped.is_set():
+            last = 0.0
+            try:
+                for _ in self.server.stream([index + 5, *self.prompt], TOKENS):
+                    now = time.monotonic()
+                    if last:
+                        self.chunks.append((now, now - last))
+                    last = now
+                    if self.stopped.is_set():
+                        return
+            except (OSError, HTTPException, RequestFailed, KeyError):
+                self.failures += 1
+                self.stopped.wait(0.05)
+
+    def longest(self, begin: float, end: float) -> tuple[float, int]:
+        """The longest gap that ended in a span of time, in seconds, and how many chunks came in it."""
+        gaps = [gap for at, gap in list(self.chunks) if begin <= at <= end]
+        return max(gaps, default=0.0), len(gaps)
+
+
+def pushes(whole: Fleet, trainer: Trainer, streams: Streams, first: int, count: int) -> list[dict[str, float]]:
+    """Of each push: its stall, the ordinary gap and the time of all of it in ms, and tokens that did not come."""
+    found = []
+    for step in range(first, first + count):
+        time.sleep(REST_SECONDS)
+        begin = time.monotonic()
+        told = trainer.publish(step)
+        end = time.monotonic() + 0.05  # what was on its way to a client
+        if "error" in told:
+            raise RuntimeError(f"step {step} was not committed: {told['error']}")
+        time.sleep(max(0.0, end - time.monotonic()))
+        span = min(end - begin, REST_SECONDS)
+        longest, came = streams.longest(begin, end)
+        ordinary, usual = streams.longest(begin - span, begin)
+        lost = usual * (end - begin) / span - came
+        found.append(
+            {"stall": 1e3 * (longest - ordinary), "gap": 1e3 * ordinary, "push": 1e3 * told["seconds"], "lost": lost}
+        )
+    return found
+
+
+def p95(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
+
+
+def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) -> float:
+    """Reports on one engine; the 95th percentile of its stalls with the first cache policy and a short context."""
+    config = model_of(name)
+    model = save_model(directory / "model", config, {})
+    (model / "model.safetensors").unlink()
+    several = torch.cuda.device_count() > 1
+    arguments = ("--load-format", "dummy", "--max-model-len", "8192", "--gpu-memory-utilization", str(given.share))
+    arguments += ("--kv-cache-memory-bytes", str(4 << 30))
+    environment = {"WEIGHTSYNC_MODE": mode} | ({"CUDA_VISIBLE_DEVICES": "0"} if several else {})
+    if mode != "copy":
+        environment["WEIGHTSYNC_LANDING_MIB"] = str(given.ring)
+    eager = "moe" in name
+    server = VllmServer(
+        model, device="cuda", eager=eager, arguments=arguments, env=environment, log=directory / "engine.log"
+    ).start()
+    facts = {"model": name, "mode": mode, "gpus": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0)}
+    first = 0.0
+
+    def say(
+        figure: str, values: Sequence[float], unit: str = "ms", of: Callable[..., float] = statistics.median
+    ) -> None:
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
+        line = {"figure": f"{figure}_{name}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
+
+    try:
+        for cache in given.cache:
+            with fleet(directory / f"fleet-{cache}", {"engine": server}, settings={"pause": {"cache": cache}}) as whole:
+                script = str(Path(__file__).resolve().parent / "stall_trainer.py")
+                only = {"CUDA_VISIBLE_DEVICES": "1"} if several else {}
+                trainer = whole.start_trainer(model, script=script, device="cuda", env=only)
+                trainer.hear(given.patience)
+                server.wait_ready(given.patience)
+                for context in given.contexts:
+                    step = 1 + 1000 * given.contexts.index(context)
+                    told = trainer.publish(step)  # the engine is held until a version is committed
+                    if "error" in told:
+                        raise RuntimeError(told["error"])
+                    prompt = [7 + number % 1000 for number in range(PROMPTS[context])]
+                    with Streams(server, prompt).running() as streams:
+                        whole.until(lambda: len(streams.chunks) > 100, "streams", given.patience)
+                        pushes(whole, trainer, streams, step + 1, WARM_UP_PUSHES)
+                        rows = pushes(whole, trainer, streams, step + 100, given.pushes)
+                        failures = streams.failures
+                    facts |= {"cache": cache, "context": context}
+                    stalls = [row["stall"] for row in rows]
+                    first = first or p95(stalls)
+                    say(f"stall_{mode}_p50_ms", stalls)
+                    say(f"stall_{mode}_p95_ms", stalls, of=p95)
+                    say(f"stall_{mode}_max_ms", stalls, of=max)
+                    say("ordinary_gap_ms", [row["gap"] for row in rows])
+                    say("push_ms", [row["push"] for row in rows])
+                    say("tokens_lost_per_push", [row["lost"] for row in rows], "tokens", statistics.mean)
+                    say("failed_requests", [failures], "count")
+                    rounds = whole.ask(f"/rounds?last={given.pushes}")["rounds"]
+                    say("gb", [row["bytes"] / 1e9 for row in rounds], "GB")
+                    say("descriptors", [row["descriptors"] for row in rounds], "count")
+                    for part in sorted(rounds[0]["times_ms"]):
+                        say(f"{mode}_{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds])
+                    free, total = torch.cuda.mem_get_info(0)
+                    say("gpu_used_mib", [(total - free) / (1 << 20)], "MiB")
+    finally:
+        server.close()
+    return first
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--models", nargs="+", default=["dense-2", "dense-15"])
+    arguments.add_argument("--modes", nargs="+", default=["flip"])
+    arguments.add_argument("--cache", nargs="+", default=["keep"])
+    arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
+    arguments.add_argument("--pushes", type=int, default=30)
+    arguments.add_argument("--ring", type=int, default=1024, help="MiB of landing memory of flip and live")
+    arguments.add_argument("--share", type=float, default=0.3, help="of the GPU's memory that must be free at start")
+    arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")
+    given = arguments.parse_args()
+    for mode in given.modes:
+        stalls = []
+        for name in given.models:
+            with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as directory:
+                stalls.append(measure(name, mode, given, Path(directory)))
+        if len(stalls) > 1 and stalls[0] > 0:
+            line = {"figure": f"stall_{mode}_growth_8x", "value": round(stalls[1] / stalls[0], 3), "unit": "ratio"}
+            print(json.dumps(line | {"n": given.pushes, "spread": 0, "models": given.models[:2]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Harm to a fleet of which two engines land versions beside their weights and one lands them live.
+
+The shadow engines serve on, whatever happens to the trainer, the daemon or another engine before the decision, and are
+never torn. What the engines' steps read is judged when the module's last test is over (``Several.judge``).
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from several import NAMES, PHASES, SETTINGS, Several, StandIn, cases
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+SHADOW, LIVE = NAMES[:2], NAMES[2]
+STILL = 2.0
+"""In seconds: a shadow engine's longest time without a step on a busy machine; its switch takes milliseconds."""
+HARMED = str(Path(__file__).with_name("harmed_trainer.py"))
+MODES = dict.fromkeys(SHADOW, "copy") | {LIVE: "live"}
+
+
+def fleet_of(directory: Path, settings: dict[str, Any] = SETTINGS) -> Several:
+    return Several(directory, [StandIn(name, directory, mode=mode) for name, mode in MODES.items()], settings)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
+    several = fleet_of(tmp_path_factory.mktemp("several"))
+    try:
+        yield several.open()
+        several.judge()
+    finally:
+        several.close()
+
+
+def test_an_ordinary_round_of_both_kinds(several: Several) -> None:
+    began = time.monotonic()
+    for _ in range(3):
+        several.publish()
+    several.keep_going(SHADOW, began, STILL)
+
+
+@pytest.mark.parametrize("phase", cases(PHASES, ("MARKING", "WRITING", "VERIFYING", "DECIDING", "SWITCHING")))
+def test_a_daemon_that_is_killed_and_started_again_stops_no_shadow_engine(several: Several, phase: str) -> None:
+    began = time.monotonic()
+    several.signal_daemon_at(PHASES[phase], "SIGKILL")
+    step = several.begin()
+    several.wait_daemons_death()
+    several.start_daemon()
+    several.ended(step)
+    several.everywhere()
+    several.keep_going(SHADOW, began, STILL)
+
+
+@pytest.mark.parametrize("phase", cases(PHASES, ("WRITING", "VERIFYING")))
+def test_a_shadow_engine_that_hangs_costs_the_other_nothing(several: Several, phase: str) -> None:
+    with several.stopped_at(PHASES[phase]) as step:
+        several.engines["e0"].signal(signal.SIGSTOP)
+        began = time.monotonic()
+    several.ended(step)
+    several.others_serve("e0")
+    several.keep_going(["e1"], began, STILL)
+    several.engines["e0"].signal(signal.SIGCONT)
+    several.everywhere()
+
+
+@pytest.mark.parametrize("phase", cases(PHASES, ("EXPOSING", "SWITCHING")))
+def test_a_shadow_engine_that_is_killed_costs_the_other_nothing(several: Several, phase: str) -> None:
+    with several.stopped_at(PHASES[phase]) as step:
+        several.engines["e0"].kill()
+        began = time.monotonic()
+    several.ended(step)
+    several.others_serve("e0")
+    several.keep_going(["e1"], began, STILL)
+    several.engines["e0"].start()
+    several.everywhere()
+
+
+def test_engines_that_change_at_once_stand_still_for_the_switch_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = {**SETTINGS, "commit": {**SETTINGS["commit"], "together": True}}
+    several = fleet_of(tmp_path_factory.mktemp("together"), settings)
+    try:
+        several.open()
+        began = time.monotonic()
+        for _ in range(3):
+            several.publish()
+        several.keep_going(SHADOW, began, STILL)
+        several.judge()
+    finally:
+        several.close()
+
+
+def test_a_trainer_that_is_killed_in_mid_write_changes_nothing_that_is_served(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """One of its two ranks writes what it was granted, the other is killed at its grant."""
+    several = fleet_of(tmp_path_factory.mktemp("killed"))
+    try:
+        several.open(world=2)
+        several.trainer.stop()
+        several.start_trainer(2, script=HARMED, env={"WEIGHTSYNC_TEST_HARM": "1 SIGKILL"})
+        began = time.monotonic()
+        several.begin()
+        several.whole.until(lambda: several.whole.engine(LIVE)["torn"], f"{LIVE} to be torn", 30)
+        for rank in several.trainer.ranks:
+            rank.kill()
+        views = {name: several.whole.engine(name) for name in SHADOW}
+        assert [(view["torn"], view["paused"], view["version"]["step"]) for view in views.values()] == [
+            (False, False, several.committed[-1])
+        ] * 2
+        several.start_trainer(2)
+        several.publish()
+        several.keep_going(SHADOW, began, STILL)
+        several.judge()
+    finally:
+        several.close()

@@ -1,0 +1,105 @@
+"""Bugs about engines that land beside what they serve, for ``plant`` to plant."""
+
+from typing import Final
+
+from plant import Mutant
+
+_CONDITIONS: Final = "core/conditions.py"
+_ENGINES: Final = "core/membership/engines.py"
+_ENTRY: Final = "core/round/entry.py"
+_REPORTS: Final = "core/round/reports.py"
+_STANDBY: Final = "core/standby.py"
+_WAITS: Final = "core/round/waits.py"
+
+SHADOWS: Final = (
+    Mutant(
+        "a switch before the decision is durable",
+        _ENTRY,
+        "    _note_same_bytes(turn, current.version, digests)\n",
+        "    _note_same_bytes(turn, current.version, digests)\n    switch(turn, current)\n",
+    ),
+    Mutant(
+        "a switch believed before the audit",
+        _WAITS,
+        "    return all_hold(current, engine) and current.engines[engine].call_over\n",
+        "    return current.engines[engine].call_over\n",
+    ),
+    Mutant(
+        "a standby is remembered after it was exposed",
+        _REPORTS,
+        "                _stands_by(turn, current, member, None, NO_BYTES)\n",
+        "",
+    ),
+    Mutant(
+        "a standby believed by its name",
+        _STANDBY,
+        "    return status.standby if (status.standby, hex_digest(status.standby_digest)) in decided else None\n",
+        "    return status.standby if status.standby in dict(decided) else None\n",
+    ),
+    Mutant(
+        "a rollback that the journal does not count",
+        _ENTRY,
+        "memory.sequence if current.catch_up else",
+        "memory.sequence if current.catch_up or current.rollback else",
+    ),
+    Mutant(
+        "a rollback to what was never committed",
+        "core/round/rollback.py",
+        "    return version if version in fleet.memory.done and version",
+        "    return version if version",
+    ),
+    Mutant(
+        "a shadow engine marked torn",
+        _ENTRY,
+        "        torn = current.granted and not current.engines[name].shadow\n",
+        "        torn = current.granted\n",
+    ),
+    Mutant(
+        "a shadow engine paused from the beginning",
+        _ENTRY,
+        "        if not progress.serves_on:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "a shadow engine that serves an older version serves on",
+        _STANDBY,
+        ' != "live" and fleet.version_of(name) == committed for',
+        ' != "live" for',
+    ),
+    Mutant(
+        "ranks that meet others switch while they serve",
+        _ENTRY,
+        "not (progress.boundary and others == [name])",
+        "others != [name]",
+    ),
+    Mutant(
+        "a pair switches one after the other",
+        _ENTRY,
+        "    if all(current.engines[other].paused for other in others if other != name):\n",
+        "    if True:\n",
+    ),
+    Mutant(
+        "what is decided waits for a trainer",
+        _ENGINES,
+        "    if _may_switch(turn, name) and standby.owed(fleet, name):\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "what a late writer reaches is switched to",
+        _STANDBY,
+        '    if mode == "copy" and fleet.tainted(engine):\n',
+        "    if False:\n",
+    ),
+    Mutant(
+        "a switch without effect is repeated for ever",
+        _CONDITIONS,
+        "not engine.error and not tried and ",
+        "not engine.error and ",
+    ),
+    Mutant(
+        "a catch-up that hangs keeps new versions from all",
+        _REPORTS,
+        "    elif newer or phases.is_impatient(turn, current):\n",
+        "    elif phases.is_impatient(turn, current):\n",
+    ),
+)

@@ -1,0 +1,84 @@
+"""Places of the packing ring: in turn, at most one's part, and held by whoever has been given up."""
+
+from dataclasses import dataclass
+
+import pytest
+from weightsync.agents.transport.nixl.ring import PackingRing
+from weightsync.orchestrator.protocol.layout import Region
+
+
+@dataclass(eq=False)
+class Edge:
+    peer: str
+    stopped: bool = False
+
+
+def ring_of(places):
+    return PackingRing(Region(4096, places * 256))
+
+
+@pytest.fixture
+def pair():
+    """A ring of four places, and two edges that write."""
+    ring, a, b = ring_of(4), Edge("a"), Edge("b")
+    ring.join(a)
+    ring.join(b)
+    return ring, a, b
+
+
+def test_places_are_chunks_of_the_region():
+    ring = PackingRing(Region(4096, 64 << 20))
+    assert (ring.chunk_bytes, ring.offset(3)) == (8 << 20, 24 << 20)
+
+
+def test_one_that_writes_alone_has_all_places():
+    ring, edge = ring_of(4), Edge("a")
+    ring.join(edge)
+    assert [ring.take(edge) for _ in range(5)] == [0, 1, 2, 3, None]
+    ring.give(2)
+    assert ring.take(edge) == 2
+
+
+def test_no_edge_holds_more_than_its_part(pair):
+    ring, a, b = pair
+    assert [ring.take(a) for _ in range(3)] == [0, 1, None]
+    assert [ring.take(b) for _ in range(3)] == [2, 3, None]
+    ring.leave(b)
+    ring.give(3)
+    assert ring.take(a) == 3, "one that has left takes none"
+
+
+def test_more_edges_than_places_take_turns():
+    ring, edges = ring_of(1), [Edge(str(number)) for number in range(3)]
+    for edge in edges:
+        ring.join(edge)
+    assert [ring.take(edge) for edge in edges] == [0, None, None]
+    ring.give(0)
+    assert ring.take(edges[0]) is None, "the others have waited"
+    assert ring.take(edges[1]) == 0
+    ring.leave(edges[2])
+    ring.give(0)
+    assert ring.take(edges[0]) == 0
+
+
+def test_what_is_held_by_writes_that_were_given_up_is_lost_until_they_end(pair):
+    ring, a, b = pair
+    held = [ring.take(a), ring.take(a)]
+    a.stopped = True
+    ring.leave(a)
+    assert [ring.take(b), ring.take(b), ring.take(b)] == [2, 3, None]
+    assert ring.lost() == (), "b's own come back"
+    ring.give(2)
+    ring.give(3)
+    assert ring.lost() == ()
+    for _ in range(2):
+        ring.take(b)
+    b.stopped = True
+    ring.leave(b)
+    late = Edge("late")
+    ring.join(late)
+    assert ring.take(late) is None
+    assert ring.lost() == ("a", "b")
+    ring.give(held[0])
+    assert ring.lost() == ()
+    assert ring.take(late) == held[0]
