@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-restart bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
+.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-plan bench-hub bench-restart bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,13 @@ $(VENV)/.linked: $(VENV)/.installed pyproject.toml $(VENV)/.sources
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--config-settings editable_mode=strict -e .
 	@touch $@
+
+$(VENV)/.docs: tests/requirements-docs.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-docs.txt
+	@touch $@
+
+docs: setup $(VENV)/.docs ## build the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed while it answers
 	@$(BIN)/weightsync-orchestrator demo

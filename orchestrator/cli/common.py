@@ -36,22 +36,33 @@ class Exit(IntEnum):
     FAILURE = (
         1,
         "all",
-        "a bug of ours, with a traceback; `demo`: it failed, or the answers differ; `status --check`: degraded",
+        "a bug of ours, with a traceback; `demo`: it failed, or the answers differ; `status --check`: degraded;"
+        " `doctor`: warnings",
         "yes; report it",
     )
-    USAGE = 2, "all", "the command line is wrong; `status --check`: critical", "no"
-    REFUSED = 65, "verbs", "the daemon refuses what was asked for; the message says why, and what there is", "no"
+    USAGE = 2, "all", "the command line is wrong; `status --check`: critical; `doctor`: errors", "no"
+    REFUSED = (
+        65,
+        "verbs, `rounds show`",
+        "the daemon refuses what was asked for, or there is no such round; the message says why, and what there is",
+        "no",
+    )
     UNAVAILABLE = 69, "`demo`", "something that it needs is not installed; the message says what", "once installed"
     INTERNAL = 70, "`run`", "an invariant did not hold; it ended before acting on it", "yes: the journal is believed"
-    IO = 74, "`run`", "the journal's disk failed, the last commit's outcome is unknown", "yes: it is read again"
+    IO = (
+        74,
+        "`run`, `report`",
+        "`run`: the journal's disk failed, the last commit's outcome is unknown; `report`: the file cannot be written",
+        "yes: it is read again",
+    )
     TEMPORARY = (
         75,
-        "`run`, `status`, `rounds`, `plan`, verbs",
+        "`run`, `status`, `rounds`, `watch`, `report`, `plan`, verbs",
         "`run`: another daemon holds the journal (the message names its process), or the address is taken; the others:"
         " the daemon cannot be reached (`status` and `rounds` then show what the journal knows)",
         "later",
     )
-    DENIED = 77, "`status`, `rounds`, `plan`, verbs", "the daemon refuses the token", "no"
+    DENIED = 77, "`status`, `rounds`, `watch`, `report`, `plan`, verbs", "the daemon refuses the token", "no"
     CONFIG = (
         78,
         "all",
@@ -88,12 +99,13 @@ def add_config_option(command: argparse.ArgumentParser, required: bool = True) -
     command.add_argument("--config", type=Path, metavar="PATH", required=needed, default=default, help=text)
 
 
-def add_daemon_options(command: argparse.ArgumentParser) -> None:
+def add_daemon_options(command: argparse.ArgumentParser, *, json: bool = True) -> None:
     """Which daemon is asked, for how long, and in which form its answer is printed."""
     add_config_option(command, required=False)
     command.add_argument("--url", type=url, help="the daemon's URL, instead of the configuration's")
     command.add_argument("--token-file", type=Path, metavar="PATH", help="with --url: file with the token")
-    command.add_argument("--json", action="store_true", help="print JSON, as the daemon answers it")
+    if json:
+        command.add_argument("--json", action="store_true", help="print JSON, as the daemon answers it")
     command.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="in total (default 10)")
 
 

@@ -2,40 +2,33 @@
 
 import asyncio
 import contextlib
+import importlib.resources
 import ipaddress
 import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
+from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings, load
 
+EXAMPLE: Final = importlib.resources.files("weightsync.orchestrator.settings") / "example.yaml"
+
 SHORT_TOKEN_CHARS: Final = 16
 """Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
 
-Level = Literal["ok", "note", "warning", "error"]
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    text: str
-
-
-def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None = None) -> int:
+def check(path: Path, *, probe: bool = False, as_json: bool = False, environ: Mapping[str, str] | None = None) -> int:
     """Prints what is found and returns the exit code: 0, or 78 if the daemon could not work with this.
 
     Raises:
@@ -46,7 +39,10 @@ def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None 
     findings += findings_of(settings)
     if probe:
         findings += asyncio.run(_probe(settings))
-    for finding in findings:
+    if as_json:
+        told = Findings(place=socket.gethostname(), findings=tuple(findings))
+        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+    for finding in () if as_json else findings:
         print(f"{finding.level:<8}{finding.text}")
     return Exit.CONFIG if any(finding.level == "error" for finding in findings) else Exit.OK
 
@@ -54,6 +50,12 @@ def check(path: Path, *, probe: bool = False, environ: Mapping[str, str] | None 
 def print_schema() -> int:
     """Prints the JSON schema of the configuration."""
     print(msgspec.json.format(msgspec.json.encode(Settings.model_json_schema())).decode())
+    return Exit.OK
+
+
+def print_example() -> int:
+    """Prints the configuration that explains every key."""
+    print(EXAMPLE.read_text(encoding="utf-8"), end="")
     return Exit.OK
 
 
@@ -97,16 +99,16 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     try:
         secret = read_secret(path)
     except ConfigError as error:
-        yield Finding("error", f"{key}: {error}")
+        yield Finding("error", str(error), check=key)
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        yield Finding("warning", f"{key}: {path} has mode {mode:04o}, others may read it. Fix: chmod 600 {path}")
+        yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", key)
     elif len(secret) < SHORT_TOKEN_CHARS:
-        fix = f"openssl rand -hex 32 > {path}"
-        yield Finding("warning", f"{key}: {path} holds only {len(secret)} characters and can be guessed. Fix: {fix}")
+        what = f"{path} holds only {len(secret)} characters and can be guessed"
+        yield Finding("warning", what, f"openssl rand -hex 32 > {path}", key)
     else:
-        yield Finding("ok", f"{key}: {path}")
+        yield Finding("ok", str(path), check=key)
 
 
 def _kinds(settings: Settings) -> Iterator[Finding]:
@@ -114,7 +116,7 @@ def _kinds(settings: Settings) -> Iterator[Finding]:
         try:
             check_kinds([engine])
         except UnknownEngineKind as error:
-            yield Finding("error", str(error))
+            yield Finding("error", str(error), check="engines[].kind")
 
 
 def _state_directory(path: Path) -> Iterator[Finding]:
@@ -124,11 +126,12 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         return
     if is_network(kind):
         fix = "put it on a local or block device; on a network file system an fsync proves nothing"
-        yield Finding("error", f"state_directory: {path} is on {kind}, a network file system. Fix: {fix}")
+        yield Finding("error", f"{path} is on {kind}, a network file system", fix, "state_directory")
         return
     yield from _writable("state_directory", path, "error")
     if forgets(kind):
-        yield Finding("warning", f"state_directory: {path} is on {kind} and is lost when the machine restarts")
+        what = f"{path} is on {kind} and is lost when the machine restarts"
+        yield Finding("warning", what, "put it on a disk", "state_directory")
 
 
 def _file_system(key: str, path: Path) -> str | Finding:
@@ -139,7 +142,7 @@ def _file_system(key: str, path: Path) -> str | Finding:
         return file_system_of(path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Finding("error", f"{key}: {path} cannot be looked at: {reason}. Fix: give the path of a directory")
+        return Finding("error", f"{path} cannot be looked at: {reason}", "give the path of a directory", key)
 
 
 def _run_directory(path: Path) -> Iterator[Finding]:
@@ -149,7 +152,8 @@ def _run_directory(path: Path) -> Iterator[Finding]:
         return
     yield from _writable("run.directory", path, "error")
     if path.is_dir() and is_network(kind):
-        yield Finding("note", f"run.directory: {kind} sends no events, so STABLE is seen at the next rescan")
+        what = f"{kind} sends no events, so STABLE is seen at the next rescan"
+        yield Finding("note", what, check="run.directory")
 
 
 def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
@@ -158,23 +162,25 @@ def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        yield Finding(level, f"{key}: {existing} is no directory. Fix: give the path of a directory")
+        yield Finding(level, f"{existing} is no directory", "give the path of a directory", key)
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield Finding(level, f"{key}: {existing} cannot be written. Fix: change its owner or its mode")
+        yield Finding(level, f"{existing} cannot be written", "change its owner or its mode", key)
     elif existing != path:
-        yield Finding("ok", f"{key}: {path} does not exist yet and can be made")
+        yield Finding("ok", f"{path} does not exist yet and can be made", check=key)
     else:
-        yield Finding("ok", f"{key}: {path} can be written ({file_system_of(path)})")
+        yield Finding("ok", f"{path} can be written ({file_system_of(path)})", check=key)
 
 
 def _address(settings: Settings) -> Iterator[Finding]:
     host, port = settings.listen.host, settings.listen.port
-    yield _port("listen", host, port)
-    yield Finding("ok", f"agents are told to come to {settings.agents_url}")
+    yield _port("listen.port", host, port)
+    yield Finding("ok", f"agents are told to come to {settings.agents_url}", check="advertise_url")
     if not _is_loopback(host) and settings.agents_url.startswith("http://"):
-        yield Finding("warning", f"listen: tokens travel unencrypted to {host}; keep them on a trusted network")
+        fix = "keep them on a trusted network, or put TLS before it and set advertise_url"
+        yield Finding("warning", f"tokens travel unencrypted to {host}", fix, "listen.host")
     if settings.rendezvous.group_address() is not None:
-        yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
+        what = "tcpstore unpickles what its peers send"
+        yield Finding("warning", what, "use it on a trusted network only, or rendezvous: {type: hub}", "rendezvous")
 
 
 def _port(key: str, host: str, port: int) -> Finding:
@@ -185,8 +191,8 @@ def _port(key: str, host: str, port: int) -> Finding:
             trial.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Finding("note", f"{key}: {host}:{port} cannot be bound now ({reason}); is a daemon running?")
-    return Finding("ok", f"{key}: {host}:{port} is free")
+        return Finding("note", f"{host}:{port} cannot be bound now ({reason}); is a daemon running?", check=key)
+    return Finding("ok", f"{host}:{port} is free", check=key)
 
 
 def _is_loopback(host: str) -> bool:
@@ -210,4 +216,4 @@ async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
     finally:
         await client.close()
     notes = "".join(f", {note}" for note in facts.notes)
-    return Finding("ok", f"engine {engine.name}: {facts.server}, {facts.ranks} ranks{notes}")
+    return Finding("ok", f"{facts.server}, {facts.ranks} ranks{notes}", check=f"engine {engine.name}")

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import signal
 import sys
@@ -17,7 +16,9 @@ from weightsync.orchestrator.cli.common import (
     add_daemon_options,
     count,
     exit_codes_text,
+    seconds,
 )
+from weightsync.orchestrator.cli.completion import SHELLS, script
 from weightsync.orchestrator.cli.operator import add_verb_commands
 from weightsync.orchestrator.settings.problems import ConfigError
 
@@ -41,6 +42,10 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     _add_views(commands)
     add_verb_commands(commands)
     _add_config(commands)
+    _add_doctor(commands)
+    completion = commands.add_parser("completion", help="print a script by which a shell completes commands")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(run=_completion)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -56,11 +61,9 @@ class _Version(argparse.Action):
     """Looks the release up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        try:
-            release = importlib.metadata.version(parser.prog)
-        except importlib.metadata.PackageNotFoundError:
-            release = "of a source tree"
-        print(f"{parser.prog} {release}")
+        from weightsync.orchestrator.daemon.release import release
+
+        print(f"{parser.prog} {release()}")
         parser.exit()
 
 
@@ -95,22 +98,45 @@ def _add_views(commands: Commands) -> None:
     status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
     rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
+    rounds.add_argument("of", nargs="*", metavar="show ROUND", help="one round in full, by its name in the table")
     status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
+    watch = commands.add_parser("watch", help="the status, live, until interrupted")
+    watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
+    report = commands.add_parser("report", help="write the history of rounds as one HTML file with charts")
+    report.add_argument("--out", type=Path, metavar="PATH", default=Path("rounds.html"), help="default: rounds.html")
+    report.add_argument("--last", type=count, default=1000, metavar="N", help="so many rounds (default 1000)")
     for command in (status, rounds):
         add_daemon_options(command)
+    for command in (watch, report):
+        add_daemon_options(command, json=False)
     status.set_defaults(run=_view("status"))
     rounds.set_defaults(run=_view("rounds"))
+    watch.set_defaults(run=_watch)
+    report.set_defaults(run=_report)
 
 
 def _add_config(commands: Commands) -> None:
-    config = commands.add_parser("config", help="check a configuration, or print its schema")
+    config = commands.add_parser("config", help="check a configuration, or print an example or the schema")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser("check", help="check a configuration and what it points to")
     check.add_argument("path", type=Path, metavar="PATH")
     check.add_argument("--probe", action="store_true", help="ask each engine for its routes, too")
     check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true", help="print JSON")
     schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
     schema.set_defaults(run=_schema)
+    example = actions.add_parser("example", help="print a configuration that explains every key")
+    example.set_defaults(run=_example)
+
+
+def _add_doctor(commands: Commands) -> None:
+    text = "look for known traps on this host, at the engines and at the daemon; exit 0 none, 1 warnings, 2 errors"
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    add_config_option(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="for each answer (default 10)")
+    doctor.set_defaults(run=_doctor)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -154,16 +180,45 @@ def _view(what: Literal["status", "rounds"]) -> Command:
     return show
 
 
+def _watch(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.watch import watch
+
+    return watch(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.report import report
+
+    return report(options)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    print(script(parser(), options.shell), end="")
+    return Exit.OK
+
+
 def _check(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.cli import config as cli_config
 
-    return cli_config.check(options.path, probe=options.probe)
+    return cli_config.check(options.path, probe=options.probe, as_json=options.json)
 
 
 def _schema(_: argparse.Namespace) -> int:
     from weightsync.orchestrator.cli import config as cli_config
 
     return cli_config.print_schema()
+
+
+def _example(_: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli import config as cli_config
+
+    return cli_config.print_example()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.cli.doctor.command import diagnose
+
+    return diagnose(options)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -1,20 +1,22 @@
-"""``status`` and ``rounds``: from the daemon, or from the journal when the daemon is down."""
+"""``status``, ``rounds`` and ``rounds show``: from the daemon, or from the journal when the daemon is down."""
 
 import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import msgspec
 from weightsync.orchestrator.cli.asking import daemon_of
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
-from weightsync.orchestrator.cli.common import Exit
-from weightsync.orchestrator.cli.tables import check_line, rounds_text, status_text
+from weightsync.orchestrator.cli.common import MAX_OPTION_COUNT, Exit
+from weightsync.orchestrator.cli.tables import check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
 from weightsync.orchestrator.daemon.admin.views import RoundsView, StatusView
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.settings import Settings
 
 View = TypeVar("View", StatusView, RoundsView)
@@ -26,36 +28,68 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration or the token file cannot be used.
     """
-    found = daemon_of(options)
-    if found is None:
-        return Exit.USAGE
-    url, token, settings = found
-    route = "/status" if what == "status" else f"/rounds?last={options.last}"
-    code: int = Exit.OK
-    view: StatusView | RoundsView
-    try:
-        data = asyncio.run(fetch(url + route, token, options.timeout))
-        view = _decode(data, StatusView) if what == "status" else _decode(data, RoundsView)
-    except Denied as error:
-        print(error, file=sys.stderr)
-        return Exit.DENIED
-    except Unreachable as error:
-        print(error, file=sys.stderr)
-        code = Exit.TEMPORARY
-        known = None if settings is None else _from_journal(what, settings, options)
-        if known is None:
-            return code
-        view = known
-    if isinstance(view, StatusView) and options.check:
+    if what == "rounds":
+        return _rounds(options)
+    view, code = _view(options, "/status", StatusView, admin_journal.status_from)
+    if view is None:
+        return code
+    if options.check:
         print(check_line(view))
         return code or severity(view)
-    if options.json:
-        print(msgspec.json.format(msgspec.json.encode(view)).decode())
-    elif isinstance(view, StatusView):
-        print(status_text(view, time.time()))
-    else:
-        print(rounds_text(view.rounds, time.time()))
+    print(_json(view) if options.json else status_text(view, time.time()))
     return code
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    if options.of and (len(options.of) != 2 or options.of[0] != "show"):
+        given = clean(" ".join(options.of), 100)
+        print(f"rounds {given}: write rounds show ROUND, such as rounds show 3.17", file=sys.stderr)
+        return Exit.USAGE
+    view, code = rounds_view(options, MAX_OPTION_COUNT if options.of else options.last)
+    if view is None:
+        return code
+    if not options.of:
+        print(_json(view) if options.json else rounds_text(view.rounds, time.time()))
+        return code
+    row = next((row for row in view.rounds if row.round == options.of[1]), None)
+    if row is None:
+        known = f"; there are {view.rounds[0].round} to {view.rounds[-1].round}" if view.rounds else ""
+        print(f"no round {clean(options.of[1], 100)} has ended{known}", file=sys.stderr)
+        return Exit.REFUSED
+    print(_json(row) if options.json else round_text(row, time.time()))
+    return code
+
+
+def rounds_view(options: argparse.Namespace, last: int) -> tuple[RoundsView | None, int]:
+    """The newest rounds, from the daemon or else from the journal, and the exit code; None: from neither, as is said.
+
+    Raises:
+        ConfigError: as ``show``.
+    """
+    return _view(
+        options, f"/rounds?last={last}", RoundsView, lambda settings: admin_journal.rounds_from(settings, last)
+    )
+
+
+def _view(
+    options: argparse.Namespace, route: str, kind: type[View], from_journal: Callable[[Settings], View]
+) -> tuple[View | None, int]:
+    found = daemon_of(options)
+    if found is None:
+        return None, Exit.USAGE
+    url, token, settings = found
+    try:
+        return decoded(asyncio.run(fetch(url + route, token, options.timeout)), kind), Exit.OK
+    except Denied as error:
+        print(error, file=sys.stderr)
+        return None, Exit.DENIED
+    except Unreachable as error:
+        print(error, file=sys.stderr)
+    try:
+        return None if settings is None else from_journal(settings), Exit.TEMPORARY
+    except (JournalError, JournalLost, JournalUnreadable) as error:
+        print(f"nor can the journal be read: {error}", file=sys.stderr)
+        return None, Exit.TEMPORARY
 
 
 def severity(view: StatusView) -> int:
@@ -63,18 +97,17 @@ def severity(view: StatusView) -> int:
     return max((2 if problem.severity == "critical" else 1 for problem in view.problems), default=0)
 
 
-def _decode(data: bytes, kind: type[View]) -> View:
+def decoded(data: bytes, kind: type[View]) -> View:
+    """A view of the daemon's.
+
+    Raises:
+        Unreachable: it is none.
+    """
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unreachable(f"an answer that is not the daemon's: {error}") from error
 
 
-def _from_journal(what: str, settings: Settings, options: argparse.Namespace) -> StatusView | RoundsView | None:
-    try:
-        if what == "status":
-            return admin_journal.status_from(settings)
-        return admin_journal.rounds_from(settings, options.last)
-    except (JournalError, JournalLost, JournalUnreadable) as error:
-        print(f"nor can the journal be read: {error}", file=sys.stderr)
-        return None
+def _json(view: msgspec.Struct) -> str:
+    return msgspec.json.format(msgspec.json.encode(view)).decode()

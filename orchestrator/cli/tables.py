@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     ProblemView,
@@ -27,6 +28,9 @@ SHOWN_TRAINERS: Final = 8
 
 SHOWN: Final = 8
 """Tensors in ``status`` before they are only counted; ``plan explain`` names all."""
+
+BAR: Final = 70
+"""Columns of a round's waterfall."""
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -52,7 +56,8 @@ def status_text(status: StatusView, now: float) -> str:
 
 def _head(status: StatusView, now: float) -> list[str]:
     """What is wrong, what is done, and what the operator wants."""
-    daemon = f"daemon epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
+    release = f" {status.release}," if status.release else ""
+    daemon = f"daemon{release} epoch {status.epoch}" + (f", up {_age(now - status.started)}" if status.started else "")
     source = "" if status.source == "daemon" else "  [from the journal: the daemon does not answer]"
     lines = _wrapped(f"run {status.run}, {daemon}, journal {status.journal_id[:8] or '-'}{source}")
     for problem in status.problems:
@@ -102,6 +107,22 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
         lines.append(line)
         lines.extend(_wrapped(f"{row.fault}: {row.reason}" if row.fault else row.reason, "    "))
         lines.extend(_wrapped(f"left out: {', '.join(row.left_out)}", "    ") if row.left_out else [])
+    return "\n".join(lines)
+
+
+def round_text(row: RoundRow, now: float) -> str:
+    """One round: what it was, what it cost, phase by phase, and why it ended so."""
+    lines = rounds_text([row], now).splitlines()
+    lines += _wrapped(f"engines: {', '.join(row.engines) or '-'}")
+    phases = {phase.value: row.times_ms[phase.value] for phase in Phase if phase.value in row.times_ms}
+    most, began = max(sum(phases.values()), 1e-9), 0.0
+    lines.append("")
+    for name, ms in phases.items():
+        before, length = (round(BAR * part / most) for part in (began, ms))
+        lines.append(f"{name:<12}{ms:>10.1f} ms  {' ' * before}{'█' * max(1, length)}")
+        began += ms
+    others = {name: ms for name, ms in row.times_ms.items() if name not in phases}
+    lines += ["", *_wrapped(", ".join(f"{name} {ms:.1f} ms" for name, ms in others.items()))] if others else []
     return "\n".join(lines)
 
 

@@ -1,4 +1,8 @@
-"""S1-S6, checked after every event, on the commands that are about to be performed as well as on the state."""
+"""S1-S6, checked on the state after every turn, and on each command before it is performed.
+
+What gives a right (a grant, a resume, a switch) is judged by the state in which it was commanded: of events that came
+together a later one may end its round, or bring another process, as it might a moment afterwards.
+"""
 
 from dataclasses import dataclass
 
@@ -28,8 +32,25 @@ def snapshot(fleet: Fleet) -> Snapshot:
     return Snapshot(fleet.epoch, fleet.memory.sequence, fleet.round)
 
 
+def commanded(fleet: Fleet, command: Command) -> None:
+    """Raise if the command gives a right that nobody has now.
+
+    Raises:
+        InvariantViolation: names the invariant and what breaks it.
+    """
+    match command:
+        case CallEngine(call=Call.RESUME):
+            _resume_is_safe(fleet, command)
+        case CallEngine(call=Call.SWITCH):
+            _switch_is_safe(fleet, command)
+        case Send(message=Grant()):
+            _grant_is_safe(fleet, command)
+        case _:
+            pass
+
+
 def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
-    """Raise on the first invariant that does not hold.
+    """Raise on the first invariant that does not hold at the end of a turn.
 
     Raises:
         InvariantViolation: names the invariant and what breaks it.
@@ -40,14 +61,8 @@ def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
         )
     for command in commands:
         match command:
-            case CallEngine(call=Call.RESUME):
-                _resume_is_safe(fleet, command)
-            case CallEngine(call=Call.SWITCH):
-                _switch_is_safe(fleet, command)
             case Append(record=RoundBegan(round=name)):
                 _begin_is_safe(fleet, name)
-            case Send(message=Grant()):
-                _grant_is_safe(fleet, command)
             case Append(record=Committed(version=version)):
                 _commit_is_verified(fleet, before.round, version)
             case _:

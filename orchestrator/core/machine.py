@@ -108,7 +108,8 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     # decided in the sweep below, after every batch of events and whatever they were: the plan first, which a round
     # needs; then the versions, which begin rounds; engines last, since a call to one keeps it out of a round. A
     # decision that was missed, or whose effect was lost, is thus made again by the next event, of which there is one
-    # every quarter of a second. The invariants look at commands and state last, before anything is performed.
+    # every quarter of a second. The invariants look at grants and resumes as they are commanded, and at the rest last,
+    # before anything is performed.
     turn = Turn(fleet, now, 0)
     before = invariants.snapshot(fleet)
     for event in events:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from weightsync.orchestrator.core import invariants
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.memory import replay
@@ -22,7 +23,12 @@ class Turn:
     commands: list[Command] = field(default_factory=list)
 
     def do(self, command: Command) -> None:
-        """Have ``command`` performed, with the present event as its cause."""
+        """Have ``command`` performed, with the present event as its cause.
+
+        Raises:
+            InvariantViolation: it gives a right that nobody has now.
+        """
+        invariants.commanded(self.fleet, command)
         self.commands.append(replace(command, cause=self.cause))
 
     def say(self, sentence: str, level: Literal["info", "warning", "error"] = "info") -> None:

@@ -64,6 +64,8 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
+    # It tells of each change that it sees, our own markers among them, and of nothing else.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
     root = logging.getLogger()
     # A second call replaces what the first set up; handlers of others stay.
     for old in [h for h in root.handlers if getattr(h, "of_weightsync", False)]:

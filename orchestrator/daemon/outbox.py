@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
+from typing import Final
 
 import structlog
 from weightsync.orchestrator.core.commands import (
@@ -31,6 +32,7 @@ from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.log import round_line
+from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
@@ -40,6 +42,9 @@ from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.text import clean
 
 log = structlog.get_logger(__name__)
+
+STUCK_SECONDS: Final = 5.0
+"""Of one batch, which waits for nothing but a commit to the journal; a thousand times as long as that takes."""
 
 
 class Outbox:
@@ -60,11 +65,13 @@ class Outbox:
         planning: Planning,
         markers: MarkerThread,
         stable: StableWatch,
+        meters: Meters,
     ) -> None:
         self._inbox, self._journal, self._history = inbox, journal, history
         self._hub, self._group, self._engines = hub, group, engines
-        self._planning, self._markers, self._stable = planning, markers, stable
+        self._planning, self._markers, self._stable, self._meters = planning, markers, stable, meters
         self._batches: asyncio.Queue[list[Command] | asyncio.Future[None]] = asyncio.Queue()
+        self._busy_since: float | None = None
         self._in_round = False
         self._compacting: asyncio.Task[None] | None = None
 
@@ -78,13 +85,21 @@ class Outbox:
         self._batches.put_nowait(waiter)
         return waiter
 
+    @property
+    def obstacle(self) -> str:
+        """Why what is decided is not done; empty when it is, or will be in a moment."""
+        busy = 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        return f"the journal's disk has not answered for {busy:.0f} s" if busy > STUCK_SECONDS else ""
+
     async def run(self) -> None:
         """Perform until cancelled. An error ends the daemon: what was decided and not done is for the next one."""
         try:
             while True:
                 batch = await self._batches.get()
                 if isinstance(batch, list):
+                    self._busy_since = time.monotonic()
                     await self.perform(batch)
+                    self._busy_since = None
                 elif not batch.done():  # whoever waited may have given up
                     batch.set_result(None)
         except Exception as error:
@@ -102,13 +117,16 @@ class Outbox:
     async def _append(self, commands: list[Append]) -> None:
         """Neighbours in one commit: an fsync costs milliseconds."""
         entries = [(type(command.record).__name__, encode_record(command.record)) for command in commands]
+        began = time.monotonic()
         await self._journal.append(entries)
+        self._meters.appended(len(entries), time.monotonic() - began)
         for command in commands:
             record = command.record
             self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
             row = self._history.remember(record, time.time())
             if row is not None:
                 round_line(row)
+                self._meters.ended(row)
             if command.answer:
                 name = getattr(record, "round", None)
                 self._inbox.post(Appended(self._inbox.next_id(), type(record).__name__, name))

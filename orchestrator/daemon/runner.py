@@ -5,6 +5,7 @@ import contextlib
 import gc
 import secrets
 import signal
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -28,9 +29,11 @@ from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
+from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
+from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
@@ -65,7 +68,7 @@ class Runner:
         check_kinds(settings.engines)
         self.settings, self._read = settings, read
         self.inbox = Inbox(self._decide)
-        self.planning, self.history = Planning(), History()
+        self.planning, self.history, self.meters = Planning(), History(), Meters()
         self.markers = MarkerThread(settings.run.directory, settings.run.id)
         self.stable = StableWatch(self.markers, self.inbox, settings.run.directory, settings.rescan_seconds)
         timing = HubTiming(
@@ -103,6 +106,7 @@ class Runner:
         for number in _STOP:
             loop.add_signal_handler(number, self.inbox.stopped.set)
         self.journal = AsyncJournal(Journal.open(self.settings.journal_path))
+        self.meters.journal_at(self.settings.journal_path)
         commands = await self._recall()
         self._open_outbox()
         try:
@@ -120,7 +124,9 @@ class Runner:
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
                 loop.add_signal_handler(signal.SIGHUP, self.reload.ask)
-                log.info("the daemon serves", run=self.settings.run.id, epoch=self.fleet.epoch, port=port)
+                log.info(
+                    "the daemon serves", release=release(), run=self.settings.run.id, epoch=self.fleet.epoch, port=port
+                )
                 if ready is not None:
                     ready(port)
                 await self.inbox.stopped.wait()
@@ -156,6 +162,7 @@ class Runner:
             planning=self.planning,
             markers=self.markers,
             stable=self.stable,
+            meters=self.meters,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
@@ -170,6 +177,8 @@ class Runner:
             journal=self.journal,
             sections=self._sections,
             applications=Applications(self.fleet, self._ask, self.inbox.next_id),
+            meters=self.meters,
+            work=lambda: self.outbox.obstacle,
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen
@@ -201,6 +210,7 @@ class Runner:
 
     def _decide(self, events: list[Event]) -> None:
         now = asyncio.get_running_loop().time()
+        self.meters.happened(events, now)
         while True:
             try:
                 commands = step(self.fleet, events, now)
@@ -208,6 +218,7 @@ class Runner:
             except PeerMisbehaved as error:  # before it changed anything: the rest is decided as if it had not come
                 events = self._without(events, error)
         if commands:
+            self.meters.commanded(commands)
             self.outbox.put(commands)
         self.stopping.decided()
         self._freeze_after_rendezvous()
@@ -239,7 +250,9 @@ class Runner:
     async def _tick(self) -> None:
         while True:
             self.inbox.post(Tick(self.inbox.next_id()))
+            asleep = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
+            self.meters.late(time.monotonic() - asleep - TICK_SECONDS)
 
 
 def _side(member: Member) -> Fault:

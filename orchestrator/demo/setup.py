@@ -178,7 +178,7 @@ class DemoRun:
 
     def _configuration(self) -> str:
         return (
-            "# The demo's daemon; deploy/config.example.yaml explains every key.\n"
+            "# The demo's daemon; weightsync-orchestrator config example explains every key.\n"
             f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"

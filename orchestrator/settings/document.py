@@ -99,7 +99,7 @@ class Document:
                 raise ConfigError(file, Problem("", found, "the file is too large", fix))
             text = data.decode("utf-8")
         except OSError as error:
-            fix = "give the path of a readable YAML file (an example is in deploy/config.example.yaml)"
+            fix = "give the path of a readable YAML file (weightsync-orchestrator config example prints one)"
             raise ConfigError(file, Problem("", "", f"cannot be read: {error.strerror or error}", fix)) from error
         except UnicodeDecodeError as error:
             raise ConfigError(file, Problem("", "", f"is not UTF-8: {error.reason}", "save it as UTF-8")) from error
@@ -133,7 +133,7 @@ def _yaml_problem(error: Exception) -> Problem:
 def _refuse_other_roots(file: Path, root: yaml.Node) -> None:
     """Raises ConfigError for what is no mapping of names."""
     if not isinstance(root, yaml.MappingNode):
-        fix = "start with keys such as run: and engines: (see deploy/config.example.yaml)"
+        fix = "start with keys such as run: and engines: (weightsync-orchestrator config example has all)"
         kind, line = root.tag.rpartition(":")[2], root.start_mark.line + 1
         raise ConfigError(file, Problem("", kind, "the file must hold a mapping", fix, line))
     for name, _ in root.value:

@@ -61,7 +61,7 @@ def _problem(
         value = None
     else:
         what = details["msg"][:1].lower() + details["msg"][1:]
-        fix = _described(owner, key).strip(" ()") or "see deploy/config.example.yaml"
+        fix = _described(owner, key).strip(" ()") or "see weightsync-orchestrator config example"
     line, variable = _origin(document, variables, key)
     return Problem(dotted(key), "" if value is None else shown(key, value), what, fix, line, variable)
 

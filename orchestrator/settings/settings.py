@@ -1,7 +1,7 @@
 """The daemon's settings: one YAML file, every value overridable by ``WEIGHTSYNC__…`` in the environment.
 
 Unknown keys are refused, secrets come only from files, relative paths count from the file's own directory.
-``deploy/config.example.yaml`` explains every key; ``weightsync-orchestrator config schema`` prints the JSON schema.
+``example.yaml`` beside this explains every key; ``weightsync-orchestrator config schema`` prints the JSON schema.
 """
 
 import os

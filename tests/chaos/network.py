@@ -5,6 +5,7 @@ learns of it. Needs root, ``ip`` of iproute2, and for a slow link the kernel's t
 """
 
 import contextlib
+import ctypes
 import os
 import random
 import shutil
@@ -13,7 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 HERE = "here"
-"""The host of the test itself, which is its own namespace and not made: there is only a link from it to the switch."""
+"""The host of the test itself: its thread, and what that starts, are in it until the network is closed. The machine's
+own namespace gets no device, because NIXL in other processes would take it for a way, and lose it again."""
+CLONE_NEWNET = 0x40000000
+"""Of Linux's <sched.h>."""
 TOOLS_SECONDS = 10.0
 NOWHERE = "02:57:53:00:00:ff"
 """A link address that no host has."""
@@ -25,7 +29,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """One end of a link. ``namespace`` is empty for HERE; ``device`` is its end of it, ``port`` the switch's."""
+    """One end of a link. ``device`` is its end of it, ``port`` the switch's."""
 
     name: str
     namespace: str
@@ -37,7 +41,7 @@ class Host:
     @property
     def inside(self) -> list[str]:
         """The words before a command that runs there."""
-        return ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        return ["ip", "netns", "exec", self.namespace]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,13 +62,19 @@ class Network:
         subnet = f"198.{random.choice((18, 19))}.{random.randrange(256)}"
         self.hosts = {
             name: Host(
-                name, "" if name == HERE else f"{self._mark}-{name}", f"{self._mark}h" if name == HERE else "link0",
-                f"port{number}", f"{subnet}.{number}", f"02:57:53:00:00:{number:02x}",
+                name, f"{self._mark}-{name}", "link0", f"port{number}", f"{subnet}.{number}",
+                f"02:57:53:00:00:{number:02x}",
             )
             for number, name in enumerate([HERE, *names], start=1)
         }  # fmt: skip
+        self._before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._make()
+            here = os.open(f"/run/netns/{self.hosts[HERE].namespace}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _enter(here)
+            finally:
+                os.close(here)
         except BaseException:
             self.close()
             raise
@@ -104,7 +114,9 @@ class Network:
 
     def close(self) -> None:
         """A namespace that goes takes its devices along, and their other ends."""
-        for namespace in [self._switch, *filter(None, (host.namespace for host in self.hosts.values()))]:
+        _enter(self._before)
+        os.close(self._before)
+        for namespace in [self._switch, *(host.namespace for host in self.hosts.values())]:
             with contextlib.suppress(Unavailable):  # it was not made
                 _tool("ip", "netns", "del", namespace)
 
@@ -113,16 +125,14 @@ class Network:
         _tool("ip", *_in(self._switch), "link", "add", "switch", "up", "type", "bridge")
         for host in self.hosts.values():
             inside = _in(host.namespace)
-            if host.namespace:
-                _tool("ip", "netns", "add", host.namespace)
-                _tool("ip", *inside, "link", "set", "lo", "up")
+            _tool("ip", "netns", "add", host.namespace)
+            _tool("ip", *inside, "link", "set", "lo", "up")
             peer = ["type", "veth", "peer", "name", host.port, "netns", self._switch]
             _tool("ip", *inside, "link", "add", host.device, "address", host.link, *peer)
             _tool("ip", *_in(self._switch), "link", "set", host.port, "master", "switch", "up")
             _tool("ip", *inside, "address", "add", f"{host.address}/24", "dev", host.device)
             _tool("ip", *inside, "link", "set", host.device, "up")
-            if host.namespace:
-                _tool(*host.inside, "true")  # it mounts /sys anew, for which there may be no rights
+            _tool(*host.inside, "true")  # it mounts /sys anew, for which there may be no rights
         self.mend()
 
     def _route(self, sender: Host, receiver: Host, link: str) -> None:
@@ -130,8 +140,18 @@ class Network:
         _tool("ip", *_in(sender.namespace), *words)
 
 
+def _enter(namespace: int) -> None:
+    """Move the calling thread into the network namespace of that open file; what it starts from then on follows.
+
+    Raises:
+        Unavailable: no rights.
+    """
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET) != 0:
+        raise Unavailable(f"setns: {os.strerror(ctypes.get_errno())}")
+
+
 def _in(namespace: str) -> list[str]:
-    return ["-n", namespace] if namespace else []
+    return ["-n", namespace]
 
 
 def _tool(name: str, *arguments: str) -> None:

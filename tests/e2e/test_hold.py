@@ -4,6 +4,8 @@ The workers' agents are doubles that follow a file (``weightsync_cpu_test_plugin
 part: what is shown is the hold, the gate and the calls alone.
 """
 
+import asyncio
+import dataclasses
 import json
 import re
 import threading
@@ -15,6 +17,9 @@ from typing import Any
 
 import pytest
 from serving import Answer, Hammer, VllmServer
+from weightsync.orchestrator.cli.doctor import servers
+from weightsync.orchestrator.cli.doctor.places import urls_of
+from weightsync.orchestrator.settings.settings import load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -118,6 +123,25 @@ def test_a_load_balancer_is_told_that_it_is_held(held: Held) -> None:
     status, body = held.server.get("/weightsync/ready")
     assert (status, body["ready"]) == (503, False)
     assert re.search(r"not serving: rank [01]: no version has been committed", body["reason"])
+
+
+def test_the_doctor_knows_it_by_what_it_says_of_itself(held: Held, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef0123")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "run: {id: glm, directory: .}\nstate_directory: state\nlisten: {token_file: token}\nengines:\n"
+        f"  - {{name: a, url: '{held.server.url}'}}\n  - {{name: b, url: '{held.server.url}/v1'}}\n"
+    )
+    settings = load(config, {})
+    urls = urls_of(settings)
+    [seen] = asyncio.run(servers.ask_all(settings, 60, {held.server.url: urls[held.server.url]}))
+    assert seen.info is not None
+    assert (seen.info.backend, len(seen.info.identity) > 8) == ("weightsync", True)
+    [told] = [finding.text for finding in seen.findings]
+    assert told.startswith(f"engine a: {held.server.url}: vLLM ")
+    assert told.endswith("ranks, weightsync backend")
+    [twice] = servers.together([seen, dataclasses.replace(seen, engine="b")])
+    assert (twice.level, "are one server" in twice.what) == ("error", True)
 
 
 def test_a_strangers_resume_is_refused(held: Held) -> None:

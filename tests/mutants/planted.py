@@ -129,6 +129,12 @@ _COMMIT: Final = (
         "memory.sequence if current.catch_up else memory.sequence + 1",
         "memory.sequence + 1",
     ),
+    Mutant(
+        "a right is given unlooked at",
+        "core/turn.py",
+        "        invariants.commanded(self.fleet, command)\n",
+        "",
+    ),
     Mutant("invariants not called", _MACHINE, "    invariants.check(fleet, before, turn.commands)\n", ""),
     Mutant(
         "decided without a look at the digests",
@@ -213,7 +219,7 @@ _SERVING: Final = (
     Mutant(
         "a hold is forgotten by a restart",
         _MEMORY,
-        "                memory.holds[engine] = reason\n",
+        "                keep_newest(memory.holds, engine, reason, REMEMBERED_WISHES)\n",
         "                pass\n",
     ),
     Mutant(

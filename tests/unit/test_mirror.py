@@ -59,6 +59,7 @@ WITHOUT_A_MODULE = {
     "test_families.py": "what make families prints, and docs/models.md",
     "test_mirror.py": "the tree itself",
     "test_packaging.py": "pyproject.toml",
+    "test_site.py": "docs/site/ and mkdocs.yml",
 }
 """Test files below tests/unit that test no single module, and what they test."""
 

@@ -16,6 +16,8 @@ from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
+from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.metrics import render
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
@@ -24,7 +26,8 @@ from weightsync.orchestrator.settings.settings import Settings
 class LiveViews:
     """Answers ``admin.routes.Views`` from the daemon's own state. Belongs to the loop that changes that state.
 
-    ``layouts``: of the present plan, for the run that it is given the name of.
+    ``layouts``: of the present plan, for the run that it is given the name of. ``work``: why decisions are not
+    performed, empty when they are.
     """
 
     def __init__(
@@ -38,12 +41,15 @@ class LiveViews:
         journal: AsyncJournal,
         verbs: Verbs,
         applications: Applications,
+        meters: Meters,
+        work: Callable[[], str],
         sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
         self._settings, self._fleet, self._history = settings, fleet, history
         self._overview = Overview(settings, time.time(), sections)
         self._markers, self._layouts, self._journal = markers, layouts, journal
         self._verbs, self._applications = verbs, applications
+        self._meters, self._work = meters, work
 
     def add_routes(self, app: web.Application) -> None:
         """Serve these views, the verbs and engines that apply in ``app``, to whoever bears the daemon's token.
@@ -72,6 +78,14 @@ class LiveViews:
     async def layouts(self) -> LayoutsView | None:
         """What ``/plan/layouts`` answers."""
         return self._layouts(self._fleet.policy.run_id)
+
+    async def metrics(self) -> bytes:
+        """What ``/metrics`` answers."""
+        return render(await self.status(), self._meters, asyncio.get_running_loop().time())
+
+    async def obstacle(self) -> str:
+        """What ``/readyz`` answers."""
+        return "the daemon is stopping" if self._fleet.stopping else self._work()
 
     async def ready(self, engine: str) -> tuple[bool, str] | None:
         """What ``/engines/NAME/ready`` answers."""

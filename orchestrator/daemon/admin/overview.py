@@ -18,6 +18,7 @@ from weightsync.orchestrator.daemon.admin.views import (
     WaitingView,
     version_view,
 )
+from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_LEFT_OUT
 from weightsync.orchestrator.settings.sections import EngineSection
@@ -43,6 +44,7 @@ class Overview:
         return StatusView(
             run=self._settings.run.id,
             state=fleet.sentence,
+            release=release(),
             epoch=fleet.epoch,
             journal_id=fleet.journal_id,
             unix_time=unix_now,

@@ -1,8 +1,9 @@
 """The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics, POST /verbs/VERB and POST /engines, by which
 engines make themselves members, with the bearer token.
 
-/healthz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first says only
-that the loop turns, the second in one word whether requests should go to an engine.
+/healthz, /readyz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first
+says only that the loop turns, the second that what is decided is also done, the third in one word whether requests
+should go to an engine.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from weightsync.orchestrator.daemon.admin.applications import ApplicationRefused
 from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused, Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
 from weightsync.orchestrator.daemon.hub.token import bears
-from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
+from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
 from weightsync.orchestrator.protocol.application import ENGINES_PATH, Application
 from weightsync.orchestrator.protocol.text import clean
 
@@ -50,12 +51,18 @@ class Views(Protocol):
     async def layouts(self) -> LayoutsView | None:
         """What agents announced for the current plan, None before there is one."""
 
+    async def metrics(self) -> bytes:
+        """All metrics, in CONTENT_TYPE."""
+
+    async def obstacle(self) -> str:
+        """Why the daemon does not do its work at this moment; empty when it does."""
+
     async def ready(self, engine: str) -> tuple[bool, str] | None:
         """Whether requests should go to the engine, and what it is in a few words; None: there is none."""
 
 
 def routes(views: Views, token: str) -> list[web.RouteDef]:
-    """The routes; all but /healthz demand ``token``."""
+    """The routes; all but those for supervisors and load balancers demand ``token``."""
 
     async def show_status(_: web.Request) -> web.StreamResponse:
         return _json(await views.status())
@@ -67,11 +74,15 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
         return _json(await views.rounds(int(text)))
 
     async def show_metrics(_: web.Request) -> web.StreamResponse:
-        return web.Response(body=render(await views.status()), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
+        return web.Response(body=await views.metrics(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
 
     async def show_layouts(_: web.Request) -> web.StreamResponse:
         found = await views.layouts()
         return web.Response(status=404, text="there is no plan yet\n") if found is None else _json(found)
+
+    async def show_work(_: web.Request) -> web.StreamResponse:
+        obstacle = await views.obstacle()
+        return web.Response(status=503 if obstacle else 200, text=f"{obstacle or 'ready'}\n")
 
     async def show_ready(request: web.Request) -> web.StreamResponse:
         found = await views.ready(request.match_info["engine"])
@@ -82,6 +93,7 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
 
     return [
         web.get("/healthz", _show_health),
+        web.get("/readyz", show_work),
         web.get("/engines/{engine}/ready", show_ready),
         web.get("/status", _guarded(show_status, token)),
         web.get("/rounds", _guarded(show_rounds, token)),

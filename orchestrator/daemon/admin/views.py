@@ -176,6 +176,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
 
     run: str
     state: str
+    release: str = ""
     epoch: int = 0
     journal_id: str = ""
     source: Literal["daemon", "journal"] = "daemon"

@@ -24,6 +24,19 @@ async def test_config_check_of_a_good_one(config: Path) -> None:
     assert not (config.parent / "state").exists()
 
 
+async def test_config_check_as_json(config: Path) -> None:
+    done = await cli("config", "check", config, "--json")
+    told = json.loads(done.out)
+    assert {finding["level"] for finding in told["findings"]} == {"ok"}
+    assert "listen.token_file" in {finding["check"] for finding in told["findings"]}
+
+
+async def test_config_example_is_the_file_that_explains_every_key(tmp_path: Path) -> None:
+    done = await process("config", "example")
+    example = Path(__file__).parents[3] / "deploy" / "config.example.yaml"
+    assert done.out == example.read_text()
+
+
 async def test_config_schema_is_json_schema() -> None:
     done = await cli("config", "schema")
     schema = json.loads(done.out)

@@ -48,6 +48,12 @@ class Views:
     async def layouts(self) -> LayoutsView | None:
         return None
 
+    async def metrics(self) -> bytes:
+        return b""
+
+    async def obstacle(self) -> str:
+        return ""
+
     async def ready(self, engine: str) -> tuple[bool, str] | None:
         return {"a": (True, "serving"), "b": (False, "torn")}.get(engine)
 
@@ -165,3 +171,16 @@ async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
     write_journal(config, EpochBegan(epoch=1))
     done = await cli("status", "--check", "--config", config)
     assert (done.code, done.out) == (75, "critical: the daemon is not running; no version was ever committed\n")
+
+
+async def test_one_round_in_full(config: Path) -> None:
+    async with daemon(config) as url:
+        there = ("--url", url, "--token-file", config.parent / "token")
+        done = await cli("rounds", "show", "3.1", *there)
+        assert done.code == 0, done.err
+        assert "committed" in done.out
+        told = await cli("rounds", "show", "3.1", "--json", *there)
+        assert json.loads(told.out)["round"] == "3.1"
+        none = await cli("rounds", "show", "9.9", *there)
+        assert (none.code, none.err) == (65, "no round 9.9 has ended; there are 3.1 to 3.1\n")
+        assert (await cli("rounds", "3.1", *there)).code == 2

@@ -1,6 +1,6 @@
 """The tables at a glance."""
 
-from weightsync.orchestrator.cli.tables import WIDTH, check_line, rounds_text, status_text
+from weightsync.orchestrator.cli.tables import BAR, WIDTH, check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
@@ -133,3 +133,21 @@ def test_one_line_for_a_monitor() -> None:
     assert check_line(good) == "ok: step 40 is committed, 2 of 2 engines serve"
     problems = tuple(ProblemView(severity="degraded", what=what) for what in ("a: slow", "b: late"))
     assert check_line(StatusView(run="glm", state="", problems=problems)) == "degraded: a: slow (and 1 more)"
+
+
+def test_one_round_is_a_waterfall_that_fits() -> None:
+    row = RoundRow(
+        round="2.9", step=40, generation=7, attempt=1, outcome="failed",
+        engines=tuple(f"engine-{n}" for n in range(60)),
+        times_ms={"pausing": 30.0, "writing": 60.0, "verifying": 10.0, "total": 100.0, "wire": 55.5},
+        reason="the wire broke", fault="network",
+    )  # fmt: skip
+    lines = round_text(row, NOW).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    bars = {line.split()[0]: line[27:] for line in lines if "█" in line}
+    assert list(bars) == ["pausing", "writing", "verifying"]
+    assert [(bar.count(" "), bar.count("█")) for bar in bars.values()] == [
+        (0, BAR * 3 // 10), (BAR * 3 // 10, BAR * 6 // 10), (BAR * 9 // 10, BAR // 10),
+    ]  # fmt: skip
+    assert any("network: the wire broke" in line for line in lines)
+    assert any("total 100.0 ms, wire 55.5 ms" in line for line in lines)

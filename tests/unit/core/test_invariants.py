@@ -8,17 +8,20 @@ import pytest
 from weightsync.orchestrator.core import invariants
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
 from weightsync.orchestrator.core.errors import InvariantViolation
-from weightsync.orchestrator.core.events import Call
+from weightsync.orchestrator.core.events import AbortAsked, AgentSaid, Call
 from weightsync.orchestrator.core.records import Committed, RoundBegan
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Unclosed
-from weightsync.orchestrator.protocol.messages import EngineStatus, Grant
+from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.messages import Abort, EngineStatus, Exposed, Grant
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 TRAINER, ENGINE = Member("trainer", "", 0), Member("inference", "e0", 0)
 
 
 def judge(driven: Any, *commands: Command) -> None:
+    for command in commands:
+        invariants.commanded(driven.fleet, command)
     invariants.check(driven.fleet, invariants.snapshot(driven.fleet), list(commands))
 
 
@@ -188,3 +191,28 @@ def test_s6_no_grant_on_an_unproved_plan(writing: Any) -> None:
     writing.fleet.plan = replace(writing.fleet.plan, proved=False)
     with pytest.raises(InvariantViolation, match="S6"):
         judge(writing, grant(writing))
+
+
+def test_what_comes_together_with_the_last_word_before_a_grant_may_end_its_round(drive: Any) -> None:
+    """The grant was right when it was given, and its writer is told to stop."""
+    fleet = drive()
+    going = fleet.to(Phase.EXPOSING)
+    exposed = [
+        AgentSaid(fleet.id(), member, fleet.connections[member], Exposed(round=going.name))
+        for member in fleet.ranks_of()
+    ]
+    fleet.happens(*exposed, AbortAsked(fleet.id(), "ann", ""))
+    assert len(fleet.sent(TRAINER, Grant)) == 1
+    assert (fleet.fleet.round, going.reason) == (None, "aborted: ann")
+    assert all(fleet.sent(member, Abort)[-1].torn for member in fleet.ranks_of())
+
+
+def test_a_right_that_nobody_has_is_not_given(writing: Any) -> None:
+    stray = grant(writing)
+    turn = Turn(writing.fleet, writing.now, 0)
+    writing.fleet.round = None
+    with pytest.raises(InvariantViolation, match="S2: grant"):
+        turn.send(TRAINER, stray.message)
+    with pytest.raises(InvariantViolation, match="S1: resume of e0"):
+        turn.call("e0", Call.RESUME, 1.0, ranks=((0, 1),))
+    assert turn.commands == []

@@ -19,6 +19,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_each_change_of_the_run_directory_is_no_line() -> None:
+    file = io.StringIO()
+    log.configure(LogSection(), file)
+    logging.getLogger("watchfiles.main").info("3 changes detected")
+    logging.getLogger("watchfiles.main").warning("no inotify left")
+    assert [line["event"] for line in lines(file)] == ["no inotify left"]
+
+
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(log, "_secrets", set())

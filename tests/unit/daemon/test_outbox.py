@@ -27,7 +27,8 @@ from weightsync.orchestrator.core.events import Appended, Call, Event, NeedsRead
 from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundBegan, RoundEnded
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.inbox import Inbox
-from weightsync.orchestrator.daemon.outbox import Outbox
+from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.outbox import STUCK_SECONDS, Outbox
 from weightsync.orchestrator.planner import PlanError
 from weightsync.orchestrator.planner.needs import NeedsFound
 from weightsync.orchestrator.protocol.messages import (
@@ -70,7 +71,7 @@ class Desk:
         self.in_group = False
         self.pieces, self.compacted = 1, 0
         self.plan: PlanFacts | Exception = PlanFacts("root", {}, {}, True)
-        self.history = History()
+        self.history, self.meters = History(), Meters()
         self.inbox = Inbox(self.events.extend)
 
         def note(name: str, result: Any = None) -> Any:
@@ -83,6 +84,7 @@ class Desk:
             engines=SimpleNamespace(call=note("call")),  # type: ignore[arg-type]
             planning=SimpleNamespace(make=self._make, needs=lambda _: FOUND),  # type: ignore[arg-type]
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
+            meters=self.meters,
         )  # fmt: skip
 
     async def _look(self, after_seconds: float, step: int) -> None:
@@ -232,3 +234,28 @@ async def test_what_breaks_the_needs_costs_the_needs(desk: Desk, monkeypatch: py
     ]
     assert desk.done == [("call", CALL)]
     assert desk.failures == []
+
+
+async def test_what_becomes_durable_is_counted_and_a_disk_that_does_not_answer_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk()
+    await desk.performs([BEGAN, ENDED])
+    assert desk.meters.registry.get_sample_value("weightsync_journal_records_total") == 2
+    labels = {"outcome": "committed", "fault": ""}
+    assert desk.meters.registry.get_sample_value("weightsync_rounds_total", labels) == 1
+    assert desk.outbox.obstacle == ""
+    asked: list[str] = []
+    clock = [100.0]
+    monkeypatch.setattr("weightsync.orchestrator.daemon.outbox.time.monotonic", lambda: clock[0])
+
+    async def slow(entries: Sequence[tuple[str, bytes]]) -> list[int]:
+        for seconds in (STUCK_SECONDS, STUCK_SECONDS + 7):
+            clock[0] = 100.0 + seconds
+            asked.append(desk.outbox.obstacle)
+        return [1] * len(entries)
+
+    monkeypatch.setattr(desk, "append", slow)
+    await desk.performs([BEGAN])
+    assert asked == ["", "the journal's disk has not answered for 12 s"]
+    assert desk.outbox.obstacle == ""

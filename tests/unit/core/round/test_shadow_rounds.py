@@ -7,7 +7,7 @@ from fleets import rank, trainer
 from weightsync.orchestrator.core.commands import CallEngine
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call, CallDone, HoldAsked
-from weightsync.orchestrator.core.invariants import check, snapshot
+from weightsync.orchestrator.core.invariants import commanded
 from weightsync.orchestrator.core.records import Committed, RoundEnded
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.messages import Abort, Closed, Commit, EngineStatus, Exposed, Hold, Left
@@ -318,7 +318,7 @@ def test_an_unsafe_switch_is_performed_by_nobody(drive: Any, change: dict[str, A
     fleet = switching(drive)
     call = {"round": fleet.round.name, "version": SECOND, "ranks": ((0, 100), (1, 101)), **change}
     with pytest.raises(InvariantViolation, match=says):
-        check(fleet.fleet, snapshot(fleet.fleet), [CallEngine("e0", Call.SWITCH, 1, 1.0, **call)])
+        commanded(fleet.fleet, CallEngine("e0", Call.SWITCH, 1, 1.0, **call))
 
 
 def test_no_switch_before_the_decision_is_durable(drive: Any) -> None:
@@ -327,10 +327,10 @@ def test_no_switch_before_the_decision_is_durable(drive: Any) -> None:
     going = fleet.to(Phase.DECIDING)
     call = CallEngine("e0", Call.SWITCH, 1, 1.0, going.name, SECOND, ((0, 100), (1, 101)))
     with pytest.raises(InvariantViolation, match="which has not decided it"):
-        check(fleet.fleet, snapshot(fleet.fleet), [call])
+        commanded(fleet.fleet, call)
     outside = CallEngine("e0", Call.SWITCH, 1, 1.0, None, SECOND, ((0, 100), (1, 101)))
     with pytest.raises(InvariantViolation, match="is committed"):
-        check(fleet.fleet, snapshot(fleet.fleet), [outside])
+        commanded(fleet.fleet, outside)
 
 
 def test_an_answer_to_a_call_that_the_round_did_not_make_says_nothing_to_it(drive: Any) -> None:

@@ -19,6 +19,7 @@ from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.daemon.hub.token import TokenError
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
+from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import Settings, load
 
@@ -45,9 +46,12 @@ class Daemon:
         self.history = History()
         self.journal = AsyncJournal(Journal.open(settings.journal_path))
         self.problems: tuple[str, ...] = ()
+        self.obstacle = ""
         self.layouts: LayoutsView | None = None
         parts: dict[str, Any] = {
             "markers": self,
+            "meters": Meters(),
+            "work": lambda: self.obstacle,
             "layouts": lambda run: self.layouts if run == "glm" else None,
         }
         self.asked: list[Event] = []
@@ -92,6 +96,20 @@ async def test_rounds_come_from_the_journal(daemon: Daemon) -> None:
     assert daemon.history.rounds == ()
 
 
+async def test_it_is_ready_while_what_is_decided_is_done(daemon: Daemon) -> None:
+    assert await daemon.views.obstacle() == ""
+    daemon.obstacle = "the disk"
+    assert await daemon.views.obstacle() == "the disk"
+    daemon.fleet.stopping = True
+    assert await daemon.views.obstacle() == "the daemon is stopping"
+
+
+async def test_metrics_are_of_the_status_and_of_the_meters(daemon: Daemon) -> None:
+    text = (await daemon.views.metrics()).decode()
+    assert 'weightsync_engine_torn{engine="e0",role="both"} 0.0' in text
+    assert "weightsync_loop_lag_seconds_count 0.0" in text
+
+
 async def test_layouts_are_the_plans(daemon: Daemon) -> None:
     assert await daemon.views.layouts() is None
     daemon.layouts = LayoutsView(run="glm", root="f", parties=())
@@ -106,8 +124,8 @@ async def test_they_are_served_to_whoever_bears_the_token(daemon: Daemon, settin
     daemon.views.add_routes(app)
     paths = {resource.canonical for resource in app.router.resources()}
     assert paths == {
-        "/healthz", "/status", "/rounds", "/metrics", "/plan/layouts", "/engines/{engine}/ready", "/verbs/{verb}",
-        "/engines",
+        "/healthz", "/readyz", "/status", "/rounds", "/metrics", "/plan/layouts", "/engines/{engine}/ready",
+        "/verbs/{verb}", "/engines",
     }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     VerbView,
     VersionView,
 )
-from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
+from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
 from weightsync.orchestrator.protocol.application import Admitted, Applicant, Application
 
 TOKEN = "t0ken-of-the-test"
@@ -49,6 +50,7 @@ class Fixed:
     def __init__(self, layouts: LayoutsView | None = None) -> None:
         self.asked: list[int] = []
         self._layouts = layouts
+        self.stuck = ""
 
     async def status(self) -> StatusView:
         return VIEW
@@ -59,6 +61,12 @@ class Fixed:
 
     async def layouts(self) -> LayoutsView | None:
         return self._layouts
+
+    async def metrics(self) -> bytes:
+        return render(VIEW, Meters(), 0.0)
+
+    async def obstacle(self) -> str:
+        return self.stuck
 
     async def ready(self, engine: str) -> tuple[bool, str] | None:
         return {"a": (True, "serving"), "b": (False, "torn")}.get(engine)
@@ -122,6 +130,15 @@ async def test_metrics() -> None:
         assert response.status == 200
         assert response.headers["Content-Type"] == CONTENT_TYPE
         assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1.0' in (await response.text()).splitlines()
+
+
+async def test_a_supervisor_asks_without_a_token() -> None:
+    views = Fixed()
+    async with serving(admin.routes(views, TOKEN)) as url:
+        assert await get(url + "/readyz", None) == (200, b"ready\n")
+        views.stuck = "the disk"
+        assert await get(url + "/readyz", None) == (503, b"the disk\n")
+        assert await get(url + "/healthz", None) == (200, b"ok\n")
 
 
 async def test_a_load_balancer_asks_without_a_token() -> None:

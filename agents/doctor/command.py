@@ -1,0 +1,195 @@
+"""``python -m weightsync.agents doctor``: what this environment would do to a trainer rank or an engine."""
+
+import argparse
+import asyncio
+import functools
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from weightsync.agents.doctor import hub, limits, network, packages, variables
+from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.memory.cuda import driver
+from weightsync.agents.memory.nic import Gpu, all_gpus, visible_gpus
+from weightsync.agents.memory.reach import why_not_by_nic
+from weightsync.agents.trainer.options import TrainerSettingsError, trainer_settings
+from weightsync.orchestrator.protocol.findings import Finding, Findings, broke, examined, exit_code, findings_text
+from weightsync.orchestrator.protocol.messages import NixlSettings
+from weightsync.orchestrator.protocol.text import clean
+
+ENGINE_VARIABLES: Final = ("WEIGHTSYNC_HUB_URL", "WEIGHTSYNC_TOKEN_FILE", "WEIGHTSYNC_RUN_ID", "WEIGHTSYNC_ENGINE")
+
+MAX_SECONDS: Final = 3600.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 1 with warnings, 2 with errors or a wrong command line."""
+    options = _parser().parse_args(arguments)
+    role = options.role or ("engine" if "WEIGHTSYNC_ENGINE" in os.environ else "trainer")
+    findings = diagnose(role, options, os.environ)
+    if options.json:
+        told = Findings(place=f"{role} on {socket.gethostname()}", findings=tuple(findings))
+        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+    else:
+        print(f"{role} on {socket.gethostname()}\n\n{findings_text(findings)}")
+    return exit_code(findings)
+
+
+def diagnose(role: str, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
+    """All findings of a ``role``: trainer or engine."""
+    gpus: list[Gpu] = []
+    everywhere: list[Interface] = []
+    found = examined("GPUs", lambda: _gpus(environ, gpus))
+    found += examined(network.CHECK, lambda: _links(everywhere))
+    rdma = [link for link in everywhere if link.rdma and link.up]
+    for check, look in _checks(role, options, environ, gpus, everywhere):
+        found += examined(check, look)
+    if rdma:
+        for number in range(len(gpus)):
+            found += examined(f"GPU {number}", functools.partial(_gpu_direct, number))
+    try:
+        found += asyncio.run(_ways(role, options, environ))
+    except Exception as error:  # as ``examined``
+        found.append(broke("daemon", error))
+    return found
+
+
+def _checks(
+    role: str,
+    options: argparse.Namespace,
+    environ: Mapping[str, str],
+    gpus: Sequence[Gpu],
+    everywhere: Sequence[Interface],
+) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
+    rdma = [link for link in everywhere if link.rdma and link.up]
+    torch = packages.release_of("torch")
+    yield "torch", lambda: [*packages.required("torch", torch), *packages.torch_with_cuda(torch, len(gpus))]
+    yield "nixl", lambda: packages.nixl(len(gpus))
+    if role == "engine":
+        yield "vllm", lambda: packages.required("vllm", packages.release_of("vllm"))
+        yield "plugin", packages.plugin
+        yield "vllm", lambda: variables.engine(environ, packages.PLUGIN)
+    yield "allocator", lambda: variables.allocator(environ)
+    yield variables.UCX_TLS, lambda: variables.transports(environ, len(gpus))
+    yield variables.NET_DEVICES, lambda: variables.net_devices(environ, everywhere, pinned=bool(gpus and rdma))
+    yield "rails", lambda: variables.rails(environ)
+    yield "memlock", lambda: limits.locked_memory(bool(rdma))
+    yield "shared memory", limits.shared_memory
+    yield "cma", limits.neighbours
+    yield "open files", limits.open_files
+    yield network.CHECK, lambda: network.ports(everywhere)
+    yield network.CHECK, lambda: network.by_tcp(everywhere, variables.NET_DEVICES in environ)
+    yield network.CHECK, lambda: network.one_network_twice(everywhere)
+    yield network.CHECK, lambda: network.distances(gpus, everywhere, options.rails)
+    if options.weights_gb is not None:
+        yield "memory", lambda: _room(role, int(options.weights_gb * 1e9), gpus)
+
+
+def _gpus(environ: Mapping[str, str], gpus: list[Gpu]) -> Iterable[Finding]:
+    """Puts the GPUs that this process sees into ``gpus``."""
+    present = all_gpus()
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    gpus.extend(visible_gpus(present, named))
+    if present and named and len(gpus) < len(named.split(",")):
+        what = f"CUDA_VISIBLE_DEVICES={named} names GPUs that are not here: {len(gpus)} of {len(present)} are seen"
+        return [Finding("warning", what, "name GPUs that nvidia-smi -L shows", "CUDA_VISIBLE_DEVICES")]
+    return [Finding("ok", f"{len(gpus)} of {len(present)} are seen", check="GPUs")]
+
+
+def _links(everywhere: list[Interface]) -> Iterable[Finding]:
+    """Puts this host's ports and interfaces into ``everywhere``; what is wrong with them others say."""
+    everywhere.extend(links())
+    return ()
+
+
+def _gpu_direct(number: int) -> Iterable[Finding]:
+    library = driver()
+    if library is not None:
+        library.cuInit(0)  # in an agent torch has done so; without it the driver answers nothing
+    reason = why_not_by_nic(number)
+    if reason is not None:
+        what, _, fix = reason.partition(": ")
+        yield Finding("warning", what, fix, f"GPU {number}")
+
+
+def _room(role: str, needed: int, gpus: Sequence[Gpu]) -> Iterable[Finding]:
+    if role == "engine":
+        what = "versions go straight into the parameters (mode: live): nothing more than the model itself"
+        return [Finding("ok", what, check="memory")]
+    why = "a rank's slots, which hold a version beside what is trained,"
+    if not gpus:
+        return limits.room(needed, limits.free_memory(), "on this host", why)
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(0)
+    return limits.room(needed, free, "on the first GPU", why)
+
+
+async def _peer(name: str, seconds: float) -> list[Finding]:
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(seconds):
+            answer = await loop.getaddrinfo(name, None, family=socket.AF_INET)
+    except (OSError, UnicodeError, TimeoutError) as error:
+        what = f"{name} has no IPv4 address: {getattr(error, 'strerror', None) or type(error).__name__}"
+        return [Finding("error", clean(what), "mend the name, or the resolver", network.CHECK)]
+    addresses = sorted({str(address[0]) for *_, address in answer})
+    return examined(network.CHECK, lambda: network.peers(addresses, links()))
+
+
+async def _ways(role: str, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
+    """To the daemon, the run directory and other hosts."""
+    found = [finding for name in options.peer for finding in await _peer(name, options.timeout)]
+    if role == "trainer":
+        try:
+            settings = trainer_settings(environment=environ)
+        except TrainerSettingsError as error:
+            return [*found, Finding("error", str(error), "set them here, or pass them to TrainerAgent", "settings")]
+        url, token_file, run_id = settings.hub_url, settings.token_file, settings.run_id
+        found += examined("run directory", lambda: hub.run_directory(settings.run_dir))
+    else:
+        missing = [name for name in ENGINE_VARIABLES if not environ.get(name)]
+        if missing:
+            what = f"{', '.join(missing)} are not set: whoever reaches the admin routes can say where the daemon is"
+            return [*found, Finding("warning", what, "set them in the server's environment", "settings")]
+        url, path, run_id, _ = (environ[name] for name in ENGINE_VARIABLES)
+        token_file = Path(path)
+    found += examined("token", lambda: hub.token(token_file))
+    return found + await hub.daemon(url, token_file, run_id, options.timeout)
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog=f"{Path(sys.executable).name} -m weightsync.agents")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "look for known traps in the environment of a trainer rank or an engine; exit 0 none, 1 warnings, 2 errors"
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor.add_argument(
+        "role", nargs="?", choices=("trainer", "engine"), help="default: engine if WEIGHTSYNC_ENGINE is set"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="for the daemon (default 10)")
+    rails = "the daemon's transport.rails"
+    doctor.add_argument(
+        "--rails", type=int, choices=range(1, 17), default=NixlSettings().rails, metavar="N", help=rails
+    )
+    doctor.add_argument(
+        "--peer", action="append", default=[], metavar="HOST", help="a host that writes go to or come from"
+    )
+    doctor.add_argument(
+        "--weights-gb", type=_seconds, metavar="GB", help="weights of one rank: is there room for them?"
+    )
+    return top
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number above 0 and up to {MAX_SECONDS:g}")
+    return number

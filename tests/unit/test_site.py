@@ -1,0 +1,111 @@
+"""The documentation site: every page has its place, links lead somewhere, reference pages say what the code has.
+
+``make docs`` builds it and finds broken links between pages.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from weightsync.orchestrator.cli.completion import words_of
+from weightsync.orchestrator.cli.main import parser
+from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
+from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.metrics import render
+from weightsync.orchestrator.protocol import messages
+from weightsync.orchestrator.settings.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "site"
+
+
+def loaded(name: str) -> ModuleType:
+    """A module of the site's folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"site_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks, reference = loaded("hooks"), loaded("reference_pages")
+
+
+def first_cells(page: str) -> list[str]:
+    """The code span that each row of a page's tables begins with."""
+    return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+
+
+def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> None:
+    _, _, nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")
+    placed = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
+    files = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(placed) == sorted(files | set(hooks.PAGES.values()) | set(reference.PAGES))
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "shown"),
+    [
+        ("docs/operations.md", "[a](trainers.md#ranks)", "[a](trainers.md#ranks)"),
+        ("docs/adapters/trl.md", "[a](../operations.md)", "[a](../operations.md)"),
+        ("docs/protocol.md", "[a](../orchestrator/protocol/fields.py)", "a"),
+        ("docs/performance.md", "[a](performance)", "a"),
+        ("docs/architecture.md", "[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
+        ("docs/adapters/trl.md", "[a](../../README.md)", "[a](../index.md)"),
+        ("README.md", "[a](docs/adapters/vllm.md) [b](deploy)", "[a](adapters/vllm.md) b"),
+        ("README.md", "[a](https://example.org/x.md) [b](#c)", "[a](https://example.org/x.md) [b](#c)"),
+        ("README.md", "[`a`](orchestrator)\n```\n[a](deploy)\n```\n[b](deploy)", "`a`\n```\n[a](deploy)\n```\nb"),
+    ],
+)
+def test_links_of_the_repository_become_links_of_the_site(source: str, text: str, shown: str) -> None:
+    assert hooks.with_links(text, source) == shown
+
+
+def test_every_key_of_the_configuration_is_described_once() -> None:
+    found = first_cells(reference.configuration())
+    assert len(found) == len(set(found))
+    assert {key.partition(".")[0].removesuffix("[]") for key in found} == set(Settings.model_fields)
+    example = (ROOT / "deploy/config.example.yaml").read_text()
+    assert {key.rpartition(".")[2] for key in found} <= set(re.findall(r"([a-z_]+):", example))
+    assert {"transport.type", "transport.rails", "rendezvous.host", "engines[].more_urls"} <= set(found)
+
+
+def test_every_command_is_described_with_its_options() -> None:
+    page = reference.command_line()
+    headings = set(re.findall(r"^## weightsync-orchestrator (.+)$", page, re.MULTILINE))
+    words = {" ".join(each.after): each for each in words_of(parser())}
+    leaves = {name for name in words if name and not any(other.startswith(f"{name} ") for other in words)}
+    assert headings == leaves
+    for name in leaves:
+        section = page.partition(f"## weightsync-orchestrator {name}\n")[2].partition("\n## ")[0]
+        for option in set(words[name].options) - {"-h", "--help"}:
+            assert f"`{option}" in section, (name, option)
+
+
+def test_every_metric_is_described() -> None:
+    version = VersionView(step=1, generation=1, sequence=1)
+    engine = EngineView(name="a", url="", role="both", state="serving", version=version)
+    row = RoundRow(round="1.1", step=1, generation=1, attempt=1, outcome="committed")
+    status = StatusView(run="a", state="", committed=version, engines=(engine,), rounds=(row,))
+    told = text_string_to_metric_families(render(status, Meters(), 0.0).decode())
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in told}
+    assert set(first_cells(reference.metrics())) == names
+    assert "| `weightsync_rounds_total` | counter | `outcome`, `fault` |" in reference.metrics()
+
+
+def test_every_message_is_described_with_its_fields() -> None:
+    page = reference.messages_page()
+    headings = set(re.findall(r"^### (\w+)$", page, re.MULTILINE))
+    structs = [struct for _, group in reference.MESSAGES for struct in group]
+    assert headings == {struct.__name__ for struct in structs}
+    assert {messages.Hello, messages.Welcome, messages.Grant, messages.Closed} <= set(structs)
+    for struct in structs:
+        section = page.partition(f"### {struct.__name__}\n")[2].partition("\n### ")[0]
+        assert {field.encode_name for field in msgspec.structs.fields(struct)} == set(
+            re.findall(r"^\| `(\w+)` \| `", section, re.MULTILINE)
+        )
