@@ -1,7 +1,7 @@
 """S1-S6, checked on the state after every turn, and on each command before it is performed.
 
-What gives a right (a grant, a resume) is judged by the state in which it was commanded: of events that came together a
-later one may end its round, or bring another process, as it might a moment afterwards.
+What gives a right (a grant, a resume, a switch) is judged by the state in which it was commanded: of events that came
+together a later one may end its round, or bring another process, as it might a moment afterwards.
 """
 
 from dataclasses import dataclass

@@ -58,7 +58,8 @@ class Edge:
         if not rank.alive:
             return
         if worker.alive and worker.stopped and world.faults.wire_waits(worker):
-            worker.do(lambda: self._land(worker, chunk))  # over TCP the peer's kernel takes nothing more
+            # Over TCP the peer's kernel takes nothing more, until the peer is thawed or dead.
+            world.later(0.1, lambda: self._land(worker, chunk))
             return
         if worker.alive:
             assert rank.slots is not None
