@@ -15,7 +15,7 @@ from typing import Any, Final
 from weightsync.agents.inference.calls import SwitchInfo, parse_switch_info
 from weightsync.agents.vllm import gate, kv, workers
 from weightsync.agents.vllm.backend import logger
-from weightsync.orchestrator.protocol.names import RoundName
+from weightsync.orchestrator.protocol.names import RoundName, Version
 
 SWITCH: Final = "weightsync_switch"
 """Method of ``/collective_rpc`` by which the daemon switches; no worker has it, the engine core answers it."""
@@ -35,11 +35,15 @@ class LastSwitch:
     """The last switch of an engine core; ``seconds`` are those in which it could take no step."""
 
     round: RoundName
+    version: Version
     seconds: float
 
 
 def switch(core: Any, kwargs: Mapping[str, Any]) -> list[dict[str, object]]:
     """One answer: whether the engine is paused, and how long the switch took. Asked again, the same answer.
+
+    An order of a round before the last one's was overtaken on its way; what waits in standby by then may be the version
+    before, and to take that for what was meant would bring it back.
 
     Raises:
         InfoError: ``kwargs`` are no SwitchInfo.
@@ -48,7 +52,9 @@ def switch(core: Any, kwargs: Mapping[str, Any]) -> list[dict[str, object]]:
     """
     order = parse_switch_info(kwargs)
     done: LastSwitch | None = core.__dict__.get(_DONE)
-    if done is None or done.round != order.round:
+    if done is not None and (order.round.epoch, order.round.number) < (done.round.epoch, done.round.number):
+        raise SwitchRefused(f"weightsync: round {order.round} is over: {done.version} was switched to in {done.round}")
+    if done is None or (done.round, done.version) != (order.round, order.version):
         done = core.__dict__[_DONE] = _perform(core, order)
     return [{"paused": core.is_scheduler_paused(), "seconds": done.seconds}]
 
@@ -101,7 +107,7 @@ def _perform(core: Any, order: SwitchInfo) -> LastSwitch:
     core.scheduler.set_pause_state(before)
     seconds = time.monotonic() - began
     logger.info("weightsync: round %s: serving %s after %.1f ms", order.round, order.version, 1e3 * seconds)
-    return LastSwitch(order.round, seconds)
+    return LastSwitch(order.round, order.version, seconds)
 
 
 def _require_no_meeting(core: Any) -> None:

@@ -76,6 +76,23 @@ def test_asked_again_it_gives_the_same_answer_and_does_nothing(core_class: type[
         core.collective_rpc(boundary.SWITCH, kwargs=order(round=[3, 10]))
 
 
+@pytest.mark.parametrize("overtaken", [[3, 8], [2, 12]], ids=["an earlier round", "an earlier daemon's"])
+def test_an_order_that_was_overtaken_brings_nothing_back(core_class: type[EngineCore], overtaken: list[int]) -> None:
+    core = running(core_class)
+    core.collective_rpc(boundary.SWITCH, kwargs=order())
+    with pytest.raises(boundary.SwitchRefused, match=r"is over: .*step 40"):
+        core.collective_rpc(boundary.SWITCH, kwargs=order(round=overtaken, version=[7, 39]))
+    assert calls(core) == [["switch"], ["switch"]]
+
+
+def test_another_version_in_the_same_round_is_another_switch(core_class: type[EngineCore]) -> None:
+    """A daemon that makes up for what it missed names its newest round, whatever the version."""
+    core = running(core_class)
+    core.collective_rpc(boundary.SWITCH, kwargs=order())
+    core.collective_rpc(boundary.SWITCH, kwargs=order(version=[7, 39]))
+    assert calls(core) == [["switch", "switch"], ["switch", "switch"]]
+
+
 def test_no_worker_switches_unless_all_can(core_class: type[EngineCore]) -> None:
     core = running(core_class)
     core.model_executor.workers[1].unfit = "nothing waits in standby"
