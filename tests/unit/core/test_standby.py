@@ -141,6 +141,15 @@ def test_a_switch_without_effect_is_not_asked_for_again_at_once(drive: Any) -> N
     assert fleet.called("e0", Call.SWITCH) == 2
 
 
+def test_after_a_switch_without_effect_it_may_be_written_by_a_round(drive: Any) -> None:
+    """Else one whose switch does nothing would never come back."""
+    fleet = decided(drive)
+    returns(fleet)
+    assert conditions.targets(fleet.fleet, SECOND, fleet.now) == [], "the switch needs no trainer"
+    fleet.answers("e0", Call.SWITCH, False)
+    assert conditions.targets(fleet.fleet, SECOND, fleet.now + fleet.policy.patience) == ["e0"]
+
+
 def test_an_engine_whose_ranks_land_differently_is_a_misfit(drive: Any) -> None:
     fleet = drive(lands={"e0": "copy"})
     fleet.passes(0.25)
