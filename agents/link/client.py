@@ -28,7 +28,8 @@ from weightsync.agents.link.connection import (
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
-from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
+from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello, Refused
+from weightsync.orchestrator.protocol.proof import Challenge, agent_proof
 from weightsync.orchestrator.protocol.token import TokenError
 
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
@@ -75,7 +76,7 @@ class ControlClient:
 
     Args:
         url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` of a proxy before it.
-        token_file: holds the bearer token, read again for each attempt.
+        token_file: holds the token, read again for each attempt. It is proved and never sent.
         hello: the agent's introduction and current state, asked for each attempt.
         on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
         connect_seconds: total deadline from the first SYN to Welcome.
@@ -203,9 +204,9 @@ class ControlClient:
         """
         try:
             async with asyncio.timeout(self._connect_seconds) as self._attempt:
-                connection = await self._dial(session)
+                connection, token, challenge = await self._dial(session)
                 try:
-                    self._introduce(connection)
+                    self._introduce(connection, token, challenge)
                     await connection.welcomed
                 except BaseException:
                     await self._hang_up(connection)
@@ -216,20 +217,26 @@ class ControlClient:
         finally:
             self._attempt = None
 
-    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
+    async def _dial(self, session: aiohttp.ClientSession) -> tuple[DaemonConnection, str, Challenge]:
+        """The connection, and by which token the daemon has proved itself for what."""
         try:
             token = read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        return DaemonConnection(await upgrade(session, self._url, token), self._on_message)
+        upgraded = await upgrade(session, self._url, token)
+        return DaemonConnection(upgraded.response, self._on_message), token, upgraded.challenge
 
-    def _introduce(self, connection: DaemonConnection) -> None:
-        hello = encode(self._hello())
+    def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:
+        said = self._hello()
+        if said.run_id != challenge.run_id:
+            reason = f"this agent belongs to run {said.run_id!r}, the daemon serves run {challenge.run_id!r}"
+            raise RefusedForGood(Refused(reason=reason, fault="config", retry=False))
+        hello = encode(said)
         if len(hello) > MAX_HELLO_BYTES:
             raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
         self._connection = connection  # Before its Welcome is delivered, so that the answer to it can be sent.
         with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
-            connection.send(hello)
+            connection.send(agent_proof(token, challenge, hello) + hello)
 
     async def _until_lost(self, connection: DaemonConnection) -> None:
         if self._closing.is_set():

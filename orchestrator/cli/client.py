@@ -6,7 +6,8 @@ from typing import Final
 
 import aiohttp
 from weightsync.orchestrator.protocol.text import clean
-from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.credentials import Role, role_file
+from weightsync.orchestrator.settings.secrets import read_tokens
 from weightsync.orchestrator.settings.settings import Settings
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
@@ -28,15 +29,19 @@ class Denied(Exception):
     """The daemon refuses the token."""
 
 
-def token_for(token_file: Path | None, settings: Settings | None) -> str | None:
-    """The token in ``token_file``, else in the file that ``settings`` name; None where there is neither.
+def token_for(token_file: Path | None, settings: Settings | None, role: Role = "viewer") -> str | None:
+    """The token in ``token_file``, else that of ``role`` in the directory that ``settings`` name; None without both.
+
+    Where there is none for viewers, the operator's serves.
 
     Raises:
         ConfigError: the file cannot be used.
     """
     if token_file is None and settings is not None:
-        token_file = settings.listen.token_file
-    return None if token_file is None else read_secret(token_file)
+        token_file = role_file(settings.credentials, role)
+        if role == "viewer" and not token_file.exists():
+            token_file = role_file(settings.credentials, "operator")
+    return None if token_file is None else read_tokens(token_file)[0]
 
 
 async def fetch(
@@ -58,7 +63,8 @@ async def fetch(
             session.request(method, url, headers=headers, data=order, allow_redirects=False) as response,
         ):
             if response.status in (401, 403):
-                raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
+                why = clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip(), 300)
+                raise Denied(f"{where} refuses the token: {why}. Fix: --token-file must name one of that role")
             if order is not None and response.status != 200 and response.content_type == "text/plain":
                 raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
             if response.status != 200:

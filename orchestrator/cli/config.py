@@ -16,6 +16,7 @@ from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
+from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
@@ -60,7 +61,7 @@ def print_schema() -> int:
 def findings_of(settings: Settings) -> list[Finding]:
     """Everything that the configuration points to on this machine, without asking another one."""
     return [
-        *_secret("listen.token_file", settings.listen.token_file),
+        *_credentials(settings.credentials),
         *(
             finding
             for engine in settings.engines
@@ -82,6 +83,21 @@ def _engines(settings: Settings) -> str:
 
 def _ways(settings: Settings) -> str:
     return f"transport {settings.transport.type}, rendezvous {settings.rendezvous.type}, mode {settings.mode}"
+
+
+def _credentials(directory: Path) -> Iterator[Finding]:
+    try:
+        credentials = read_credentials(directory)
+    except ConfigError as error:
+        yield Finding("error", f"credentials: {error}")
+        return
+    exposed = [path for path in sorted(directory.glob(f"*{SUFFIX}")) if path.stat().st_mode & 0o077]
+    for path in exposed:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        yield Finding("warning", f"credentials: {path} has mode {mode:04o}, others may read it. Fix: chmod 600 {path}")
+    if not exposed:
+        names = sorted({str(credential) for credential in credentials.values()})
+        yield Finding("ok", f"credentials: {directory} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})")
 
 
 def _secret(key: str, path: Path) -> Iterator[Finding]:

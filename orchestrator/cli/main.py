@@ -41,6 +41,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     _add_views(commands)
     add_verb_commands(commands)
     _add_config(commands)
+    _add_tokens(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -113,16 +114,32 @@ def _add_config(commands: Commands) -> None:
     schema.set_defaults(run=_schema)
 
 
+def _add_tokens(commands: Commands) -> None:
+    tokens = commands.add_parser("tokens", help="make the token files of a run, one for each role")
+    tokens.add_argument("directory", type=Path, metavar="DIR", help="the configuration's credentials")
+    tokens.add_argument("roles", nargs="*", metavar="ROLE", help="such as engine, or engine.NAME (default: all roles)")
+    tokens.set_defaults(run=_tokens)
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.settings.credentials import ROLES, make_tokens
+
+    try:
+        made = make_tokens(options.directory, tuple(options.roles) or ROLES)
+    except OSError as error:
+        print(f"{options.directory}: {error.strerror or error}", file=sys.stderr)
+        return Exit.CONFIG
+    print("\n".join(map(str, made)) or f"{options.directory} has all of them already")
+    return Exit.OK
+
+
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     from weightsync.orchestrator.daemon import log
-    from weightsync.orchestrator.settings.secrets import read_secret
     from weightsync.orchestrator.settings.settings import load
 
     loaded = load(options.config)
-    token = read_secret(loaded.listen.token_file)
     log.configure(loaded.log)
-    log.withhold(token)
 
     from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
     from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind

@@ -15,6 +15,8 @@ from weightsync.orchestrator.core.events import AgentLost, Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon import log as daemon_log
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
@@ -56,7 +58,7 @@ class Runner:
 
     Raises:
         UnknownEngineKind: the settings name an engine that nobody here can talk to.
-        TokenError: the token file cannot serve.
+        ConfigError: a token file cannot serve.
     """
 
     def __init__(self, settings: Settings, read: Callable[[], Settings] | None = None) -> None:
@@ -72,9 +74,8 @@ class Runner:
             hello_seconds=HELLO_SECONDS,
             close_seconds=CLOSE_SECONDS,
         )
-        self.hub = Hub(
-            token_file=settings.listen.token_file, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing
-        )
+        self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold)
+        self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
         self._frozen_for = 0
         self.fleet: Fleet
         self.journal: AsyncJournal
@@ -114,6 +115,7 @@ class Runner:
                     group.create_task(self._tick(), name="ticks"),
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
+                    group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
                 ]
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
@@ -155,7 +157,7 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
         )
-        self.reload = Reload(self.settings, self._read, self.inbox, self.engines)
+        self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.credentials.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
 
     async def _listen(self) -> int:

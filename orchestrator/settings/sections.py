@@ -45,7 +45,6 @@ class ListenSection(Section):
 
     host: Host = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=7410, ge=1, le=65535, description="TCP port to bind.")
-    token_file: File = Field(description="File with the bearer token that agents and the command line present.")
 
 
 class EngineSection(Section):

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
 from weightsync.orchestrator.settings.anchors import anchored
+from weightsync.orchestrator.settings.credentials import role_file
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
 from weightsync.orchestrator.settings.explain import explain
@@ -47,7 +48,11 @@ class Settings(BaseSettings):
 
     run: RunSection
     state_directory: File = Field(description="Local directory of the journal; never on a network file system.")
-    listen: ListenSection
+    listen: ListenSection = ListenSection()
+    credentials: File = Field(
+        description="Directory of the token files, one for each role: trainer.token, engine.token, viewer.token,"
+        " operator.token (weightsync-orchestrator tokens DIR makes them)."
+    )
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
     )
@@ -55,7 +60,7 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         max_length=MAX_PATH_BYTES,
-        description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
+        description="Path of the engines' token on their hosts; null: engine.token in credentials.",
     )
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
         default=(), max_length=MAX_ENGINES, description="The vLLM servers."
@@ -109,7 +114,7 @@ class Settings(BaseSettings):
     @property
     def agents_token_path(self) -> str:
         """Where the engines' agents find the token, on their own hosts."""
-        return self.agents_token_file or str(self.listen.token_file)
+        return self.agents_token_file or str(role_file(self.credentials, "engine"))
 
     @property
     def journal_path(self) -> Path:

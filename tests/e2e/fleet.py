@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 from serving import HOST, VllmServer, free_port
+from weightsync.orchestrator.settings.credentials import make_tokens
 
 HERE = Path(__file__).resolve().parent
 DAEMON_READY_SECONDS = 20.0
@@ -137,10 +137,9 @@ class Fleet:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "run").mkdir(exist_ok=True)
-        self.token = self.directory / "token"
-        if not self.token.exists():
-            self.token.write_text(secrets.token_hex(16))
-            self.token.chmod(0o600)
+        self.credentials = self.directory / "credentials"
+        make_tokens(self.credentials)
+        self.token = self.credentials / "trainer.token"
         self.config = self.directory / "config.yaml"
         self.config.write_text(yaml.safe_dump(self._document()))
 
@@ -149,7 +148,8 @@ class Fleet:
         document: dict[str, Any] = {
             "run": {"id": self.run_id, "directory": str(self.directory / "run")},
             "state_directory": str(self.directory / "state"),
-            "listen": {"host": HOST, "port": self.port, "token_file": str(self.token)},
+            "listen": {"host": HOST, "port": self.port},
+            "credentials": str(self.credentials),
             "engines": [{"name": name, "url": server.url} for name, server in self.engines.items()],
             "deadlines": quick,
             "rescan_seconds": 1,
@@ -188,7 +188,7 @@ class Fleet:
 
     def ask(self, path: str) -> Any:
         """GET of the daemon's admin routes; None when it does not answer."""
-        headers = {"Authorization": f"Bearer {self.token.read_text().strip()}"}
+        headers = {"Authorization": f"Bearer {(self.credentials / 'operator.token').read_text().strip()}"}
         request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=5) as response:

@@ -16,12 +16,14 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 class AuditLine(msgspec.Struct, frozen=True, kw_only=True):
     """One request. ``who`` is what the command line gave, and proves nothing; ``address`` is the peer's, as we saw it.
 
-    ``result``: what was answered; of a refused request, why.
+    ``credential``: what let it in: its role, and the name that it is bound to. ``result``: what was answered; of a
+    refused request, why.
     """
 
     time: str
     who: str
     address: str
+    credential: str
     verb: str
     target: str
     reason: str

@@ -13,7 +13,6 @@ from weightsync.orchestrator.daemon.admin.readiness import readiness
 from weightsync.orchestrator.daemon.admin.routes import routes, verb_routes
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.settings.sections import EngineSection
@@ -38,18 +37,13 @@ class LiveViews:
         verbs: Verbs,
         sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
-        self._settings, self._fleet, self._history = settings, fleet, history
+        self._fleet, self._history = fleet, history
         self._overview = Overview(settings, time.time(), sections)
         self._markers, self._layouts, self._journal, self._verbs = markers, layouts, journal, verbs
 
     def add_routes(self, app: web.Application) -> None:
-        """Serve these views and the verbs in ``app``, to whoever bears the daemon's token.
-
-        Raises:
-            TokenError: the token file cannot serve.
-        """
-        token = read_token(self._settings.listen.token_file)
-        app.router.add_routes([*routes(self, token), *verb_routes(self._verbs, token)])
+        """Serve these views and the verbs in ``app``, whose guard knows who may."""
+        app.router.add_routes([*routes(self), *verb_routes(self._verbs)])
 
     async def status(self) -> StatusView:
         """What ``/status`` answers."""

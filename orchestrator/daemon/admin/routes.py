@@ -1,17 +1,17 @@
-"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics and POST /verbs/VERB with the bearer token.
+"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics and POST /verbs/VERB.
 
-/healthz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first says only
-that the loop turns, the second in one word whether requests should go to an engine.
+Who may use which is in ``daemon/access/policy.py``. /healthz and /engines/NAME/ready need no credential, because
+supervisors and load balancers hold none: the first says only that the loop turns, the second in one word whether
+requests should go to an engine.
 """
 
-from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import msgspec
 from aiohttp import hdrs, web
-from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused, Verbs
+from weightsync.orchestrator.daemon.access.guard import CREDENTIAL
+from weightsync.orchestrator.daemon.admin.verbs import Asker, Order, VerbRefused, Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.hub.token import bears
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
 from weightsync.orchestrator.protocol.text import clean
 
@@ -19,9 +19,6 @@ MAX_ROUNDS: Final = 10_000
 """Rows of one answer: 5 MB of JSON."""
 
 DEFAULT_ROUNDS: Final = 20
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 MAX_ORDER_BYTES: Final = 16_384
 """Of the body of a verb; its texts are bounded each."""
@@ -43,8 +40,8 @@ class Views(Protocol):
         """Whether requests should go to the engine, and what it is in a few words; None: there is none."""
 
 
-def routes(views: Views, token: str) -> list[web.RouteDef]:
-    """The routes; all but /healthz demand ``token``."""
+def routes(views: Views) -> list[web.RouteDef]:
+    """The routes that change nothing."""
 
     async def show_status(_: web.Request) -> web.StreamResponse:
         return _json(await views.status())
@@ -72,14 +69,14 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
     return [
         web.get("/healthz", _show_health),
         web.get("/engines/{engine}/ready", show_ready),
-        web.get("/status", _guarded(show_status, token)),
-        web.get("/rounds", _guarded(show_rounds, token)),
-        web.get("/metrics", _guarded(show_metrics, token)),
-        web.get("/plan/layouts", _guarded(show_layouts, token)),
+        web.get("/status", show_status),
+        web.get("/rounds", show_rounds),
+        web.get("/metrics", show_metrics),
+        web.get("/plan/layouts", show_layouts),
     ]
 
 
-def verb_routes(verbs: Verbs, token: str) -> list[web.RouteDef]:
+def verb_routes(verbs: Verbs) -> list[web.RouteDef]:
     """The route of the operator's verbs; a refusal is plain text that says what there is instead."""
 
     async def perform(request: web.Request) -> web.StreamResponse:
@@ -89,21 +86,12 @@ def verb_routes(verbs: Verbs, token: str) -> list[web.RouteDef]:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return web.Response(status=400, text=f"the body is no order: {clean(str(error))}\n")
         try:
-            return _json(await verbs.perform(request.match_info["verb"], order, request.remote or "unknown"))
+            asker = Asker(request.remote or "unknown", request.match_info[CREDENTIAL])
+            return _json(await verbs.perform(request.match_info["verb"], order, asker))
         except VerbRefused as refused:
             return web.Response(status=refused.status, text=f"{refused}\n")
 
-    return [web.post("/verbs/{verb}", _guarded(perform, token))]
-
-
-def _guarded(handler: Handler, token: str) -> Handler:
-    async def guard(request: web.Request) -> web.StreamResponse:
-        if bears(request, token):
-            return await handler(request)
-        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"}
-        return web.Response(status=401, text="wrong or missing token\n", headers=headers)
-
-    return guard
+    return [web.post("/verbs/{verb}", perform)]
 
 
 async def _show_health(_: web.Request) -> web.StreamResponse:

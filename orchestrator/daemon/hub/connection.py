@@ -14,9 +14,11 @@ from typing import Final
 import structlog
 from websockets.frames import CloseCode
 from websockets.protocol import Side
+from weightsync.orchestrator.daemon.access.access import Claim
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.proof import PROOF_BYTES
 from weightsync.orchestrator.protocol.websocket import Endpoint, FrameError
 
 log = structlog.get_logger(__name__)
@@ -70,6 +72,7 @@ class AgentConnection(asyncio.Protocol):
     Args:
         number: grows over the hub's life and is never used twice.
         remote: the peer's address, for log lines.
+        claim: whose token it says that it holds.
         http: the protocol that served the request; it is told of the transport's end, for its own books.
         on_message: called with each binary message until the connection is ENDED.
         on_end: called once with the reason when the peer ended it or broke the protocol.
@@ -79,6 +82,7 @@ class AgentConnection(asyncio.Protocol):
         self,
         number: int,
         remote: str,
+        claim: Claim,
         transport: asyncio.Transport,
         http: asyncio.Protocol,
         on_message: "Callable[[AgentConnection, bytes], None]",
@@ -86,6 +90,7 @@ class AgentConnection(asyncio.Protocol):
     ) -> None:
         self.number = number
         self.remote = remote
+        self.claim = claim
         self.stage = Stage.HELLO
         self.hello: Hello | None = None
         self.gone = asyncio.Event()
@@ -95,7 +100,7 @@ class AgentConnection(asyncio.Protocol):
         self._http = http
         self._on_message = on_message
         self._on_end = on_end
-        self._endpoint = Endpoint(Side.SERVER, MAX_HELLO_BYTES)
+        self._endpoint = Endpoint(Side.SERVER, PROOF_BYTES + MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._written = 0
         self._taken = 0

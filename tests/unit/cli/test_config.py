@@ -7,7 +7,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from command_line import TOKEN, cli, process
+from command_line import cli, process
+from credentials import TOKENS
 from weightsync.orchestrator.cli import config as cli_config
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.cli.main import main
@@ -20,7 +21,8 @@ async def test_config_check_of_a_good_one(config: Path) -> None:
     assert "run glm, 1 engine (a), transport nixl, rendezvous hub" in done.out
     assert "does not exist yet and can be made" in done.out
     assert "is free" in done.out
-    assert TOKEN not in done.out
+    assert not [token for token in TOKENS.values() if token in done.out]
+    assert "/credentials (engine, operator, trainer, viewer)" in done.out
     assert not (config.parent / "state").exists()
 
 
@@ -32,7 +34,7 @@ async def test_config_schema_is_json_schema() -> None:
 
 
 def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    token = config.parent / "token"
+    token = config.parent / "credentials" / "engine.token"
     (config.parent / "run").write_text("a file")
     token.chmod(0o644)
     assert main(["config", "check", str(config)]) == 78
@@ -41,11 +43,11 @@ def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys:
     assert "is no directory" in out
     token.chmod(0o600)
     token.write_text("short")
-    main(["config", "check", str(config)])
+    assert main(["config", "check", str(config)]) == 78
     assert "can be guessed" in capsys.readouterr().out
     token.unlink()
     assert main(["config", "check", str(config)]) == 78
-    assert "secret cannot be read" in capsys.readouterr().out
+    assert "has no engine.token, so no agent could come in" in capsys.readouterr().out
 
 
 def test_config_check_says_that_a_port_is_taken_and_does_not_fail(
@@ -98,7 +100,7 @@ def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: p
 
 def test_token_files_keep_their_mode(config: Path) -> None:
     findings_of(load(config, {}))
-    assert stat.S_IMODE((config.parent / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE((config.parent / "credentials" / "engine.token").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop/x"])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from command_line import TOKEN, cli, process
+from command_line import cli, process
+from credentials import TOKENS
 from weightsync.orchestrator.core.records import (
     Committed,
     EpochBegan,
@@ -18,6 +19,7 @@ from weightsync.orchestrator.core.records import (
     RoundEnded,
     encode_record,
 )
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
@@ -53,9 +55,10 @@ class Views:
 
 
 @contextlib.asynccontextmanager
-async def daemon(config: Path, token: str = TOKEN) -> AsyncIterator[str]:
+async def daemon(config: Path) -> AsyncIterator[str]:
     app = web.Application()
-    app.router.add_routes(admin.routes(Views(), token))
+    Access(config.parent / "credentials", "glm", str).guard.install(app)
+    app.router.add_routes(admin.routes(Views()))
     runner = web.AppRunner(app)
     await runner.setup()
     listen = load(config, {}).listen
@@ -83,7 +86,8 @@ async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:
     async with daemon(config) as url:
         table = await process("status", "--config", config)
         data = await cli("status", "--json", WEIGHTSYNC_CONFIG=str(config))
-        by_url = await cli("rounds", "--last", "7", "--url", url, "--token-file", config.parent / "token", "--json")
+        viewer = config.parent / "credentials" / "viewer.token"
+        by_url = await cli("rounds", "--last", "7", "--url", url, "--token-file", viewer, "--json")
         rounds = await cli("rounds", "--config", config)
     assert (table.code, table.err) == (0, "")
     assert "step 40 is served" in table.out
@@ -94,11 +98,16 @@ async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:
 
 
 async def test_a_wrong_token_is_77_and_not_shown(config: Path) -> None:
-    async with daemon(config, token="another-token-of-20c"):
+    async with daemon(config):
+        (config.parent / "credentials" / "viewer.token").write_text("another-token-of-20c")
         done = await cli("status", "--config", config)
+        trainers = await cli("status", "--config", config, "--token-file", config.parent / "credentials/trainer.token")
     assert done.code == 77
     assert "refuses the token" in done.err
-    assert TOKEN not in done.err
+    assert "another-token" not in done.err
+    assert trainers.code == 77
+    assert "needs the credential of role operator or viewer, and this one is of role trainer" in trainers.err
+    assert TOKENS["trainer"] not in trainers.err
 
 
 async def test_status_of_a_daemon_that_is_down_is_the_journals(config: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from credentials import TOKENS
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.runner import Runner
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
@@ -47,7 +48,7 @@ class Fleet:
     async def says(self, method: str, path: str, **body: str) -> Any:
         url = f"http://127.0.0.1:{await asyncio.wait_for(self.port, SECONDS)}{path}"
         async with (
-            aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKENS['operator']}"}) as session,
             session.request(method, url, json=body or None) as answer,
         ):
             return await answer.json() if answer.content_type == "application/json" else answer.status
@@ -82,7 +83,7 @@ async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_bac
         port = await asyncio.wait_for(fleet.port, SECONDS)
         await fleet.until()
         fleet.lists(RANK.engine)
-        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "credentials" / "trainer.token", engine)
         step = tmp_path / "run" / "broadcasts" / "step_5"
         step.mkdir(parents=True)
         (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))

@@ -13,10 +13,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
 from weightsync.agents.link import connection as control_connection
 from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
@@ -33,6 +35,16 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    RUN_HEADER,
+    Challenge,
+    channel_of,
+    daemon_proof,
+)
 from weightsync.orchestrator.protocol.token import TokenError
 
 SECONDS = 20.0
@@ -41,6 +53,7 @@ SECONDS = 20.0
 MEMBER = Member("trainer", "", 3)
 READY = Ready(fingerprint="f")
 OUTCOME = Outcome(version=Version(1, 2), committed=True)
+Headers = dict[str, str]
 AT_ONCE = Backoff(first=0.001, longest=0.01)
 
 
@@ -57,9 +70,8 @@ def welcome(heartbeat_seconds: float = 5.0) -> Welcome:
 
 @pytest.fixture
 def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text("a-secret-of-the-test\n")
-    return path
+    """A trainer's, in the directory of all credentials."""
+    return write_credentials(tmp_path / "credentials") / "trainer.token"
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +90,8 @@ class Daemon:
         self.decide: Callable[[AgentConnected], object] = self.accept
         timing = HubTiming(heartbeat_seconds=5.0, missed_heartbeats=3, hello_seconds=10.0, close_seconds=0.5)
         next_id = itertools.count(1).__next__
-        self.hub = Hub(token_file=token_file, post=self._on_event, next_id=next_id, timing=timing)
+        self.access = Access(token_file.parent, "run", str)
+        self.hub = Hub(access=self.access, post=self._on_event, next_id=next_id, timing=timing)
 
     def accept(self, event: AgentConnected) -> object:
         self.accepted = event.connection
@@ -155,11 +168,24 @@ async def answering(
         await runner.cleanup()
 
 
-def daemon_that_says(*frames: bytes) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def proved(request: web.Request, token: str = TOKENS["trainer"], run_id: str = "run", channel: bytes = b"") -> Headers:
+    """With which a daemon that holds ``token`` answers an upgrade."""
+    challenge = Challenge(run_id, request.headers[NONCE_HEADER], "cd" * NONCE_BYTES, channel)
+    return {
+        RUN_HEADER: run_id,
+        NONCE_HEADER: challenge.daemon_nonce,
+        PROOF_HEADER: daemon_proof(token, challenge).hex(),
+    }
+
+
+def daemon_that_says(
+    *frames: bytes, prove: Callable[[web.Request], Headers] = proved
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Answers Hello with ``frames`` and is silent from then on."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(prove(request))
         await socket.prepare(request)
         await socket.receive()
         for frame in frames:
@@ -308,7 +334,7 @@ async def test_refused_for_good_ends_run(token_file: Path, welcomed: bool) -> No
 async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     daemon = Daemon(token_file)
     port = await daemon.hub.start("127.0.0.1", 0)
-    own, right = token_file.with_name("agents-token"), "a-secret-of-the-test\n"
+    own, right = token_file.with_name("agents-token"), TOKENS["trainer"] + "\n"
     own.write_text("stale-secret")
     with caplog.at_level(logging.WARNING):
         agent = Agent(port, own)
@@ -318,7 +344,7 @@ async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog
         own.write_text(right)
         assert await agent.next() == welcome()
     assert "stale-secret" not in caplog.text
-    assert "a-secret-of-the-test" not in caplog.text
+    assert TOKENS["trainer"] not in caplog.text
     await agent.stop()
     await daemon.hub.close()
 
@@ -375,6 +401,73 @@ async def test_a_daemon_that_talks_nonsense(
         await agent.stop()
 
 
+async def test_nobody_is_obeyed_who_does_not_prove_the_token_and_nothing_is_said_to_him(
+    token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rogue daemon, one with another token, one that repeats what a real one said, one that was never updated."""
+    requests: list[web.Request] = []
+    frames: list[object] = []
+
+    def replayed(_: web.Request) -> Headers:
+        return proved(requests[0])
+
+    ways: list[Callable[[web.Request], Headers]] = [
+        lambda _: {},
+        replayed,
+        lambda request: proved(request, "another-0123456789"),
+        lambda request: proved(request) | {RUN_HEADER: "other"},
+        lambda request: proved(request) | {NONCE_HEADER: "ab" * NONCE_BYTES},
+        lambda request: proved(request) | {NONCE_HEADER: "x"},
+        lambda request: proved(request) | {PROOF_HEADER: "ä"},
+        lambda request: proved(request, channel=b"another connection's"),
+        lambda request: {**proved(request), PROOF_HEADER: request.headers[NONCE_HEADER]},
+    ]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        requests.append(request)
+        socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(ways[min(len(requests), len(ways)) - 1](request))
+        await socket.prepare(request)
+        await socket.send_bytes(encode(welcome()))
+        frames.append((await socket.receive()).data)
+        return socket
+
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        async with asyncio.timeout(SECONDS):
+            while len(frames) < len(ways):  # noqa: ASYNC110  # the other side's list
+                await asyncio.sleep(0)
+        assert agent.heard.empty()
+        assert agent.hellos == 0
+        await agent.stop()
+    assert not [frame for frame in frames if isinstance(frame, bytes)]
+    assert caplog.text.count("it does not prove that it holds this agent's token") >= len(ways)
+    said = "".join(f"{name}: {value}" for request in requests for name, value in request.headers.items())
+    assert TOKENS["trainer"] not in said
+    assert "Authorization" not in said
+    assert len({request.headers[NONCE_HEADER] for request in requests}) == len(requests)
+    assert len({request.headers[KEY_HEADER] for request in requests}) == 1
+
+
+async def test_a_daemon_of_another_run_is_named_and_told_nothing(token_file: Path) -> None:
+    """As when a configuration was copied, with its tokens."""
+    answer = daemon_that_says(encode(welcome()), prove=lambda request: proved(request, run_id="staging"))
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        with pytest.raises(RefusedForGood, match="belongs to run 'run', the daemon serves run 'staging'"):
+            await agent.run
+        assert agent.heard.empty()
+
+
+async def test_a_member_with_the_credential_of_another_role_is_refused_for_good(token_file: Path) -> None:
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file.with_name("engine.token"))
+    with pytest.raises(RefusedForGood, match="trainer/3 is a member of role trainer and came with"):
+        await agent.run
+    assert daemon.events.empty()
+    await daemon.hub.close()
+
+
 async def test_something_else_that_answers_there(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(text="an API server")
@@ -391,6 +484,7 @@ async def test_a_daemon_that_takes_nothing(token_file: Path, monkeypatch: pytest
 
     async def answer(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(proved(request))
         await socket.prepare(request)
         await socket.receive()
         await socket.send_bytes(encode(welcome()))
@@ -437,7 +531,9 @@ async def test_what_a_callback_raises_ends_run_with_it(token_file: Path) -> None
 async def test_a_hello_that_is_too_long_is_the_agents_own_fault(token_file: Path) -> None:
     daemon = Daemon(token_file)
     port = await daemon.hub.start("127.0.0.1", 0)
-    giant = Hello(schema=SCHEMA_VERSION, run_id="x" * MAX_HELLO_BYTES, member=MEMBER, world=4, incarnation=1)
+    giant = Hello(
+        schema=SCHEMA_VERSION, run_id="run", member=MEMBER, world=4, incarnation=1, host="x" * MAX_HELLO_BYTES
+    )
     client = ControlClient(f"ws://127.0.0.1:{port}{AGENTS_PATH}", token_file, lambda: giant, lambda _: None)
     with pytest.raises(ProtocolError, match="Hello of"):
         await client.run()
@@ -494,7 +590,9 @@ async def test_wss_is_for_a_proxy_whose_certificate_is_trusted(
     if trusted:  # by the system's authorities, which here means: by the session that the client makes
         connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=certificate))
         monkeypatch.setattr(aiohttp, "ClientSession", functools.partial(aiohttp.ClientSession, connector=connector))
-    async with answering(daemon_that_says(encode(welcome()), encode(OUTCOME)), proxy) as port:
+    channel = channel_of(ssl.PEM_cert_to_DER_cert(certificate.read_text()))  # noqa: ASYNC240
+    told = daemon_that_says(encode(welcome()), encode(OUTCOME), prove=lambda request: proved(request, channel=channel))
+    async with answering(told, proxy) as port:
         agent = Agent(port, token_file, scheme="wss")
         if trusted:
             assert [await agent.next(), await agent.next()] == [welcome(), OUTCOME]

@@ -9,7 +9,9 @@ from weightsync.orchestrator.daemon.admin.audit import Audit, AuditLine
 
 
 def line(verb: str = "hold", reason: str = "") -> AuditLine:
-    return AuditLine(time="t", who="ann", address="::1", verb=verb, target="e0", reason=reason, result="done")
+    return AuditLine(
+        time="t", who="ann", address="::1", credential="operator", verb=verb, target="e0", reason=reason, result="done"
+    )
 
 
 def test_lines_are_appended_also_by_the_next_daemon(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin import routes as admin
-from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused
+from weightsync.orchestrator.daemon.admin.verbs import Asker, Order, VerbRefused
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LayoutsView,
@@ -21,7 +24,7 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
 
-TOKEN = "t0ken-of-the-test"
+TOKEN = TOKENS["operator"]
 
 ROW = RoundRow(
     round="2.9", step=40, generation=7, attempt=1, outcome="committed", engines=("a",), bytes=10**9,
@@ -61,8 +64,9 @@ class Fixed:
 
 
 @contextlib.asynccontextmanager
-async def serving(routes: list[web.RouteDef]) -> AsyncIterator[str]:
+async def serving(directory: Path, routes: list[web.RouteDef]) -> AsyncIterator[str]:
     app = web.Application()
+    Access(write_credentials(directory / "credentials"), "glm", str).guard.install(app)
     app.router.add_routes(routes)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -79,9 +83,9 @@ async def get(url: str, token: str | None = TOKEN) -> tuple[int, bytes]:
         return response.status, await response.read()
 
 
-async def test_status_and_rounds() -> None:
+async def test_status_and_rounds(tmp_path: Path) -> None:
     views = Fixed()
-    async with serving(admin.routes(views, TOKEN)) as url:
+    async with serving(tmp_path, admin.routes(views)) as url:
         status, body = await get(url + "/status")
         assert status == 200
         assert msgspec.json.decode(body, type=StatusView) == VIEW
@@ -94,24 +98,24 @@ async def test_status_and_rounds() -> None:
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1]])
-async def test_nothing_without_the_token_but_health(token: str | None) -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_nothing_without_the_token_but_health(tmp_path: Path, token: str | None) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         for path in ("/status", "/rounds", "/metrics", "/plan/layouts"):
             assert await get(url + path, token) == (401, b"wrong or missing token\n")
         assert await get(url + "/healthz", token) == (200, b"ok\n")
 
 
-async def test_layouts() -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_layouts(tmp_path: Path) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         assert (await get(url + "/plan/layouts"))[0] == 404
-    async with serving(admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())), TOKEN)) as url:
+    async with serving(tmp_path, admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())))) as url:
         assert msgspec.json.decode((await get(url + "/plan/layouts"))[1])["root"] == "f"
 
 
-async def test_metrics() -> None:
+async def test_metrics(tmp_path: Path) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
-        serving(admin.routes(Fixed(), TOKEN)) as url,
+        serving(tmp_path, admin.routes(Fixed())) as url,
         aiohttp.ClientSession() as session,
         session.get(url + "/metrics", headers=headers) as response,
     ):
@@ -120,8 +124,8 @@ async def test_metrics() -> None:
         assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1.0' in (await response.text()).splitlines()
 
 
-async def test_a_load_balancer_asks_without_a_token() -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_a_load_balancer_asks_without_a_token(tmp_path: Path) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         assert await get(url + "/engines/a/ready", None) == (200, b"serving\n")
         assert await get(url + "/engines/b/ready", None) == (503, b"torn\n")
         assert await get(url + "/engines/c/ready", None) == (404, b"no such engine\n")
@@ -131,10 +135,10 @@ class Obeying:
     """Verbs that note what they are asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Order, str]] = []
+        self.asked: list[tuple[str, Order, Asker]] = []
 
-    async def perform(self, verb: str, order: Order, address: str) -> VerbView:
-        self.asked.append((verb, order, address))
+    async def perform(self, verb: str, order: Order, asker: Asker) -> VerbView:
+        self.asked.append((verb, order, asker))
         if verb == "explode":
             raise VerbRefused(404, "there is no verb 'explode'")
         return VerbView(verb=verb, target=order.target, says="done")
@@ -146,12 +150,12 @@ async def post(url: str, body: bytes, token: str = TOKEN) -> tuple[int, bytes]:
         return response.status, await response.read()
 
 
-async def test_verbs_are_posted_by_whoever_bears_the_token() -> None:
+async def test_verbs_are_posted_by_operators(tmp_path: Path) -> None:
     verbs: Any = Obeying()
-    async with serving(admin.verb_routes(verbs, TOKEN)) as url:
+    async with serving(tmp_path, admin.verb_routes(verbs)) as url:
         status, body = await post(url + "/verbs/hold", b'{"target": "a", "reason": "why", "by": "ann"}')
         assert (status, msgspec.json.decode(body, type=VerbView).says) == (200, "done")
-        assert verbs.asked == [("hold", Order(target="a", reason="why", by="ann"), "127.0.0.1")]
+        assert verbs.asked == [("hold", Order(target="a", reason="why", by="ann"), Asker("127.0.0.1", "operator"))]
         assert await post(url + "/verbs/explode", b"{}") == (404, b"there is no verb 'explode'\n")
         assert await post(url + "/verbs/hold", b"{}", "wrong") == (401, b"wrong or missing token\n")
         assert (await get(url + "/verbs/hold"))[0] == 405

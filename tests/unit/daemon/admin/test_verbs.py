@@ -19,7 +19,7 @@ from weightsync.orchestrator.core.events import (
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.state import ConnectedAgent, Progress, Round, Unclosed
 from weightsync.orchestrator.daemon.admin.audit import Audit
-from weightsync.orchestrator.daemon.admin.verbs import VERBS, Order, VerbRefused, Verbs
+from weightsync.orchestrator.daemon.admin.verbs import VERBS, Asker, Order, VerbRefused, Verbs
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import RoundName, Version
@@ -40,7 +40,7 @@ class Desk:
         self.events.append(event)
 
     async def says(self, verb: str, target: str = "", **more: str) -> str:
-        return (await self.verbs.perform(verb, Order(target=target, **more), "192.0.2.7")).says
+        return (await self.verbs.perform(verb, Order(target=target, **more), Asker("192.0.2.7", "operator ann"))).says
 
     def audit(self) -> list[dict[str, Any]]:
         file = self.directory / "audit.jsonl"
@@ -85,7 +85,8 @@ async def test_each_verb(desk: Desk, verb: str, target: str, event: type[Asked],
     (line,) = desk.audit()
     assert line.pop("time").endswith("Z")
     assert line == {
-        "who": "ann@desk", "address": "192.0.2.7", "verb": verb, "target": target, "reason": "why", "result": says,
+        "who": "ann@desk", "address": "192.0.2.7", "credential": "operator ann", "verb": verb, "target": target,
+        "reason": "why", "result": says,
     }  # fmt: skip
 
 

@@ -1,0 +1,101 @@
+"""What the hub asks about a stranger: may this agent come in, and does it prove what it claims?"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+from weightsync.orchestrator.daemon.access.credentials import Credentials
+from weightsync.orchestrator.daemon.access.guard import Guard
+from weightsync.orchestrator.daemon.access.refusals import Refusals
+from weightsync.orchestrator.protocol.codec import ProtocolError
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    PROOF_BYTES,
+    PROOF_HEADER,
+    RUN_HEADER,
+    Challenge,
+    agent_proof,
+    daemon_proof,
+    is_nonce,
+    same,
+)
+from weightsync.orchestrator.settings.credentials import AGENTS, Credential
+
+WRONG_TOKEN: Final = "wrong or missing token"
+
+
+class NotAdmitted(Exception):
+    """``status`` and the text are what is answered."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An agent says which token it holds; its first frame has to prove it."""
+
+    token: str
+    credential: Credential
+    challenge: Challenge
+
+    def headers(self) -> dict[str, str]:
+        """Of the answer to the upgrade: the daemon's proof, and what it covers."""
+        return {
+            RUN_HEADER: self.challenge.run_id,
+            NONCE_HEADER: self.challenge.daemon_nonce,
+            PROOF_HEADER: daemon_proof(self.token, self.challenge).hex(),
+        }
+
+    def hello_in(self, frame: bytes) -> bytes:
+        """The Hello in an agent's first frame, behind its proof.
+
+        Raises:
+            ProtocolError: it does not prove that it holds the token, for this Hello on this connection.
+        """
+        proof, hello = frame[:PROOF_BYTES], frame[PROOF_BYTES:]
+        if not same(proof, agent_proof(self.token, self.challenge, hello)):
+            raise ProtocolError(f"it does not prove that it holds the token of {self.credential}")
+        return hello
+
+
+class Access:
+    """One per daemon.
+
+    Args:
+        directory: of the token files.
+        withhold: keeps a token out of the log.
+        channel: the channel's name (``protocol/proof.py``).
+
+    Raises:
+        ConfigError: a token file cannot serve.
+    """
+
+    def __init__(self, directory: Path, run_id: str, withhold: Callable[[str], None], channel: bytes = b"") -> None:
+        self.credentials, self.refusals = Credentials(directory, withhold), Refusals()
+        self.guard = Guard(self.credentials, self.refusals)
+        self._run_id, self._channel = run_id, channel
+
+    def claim_of(self, request: web.Request) -> Claim:
+        """What an agent that asks for its control connection claims.
+
+        Raises:
+            NotAdmitted: no token of ours, or one that is no agent's.
+        """
+        known = self.credentials.of_key(request.headers.get(KEY_HEADER, ""))
+        nonce = request.headers.get(NONCE_HEADER, "")
+        if known is None:
+            raise NotAdmitted(401, WRONG_TOKEN)
+        token, credential = known
+        if not is_nonce(nonce):
+            raise NotAdmitted(400, f"{NONCE_HEADER} must be {NONCE_BYTES} bytes in hexadecimal")
+        if credential.role not in AGENTS:
+            wanted = " or ".join(sorted(AGENTS))
+            raise NotAdmitted(403, f"an agent needs the token of role {wanted}, and this is one of {credential.role}")
+        return Claim(token, credential, Challenge(self._run_id, nonce, secrets.token_hex(NONCE_BYTES), self._channel))

@@ -1,0 +1,62 @@
+"""The guard before all routes: asks for the credential that the table of policies demands."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import hdrs, web
+from weightsync.orchestrator.daemon.access.credentials import Credentials
+from weightsync.orchestrator.daemon.access.policy import policy_of
+from weightsync.orchestrator.daemon.access.refusals import Refusals
+from weightsync.orchestrator.settings.credentials import Credential
+
+CREDENTIAL: Final = "weightsync.credential"
+"""In the match_info of a request that was let in: its credential as text. No pattern of a path has such a name."""
+
+_SCHEME: Final = "bearer "
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Guard:
+    """Lets requests through to their handler, or answers them."""
+
+    def __init__(self, credentials: Credentials, refusals: Refusals) -> None:
+        self._credentials, self._refusals = credentials, refusals
+
+    def install(self, app: web.Application) -> None:
+        """Stand before all routes of ``app``."""
+
+        @web.middleware
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return self._refused(request) or await handler(request)
+
+        app.middlewares.append(guard)
+
+    def _refused(self, request: web.Request) -> web.Response | None:
+        """The answer to a request that may not go on to its handler."""
+        match = request.match_info
+        if match.http_exception is not None:
+            return None  # there is no such route, or not by this method, which aiohttp's own handler says
+        policy = policy_of(match.route)
+        if policy in ("public", "proven"):
+            return None
+        credential = self._bearer(request)
+        if credential is None:
+            return self._refuse(request, 401, "wrong or missing token")
+        if policy is None or credential.role not in policy:
+            wanted = " or ".join(sorted(policy or ())) or "nobody"
+            what = f"this needs the credential of role {wanted}, and this one is of role {credential.role}"
+            return self._refuse(request, 403, what)
+        match[CREDENTIAL] = str(credential)
+        return None
+
+    def _bearer(self, request: web.Request) -> Credential | None:
+        header = request.headers.get(hdrs.AUTHORIZATION, "")
+        is_bearer = header[: len(_SCHEME)].lower() == _SCHEME  # RFC 9110 §11.1: in any case
+        return self._credentials.of_bearer(header[len(_SCHEME) :].strip()) if is_bearer else None
+
+    def _refuse(self, request: web.Request, status: int, text: str) -> web.Response:
+        kind = "request turned away: wrong or missing token" if status == 401 else "request turned away: wrong role"
+        self._refusals.say(kind, remote=request.remote, path=request.path[:100], reason=text)
+        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if status == 401 else {}
+        return web.Response(status=status, text=f"{text}\n", headers=headers)
