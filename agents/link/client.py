@@ -25,6 +25,7 @@ from weightsync.agents.link.connection import (
     TokenRejected,
     upgrade,
 )
+from weightsync.agents.link.tls import tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
@@ -37,7 +38,7 @@ __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "Refuse
 log = logging.getLogger(__name__)
 
 SCHEMES: Final = ("ws://", "wss://")
-"""The daemon speaks no TLS: ``wss`` leads to a proxy before it, whose certificate the system has to trust."""
+"""``wss`` where the daemon has a certificate (``agents/link/tls.py``)."""
 
 CONNECT_SECONDS: Final = 30.0
 """Of one attempt. Longer than the daemon waits for a Hello, so that a daemon that is only slow gives its own reason."""
@@ -75,7 +76,7 @@ class ControlClient:
     """One agent's connection.
 
     Args:
-        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` of a proxy before it.
+        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` with what the environment names.
         token_file: holds the token, read again for each attempt. It is proved and never sent.
         hello: the agent's introduction and current state, asked for each attempt.
         on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
@@ -85,7 +86,7 @@ class ControlClient:
 
     Raises:
         TokenError: the token file cannot serve.
-        ValueError: ``url`` has another scheme.
+        ValueError: ``url`` has another scheme, or (TlsError) the environment does not fit it.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ControlClient:
                 f"hub url must begin with {' or '.join(SCHEMES)}, got {url!r}: write ws://host:port/agents"
             )
         read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
+        self._tls = tls_context(url)
         self._url = url
         self._token_file = token_file
         self._hello = hello
@@ -223,7 +225,7 @@ class ControlClient:
             token = read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        upgraded = await upgrade(session, self._url, token)
+        upgraded = await upgrade(session, self._url, token, self._tls)
         return DaemonConnection(upgraded.response, self._on_message), token, upgraded.challenge
 
     def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:

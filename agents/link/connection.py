@@ -83,7 +83,7 @@ class Upgraded:
     challenge: Challenge
 
 
-async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> Upgraded:
+async def upgrade(session: aiohttp.ClientSession, url: str, token: str, tls: ssl.SSLContext | None = None) -> Upgraded:
     """Ask ``url`` for a WebSocket (RFC 6455 §4.1), and for the proof that it holds ``token``, which is not sent.
 
     Raises:
@@ -100,7 +100,7 @@ async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> Upgra
         NONCE_HEADER: nonce,
     }
     try:
-        response = await session.get(url, headers=headers, allow_redirects=False)
+        response = await session.get(url, headers=headers, allow_redirects=False, ssl=tls or True)
     except (aiohttp.ClientError, OSError) as error:
         raise ConnectionLost(str(error) or type(error).__name__) from error
     accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()

@@ -5,7 +5,7 @@ import asyncio
 import sys
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, NotDone, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.client import Denied, NotDone, Unreachable, fetch, tls_for, token_for
 from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
 from weightsync.orchestrator.daemon.admin.verbs import MAX_REASON, MAX_WHO, Order
 from weightsync.orchestrator.daemon.admin.views import VerbView
@@ -39,10 +39,12 @@ def ask(verb: str, target: str, by: str, options: argparse.Namespace) -> int:
     if len(options.reason) > MAX_REASON:
         print(f"--reason: {len(options.reason)} characters, at most {MAX_REASON}", file=sys.stderr)
         return Exit.USAGE
-    url, token, _ = found
+    url, token, settings = found
     order = msgspec.json.encode(Order(target=target, reason=options.reason, by=by[:MAX_WHO]))
     try:
-        data = asyncio.run(fetch(f"{url}/verbs/{verb}", token, options.timeout, order=order))
+        data = asyncio.run(
+            fetch(f"{url}/verbs/{verb}", token, options.timeout, order=order, tls=tls_for(url, settings))
+        )
         view = msgspec.json.decode(data, type=VerbView)
     except Denied as error:
         print(error, file=sys.stderr)

@@ -41,7 +41,12 @@ class Exit(IntEnum):
     )
     USAGE = 2, "all", "the command line is wrong; `status --check`: critical", "no"
     REFUSED = 65, "verbs", "the daemon refuses what was asked for; the message says why, and what there is", "no"
-    UNAVAILABLE = 69, "`demo`", "something that it needs is not installed; the message says what", "once installed"
+    UNAVAILABLE = (
+        69,
+        "`demo`, `certs`",
+        "something that it needs is not installed; the message says what",
+        "once installed",
+    )
     INTERNAL = 70, "`run`", "an invariant did not hold; it ended before acting on it", "yes: the journal is believed"
     IO = 74, "`run`", "the journal's disk failed, the last commit's outcome is unknown", "yes: it is read again"
     TEMPORARY = (

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import socket
 import stat
@@ -17,10 +16,12 @@ from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEn
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
+from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings, load
+from weightsync.orchestrator.settings.tls import client_context, server_context
 
 SHORT_TOKEN_CHARS: Final = 16
 """Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits."""
@@ -177,11 +178,24 @@ def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
 def _address(settings: Settings) -> Iterator[Finding]:
     host, port = settings.listen.host, settings.listen.port
     yield _port("listen", host, port)
+    yield from _tls(settings)
     yield Finding("ok", f"agents are told to come to {settings.agents_url}")
-    if not _is_loopback(host) and settings.agents_url.startswith("http://"):
-        yield Finding("warning", f"listen: tokens travel unencrypted to {host}; keep them on a trusted network")
+    if settings.listen.insecure and settings.listen.tls is None and not is_loopback(host):
+        yield Finding("warning", f"listen: without TLS on {host}, viewers' and operators' tokens can be read there")
     if settings.rendezvous.group_address() is not None:
         yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
+
+
+def _tls(settings: Settings) -> Iterator[Finding]:
+    tls = settings.listen.tls
+    engines = settings.engines_tls
+    try:
+        if tls is not None:
+            server_context(tls)
+            yield Finding("ok", f"listen.tls: {tls.certificate_file}")
+        client_context(engines.ca_file, engines.certificate_file, engines.key_file)
+    except ConfigError as error:
+        yield Finding("error", f"tls: {error}")
 
 
 def _port(key: str, host: str, port: int) -> Finding:
@@ -196,20 +210,13 @@ def _port(key: str, host: str, port: int) -> Finding:
     return Finding("ok", f"{key}: {host}:{port} is free")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _probe(settings: Settings) -> list[Finding]:
     known = [engine for engine in settings.engines if engine.kind in CLIENTS]  # of the others it is said already
     return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in known)))
 
 
 async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
-    client = client_of(engine, settings.pause)
+    client = client_of(engine, settings.pause, settings.engines_tls)
     try:
         facts = await client.probe(settings.deadlines.probe_seconds)
     except EngineError as error:

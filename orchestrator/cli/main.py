@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     add_verb_commands(commands)
     _add_config(commands)
     _add_tokens(commands)
+    _add_certs(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -117,20 +119,47 @@ def _add_config(commands: Commands) -> None:
 def _add_tokens(commands: Commands) -> None:
     tokens = commands.add_parser("tokens", help="make the token files of a run, one for each role")
     tokens.add_argument("directory", type=Path, metavar="DIR", help="the configuration's credentials")
-    tokens.add_argument("roles", nargs="*", metavar="ROLE", help="such as engine, or engine.NAME (default: all roles)")
+    tokens.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
     tokens.set_defaults(run=_tokens)
+
+
+def _add_certs(commands: Commands) -> None:
+    certs = commands.add_parser("certs", help="make a small authority of a run, and certificates of daemon and clients")
+    certs.add_argument("directory", type=Path, metavar="DIR", help="where; what is there already is kept")
+    certs.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
+    certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
+    certs.add_argument("--days", type=count, default=365, metavar="N", help="until they expire (default 365)")
+    certs.set_defaults(run=_certs)
+
+
+def _certs(options: argparse.Namespace) -> int:
+    try:
+        from weightsync.orchestrator.cli.certs import make_certificates
+    except ModuleNotFoundError as error:
+        print(f"there is no {error.name} here. Fix: pip install 'weightsync-orchestrator[certs]'", file=sys.stderr)
+        return Exit.UNAVAILABLE
+    from weightsync.orchestrator.settings.credentials import ROLES
+
+    hosts = options.host or [socket.gethostname(), "localhost", "127.0.0.1"]
+    return _say_made(
+        options.directory, lambda: make_certificates(options.directory, hosts, options.role or ROLES, options.days)
+    )
+
+
+def _say_made(directory: Path, make: Callable[[], list[Path]]) -> int:
+    try:
+        made = make()
+    except (OSError, ValueError) as error:
+        print(f"{directory}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return Exit.CONFIG
+    print("\n".join(map(str, made)) or f"{directory} has all of them already")
+    return Exit.OK
 
 
 def _tokens(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.settings.credentials import ROLES, make_tokens
 
-    try:
-        made = make_tokens(options.directory, tuple(options.roles) or ROLES)
-    except OSError as error:
-        print(f"{options.directory}: {error.strerror or error}", file=sys.stderr)
-        return Exit.CONFIG
-    print("\n".join(map(str, made)) or f"{options.directory} has all of them already")
-    return Exit.OK
+    return _say_made(options.directory, lambda: make_tokens(options.directory, tuple(options.role or ROLES)))
 
 
 def _run(options: argparse.Namespace) -> int:

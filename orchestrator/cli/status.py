@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 from weightsync.orchestrator.cli.asking import daemon_of
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for
 from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.cli.tables import check_line, rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
@@ -34,7 +34,7 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     code: int = Exit.OK
     view: StatusView | RoundsView
     try:
-        data = asyncio.run(fetch(url + route, token, options.timeout))
+        data = asyncio.run(fetch(url + route, token, options.timeout, tls=tls_for(url, settings)))
         view = _decode(data, StatusView) if what == "status" else _decode(data, RoundsView)
     except Denied as error:
         print(error, file=sys.stderr)

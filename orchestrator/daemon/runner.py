@@ -17,6 +17,7 @@ from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon import log as daemon_log
 from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
@@ -74,7 +75,8 @@ class Runner:
             hello_seconds=HELLO_SECONDS,
             close_seconds=CLOSE_SECONDS,
         )
-        self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold)
+        tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
+        self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
         self._frozen_for = 0
         self.fleet: Fleet
@@ -157,7 +159,7 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
         )
-        self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.credentials.again)
+        self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
 
     async def _listen(self) -> int:
@@ -172,6 +174,8 @@ class Runner:
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen
+        if listen.insecure and listen.tls is None:
+            log.warning("listen.insecure: tokens of viewers and operators can be read on its network", host=listen.host)
         return await self.hub.start(listen.host, listen.port, views.add_routes)
 
     async def _close(self) -> None:

@@ -44,6 +44,10 @@ class Credential:
     def __str__(self) -> str:
         return f"{self.role} {self.name}".rstrip()
 
+    def agrees(self, other: "Credential") -> bool:
+        """Whether both may be of one holder: the same role, and no two names."""
+        return self.role == other.role and (self.name == other.name or "" in (self.name, other.name))
+
     def refuses(self, member: Member) -> str:
         """Why this credential does not admit ``member``; empty where it does."""
         if self.role != _ROLE_OF[member.role]:
@@ -119,11 +123,17 @@ def _files(directory: Path) -> list[Path]:
     return paths
 
 
+def credential_named(text: str) -> Credential | None:
+    """The credential that ``ROLE`` or ``ROLE.NAME`` names."""
+    matched = _NAME.fullmatch(text)
+    role = next((role for role in ROLES if matched is not None and role == matched[1]), None)
+    return None if matched is None or role is None else Credential(role, matched[2] or "")
+
+
 def _named(path: Path) -> Credential:
-    matched = _NAME.fullmatch(path.name.removesuffix(SUFFIX))
-    if matched is None:
+    credential = credential_named(path.name.removesuffix(SUFFIX))
+    if credential is None:
         names = ", ".join(f"{role}{SUFFIX}" for role in ROLES)
         problem, fix = f"{clean(path.name, 100)!r} is no role's name", f"name it one of {names}, or ROLE.NAME{SUFFIX}"
         raise ConfigError(path, Problem("", "", problem, fix))
-    role = next(role for role in ROLES if role == matched[1])
-    return Credential(role, matched[2] or "")
+    return credential

@@ -1,5 +1,6 @@
 """Hosts, URLs and paths that can be asked for at all, told before anybody tries, for settings and for options."""
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,14 @@ def usable_host(name: str) -> str:
     except UnicodeError as error:
         raise ValueError(f"{clean(name, 100)!r} is no name of a host: {error}") from error
     return name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody on another machine reaches what listens at ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def usable_url(text: str) -> str:

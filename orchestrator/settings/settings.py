@@ -17,13 +17,14 @@ from weightsync.orchestrator.settings.credentials import role_file
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
 from weightsync.orchestrator.settings.explain import explain
-from weightsync.orchestrator.settings.places import usable_path
+from weightsync.orchestrator.settings.places import is_loopback, usable_path
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import (
     MAX_ENGINES,
     CommitSection,
     DeadlinesSection,
     EngineSection,
+    EnginesTls,
     File,
     HubSection,
     ListenSection,
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
         default=(), max_length=MAX_ENGINES, description="The vLLM servers."
     )
+    engines_tls: EnginesTls = EnginesTls()
     engines_from: File | None = Field(
         default=None, description="File, or directory of files, with further engines; read again when it changes."
     )
@@ -103,13 +105,29 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nobody_listens_in(self) -> "Settings":
+        listen, scheme = self.listen, "https" if self.listen.tls else "http"
+        if listen.tls is None and not listen.insecure and not is_loopback(listen.host):
+            raise ValueError(
+                f"listen.host is {listen.host}, beyond this machine, and there is no TLS: give listen.tls"
+                " (weightsync-orchestrator certs makes what it needs), or say listen.insecure: true where nobody else"
+                " can reach that network"
+            )
+        if self.advertise_url is not None and not self.advertise_url.startswith(f"{scheme}://"):
+            raise ValueError(
+                f"advertise_url is {self.advertise_url}, and the daemon speaks {scheme} (listen.tls): TLS has to end at"
+                " the daemon, whose certificate the agents' proofs cover"
+            )
+        return self
+
     @property
     def agents_url(self) -> str:
         """The URL that agents use: ``advertise_url``, else the listening address."""
         if self.advertise_url is not None:
             return self.advertise_url.rstrip("/")
         host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
-        return f"http://{host}:{self.listen.port}"
+        return f"{'http' if self.listen.tls is None else 'https'}://{host}:{self.listen.port}"
 
     @property
     def agents_token_path(self) -> str:

@@ -86,12 +86,16 @@ def test_the_job_writes_a_configuration_that_loads_and_restarts_the_daemon(job: 
     assert "ended with 70 and is started again" in done.stderr
     settings = load(tmp_path / "run" / "weightsync.yaml", {})
     assert settings.run.id == "glm"
-    assert settings.agents_url == "http://n0:7410"
+    assert settings.agents_url == "https://n0:7410"
     assert settings.trainer.world == 16
     assert [(engine.name, engine.url) for engine in settings.engines] == [
         ("engine-0", "http://e0:8000"), ("engine-1", "http://e1:8000"),
     ]  # fmt: skip
     assert settings.credentials == tmp_path / "run" / ".weightsync-credentials"
+    assert settings.listen.tls is not None
+    certificates = tmp_path / "run" / ".weightsync-certificates"
+    assert settings.listen.tls.ca_file == certificates / "ca.pem"
+    assert any(call == f"certs {certificates} --host n0" for call in (tmp_path / "calls").read_text().splitlines())
     assert any(call == f"tokens {settings.credentials}" for call in (tmp_path / "calls").read_text().splitlines())
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("weightsync-orchestrator run" in call for call in calls) == 2

@@ -1,5 +1,6 @@
 """What the hub asks about a stranger: may this agent come in, and does it prove what it claims?"""
 
+import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from typing import Final
 
 from aiohttp import web
 from weightsync.orchestrator.daemon.access.credentials import Credentials
-from weightsync.orchestrator.daemon.access.guard import Guard
+from weightsync.orchestrator.daemon.access.guard import NO_CERTIFICATE, Guard
 from weightsync.orchestrator.daemon.access.refusals import Refusals
+from weightsync.orchestrator.daemon.access.tls import ServerTls, credential_of_peer
 from weightsync.orchestrator.protocol.codec import ProtocolError
+from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.proof import (
     KEY_HEADER,
     NONCE_BYTES,
@@ -44,6 +47,12 @@ class Claim:
     token: str
     credential: Credential
     challenge: Challenge
+    certificate: Credential | None = None
+
+    def refuses(self, member: Member) -> str:
+        """Why the token or the certificate does not admit ``member``; empty where both do."""
+        shown = "" if self.certificate is None else self.certificate.refuses(member)
+        return self.credential.refuses(member) or (shown and f"by its certificate, {shown}")
 
     def headers(self) -> dict[str, str]:
         """Of the answer to the upgrade: the daemon's proof, and what it covers."""
@@ -71,16 +80,28 @@ class Access:
     Args:
         directory: of the token files.
         withhold: keeps a token out of the log.
-        channel: the channel's name (``protocol/proof.py``).
+        tls: None: there is none.
 
     Raises:
         ConfigError: a token file cannot serve.
     """
 
-    def __init__(self, directory: Path, run_id: str, withhold: Callable[[str], None], channel: bytes = b"") -> None:
-        self.credentials, self.refusals = Credentials(directory, withhold), Refusals()
-        self.guard = Guard(self.credentials, self.refusals)
-        self._run_id, self._channel = run_id, channel
+    def __init__(
+        self, directory: Path, run_id: str, withhold: Callable[[str], None], tls: ServerTls | None = None
+    ) -> None:
+        self.credentials, self.refusals, self.tls = Credentials(directory, withhold), Refusals(), tls
+        self.guard = Guard(self.credentials, self.refusals, tls is not None and tls.wants_certificates)
+        self._run_id = run_id
+
+    async def again(self) -> None:
+        """Read tokens and certificate anew.
+
+        Raises:
+            ConfigError: a file cannot serve.
+        """
+        await self.credentials.again()
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.again)
 
     def claim_of(self, request: web.Request) -> Claim:
         """What an agent that asks for its control connection claims.
@@ -98,4 +119,9 @@ class Access:
         if credential.role not in AGENTS:
             wanted = " or ".join(sorted(AGENTS))
             raise NotAdmitted(403, f"an agent needs the token of role {wanted}, and this is one of {credential.role}")
-        return Claim(token, credential, Challenge(self._run_id, nonce, secrets.token_hex(NONCE_BYTES), self._channel))
+        certificate = credential_of_peer(request)
+        if self.tls is not None and self.tls.wants_certificates and certificate is None:
+            raise NotAdmitted(403, NO_CERTIFICATE)
+        channel = b"" if self.tls is None else self.tls.channel
+        challenge = Challenge(self._run_id, nonce, secrets.token_hex(NONCE_BYTES), channel)
+        return Claim(token, credential, challenge, certificate)

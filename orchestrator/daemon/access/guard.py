@@ -7,10 +7,13 @@ from aiohttp import hdrs, web
 from weightsync.orchestrator.daemon.access.credentials import Credentials
 from weightsync.orchestrator.daemon.access.policy import policy_of
 from weightsync.orchestrator.daemon.access.refusals import Refusals
+from weightsync.orchestrator.daemon.access.tls import credential_of_peer
 from weightsync.orchestrator.settings.credentials import Credential
 
 CREDENTIAL: Final = "weightsync.credential"
 """In the match_info of a request that was let in: its credential as text. No pattern of a path has such a name."""
+
+NO_CERTIFICATE: Final = "this needs a client certificate that names its role"
 
 _SCHEME: Final = "bearer "
 
@@ -20,8 +23,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Guard:
     """Lets requests through to their handler, or answers them."""
 
-    def __init__(self, credentials: Credentials, refusals: Refusals) -> None:
-        self._credentials, self._refusals = credentials, refusals
+    def __init__(self, credentials: Credentials, refusals: Refusals, wants_certificates: bool = False) -> None:
+        self._credentials, self._refusals, self._wants_certificates = credentials, refusals, wants_certificates
 
     def install(self, app: web.Application) -> None:
         """Stand before all routes of ``app``."""
@@ -40,9 +43,18 @@ class Guard:
         policy = policy_of(match.route)
         if policy in ("public", "proven"):
             return None
-        credential = self._bearer(request)
-        if credential is None:
+        bearer, certificate = self._bearer(request), credential_of_peer(request)
+        if self._wants_certificates and certificate is None:
+            return self._refuse(request, 403, NO_CERTIFICATE)
+        if bearer is None and (certificate is None or hdrs.AUTHORIZATION in request.headers):
             return self._refuse(request, 401, "wrong or missing token")
+        credential = bearer or certificate
+        assert credential is not None
+        if certificate is not None and not certificate.agrees(credential):
+            what = f"the token is that of {credential}, and the certificate that of {certificate}"
+            return self._refuse(request, 403, what)
+        if certificate is not None and certificate.name:
+            credential = certificate
         if policy is None or credential.role not in policy:
             wanted = " or ".join(sorted(policy or ())) or "nobody"
             what = f"this needs the credential of role {wanted}, and this one is of role {credential.role}"

@@ -37,7 +37,7 @@ class Engines:
             run_id=settings.run.id,
         )
         self.clients: dict[str, EngineClient] = {
-            engine.name: client_of(engine, settings.pause) for engine in settings.engines
+            engine.name: client_of(engine, settings.pause, settings.engines_tls) for engine in settings.engines
         }
         self._busy: Counter[EngineClient] = Counter()
         self._retired: set[EngineClient] = set()
@@ -61,7 +61,7 @@ class Engines:
         made: dict[str, EngineClient] = {}
         try:
             for engine in settings.engines:
-                made[engine.name] = client_of(engine, settings.pause)
+                made[engine.name] = client_of(engine, settings.pause, settings.engines_tls)
         except BaseException:
             for client in made.values():
                 await client.close()

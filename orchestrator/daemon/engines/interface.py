@@ -30,6 +30,7 @@ A new kind of engine is a module with a client, and its line in ``kinds.CLIENTS`
 ``engines[].kind``.
 """
 
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -45,7 +46,7 @@ class EngineSetup:
     """One engine's part of the settings, as its client needs it.
 
     ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``clear_cache``: drop the prefix
-    cache with the pause, so that no cached prefix mixes two versions.
+    cache with the pause, so that no cached prefix mixes two versions. ``tls``: for an https URL.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EngineSetup:
     api_key: str | None = field(repr=False)
     pause_mode: PauseMode
     clear_cache: bool
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,9 @@ class Hub:
             raise RuntimeError(f"routes without a policy, which nobody could use: {', '.join(missing)}")
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=self._timing.close_seconds)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, backlog=ACCEPT_BACKLOG)
+        tls = self._access.tls
+        context = None if tls is None else tls.context
+        self._site = web.TCPSite(self._runner, host, port, backlog=ACCEPT_BACKLOG, ssl_context=context)
         try:
             await self._site.start()
         except OSError:
@@ -225,7 +227,7 @@ class Hub:
         hello = decode_first(connection.claim.hello_in(data), MAX_HELLO_BYTES)
         connection.hello = hello
         connection.stage = Stage.DECISION
-        wrong = connection.claim.credential.refuses(hello.member)
+        wrong = connection.claim.refuses(hello.member)
         if wrong:
             self._refuse(connection, Refused(reason=wrong, fault="config", retry=False))
             return

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from command_line import cli, process
 from credentials import TOKENS
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.records import (
     Committed,
     EpochBegan,
@@ -20,6 +21,7 @@ from weightsync.orchestrator.core.records import (
     encode_record,
 )
 from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
@@ -29,6 +31,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     RoundsView,
     StatusView,
 )
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
@@ -174,3 +178,33 @@ async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
     write_journal(config, EpochBegan(epoch=1))
     done = await cli("status", "--check", "--config", config)
     assert (done.code, done.out) == (75, "critical: the daemon is not running; no version was ever committed\n")
+
+
+async def test_a_daemon_with_tls_is_asked_by_the_authority_of_its_configuration(config: Path, tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    make_certificates(certificates, ["127.0.0.1"], ["viewer"], 2)
+    make_certificates(tmp_path / "others", ["127.0.0.1"], ["viewer"], 2)
+    names = {"certificate_file": "daemon.pem", "key_file": "daemon.key", "ca_file": "ca.pem"}
+    files = ", ".join(f"{key}: {certificates / name}" for key, name in names.items())
+    text = config.read_text()  # noqa: ASYNC240
+    config.write_text(text.replace("listen: {", f"listen: {{tls: {{{files}, client_certificates: true}}, "))  # noqa: ASYNC240
+    settings = load(config, {})
+    assert settings.listen.tls is not None
+    access = Access(settings.credentials, "glm", str, ServerTls(settings.listen.tls))
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
+
+    def configure(app: web.Application) -> None:
+        app.router.add_routes(admin.routes(Views()))
+
+    await hub.start(settings.listen.host, settings.listen.port, configure)
+    shown = {
+        "WEIGHTSYNC_CERTIFICATE_FILE": str(certificates / "viewer.pem"),
+        "WEIGHTSYNC_KEY_FILE": str(certificates / "viewer.key"),
+    }
+    done = await cli("status", "--config", config, "--json", **shown)
+    assert (done.code, json.loads(done.out)["engines"][0]["state"]) == (0, "serving")
+    without = await cli("status", "--config", config)
+    assert (without.code, "needs a client certificate" in without.err) == (77, True)
+    stranger = await cli("status", "--config", config, WEIGHTSYNC_CA_FILE=str(tmp_path / "others" / "ca.pem"))
+    assert (stranger.code, "certificate verify failed" in stranger.err) == (75, True)
+    await hub.close()

@@ -30,7 +30,7 @@ def test_absolute_paths_stay(loaded: Loaded) -> None:
 
 
 def test_a_wildcard_needs_an_advertised_url(config: Path, refusal: Refusal) -> None:
-    wildcard = MINIMAL.replace("{port", "{host: 0.0.0.0, port")
+    wildcard = MINIMAL.replace("{port", "{host: 0.0.0.0, insecure: true, port")
     assert "advertise_url" in str(refusal(wildcard))
     config.write_text(wildcard + "advertise_url: http://head:7410/\n")
     assert load(config, {}).agents_url == "http://head:7410"

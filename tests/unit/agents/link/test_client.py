@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -17,8 +15,11 @@ from credentials import TOKENS, write_credentials
 from weightsync.agents.link import connection as control_connection
 from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.tls import TlsError
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
@@ -42,10 +43,12 @@ from weightsync.orchestrator.protocol.proof import (
     PROOF_HEADER,
     RUN_HEADER,
     Challenge,
-    channel_of,
     daemon_proof,
 )
 from weightsync.orchestrator.protocol.token import TokenError
+from weightsync.orchestrator.settings.credentials import ROLES
+from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.sections import ListenTls
 
 SECONDS = 20.0
 """Nothing here takes so long; a test that would wait for ever fails by it."""
@@ -85,12 +88,12 @@ async def _no_task_is_left() -> AsyncIterator[None]:
 class Daemon:
     """A hub that accepts everybody, and what it was told."""
 
-    def __init__(self, token_file: Path) -> None:
+    def __init__(self, token_file: Path, tls: ServerTls | None = None) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.decide: Callable[[AgentConnected], object] = self.accept
         timing = HubTiming(heartbeat_seconds=5.0, missed_heartbeats=3, hello_seconds=10.0, close_seconds=0.5)
         next_id = itertools.count(1).__next__
-        self.access = Access(token_file.parent, "run", str)
+        self.access = Access(token_file.parent, "run", str, tls)
         self.hub = Hub(access=self.access, post=self._on_event, next_id=next_id, timing=timing)
 
     def accept(self, event: AgentConnected) -> object:
@@ -566,37 +569,157 @@ def test_backoff_stays_close_while_a_daemon_may_only_be_starting_and_doubles_to_
     assert Backoff(first=0.001, longest=0.01).seconds(99, 1.0) == 0.01
 
 
-# --------------------------------------------------------------------------------------- a proxy that speaks TLS
+# ------------------------------------------------------------------------------------------------------------- TLS
 @pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A self-signed certificate of 127.0.0.1; its key is key.pem beside it."""
-    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=weightsync"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(chain)]
-    subprocess.run([*command.split(), *names], check=True, capture_output=True)
-    return chain
+def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of one run, whose authority this process's environment names."""
+    directory = tmp_path / "certificates"
+    make_certificates(directory, ["127.0.0.1"], [*ROLES, "trainer.3", "trainer.4"], 2)
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(directory / "ca.pem"))
+    return directory
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-async def test_wss_is_for_a_proxy_whose_certificate_is_trusted(
-    certificate: Path,
+def listening(certificates: Path, *, clients: bool = False, name: str = "daemon") -> ServerTls:
+    return ServerTls(ListenTls(
+        certificate_file=certificates / f"{name}.pem", key_file=certificates / f"{name}.key",
+        ca_file=certificates / "ca.pem", client_certificates=clients,
+    ))  # fmt: skip
+
+
+def show(monkeypatch: pytest.MonkeyPatch, certificates: Path, name: str) -> None:
+    monkeypatch.setenv("WEIGHTSYNC_CERTIFICATE_FILE", str(certificates / f"{name}.pem"))
+    monkeypatch.setenv("WEIGHTSYNC_KEY_FILE", str(certificates / f"{name}.key"))
+
+
+async def test_over_tls(token_file: Path, certificates: Path) -> None:
+    daemon = Daemon(token_file, listening(certificates))
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    assert await agent.next() == welcome()
+    await agent.stop()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize("known", ["other.pem", ""])
+async def test_a_daemon_whose_certificate_is_not_trusted(
     token_file: Path,
-    trusted: bool,
+    certificates: Path,
+    known: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    proxy = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    proxy.load_cert_chain(certificate, certificate.with_name("key.pem"))
-    if trusted:  # by the system's authorities, which here means: by the session that the client makes
-        connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=certificate))
-        monkeypatch.setattr(aiohttp, "ClientSession", functools.partial(aiohttp.ClientSession, connector=connector))
-    channel = channel_of(ssl.PEM_cert_to_DER_cert(certificate.read_text()))  # noqa: ASYNC240
-    told = daemon_that_says(encode(welcome()), encode(OUTCOME), prove=lambda request: proved(request, channel=channel))
-    async with answering(told, proxy) as port:
-        agent = Agent(port, token_file, scheme="wss")
-        if trusted:
-            assert [await agent.next(), await agent.next()] == [welcome(), OUTCOME]
-        else:
-            await logged(caplog, "certificate verify failed")
-            assert agent.heard.empty()
+    """Of another authority than the run's, or where the environment names none and the system knows nothing of it."""
+    daemon = Daemon(token_file, listening(certificates))
+    make_certificates(certificates.parent / "others", ["127.0.0.1"], (), 2)
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(certificates.parent / "others" / "ca.pem") if known else "")
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    await logged(caplog, "certificate verify failed")
+    assert daemon.events.empty()
+    await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_whoever_ends_tls_before_the_daemon_is_not_believed(
+    token_file: Path, certificates: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with a certificate of the run's own authority, and with the daemon behind him."""
+    daemon = Daemon(token_file, listening(certificates))
+    port = await daemon.hub.start("127.0.0.1", 0)
+    make_certificates(certificates.parent / "between", ["127.0.0.1"], (), 2)
+    for name in ("ca.pem", "ca.key"):
+        (certificates.parent / "between" / name).write_bytes((certificates / name).read_bytes())
+    (certificates.parent / "between" / "daemon.pem").unlink()
+    make_certificates(certificates.parent / "between", ["127.0.0.1"], (), 2)
+    behind = ssl.create_default_context(cafile=certificates / "ca.pem")
+
+    async def relay(request: web.Request) -> web.StreamResponse:
+        async with aiohttp.ClientSession() as session:
+            url = f"https://127.0.0.1:{port}{AGENTS_PATH}"
+            headers = {name: request.headers[name] for name in (KEY_HEADER, NONCE_HEADER)}
+            async with session.ws_connect(url, headers=headers, ssl=behind) as real:
+                socket = web.WebSocketResponse(timeout=0.1)
+                said = real._response.headers
+                socket.headers.update({name: said[name] for name in (RUN_HEADER, NONCE_HEADER, PROOF_HEADER)})
+                await socket.prepare(request)
+                await socket.receive()
+                return socket
+
+    between = listening(certificates.parent / "between").context
+    async with answering(relay, between) as other:
+        agent = Agent(other, token_file, scheme="wss")
+        await logged(caplog, "it does not prove that it holds this agent's token")
+        assert agent.hellos == 0
         await agent.stop()
+    assert daemon.events.empty()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize(
+    ("shown", "says"),
+    [
+        ("", "it answers 403"),
+        ("engine", "by its certificate, trainer/3 is a member of role trainer and came with the credential of role"),
+        ("trainer.4", "by its certificate, trainer/3 came with the credential of trainer 4, which is bound to it"),
+        ("trainer.3", ""),
+        ("trainer", ""),
+    ],
+)  # fmt: skip
+async def test_certificates_of_agents_say_their_role_and_name(
+    token_file: Path, certificates: Path, shown: str, says: str,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    daemon = Daemon(token_file, listening(certificates, clients=True))
+    if shown:
+        show(monkeypatch, certificates, shown)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    if not says:
+        assert await agent.next() == welcome()
+    elif shown:
+        with pytest.raises(RefusedForGood, match=says):
+            await agent.run
+        assert daemon.events.empty()
+    else:
+        await logged(caplog, says)
+        assert daemon.events.empty()
+    if not agent.run.done():
+        await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_a_certificate_is_replaced_without_a_restart(token_file: Path, certificates: Path) -> None:
+    daemon = Daemon(token_file, listening(certificates))
+    port = await daemon.hub.start("127.0.0.1", 0)
+    (certificates / "daemon.pem").unlink()
+    make_certificates(certificates, ["127.0.0.1"], (), 2)
+    await daemon.access.again()
+    agent = Agent(port, token_file, scheme="wss")  # the proofs cover the new one
+    assert await agent.next() == welcome()
+    (certificates / "daemon.key").write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"daemon.key: cannot be used with .*daemon.pem as certificate and key"):
+        await daemon.access.again()
+    await agent.stop()
+    again = Agent(port, token_file, scheme="wss")
+    assert await again.next() == welcome()
+    await again.stop()
+    await daemon.hub.close()
+
+
+async def test_plain_text_is_no_way_to_a_daemon_with_tls_nor_tls_to_one_without(
+    token_file: Path, certificates: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downgrade: the address is the agent's own configuration, and what it names is never left out."""
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    await logged(caplog, "next attempt in")
+    assert agent.hellos == 0
+    await agent.stop()
+    await daemon.hub.close()
+    with pytest.raises(TlsError, match=r"WEIGHTSYNC_CA_FILE is set, and ws://127.0.0.1:1/agents is not TLS"):
+        ControlClient("ws://127.0.0.1:1/agents", token_file, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
+    monkeypatch.delenv("WEIGHTSYNC_CA_FILE")
+    secure = Daemon(token_file, listening(certificates))
+    plain = Agent(await secure.hub.start("127.0.0.1", 0), token_file)
+    caplog.clear()
+    await logged(caplog, "next attempt in")
+    assert plain.hellos == 0
+    await plain.stop()
+    await secure.hub.close()

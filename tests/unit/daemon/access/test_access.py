@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from credentials import TOKENS, write_credentials
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.daemon.access.access import Access, NotAdmitted
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.protocol.codec import ProtocolError
 from weightsync.orchestrator.protocol.proof import (
     KEY_HEADER,
@@ -19,22 +21,30 @@ from weightsync.orchestrator.protocol.proof import (
     key_of,
 )
 from weightsync.orchestrator.settings.credentials import Credential
+from weightsync.orchestrator.settings.sections import ListenTls
 
 NONCE = "0a" * 32
 WITHHELD: list[str] = []
 
 
 @pytest.fixture
-def access(tmp_path: Path) -> Access:
-    return Access(write_credentials(tmp_path / "credentials"), "glm", WITHHELD.append, b"channel")
+def tls(tmp_path: Path) -> ServerTls:
+    make_certificates(tmp_path, ["head"], (), 2)
+    files = {"certificate_file": tmp_path / "daemon.pem", "key_file": tmp_path / "daemon.key"}
+    return ServerTls(ListenTls(ca_file=tmp_path / "ca.pem", **files))
 
 
-def test_a_claim_answers_with_the_daemons_proof_and_wants_the_agents(access: Access) -> None:
+@pytest.fixture
+def access(tmp_path: Path, tls: ServerTls) -> Access:
+    return Access(write_credentials(tmp_path / "credentials"), "glm", WITHHELD.append, tls)
+
+
+def test_a_claim_answers_with_the_daemons_proof_and_wants_the_agents(access: Access, tls: ServerTls) -> None:
     headers = {KEY_HEADER: key_of(TOKENS["trainer"]), NONCE_HEADER: NONCE}
     claim = access.claim_of(make_mocked_request("GET", "/agents", headers=headers))
     assert claim.credential == Credential("trainer")
     assert set(WITHHELD) >= set(TOKENS.values())
-    challenge = Challenge("glm", NONCE, claim.challenge.daemon_nonce, b"channel")
+    challenge = Challenge("glm", NONCE, claim.challenge.daemon_nonce, tls.channel)
     assert claim.headers() == {
         RUN_HEADER: "glm",
         NONCE_HEADER: challenge.daemon_nonce,
