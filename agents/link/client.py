@@ -231,7 +231,7 @@ class ControlClient:
     def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:
         said = self._hello()
         if said.run_id != challenge.run_id:
-            reason = f"this agent belongs to run {said.run_id!r}, the daemon serves run {challenge.run_id!r}"
+            reason = f"it belongs to run {said.run_id!r}, this daemon serves run {challenge.run_id!r}"
             raise RefusedForGood(Refused(reason=reason, fault="config", retry=False))
         hello = encode(said)
         if len(hello) > MAX_HELLO_BYTES:

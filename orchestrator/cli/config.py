@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
@@ -73,6 +74,7 @@ def findings_of(settings: Settings) -> list[Finding]:
         *_state_directory(settings.state_directory),
         *_run_directory(settings.run.directory),
         *_address(settings),
+        *_descriptors(settings),
     ]
 
 
@@ -184,6 +186,13 @@ def _address(settings: Settings) -> Iterator[Finding]:
         yield Finding("warning", f"listen: without TLS on {host}, viewers' and operators' tokens can be read there")
     if settings.rendezvous.group_address() is not None:
         yield Finding("warning", "rendezvous: tcpstore unpickles what its peers send; use it on a trusted network only")
+
+
+def _descriptors(settings: Settings) -> Iterator[Finding]:
+    # Under systemd another limit may hold than in this shell.
+    problem = too_few(reachable(), settings.engines, settings.trainer.world)
+    if problem is not None:
+        yield Finding("error", str(problem))
 
 
 def _tls(settings: Settings) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon import log as daemon_log
 from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.descriptors import raise_limit, too_few
 from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
@@ -39,6 +40,7 @@ from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.daemon.stopping import Stopping
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -59,7 +61,7 @@ class Runner:
 
     Raises:
         UnknownEngineKind: the settings name an engine that nobody here can talk to.
-        ConfigError: a token file cannot serve.
+        ConfigError: a token file cannot serve, or there are too few descriptors.
     """
 
     def __init__(self, settings: Settings, read: Callable[[], Settings] | None = None) -> None:
@@ -75,6 +77,10 @@ class Runner:
             hello_seconds=HELLO_SECONDS,
             close_seconds=CLOSE_SECONDS,
         )
+        allowed = raise_limit()
+        short = too_few(allowed, settings.engines, settings.trainer.world)
+        if short is not None:
+            raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)

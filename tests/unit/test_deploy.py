@@ -28,6 +28,7 @@ def test_the_unit_does_not_restart_what_cannot_get_better() -> None:
     assert service["Restart"] == "on-failure"
     assert set(service["RestartPreventExitStatus"].split()) == {str(Exit.USAGE.value), str(Exit.CONFIG.value)}
     assert unit()["Unit"]["StartLimitIntervalSec"] == "0"
+    assert int(service["LimitNOFILE"]) >= 65536
     loaded = re.findall(r"^LoadCredential=(\S+):/etc/weightsync/credentials/(\S+)$", UNIT.read_text(), re.MULTILINE)
     assert loaded == [(f"{role}.token",) * 2 for role in ROLES]
     for hardening in ("NoNewPrivileges", "ProtectHome", "PrivateDevices", "RestrictSUIDSGID"):

@@ -1,5 +1,6 @@
 """The guard before all routes: asks for the credential that the table of policies demands."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -21,10 +22,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Guard:
-    """Lets requests through to their handler, or answers them."""
+    """Lets requests through to their handler, or answers them.
+
+    Attributes:
+        let_in: told of each connection whose request bears a credential that serves.
+    """
 
     def __init__(self, credentials: Credentials, refusals: Refusals, wants_certificates: bool = False) -> None:
         self._credentials, self._refusals, self._wants_certificates = credentials, refusals, wants_certificates
+        self.let_in: Callable[[asyncio.Transport | None], None] = lambda _: None
 
     def install(self, app: web.Application) -> None:
         """Stand before all routes of ``app``."""
@@ -60,6 +66,7 @@ class Guard:
             what = f"this needs the credential of role {wanted}, and this one is of role {credential.role}"
             return self._refuse(request, 403, what)
         match[CREDENTIAL] = str(credential)
+        self.let_in(request.transport)
         return None
 
     def _bearer(self, request: web.Request) -> Credential | None:

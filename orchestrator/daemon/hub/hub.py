@@ -24,6 +24,7 @@ from websockets.frames import CloseCode
 from websockets.protocol import Side
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access, NotAdmitted
+from weightsync.orchestrator.daemon.access.door import Door
 from weightsync.orchestrator.daemon.access.policy import without_policy
 from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
 from weightsync.orchestrator.protocol.codec import (
@@ -45,9 +46,6 @@ AGENTS_PATH: Final = "/agents"
 
 MAX_CONNECTIONS: Final = 16_384
 """Four times the largest fleet that is measured; each costs a descriptor and some 50 kB."""
-
-ACCEPT_BACKLOG: Final = 4096
-"""Connections that may wait for accept(2): a whole fleet reconnects at once when the daemon returns."""
 
 SWEEP_SLICES: Final = 32
 """A sweep looks at one slice of the connections, so that no burst of heartbeats delays a barrier."""
@@ -79,7 +77,7 @@ class Hub:
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
-        self._site: web.TCPSite | None = None
+        self._door: Door | None = None
         self._last: tuple[FromDaemon, bytes] | None = None
 
     # ------------------------------------------------------------------------------------------------- life
@@ -98,19 +96,22 @@ class Hub:
         missing = list(without_policy(app))
         if missing:
             raise RuntimeError(f"routes without a policy, which nobody could use: {', '.join(missing)}")
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=self._timing.close_seconds)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=self._timing.close_seconds, lingering_time=self._timing.close_seconds
+        )
         await self._runner.setup()
-        tls = self._access.tls
-        context = None if tls is None else tls.context
-        self._site = web.TCPSite(self._runner, host, port, backlog=ACCEPT_BACKLOG, ssl_context=context)
+        server, tls = self._runner.server, self._access.tls
+        assert server is not None
+        door = Door(server, self._access.refusals, lambda: len(self._connections), None if tls is None else tls.context)
         try:
-            await self._site.start()
+            bound = await door.open(host, port)
         except OSError:
             await self._runner.cleanup()
-            self._runner = self._site = None  # or ``close`` would fail on them and hide why the start did
+            self._runner = None  # or ``close`` would fail on it and hide why the start did
             raise
+        self._door, self._access.guard.let_in = door, door.request
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
-        return int(self._runner.addresses[0][1])
+        return bound
 
     async def close(self, reason: str = "the daemon is stopping") -> None:
         """End every connection within ``close_seconds`` and stop listening. Emits nothing."""
@@ -119,9 +120,9 @@ class Hub:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
             self._sweeper = None
-        if self._site is not None:
-            await self._site.stop()
-            self._site = None
+        if self._door is not None:
+            await self._door.close()
+            self._door = None
         for connection in list(self._connections.values()):
             self._end(connection, CloseCode.GOING_AWAY, reason)
         if self._handlers:
@@ -181,7 +182,7 @@ class Hub:
         except NotAdmitted as error:
             self._access.refusals.say("agent turned away", remote=remote, reason=str(error))
             return web.Response(status=error.status, text=f"{error}\n")
-        if self._site is None:
+        if self._door is None:
             return web.Response(status=503, text="the daemon is stopping\n")
         if len(self._connections) >= MAX_CONNECTIONS:
             self._access.refusals.say("agent turned away: too many connections", remote=remote, limit=MAX_CONNECTIONS)
@@ -224,7 +225,10 @@ class Hub:
             self._post(AgentSaid(self._next_id(), connection.hello.member, connection.number, message))
 
     def _introduce(self, connection: AgentConnection, data: bytes) -> None:
-        hello = decode_first(connection.claim.hello_in(data), MAX_HELLO_BYTES)
+        proved = connection.claim.hello_in(data)
+        if self._door is not None:
+            self._door.enter(connection.transport)
+        hello = decode_first(proved, MAX_HELLO_BYTES)
         connection.hello = hello
         connection.stage = Stage.DECISION
         wrong = connection.claim.refuses(hello.member)
@@ -298,6 +302,8 @@ class Hub:
                 self._excuse_all()
             self.sweep(self._now(), turn % SWEEP_SLICES)
             self._access.refusals.sweep()
+            if self._door is not None:
+                self._door.sweep()
 
     def _excuse_all(self) -> None:
         """The daemon itself stood still (a suspended machine, a starved core): nobody else is to blame for silence."""

@@ -113,3 +113,12 @@ def test_config_check_names_a_directory_that_cannot_be(
     config.write_text(re.sub(r"state_directory: .*", f"state_directory: {config.parent / name}", text))
     assert cli_config.check(config, environ={}) == 78
     assert "state_directory: " in capsys.readouterr().out.partition("error")[2]
+
+
+def test_config_check_holds_the_fleet_against_the_descriptors(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_config, "reachable", lambda: 100)
+    texts = [finding.text for finding in findings_of(load(config, {})) if finding.level == "error"]
+    assert texts == [
+        "this process may open 100 files, and 1 engines and some trainer ranks need 131 at the least. Fix:"
+        " LimitNOFILE=65536 in the systemd unit, or ulimit -Hn"
+    ]

@@ -33,6 +33,7 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Bye, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -468,3 +469,11 @@ async def test_sighup_takes_what_may_change_and_keeps_the_rest(settings: Setting
     assert (await asked(port, "/status"))["epoch"] == 1, "it is the same daemon"
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, SECONDS)
+
+
+def test_a_fleet_that_needs_more_descriptors_than_there_are_does_not_start(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "raise_limit", lambda: 100)
+    with pytest.raises(ConfigError, match="this process may open 100 files, and 1 engines and some trainer ranks need"):
+        Runner(settings)

@@ -457,7 +457,7 @@ async def test_a_daemon_of_another_run_is_named_and_told_nothing(token_file: Pat
     answer = daemon_that_says(encode(welcome()), prove=lambda request: proved(request, run_id="staging"))
     async with answering(answer) as port:
         agent = Agent(port, token_file)
-        with pytest.raises(RefusedForGood, match="belongs to run 'run', the daemon serves run 'staging'"):
+        with pytest.raises(RefusedForGood, match="belongs to run 'run', this daemon serves run 'staging'"):
             await agent.run
         assert agent.heard.empty()
 
