@@ -40,7 +40,13 @@ class Exit(IntEnum):
         "yes; report it",
     )
     USAGE = 2, "all", "the command line is wrong; `status --check`: critical", "no"
-    REFUSED = 65, "verbs", "the daemon refuses what was asked for; the message says why, and what there is", "no"
+    REFUSED = (
+        65,
+        "verbs, `audit`",
+        "the daemon refuses what was asked for; the message says why, and what there is; `audit verify`: the log is not"
+        " what was written",
+        "no",
+    )
     UNAVAILABLE = (
         69,
         "`demo`, `certs`",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from weightsync.orchestrator.cli.audit import add_audit_commands
 from weightsync.orchestrator.cli.common import (
     Commands,
     Exit,
@@ -42,6 +43,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     _add_views(commands)
     add_verb_commands(commands)
     _add_config(commands)
+    add_audit_commands(commands)
     _add_tokens(commands)
     _add_certs(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)

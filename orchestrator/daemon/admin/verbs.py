@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
+import structlog
 from weightsync.orchestrator.core.events import (
     AbortAsked,
     Asked,
@@ -22,6 +23,8 @@ from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.audit import Audit, AuditLine
 from weightsync.orchestrator.daemon.admin.views import VerbView
 from weightsync.orchestrator.protocol.text import clean
+
+log = structlog.get_logger(__name__)
 
 MAX_REASON: Final = 300
 MAX_WHO: Final = 120
@@ -116,9 +119,10 @@ class Verbs:
             target=order.target, reason=order.reason, result=result,
         )  # fmt: skip
         try:
-            await asyncio.to_thread(self._audit.append, line)
+            head = await asyncio.to_thread(self._audit.append, line)
         except OSError as error:
             raise VerbRefused(503, f"nothing is done, the audit log cannot be written: {error}") from error
+        log.info("an operator asks", verb=verb, target=order.target, credential=asker.credential, audit_hash=head)
 
 
 # --------------------------------------------------------------------------------------------------------- each verb

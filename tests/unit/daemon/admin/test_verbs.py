@@ -84,6 +84,7 @@ async def test_each_verb(desk: Desk, verb: str, target: str, event: type[Asked],
     assert (asked.id, asked.reason) == (9, "why")
     (line,) = desk.audit()
     assert line.pop("time").endswith("Z")
+    assert (line.pop("number"), line.pop("before")) == (1, "0" * 64)
     assert line == {
         "who": "ann@desk", "address": "192.0.2.7", "credential": "operator ann", "verb": verb, "target": target,
         "reason": "why", "result": says,
