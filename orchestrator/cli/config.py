@@ -17,6 +17,7 @@ from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEn
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
+from weightsync.orchestrator.settings.ownership import require_ours
 from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
@@ -137,8 +138,22 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         yield Finding("error", f"state_directory: {path} is on {kind}, a network file system. Fix: {fix}")
         return
     yield from _writable("state_directory", path, "error")
+    yield from _ours(path)
     if forgets(kind):
         yield Finding("warning", f"state_directory: {path} is on {kind} and is lost when the machine restarts")
+
+
+def _ours(path: Path) -> Iterator[Finding]:
+    """What the daemon would believe, and somebody else could have written: the journal decides what is committed."""
+    try:
+        for place in (path, *sorted(path.iterdir())) if path.is_dir() else ():
+            require_ours(place)
+    except ConfigError as error:
+        yield Finding("error", f"state_directory: {error}")
+    except OSError as error:
+        yield Finding(
+            "error", f"state_directory: {path} cannot be looked at: {error.strerror}. Fix: chmod u+rwx {path}"
+        )
 
 
 def _file_system(key: str, path: Path) -> str | Finding:

@@ -166,10 +166,15 @@ def _tokens(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
+    from weightsync.orchestrator.cli.config import findings_of
     from weightsync.orchestrator.daemon import log
     from weightsync.orchestrator.settings.settings import load
 
     loaded = load(options.config)
+    errors = [finding.text for finding in findings_of(loaded) if finding.level == "error"]
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        return Exit.CONFIG
     log.configure(loaded.log)
 
     from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError

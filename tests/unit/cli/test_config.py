@@ -122,3 +122,43 @@ def test_config_check_holds_the_fleet_against_the_descriptors(config: Path, monk
         "this process may open 100 files, and 1 engines and some trainer ranks need 131 at the least. Fix:"
         " LimitNOFILE=65536 in the systemd unit, or ulimit -Hn"
     ]
+
+
+def spoil(state: Path, how: str) -> str:
+    """Make the state directory one that somebody else could have written, and say what is to be said of it."""
+    state.mkdir(mode=0o700)
+    journal = state / "journal.sqlite"
+    if how == "open directory":
+        state.chmod(0o777)
+        return f"{state}: has mode 0777, so others can write it. Fix: chmod go-w {state}"
+    if how == "open journal":
+        journal.touch()
+        journal.chmod(0o666)
+        return f"{journal}: has mode 0666, so others can write it"
+    if how == "linked journal":
+        journal.symlink_to(state.parent / "elsewhere")
+        return f"{journal}: is a symbolic link"
+    state.rmdir()
+    (state.parent / "elsewhere").mkdir()
+    state.symlink_to(state.parent / "elsewhere")
+    return f"{state}: is a symbolic link"
+
+
+@pytest.mark.parametrize("how", ["open directory", "open journal", "linked journal", "linked directory"])
+async def test_a_state_directory_that_others_could_have_written_is_refused_by_check_and_by_run(
+    config: Path, how: str
+) -> None:
+    says = spoil(load(config, {}).state_directory, how)
+    checked = await cli("config", "check", config)
+    assert (checked.code, says in checked.out) == (78, True), checked.out
+    started = await process("run", "--config", config)
+    assert (started.code, says in started.err) == (78, True), started.err
+    assert not (config.parent / "elsewhere" / "journal.sqlite").exists()
+
+
+async def test_run_refuses_what_check_refuses(config: Path) -> None:
+    """Here a token that others may have put there."""
+    token = config.parent / "credentials" / "engine.token"
+    token.chmod(0o620)
+    started = await process("run", "--config", config)
+    assert (started.code, f"{token}: has mode 0620, so others can write it" in started.err) == (78, True)
