@@ -1,4 +1,4 @@
-"""A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ranks under gloo.
+"""A trainer that publishes what it is told, for the e2e tests: one rank, or several FSDP2-like ones (gloo or NCCL).
 
 Its masters are fp32 with bits that bf16 cannot hold, so that the cast to the forward dtype is part of what is tested.
 They are drawn on the CPU, wherever they live, and so are the checkpoints: one seed, one model, on every device.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_models import checkpoint_state, model_shapes, save_model
+from tiny_models import FP8_BLOCKS, checkpoint_state, model_shapes, save_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
@@ -33,7 +33,7 @@ def sharded(state: dict[str, torch.Tensor], world: int, device: str) -> dict[str
     """On ``device``, rows over the ranks as FSDP2 does."""
     if world == 1:
         return {name: value.to(device) for name, value in state.items()}
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+    mesh = init_device_mesh(device, (world,), mesh_dim_names=("dp_shard",))
     return {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
 
 
@@ -58,13 +58,18 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("gloo")
+    if world > 1 and given.device == "cuda":
+        torch.cuda.set_device(rank)
+    if world > 1:  # what is told travels as bytes on the host, weights on the device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if given.device == "cuda" else "gloo")
     config = json.loads(Path(given.model_config).read_text())
     shapes = model_shapes(config)
     state = sharded(masters(shapes, 0), world, given.device)
+    # Tables know FP8 by blocks only; of other formats the engines say what they need.
+    quantised = config.get("quantization_config", FP8_BLOCKS["quantization_config"])
+    table = model_table(config) if "weight_block_size" in quantised else None
     agent = TrainerAgent(
-        lambda: state, model_table(config), hub_url=given.hub_url, token_file=given.token_file,
+        lambda: state, table, hub_url=given.hub_url, token_file=given.token_file,
         run_id=given.run_id, run_dir=given.run_dir,
         publish_seconds=given.publish_seconds,
     )  # fmt: skip

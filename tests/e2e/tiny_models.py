@@ -11,12 +11,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from weightsync.kernels.fp8 import quantize_blocks
+from weightsync.kernels.fp8_reference import quantize_reference
 
 FP8_BLOCKS: dict[str, Any] = {
     "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 }
 """Keys of a config.json whose linear layers are FP8 blocks."""
+
+FP8_ROWS: dict[str, Any] = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "linear": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True,
+                },
+            }
+        },
+    }
+}  # fmt: skip
+"""Likewise, FP8 with a scale for each row."""
 
 
 def qwen3_config(**overrides: Any) -> dict[str, Any]:
@@ -101,16 +121,18 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_state(config: Mapping[str, Any], masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a trainer saves of fp32 ``masters`` (on the CPU): bf16, or FP8 blocks of that where ``config`` says so."""
+    """What a trainer saves of fp32 ``masters`` (on the CPU): bf16, or FP8 of that where ``config`` says so."""
     state: dict[str, torch.Tensor] = {}
     for name, master in masters.items():
         value = master.to(torch.bfloat16)
         if "quantization_config" in config and name.endswith("_proj.weight"):
             rows, columns = value.shape
+            blocks = "weight_block_size" in config["quantization_config"]
+            block, suffix = ((128, 128), "_scale_inv") if blocks else ((1, columns), "_scale")
             codes = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
-            scales = torch.empty(-(-rows // 128), -(-columns // 128))
-            quantize_blocks(value, codes, scales)
-            state |= {name: codes, f"{name}_scale_inv": scales}
+            scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
+            quantize_reference(value, codes, scales, block=block)
+            state |= {name: codes, f"{name}{suffix}": scales}
         else:
             state[name] = value
     return state

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fleet import Fleet, Trainer, fleet
 from serving import Hammer, VllmServer, answers
 from tiny_models import (
     FP8_BLOCKS,
+    FP8_ROWS,
     checkpoint_state,
     model_shapes,
     qwen3_config,
@@ -45,6 +47,11 @@ def dense() -> dict[str, Any]:
     return qwen3_config(**SIZES, **FP8_BLOCKS)
 
 
+def rows() -> dict[str, Any]:
+    """A scale for each row of a weight, as compressed-tensors has them."""
+    return qwen3_config(**SIZES, **FP8_ROWS)
+
+
 def experts() -> dict[str, Any]:
     """32 experts a layer; the router stays bf16."""
     routers = {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(4)]}
@@ -65,20 +72,24 @@ class Bench:
         self.trainer.save(step)
         checkpoint = self.whole.checkpoints / f"step_{step}"
         log = self.whole.directory / f"fresh-{step}.log"
-        eager = self.server.eager
-        return VllmServer(checkpoint, weightsync=False, device="cuda", eager=eager, env=REPEATABLE, log=log)
+        tp, eager = self.server.tp, self.server.eager
+        return VllmServer(checkpoint, tp=tp, weightsync=False, device="cuda", eager=eager, env=REPEATABLE, log=log)
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    """``request.param``: the model's configuration, and whether to run eagerly."""
-    config, eager = request.param
+    """``request.param``: the model's configuration, whether to run eagerly, and ranks of the trainer and the engine."""
+    config, eager, *ranks = request.param
+    [ranks] = ranks or [1]
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"there are not {ranks} GPUs here")
     state = random_state(model_shapes(config), seed=100)
     model = save_model(tmp_path / "model", config, checkpoint_state(config, state))
-    server = VllmServer(model, device="cuda", eager=eager, env=REPEATABLE, log=tmp_path / "engine.log").start()
+    log = tmp_path / "engine.log"
+    server = VllmServer(model, tp=ranks, device="cuda", eager=eager, env=REPEATABLE, log=log).start()
     try:
         with fleet(tmp_path / "fleet", {"engine": server}) as whole:
-            yield Bench(whole, server, whole.start_trainer(model, device="cuda"))
+            yield Bench(whole, server, whole.start_trainer(model, ranks, device="cuda"))
     finally:
         server.close()
 
@@ -92,7 +103,10 @@ def outcomes(whole: Fleet) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "bench", [(dense(), True), (dense(), False), (experts(), True)], ids=["dense", "graphs", "experts"], indirect=True
+    "bench",
+    [(dense(), True), (dense(), False), (rows(), True), (experts(), True), (dense(), True, 2), (experts(), True, 2)],
+    ids=["dense", "graphs", "rows", "experts", "nccl", "nccl-moe"],
+    indirect=True,
 )
 def test_answers_equal_those_of_a_fresh_engine(bench: Bench) -> None:
     whole, server, trainer = bench.whole, bench.server, bench.trainer
@@ -115,7 +129,7 @@ def test_answers_equal_those_of_a_fresh_engine(bench: Bench) -> None:
         for one in fresh.values():
             one.close()
     engine = whole.engine("engine")
-    assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", 1, False)
+    assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", server.tp, False)
     assert outcomes(whole) == ["committed"] * 3
 
 

@@ -11,8 +11,9 @@ GATE_UP: Final = "w13_"
 DOWN: Final = "w2_"
 """Prefix of the parameters that hold the down projections of all local experts."""
 
-CACHE_SCALES: Final = ("q_scale", "k_scale", "v_scale", "prob_scale")
-"""Scales of a quantised KV cache: constants from the engine's start unless the checkpoint brings them."""
+CACHE_SCALES: Final = ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+"""Of a quantised KV cache: constants from the engine's start unless the checkpoint brings them. vLLM makes zero points
+for compressed-tensors' checkpoints of any kind, and reads none."""
 
 
 def is_expert_weight(attribute: str) -> bool:

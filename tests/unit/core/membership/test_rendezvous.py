@@ -117,6 +117,13 @@ def test_an_edge_counts_as_alive_until_its_writer_says_again_that_it_is_dead(dri
     assert not rendezvous.dead_edge(fleet.fleet, "e0")
 
 
+def test_a_confirmation_of_an_older_plan_that_comes_late_changes_nothing(drive: Any) -> None:
+    fleet = drive.joined()
+    fleet.says(TRAINER, Ready(fingerprint="of the plan before", failed=(EdgeFailure(FIRST, "no route"),)))
+    assert fleet.fleet.is_confirmed(TRAINER)
+    assert not rendezvous.dead_edge(fleet.fleet, "e0")
+
+
 def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
     fleet.connect(TRAINER)

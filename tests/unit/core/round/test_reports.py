@@ -230,6 +230,16 @@ def test_who_comes_back_before_the_grant_is_told_again_that_it_is_exposed(drive:
     assert fleet.sent(ENGINE, Expose) == [Expose(round=going.name)] * 2
 
 
+def test_who_leaves_while_others_verify_is_waited_for_no_more(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    going = fleet.to(Phase.VERIFYING)
+    fleet.says(ENGINE, Left(round=going.name, status=EngineStatus(torn=True)))
+    assert going.remaining() == ["e1"]
+    for member in fleet.ranks_of("e1"):
+        fleet.says(member, fleet.verified())
+    assert going.phase is Phase.DECIDING
+
+
 def test_who_is_left_out_while_writers_write_is_written_to_no_more(drive: Any) -> None:
     fleet = drive(("e0", "e1", "e2"))
     going = fleet.to(Phase.WRITING)
