@@ -42,6 +42,7 @@ from weightsync.agents.link.client import ControlClient
 from weightsync.agents.link.connection import DaemonConnection
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.door import DoorLimits
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
@@ -156,6 +157,10 @@ def measure_hub(agents: int) -> HubResult:
     return result
 
 
+ALL_AT_ONCE = DoorLimits(strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS)
+"""Here all agents connect first and say their Hello at one moment, from one address."""
+
+
 def serve(pipe: Pipe, token_file: Path, agents: int) -> None:
     """The daemon's process: says its port, then when it held the last Ready; ends with the pipe."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
@@ -177,7 +182,12 @@ class Coordinator:
     async def serve(self, token_file: Path) -> None:
         timing = HubTiming(HEARTBEAT_SECONDS, LOST_AFTER_HEARTBEATS, SETUP_SECONDS, CLOSE_SECONDS)
         next_id = itertools.count(1).__next__
-        self._hub = Hub(access=Access(token_file.parent, RUN, str), post=self.on_event, next_id=next_id, timing=timing)
+        self._hub = Hub(
+            access=Access(token_file.parent, RUN, str, None, ALL_AT_ONCE),
+            post=self.on_event,
+            next_id=next_id,
+            timing=timing,
+        )
         self._pipe.send(await self._hub.start("127.0.0.1", 0))
         await closed(self._pipe)
         await self._hub.close()

@@ -9,6 +9,7 @@ from typing import Final
 
 from aiohttp import web
 from weightsync.orchestrator.daemon.access.credentials import Credentials
+from weightsync.orchestrator.daemon.access.door import DoorLimits
 from weightsync.orchestrator.daemon.access.guard import NO_CERTIFICATE, Guard
 from weightsync.orchestrator.daemon.access.refusals import Refusals
 from weightsync.orchestrator.daemon.access.tls import ServerTls, credential_of_peer
@@ -81,14 +82,21 @@ class Access:
         directory: of the token files.
         withhold: keeps a token out of the log.
         tls: None: there is none.
+        limits: what strangers may cost.
 
     Raises:
         ConfigError: a token file cannot serve.
     """
 
     def __init__(
-        self, directory: Path, run_id: str, withhold: Callable[[str], None], tls: ServerTls | None = None
+        self,
+        directory: Path,
+        run_id: str,
+        withhold: Callable[[str], None],
+        tls: ServerTls | None = None,
+        limits: DoorLimits | None = None,
     ) -> None:
+        self.limits = limits or DoorLimits()
         self.credentials, self.refusals, self.tls = Credentials(directory, withhold), Refusals(), tls
         self.guard = Guard(self.credentials, self.refusals, tls is not None and tls.wants_certificates)
         self._run_id = run_id

@@ -67,11 +67,11 @@ class Door:
         serve: Callable[[], asyncio.Protocol],
         refusals: Refusals,
         agents: Callable[[], int],
-        tls: ssl.SSLContext | None = None,
-        limits: DoorLimits | None = None,
+        tls: ssl.SSLContext | None,
+        limits: DoorLimits,
     ) -> None:
         self._serve, self._refusals, self._agents, self._tls = serve, refusals, agents, tls
-        self.limits = limits or DoorLimits()
+        self.limits = limits
         self._visitors: dict[Peer, _Visitor] = {}
         self._from: Counter[str] = Counter()
         self._handshakes: set[asyncio.Task[None]] = set()

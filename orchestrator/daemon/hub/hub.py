@@ -102,7 +102,9 @@ class Hub:
         await self._runner.setup()
         server, tls = self._runner.server, self._access.tls
         assert server is not None
-        door = Door(server, self._access.refusals, lambda: len(self._connections), None if tls is None else tls.context)
+        context = None if tls is None else tls.context
+        agents = self._connections.__len__
+        door = Door(server, self._access.refusals, agents, context, self._access.limits)
         try:
             bound = await door.open(host, port)
         except OSError:

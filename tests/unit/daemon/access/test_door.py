@@ -13,6 +13,7 @@ import pytest
 import structlog
 from aiohttp import web
 from credentials import TOKENS, open_agent, write_credentials
+from weightsync.agents.link.client import Backoff, ControlClient
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, Event
 from weightsync.orchestrator.daemon.access import door as doors
@@ -23,12 +24,16 @@ from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
-from weightsync.orchestrator.protocol.messages import Hello
+from weightsync.orchestrator.protocol.messages import Hello, HubRendezvous, NixlSettings, Welcome
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.settings.sections import ListenTls
 from weightsync.orchestrator.settings.tls import client_context
 
 SECONDS = 20.0
+WELCOME = Welcome(
+    epoch=1, journal_id="j", heartbeat_seconds=5.0, lost_after_heartbeats=3, transport=NixlSettings(),
+    rendezvous=HubRendezvous(),
+)  # fmt: skip
 HALF = b"GET /status HTTP/1.1\r\nHost: x\r\nX-Never: "
 
 
@@ -82,11 +87,9 @@ async def ended(peer: socket.socket) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def house(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: ServerTls | None = None, **limits: float
-) -> AsyncIterator[House]:
-    monkeypatch.setattr(doors, "DoorLimits", lambda: replace(DoorLimits(), **limits))
-    access = Access(write_credentials(tmp_path / "credentials"), "run", str, tls)
+async def house(tmp_path: Path, tls: ServerTls | None = None, **limits: float) -> AsyncIterator[House]:
+    bounds = replace(DoorLimits(), **limits)  # type: ignore[arg-type]
+    access = Access(write_credentials(tmp_path / "credentials"), "run", str, tls, bounds)
     numbers = iter(range(1, 10_000))
     events: list[Event] = []
     hub = Hub(access=access, post=events.append, next_id=numbers.__next__, timing=HubTiming(1.0, 3, 10.0, 0.1))
@@ -112,10 +115,8 @@ async def house(
         await hub.close()
 
 
-async def test_half_a_request_is_ended_when_its_time_is_over_whatever_it_drips(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with house(tmp_path, monkeypatch, stranger_seconds=0.2) as made:
+async def test_half_a_request_is_ended_when_its_time_is_over_whatever_it_drips(tmp_path: Path) -> None:
+    async with house(tmp_path, stranger_seconds=0.2) as made:
         with structlog.testing.capture_logs() as logs:
             silent, half = await made.half_open(b""), await made.half_open()
             polite = await made.half_open(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")  # and keeps the connection
@@ -126,11 +127,9 @@ async def test_half_a_request_is_ended_when_its_time_is_over_whatever_it_drips(
         assert made.door.strangers == 0
 
 
-async def test_a_credential_gives_a_request_its_own_time_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_credential_gives_a_request_its_own_time_and_no_more(tmp_path: Path) -> None:
     """A slow reader with a viewer's token is dropped."""
-    async with house(tmp_path, monkeypatch, request_seconds=0.2) as made:
+    async with house(tmp_path, request_seconds=0.2) as made:
         request = f"GET /plan/layouts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKENS['viewer']}\r\n\r\n"
         with structlog.testing.capture_logs() as logs:
             reader = await made.half_open(request.encode())
@@ -142,10 +141,8 @@ async def test_a_credential_gives_a_request_its_own_time_and_no_more(
         assert made.door.strangers == 0
 
 
-async def test_one_address_has_only_so_many_strangers_and_others_come_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with house(tmp_path, monkeypatch, strangers=8, from_one_address=4) as made:
+async def test_one_address_has_only_so_many_strangers_and_others_come_in(tmp_path: Path) -> None:
+    async with house(tmp_path, strangers=8, from_one_address=4) as made:
         for _ in range(4):
             await made.half_open(address="127.0.0.2")
         await made.strangers(4)
@@ -160,7 +157,7 @@ async def test_one_address_has_only_so_many_strangers_and_others_come_in(
 
 
 async def test_when_all_places_are_taken_the_oldest_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with house(tmp_path, monkeypatch, strangers=4, from_one_address=4, chance_seconds=0.0) as made:
+    async with house(tmp_path, strangers=4, from_one_address=4, chance_seconds=0.0) as made:
         monkeypatch.setattr(made.door, "limits", replace(made.door.limits, from_one_address=99))
         first = [await made.half_open() for _ in range(4)]
         await made.strangers(4)
@@ -169,10 +166,8 @@ async def test_when_all_places_are_taken_the_oldest_gives_way(tmp_path: Path, mo
         assert made.door.strangers == 3
 
 
-async def test_a_newcomer_does_not_push_out_those_who_only_just_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with house(tmp_path, monkeypatch, strangers=4, chance_seconds=60.0) as made:
+async def test_a_newcomer_does_not_push_out_those_who_only_just_came(tmp_path: Path) -> None:
+    async with house(tmp_path, strangers=4, chance_seconds=60.0) as made:
         for _ in range(4):
             await made.half_open()
         await made.strangers(4)
@@ -187,8 +182,8 @@ async def test_a_newcomer_does_not_push_out_those_who_only_just_came(
                     break
 
 
-async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with house(tmp_path, monkeypatch, stranger_seconds=0.3) as made, aiohttp.ClientSession() as session:
+async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path) -> None:
+    async with house(tmp_path, stranger_seconds=0.3) as made, aiohttp.ClientSession() as session:
         url = f"http://127.0.0.1:{made.port}{AGENTS_PATH}"
         quiet = await open_agent(session, url, TOKENS["engine"])
         honest = await open_agent(session, url, TOKENS["engine"])
@@ -205,8 +200,35 @@ async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path, mo
         await honest.close()
 
 
+async def test_a_fleet_that_comes_at_once_from_one_address_comes_in_by_turns(tmp_path: Path) -> None:
+    """More agents than one address has places for: those that are turned away come again, as agents do."""
+    async with house(tmp_path, from_one_address=16) as made:
+        url, token = f"ws://127.0.0.1:{made.port}{AGENTS_PATH}", tmp_path / "credentials" / "engine.token"
+        arrived: set[int] = set()
+
+        def agent(rank: int) -> ControlClient:
+            member = Member("inference", "engine", rank)
+            said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=100, incarnation=rank)
+            backoff = Backoff(first=0.01, longest=0.05)
+            return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
+
+        clients = [agent(rank) for rank in range(100)]
+        running = [asyncio.create_task(client.run()) for client in clients]
+        accepted = 0
+        async with asyncio.timeout(SECONDS):
+            while len(arrived) < 100:
+                for event in made.events[accepted:]:
+                    accepted += 1
+                    if isinstance(event, AgentConnected):
+                        made.hub.accept(event.member, event.connection, WELCOME)
+                await asyncio.sleep(0)
+            for client in clients:
+                await client.close()
+            await asyncio.gather(*running)
+
+
 async def test_descriptors_are_kept_for_the_daemon_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with house(tmp_path, monkeypatch) as made:
+    async with house(tmp_path) as made:
         monkeypatch.setattr(doors, "limit", lambda: doors.RESERVE + 2)
         first = [await made.half_open() for _ in range(2)]
         await made.strangers(2)
@@ -222,16 +244,14 @@ async def test_descriptors_are_kept_for_the_daemon_itself(tmp_path: Path, monkey
                     break
 
 
-async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(tmp_path: Path) -> None:
     certificates = tmp_path / "certificates"
     make_certificates(certificates, ["127.0.0.1"], (), 2)
     tls = ServerTls(ListenTls(
         certificate_file=certificates / "daemon.pem", key_file=certificates / "daemon.key",
         ca_file=certificates / "ca.pem",
     ))  # fmt: skip
-    async with house(tmp_path, monkeypatch, tls, stranger_seconds=0.5) as made:
+    async with house(tmp_path, tls, stranger_seconds=0.5) as made:
         silent, plain = await made.half_open(b""), await made.half_open(HALF)
         context = client_context(certificates / "ca.pem", None, None)
         for _ in range(20):  # the request comes in one piece with the client's last word of the handshake, or not
@@ -244,9 +264,9 @@ async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_
                 await asyncio.sleep(0.001)
 
 
-async def test_a_flood_is_a_few_lines_of_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_is_a_few_lines_of_log(tmp_path: Path) -> None:
     """500 wrong tokens and 500 half requests, and a viewer who is answered in between."""
-    async with house(tmp_path, monkeypatch, strangers=64, from_one_address=64) as made:
+    async with house(tmp_path, strangers=64, from_one_address=64) as made:
         with structlog.testing.capture_logs() as logs:
             for number in range(500):
                 await made.half_open(address="127.0.0.3")
