@@ -61,6 +61,7 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.proof import Challenge
 from weightsync.orchestrator.settings.credentials import make_tokens
 
 RUN: Final = "bench"
@@ -145,7 +146,7 @@ def measure_hub(agents: int) -> HubResult:
     result = HubResult([], [], [])
     for _ in range(REPEATS if agents < MANY else REPEATS_OF_MANY):
         with tempfile.TemporaryDirectory() as directory:
-            token_file = Path(directory, "trainer.token")
+            token_file = Path(directory, "engine.token")
             make_tokens(token_file.parent)
             with Child(serve, token_file, agents) as daemon:
                 port = daemon.receive()
@@ -251,10 +252,10 @@ class GatedClient(ControlClient):
 
     gate: "Gate"
 
-    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
-        connection = await super()._dial(session)
+    async def _dial(self, session: aiohttp.ClientSession) -> tuple[DaemonConnection, str, Challenge]:
+        dialled = await super()._dial(session)
         await self.gate.pass_through()
-        return connection
+        return dialled
 
 
 class Gate:
