@@ -11,8 +11,6 @@ from unittest import mock
 
 from weightsync.orchestrator.cli.main import main
 
-TOKEN = "0123456789abcdef0123"
-
 
 @dataclass
 class Done:

@@ -11,8 +11,8 @@ run:
   id: glm
   directory: runs/glm
 state_directory: state
-listen:
-  token_file: token
+listen: {port: 7410}
+credentials: credentials
 engines:
   - name: a
     url: http://127.0.0.1:8000

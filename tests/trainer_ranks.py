@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from torch import multiprocessing
 from weightsync.agents.trainer.agent import TrainerAgent
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions
+from weightsync.orchestrator.settings.credentials import make_tokens
 
 HOST = "127.0.0.1"
 CONFIG = {
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def token(self) -> Path:
-        return self.directory / "token"
+        return self.directory / "credentials" / "trainer.token"
 
     @property
     def run_dir(self) -> Path:
@@ -87,13 +87,13 @@ def daemon(directory: Path, **deadlines: float) -> Iterator[Run]:
     """A real daemon in a process of its own. Trainers are FAILED after ``join_seconds``, since no engine comes."""
     run = Run(directory, free_port())
     run.run_dir.mkdir(parents=True)
-    run.token.write_text(secrets.token_hex(16))
-    run.token.chmod(0o600)
+    make_tokens(run.token.parent)
     config = directory / "config.yaml"
     config.write_text(yaml.safe_dump({
         "run": {"id": "doors", "directory": str(run.run_dir)},
         "state_directory": str(directory / "state"),
-        "listen": {"host": HOST, "port": run.port, "token_file": str(run.token)},
+        "listen": {"host": HOST, "port": run.port},
+        "credentials": str(run.token.parent),
         "engines": [{"name": "nobody", "url": f"http://{HOST}:{free_port()}"}],
         "deadlines": {"probe_interval_seconds": 0.5, **deadlines},
         "rescan_seconds": 0.5,

@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import os
 import secrets
+import ssl
 import stat
 import time
 from collections.abc import Iterator
@@ -12,13 +13,18 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
+from weightsync.agents.link.connection import ConnectionLost, TokenRejected, upgrade
+from weightsync.agents.link.tls import CA_VARIABLE, TlsError, tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.protocol.token import TokenError
 
-HTTP: Final = {"ws": "http", "wss": "https", "http": "http", "https": "https"}
+HTTP: Final = {"ws": "http", "wss": "https"}
 """A hub's URL is a WebSocket's; the daemon answers HTTP at the same port."""
+
+MEND_TOKEN: Final = "give this host the token file of its role from the daemon's credentials"
+MEND_URL: Final = "mend WEIGHTSYNC_HUB_URL: host and listen.port of the daemon"
 
 SKEW_SECONDS: Final = 3.0
 """A date tells whole seconds, and an answer takes a while."""
@@ -29,7 +35,7 @@ def token(path: Path) -> Iterator[Finding]:
     try:
         read_token(path)
     except TokenError as error:
-        yield Finding("error", str(error), "give this host the daemon's token file", "token")
+        yield Finding("error", str(error), MEND_TOKEN, "token")
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
@@ -39,53 +45,61 @@ def token(path: Path) -> Iterator[Finding]:
 
 
 async def daemon(hub_url: str, token_file: Path, run_id: str, seconds: float) -> list[Finding]:
-    """Whether the daemon answers, takes the token, is of this run, and has our clock. ``seconds``: in total."""
+    """Whether the daemon answers, proves that it holds the token, is of this run, and has our clock.
+
+    It is asked as an agent asks that comes in, and is told nothing. ``seconds``: in total.
+    """
     parts = urlsplit(hub_url)
     if parts.scheme not in HTTP or not parts.hostname:
         what = f"{hub_url!r} is no URL such as ws://host:7410/agents"
         return [Finding("error", clean(what), "mend WEIGHTSYNC_HUB_URL", "daemon")]
     url = f"{HTTP[parts.scheme]}://{parts.netloc}"
     try:
+        tls = tls_context(hub_url)
+    except TlsError as error:
+        return [Finding("error", clean(str(error)), "mend them where this process is started", "TLS")]
+    try:
         async with asyncio.timeout(seconds), aiohttp.ClientSession() as session:
-            async with session.get(f"{url}/healthz", allow_redirects=False) as answer:
+            async with session.get(f"{url}/healthz", allow_redirects=False, ssl=tls or True) as answer:
                 date, status = answer.headers.get("Date", ""), answer.status
                 now = time.time()
-            headers = _bearer(token_file)
-            async with session.get(f"{url}/rounds?last=1", headers=headers, allow_redirects=False) as answer:
-                taken, body = answer.status, (await answer.content.read(4096)).decode(errors="replace")
+            if status != 200:
+                what = f"{url}/healthz answers {status}: it is no daemon"
+                return [Finding("error", what, MEND_URL, "daemon")]
+            return [*await _proved(session, hub_url, token_file, run_id, tls), *clock(date, now)]
     except TimeoutError:
         what = f"{url} does not answer within {seconds:g} s"
         return [
             Finding("error", what, "is a firewall between? Is listen.host an address of another network?", "daemon")
         ]
+    except aiohttp.ClientConnectorCertificateError as error:
+        what = f"{url} has a certificate that is not believed: {error.certificate_error}"
+        return [Finding("error", clean(what), f"set {CA_VARIABLE} to the run's ca.pem", "TLS")]
     except aiohttp.ClientConnectorError as error:
         what = f"{url} cannot be reached: {error.os_error.strerror or error}"
         return [Finding("error", clean(what), "start the daemon, or mend listen.host and advertise_url", "daemon")]
     except (aiohttp.ClientError, ValueError) as error:
-        what = f"{url} is no daemon: {error}"
-        return [Finding("error", clean(what), "mend WEIGHTSYNC_HUB_URL: host and listen.port of the daemon", "daemon")]
-    return [*_judged(url, status, taken, body, run_id, headers), *clock(date, now)]
+        return [Finding("error", clean(f"{url} is no daemon: {error}"), MEND_URL, "daemon")]
 
 
-def _bearer(token_file: Path) -> dict[str, str]:
+async def _proved(
+    session: aiohttp.ClientSession, hub_url: str, token_file: Path, run_id: str, tls: ssl.SSLContext | None
+) -> list[Finding]:
     try:
-        return {"Authorization": f"Bearer {read_token(token_file)}"}
+        upgraded = await upgrade(session, hub_url, read_token(token_file), tls)
     except TokenError:
-        return {}  # told by ``token``
-
-
-def _judged(url: str, status: int, taken: int, body: str, run_id: str, headers: dict[str, str]) -> Iterator[Finding]:
-    if status != 200:
-        what = f"{url}/healthz answers {status}: it is no daemon"
-        yield Finding("error", what, "mend WEIGHTSYNC_HUB_URL: host and listen.port of the daemon", "daemon")
-    elif taken in (401, 403):
-        if headers:
-            yield Finding("error", f"{url} refuses the token", "give this host the daemon's token file", "daemon")
-    elif taken == 200 and f'"run":"{run_id}"' not in body:
-        what = f"{url} is the daemon of another run than {run_id!r}"
-        yield Finding("error", what, "mend WEIGHTSYNC_RUN_ID or WEIGHTSYNC_HUB_URL", "daemon")
-    else:
-        yield Finding("ok", f"{url} answers", check="daemon")
+        return [Finding("ok", f"{hub_url} answers", check="daemon")]  # of the token tells ``token``
+    except TokenRejected:
+        return [Finding("error", f"{hub_url} does not know the token", MEND_TOKEN, "daemon")]
+    except ConnectionLost as error:
+        fix = "the token must be one of role engine or trainer, and nothing between may end the connection"
+        return [Finding("error", clean(f"{hub_url}: {error}"), fix, "daemon")]
+    upgraded.response.close()
+    there = upgraded.challenge.run_id
+    if there != run_id:
+        what = f"{hub_url} is the daemon of run {there!r}, and this is of {run_id!r}"
+        return [Finding("error", clean(what), "mend WEIGHTSYNC_RUN_ID or WEIGHTSYNC_HUB_URL", "daemon")]
+    return [Finding("ok", f"{hub_url} answers, and proves that it holds the token", check="daemon")]
 
 
 def clock(date: str, now: float) -> Iterator[Finding]:

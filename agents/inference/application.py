@@ -22,7 +22,7 @@ def applicant(kind: str, environ: Mapping[str, str]) -> ApplicantThread | None:
     """Who makes this engine a member, not started yet; None where ``environ`` gives no URL.
 
     Raises:
-        ApplicantError: with a URL, something else is missing or wrong.
+        ApplicantError, TlsError: with a URL, something else is missing or wrong.
     """
     urls = environ.get(URL_VARIABLE, "")
     if not urls:

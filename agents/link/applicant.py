@@ -14,13 +14,19 @@ from typing import Final
 
 import aiohttp
 import msgspec
-from aiohttp import hdrs
+from websockets.frames import CloseCode
+from websockets.protocol import Side
 from weightsync.agents.errors import AgentError
 from weightsync.agents.link.client import SCHEMES, Backoff
+from weightsync.agents.link.connection import upgrade
+from weightsync.agents.link.tls import tls_context
 from weightsync.agents.link.token import read_token
-from weightsync.orchestrator.protocol.application import ENGINES_PATH, Admitted, Applicant, Application
+from weightsync.orchestrator.protocol.application import ENGINES_PATH, Admitted, Applicant, Application, Declined
+from weightsync.orchestrator.protocol.codec import ProtocolError
+from weightsync.orchestrator.protocol.proof import agent_proof
 from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.protocol.token import TokenError
+from weightsync.orchestrator.protocol.websocket import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +48,9 @@ BACKOFF: Final = Backoff(first=0.5, longest=30.0, quick=5.0)
 MAX_SHOWN: Final = 1000
 """Characters of a refusal in the log."""
 
+CLOSE_SECONDS: Final = 2.0
+"""For the daemon to end a connection on which all is said."""
+
 _HUB_PATH: Final = "/agents"
 
 
@@ -61,7 +70,7 @@ def engines_url(hub_url: str) -> str:
     """
     if not hub_url.startswith(SCHEMES) or not hub_url.endswith(_HUB_PATH):
         raise ApplicantError(f"hub url {hub_url!r}: write ws://host:port{_HUB_PATH}")
-    return hub_url.replace("ws", "http", 1).removesuffix(_HUB_PATH) + ENGINES_PATH
+    return hub_url.removesuffix(_HUB_PATH) + ENGINES_PATH
 
 
 class ApplicantThread:
@@ -70,10 +79,11 @@ class ApplicantThread:
 
     Args:
         hub_url: the daemon's endpoint for agents.
-        token_file: holds the bearer token, read again for each attempt.
+        token_file: holds the token, read again for each attempt. It is proved and never sent.
 
     Raises:
         ApplicantError: ``hub_url`` is none.
+        TlsError: the environment does not fit it.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class ApplicantThread:
     ) -> None:
         self._application = Application(run_id=run_id, engine=engine)
         self._url, self._token_file, self._backoff = engines_url(hub_url), token_file, backoff
+        self._tls = tls_context(self._url)
         self._closed: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"weightsync applicant {engine.name}", daemon=True)
         self.trouble = ""
@@ -135,22 +146,88 @@ class ApplicantThread:
             NotTakenIn: with the daemon's reason, or why there is no answer.
         """
         try:
-            headers = {
-                hdrs.AUTHORIZATION: f"Bearer {read_token(self._token_file)}",
-                hdrs.CONTENT_TYPE: "application/json",
-            }
-            body = msgspec.json.encode(self._application)
-            async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as response:
-                data = bytearray()
-                async for chunk in response.content.iter_any():
-                    data += chunk
-                    if len(data) > MAX_ANSWER_BYTES:
-                        raise NotTakenIn(f"an answer of more than {MAX_ANSWER_BYTES} bytes: is that the daemon?")
-            if response.status != 200:
-                raise NotTakenIn(f"{response.status}: {clean(data.decode(errors='replace').strip(), MAX_SHOWN)}")
-            answer = msgspec.json.decode(data, type=Admitted)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answer = msgspec.json.decode(await self._asked(session), type=Admitted | Declined)
         except TimeoutError:
             raise NotTakenIn("no answer in time") from None
-        except (aiohttp.ClientError, OSError, TokenError, ValueError, RecursionError) as error:
+        except (OSError, TokenError, ValueError, RecursionError) as error:
             raise NotTakenIn(clean(str(error), MAX_SHOWN) or type(error).__name__) from error
+        if isinstance(answer, Declined):
+            raise NotTakenIn(f"{answer.status}: {clean(answer.why.strip(), MAX_SHOWN)}")
         return min(max(answer.again_seconds, LEAST_SECONDS), LONGEST_SECONDS)
+
+    async def _asked(self, session: aiohttp.ClientSession) -> bytes:
+        """The answer of a daemon that has proved itself.
+
+        Raises:
+            NotTakenIn: it is another run's.
+            ConnectionError, TokenError, ProtocolError: as they say.
+        """
+        token = read_token(self._token_file)
+        upgraded = await upgrade(session, self._url, token, self._tls, "apply")
+        exchange = _Exchange(upgraded.response)
+        try:
+            if upgraded.challenge.run_id != self._application.run_id:
+                there = f"that daemon serves run {upgraded.challenge.run_id!r}"
+                raise NotTakenIn(f"run_id {self._application.run_id!r}: {there}. Fix: WEIGHTSYNC_RUN_ID or _HUB_URL")
+            said = msgspec.json.encode(self._application)
+            return await exchange.ask(agent_proof(token, upgraded.challenge, said) + said)
+        finally:
+            await exchange.close()
+
+
+class _Exchange(asyncio.Protocol):
+    """A WebSocket after its upgrade, for one question and one answer; takes over the transport of ``response``."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        held = response.connection
+        if held is None or held.transport is None or held.protocol is None:
+            response.close()
+            raise ConnectionError("the connection broke during its upgrade")
+        self._response, self._http, self._transport = response, held.protocol, held.transport
+        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._gone = asyncio.Event()
+        self._endpoint = Endpoint(Side.CLIENT, MAX_ANSWER_BYTES)
+        self._transport.set_protocol(self)
+
+    async def ask(self, question: bytes) -> bytes:
+        """Raises: ConnectionError, ProtocolError."""
+        self._transport.write(self._endpoint.message(question))
+        return await self._answer
+
+    async def close(self) -> None:
+        """Say Close, and wait a moment for the daemon's."""
+        if not self._transport.is_closing():
+            self._transport.write(self._endpoint.close(CloseCode.NORMAL_CLOSURE, ""))
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._gone.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._transport.abort()
+            self._response.close()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            messages = self._endpoint.receive(data)
+        except ProtocolError as error:
+            self._failed(error)
+            return
+        if messages and not self._answer.done():
+            self._answer.set_result(messages[0])
+        closed = self._endpoint.peer_closed
+        if closed is not None:
+            self._failed(ConnectionError(f"it says nothing: code {closed.code} {closed.reason}".rstrip()))
+            self._transport.write(self._endpoint.answers())
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._failed(ConnectionError(f"the connection broke: {exc or 'end of stream'}"))
+        self._http.connection_lost(exc)
+        self._gone.set()
+
+    def _failed(self, error: Exception) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(error)
+            self._answer.exception()  # nobody may wait for it

@@ -25,10 +25,12 @@ from weightsync.agents.link.connection import (
     TokenRejected,
     upgrade,
 )
+from weightsync.agents.link.tls import tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
-from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello
+from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello, Refused
+from weightsync.orchestrator.protocol.proof import Challenge, agent_proof
 from weightsync.orchestrator.protocol.token import TokenError
 
 __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "RefusedForGood", "TokenError"]
@@ -36,7 +38,7 @@ __all__ = ["Backoff", "ConnectionLost", "ControlClient", "NotConnected", "Refuse
 log = logging.getLogger(__name__)
 
 SCHEMES: Final = ("ws://", "wss://")
-"""The daemon speaks no TLS: ``wss`` leads to a proxy before it, whose certificate the system has to trust."""
+"""``wss`` where the daemon has a certificate (``agents/link/tls.py``)."""
 
 CONNECT_SECONDS: Final = 30.0
 """Of one attempt. Longer than the daemon waits for a Hello, so that a daemon that is only slow gives its own reason."""
@@ -74,8 +76,8 @@ class ControlClient:
     """One agent's connection.
 
     Args:
-        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` of a proxy before it.
-        token_file: holds the bearer token, read again for each attempt.
+        url: of the daemon's endpoint, as ``ws://host:port/agents``, or ``wss://…`` with what the environment names.
+        token_file: holds the token, read again for each attempt. It is proved and never sent.
         hello: the agent's introduction and current state, asked for each attempt.
         on_message: called with each message (Welcome first; Heartbeat and Refused never), in order; must not block.
         connect_seconds: total deadline from the first SYN to Welcome.
@@ -84,7 +86,7 @@ class ControlClient:
 
     Raises:
         TokenError: the token file cannot serve.
-        ValueError: ``url`` has another scheme.
+        ValueError: ``url`` has another scheme, or (TlsError) the environment does not fit it.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class ControlClient:
                 f"hub url must begin with {' or '.join(SCHEMES)}, got {url!r}: write ws://host:port/agents"
             )
         read_token(token_file)  # A wrong path is told now, to whoever configures; later it is only logged.
+        self._tls = tls_context(url)
         self._url = url
         self._token_file = token_file
         self._hello = hello
@@ -203,9 +206,9 @@ class ControlClient:
         """
         try:
             async with asyncio.timeout(self._connect_seconds) as self._attempt:
-                connection = await self._dial(session)
+                connection, token, challenge = await self._dial(session)
                 try:
-                    self._introduce(connection)
+                    self._introduce(connection, token, challenge)
                     await connection.welcomed
                 except BaseException:
                     await self._hang_up(connection)
@@ -216,20 +219,26 @@ class ControlClient:
         finally:
             self._attempt = None
 
-    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
+    async def _dial(self, session: aiohttp.ClientSession) -> tuple[DaemonConnection, str, Challenge]:
+        """The connection, and by which token the daemon has proved itself for what."""
         try:
             token = read_token(self._token_file)
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
-        return DaemonConnection(await upgrade(session, self._url, token), self._on_message)
+        upgraded = await upgrade(session, self._url, token, self._tls)
+        return DaemonConnection(upgraded.response, self._on_message), token, upgraded.challenge
 
-    def _introduce(self, connection: DaemonConnection) -> None:
-        hello = encode(self._hello())
+    def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:
+        said = self._hello()
+        if said.run_id != challenge.run_id:
+            reason = f"it belongs to run {said.run_id!r}, this daemon serves run {challenge.run_id!r}"
+            raise RefusedForGood(Refused(reason=reason, fault="config", retry=False))
+        hello = encode(said)
         if len(hello) > MAX_HELLO_BYTES:
             raise ProtocolError(f"Hello of {len(hello)} bytes exceeds the limit of {MAX_HELLO_BYTES}")
         self._connection = connection  # Before its Welcome is delivered, so that the answer to it can be sent.
         with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
-            connection.send(hello)
+            connection.send(agent_proof(token, challenge, hello) + hello)
 
     async def _until_lost(self, connection: DaemonConnection) -> None:
         if self._closing.is_set():

@@ -5,7 +5,9 @@ import base64
 import hashlib
 import random
 import secrets
+import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
@@ -14,8 +16,23 @@ from websockets.frames import CloseCode
 from websockets.protocol import Side
 from weightsync.agents.errors import AgentError
 from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_daemon, encode
-from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES
+from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_NAME_CHARS
 from weightsync.orchestrator.protocol.messages import FromDaemon, Heartbeat, Refused, Welcome
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    RUN_HEADER,
+    Challenge,
+    Purpose,
+    channel_of,
+    daemon_proof,
+    is_nonce,
+    key_of,
+    same,
+)
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.protocol.websocket import Endpoint
 
 MAX_SEND_QUEUE_BYTES: Final = 2 * MAX_FRAME_BYTES
@@ -55,31 +72,74 @@ class RefusedForGood(AgentError):
         self.fault = refused.fault
 
 
-async def upgrade(session: aiohttp.ClientSession, url: str, token: str) -> aiohttp.ClientResponse:
-    """Ask ``url`` for a WebSocket (RFC 6455 §4.1); the response holds the connection.
+class Unproved(ConnectionLost):
+    """Whoever answers there does not prove that it holds this agent's token. Retried: the daemon may come there yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upgraded:
+    """A connection to a daemon that has proved itself: the response holds it, ``challenge`` is what proofs cover."""
+
+    response: aiohttp.ClientResponse
+    challenge: Challenge
+
+
+async def upgrade(
+    session: aiohttp.ClientSession,
+    url: str,
+    token: str,
+    tls: ssl.SSLContext | None = None,
+    purpose: Purpose = "connect",
+) -> Upgraded:
+    """Ask ``url`` for a WebSocket (RFC 6455 §4.1), and for the proof that it holds ``token``, which is not sent.
 
     Raises:
-        ConnectionLost: nobody answers there, or not with a WebSocket.
+        ConnectionLost: nobody answers there, not with a WebSocket, or (Unproved) without the proof.
     """
     key = base64.b64encode(secrets.token_bytes(16))
+    nonce = secrets.token_hex(NONCE_BYTES)
     headers = {
         hdrs.UPGRADE: "websocket",
         hdrs.CONNECTION: "Upgrade",
         hdrs.SEC_WEBSOCKET_VERSION: "13",
         hdrs.SEC_WEBSOCKET_KEY: key.decode(),
-        hdrs.AUTHORIZATION: f"Bearer {token}",
+        KEY_HEADER: key_of(token),
+        NONCE_HEADER: nonce,
     }
     try:
-        response = await session.get(url, headers=headers, allow_redirects=False)
+        response = await session.get(url, headers=headers, allow_redirects=False, ssl=tls or True)
     except (aiohttp.ClientError, OSError) as error:
         raise ConnectionLost(str(error) or type(error).__name__) from error
     accept = base64.b64encode(hashlib.sha1(key + _ACCEPT_SUFFIX, usedforsecurity=False).digest()).decode()
     if response.status == _SWITCHING_PROTOCOLS and response.headers.get(hdrs.SEC_WEBSOCKET_ACCEPT) == accept:
-        return response
+        try:
+            return Upgraded(response, _proved(response, token, nonce, purpose))
+        except Unproved:
+            response.close()
+            raise
     response.close()
     if response.status == _UNAUTHORIZED:
         raise TokenRejected("it rejects the token (401): compare this agent's token file with the daemon's")
     raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
+
+
+def _proved(response: aiohttp.ClientResponse, token: str, nonce: str, purpose: Purpose) -> Challenge:
+    said = [response.headers.get(name, "") for name in (RUN_HEADER, NONCE_HEADER, PROOF_HEADER)]
+    run_id, daemon_nonce, proof = said
+    channel = channel_of(_certificate(response))
+    challenge = Challenge(clean(run_id, MAX_NAME_CHARS), nonce, daemon_nonce, channel, purpose)
+    expected = daemon_proof(token, challenge).hex()
+    if is_nonce(daemon_nonce) and same(proof.encode(errors="replace"), expected.encode()):
+        return challenge
+    what = "it does not prove that it holds this agent's token, and is not told anything"
+    raise Unproved(f"{what}: no daemon of ours listens there, or something before it ends TLS in its place")
+
+
+def _certificate(response: aiohttp.ClientResponse) -> bytes | None:
+    """The daemon's, in DER; None without TLS."""
+    transport = None if response.connection is None else response.connection.transport
+    tls: ssl.SSLObject | None = None if transport is None else transport.get_extra_info("ssl_object")
+    return None if tls is None else tls.getpeercert(binary_form=True)
 
 
 class DaemonConnection(asyncio.Protocol):

@@ -64,7 +64,7 @@ STOP_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ControlAddress:
-    """The daemon: ``ws://host:port/agents`` and the file with the bearer token."""
+    """The daemon: ``ws://host:port/agents`` and the file with the agent's token."""
 
     url: str
     token_file: Path

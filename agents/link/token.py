@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token
+from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_tokens
 
 
 def read_token(path: Path) -> str:
-    """The token in ``path`` (see ``parse_token``).
+    """The token to present of those in ``path`` (see ``parse_tokens``).
 
     Raises:
         TokenError: no readable file, or no token in it.
@@ -16,4 +16,4 @@ def read_token(path: Path) -> str:
             data = file.read(MAX_TOKEN_BYTES + 1)
     except OSError as error:
         raise TokenError(f"token file {path}: {error.strerror}") from error
-    return parse_token(data, path)
+    return parse_tokens(data, path)[0]

@@ -1,7 +1,7 @@
 """Where a trainer's daemon and run are: from arguments, else the environment, else one small file.
 
 The file is flat YAML with the same four keys, or the daemon's own configuration, of which ``run.id``, ``run.directory``
-and ``listen.token_file`` are read. Relative paths in it are relative to its folder.
+and ``credentials`` (for its ``trainer.token``) are read. Relative paths in it are relative to its folder.
 """
 
 import logging
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 FILE_VARIABLE: Final = "WEIGHTSYNC_CONFIG"
 DEFAULT_FILE: Final = "weightsync.yaml"
+TRAINER_TOKEN: Final = "trainer.token"
+"""In the daemon's directory of credentials."""
+
 PATHS: Final = ("token_file", "run_dir")
 
 MAX_FILE_BYTES: Final = 1024 * 1024
@@ -40,7 +43,7 @@ class TrainerSettingsError(AgentError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TrainerSettings:
-    """``hub_url``: ``ws://host:port/agents``; ``token_file``: with the bearer token; ``run_dir``: of run ``run_id``."""
+    """``hub_url``: ``ws://host:port/agents``; ``token_file``: the trainer's token; ``run_dir``: of run ``run_id``."""
 
     hub_url: str
     token_file: Path
@@ -120,9 +123,10 @@ def _from_file(file: Path) -> dict[str, StrPath]:
 
 def _from_daemon(document: dict[object, object]) -> dict[object, object]:
     """What the daemon's own configuration says of a trainer; where its agents reach it is no part of it."""
-    run, listen = document.get("run"), document.get("listen")
-    run, listen = run if isinstance(run, dict) else {}, listen if isinstance(listen, dict) else {}
-    return {"run_id": run.get("id"), "run_dir": run.get("directory"), "token_file": listen.get("token_file")}
+    run, credentials = document.get("run"), document.get("credentials")
+    run = run if isinstance(run, dict) else {}
+    token = f"{credentials}/{TRAINER_TOKEN}" if isinstance(credentials, str) and credentials else None
+    return {"run_id": run.get("id"), "run_dir": run.get("directory"), "token_file": token}
 
 
 def compare_run_dirs(settings: TrainerSettings, theirs: str) -> None:

@@ -5,15 +5,16 @@ import asyncio
 import sys
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, NotDone, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.client import Denied, NotDone, Unreachable, fetch, tls_for, token_for
 from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Exit
 from weightsync.orchestrator.daemon.admin.verbs import MAX_REASON, MAX_WHO, Order
 from weightsync.orchestrator.daemon.admin.views import VerbView
+from weightsync.orchestrator.settings.credentials import Role
 from weightsync.orchestrator.settings.settings import Settings, load
 
 
-def daemon_of(options: argparse.Namespace) -> tuple[str, str | None, Settings | None] | None:
-    """URL, token and settings, as far as the options name them; None where they name no daemon, which is said.
+def daemon_of(options: argparse.Namespace, role: Role = "viewer") -> tuple[str, str | None, Settings | None] | None:
+    """URL, token of ``role`` and settings, as far as the options name them; None (said) where they name no daemon.
 
     Raises:
         ConfigError: the configuration or the token file cannot be used.
@@ -23,7 +24,7 @@ def daemon_of(options: argparse.Namespace) -> tuple[str, str | None, Settings | 
         print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
         return None
     url = options.url or settings.agents_url  # type: ignore[union-attr]
-    return url.rstrip("/"), token_for(options.token_file, settings), settings
+    return url.rstrip("/"), token_for(options.token_file, settings, role), settings
 
 
 def ask(verb: str, target: str, by: str, options: argparse.Namespace) -> int:
@@ -32,16 +33,18 @@ def ask(verb: str, target: str, by: str, options: argparse.Namespace) -> int:
     Raises:
         ConfigError: as ``daemon_of``.
     """
-    found = daemon_of(options)
+    found = daemon_of(options, "operator")
     if found is None:
         return Exit.USAGE
     if len(options.reason) > MAX_REASON:
         print(f"--reason: {len(options.reason)} characters, at most {MAX_REASON}", file=sys.stderr)
         return Exit.USAGE
-    url, token, _ = found
+    url, token, settings = found
     order = msgspec.json.encode(Order(target=target, reason=options.reason, by=by[:MAX_WHO]))
     try:
-        data = asyncio.run(fetch(f"{url}/verbs/{verb}", token, options.timeout, order=order))
+        data = asyncio.run(
+            fetch(f"{url}/verbs/{verb}", token, options.timeout, order=order, tls=tls_for(url, settings))
+        )
         view = msgspec.json.decode(data, type=VerbView)
     except Denied as error:
         print(error, file=sys.stderr)

@@ -1,17 +1,24 @@
 """Asking a running daemon over its HTTP port."""
 
 import asyncio
+import os
+import ssl
 from pathlib import Path
 from typing import Final
 
 import aiohttp
 from weightsync.orchestrator.protocol.text import clean
-from weightsync.orchestrator.settings.secrets import read_secret
+from weightsync.orchestrator.settings.credentials import Role, role_file
+from weightsync.orchestrator.settings.secrets import read_tokens
 from weightsync.orchestrator.settings.settings import Settings
+from weightsync.orchestrator.settings.tls import client_context
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """10,000 rounds with long reasons."""
 
+
+TLS_VARIABLES: Final = ("WEIGHTSYNC_CA_FILE", "WEIGHTSYNC_CERTIFICATE_FILE", "WEIGHTSYNC_KEY_FILE")
+"""The agents' own."""
 
 MAX_REFUSAL_BYTES: Final = 16_384
 
@@ -28,19 +35,42 @@ class Denied(Exception):
     """The daemon refuses the token."""
 
 
-def token_for(token_file: Path | None, settings: Settings | None) -> str | None:
-    """The token in ``token_file``, else in the file that ``settings`` name; None where there is neither.
+def token_for(token_file: Path | None, settings: Settings | None, role: Role = "viewer") -> str | None:
+    """The token in ``token_file``, else that of ``role`` in the directory that ``settings`` name; None without both.
+
+    Where there is none for viewers, the operator's serves.
 
     Raises:
         ConfigError: the file cannot be used.
     """
     if token_file is None and settings is not None:
-        token_file = settings.listen.token_file
-    return None if token_file is None else read_secret(token_file)
+        token_file = role_file(settings.credentials, role)
+        if role == "viewer" and not token_file.exists():
+            token_file = role_file(settings.credentials, "operator")
+    return None if token_file is None else read_tokens(token_file)[0]
+
+
+def tls_for(url: str, settings: Settings | None) -> ssl.SSLContext | None:
+    """For an https ``url``: authority, certificate and key of the variables, else the authority of ``settings``.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    if not url.startswith("https:"):
+        return None
+    ca, certificate, key = (Path(os.environ[name]) if os.environ.get(name) else None for name in TLS_VARIABLES)
+    if ca is None and settings is not None and settings.listen.tls is not None:
+        ca = settings.listen.tls.ca_file
+    return client_context(ca, certificate, key)
 
 
 async def fetch(
-    url: str, token: str | None, timeout_seconds: float, limit: int = MAX_ANSWER_BYTES, order: bytes | None = None
+    url: str,
+    token: str | None,
+    timeout_seconds: float,
+    limit: int = MAX_ANSWER_BYTES,
+    order: bytes | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> bytes:
     """The body of a 200 answer of at most ``limit`` bytes, within a total of ``timeout_seconds``.
 
@@ -55,10 +85,13 @@ async def fetch(
         async with (
             asyncio.timeout(timeout_seconds),
             aiohttp.ClientSession() as session,
-            session.request(method, url, headers=headers, data=order, allow_redirects=False) as response,
+            session.request(
+                method, url, headers=headers, data=order, allow_redirects=False, ssl=tls or True
+            ) as response,
         ):
             if response.status in (401, 403):
-                raise Denied(f"{where} refuses the token. Fix: --token-file must name the daemon's token file")
+                why = clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip(), 300)
+                raise Denied(f"{where} refuses the token: {why}. Fix: --token-file must name one of that role")
             if order is not None and response.status != 200 and response.content_type == "text/plain":
                 raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
             if response.status != 200:

@@ -43,11 +43,17 @@ class Exit(IntEnum):
     USAGE = 2, "all", "the command line is wrong; `status --check`: critical; `doctor`: errors", "no"
     REFUSED = (
         65,
-        "verbs, `rounds show`",
-        "the daemon refuses what was asked for, or there is no such round; the message says why, and what there is",
+        "verbs, `rounds show`, `audit`",
+        "the daemon refuses what was asked for, or there is no such round; the message says why, and what there is;"
+        " `audit verify`: the log is not what was written",
         "no",
     )
-    UNAVAILABLE = 69, "`demo`", "something that it needs is not installed; the message says what", "once installed"
+    UNAVAILABLE = (
+        69,
+        "`demo`, `certs`",
+        "something that it needs is not installed; the message says what",
+        "once installed",
+    )
     INTERNAL = 70, "`run`", "an invariant did not hold; it ended before acting on it", "yes: the journal is believed"
     IO = (
         74,

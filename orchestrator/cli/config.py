@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import importlib.resources
-import ipaddress
 import os
 import socket
 import stat
@@ -13,14 +12,19 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
+from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
+from weightsync.orchestrator.settings.ownership import require_ours
+from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings, load
+from weightsync.orchestrator.settings.tls import client_context, server_context
 
 EXAMPLE: Final = importlib.resources.files("weightsync.orchestrator.settings") / "example.yaml"
 
@@ -62,7 +66,7 @@ def print_example() -> int:
 def findings_of(settings: Settings) -> list[Finding]:
     """Everything that the configuration points to on this machine, without asking another one."""
     return [
-        *_secret("listen.token_file", settings.listen.token_file),
+        *_credentials(settings.credentials),
         *(
             finding
             for engine in settings.engines
@@ -74,6 +78,7 @@ def findings_of(settings: Settings) -> list[Finding]:
         *_state_directory(settings.state_directory),
         *_run_directory(settings.run.directory),
         *_address(settings),
+        *_descriptors(settings),
     ]
 
 
@@ -93,6 +98,23 @@ def _engines(settings: Settings) -> str:
 
 def _ways(settings: Settings) -> str:
     return f"transport {settings.transport.type}, rendezvous {settings.rendezvous.type}"
+
+
+def _credentials(directory: Path) -> Iterator[Finding]:
+    try:
+        credentials = read_credentials(directory)
+    except ConfigError as error:
+        yield Finding("error", str(error), check="credentials")
+        return
+    exposed = [path for path in sorted(directory.glob(f"*{SUFFIX}")) if path.stat().st_mode & 0o077]
+    for path in exposed:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        what = f"{path} has mode {mode:04o}, others may read it"
+        yield Finding("warning", what, f"chmod 600 {path}", "credentials")
+    if not exposed:
+        names = sorted({str(credential) for credential in credentials.values()})
+        told = f"{directory} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
+        yield Finding("ok", told, check="credentials")
 
 
 def _secret(key: str, path: Path) -> Iterator[Finding]:
@@ -129,9 +151,22 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         yield Finding("error", f"{path} is on {kind}, a network file system", fix, "state_directory")
         return
     yield from _writable("state_directory", path, "error")
+    yield from _ours(path)
     if forgets(kind):
         what = f"{path} is on {kind} and is lost when the machine restarts"
         yield Finding("warning", what, "put it on a disk", "state_directory")
+
+
+def _ours(path: Path) -> Iterator[Finding]:
+    """What the daemon would believe, and somebody else could have written: the journal decides what is committed."""
+    try:
+        for place in (path, *sorted(path.iterdir())) if path.is_dir() else ():
+            require_ours(place)
+    except ConfigError as error:
+        yield Finding("error", str(error), check="state_directory")
+    except OSError as error:
+        what = f"{path} cannot be looked at: {error.strerror}"
+        yield Finding("error", what, f"chmod u+rwx {path}", "state_directory")
 
 
 def _file_system(key: str, path: Path) -> str | Finding:
@@ -174,13 +209,33 @@ def _writable(key: str, path: Path, level: Level) -> Iterator[Finding]:
 def _address(settings: Settings) -> Iterator[Finding]:
     host, port = settings.listen.host, settings.listen.port
     yield _port("listen.port", host, port)
+    yield from _tls(settings)
     yield Finding("ok", f"agents are told to come to {settings.agents_url}", check="advertise_url")
-    if not _is_loopback(host) and settings.agents_url.startswith("http://"):
-        fix = "keep them on a trusted network, or put TLS before it and set advertise_url"
-        yield Finding("warning", f"tokens travel unencrypted to {host}", fix, "listen.host")
+    if settings.listen.insecure and settings.listen.tls is None and not is_loopback(host):
+        what = f"without TLS on {host}, viewers' and operators' tokens can be read there"
+        yield Finding("warning", what, "set listen.tls, or keep others off that network", "listen.insecure")
     if settings.rendezvous.group_address() is not None:
         what = "tcpstore unpickles what its peers send"
         yield Finding("warning", what, "use it on a trusted network only, or rendezvous: {type: hub}", "rendezvous")
+
+
+def _descriptors(settings: Settings) -> Iterator[Finding]:
+    # Under systemd another limit may hold than in this shell.
+    problem = too_few(reachable(), settings.engines, settings.trainer.world)
+    if problem is not None:
+        yield Finding("error", problem.problem, problem.fix, "open files")
+
+
+def _tls(settings: Settings) -> Iterator[Finding]:
+    tls = settings.listen.tls
+    engines = settings.engines_tls
+    try:
+        if tls is not None:
+            server_context(tls)
+            yield Finding("ok", str(tls.certificate_file), check="listen.tls")
+        client_context(engines.ca_file, engines.certificate_file, engines.key_file)
+    except ConfigError as error:
+        yield Finding("error", str(error), check="tls")
 
 
 def _port(key: str, host: str, port: int) -> Finding:
@@ -195,20 +250,13 @@ def _port(key: str, host: str, port: int) -> Finding:
     return Finding("ok", f"{host}:{port} is free", check=key)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _probe(settings: Settings) -> list[Finding]:
     known = [engine for engine in settings.engines if engine.kind in CLIENTS]  # of the others it is said already
     return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in known)))
 
 
 async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
-    client = client_of(engine, settings.pause)
+    client = client_of(engine, settings.pause, settings.engines_tls)
     try:
         facts = await client.probe(settings.deadlines.probe_seconds)
     except EngineError as error:

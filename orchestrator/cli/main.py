@@ -4,11 +4,13 @@ import argparse
 import importlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from weightsync.orchestrator.cli.audit import add_audit_commands
 from weightsync.orchestrator.cli.common import (
     Commands,
     Exit,
@@ -46,6 +48,9 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print a script by which a shell completes commands")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(run=_completion)
+    add_audit_commands(commands)
+    _add_tokens(commands)
+    _add_certs(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
     if command == "plan":
@@ -139,16 +144,64 @@ def _add_doctor(commands: Commands) -> None:
     doctor.set_defaults(run=_doctor)
 
 
+def _add_tokens(commands: Commands) -> None:
+    tokens = commands.add_parser("tokens", help="make the token files of a run, one for each role")
+    tokens.add_argument("directory", type=Path, metavar="DIR", help="the configuration's credentials")
+    tokens.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
+    tokens.set_defaults(run=_tokens)
+
+
+def _add_certs(commands: Commands) -> None:
+    certs = commands.add_parser("certs", help="make a small authority of a run, and certificates of daemon and clients")
+    certs.add_argument("directory", type=Path, metavar="DIR", help="where; what is there already is kept")
+    certs.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
+    certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
+    certs.add_argument("--days", type=count, default=365, metavar="N", help="until they expire (default 365)")
+    certs.set_defaults(run=_certs)
+
+
+def _certs(options: argparse.Namespace) -> int:
+    try:
+        from weightsync.orchestrator.cli.certs import make_certificates
+    except ModuleNotFoundError as error:
+        print(f"there is no {error.name} here. Fix: pip install 'weightsync-orchestrator[certs]'", file=sys.stderr)
+        return Exit.UNAVAILABLE
+    from weightsync.orchestrator.settings.credentials import ROLES
+
+    hosts = options.host or [socket.gethostname(), "localhost", "127.0.0.1"]
+    return _say_made(
+        options.directory, lambda: make_certificates(options.directory, hosts, options.role or ROLES, options.days)
+    )
+
+
+def _say_made(directory: Path, make: Callable[[], list[Path]]) -> int:
+    try:
+        made = make()
+    except (OSError, ValueError) as error:
+        print(f"{directory}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return Exit.CONFIG
+    print("\n".join(map(str, made)) or f"{directory} has all of them already")
+    return Exit.OK
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.settings.credentials import ROLES, make_tokens
+
+    return _say_made(options.directory, lambda: make_tokens(options.directory, tuple(options.role or ROLES)))
+
+
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
+    from weightsync.orchestrator.cli.config import findings_of
     from weightsync.orchestrator.daemon import log
-    from weightsync.orchestrator.settings.secrets import read_secret
     from weightsync.orchestrator.settings.settings import load
 
     loaded = load(options.config)
-    token = read_secret(loaded.listen.token_file)
+    errors = [finding.text for finding in findings_of(loaded) if finding.level == "error"]
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        return Exit.CONFIG
     log.configure(loaded.log)
-    log.withhold(token)
 
     from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
     from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind

@@ -3,13 +3,14 @@
 import argparse
 import asyncio
 import os
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for, token_for
 from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, positive, seconds
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
@@ -154,12 +155,12 @@ def _read(options: argparse.Namespace) -> list[Party]:
         raise Unusable("name the layouts: --from PATH_OR_URL, or --config PATH for the daemon of a configuration")
     if where.startswith(("http://", "https://")):
         token = token_for(options.token_file, settings)
-        return _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout)
+        return _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout, tls_for(where, settings))
     return read_layouts(Path(where))
 
 
-def _from_daemon(url: str, token: str | None, timeout_seconds: float) -> list[Party]:
-    data = asyncio.run(fetch(url, token, timeout_seconds, MAX_ANSWER_BYTES))
+def _from_daemon(url: str, token: str | None, timeout_seconds: float, tls: ssl.SSLContext | None) -> list[Party]:
+    data = asyncio.run(fetch(url, token, timeout_seconds, MAX_ANSWER_BYTES, tls=tls))
     try:
         view = msgspec.json.decode(data, type=LayoutsView)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

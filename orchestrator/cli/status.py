@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 from weightsync.orchestrator.cli.asking import daemon_of
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for
 from weightsync.orchestrator.cli.common import MAX_OPTION_COUNT, Exit
 from weightsync.orchestrator.cli.tables import check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
@@ -79,7 +79,8 @@ def _view(
         return None, Exit.USAGE
     url, token, settings = found
     try:
-        return decoded(asyncio.run(fetch(url + route, token, options.timeout)), kind), Exit.OK
+        data = asyncio.run(fetch(url + route, token, options.timeout, tls=tls_for(url, settings)))
+        return decoded(data, kind), Exit.OK
     except Denied as error:
         print(error, file=sys.stderr)
         return None, Exit.DENIED

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import shutil
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from weightsync.orchestrator.cli.asking import daemon_of
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for
 from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.cli.status import decoded
 from weightsync.orchestrator.cli.tables import status_text
@@ -33,17 +34,20 @@ def watch(options: argparse.Namespace) -> int:
     found = daemon_of(options)
     if found is None:
         return Exit.USAGE
-    url, token, _ = found
+    url, token, settings = found
     terminal = sys.stdout.isatty()
     with _screen(terminal):
-        return asyncio.run(_watch(f"{url}/status", token, options, terminal))
+        return asyncio.run(_watch(f"{url}/status", token, tls_for(url, settings), options, terminal))
 
 
-async def _watch(url: str, token: str | None, options: argparse.Namespace, terminal: bool) -> int:
+async def _watch(
+    url: str, token: str | None, tls: ssl.SSLContext | None, options: argparse.Namespace, terminal: bool
+) -> int:
     code, shown = Exit.OK, 0
     while True:
         try:
-            text = status_text(decoded(await fetch(url, token, options.timeout), StatusView), time.time())
+            view = decoded(await fetch(url, token, options.timeout, tls=tls), StatusView)
+            text = status_text(view, time.time())
             code = Exit.OK
         except Denied as error:
             text, code = str(error), Exit.DENIED

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import structlog
@@ -26,11 +26,21 @@ MAY_NOT: Final = ("deadlines.heartbeat_seconds", "deadlines.lost_after_heartbeat
 
 
 class Reload:
-    """Holds the settings that count. ``read`` gives the new ones; what it raises leaves the old ones in place."""
+    """Holds the settings that count. ``read`` gives the new ones; what it raises leaves the old ones in place.
 
-    def __init__(self, settings: Settings, read: Callable[[], Settings] | None, inbox: Inbox, engines: Engines) -> None:
+    ``credentials`` reads the token files anew.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        read: Callable[[], Settings] | None,
+        inbox: Inbox,
+        engines: Engines,
+        credentials: Callable[[], Awaitable[None]],
+    ) -> None:
         self.settings = settings
-        self._read, self._inbox, self._engines = read, inbox, engines
+        self._read, self._inbox, self._engines, self._credentials = read, inbox, engines, credentials
         self._asked = asyncio.Event()
 
     def stop_seconds(self) -> float:
@@ -66,12 +76,13 @@ class Reload:
                 log.error("the configuration is not taken, the old one stays", reason=reason)
 
     async def again(self) -> None:
-        """Read the configuration and take all of it, or nothing.
+        """Read the credentials and the configuration, and take all of each, or nothing.
 
         Raises:
             ConfigError: the file, or one that it names, cannot be used.
             ValueError: something in it cannot change while the daemon runs.
         """
+        await self._credentials()
         if self._read is None:
             raise ValueError("this daemon was started without a file")
         new = await asyncio.to_thread(self._read)

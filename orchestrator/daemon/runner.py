@@ -16,6 +16,10 @@ from weightsync.orchestrator.core.events import AgentLost, Event, Tick
 from weightsync.orchestrator.core.machine import start, step
 from weightsync.orchestrator.core.records import decode_record
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon import log as daemon_log
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.descriptors import raise_limit, too_few
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
@@ -40,6 +44,7 @@ from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.daemon.stopping import Stopping
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -61,7 +66,7 @@ class Runner:
 
     Raises:
         UnknownEngineKind: the settings name an engine that nobody here can talk to.
-        TokenError: the token file cannot serve.
+        ConfigError: a token file cannot serve, or there are too few descriptors.
     """
 
     def __init__(self, settings: Settings, read: Callable[[], Settings] | None = None) -> None:
@@ -77,9 +82,13 @@ class Runner:
             hello_seconds=HELLO_SECONDS,
             close_seconds=CLOSE_SECONDS,
         )
-        self.hub = Hub(
-            token_file=settings.listen.token_file, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing
-        )
+        allowed = raise_limit()
+        short = too_few(allowed, settings.engines, settings.trainer.world)
+        if short is not None:
+            raise ConfigError(settings.state_directory, short)
+        tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
+        self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
+        self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
         self._frozen_for = 0
         self.fleet: Fleet
         self.journal: AsyncJournal
@@ -120,6 +129,7 @@ class Runner:
                     group.create_task(self._tick(), name="ticks"),
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
+                    group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
                 ]
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
@@ -164,7 +174,7 @@ class Runner:
             stable=self.stable,
             meters=self.meters,
         )
-        self.reload = Reload(self.settings, self._read, self.inbox, self.engines)
+        self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
 
     async def _listen(self) -> int:
@@ -177,11 +187,14 @@ class Runner:
             journal=self.journal,
             sections=self._sections,
             applications=Applications(self.fleet, self._ask, self.inbox.next_id),
+            access=self.access,
             meters=self.meters,
             work=lambda: self.outbox.obstacle,
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
         listen = self.settings.listen
+        if listen.insecure and listen.tls is None:
+            log.warning("listen.insecure: tokens of viewers and operators can be read on its network", host=listen.host)
         return await self.hub.start(listen.host, listen.port, views.add_routes)
 
     def _sections(self) -> list[EngineSection]:

@@ -6,7 +6,6 @@ The model is a byte-level Qwen3: a token is a byte, so that its prompts and answ
 import importlib.util
 import json
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from weightsync.orchestrator.demo.children import HOST, BoundPort
+from weightsync.orchestrator.settings.credentials import make_tokens, role_file
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
@@ -138,9 +138,9 @@ class DemoRun:
         return self.directory / "config.yaml"
 
     @property
-    def token_file(self) -> Path:
-        """The token of daemon and agents."""
-        return self.directory / "token"
+    def credentials(self) -> Path:
+        """The tokens of all roles."""
+        return self.directory / "credentials"
 
     @property
     def model(self) -> Path:
@@ -166,14 +166,13 @@ class DemoRun:
             port.release()
 
     def write(self) -> None:
-        """Write the model's configuration, the text, the token and the daemon's configuration."""
+        """Write the model's configuration, the text, the tokens and the daemon's configuration."""
         for directory in (self.model, self.directory / "run"):
             directory.mkdir(parents=True)
         (self.model / "config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
         rows = [list((prompt + answer).ljust(ROW_BYTES).encode()) for prompt, answer in TEXT]
         (self.directory / "tokens.json").write_text(json.dumps(rows) + "\n")
-        self.token_file.touch(mode=0o600)
-        self.token_file.write_text(secrets.token_hex(32) + "\n")
+        make_tokens(self.credentials)
         self.config.write_text(self._configuration())
 
     def _configuration(self) -> str:
@@ -182,7 +181,7 @@ class DemoRun:
             f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"
-            f"  token_file: {json.dumps(str(self.token_file))}\n"
+            f"credentials: {json.dumps(str(self.credentials))}\n"
             f"engines:\n  - name: {ENGINE}\n    url: http://{HOST}:{self.engine.number}\n"
             f"trainer:\n  world: {RANKS}\n"
             "rescan_seconds: 1\n"
@@ -198,7 +197,8 @@ class DemoRun:
         """The command line of each trainer rank; its rank comes from the environment."""
         return [
             sys.executable, "-m", "weightsync.agents.trainer.demo",
-            "--hub", f"ws://{HOST}:{self.hub.number}/agents", "--token-file", str(self.token_file),
+            "--hub", f"ws://{HOST}:{self.hub.number}/agents",
+            "--token-file", str(role_file(self.credentials, "trainer")),
             "--run-id", "demo", "--run-dir", str(self.directory / "run"),
             "--model-config", str(self.model), "--tokens", str(self.directory / "tokens.json"),
             "--learning-rate", str(LEARNING_RATE), "--steps", str(self.steps[-1]),

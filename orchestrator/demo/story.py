@@ -21,6 +21,8 @@ from weightsync.orchestrator.demo.client import (
 )
 from weightsync.orchestrator.demo.setup import RANKS, TEXT, DemoRun, daemon_environment
 from weightsync.orchestrator.demo.show import Screen, compared, size, summary
+from weightsync.orchestrator.settings.credentials import role_file
+from weightsync.orchestrator.settings.secrets import read_tokens
 
 DAEMON_SECONDS: Final = 60.0
 TRAINER_SECONDS: Final = 300.0
@@ -67,7 +69,7 @@ class Demo:
         self._engine = EngineApi(f"http://{HOST}:{run.engine.number}")
         self._fresh = EngineApi(f"http://{HOST}:{run.fresh.number}")
         self._traffic = Traffic(self._engine)
-        self._daemon = DaemonApi(run.hub_url, run.token_file.read_text().strip())
+        self._daemon = DaemonApi(run.hub_url, read_tokens(role_file(run.credentials, "viewer"))[0])
         self._trainer_log = ""
 
     async def run(self) -> bool:

@@ -1,4 +1,8 @@
-"""What an engine says that makes itself a member: a POST of an ``Application`` in JSON, with the run's bearer token."""
+"""What an engine says that makes itself a member, in JSON over a WebSocket of one question and one answer.
+
+Both sides prove that they hold one token, as on an agent's connection (``protocol/proof.py``); the first frame is the
+engine's proof with its ``Application`` behind it, the answer is ``Admitted`` or ``Declined``.
+"""
 
 import re
 from typing import Annotated, Final, Literal
@@ -10,6 +14,12 @@ from weightsync.orchestrator.protocol.names import IDENTIFIER
 
 ENGINES_PATH: Final = "/engines"
 """Where it goes, on the daemon's own port."""
+
+MAX_APPLICATION_BYTES: Final = 192 * 1024
+"""Of an application: the URLs of MAX_SERVERS servers."""
+
+MAX_WHY_CHARS: Final = 1000
+"""Of a refusal: a sentence with a name, a URL and the fix."""
 
 Identifier = Annotated[str, msgspec.Meta(pattern=rf"^{IDENTIFIER}\Z")]
 Url = Annotated[str, msgspec.Meta(max_length=MAX_URL_CHARS)]
@@ -45,7 +55,14 @@ class Application(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     engine: Applicant
 
 
-class Admitted(msgspec.Struct, frozen=True, kw_only=True):
+class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
     """The answer: it is a member, and is to apply again after ``again_seconds``, or it will be none any more."""
 
     again_seconds: Seconds
+
+
+class Declined(msgspec.Struct, frozen=True, kw_only=True, tag="declined"):
+    """The answer: it is not taken in. ``status``: as of HTTP; ``why`` names the field, its value and the fix."""
+
+    status: int
+    why: Annotated[str, msgspec.Meta(max_length=MAX_WHY_CHARS)]

@@ -1,4 +1,4 @@
-"""Who and which: members of the fleet, versions, rounds. The words are those of docs/protocol.md."""
+"""Who and which: members, versions, rounds, an adapter's tensors. The words are those of docs/protocol.md."""
 
 import re
 from typing import Annotated, Final, Literal
@@ -75,3 +75,18 @@ def add_digests(*digests: Digest) -> Digest:
     """Sum of digests of disjoint boxes, modulo 2**64."""
     mask = (1 << 64) - 1
     return (sum(d[0] for d in digests) & mask, sum(d[1] for d in digests) & mask)
+
+
+# A LoRA adapter travels as the tensors of peft's adapter_model.safetensors, by their names. Its scaling is no tensor in
+# the files, but a line of adapter_config.json; whoever computed with another one would compute with other weights, so
+# it travels as one more tensor.
+SCALING: Final = "adapter_scaling"
+"""Name of that tensor: ``[lora_alpha, use_rslora]`` as float64, use_rslora 0 or 1. Every adapter weight is multiplied
+by lora_alpha / rank, or by lora_alpha / √rank where use_rslora is 1."""
+
+SCALING_SHAPE: Final = (2,)
+SCALING_DTYPE: Final = "float64"
+"""What Python computes with: the quotient must be the one of an engine that read the JSON."""
+
+SAVED_PREFIX: Final = "base_model.model."
+"""What peft puts before every module's name in its files."""

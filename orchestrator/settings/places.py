@@ -56,6 +56,14 @@ def usable_host_pattern(text: str) -> str:
         raise ValueError(f"{error}; nor is it a name of a host such as *.gpu.example") from error
 
 
+def is_loopback(host: str) -> bool:
+    """Whether nobody on another machine reaches what listens at ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def usable_url(text: str) -> str:
     """``text``, an HTTP URL, if its host and port can be asked for.
 

@@ -56,7 +56,9 @@ class ConfigError(Exception):
 def shown(key: Key, value: object) -> str:
     """``value`` as an error may show it: cut, and withheld where the key names a secret."""
     words = [part.lower() for part in key if isinstance(part, str)]
-    if any(word in part and not part.endswith("_file") for part in words for word in _SECRET_WORDS):
+    # What ends so, and credentials, are names of files.
+    words = [part for part in words if not part.endswith("_file") and part != "credentials"]
+    if any(word in part for part in words for word in _SECRET_WORDS):
         return "a value that is not shown"
     if isinstance(value, dict | list):
         return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"

@@ -1,27 +1,46 @@
-"""Secrets: one line in one file each, never in the configuration, the environment, the command line or the log."""
+"""Secrets: lines in files of their own, never in the configuration, the environment, the command line or the log."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token
+from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token, parse_tokens
+from weightsync.orchestrator.settings.ownership import require_ours
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
+
+T = TypeVar("T")
 
 
 def read_secret(path: Path) -> str:
     """The one-line secret in ``path``, without surrounding white space.
 
     Raises:
-        ConfigError: unreadable, empty, too long, or more than one line.
+        ConfigError: unreadable, not ours alone to write, empty, too long, or more than one line.
     """
+    return _read(path, parse_token)
+
+
+def read_tokens(path: Path) -> tuple[str, ...]:
+    """The one or two tokens in ``path``; the first is the one to present.
+
+    Raises:
+        ConfigError: as ``read_secret``.
+    """
+    return _read(path, parse_tokens)
+
+
+def _read(path: Path, parse: Callable[[bytes, object], T]) -> T:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_TOKEN_BYTES + 1)
+        require_ours(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+            data = stream.read(MAX_TOKEN_BYTES + 1) or b""
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         fix = "create it, readable by the daemon's user only (mode 0600)"
         why = getattr(error, "strerror", None) or error
         raise ConfigError(path, Problem("", "", f"secret cannot be read: {why}", fix)) from error
     try:
-        return parse_token(data, path)
+        return parse(data, path)
     except TokenError as error:
         fix = "write one line, for example: openssl rand -hex 32 > FILE"
-        problem = Problem("", "", "is no secret of one line of printable ASCII without spaces", fix)
-        raise ConfigError(path, problem) from error
+        raise ConfigError(path, Problem("", "", f"is no secret: {error}", fix)) from error

@@ -48,12 +48,42 @@ class RunSection(Section):
     directory: File = Field(description="The run directory, shared with the trainer; holds broadcasts/step_<N>/.")
 
 
+class ListenTls(Section):
+    """TLS of the daemon's listener."""
+
+    certificate_file: File = Field(
+        description="PEM file with the daemon's certificate, for the names it is reached by."
+    )
+    key_file: File = Field(description="PEM file with its key, without a password.")
+    ca_file: File = Field(description="PEM file of the authority that signed it, and the certificates of clients.")
+    client_certificates: bool = Field(
+        default=False,
+        description="Whether agents and all who ask must show a certificate of that authority, which names their role.",
+    )
+
+
+class EnginesTls(Section):
+    """How the daemon asks engines whose URL is https."""
+
+    ca_file: File | None = Field(
+        default=None, description="PEM file of the authority of their certificates; null: the system's authorities."
+    )
+    certificate_file: File | None = Field(
+        default=None, description="PEM file with the certificate that we show, if any."
+    )
+    key_file: File | None = Field(default=None, description="PEM file with its key; null: in certificate_file.")
+
+
 class ListenSection(Section):
     """Where agents and the command line reach the daemon."""
 
     host: Host = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=7410, ge=1, le=65535, description="TCP port to bind.")
-    token_file: File = Field(description="File with the bearer token that agents and the command line present.")
+    tls: ListenTls | None = Field(default=None, description="Certificate and key of the daemon; null: no TLS.")
+    insecure: bool = Field(
+        default=False,
+        description="Whether it may listen beyond this machine without TLS, on a network of friends only.",
+    )
 
 
 class EngineSection(Section):

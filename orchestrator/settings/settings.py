@@ -13,10 +13,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
 from weightsync.orchestrator.settings.anchors import anchored
+from weightsync.orchestrator.settings.credentials import role_file
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
 from weightsync.orchestrator.settings.explain import explain
-from weightsync.orchestrator.settings.places import usable_path
+from weightsync.orchestrator.settings.places import is_loopback, usable_path
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import (
     MAX_ENGINES,
@@ -24,6 +25,7 @@ from weightsync.orchestrator.settings.sections import (
     DeadlinesSection,
     EnginesAdmitSection,
     EngineSection,
+    EnginesTls,
     File,
     HubSection,
     ListenSection,
@@ -48,7 +50,11 @@ class Settings(BaseSettings):
 
     run: RunSection
     state_directory: File = Field(description="Local directory of the journal; never on a network file system.")
-    listen: ListenSection
+    listen: ListenSection = ListenSection()
+    credentials: File = Field(
+        description="Directory of the token files, one for each role: trainer.token, engine.token, viewer.token,"
+        " operator.token (weightsync-orchestrator tokens DIR makes them)."
+    )
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
     )
@@ -56,11 +62,12 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         max_length=MAX_PATH_BYTES,
-        description="Path of the token on the engines' hosts; null: the same as listen.token_file.",
+        description="Path of the engines' token on their hosts; null: engine.token in credentials.",
     )
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
         default=(), max_length=MAX_ENGINES, description="The vLLM servers."
     )
+    engines_tls: EnginesTls = EnginesTls()
     engines_from: File | None = Field(
         default=None, description="File, or directory of files, with further engines; read again when it changes."
     )
@@ -102,18 +109,34 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nobody_listens_in(self) -> "Settings":
+        listen, scheme = self.listen, "https" if self.listen.tls else "http"
+        if listen.tls is None and not listen.insecure and not is_loopback(listen.host):
+            raise ValueError(
+                f"listen.host is {listen.host}, beyond this machine, and there is no TLS: give listen.tls"
+                " (weightsync-orchestrator certs makes what it needs), or say listen.insecure: true where nobody else"
+                " can reach that network"
+            )
+        if self.advertise_url is not None and not self.advertise_url.startswith(f"{scheme}://"):
+            raise ValueError(
+                f"advertise_url is {self.advertise_url}, and the daemon speaks {scheme} (listen.tls): TLS has to end at"
+                " the daemon, whose certificate the agents' proofs cover"
+            )
+        return self
+
     @property
     def agents_url(self) -> str:
         """The URL that agents use: ``advertise_url``, else the listening address."""
         if self.advertise_url is not None:
             return self.advertise_url.rstrip("/")
         host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
-        return f"http://{host}:{self.listen.port}"
+        return f"{'http' if self.listen.tls is None else 'https'}://{host}:{self.listen.port}"
 
     @property
     def agents_token_path(self) -> str:
         """Where the engines' agents find the token, on their own hosts."""
-        return self.agents_token_file or str(self.listen.token_file)
+        return self.agents_token_file or str(role_file(self.credentials, "engine"))
 
     @property
     def journal_path(self) -> Path:

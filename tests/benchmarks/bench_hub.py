@@ -41,6 +41,8 @@ from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
 from weightsync.agents.link.client import ControlClient
 from weightsync.agents.link.connection import DaemonConnection
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.door import DoorLimits
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
@@ -59,6 +61,8 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.proof import Challenge
+from weightsync.orchestrator.settings.credentials import make_tokens
 
 RUN: Final = "bench"
 LAYOUT_BYTES: Final = 20_000
@@ -142,8 +146,8 @@ def measure_hub(agents: int) -> HubResult:
     result = HubResult([], [], [])
     for _ in range(REPEATS if agents < MANY else REPEATS_OF_MANY):
         with tempfile.TemporaryDirectory() as directory:
-            token_file = Path(directory, "token")
-            token_file.write_text("token-of-the-benchmark\n")
+            token_file = Path(directory, "engine.token")
+            make_tokens(token_file.parent)
             with Child(serve, token_file, agents) as daemon:
                 port = daemon.receive()
                 with Child(live, token_file, agents, port) as fleet:
@@ -152,6 +156,10 @@ def measure_hub(agents: int) -> HubResult:
                     result.barriers.append([barrier for barrier, _ in barriers])
                     result.spans.append([span for _, span in barriers])
     return result
+
+
+ALL_AT_ONCE = DoorLimits(strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS)
+"""Here all agents connect first and say their Hello at one moment, from one address."""
 
 
 def serve(pipe: Pipe, token_file: Path, agents: int) -> None:
@@ -175,7 +183,12 @@ class Coordinator:
     async def serve(self, token_file: Path) -> None:
         timing = HubTiming(HEARTBEAT_SECONDS, LOST_AFTER_HEARTBEATS, SETUP_SECONDS, CLOSE_SECONDS)
         next_id = itertools.count(1).__next__
-        self._hub = Hub(token_file=token_file, post=self.on_event, next_id=next_id, timing=timing)
+        self._hub = Hub(
+            access=Access(token_file.parent, RUN, str, None, ALL_AT_ONCE),
+            post=self.on_event,
+            next_id=next_id,
+            timing=timing,
+        )
         self._pipe.send(await self._hub.start("127.0.0.1", 0))
         await closed(self._pipe)
         await self._hub.close()
@@ -239,10 +252,10 @@ class GatedClient(ControlClient):
 
     gate: "Gate"
 
-    async def _dial(self, session: aiohttp.ClientSession) -> DaemonConnection:
-        connection = await super()._dial(session)
+    async def _dial(self, session: aiohttp.ClientSession) -> tuple[DaemonConnection, str, Challenge]:
+        dialled = await super()._dial(session)
         await self.gate.pass_through()
-        return connection
+        return dialled
 
 
 class Gate:

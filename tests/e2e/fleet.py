@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 from serving import HOST, VllmServer, free_port
+from weightsync.orchestrator.settings.credentials import make_tokens
 
 HERE = Path(__file__).resolve().parent
 DAEMON_READY_SECONDS = 20.0
@@ -138,10 +138,9 @@ class Fleet:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "run").mkdir(exist_ok=True)
-        self.token = self.directory / "token"
-        if not self.token.exists():
-            self.token.write_text(secrets.token_hex(16))
-            self.token.chmod(0o600)
+        self.credentials = self.directory / "credentials"
+        make_tokens(self.credentials)
+        self.token = self.credentials / "trainer.token"
         self.config = self.directory / "config.yaml"
         self.config.write_text(yaml.safe_dump(self._document()))
 
@@ -150,7 +149,8 @@ class Fleet:
         document: dict[str, Any] = {
             "run": {"id": self.run_id, "directory": str(self.directory / "run")},
             "state_directory": str(self.directory / "state"),
-            "listen": {"host": self.host, "port": self.port, "token_file": str(self.token)},
+            "listen": {"host": self.host, "port": self.port} | ({} if self.host == HOST else {"insecure": True}),
+            "credentials": str(self.credentials),
             "engines": [{"name": name, "url": server.url} for name, server in self.engines.items()],
             "deadlines": quick,
             "rescan_seconds": 1,
@@ -189,8 +189,7 @@ class Fleet:
 
     def ask(self, path: str) -> Any:
         """GET of the daemon's admin routes; None when it does not answer."""
-        headers = {"Authorization": f"Bearer {self.token.read_text().strip()}"}
-        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers=headers)
+        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers=self._operator())
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 body = response.read()
@@ -200,11 +199,14 @@ class Fleet:
 
     def order(self, verb: str, target: str = "") -> None:
         """An operator's verb; raises if it is refused."""
-        headers = {"Authorization": f"Bearer {self.token.read_text().strip()}", "Content-Type": "application/json"}
+        headers = {**self._operator(), "Content-Type": "application/json"}
         body = json.dumps({"target": target, "reason": "a test", "by": "tests"}).encode()
-        url = f"http://{HOST}:{self.port}/verbs/{verb}"
+        url = f"http://{self.host}:{self.port}/verbs/{verb}"
         with urllib.request.urlopen(urllib.request.Request(url, body, headers, method="POST"), timeout=5):
             pass
+
+    def _operator(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {(self.credentials / 'operator.token').read_text().strip()}"}
 
     def status(self) -> Any:
         return self.ask("/status")

@@ -17,7 +17,7 @@ def server_of(whole: Fleet, name: str, model: Path) -> VllmServer:
     port = free_port()
     env = {
         "WEIGHTSYNC_HUB_URL": f"ws://127.0.0.1:{whole.port}/agents",
-        "WEIGHTSYNC_TOKEN_FILE": str(whole.token),
+        "WEIGHTSYNC_TOKEN_FILE": str(whole.credentials / "engine.token"),
         "WEIGHTSYNC_RUN_ID": whole.run_id,
         "WEIGHTSYNC_ENGINE": name,
         "WEIGHTSYNC_ENGINE_URL": f"http://127.0.0.1:{port}",

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import socket
 import sqlite3
 import subprocess
@@ -26,6 +27,7 @@ from tiny_models import model_shapes, qwen3_config
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from weightsync.agents.link.client import RefusedForGood
+from weightsync.agents.link.token import read_token
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import UnfitTensor, UnreadTensors
 from weightsync.agents.trainer.models import model_table
@@ -35,6 +37,14 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Welcome
 from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    Challenge,
+    agent_proof,
+    key_of,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -212,9 +222,16 @@ WRONG_WORDS: list[dict[str, Any]] = [
 @contextlib.contextmanager
 def agent(whole: Fleet, **change: Any) -> Iterator[ClientConnection]:
     """The connection of an agent that has said Hello, in bytes of its own."""
-    headers = {"Authorization": f"Bearer {whole.token.read_text()}"}
+    hello = HELLO | change
+    role = "trainer" if hello["member"][0] == "trainer" else "engine"
+    token = read_token(whole.credentials / f"{role}.token")
+    nonce = secrets.token_hex(NONCE_BYTES)
+    headers = {KEY_HEADER: key_of(token), NONCE_HEADER: nonce}
     with connect(f"ws://{HOST}:{whole.port}/agents", additional_headers=headers, compression=None) as socket:
-        socket.send(msgspec.msgpack.encode(HELLO | change))
+        assert socket.response is not None
+        challenge = Challenge(whole.run_id, nonce, socket.response.headers[NONCE_HEADER], b"")
+        frame = msgspec.msgpack.encode(hello)
+        socket.send(agent_proof(token, challenge, frame) + frame)
         yield socket
 
 

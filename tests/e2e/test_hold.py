@@ -126,10 +126,9 @@ def test_a_load_balancer_is_told_that_it_is_held(held: Held) -> None:
 
 
 def test_the_doctor_knows_it_by_what_it_says_of_itself(held: Held, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("0123456789abcdef0123")
     config = tmp_path / "config.yaml"
     config.write_text(
-        "run: {id: glm, directory: .}\nstate_directory: state\nlisten: {token_file: token}\nengines:\n"
+        "run: {id: glm, directory: .}\nstate_directory: state\ncredentials: credentials\nengines:\n"
         f"  - {{name: a, url: '{held.server.url}'}}\n  - {{name: b, url: '{held.server.url}/v1'}}\n"
     )
     settings = load(config, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.settings.credentials import ROLES
 from weightsync.orchestrator.settings.settings import load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -27,7 +28,9 @@ def test_the_unit_does_not_restart_what_cannot_get_better() -> None:
     assert service["Restart"] == "on-failure"
     assert set(service["RestartPreventExitStatus"].split()) == {str(Exit.USAGE.value), str(Exit.CONFIG.value)}
     assert unit()["Unit"]["StartLimitIntervalSec"] == "0"
-    assert service["LoadCredential"].startswith("token:")
+    assert int(service["LimitNOFILE"]) >= 65536
+    loaded = re.findall(r"^LoadCredential=(\S+):/etc/weightsync/credentials/(\S+)$", UNIT.read_text(), re.MULTILINE)
+    assert loaded == [(f"{role}.token",) * 2 for role in ROLES]
     for hardening in ("NoNewPrivileges", "ProtectHome", "PrivateDevices", "RestrictSUIDSGID"):
         assert service[hardening] == "yes"
 
@@ -38,7 +41,7 @@ def test_the_units_environment_fits_the_settings(tmp_path: Path) -> None:
     given = dict(re.findall(r"^Environment=(WEIGHTSYNC__\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
     assert len(given) == 3
     settings = load(tmp_path / "config.yaml", {key: value.replace("%d", "/cred") for key, value in given.items()})
-    assert settings.listen.token_file == Path("/cred/token")
+    assert settings.credentials == Path("/cred")
     assert settings.log.format == "json"
 
 
@@ -55,6 +58,7 @@ STUBS = {
             *) while [ "$(cat "$COUNT" 2> /dev/null)" != 2 ]; do command sleep 0.02; done ;;
         esac""",
     "sleep": "exit 0",
+    "weightsync-orchestrator": 'echo "$*" >> "$CALLS"',
 }
 
 
@@ -83,12 +87,17 @@ def test_the_job_writes_a_configuration_that_loads_and_restarts_the_daemon(job: 
     assert "ended with 70 and is started again" in done.stderr
     settings = load(tmp_path / "run" / "weightsync.yaml", {})
     assert settings.run.id == "glm"
-    assert settings.agents_url == "http://n0:7410"
+    assert settings.agents_url == "https://n0:7410"
     assert settings.trainer.world == 16
     assert [(engine.name, engine.url) for engine in settings.engines] == [
         ("engine-0", "http://e0:8000"), ("engine-1", "http://e1:8000"),
     ]  # fmt: skip
-    assert settings.listen.token_file.stat().st_mode & 0o077 == 0
+    assert settings.credentials == tmp_path / "run" / ".weightsync-credentials"
+    assert settings.listen.tls is not None
+    certificates = tmp_path / "run" / ".weightsync-certificates"
+    assert settings.listen.tls.ca_file == certificates / "ca.pem"
+    assert any(call == f"certs {certificates} --host n0" for call in (tmp_path / "calls").read_text().splitlines())
+    assert any(call == f"tokens {settings.credentials}" for call in (tmp_path / "calls").read_text().splitlines())
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("weightsync-orchestrator run" in call for call in calls) == 2
     assert any(call.endswith("python -m trainer") for call in calls)

@@ -10,7 +10,7 @@ from weightsync.agents.trainer.errors import AdapterError, UnreadTensors
 from weightsync.agents.trainer.sources.lora import FACTOR
 from weightsync.agents.trainer.sources.modules import module_tensors
 from weightsync.agents.trainer.sources.names import plain_names
-from weightsync.orchestrator.protocol.adapter import SAVED_PREFIX, SCALING
+from weightsync.orchestrator.protocol.names import SAVED_PREFIX, SCALING
 
 MODEL_CHANGING: Final = ("pissa", "olora", "corda", "loftq")
 """How peft may begin an adapter so that it changes the base, which engines keep: ``init_lora_weights``."""

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from weightsync.agents.memory.arena import ALIGNMENT, arena, region_of
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE, logger
 from weightsync.agents.vllm.lora.declared import CONFIG, WEIGHTS, AdapterRefused, Declared
-from weightsync.orchestrator.protocol.adapter import SAVED_PREFIX, SCALING, SCALING_DTYPE, SCALING_SHAPE
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Tensor, row
 from weightsync.orchestrator.protocol.limits import MAX_LEFT_OUT, MAX_LEFT_OUT_CHARS
+from weightsync.orchestrator.protocol.names import SAVED_PREFIX, SCALING, SCALING_DTYPE, SCALING_SHAPE
 
 MEMORY_FILES: Final = Path("/dev/shm")
 """Where the files lie while vLLM reads them, if there is such a place: memory, no disk."""

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,10 +72,8 @@ def run_directory(path: Path) -> Iterator[Finding]:
 
 
 def state_directory(path: Path) -> Iterator[Finding]:
-    """Whether records can be written, how fast, how many more, and by whom else."""
+    """Whether records can be written, how fast, and how many more."""
     yield from _of(path, "state_directory", SLOW_JOURNAL_SECONDS, "a round waits for four records", LOW_BYTES)
-    if path.is_dir():
-        yield from _owned(path)
 
 
 def _of(path: Path, key: str, slow: float, why: str, enough: int) -> Iterator[Finding]:
@@ -108,17 +105,6 @@ def judged(trial: Trial, path: Path, key: str, slow: float, why: str, enough: in
         well = False
     if well:
         yield Finding("ok", f"{path} takes a file in {trial.seconds * 1e3:.1f} ms", check=key)
-
-
-def _owned(path: Path) -> Iterator[Finding]:
-    found = path.stat()
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o022:
-        what = f"{path} has mode {mode:04o}: others can put another journal there, which the daemon would believe"
-        yield Finding("warning", what, f"chmod 700 {path}", "state_directory")
-    if found.st_uid not in (os.geteuid(), 0):
-        what = f"{path} belongs to user {found.st_uid}, and this is user {os.geteuid()}"
-        yield Finding("warning", what, "let it belong to the daemon's user, and run doctor as that", "state_directory")
 
 
 def room_for_checkpoints(path: Path, version_bytes: int) -> Iterator[Finding]:

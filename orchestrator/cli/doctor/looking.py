@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import ssl
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -28,14 +29,14 @@ class Heard:
     skew: float | None
 
 
-async def look(url: str, seconds: float, api_key: str | None = None) -> Heard:
-    """Ask once, over a connection of its own, in a total of ``seconds``.
+async def look(url: str, seconds: float, api_key: str | None = None, tls: ssl.SSLContext | None = None) -> Heard:
+    """Ask once, over a connection of its own, in a total of ``seconds``. ``tls``: for an https URL.
 
     Raises:
         Silent.
     """
     headers = {"Accept-Encoding": "identity"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
-    connector = aiohttp.TCPConnector(force_close=True)
+    connector = aiohttp.TCPConnector(force_close=True, ssl=tls or True)
     try:
         async with (
             asyncio.timeout(seconds),

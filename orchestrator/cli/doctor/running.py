@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, token_for
+from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for, token_for
+from weightsync.orchestrator.daemon.access.descriptors import reachable
 from weightsync.orchestrator.daemon.admin.views import StatusView
 from weightsync.orchestrator.protocol.findings import Finding, Level
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings
 
 FILES_BESIDE: Final = 256
@@ -25,11 +27,13 @@ async def daemon(settings: Settings, timeout_seconds: float) -> list[Finding]:
     """What the daemon at the configured URL says of itself."""
     url = settings.agents_url
     try:
-        data = await fetch(f"{url}/status", token_for(None, settings), timeout_seconds)
+        data = await fetch(f"{url}/status", token_for(None, settings), timeout_seconds, tls=tls_for(url, settings))
         status = msgspec.json.decode(data, type=StatusView)
-    except Denied:
-        what = f"{url} refuses the token of {settings.listen.token_file}"
-        return [Finding("error", what, "give both the same token file; restart the daemon if it has changed", "daemon")]
+    except ConfigError as error:  # of the files config check tells all, and this one may be run by somebody else
+        return [Finding("note", f"not asked: {error}", "run doctor as the daemon's user", "daemon")]
+    except Denied as error:
+        fix = f"is it another run's daemon? It reads {settings.credentials} again whenever that changes"
+        return [Finding("error", str(error).partition(". Fix: ")[0], fix, "daemon")]
     except Unreachable as error:
         return [Finding("note", f"none runs that could be asked: {error}", check="daemon")]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -99,8 +103,8 @@ def open_files(limit: int, agents: int, engines: int) -> Iterator[Finding]:
 
 
 def file_limit(pid: int | None) -> int:
-    """The soft limit of open files of a process (None: this one); -1: there is none."""
-    soft, _ = (
-        resource.getrlimit(resource.RLIMIT_NOFILE) if pid is None else resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    )
+    """The soft limit of open files of a running daemon, -1: there is none; None: of one that would start here."""
+    if pid is None:
+        return reachable()
+    soft, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     return -1 if soft == resource.RLIM_INFINITY else soft

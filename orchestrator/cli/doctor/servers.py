@@ -1,6 +1,7 @@
 """The engines' servers, asked: is each the one that is meant, with our routes and our backend, and only one?"""
 
 import asyncio
+import ssl
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from weightsync.orchestrator.protocol.findings import Finding, Level, broke
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
+from weightsync.orchestrator.settings.tls import client_context
 
 LOOKS: Final = 4
 """At one URL, each over a connection of its own: a balancer over two servers shows the same one by chance in one of
@@ -26,6 +28,9 @@ SKEW_SECONDS: Final = 3.0
 
 AT_ONCE: Final = 32
 """Engines that are asked at a time."""
+
+
+Tls = ssl.SSLContext | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +61,24 @@ async def ask_all(settings: Settings, seconds: float, urls: Mapping[str, EngineS
 
 async def _ask(engine: EngineSection, url: str, settings: Settings, seconds: float) -> Seen:
     check = f"engine {engine.name}"
-    client = client_of(engine.model_copy(update={"url": url, "more_urls": ()}), settings.pause)
+    client = client_of(engine.model_copy(update={"url": url, "more_urls": ()}), settings.pause, settings.engines_tls)
+    files = settings.engines_tls
+    tls = client_context(files.ca_file, files.certificate_file, files.key_file) if url.startswith("https:") else None
     try:
         facts = await client.probe(seconds)
     except EngineUnreachable as error:
-        return Seen(engine.name, url, None, None, (await _silent(error, url, check, seconds),))
+        return Seen(engine.name, url, None, None, (await _silent(error, url, check, seconds, tls),))
     except EngineError as error:
-        return Seen(engine.name, url, None, None, (await _unfit(error, url, check, seconds),))
+        return Seen(engine.name, url, None, None, (await _unfit(error, url, check, seconds, tls),))
     finally:
         await client.close()
     key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
     # One by one: the first costs the server seconds, which looks up what it remembers for the others.
-    looks = [await _look(url + INFO, seconds, key) for _ in range(LOOKS)]
+    looks = [await _look(url + INFO, seconds, key, tls) for _ in range(LOOKS)]
     infos = [info for info in (server_info(each.body) for each in looks if each is not None) if info is not None]
     info = infos[0] if infos else None
     # Of a light answer: a server that is busy tells the date at which it began to be.
-    dates = [await _look(f"{url}/health", seconds, key) for _ in range(LOOKS)]
+    dates = [await _look(f"{url}/health", seconds, key, tls) for _ in range(LOOKS)]
     findings = [*_backend(info, check), *_balancer(infos, url, check), *clocks(dates, check)]
     if not any(finding.level in ("error", "warning") for finding in findings):
         told = f", {BACKEND} backend" if info is not None else ""
@@ -79,27 +86,27 @@ async def _ask(engine: EngineSection, url: str, settings: Settings, seconds: flo
     return Seen(engine.name, url, info, facts, tuple(findings))
 
 
-async def _look(url: str, seconds: float, key: str | None) -> Heard | None:
+async def _look(url: str, seconds: float, key: str | None, tls: Tls) -> Heard | None:
     try:
-        return await look(url, seconds, key)
+        return await look(url, seconds, key, tls)
     except Silent:
         return None
 
 
-async def _silent(error: EngineError, url: str, check: str, seconds: float) -> Finding:
+async def _silent(error: EngineError, url: str, check: str, seconds: float, tls: Tls) -> Finding:
     """What is there in the place of a server that does not answer as one."""
     try:
-        await look(f"{url}/health", seconds)
+        await look(f"{url}/health", seconds, tls=tls)
     except Silent as silent:
         fix = "start the server, or give the port of vLLM (--port) in url; is a firewall between?"
         return Finding("warning", f"{url}: {silent}", fix, check)
     return Finding("warning", str(error), "look what stands between the daemon and the server", check)
 
 
-async def _unfit(error: EngineError, url: str, check: str, seconds: float) -> Finding:
+async def _unfit(error: EngineError, url: str, check: str, seconds: float, tls: Tls) -> Finding:
     """Something answers, and it is no vLLM that can take part."""
     try:
-        health, ours = await look(f"{url}/health", seconds), await look(f"{url}/healthz", seconds)
+        health, ours = [await look(url + path, seconds, tls=tls) for path in ("/health", "/healthz")]
     except Silent as silent:
         return Finding("warning", f"{url}: {silent}", "is it busy, or still starting? Look at its log", check)
     if 300 <= health.status < 400:

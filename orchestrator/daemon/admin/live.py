@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.overview import Overview
@@ -14,7 +15,6 @@ from weightsync.orchestrator.daemon.admin.readiness import readiness
 from weightsync.orchestrator.daemon.admin.routes import application_routes, routes, verb_routes
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.hub.token import read_token
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.metrics import render
@@ -41,25 +41,21 @@ class LiveViews:
         journal: AsyncJournal,
         verbs: Verbs,
         applications: Applications,
+        access: Access,
         meters: Meters,
         work: Callable[[], str],
         sections: Callable[[], Iterable[EngineSection]] | None = None,
     ) -> None:
-        self._settings, self._fleet, self._history = settings, fleet, history
+        self._fleet, self._history = fleet, history
         self._overview = Overview(settings, time.time(), sections)
         self._markers, self._layouts, self._journal = markers, layouts, journal
-        self._verbs, self._applications = verbs, applications
+        self._verbs, self._applications, self._access = verbs, applications, access
         self._meters, self._work = meters, work
 
     def add_routes(self, app: web.Application) -> None:
-        """Serve these views, the verbs and engines that apply in ``app``, to whoever bears the daemon's token.
-
-        Raises:
-            TokenError: the token file cannot serve.
-        """
-        token = read_token(self._settings.listen.token_file)
-        app.router.add_routes(routes(self, token))
-        app.router.add_routes([*verb_routes(self._verbs, token), *application_routes(self._applications, token)])
+        """Serve these views, the verbs and engines that apply in ``app``, whose guard knows who may."""
+        app.router.add_routes([*routes(self), *verb_routes(self._verbs)])
+        app.router.add_routes(application_routes(self._applications, self._access))
 
     async def status(self) -> StatusView:
         """What ``/status`` answers."""

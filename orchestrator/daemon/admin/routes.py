@@ -1,23 +1,35 @@
-"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics, POST /verbs/VERB and POST /engines, by which
-engines make themselves members, with the bearer token.
+"""The daemon's HTTP routes: /status, /rounds, /plan/layouts, /metrics, POST /verbs/VERB, and /engines, by which engines
+make themselves members.
 
-/healthz, /readyz and /engines/NAME/ready need none, because supervisors and load balancers hold no token: the first
-says only that the loop turns, the second that what is decided is also done, the third in one word whether requests
-should go to an engine.
+Who may use which is in ``daemon/access/policy.py``. /healthz, /readyz and /engines/NAME/ready need no credential,
+because supervisors and load balancers hold none: the first says only that the loop turns, the second that what is
+decided is also done, the third in one word whether requests should go to an engine. Over /engines tokens are proved and
+not sent, as on the agents' connections.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeVar
+import contextlib
+from typing import Final, Protocol
 
 import msgspec
 from aiohttp import hdrs, web
+from websockets.frames import CloseCode
+from weightsync.orchestrator.daemon.access.access import Access, Claim, NotAdmitted
+from weightsync.orchestrator.daemon.access.guard import CREDENTIAL
 from weightsync.orchestrator.daemon.admin.applications import ApplicationRefused, Applications
-from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused, Verbs
+from weightsync.orchestrator.daemon.admin.verbs import Asker, Order, VerbRefused, Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, RoundsView, StatusView
-from weightsync.orchestrator.daemon.hub.token import bears
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE
-from weightsync.orchestrator.protocol.application import ENGINES_PATH, Application
+from weightsync.orchestrator.protocol.application import (
+    ENGINES_PATH,
+    MAX_APPLICATION_BYTES,
+    MAX_WHY_CHARS,
+    Admitted,
+    Application,
+    Declined,
+)
+from weightsync.orchestrator.protocol.codec import ProtocolError
+from weightsync.orchestrator.protocol.proof import PROOF_BYTES
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_ROUNDS: Final = 10_000
@@ -25,18 +37,14 @@ MAX_ROUNDS: Final = 10_000
 
 DEFAULT_ROUNDS: Final = 20
 
-Body = TypeVar("Body")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 MAX_ORDER_BYTES: Final = 16_384
 """Of the body of a verb; its texts are bounded each."""
 
-MAX_APPLICATION_BYTES: Final = 192 * 1024
-"""Of an engine's application: the URLs of MAX_SERVERS servers."""
-
 BODY_SECONDS: Final = 10.0
-"""For a body to come."""
+"""For a body, or an engine's application, to come."""
+
+CLOSE_SECONDS: Final = 2.0
+"""For the closing handshake with an engine that has applied."""
 
 
 class Views(Protocol):
@@ -61,8 +69,8 @@ class Views(Protocol):
         """Whether requests should go to the engine, and what it is in a few words; None: there is none."""
 
 
-def routes(views: Views, token: str) -> list[web.RouteDef]:
-    """The routes; all but those for supervisors and load balancers demand ``token``."""
+def routes(views: Views) -> list[web.RouteDef]:
+    """The routes that change nothing."""
 
     async def show_status(_: web.Request) -> web.StreamResponse:
         return _json(await views.status())
@@ -95,41 +103,79 @@ def routes(views: Views, token: str) -> list[web.RouteDef]:
         web.get("/healthz", _show_health),
         web.get("/readyz", show_work),
         web.get("/engines/{engine}/ready", show_ready),
-        web.get("/status", _guarded(show_status, token)),
-        web.get("/rounds", _guarded(show_rounds, token)),
-        web.get("/metrics", _guarded(show_metrics, token)),
-        web.get("/plan/layouts", _guarded(show_layouts, token)),
+        web.get("/status", show_status),
+        web.get("/rounds", show_rounds),
+        web.get("/metrics", show_metrics),
+        web.get("/plan/layouts", show_layouts),
     ]
 
 
-def verb_routes(verbs: Verbs, token: str) -> list[web.RouteDef]:
+def verb_routes(verbs: Verbs) -> list[web.RouteDef]:
     """The route of the operator's verbs; a refusal is plain text that says what there is instead."""
 
     async def perform(request: web.Request) -> web.StreamResponse:
-        order = await _body(request, Order, MAX_ORDER_BYTES)
+        order = await _order_in(request)
         try:
-            return _json(await verbs.perform(request.match_info["verb"], order, request.remote or "unknown"))
+            asker = Asker(request.remote or "unknown", request.match_info[CREDENTIAL])
+            return _json(await verbs.perform(request.match_info["verb"], order, asker))
         except VerbRefused as refused:
             return web.Response(status=refused.status, text=f"{refused}\n")
 
-    return [web.post("/verbs/{verb}", _guarded(perform, token))]
+    return [web.post("/verbs/{verb}", perform)]
 
 
-def application_routes(applications: Applications, token: str) -> list[web.RouteDef]:
-    """The route by which engines make themselves members; a refusal is plain text: field, value, fix."""
+def application_routes(applications: Applications, access: Access) -> list[web.RouteDef]:
+    """The route by which engines make themselves members: a WebSocket of one question and one answer.
+
+    A refusal says the field, its value and the fix. Whoever proves nothing is told nothing.
+    """
 
     async def receive(request: web.Request) -> web.StreamResponse:
-        application = await _body(request, Application, MAX_APPLICATION_BYTES)
+        remote = request.remote or "unknown"
         try:
-            return _json(await applications.receive(application, request.remote or "unknown"))
-        except ApplicationRefused as refused:
-            return web.Response(status=refused.status, text=f"{refused}\n")
+            claim = access.claim_of(request, "apply")
+        except NotAdmitted as error:
+            access.refusals.say("engine turned away", remote=remote, reason=str(error))
+            return web.Response(status=error.status, text=f"{error}\n")
+        socket = web.WebSocketResponse(
+            compress=False, max_msg_size=PROOF_BYTES + MAX_APPLICATION_BYTES, timeout=CLOSE_SECONDS
+        )
+        socket.headers.update(claim.headers())
+        await socket.prepare(request)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                said = claim.said_in(await socket.receive_bytes())
+        except (TimeoutError, TypeError, ProtocolError) as error:  # TypeError: of another kind, too long, or the end
+            reason = str(error) or f"nothing has come within {BODY_SECONDS:g} s"
+            access.refusals.say("engine turned away", remote=remote, reason=clean(reason))
+            await socket.close(code=CloseCode.POLICY_VIOLATION)
+            return socket
+        access.guard.let_in(request.transport)
+        answer = await _answered(applications, claim, said, remote)
+        with contextlib.suppress(ConnectionError):  # it did not wait, and will say it again
+            await socket.send_bytes(msgspec.json.encode(answer))
+            await socket.close()
+        return socket
 
-    return [web.post(ENGINES_PATH, _guarded(receive, token))]
+    return [web.get(ENGINES_PATH, receive)]
 
 
-async def _body(request: web.Request, kind: type[Body], limit: int) -> Body:
-    """The body of ``request``, in JSON.
+async def _answered(applications: Applications, claim: Claim, said: bytes, remote: str) -> Admitted | Declined:
+    try:
+        application = msgspec.json.decode(said, type=Application)
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and texts that are no UTF-8, are ValueErrors
+        return Declined(status=400, why=clean(f"this is no application: {error}", MAX_WHY_CHARS))
+    wrong = claim.refuses_engine(application.engine.name)
+    if wrong:
+        return Declined(status=403, why=clean(wrong, MAX_WHY_CHARS))
+    try:
+        return await applications.receive(application, remote)
+    except ApplicationRefused as refused:
+        return Declined(status=refused.status, why=clean(str(refused), MAX_WHY_CHARS))
+
+
+async def _order_in(request: web.Request) -> Order:
+    """The order in the body of ``request``, in JSON.
 
     Raises:
         web.HTTPBadRequest: it is too large, does not come, or is something else.
@@ -137,25 +183,17 @@ async def _body(request: web.Request, kind: type[Body], limit: int) -> Body:
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while len(data) <= limit and (chunk := await request.content.read(limit + 1 - len(data))):
+            while len(data) <= MAX_ORDER_BYTES and (
+                chunk := await request.content.read(MAX_ORDER_BYTES + 1 - len(data))
+            ):
                 data += chunk
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit} bytes")
-        return msgspec.json.decode(data, type=kind)
+        if len(data) > MAX_ORDER_BYTES:
+            raise ValueError(f"it has more than {MAX_ORDER_BYTES} bytes")
+        return msgspec.json.decode(data, type=Order)
     except TimeoutError:
         raise web.HTTPBadRequest(text=f"the body has not come within {BODY_SECONDS:g} s\n") from None
-    except (ValueError, RecursionError) as error:  # msgspec's errors, and texts that are no UTF-8, are ValueErrors
-        raise web.HTTPBadRequest(text=f"the body is no {kind.__name__.lower()}: {clean(str(error))}\n") from None
-
-
-def _guarded(handler: Handler, token: str) -> Handler:
-    async def guard(request: web.Request) -> web.StreamResponse:
-        if bears(request, token):
-            return await handler(request)
-        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"}
-        return web.Response(status=401, text="wrong or missing token\n", headers=headers)
-
-    return guard
+    except (ValueError, RecursionError) as error:
+        raise web.HTTPBadRequest(text=f"the body is no order: {clean(str(error))}\n") from None
 
 
 async def _show_health(_: web.Request) -> web.StreamResponse:

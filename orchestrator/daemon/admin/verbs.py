@@ -3,9 +3,11 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
+import structlog
 from weightsync.orchestrator.core.events import (
     AbortAsked,
     Asked,
@@ -25,6 +27,8 @@ from weightsync.orchestrator.daemon.admin.views import VerbView
 from weightsync.orchestrator.protocol.limits import MAX_STEP
 from weightsync.orchestrator.protocol.text import clean
 
+log = structlog.get_logger(__name__)
+
 MAX_REASON: Final = 300
 MAX_WHO: Final = 120
 MAX_TARGET: Final = 200
@@ -42,6 +46,14 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     target: Annotated[str, msgspec.Meta(max_length=MAX_TARGET)] = ""
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)] = ""
     by: Annotated[str, msgspec.Meta(max_length=MAX_WHO)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks: its address, and the credential that it came with (``operator``, or ``operator NAME``)."""
+
+    address: str
+    credential: str
 
 
 class VerbRefused(Exception):
@@ -72,23 +84,23 @@ class Verbs:
         self.fleet = fleet
         self._audit, self._post, self._next_id = audit, post, next_id
 
-    async def perform(self, verb: str, order: Order, address: str) -> VerbView:
-        """Do it, and say what happens now. ``address``: of the peer that asks.
+    async def perform(self, verb: str, order: Order, asker: Asker) -> VerbView:
+        """Do it, and say what happens now.
 
         Raises:
             VerbRefused: unknown verb or target (404), not now (409), not written (503).
         """
         order = Order(
             target=clean(order.target, MAX_TARGET), reason=clean(order.reason, MAX_REASON),
-            by=clean(order.by, MAX_WHO) or address,
+            by=clean(order.by, MAX_WHO) or asker.address,
         )  # fmt: skip
         try:
             _, says = self._check(verb, order)
         except VerbRefused as refused:
-            await self._write(verb, order, address, f"refused: {refused}")
+            await self._write(verb, order, asker, f"refused: {refused}")
             raise
         # First the audit log: what it does not hold is not done.
-        await self._write(verb, order, address, says)
+        await self._write(verb, order, asker, says)
         event, says = self._check(verb, order)  # anew: the disk may have taken its time
         try:
             async with asyncio.timeout(DURABLE_SECONDS):
@@ -105,16 +117,17 @@ class Verbs:
         by = f"{order.by} at {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
         return VERBS[verb](self, order, self._next_id(), by)
 
-    async def _write(self, verb: str, order: Order, address: str, result: str) -> None:
+    async def _write(self, verb: str, order: Order, asker: Asker, result: str) -> None:
         now, verb = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), clean(verb, 40)
         line = AuditLine(
-            time=now, who=order.by, address=address, verb=verb,
+            time=now, who=order.by, address=asker.address, credential=asker.credential, verb=verb,
             target=order.target, reason=order.reason, result=result,
         )  # fmt: skip
         try:
-            await asyncio.to_thread(self._audit.append, line)
+            head = await asyncio.to_thread(self._audit.append, line)
         except OSError as error:
             raise VerbRefused(503, f"nothing is done, the audit log cannot be written: {error}") from error
+        log.info("an operator asks", verb=verb, target=order.target, credential=asker.credential, audit_hash=head)
 
 
 # --------------------------------------------------------------------------------------------------------- each verb

@@ -53,7 +53,7 @@ class Engines:
             run_id=settings.run.id,
         )
         self.clients: dict[str, EngineClient] = {
-            engine.name: client_of(engine, settings.pause) for engine in settings.engines
+            engine.name: client_of(engine, settings.pause, settings.engines_tls) for engine in settings.engines
         }
         self._of_admitted: dict[str, tuple[Applicant, EngineClient]] = {}
         self._busy: Counter[EngineClient] = Counter()
@@ -79,7 +79,7 @@ class Engines:
         made: dict[str, EngineClient] = {}
         try:
             for engine in settings.engines:
-                made[engine.name] = client_of(engine, settings.pause)
+                made[engine.name] = client_of(engine, settings.pause, settings.engines_tls)
         except BaseException:
             for client in made.values():
                 await client.close()
@@ -108,7 +108,7 @@ class Engines:
         self._retired |= {self._of_admitted.pop(other)[1] for other in gone}
         if engine is None:
             return None
-        client = client_of(section_of(engine, self._settings), self._settings.pause)
+        client = client_of(section_of(engine, self._settings), self._settings.pause, self._settings.engines_tls)
         self._of_admitted[name] = engine, client
         return client
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Mapping
 from typing import Final
 
@@ -36,7 +37,7 @@ _TRY_AGAIN: Final = frozenset({502, 503, 504})
 class EngineHttp:
     """Exchanges with the server at ``url``. Made inside a running loop; ``close`` ends its connections."""
 
-    def __init__(self, name: str, url: str, api_key: str | None) -> None:
+    def __init__(self, name: str, url: str, api_key: str | None, tls: ssl.SSLContext | None = None) -> None:
         self.name = name
         self._url = url.rstrip("/")
         # identity, and no decompression below: the cap on a body must hold for what it unpacks to.
@@ -46,7 +47,7 @@ class EngineHttp:
         self._session = aiohttp.ClientSession(
             # A connection of its own per call: the server closes idle ones after 5 s, and a call sent into one that is
             # closing could not be told from a call that was lost.
-            connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, force_close=True),
+            connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, force_close=True, ssl=tls or True),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None),  # Ours covers the retries too.
             auto_decompress=False,

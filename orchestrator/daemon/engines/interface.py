@@ -33,6 +33,7 @@ A new kind of engine is a module with a client, and its line in ``kinds.CLIENTS`
 ``engines[].kind``.
 """
 
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -52,7 +53,7 @@ class EngineSetup:
     """One engine's part of the settings, as its client needs it.
 
     ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``cache``: at a pause and at a
-    switch.
+    switch. ``tls``: for an https URL.
     """
 
     name: str
@@ -60,6 +61,7 @@ class EngineSetup:
     api_key: str | None = field(repr=False)
     pause_mode: PauseMode
     cache: CachePolicy
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

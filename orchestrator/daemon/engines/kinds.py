@@ -9,8 +9,9 @@ from weightsync.orchestrator.daemon.engines.several import SeveralServers
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.settings.secrets import read_secret
-from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
+from weightsync.orchestrator.settings.sections import EngineSection, EnginesTls, PauseSection
 from weightsync.orchestrator.settings.settings import Settings
+from weightsync.orchestrator.settings.tls import client_context
 
 CLIENTS: Final[dict[str, EngineFactory]] = {"vllm": VllmClient}
 """Kind to client. A new kind of engine is one more line."""
@@ -27,17 +28,20 @@ def check_kinds(engines: Iterable[EngineSection]) -> None:
             raise UnknownEngineKind(engine.name, engine.kind, tuple(CLIENTS))
 
 
-def client_of(engine: EngineSection, pause: PauseSection) -> EngineClient:
+def client_of(engine: EngineSection, pause: PauseSection, tls: EnginesTls) -> EngineClient:
     """The client of one configured engine. Call it inside a running loop.
 
     Raises:
         UnknownEngineKind: as ``check_kinds``.
-        ConfigError: its key file cannot be read.
+        ConfigError: its key file, or one of ``tls``, cannot be read.
     """
     check_kinds([engine])
     api_key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
+    is_tls = any(url.startswith("https") for url in engine.servers)
+    context = client_context(tls.ca_file, tls.certificate_file, tls.key_file) if is_tls else None
     clients = [
-        CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.cache)) for url in engine.servers
+        CLIENTS[engine.kind](EngineSetup(engine.name, url, api_key, pause.mode, pause.cache, context))
+        for url in engine.servers
     ]
     return clients[0] if len(clients) == 1 else SeveralServers(clients)
 

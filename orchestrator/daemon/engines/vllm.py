@@ -116,7 +116,7 @@ class VllmClient:
         self.routes: frozenset[str] = frozenset()
         self._setup = setup
         self._ranks: int | None = None
-        self._http = EngineHttp(setup.name, setup.url, setup.api_key)
+        self._http = EngineHttp(setup.name, setup.url, setup.api_key, setup.tls)
 
     async def close(self) -> None:
         """End all connections."""

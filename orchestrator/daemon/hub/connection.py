@@ -14,9 +14,11 @@ from typing import Final
 import structlog
 from websockets.frames import CloseCode
 from websockets.protocol import Side
+from weightsync.orchestrator.daemon.access.access import Claim
 from weightsync.orchestrator.protocol.limits import MAX_FRAME_BYTES, MAX_HELLO_BYTES
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.proof import PROOF_BYTES
 from weightsync.orchestrator.protocol.websocket import Endpoint, FrameError
 
 log = structlog.get_logger(__name__)
@@ -70,6 +72,7 @@ class AgentConnection(asyncio.Protocol):
     Args:
         number: grows over the hub's life and is never used twice.
         remote: the peer's address, for log lines.
+        claim: whose token it says that it holds.
         http: the protocol that served the request; it is told of the transport's end, for its own books.
         on_message: called with each binary message until the connection is ENDED.
         on_end: called once with the reason when the peer ended it or broke the protocol.
@@ -79,6 +82,7 @@ class AgentConnection(asyncio.Protocol):
         self,
         number: int,
         remote: str,
+        claim: Claim,
         transport: asyncio.Transport,
         http: asyncio.Protocol,
         on_message: "Callable[[AgentConnection, bytes], None]",
@@ -86,16 +90,17 @@ class AgentConnection(asyncio.Protocol):
     ) -> None:
         self.number = number
         self.remote = remote
+        self.claim = claim
         self.stage = Stage.HELLO
         self.hello: Hello | None = None
         self.gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.heard_at = self._loop.time()
-        self._transport = transport
+        self.transport = transport
         self._http = http
         self._on_message = on_message
         self._on_end = on_end
-        self._endpoint = Endpoint(Side.SERVER, MAX_HELLO_BYTES)
+        self._endpoint = Endpoint(Side.SERVER, PROOF_BYTES + MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._written = 0
         self._taken = 0
@@ -133,12 +138,12 @@ class AgentConnection(asyncio.Protocol):
             self._on_message(self, message)
         answers = self._endpoint.answers()
         if answers:
-            self._transport.write(answers)
+            self.transport.write(answers)
         closed = self._endpoint.peer_closed
         if closed is not None:
             said = f"closed by the agent: code {closed.code} {closed.reason}".rstrip()
             self._on_end(self, CloseCode.NORMAL_CLOSURE, said)
-            self._transport.close()
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport has ended, closed by either side."""
@@ -151,7 +156,7 @@ class AgentConnection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------ writing
     def write(self, frame: bytes) -> bool:
         """Hand ``frame`` to the transport; False when that would exceed MAX_SEND_QUEUE_BYTES (nothing is sent)."""
-        transport = self._transport
+        transport = self.transport
         if transport.is_closing():
             return True  # The end of this connection is already on its way to ``connection_lost``.
         if transport.get_write_buffer_size() + len(frame) > MAX_SEND_QUEUE_BYTES:
@@ -177,20 +182,20 @@ class AgentConnection(asyncio.Protocol):
     def end(self, code: int, reason: str, close_seconds: float) -> None:
         """Begin the closing handshake; the transport ends within ``close_seconds`` whatever the peer does."""
         self.stage = Stage.ENDED
-        self.expect(close_seconds, self._transport.abort)
-        if not self._transport.is_closing():
-            self._transport.write(self._endpoint.close(code, reason))
+        self.expect(close_seconds, self.transport.abort)
+        if not self.transport.is_closing():
+            self.transport.write(self._endpoint.close(code, reason))
 
     def abort(self) -> None:
         """End at once: it takes no bytes or says nothing, and a closing handshake would only wait for it again."""
         self.stage = Stage.ENDED
-        self._transport.abort()
+        self.transport.abort()
 
     def overdue(self, now: float, timing: HubTiming) -> str:
         """Why this peer is to be given up at ``now`` (seconds of the loop's clock), or an empty string."""
         if now - self.heard_at > timing.silence_seconds:
             return f"silent for {now - self.heard_at:.1f} s, {timing.missed_heartbeats} heartbeats"
-        waiting = self._transport.get_write_buffer_size()
+        waiting = self.transport.get_write_buffer_size()
         taken = self._written - waiting
         if taken > self._taken or not waiting:
             self._taken, self._taken_at = taken, now

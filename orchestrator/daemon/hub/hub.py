@@ -6,25 +6,27 @@ followed by at most one ``AgentLost`` of the same connection: none where the own
 ``drop``, ``close``, or ``accept`` of a newer connection of the same member). A peer that misbehaves costs its own
 connection and no other.
 
-The hub sees to framing, the token, the limits and the deadlines, and that the first message is a Hello. Whether the
-agent that says it belongs here (its run, its rank, its schema) is the owner's to judge.
+The hub sees to framing, the limits and the deadlines, that the first message is a Hello whose sender proves that it
+holds a token, and that this token is one of the member's. Whether the agent that says it belongs here (its run, its
+rank, its schema) is the owner's to judge.
 """
 
 import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
 import structlog
-from aiohttp import hdrs, web
+from aiohttp import web
 from websockets.frames import CloseCode
 from websockets.protocol import Side
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.access.access import Access, NotAdmitted
+from weightsync.orchestrator.daemon.access.door import Door
+from weightsync.orchestrator.daemon.access.policy import without_policy
 from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
-from weightsync.orchestrator.daemon.hub.token import bears, read_token
 from weightsync.orchestrator.protocol.codec import (
     ProtocolError,
     SchemaMismatch,
@@ -45,9 +47,6 @@ AGENTS_PATH: Final = "/agents"
 MAX_CONNECTIONS: Final = 16_384
 """Four times the largest fleet that is measured; each costs a descriptor and some 50 kB."""
 
-ACCEPT_BACKLOG: Final = 4096
-"""Connections that may wait for accept(2): a whole fleet reconnects at once when the daemon returns."""
-
 SWEEP_SLICES: Final = 32
 """A sweep looks at one slice of the connections, so that no burst of heartbeats delays a barrier."""
 
@@ -58,19 +57,17 @@ class Hub:
     """Agents' endpoint. All methods belong to the loop that called ``start``.
 
     Args:
-        token_file: holds the bearer token of every agent.
+        access: who may come in.
         post: called for each event, in order, on the loop; it must not raise and must not block. Heartbeats are none.
         next_id: the number of the next event.
         timing: deadlines; ``heartbeat_seconds`` and ``missed_heartbeats`` are to be what Welcome tells the agents.
-
-    Raises:
-        TokenError: the token file cannot serve.
     """
 
     def __init__(
-        self, *, token_file: Path, post: Callable[[Event], None], next_id: Callable[[], int], timing: HubTiming
+        self, *, access: Access, post: Callable[[Event], None], next_id: Callable[[], int], timing: HubTiming
     ) -> None:
-        self._token = read_token(token_file)
+        self._access = access
+        access.credentials.changed = self._dismiss
         self._post = post
         self._next_id = next_id
         self._timing = timing
@@ -80,7 +77,7 @@ class Hub:
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
-        self._site: web.TCPSite | None = None
+        self._door: Door | None = None
         self._last: tuple[FromDaemon, bytes] | None = None
 
     # ------------------------------------------------------------------------------------------------- life
@@ -89,22 +86,34 @@ class Hub:
 
         Raises:
             OSError: the address is taken or not ours.
+            RuntimeError: a route of others that ``daemon/access/policy.py`` does not know.
         """
         app = web.Application()
+        self._access.guard.install(app)
         app.router.add_get(AGENTS_PATH, self._handle)
         if configure is not None:
             configure(app)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=self._timing.close_seconds)
+        missing = list(without_policy(app))
+        if missing:
+            raise RuntimeError(f"routes without a policy, which nobody could use: {', '.join(missing)}")
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=self._timing.close_seconds, lingering_time=self._timing.close_seconds
+        )
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, backlog=ACCEPT_BACKLOG)
+        server, tls = self._runner.server, self._access.tls
+        assert server is not None
+        context = None if tls is None else tls.context
+        agents = self._connections.__len__
+        door = Door(server, self._access.refusals, agents, context, self._access.limits)
         try:
-            await self._site.start()
+            bound = await door.open(host, port)
         except OSError:
             await self._runner.cleanup()
-            self._runner = self._site = None  # or ``close`` would fail on them and hide why the start did
+            self._runner = None  # or ``close`` would fail on it and hide why the start did
             raise
+        self._door, self._access.guard.let_in = door, door.request
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
-        return int(self._runner.addresses[0][1])
+        return bound
 
     async def close(self, reason: str = "the daemon is stopping") -> None:
         """End every connection within ``close_seconds`` and stop listening. Emits nothing."""
@@ -113,9 +122,9 @@ class Hub:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
             self._sweeper = None
-        if self._site is not None:
-            await self._site.stop()
-            self._site = None
+        if self._door is not None:
+            await self._door.close()
+            self._door = None
         for connection in list(self._connections.values()):
             self._end(connection, CloseCode.GOING_AWAY, reason)
         if self._handlers:
@@ -170,22 +179,25 @@ class Hub:
     # ------------------------------------------------------------------------------------------- one connection
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         remote = request.remote or "unknown"
-        if not bears(request, self._token):
-            log.warning("agent turned away: wrong or missing token", remote=remote)
-            return web.Response(status=401, text="wrong or missing token\n", headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
-        if self._site is None:
+        try:
+            claim = self._access.claim_of(request)
+        except NotAdmitted as error:
+            self._access.refusals.say("agent turned away", remote=remote, reason=str(error))
+            return web.Response(status=error.status, text=f"{error}\n")
+        if self._door is None:
             return web.Response(status=503, text="the daemon is stopping\n")
         if len(self._connections) >= MAX_CONNECTIONS:
-            log.warning("agent turned away: too many connections", remote=remote, limit=MAX_CONNECTIONS)
+            self._access.refusals.say("agent turned away: too many connections", remote=remote, limit=MAX_CONNECTIONS)
             return web.Response(status=503, text=f"more than {MAX_CONNECTIONS} connections\n")
         # aiohttp does the handshake and keeps the books of the request; from then on the transport is the connection's.
         upgrade = web.WebSocketResponse(compress=False)
+        upgrade.headers.update(claim.headers())
         await upgrade.prepare(request)
         transport, task = request.transport, asyncio.current_task()
         if transport is None or task is None:
             return upgrade
         connection = AgentConnection(
-            next(self._numbers), remote, transport, request.protocol, self._on_frame, self._lose
+            next(self._numbers), remote, claim, transport, request.protocol, self._on_frame, self._lose
         )
         self._connections[connection.number] = connection
         connection.expect(self._timing.hello_seconds, lambda: self._undecided(connection))
@@ -215,10 +227,23 @@ class Hub:
             self._post(AgentSaid(self._next_id(), connection.hello.member, connection.number, message))
 
     def _introduce(self, connection: AgentConnection, data: bytes) -> None:
-        hello = decode_first(data, MAX_HELLO_BYTES)
+        proved = connection.claim.said_in(data)
+        if self._door is not None:
+            self._door.enter(connection.transport)
+        hello = decode_first(proved, MAX_HELLO_BYTES)
         connection.hello = hello
         connection.stage = Stage.DECISION
+        wrong = connection.claim.refuses(hello.member)
+        if wrong:
+            self._refuse(connection, Refused(reason=wrong, fault="config", retry=False))
+            return
         self._post(AgentConnected(self._next_id(), hello.member, connection.number, hello))
+
+    def _dismiss(self) -> None:
+        """Tokens were taken away: whoever came with one of them has to come again with another."""
+        for connection in list(self._connections.values()):
+            if not self._access.credentials.holds(connection.claim.token):
+                self._lose(connection, CloseCode.POLICY_VIOLATION, "the token that it came with counts no longer")
 
     def _undecided(self, connection: AgentConnection) -> None:
         missing = "no Hello" if connection.stage is Stage.HELLO else "no decision on its Hello"
@@ -278,6 +303,9 @@ class Hub:
                 due = self._now()
                 self._excuse_all()
             self.sweep(self._now(), turn % SWEEP_SLICES)
+            self._access.refusals.sweep()
+            if self._door is not None:
+                self._door.sweep()
 
     def _excuse_all(self) -> None:
         """The daemon itself stood still (a suspended machine, a starved core): nobody else is to blame for silence."""

@@ -4,21 +4,20 @@ import socket
 from pathlib import Path
 
 import pytest
-from command_line import TOKEN
+from credentials import write_credentials
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A good configuration, its token file, and a port that nobody listens on."""
-    token = tmp_path / "token"
-    token.write_text(TOKEN + "\n")
-    token.chmod(0o600)
+    """A good configuration, its credentials, and a port that nobody listens on."""
+    write_credentials(tmp_path / "credentials")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = tmp_path / "config.yaml"
     path.write_text(
-        f"run: {{id: glm, directory: run}}\nstate_directory: state\nlisten: {{port: {port}, token_file: token}}\n"
+        f"run: {{id: glm, directory: run}}\nstate_directory: state\nlisten: {{port: {port}}}\n"
+        "credentials: credentials\n"
         "engines:\n  - {name: a, url: 'http://127.0.0.1:8000'}\n"
     )
     return path

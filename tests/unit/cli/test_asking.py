@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from command_line import TOKEN, cli
+from command_line import cli
+from credentials import TOKENS
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -17,7 +18,7 @@ async def daemon(config: Path, status: int = 200, text: str = "", kind: str = "t
     asked: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
-        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        assert request.headers["Authorization"] == f"Bearer {TOKENS['operator']}"
         asked.append(f"{request.path} {await request.text()}")
         return web.Response(status=status, text=text, content_type=kind)
 

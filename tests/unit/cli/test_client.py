@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from command_line import TOKEN, cli
+from command_line import cli
+from credentials import TOKENS
 from weightsync.orchestrator.cli.client import Unreachable, fetch, token_for
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -42,7 +44,13 @@ async def test_a_daemon_that_never_answers(config: Path) -> None:
 def test_the_token_file_that_is_given_beats_that_of_the_configuration(config: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("another-token")
     settings = load(config, {})
-    assert token_for(None, settings) == TOKEN
+    assert token_for(None, settings) == TOKENS["viewer"]
+    assert token_for(None, settings, "operator") == TOKENS["operator"]
+    (tmp_path / "credentials" / "viewer.token").unlink()
+    assert token_for(None, settings) == TOKENS["operator"]
+    (tmp_path / "credentials" / "operator.token").unlink()
+    with pytest.raises(ConfigError, match=r"operator.token: secret cannot be read"):
+        token_for(None, settings)
     assert token_for(tmp_path / "other", settings) == "another-token"
     assert token_for(None, None) is None
 

@@ -7,7 +7,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from command_line import TOKEN, cli, process
+from command_line import cli, process
+from credentials import TOKENS
 from weightsync.orchestrator.cli import config as cli_config
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.cli.main import main
@@ -20,7 +21,8 @@ async def test_config_check_of_a_good_one(config: Path) -> None:
     assert "run glm, 1 engine (a), transport nixl, rendezvous hub" in done.out
     assert "does not exist yet and can be made" in done.out
     assert "is free" in done.out
-    assert TOKEN not in done.out
+    assert not [token for token in TOKENS.values() if token in done.out]
+    assert "/credentials (engine, operator, trainer, viewer)" in done.out
     assert not (config.parent / "state").exists()
 
 
@@ -28,7 +30,7 @@ async def test_config_check_as_json(config: Path) -> None:
     done = await cli("config", "check", config, "--json")
     told = json.loads(done.out)
     assert {finding["level"] for finding in told["findings"]} == {"ok"}
-    assert "listen.token_file" in {finding["check"] for finding in told["findings"]}
+    assert "credentials" in {finding["check"] for finding in told["findings"]}
 
 
 async def test_config_example_is_the_file_that_explains_every_key(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ async def test_config_schema_is_json_schema() -> None:
 
 
 def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    token = config.parent / "token"
+    token = config.parent / "credentials" / "engine.token"
     (config.parent / "run").write_text("a file")
     token.chmod(0o644)
     assert main(["config", "check", str(config)]) == 78
@@ -54,11 +56,11 @@ def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys:
     assert "is no directory" in out
     token.chmod(0o600)
     token.write_text("short")
-    main(["config", "check", str(config)])
+    assert main(["config", "check", str(config)]) == 78
     assert "can be guessed" in capsys.readouterr().out
     token.unlink()
     assert main(["config", "check", str(config)]) == 78
-    assert "secret cannot be read" in capsys.readouterr().out
+    assert "has no engine.token, so no agent could come in" in capsys.readouterr().out
 
 
 def test_config_check_says_that_a_port_is_taken_and_does_not_fail(
@@ -84,10 +86,11 @@ def test_config_check_refuses_a_journal_on_a_network_file_system(
 
 
 def test_config_check_warns_of_tokens_in_the_clear_and_of_pickles(config: Path) -> None:
-    environ = {"WEIGHTSYNC__LISTEN__HOST": "0.0.0.0", "WEIGHTSYNC__ADVERTISE_URL": "http://head:7410",
+    environ = {"WEIGHTSYNC__LISTEN__HOST": "0.0.0.0", "WEIGHTSYNC__LISTEN__INSECURE": "true",
+               "WEIGHTSYNC__ADVERTISE_URL": "http://head:7410",
                "WEIGHTSYNC__RENDEZVOUS": "{type: tcpstore, host: head}"}  # fmt: skip
     texts = [finding.text for finding in findings_of(load(config, environ)) if finding.level == "warning"]
-    assert any("unencrypted" in text for text in texts)
+    assert any("tokens can be read there" in text for text in texts)
     assert any("unpickles" in text for text in texts)
 
 
@@ -111,7 +114,7 @@ def test_config_check_probe_tells_of_unreachable_engines(config: Path, capsys: p
 
 def test_token_files_keep_their_mode(config: Path) -> None:
     findings_of(load(config, {}))
-    assert stat.S_IMODE((config.parent / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE((config.parent / "credentials" / "engine.token").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop/x"])
@@ -137,3 +140,52 @@ def test_config_check_says_who_may_come_and_looks_at_their_key(
     (config.parent / "key").write_text("0123456789abcdef0123456789abcdef")
     (config.parent / "key").chmod(0o600)
     assert main(["config", "check", str(config)]) == 0
+
+
+def test_config_check_holds_the_fleet_against_the_descriptors(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_config, "reachable", lambda: 100)
+    texts = [finding.text for finding in findings_of(load(config, {})) if finding.level == "error"]
+    assert texts == [
+        "open files: this process may open 100 files, and 1 engines and some trainer ranks need 131 at the least. Fix:"
+        " LimitNOFILE=65536 in the systemd unit, or ulimit -Hn"
+    ]
+
+
+def spoil(state: Path, how: str) -> str:
+    """Make the state directory one that somebody else could have written, and say what is to be said of it."""
+    state.mkdir(mode=0o700)
+    journal = state / "journal.sqlite"
+    if how == "open directory":
+        state.chmod(0o777)
+        return f"{state}: has mode 0777, so others can write it. Fix: chmod go-w {state}"
+    if how == "open journal":
+        journal.touch()
+        journal.chmod(0o666)
+        return f"{journal}: has mode 0666, so others can write it"
+    if how == "linked journal":
+        journal.symlink_to(state.parent / "elsewhere")
+        return f"{journal}: is a symbolic link"
+    state.rmdir()
+    (state.parent / "elsewhere").mkdir()
+    state.symlink_to(state.parent / "elsewhere")
+    return f"{state}: is a symbolic link"
+
+
+@pytest.mark.parametrize("how", ["open directory", "open journal", "linked journal", "linked directory"])
+async def test_a_state_directory_that_others_could_have_written_is_refused_by_check_and_by_run(
+    config: Path, how: str
+) -> None:
+    says = spoil(load(config, {}).state_directory, how)
+    checked = await cli("config", "check", config)
+    assert (checked.code, says in checked.out) == (78, True), checked.out
+    started = await process("run", "--config", config)
+    assert (started.code, says in started.err) == (78, True), started.err
+    assert not (config.parent / "elsewhere" / "journal.sqlite").exists()
+
+
+async def test_run_refuses_what_check_refuses(config: Path) -> None:
+    """Here a token that others may have put there."""
+    token = config.parent / "credentials" / "engine.token"
+    token.chmod(0o620)
+    started = await process("run", "--config", config)
+    assert (started.code, f"{token}: has mode 0620, so others can write it" in started.err) == (78, True)

@@ -17,7 +17,7 @@ async def test_a_missing_or_broken_configuration_is_78(mistaken: Path) -> None:
     for run, command in ((process, "run"), (cli, "status"), (cli, "rounds")):
         done = await run(command, "--config", config)
         assert done.code == 78
-        assert f"{config}: line 6: rescan: unknown key (found 1). Fix: did you mean rescan_seconds?" in done.err
+        assert f"{config}: line 7: rescan: unknown key (found 1). Fix: did you mean rescan_seconds?" in done.err
         assert done.out == ""
     done = await cli("config", "check", config.parent / "absent.yaml")
     assert done.code == 78

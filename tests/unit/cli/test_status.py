@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from command_line import TOKEN, cli, process
+from command_line import cli, process
+from credentials import TOKENS
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.records import (
     Committed,
     EpochBegan,
@@ -18,6 +20,8 @@ from weightsync.orchestrator.core.records import (
     RoundEnded,
     encode_record,
 )
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
@@ -27,6 +31,8 @@ from weightsync.orchestrator.daemon.admin.views import (
     RoundsView,
     StatusView,
 )
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.settings import load
@@ -59,9 +65,10 @@ class Views:
 
 
 @contextlib.asynccontextmanager
-async def daemon(config: Path, token: str = TOKEN) -> AsyncIterator[str]:
+async def daemon(config: Path) -> AsyncIterator[str]:
     app = web.Application()
-    app.router.add_routes(admin.routes(Views(), token))
+    Access(config.parent / "credentials", "glm", str).guard.install(app)
+    app.router.add_routes(admin.routes(Views()))
     runner = web.AppRunner(app)
     await runner.setup()
     listen = load(config, {}).listen
@@ -89,7 +96,8 @@ async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:
     async with daemon(config) as url:
         table = await process("status", "--config", config)
         data = await cli("status", "--json", WEIGHTSYNC_CONFIG=str(config))
-        by_url = await cli("rounds", "--last", "7", "--url", url, "--token-file", config.parent / "token", "--json")
+        viewer = config.parent / "credentials" / "viewer.token"
+        by_url = await cli("rounds", "--last", "7", "--url", url, "--token-file", viewer, "--json")
         rounds = await cli("rounds", "--config", config)
     assert (table.code, table.err) == (0, "")
     assert "step 40 is served" in table.out
@@ -100,11 +108,16 @@ async def test_status_and_rounds_of_a_running_daemon(config: Path) -> None:
 
 
 async def test_a_wrong_token_is_77_and_not_shown(config: Path) -> None:
-    async with daemon(config, token="another-token-of-20c"):
+    async with daemon(config):
+        (config.parent / "credentials" / "viewer.token").write_text("another-token-of-20c")
         done = await cli("status", "--config", config)
+        trainers = await cli("status", "--config", config, "--token-file", config.parent / "credentials/trainer.token")
     assert done.code == 77
     assert "refuses the token" in done.err
-    assert TOKEN not in done.err
+    assert "another-token" not in done.err
+    assert trainers.code == 77
+    assert "needs the credential of role operator or viewer, and this one is of role trainer" in trainers.err
+    assert TOKENS["trainer"] not in trainers.err
 
 
 async def test_status_of_a_daemon_that_is_down_is_the_journals(config: Path) -> None:
@@ -175,7 +188,7 @@ async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
 
 async def test_one_round_in_full(config: Path) -> None:
     async with daemon(config) as url:
-        there = ("--url", url, "--token-file", config.parent / "token")
+        there = ("--url", url, "--token-file", config.parent / "credentials" / "viewer.token")
         done = await cli("rounds", "show", "3.1", *there)
         assert done.code == 0, done.err
         assert "committed" in done.out
@@ -184,3 +197,33 @@ async def test_one_round_in_full(config: Path) -> None:
         none = await cli("rounds", "show", "9.9", *there)
         assert (none.code, none.err) == (65, "no round 9.9 has ended; there are 3.1 to 3.1\n")
         assert (await cli("rounds", "3.1", *there)).code == 2
+
+
+async def test_a_daemon_with_tls_is_asked_by_the_authority_of_its_configuration(config: Path, tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    make_certificates(certificates, ["127.0.0.1"], ["viewer"], 2)
+    make_certificates(tmp_path / "others", ["127.0.0.1"], ["viewer"], 2)
+    names = {"certificate_file": "daemon.pem", "key_file": "daemon.key", "ca_file": "ca.pem"}
+    files = ", ".join(f"{key}: {certificates / name}" for key, name in names.items())
+    text = config.read_text()  # noqa: ASYNC240
+    config.write_text(text.replace("listen: {", f"listen: {{tls: {{{files}, client_certificates: true}}, "))  # noqa: ASYNC240
+    settings = load(config, {})
+    assert settings.listen.tls is not None
+    access = Access(settings.credentials, "glm", str, ServerTls(settings.listen.tls))
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
+
+    def configure(app: web.Application) -> None:
+        app.router.add_routes(admin.routes(Views()))
+
+    await hub.start(settings.listen.host, settings.listen.port, configure)
+    shown = {
+        "WEIGHTSYNC_CERTIFICATE_FILE": str(certificates / "viewer.pem"),
+        "WEIGHTSYNC_KEY_FILE": str(certificates / "viewer.key"),
+    }
+    done = await cli("status", "--config", config, "--json", **shown)
+    assert (done.code, json.loads(done.out)["engines"][0]["state"]) == (0, "serving")
+    without = await cli("status", "--config", config)
+    assert (without.code, "needs a client certificate" in without.err) == (77, True)
+    stranger = await cli("status", "--config", config, WEIGHTSYNC_CA_FILE=str(tmp_path / "others" / "ca.pem"))
+    assert (stranger.code, "certificate verify failed" in stranger.err) == (75, True)
+    await hub.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 from aiohttp import web
-from command_line import TOKEN, cli
+from command_line import cli
+from credentials import TOKENS
 from servers_here import only, served
 from weightsync.orchestrator.cli.watch import framed
 from weightsync.orchestrator.daemon.admin.views import StatusView
@@ -16,7 +17,7 @@ from weightsync.orchestrator.daemon.admin.views import StatusView
 
 def telling(status: int = 200) -> web.Application:
     async def tell(request: web.Request) -> web.Response:
-        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        assert request.headers["Authorization"] == f"Bearer {TOKENS['viewer']}"
         view = StatusView(run="glm", state="step 40 is served", release="9.9")
         return web.Response(body=msgspec.json.encode(view), status=status, content_type="application/json")
 

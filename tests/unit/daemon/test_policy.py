@@ -17,7 +17,7 @@ def config(tmp_path: Path) -> Path:
     path.write_text(f"""
 run: {{id: glm, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 """)
     return path

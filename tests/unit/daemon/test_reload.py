@@ -10,13 +10,17 @@ from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.settings.settings import Settings, load
 
 
+async def nothing_new() -> None:
+    """The credentials are what they were."""
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     file = tmp_path / "config.yaml"
     file.write_text(f"""
 run: {{id: glm, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 """)
     return load(file, {})
@@ -67,7 +71,9 @@ async def test_a_key_file_that_cannot_be_read_leaves_all_as_it_was(settings: Set
     engines = Engines(settings, inbox)
     before = dict(engines.clients)
     engine = settings.engines[0].model_copy(update={"api_key_file": tmp_path / "absent"})
-    again = reload.Reload(settings, lambda: settings.model_copy(update={"engines": (engine,)}), inbox, engines)
+    again = reload.Reload(
+        settings, lambda: settings.model_copy(update={"engines": (engine,)}), inbox, engines, nothing_new
+    )
     with pytest.raises(Exception, match="absent"):
         await again.again()
     assert again.settings is settings
@@ -79,5 +85,5 @@ async def test_a_daemon_without_a_file_says_so(settings: Settings) -> None:
     inbox = Inbox(lambda _: None)
     engines = Engines(settings, inbox)
     with pytest.raises(ValueError, match="without a file"):
-        await reload.Reload(settings, None, inbox, engines).again()
+        await reload.Reload(settings, None, inbox, engines, nothing_new).again()
     await engines.close()

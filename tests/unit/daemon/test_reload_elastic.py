@@ -6,6 +6,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from credentials import TOKENS
 from weightsync.agents.link.applicant import ApplicantThread
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.runner import Runner
@@ -31,6 +32,7 @@ class Fleet:
 
     def __init__(self, directory: Path, url: str, more: str = "engines_from: engines.yaml") -> None:
         settings_for(directory, url)
+        self.credentials = directory / "credentials"
         self.config, self.list, self.url = directory / "config.yaml", directory / "engines.yaml", url
         text = [line for line in self.config.read_text().splitlines() if not line.startswith("engines:")]
         self.config.write_text("\n".join([*text, more, "rescan_seconds: 0.05", ""]))
@@ -52,7 +54,7 @@ class Fleet:
     async def says(self, method: str, path: str, **body: str) -> Any:
         url = f"http://127.0.0.1:{await asyncio.wait_for(self.port, SECONDS)}{path}"
         async with (
-            aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKENS['operator']}"}) as session,
             session.request(method, url, json=body or None) as answer,
         ):
             return await answer.json() if answer.content_type == "application/json" else answer.status
@@ -87,7 +89,7 @@ async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_bac
         port = await asyncio.wait_for(fleet.port, SECONDS)
         await fleet.until()
         fleet.lists(RANK.engine)
-        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", fleet.credentials / "trainer.token", engine)
         step = tmp_path / "run" / "broadcasts" / "step_5"
         step.mkdir(parents=True)
         (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
@@ -133,9 +135,9 @@ async def test_an_engine_makes_itself_a_member_serves_and_is_known_to_the_next_d
         port = await asyncio.wait_for(fleet.port, SECONDS)
         await fleet.until()
         applicant = Applicant(name=RANK.engine, urls=(url,), kind="one-process")
-        thread = ApplicantThread("run", applicant, f"ws://127.0.0.1:{port}/agents", tmp_path / "token")
+        thread = ApplicantThread("run", applicant, f"ws://127.0.0.1:{port}/agents", fleet.credentials / "engine.token")
         thread.start()
-        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", fleet.credentials / "trainer.token", engine)
         step = tmp_path / "run" / "broadcasts" / "step_5"
         step.mkdir(parents=True)
         (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 import structlog
+from credentials import TOKENS, Proving, open_agent, write_credentials
 from weightsync.orchestrator.core import machine
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.errors import InvariantViolation, JournalUnreadable, PeerMisbehaved
@@ -32,6 +33,7 @@ from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Bye, Hello, Refused, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings, load
 
 SECONDS = 20.0
@@ -40,14 +42,14 @@ SECONDS = 20.0
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Of a daemon whose one engine does not exist."""
-    (tmp_path / "token").write_text("the-token")
-    (tmp_path / "token").chmod(0o600)
+    write_credentials(tmp_path / "credentials")
     (tmp_path / "run").mkdir()
     config = tmp_path / "config.yaml"
     config.write_text(f"""
 run: {{id: glm, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{host: 127.0.0.1, port: 1, token_file: {tmp_path / "token"}}}
+listen: {{host: 127.0.0.1, port: 1}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 rescan_seconds: 1
 """)
@@ -71,13 +73,13 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Runner, int, "async
 
 async def answer(port: int, path: str) -> int:
     """The status of the answer."""
-    headers = {"Authorization": "Bearer the-token"}
+    headers = {"Authorization": f"Bearer {TOKENS['operator']}"}
     async with aiohttp.ClientSession(headers=headers) as session, session.get(f"http://127.0.0.1:{port}{path}") as got:
         return got.status
 
 
 async def asked(port: int, path: str) -> Any:
-    headers = {"Authorization": "Bearer the-token"}
+    headers = {"Authorization": f"Bearer {TOKENS['operator']}"}
     async with (
         aiohttp.ClientSession(headers=headers) as session,
         session.get(f"http://127.0.0.1:{port}{path}") as answer,
@@ -128,14 +130,13 @@ async def test_an_agent_that_does_not_belong_here_is_refused_by_name(
 ) -> None:
     said = {"schema": SCHEMA_VERSION, "run_id": "glm", "member": Member("trainer", "", 3), "world": 4, "incarnation": 1}
     async with running(settings) as (runner, port, _), aiohttp.ClientSession() as session:
-        headers = {"Authorization": "Bearer the-token"}
-        async with session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}", headers=headers) as socket:
-            await socket.send_bytes(encode(Hello(**said | change)))
-            refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
-            assert isinstance(refused, Refused)
-            assert (refused.fault, refused.retry) == ("config", False)
-            assert refused.reason.startswith(reason)
-            assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.CLOSE
+        socket = await open_agent(session, f"http://127.0.0.1:{port}{AGENTS_PATH}", TOKENS["trainer"])
+        await socket.send_bytes(encode(Hello(**said | change)))
+        refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
+        assert isinstance(refused, Refused)
+        assert (refused.fault, refused.retry) == ("config", False)
+        assert refused.reason.startswith(reason)
+        assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.CLOSE
         assert runner.fleet.agents == {}
 
 
@@ -190,13 +191,11 @@ async def test_a_broken_invariant_ends_it_and_nothing_is_performed(
 
 
 @asynccontextmanager
-async def agent(port: int, rank: int) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+async def agent(port: int, rank: int) -> AsyncIterator[Proving]:
     """A trainer rank that was taken in."""
     said = Hello(schema=SCHEMA_VERSION, run_id="glm", member=Member("trainer", "", rank), world=4, incarnation=1)
-    async with (
-        aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
-        session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}") as socket,
-    ):
+    async with aiohttp.ClientSession() as session:
+        socket = await open_agent(session, f"http://127.0.0.1:{port}{AGENTS_PATH}", TOKENS["trainer"])
         await socket.send_bytes(encode(said))
         assert isinstance(decode_from_daemon(await socket.receive_bytes(timeout=SECONDS)), Welcome)
         yield socket
@@ -244,11 +243,8 @@ async def test_one_that_is_not_taken_in_yet_is_refused(settings: Settings, monke
 
     said = Hello(schema=SCHEMA_VERSION, run_id="glm", member=Member("trainer", "", 0), world=1, incarnation=1)
     monkeypatch.setattr(runners, "step", step)
-    async with (
-        running(settings) as (_, port, task),
-        aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
-        session.ws_connect(f"http://127.0.0.1:{port}{AGENTS_PATH}") as socket,
-    ):
+    async with running(settings) as (_, port, task), aiohttp.ClientSession() as session:
+        socket = await open_agent(session, f"http://127.0.0.1:{port}{AGENTS_PATH}", TOKENS["trainer"])
         await socket.send_bytes(encode(said))
         refused = decode_from_daemon(await socket.receive_bytes(timeout=SECONDS))
         assert refused == Refused(reason="it cannot be", fault="trainer", retry=True)
@@ -411,7 +407,7 @@ async def test_what_was_frozen_and_has_ended_is_given_back_at_the_next_rendezvou
 
 # ------------------------------------------------------------------------------------------------- verbs and signals
 async def order(port: int, verb: str, **body: str) -> tuple[int, str]:
-    headers = {"Authorization": "Bearer the-token"}
+    headers = {"Authorization": f"Bearer {TOKENS['operator']}"}
     url = f"http://127.0.0.1:{port}/verbs/{verb}"
     async with aiohttp.ClientSession(headers=headers) as session, session.post(url, json=body) as got:
         return got.status, await got.text()
@@ -473,3 +469,11 @@ async def test_sighup_takes_what_may_change_and_keeps_the_rest(settings: Setting
     assert (await asked(port, "/status"))["epoch"] == 1, "it is the same daemon"
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, SECONDS)
+
+
+def test_a_fleet_that_needs_more_descriptors_than_there_are_does_not_start(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "raise_limit", lambda: 100)
+    with pytest.raises(ConfigError, match="this process may open 100 files, and 1 engines and some trainer ranks need"):
+        Runner(settings)

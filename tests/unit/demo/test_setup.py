@@ -8,6 +8,7 @@ import pytest
 from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.demo import setup as demo_setup
 from weightsync.orchestrator.demo.setup import DemoRun, MissingRequirement, Vllm, find_vllm, steps_per_version
+from weightsync.orchestrator.settings.credentials import read_credentials
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -18,7 +19,8 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert settings.listen.port == run.hub.number
     assert settings.agents_url == run.hub_url
     assert settings.engines[0].url.endswith(f":{run.engine.number}")
-    assert run.token_file.stat().st_mode & 0o077 == 0
+    assert len(read_credentials(settings.credentials)) == 4
+    assert all(file.stat().st_mode & 0o077 == 0 for file in run.credentials.iterdir())
     rows = json.loads((tmp_path / "tokens.json").read_text())
     assert len({len(row) for row in rows}) == 1, "a batch is a rectangle"
     assert run.steps == (15, 30)

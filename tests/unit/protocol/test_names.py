@@ -4,7 +4,18 @@ from typing import Any
 
 import msgspec
 import pytest
-from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version, add_digests
+from weightsync.orchestrator.protocol.layout import ITEMSIZE
+from weightsync.orchestrator.protocol.names import (
+    NO_BYTES,
+    SAVED_PREFIX,
+    SCALING,
+    SCALING_DTYPE,
+    SCALING_SHAPE,
+    Member,
+    RoundName,
+    Version,
+    add_digests,
+)
 
 
 def test_names_in_log_lines() -> None:
@@ -49,3 +60,9 @@ def test_digests_add_up_modulo_two_to_the_64th() -> None:
     assert add_digests() == NO_BYTES == (0, 0)
     assert add_digests((1, 2), (3, 4), (5, 6)) == (9, 12)
     assert add_digests((2**64 - 1, 2**63), (2, 2**63)) == (1, 0)
+
+
+def test_the_scaling_is_two_float64() -> None:
+    assert ITEMSIZE[SCALING_DTYPE] == 8
+    assert SCALING_SHAPE == (2,)
+    assert not SCALING.startswith(SAVED_PREFIX), "no name of peft's can be taken for it"

@@ -40,7 +40,9 @@ def test_every_section_has_its_own_keys_in_the_example() -> None:
         for part in key.split("."):
             value = value[0] if isinstance(value, tuple) else value
             value = getattr(value, part, None)
-        if key.startswith(("engines", "run", "listen", "state", "rendezvous", "transport", "advertise", "trainer")):
+        if key.startswith(
+            ("engines", "run", "listen", "state", "rendezvous", "transport", "advertise", "trainer", "credentials")
+        ):
             continue
         if not isinstance(value, BaseModel):
             assert value == field.default, f"{key}: the example deviates from the default"

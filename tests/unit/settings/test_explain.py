@@ -62,9 +62,9 @@ def test_a_key_of_another_type_says_whose_it_is(addition: str, key: str, says: s
 
 
 def test_a_secret_is_refused_and_not_shown(refusal: Refusal) -> None:
-    error = refusal(MINIMAL.replace("token_file: token", "token_file: token\n  token: hunter2"))
+    error = refusal(MINIMAL + "    api_key: hunter2\n")
     assert "hunter2" not in str(error)
-    assert "put it into a file and name that in token_file" in str(error)
+    assert "put it into a file and name that in api_key_file" in str(error)
 
 
 def test_a_number_that_python_does_not_print(refusal: Refusal) -> None:

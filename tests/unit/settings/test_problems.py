@@ -32,6 +32,7 @@ def test_values_are_cut_and_secrets_withheld() -> None:
     assert shown(("a",), [1, 2]) == "a list of 2"
     assert shown(("listen", "api_key"), "hunter2") == "a value that is not shown"
     assert shown(("listen", "token_file"), "path") == "'path'"
+    assert shown(("credentials",), "path") == "'path'"
 
 
 def test_the_key_that_was_meant() -> None:

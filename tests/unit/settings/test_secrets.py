@@ -13,7 +13,7 @@ def test_secrets(tmp_path: Path) -> None:
     assert read_secret(path) == "abc-123"
     for bad in ("", "\n", "two\nlines", "with blank", "ä" * 10, "x" * 5000):
         path.write_text(bad)
-        with pytest.raises(ConfigError, match="no secret"):
+        with pytest.raises(ConfigError, match="is no secret: token file"):
             read_secret(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_secret(tmp_path / "absent")

@@ -12,10 +12,10 @@ from weightsync.orchestrator.settings.settings import load
 def test_defaults_and_paths_relative_to_the_file(config: Path, tmp_path: Path) -> None:
     settings = load(config, {})
     assert settings.run.directory == tmp_path / "runs/glm"
-    assert settings.listen.token_file == tmp_path / "token"
+    assert settings.credentials == tmp_path / "credentials"
     assert settings.journal_path == tmp_path / "state" / "journal.sqlite"
     assert settings.agents_url == "http://127.0.0.1:7410"
-    assert settings.agents_token_path == str(tmp_path / "token")
+    assert settings.agents_token_path == str(tmp_path / "credentials" / "engine.token")
     assert settings.transport == NixlSection(backends=("UCX",), in_flight_per_peer=100, rails=2)
     assert settings.rendezvous == HubSection()
     assert settings.pause.mode == "keep"
@@ -30,7 +30,7 @@ def test_absolute_paths_stay(loaded: Loaded) -> None:
 
 
 def test_a_wildcard_needs_an_advertised_url(config: Path, refusal: Refusal) -> None:
-    wildcard = MINIMAL.replace("  token_file", "  host: 0.0.0.0\n  token_file")
+    wildcard = MINIMAL.replace("{port", "{host: 0.0.0.0, insecure: true, port")
     assert "advertise_url" in str(refusal(wildcard))
     config.write_text(wildcard + "advertise_url: http://head:7410/\n")
     assert load(config, {}).agents_url == "http://head:7410"

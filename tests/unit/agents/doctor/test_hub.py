@@ -1,38 +1,48 @@
 """The way to a daemon on real sockets, and a run directory on a real disk."""
 
+import contextlib
 import socket
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from credentials import write_credentials
 from servers_here import only, served, speaking
 from weightsync.agents.doctor import hub
+from weightsync.orchestrator.cli.certs import make_certificates
+from weightsync.orchestrator.core.events import Event
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.protocol.findings import Finding
-
-TOKEN = "0123456789abcdef0123"
+from weightsync.orchestrator.settings.sections import ListenTls
 
 
 @pytest.fixture
 def token(tmp_path: Path) -> Path:
-    file = tmp_path / "token"
-    file.write_text(TOKEN)
-    file.chmod(0o600)
-    return file
+    return write_credentials(tmp_path / "credentials") / "engine.token"
 
 
-def daemon(run: str = "glm") -> web.Application:
-    """What the daemon answers, so far as it is asked."""
+@contextlib.asynccontextmanager
+async def daemon(token: Path, run: str = "glm", tls: ServerTls | None = None) -> AsyncIterator[str]:
+    """The daemon's own endpoint for agents; its URL for them."""
+    access = Access(token.parent, run, str, tls)
+    hub_there = Hub(access=access, post=HEARD.append, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
 
     async def health(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
-    async def rounds(request: web.Request) -> web.Response:
-        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return web.Response(status=401, text="wrong or missing token\n")
-        return web.Response(body=f'{{"run":"{run}","rounds":[]}}'.encode(), content_type="application/json")
+    port = await hub_there.start("127.0.0.1", 0, lambda app: app.router.add_routes([web.get("/healthz", health)]))
+    try:
+        yield f"{'ws' if tls is None else 'wss'}://127.0.0.1:{port}/agents"
+    finally:
+        await hub_there.close()
 
-    return only(healthz=health, rounds=rounds)
+
+HEARD: list[Event] = []
 
 
 async def asked(url: str, token: Path, seconds: float = 10) -> Finding:
@@ -40,28 +50,53 @@ async def asked(url: str, token: Path, seconds: float = 10) -> Finding:
     return found
 
 
-async def test_a_daemon_that_answers(token: Path) -> None:
-    async with served(daemon()) as url:
-        assert (await asked(url.replace("http", "ws") + "/agents", token)).level == "ok"
+async def test_a_daemon_that_answers_and_hears_of_nobody(token: Path) -> None:
+    async with daemon(token) as url:
+        found = await asked(url, token)
+        assert (found.level, found.what) == ("ok", f"{url} answers, and proves that it holds the token")
+    assert HEARD == []
 
 
-async def test_a_daemon_that_is_not_ours(token: Path) -> None:
-    async with served(daemon("other")) as url:
-        assert "another run than 'glm'" in (await asked(url, token)).what
+async def test_a_daemon_with_tls(token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("own", "other"):
+        make_certificates(tmp_path / name, ["127.0.0.1"], (), 2)
+    own = tmp_path / "own"
+    files = ListenTls(certificate_file=own / "daemon.pem", key_file=own / "daemon.key", ca_file=own / "ca.pem")
+    async with daemon(token, tls=ServerTls(files)) as url:
+        monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(own / "ca.pem"))
+        assert (await asked(url, token)).level == "ok"
+        assert "is set, and ws://h:1/agents is not TLS" in (await asked("ws://h:1/agents", token)).what
+        monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(tmp_path / "other" / "ca.pem"))
+        found = await asked(url, token)
+        assert (found.level, found.check) == ("error", "TLS")
+        assert "certificate that is not believed" in found.what
+        monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(tmp_path / "none.pem"))
+        assert "WEIGHTSYNC_CA_FILE" in (await asked(url, token)).what
+
+
+async def test_a_daemon_that_is_not_ours(token: Path, tmp_path: Path) -> None:
+    async with daemon(token, "other") as url:
+        assert "is the daemon of run 'other'" in (await asked(url, token)).what
     async with served(only(index=_ok)) as url:
-        assert "answers 404: it is no daemon" in (await asked(url, token)).what
+        assert "answers 404: it is no daemon" in (await asked(url.replace("http", "ws"), token)).what
+    async with served(only(healthz=_ok, agents=_ok)) as url:
+        assert "no WebSocket" in (await asked(url.replace("http", "ws") + "/agents", token)).what
     async with speaking(b"SSH-2.0-OpenSSH_9.6\r\n") as url:
-        assert "is no daemon" in (await asked(url, token)).what
+        assert "is no daemon" in (await asked(url.replace("http", "ws"), token)).what
 
 
 async def _ok(_: web.Request) -> web.Response:
     return web.Response(text="ok")
 
 
-async def test_a_wrong_token_is_told(token: Path) -> None:
-    token.write_text("another token of some length".replace(" ", "-"))  # noqa: ASYNC240
-    async with served(daemon()) as url:
-        assert (await asked(url, token)).what == f"{url} refuses the token"
+async def test_a_token_that_does_not_serve_is_told(token: Path) -> None:
+    async with daemon(token) as url:
+        other = token.parent.parent / "other"
+        other.write_text("another-token-of-some-length")
+        assert (await asked(url, other)).what == f"{url} does not know the token"
+        found = await asked(url, token.with_name("viewer.token"))
+        assert (found.level, "403" in found.what, "role engine or trainer" in found.fix) == ("error", True, True)
+        assert (await asked(url, token.with_name("none"))).level == "ok", "which another check tells"
 
 
 async def test_nobody_there(token: Path) -> None:

@@ -32,7 +32,7 @@ def test_it_says_name_and_url(environ: dict[str, str]) -> None:
     assert thread._application == Application(
         run_id="glm", engine=Applicant(name="a0", urls=("http://10.1.0.1:8000",), kind="vllm")
     )
-    assert (thread._url, thread._token_file) == ("http://head:7410/engines", Path(environ["WEIGHTSYNC_TOKEN_FILE"]))
+    assert (thread._url, thread._token_file) == ("ws://head:7410/engines", Path(environ["WEIGHTSYNC_TOKEN_FILE"]))
 
 
 def test_it_says_all_there_is_to_say(environ: dict[str, str]) -> None:

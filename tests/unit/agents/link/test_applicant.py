@@ -4,57 +4,103 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
 from weightsync.agents.link import applicant
 from weightsync.agents.link.applicant import ApplicantError, ApplicantThread, engines_url
 from weightsync.agents.link.client import Backoff
-from weightsync.orchestrator.protocol.application import ENGINES_PATH, Applicant, Application
+from weightsync.agents.link.tls import TlsError
+from weightsync.orchestrator.cli.certs import make_certificates
+from weightsync.orchestrator.daemon.access.access import Access, Claim, NotAdmitted
+from weightsync.orchestrator.daemon.access.tls import ServerTls
+from weightsync.orchestrator.protocol.application import ENGINES_PATH, Admitted, Applicant, Application, Declined
+from weightsync.orchestrator.protocol.proof import KEY_HEADER
+from weightsync.orchestrator.settings.sections import ListenTls
 
 SECONDS = 20.0
 """Nothing here takes so long."""
 
 ENGINE = Applicant(name="a0", urls=("http://h:8000",))
 AT_ONCE = Backoff(first=0.001, longest=0.01, quick=0.01)
-TAKEN_IN = (200, b'{"again_seconds": 0}')
+TAKEN_IN = msgspec.json.encode(Admitted(again_seconds=0))
+FOR_LONG = msgspec.json.encode(Admitted(again_seconds=1e6))
 
 
 class Door:
-    """A daemon that gives one answer after the other, the last one for ever, and notes what it hears."""
+    """A daemon's door: gives one answer after the other, the last one for ever, and notes what it hears.
 
-    def __init__(self, *answers: tuple[int, bytes]) -> None:
+    An answer is what it says in a frame, or a status in place of the upgrade.
+    """
+
+    def __init__(
+        self, credentials: Path, *answers: bytes | int, run: str = "glm", tls: ServerTls | None = None
+    ) -> None:
         self.answers = list(answers)
+        self.access = Access(credentials, run, str, tls)
+        self.tls = tls
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
         self.heard: asyncio.Queue[tuple[Application, str]] = asyncio.Queue()
+        self.headers: list[str] = []
 
-    async def receive(self, request: web.Request) -> web.Response:
-        application = msgspec.json.decode(await request.read(), type=Application)
-        self.heard.put_nowait((application, request.headers["Authorization"]))
-        status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return web.Response(status=status, body=body)
+    async def receive(self, request: web.Request) -> web.StreamResponse:
+        self.headers += [f"{name}: {value}" for name, value in request.headers.items()]
+        self.asked.put_nowait(request.headers[KEY_HEADER])
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        try:
+            claim = self.access.claim_of(request, "apply")
+        except NotAdmitted as error:
+            return web.Response(status=error.status)
+        if isinstance(answer, int):
+            return web.Response(status=answer)
+        socket = web.WebSocketResponse()
+        socket.headers.update(self.proof(claim))
+        await socket.prepare(request)
+        message = await socket.receive()
+        if message.type is aiohttp.WSMsgType.BINARY:
+            application = msgspec.json.decode(claim.said_in(message.data), type=Application)
+            self.heard.put_nowait((application, claim.token))
+            await self.answer(socket, answer)
+        return socket
+
+    def proof(self, claim: Claim) -> dict[str, str]:
+        return claim.headers()
+
+    async def answer(self, socket: web.WebSocketResponse, answer: bytes) -> None:
+        await socket.send_bytes(answer)
 
     async def hears(self) -> Application:
         return (await asyncio.wait_for(self.heard.get(), SECONDS))[0]
 
     @contextlib.asynccontextmanager
-    async def served(self) -> AsyncIterator[str]:
+    async def served(self, port: int = 0) -> AsyncIterator[str]:
         app = web.Application()
-        app.router.add_post(ENGINES_PATH, self.receive)
+        app.router.add_get(ENGINES_PATH, self.receive)
         runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        context = None if self.tls is None else self.tls.context
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
         try:
-            yield f"ws://127.0.0.1:{runner.addresses[0][1]}/agents"
+            yield f"{'ws' if self.tls is None else 'wss'}://127.0.0.1:{runner.addresses[0][1]}/agents"
         finally:
             await runner.cleanup()
 
 
 @pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    file = tmp_path / "token"
-    file.write_text("the-token\n")
+def credentials(tmp_path: Path) -> Path:
+    return write_credentials(tmp_path / "credentials")
+
+
+@pytest.fixture
+def token_file(credentials: Path) -> Path:
+    """The engine's own copy."""
+    file = credentials.parent / "token"
+    file.write_text(TOKENS["engine"])
     return file
 
 
@@ -85,15 +131,21 @@ async def applying(url: str, token_file: Path) -> AsyncIterator[ApplicantThread]
         assert not thread._thread.is_alive()
 
 
-async def test_it_applies_until_it_is_taken_in(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def declined(status: int, why: str) -> bytes:
+    return msgspec.json.encode(Declined(status=status, why=why))
+
+
+async def test_it_applies_until_it_is_taken_in(
+    credentials: Path, token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "weightsync")
-    full = (409, b"name 'a0': full. Fix: raise it\n")
-    door = Door(full, full, (503, b"later\n"), (200, b'{"again_seconds": 1e6}'))
+    full = declined(409, "name 'a0': full. Fix: raise it\n")
+    door = Door(credentials, full, full, declined(503, "later\n"), FOR_LONG)
     async with door.served() as url:
         async with applying(url, token_file):
             for _ in range(4):
-                application, token = await asyncio.wait_for(door.heard.get(), SECONDS)
-                assert (application, token) == (Application(run_id="glm", engine=ENGINE), "Bearer the-token")
+                heard = await asyncio.wait_for(door.heard.get(), SECONDS)
+                assert heard == (Application(run_id="glm", engine=ENGINE), TOKENS["engine"])
         assert door.heard.empty()
     said = [record.getMessage() for record in caplog.records if record.name.startswith("weightsync")]
     assert [line.partition(": ")[2] for line in said if "not taken in" in line] == [
@@ -101,45 +153,99 @@ async def test_it_applies_until_it_is_taken_in(token_file: Path, caplog: pytest.
         "503: later; tried again",
     ], "each reason once"
     assert sum("is a member" in line for line in said) == 1
+    assert not [header for header in door.headers if TOKENS["engine"] in header]
 
 
 async def test_it_says_again_that_it_is_there_and_reads_its_token_anew(
-    token_file: Path, monkeypatch: pytest.MonkeyPatch
+    credentials: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(applicant, "LEAST_SECONDS", 0.001)
-    door = Door(TAKEN_IN)
+    door = Door(credentials, TAKEN_IN)
     async with door.served() as url, applying(url, token_file):
         assert await door.hears() == await door.hears()
-        await asyncio.to_thread(token_file.write_text, "another")
+        await asyncio.to_thread(token_file.write_text, TOKENS["trainer"])
         async with asyncio.timeout(SECONDS):
-            while (await door.heard.get())[1] != "Bearer another":
+            while (await door.heard.get())[1] != TOKENS["trainer"]:
                 pass
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((200, b"{}"), "again_seconds"),
-        ((200, b"\xff"), "malformed"),
-        ((200, b'{"again_seconds": -1}'), "again_seconds"),
-        ((200, b"x" * (applicant.MAX_ANSWER_BYTES + 1)), "an answer of more than 16384 bytes"),
-        ((301, b"elsewhere"), "301: elsewhere"),
-        ((500, b"\xff" * 5000), "500: "),
+        (b"{}", "type"),
+        (b"\xff", "malformed"),
+        (b'{"type": "admitted", "again_seconds": -1}', "again_seconds"),
+        (b"x" * (applicant.MAX_ANSWER_BYTES + 1), "exceeds limit of 16384 bytes"),
+        (declined(500, "y" * 1000), "500: yyy"),
+        (301, "it answers 301"),
+        (401, "rejects the token"),
     ],
 )
-async def test_what_is_no_answer_is_tried_again(token_file: Path, answer: tuple[int, bytes], words: str) -> None:
-    door = Door(answer)
+async def test_what_is_no_answer_is_tried_again(
+    credentials: Path, token_file: Path, answer: bytes | int, words: str
+) -> None:
+    door = Door(credentials, answer)
     async with door.served() as url, applying(url, token_file) as thread:
-        await door.hears()
-        await door.hears()
+        for _ in range(3):
+            await asyncio.wait_for(door.asked.get(), SECONDS)
         assert words in thread.trouble
         assert len(thread.trouble) <= applicant.MAX_SHOWN + 5
 
 
-async def test_neither_a_daemon_that_is_away_nor_a_lost_token_ends_it(
-    token_file: Path, warnings: "asyncio.Queue[str]"
+async def test_who_proves_nothing_or_serves_another_run_hears_nothing(
+    credentials: Path, token_file: Path, warnings: "asyncio.Queue[str]"
 ) -> None:
-    door = Door((200, b'{"again_seconds": 1e6}'))
+    class Rogue(Door):
+        """It has seen the key, which is no secret, and repeats a proof of another connection."""
+
+        def proof(self, claim: Claim) -> dict[str, str]:
+            return replace(claim, challenge=replace(claim.challenge, agent_nonce="ab" * 32)).headers()
+
+    class OfAgents(Door):
+        """It passes on what the daemon proves to agents."""
+
+        def proof(self, claim: Claim) -> dict[str, str]:
+            return replace(claim, challenge=replace(claim.challenge, purpose="connect")).headers()
+
+    doors = [
+        (Rogue(credentials, TAKEN_IN), "does not prove that it holds this agent's token"),
+        (OfAgents(credentials, TAKEN_IN), "does not prove that it holds this agent's token"),
+        (Door(credentials, TAKEN_IN, run="other"), "run_id 'glm': that daemon serves run 'other'. Fix: "),
+    ]
+    for door, words in doors:
+        async with door.served() as url, applying(url, token_file):
+            assert words in await asyncio.wait_for(warnings.get(), SECONDS)
+        assert door.heard.empty()
+
+
+@pytest.mark.parametrize("believed", [True, False])
+async def test_with_tls_it_believes_its_own_authority(
+    credentials: Path,
+    token_file: Path,
+    warnings: "asyncio.Queue[str]",
+    monkeypatch: pytest.MonkeyPatch,
+    believed: bool,
+) -> None:
+    own, other = credentials.parent / "own", credentials.parent / "other"
+    for directory in (own, other):
+        make_certificates(directory, ["127.0.0.1"], (), 2)
+    files = ListenTls(certificate_file=own / "daemon.pem", key_file=own / "daemon.key", ca_file=own / "ca.pem")
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str((own if believed else other) / "ca.pem"))
+    door = Door(credentials, FOR_LONG, tls=ServerTls(files))
+    async with door.served() as url, applying(url, token_file):
+        if believed:
+            assert (await door.hears()).engine == ENGINE
+        else:
+            assert "certificate verify failed" in await asyncio.wait_for(warnings.get(), SECONDS)
+    assert door.asked.empty() is not believed
+    with pytest.raises(TlsError, match="WEIGHTSYNC_CA_FILE is set, and ws://h:1/engines is not TLS"):
+        ApplicantThread("glm", ENGINE, "ws://h:1/agents", token_file)
+
+
+async def test_neither_a_daemon_that_is_away_nor_a_lost_token_ends_it(
+    credentials: Path, token_file: Path, warnings: "asyncio.Queue[str]"
+) -> None:
+    door = Door(credentials, FOR_LONG)
     async with door.served() as url:
         pass
     port = int(url.split(":")[2].partition("/")[0])
@@ -147,24 +253,33 @@ async def test_neither_a_daemon_that_is_away_nor_a_lost_token_ends_it(
         assert "Cannot connect" in await asyncio.wait_for(warnings.get(), SECONDS)
         await asyncio.to_thread(token_file.unlink)
         assert "token file" in await asyncio.wait_for(warnings.get(), SECONDS)
-        await asyncio.to_thread(token_file.write_text, "the-token")
-        app = web.Application()
-        app.router.add_post(ENGINES_PATH, door.receive)
-        runner = web.AppRunner(app, shutdown_timeout=1.0)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        assert (await door.hears()).engine == ENGINE
-        await runner.cleanup()
+        await asyncio.to_thread(token_file.write_text, TOKENS["engine"])
+        async with door.served(port):
+            assert (await door.hears()).engine == ENGINE
 
 
-async def test_a_daemon_that_does_not_answer_delays_no_end(token_file: Path) -> None:
+async def test_a_daemon_that_ends_without_an_answer_is_asked_again(
+    credentials: Path, token_file: Path, warnings: "asyncio.Queue[str]"
+) -> None:
+    class Curt(Door):
+        async def answer(self, socket: web.WebSocketResponse, answer: bytes) -> None:
+            await socket.close(code=1011, message=b"no time")
+
+    door = Curt(credentials, TAKEN_IN)
+    async with door.served() as url, applying(url, token_file):
+        assert await door.hears() == await door.hears()
+        assert "it says nothing: code 1011 no time" in await asyncio.wait_for(warnings.get(), SECONDS)
+
+
+async def test_a_daemon_that_does_not_answer_delays_no_end(
+    credentials: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Silent(Door):
-        async def receive(self, request: web.Request) -> web.Response:
-            await super().receive(request)
+        async def answer(self, socket: web.WebSocketResponse, answer: bytes) -> None:
             await asyncio.Event().wait()
-            raise AssertionError
 
-    door = Silent(TAKEN_IN)
+    monkeypatch.setattr(applicant, "CLOSE_SECONDS", 0.1)
+    door = Silent(credentials, TAKEN_IN)
     async with door.served() as url, applying(url, token_file):
         await door.hears()
 
@@ -174,8 +289,8 @@ async def test_one_that_was_not_started_has_nothing_to_end(token_file: Path) -> 
 
 
 def test_where_it_applies() -> None:
-    assert engines_url("ws://head:7410/agents") == "http://head:7410/engines"
-    assert engines_url("wss://proxy.example/runs/glm/agents") == "https://proxy.example/runs/glm/engines"
+    assert engines_url("ws://head:7410/agents") == "ws://head:7410/engines"
+    assert engines_url("wss://proxy.example/runs/glm/agents") == "wss://proxy.example/runs/glm/engines"
 
 
 @pytest.mark.parametrize("url", ["http://head:7410/agents", "ws://head:7410", "ws://head:7410/agents/", ""])

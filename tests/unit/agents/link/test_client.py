@@ -2,21 +2,24 @@
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
 from weightsync.agents.link import connection as control_connection
 from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.tls import TlsError
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
@@ -33,7 +36,19 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    RUN_HEADER,
+    Challenge,
+    daemon_proof,
+)
 from weightsync.orchestrator.protocol.token import TokenError
+from weightsync.orchestrator.settings.credentials import ROLES
+from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.sections import ListenTls
 
 SECONDS = 20.0
 """Nothing here takes so long; a test that would wait for ever fails by it."""
@@ -41,6 +56,7 @@ SECONDS = 20.0
 MEMBER = Member("trainer", "", 3)
 READY = Ready(fingerprint="f")
 OUTCOME = Outcome(version=Version(1, 2), committed=True)
+Headers = dict[str, str]
 AT_ONCE = Backoff(first=0.001, longest=0.01)
 
 
@@ -57,9 +73,8 @@ def welcome(heartbeat_seconds: float = 5.0) -> Welcome:
 
 @pytest.fixture
 def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text("a-secret-of-the-test\n")
-    return path
+    """A trainer's, in the directory of all credentials."""
+    return write_credentials(tmp_path / "credentials") / "trainer.token"
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +88,13 @@ async def _no_task_is_left() -> AsyncIterator[None]:
 class Daemon:
     """A hub that accepts everybody, and what it was told."""
 
-    def __init__(self, token_file: Path) -> None:
+    def __init__(self, token_file: Path, tls: ServerTls | None = None) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.decide: Callable[[AgentConnected], object] = self.accept
         timing = HubTiming(heartbeat_seconds=5.0, missed_heartbeats=3, hello_seconds=10.0, close_seconds=0.5)
         next_id = itertools.count(1).__next__
-        self.hub = Hub(token_file=token_file, post=self._on_event, next_id=next_id, timing=timing)
+        self.access = Access(token_file.parent, "run", str, tls)
+        self.hub = Hub(access=self.access, post=self._on_event, next_id=next_id, timing=timing)
 
     def accept(self, event: AgentConnected) -> object:
         self.accepted = event.connection
@@ -155,11 +171,24 @@ async def answering(
         await runner.cleanup()
 
 
-def daemon_that_says(*frames: bytes) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def proved(request: web.Request, token: str = TOKENS["trainer"], run_id: str = "run", channel: bytes = b"") -> Headers:
+    """With which a daemon that holds ``token`` answers an upgrade."""
+    challenge = Challenge(run_id, request.headers[NONCE_HEADER], "cd" * NONCE_BYTES, channel)
+    return {
+        RUN_HEADER: run_id,
+        NONCE_HEADER: challenge.daemon_nonce,
+        PROOF_HEADER: daemon_proof(token, challenge).hex(),
+    }
+
+
+def daemon_that_says(
+    *frames: bytes, prove: Callable[[web.Request], Headers] = proved
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Answers Hello with ``frames`` and is silent from then on."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(prove(request))
         await socket.prepare(request)
         await socket.receive()
         for frame in frames:
@@ -308,7 +337,7 @@ async def test_refused_for_good_ends_run(token_file: Path, welcomed: bool) -> No
 async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     daemon = Daemon(token_file)
     port = await daemon.hub.start("127.0.0.1", 0)
-    own, right = token_file.with_name("agents-token"), "a-secret-of-the-test\n"
+    own, right = token_file.with_name("agents-token"), TOKENS["trainer"] + "\n"
     own.write_text("stale-secret")
     with caplog.at_level(logging.WARNING):
         agent = Agent(port, own)
@@ -318,7 +347,7 @@ async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog
         own.write_text(right)
         assert await agent.next() == welcome()
     assert "stale-secret" not in caplog.text
-    assert "a-secret-of-the-test" not in caplog.text
+    assert TOKENS["trainer"] not in caplog.text
     await agent.stop()
     await daemon.hub.close()
 
@@ -375,6 +404,73 @@ async def test_a_daemon_that_talks_nonsense(
         await agent.stop()
 
 
+async def test_nobody_is_obeyed_who_does_not_prove_the_token_and_nothing_is_said_to_him(
+    token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rogue daemon, one with another token, one that repeats what a real one said, one that was never updated."""
+    requests: list[web.Request] = []
+    frames: list[object] = []
+
+    def replayed(_: web.Request) -> Headers:
+        return proved(requests[0])
+
+    ways: list[Callable[[web.Request], Headers]] = [
+        lambda _: {},
+        replayed,
+        lambda request: proved(request, "another-0123456789"),
+        lambda request: proved(request) | {RUN_HEADER: "other"},
+        lambda request: proved(request) | {NONCE_HEADER: "ab" * NONCE_BYTES},
+        lambda request: proved(request) | {NONCE_HEADER: "x"},
+        lambda request: proved(request) | {PROOF_HEADER: "ä"},
+        lambda request: proved(request, channel=b"another connection's"),
+        lambda request: {**proved(request), PROOF_HEADER: request.headers[NONCE_HEADER]},
+    ]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        requests.append(request)
+        socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(ways[min(len(requests), len(ways)) - 1](request))
+        await socket.prepare(request)
+        await socket.send_bytes(encode(welcome()))
+        frames.append((await socket.receive()).data)
+        return socket
+
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        async with asyncio.timeout(SECONDS):
+            while len(frames) < len(ways):  # noqa: ASYNC110  # the other side's list
+                await asyncio.sleep(0)
+        assert agent.heard.empty()
+        assert agent.hellos == 0
+        await agent.stop()
+    assert not [frame for frame in frames if isinstance(frame, bytes)]
+    assert caplog.text.count("it does not prove that it holds this agent's token") >= len(ways)
+    said = "".join(f"{name}: {value}" for request in requests for name, value in request.headers.items())
+    assert TOKENS["trainer"] not in said
+    assert "Authorization" not in said
+    assert len({request.headers[NONCE_HEADER] for request in requests}) == len(requests)
+    assert len({request.headers[KEY_HEADER] for request in requests}) == 1
+
+
+async def test_a_daemon_of_another_run_is_named_and_told_nothing(token_file: Path) -> None:
+    """As when a configuration was copied, with its tokens."""
+    answer = daemon_that_says(encode(welcome()), prove=lambda request: proved(request, run_id="staging"))
+    async with answering(answer) as port:
+        agent = Agent(port, token_file)
+        with pytest.raises(RefusedForGood, match="belongs to run 'run', this daemon serves run 'staging'"):
+            await agent.run
+        assert agent.heard.empty()
+
+
+async def test_a_member_with_the_credential_of_another_role_is_refused_for_good(token_file: Path) -> None:
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file.with_name("engine.token"))
+    with pytest.raises(RefusedForGood, match="trainer/3 is a member of role trainer and came with"):
+        await agent.run
+    assert daemon.events.empty()
+    await daemon.hub.close()
+
+
 async def test_something_else_that_answers_there(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(text="an API server")
@@ -391,6 +487,7 @@ async def test_a_daemon_that_takes_nothing(token_file: Path, monkeypatch: pytest
 
     async def answer(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(timeout=0.1)
+        socket.headers.update(proved(request))
         await socket.prepare(request)
         await socket.receive()
         await socket.send_bytes(encode(welcome()))
@@ -437,7 +534,9 @@ async def test_what_a_callback_raises_ends_run_with_it(token_file: Path) -> None
 async def test_a_hello_that_is_too_long_is_the_agents_own_fault(token_file: Path) -> None:
     daemon = Daemon(token_file)
     port = await daemon.hub.start("127.0.0.1", 0)
-    giant = Hello(schema=SCHEMA_VERSION, run_id="x" * MAX_HELLO_BYTES, member=MEMBER, world=4, incarnation=1)
+    giant = Hello(
+        schema=SCHEMA_VERSION, run_id="run", member=MEMBER, world=4, incarnation=1, host="x" * MAX_HELLO_BYTES
+    )
     client = ControlClient(f"ws://127.0.0.1:{port}{AGENTS_PATH}", token_file, lambda: giant, lambda _: None)
     with pytest.raises(ProtocolError, match="Hello of"):
         await client.run()
@@ -470,35 +569,157 @@ def test_backoff_stays_close_while_a_daemon_may_only_be_starting_and_doubles_to_
     assert Backoff(first=0.001, longest=0.01).seconds(99, 1.0) == 0.01
 
 
-# --------------------------------------------------------------------------------------- a proxy that speaks TLS
+# ------------------------------------------------------------------------------------------------------------- TLS
 @pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A self-signed certificate of 127.0.0.1; its key is key.pem beside it."""
-    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=weightsync"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(chain)]
-    subprocess.run([*command.split(), *names], check=True, capture_output=True)
-    return chain
+def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of one run, whose authority this process's environment names."""
+    directory = tmp_path / "certificates"
+    make_certificates(directory, ["127.0.0.1"], [*ROLES, "trainer.3", "trainer.4"], 2)
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(directory / "ca.pem"))
+    return directory
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-async def test_wss_is_for_a_proxy_whose_certificate_is_trusted(
-    certificate: Path,
+def listening(certificates: Path, *, clients: bool = False, name: str = "daemon") -> ServerTls:
+    return ServerTls(ListenTls(
+        certificate_file=certificates / f"{name}.pem", key_file=certificates / f"{name}.key",
+        ca_file=certificates / "ca.pem", client_certificates=clients,
+    ))  # fmt: skip
+
+
+def show(monkeypatch: pytest.MonkeyPatch, certificates: Path, name: str) -> None:
+    monkeypatch.setenv("WEIGHTSYNC_CERTIFICATE_FILE", str(certificates / f"{name}.pem"))
+    monkeypatch.setenv("WEIGHTSYNC_KEY_FILE", str(certificates / f"{name}.key"))
+
+
+async def test_over_tls(token_file: Path, certificates: Path) -> None:
+    daemon = Daemon(token_file, listening(certificates))
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    assert await agent.next() == welcome()
+    await agent.stop()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize("known", ["other.pem", ""])
+async def test_a_daemon_whose_certificate_is_not_trusted(
     token_file: Path,
-    trusted: bool,
+    certificates: Path,
+    known: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    proxy = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    proxy.load_cert_chain(certificate, certificate.with_name("key.pem"))
-    if trusted:  # by the system's authorities, which here means: by the session that the client makes
-        connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=certificate))
-        monkeypatch.setattr(aiohttp, "ClientSession", functools.partial(aiohttp.ClientSession, connector=connector))
-    async with answering(daemon_that_says(encode(welcome()), encode(OUTCOME)), proxy) as port:
-        agent = Agent(port, token_file, scheme="wss")
-        if trusted:
-            assert [await agent.next(), await agent.next()] == [welcome(), OUTCOME]
-        else:
-            await logged(caplog, "certificate verify failed")
-            assert agent.heard.empty()
+    """Of another authority than the run's, or where the environment names none and the system knows nothing of it."""
+    daemon = Daemon(token_file, listening(certificates))
+    make_certificates(certificates.parent / "others", ["127.0.0.1"], (), 2)
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(certificates.parent / "others" / "ca.pem") if known else "")
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    await logged(caplog, "certificate verify failed")
+    assert daemon.events.empty()
+    await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_whoever_ends_tls_before_the_daemon_is_not_believed(
+    token_file: Path, certificates: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with a certificate of the run's own authority, and with the daemon behind him."""
+    daemon = Daemon(token_file, listening(certificates))
+    port = await daemon.hub.start("127.0.0.1", 0)
+    make_certificates(certificates.parent / "between", ["127.0.0.1"], (), 2)
+    for name in ("ca.pem", "ca.key"):
+        (certificates.parent / "between" / name).write_bytes((certificates / name).read_bytes())
+    (certificates.parent / "between" / "daemon.pem").unlink()
+    make_certificates(certificates.parent / "between", ["127.0.0.1"], (), 2)
+    behind = ssl.create_default_context(cafile=certificates / "ca.pem")
+
+    async def relay(request: web.Request) -> web.StreamResponse:
+        async with aiohttp.ClientSession() as session:
+            url = f"https://127.0.0.1:{port}{AGENTS_PATH}"
+            headers = {name: request.headers[name] for name in (KEY_HEADER, NONCE_HEADER)}
+            async with session.ws_connect(url, headers=headers, ssl=behind) as real:
+                socket = web.WebSocketResponse(timeout=0.1)
+                said = real._response.headers
+                socket.headers.update({name: said[name] for name in (RUN_HEADER, NONCE_HEADER, PROOF_HEADER)})
+                await socket.prepare(request)
+                await socket.receive()
+                return socket
+
+    between = listening(certificates.parent / "between").context
+    async with answering(relay, between) as other:
+        agent = Agent(other, token_file, scheme="wss")
+        await logged(caplog, "it does not prove that it holds this agent's token")
+        assert agent.hellos == 0
         await agent.stop()
+    assert daemon.events.empty()
+    await daemon.hub.close()
+
+
+@pytest.mark.parametrize(
+    ("shown", "says"),
+    [
+        ("", "it answers 403"),
+        ("engine", "by its certificate, trainer/3 is a member of role trainer and came with the credential of role"),
+        ("trainer.4", "by its certificate, trainer/3 came with the credential of trainer 4, which is bound to it"),
+        ("trainer.3", ""),
+        ("trainer", ""),
+    ],
+)  # fmt: skip
+async def test_certificates_of_agents_say_their_role_and_name(
+    token_file: Path, certificates: Path, shown: str, says: str,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    daemon = Daemon(token_file, listening(certificates, clients=True))
+    if shown:
+        show(monkeypatch, certificates, shown)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    if not says:
+        assert await agent.next() == welcome()
+    elif shown:
+        with pytest.raises(RefusedForGood, match=says):
+            await agent.run
+        assert daemon.events.empty()
+    else:
+        await logged(caplog, says)
+        assert daemon.events.empty()
+    if not agent.run.done():
+        await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_a_certificate_is_replaced_without_a_restart(token_file: Path, certificates: Path) -> None:
+    daemon = Daemon(token_file, listening(certificates))
+    port = await daemon.hub.start("127.0.0.1", 0)
+    (certificates / "daemon.pem").unlink()
+    make_certificates(certificates, ["127.0.0.1"], (), 2)
+    await daemon.access.again()
+    agent = Agent(port, token_file, scheme="wss")  # the proofs cover the new one
+    assert await agent.next() == welcome()
+    (certificates / "daemon.key").write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"daemon.key: cannot be used with .*daemon.pem as certificate and key"):
+        await daemon.access.again()
+    await agent.stop()
+    again = Agent(port, token_file, scheme="wss")
+    assert await again.next() == welcome()
+    await again.stop()
+    await daemon.hub.close()
+
+
+async def test_plain_text_is_no_way_to_a_daemon_with_tls_nor_tls_to_one_without(
+    token_file: Path, certificates: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downgrade: the address is the agent's own configuration, and what it names is never left out."""
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file, scheme="wss")
+    await logged(caplog, "next attempt in")
+    assert agent.hellos == 0
+    await agent.stop()
+    await daemon.hub.close()
+    with pytest.raises(TlsError, match=r"WEIGHTSYNC_CA_FILE is set, and ws://127.0.0.1:1/agents is not TLS"):
+        ControlClient("ws://127.0.0.1:1/agents", token_file, lambda: None, lambda _: None)  # type: ignore[arg-type,return-value]
+    monkeypatch.delenv("WEIGHTSYNC_CA_FILE")
+    secure = Daemon(token_file, listening(certificates))
+    plain = Agent(await secure.hub.start("127.0.0.1", 0), token_file)
+    caplog.clear()
+    await logged(caplog, "next attempt in")
+    assert plain.hellos == 0
+    await plain.stop()
+    await secure.hub.close()

@@ -39,13 +39,13 @@ def test_the_daemons_own_configuration_serves_too(tmp_path: Path) -> None:
     file = tmp_path / "prod.yaml"
     document = {
         "run": {"id": "glm", "directory": "/runs/glm"},
-        "listen": {"port": 7410, "token_file": "/etc/token"},
+        "credentials": "secret",
         "engines": [],
     }
     file.write_text(yaml.safe_dump(document))
     environment = {"WEIGHTSYNC_CONFIG": str(file), "WEIGHTSYNC_HUB_URL": "ws://d/agents"}
     assert trainer_settings(environment=environment) == TrainerSettings(
-        "ws://d/agents", Path("/etc/token"), "glm", Path("/runs/glm")
+        "ws://d/agents", tmp_path / "secret" / "trainer.token", "glm", Path("/runs/glm")
     )
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import msgspec
-from command_line import TOKEN, cli, process
+from command_line import cli, process
+from credentials import TOKENS
 from servers_here import served, vllm
 from weightsync.orchestrator.protocol.findings import WIDTH, Findings
 
@@ -23,7 +24,7 @@ async def test_a_fleet_in_good_order(config: Path) -> None:
     assert done.code == (1 if "\nwarning" in f"\n{done.out}" else 0), done.out
     assert "\nerror" not in f"\n{done.out}"
     assert max(map(len, done.out.splitlines())) <= WIDTH
-    assert TOKEN not in done.out
+    assert not [token for token in TOKENS.values() if token in done.out]
 
 
 async def test_warnings_are_1_errors_2_and_json_has_them(config: Path) -> None:
@@ -33,10 +34,10 @@ async def test_warnings_are_1_errors_2_and_json_has_them(config: Path) -> None:
     told = msgspec.json.decode(done.out, type=Findings)
     found = {finding.check: finding.level for finding in told.findings if finding.level != "ok"}
     assert found["configuration"] == found["engine a"] == "warning"
-    (config.parent / "token").unlink()
+    (config.parent / "credentials" / "engine.token").unlink()
     done = await cli("doctor", "--config", config, "--timeout", "5")
     assert done.code == 2
-    assert "secret cannot be read" in done.out
+    assert "has no engine.token" in " ".join(done.out.split())
 
 
 async def test_a_configuration_that_cannot_be_read_is_78(tmp_path: Path) -> None:

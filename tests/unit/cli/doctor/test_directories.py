@@ -53,18 +53,6 @@ def test_a_slow_a_skewed_and_a_full_disk(trial: Trial, texts: list[str], tmp_pat
     assert [text in finding.what for text, finding in zip(texts, found, strict=True)] == [True] * len(texts)
 
 
-def test_a_state_directory_that_others_can_write_or_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tmp_path.chmod(0o777)
-    others = [f for f in directories.state_directory(tmp_path) if f.fix.startswith("chmod")]
-    assert [f.fix for f in others] == [f"chmod 700 {tmp_path}"]
-    tmp_path.chmod(0o700)
-    assert not [f for f in directories.state_directory(tmp_path) if f.fix.startswith(("chmod", "let it"))]
-    owner = tmp_path.stat().st_uid
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    told = [f for f in directories.state_directory(tmp_path) if f.fix.startswith("let it")]
-    assert len(told) == (0 if owner == 0 else 1)  # root's own is nobody else's to change
-
-
 def test_room_for_checkpoints(tmp_path: Path) -> None:
     assert list(directories.room_for_checkpoints(tmp_path, 1000)) == []
     assert list(directories.room_for_checkpoints(tmp_path, 0)) == []

@@ -28,7 +28,7 @@ def settings(tmp_path: Path) -> Settings:
     config.write_text(f"""
 run: {{id: glm, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: a, url: "http://127.0.0.1:1"}}]
 """)
     return load(config, {})

@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from credentials import write_credentials
 from fleets import policy_for
 from weightsync.orchestrator.core.events import Event
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import Committed, RoundEnded, encode_record
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.policy import without_policy
 from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
-from weightsync.orchestrator.daemon.hub.token import TokenError
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.meters import Meters
@@ -32,7 +34,7 @@ def settings(tmp_path: Path) -> Settings:
     config.write_text(f"""
 run: {{id: glm, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1", role: both}}]
 """)
     return load(config, {})
@@ -58,7 +60,8 @@ class Daemon:
         self.views = LiveViews(
             settings=settings, fleet=self.fleet, history=self.history, journal=self.journal,
             verbs=Verbs(self.fleet, Audit(settings.state_directory), self.ask, lambda: 1),
-            applications=Applications(self.fleet, self.ask, lambda: 1), **parts,
+            applications=Applications(self.fleet, self.ask, lambda: 1),
+            access=Access(write_credentials(settings.credentials), "glm", str), **parts,
         )  # fmt: skip
 
     async def ask(self, event: Event) -> None:
@@ -116,12 +119,10 @@ async def test_layouts_are_the_plans(daemon: Daemon) -> None:
     assert await daemon.views.layouts() is daemon.layouts
 
 
-async def test_they_are_served_to_whoever_bears_the_token(daemon: Daemon, settings: Settings) -> None:
+async def test_each_of_their_routes_has_a_policy(daemon: Daemon) -> None:
     app = web.Application()
-    with pytest.raises(TokenError):
-        daemon.views.add_routes(app)
-    settings.listen.token_file.write_text("the-token")
     daemon.views.add_routes(app)
+    assert list(without_policy(app)) == []
     paths = {resource.canonical for resource in app.router.resources()}
     assert paths == {
         "/healthz", "/readyz", "/status", "/rounds", "/metrics", "/plan/layouts", "/engines/{engine}/ready",

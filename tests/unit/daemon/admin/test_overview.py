@@ -45,7 +45,7 @@ def overview(tmp_path: Path) -> Overview:
     config.write_text(f"""
 run: {{id: run, directory: {tmp_path / "run"}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 """)
     return Overview(load(config, {}), started_unix=5.0)

@@ -4,15 +4,18 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from credentials import TOKENS, open_agent, write_credentials
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin import routes as admin
 from weightsync.orchestrator.daemon.admin.applications import ApplicationRefused
-from weightsync.orchestrator.daemon.admin.verbs import Order, VerbRefused
+from weightsync.orchestrator.daemon.admin.verbs import Asker, Order, VerbRefused
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LayoutsView,
@@ -24,9 +27,9 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.metrics import CONTENT_TYPE, render
-from weightsync.orchestrator.protocol.application import Admitted, Applicant, Application
+from weightsync.orchestrator.protocol.application import Admitted, Applicant, Application, Declined
 
-TOKEN = "t0ken-of-the-test"
+TOKEN = TOKENS["operator"]
 
 ROW = RoundRow(
     round="2.9", step=40, generation=7, attempt=1, outcome="committed", engines=("a",), bytes=10**9,
@@ -73,8 +76,9 @@ class Fixed:
 
 
 @contextlib.asynccontextmanager
-async def serving(routes: list[web.RouteDef]) -> AsyncIterator[str]:
+async def serving(directory: Path, routes: list[web.RouteDef]) -> AsyncIterator[str]:
     app = web.Application()
+    Access(write_credentials(directory / "credentials"), "glm", str).guard.install(app)
     app.router.add_routes(routes)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -91,9 +95,9 @@ async def get(url: str, token: str | None = TOKEN) -> tuple[int, bytes]:
         return response.status, await response.read()
 
 
-async def test_status_and_rounds() -> None:
+async def test_status_and_rounds(tmp_path: Path) -> None:
     views = Fixed()
-    async with serving(admin.routes(views, TOKEN)) as url:
+    async with serving(tmp_path, admin.routes(views)) as url:
         status, body = await get(url + "/status")
         assert status == 200
         assert msgspec.json.decode(body, type=StatusView) == VIEW
@@ -106,24 +110,24 @@ async def test_status_and_rounds() -> None:
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1]])
-async def test_nothing_without_the_token_but_health(token: str | None) -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_nothing_without_the_token_but_health(tmp_path: Path, token: str | None) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         for path in ("/status", "/rounds", "/metrics", "/plan/layouts"):
             assert await get(url + path, token) == (401, b"wrong or missing token\n")
         assert await get(url + "/healthz", token) == (200, b"ok\n")
 
 
-async def test_layouts() -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_layouts(tmp_path: Path) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         assert (await get(url + "/plan/layouts"))[0] == 404
-    async with serving(admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())), TOKEN)) as url:
+    async with serving(tmp_path, admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())))) as url:
         assert msgspec.json.decode((await get(url + "/plan/layouts"))[1])["root"] == "f"
 
 
-async def test_metrics() -> None:
+async def test_metrics(tmp_path: Path) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
-        serving(admin.routes(Fixed(), TOKEN)) as url,
+        serving(tmp_path, admin.routes(Fixed())) as url,
         aiohttp.ClientSession() as session,
         session.get(url + "/metrics", headers=headers) as response,
     ):
@@ -132,17 +136,17 @@ async def test_metrics() -> None:
         assert 'weightsync_engine_torn{engine="q\\"\\n",role="decode"} 1.0' in (await response.text()).splitlines()
 
 
-async def test_a_supervisor_asks_without_a_token() -> None:
+async def test_a_supervisor_asks_without_a_token(tmp_path: Path) -> None:
     views = Fixed()
-    async with serving(admin.routes(views, TOKEN)) as url:
+    async with serving(tmp_path, admin.routes(views)) as url:
         assert await get(url + "/readyz", None) == (200, b"ready\n")
         views.stuck = "the disk"
         assert await get(url + "/readyz", None) == (503, b"the disk\n")
         assert await get(url + "/healthz", None) == (200, b"ok\n")
 
 
-async def test_a_load_balancer_asks_without_a_token() -> None:
-    async with serving(admin.routes(Fixed(), TOKEN)) as url:
+async def test_a_load_balancer_asks_without_a_token(tmp_path: Path) -> None:
+    async with serving(tmp_path, admin.routes(Fixed())) as url:
         assert await get(url + "/engines/a/ready", None) == (200, b"serving\n")
         assert await get(url + "/engines/b/ready", None) == (503, b"torn\n")
         assert await get(url + "/engines/c/ready", None) == (404, b"no such engine\n")
@@ -152,10 +156,10 @@ class Obeying:
     """Verbs that note what they are asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Order, str]] = []
+        self.asked: list[tuple[str, Order, Asker]] = []
 
-    async def perform(self, verb: str, order: Order, address: str) -> VerbView:
-        self.asked.append((verb, order, address))
+    async def perform(self, verb: str, order: Order, asker: Asker) -> VerbView:
+        self.asked.append((verb, order, asker))
         if verb == "explode":
             raise VerbRefused(404, "there is no verb 'explode'")
         return VerbView(verb=verb, target=order.target, says="done")
@@ -170,12 +174,12 @@ async def post(url: str, body: bytes, token: str = TOKEN) -> tuple[int, bytes]:
         return response.status, await response.read()
 
 
-async def test_verbs_are_posted_by_whoever_bears_the_token() -> None:
+async def test_verbs_are_posted_by_operators(tmp_path: Path) -> None:
     verbs: Any = Obeying()
-    async with serving(admin.verb_routes(verbs, TOKEN)) as url:
+    async with serving(tmp_path, admin.verb_routes(verbs)) as url:
         status, body = await post(url + "/verbs/hold", b'{"target": "a", "reason": "why", "by": "ann"}')
         assert (status, msgspec.json.decode(body, type=VerbView).says) == (200, "done")
-        assert verbs.asked == [("hold", Order(target="a", reason="why", by="ann"), "127.0.0.1")]
+        assert verbs.asked == [("hold", Order(target="a", reason="why", by="ann"), Asker("127.0.0.1", "operator"))]
         assert await post(url + "/verbs/explode", b"{}") == (404, b"there is no verb 'explode'\n")
         assert await post(url + "/verbs/hold", b"{}", "wrong") == (401, b"wrong or missing token\n")
         assert (await get(url + "/verbs/hold"))[0] == 405
@@ -199,35 +203,123 @@ class Taking:
         return Admitted(again_seconds=15.0)
 
 
-async def test_engines_apply_with_the_token() -> None:
-    applications: Any = Taking()
-    good = Application(run_id="glm", engine=Applicant(name="a", urls=tuple(f"http://h{n}" for n in range(64))))
+GOOD = Application(run_id="glm", engine=Applicant(name="a", urls=tuple(f"http://h{n}" for n in range(64))))
+BOUND = "bound-to-a-0123456789"
+
+
+@pytest.fixture
+async def door(tmp_path: Path) -> AsyncIterator[tuple[Taking, str]]:
+    """A daemon that takes engines in; beside the tokens of the roles one that is bound to the engine a."""
+    taking: Any = Taking()
+    directory = write_credentials(tmp_path / "credentials")
+    (directory / "engine.a.token").write_text(BOUND)
+    access = Access(directory, "glm", str)
+    async with serving(tmp_path, admin.application_routes(taking, access)) as url:
+        yield taking, url.replace("http", "ws") + "/engines"
+
+
+async def applied(url: str, token: str, said: bytes) -> Admitted | Declined:
+    async with aiohttp.ClientSession() as session:
+        socket = await open_agent(session, url, token, "apply")
+        await socket.send_bytes(said)
+        answer = msgspec.json.decode(await socket.receive_bytes(), type=Admitted | Declined)
+        assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
+        return answer  # type: ignore[no-any-return]
+
+
+async def test_engines_apply_by_a_token_that_is_proved(door: tuple[Taking, str]) -> None:
+    taking, url = door
+    assert await applied(url, TOKENS["engine"], msgspec.json.encode(GOOD)) == Admitted(again_seconds=15.0)
+    assert taking.heard == [(GOOD, "127.0.0.1")]
     bad = Application(run_id="glm", engine=Applicant(name="bad", urls=("http://h",)))
-    async with serving(admin.application_routes(applications, TOKEN)) as url:
-        answer = await post(url + "/engines", msgspec.json.encode(good))
-        assert answer == (200, b'{"again_seconds":15.0}')
-        assert applications.heard == [(good, "127.0.0.1")]
-        assert await post(url + "/engines", msgspec.json.encode(bad)) == (409, b"name 'bad': no. Fix: none\n")
-        wrong = await post(url + "/engines", msgspec.json.encode(good), "wrong")
-        assert wrong == (401, b"wrong or missing token\n")
-        long = msgspec.json.encode(good).replace(b"http://h1", b"http://h" + b"1" * 200_000)
-        for body in (b"", b"[]", b"\xff", b'{"run_id": "glm"}', b"[" * 20_000, long):
-            status, text = await post(url + "/engines", body)
-            assert (status, text.startswith(b"the body is no application: ")) == (400, True)
-        assert len(applications.heard) == 2
+    refused = await applied(url, TOKENS["engine"], msgspec.json.encode(bad))
+    assert refused == Declined(status=409, why="name 'bad': no. Fix: none")
+    for body in (b"", b"[]", b"\xff", b'{"run_id": "glm"}', b"[" * 20_000):
+        answer = await applied(url, TOKENS["engine"], body)
+        assert isinstance(answer, Declined)
+        assert (answer.status, answer.why.startswith("this is no application: ")) == (400, True)
+    assert len(taking.heard) == 2
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bound_credential_makes_its_own_engine_a_member_and_no_other(door: tuple[Taking, str]) -> None:
+    taking, url = door
+    assert await applied(url, BOUND, msgspec.json.encode(GOOD)) == Admitted(again_seconds=15.0)
+    other = msgspec.json.encode(Application(run_id="glm", engine=Applicant(name="b", urls=("http://h",))))
+    assert await applied(url, BOUND, other) == Declined(
+        status=403,
+        why="engine 'b' came with the credential of engine a, which is bound to it; give it the token in"
+        " engine.b.token, or set its name",
+    )
+    trainer = await applied(url, TOKENS["trainer"], other)
+    assert isinstance(trainer, Declined)
+    assert "the credential of role trainer; give it the token in engine.token" in trainer.why
+    assert [heard.engine.name for heard, _ in taking.heard] == ["a"]
+
+
+@pytest.mark.parametrize(("token", "status"), [(TOKENS["operator"], 403), ("a-stranger-0123456789", 401)])
+async def test_whose_token_is_no_agents_is_not_heard(door: tuple[Taking, str], token: str, status: int) -> None:
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await open_agent(session, door[1], token, "apply")
+    assert refused.value.status == status
+
+
+async def test_whoever_proves_nothing_is_told_nothing(
+    door: tuple[Taking, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess, a proof for the agents' route, one that is too long, a text, and silence."""
+    taking, url = door
+    monkeypatch.setattr(admin, "BODY_SECONDS", 0.2)
+    said = msgspec.json.encode(GOOD)
+    async with aiohttp.ClientSession() as session:
+        for frame in (bytes(32) + said, None, said, b"x" * 300_000, ""):
+            socket = await open_agent(session, url, TOKENS["engine"], "connect" if frame is None else "apply")
+            if frame is None:
+                await socket.send_bytes(said)
+            elif isinstance(frame, str):
+                await socket.raw.send_str(frame)
+            else:
+                await socket.raw.send_bytes(frame)
+            assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
+        silent = await open_agent(session, url, TOKENS["engine"], "apply")
+        assert (await silent.receive()).type is aiohttp.WSMsgType.CLOSE
+    assert taking.heard == []
+
+
+async def test_an_engine_that_does_not_wait_for_its_answer_breaks_nothing(
+    door: tuple[Taking, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    taking, url = door
+    asked, gone = asyncio.Event(), asyncio.Event()
+
+    async def slowly(application: Application, _: str) -> Admitted:
+        asked.set()
+        await gone.wait()
+        return Admitted(again_seconds=15.0)
+
+    taking.receive = slowly  # type: ignore[method-assign]
+    async with aiohttp.ClientSession() as session:
+        socket = await open_agent(session, url, TOKENS["engine"], "apply")
+        await socket.send_bytes(msgspec.json.encode(GOOD))
+        await asked.wait()
+    taking.receive = Taking().receive  # type: ignore[method-assign]
+    for _ in range(2):  # by the end of one the daemon has seen that the first is gone, by the end of two answered it
+        assert await applied(url, TOKENS["engine"], msgspec.json.encode(GOOD)) == Admitted(again_seconds=15.0)
+        gone.set()
+    assert "Error handling request" not in caplog.text
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin, "BODY_SECONDS", 0.01)
-    applications: Any = Taking()
+    verbs: Any = Obeying()
 
     async def endless() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.Event().wait()
 
     async with (
-        serving(admin.application_routes(applications, TOKEN)) as url,
+        serving(tmp_path, admin.verb_routes(verbs)) as url,
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"}) as session,
-        session.post(url + "/engines", data=endless()) as response,
+        session.post(url + "/verbs/hold", data=endless()) as response,
     ):
         assert (response.status, await response.text()) == (400, "the body has not come within 0.01 s\n")

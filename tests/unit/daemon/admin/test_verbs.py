@@ -22,7 +22,7 @@ from weightsync.orchestrator.core.round import rollback
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.audit import Audit
-from weightsync.orchestrator.daemon.admin.verbs import VERBS, Order, VerbRefused, Verbs
+from weightsync.orchestrator.daemon.admin.verbs import VERBS, Asker, Order, VerbRefused, Verbs
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello
 from weightsync.orchestrator.protocol.names import RoundName, Version
@@ -43,7 +43,7 @@ class Desk:
         self.events.append(event)
 
     async def says(self, verb: str, target: str = "", **more: str) -> str:
-        return (await self.verbs.perform(verb, Order(target=target, **more), "192.0.2.7")).says
+        return (await self.verbs.perform(verb, Order(target=target, **more), Asker("192.0.2.7", "operator ann"))).says
 
     def audit(self) -> list[dict[str, Any]]:
         file = self.directory / "audit.jsonl"
@@ -87,8 +87,10 @@ async def test_each_verb(desk: Desk, verb: str, target: str, event: type[Asked],
     assert (asked.id, asked.reason) == (9, "why")
     (line,) = desk.audit()
     assert line.pop("time").endswith("Z")
+    assert (line.pop("number"), line.pop("before")) == (1, "0" * 64)
     assert line == {
-        "who": "ann@desk", "address": "192.0.2.7", "verb": verb, "target": target, "reason": "why", "result": says,
+        "who": "ann@desk", "address": "192.0.2.7", "credential": "operator ann", "verb": verb, "target": target,
+        "reason": "why", "result": says,
     }  # fmt: skip
 
 

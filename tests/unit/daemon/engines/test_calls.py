@@ -77,13 +77,12 @@ class Desk:
 async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     monkeypatch.setitem(kinds.CLIENTS, "vllm", Client)
     monkeypatch.setattr(Client, "behaviour", None)
-    (tmp_path / "token").write_text("secret")
-    (tmp_path / "token").chmod(0o600)
     config = tmp_path / "config.yaml"
     config.write_text(f"""
 run: {{id: glm, directory: {tmp_path}}}
 state_directory: {tmp_path / "state"}
-listen: {{host: 127.0.0.1, port: 7000, token_file: {tmp_path / "token"}}}
+listen: {{host: 127.0.0.1, port: 7000}}
+credentials: {tmp_path / "credentials"}
 engines: [{{name: e0, url: "http://127.0.0.1:1"}}]
 """)
     return Desk(config)
@@ -119,7 +118,7 @@ async def test_a_switch_names_the_processes_and_says_how_long_it_took(desk: Desk
 
 async def test_agents_are_told_where_to_go(desk: Desk, tmp_path: Path) -> None:
     await desk.performs(Call.ATTACH)
-    hub = HubAddress("ws://127.0.0.1:7000/agents", str(tmp_path / "token"), "glm")
+    hub = HubAddress("ws://127.0.0.1:7000/agents", str(tmp_path / "credentials" / "engine.token"), "glm")
     assert desk.client.calls == [("attach", hub, 5.0)]
 
 

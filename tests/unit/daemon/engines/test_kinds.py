@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from weightsync.orchestrator.cli.certs import make_certificates
+from weightsync.orchestrator.daemon.access.tls import credential_of_peer
 from weightsync.orchestrator.daemon.engines import kinds
-from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind
+from weightsync.orchestrator.daemon.engines.errors import EngineUnreachable, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineSetup
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds, client_of, section_of
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.settings.problems import ConfigError
-from weightsync.orchestrator.settings.sections import EngineSection, PauseSection
+from weightsync.orchestrator.settings.sections import EngineSection, EnginesTls, ListenTls, PauseSection
 from weightsync.orchestrator.settings.settings import load
+from weightsync.orchestrator.settings.tls import server_context
 
 
 class Abacus:
@@ -22,7 +26,7 @@ class Abacus:
 
 
 async def test_vllm_is_the_default() -> None:
-    client = client_of(EngineSection(name="a", url="http://127.0.0.1:1"), PauseSection())
+    client = client_of(EngineSection(name="a", url="http://127.0.0.1:1"), PauseSection(), EnginesTls())
     assert isinstance(client, VllmClient)
     assert client.name == "a"
     await client.close()
@@ -32,7 +36,7 @@ def test_a_client_gets_its_part_of_the_settings(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(kinds.CLIENTS, "abacus", Abacus)  # type: ignore[arg-type]
     (tmp_path / "key").write_text("k3y\n")
     engine = EngineSection(name="a", kind="abacus", url="http://h:1", api_key_file=tmp_path / "key")
-    client = client_of(engine, PauseSection(mode="wait", cache="drop"))
+    client = client_of(engine, PauseSection(mode="wait", cache="drop"), EnginesTls())
     assert isinstance(client, Abacus)
     assert client.setup == EngineSetup("a", "http://h:1", "k3y", "wait", "drop")
     assert "k3y" not in repr(client.setup)
@@ -45,12 +49,14 @@ def test_an_unknown_kind_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnknownEngineKind, match=r"^engine b: unknown engine kind 'slide-rule'.*one of: vllm, abacus$"):
         check_kinds(engines)
     with pytest.raises(UnknownEngineKind):
-        client_of(engines[1], PauseSection())
+        client_of(engines[1], PauseSection(), EnginesTls())
 
 
 def test_a_key_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        client_of(EngineSection(name="a", url="http://h:1", api_key_file=tmp_path / "absent"), PauseSection())
+        client_of(
+            EngineSection(name="a", url="http://h:1", api_key_file=tmp_path / "absent"), PauseSection(), EnginesTls()
+        )
 
 
 def test_an_engine_that_was_admitted_is_as_if_it_were_listed(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_an_engine_that_was_admitted_is_as_if_it_were_listed(tmp_path: Path) -> 
     config.write_text(f"""
 run: {{id: glm, directory: {tmp_path}}}
 state_directory: {tmp_path / "state"}
-listen: {{token_file: {tmp_path / "token"}}}
+credentials: {tmp_path}
 engines_admit: {{names: [a*], hosts: [h*], api_key_file: key}}
 """)
     settings = load(config, {})
@@ -68,3 +74,42 @@ engines_admit: {{names: [a*], hosts: [h*], api_key_file: key}}
     )
     alone = section_of(Applicant(name="a", urls=("http://h:1",)), settings.model_copy(update={"engines_admit": None}))
     assert alone == EngineSection(name="a", url="http://h:1")
+
+
+@pytest.mark.parametrize("believed", [True, False])
+async def test_an_engine_over_tls_is_who_its_certificate_says_and_sees_ours(tmp_path: Path, believed: bool) -> None:
+    """By the authority that ``engines_tls`` names; another one's certificate is never asked with our key."""
+    make_certificates(tmp_path / "own", ["127.0.0.1"], ["operator"], 2)
+    make_certificates(tmp_path / "other", ["127.0.0.1"], (), 2)
+    asked: list[str] = []
+
+    async def paused(request: web.Request) -> web.Response:
+        asked.append(str(credential_of_peer(request)))
+        return web.json_response({"is_paused": True})
+
+    app = web.Application()
+    app.router.add_get("/is_paused", paused)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    server = ListenTls(
+        certificate_file=tmp_path / "own" / "daemon.pem", key_file=tmp_path / "own" / "daemon.key",
+        ca_file=tmp_path / "own" / "ca.pem", client_certificates=True,
+    )  # fmt: skip
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_context(server)).start()
+    engine = EngineSection(name="a", url=f"https://127.0.0.1:{runner.addresses[0][1]}")
+    files = tmp_path / "own"
+    tls = EnginesTls(
+        ca_file=(files if believed else tmp_path / "other") / "ca.pem",
+        certificate_file=files / "operator.pem", key_file=files / "operator.key",
+    )  # fmt: skip
+    client = client_of(engine, PauseSection(), tls)
+    try:
+        if believed:
+            assert await client.is_paused(20.0)
+        else:
+            with pytest.raises(EngineUnreachable, match="certificate verify failed"):
+                await client.is_paused(20.0)
+    finally:
+        await client.close()
+        await runner.cleanup()
+    assert asked == (["operator"] if believed else [])

@@ -19,6 +19,7 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
 from weightsync.agents.link.client import ControlClient
 from weightsync.orchestrator.core.records import Committed, decode_record
 from weightsync.orchestrator.daemon.engines import kinds
@@ -277,14 +278,14 @@ def free_port() -> int:
 
 
 def settings_for(directory: Path, url: str, mode: str = "keep") -> Settings:
-    (directory / "token").write_text("the-token")
-    (directory / "token").chmod(0o600)
+    write_credentials(directory / "credentials")
     (directory / "run").mkdir(exist_ok=True)
     config = directory / "config.yaml"
     config.write_text(f"""
 run: {{id: run, directory: {directory / "run"}}}
 state_directory: {directory / "state"}
-listen: {{host: 127.0.0.1, port: {free_port()}, token_file: {directory / "token"}}}
+listen: {{host: 127.0.0.1, port: {free_port()}}}
+credentials: {directory / "credentials"}
 engines: [{{name: sg, kind: one-process, url: "{url}"}}]
 pause: {{mode: {mode}}}
 """)
@@ -331,7 +332,7 @@ async def engine_view(port: int, holds: Callable[[dict[str, Any]], bool]) -> dic
 
     async with (
         asyncio.timeout(SECONDS),
-        aiohttp.ClientSession(headers={"Authorization": "Bearer the-token"}) as session,
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKENS['operator']}"}) as session,
     ):
         while not holds(view := await look(session)):  # noqa: ASYNC110  (what a client sees has no event)
             await asyncio.sleep(0.01)
@@ -348,7 +349,7 @@ def _second_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_version_lands_beside_the_weights_of_another_engine(tmp_path: Path) -> None:
     engine = OneProcess("copy")
     async with served(engine) as url, daemon(settings_for(tmp_path, url)) as port:
-        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+        trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "credentials" / "trainer.token", engine)
         step = tmp_path / "run" / "broadcasts" / "step_5"
         step.mkdir(parents=True)
         (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
@@ -368,7 +369,7 @@ async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     async with served(engine) as url:
         settings = settings_for(tmp_path, url)
         async with daemon(settings) as port:
-            trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "token", engine)
+            trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "credentials" / "trainer.token", engine)
             step = tmp_path / "run" / "broadcasts" / "step_5"
             step.mkdir(parents=True)
             (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))

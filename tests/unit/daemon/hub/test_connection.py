@@ -5,10 +5,14 @@ import asyncio
 import pytest
 from websockets.frames import CloseCode
 from websockets.protocol import Side
+from weightsync.orchestrator.daemon.access.access import Claim
 from weightsync.orchestrator.daemon.hub import connection as hub_connection
 from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
+from weightsync.orchestrator.protocol.proof import Challenge
 from weightsync.orchestrator.protocol.websocket import message_frame
+from weightsync.orchestrator.settings.credentials import Credential
 
+CLAIM = Claim("engine-0123456789", Credential("engine"), Challenge("run", "ab" * 32, "cd" * 32, b""))
 TIMING = HubTiming(heartbeat_seconds=1.0, missed_heartbeats=3, hello_seconds=1.0, close_seconds=1.0)
 
 
@@ -43,7 +47,7 @@ async def transport() -> Transport:
 
 @pytest.fixture
 async def connection(transport: Transport) -> AgentConnection:
-    return AgentConnection(1, "peer", transport, asyncio.Protocol(), lambda *_: None, lambda *_: None)
+    return AgentConnection(1, "peer", CLAIM, transport, asyncio.Protocol(), lambda *_: None, lambda *_: None)
 
 
 async def test_a_peer_that_takes_nothing_is_slow_after_its_heartbeats(
@@ -110,7 +114,7 @@ async def test_whatever_breaks_at_a_message_ends_this_connection(transport: Tran
         raise RuntimeError(f"a bug at {len(data)} bytes")
 
     connection = AgentConnection(
-        1, "peer", transport, asyncio.Protocol(), breaks, lambda _, code, reason: ended.append((code, reason))
+        1, "peer", CLAIM, transport, asyncio.Protocol(), breaks, lambda _, code, reason: ended.append((code, reason))
     )
     connection.data_received(message_frame(b"hello", Side.CLIENT))
     assert ended == [(CloseCode.INTERNAL_ERROR, "handling its message broke: RuntimeError('a bug at 5 bytes')")]

@@ -14,7 +14,9 @@ import msgspec
 import pytest
 import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
+from credentials import TOKENS, Proving, open_agent, write_credentials
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
+from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.hub import connection as hub_connection
 from weightsync.orchestrator.daemon.hub import hub as hub_module
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
@@ -36,8 +38,21 @@ from weightsync.orchestrator.protocol.messages import (
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.proof import (
+    KEY_HEADER,
+    NONCE_BYTES,
+    NONCE_HEADER,
+    PROOF_BYTES,
+    PROOF_HEADER,
+    agent_proof,
+    daemon_proof,
+    is_nonce,
+    key_of,
+)
+from weightsync.orchestrator.settings.credentials import make_tokens
+from weightsync.orchestrator.settings.secrets import read_tokens
 
-TOKEN = "a-secret-of-the-test"
+TOKEN = TOKENS["engine"]
 SECONDS = 20.0
 """Nothing here takes so long; a test that would wait for ever fails by it."""
 
@@ -82,26 +97,25 @@ class Bench:
         assert event.id == self._last_id
         return replace(event, id=ANY)
 
-    async def open(self, token: str | None = TOKEN) -> aiohttp.ClientWebSocketResponse:
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        socket = await self.session.ws_connect(
-            self.url, headers=headers, max_msg_size=0, autoping=False, timeout=aiohttp.ClientWSTimeout(ws_close=0.1)
+    async def open(self, token: str = TOKEN) -> Proving:
+        socket = await open_agent(
+            self.session, self.url, token, max_msg_size=0, autoping=False, timeout=aiohttp.ClientWSTimeout(ws_close=0.1)
         )
-        self._sockets.append(socket)
+        self._sockets.append(socket.raw)
         return socket
 
     async def hang_up(self) -> None:
         for socket in self._sockets:
             await socket.close()
 
-    async def introduce(self, rank: int = 0, incarnation: int = 7) -> tuple[aiohttp.ClientWebSocketResponse, int]:
+    async def introduce(self, rank: int = 0, incarnation: int = 7) -> tuple[Proving, int]:
         socket = await self.open()
         await socket.send_bytes(encode(hello(rank, incarnation)))
         connected = await self.next(AgentConnected)
         assert connected.hello == hello(rank, incarnation)
         return socket, connected.connection
 
-    async def admit(self, rank: int = 0, incarnation: int = 7) -> tuple[aiohttp.ClientWebSocketResponse, int]:
+    async def admit(self, rank: int = 0, incarnation: int = 7) -> tuple[Proving, int]:
         socket, connection_id = await self.introduce(rank, incarnation)
         assert self.hub.accept(member(rank), connection_id, WELCOME)
         assert await said(socket) == WELCOME
@@ -114,14 +128,14 @@ class Bench:
         assert self.events.empty()
 
 
-async def said(socket: aiohttp.ClientWebSocketResponse) -> FromDaemon:
+async def said(socket: Proving) -> FromDaemon:
     async with asyncio.timeout(SECONDS):
         frame = await socket.receive()
     assert frame.type is WSMsgType.BINARY, frame
     return decode_from_daemon(frame.data)
 
 
-async def closed(socket: aiohttp.ClientWebSocketResponse) -> tuple[int, str]:
+async def closed(socket: Proving) -> tuple[int, str]:
     """Code and reason with which the hub closes."""
     async with asyncio.timeout(SECONDS):
         while True:
@@ -132,24 +146,22 @@ async def closed(socket: aiohttp.ClientWebSocketResponse) -> tuple[int, str]:
 
 
 @pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    return path
+def access(tmp_path: Path) -> Access:
+    return Access(write_credentials(tmp_path / "credentials"), "run", str)
 
 
-def hub_of(token_file: Path, post: Callable[[Event], None], **timing: Any) -> Hub:
+def hub_of(access: Access, post: Callable[[Event], None], **timing: Any) -> Hub:
     # Most peers here never read what is said to them at the end, hence the short closing handshake.
     defaults = {"heartbeat_seconds": 5.0, "missed_heartbeats": 4, "hello_seconds": 10.0, "close_seconds": 0.1}
     next_id = itertools.count(1).__next__
-    return Hub(token_file=token_file, post=post, next_id=next_id, timing=HubTiming(**defaults | timing))
+    return Hub(access=access, post=post, next_id=next_id, timing=HubTiming(**defaults | timing))
 
 
 @contextlib.asynccontextmanager
-async def serving(token_file: Path, **timing: Any) -> AsyncIterator[Bench]:
+async def serving(access: Access, **timing: Any) -> AsyncIterator[Bench]:
     before = asyncio.all_tasks()
     events: asyncio.Queue[Event] = asyncio.Queue()
-    hub = hub_of(token_file, events.put_nowait, **timing)
+    hub = hub_of(access, events.put_nowait, **timing)
     port = await hub.start("127.0.0.1", 0)
     async with aiohttp.ClientSession() as session:
         bench = Bench(hub, events, f"http://127.0.0.1:{port}{AGENTS_PATH}", session)
@@ -162,30 +174,127 @@ async def serving(token_file: Path, **timing: Any) -> AsyncIterator[Bench]:
 
 
 @pytest.fixture
-async def bench(token_file: Path) -> AsyncIterator[Bench]:
-    async with serving(token_file) as bench:
+async def bench(access: Access) -> AsyncIterator[Bench]:
+    async with serving(access) as bench:
         yield bench
 
 
 # ------------------------------------------------------------------------------------------------------- strangers
-@pytest.mark.parametrize("token", [None, "", "wrong", TOKEN + "x", TOKEN[:-1], "ä"])
-async def test_a_wrong_token_is_turned_away_before_the_upgrade(bench: Bench, token: str | None) -> None:
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN + "x", TOKEN[:-1], "ä"])
+async def test_a_wrong_token_is_turned_away_before_the_upgrade(bench: Bench, token: str) -> None:
     with structlog.testing.capture_logs() as logs:
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
             await bench.open(token)
         assert caught.value.status == 401
-    assert [entry["event"] for entry in logs] == ["agent turned away: wrong or missing token"]
+    assert [(entry["event"], entry["reason"]) for entry in logs] == [("agent turned away", "wrong or missing token")]
     assert TOKEN not in repr(logs)
     await bench.quiet()
 
 
-async def test_another_scheme_is_no_bearer(bench: Bench) -> None:
-    with pytest.raises(aiohttp.WSServerHandshakeError):
-        await bench.session.ws_connect(bench.url, headers={"Authorization": f"Basic {TOKEN}"})
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": f"Bearer {TOKEN}"}, 401),
+        ({KEY_HEADER: key_of(TOKEN)}, 400),
+        ({KEY_HEADER: key_of(TOKEN), NONCE_HEADER: "AB" * NONCE_BYTES}, 400),
+        ({KEY_HEADER: key_of(TOKEN), NONCE_HEADER: "ab" * 31}, 400),
+        ({KEY_HEADER: key_of(TOKENS["viewer"]), NONCE_HEADER: "ab" * NONCE_BYTES}, 403),
+        ({KEY_HEADER: key_of(TOKENS["operator"]), NONCE_HEADER: "ab" * NONCE_BYTES}, 403),
+    ],
+)
+async def test_what_else_is_no_agent(bench: Bench, headers: dict[str, str], status: int) -> None:
+    """Also a token that is sent, as if the daemon were to be trusted with it."""
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await bench.session.ws_connect(bench.url, headers=headers)
+    assert caught.value.status == status
 
 
-async def test_no_hello_within_its_deadline(token_file: Path) -> None:
-    async with serving(token_file, hello_seconds=0.01) as bench:
+async def test_the_daemon_proves_itself_to_whom_names_its_token(bench: Bench) -> None:
+    socket = await bench.open()
+    answer = socket.answer
+    assert answer[PROOF_HEADER] == daemon_proof(TOKEN, socket.challenge).hex()
+    assert socket.challenge.run_id == "run"
+    assert is_nonce(answer[NONCE_HEADER])
+    other = await bench.open()
+    assert other.challenge.daemon_nonce != socket.challenge.daemon_nonce
+
+
+async def test_an_upgrade_without_the_proof_is_worth_nothing(bench: Bench) -> None:
+    """The key is on the wire: whoever has read it, or heard a whole connection, still cannot come in."""
+    honest = await bench.open()
+    first = agent_proof(TOKEN, honest.challenge, encode(hello())) + encode(hello())
+    await honest.raw.send_bytes(first)
+    await bench.next(AgentConnected)
+    for frame in (first, bytes(32) + encode(hello()), encode(hello()), b""):  # replayed, made up, old, empty
+        rude = await bench.open()
+        await rude.raw.send_bytes(frame)
+        code, reason = await closed(rude)
+        assert (code, reason) == (WSCloseCode.PROTOCOL_ERROR, "it does not prove that it holds the token of engine")
+    changed = await bench.open()  # a proof is for one Hello
+    await changed.raw.send_bytes(agent_proof(TOKEN, changed.challenge, encode(hello())) + encode(hello(rank=1)))
+    assert (await closed(changed))[0] == WSCloseCode.PROTOCOL_ERROR
+    await bench.quiet()
+
+
+TRAINER = Member("trainer", "", 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "who", "says"),
+    [
+        ("engine", TRAINER, "trainer/3 is a member of role trainer and came with the credential of role engine; give"
+         " it the token in trainer.token"),
+        ("trainer", member(), "engine/0 is a member of role engine and came with the credential of role trainer; give"
+         " it the token in engine.token"),
+        ("engine.other", member(), "engine/0 came with the credential of engine other, which is bound to it"),
+        ("trainer.2", TRAINER, "trainer/3 came with the credential of trainer 2, which is bound to it"),
+        ("engine.engine", member(), ""),
+        ("trainer.3", TRAINER, ""),
+    ],
+)  # fmt: skip
+async def test_a_credential_admits_the_members_of_its_role_and_name(
+    tmp_path: Path, file: str, who: Member, says: str
+) -> None:
+    directory = write_credentials(tmp_path / "credentials")
+    make_tokens(directory, (file,))
+    token = read_tokens(directory / f"{file}.token")[0]
+    async with serving(Access(directory, "run", str)) as bench:
+        socket = await bench.open(token)
+        await socket.send_bytes(encode(msgspec.structs.replace(hello(), member=who)))
+        if says:
+            refused = await said(socket)
+            assert refused == Refused(reason=says, fault="config", retry=False)
+            assert (await closed(socket))[0] == WSCloseCode.POLICY_VIOLATION
+            assert bench.events.empty()
+        else:
+            assert (await bench.next(AgentConnected)).member == who
+
+
+async def test_two_tokens_count_while_one_takes_the_place_of_the_other(access: Access, tmp_path: Path) -> None:
+    """And whoever came with a token that counts no longer comes again."""
+    file = tmp_path / "credentials" / "engine.token"
+    new = "another-0123456789"
+    async with serving(access) as bench:
+        old_socket, old_id = await bench.admit(0)
+        file.write_text(f"{new}\n{TOKEN}\n")
+        await access.credentials.again()
+        socket = await bench.open(new)
+        await socket.send_bytes(encode(hello(1)))
+        connected = await bench.next(AgentConnected)
+        assert bench.hub.accept(member(1), connected.connection, WELCOME)
+        file.write_text(f"{new}\n")
+        await access.credentials.again()
+        reason = "the token that it came with counts no longer"
+        assert await closed(old_socket) == (WSCloseCode.POLICY_VIOLATION, reason)
+        assert await bench.next(AgentLost) == AgentLost(ANY, member(0), old_id, reason)
+        assert bench.hub.send(member(1), WELCOME)
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            await bench.open(TOKEN)
+
+
+async def test_no_hello_within_its_deadline(access: Access) -> None:
+    async with serving(access, hello_seconds=0.01) as bench:
         code, reason = await closed(await bench.open())
         assert (code, reason) == (WSCloseCode.POLICY_VIOLATION, "no Hello within 0.01 s")
         assert bench.events.empty()
@@ -196,7 +305,7 @@ async def test_an_oversized_hello(bench: Bench) -> None:
     await socket.send_bytes(bytes(MAX_HELLO_BYTES + 1))
     code, reason = await closed(socket)
     assert code == WSCloseCode.MESSAGE_TOO_BIG
-    assert f"exceeds limit of {MAX_HELLO_BYTES}" in reason
+    assert f"exceeds limit of {PROOF_BYTES + MAX_HELLO_BYTES}" in reason
     await bench.quiet()
 
 
@@ -418,8 +527,8 @@ async def test_decisions_about_the_gone_and_the_decided_are_false(bench: Bench) 
     assert not bench.hub.refuse(member(), connection_id, refused)
 
 
-async def test_nobody_decides(token_file: Path) -> None:
-    async with serving(token_file, hello_seconds=0.05) as bench:
+async def test_nobody_decides(access: Access) -> None:
+    async with serving(access, hello_seconds=0.05) as bench:
         socket, connection_id = await bench.introduce()
         assert await bench.next(AgentLost) == AgentLost(
             ANY, member(), connection_id, "no decision on its Hello within 0.05 s"
@@ -433,8 +542,8 @@ def sweep_all(hub: Hub, now: float) -> None:
         hub.sweep(now, turn)
 
 
-async def test_the_hub_sends_heartbeats(token_file: Path) -> None:
-    async with serving(token_file, heartbeat_seconds=0.02, missed_heartbeats=1000) as bench:
+async def test_the_hub_sends_heartbeats(access: Access) -> None:
+    async with serving(access, heartbeat_seconds=0.02, missed_heartbeats=1000) as bench:
         socket, _ = await bench.admit()
         assert [await said(socket) for _ in range(3)] == [Heartbeat()] * 3
 
@@ -477,8 +586,8 @@ def pause_reading(socket: aiohttp.ClientWebSocketResponse) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ life
-async def test_close_ends_everybody_with_a_reason(token_file: Path) -> None:
-    async with serving(token_file) as bench:
+async def test_close_ends_everybody_with_a_reason(access: Access) -> None:
+    async with serving(access) as bench:
         socket, _ = await bench.admit()
         waiting = await bench.open()
         ended = asyncio.gather(closed(socket), closed(waiting))
@@ -489,27 +598,29 @@ async def test_close_ends_everybody_with_a_reason(token_file: Path) -> None:
             await bench.open()
 
 
-async def test_close_does_not_wait_for_a_peer_that_does_not_answer(token_file: Path) -> None:
-    async with serving(token_file, close_seconds=0.05) as bench:
+async def test_close_does_not_wait_for_a_peer_that_does_not_answer(access: Access) -> None:
+    async with serving(access, close_seconds=0.05) as bench:
         socket, _ = await bench.admit()
         pause_reading(socket)
         async with asyncio.timeout(SECONDS):
             await bench.hub.close()
 
 
-async def test_others_may_serve_at_the_same_address(token_file: Path) -> None:
+async def test_others_may_serve_at_the_same_address(access: Access) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text="here")
 
     def configure(app: web.Application) -> None:
         app.router.add_get("/status", answer)
 
-    hub = hub_of(token_file, lambda _: None)
+    hub = hub_of(access, lambda _: None)
     port = await hub.start("127.0.0.1", 0, configure)
-    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/status") as response:
+    headers = {"Authorization": f"Bearer {TOKENS['viewer']}"}
+    url = f"http://127.0.0.1:{port}/status"
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         assert await response.text() == "here"
     with pytest.raises(OSError, match="address already in use"):
-        await hub_of(token_file, lambda _: None).start("127.0.0.1", port)
+        await hub_of(access, lambda _: None).start("127.0.0.1", port)
     await hub.close()
 
 
@@ -534,9 +645,9 @@ async def test_what_cannot_be_sent_costs_its_receiver_only(bench: Bench, message
     assert await said(other) == Heartbeat()
 
 
-async def test_a_message_whose_handling_breaks_costs_its_sender_only(token_file: Path) -> None:
+async def test_a_message_whose_handling_breaks_costs_its_sender_only(access: Access) -> None:
     """The owner's promise is not to raise; a bug there is no reason to lose everybody."""
-    async with serving(token_file) as bench:
+    async with serving(access) as bench:
         rude, connection_id = await bench.admit(0)
         other, _ = await bench.admit(1)
         post = bench.hub._post
@@ -577,3 +688,12 @@ async def test_what_is_outside_of_its_bounds_costs_its_sender_only(bench: Bench,
     assert (await bench.next(AgentLost)).member == member(0)
     await other.send_bytes(encode(READY))
     assert (await bench.next(AgentSaid)).member == member(1)
+
+
+async def test_a_route_that_the_table_of_policies_does_not_know_is_never_served(access: Access) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text="here")
+
+    hub = hub_of(access, lambda _: None)
+    with pytest.raises(RuntimeError, match="routes without a policy, which nobody could use: POST /novelty"):
+        await hub.start("127.0.0.1", 0, lambda app: app.router.add_post("/novelty", answer))  # type: ignore[arg-type,return-value]

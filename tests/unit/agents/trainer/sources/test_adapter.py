@@ -13,9 +13,9 @@ from weightsync.agents.trainer.errors import AdapterError, UnreadTensors, Unrout
 from weightsync.agents.trainer.routes.routes import TrainerModel, route_needs
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.sources.adapter import AdapterSource
-from weightsync.orchestrator.protocol.adapter import SCALING
 from weightsync.orchestrator.protocol.layout import Tensor
 from weightsync.orchestrator.protocol.messages import Needs
+from weightsync.orchestrator.protocol.names import SCALING
 
 peft = pytest.importorskip("peft")
 

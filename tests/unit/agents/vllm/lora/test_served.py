@@ -14,8 +14,8 @@ from weightsync.agents.tables.runs import digest_table, table_bytes
 from weightsync.agents.vllm import backend
 from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
 from weightsync.agents.vllm.lora.served import LoadAsked, ServedAdapter
-from weightsync.orchestrator.protocol.adapter import SCALING
 from weightsync.orchestrator.protocol.layout import Tensor
+from weightsync.orchestrator.protocol.names import SCALING
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Who is let in, to which route, and what a stranger may cost."""

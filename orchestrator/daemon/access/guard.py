@@ -1,0 +1,81 @@
+"""The guard before all routes: asks for the credential that the table of policies demands."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import hdrs, web
+from weightsync.orchestrator.daemon.access.credentials import Credentials
+from weightsync.orchestrator.daemon.access.policy import policy_of
+from weightsync.orchestrator.daemon.access.refusals import Refusals
+from weightsync.orchestrator.daemon.access.tls import credential_of_peer
+from weightsync.orchestrator.settings.credentials import Credential
+
+CREDENTIAL: Final = "weightsync.credential"
+"""In the match_info of a request that was let in: its credential as text. No pattern of a path has such a name."""
+
+NO_CERTIFICATE: Final = "this needs a client certificate that names its role"
+
+_SCHEME: Final = "bearer "
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Guard:
+    """Lets requests through to their handler, or answers them.
+
+    Attributes:
+        let_in: told of each connection whose request bears a credential that serves.
+    """
+
+    def __init__(self, credentials: Credentials, refusals: Refusals, wants_certificates: bool = False) -> None:
+        self._credentials, self._refusals, self._wants_certificates = credentials, refusals, wants_certificates
+        self.let_in: Callable[[asyncio.Transport | None], None] = lambda _: None
+
+    def install(self, app: web.Application) -> None:
+        """Stand before all routes of ``app``."""
+
+        @web.middleware
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return self._refused(request) or await handler(request)
+
+        app.middlewares.append(guard)
+
+    def _refused(self, request: web.Request) -> web.Response | None:
+        """The answer to a request that may not go on to its handler."""
+        match = request.match_info
+        if match.http_exception is not None:
+            return None  # there is no such route, or not by this method, which aiohttp's own handler says
+        policy = policy_of(match.route)
+        if policy in ("public", "proven"):
+            return None
+        bearer, certificate = self._bearer(request), credential_of_peer(request)
+        if self._wants_certificates and certificate is None:
+            return self._refuse(request, 403, NO_CERTIFICATE)
+        if bearer is None and (certificate is None or hdrs.AUTHORIZATION in request.headers):
+            return self._refuse(request, 401, "wrong or missing token")
+        credential = bearer or certificate
+        assert credential is not None
+        if certificate is not None and not certificate.agrees(credential):
+            what = f"the token is that of {credential}, and the certificate that of {certificate}"
+            return self._refuse(request, 403, what)
+        if certificate is not None and certificate.name:
+            credential = certificate
+        if policy is None or credential.role not in policy:
+            wanted = " or ".join(sorted(policy or ())) or "nobody"
+            what = f"this needs the credential of role {wanted}, and this one is of role {credential.role}"
+            return self._refuse(request, 403, what)
+        match[CREDENTIAL] = str(credential)
+        self.let_in(request.transport)
+        return None
+
+    def _bearer(self, request: web.Request) -> Credential | None:
+        header = request.headers.get(hdrs.AUTHORIZATION, "")
+        is_bearer = header[: len(_SCHEME)].lower() == _SCHEME  # RFC 9110 §11.1: in any case
+        return self._credentials.of_bearer(header[len(_SCHEME) :].strip()) if is_bearer else None
+
+    def _refuse(self, request: web.Request, status: int, text: str) -> web.Response:
+        kind = "request turned away: wrong or missing token" if status == 401 else "request turned away: wrong role"
+        self._refusals.say(kind, remote=request.remote, path=request.path[:100], reason=text)
+        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if status == 401 else {}
+        return web.Response(status=status, text=f"{text}\n", headers=headers)

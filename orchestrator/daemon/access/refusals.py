@@ -1,0 +1,48 @@
+"""What is said of those who are not let in: enough to see who it is, whatever their number."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+WINDOW_SECONDS: Final = 60.0
+LOUD: Final = 3
+"""Lines of one kind within WINDOW_SECONDS; the others of that time are counted in one more."""
+
+
+@dataclass(slots=True)
+class _Window:
+    began: float
+    said: int = 0
+    more: int = 0
+
+
+class Refusals:
+    """One per daemon. ``clock`` in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._windows: dict[str, _Window] = {}
+
+    def say(self, kind: str, **fields: object) -> None:
+        """One refusal. ``kind`` is a constant of the code, so their number is bounded."""
+        self.sweep()
+        window = self._windows.setdefault(kind, _Window(self._clock()))
+        if window.said < LOUD:
+            window.said += 1
+            log.warning(kind, **fields)
+        else:
+            window.more += 1
+
+    def sweep(self) -> None:
+        """Say how many were not said in the windows that are over."""
+        now = self._clock()
+        for kind, window in list(self._windows.items()):
+            if now - window.began >= WINDOW_SECONDS:
+                del self._windows[kind]
+                if window.more:
+                    log.warning(f"{kind}: further ones", more=window.more, seconds=round(now - window.began, 1))

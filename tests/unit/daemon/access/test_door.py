@@ -1,0 +1,281 @@
+"""What strangers can do to the door, over real sockets, and that honest peers come in meanwhile."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+from aiohttp import web
+from credentials import TOKENS, open_agent, write_credentials
+from weightsync.agents.link.client import Backoff, ControlClient
+from weightsync.orchestrator.cli.certs import make_certificates
+from weightsync.orchestrator.core.events import AgentConnected, Event
+from weightsync.orchestrator.daemon.access import door as doors
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.door import Door, DoorLimits
+from weightsync.orchestrator.daemon.access.tls import ServerTls
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
+from weightsync.orchestrator.protocol.codec import encode
+from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
+from weightsync.orchestrator.protocol.messages import Hello, HubRendezvous, NixlSettings, Welcome
+from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.sections import ListenTls
+from weightsync.orchestrator.settings.tls import client_context
+
+SECONDS = 20.0
+WELCOME = Welcome(
+    epoch=1, journal_id="j", heartbeat_seconds=5.0, lost_after_heartbeats=3, transport=NixlSettings(),
+    rendezvous=HubRendezvous(),
+)  # fmt: skip
+HALF = b"GET /status HTTP/1.1\r\nHost: x\r\nX-Never: "
+
+
+class House:
+    """A hub with a door of few places."""
+
+    def __init__(self, hub: Hub, port: int) -> None:
+        self.hub, self.port = hub, port
+        self.events: list[Event] = []
+        self.sockets: list[socket.socket] = []
+
+    @property
+    def door(self) -> Door:
+        assert self.hub._door is not None
+        return self.hub._door
+
+    async def half_open(self, said: bytes = HALF, address: str = "127.0.0.1") -> socket.socket:
+        found = socket.socket()
+        found.setblocking(False)
+        found.bind((address, 0))
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(found, ("127.0.0.1", self.port))
+        self.sockets.append(found)
+        with contextlib.suppress(OSError):
+            await loop.sock_sendall(found, said)
+        return found
+
+    async def strangers(self, number: int) -> None:
+        """Wait until there are so many: what was sent to the daemon has no other event."""
+        async with asyncio.timeout(SECONDS):
+            while self.door.strangers != number:  # noqa: ASYNC110  # as said
+                await asyncio.sleep(0)
+
+    async def ask(self, who: str = "viewer", tls: Any = True) -> int:
+        scheme = "http" if tls is True else "https"
+        headers = {"Authorization": f"Bearer {TOKENS[who]}"} if who else {}
+        async with aiohttp.ClientSession() as session:
+            url = f"{scheme}://127.0.0.1:{self.port}/status"
+            async with session.get(url, headers=headers, ssl=tls) as response:
+                return response.status
+
+
+async def ended(peer: socket.socket) -> bytes:
+    """What is still read from it until its end."""
+    loop, data = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(SECONDS):
+        with contextlib.suppress(ConnectionError):
+            while more := await loop.sock_recv(peer, 65536):
+                data += more
+    return data
+
+
+@contextlib.asynccontextmanager
+async def house(tmp_path: Path, tls: ServerTls | None = None, **limits: float) -> AsyncIterator[House]:
+    bounds = replace(DoorLimits(), **limits)  # type: ignore[arg-type]
+    access = Access(write_credentials(tmp_path / "credentials"), "run", str, tls, bounds)
+    numbers = iter(range(1, 10_000))
+    events: list[Event] = []
+    hub = Hub(access=access, post=events.append, next_id=numbers.__next__, timing=HubTiming(1.0, 3, 10.0, 0.1))
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=b"x" * 50_000_000)
+
+    async def short(_: web.Request) -> web.Response:
+        return web.Response()
+
+    def configure(app: web.Application) -> None:
+        app.router.add_get("/status", short)
+        app.router.add_get("/healthz", short)
+        app.router.add_get("/plan/layouts", answer)
+
+    made = House(hub, await hub.start("127.0.0.1", 0, configure))
+    made.events = events
+    try:
+        yield made
+    finally:
+        for peer in made.sockets:
+            peer.close()
+        await hub.close()
+
+
+async def test_half_a_request_is_ended_when_its_time_is_over_whatever_it_drips(tmp_path: Path) -> None:
+    async with house(tmp_path, stranger_seconds=0.2) as made:
+        with structlog.testing.capture_logs() as logs:
+            silent, half = await made.half_open(b""), await made.half_open()
+            polite = await made.half_open(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")  # and keeps the connection
+            assert await ended(silent) == b""
+            assert await ended(half) == b""
+            assert (await ended(polite)).startswith(b"HTTP/1.1 200 OK")
+        assert {line["event"] for line in logs} == {"a stranger has shown nothing"}
+        assert made.door.strangers == 0
+
+
+async def test_a_credential_gives_a_request_its_own_time_and_no_more(tmp_path: Path) -> None:
+    """A slow reader with a viewer's token is dropped."""
+    async with house(tmp_path, request_seconds=0.2) as made:
+        request = f"GET /plan/layouts HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKENS['viewer']}\r\n\r\n"
+        with structlog.testing.capture_logs() as logs:
+            reader = await made.half_open(request.encode())
+            async with asyncio.timeout(SECONDS):
+                while not logs:  # noqa: ASYNC110  # it reads nothing, and the log has no event to wait for
+                    await asyncio.sleep(0.001)
+        assert [line["event"] for line in logs] == ["a request takes too long"]
+        assert len(await ended(reader)) < 50_000_000
+        assert made.door.strangers == 0
+
+
+async def test_one_address_has_only_so_many_strangers_and_others_come_in(tmp_path: Path) -> None:
+    async with house(tmp_path, strangers=8, from_one_address=4) as made:
+        for _ in range(4):
+            await made.half_open(address="127.0.0.2")
+        await made.strangers(4)
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(300):
+                await made.half_open(address="127.0.0.2")
+            assert await ended(made.sockets[-1]) == b""
+            assert await made.ask() == 200
+        assert made.door.strangers == 4
+        assert len([line for line in logs if line["event"] == "connection turned away"]) == 3
+        assert logs[0]["reason"] == "4 strangers from this address"
+
+
+async def test_when_all_places_are_taken_the_oldest_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house(tmp_path, strangers=4, from_one_address=4, chance_seconds=0.0) as made:
+        monkeypatch.setattr(made.door, "limits", replace(made.door.limits, from_one_address=99))
+        first = [await made.half_open() for _ in range(4)]
+        await made.strangers(4)
+        assert await made.ask() == 200
+        assert await ended(first[0]) == b""
+        assert made.door.strangers == 3
+
+
+async def test_a_newcomer_does_not_push_out_those_who_only_just_came(tmp_path: Path) -> None:
+    async with house(tmp_path, strangers=4, chance_seconds=60.0) as made:
+        for _ in range(4):
+            await made.half_open()
+        await made.strangers(4)
+        with pytest.raises((aiohttp.ClientError, ConnectionError)):
+            await made.ask()
+        made.sockets.pop(0).close()  # one that leaves gives its place back
+        await asyncio.sleep(0)
+        async with asyncio.timeout(SECONDS):
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+                    assert await made.ask() == 200
+                    break
+
+
+async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path) -> None:
+    async with house(tmp_path, stranger_seconds=0.3) as made, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{made.port}{AGENTS_PATH}"
+        quiet = await open_agent(session, url, TOKENS["engine"])
+        honest = await open_agent(session, url, TOKENS["engine"])
+        member = Member("inference", "engine", 0)
+        said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=8, incarnation=7)
+        await made.strangers(2)
+        await honest.send_bytes(encode(said))
+        await made.strangers(1)
+        assert isinstance(made.events[0], AgentConnected)
+        async with asyncio.timeout(SECONDS):
+            assert (await quiet.receive()).type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSE)
+        assert not honest.closed
+        assert made.door.strangers == 0
+        await honest.close()
+
+
+async def test_a_fleet_that_comes_at_once_from_one_address_comes_in_by_turns(tmp_path: Path) -> None:
+    """More agents than one address has places for: those that are turned away come again, as agents do."""
+    async with house(tmp_path, from_one_address=16) as made:
+        url, token = f"ws://127.0.0.1:{made.port}{AGENTS_PATH}", tmp_path / "credentials" / "engine.token"
+        arrived: set[int] = set()
+
+        def agent(rank: int) -> ControlClient:
+            member = Member("inference", "engine", rank)
+            said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=100, incarnation=rank)
+            backoff = Backoff(first=0.01, longest=0.05)
+            return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
+
+        clients = [agent(rank) for rank in range(100)]
+        running = [asyncio.create_task(client.run()) for client in clients]
+        accepted = 0
+        async with asyncio.timeout(SECONDS):
+            while len(arrived) < 100:
+                for event in made.events[accepted:]:
+                    accepted += 1
+                    if isinstance(event, AgentConnected):
+                        made.hub.accept(event.member, event.connection, WELCOME)
+                await asyncio.sleep(0)
+            for client in clients:
+                await client.close()
+            await asyncio.gather(*running)
+
+
+async def test_descriptors_are_kept_for_the_daemon_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house(tmp_path) as made:
+        monkeypatch.setattr(doors, "limit", lambda: doors.RESERVE + 2)
+        first = [await made.half_open() for _ in range(2)]
+        await made.strangers(2)
+        with structlog.testing.capture_logs() as logs:
+            assert await ended(await made.half_open()) == b""
+        assert logs[0]["reason"] == f"all {doors.RESERVE + 2} descriptors but {doors.RESERVE} are in use"
+        first[0].close()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(SECONDS):
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+                    assert await made.ask() == 200
+                    break
+
+
+async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    make_certificates(certificates, ["127.0.0.1"], (), 2)
+    tls = ServerTls(ListenTls(
+        certificate_file=certificates / "daemon.pem", key_file=certificates / "daemon.key",
+        ca_file=certificates / "ca.pem",
+    ))  # fmt: skip
+    async with house(tmp_path, tls, stranger_seconds=0.5) as made:
+        silent, plain = await made.half_open(b""), await made.half_open(HALF)
+        context = client_context(certificates / "ca.pem", None, None)
+        for _ in range(20):  # the request comes in one piece with the client's last word of the handshake, or not
+            assert await made.ask(tls=context) == 200
+        assert await made.ask("engine", tls=context) == 403
+        assert await ended(silent) == b""
+        assert b"200" not in await ended(plain)
+        async with asyncio.timeout(SECONDS):
+            while made.door.strangers:  # noqa: ASYNC110  # ended by the door's own clock
+                await asyncio.sleep(0.001)
+
+
+async def test_a_flood_is_a_few_lines_of_log(tmp_path: Path) -> None:
+    """500 wrong tokens and 500 half requests, and a viewer who is answered in between."""
+    async with house(tmp_path, strangers=64, from_one_address=64) as made:
+        with structlog.testing.capture_logs() as logs:
+            for number in range(500):
+                await made.half_open(address="127.0.0.3")
+                wrong = b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nConnection: close\r\n\r\n"
+                await made.half_open(wrong, address="127.0.0.2")
+                if number % 50 == 0:
+                    assert await made.ask() == 200
+                for peer in made.sockets[:-100]:
+                    peer.close()
+                del made.sockets[:-100]
+        assert 0 < len(logs) < 20
+        assert made.door.strangers <= 64

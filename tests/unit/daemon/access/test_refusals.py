@@ -1,0 +1,32 @@
+"""A flood of refusals is a few lines."""
+
+import structlog
+from weightsync.orchestrator.daemon.access.refusals import LOUD, WINDOW_SECONDS, Refusals
+
+
+def test_the_first_of_each_kind_are_said_and_the_others_counted() -> None:
+    now = 0.0
+    refusals = Refusals(lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        for number in range(1000):
+            refusals.say("wrong token", remote=str(number))
+            refusals.say("too many")
+        assert [line.get("remote") for line in logs if line["event"] == "wrong token"] == ["0", "1", "2"]
+        assert len(logs) == 2 * LOUD
+        now = WINDOW_SECONDS
+        refusals.sweep()
+        refusals.sweep()
+        more = [(line["event"], line["more"]) for line in logs[2 * LOUD :]]
+        assert more == [("wrong token: further ones", 1000 - LOUD), ("too many: further ones", 1000 - LOUD)]
+        refusals.say("wrong token", remote="again")
+    assert logs[-1]["remote"] == "again"
+
+
+def test_a_single_refusal_is_not_counted_twice() -> None:
+    now = 0.0
+    refusals = Refusals(lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        refusals.say("wrong token")
+        now = 10 * WINDOW_SECONDS
+        refusals.sweep()
+    assert len(logs) == 1

@@ -1,0 +1,93 @@
+"""The daemon's certificate and its clients': who is who, over real connections. Agents: agents/link/test_client.py."""
+
+import hashlib
+import ssl
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from credentials import TOKENS, write_credentials
+from weightsync.orchestrator.cli.certs import make_certificates
+from weightsync.orchestrator.daemon.access.access import Access
+from weightsync.orchestrator.daemon.access.guard import CREDENTIAL, NO_CERTIFICATE
+from weightsync.orchestrator.daemon.access.tls import ServerTls, credential_in
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import Hub
+from weightsync.orchestrator.settings.credentials import Credential
+from weightsync.orchestrator.settings.sections import ListenTls
+from weightsync.orchestrator.settings.tls import client_context
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "certificates"
+    make_certificates(made, ["127.0.0.1"], ["trainer", "viewer", "operator", "operator.ann"], 2)
+    return made
+
+
+def listening(directory: Path) -> ServerTls:
+    return ServerTls(ListenTls(
+        certificate_file=directory / "daemon.pem", key_file=directory / "daemon.key", ca_file=directory / "ca.pem",
+        client_certificates=True,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shown", "token", "status", "says"),
+    [
+        ("viewer", "", 200, "viewer"),
+        ("operator.ann", "", 200, "operator ann"),
+        ("operator.ann", "operator", 200, "operator ann"),
+        ("operator", "operator", 200, "operator"),
+        ("viewer", "operator", 403, "the token is that of operator, and the certificate that of viewer"),
+        ("trainer", "", 403, "this needs the credential of role operator or viewer, and this one is of role trainer"),
+        ("viewer", "nobody's", 401, "wrong or missing token"),
+        ("", "operator", 403, NO_CERTIFICATE),
+        ("", "", 403, NO_CERTIFICATE),
+        ("daemon", "operator", 403, NO_CERTIFICATE),
+    ],
+)
+async def test_who_comes_by_which_certificate_and_token(
+    directory: Path, tmp_path: Path, shown: str, token: str, status: int, says: str
+) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=request.match_info[CREDENTIAL])
+
+    access = Access(write_credentials(tmp_path / "credentials"), "run", str, listening(directory))
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
+    port = await hub.start("127.0.0.1", 0, lambda app: app.router.add_get("/status", answer) and None)
+    context = client_context(
+        directory / "ca.pem", directory / f"{shown}.pem" if shown else None, directory / f"{shown}.key"
+    )
+    headers = {"Authorization": f"Bearer {TOKENS.get(token, token)}"} if token else {}
+    try:
+        async with aiohttp.ClientSession() as session:
+            try:
+                async with session.get(f"https://127.0.0.1:{port}/status", headers=headers, ssl=context) as response:
+                    assert (response.status, (await response.text()).strip()) == (status, says)
+            except (aiohttp.ClientError, ConnectionError):
+                assert shown == "daemon", "a server's certificate is none of a client"
+    finally:
+        await hub.close()
+
+
+def test_the_channel_is_the_certificate(directory: Path) -> None:
+    der = ssl.PEM_cert_to_DER_cert((directory / "daemon.pem").read_text())
+    assert listening(directory).channel == hashlib.sha256(der).digest()
+
+
+@pytest.mark.parametrize(
+    ("names", "credential"),
+    [
+        ([("URI", "weightsync:engine.engine-0")], Credential("engine", "engine-0")),
+        ([("DNS", "head"), ("URI", "https://x"), ("URI", "weightsync:viewer")], Credential("viewer")),
+        ([("URI", "weightsync:viewer"), ("URI", "weightsync:operator")], None),
+        ([("URI", "weightsync:admin")], None),
+        ([("DNS", "weightsync:viewer")], None),
+        ([], None),
+    ],
+)
+def test_what_a_certificate_says(names: list[tuple[str, str]], credential: Credential | None) -> None:
+    assert credential_in({"subjectAltName": names}) == credential
+    assert credential_in({}) is None

@@ -1,0 +1,112 @@
+"""The directory of token files: what it may hold, and what is said of what it may not."""
+
+import os
+from pathlib import Path
+
+import pytest
+from credentials import TOKENS, write_credentials
+from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.settings.credentials import (
+    ROLES,
+    Credential,
+    make_tokens,
+    read_credentials,
+    role_file,
+)
+from weightsync.orchestrator.settings.problems import ConfigError
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return write_credentials(tmp_path / "credentials")
+
+
+def test_made_tokens_are_read_back_and_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "credentials"
+    assert make_tokens(directory) == [role_file(directory, role) for role in ROLES]
+    first = read_credentials(directory)
+    assert sorted(map(str, first.values())) == ["engine", "operator", "trainer", "viewer"]
+    assert all(len(token) == 64 for token in first)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in directory.iterdir())
+    assert make_tokens(directory, ("engine", "engine.engine-0.1")) == [directory / "engine.engine-0.1.token"]
+    second = read_credentials(directory)
+    assert first.items() < second.items()
+    assert Credential("engine", "engine-0.1") in second.values()
+    with pytest.raises(ConfigError, match=r"'admin.token' is no role's name"):
+        make_tokens(directory, ("admin",))
+
+
+def test_what_is_no_token_file_is_left_alone(directory: Path) -> None:
+    (directory / "ca.pem").write_text("a certificate")
+    assert len(read_credentials(directory)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("admin.token", "admin-0123456789", "'admin.token' is no role's name. Fix: name it one of trainer.token"),
+        ("engine.a b.token", "admin-0123456789", "is no role's name"),
+        ("enginea.token", "admin-0123456789", "is no role's name"),
+        ("viewer.token", "short", "holds a token of 5 characters, which can be guessed"),
+        ("viewer.token", "", "is empty"),
+        ("viewer.token", "a-0123456789abcdef\nb-0123456789abcdef\nc-0123456789abcdef", "holds 3 lines"),
+        ("viewer.ann.token", TOKENS["operator"], "holds the token of another file, that of operator"),
+    ],
+)
+def test_a_file_that_cannot_serve_is_named(directory: Path, name: str, text: str, says: str) -> None:
+    (directory / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_credentials(directory)
+    assert says in str(error.value)
+    assert str(directory / name) in str(error.value)
+    assert not text or text not in str(error.value)
+
+
+def test_a_file_that_others_could_have_made_is_refused(directory: Path, tmp_path: Path) -> None:
+    viewer = directory / "viewer.token"
+    viewer.chmod(0o660)
+    with pytest.raises(ConfigError, match=r"viewer.token: has mode 0660, so others can write it. Fix: chmod go-w"):
+        read_credentials(directory)
+    viewer.unlink()
+    (tmp_path / "elsewhere").write_text("elsewhere-0123456789")
+    viewer.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"viewer.token: is a symbolic link"):
+        read_credentials(directory)
+    viewer.unlink()
+    os.mkfifo(viewer, 0o600)
+    with pytest.raises(ConfigError, match="is empty"):
+        read_credentials(directory)
+    viewer.unlink()
+    directory.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"credentials: has mode 0777"):
+        read_credentials(directory)
+
+
+def test_a_directory_by_which_no_agent_could_come_in(directory: Path, tmp_path: Path) -> None:
+    (directory / "engine.token").unlink()
+    with pytest.raises(ConfigError, match=r"has no engine.token, so no agent could come in. Fix: "):
+        read_credentials(directory)
+    make_tokens(directory, ("engine.a",))
+    assert Credential("engine", "a") in read_credentials(directory).values()
+    with pytest.raises(ConfigError, match="cannot be read as a directory of token files: No such file"):
+        read_credentials(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("credential", "member", "admits"),
+    [
+        (Credential("trainer"), Member("trainer", "", 7), True),
+        (Credential("trainer", "7"), Member("trainer", "", 7), True),
+        (Credential("trainer", "8"), Member("trainer", "", 7), False),
+        (Credential("engine"), Member("inference", "a", 1), True),
+        (Credential("engine", "a"), Member("inference", "a", 1), True),
+        (Credential("engine", "b"), Member("inference", "a", 1), False),
+        (Credential("trainer"), Member("inference", "a", 1), False),
+        (Credential("engine"), Member("trainer", "", 1), False),
+        (Credential("operator"), Member("trainer", "", 1), False),
+        (Credential("viewer"), Member("inference", "a", 1), False),
+    ],
+)
+def test_whom_a_credential_admits(credential: Credential, member: Member, admits: bool) -> None:
+    assert (credential.refuses(member) == "") is admits
