@@ -42,7 +42,11 @@ _ACCEPT_SUFFIX: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """RFC 6455 §1.3."""
 
 _SWITCHING_PROTOCOLS: Final = 101
+_LEAST_REFUSAL: Final = 400
 _UNAUTHORIZED: Final = 401
+
+MAX_REFUSAL_BYTES: Final = 500
+"""Read of the words in which a daemon refuses the upgrade."""
 
 _HEARTBEAT: Final = encode(Heartbeat())
 
@@ -117,10 +121,21 @@ async def upgrade(
         except Unproved:
             response.close()
             raise
+    why = await _refusal(response)
     response.close()
     if response.status == _UNAUTHORIZED:
         raise TokenRejected("it rejects the token (401): compare this agent's token file with the daemon's")
-    raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket")
+    raise ConnectionLost(f"it answers {response.status} {response.reason} and no WebSocket" + (why and f": {why}"))
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> str:
+    """The words of a refusal, as far as they are few."""
+    if response.status < _LEAST_REFUSAL:
+        return ""
+    try:
+        return clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip())
+    except (aiohttp.ClientError, OSError):
+        return ""
 
 
 def _proved(response: aiohttp.ClientResponse, token: str, nonce: str, purpose: Purpose) -> Challenge:

@@ -110,3 +110,21 @@ def test_a_directory_by_which_no_agent_could_come_in(directory: Path, tmp_path: 
 )
 def test_whom_a_credential_admits(credential: Credential, member: Member, admits: bool) -> None:
     assert (credential.refuses(member) == "") is admits
+
+
+@pytest.mark.parametrize(
+    ("credential", "refusal"),
+    [
+        (Credential("engine"), ""),
+        (Credential("engine", "a"), ""),
+        (Credential("engine", "b"), "engine 'a' came with the credential of engine b, which is bound to it; give it"),
+        (
+            Credential("trainer"),
+            "engine 'a' came with the credential of role trainer; give it the token in engine.token",
+        ),
+        (Credential("operator", "a"), "engine 'a' came with the credential of role operator; give it"),
+    ],
+)
+def test_which_engines_a_credential_makes_members(credential: Credential, refusal: str) -> None:
+    found = credential.refuses_engine("a")
+    assert (found.startswith(refusal), bool(found)) == (True, bool(refusal)), found

@@ -19,6 +19,9 @@ from weightsync.agents.link.tls import TlsError
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.daemon.access.access import Access, Claim, NotAdmitted
 from weightsync.orchestrator.daemon.access.tls import ServerTls
+from weightsync.orchestrator.daemon.admin.routes import application_routes
+from weightsync.orchestrator.daemon.hub.connection import HubTiming
+from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.protocol.application import ENGINES_PATH, Admitted, Applicant, Application, Declined
 from weightsync.orchestrator.protocol.proof import KEY_HEADER
 from weightsync.orchestrator.settings.sections import ListenTls
@@ -88,7 +91,13 @@ class Door:
         try:
             yield f"{'ws' if self.tls is None else 'wss'}://127.0.0.1:{runner.addresses[0][1]}/agents"
         finally:
+            # Connections are accepted in turn: behind this one the loop has met those that the thread has left.
+            async with aiohttp.ClientSession() as session, session.get(self.beside(runner), ssl=False) as response:
+                assert response.status == 404
             await runner.cleanup()
+
+    def beside(self, runner: web.AppRunner) -> str:
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}/nothing"
 
 
 @pytest.fixture
@@ -240,6 +249,51 @@ async def test_with_tls_it_believes_its_own_authority(
     assert door.asked.empty() is not believed
     with pytest.raises(TlsError, match="WEIGHTSYNC_CA_FILE is set, and ws://h:1/engines is not TLS"):
         ApplicantThread("glm", ENGINE, "ws://h:1/agents", token_file)
+
+
+class Taking:
+    """Takes all engines in."""
+
+    def __init__(self) -> None:
+        self.heard: asyncio.Queue[Application] = asyncio.Queue()
+
+    async def receive(self, application: Application, _: str) -> Admitted:
+        self.heard.put_nowait(application)
+        return Admitted(again_seconds=1e6)
+
+
+async def test_through_the_daemons_own_door_with_certificates_on_both_sides(
+    credentials: Path, token_file: Path, warnings: "asyncio.Queue[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = credentials.parent / "certificates"
+    make_certificates(files, ["127.0.0.1"], ["engine.a0", "engine.other"], 2)
+    tls = ListenTls(
+        certificate_file=files / "daemon.pem", key_file=files / "daemon.key", ca_file=files / "ca.pem",
+        client_certificates=True,
+    )  # fmt: skip
+    access = Access(credentials, "glm", str, ServerTls(tls))
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
+    taking = Taking()
+
+    def configure(app: web.Application) -> None:
+        app.router.add_routes(application_routes(taking, access))  # type: ignore[arg-type]
+
+    url = f"wss://127.0.0.1:{await hub.start('127.0.0.1', 0, configure)}/agents"
+    monkeypatch.setenv("WEIGHTSYNC_CA_FILE", str(files / "ca.pem"))
+    for name, said in [
+        ("", "no WebSocket: this needs a client certificate that names its role"),
+        ("engine.other", "403: by its certificate, engine 'a0' came with the credential of engine other"),
+        ("engine.a0", ""),
+    ]:
+        for variable, end in (("WEIGHTSYNC_CERTIFICATE_FILE", "pem"), ("WEIGHTSYNC_KEY_FILE", "key")):
+            monkeypatch.setenv(variable, str(files / f"{name}.{end}") if name else "")
+        async with applying(url, token_file):
+            if said:
+                assert said in await asyncio.wait_for(warnings.get(), SECONDS)
+            else:
+                assert (await asyncio.wait_for(taking.heard.get(), SECONDS)).engine == ENGINE
+    assert taking.heard.empty()
+    await hub.close()
 
 
 async def test_neither_a_daemon_that_is_away_nor_a_lost_token_ends_it(

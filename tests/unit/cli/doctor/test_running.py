@@ -67,6 +67,26 @@ async def test_another_daemon_or_none(config: Path, app: web.Application, text: 
     assert text in found.what
 
 
+async def test_it_is_not_asked_without_a_token_or_authority(config: Path) -> None:
+    [found] = await running.daemon(load(config, {"WEIGHTSYNC__CREDENTIALS": str(config.parent / "none")}), 5)
+    assert (found.level, found.fix) == ("note", "run doctor as the daemon's user")
+    assert found.what.startswith("not asked: ")
+    tls = "{certificate_file: none.pem, key_file: none.key, ca_file: none.pem}"
+    [found] = await running.daemon(load(config, {"WEIGHTSYNC__LISTEN__TLS": tls}), 5)
+    assert (found.level, "none.pem" in found.what) == ("note", True)
+
+
+async def test_the_wrong_role_is_told(config: Path) -> None:
+    async def tell(_: web.Request) -> web.Response:
+        return web.Response(status=403, text="this needs the credential of role viewer\n")
+
+    async with served(only(status=tell)) as url:
+        [found] = await running.daemon(at(config, url), 5)
+    assert (found.level, found.what) == (
+        "error", f"{url}/status refuses the token: this needs the credential of role viewer"
+    )  # fmt: skip
+
+
 def test_the_daemon_is_who_has_the_lock_open(config: Path) -> None:
     settings = load(config, {})
     assert running.daemon_pid(settings) is None

@@ -70,3 +70,24 @@ def test_who_is_not_admitted(access: Access, headers: dict[str, str], status: in
     with pytest.raises(NotAdmitted) as refused:
         access.claim_of(make_mocked_request("GET", "/agents", headers=headers))
     assert refused.value.status == status
+
+
+def test_a_proof_for_one_purpose_is_none_for_another(access: Access) -> None:
+    headers = {KEY_HEADER: key_of(TOKENS["engine"]), NONCE_HEADER: NONCE}
+    claim = access.claim_of(make_mocked_request("GET", "/engines", headers=headers), "apply")
+    assert claim.challenge.purpose == "apply"
+    assert claim.said_in(agent_proof(TOKENS["engine"], claim.challenge, b"I") + b"I") == b"I"
+    as_agent = replace(claim.challenge, purpose="connect")
+    assert claim.headers()[PROOF_HEADER] != daemon_proof(TOKENS["engine"], as_agent).hex()
+    with pytest.raises(ProtocolError, match="does not prove"):
+        claim.said_in(agent_proof(TOKENS["engine"], as_agent, b"I") + b"I")
+
+
+def test_an_engine_applies_for_what_both_its_token_and_its_certificate_are_bound_to(access: Access) -> None:
+    headers = {KEY_HEADER: key_of(TOKENS["engine"]), NONCE_HEADER: NONCE}
+    claim = access.claim_of(make_mocked_request("GET", "/engines", headers=headers), "apply")
+    assert claim.refuses_engine("a") == ""
+    shown = replace(claim, certificate=Credential("engine", "a"))
+    assert shown.refuses_engine("a") == ""
+    assert shown.refuses_engine("b").startswith("by its certificate, engine 'b' came with the credential of engine a")
+    assert replace(shown, credential=Credential("engine", "b")).refuses_engine("a").startswith("engine 'a' came with")
