@@ -2,9 +2,18 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 from weightsync.agents.trainer.interrupts import held_interrupts
+
+
+@pytest.fixture(autouse=True)
+def python_handles_interrupts() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_comes_at_the_end_of_the_section() -> None:
