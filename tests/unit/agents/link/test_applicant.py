@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,9 +113,9 @@ def token_file(credentials: Path) -> Path:
     return file
 
 
-@pytest.fixture
-async def warnings() -> AsyncIterator["asyncio.Queue[str]"]:
-    """What the thread logs, each new reason once."""
+@contextlib.contextmanager
+def noting(level: int) -> Iterator["asyncio.Queue[str]"]:
+    """What the thread logs from ``level`` on."""
     queue: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -123,10 +123,19 @@ async def warnings() -> AsyncIterator["asyncio.Queue[str]"]:
         def emit(self, record: logging.LogRecord) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, record.getMessage())
 
-    noting = Noting(logging.WARNING)
-    applicant.log.addHandler(noting)
-    yield queue
-    applicant.log.removeHandler(noting)
+    handler = Noting(level)
+    applicant.log.addHandler(handler)
+    try:
+        yield queue
+    finally:
+        applicant.log.removeHandler(handler)
+
+
+@pytest.fixture
+async def warnings() -> AsyncIterator["asyncio.Queue[str]"]:
+    """What the thread warns of, each new reason once."""
+    with noting(logging.WARNING) as queue:
+        yield queue
 
 
 @contextlib.asynccontextmanager
@@ -150,18 +159,19 @@ async def test_it_applies_until_it_is_taken_in(
     caplog.set_level(logging.INFO, "weightsync")
     full = declined(409, "name 'a0': full. Fix: raise it\n")
     door = Door(credentials, full, full, declined(503, "later\n"), FOR_LONG)
-    async with door.served() as url:
-        async with applying(url, token_file):
+    with noting(logging.INFO) as said:
+        async with door.served() as url, applying(url, token_file):
             for _ in range(4):
                 heard = await asyncio.wait_for(door.heard.get(), SECONDS)
                 assert heard == (Application(run_id="glm", engine=ENGINE), TOKENS["engine"])
+            lines = [await asyncio.wait_for(said.get(), SECONDS) for _ in range(3)]
         assert door.heard.empty()
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("weightsync")]
-    assert [line.partition(": ")[2] for line in said if "not taken in" in line] == [
+        assert said.empty(), "each reason once"
+    assert [line.partition(": ")[2] for line in lines[:2]] == [
         "409: name 'a0': full. Fix: raise it; tried again",
         "503: later; tried again",
-    ], "each reason once"
-    assert sum("is a member" in line for line in said) == 1
+    ]
+    assert lines[2].startswith("a0 is a member, says the daemon at ws://")
     assert not [header for header in door.headers if TOKENS["engine"] in header]
 
 
