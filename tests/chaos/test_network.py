@@ -123,6 +123,7 @@ def test_a_connection_of_which_one_end_is_gone_is_noticed_while_nobody_uses_it(
     apart.everywhere()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", cases(PHASES, ("DECIDING",)))
 def test_a_daemon_that_is_cut_off_from_all_goes_on_with_its_round(apart: Several, network: Network, phase: str) -> None:
     with apart.stopped_at(PHASES[phase]) as step:
@@ -149,6 +150,7 @@ def test_a_daemon_that_is_killed_while_an_engine_is_cut_off(apart: Several, netw
     apart.everywhere()
 
 
+@pytest.mark.long
 def test_an_engine_behind_a_slow_link_costs_the_others_the_patience_and_catches_up(
     apart: Several, network: Network
 ) -> None:

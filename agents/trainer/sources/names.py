@@ -38,12 +38,12 @@ def plain_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     inner, outer = _wrapped(tensors)
     if not inner and not outer:
         return dict(tensors)
+    plain = partial(_plain, inner, outer)
     state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        short = _plain(inner, outer, name)
+        short = plain(name)
         if state.setdefault(short, tensor) is not tensor:
-            first = next(given for given in tensors if _plain(inner, outer, given) == short)
-            raise AmbiguousName(first, name, short)
+            raise AmbiguousName(next(given for given in tensors if plain(given) == short), name, short)
     return state
 
 

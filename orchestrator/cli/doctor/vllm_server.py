@@ -1,7 +1,7 @@
 """What a vLLM server says of itself in ``/server_info``, which it has with VLLM_SERVER_DEV_MODE=1.
 
-``instance_id`` of its configuration is drawn at each start (``vllm.config.VllmConfig``), and shared by the API servers
-of one start: it tells whether two URLs are one server, and whether one URL is several.
+``instance_id`` of its configuration is drawn at each start (``vllm.config.VllmConfig``): it tells whether two URLs are
+one server, and whether one URL is several. With data parallelism vLLM starts several API servers, each with its own.
 """
 
 from typing import Final
@@ -19,8 +19,13 @@ class _Transfer(msgspec.Struct):
     backend: str = ""
 
 
+class _Parallel(msgspec.Struct, frozen=True):
+    data_parallel_size: int = 1
+
+
 class _Config(msgspec.Struct):
     instance_id: str = ""
+    parallel_config: _Parallel = _Parallel()
     weight_transfer_config: _Transfer | None = None
 
 
@@ -30,8 +35,8 @@ class _ServerInfo(msgspec.Struct):
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """``identity``: of one start of a server; ``backend``: of its weight transfer, empty where none is configured;
-    ``plugins``: those that it may load, None: all."""
+    """``identity``: of one start of a server, empty where it has none; ``backend``: of its weight transfer, empty where
+    none is configured; ``plugins``: those that it may load, None: all."""
 
     identity: str
     backend: str
@@ -47,4 +52,5 @@ def server_info(data: bytes) -> ServerInfo | None:
     config, plugins = found.vllm_config, found.vllm_env.get(PLUGINS)
     named = tuple(str(name) for name in plugins) if isinstance(plugins, list | tuple) else None
     transfer = config.weight_transfer_config
-    return ServerInfo(identity=config.instance_id, backend=transfer.backend if transfer else "", plugins=named)
+    identity = config.instance_id if config.parallel_config.data_parallel_size == 1 else ""
+    return ServerInfo(identity=identity, backend=transfer.backend if transfer else "", plugins=named)

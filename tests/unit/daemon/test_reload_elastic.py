@@ -67,32 +67,40 @@ class Fleet:
                     return
                 await asyncio.sleep(0.01)
 
+    def is_stable(self) -> None:
+        """The trainer's marker of VERSION."""
+        step = self.config.parent / "run" / "broadcasts" / "step_5"
+        step.mkdir(parents=True)
+        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+
     async def close(self) -> None:
         self.runner.inbox.stopped.set()
         await asyncio.wait_for(self.task, SECONDS)
 
 
-async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = OneProcess()
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> OneProcess:
+    """Of a server that says whether it is paused."""
+    process = OneProcess()
 
     class Telling(OneProcessClient):
-        """Of a server that says whether it is paused."""
-
         async def is_paused(self, deadline: float) -> bool:
-            return engine.paused
+            return process.paused
 
     monkeypatch.setitem(kinds.CLIENTS, "one-process", Telling)
+    return process
+
+
+async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_back(
+    tmp_path: Path, engine: OneProcess
+) -> None:
     async with served(engine) as url:
         fleet = Fleet(tmp_path, url)
         port = await asyncio.wait_for(fleet.port, SECONDS)
         await fleet.until()
         fleet.lists(RANK.engine)
         trainer = Trainer(f"ws://127.0.0.1:{port}/agents", fleet.credentials / "trainer.token", engine)
-        step = tmp_path / "run" / "broadcasts" / "step_5"
-        step.mkdir(parents=True)
-        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+        fleet.is_stable()
         assert (await asyncio.wait_for(trainer.outcome, SECONDS)).committed
         await fleet.until("serving")
         assert await fleet.says("GET", "/engines/sg/ready") == 200
@@ -119,17 +127,8 @@ async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_bac
 
 
 async def test_an_engine_makes_itself_a_member_serves_and_is_known_to_the_next_daemon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: OneProcess
 ) -> None:
-    engine = OneProcess()
-
-    class Telling(OneProcessClient):
-        """Of a server that says whether it is paused."""
-
-        async def is_paused(self, deadline: float) -> bool:
-            return engine.paused
-
-    monkeypatch.setitem(kinds.CLIENTS, "one-process", Telling)
     async with served(engine) as url:
         fleet = Fleet(tmp_path, url, "engines_admit: {names: [s*], hosts: [127.0.0.0/8]}")
         port = await asyncio.wait_for(fleet.port, SECONDS)
@@ -138,9 +137,7 @@ async def test_an_engine_makes_itself_a_member_serves_and_is_known_to_the_next_d
         thread = ApplicantThread("run", applicant, f"ws://127.0.0.1:{port}/agents", fleet.credentials / "engine.token")
         thread.start()
         trainer = Trainer(f"ws://127.0.0.1:{port}/agents", fleet.credentials / "trainer.token", engine)
-        step = tmp_path / "run" / "broadcasts" / "step_5"
-        step.mkdir(parents=True)
-        (step / "STABLE").write_bytes(encode_manifest(manifest("run", VERSION)))
+        fleet.is_stable()
         assert (await asyncio.wait_for(trainer.outcome, SECONDS)).committed
         await fleet.until("serving")
         assert (await fleet.says("GET", "/status"))["engines"][0]["url"] == url

@@ -4,6 +4,7 @@ import ipaddress
 from pathlib import Path
 
 import pytest
+from pci_tree import pci_device
 from weightsync.agents.doctor import network
 from weightsync.agents.doctor.links import Interface, links
 from weightsync.agents.memory.nic import Gpu
@@ -90,20 +91,11 @@ class Host:
     def __init__(self, root: Path) -> None:
         self.sysfs, self.gpus, self.ports = root, list[Gpu](), list[Interface]()
 
-    def place(self, path: str, numa: int) -> Path:
-        place = self.sysfs / "devices" / path
-        place.mkdir(parents=True)
-        (place / "numa_node").write_text(f"{numa}\n")
-        links = self.sysfs / "bus/pci/devices"
-        links.mkdir(parents=True, exist_ok=True)
-        (links / place.name).symlink_to(place)
-        return place
-
     def gpu(self, path: str, numa: int = 0) -> None:
-        self.gpus.append(Gpu(f"GPU-{len(self.gpus)}", self.place(path, numa).name))
+        self.gpus.append(Gpu(f"GPU-{len(self.gpus)}", pci_device(self.sysfs, path, numa).name))
 
     def nic(self, name: str, path: str, numa: int = 0, *, up: bool = True) -> None:
-        place = self.place(path, numa)
+        place = pci_device(self.sysfs, path, numa)
         self.ports.append(Interface(name, True, up, "ACTIVE" if up else "DOWN", "InfiniBand", 400, path=place))
 
     def found(self, rails: int = 1) -> list[tuple[str, str]]:

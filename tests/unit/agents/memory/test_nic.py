@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pci_tree import pci_device
 from weightsync.agents.memory import nic
 from weightsync.agents.memory.nic import Gpu, NicError
 
@@ -14,22 +15,12 @@ class Machine:
         self.sysfs = root
         self.gpus: list[Gpu] = []
 
-    def pci(self, path: str, numa: int = 0) -> Path:
-        """``path`` from the host bridge down, such as ``pci0000:15/0000:15:01.0/0000:16:00.0``."""
-        place = self.sysfs / "devices" / path
-        place.mkdir(parents=True)
-        (place / "numa_node").write_text(f"{numa}\n")
-        links = self.sysfs / "bus/pci/devices"
-        links.mkdir(parents=True, exist_ok=True)
-        (links / place.name).symlink_to(place)
-        return place
-
     def gpu(self, path: str, numa: int = 0) -> None:
-        place = self.pci(path, numa)
+        place = pci_device(self.sysfs, path, numa)
         self.gpus.append(Gpu(f"GPU-{len(self.gpus):08x}-aaaa", place.name))
 
     def nic(self, name: str, path: str, numa: int = 0, state: str = "4: ACTIVE", link: str = "InfiniBand") -> None:
-        place = self.pci(path, numa)
+        place = pci_device(self.sysfs, path, numa)
         device = self.sysfs / "class/infiniband" / name
         port = device / "ports/1"
         port.mkdir(parents=True)

@@ -16,6 +16,10 @@ from weightsync.orchestrator.cli.doctor.vllm_server import ServerInfo, server_in
             b'{"vllm_config": {"instance_id": "ab12", "weight_transfer_config": null}, "vllm_env": {}}',
             ServerInfo(identity="ab12", backend=""),
         ),
+        (
+            b'{"vllm_config": {"instance_id": "ab12", "parallel_config": {"data_parallel_size": 2}}}',
+            ServerInfo(identity="", backend=""),
+        ),
         (b'{"vllm_config": "VllmConfig(model=...)"}', None),
         (b'{"detail": "Not Found"}', None),
         (b"\xff\xfe", None),

@@ -2,14 +2,13 @@
 
 Prints one JSON line with its endpoint name, card (hex) and region, then polls until its standard input closes,
 answering each line on it: ``digest`` with the SHA-256 of its memory, ``clear`` after zeroing it, ``sever`` after
-breaking its connections. After ``SIGSTOP`` or ``SIGKILL`` it sends that signal to itself when its first byte changes.
+breaking its connections.
 """
 
 import hashlib
 import json
 import os
 import select
-import signal
 import socket
 import sys
 from contextlib import suppress
@@ -28,12 +27,8 @@ def main() -> None:
     endpoint.register([region])
     card = endpoint.metadata().hex()
     print(json.dumps({"name": endpoint.name, "card": card, "base": region.base, "length": region.length}), flush=True)
-    before, at_first_byte = memory[0], None
     while True:
         endpoint.poll()
-        if at_first_byte is not None and memory[0] != before:
-            sent, at_first_byte = at_first_byte, None
-            os.kill(os.getpid(), sent)
         ready, _, _ = select.select([sys.stdin], [], [], 0.001)
         if not ready:
             continue
@@ -46,9 +41,6 @@ def main() -> None:
             case "sever":
                 sever()
                 print("severed", flush=True)
-            case "SIGSTOP" | "SIGKILL" as name:
-                at_first_byte, before = signal.Signals[name], memory[0]
-                print("armed", flush=True)
             case "":
                 break
     endpoint.close()
