@@ -11,24 +11,36 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 VARIABLE = "WEIGHTSYNC_SOAK_COUNTS"
 
+# At the import, which is the first of a process, for the threads of later imports must not get the signal either.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
 
 def install() -> None:
-    """Count from now on; the file is the one that the environment names."""
+    """Count from now on; the file is the one that the environment names.
+
+    A thread waits for the signal. A handler would run in the main thread only once that is back from what it waits for:
+    a signal that comes just before a read begins is not seen before the read ends.
+    """
     path = Path(os.environ[VARIABLE])
 
-    def answer(number: int, frame: FrameType | None) -> None:
+    def answer() -> None:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(counted()))
         part.replace(path)
 
-    signal.signal(signal.SIGUSR1, answer)
-    answer(signal.SIGUSR1, None)
+    def wait() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            answer()
+
+    threading.Thread(target=wait, name="counts", daemon=True).start()
+    answer()
 
 
 def counted() -> dict[str, int]:
