@@ -19,6 +19,7 @@ from weightsync.orchestrator.protocol.messages import (
     Hold,
     Holding,
     Left,
+    Renew,
     Verify,
     Welcome,
 )
@@ -66,6 +67,11 @@ class InferenceSide:
                 status = self._windows.holdings.hold(message.held, message.reason)
                 log.warning("%s: %s: %s", self._member, "held" if message.held else "held no longer", message.reason)
                 self._link.send(Holding(status=status))
+            case Renew():
+                log.warning("%s: another endpoint: %s", self._member, message.reason)
+                for receiver in self._weights.receivers:
+                    receiver.reopen()
+                self._link.announce()
             case Expose() | Verify() | Commit() | Abort() if self._weights.layout.lands != "live":
                 self._shadow.heard(message)
             case Expose() | Verify() | Commit() | Abort():

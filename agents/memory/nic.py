@@ -6,6 +6,7 @@ GPUs, from NVML or the driver's proc files.
 """
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from weightsync.agents.errors import AgentError
+from weightsync.orchestrator.protocol.messages import Fault
 
 SYSFS: Final = Path("/sys")
 PROC_GPUS: Final = Path("/proc/driver/nvidia/gpus")
@@ -23,6 +25,12 @@ _ACTIVE: Final = 4
 
 class NicError(AgentError):
     """A GPU that cannot be found on this machine. The configuration's fault."""
+
+
+class NetDeviceMissing(AgentError):
+    """A network device of the settings that this host does not have."""
+
+    fault: Fault = "config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +49,37 @@ class Port:
     path: Path
 
 
+def chosen_devices(wanted: Sequence[str], *, sysfs: Path = SYSFS) -> str:
+    """UCX_NET_DEVICES for the devices of the settings: interfaces (``eth1``) and ports of RDMA devices (``mlx5_0:1``).
+
+    Raises:
+        NetDeviceMissing: names the one that this host does not have, and those that it has.
+    """
+    interfaces = sorted(name for _, name in socket.if_nameindex())  # of this thread's network namespace, unlike sysfs
+    ports = sorted(f"{port.parent.parent.name}:{port.name}" for port in sysfs.glob("class/infiniband/*/ports/*"))
+    for name in wanted:
+        if name not in interfaces and name not in ports:
+            there = ", ".join((*interfaces, *ports)) or "none"
+            host = socket.gethostname()
+            raise NetDeviceMissing(
+                f"transport.net_devices names {name!r}, which {host} does not have; it has {there}. Fix: name one of"
+                " these, or leave transport.net_devices empty and set UCX_NET_DEVICES where agents run"
+            )
+    return ",".join(wanted)
+
+
 def net_devices(
     device_index: int,
     *,
+    wanted: Sequence[str] = (),
     sysfs: Path = SYSFS,
     gpus: Sequence[Gpu] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> str | None:
     """UCX_NET_DEVICES for the process's CUDA device ``device_index``.
+
+    Args:
+        wanted: of these only, if it names any.
 
     Returns:
         Comma-separated ports, several when they are equally near; None when no port is ACTIVE, so that UCX chooses.
@@ -56,7 +87,7 @@ def net_devices(
     Raises:
         NicError: CUDA_VISIBLE_DEVICES does not make such a device visible, or sysfs does not have it.
     """
-    ports = active_ports(sysfs)
+    ports = [port for port in active_ports(sysfs) if not wanted or port.name in wanted]
     if not ports:
         return None
     visible = visible_gpus(all_gpus() if gpus is None else gpus, environ.get("CUDA_VISIBLE_DEVICES"))

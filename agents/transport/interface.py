@@ -32,6 +32,10 @@ batches, *agent* is the agent's own event loop (``link.thread``).
       holds the version, derived tensors included; the digest that follows proves it.
    e. A rank may be granted the same version again, after a failed attempt.
 
+   f. ``Receiver.reopen()`` (agent): bytes of a writer hang on their way. The new ``announcement`` brings a new plan;
+      the writer whose peer is reached by another endpoint counts what was on its way to the old one as ended, unless
+      the two ends share memory, by which it may still arrive.
+
 6. ``poll()`` (agent): every millisecond or two while a grant is open on this side, and every ten otherwise.
    ``Sender.in_flight()``: the peers that were given up and that bytes may still reach, read from the slots. As long as
    there is one the grant stays open and the slots are not converted again.
@@ -207,6 +211,14 @@ class Receiver(Protocol):
     def end(self, round_name: RoundName) -> None:
         """All writers of this round have finished, or it is over; for another than the one that began it does
         nothing. On the agent's thread."""
+
+    def reopen(self) -> None:
+        """Be reached by another endpoint from now on: nothing that was sent to the one before arrives any more, as far
+        as the transport can see to it. No writer is granted. On the agent's thread.
+
+        Raises:
+            AgentError: there is none.
+        """
 
     @abstractmethod
     def renew(self, memory: TargetMemory) -> None:

@@ -23,7 +23,7 @@ from weightsync.orchestrator.core.events import (
     StopAsked,
     Tick,
 )
-from weightsync.orchestrator.core.membership import admission, engines, members, needs, rendezvous, roster
+from weightsync.orchestrator.core.membership import admission, engines, members, needs, rendezvous, renewals, roster
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
@@ -119,6 +119,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     roster.evaluate(turn)
     rendezvous.gather_group(turn)
     needs.evaluate(turn)
+    renewals.evaluate(turn)
     rendezvous.evaluate(turn)
     versions.evaluate(turn)
     engines.tend_engines(turn)
@@ -185,6 +186,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
                 rounds.agent_changed(turn, event.member)
         case Ready():
             rendezvous.confirmed(turn, agent, message)
+            rounds.edges_changed(turn, agent)
         case Staged():
             agent.staged = message
             endings.staged_again(turn, message.version, message.restaged)

@@ -13,6 +13,15 @@ from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fa
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A worker is to be reached by another endpoint, because bytes of ``round`` hang: asked for when it is ``due``."""
+
+    round: RoundName
+    due: float
+    asked: bool = False
+
+
 @dataclass(slots=True)
 class ConnectedAgent:
     """One connected agent process. Gone from the fleet when its connection is."""
@@ -27,6 +36,8 @@ class ConnectedAgent:
     """… and the one that it confirmed."""
     dead_edges: dict[Member, str] = field(default_factory=dict)
     """Peers that it cannot reach, and why."""
+    renewal: Renewal | None = None
+    """That it is asked for on this connection."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
     told_hold: bool | None = None

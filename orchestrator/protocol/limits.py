@@ -2,7 +2,7 @@
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Raised when a message changes its meaning; a peer of another schema is refused at Hello."""
 
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
@@ -35,6 +35,9 @@ MAX_SECONDS: Final = 1e9
 
 MAX_ENDPOINT_BYTES: Final = 16 * 1024 * 1024
 """How a transport reaches an agent: NIXL's metadata have some hundred bytes per region and device, 4 MB for 4096."""
+
+MAX_NET_DEVICES: Final = 64
+"""Network devices that agents are told to use; a host has a dozen."""
 
 MAX_DEVICE: Final = 4095
 """Number of a device in its host."""

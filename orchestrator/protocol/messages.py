@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
+from weightsync.orchestrator.protocol.edges import FilesystemSettings as FilesystemSettings
+from weightsync.orchestrator.protocol.edges import NixlSettings as NixlSettings
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
@@ -21,7 +23,12 @@ from weightsync.orchestrator.protocol.fields import (
     World,
 )
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import (
+    MAX_OPEN_GRANTS,
+    MAX_SECONDS,
+    MAX_TENSORS,
+    MAX_WORLD,
+)
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 
 Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
@@ -205,29 +212,6 @@ class Bye(Message, frozen=True, kw_only=True):
 
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
-class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
-    """How agents move bytes over NIXL.
-
-    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
-    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
-    rates are not judged.
-    """
-
-    backends: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=8)] = ("UCX",)
-    in_flight_per_peer: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
-    rails: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
-    max_gb_per_second: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
-
-
-class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
-    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
-
-    Trainer and inference ranks see it under the same path as the daemon.
-    """
-
-    directory: Path
-
-
 TransportSettings = NixlSettings | FilesystemSettings
 """Every transport's settings, told apart by their tags."""
 
@@ -362,6 +346,14 @@ class Hold(Message, frozen=True, kw_only=True):
     spoken = ("reason",)
 
 
+class Renew(Message, frozen=True, kw_only=True):
+    """To a worker in no round: bytes of a writer hang on their way to it. It is to be reached by another endpoint, and
+    nothing that was sent to the one before may arrive any more; answered with Announce."""
+
+    reason: Reason
+    spoken = ("reason",)
+
+
 class Outcome(Message, frozen=True, kw_only=True):
     """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one.
 
@@ -390,4 +382,4 @@ RoundOrder = Expose | Verify | Commit | Abort
 """What a worker is told about a round."""
 
 FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Heartbeat | Bye
-FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Outcome | Standing | Heartbeat
+FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Renew | Outcome | Standing | Heartbeat

@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from weightsync.orchestrator.core.policy import GroupAddress
-from weightsync.orchestrator.protocol.limits import MAX_SERVERS, MAX_URL_CHARS
+from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES, MAX_SERVERS, MAX_URL_CHARS
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 from weightsync.orchestrator.protocol.names import IDENTIFIER
 from weightsync.orchestrator.settings.places import (
@@ -18,6 +18,7 @@ from weightsync.orchestrator.settings.places import (
 )
 from weightsync.orchestrator.settings.sources import NUMBERED
 
+NetDevice = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@-]{1,64}(:[0-9]{1,3})?$")]
 Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 
@@ -179,6 +180,19 @@ class NixlSection(Section):
         " moved nothing and fails. null: not judged.",
     )
 
+    stall_seconds: Seconds = Field(
+        default=_NIXL.stall_seconds,
+        description="How long nothing of a write to one peer may end although something is on its way; its path then"
+        " counts as gone (a network interface was removed, say), and the next attempt takes another connection.",
+    )
+    net_devices: Annotated[tuple[NetDevice, ...], NUMBERED] = Field(
+        default=_NIXL.net_devices,
+        max_length=MAX_NET_DEVICES,
+        description="Network devices that UCX may use in every agent, as it names them: an interface (eth1) or a port"
+        " of an RDMA device (mlx5_0:1). A host that lacks one says so. Of several ports, a GPU takes the nearest."
+        " Empty: UCX's own choice (UCX_NET_DEVICES of the agent's environment), and for a GPU its nearest ports.",
+    )
+
     def message(self, run_directory: Path) -> NixlSettings:
         """What agents are told."""
         return NixlSettings(
@@ -186,6 +200,8 @@ class NixlSection(Section):
             in_flight_per_peer=self.in_flight_per_peer,
             rails=self.rails,
             max_gb_per_second=self.max_gb_per_second,
+            stall_seconds=self.stall_seconds,
+            net_devices=self.net_devices,
         )
 
 

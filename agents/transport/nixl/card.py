@@ -4,22 +4,37 @@ NIXL answers truncated metadata by poisoning that agent name for good, so a dige
 """
 
 import hashlib
+import secrets
 
 import msgspec
 from weightsync.agents.transport.nixl.errors import MetadataError
 from weightsync.orchestrator.protocol.layout import Region
 
-SCHEMA = 1
+SCHEMA = 2
+PROCESS = secrets.token_hex(8)
 _DIGEST_BYTES = 32
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
-    """``scratch`` is where peers write to warm an edge up: never weights."""
+    """``scratch`` is where peers write to warm an edge up: never weights. ``process`` is drawn once by each process,
+    ``boot`` names its host's present start; empty: unknown."""
 
     schema: int
     name: str
     scratch: Region
     metadata: bytes
+    process: str = PROCESS
+    boot: str = ""
+
+
+def replaces(new: Card, old: Card, *, boot: str, over_networks: bool) -> bool:
+    """Whether nothing that is on its way to ``old`` can change memory any more, now that its member is ``new``.
+
+    Another process has other memory. In the same one the old endpoint was destroyed, by which what comes over a network
+    is dropped; a writer that may share its memory (it runs on the host of that ``boot``, and not ``over_networks``
+    alone) needs no endpoint to write there.
+    """
+    return new.process != old.process or over_networks or (bool(boot) and bool(old.boot) and old.boot != boot)
 
 
 def seal(card: Card) -> bytes:

@@ -8,15 +8,17 @@ removing a live peer leaks descriptors, so connections are kept.
 """
 
 import mmap
+import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
-import structlog
-from weightsync.agents.memory.reach import check_reachable, why_not_by_nic
+from weightsync.agents.link.introduction import boot
+from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.tables.runs import RUN_COLUMNS
 from weightsync.agents.transport.nixl import card as nixl_card
 from weightsync.agents.transport.nixl import edge as nixl_edge
@@ -25,14 +27,12 @@ from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
 from weightsync.agents.transport.nixl.flow import Loading
-from weightsync.agents.transport.nixl.loader import Bindings, environment, load
+from weightsync.agents.transport.nixl.loader import Bindings, environment, load, only_networks
 from weightsync.agents.transport.nixl.notices import Notice, decode, encode
-from weightsync.agents.transport.nixl.regions import check_regions
+from weightsync.agents.transport.nixl.regions import check_regions, warn_without_gpu_direct
 from weightsync.agents.transport.nixl.write import Ended, Writer
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
-
-log = structlog.get_logger(__name__)
 
 SCRATCH_BYTES: Final = mmap.PAGESIZE
 WARM_UP_BYTES: Final = 8
@@ -78,17 +78,11 @@ class NixlEndpoint:
         made: dict[str, str | None] = {"UCX_MAX_RMA_RAILS": str(settings.rails)}
         if net_devices is not None:
             made["UCX_NET_DEVICES"] = net_devices
-        failures: tuple[type[Exception], ...] = (*self._bindings.errors, RuntimeError)
         with environment(made | dict(variables or {})):
-            try:
-                self._agent: Any = self._bindings.agent(
-                    self.name, backends=settings.backends, progress_thread=progress_thread, threads=0
-                )
-            except failures as error:
-                raise NixlError(f"{name}: NIXL cannot start with {settings.backends}: {error}") from error
-        missing = set(settings.backends) - set(self._agent.backends)
-        if missing:
-            raise NixlError(f"{name}: this NIXL has no backend {', '.join(sorted(missing))}")
+            self._over_networks = only_networks(os.environ.get("UCX_TLS", ""))
+            self._agent: Any = self._bindings.agent(
+                self.name, backends=settings.backends, progress_thread=progress_thread, threads=0
+            )
         self._registrations: list[Any] = []
         self._regions: list[Region] = []
         self._peers: dict[str, bytes] = {}
@@ -117,7 +111,8 @@ class NixlEndpoint:
         """
         check_regions(regions, self._regions)
         check_reachable(regions)
-        self._warn_without_gpu_direct(regions)
+        if self._by_nic:
+            warn_without_gpu_direct(self.rank, regions)
         for memory in ("DRAM", "VRAM"):
             chosen = [r for r in regions if r.memory == memory]
             if not chosen:
@@ -131,7 +126,8 @@ class NixlEndpoint:
 
     def metadata(self) -> bytes:
         """What a peer's ``connect`` needs. Take it after ``register``; each region adds about 44 bytes."""
-        card = nixl_card.Card(nixl_card.SCHEMA, self.name, self._scratch, self._agent.get_agent_metadata())
+        metadata = self._agent.get_agent_metadata()
+        card = nixl_card.Card(nixl_card.SCHEMA, self.name, self._scratch, metadata, boot=boot())
         return nixl_card.seal(card)
 
     def connect(self, peer_name: str, metadata: bytes) -> None:
@@ -159,6 +155,18 @@ class NixlEndpoint:
             if not known:
                 self._remove(peer_name)
             raise ConnectError(f"{self.rank}: NIXL does not take the metadata of {peer_name}: {error}") from error
+
+    def is_replaced(self, peer_name: str, other_name: str, other: bytes) -> bool:
+        """Whether nothing can arrive any more of what is in flight to the connected ``peer_name``, now that its member
+        has the endpoint ``other_name`` with the metadata ``other``: see ``card.replaces``.
+
+        Raises:
+            MetadataError: the metadata is torn or another peer's.
+        """
+        if peer_name not in self._peers:
+            return True
+        new, old = nixl_card.unseal(other, other_name), nixl_card.unseal(self._peers[peer_name], peer_name)
+        return nixl_card.replaces(new, old, boot=boot(), over_networks=self._over_networks)
 
     def warm(self, peer_name: str) -> bool:
         """Whether a connected peer has taken the first word, which is posted when this is asked first: into its scratch
@@ -273,6 +281,7 @@ class NixlEndpoint:
             listen=self._listen,
             probe=self._probe,
             max_gb_per_second=self._settings.max_gb_per_second,
+            stall_seconds=self._settings.stall_seconds,
         )
         self._writers.append(writer)
         return await writer.write(edges)
@@ -330,6 +339,17 @@ class NixlEndpoint:
         self._registrations, self._regions = [], []
         self._agent = None
 
+    def destroy(self) -> None:
+        """Close, and be sure that NIXL's agent is gone with all its connections: what comes for it is dropped.
+
+        Raises:
+            NixlError: something keeps it.
+        """
+        agent = weakref.ref(self._agent) if self._agent is not None else lambda: None
+        self.close()
+        if agent() is not None:
+            raise NixlError(f"{self.rank}: the endpoint {self.name} cannot be destroyed: something keeps it")
+
     # ------------------------------------------------------------------------------------------------- internals
     def _make_edge(
         self,
@@ -364,13 +384,6 @@ class NixlEndpoint:
         """How a word to a peer's scratch memory stands, posted anew if the last one has arrived."""
         [word] = self._words[peer_name].transfers
         return (nixl_edge.ask if word.pending else nixl_edge.post)(word, self._agent, self._bindings)
-
-    def _warn_without_gpu_direct(self, regions: Sequence[Region]) -> None:
-        if not self._by_nic:
-            return
-        for device in sorted({region.device for region in regions if region.memory == "VRAM"}):
-            if reason := why_not_by_nic(device):
-                log.warning("gpu_direct_unavailable", rank=self.rank, device=device, reason=reason)
 
     def _remove(self, peer_name: str) -> None:
         self._words.pop(peer_name, None)

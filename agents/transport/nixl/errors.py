@@ -65,6 +65,10 @@ class DeadlineError(TransferError):
     """The write's total deadline passed. NIXL cannot cancel it, so the peer's memory is tainted until DONE."""
 
 
+class StalledError(TransferError):
+    """Nothing of the write has ended for so long that its path must be gone. As for DeadlineError, it is tainted."""
+
+
 class StoppedError(TransferError):
     """The daemon took the write to this peer back before it had ended."""
 

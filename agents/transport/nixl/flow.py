@@ -92,6 +92,11 @@ class Flow:
     def _unscattered(self) -> int:
         return len(self._cargo.chunks) - len(self._scattered) if self._cargo.berth.passes else 0
 
+    @property
+    def waits_for_peer(self) -> bool:
+        """Whether it goes on when the peer has scattered something, and not before."""
+        return self.open and not self._packing and not (self._left and self._may_land(self._left[0]))
+
     def scattered(self, chunk: int) -> None:
         """The peer has said so of ``chunk``: its place is free."""
         self._scattered.add(chunk)

@@ -18,9 +18,19 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
-from weightsync.agents.transport.nixl.errors import NixlMissingError
+from weightsync.agents.transport.nixl.errors import NixlError, NixlMissingError
 
 PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
+
+_RDMA: Final = [f"{kind}{way}" for kind in ("rc", "ud", "dc") for way in ("", "_v", "_x", "_verbs", "_mlx5")]
+
+NETWORKS: Final = frozenset(["tcp", "self", "ib", "cuda_copy", "gdr_copy", *_RDMA])
+"""Of UCX_TLS: transports by which no other process's memory is reached but over a network."""
+
+
+def only_networks(transports: str) -> bool:
+    """Whether UCX_TLS=``transports`` keeps UCX from memory that two processes share. Others than NETWORKS may not."""
+    return bool(transports) and NETWORKS.issuperset(transports.split(","))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +42,27 @@ class Bindings:
     native: ModuleType
 
     def agent(self, name: str, *, backends: tuple[str, ...], progress_thread: bool, threads: int) -> Any:
-        """A new ``nixl_agent`` without a listening socket (NIXL's would bind every interface)."""
+        """A new ``nixl_agent`` without a listening socket (NIXL's would bind every interface).
+
+        Raises:
+            NixlError: it or one of its backends cannot be made.
+        """
         config = self.api.nixl_agent_config(
             enable_prog_thread=progress_thread,
             enable_listen_thread=False,
             num_threads=threads,
             backends=list(backends),
         )
-        return self.api.nixl_agent(name, config)
+        failures: tuple[type[Exception], ...] = (*self.errors, RuntimeError)
+        try:
+            made = self.api.nixl_agent(name, config)
+        except failures as error:
+            devices = os.environ.get("UCX_NET_DEVICES", "")
+            over = f" over UCX_NET_DEVICES={devices}; is there such a network device here?" if devices else ""
+            raise NixlError(f"{name}: NIXL cannot start with {', '.join(backends)}{over} ({error})") from error
+        if missing := set(backends) - set(made.backends):
+            raise NixlError(f"{name}: this NIXL has no backend {', '.join(sorted(missing))}")
+        return made
 
     @property
     def disconnected(self) -> type[Exception]:

@@ -1,10 +1,10 @@
-"""The NIXL endpoint of an agent, made on the agent's own thread and pinned to its device's nearest ports."""
+"""The NIXL endpoint of an agent, made on the agent's own thread, and which network devices it may use."""
 
 import logging
 
 import torch
 from weightsync.agents.memory.cuda import Runtime
-from weightsync.agents.memory.nic import NicError, net_devices
+from weightsync.agents.memory.nic import NicError, chosen_devices, net_devices
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
@@ -18,15 +18,16 @@ def open_endpoint(name: str, settings: NixlSettings, device: torch.device) -> Ni
 
     Raises:
         MemoryPlacementError: the device cannot be used.
+        NetDeviceMissing: this host has no such network device as the settings name.
         NixlError: see ``NixlEndpoint``.
     """
-    if device.type != "cuda":
-        return NixlEndpoint(name, settings)
-    try:
-        ports = net_devices(bind(device))
-    except NicError as error:
-        log.warning("%s: UCX chooses the ports itself: %s", name, error)
-        ports = None
+    index = bind(device) if device.type == "cuda" else None
+    ports = chosen_devices(settings.net_devices) if settings.net_devices else None
+    if index is not None:
+        try:
+            ports = net_devices(index, wanted=settings.net_devices) or ports
+        except NicError as error:
+            log.warning("%s: UCX chooses the ports itself: %s", name, error)
     return NixlEndpoint(name, settings, net_devices=ports)
 
 

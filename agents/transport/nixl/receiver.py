@@ -42,6 +42,7 @@ class NixlReceiver(Receiver):
         self.landed: Matrix = NO_COPIES
         self._scatter: Callable[[], None] = _scatter_nothing
         self._endpoint: NixlEndpoint | None = None
+        self._settings: NixlSettings | None = None
         self._connected = ""
         """Fingerprint of the plan that was connected last."""
         self._arrivals = Arrivals(Packer(None), self._tell, 1)
@@ -56,13 +57,26 @@ class NixlReceiver(Receiver):
             if device.type == "cuda":
                 bind(device)  # the agent's thread may be another than the one that opened it
             return  # backends and ports of an open endpoint cannot be changed
-        endpoint = open_endpoint(self._memory.name, settings, device)
-        endpoint.register(reachable(self._memory.layout))
+        self._settings = settings
         if device.type == "cuda":  # a stream of its own, which no kernel of the engine waits for
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._arrivals = Arrivals(Packer(stream), self._tell, AT_ONCE)
+        self._endpoint = self._new_endpoint(settings)
+
+    def _new_endpoint(self, settings: NixlSettings) -> NixlEndpoint:
+        endpoint = open_endpoint(self._memory.name, settings, self._memory.device)
+        endpoint.register(reachable(self._memory.layout))
         endpoint.heard = self._arrivals.heard
-        self._endpoint = endpoint
+        return endpoint
+
+    def reopen(self) -> None:
+        if self._endpoint is None or self._settings is None:
+            return
+        self._endpoint.destroy()
+        self._names.clear()
+        self._connected = ""
+        self._arrivals.connect(())
+        self._endpoint = self._new_endpoint(self._settings)
 
     def announcement(self) -> tuple[str, bytes]:
         return self._opened.name, self._opened.metadata()

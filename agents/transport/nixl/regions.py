@@ -6,10 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import structlog
+from weightsync.agents.memory.reach import why_not_by_nic
 from weightsync.agents.transport.nixl.errors import RegionError
 from weightsync.orchestrator.protocol.layout import Region
 
 _MAPS = Path("/proc/self/maps")
+
+log = structlog.get_logger(__name__)
 
 
 def check_regions(new: Sequence[Region], registered: Iterable[Region] = ()) -> None:
@@ -31,6 +35,13 @@ def check_regions(new: Sequence[Region], registered: Iterable[Region] = ()) -> N
 def describe(region: Region) -> str:
     """A region as errors name it."""
     return f"{region.memory} {region.device} [{region.base:#x}, +{region.length})"
+
+
+def warn_without_gpu_direct(rank: str, regions: Sequence[Region]) -> None:
+    """Say of each GPU with memory in ``regions`` that ports cannot reach it directly."""
+    for device in sorted({region.device for region in regions if region.memory == "VRAM"}):
+        if reason := why_not_by_nic(device):
+            log.warning("gpu_direct_unavailable", rank=rank, device=device, reason=reason)
 
 
 def _refuse_overlaps(regions: Sequence[Region]) -> None:

@@ -16,7 +16,7 @@ from weightsync.agents.transport.interface import Ended, HandedOver, Sender, Sou
 from weightsync.agents.transport.nixl.cargo import make_cargo
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.errors import ConnectError, NixlError, TransferError
+from weightsync.agents.transport.nixl.errors import ConnectError, MetadataError, NixlError, TransferError
 from weightsync.agents.transport.nixl.flow import Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import open_endpoint
@@ -62,6 +62,8 @@ class NixlSender(Sender):
         self._silent: set[str] = set()
         """Endpoints that have let the time for the first word pass."""
         self._changed = False
+        self._given_up: frozenset[str] = frozenset()
+        """Peers to which a write was given up and has not ended, at the last look."""
         self._describe = tensor_names(memory.layout)
         arena, layout = memory.arenas[0], memory.layout
         # Of its own, so that packing does not queue behind the kernels of the training.
@@ -140,6 +142,9 @@ class NixlSender(Sender):
         if self._endpoint is None:
             return False
         self._endpoint.poll()
+        given_up = frozenset(self._endpoint.tainted_peers)
+        self._changed = self._changed or not given_up <= self._given_up
+        self._given_up = given_up
         for name in [name for name in self._silent if self._has_answered(name)]:
             self._silent.discard(name)
             self._changed = True
@@ -175,7 +180,9 @@ class NixlSender(Sender):
         for member, share in now.items():
             name = share.peer.endpoint_name
             known = self._names.pop(member, name)
-            if known != name:
+            if known != name and known in self._opened.tainted_peers and not self._is_replaced(known, share):
+                name = known  # what is in flight to it may still arrive
+            elif known != name:
                 self._forget(known)
             self._names[member] = name
         absent = [member for member in self._names if member not in now and member not in left]
@@ -193,7 +200,7 @@ class NixlSender(Sender):
         member, name = share.peer.member, share.peer.endpoint_name
         try:
             if share.bytes:
-                if name in self._opened.tainted_peers:
+                if self._names[member] in self._opened.tainted_peers:
                     raise _not_ended(member)
                 self._opened.connect(name, share.peer.endpoint)
                 if not self._opened.warm(name):
@@ -231,6 +238,12 @@ class NixlSender(Sender):
     def _forget(self, name: str) -> None:
         self._silent.discard(name)
         self._opened.forget(name)
+
+    def _is_replaced(self, known: str, share: Share) -> bool:
+        try:
+            return self._opened.is_replaced(known, share.peer.endpoint_name, share.peer.endpoint)
+        except MetadataError:
+            return False  # and the way to the new one fails by the same
 
     def _has_answered(self, name: str) -> bool:
         """Whether a new try may do more than the last one, now that the first word is taken or refused."""

@@ -1,17 +1,22 @@
 """The write loop: many edges at once, each with its own window, on one event loop that also does other things."""
 
 import asyncio
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from weightsync.agents.link.turns import quick_turns
 from weightsync.agents.transport.nixl.cargo import CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, State, Transfer, ask, load, post, refusal, unload
-from weightsync.agents.transport.nixl.errors import DeadlineError, ImplausibleRateError, StoppedError, TransferError
+from weightsync.agents.transport.nixl.errors import (
+    DeadlineError,
+    ImplausibleRateError,
+    StalledError,
+    StoppedError,
+    TransferError,
+)
 from weightsync.agents.transport.nixl.flow import Flow, Loading
 from weightsync.agents.transport.nixl.loader import Bindings
 from weightsync.orchestrator.protocol.messages import Fault
@@ -32,36 +37,19 @@ shortest sleep of 1 ms would double that."""
 POLL_SECONDS: Final = 0.001
 """Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
 
-SWITCH_SECONDS: Final = 0.0001
-"""How long another thread may keep the interpreter from one that writes. Python's default of 5 ms is several times what
-the copy of a chunk takes: beside a training loop that is bound by Python, a write took twice as long or more."""
-
-HALF_MICROSECOND: Final = 5e-7
-"""Python cuts the interval to whole microseconds; without it, what is put back could be one less each time."""
-
 PROBE_SECONDS: Final = 0.5
 """Between two looks at whether a peer is there whose word is waited for."""
+
+LONGEST_LOOK_SECONDS: Final = 0.5
+"""What one look at an edge may count towards its stall: a process that stood still has not looked meanwhile."""
+
+SLOWEST_BYTES_PER_SECOND: Final = 100e6
+"""Of links that weights are sent over: what is on its way has so much more time until an edge counts as stalled."""
 
 BYTES_PER_GB: Final = 10**9
 
 RATE_FLOOR_BYTES: Final = 16 << 20
 """Smaller writes fit in a cache, where any rate is plausible."""
-
-
-@contextmanager
-def quick_turns() -> Iterator[None]:
-    """The process's threads take turns every SWITCH_SECONDS, unless somebody else has a say in it meanwhile."""
-    before = sys.getswitchinterval()
-    if before <= SWITCH_SECONDS:
-        yield
-        return
-    sys.setswitchinterval(SWITCH_SECONDS)
-    during = sys.getswitchinterval()
-    try:
-        yield
-    finally:
-        if sys.getswitchinterval() == during:
-            sys.setswitchinterval(before + HALF_MICROSECOND)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +62,8 @@ class _Progress:
     flow: Flow | None = None
     looked: float = 0.0
     """When something moved last, or the peer was looked after."""
+    still: float = 0.0
+    """For how long it was looked at in vain since, in seconds, while the peer or its path was to do something."""
     in_flight: list[Transfer] = field(default_factory=list)
     bytes_in_flight: int = 0
     bytes_done: int = 0
@@ -107,6 +97,7 @@ class Writer:
         loading: how the edges' cargo is packed, and what is told the peers of its chunks; None where there is none.
         listen: hears what peers have said, which NIXL keeps until it is asked for.
         probe: whether a peer is there, as the state of a word to it.
+        stall_seconds: how long nothing of an edge may end although something is on its way; None: for ever.
         max_gb_per_second: what no edge can exceed, in 10^9 bytes per second; None: not judged.
     """
 
@@ -122,6 +113,7 @@ class Writer:
         loading: Loading | None = None,
         listen: Callable[[], None] = lambda: None,
         probe: Callable[[str], tuple[State, Exception | None]] = lambda peer: ("DONE", None),
+        stall_seconds: float | None = None,
         max_gb_per_second: float | None = None,
     ) -> None:
         self._rank = rank
@@ -133,6 +125,7 @@ class Writer:
         self._loading = loading
         self._listen = listen
         self._probe = probe
+        self._stall_seconds = stall_seconds
         self._max_gb_per_second = max_gb_per_second
         self._all: list[_Progress] = []
 
@@ -147,7 +140,7 @@ class Writer:
         return [progress.result() for progress in self._all]
 
     async def _post_all(self) -> None:
-        eager_until = 0.0
+        eager_until, began = 0.0, time.monotonic()
         for progress in self._all:
             self._conclude(progress)
         while any(progress.active for progress in self._all):
@@ -155,13 +148,14 @@ class Writer:
                 self._give_up("the deadline passed", DeadlineError)
                 return
             turn_ends = time.monotonic() + TURN_SECONDS
+            since, began = time.monotonic() - began, time.monotonic()
             self._listen()
             for progress in self._all:
                 if progress.active and self._turn(progress, turn_ends):
                     eager_until = time.monotonic() + EAGER_SECONDS
-                    progress.looked = time.monotonic()
-                elif progress.active and not progress.in_flight:
-                    self._look_after(progress)
+                    progress.looked, progress.still = time.monotonic(), 0.0
+                elif progress.active:
+                    self._stands_still(progress, min(since, LONGEST_LOOK_SECONDS))
                 self._conclude(progress)
                 if time.monotonic() >= turn_ends:
                     await asyncio.sleep(0)
@@ -190,7 +184,7 @@ class Writer:
         """``peer``'s process is gone for good: nothing of it is waited for."""
         for progress in self._all:
             if progress.edge.peer == peer and not progress.over:
-                self._give_up_edge(progress, "another process has taken its place", StoppedError)
+                self._give_up_edge(progress, "another process, or another endpoint, has taken its place", StoppedError)
                 for transfer in progress.in_flight:
                     self._given_back(progress, transfer)
                 progress.in_flight = []
@@ -289,6 +283,17 @@ class Writer:
         moved = len(still) < len(progress.in_flight)
         progress.in_flight = still
         return moved
+
+    def _stands_still(self, progress: _Progress, seconds: float) -> None:
+        """Nothing of it has moved for ``seconds`` more."""
+        if not progress.in_flight:
+            self._look_after(progress)
+        if not progress.in_flight and not (progress.flow is not None and progress.flow.waits_for_peer):
+            return  # for a place to be packed in
+        progress.still += seconds
+        limit = self._stall_seconds
+        if limit is not None and progress.still >= limit + progress.bytes_in_flight / SLOWEST_BYTES_PER_SECOND:
+            self._give_up_edge(progress, f"nothing has moved for {progress.still:.0f} s", StalledError)
 
     def _look_after(self, progress: _Progress) -> None:
         """Of a peer whose word is waited for, and to which nothing is on its way, NIXL would not tell that it is

@@ -195,6 +195,19 @@ def agent_changed(turn: Turn, member: Member) -> None:
         _gone(turn, current, member, f"{member} has another layout")
 
 
+def edges_changed(turn: Turn, writer: ConnectedAgent) -> None:
+    """A writer has said which peers it cannot reach: those it still writes to are as good as gone for this round."""
+    current, member = turn.fleet.round, writer.member
+    if current is None or current.phase is not Phase.WRITING or member not in current.writers:
+        return
+    done = current.closed.get(member, {})
+    for target in current.writers[member]:
+        error = writer.dead_edges.get(target)
+        if error is not None and target not in done and turn.fleet.round is current and current.has(target.engine):
+            why = Trouble(f"{member} cannot write to {target}: {error}", "network")
+            handle(turn, current, Report.RANK_GONE, why, About(engine=target.engine))
+
+
 def _gone(turn: Turn, current: Round, member: Member, reason: str) -> None:
     current.away.pop(member, None)
     if member in current.ranks:

@@ -1,8 +1,11 @@
 """What is said of one edge keeps to its bounds, and its errors are fit to be told."""
 
+from typing import Any
+
 import msgspec
 import pytest
-from weightsync.orchestrator.protocol.edges import EdgeFailure, PeerTransfer
+from weightsync.orchestrator.protocol.edges import EdgeFailure, NixlSettings, PeerTransfer
+from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES
 from weightsync.orchestrator.protocol.names import Member
 
 PEER = Member("inference", "e", 1)
@@ -25,3 +28,16 @@ def test_no_number_is_outside_of_its_bounds(change: dict[str, object]) -> None:
     wire = msgspec.to_builtins(MOVED) | change
     with pytest.raises(msgspec.ValidationError, match=next(iter(change))):
         msgspec.convert(wire, PeerTransfer)
+
+
+def test_settings_arrive_as_they_were() -> None:
+    said = NixlSettings(stall_seconds=12.5, net_devices=("eth1", "mlx5_0:1"))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=NixlSettings) == said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stall_seconds", 0.0), ("rails", 0), ("net_devices", ["x"] * (MAX_NET_DEVICES + 1))]
+)
+def test_what_is_out_of_bounds_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.convert({"type": "nixl", field: value}, type=NixlSettings)

@@ -19,6 +19,7 @@ from weightsync.orchestrator.protocol.messages import (
     Holding,
     Left,
     Outcome,
+    Renew,
     Verify,
     Welcome,
 )
@@ -35,7 +36,7 @@ class Receivers:
         self.connects: list[Connect] = []
         self.failed: dict[Member, Exception] = {}
         self.rounds: list[tuple[str, RoundName]] = []
-        self.polls = 0
+        self.polls = self.reopened = 0
 
     def __iter__(self) -> Any:
         return iter([self])
@@ -52,6 +53,9 @@ class Receivers:
 
     def end(self, round_name: RoundName) -> None:
         self.rounds.append(("end", round_name))
+
+    def reopen(self) -> None:
+        self.reopened += 1
 
     def poll(self) -> None:
         self.polls += 1
@@ -71,7 +75,7 @@ def rank() -> Any:
     shadow: Any = SimpleNamespace(words=[], open=False)
     shadow.heard = shadow.words.append
     said: list[Any] = []
-    link: Any = SimpleNamespace(send=said.append, say_once=said.append)
+    link: Any = SimpleNamespace(send=said.append, say_once=said.append, announce=lambda: said.append("announced"))
     side = InferenceSide(link, Member("inference", "a", 0), weights, windows, shadow)
     return SimpleNamespace(
         side=side, receivers=receivers, windows=windows, opened=opened, said=said, shadow=shadow, weights=weights
@@ -171,3 +175,8 @@ def test_memory_that_a_late_word_has_mended_is_told(rank: Any) -> None:
     rank.windows.heard = lambda word: EngineStatus(applied=VERSION)
     rank.side.heard(Commit(round=ROUND, version=VERSION))
     assert rank.said == [Left(round=ROUND, status=EngineStatus(applied=VERSION))]
+
+
+def test_another_endpoint_is_announced_when_the_transport_has_it(rank: Any) -> None:
+    rank.side.heard(Renew(reason="what trainer/0 wrote hangs"))
+    assert (rank.receivers.reopened, rank.said) == (1, ["announced"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pci_tree import pci_device
 from weightsync.agents.memory import nic
-from weightsync.agents.memory.nic import Gpu, NicError
+from weightsync.agents.memory.nic import Gpu, NetDeviceMissing, NicError
 
 
 class Machine:
@@ -28,9 +28,9 @@ class Machine:
         (port / "state").write_text(f"{state}\n")
         (port / "link_layer").write_text(f"{link}\n")
 
-    def choice(self, index: int, visible: str | None = None) -> str | None:
+    def choice(self, index: int, visible: str | None = None, wanted: tuple[str, ...] = ()) -> str | None:
         environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-        return nic.net_devices(index, sysfs=self.sysfs, gpus=self.gpus, environ=environ)
+        return nic.net_devices(index, wanted=wanted, sysfs=self.sysfs, gpus=self.gpus, environ=environ)
 
 
 @pytest.fixture
@@ -160,3 +160,24 @@ def test_gpus_from_the_drivers_proc_files_are_in_pci_order(monkeypatch: pytest.M
 
 def test_nvmls_way_of_writing_an_address() -> None:
     assert nic.bus_address(b"00000000:1B:00.0") == nic.bus_address("0000:1b:00.0") == "0000:1b:00.0"
+
+
+def test_of_the_ports_that_are_wanted_a_gpu_takes_the_nearest(machine: Machine) -> None:
+    switched(machine)
+    wanted = ("mlx5_0:1", "mlx5_3:1", "eth0")
+    assert [machine.choice(index, wanted=wanted) for index in (0, 7)] == ["mlx5_0:1", "mlx5_3:1"]
+    assert machine.choice(0, wanted=("eth0",)) is None
+
+
+def test_devices_that_are_there_are_taken_as_they_are_named(machine: Machine) -> None:
+    switched(machine)
+    assert nic.chosen_devices(("lo", "mlx5_1:1"), sysfs=machine.sysfs) == "lo,mlx5_1:1"
+
+
+@pytest.mark.parametrize("missing", ["eth77", "mlx5_1:2", "mlx5_1"])
+def test_a_device_that_is_not_there_is_named_beside_those_that_are(machine: Machine, missing: str) -> None:
+    switched(machine)
+    words = rf"transport.net_devices names '{missing}', which .* does not have; it has .*lo.*mlx5_0:1"
+    with pytest.raises(NetDeviceMissing, match=words) as caught:
+        nic.chosen_devices(("lo", missing), sysfs=machine.sysfs)
+    assert (caught.value.fault, caught.value.retry) == ("config", False)

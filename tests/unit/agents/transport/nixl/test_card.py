@@ -4,7 +4,7 @@ import hashlib
 
 import msgspec
 import pytest
-from weightsync.agents.transport.nixl.card import SCHEMA, Card, seal, unseal
+from weightsync.agents.transport.nixl.card import SCHEMA, Card, replaces, seal, unseal
 from weightsync.agents.transport.nixl.errors import MetadataError
 from weightsync.orchestrator.protocol.layout import Region
 
@@ -32,3 +32,22 @@ def test_another_card_is_refused(sealed: bytes, words: str) -> None:
     with pytest.raises(MetadataError, match=words) as caught:
         unseal(sealed, "a/0-77")
     assert not caught.value.retry, "only another card helps"
+
+
+@pytest.mark.parametrize(
+    ("process", "there", "here", "over_networks", "replaced"),
+    [
+        ("another", "b", "b", False, True),
+        ("same", "b", "b", False, False),
+        ("same", "b", "b", True, True),
+        ("same", "a", "b", False, True),
+        ("same", "", "b", False, False),
+        ("same", "a", "", False, False),
+    ],
+)
+def test_what_may_still_arrive_by_shared_memory_is_not_over(
+    process: str, there: str, here: str, over_networks: bool, replaced: bool
+) -> None:
+    old = msgspec.structs.replace(CARD, process="same", boot=there)
+    new = msgspec.structs.replace(CARD, name="a/0-78", process=process, boot=there)
+    assert replaces(new, old, boot=here, over_networks=over_networks) is replaced

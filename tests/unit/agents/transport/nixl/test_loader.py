@@ -10,7 +10,7 @@ import pytest
 from weightsync.agents.transport.nixl import loader as nixl_loader
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import NixlMissingError
-from weightsync.agents.transport.nixl.loader import environment
+from weightsync.agents.transport.nixl.loader import environment, only_networks
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
 
@@ -118,3 +118,12 @@ def test_our_settings_reach_our_agent_and_no_other_in_the_process(monkeypatch: p
     assert "UCX_TLS" not in os.environ
     ours.close()
     free.close()
+
+
+@pytest.mark.parametrize(
+    ("transports", "only"),
+    [("tcp", True), ("tcp,self", True), ("rc_x,ud_mlx5,self,cuda_copy", True)]
+    + [(other, False) for other in ("", "all", "^sm", "tcp,sm", "tcp,cma", "rc,cuda_ipc", "tcp,self,unheard_of")],
+)
+def test_which_transports_share_no_memory(transports: str, only: bool) -> None:
+    assert only_networks(transports) is only

@@ -9,10 +9,11 @@ import row_parallel
 import torch
 from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots, planned
+from weightsync.agents.memory.nic import NetDeviceMissing
 from weightsync.agents.transport.interface import TargetMemory
 from weightsync.agents.transport.nixl import receiver as receivers
 from weightsync.agents.transport.nixl.arrivals import ChunksMissing
-from weightsync.agents.transport.nixl.errors import ConnectError
+from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.receiver import NixlReceiver, reachable
 from weightsync.orchestrator.protocol.edges import Peer
@@ -85,6 +86,40 @@ async def test_a_second_welcome_opens_no_second_endpoint(packed):
     assert receiver.announcement()[0] == name
     assert card
     receiver.poll()
+    receiver._endpoint.close()
+
+
+async def test_another_endpoint_takes_the_place_of_the_first(packed):
+    """By a name of its own, for the same memory; what was connected to the first is not any more."""
+    receiver = NixlReceiver(memory_of(packed[0], []))
+    receiver.reopen()
+    receiver.open(NixlSettings())
+    before = receiver._endpoint
+    name, card = receiver.announcement()
+    await receiver.connect(packed[1])
+    receiver.reopen()
+    again, other = receiver.announcement()
+    assert again.startswith("a/0-")
+    assert (again != name, other != card, before._agent) == (True, True, None)
+    assert receiver._connected == ""
+    receiver.poll()
+    receiver._endpoint.close()
+
+
+async def test_an_endpoint_that_something_keeps_is_not_taken_for_gone(packed):
+    receiver = NixlReceiver(memory_of(packed[0], []))
+    receiver.open(NixlSettings())
+    kept = receiver._endpoint._agent
+    with pytest.raises(NixlError, match="cannot be destroyed: something keeps it"):
+        receiver.reopen()
+    del kept
+
+
+async def test_a_network_device_that_is_not_here_is_named(packed):
+    receiver = NixlReceiver(memory_of(packed[0], []))
+    with pytest.raises(NetDeviceMissing, match=r"transport\.net_devices names 'eth77'"):
+        receiver.open(NixlSettings(net_devices=("eth77",)))
+    receiver.open(NixlSettings(net_devices=("lo",)))
     receiver._endpoint.close()
 
 

@@ -366,6 +366,35 @@ async def test_an_edge_that_has_not_ended_is_named_until_it_has(fleet):
     assert await fleet.connect(r0="zero", r1="one") == ({}, [])
 
 
+async def test_a_write_that_is_given_up_is_told_at_the_next_look(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    assert not fleet.rank.sender.poll()
+    fleet.double.hung["one"] = "nothing has moved"
+    assert fleet.rank.sender.poll(), "``connect`` names it, also while others are written to"
+    assert not fleet.rank.sender.poll()
+
+
+async def test_what_hangs_on_its_way_to_an_endpoint_that_is_no_more_is_over(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.hung["one"] = "nothing has moved"
+    failed, asked = await fleet.connect(r0="zero", r1="renewed")
+    assert (failed, calls(asked, "forget"), calls(asked, "edge")) == ({}, ["one"], ["renewed"])
+    assert fleet.rank.sender.in_flight() == []
+
+
+async def test_by_shared_memory_it_may_still_arrive(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.hung["one"] = "nothing has moved"
+    fleet.double.sharing.add("renewed")
+    for _ in range(2):
+        failed, asked = await fleet.connect(r0="zero", r1="renewed")
+        assert (list(failed), calls(asked, "forget"), calls(asked, "edge")) == ([SECOND], [], [])
+        assert fleet.rank.sender.in_flight() == [SECOND]
+    fleet.double.hung.clear()
+    failed, asked = await fleet.connect(r0="zero", r1="renewed")
+    assert (failed, calls(asked, "forget"), calls(asked, "edge")) == ({}, ["one"], ["renewed"])
+
+
 async def test_an_edge_of_another_plan_waits_for_the_end_of_the_one_before(fleet):
     await fleet.connect(r0="zero", r1="one")
     fleet.double.hung["one"] = "the deadline passed"
@@ -407,12 +436,13 @@ class EndpointDouble:
     """Remembers what it is asked for.
 
     ``refused`` is what ``connect`` raises, ``silent`` do not take the first word, to those that are ``gone`` it is
-    refused, writes to ``failing`` fail, ``hung`` have transfers in flight.
+    refused, writes to ``failing`` fail, ``hung`` have transfers in flight, which may still arrive at the process of
+    those that are ``sharing``.
     """
 
     def __init__(self):
         self.calls, self.refused, self.silent, self.gone, self.failing, self.hung = [], {}, set(), set(), {}, {}
-        self.warmed = set()
+        self.warmed, self.sharing = set(), set()
 
     @property
     def tainted_peers(self):
@@ -441,8 +471,12 @@ class EndpointDouble:
             self.warmed.add(name)
         return name not in self.silent
 
+    def is_replaced(self, name, other_name, other):
+        return other_name not in self.sharing
+
     def forget(self, name):
         self.calls.append(("forget", name))
+        self.hung.pop(name, None)
         self.warmed.discard(name)
         self.failing.pop(name, None)
 

@@ -12,18 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from weightsync.agents.link.turns import SWITCH_SECONDS
 from weightsync.agents.transport.nixl import write as writes
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
-from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
+from weightsync.agents.transport.nixl.errors import DisconnectedError
 from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.ring import PackingRing
-from weightsync.agents.transport.nixl.write import SWITCH_SECONDS, Writer
+from weightsync.agents.transport.nixl.write import Writer
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.names import RoundName
-
-ELSEWHERE = 0.004
 
 
 @pytest.fixture(autouse=True)
@@ -74,33 +73,6 @@ def test_threads_take_short_turns_while_it_writes() -> None:
     assert sys.getswitchinterval() == shorter
 
 
-@pytest.mark.parametrize("microseconds", [699, 700, 701, 4900, 5000])
-def test_turns_are_as_before_however_often_it_writes(microseconds: int) -> None:
-    sys.setswitchinterval((microseconds + 0.5) * 1e-6)
-    before = sys.getswitchinterval()
-    for _ in range(3):
-        written(lambda: "DONE")
-    assert sys.getswitchinterval() == before
-
-
-def test_turns_are_as_before_also_after_a_failure() -> None:
-    def post() -> str:
-        raise RuntimeError("no route")
-
-    before = sys.getswitchinterval()
-    assert isinstance(written(post).error, TransferError)
-    assert sys.getswitchinterval() == before
-
-
-def test_what_somebody_else_says_meanwhile_counts() -> None:
-    def post() -> str:
-        sys.setswitchinterval(ELSEWHERE)
-        return "DONE"
-
-    written(post)
-    assert sys.getswitchinterval() == pytest.approx(ELSEWHERE)
-
-
 # ------------------------------------------------------------------------------------------------- the end of an edge
 class Handles:
     """A NIXL that says of each handle, at each question, the next of ``answers``; the last one for ever."""
@@ -126,7 +98,7 @@ class Handles:
 class Written:
     """One write of edges a and b, of two handles each; ``told`` are their ends."""
 
-    def __init__(self, seconds: float, **answers: list[str]) -> None:
+    def __init__(self, seconds: float, stall: float | None = None, **answers: list[str]) -> None:
         self.nixl = Handles(**answers)
         self.edges = [
             Edge(
@@ -140,7 +112,8 @@ class Written:
         self.told: list[EdgeResult] = []
         bindings: Any = SimpleNamespace(errors=(RuntimeError, ConnectionError), disconnected=ConnectionError)
         deadline = time.monotonic() + seconds
-        self.writer = Writer("trainer/0", self.nixl, bindings, in_flight=9, deadline=deadline, ended=self.told.append)
+        self.writer = Writer("trainer/0", self.nixl, bindings, in_flight=9, deadline=deadline, ended=self.told.append,
+                             stall_seconds=stall)  # fmt: skip
 
     async def write(self) -> None:
         await self.writer.write(self.edges)
@@ -191,6 +164,29 @@ async def test_an_edge_that_hangs_at_the_deadline_is_over_when_its_last_transfer
     write.writer.settle()
     write.writer.settle()
     assert write.ends == {"b": (20, ""), "a": (10, "DeadlineError")}
+
+
+async def test_an_edge_of_which_nothing_moves_is_given_up_long_before_the_deadline() -> None:
+    write = Written(60.0, 0.05, a1=["DONE"], a2=["PROC"], b1=["DONE"], b2=["PROC"] * 20 + ["DONE"])
+    began = time.monotonic()
+    await write.write()
+    assert 0.05 <= time.monotonic() - began < 5.0
+    assert write.ends == {"b": (20, "")}
+    assert [type(left.error).__name__ for left in write.writer.left()] == ["StalledError"]
+    assert "nothing has moved for 0 s with 1 transfers in flight" in str(write.edges[0].last_error)
+    write.writer.forget("a")
+    assert write.ends["a"] == (10, "StalledError")
+
+
+async def test_a_process_that_stood_still_takes_no_edge_for_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = [0.0]
+    monkeypatch.setattr(writes, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0]))
+    write = Written(1e6, 30.0, a1=["PROC"] * 30 + ["DONE"], a2=["DONE"], b1=["DONE"], b2=["DONE"])
+    task = asyncio.create_task(write.write())
+    await asyncio.sleep(0)
+    slept[0] = 1000.0
+    await task
+    assert write.ends == {"a": (20, ""), "b": (20, "")}
 
 
 async def test_only_the_edge_that_is_named_is_stopped() -> None:

@@ -1,0 +1,47 @@
+"""The threads of a process take turns as before when a write is over."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from weightsync.agents.link.turns import SWITCH_SECONDS, quick_turns
+
+ELSEWHERE = 0.004
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("microseconds", [699, 700, 701, 4900, 5000])
+def test_turns_are_as_before_however_often_it_writes(microseconds: int) -> None:
+    sys.setswitchinterval((microseconds + 0.5) * 1e-6)
+    before = sys.getswitchinterval()
+    for _ in range(3):
+        with quick_turns():
+            assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    assert sys.getswitchinterval() == before
+
+
+def test_turns_are_as_before_also_after_a_failure() -> None:
+    before = sys.getswitchinterval()
+    with pytest.raises(RuntimeError, match="no route"), quick_turns():
+        raise RuntimeError("no route")
+    assert sys.getswitchinterval() == before
+
+
+def test_what_somebody_else_says_meanwhile_counts() -> None:
+    with quick_turns():
+        sys.setswitchinterval(ELSEWHERE)
+    assert sys.getswitchinterval() == pytest.approx(ELSEWHERE)
+
+
+def test_shorter_turns_stay() -> None:
+    sys.setswitchinterval(SWITCH_SECONDS / 10)
+    shorter = sys.getswitchinterval()
+    with quick_turns():
+        assert sys.getswitchinterval() == shorter
+    assert sys.getswitchinterval() == shorter

@@ -1,0 +1,97 @@
+"""A worker that a hung write may still reach is asked for another endpoint, once, and comes back by it."""
+
+from typing import Any
+
+import pytest
+from fleets import BYTES_PER_EDGE, rank, trainer
+from weightsync.orchestrator.core.commands import MakePlan
+from weightsync.orchestrator.core.round.transitions import Phase
+from weightsync.orchestrator.protocol.edges import EdgeFailure, PeerTransfer
+from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.messages import Abort, Announce, Closed, Ready, Renew
+from weightsync.orchestrator.protocol.names import NO_BYTES
+
+TRAINER, FIRST = trainer(), rank("e0", 0)
+WHY = "edge to e0/0 has not ended: an earlier write may still reach its memory"
+
+
+@pytest.fixture
+def hanging(drive: Any) -> Any:
+    """A fleet and its round, in which nothing that is written to the first rank of e0 ends."""
+    fleet = drive(("e0", "e1"), lands={"e0": "copy", "e1": "copy"}, options={"min_engines": 1})
+    fleet.going = fleet.to(Phase.WRITING)
+    said = Ready(fingerprint=fleet.fleet.agents[TRAINER].fingerprint, failed=(EdgeFailure(FIRST, WHY),))
+    fleet.says(TRAINER, said)
+    return fleet
+
+
+def the_others_end(fleet: Any) -> None:
+    """The rest of the round, without e0."""
+    ended = [rank("e0", 1), *fleet.ranks_of("e1")]
+    peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.1, fleet.digest) for member in ended)
+    fleet.says(TRAINER, Closed(round=fleet.going.name, peers=peers, final=False))
+
+
+def test_an_edge_that_hangs_costs_its_engine_the_round_at_once(hanging: Any) -> None:
+    assert hanging.going.remaining() == ["e1"]
+    assert hanging.going.engines["e0"].left_out == f"trainer/0 cannot write to e0/0: {WHY}"
+    [abort] = hanging.sent(TRAINER, Abort)
+    assert set(abort.members) == set(hanging.ranks_of("e0"))
+    the_others_end(hanging)
+    assert hanging.going.phase is Phase.VERIFYING
+
+
+def test_its_worker_is_asked_for_another_endpoint_once(hanging: Any) -> None:
+    the_others_end(hanging)
+    assert hanging.sent(FIRST, Renew) == [], "what was told to stop mostly ends by itself"
+    for _ in range(3):
+        hanging.passes(hanging.policy.probe_interval)
+    assert hanging.sent(FIRST, Renew) == [Renew(reason="what trainer/0 wrote to e0/0 in round 1.1 hangs")]
+    assert hanging.sent(rank("e0", 1), Renew) == [], "of whom the write has ended"
+    assert hanging.sent(rank("e1", 0), Renew) == []
+
+
+def test_one_that_connects_again_is_asked_again(hanging: Any) -> None:
+    for _ in range(2):
+        hanging.passes(hanging.policy.probe_interval)
+    hanging.loses(FIRST)
+    hanging.connect(FIRST)
+    for _ in range(2):
+        hanging.passes(hanging.policy.probe_interval)
+    assert len(hanging.sent(FIRST, Renew)) == 2
+
+
+def test_another_process_has_nothing_to_renew(hanging: Any) -> None:
+    hanging.loses(FIRST)
+    hanging.connect(FIRST, incarnation=999)
+    for _ in range(2):
+        hanging.passes(hanging.policy.probe_interval)
+    assert hanging.sent(FIRST, Renew) == []
+
+
+def test_a_writer_that_is_not_there_would_not_hear_of_it(hanging: Any) -> None:
+    hanging.loses(TRAINER)
+    for _ in range(2):
+        hanging.passes(hanging.policy.probe_interval)
+    assert hanging.sent(FIRST, Renew) == []
+
+
+def test_a_write_that_ends_by_itself_costs_nobody_its_endpoint(hanging: Any) -> None:
+    hanging.passes(hanging.policy.probe_interval / 2)
+    peers = tuple(PeerTransfer(m, 0, 0, 0.0, NO_BYTES, "stopped") for m in hanging.ranks_of("e0"))
+    hanging.says(TRAINER, Closed(round=hanging.going.name, peers=peers, final=False))
+    hanging.passes(hanging.policy.probe_interval)
+    assert hanging.sent(FIRST, Renew) == []
+
+
+def test_the_new_endpoint_is_planned_and_the_grant_over_when_its_writer_says_so(hanging: Any) -> None:
+    ended = [rank("e0", 1), *hanging.ranks_of("e1")]
+    peers = tuple(PeerTransfer(member, 0, 1, 0.1, NO_BYTES, "reset") for member in ended)
+    hanging.says(TRAINER, Closed(round=hanging.going.name, peers=peers, final=False))
+    assert hanging.fleet.round is None, "no engine is left"
+    assert hanging.fleet.tainted("e0") == [(TRAINER, hanging.going.name)]
+    before = sum(isinstance(command, MakePlan) for command in hanging.commands)
+    hanging.says(FIRST, Announce(layout=Layout((), (), b"", lands="copy"), endpoint_name="e0/0-another"))
+    assert sum(isinstance(command, MakePlan) for command in hanging.commands) == before + 1
+    hanging.says(TRAINER, Closed(round=hanging.going.name))
+    assert hanging.fleet.tainted("e0") == []
