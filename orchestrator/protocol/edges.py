@@ -1,5 +1,5 @@
-"""One edge, from a trainer rank to a peer: where the peer is, what one grant moved to it, and why it cannot be used; and
-the transports that move it."""
+"""One edge, from a trainer rank to a peer: where the peer is, what one grant moved to it, why it cannot be used, and by
+which transport bytes move."""
 
 from typing import Annotated
 

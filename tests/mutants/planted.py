@@ -20,6 +20,7 @@ _PHASES: Final = "core/round/phases.py"
 _ENDINGS: Final = "core/round/endings.py"
 _WAITS: Final = "core/round/waits.py"
 _TABLE: Final = "core/round/transitions.py"
+_RENEWALS: Final = "core/membership/renewals.py"
 _OUTBOX: Final = "daemon/outbox.py"
 
 _TAINTS: Final = (
@@ -28,6 +29,30 @@ _TAINTS: Final = (
         _MEMBERS,
         '            if not pending.targets:\n                grant_over(turn, writer, name, "all',
         '            if True:\n                grant_over(turn, writer, name, "all',
+    ),
+    Mutant(
+        "what hangs on its way to an engine keeps it out of all rounds",
+        _MACHINE,
+        "    renewals.evaluate(turn)\n",
+        "",
+    ),
+    Mutant(
+        "another endpoint for an engine of the round",
+        _RENEWALS,
+        "return fleet.round is None or not fleet.round.has(agent.member.engine)",
+        "return True",
+    ),
+    Mutant(
+        "another endpoint again and again",
+        _RENEWALS,
+        "and not known.asked and",
+        "and",
+    ),
+    Mutant(
+        "an edge that hangs costs the patience of all",
+        _MACHINE,
+        "            rounds.edges_changed(turn, agent)\n",
+        "",
     ),
     Mutant(
         "taint cleared by a newer process anywhere",

@@ -42,7 +42,7 @@ def plan_of(wanted: MakePlan) -> PlanFacts:
     sources = sorted(party.member.rank for party in wanted.sources)
     parties = (*wanted.sources, *wanted.targets)
     peers = {
-        "trainer": tuple(Peer(t.member, t.incarnation, "", b"", ()) for t in wanted.targets),
+        "trainer": tuple(Peer(t.member, t.incarnation, t.announce.endpoint_name, b"", ()) for t in wanted.targets),
         "inference": tuple(Peer(s.member, s.incarnation, "", b"", ()) for s in wanted.sources),
     }
     connects = {

@@ -7,6 +7,9 @@ from faults import CHANCES
 from weightsync.orchestrator.core.events import AbortAsked, Call, RetryAsked, RollbackAsked
 from world import World
 
+PATH_SECONDS: Final = 15.0
+"""After which an engine whose path is gone for good has another endpoint, and a round of its own behind it."""
+
 
 def _connections(world: World) -> None:
     """A connection ends, and both sides know."""
@@ -177,6 +180,26 @@ def _edges(world: World) -> None:
         world.later(seconds, mend)
 
 
+def _paths(world: World) -> None:
+    """What is written to a worker hangs, for a while or for as long as it has the endpoint that it has."""
+    name, seconds = world.rng.choice(list(world.servers)), world.rng.uniform(0.5, 10.0)
+    hit = [worker for worker in world.servers[name].workers if world.rng.random() < 0.7]
+    ends = {worker.endpoint for worker in hit if worker.alive} - world.faults.gone_paths
+    if ends:
+        world.note(f"the paths to {sorted(ends)} are gone")
+        end = world.faults.begin([name])
+        world.faults.gone_paths |= ends
+
+        def mend() -> None:
+            end()
+            world.faults.gone_paths -= ends
+
+        if world.rng.random() < 0.5:
+            world.later(seconds, mend)
+        else:
+            world.later(PATH_SECONDS, end)
+
+
 def _slow_disk(world: World) -> None:
     """The journal's commits take long for a while."""
     if world.disk.seconds < 0.01:
@@ -278,6 +301,7 @@ DISTURBANCES: Final[Mapping[str, tuple[Callable[[World], None], float]]] = {
     "frozen trainers": (_frozen_trainers, 12.0),
     "cuts": (_cuts, 10.0),
     "edges": (_edges, 10.0),
+    "paths": (_paths, 8.0),
     "slow disk": (_slow_disk, 10.0),
     "ill": (_ill, 30.0),
     "zombies": (_zombies, 30.0),

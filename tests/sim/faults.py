@@ -36,6 +36,8 @@ class Faults:
         """Engines whose answers are lost."""
         self.broken_edges: set[str] = set()
         """Engines into whose memory nothing can be written."""
+        self.gone_paths: set[str] = set()
+        """Endpoints that nothing reaches any more, and no writer hears of it."""
         self.waiting_wires = False
         """Writes into the memory of a stopped process wait; else they land (RDMA)."""
         self._sick: dict[str, int] = {}

@@ -27,6 +27,7 @@ from weightsync.orchestrator.protocol.messages import (
     Left,
     Quiesced,
     Ready,
+    Renew,
     Verified,
     Verify,
 )
@@ -64,6 +65,7 @@ class Worker(Agent):
         self.lands = "live"
         self.ill = ""
         """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``: these fail."""
+        self.renew()
         self._connect: Connect | None = None
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
@@ -71,6 +73,11 @@ class Worker(Agent):
         self._exposed = False
         """Somebody may have been granted since it stands in the window."""
         self._written: Written | None = None
+
+    def renew(self) -> None:
+        """Another endpoint: nothing that was posted to the one before lands any more."""
+        self.endpoint = f"{self.member}-{self.world.next_id()}"
+        self.announce = msgspec.structs.replace(self.announce, endpoint_name=self.endpoint)
 
     # ----------------------------------------------------------------------------------------------------- its status
     @property
@@ -174,6 +181,9 @@ class Worker(Agent):
                 self._mend(message)
                 self._ended.setdefault(message.round, "aborted")
                 self._leave(message.round, "aborted", message.torn)
+            case Renew():
+                self.renew()
+                self.say(self.announce)
             case Hold():
                 self.held = message.held
                 self.say(Holding(status=self.status))

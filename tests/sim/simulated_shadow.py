@@ -37,7 +37,8 @@ class ShadowWorker(Worker):
     ) -> None:
         super().__init__(world, member, size)
         self.lands = lands
-        self.announce = Announce(layout=Layout((), (), b"", lands=lands, boundary=boundary))
+        layout = Layout((), (), b"", lands=lands, boundary=boundary)
+        self.announce = Announce(layout=layout, endpoint_name=self.endpoint)
         self.landing = [GARBAGE] * len(SIZES)
         """What remote writers reach, whoever they are."""
         self.pages = [GARBAGE] * len(SIZES)

@@ -1,10 +1,11 @@
 """A simulated trainer: its ranks, what they write and when, and the loop that publishes."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from contents import GARBAGE, SIZES, chunks_of, digest_of
 from simulated_engine import Worker
+from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from world import World
 
 
+STALL_SECONDS: Final = 1.0
+"""After which a writer gives up what hangs."""
+
+
 class Edge:
     """What one grant has one rank write to one peer: chunk after chunk, each posted when the one before has ended."""
 
@@ -33,6 +38,9 @@ class Edge:
         self.writing, self.target = writing, target
         self.left = list(writing.rank.chunks)
         self.stopped = False
+        self.given_up = ""
+        """Why nothing more is posted, although something has not ended."""
+        self.endpoint = writing.rank.reached.get(target, "")
         self.ended: PeerTransfer | None = None
 
     def post(self) -> None:
@@ -43,6 +51,7 @@ class Edge:
         if not self.left:
             self._end("")
             return
+        self.given_up = ""
         worker = rank.connected.get(self.target)
         if self.stopped or world.now > self.writing.until:
             self._end("told to stop" if self.stopped else "the grant's deadline passed")
@@ -57,18 +66,38 @@ class Edge:
         rank, world = self.writing.rank, self.writing.rank.world
         if not rank.alive:
             return
+        if worker.alive and self.endpoint in world.faults.gone_paths:
+            self._hang(worker, chunk)
+            return
+        if self.ended is not None or (worker.alive and worker.endpoint != self.endpoint):
+            rank.do(lambda: self._end("another endpoint has taken its place"))
+            return
         if worker.alive and worker.stopped and world.faults.wire_waits(worker):
             # Over TCP the peer's kernel takes nothing more, until the peer is thawed or dead.
             world.later(0.1, lambda: self._land(worker, chunk))
             return
         if worker.alive:
-            assert rank.slots is not None
             corrupt = world.faults.happens("corrupt", self.target.engine)
-            worker.land(chunk, GARBAGE if corrupt else rank.slots, self.writing.grant.round)
+            worker.land(chunk, GARBAGE if corrupt or rank.slots is None else rank.slots, self.writing.grant.round)
         rank.do(self.post if worker.alive else lambda: self._end(f"{self.target} died"))
+
+    def _hang(self, worker: Worker, chunk: int) -> None:
+        """It lands when its path is there again, if the endpoint is, too; until then nobody knows that it will not."""
+        rank, world = self.writing.rank, self.writing.rank.world
+        if not self.given_up:
+            self.given_up = "hangs"
+            world.later(STALL_SECONDS, lambda: rank.do(rank.tell_edges))
+        world.later(0.1, lambda: self._land(worker, chunk))
+
+    def leave(self, endpoint: str) -> None:
+        """The plan has another endpoint of its peer: what was on its way to the one before arrives nowhere."""
+        if self.ended is None and self.given_up and endpoint != self.endpoint:
+            self._end("another endpoint has taken its place")
 
     def _end(self, error: str) -> None:
         rank = self.writing.rank
+        if self.ended is not None:
+            return
         digest, size = rank.owed(self.target, self.writing.grant.version)
         if error:
             digest, size = (0, 0), size - sum(SIZES[chunk] for chunk in self.left)
@@ -126,6 +155,8 @@ class Rank(Agent):
         self.restaged = 0
         self.open: dict[RoundName, Writing] = {}
         self.connected: dict[Member, Worker] = {}
+        self.reached: dict[Member, str] = {}
+        """By which endpoint each of them is reached."""
         self._newest: Connect | None = None
         self._connect: Connect | None = None
         self._failed: tuple[EdgeFailure, ...] = ()
@@ -160,10 +191,13 @@ class Rank(Agent):
         """Connect to every peer that is there; those that are not are tried again for as long as the plan stands."""
         if self._newest is not connect:
             return
-        if self.open:
+        endpoints = {peer.member: peer.endpoint_name for peer in connect.peers}
+        for edge in self._open_edges():
+            edge.leave(endpoints.get(edge.target, edge.endpoint))
+        if any(not edge.given_up for edge in self._open_edges()):
             self.later(0.1, lambda: self._prepare(connect))
             return
-        self._connect, self.connected, self._failed = connect, {}, ()
+        self._connect, self.connected, self.reached, self._failed = connect, {}, {}, ()
         self._try_edges(connect, first=True)
 
     def _try_edges(self, connect: Connect, first: bool = False) -> None:
@@ -174,15 +208,44 @@ class Rank(Agent):
             if peer.member in self.connected:
                 continue
             worker = self.world.worker(peer.member)
-            if worker is None or worker.incarnation != peer.incarnation or not worker.alive or worker.stopped:
+            if worker is None or not worker.alive or worker.stopped or not self._reaches(worker, peer):
                 failed.append(EdgeFailure(peer.member, "no answer"))
             else:
-                self.connected[peer.member] = worker
+                self.connected[peer.member], self.reached[peer.member] = worker, peer.endpoint_name
+        failed += self._hanging()
         changed, self._failed = tuple(failed) != self._failed, tuple(failed)
         if first or changed:
             self.say(Ready(fingerprint=connect.fingerprint, failed=self._failed))
         if failed:
             self.later(1.0, lambda: self._try_edges(connect))
+
+    def _reaches(self, worker: Worker, peer: Peer) -> bool:
+        """It is the process and the endpoint of the plan, and a first word to it would not hang."""
+        planned = (worker.incarnation, worker.endpoint) == (peer.incarnation, peer.endpoint_name)
+        return planned and worker.endpoint not in self.world.faults.gone_paths
+
+    def _open_edges(self) -> list[Edge]:
+        return [edge for writing in self.open.values() for edge in writing.edges if edge.ended is None]
+
+    def _hanging(self) -> list[EdgeFailure]:
+        members = {edge.target for edge in self._open_edges() if edge.given_up}
+        return [EdgeFailure(member, "has not ended") for member in sorted(members)]
+
+    @property
+    def slots_are_read(self) -> bool:
+        """By a write that has not ended, other than one that hangs and that the daemon has taken back."""
+        return any(not (edge.given_up and edge.stopped) for edge in self._open_edges())
+
+    def tell_edges(self) -> None:
+        """Some write hangs, or has ended after all."""
+        if self._connect is not None:
+            hanging = tuple(self._hanging())
+            told = tuple(failure for failure in self._failed if failure.peer not in self.connected) + hanging
+            if told != self._failed:
+                self._failed = told
+                self.say(Ready(fingerprint=self._connect.fingerprint, failed=told))
+            if hanging:
+                self.later(1.0, self.tell_edges)
 
     # ------------------------------------------------------------------------------------------------------- grants
     def _granted(self, grant: Grant) -> None:
@@ -235,7 +298,7 @@ class Job:
         """Convert into the slots, which nobody may be writing from."""
         if self.dead:
             return
-        if not self.whole or any(rank.open for rank in self.ranks):
+        if not self.whole or any(rank.slots_are_read for rank in self.ranks):
             self.world.later(0.3, lambda: self._publish(again, restaged))
             return
         version = again or Version(self.generation, self.world.next_step())

@@ -117,3 +117,23 @@ def test_an_engine_into_which_nothing_can_be_written() -> None:
     end()
     world.faults.broken_edges.discard(BAD)
     assert_it_comes_back(world)
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("mode", ["live", "copy", "flip"])
+def test_an_engine_to_which_a_path_is_gone_for_good(mode: Lands, guarded: bool) -> None:
+    """Nothing that was written by it ever ends. Nobody mends it, and the engine comes back by another endpoint."""
+    world = World(7, engines=3, trainers=2, guarded=guarded, lands=everybody(mode))
+    world.run(10.0)
+    ends = []
+
+    def breaks() -> None:
+        ends.append(world.faults.begin([BAD]))
+        world.faults.gone_paths.update(worker.endpoint for worker in world.servers[BAD].workers)
+
+    world.when(begins(mode, "writing"), breaks)
+    assert_the_others_go_on(world)
+    assert world.faults.gone_paths.isdisjoint(worker.endpoint for worker in world.servers[BAD].workers)
+    assert not world.judge.behind(), f"{world.judge.behind()}\n{world.story()}"
+    ends[0]()
+    assert_it_comes_back(world)
