@@ -15,11 +15,10 @@ from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """A worker is to be reached by another endpoint, because bytes of ``round`` hang: asked for when it is ``due``."""
+    """A worker is to be reached by another endpoint: asked for when it is ``due``, and again after ``wait`` seconds."""
 
-    round: RoundName
     due: float
-    asked: bool = False
+    wait: float
 
 
 @dataclass(slots=True)
@@ -37,7 +36,7 @@ class ConnectedAgent:
     dead_edges: dict[Member, str] = field(default_factory=dict)
     """Peers that it cannot reach, and why."""
     renewal: Renewal | None = None
-    """That it is asked for on this connection."""
+    """When it is asked for another endpoint; None while all writers reach it."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
     told_hold: bool | None = None
@@ -55,8 +54,9 @@ class ConnectedAgent:
         self.dead_edges = {}
 
     def resumes(self, before: "ConnectedAgent") -> None:
-        """It is the process of ``before`` on a new connection. A Connect that it had not confirmed may be lost."""
-        self.announce, self.delivered, self.fingerprint = before.announce, before.fingerprint, before.fingerprint
+        """It is the process of ``before`` on a new connection. Its Connect is sent again: a Connect may be lost, and
+        what an agent does about its edges ends with the connection."""
+        self.announce, self.fingerprint, self.dead_edges = before.announce, before.fingerprint, before.dead_edges
 
 
 @dataclass(slots=True)

@@ -37,16 +37,10 @@ _TAINTS: Final = (
         "",
     ),
     Mutant(
-        "another endpoint for an engine of the round",
-        _RENEWALS,
-        "return fleet.round is None or not fleet.round.has(agent.member.engine)",
-        "return True",
-    ),
-    Mutant(
         "another endpoint again and again",
         _RENEWALS,
-        "and not known.asked and",
-        "and",
+        "Renewal(turn.now + known.wait, ",
+        "Renewal(turn.now, ",
     ),
     Mutant(
         "an edge that hangs costs the patience of all",

@@ -129,6 +129,10 @@ class Arrivals:
         edge = self._edges.get(peer)
         if edge is None or notice.what != "landed" or notice.round != self._round:
             return
+        if notice.chunk in edge.landed:
+            if notice.chunk in edge.scattered:  # its sender has lost the connection by which it was told so
+                self._say(edge, Notice("scattered", notice.round, notice.chunk))
+            return
         if not self._may_land(edge, notice.chunk):
             log.warning("chunk_unexpected", peer=peer, chunk=notice.chunk, round=str(notice.round))
             return
@@ -136,9 +140,9 @@ class Arrivals:
         self._waiting.append((edge, notice.chunk))
 
     def _may_land(self, edge: Inbound, chunk: int) -> bool:
-        """Whether ``chunk`` is one that has not landed, in a place that is free: else its bytes are on others'."""
+        """Whether ``chunk`` is one that there is, in a place that is free: else its bytes are on others'."""
         before = chunk - edge.berth.places
-        return chunk < edge.berth.chunks and chunk not in edge.landed and (before < 0 or before in edge.scattered)
+        return chunk < edge.berth.chunks and (before < 0 or before in edge.scattered)
 
     def turn(self) -> bool:
         """Scatter what has landed and tell of what was scattered; whether anything moved. Must not block.

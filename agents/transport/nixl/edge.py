@@ -1,5 +1,6 @@
 """One edge's prepared transfers, kept from round to round: posting a round builds nothing."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,7 @@ import numpy as np
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.chunks import Chunk, Lane
 from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
+from weightsync.agents.transport.nixl.flow import Flow
 from weightsync.agents.transport.nixl.loader import Bindings
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.orchestrator.protocol.messages import Fault
@@ -21,6 +23,15 @@ Describe = Callable[[int, int], str]
 
 
 @dataclass(frozen=True, slots=True)
+class Arrived:
+    """What of one write need not be sent again over another connection: the numbers of the edge's transfers that ended
+    well, and of the chunks of its cargo that did (where chunks pass the landing: that were scattered)."""
+
+    transfers: frozenset[int] = frozenset()
+    chunks: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeResult:
     """What one write moved to one peer; ``seconds`` from the first post to the last DONE. ``error`` None: all of it."""
 
@@ -29,12 +40,14 @@ class EdgeResult:
     descriptors: int
     seconds: float
     error: TransferError | None = None
+    arrived: Arrived = Arrived()
 
 
 @dataclass(slots=True, eq=False)
 class Transfer:
     """One NIXL handle, for ``bytes`` at ``where`` (a tensor, or a chunk). ``pending``: posted, and not known to have
-    ended; until then it cannot be posted again. ``place``: of the packing ring, NO_PLACE for none."""
+    ended; until then it cannot be posted again. ``place``: of the packing ring, NO_PLACE for none. ``number``: among
+    its edge's transfers, or of its chunk."""
 
     bytes: int
     descriptors: int
@@ -42,6 +55,7 @@ class Transfer:
     handle: Any = None
     pending: bool = False
     place: int = NO_PLACE
+    number: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +63,8 @@ class Edge:
     """The way from this agent's regions to one peer's. Made by ``NixlEndpoint.prepare_edge``.
 
     ``transfers`` are the same in every round; those of the ``cargo`` are made as its chunks are packed, ``loads`` are
-    the ones that have not ended. ``broken``: NIXL has refused a transfer of it, so that only another edge, over a new
-    connection, reaches the peer.
+    the ones that have not ended. ``before``: what of the next write has arrived over the connection before. ``broken``:
+    NIXL has refused a transfer of it, so that only another edge, over a new connection, reaches the peer.
     """
 
     peer: str
@@ -59,6 +73,7 @@ class Edge:
     cargo: Cargo | None = None
     transfers: list[Transfer] = field(default_factory=list)
     loads: list[Transfer] = field(default_factory=list)
+    before: EdgeResult | None = None
     lists: list[tuple[Any, Any]] = field(default_factory=list)
     last_error: TransferError | None = None
     broken: bool = False
@@ -67,6 +82,48 @@ class Edge:
     def tainted(self) -> bool:
         """Whether a posted transfer has not ended: its bytes may still be read here and written there."""
         return any(transfer.pending for transfer in (*self.transfers, *self.loads))
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """One edge's state within one write. ``over``: ``Ended`` was told."""
+
+    edge: Edge
+    waiting: deque[Transfer]
+    descriptors: int
+    flow: Flow | None = None
+    looked: float = 0.0
+    """When something moved last, or the peer was looked after."""
+    still: float = 0.0
+    """For how long it was looked at in vain since, in seconds, while the peer or its path was to do something."""
+    in_flight: list[Transfer] = field(default_factory=list)
+    bytes_in_flight: int = 0
+    bytes_done: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    error: TransferError | None = None
+    over: bool = False
+    arrived: set[int] = field(default_factory=set)
+    """Numbers of transfers that ended well …"""
+    loaded: set[int] = field(default_factory=set)
+    """… and of chunks."""
+
+    @property
+    def active(self) -> bool:
+        return self.error is None and bool(self.waiting or self.in_flight or (self.flow and self.flow.open))
+
+    def result(self) -> EdgeResult:
+        seconds = max(self.ended - self.started, 0.0)
+        chunks = frozenset(self.loaded) if self.flow is None else self.flow.arrived(frozenset(self.loaded))
+        arrived = Arrived(frozenset(self.arrived), chunks)
+        return EdgeResult(self.edge.peer, self.bytes_done, self.descriptors, seconds, self.error, arrived)
+
+
+def bytes_of(edge: Edge, arrived: Arrived) -> int:
+    """Of the edge's transfers and chunks that have arrived."""
+    chunks = edge.cargo.chunks if edge.cargo is not None else ()
+    plain = sum(transfer.bytes for transfer in edge.transfers if transfer.number in arrived.transfers)
+    return plain + sum(chunk.bytes for chunk in chunks if chunk.number in arrived.chunks)
 
 
 def build(edge: Edge, agent: Any) -> None:
@@ -85,7 +142,8 @@ def arm(edge: Edge, lane: int, chunk: Chunk, agent: Any) -> Transfer:
     indices = np.arange(chunk.first, chunk.last, dtype=np.int32)
     local, remote = edge.lists[lane]
     region, offset = edge.lanes[lane].places[chunk.first].tolist()
-    transfer = Transfer(chunk.bytes, chunk.descriptors, partial(edge.describe, region, offset))
+    where = partial(edge.describe, region, offset)
+    transfer = Transfer(chunk.bytes, chunk.descriptors, where, number=len(edge.transfers))
     transfer.handle = agent.make_prepped_xfer("WRITE", local, indices, remote, indices)
     return transfer
 
@@ -97,7 +155,7 @@ def load(edge: Edge, chunk: CargoChunk, place: int, ring: PackingRing | None, no
     assert cargo is not None
     local = chunk.straight if ring is None or place == NO_PLACE else chunk.local(ring.region, ring.offset(place))
     where = f"chunk {chunk.number} of {cargo.berth.chunks}"
-    transfer = Transfer(chunk.bytes, len(local), lambda: where, place=place)
+    transfer = Transfer(chunk.bytes, len(local), lambda: where, place=place, number=chunk.number)
     edge.loads.append(transfer)
     transfer.handle = agent.initialize_xfer(
         "WRITE",

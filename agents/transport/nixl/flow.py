@@ -71,15 +71,17 @@ class Flow:
         stopped: nothing more is posted; what is on its way holds its place until it ends.
     """
 
-    def __init__(self, peer: str, cargo: Cargo, ring: PackingRing | None, packer: Packer) -> None:
+    def __init__(
+        self, peer: str, cargo: Cargo, ring: PackingRing | None, packer: Packer, done: frozenset[int] = frozenset()
+    ) -> None:
         self.peer = peer
         self.stopped = False
         self._cargo = cargo
         self._ring = ring if any(chunk.pack is not None for chunk in cargo.chunks) else None
         self._packer = packer
-        self._left = deque(cargo.chunks)
+        self._left = deque(chunk for chunk in cargo.chunks if chunk.number not in done)
         self._packing: deque[tuple[CargoChunk, int, Packing]] = deque()
-        self._scattered: set[int] = set()
+        self._scattered: set[int] = set(done) if cargo.berth.passes else set()
         if self._ring is not None:
             self._ring.join(self)
 
@@ -87,6 +89,10 @@ class Flow:
     def open(self) -> bool:
         """Whether anything is still to be posted, or to be heard of from the peer."""
         return not self.stopped and bool(self._left or self._packing or self._unscattered)
+
+    def arrived(self, ended: frozenset[int]) -> frozenset[int]:
+        """Of the chunks whose writes have ended, those that need not come again."""
+        return frozenset(self._scattered) if self._cargo.berth.passes else ended
 
     @property
     def _unscattered(self) -> int:
@@ -178,9 +184,9 @@ class Loading:
     packer: Packer
     _flows: dict[str, Flow] = field(default_factory=dict)
 
-    def begin(self, peer: str, cargo: Cargo) -> Flow:
-        """The flow of an edge's cargo to ``peer``."""
-        flow = self._flows[peer] = Flow(peer, cargo, self.ring, self.packer)
+    def begin(self, peer: str, cargo: Cargo, done: frozenset[int] = frozenset()) -> Flow:
+        """The flow of an edge's cargo to ``peer``, without the chunks that have arrived before."""
+        flow = self._flows[peer] = Flow(peer, cargo, self.ring, self.packer, done)
         return flow
 
     def notice(self, cargo: Cargo, chunk: CargoChunk) -> bytes:

@@ -48,6 +48,8 @@ class NixlReceiver(Receiver):
         self._arrivals = Arrivals(Packer(None), self._tell, 1)
         self._names: dict[Member, str] = {}
         """Of the endpoint of each peer that is told of chunks."""
+        self._cards: dict[str, bytes] = {}
+        """By which they are reached."""
         self._eager_until = 0.0
         self._next_look: asyncio.TimerHandle | None = None
 
@@ -74,6 +76,7 @@ class NixlReceiver(Receiver):
             return
         self._endpoint.destroy()
         self._names.clear()
+        self._cards.clear()
         self._connected = ""
         self._arrivals.connect(())
         self._endpoint = self._new_endpoint(self._settings)
@@ -140,6 +143,7 @@ class NixlReceiver(Receiver):
             known = self._names.get(peer.member, peer.endpoint_name)
             if known != peer.endpoint_name:  # another process has taken its place
                 self._opened.forget(known)
+                self._cards.pop(known, None)
                 del self._names[peer.member]
             if peer.berth is None or not peer.berth.passes:
                 continue
@@ -149,10 +153,18 @@ class NixlReceiver(Receiver):
                 failed[peer.member] = error
             else:
                 self._names[peer.member] = peer.endpoint_name
+                self._cards[peer.endpoint_name] = peer.endpoint
         return failed
 
     def _tell(self, peer: str, notice: Notice) -> None:
-        self._opened.tell(peer, notice)
+        try:
+            self._opened.tell(peer, notice)
+        except NixlError:
+            if peer not in self._cards:
+                raise
+            self._opened.forget(peer)  # it has lost its connection, and may have another
+            self._opened.connect(peer, self._cards[peer])
+            self._opened.tell(peer, notice)
 
 
 def reachable(layout: Layout) -> Sequence[Region]:

@@ -1,8 +1,10 @@
 """NIXL at a trainer rank: an edge to each peer, prepared once for all rounds, over which the slots are written."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,7 +18,13 @@ from weightsync.agents.transport.interface import Ended, HandedOver, Sender, Sou
 from weightsync.agents.transport.nixl.cargo import make_cargo
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
-from weightsync.agents.transport.nixl.errors import ConnectError, MetadataError, NixlError, TransferError
+from weightsync.agents.transport.nixl.errors import (
+    ConnectError,
+    DisconnectedError,
+    MetadataError,
+    NixlError,
+    TransferError,
+)
 from weightsync.agents.transport.nixl.flow import Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import open_endpoint
@@ -25,11 +33,16 @@ from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
+log = logging.getLogger(__name__)
+
 FIRST_WORD_SECONDS: Final = 5.0
 """For new peers to take the first word, until those that have not are named and the others used. Wiring takes 5–20 ms
 an edge; a peer that is busy polls late, a dead one never."""
 
 WORD_POLL_SECONDS: Final = 0.001
+
+TRIES: Final = 3
+"""Connections over which one write to one peer is tried."""
 
 KEPT_ABSENT: Final = 64
 """Peers that have left the plan and stay connected, for one that comes back alive: a live one that is forgotten leaks
@@ -42,6 +55,41 @@ class _Way:
 
     share: Share
     edge: Edge | None
+
+
+class _Write:
+    """One ``write``: how its edges end. One that breaks is not told of while it may be tried again.
+
+    Attributes:
+        broken: by endpoint, what became of edges whose connection broke, and that nothing is in flight over.
+        stopped: endpoints that nothing more is posted to.
+    """
+
+    def __init__(self, until: float, tell: Callable[[EdgeResult], None]) -> None:
+        self.tell = tell
+        self.broken: dict[str, EdgeResult] = {}
+        self.stopped: set[str] = set()
+        self._until = until
+        self._tries: Counter[str] = Counter()
+        self._over = False
+
+    def ended(self, result: EdgeResult) -> None:
+        """Nothing is in flight over an edge."""
+        name, error = result.peer, result.error
+        # Stopped, late or given up: the connection is none the worse, or the bytes may still arrive.
+        broke = error is not None and error.retry and type(error) in (TransferError, DisconnectedError)
+        self._tries[name] += 1
+        late = self._over or time.monotonic() >= self._until or name in self.stopped
+        if broke and not late and self._tries[name] < TRIES:
+            self.broken[name] = result
+        else:
+            self.tell(result)
+
+    def give_up(self) -> None:
+        """Nothing is tried again; what is in flight is told of when it has ended."""
+        self._over = True
+        for name in list(self.broken):
+            self.tell(self.broken.pop(name))
 
 
 class NixlSender(Sender):
@@ -69,6 +117,8 @@ class NixlSender(Sender):
         # Of its own, so that packing does not queue behind the kernels of the training.
         self._packer = Packer(torch.cuda.Stream(arena.device) if arena.is_cuda else None)  # type: ignore[no-untyped-call]
         self._ring = PackingRing(layout.regions[layout.staging]) if layout.staging >= 0 else None
+        self._writes: list[_Write] = []
+        self._connecting = asyncio.Lock()
         self._loadings: list[Loading] = []
         """Of the writes under way."""
 
@@ -85,6 +135,10 @@ class NixlSender(Sender):
 
     async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         """Prepare the edges that are not. Those of unchanged shares are kept as they are."""
+        async with self._connecting:  # a write that has lost a connection asks for another one, too
+            return await self._connect(shares)
+
+    async def _connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         self._leave(shares)
         ends = time.monotonic() + FIRST_WORD_SECONDS
         asked = [share for share in shares if self._lacks(share)]
@@ -115,24 +169,51 @@ class NixlSender(Sender):
             elif member in self._shares:
                 ended(HandedOver(member, 0, error="" if way is not None else self._why_not(member)))
 
-        def told(result: EdgeResult) -> None:
-            self._changed = self._changed or result.error is not None
-            member = ways[result.peer].share.peer.member
-            error = str(result.error or "")
-            ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error))
-
-        edges = [way.edge for way in ways.values() if way.edge is not None]
-        remaining = max(until - time.monotonic(), 0.0)
+        write = _Write(until, lambda result: self._told(ways[result.peer].share.peer.member, result, ended))
+        self._writes.append(write)
         loading = Loading(round_name, self._ring, self._packer)
         self._loadings.append(loading)
         try:
-            results = await self._opened.write(edges, loading=loading, deadline_seconds=remaining, ended=told)
+            edges = [way.edge for way in ways.values() if way.edge is not None]
+            while edges:
+                results = await self._opened.write(
+                    edges, loading=loading, deadline_seconds=max(until - time.monotonic(), 0.0), ended=write.ended
+                )
+                self._changed = self._changed or any(result.error is not None for result in results)
+                edges = await self._made_anew([ways[name].share for name in write.broken], write)
         finally:
+            write.give_up()
+            self._writes.remove(write)
             self._loadings.remove(loading)
-        self._changed = self._changed or any(result.error is not None for result in results)
+
+    def _told(self, member: Member, result: EdgeResult, ended: Ended) -> None:
+        self._changed = self._changed or result.error is not None
+        ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, str(result.error or "")))
+
+    async def _made_anew(self, shares: Sequence[Share], write: "_Write") -> list[Edge]:
+        """Edges over other connections in the place of those that broke in a write, for what has not arrived."""
+        if shares:
+            await self.connect(list(self._shares.values()))
+        edges = []
+        for share in shares:
+            member, name = share.peer.member, share.peer.endpoint_name
+            way = self._ways.get(member)
+            before = write.broken.pop(name, None)
+            if before is None:
+                continue
+            if way is None or way.edge is None or way.share is not share or name in write.stopped:
+                write.tell(before)
+                continue
+            log.warning("%s: the edge broke and is written to anew over another connection", before.error)
+            way.edge.before = before
+            edges.append(way.edge)
+        return edges
 
     def stop(self, members: Collection[Member], reason: str) -> None:
-        self._opened.stop({self._names[member] for member in members if member in self._names}, reason)
+        names = {self._names[member] for member in members if member in self._names}
+        for write in self._writes:
+            write.stopped |= names
+        self._opened.stop(names, reason)
 
     def in_flight(self) -> Sequence[Member]:
         left = self._endpoint.tainted_peers if self._endpoint is not None else {}

@@ -4,12 +4,24 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weightsync.agents.link.turns import quick_turns
 from weightsync.agents.transport.nixl.cargo import CargoChunk
-from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, State, Transfer, ask, load, post, refusal, unload
+from weightsync.agents.transport.nixl.edge import (
+    Arrived,
+    Edge,
+    EdgeResult,
+    Progress,
+    State,
+    Transfer,
+    ask,
+    bytes_of,
+    load,
+    post,
+    refusal,
+    unload,
+)
 from weightsync.agents.transport.nixl.errors import (
     DeadlineError,
     ImplausibleRateError,
@@ -17,7 +29,7 @@ from weightsync.agents.transport.nixl.errors import (
     StoppedError,
     TransferError,
 )
-from weightsync.agents.transport.nixl.flow import Flow, Loading
+from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.loader import Bindings
 from weightsync.orchestrator.protocol.messages import Fault
 
@@ -50,36 +62,6 @@ BYTES_PER_GB: Final = 10**9
 
 RATE_FLOOR_BYTES: Final = 16 << 20
 """Smaller writes fit in a cache, where any rate is plausible."""
-
-
-@dataclass(slots=True, eq=False)
-class _Progress:
-    """One edge's state within one write. ``over``: ``Ended`` was told."""
-
-    edge: Edge
-    waiting: deque[Transfer]
-    descriptors: int
-    flow: Flow | None = None
-    looked: float = 0.0
-    """When something moved last, or the peer was looked after."""
-    still: float = 0.0
-    """For how long it was looked at in vain since, in seconds, while the peer or its path was to do something."""
-    in_flight: list[Transfer] = field(default_factory=list)
-    bytes_in_flight: int = 0
-    bytes_done: int = 0
-    started: float = 0.0
-    ended: float = 0.0
-    error: TransferError | None = None
-    over: bool = False
-
-    @property
-    def active(self) -> bool:
-        return self.error is None and bool(self.waiting or self.in_flight or (self.flow and self.flow.open))
-
-    def result(self) -> EdgeResult:
-        return EdgeResult(
-            self.edge.peer, self.bytes_done, self.descriptors, max(self.ended - self.started, 0.0), self.error
-        )
 
 
 class Writer:
@@ -127,7 +109,7 @@ class Writer:
         self._probe = probe
         self._stall_seconds = stall_seconds
         self._max_gb_per_second = max_gb_per_second
-        self._all: list[_Progress] = []
+        self._all: list[Progress] = []
 
     async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
         """Post everything once and wait until each edge has ended or is given up; results in the order of ``edges``."""
@@ -176,7 +158,7 @@ class Writer:
             self._collect(progress)
             self._conclude(progress)
 
-    def left(self) -> Iterator[_Progress]:
+    def left(self) -> Iterator[Progress]:
         """Edges that were given up and are not over."""
         return (progress for progress in self._all if progress.error is not None and not progress.over)
 
@@ -198,23 +180,31 @@ class Writer:
         return all(progress.over for progress in self._all)
 
     # ------------------------------------------------------------------------------------------------- internals
-    def _begin(self, edge: Edge) -> _Progress:
+    def _begin(self, edge: Edge) -> Progress:
         descriptors = sum(transfer.descriptors for transfer in edge.transfers)
-        progress = _Progress(edge, deque(edge.transfers), descriptors, started=time.monotonic())
+        before, edge.before = edge.before, None
+        done = before.arrived if before is not None else Arrived()
+        waiting = deque(transfer for transfer in edge.transfers if transfer.number not in done.transfers)
+        progress = Progress(edge, waiting, descriptors, started=time.monotonic())
         progress.ended = progress.looked = progress.started
+        if before is not None:
+            progress.started -= before.seconds
+            progress.arrived |= done.transfers
+            progress.loaded |= done.chunks
+            progress.bytes_done = bytes_of(edge, done)
         if edge.tainted:
             # Its handles cannot be posted again, and the old bytes could land on top of the new ones.
-            before = edge.last_error
-            reason = "an earlier write has not ended" + (f" ({before.reason})" if before else "")
-            fault = before.fault if before else "network"
+            last = edge.last_error
+            reason = "an earlier write has not ended" + (f" ({last.reason})" if last else "")
+            fault = last.fault if last else "network"
             progress.error = self._error(TransferError, progress, "", reason, fault, retry=True)
             progress.waiting.clear()
         elif edge.cargo is not None:
             assert self._loading is not None, "cargo is written with what it takes"
-            progress.flow = self._loading.begin(edge.peer, edge.cargo)
+            progress.flow = self._loading.begin(edge.peer, edge.cargo, done.chunks)
         return progress
 
-    def _turn(self, progress: _Progress, until: float) -> bool:
+    def _turn(self, progress: Progress, until: float) -> bool:
         """Collect what is DONE and post what the window allows, not beyond ``until``. Whether anything moved."""
         moved = self._collect(progress)
         while progress.error is None and progress.waiting and self._has_room(progress):
@@ -234,12 +224,12 @@ class Writer:
                 break
         return moved
 
-    def _has_room(self, progress: _Progress) -> bool:
+    def _has_room(self, progress: Progress) -> bool:
         return len(progress.in_flight) < self._in_flight and (
             not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].bytes <= IN_FLIGHT_BYTES
         )
 
-    def _load(self, progress: _Progress, chunk: CargoChunk, place: int) -> None:
+    def _load(self, progress: Progress, chunk: CargoChunk, place: int) -> None:
         """Post a chunk of the cargo."""
         assert self._loading is not None
         assert progress.edge.cargo is not None
@@ -254,7 +244,7 @@ class Writer:
         progress.descriptors += transfer.descriptors
         self._post(progress, transfer)
 
-    def _post(self, progress: _Progress, transfer: Transfer) -> None:
+    def _post(self, progress: Progress, transfer: Transfer) -> None:
         state, cause = post(transfer, self._agent, self._bindings)
         if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
@@ -266,7 +256,7 @@ class Writer:
         else:
             self._given_back(progress, transfer)
 
-    def _collect(self, progress: _Progress) -> bool:
+    def _collect(self, progress: Progress) -> bool:
         """Whether any transfer ended."""
         still: list[Transfer] = []
         for transfer in progress.in_flight:
@@ -284,7 +274,7 @@ class Writer:
         progress.in_flight = still
         return moved
 
-    def _stands_still(self, progress: _Progress, seconds: float) -> None:
+    def _stands_still(self, progress: Progress, seconds: float) -> None:
         """Nothing of it has moved for ``seconds`` more."""
         if not progress.in_flight:
             self._look_after(progress)
@@ -295,7 +285,7 @@ class Writer:
         if limit is not None and progress.still >= limit + progress.bytes_in_flight / SLOWEST_BYTES_PER_SECOND:
             self._give_up_edge(progress, f"nothing has moved for {progress.still:.0f} s", StalledError)
 
-    def _look_after(self, progress: _Progress) -> None:
+    def _look_after(self, progress: Progress) -> None:
         """Of a peer whose word is waited for, and to which nothing is on its way, NIXL would not tell that it is
         gone."""
         if time.monotonic() - progress.looked < PROBE_SECONDS:
@@ -305,18 +295,19 @@ class Writer:
         if state == "ERR":
             self._refused(progress, progress.flow.waits_for() if progress.flow is not None else "", cause)
 
-    def _done(self, progress: _Progress, transfer: Transfer) -> None:
+    def _done(self, progress: Progress, transfer: Transfer) -> None:
         progress.bytes_done += transfer.bytes
         progress.ended = time.monotonic()
+        (progress.loaded if transfer in progress.edge.loads else progress.arrived).add(transfer.number)
 
-    def _given_back(self, progress: _Progress, transfer: Transfer) -> None:
+    def _given_back(self, progress: Progress, transfer: Transfer) -> None:
         """What a load that has ended, or whose peer is gone, held."""
         if transfer in progress.edge.loads:
             unload(progress.edge, transfer, self._bindings.errors)
             if progress.flow is not None:
                 progress.flow.give(transfer.place)
 
-    def _refused(self, progress: _Progress, where: str, cause: Exception | None) -> None:
+    def _refused(self, progress: Progress, where: str, cause: Exception | None) -> None:
         """NIXL has ended a transfer without its bytes; the rest of the edge will not be posted."""
         progress.edge.broken = True
         progress.waiting.clear()
@@ -327,7 +318,7 @@ class Writer:
             if progress.flow is not None:
                 progress.flow.stop()
 
-    def _conclude(self, progress: _Progress) -> None:
+    def _conclude(self, progress: Progress) -> None:
         """Tell of the edge if it is over."""
         # Of an edge that an earlier write has left, that write's transfers count, too.
         if progress.over or progress.active or progress.in_flight or progress.edge.tainted:
@@ -344,7 +335,7 @@ class Writer:
             if progress.active:
                 self._give_up_edge(progress, reason, kind)
 
-    def _give_up_edge(self, progress: _Progress, reason: str, kind: type[TransferError] = TransferError) -> None:
+    def _give_up_edge(self, progress: Progress, reason: str, kind: type[TransferError] = TransferError) -> None:
         """Post nothing more; it is over once nothing is in flight."""
         if progress.error is None:
             stuck = (*progress.in_flight, *progress.waiting)[:1]
@@ -359,7 +350,7 @@ class Writer:
             progress.flow.stop()
         self._conclude(progress)
 
-    def _judge_rate(self, progress: _Progress) -> None:
+    def _judge_rate(self, progress: Progress) -> None:
         result = progress.result()
         most = self._max_gb_per_second
         if most is None or progress.error is not None or result.bytes < RATE_FLOOR_BYTES:
@@ -373,7 +364,7 @@ class Writer:
             progress.error = self._error(ImplausibleRateError, progress, "", reason, "network", retry=False)
 
     def _error(
-        self, kind: type[TransferError], progress: _Progress, tensor: str, reason: str, fault: Fault, *, retry: bool
+        self, kind: type[TransferError], progress: Progress, tensor: str, reason: str, fault: Fault, *, retry: bool
     ) -> TransferError:
         return kind(
             reason,

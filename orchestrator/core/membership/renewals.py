@@ -1,47 +1,56 @@
-"""Engines within reach of bytes that hang: asked for another endpoint, which nothing that was sent before reaches.
+"""Engines that a writer does not get through to: asked for another endpoint, which nothing sent before can reach.
 
 A write whose path has gone never ends, and its writer cannot take it back. The target can: its transport drops what
 comes for an endpoint that is no more. The writer learns of the new one by its next Connect, says CLOSED, and the engine
-is in rounds again.
+is in rounds again. An edge that is dead without a write over it may lead to an address that is no more, too.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Final
 
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Renewal
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Renew
-from weightsync.orchestrator.protocol.names import Member, RoundName
+from weightsync.orchestrator.protocol.names import Member
+
+LONGEST_WAIT_SECONDS: Final = 600.0
+"""Between two endpoints of a worker that nothing gets through to: each has all its writers connect anew."""
 
 
 def evaluate(turn: Turn) -> None:
-    """Ask each worker that a writer has given up for a new endpoint: once a round and connection."""
-    fleet = turn.fleet
-    for target, writer, name in _hanging(fleet):
+    """Ask each worker that a writer does not get through to; again after the patience, then half as often each time."""
+    fleet, policy = turn.fleet, turn.fleet.policy
+    dead = dict(_dead(fleet))
+    for target, (writer, hangs) in dead.items():
         agent = fleet.agents[target]
         known = agent.renewal
-        if known is None or known.round < name:
-            # Most of what was told to stop ends by itself in a moment.
-            agent.renewal = Renewal(name, turn.now + fleet.policy.probe_interval)
-        elif known.round == name and not known.asked and turn.now >= known.due:
-            agent.renewal = replace(known, asked=True)
-            reason = f"what {writer} wrote to {target} in round {name} hangs"
+        if known is None:
+            # Most of what was told to stop ends by itself in a moment, and who starts answers in a while.
+            due = turn.now + (policy.probe_interval if hangs else policy.patience)
+            agent.renewal = Renewal(due, policy.patience)
+        elif turn.now >= known.due:
+            agent.renewal = Renewal(turn.now + known.wait, min(2 * known.wait, LONGEST_WAIT_SECONDS))
+            reason = f"what {writer} wrote to {target} hangs" if hangs else f"{writer} does not reach {target}"
             turn.say(f"{reason}: {target} is asked for another endpoint", "warning")
             turn.send(target, Renew(reason=reason))
+    for agent in fleet.agents.values():
+        if agent.renewal is not None and agent.member not in dead and not _is_dead(fleet, agent.member):
+            agent.renewal = None
 
 
-def _hanging(fleet: Fleet) -> Iterator[tuple[Member, Member, RoundName]]:
-    """Connected workers in no round, and who has given up a write to them that has not ended, of which round."""
-    for (writer, name), pending in fleet.unclosed.items():
-        source = fleet.agents.get(writer)
-        if source is None or source.hello.incarnation != pending.incarnation:
-            continue  # nobody would hear of the new endpoint
-        for target, incarnation in pending.targets.items():
-            if target in source.dead_edges and _may_renew(fleet, fleet.agents.get(target), incarnation):
-                yield target, writer, name
+def _dead(fleet: Fleet) -> Iterator[tuple[Member, tuple[Member, bool]]]:
+    """Connected workers in no round that some writer does not reach, which one, and whether a write to them hangs."""
+    for writer in fleet.trainers():
+        hanging = {target for (member, _), pending in fleet.unclosed.items() if member == writer.member
+                   for target in pending.targets}  # fmt: skip
+        for target in writer.dead_edges:
+            if _may_renew(fleet, fleet.agents.get(target)):
+                yield target, (writer.member, target in hanging)
 
 
-def _may_renew(fleet: Fleet, agent: ConnectedAgent | None, incarnation: int) -> bool:
-    if agent is None or agent.hello.incarnation != incarnation:
-        return False
-    return fleet.round is None or not fleet.round.has(agent.member.engine)
+def _is_dead(fleet: Fleet, target: Member) -> bool:
+    return any(target in writer.dead_edges for writer in fleet.trainers())
+
+
+def _may_renew(fleet: Fleet, agent: ConnectedAgent | None) -> bool:
+    return agent is not None and (fleet.round is None or not fleet.round.has(agent.member.engine))

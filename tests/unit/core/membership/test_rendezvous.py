@@ -103,17 +103,21 @@ def test_a_connect_that_may_be_lost_with_its_connection_is_sent_again(drive: Any
     assert fleet.fleet.is_confirmed(member)
     before = len(fleet.commands)
     fleet.connect(member)
-    assert not [command for command in fleet.commands[before:] if isinstance(command, SendPlan)], "it is confirmed"
-    assert fleet.fleet.is_confirmed(member)
+    again = [command for command in fleet.commands[before:] if isinstance(command, SendPlan)]
+    assert [command.member for command in again] == [member], "by which it looks after its edges again"
+    assert fleet.fleet.is_confirmed(member), "and a round may begin meanwhile"
 
 
-def test_an_edge_counts_as_alive_until_its_writer_says_again_that_it_is_dead(drive: Any) -> None:
-    """The word that it is alive again may have been lost with the connection."""
+def test_an_edge_counts_as_dead_until_its_writer_says_after_a_reconnect_what_it_is(drive: Any) -> None:
+    """The word that it is alive again may have been lost with the connection; its Connect has it said anew."""
     fleet = drive.joined()
     said = fleet.fleet.agents[TRAINER].fingerprint
     fleet.says(TRAINER, Ready(fingerprint=said, failed=(EdgeFailure(FIRST, "no route"),)))
     assert rendezvous.dead_edge(fleet.fleet, "e0")
     fleet.connect(TRAINER)
+    assert rendezvous.dead_edge(fleet.fleet, "e0")
+    assert fleet.fleet.agents[TRAINER].delivered == said, "it is sent again"
+    fleet.says(TRAINER, Ready(fingerprint=said))
     assert not rendezvous.dead_edge(fleet.fleet, "e0")
 
 

@@ -41,32 +41,46 @@ def test_an_edge_that_hangs_costs_its_engine_the_round_at_once(hanging: Any) -> 
     assert hanging.going.phase is Phase.VERIFYING
 
 
-def test_its_worker_is_asked_for_another_endpoint_once(hanging: Any) -> None:
+def test_its_worker_is_asked_for_another_endpoint(hanging: Any) -> None:
     the_others_end(hanging)
     assert hanging.sent(FIRST, Renew) == [], "what was told to stop mostly ends by itself"
-    for _ in range(3):
-        hanging.passes(hanging.policy.probe_interval)
-    assert hanging.sent(FIRST, Renew) == [Renew(reason="what trainer/0 wrote to e0/0 in round 1.1 hangs")]
+    hanging.passes(hanging.policy.probe_interval)
+    assert hanging.sent(FIRST, Renew) == [Renew(reason="what trainer/0 wrote to e0/0 hangs")]
     assert hanging.sent(rank("e0", 1), Renew) == [], "of whom the write has ended"
     assert hanging.sent(rank("e1", 0), Renew) == []
 
 
+def test_again_after_the_patience_and_then_half_as_often(hanging: Any) -> None:
+    hanging.passes(hanging.policy.probe_interval)
+    patience = hanging.policy.patience
+    for seconds, asked in ((patience - 1, 1), (1, 2), (2 * patience - 1, 2), (1, 3), (4 * patience - 1, 3), (1, 4)):
+        hanging.passes(seconds)
+        assert len(hanging.sent(FIRST, Renew)) == asked
+
+
+def test_an_edge_that_is_dead_without_a_write_has_the_patience(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.join()
+    fingerprint = fleet.fleet.agents[TRAINER].fingerprint
+    fleet.says(TRAINER, Ready(fingerprint=fingerprint, failed=(EdgeFailure(FIRST, "no answer"),)))
+    fleet.passes(fleet.policy.patience - 1)
+    assert fleet.sent(FIRST, Renew) == []
+    fleet.passes(1)
+    assert fleet.sent(FIRST, Renew) == [Renew(reason="trainer/0 does not reach e0/0")]
+    fleet.says(TRAINER, Ready(fingerprint=fingerprint))
+    fleet.passes(1)
+    fleet.says(TRAINER, Ready(fingerprint=fingerprint, failed=(EdgeFailure(FIRST, "no answer"),)))
+    fleet.passes(fleet.policy.patience - 1)
+    assert len(fleet.sent(FIRST, Renew)) == 1, "from the beginning"
+
+
 def test_one_that_connects_again_is_asked_again(hanging: Any) -> None:
-    for _ in range(2):
-        hanging.passes(hanging.policy.probe_interval)
+    hanging.passes(hanging.policy.probe_interval)
     hanging.loses(FIRST)
     hanging.connect(FIRST)
     for _ in range(2):
         hanging.passes(hanging.policy.probe_interval)
     assert len(hanging.sent(FIRST, Renew)) == 2
-
-
-def test_another_process_has_nothing_to_renew(hanging: Any) -> None:
-    hanging.loses(FIRST)
-    hanging.connect(FIRST, incarnation=999)
-    for _ in range(2):
-        hanging.passes(hanging.policy.probe_interval)
-    assert hanging.sent(FIRST, Renew) == []
 
 
 def test_a_writer_that_is_not_there_would_not_hear_of_it(hanging: Any) -> None:
@@ -80,6 +94,7 @@ def test_a_write_that_ends_by_itself_costs_nobody_its_endpoint(hanging: Any) -> 
     hanging.passes(hanging.policy.probe_interval / 2)
     peers = tuple(PeerTransfer(m, 0, 0, 0.0, NO_BYTES, "stopped") for m in hanging.ranks_of("e0"))
     hanging.says(TRAINER, Closed(round=hanging.going.name, peers=peers, final=False))
+    hanging.says(TRAINER, Ready(fingerprint=hanging.fleet.agents[TRAINER].fingerprint))
     hanging.passes(hanging.policy.probe_interval)
     assert hanging.sent(FIRST, Renew) == []
 

@@ -3,7 +3,7 @@
 Prints one JSON line with its layout, endpoint name and card, and polls until its standard input closes. Each line on it
 is answered by one: ``connect HEX``, ``begin EPOCH NUMBER``, ``end EPOCH NUMBER``, ``arrive`` (with what goes wrong),
 ``memory`` (in hex), ``clear``. After ``SIGSTOP N`` or ``SIGKILL N`` it sends that signal to itself when it hears that
-chunk N has landed, before anything is done about it.
+chunk N has landed, before anything is done about it; after ``SEVER N`` it breaks all its TCP connections then.
 """
 
 import asyncio
@@ -11,9 +11,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import row_parallel
+from nixl_peer import sever
 from weightsync.agents.errors import AgentError
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
@@ -26,14 +29,12 @@ class Process:
         self.rank = row_parallel.target(number, of, landing, lands)
         self.receiver = NixlReceiver(self.rank.target())
         self.receiver.open(NixlSettings())
-        self.at_chunk: dict[int, signal.Signals] = {}
+        self.at_chunk: dict[int, Callable[[], None]] = {}
         endpoint = self.receiver._opened
         self.heard, endpoint.heard = endpoint.heard, self.hears
 
     def hears(self, peer: str, notice: Notice) -> None:
-        sent = self.at_chunk.pop(notice.chunk, None)
-        if sent is not None:
-            os.kill(os.getpid(), sent)
+        self.at_chunk.pop(notice.chunk, lambda: None)()
         self.heard(peer, notice)
 
     def introduction(self) -> str:
@@ -61,7 +62,9 @@ class Process:
             case "clear":
                 self.rank.memory[0].zero_()
             case "SIGSTOP" | "SIGKILL":
-                self.at_chunk[int(arguments[0])] = signal.Signals[word]
+                self.at_chunk[int(arguments[0])] = partial(os.kill, os.getpid(), signal.Signals[word])
+            case "SEVER":
+                self.at_chunk[int(arguments[0])] = sever
         return "done"
 
     async def live(self) -> None:

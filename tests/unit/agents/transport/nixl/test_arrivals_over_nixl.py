@@ -177,6 +177,24 @@ async def test_a_reader_that_is_killed_at_a_chunk_costs_its_own_edges_only(fleet
     await two.arrived(weights, two.peers[0])
 
 
+async def test_a_connection_that_breaks_in_mid_write_costs_nobody_the_round(fleet, monkeypatch):
+    """Another one takes its place, over which only that goes again which has not been scattered."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    two = fleet(2, 2, 2048, 2048, lands="flip")
+    await two.connect()
+    for seed in (11, 12):
+        weights = masters(seed)
+        await two.begin(weights)
+        await two.peers[1].ask("SEVER", 60)
+        ends = await two.write()
+        assert {(end.error, end.bytes) for end in ends.values()} == {("", CHUNK * CHUNKS)}
+        anew = [ends[number, 1].descriptors for number in (0, 1)]
+        assert min(anew) <= CHUNKS - 52, "of the one whose chunk it was, all that came before were scattered"
+        assert [ends[number, 0].descriptors for number in (0, 1)] == [CHUNKS, CHUNKS]
+        for peer in two.peers:
+            await two.arrived(weights, peer)
+
+
 async def test_a_reader_that_hangs_is_named_with_its_chunk_and_comes_back_with_the_next_attempt(fleet):
     """What it hears of the first attempt when it goes on is of no round that is open any more."""
     two = fleet(2, 2, 2048, 2048)

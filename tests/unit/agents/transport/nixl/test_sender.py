@@ -333,23 +333,50 @@ async def test_a_first_word_that_is_refused_makes_way_for_a_new_connection(fleet
     assert (failed, calls(asked, "connect"), calls(asked, "edge")) == ({}, ["one"], ["one"])
 
 
-async def test_an_edge_that_breaks_is_made_anew_over_another_connection(fleet):
+MADE_ANEW = [
+    ("stop", "one"),
+    ("release", "one"),
+    ("forget", "one"),
+    ("connect", "one"),
+    ("word", "one"),
+    ("edge", "one"),
+]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_an_edge_that_breaks_is_written_to_anew_over_another_connection(fleet, times):
     await fleet.connect(r0="zero", r1="one")
-    fleet.double.failing["one"] = True
+    fleet.double.failing["one"] = times
+    fleet.double.calls.clear()
+    ends = await fleet.write(FIRST, SECOND)
+    assert {member: (end.error, end.bytes) for member, end in ends.items()} == {
+        member: ("", fleet.rank.shares.sizes[member]) for member in (FIRST, SECOND)
+    }
+    assert fleet.double.calls == MADE_ANEW * times
+    assert fleet.double.resumed == ["one"] * times, "it goes on where the one before was"
+    assert await fleet.connect(r0="zero", r1="one") == ({}, [])
+
+
+async def test_one_that_breaks_again_and_again_is_named_and_made_anew_for_the_next_round(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.failing["one"] = senders.TRIES
     ends = await fleet.write(FIRST, SECOND)
     assert (ends[FIRST].error, ends[SECOND].bytes) == ("", 0)
     assert "the peer is gone" in ends[SECOND].error
     assert fleet.rank.sender.poll(), "there is an edge to look after"
-    failed, asked = await fleet.connect(r0="zero", r1="one")
-    assert failed == {}
-    assert asked == [
-        ("stop", "one"),
-        ("release", "one"),
-        ("forget", "one"),
-        ("connect", "one"),
-        ("word", "one"),
-        ("edge", "one"),
-    ]
+    assert await fleet.connect(r0="zero", r1="one") == ({}, MADE_ANEW)
+
+
+async def test_what_was_told_to_stop_or_cannot_be_reached_is_not_tried_again(fleet):
+    await fleet.connect(r0="zero", r1="one")
+    fleet.double.failing["one"] = 1
+    fleet.double.refused["one"] = ConnectError("out of reach")
+    assert "the peer is gone" in (await fleet.write(FIRST, SECOND))[SECOND].error
+    fleet.double.refused.clear()
+    assert (await fleet.connect(r0="zero", r1="one"))[0] == {}
+    fleet.double.failing["one"] = 1
+    fleet.double.during = lambda: fleet.rank.sender.stop([SECOND], "left out")
+    assert "the peer is gone" in (await fleet.write(FIRST, SECOND))[SECOND].error
 
 
 async def test_an_edge_that_has_not_ended_is_named_until_it_has(fleet):
@@ -430,6 +457,7 @@ class EdgeDouble:
     peer: str
     size: int
     broken: bool = False
+    before: EdgeResult | None = None
 
 
 class EndpointDouble:
@@ -442,7 +470,7 @@ class EndpointDouble:
 
     def __init__(self):
         self.calls, self.refused, self.silent, self.gone, self.failing, self.hung = [], {}, set(), set(), {}, {}
-        self.warmed, self.sharing = set(), set()
+        self.warmed, self.sharing, self.resumed, self.during = set(), set(), [], lambda: None
 
     @property
     def tainted_peers(self):
@@ -478,7 +506,9 @@ class EndpointDouble:
         self.calls.append(("forget", name))
         self.hung.pop(name, None)
         self.warmed.discard(name)
-        self.failing.pop(name, None)
+        self.failing[name] = self.failing.get(name, 0) - 1
+        if self.failing[name] <= 0:
+            del self.failing[name]
 
     def prepare_edge(self, name, local, remote, runs, *, cargo, describe):
         self.calls.append(("edge", name))
@@ -491,6 +521,8 @@ class EndpointDouble:
         self.calls += [("stop", peer) for peer in peers]
 
     async def write(self, edges, *, loading, deadline_seconds, ended):
+        self.resumed += [edge.peer for edge in edges if edge.before is not None]
+        self.during()
         results = [self.result(edge) for edge in edges]
         for result in results:
             ended(result)
