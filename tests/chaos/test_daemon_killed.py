@@ -3,10 +3,15 @@
 The witness asks throughout; what it was told is judged when the module's last test is over (``conftest.scene``).
 """
 
+import time
+
 import pytest
 from witness import Scene
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+RECOVERY = 3.0
+"""Seconds that the engine may stand still for a restart in a round, beside the absence of a daemon."""
 
 IN_A_ROUND = [
     pytest.param("before RoundBegan", marks=pytest.mark.long),
@@ -48,8 +53,12 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.signal_daemon_at(point, "SIGKILL")
     step = scene.begin()
     scene.wait_daemons_death()
+    died = time.monotonic()
     scene.start_daemon()
+    absence = time.monotonic() - died
     scene.end(step)
+    silence = scene.witness.silence(died)
+    assert silence <= absence + RECOVERY, f"without an answer for {silence:.1f} s, {absence:.1f} s without a daemon"
     rounds = scene.whole.ask("/rounds")["rounds"]
     assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
     marker = scene.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED"
