@@ -18,7 +18,8 @@ from weightsync.orchestrator.settings.credentials import make_tokens, role_file
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
-ENGINE: Final = "engine-0"
+ENGINES: Final[Mapping[str, str]] = {"engine-0": "", "engine-1": "live"}
+"""Name → WEIGHTSYNC_MODE, empty for what an engine does by default."""
 
 MODEL: Final[dict[str, object]] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -123,7 +124,7 @@ class DemoRun:
     vllm: Vllm
     versions: int
     hub: BoundPort = field(default_factory=BoundPort)
-    engine: BoundPort = field(default_factory=BoundPort)
+    engines: Mapping[str, BoundPort] = field(default_factory=lambda: {name: BoundPort() for name in ENGINES})
     fresh: BoundPort = field(default_factory=BoundPort)
 
     @property
@@ -162,7 +163,7 @@ class DemoRun:
 
     def release(self) -> None:
         """Give the ports back."""
-        for port in (self.hub, self.engine, self.fresh):
+        for port in (self.hub, *self.engines.values(), self.fresh):
             port.release()
 
     def write(self) -> None:
@@ -176,13 +177,16 @@ class DemoRun:
         self.config.write_text(self._configuration())
 
     def _configuration(self) -> str:
+        engines = "".join(
+            f"  - name: {name}\n    url: http://{HOST}:{port.number}\n" for name, port in self.engines.items()
+        )
         return (
             "# The demo's daemon; weightsync-orchestrator config example explains every key.\n"
             f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"
             f"credentials: {json.dumps(str(self.credentials))}\n"
-            f"engines:\n  - name: {ENGINE}\n    url: http://{HOST}:{self.engine.number}\n"
+            f"engines:\n{engines}"
             f"trainer:\n  world: {RANKS}\n"
             "rescan_seconds: 1\n"
             "log:\n  format: console\n"
@@ -237,9 +241,14 @@ class DemoRun:
             "WORLD_SIZE": str(RANKS),
         }
 
-    def engine_environment(self) -> dict[str, str]:
-        """The environment of a vLLM server that listens on the loopback interface only."""
-        added = {
+    def engine_environment(self, mode: str = "") -> dict[str, str]:
+        """The environment of a vLLM server that listens on the loopback interface only.
+
+        Args:
+            mode: in which versions land in it; empty for the default.
+        """
+        added = {"WEIGHTSYNC_MODE": mode} if mode else {}
+        added |= {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": HOST,
