@@ -114,7 +114,7 @@ class Demo:
             self._servers[name] = start(name, command, run.engine_environment(ENGINES[name]), run.log(name))
         where = "on the CPU" if run.vllm.cpu_plugin is not None else "on the GPU"
         self._screen.begins("daemon", f"weightsync-orchestrator run --config {run.config.name}")
-        self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 19 M parameter Qwen3")
+        self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 4 M parameter Qwen3")
         for name, mode in ENGINES.items():
             how = f"told to land versions {mode}" if mode else "lands versions as it does by default"
             self._screen.begins(name, f"vLLM {run.vllm.release} {where}, with random weights; {how}")

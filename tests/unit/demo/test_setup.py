@@ -25,7 +25,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert all(file.stat().st_mode & 0o077 == 0 for file in run.credentials.iterdir())
     rows = json.loads((tmp_path / "tokens.json").read_text())
     assert len({len(row) for row in rows}) == 1, "a batch is a rectangle"
-    assert run.steps == (15, 30)
+    assert run.steps == (10, 20)
     paths = run.engine_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path / "plugin")
     assert run.engine_environment("live")["WEIGHTSYNC_MODE"] == "live"
