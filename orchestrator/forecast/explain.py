@@ -11,7 +11,8 @@ from weightsync.orchestrator.planner.arrays import Flags, Ints
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
-from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.landing import Berth, landing_length
+from weightsync.orchestrator.protocol.layout import Layout
 
 TRANSPORTS: Final = {
     "rdma": CostModel(13e-6, 44.3e9),
@@ -83,6 +84,17 @@ class EndReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LandingReport:
+    """How versions land in an engine, and why: ``live``, ``copy`` or ``flip``. ``bytes``: of landing, in all ranks."""
+
+    engine: str
+    mode: str
+    ranks: int
+    bytes: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """A plan in numbers. By transport: ``seconds`` until the slowest end is done, ``bottleneck`` names it and why."""
 
@@ -97,6 +109,7 @@ class Explanation:
     senders: tuple[EndReport, ...]
     receivers: tuple[EndReport, ...]
     unneeded: tuple[str, ...]
+    landings: tuple[LandingReport, ...]
 
 
 _AnyReport = TypeVar("_AnyReport", EdgeReport, TensorReport, EndReport)
@@ -123,6 +136,7 @@ def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, eve
     return Explanation(
         plan.root, _total(transfers), len(sources), len(transfers.targets), seconds, bottleneck, _largest(edges),
         _largest(_tensors(plan, transfers, every_tensor)), _largest(senders), _largest(receivers), plan.unneeded,
+        _landings(transfers.targets),
     )  # fmt: skip
 
 
@@ -175,6 +189,17 @@ def _landing(berth: Berth, lands: str) -> str:
     laps = -(-berth.chunks // berth.places)
     times = "once" if laps == 1 else f"{laps} times"
     return f"{lands}: {berth.bytes} bytes pass {berth.places} places of {berth.chunk_bytes} {times}"
+
+
+def _landings(targets: Sequence[Decoded]) -> tuple[LandingReport, ...]:
+    """One report per engine, in the plan's order; its ranks land alike, and the first one's reason stands for all."""
+    ranks: dict[str, list[Layout]] = {}
+    for target in targets:
+        ranks.setdefault(target.party.member.engine, []).append(target.party.layout)
+    return tuple(
+        LandingReport(name, of[0].lands, len(of), sum(map(landing_length, of)), of[0].lands_because)
+        for name, of in ranks.items()
+    )
 
 
 def _ends(

@@ -106,6 +106,26 @@ class Scene(Pointed):
         self.committed.append(step)
         self.serves(step)
 
+    def was_committed(self, step: int) -> None:
+        """A round says so, and the marker."""
+        rounds = self.whole.ask("/rounds")["rounds"]
+        assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
+        marker = self.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED"
+        self.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
+
+    def told_to_stop(self, point: str) -> None:
+        """SIGTERM there: the daemon ends when the version is committed and the engine serves it; another one comes."""
+        self.signal_daemon_at(point, "SIGTERM")
+        step = self.begin()
+        self.wait_daemons_end()
+        told = self.trainer.hear()
+        assert (told["step"], told.get("sequence")) == (step, len(self.committed) + 1), told
+        self.committed.append(step)
+        assert not self.server.is_paused()
+        self.witness.next()
+        self.start_daemon()
+        self.serves(step)
+
     def publish(self) -> int:
         step = self.begin()
         self.end(step)
