@@ -84,7 +84,7 @@ class Runner:
             close_seconds=CLOSE_SECONDS,
         )
         allowed = raise_limit()
-        short = too_few(allowed, settings.engines, settings.trainer.world)
+        short = too_few(allowed, settings)
         if short is not None:
             raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
