@@ -62,7 +62,7 @@ class Volumes:
     """The volumes of a pod's container, below ``root`` instead of at ``/``, with the modes that a kubelet gives.
 
     A Secret or a ConfigMap is a folder that all may write, with the sticky bit, and in it links to what lies in another
-    folder, which a change replaces as a whole. With ``fsGroup`` the group reads and writes, and the folder's bits say so.
+    folder, which a change replaces as a whole. With ``fsGroup`` the group reads and writes, and the bits say so.
     """
 
     def __init__(self, pod: Object, folder: Path, root: Path) -> None:
