@@ -129,6 +129,7 @@ families: setup ## JSON lines: stock configurations of transformers, each judged
 
 changelog: setup ## print the next section of CHANGELOG.md; with VERSION=1.2.3 write it and remove its fragments
 	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+	$(if $(VERSION),$(BIN)/weightsync-orchestrator config schema > tests/unit/settings/released_schema.json)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info
