@@ -127,13 +127,14 @@ class PageStream:
     async def beat(self) -> None:
         """Tell what has changed since the last beat."""
         changes, told_round, beats = self._told
-        newest = self._history.rounds[-1:]
-        name = newest[0].round if newest else ""
+        rows = self._history.rounds
+        name = rows[-1].round if rows else ""
         said = []
         if changes != self._timeline.changes:
             said.append(self._lanes_event(asyncio.get_running_loop().time()))
         if name != told_round:
-            said += [_event("ended", row) for row in newest]
+            known = next((at for at, row in enumerate(rows, 1) if row.round == told_round), 0)
+            said += [_event("ended", row) for row in rows[known:]]
         if beats % STATUS_BEATS == 0 or name != told_round:
             said.append(await self._status_event())
         self._told = (self._timeline.changes, name, beats + 1)

@@ -130,8 +130,9 @@ class Timeline:
         self._rates = {edge: rate for edge, rate in self._rates.items() if edge in flows}
         for writer, done in ended.closed.items():
             for peer, moved in done.items():
-                if not moved.error and (len(self._rates) < MAX_RATES or (writer, peer) in self._rates):
-                    self._rates[writer, peer] = (moved.bytes, moved.seconds)
+                edge = (writer, peer)
+                if edge in flows and not moved.error and (edge in self._rates or len(self._rates) < MAX_RATES):
+                    self._rates[edge] = (moved.bytes, moved.seconds)
 
     # --------------------------------------------------------------------------------------------------- what is shown
     def rates(self) -> tuple[EdgeRate, ...]:
@@ -169,6 +170,8 @@ class Timeline:
 def _engines(trail: _Trail) -> Iterator[TimeLane]:
     for name, progress in trail.round.engines.items():
         marks = dict(trail.engines.get(name, {}))
+        if progress.paused_at:
+            marks["asked"] = _ms(progress.paused_at - trail.round.began)
         if progress.served_at:
             marks["serves"] = _ms(progress.served_at - trail.round.began)
         yield TimeLane(name=name, lands=progress.lands, marks=marks, trouble=progress.left_out)

@@ -1,7 +1,7 @@
 // The fleet at a glance: what is wrong, what is served, the round, and every engine.
 
 import { engineButton, fleetButtons } from "/page/actions.js";
-import { ago, cells, h, keyed, plural, say, seconds, set, size, table, version } from "/page/dom.js";
+import { ago, cells, h, keyed, plural, rate, say, seconds, set, size, table, version } from "/page/dom.js";
 import { Lanes } from "/page/lanes.js";
 import { now, state } from "/page/state.js";
 
@@ -67,7 +67,7 @@ export class FleetView {
       ["Committed", version(status.committed), status.committed ? `${ago(now() - status.committed.unix_time)} ago, commit ${status.committed.sequence}` : "nothing yet"],
       ["Serve it", `${serving} of ${status.engines.length}`, serving === status.engines.length ? "all engines" : "the others: see below"],
       ["Last stall", last ? seconds(last.stall_ms / 1000) : "–", last ? `of ${seconds(last.total_ms / 1000)} in all` : ""],
-      ["Last wire", last?.wire_gb_per_s ? `${last.wire_gb_per_s} GB/s` : "–", last?.bytes ? size(last.bytes) : ""],
+      ["Last wire", last?.wire_gb_per_s ? rate(last.wire_gb_per_s * 1e9, 1) : "–", last?.bytes ? size(last.bytes) : ""],
     ];
     if (status.maintenance) tiles.push(["Maintenance", "on", status.maintenance]);
     keyed(this.tiles, tiles, (t) => t[0], () => h("div", {}, h("dt"), h("dd", { class: "value" }), h("dd", { class: "faint" })), (node, texts) => fill(node, texts));

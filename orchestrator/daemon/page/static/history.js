@@ -1,6 +1,6 @@
 // Rounds that have ended: charts of what they cost, what became of each, and one of them in full.
 
-import { cells, clock, h, keyed, say, seconds, set, short, size, svg, table } from "/page/dom.js";
+import { cells, clock, h, keyed, rate, say, seconds, set, size, svg, table } from "/page/dom.js";
 import { state } from "/page/state.js";
 
 const ROWS = 50; // of the table; charts have all
@@ -11,7 +11,7 @@ const [WIDE, HIGH] = [640, 96];
 const CHARTS = [
   ["Stall", (row) => row.stall_ms / 1000, seconds],
   ["Moved", (row) => row.bytes, size],
-  ["Rate", (row) => row.wire_gb_per_s, (value) => `${short(value)} GB/s`],
+  ["Rate", (row) => row.wire_gb_per_s * 1e9, (value) => `${size(value)}/s`],
 ];
 
 export class HistoryView {
@@ -50,7 +50,7 @@ export class HistoryView {
     made[0].append(open);
     const left = row.left_out.length ? `; left out: ${row.left_out.join(", ")}` : "";
     const texts = [clock(row.unix_time), `${row.step}${row.kind === "publish" ? "" : ` (${row.kind})`}`, "", seconds(row.stall_ms / 1000), row.bytes ? size(row.bytes) : "–",
-      row.wire_gb_per_s ? `${row.wire_gb_per_s} GB/s` : "–", seconds(row.total_ms / 1000), `${row.reason}${left}`];
+      row.wire_gb_per_s ? rate(row.wire_gb_per_s * 1e9, 1) : "–", seconds(row.total_ms / 1000), `${row.reason}${left}`];
     texts.forEach((text, at) => say(made[at + 1], text));
     made[3].append(h("span", { class: "pill", "data-state": row.outcome === "committed" ? "serving" : "torn", text: row.outcome }));
     return h("tr", {}, made);

@@ -35,17 +35,24 @@ export class Lanes {
     set(this.node, "data-running", !round.over);
     const rows = this.rows(round);
     keyed(this.body, rows, (row) => row.key, makeRow, (node, row) => drawRow(node, row, round.elapsed));
-    keyed(this.key, [...new Set(round.phases.map(([phase]) => phase))], (phase) => phase,
-      (phase) => h("li", {}, h("span", { class: `swatch p-${phase}`, "aria-hidden": "true" }), phase));
+    this.drawKey(rows);
     const ranks = round.ranks.length + round.writers.length + round.more;
     this.more.hidden = ranks <= MANY;
     say(this.more, this.all ? "Show only those that are behind" : `Show all ${ranks} ranks`);
     set(this.more, "aria-expanded", String(this.all));
   }
 
+  /** Each colour that is there, and how long that phase took; an engine's stall is a colour, too. */
+  drawKey(rows) {
+    const took = new Map(rows[0].segments.map(([phase, from, to]) => [phase, seconds(to - from)]));
+    const colours = [...new Set(rows.flatMap((row) => row.segments.map(([phase]) => phase)))];
+    keyed(this.key, colours, (colour) => colour, (colour) => h("li", {}, h("span", { class: `swatch p-${colour}`, "aria-hidden": "true" }), h("span")),
+      (node, colour) => say(node.lastChild, colour === "stall" ? "does not serve" : `${colour} ${took.get(colour) ?? ""}`));
+  }
+
   rows(round) {
     const phases = round.phases.map(([phase, at], place) => ({ phase, at, until: round.phases[place + 1]?.[1] ?? round.elapsed }));
-    const rows = [{ key: "phases", kind: "phases", name: "Phases", says: phases.map((p) => `${p.phase} ${seconds(p.until - p.at)}`).join(", "), segments: phases.map((p) => [p.phase, p.at, p.until]) }];
+    const rows = [{ key: "phases", kind: "phases", name: "Phases", says: `${seconds(round.elapsed)} in all`, segments: phases.map((p) => [p.phase, p.at, p.until]) }];
     const few = this.all || round.ranks.length + round.writers.length + round.more <= MANY;
     const shown = (lanes) => (few ? lanes : lanes.slice(0, MANY / 4));
     const inOrder = (lanes) => (few ? [...lanes].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true })) : lanes);
@@ -60,31 +67,31 @@ export class Lanes {
 }
 
 function engineRow(lane, round) {
-  const { pause, resume, serves, finish } = lane.marks;
+  const { asked, resume, serves } = lane.marks;
   const switched = lane.marks.switch;
   const back = resume ?? serves;
   const segments = [];
-  if (pause !== undefined) segments.push(["stall", pause, back ?? round.elapsed]);
+  if (asked !== undefined) segments.push(["stall", asked, back ?? round.elapsed]);
   else if (switched !== undefined) segments.push(["switching", Math.max(0, switched - 0.004 * round.elapsed), switched]);
   const said = [];
-  if (pause !== undefined) said.push(back === undefined ? `stands still since ${seconds(pause)}` : `stood still ${seconds(back - pause)}`);
-  if (pause === undefined && switched === undefined) said.push(lane.lands === "live" ? "serves" : "serves while it lands");
-  if (finish !== undefined) said.push(`finished at ${seconds(finish)}`);
-  if (switched !== undefined) said.push(`switched at ${seconds(switched)}`);
-  if (serves !== undefined) said.push(`serves the version at ${seconds(serves)}`);
-  if (lane.trouble) said.unshift(`left out: ${lane.trouble}`);
+  if (lane.trouble) said.push(`left out: ${lane.trouble}`);
+  if (asked !== undefined) said.push(back === undefined ? `stands still for ${seconds(round.elapsed - asked)}` : `stood still ${seconds(back - asked)}`);
+  else if (switched !== undefined) said.push(`switched at ${seconds(switched)}`);
+  else said.push(lane.lands === "live" ? "serves" : "serves while it lands");
+  if (serves !== undefined) said.push(`has it at ${seconds(serves)}`);
   return { key: `e ${lane.name}`, kind: "engine", name: lane.name, note: lane.lands, says: said.join(", "), segments, bad: lane.trouble !== "" };
 }
 
 function rankRow(lane, phases) {
   const segments = [];
-  const verify = phases.find((p) => p.phase === "verifying")?.at;
   let from = 0;
   for (const [mark, phase] of RANK) {
-    if (lane.marks[mark] === undefined) continue;
-    const begin = mark === "verified" && verify !== undefined ? Math.max(from, verify) : from;
-    segments.push([phase, begin, lane.marks[mark]]);
-    from = lane.marks[mark];
+    const at = lane.marks[mark];
+    if (at === undefined) continue;
+    // From when it could begin: the phase before it may have been over in no time and have no beginning of its own.
+    const began = (phases.find((p) => p.phase === phase) ?? phases.findLast((p) => p.at <= at))?.at ?? 0;
+    segments.push([phase, Math.min(at, Math.max(from, began)), at]);
+    from = at;
   }
   const done = RANK.map(([mark]) => mark).filter((mark) => lane.marks[mark] !== undefined);
   const says = lane.trouble || (done.length ? `${done.at(-1)} at ${seconds(lane.marks[done.at(-1)])}` : "has said nothing yet");

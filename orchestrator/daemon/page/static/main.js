@@ -13,10 +13,10 @@ const THEMES = ["system", "light", "dark"];
 const byId = (id) => document.getElementById(id);
 
 const views = {
-  fleet: new FleetView(byId("fleet")),
-  history: new HistoryView(byId("history")),
-  plan: new PlanView(byId("plan")),
-  audit: new AuditView(byId("audit")),
+  fleet: new FleetView(byId("view-fleet")),
+  history: new HistoryView(byId("view-history")),
+  plan: new PlanView(byId("view-plan")),
+  audit: new AuditView(byId("view-audit")),
 };
 let shown = "";
 let drawing = false;
@@ -101,12 +101,12 @@ function route() {
   if (!signedIn() || !byId("sign-in").hidden) return;
   const wanted = location.hash.slice(1);
   const next = views[wanted] ? wanted : shown || "fleet";
-  for (const name of Object.keys(views)) byId(name).hidden = name !== next;
+  for (const name of Object.keys(views)) byId(`view-${name}`).hidden = name !== next;
   for (const anchor of byId("views").children) set(anchor, "aria-current", anchor.hash === `#${next}` && "page");
   const moved = shown !== "" && shown !== next;
   shown = next;
   if (moved) {
-    byId(`${next}-title`).focus({ preventScroll: true });
+    byId(`title-${next}`).focus({ preventScroll: true });
     scrollTo(0, 0);
   }
   load();
@@ -121,7 +121,7 @@ function signOut(why) {
   byId("dialog").close();
   byId("said").replaceChildren();
   byId("views").hidden = byId("sign-out").hidden = true;
-  for (const name of Object.keys(views)) byId(name).hidden = true;
+  for (const name of Object.keys(views)) byId(`view-${name}`).hidden = true;
   byId("sign-in").hidden = false;
   document.title = "weightsync";
   say(byId("sign-in-error"), why);

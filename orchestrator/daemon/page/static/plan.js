@@ -94,6 +94,7 @@ export class PlanView {
     }
     const wide = left + targets.names.length * CELL + 8;
     const high = top + sources.names.length * CELL + 8;
+    this.map.replaceChildren(...shapes);
     set(this.map, "viewBox", `0 0 ${wide} ${high}`);
     set(this.map, "width", wide);
     set(this.map, "height", high);
