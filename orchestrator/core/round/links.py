@@ -91,6 +91,15 @@ def used(current: Round, seen: Seen) -> dict[str, LinkUse]:
     return found
 
 
+def measured(seen: Seen) -> dict[str, float]:
+    """The most that an end of each kind of link has carried, in 10^9 bytes per second; without those unknown."""
+    rates: dict[str, float] = {}
+    for (kind, _), rate in seen.items():
+        if rate:
+            rates[kind] = max(rates.get(kind, 0.0), round(rate / GB, 3))
+    return rates
+
+
 def _slow(link: _Link, kind: LinkKind, seen: float) -> list[SlowEdge]:
     least = RATES[kind].least if kind in RATES else 0.0
     wanted = SLOW_SHARE * max(seen, least)

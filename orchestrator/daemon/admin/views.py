@@ -242,11 +242,15 @@ class PartyView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayoutsView(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of ``/plan/layouts``: what the current plan was made from; ``root`` is its fingerprint."""
+    """The answer of ``/plan/layouts``: what the current plan was made from; ``root`` is its fingerprint.
+
+    ``gb_per_s``: the most that an end of each kind of link has carried in this fleet, in 10^9 bytes per second.
+    """
 
     run: str
     root: str
     parties: tuple[PartyView, ...]
+    gb_per_s: dict[str, float] = {}
     schema: int = VIEW_SCHEMA
 
 

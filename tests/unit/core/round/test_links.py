@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fleets import rank, trainer
 from weightsync.orchestrator.core.records import LinkUse, RoundEnded, SlowEdge, decode_record, encode_record
-from weightsync.orchestrator.core.round.links import JUDGED_BYTES, MAX_SLOW, Seen, used
+from weightsync.orchestrator.core.round.links import JUDGED_BYTES, MAX_SLOW, Seen, measured, used
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
@@ -66,6 +66,7 @@ def test_a_link_is_held_to_what_it_did_before_but_only_where_engines_land_alike(
     close(good, 0, rank("a"), MUCH / 30e9)
     assert used(good, seen)["nic"].slow_edges == 0
     assert seen == {("nic", "copy"): pytest.approx(30e9)}
+    assert measured(seen | {("nic", "live"): 9e9, ("tcp", "live"): 0.0}) == {"nic": 30.0}
     for rate, slow in ((15.1e9, 0), (14.9e9, 1)):
         current = a_round({"a": 1})
         close(current, 0, rank("a"), MUCH / rate)
