@@ -83,7 +83,7 @@ format: setup ## let ruff mend what it can
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
 
-bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy and in live, beside its ordinary gaps
+bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy, flip and live, beside its ordinary gaps
 	$(BENCH) tests/benchmarks/bench_stall.py
 
 bench-plan: setup ## JSON lines: planning for a trillion parameters
