@@ -37,7 +37,7 @@ def _mremap() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
+class _PageTrade:
     """``size`` bytes in whole pages at two addresses, and a third to which they go meanwhile."""
 
     live: int
@@ -70,7 +70,7 @@ class HostPages:
         self._mappings = [_mapping(room), _mapping(max((t.numel() for t in tensors), default=0) + 2 * TABLE_BYTES)]
         whole, between = (torch.frombuffer(mapping, dtype=torch.uint8) for mapping in self._mappings)
         self._standby: list[torch.Tensor] = []
-        self._exchanges: list[_Exchange] = []
+        self._trades: list[_PageTrade] = []
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
         end = whole.data_ptr()
         for tensor in self._tensors:
@@ -98,7 +98,7 @@ class HostPages:
             if part.start < part.stop:
                 self._copied.append((live[part], standby[part]))
         first = live.data_ptr() + begin
-        self._exchanges.append(_Exchange(first, standby.data_ptr() + begin, _alike(first, between), size))
+        self._trades.append(_PageTrade(first, standby.data_ptr() + begin, _alike(first, between), size))
 
     def standby_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """See ``paged.Pages.standby_of``."""
@@ -114,15 +114,15 @@ class HostPages:
 
     def flip(self) -> None:
         """See ``paged.Pages.flip``."""
-        done: list[_Exchange] = []
+        done: list[_PageTrade] = []
         try:
-            for exchange in self._exchanges:
-                self._exchange(exchange)
-                done.append(exchange)
+            for trade in self._trades:
+                self._trade(trade)
+                done.append(trade)
         except OSError as error:
             try:
-                for exchange in done:
-                    self._exchange(exchange)
+                for trade in done:
+                    self._trade(trade)
             except OSError as again:
                 raise PagesTorn(
                     f"flip failed ({error}), and so did the way back ({again}); restart the engine"
@@ -133,7 +133,7 @@ class HostPages:
             live.copy_(standby)
             standby.copy_(kept)
 
-    def _exchange(self, of: _Exchange) -> None:
+    def _trade(self, of: _PageTrade) -> None:
         """All or nothing.
 
         Raises:
