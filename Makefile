@@ -39,7 +39,7 @@ $(VENV)/.docs: tests/requirements-docs.txt $(VENV)/.installed
 docs: setup $(VENV)/.docs ## build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed while it answers
+demo: setup ## daemon, two trainer ranks, two real vLLMs; five versions pushed while they answer
 	@$(BIN)/weightsync-orchestrator demo
 
 test: test-unit test-e2e ## all tests that need no GPU
