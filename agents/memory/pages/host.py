@@ -66,7 +66,7 @@ class HostPages:
                 raise PagesUnavailable(f"weights at {other.data_ptr():#x} overlap others; set WEIGHTSYNC_MODE=copy")
         self.bytes = 2 * sum(tensor.numel() for tensor in tensors)
         self._move = _mremap()
-        room = sum(tensor.numel() + 2 * TABLE_BYTES for tensor in tensors)
+        room = TABLE_BYTES + sum(tensor.numel() + TABLE_BYTES for tensor in tensors)
         self._mappings = [_mapping(room), _mapping(max((t.numel() for t in tensors), default=0) + 2 * TABLE_BYTES)]
         whole, between = (torch.frombuffer(mapping, dtype=torch.uint8) for mapping in self._mappings)
         self._standby: list[torch.Tensor] = []
