@@ -222,7 +222,7 @@ def _address(settings: Settings) -> Iterator[Finding]:
 
 def _descriptors(settings: Settings) -> Iterator[Finding]:
     # Under systemd another limit may hold than in this shell.
-    problem = too_few(reachable(), settings.engines, settings.trainer.world)
+    problem = too_few(reachable(), settings)
     if problem is not None:
         yield Finding("error", problem.problem, problem.fix, "open files")
 

@@ -4,6 +4,7 @@ Nothing torn is served, and the version goes on. The witness asks throughout; wh
 module's last test is over (``conftest.scene``).
 """
 
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ MODE = "live"
 """See ``conftest.scene``."""
 
 HARMED_TRAINER = Path(__file__).with_name("harmed_trainer.py")
+
+RECOVERY = 3.0
+"""Seconds that the engine may stand still for a restart in a round, beside the absence of a daemon."""
 
 IN_A_ROUND = [
     pytest.param("after RoundBegan", marks=pytest.mark.long),
@@ -36,8 +40,12 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.signal_daemon_at(point, "SIGKILL")
     step = scene.begin()
     scene.wait_daemons_death()
+    died = time.monotonic()
     scene.start_daemon()
+    absence = time.monotonic() - died
     scene.end(step)
+    silence = scene.witness.silence(died)
+    assert silence <= absence + RECOVERY, f"without an answer for {silence:.1f} s, {absence:.1f} s without a daemon"
     scene.was_committed(step)
 
 
