@@ -41,7 +41,7 @@ $(VENV)/.docs: tests/requirements-docs.txt $(VENV)/.installed
 docs: setup $(VENV)/.docs ## build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed while it answers
+demo: setup ## daemon, two trainer ranks, two real vLLMs; five versions pushed while they answer
 	@$(BIN)/weightsync-orchestrator demo
 
 test: test-unit test-e2e ## all tests that need no GPU
@@ -88,7 +88,7 @@ format: setup ## let ruff mend what it can
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
 
-bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy and in live, beside its ordinary gaps
+bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy, flip and live, beside its ordinary gaps
 	$(BENCH) tests/benchmarks/bench_stall.py
 
 bench-plan: setup ## JSON lines: planning for a trillion parameters
