@@ -3,12 +3,16 @@
 import configparser
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.daemon.outbox import STUCK_SECONDS
+from weightsync.orchestrator.daemon.runner import STOP_SECONDS
 from weightsync.orchestrator.settings.credentials import ROLES
+from weightsync.orchestrator.settings.sections import DeadlinesSection
 from weightsync.orchestrator.settings.settings import load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -25,7 +29,7 @@ def unit() -> configparser.RawConfigParser:
 
 def test_the_unit_does_not_restart_what_cannot_get_better() -> None:
     service = unit()["Service"]
-    assert service["Restart"] == "on-failure"
+    assert service["Restart"] == "always"
     assert set(service["RestartPreventExitStatus"].split()) == {str(Exit.USAGE.value), str(Exit.CONFIG.value)}
     assert unit()["Unit"]["StartLimitIntervalSec"] == "0"
     assert int(service["LimitNOFILE"]) >= 65536
@@ -33,6 +37,33 @@ def test_the_unit_does_not_restart_what_cannot_get_better() -> None:
     assert loaded == [(f"{role}.token",) * 2 for role in ROLES]
     for hardening in ("NoNewPrivileges", "ProtectHome", "PrivateDevices", "RestrictSUIDSGID"):
         assert service[hardening] == "yes"
+
+
+def test_the_unit_is_told_when_the_daemon_serves_and_that_it_works() -> None:
+    service = unit()["Service"]
+    assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
+    # What may be slow without being broken: a batch that waits for the disk, of which /readyz tells after this time.
+    assert float(service["WatchdogSec"]) > 4 * STUCK_SECONDS
+    assert float(service["TimeoutStopSec"]) > DeadlinesSection().stop_seconds + STOP_SECONDS
+    assert service["LimitCORE"] == "0"
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+
+
+ANALYSE = shutil.which("systemd-analyze")
+
+
+@pytest.mark.skipif(ANALYSE is None, reason="systemd is not here to be asked")
+def test_systemd_understands_the_unit_and_finds_it_closed(tmp_path: Path) -> None:
+    assert ANALYSE is not None
+    program = tmp_path / "weightsync-orchestrator"
+    program.write_text("#!/bin/true")
+    program.chmod(0o755)
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/weightsync/bin/weightsync-orchestrator", str(program)))
+    for question in (["verify", "--man=no"], ["security", "--offline=true", "--threshold=20"]):  # 2.0
+        done = subprocess.run([ANALYSE, *question, copy], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Unknown" not in done.stderr
 
 
 def test_the_units_environment_fits_the_settings(tmp_path: Path) -> None:
