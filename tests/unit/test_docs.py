@@ -194,6 +194,9 @@ def test_figures_are_those_of_the_filed_lines() -> None:
     filed = {line["figure"]: line for line in map(json.loads, lines)}
     rows = FIGURE.findall((ROOT / "docs/performance.md").read_text())
     assert len(rows) > 20
+    shown = FIGURE.findall((ROOT / "README.md").read_text())
+    assert len(shown) > 4
+    assert set(shown) <= set(rows)
     for figure, value, n, spread in rows:
         assert int(n) == filed[figure]["n"], figure
         assert _as_shown(filed[figure]["value"], value), figure
