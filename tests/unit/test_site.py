@@ -51,6 +51,16 @@ def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> N
     assert sorted(placed) == sorted(files | set(hooks.PAGES.values()) | set(hooks.generated()))
 
 
+def test_each_how_to_is_a_page_of_its_own() -> None:
+    _, _, nav = (ROOT / "mkdocs.yml").read_text().partition("\n  - How to:\n")
+    pages = re.findall(r": ([\w/-]+\.md)$", nav.partition("\n  - ")[0], re.MULTILINE)
+    assert pages == [
+        "how-to/fsdp2.md", "adapters/trl.md", "adapters/verl.md", "adapters/vllm.md", "how-to/slurm.md",
+        "how-to/systemd.md", "how-to/kubernetes.md", "adding-a-model.md", "how-to/new-engine.md",
+        "how-to/new-transport.md",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("source", "text", "shown"),
     [
