@@ -11,6 +11,7 @@ from types import ModuleType
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from weightsync.agents.transport.registry import TRANSPORTS
 from weightsync.orchestrator.cli.completion import words_of
 from weightsync.orchestrator.cli.main import parser
 from weightsync.orchestrator.core.round.phases import ROWS
@@ -139,6 +140,16 @@ def test_every_phase_and_report_of_a_round_is_drawn_and_listed() -> None:
         ]
     assert "only forward" in page.partition("deciding</text>")[2][:80]
     assert set(of_rounds.DONE) == set(Action)
+
+
+def test_every_transport_and_rendezvous_is_among_the_methods_to_choose_from() -> None:
+    page = (ROOT / "docs" / "transfer-methods.md").read_text()
+    schema = Settings.model_json_schema()
+    for section in ("transport", "rendezvous"):
+        for kind in schema["properties"][section]["discriminator"]["mapping"]:
+            assert f"`{kind}`" in page, kind
+    tags = {settings.__struct_config__.tag for settings in TRANSPORTS}
+    assert set(schema["properties"]["transport"]["discriminator"]["mapping"]) == tags
 
 
 def test_every_marker_is_described_with_its_fields() -> None:
