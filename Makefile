@@ -9,7 +9,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu gpu-multi families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu test-slurm chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu gpu-multi families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 
 test-long: setup ## neighbours of those, and many faults one after the other
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m long
+
+test-slurm: setup ## the job script on a slurmctld and slurmds of this machine, as root (Debian: slurmctld slurmd slurm-client munge)
+	WEIGHTSYNC_SLURM=1 $(PYTEST) -m e2e tests/e2e/test_slurm.py
 
 chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase
 	$(PYTEST) -m e2e tests/chaos
