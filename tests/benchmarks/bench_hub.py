@@ -43,6 +43,7 @@ from weightsync.agents.link.connection import DaemonConnection
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.access.door import DoorLimits
+from weightsync.orchestrator.daemon.access.pace import PaceLimits
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
@@ -158,7 +159,9 @@ def measure_hub(agents: int) -> HubResult:
     return result
 
 
-ALL_AT_ONCE = DoorLimits(strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS)
+ALL_AT_ONCE = DoorLimits(
+    strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS, pace=PaceLimits(burst=1 << 20)
+)
 """Here all agents connect first and say their Hello at one moment, from one address."""
 
 
