@@ -16,8 +16,8 @@ another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
 * ``hub_tls_…``: the same with TLS 1.3, for the numbers of agents in ``--tls``. ``hub_tls_over_plain_barrier_N``: what
   TLS makes of a barrier's median.
 * ``hub_agents_stable_N``: agents that came through the daemon's own door, all from one address, as soon as it lets
-  them, and were still there, on their first connection, STAY_SECONDS after the last had come; ``hub_agents_come_N_seconds``:
-  until then. ``hub_tls_agents_…`` with TLS.
+  them, and were still there, on their first connection, STAY_SECONDS after the last had come;
+  ``hub_agents_come_N_seconds``: until then. ``hub_tls_agents_…`` with TLS.
 * ``hub_growth_exponent``: slope of log(rendezvous seconds) over log(N), least squares, from GROWTH_FROM agents on.
 
 ``n`` counts repeats, ``spread`` is the largest minus the smallest of the repeats' values, ``value`` their median.
