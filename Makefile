@@ -9,7 +9,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu test-slurm chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu gpu-multi families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 
 soak: setup ## JSON lines: 2,000 rounds of stand-in engines and 50 of a real vLLM with restarts; fails if anything grows
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/soak.py
+
+fuzz: setup ## a minute of mutated bytes for each parser that strangers, peers or files reach (FUZZ_SECONDS=600 for more)
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) $(PYTEST) tests/fuzz
 
 flood: setup ## JSON lines: what thousands of strangers cost a running fleet; fails if it is more than their bound
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/flood.py
