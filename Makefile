@@ -3,11 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := $(shell find orchestrator agents kernels \( -name '*.py' -o -path '*/static/*' \) -not -path '*/__pycache__/*' 2>/dev/null)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: help setup browser docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart bench-observe
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +19,10 @@ $(VENV)/.installed: tests/requirements-cpu.txt tests/requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-cpu.txt -r tests/requirements-dev.txt
 	@touch $@
+
+browser: ## Debian's Chromium, in which the operator's page is tested, where there is no Chromium
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
 
 # Changes when a module comes or goes, not when one is edited.
 $(VENV)/.sources: $(VENV)/.installed FORCE
@@ -91,6 +96,9 @@ bench-plan: setup ## JSON lines: planning for a trillion parameters
 
 bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
 	$(BENCH) tests/benchmarks/bench_hub.py
+
+bench-observe: setup ## JSON lines: what metrics and 50 open pages cost of rounds of 128 agents
+	$(BENCH) tests/benchmarks/bench_observe.py
 
 bench-restart: setup ## JSON lines: how long engines stand still when the daemon is killed in a round and started again
 	$(BENCH) tests/benchmarks/bench_restart.py

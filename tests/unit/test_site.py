@@ -58,6 +58,7 @@ def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> N
         ("docs/architecture.md", "[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
         ("docs/adapters/trl.md", "[a](../../README.md)", "[a](../index.md)"),
         ("README.md", "[a](docs/adapters/vllm.md) [b](deploy)", "[a](adapters/vllm.md) b"),
+        ("README.md", "![a](docs/pictures/b.png)", "![a](pictures/b.png)"),
         ("README.md", "[a](https://example.org/x.md) [b](#c)", "[a](https://example.org/x.md) [b](#c)"),
         ("README.md", "[`a`](orchestrator)\n```\n[a](deploy)\n```\n[b](deploy)", "`a`\n```\n[a](deploy)\n```\nb"),
     ],
