@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # Tests at a time; most of their time is the start of a vLLM, which keeps one core busy.
 WORKERS ?= 2
-SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := $(shell find orchestrator agents kernels \( -name '*.py' -o -path '*/static/*' \) -not -path '*/__pycache__/*' 2>/dev/null)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
@@ -20,6 +21,10 @@ $(VENV)/.installed: tests/requirements-cpu.txt tests/requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-cpu.txt -r tests/requirements-dev.txt
 	@touch $@
+
+programs: ## what tests run of others, from Debian where it is not here: Chromium for the page, promtool for the alerts
+	@command -v chromium >/dev/null && command -v promtool >/dev/null || { $(SUDO) apt-get update -qq && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium prometheus; }
 
 # Changes when a module comes or goes, not when one is edited.
 $(VENV)/.sources: $(VENV)/.installed FORCE
@@ -102,6 +107,9 @@ bench-plan: setup ## JSON lines: planning for a trillion parameters
 
 bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
 	$(BENCH) tests/benchmarks/bench_hub.py
+
+bench-observe: setup ## JSON lines: what metrics and 50 open pages cost of rounds of 128 agents
+	$(BENCH) tests/benchmarks/bench_observe.py
 
 bench-restart: setup ## JSON lines: how long engines stand still when the daemon is killed in a round and started again
 	$(BENCH) tests/benchmarks/bench_restart.py

@@ -78,7 +78,7 @@ def _link(found: "re.Match[str]", source: str) -> str:
     place = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if place in PAGES:
         page = PAGES[place]
-    elif place.startswith("docs/") and place.endswith(".md"):
+    elif place.startswith("docs/") and place.endswith((".md", ".png")):
         page = place.removeprefix("docs/")
     else:
         return label

@@ -72,6 +72,7 @@ def test_each_how_to_is_a_page_of_its_own() -> None:
         ("docs/architecture.md", "[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
         ("docs/adapters/trl.md", "[a](../../README.md)", "[a](../index.md)"),
         ("README.md", "[a](docs/adapters/vllm.md) [b](deploy)", "[a](adapters/vllm.md) b"),
+        ("README.md", "![a](docs/pictures/b.png)", "![a](pictures/b.png)"),
         ("README.md", "[a](https://example.org/x.md) [b](#c)", "[a](https://example.org/x.md) [b](#c)"),
         ("README.md", "[`a`](orchestrator)\n```\n[a](deploy)\n```\n[b](deploy)", "`a`\n```\n[a](deploy)\n```\nb"),
     ],
