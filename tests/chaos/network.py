@@ -6,7 +6,6 @@ learns of it. Needs root, ``ip`` of iproute2, and for a slow link the kernel's t
 
 import contextlib
 import ctypes
-import json
 import os
 import random
 import shutil
@@ -20,10 +19,6 @@ own namespace gets no device, because NIXL in other processes would take it for 
 CLONE_NEWNET = 0x40000000
 """Of Linux's <sched.h>."""
 TOOLS_SECONDS = 10.0
-WAY_ADDRESSES = 16
-"""Of one further network of this one; all are of 203.0.113.0/24, which is for documentation (RFC 5737)."""
-ESTABLISHED = "01"
-"""Of a TCP connection in /proc/net/tcp (proc(5))."""
 NOWHERE = "02:57:53:00:00:ff"
 """A link address that no host has."""
 
@@ -83,35 +78,6 @@ class Network:
         except BaseException:
             self.close()
             raise
-
-    def add_way(self, way: int, *names: str) -> str:
-        """Another device at each of these hosts, all of one network; its name there. ``way`` counts from 1."""
-        device = f"way{way}"
-        for name in names:
-            host = self.hosts[name]
-            number, port = list(self.hosts).index(name) + 1, f"{host.port}way{way}"
-            inside = _in(host.namespace)
-            peer = ["type", "veth", "peer", "name", port, "netns", self._switch]
-            _tool("ip", *inside, "link", "add", device, *peer)
-            _tool("ip", *_in(self._switch), "link", "set", port, "master", "switch", "up")
-            _tool("ip", *inside, "address", "add", f"203.0.113.{WAY_ADDRESSES * way + number}/28", "dev", device)
-            _tool("ip", *inside, "link", "set", device, "up")
-        return device
-
-    def remove_way(self, device: str, name: str) -> None:
-        """The device is gone from that host for good, with its addresses; no connection of it hears of that."""
-        _tool("ip", *_in(self.hosts[name].namespace), "link", "del", device)
-
-    def connections(self, device: str, name: str) -> int:
-        """Established TCP connections of that host by its address of ``device``."""
-        inside = self.hosts[name].inside
-        shown = subprocess.run(
-            [*inside, "ip", "-json", "address", "show", "dev", device], capture_output=True, check=True
-        ).stdout
-        address = next(each["local"] for each in json.loads(shown)[0]["addr_info"] if each["family"] == "inet")
-        word = "".join(f"{int(part):02X}" for part in reversed(address.split(".")))
-        table = subprocess.run([*inside, "cat", "/proc/net/tcp"], capture_output=True, check=True, text=True).stdout
-        return sum(line.split()[1].startswith(word) and line.split()[3] == ESTABLISHED for line in table.splitlines())
 
     def cut(self, sender: str, receiver: str) -> None:
         """Nothing that ``sender`` sends arrives at ``receiver`` any more."""

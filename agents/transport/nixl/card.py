@@ -16,13 +16,15 @@ _DIGEST_BYTES = 32
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
-    """``scratch`` is where peers write to warm an edge up: never weights. ``process`` is drawn once by each process,
-    ``boot`` names its host's present start; empty: unknown."""
+    """``scratch`` is where peers write to warm an edge up: never weights. ``gpu``: whose memory it is that peers write
+    into, by the name that no other GPU has; empty for host memory. ``process`` is drawn once by each process, ``boot``
+    names its host's present start; empty: unknown."""
 
     schema: int
     name: str
     scratch: Region
     metadata: bytes
+    gpu: str = ""
     process: str = PROCESS
     boot: str = ""
 
@@ -54,7 +56,7 @@ def unseal(sealed: bytes, expected_name: str) -> Card:
         raise MetadataError(f"{expected_name}: the card of {len(sealed)} bytes is torn (its digest does not match)")
     try:
         card = msgspec.msgpack.decode(body, type=Card)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MetadataError(f"{expected_name}: no endpoint card: {error}") from error
     if card.schema != SCHEMA:
         raise MetadataError(f"{expected_name}: card of schema {card.schema}, this agent speaks {SCHEMA}")

@@ -85,7 +85,7 @@ class Edge:
 
 
 @dataclass(slots=True, eq=False)
-class Progress:
+class EdgeProgress:
     """One edge's state within one write. ``over``: ``Ended`` was told."""
 
     edge: Edge

@@ -28,7 +28,8 @@ def open_endpoint(name: str, settings: NixlSettings, device: torch.device) -> Ni
             ports = net_devices(index, wanted=settings.net_devices) or ports
         except NicError as error:
             log.warning("%s: UCX chooses the ports itself: %s", name, error)
-    return NixlEndpoint(name, settings, net_devices=ports)
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if index is not None else ""
+    return NixlEndpoint(name, settings, net_devices=ports, gpu=gpu)
 
 
 def bind(device: torch.device) -> int:

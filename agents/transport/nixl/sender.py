@@ -188,7 +188,8 @@ class NixlSender(Sender):
 
     def _told(self, member: Member, result: EdgeResult, ended: Ended) -> None:
         self._changed = self._changed or result.error is not None
-        ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, str(result.error or "")))
+        error, taken = str(result.error or ""), self._opened.way_to(result.peer)
+        ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error, link=taken.link, by=taken.by))
 
     async def _made_anew(self, shares: Sequence[Share], write: "_Write") -> list[Edge]:
         """Edges over other connections in the place of those that broke in a write, for what has not arrived."""

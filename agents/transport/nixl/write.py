@@ -11,8 +11,8 @@ from weightsync.agents.transport.nixl.cargo import CargoChunk
 from weightsync.agents.transport.nixl.edge import (
     Arrived,
     Edge,
+    EdgeProgress,
     EdgeResult,
-    Progress,
     State,
     Transfer,
     ask,
@@ -109,7 +109,7 @@ class Writer:
         self._probe = probe
         self._stall_seconds = stall_seconds
         self._max_gb_per_second = max_gb_per_second
-        self._all: list[Progress] = []
+        self._all: list[EdgeProgress] = []
 
     async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
         """Post everything once and wait until each edge has ended or is given up; results in the order of ``edges``."""
@@ -158,7 +158,7 @@ class Writer:
             self._collect(progress)
             self._conclude(progress)
 
-    def left(self) -> Iterator[Progress]:
+    def left(self) -> Iterator[EdgeProgress]:
         """Edges that were given up and are not over."""
         return (progress for progress in self._all if progress.error is not None and not progress.over)
 
@@ -180,12 +180,12 @@ class Writer:
         return all(progress.over for progress in self._all)
 
     # ------------------------------------------------------------------------------------------------- internals
-    def _begin(self, edge: Edge) -> Progress:
+    def _begin(self, edge: Edge) -> EdgeProgress:
         descriptors = sum(transfer.descriptors for transfer in edge.transfers)
         before, edge.before = edge.before, None
         done = before.arrived if before is not None else Arrived()
         waiting = deque(transfer for transfer in edge.transfers if transfer.number not in done.transfers)
-        progress = Progress(edge, waiting, descriptors, started=time.monotonic())
+        progress = EdgeProgress(edge, waiting, descriptors, started=time.monotonic())
         progress.ended = progress.looked = progress.started
         if before is not None:
             progress.started -= before.seconds
@@ -204,7 +204,7 @@ class Writer:
             progress.flow = self._loading.begin(edge.peer, edge.cargo, done.chunks)
         return progress
 
-    def _turn(self, progress: Progress, until: float) -> bool:
+    def _turn(self, progress: EdgeProgress, until: float) -> bool:
         """Collect what is DONE and post what the window allows, not beyond ``until``. Whether anything moved."""
         moved = self._collect(progress)
         while progress.error is None and progress.waiting and self._has_room(progress):
@@ -224,12 +224,12 @@ class Writer:
                 break
         return moved
 
-    def _has_room(self, progress: Progress) -> bool:
+    def _has_room(self, progress: EdgeProgress) -> bool:
         return len(progress.in_flight) < self._in_flight and (
             not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].bytes <= IN_FLIGHT_BYTES
         )
 
-    def _load(self, progress: Progress, chunk: CargoChunk, place: int) -> None:
+    def _load(self, progress: EdgeProgress, chunk: CargoChunk, place: int) -> None:
         """Post a chunk of the cargo."""
         assert self._loading is not None
         assert progress.edge.cargo is not None
@@ -244,7 +244,7 @@ class Writer:
         progress.descriptors += transfer.descriptors
         self._post(progress, transfer)
 
-    def _post(self, progress: Progress, transfer: Transfer) -> None:
+    def _post(self, progress: EdgeProgress, transfer: Transfer) -> None:
         state, cause = post(transfer, self._agent, self._bindings)
         if state == "DONE":  # on one host the post itself is the copy
             self._done(progress, transfer)
@@ -256,7 +256,7 @@ class Writer:
         else:
             self._given_back(progress, transfer)
 
-    def _collect(self, progress: Progress) -> bool:
+    def _collect(self, progress: EdgeProgress) -> bool:
         """Whether any transfer ended."""
         still: list[Transfer] = []
         for transfer in progress.in_flight:
@@ -274,7 +274,7 @@ class Writer:
         progress.in_flight = still
         return moved
 
-    def _stands_still(self, progress: Progress, seconds: float) -> None:
+    def _stands_still(self, progress: EdgeProgress, seconds: float) -> None:
         """Nothing of it has moved for ``seconds`` more."""
         if not progress.in_flight:
             self._look_after(progress)
@@ -285,7 +285,7 @@ class Writer:
         if limit is not None and progress.still >= limit + progress.bytes_in_flight / SLOWEST_BYTES_PER_SECOND:
             self._give_up_edge(progress, f"nothing has moved for {progress.still:.0f} s", StalledError)
 
-    def _look_after(self, progress: Progress) -> None:
+    def _look_after(self, progress: EdgeProgress) -> None:
         """Of a peer whose word is waited for, and to which nothing is on its way, NIXL would not tell that it is
         gone."""
         if time.monotonic() - progress.looked < PROBE_SECONDS:
@@ -295,19 +295,19 @@ class Writer:
         if state == "ERR":
             self._refused(progress, progress.flow.waits_for() if progress.flow is not None else "", cause)
 
-    def _done(self, progress: Progress, transfer: Transfer) -> None:
+    def _done(self, progress: EdgeProgress, transfer: Transfer) -> None:
         progress.bytes_done += transfer.bytes
         progress.ended = time.monotonic()
         (progress.loaded if transfer in progress.edge.loads else progress.arrived).add(transfer.number)
 
-    def _given_back(self, progress: Progress, transfer: Transfer) -> None:
+    def _given_back(self, progress: EdgeProgress, transfer: Transfer) -> None:
         """What a load that has ended, or whose peer is gone, held."""
         if transfer in progress.edge.loads:
             unload(progress.edge, transfer, self._bindings.errors)
             if progress.flow is not None:
                 progress.flow.give(transfer.place)
 
-    def _refused(self, progress: Progress, where: str, cause: Exception | None) -> None:
+    def _refused(self, progress: EdgeProgress, where: str, cause: Exception | None) -> None:
         """NIXL has ended a transfer without its bytes; the rest of the edge will not be posted."""
         progress.edge.broken = True
         progress.waiting.clear()
@@ -318,7 +318,7 @@ class Writer:
             if progress.flow is not None:
                 progress.flow.stop()
 
-    def _conclude(self, progress: Progress) -> None:
+    def _conclude(self, progress: EdgeProgress) -> None:
         """Tell of the edge if it is over."""
         # Of an edge that an earlier write has left, that write's transfers count, too.
         if progress.over or progress.active or progress.in_flight or progress.edge.tainted:
@@ -335,7 +335,7 @@ class Writer:
             if progress.active:
                 self._give_up_edge(progress, reason, kind)
 
-    def _give_up_edge(self, progress: Progress, reason: str, kind: type[TransferError] = TransferError) -> None:
+    def _give_up_edge(self, progress: EdgeProgress, reason: str, kind: type[TransferError] = TransferError) -> None:
         """Post nothing more; it is over once nothing is in flight."""
         if progress.error is None:
             stuck = (*progress.in_flight, *progress.waiting)[:1]
@@ -350,7 +350,7 @@ class Writer:
             progress.flow.stop()
         self._conclude(progress)
 
-    def _judge_rate(self, progress: Progress) -> None:
+    def _judge_rate(self, progress: EdgeProgress) -> None:
         result = progress.result()
         most = self._max_gb_per_second
         if most is None or progress.error is not None or result.bytes < RATE_FLOOR_BYTES:
@@ -364,7 +364,7 @@ class Writer:
             progress.error = self._error(ImplausibleRateError, progress, "", reason, "network", retry=False)
 
     def _error(
-        self, kind: type[TransferError], progress: Progress, tensor: str, reason: str, fault: Fault, *, retry: bool
+        self, kind: type[TransferError], progress: EdgeProgress, tensor: str, reason: str, fault: Fault, *, retry: bool
     ) -> TransferError:
         return kind(
             reason,

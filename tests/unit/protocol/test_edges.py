@@ -1,10 +1,10 @@
 """What is said of one edge keeps to its bounds, and its errors are fit to be told."""
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
-from weightsync.orchestrator.protocol.edges import EdgeFailure, NixlSettings, PeerTransfer
+from weightsync.orchestrator.protocol.edges import RATES, EdgeFailure, LinkKind, NixlSettings, PeerTransfer
 from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES
 from weightsync.orchestrator.protocol.names import Member
 
@@ -41,3 +41,10 @@ def test_settings_arrive_as_they_were() -> None:
 def test_what_is_out_of_bounds_is_refused(field: str, value: Any) -> None:
     with pytest.raises(msgspec.ValidationError, match=field):
         msgspec.convert({"type": "nixl", field: value}, type=NixlSettings)
+
+
+def test_every_link_that_can_be_measured_has_a_rate_and_no_link_is_expected_to_be_slower_than_the_slowest() -> None:
+    assert set(RATES) == set(get_args(LinkKind)) - {"files", "unknown"}
+    for rate in RATES.values():
+        assert 0 < rate.least < rate.bytes_per_second / 2
+        assert rate.source.startswith(("measured: ", "published: "))

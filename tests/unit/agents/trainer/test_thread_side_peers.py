@@ -385,22 +385,15 @@ async def test_a_peer_that_is_frozen_at_connect_is_named_and_used_when_it_wakes(
     trainer.holds(a, b)
 
 
-async def test_a_connection_that_breaks_is_made_anew_under_the_same_plan(trainer: Trainer, start: Any) -> None:
+async def test_a_connection_that_breaks_is_made_anew_in_the_same_round(trainer: Trainer, start: Any) -> None:
     a, b = engines = start(A, B)
     await trainer.connect(*engines)
-    assert b.ask("sever") == "severed"
-    trainer.grant(1, A, B)
-    _, errors = await trainer.closed(1, A, B, final=True)
-    assert errors[A] == ""
-    assert errors[B]
-    trainer.said.clear()
-    trainer.reconnect()
-    if (await trainer.edges.prepare() if trainer.edges else None) != Ready(fingerprint=trainer.fingerprint):
-        await trainer.ready_with()
-    trainer.grant(2, A, B)
-    _, errors = await trainer.closed(2, A, B, final=True)
-    assert errors == {A: "", B: ""}
-    trainer.holds(a, b)
+    for number in (1, 2):
+        assert b.ask("sever") == "severed"
+        trainer.grant(number, A, B)
+        _, errors = await trainer.closed(number, A, B, final=True)
+        assert errors == {A: "", B: ""}
+        trainer.holds(a, b)
 
 
 async def test_a_restarted_engine_is_reached_in_the_place_of_the_frozen_one(trainer: Trainer, start: Any) -> None:
