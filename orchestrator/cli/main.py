@@ -106,6 +106,9 @@ def _add_views(commands: Commands) -> None:
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
     rounds.add_argument("of", nargs="*", metavar="show ROUND", help="one round in full, by its name in the table")
     status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
+    status.add_argument(
+        "--ready", action="store_true", help="for health checks, without a token: exit 0 if the daemon works, else 75"
+    )
     watch = commands.add_parser("watch", help="the status, live, until interrupted")
     watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
     watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
