@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
+from aiohttp import web
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.errors import PeerMisbehaved
 from weightsync.orchestrator.core.events import AgentLost, Event, Tick
@@ -36,6 +37,8 @@ from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.notify import Supervisor
 from weightsync.orchestrator.daemon.outbox import Outbox
+from weightsync.orchestrator.daemon.page.routes import Page
+from weightsync.orchestrator.daemon.page.timeline import Timeline
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.daemon.release import release
@@ -74,7 +77,7 @@ class Runner:
         check_kinds(settings.engines)
         self.settings, self._read = settings, read
         self.inbox = Inbox(self._decide)
-        self.planning, self.history, self.meters = Planning(), History(), Meters()
+        self.planning, self.history, self.meters, self.timeline = Planning(), History(), Meters(), Timeline()
         self.markers = MarkerThread(settings.run.directory, settings.run.id)
         self.stable = StableWatch(self.markers, self.inbox, settings.run.directory, settings.rescan_seconds)
         timing = HubTiming(
@@ -97,6 +100,7 @@ class Runner:
         self.engines: Engines
         self.group: Group
         self.outbox: Outbox
+        self.page: Page
         self.reload: Reload
         self.stopping: Stopping
 
@@ -132,6 +136,7 @@ class Runner:
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
                     group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
+                    group.create_task(self.page.stream.run(), name="pages"),
                 ]
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
@@ -196,10 +201,23 @@ class Runner:
             work=lambda: self.outbox.obstacle,
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
+        self.page = Page(
+            fleet=self.fleet,
+            history=self.history,
+            timeline=self.timeline,
+            status=views.status,
+            plan=lambda: self.planning.plan,
+            directory=self.settings.state_directory,
+        )
+
+        def configure(app: web.Application) -> None:
+            views.add_routes(app)
+            self.page.add_routes(app)
+
         listen = self.settings.listen
         if listen.insecure and listen.tls is None:
             log.warning("listen.insecure: tokens of viewers and operators can be read on its network", host=listen.host)
-        return await self.hub.start(listen.host, listen.port, views.add_routes)
+        return await self.hub.start(listen.host, listen.port, configure)
 
     def _sections(self) -> list[EngineSection]:
         """All engines, as they are configured or have introduced themselves."""
@@ -234,6 +252,7 @@ class Runner:
                 break
             except PeerMisbehaved as error:  # before it changed anything: the rest is decided as if it had not come
                 events = self._without(events, error)
+        self.timeline.happened(self.fleet, events, now)
         if commands:
             self.meters.commanded(commands)
             self.outbox.put(commands)

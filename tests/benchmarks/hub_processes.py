@@ -29,6 +29,9 @@ class Child:
             raise TimeoutError(f"the {self._process.name} said nothing for {seconds} s")
         return self._pipe.recv()
 
+    def send(self, what: object) -> None:
+        self._pipe.send(what)
+
     def __enter__(self) -> "Child":
         return self
 
