@@ -8,7 +8,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart bench-observe
+.PHONY: help setup browser pictures docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart bench-observe
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ types: setup ## mypy --strict
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+pictures: setup browser ## take the pictures of docs/page.md anew
+	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/page/pictures.py docs/pictures
 
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py

@@ -80,10 +80,11 @@ class WatchedFleet:
         assert "error" not in answer, answer
 
     def close(self) -> None:
+        """Engines and trainer have nothing to put away."""
+        for process in [*(self.trainer.ranks if self.trainer else []), *(e.process for e in self.standins.values())]:
+            if process is not None:
+                process.kill()
         self.fleet.close()
-        for engine in self.standins.values():
-            if engine.process is not None:
-                engine.process.stop()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import StatusView
 from weightsync.orchestrator.daemon.page.explained import Explained, PlanNotExplained, RatesView
 from weightsync.orchestrator.daemon.page.files import file_routes
-from weightsync.orchestrator.daemon.page.stream import PageStream, StreamsFull, Viewer
+from weightsync.orchestrator.daemon.page.stream import PageStream, StreamRefused, Viewer
 from weightsync.orchestrator.daemon.page.timeline import Timeline
 from weightsync.orchestrator.planner import Plan
 
@@ -65,8 +65,8 @@ class Page:
         viewer = Viewer(credential, credential.partition(" ")[0] == "operator")
         try:
             return await self.stream.serve(request, viewer)
-        except StreamsFull as full:
-            return web.Response(status=503, text=f"{full}\n", headers={"Retry-After": RETRY_SECONDS})
+        except StreamRefused as refused:
+            return web.Response(status=503, text=f"{refused}\n", headers={"Retry-After": RETRY_SECONDS})
 
     async def explain(self) -> web.Response:
         """``/plan/explanation``."""

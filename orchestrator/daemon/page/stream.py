@@ -39,8 +39,8 @@ HEADERS: Final = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", hdrs.CA
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class StreamsFull(Exception):
-    """MAX_PAGES are open."""
+class StreamRefused(Exception):
+    """MAX_PAGES are open, or the daemon stops; the message says which."""
 
 
 class Viewer(msgspec.Struct, frozen=True):
@@ -68,7 +68,7 @@ class PageStream:
     def __init__(self, status: Callable[[], Awaitable[StatusView]], history: History, timeline: Timeline) -> None:
         self._status, self._history, self._timeline = status, history, timeline
         self._taps: set[_Tap] = set()
-        self._serving = 0
+        self._serving, self._stopping = 0, False
         self._wanted = asyncio.Event()
         self._told = (-1, "", 0)
         self.dropped = 0
@@ -86,6 +86,7 @@ class PageStream:
                     self.end()
                 await asyncio.sleep(BEAT_SECONDS)
         finally:
+            self._stopping = True  # pages whose stream ends ask for the next one, for which nobody would wait
             self.end()
 
     def end(self) -> None:
@@ -99,10 +100,12 @@ class PageStream:
         """One page's stream, until it or the page ends.
 
         Raises:
-            StreamsFull.
+            StreamRefused.
         """
+        if self._stopping:
+            raise StreamRefused("the daemon is stopping")
         if self._serving >= MAX_PAGES:
-            raise StreamsFull(f"{MAX_PAGES} pages are open already; close some")
+            raise StreamRefused(f"{MAX_PAGES} pages are open already; close some")
         self._serving += 1
         try:
             return await self._serve(request, viewer)
