@@ -35,6 +35,7 @@ from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.notify import Supervisor
 from weightsync.orchestrator.daemon.outbox import Outbox
 from weightsync.orchestrator.daemon.page.routes import Page
 from weightsync.orchestrator.daemon.page.timeline import Timeline
@@ -86,12 +87,13 @@ class Runner:
             close_seconds=CLOSE_SECONDS,
         )
         allowed = raise_limit()
-        short = too_few(allowed, settings.engines, settings.trainer.world)
+        short = too_few(allowed, settings)
         if short is not None:
             raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
+        self.supervisor = Supervisor()
         self._frozen_for = 0
         self.fleet: Fleet
         self.journal: AsyncJournal
@@ -142,9 +144,11 @@ class Runner:
                 log.info(
                     "the daemon serves", release=release(), run=self.settings.run.id, epoch=self.fleet.epoch, port=port
                 )
+                self.supervisor.ready(self.fleet.sentence)
                 if ready is not None:
                     ready(port)
                 await self.inbox.stopped.wait()
+                self.supervisor.stopping("the daemon ends")
                 for task in tasks:
                     task.cancel()
             # Out of the group, which would wrap it: its type is the exit code.
@@ -254,6 +258,8 @@ class Runner:
             self.outbox.put(commands)
         self.stopping.decided()
         self._freeze_after_rendezvous()
+        if not self.outbox.obstacle:  # a tick comes here several times a second, also where nothing happens
+            self.supervisor.works(self.fleet.sentence)
 
     def _without(self, events: list[Event], error: PeerMisbehaved) -> list[Event]:
         """Send the agent away whose message cannot be true; the events without those of its connection."""

@@ -14,12 +14,14 @@ _DIGEST_BYTES = 32
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
-    """``scratch`` is where peers write to warm an edge up: never weights."""
+    """``scratch`` is where peers write to warm an edge up: never weights. ``gpu``: whose memory it is that peers write
+    into, by the name that no other GPU has; empty for host memory."""
 
     schema: int
     name: str
     scratch: Region
     metadata: bytes
+    gpu: str = ""
 
 
 def seal(card: Card) -> bytes:
@@ -39,7 +41,7 @@ def unseal(sealed: bytes, expected_name: str) -> Card:
         raise MetadataError(f"{expected_name}: the card of {len(sealed)} bytes is torn (its digest does not match)")
     try:
         card = msgspec.msgpack.decode(body, type=Card)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MetadataError(f"{expected_name}: no endpoint card: {error}") from error
     if card.schema != SCHEMA:
         raise MetadataError(f"{expected_name}: card of schema {card.schema}, this agent speaks {SCHEMA}")
