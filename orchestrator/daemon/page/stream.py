@@ -28,6 +28,9 @@ BEAT_SECONDS: Final = 0.5
 STATUS_BEATS: Final = 2
 """A status is told once in so many beats."""
 
+FRESH_SECONDS: Final = 0.5
+"""For so long what one page was told first is told to others: all of them come at once when a daemon has started."""
+
 STREAM_SECONDS: Final = 45.0
 """Less than ``DoorLimits.request_seconds``."""
 
@@ -71,6 +74,7 @@ class PageStream:
         self._serving, self._stopping = 0, False
         self._wanted = asyncio.Event()
         self._told = (-1, "", 0)
+        self._greeting = (-FRESH_SECONDS, b"")
         self.dropped = 0
         """Pages that were cut off, because they did not keep up."""
 
@@ -117,9 +121,8 @@ class PageStream:
         response.force_close()
         response.enable_chunked_encoding()
         await response.prepare(request)
-        now = asyncio.get_running_loop().time()
         # By the response itself, which holds the headers back until there is a body.
-        await response.write(_event("viewer", viewer) + await self._status_event() + self._lanes_event(now))
+        await response.write(_event("viewer", viewer) + await self._greet())
         transport = request.transport
         if transport is not None:
             with self._tapped(transport) as tap, contextlib.suppress(TimeoutError):
@@ -171,6 +174,13 @@ class PageStream:
         self._taps.discard(tap)
         if not self._taps:
             self._wanted.clear()
+
+    async def _greet(self) -> bytes:
+        """What a page is told first; what has changed since then comes with the next beats."""
+        now = asyncio.get_running_loop().time()
+        if now - self._greeting[0] >= FRESH_SECONDS:
+            self._greeting = (now, await self._status_event() + self._lanes_event(now))
+        return self._greeting[1]
 
     async def _status_event(self) -> bytes:
         # Its rounds are told one by one as they end, and those before by /rounds.
