@@ -53,6 +53,7 @@ class Page:
     ) -> None:
         self._timeline, self._directory = timeline, directory
         self._explained = Explained(plan, lambda: fleet.round is not None)
+        self._rates = (-1, b"")
         self.stream = PageStream(status, history, timeline)
 
     def add_routes(self, app: web.Application) -> None:
@@ -84,8 +85,10 @@ class Page:
         return _json(msgspec.json.encode(AuditView(tuple(lines))))
 
     def rates(self) -> web.Response:
-        """``/plan/rates``."""
-        return _json(msgspec.json.encode(RatesView(self._timeline.rates())))
+        """``/plan/rates``: put together once for all pages that ask when a round has ended."""
+        if self._rates[0] != self._timeline.ended:
+            self._rates = (self._timeline.ended, msgspec.json.encode(RatesView(self._timeline.rates())))
+        return _json(self._rates[1])
 
 
 def page_routes(page: Page) -> list[web.RouteDef]:

@@ -93,12 +93,13 @@ class _Trail:
 
 
 class Timeline:
-    """Belongs to the daemon's loop. ``changes`` grows whenever a view would show something new."""
+    """Belongs to the daemon's loop. ``changes`` grows whenever a view would show something new, ``ended`` with each
+    round that ends."""
 
     def __init__(self) -> None:
-        self.changes = 0
+        self.changes = self.ended = 0
         self._trail: _Trail | None = None
-        self._ended: deque[Round] = deque(maxlen=KEPT_ROUNDS)
+        self._kept: deque[Round] = deque(maxlen=KEPT_ROUNDS)
         self._flows: Mapping[tuple[Member, Member], int] = {}
 
     def happened(self, fleet: Fleet, events: Iterable[Event], now: float) -> None:
@@ -109,7 +110,8 @@ class Timeline:
                 self._mark(trail, event, now)
             if current is not trail.round:
                 trail.ended = now - trail.round.began
-                self._ended.append(trail.round)
+                self._kept.append(trail.round)
+                self.ended += 1
                 self._flows = fleet.plan.flows if fleet.plan is not None else {}
                 self.changes += 1
         if current is None:
@@ -141,7 +143,7 @@ class Timeline:
     def rates(self) -> tuple[EdgeRate, ...]:
         """Of each edge of the plan, its last transfer that ended well. Put together here, where nobody waits for it."""
         found: dict[tuple[Member, Member], tuple[int, float]] = {}
-        for ended in self._ended:
+        for ended in self._kept:
             for writer, done in ended.closed.items():
                 for peer, moved in done.items():
                     if (writer, peer) in self._flows and not moved.error:
