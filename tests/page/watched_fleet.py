@@ -85,6 +85,7 @@ class WatchedFleet:
         for process in [*(self.trainer.ranks if self.trainer else []), *(e.process for e in self.standins.values())]:
             if process is not None:
                 process.kill()
+                process.stop()
         self.fleet.close()
 
 
