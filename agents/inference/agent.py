@@ -129,8 +129,8 @@ class InferenceAgent:
     def begin(self, info: InitInfo) -> None:
         """Start the agent's thread; the same info again does nothing while the thread lives.
 
-        A thread that has ended is replaced, and so is one whose daemon has moved (``hub_url``, ``token_file``): this
-        memory is the same, so what the old thread obeyed binds the new one.
+        A thread that has ended is replaced, and so is one whose daemon has moved (``hub_url``, in a demo): this memory
+        is the same, so what the old thread obeyed binds the new one.
 
         Raises:
             InfoError: a daemon was obeyed here, and ``info`` names another run or another place in the fleet. Writers

@@ -160,7 +160,9 @@ class Runner:
         return commands
 
     def _open_outbox(self) -> None:
-        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted)
+        self.engines = Engines(
+            self.settings, self.inbox, lambda: self.fleet.memory.admitted, self.access.credentials.of_engine
+        )
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
             inbox=self.inbox,

@@ -19,6 +19,7 @@ from weightsync.orchestrator.settings.credentials import make_tokens, role_file
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
 ENGINE: Final = "engine-0"
+RUN: Final = "demo"
 
 MODEL: Final[dict[str, object]] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -178,7 +179,7 @@ class DemoRun:
     def _configuration(self) -> str:
         return (
             "# The demo's daemon; weightsync-orchestrator config example explains every key.\n"
-            f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
+            f"run:\n  id: {RUN}\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"
             f"credentials: {json.dumps(str(self.credentials))}\n"
@@ -199,7 +200,7 @@ class DemoRun:
             sys.executable, "-m", "weightsync.agents.trainer.demo",
             "--hub", f"ws://{HOST}:{self.hub.number}/agents",
             "--token-file", str(role_file(self.credentials, "trainer")),
-            "--run-id", "demo", "--run-dir", str(self.directory / "run"),
+            "--run-id", RUN, "--run-dir", str(self.directory / "run"),
             "--model-config", str(self.model), "--tokens", str(self.directory / "tokens.json"),
             "--learning-rate", str(LEARNING_RATE), "--steps", str(self.steps[-1]),
             "--publish-every", str(steps_per_version(self.versions)),
@@ -244,6 +245,10 @@ class DemoRun:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": HOST,
             "VLLM_LOOPBACK_IP": HOST,
+            "WEIGHTSYNC_HUB_URL": f"ws://{HOST}:{self.hub.number}/agents",
+            "WEIGHTSYNC_RUN_ID": RUN,
+            "WEIGHTSYNC_ENGINE": ENGINE,
+            "WEIGHTSYNC_TOKEN_FILE": str(role_file(self.credentials, "engine")),
         }
         if self.vllm.cpu_plugin is not None:
             paths = [str(self.vllm.cpu_plugin), *self._metadata(), os.environ.get("PYTHONPATH", "")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_cores import DPEngineCore, EngineCore, PauseState, config, pretend_vllm, servable
 from weightsync.agents.inference import application
-from weightsync.agents.link.applicant import ApplicantError
+from weightsync.agents.inference.place import PlaceError
 from weightsync.agents.vllm import gate, hold, lease, workers
 
 
@@ -450,5 +450,5 @@ def test_one_that_cannot_say_who_it_is_does_not_start(
 ) -> None:
     monkeypatch.setenv(application.URL_VARIABLE, "http://h:8000")
     monkeypatch.delenv("WEIGHTSYNC_ENGINE", raising=False)
-    with pytest.raises(ApplicantError, match="WEIGHTSYNC_ENGINE"):
+    with pytest.raises(PlaceError, match="WEIGHTSYNC_ENGINE"):
         core_class(config())
