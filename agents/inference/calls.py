@@ -5,7 +5,7 @@ for each round; both arrive as the body of a call to the engine. The agent reach
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
@@ -147,6 +147,10 @@ class WeightHolder(Protocol):
 
     def switch(self, info: SwitchInfo, /) -> None:
         """Serve what waits in standby; returns when it is in place, and raises when it is not."""
+
+    def around(self, change: Callable[[], T], /) -> T:
+        """What ``change`` returns, of which nobody knows what it does to the weights: unless their digest is the same
+        afterwards, nothing runs on them before a round has written them anew."""
 
     def close(self) -> None:
         """The worker ends."""
