@@ -22,7 +22,7 @@ import pytest
 import torch
 from fleet import Fleet, Trainer, fleet
 from scripted_trainer import masters
-from serving import HOST, VllmServer, answers, free_port
+from serving import DEFAULT_PROMPTS, HOST, Hammer, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -31,6 +31,7 @@ from weightsync.agents.link.token import read_token
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import UnfitTensor, UnreadTensors
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.vllm.routes import PUBLIC
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.protocol.codec import decode_from_daemon
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -38,10 +39,12 @@ from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Welcome
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.protocol.proof import (
+    ADMIN_HEADER,
     KEY_HEADER,
     NONCE_BYTES,
     NONCE_HEADER,
     Challenge,
+    admin_key,
     agent_proof,
     key_of,
 )
@@ -423,7 +426,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served")
-    server = VllmServer(qwen3, log=directory / "vllm.log").start()
+    env = {"WEIGHTSYNC_ALLOW_CALLS": "look_at_weights,change_weights"}
+    meddler = ("--worker-extension-cls", "weightsync_cpu_test_plugin.Meddler")
+    server = VllmServer(qwen3, env=env, arguments=meddler, log=directory / "vllm.log").start()
     settings = {"deadlines": {"join_seconds": JOIN_SECONDS}, "commit": {"patience_seconds": 1}}
     try:
         server.wait_ready()
@@ -436,6 +441,83 @@ def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             yield Served(whole, server, trainer)
     finally:
         server.close()
+
+
+# ----------------------------------------------------------------------------------- strangers at a server that is held
+def strangers(served: Served) -> dict[str, dict[str, str]]:
+    """What somebody may have instead of the admin key, as headers."""
+    tokens = {
+        role: read_token(served.whole.credentials / f"{role}.token") for role in ("trainer", "viewer", "operator")
+    }
+    run, name, engine = served.whole.run_id, "engine", served.server.token
+    return {
+        "nothing": {},
+        **{f"the {role}'s token": {"Authorization": f"Bearer {token}"} for role, token in tokens.items()},
+        "the engine's token itself": {"Authorization": f"Bearer {engine}", ADMIN_HEADER: engine},
+        "a key of the trainer's token": {ADMIN_HEADER: admin_key(tokens["trainer"], run, name)},
+        "another engine's key": {ADMIN_HEADER: admin_key(engine, run, "silent")},
+        "another run's key": {ADMIN_HEADER: admin_key(engine, "other", name)},
+        "which token it is": {ADMIN_HEADER: key_of(engine)},
+    }
+
+
+def nobody_is_answered(server: VllmServer) -> None:
+    """The engine is paused, and a request waits in its queue."""
+    assert server.is_paused()
+    with pytest.raises(TimeoutError):
+        server.complete((5, 6, 7), 2, timeout=1.0)
+
+
+def test_no_route_but_those_for_clients_answers_a_stranger(served: Served) -> None:
+    """Of the server's own list of its routes, each with every other credential that there is."""
+    status, document = served.server.request("GET", "/openapi.json", headers={})
+    assert status == 200
+    paths = {path: sorted(methods) for path, methods in document["paths"].items() if path not in PUBLIC}
+    assert paths.keys() >= {"/pause", "/resume", "/collective_rpc", "/sleep", "/wake_up", "/server_info", "/is_paused"}
+    for who, headers in strangers(served).items():
+        for path, methods in paths.items():
+            for method in (*methods, "OPTIONS", "HEAD"):
+                asked = path.replace("{", "").replace("}", "")
+                status, body = served.server.request(method.upper(), asked, {}, headers=headers)
+                assert status == 401, (who, method, path, body)
+    assert "asks for the engine's admin key" in str(served.server.request("POST", "/resume", {}, headers={})[1])
+    nobody_is_answered(served.server)
+
+
+ROGUE = {"hub_url": "ws://127.0.0.1:1/agents", "world": 1}
+WITH_THE_KEY: dict[str, tuple[str, Any, str]] = {
+    "resume": ("/resume", None, "not servable"),
+    "wake up": ("/wake_up", None, "not servable"),
+    "sleep": ("/sleep?level=1", None, "moves the weights"),
+    "another daemon": ("/init_weight_transfer_engine", {"init_info": ROGUE}, "contradicts WEIGHTSYNC_HUB_URL"),
+    "a file": ("/init_weight_transfer_engine", {"init_info": {"token_file": "/etc/shadow"}}, "init_info.token_file"),
+    "another name": ("/init_weight_transfer_engine", {"init_info": {"engine": "b", "world": 1}}, "WEIGHTSYNC_ENGINE"),
+    "no update": ("/update_weights", {"update_info": {}}, "/start_weight_update first"),
+    "the agent's end": ("/shutdown_weight_transfer_engine", None, "the daemon needs the agent"),
+    "its end by call": ("/collective_rpc", {"method": "shutdown_weight_transfer_engine"}, "the daemon needs the agent"),
+    "a load": ("/collective_rpc", {"method": "load_model"}, "it changes the weights"),
+    "a reload": ("/collective_rpc", {"method": "reload_weights"}, "it changes the weights"),
+    "a change": ("/collective_rpc", {"method": "update_config", "args": ["load_config", {}]}, "update_config is refu"),
+    "a reset": ("/weight_checker", {"action": "reset"}, "reset_weights is refused"),
+    "who knows": ("/collective_rpc", {"method": "execute_method"}, "nobody knows whether it changes weights"),
+    "a resume": (
+        "/collective_rpc", {"method": "weightsync_resume", "kwargs": {"incarnations": {"0": 1}}}, "not servable",
+    ),
+    "a switch": ("/collective_rpc", {"method": "weightsync_switch", "kwargs": {}}, "switch: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WITH_THE_KEY)
+def test_a_held_engine_answers_nobody_whoever_has_its_key(served: Served, what: str) -> None:
+    path, body, words = WITH_THE_KEY[what]
+    status, said = served.server.post(path, body)
+    assert status >= 400, said
+    assert words in str(said) or words in served.server.log_path.read_text(errors="replace")
+    assert served.server.is_paused()
+
+
+def test_after_all_of_that_the_held_engine_answers_nobody_still(served: Served) -> None:
+    nobody_is_answered(served.server)
 
 
 def test_an_engine_that_never_answers_delays_nobody_beyond_its_deadline(served: Served) -> None:
@@ -463,6 +545,47 @@ def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(ser
     with pytest.raises(TimeoutError, match="trainer/0 of another trainer start is still connected"):
         in_process_trainer(served.whole)
     assert [rank["pid"] for rank in served.whole.status()["trainers"]] == [rank["pid"] for rank in before]
+    assert served.publish()["sequence"] == served.step
+
+
+# ---------------------------------------------------------------------------------------- strangers at one that serves
+@pytest.mark.parametrize(
+    ("run_id", "words"), [("e2e", "this engine belongs to"), ("staging", "asks for the engine's admin key")]
+)
+def test_a_second_daemon_with_copied_tokens_gets_no_engine(
+    served: Served, tmp_path: Path, run_id: str, words: str
+) -> None:
+    """It has its own state and port, as after a copy of the configuration; and the same run, or another one."""
+    before = answers(served.server)
+    second = Fleet(tmp_path / "second", {"engine": Address(served.server.url)}, run_id=run_id)  # type: ignore[dict-item]
+    (second.credentials / "engine.token").write_text(served.server.token)
+    try:
+        second.start_daemon()
+        second.until(lambda: words in second.engine("engine")["error"], "it to be told whose the engine is")
+        assert second.engine("engine")["state"] != "serving"
+    finally:
+        second.close()
+    assert answers(served.server) == before
+    assert served.publish()["sequence"] == served.step
+    assert served.whole.engine("engine")["state"] == "serving"
+
+
+def test_after_a_call_that_changed_nothing_the_engine_serves_on(served: Served) -> None:
+    before = answers(served.server)
+    assert served.server.post("/collective_rpc", {"method": "look_at_weights"})[0] == 200
+    assert not served.server.is_paused()
+    assert answers(served.server) == before
+
+
+def test_after_a_call_that_changed_weights_nobody_is_answered_until_they_are_mended(served: Served) -> None:
+    before = answers(served.server)
+    with Hammer(served.server, clients=1, timeout=60.0) as hammer:
+        assert hammer.wait_answer()
+        assert served.server.post("/collective_rpc", {"method": "change_weights"})[0] == 200
+        served.whole.until(lambda: not served.server.is_paused(), "the daemon to mend it")
+    assert {answer for _, answer in hammer.answers} == {served.server.complete(DEFAULT_PROMPTS[0], 4)}
+    assert answers(served.server) == before
+    assert "a call from outside has changed the weights" in served.server.log_path.read_text(errors="replace")
     assert served.publish()["sequence"] == served.step
 
 
