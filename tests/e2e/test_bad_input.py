@@ -5,12 +5,16 @@ import json
 import math
 import os
 import re
+import resource
 import secrets
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +28,7 @@ from fleet import Fleet, Trainer, fleet
 from scripted_trainer import masters
 from serving import DEFAULT_PROMPTS, HOST, Hammer, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from weightsync.agents.link.client import RefusedForGood
 from weightsync.agents.link.token import read_token
@@ -223,16 +227,22 @@ WRONG_WORDS: list[dict[str, Any]] = [
 
 
 @contextlib.contextmanager
-def agent(whole: Fleet, **change: Any) -> Iterator[ClientConnection]:
-    """The connection of an agent that has said Hello, in bytes of its own."""
-    hello = HELLO | change
-    role = "trainer" if hello["member"][0] == "trainer" else "engine"
-    token = read_token(whole.credentials / f"{role}.token")
+def knocking(whole: Fleet, token: str) -> Iterator[tuple[ClientConnection, Challenge]]:
+    """A connection on which the daemon has proved itself, and its agent has said nothing yet."""
     nonce = secrets.token_hex(NONCE_BYTES)
     headers = {KEY_HEADER: key_of(token), NONCE_HEADER: nonce}
     with connect(f"ws://{HOST}:{whole.port}/agents", additional_headers=headers, compression=None) as socket:
         assert socket.response is not None
-        challenge = Challenge(whole.run_id, nonce, socket.response.headers[NONCE_HEADER], b"")
+        yield socket, Challenge(whole.run_id, nonce, socket.response.headers[NONCE_HEADER], b"")
+
+
+@contextlib.contextmanager
+def agent(whole: Fleet, credential: str = "", **change: Any) -> Iterator[ClientConnection]:
+    """The connection of an agent that has said Hello, in bytes of its own. ``credential``: in the place of its own."""
+    hello = HELLO | change
+    role = credential or ("trainer" if hello["member"][0] == "trainer" else "engine")
+    token = read_token(whole.credentials / f"{role}.token")
+    with knocking(whole, token) as (socket, challenge):
         frame = msgspec.msgpack.encode(hello)
         socket.send(agent_proof(token, challenge, frame) + frame)
         yield socket
@@ -264,6 +274,109 @@ def test_no_word_of_an_agent_ends_the_daemon_or_its_journal(lonely: Fleet) -> No
     assert lonely.status()["epoch"] == before + 1
     with agent(lonely) as ordinary:
         assert isinstance(decode_from_daemon(ordinary.recv(timeout=20)), Welcome)
+
+
+# ------------------------------------------------------------------------------------------- strangers at the daemon
+ENGINE: dict[str, Any] = {"member": ["inference", "engine", 0], "generation": 0, "engine": {}}
+TRAINER: dict[str, Any] = {"trainer": {}}
+
+
+@pytest.mark.parametrize(
+    ("credential", "change", "words"),
+    [
+        ("trainer", ENGINE, "came with the credential of role trainer; give it the token in engine.token"),
+        ("engine", TRAINER, "came with the credential of role engine; give it the token in trainer.token"),
+    ],
+)
+def test_the_credential_of_another_role_is_refused_by_name(
+    lonely: Fleet, credential: str, change: dict[str, Any], words: str
+) -> None:
+    with agent(lonely, credential, **change) as stranger:
+        refused = decode_from_daemon(stranger.recv(timeout=20))
+        assert words in getattr(refused, "reason", "")
+        until_closed(stranger)
+
+
+@pytest.mark.parametrize("role", ["viewer", "operator"])
+def test_a_token_that_is_for_people_makes_no_agent(lonely: Fleet, role: str) -> None:
+    with pytest.raises(InvalidStatus, match=r"HTTP 40[13]"), agent(lonely, role):
+        pass
+
+
+def test_what_was_heard_on_one_connection_serves_on_no_other(lonely: Fleet) -> None:
+    token = read_token(lonely.token)
+    frame = msgspec.msgpack.encode(HELLO | TRAINER)
+    with knocking(lonely, token) as (socket, challenge):
+        proved = agent_proof(token, challenge, frame) + frame
+        socket.send(proved)
+        assert isinstance(decode_from_daemon(socket.recv(timeout=20)), Welcome)
+        with knocking(lonely, token) as (replaying, _):
+            replaying.send(proved)
+            assert "does not prove that it holds the token" in until_closed(replaying)
+        socket.send(proved)  # nor a second time on its own
+        assert "malformed frame" in until_closed(socket)
+    lonely.until(lambda: not lonely.status()["trainers"], "the agent to be gone")
+
+
+def test_what_a_stolen_viewers_token_opens(lonely: Fleet) -> None:
+    token = read_token(lonely.credentials / "viewer.token")
+
+    def asks(path: str, data: bytes | None = None, bearer: str = token) -> int:
+        headers = {"Authorization": f"Bearer {bearer}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://{HOST}:{lonely.port}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert [asks(path) for path in ("/status", "/metrics", "/rounds")] == [200] * 3
+    assert asks("/verbs/hold", b'{"target": "engine", "reason": "x", "by": "y"}') == 403
+    assert asks("/status", bearer=read_token(lonely.token)) == 403
+    lines = (lonely.directory / "state" / "audit.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines if json.loads(line)["verb"] == "refused"]
+    assert any("this needs the credential of role operator" in line["reason"] for line in kept)
+    assert command_line("audit", "verify", "--config", str(lonely.config)).returncode == 0
+
+
+def test_half_requests_of_a_stranger_cost_nobody_anything(lonely: Fleet) -> None:
+    assert lonely.daemon is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    before = len(lonely.daemon.log.read_text().splitlines())
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(1100):
+                stranger = opened.enter_context(
+                    socket.create_connection((HOST, lonely.port), timeout=20, source_address=("127.0.0.2", 0))
+                )
+                with contextlib.suppress(ConnectionError):  # of those beyond the places for one address
+                    stranger.sendall(b"GET /agents HTTP/1.1\r\nHost: x\r\nX-Half: ")
+            assert lonely.status() is not None
+            with agent(lonely) as honest:
+                assert isinstance(decode_from_daemon(honest.recv(timeout=20)), Welcome)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(lonely.daemon.log.read_text().splitlines()) - before < 100
+    lonely.until(lambda: not lonely.status()["trainers"], "the agent to be gone")
+
+
+def test_a_signal_that_asks_to_read_again_ends_nothing(lonely: Fleet) -> None:
+    assert lonely.daemon is not None
+    assert lonely.daemon.child is not None
+    before = lonely.status()["epoch"]
+    lonely.daemon.child.send_signal(signal.SIGHUP)
+    lonely.until(lambda: "read again" in lonely.daemon.log.read_text(), "it to read")  # type: ignore[union-attr]
+    assert lonely.status()["epoch"] == before
+
+
+def test_an_address_that_is_taken_ends_with_75(lonely: Fleet, tmp_path: Path) -> None:
+    other = tmp_path / "config.yaml"
+    other.write_text(lonely.config.read_text().replace(str(lonely.directory / "state"), str(tmp_path / "state")))
+    done = command_line("run", "--config", str(other))
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(lonely.port) in done.stderr
 
 
 def test_no_name_below_the_run_directory_ends_it_or_the_next_start(lonely: Fleet) -> None:
