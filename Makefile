@@ -7,7 +7,7 @@ SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/_
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 
 soak: setup ## JSON lines: 2,000 rounds of stand-in engines and 50 of a real vLLM with restarts; fails if anything grows
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/soak.py
+
+flood: setup ## JSON lines: what thousands of strangers cost a running fleet; fails if it is more than their bound
+	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/flood.py
 
 mutants: setup ## plant bugs, one at a time; each must be caught by the tests (MUTANTS="taint" for some of them)
 	$(BIN)/python tests/mutants/plant.py $(MUTANTS)
@@ -126,6 +129,7 @@ families: setup ## JSON lines: stock configurations of transformers, each judged
 
 changelog: setup ## print the next section of CHANGELOG.md; with VERSION=1.2.3 write it and remove its fragments
 	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+	$(if $(VERSION),$(BIN)/weightsync-orchestrator config schema > tests/unit/settings/released_schema.json)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from weightsync.agents.inference.place import place_of
 from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.demo import setup as demo_setup
 from weightsync.orchestrator.demo.setup import DemoRun, MissingRequirement, Vllm, find_vllm, steps_per_version
@@ -18,14 +19,22 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     settings = load(run.config)
     assert settings.listen.port == run.hub.number
     assert settings.agents_url == run.hub_url
-    assert settings.engines[0].url.endswith(f":{run.engine.number}")
+    ports = {engine.name: engine.url.rpartition(":")[2] for engine in settings.engines}
+    assert ports == {name: str(port.number) for name, port in run.engines.items()}
+    assert list(ports) == list(demo_setup.ENGINES)
     assert len(read_credentials(settings.credentials)) == 4
     assert all(file.stat().st_mode & 0o077 == 0 for file in run.credentials.iterdir())
     rows = json.loads((tmp_path / "tokens.json").read_text())
     assert len({len(row) for row in rows}) == 1, "a batch is a rectangle"
-    assert run.steps == (15, 30)
+    assert run.steps == (10, 20)
     paths = run.engine_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path / "plugin")
+    assert run.engine_environment("engine-1")["WEIGHTSYNC_MODE"] == "live"
+    first = run.engine_environment("engine-0")
+    assert "WEIGHTSYNC_MODE" not in first, "the default is what is shown"
+    assert place_of(first).engine == "engine-0"
+    assert place_of(first).hub_url == settings.agents_url.replace("http", "ws") + "/agents"
+    assert not any(variable.startswith("WEIGHTSYNC_") for variable in run.engine_environment())
     assert "WEIGHTSYNC_CONFIG" not in run.trainer_environment(0)
     run.release()
 
