@@ -64,6 +64,11 @@ class StandIn:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
+    def belong_to(self, fleet: Fleet) -> None:
+        """Before its start: its environment says whose it is."""
+        url, token = f"ws://{HOST}:{fleet.port}/agents", fleet.credentials / "engine.token"
+        self.environment = {**self.environment, **place(token, url, fleet.run_id, self.name)}
+
     def start(self) -> None:
         command = [sys.executable, str(HERE / "standin_engine.py"), self.name, str(self.port)]
         environment = counting(self.environment, self.directory, self.name)
@@ -92,9 +97,8 @@ class Soak:
         }  # fmt: skip
         self.engines = {name: StandIn(name, directory, self._environment) for name in ("e0", "e1")}
         self.fleet = Fleet(directory, self.engines, settings=dict(SETTINGS), run_id="soak")  # type: ignore[arg-type]
-        for name, engine in self.engines.items():
-            url, token = f"ws://{HOST}:{self.fleet.port}/agents", self.fleet.credentials / "engine.token"
-            engine.environment = {**engine.environment, **place(token, url, "soak", name)}
+        for engine in self.engines.values():
+            engine.belong_to(self.fleet)
         self.trainer: Trainer | None = None
         self._plan = self._planned(restarts)
 
