@@ -53,7 +53,7 @@ class AdminKeys:
     def __init__(self, place: Place, clock: Callable[[], float] = time.monotonic) -> None:
         self._place, self._clock = place, clock
         self._keys: tuple[bytes, ...] = ()
-        self._read_at = float("-inf")
+        self._read_at, self._trouble = float("-inf"), ""
 
     def hold(self, offered: Iterable[str]) -> bool:
         """Whether one of ``offered`` is a key."""
@@ -63,12 +63,15 @@ class AdminKeys:
 
     def _present(self) -> tuple[bytes, ...]:
         if (now := self._clock()) - self._read_at >= READ_AGAIN_SECONDS:
-            self._read_at, place = now, self._place
+            self._read_at, place, trouble = now, self._place, ""
+            tokens: tuple[str, ...] = ()
             try:
                 tokens = read_tokens(place.token_file)
             except TokenError as error:
-                logger.error("weightsync: %s: %s; the admin routes are closed to all", TOKEN_VARIABLE, error)
-                tokens = ()
+                trouble = str(error)
+            if trouble and trouble != self._trouble:
+                logger.error("weightsync: %s: %s; the admin routes are closed to all", TOKEN_VARIABLE, trouble)
+            self._trouble = trouble
             self._keys = tuple(admin_key(token, place.run_id, place.engine).encode() for token in tokens)
         return self._keys
 
