@@ -51,6 +51,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     completion.set_defaults(run=_completion)
     add_audit_commands(commands)
     _add_tokens(commands)
+    _add_admin_key(commands)
     _add_certs(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
@@ -162,6 +163,27 @@ def _add_certs(commands: Commands) -> None:
     certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
     certs.add_argument("--days", type=count, default=365, metavar="N", help="until they expire (default 365)")
     certs.set_defaults(run=_certs)
+
+
+def _add_admin_key(commands: Commands) -> None:
+    key = commands.add_parser("admin-key", help="print the key that opens an engine's admin routes")
+    key.add_argument("engine", metavar="ENGINE", help="its name in the configuration")
+    add_config_option(key)
+    key.set_defaults(run=_admin_key)
+
+
+def _admin_key(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.daemon.engines.kinds import admin_keys
+    from weightsync.orchestrator.settings.credentials import read_credentials
+    from weightsync.orchestrator.settings.settings import load
+
+    settings = load(options.config)
+    keys = admin_keys(read_credentials(settings.credentials), settings.run.id, options.engine)
+    if not keys:
+        print(f"{settings.credentials} has no token for engine {options.engine}", file=sys.stderr)
+        return Exit.CONFIG
+    print(keys[0])
+    return Exit.OK
 
 
 def _certs(options: argparse.Namespace) -> int:
