@@ -106,6 +106,8 @@ class CallEngine(Command):
     round: RoundName | None = None
     version: Version | None = None
     ranks: tuple[tuple[int, int], ...] = ()
+    trace: str = ""
+    """Context of the round that it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

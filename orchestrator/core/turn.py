@@ -70,4 +70,6 @@ class Turn:
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
         if call is Call.SWITCH:
             self.fleet.engines[engine].switch_again_at = self.now + self.fleet.policy.patience
-        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks))
+        current = self.fleet.round
+        trace = current.trace if current is not None and current.name == round_name else ""
+        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks, trace))

@@ -36,6 +36,7 @@ from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.daemon.tracing import UNTRACED, RoundTraces
 from weightsync.orchestrator.planner import PlanError
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
@@ -66,7 +67,9 @@ class Outbox:
         markers: MarkerThread,
         stable: StableWatch,
         meters: Meters,
+        traces: RoundTraces = UNTRACED,
     ) -> None:
+        self._traces = traces
         self._inbox, self._journal, self._history = inbox, journal, history
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable, self._meters = planning, markers, stable, meters
@@ -123,7 +126,10 @@ class Outbox:
         for command in commands:
             record = command.record
             self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
-            row = self._history.remember(record, time.time())
+            now = time.time()
+            row = self._history.remember(record, now)
+            if isinstance(record, RoundEnded):
+                self._traces.ended(record, now)
             if row is not None:
                 round_line(row)
                 self._meters.ended(row)

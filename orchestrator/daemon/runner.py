@@ -42,9 +42,11 @@ from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.daemon.stopping import Stopping
+from weightsync.orchestrator.daemon.tracing import RoundTraces
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.protocol.traces.export import OtlpSpans, TracesUnavailable
+from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -89,6 +91,8 @@ class Runner:
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
+        self.spans = _spans(settings)
+        self.traces = RoundTraces(self.spans)
         self._frozen_for = 0
         self.fleet: Fleet
         self.journal: AsyncJournal
@@ -160,7 +164,7 @@ class Runner:
         return commands
 
     def _open_outbox(self) -> None:
-        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted)
+        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted, self.traces)
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
             inbox=self.inbox,
@@ -173,6 +177,7 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
             meters=self.meters,
+            traces=self.traces,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
@@ -213,6 +218,8 @@ class Runner:
         # Both wait for what they have begun, however long the disk takes: its outcome would be unknown.
         self.markers.close()
         await self.journal.close()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
 
     # -------------------------------------------------------------------------------------------------------- events
     async def _ask(self, event: Event) -> None:
@@ -266,6 +273,17 @@ class Runner:
             asleep = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
             self.meters.late(time.monotonic() - asleep - TICK_SECONDS)
+
+
+def _spans(settings: Settings) -> OtlpSpans | None:
+    endpoint = settings.traces.otlp_endpoint
+    if endpoint is None:
+        return None
+    try:
+        return OtlpSpans(endpoint, settings.run.id)
+    except TracesUnavailable as error:
+        problem = Problem("traces.otlp_endpoint", endpoint, str(error), "install it, or leave the key out")
+        raise ConfigError(settings.state_directory, problem) from error
 
 
 def _side(member: Member) -> Fault:

@@ -9,6 +9,7 @@ from typing import Final
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.daemon.tracing import traceparent
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
@@ -119,7 +120,9 @@ class EngineHttp:
     ) -> tuple[int, bytes]:
         call = f"{method} {path}"
         payload = None if body is None else msgspec.json.encode(body)
-        headers = None if body is None else {"Content-Type": "application/json"}
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        if context := traceparent.get():
+            headers["traceparent"] = context
         try:
             async with self._session.request(
                 method, self._url + path, params=query, data=payload, headers=headers, allow_redirects=False
