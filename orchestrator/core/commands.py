@@ -135,7 +135,12 @@ class WriteMarker(Command):
 
 @dataclass(frozen=True, slots=True)
 class Say(Command):
-    """One sentence for people: what and why."""
+    """One sentence for people: what and why. ``event``: its name in the log, see ``daemon.log_events``; ``engine``,
+    ``version`` and ``round``: what it is about, as far as it is about one."""
 
     level: Literal["info", "warning", "error"]
     sentence: str
+    event: str = "note"
+    engine: str = ""
+    version: Version | None = None
+    round: RoundName | None = None

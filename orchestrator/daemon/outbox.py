@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import logging
 import time
 from typing import Final
 
@@ -31,7 +30,7 @@ from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
-from weightsync.orchestrator.daemon.log import round_line
+from weightsync.orchestrator.daemon.log import round_line, say
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
@@ -170,7 +169,7 @@ class Outbox:
             case WriteMarker():
                 self._markers.write(command.kind, command.version, command.facts)
             case Say():
-                log.log(getattr(logging, command.level.upper()), command.sentence, cause=command.cause)
+                say(command)
             case _:
                 raise TypeError(f"no performer for {type(command).__name__}")
 

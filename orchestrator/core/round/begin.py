@@ -37,7 +37,7 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
     # Journaled before anything is paused: whoever finds it knows which engines may be inside an update call.
     turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
     kind = "catch-up round" if catch_up else "round"
-    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}")
+    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}", event="round begins")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none
     phases.advance(turn, current)  # nobody has to be paused where all serve on

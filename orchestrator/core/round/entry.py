@@ -140,7 +140,7 @@ def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> N
     same = all(digest == digests[member] for member, (_, digest) in held.items())
     if same and len(before) == 1 and version not in before:
         sentence = f"step {version.step} holds the same bytes as step {before.pop().step}"
-        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning")
+        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning", event="same bytes")
 
 
 # ------------------------------------------------------------------------------------------------- after the decision

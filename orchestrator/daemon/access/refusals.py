@@ -45,4 +45,5 @@ class Refusals:
             if now - window.began >= WINDOW_SECONDS:
                 del self._windows[kind]
                 if window.more:
-                    log.warning(f"{kind}: further ones", more=window.more, seconds=round(now - window.began, 1))
+                    seconds = round(now - window.began, 1)
+                    log.warning("further refusals", refusals=kind, more=window.more, seconds=seconds)
