@@ -90,6 +90,7 @@ class Runner:
             raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
+        self.meters.refusals_of(self.access.refusals.counts)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
         self.spans = _spans(settings)
         self.traces = RoundTraces(self.spans)

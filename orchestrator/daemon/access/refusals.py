@@ -1,6 +1,7 @@
 """What is said of those who are not let in: enough to see who it is, whatever their number."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -27,10 +28,13 @@ class Refusals:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._windows: dict[str, _Window] = {}
+        self.counts: Counter[str] = Counter()
+        """Of each kind, since the beginning."""
 
     def say(self, kind: str, **fields: object) -> None:
         """One refusal. ``kind`` is a constant of the code, so their number is bounded."""
         self.sweep()
+        self.counts[kind] += 1
         window = self._windows.setdefault(kind, _Window(self._clock()))
         if window.said < LOUD:
             window.said += 1

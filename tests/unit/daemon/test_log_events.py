@@ -1,6 +1,8 @@
 """The log's schema against the code: every event that is logged is in the table, and nothing else is."""
 
 import ast
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +72,19 @@ def test_no_event_is_named_that_nobody_logs() -> None:
 
 def test_a_rounds_line_has_no_field_that_means_something_else() -> None:
     assert FIELDS.keys() & set(RoundRow.__struct_fields__) == {"round", "reason", "fault"}
+
+
+DASHBOARD = ROOT.parent / "deploy/monitoring/grafana-log.json"
+
+
+def test_the_logs_dashboard_asks_for_events_and_fields_that_there_are() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    events = {event for expr in asked for names in re.findall(r'event=~"([^"]+)"', expr) for event in names.split("|")}
+    assert len(events) > 8
+    assert events <= EVENTS.keys()
+    fields = {name for expr in asked for name in re.findall(r"\| (\w+)(?:=|!=|=~)\"", expr)} - {"__error__"}
+    shown = {name for expr in asked for name in re.findall(r"\{\{\.(\w+)\}\}", expr)}
+    assert fields == {"run", "level", "event", "engine"}
+    assert fields | shown <= FIELDS.keys() | set(RoundRow.__struct_fields__)

@@ -20,6 +20,7 @@ def test_the_first_of_each_kind_are_said_and_the_others_counted() -> None:
         assert more == [("further refusals", kind, 1000 - LOUD) for kind in ("wrong token", "too many")]
         refusals.say("wrong token", remote="again")
     assert logs[-1]["remote"] == "again"
+    assert refusals.counts == {"wrong token": 1001, "too many": 1000}
 
 
 def test_a_single_refusal_is_not_counted_twice() -> None:
