@@ -9,8 +9,8 @@ from typing import Any, Final
 import msgspec
 from prometheus_client.core import Metric
 from weightsync.orchestrator.cli.main import parser
+from weightsync.orchestrator.daemon.admin.log_events import EVENTS, FIELDS
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
-from weightsync.orchestrator.daemon.log_events import EVENTS, FIELDS
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.metrics import StatusCollector
 from weightsync.orchestrator.protocol import messages

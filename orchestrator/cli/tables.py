@@ -42,6 +42,8 @@ def status_text(status: StatusView, now: float) -> str:
         "\n".join(_head(status, now)),
         _table(_ENGINE_COLUMNS, [_engine(engine, now) for engine in status.engines]),
     ]
+    if modes := _modes(status.engines):
+        parts.append("\n".join(modes))
     if status.trainers:
         parts.append(_trainers(status.trainers, now))
     if status.rounds:
@@ -172,6 +174,20 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     beside = "-" if engine.standby is None else f"step {engine.standby.step}"
     mode = engine.mode or "-"
     return (engine.name, engine.role, mode, state, since, version, beside, ranks, paused, engine.fault)
+
+
+def _modes(engines: Sequence[EngineView]) -> list[str]:
+    """Why engines land as they do, those of one reason together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for engine in engines:
+        if engine.mode:
+            alike.setdefault((engine.mode, engine.mode_because), []).append(engine.name)
+    lines = []
+    for (mode, because), names in list(alike.items())[:SHOWN]:
+        who = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        why = f": {because}" if because else ""
+        lines += _wrapped(f"{who} {'lands' if len(names) == 1 else 'land'} by {mode}{why}")
+    return lines
 
 
 def _left_out(engine: EngineView) -> list[str]:

@@ -12,7 +12,8 @@ from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
 from weightsync.orchestrator.protocol.edges import RATES
-from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.landing import Berth, landing_length
+from weightsync.orchestrator.protocol.layout import Layout
 
 LINKS: Final[Mapping[str, CostModel]] = {
     link: CostModel(rate.alpha_seconds, rate.bytes_per_second) for link, rate in RATES.items()
@@ -81,6 +82,17 @@ class EndReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LandingReport:
+    """How versions land in an engine, and why: ``live``, ``copy`` or ``flip``. ``bytes``: of landing, in all ranks."""
+
+    engine: str
+    mode: str
+    ranks: int
+    bytes: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """A plan in numbers. By kind of link: ``gb_per_s`` of an end, ``seconds`` until the slowest end is done,
     ``bottleneck`` names it and why."""
@@ -97,6 +109,7 @@ class Explanation:
     senders: tuple[EndReport, ...]
     receivers: tuple[EndReport, ...]
     unneeded: tuple[str, ...]
+    landings: tuple[LandingReport, ...]
 
 
 _AnyReport = TypeVar("_AnyReport", EdgeReport, TensorReport, EndReport)
@@ -124,6 +137,7 @@ def explain(plan: Plan, links: Mapping[str, CostModel] = LINKS, *, every_tensor:
         plan.root, _total(transfers), len(sources), len(transfers.targets),
         {name: cost.bytes_per_second / 1e9 for name, cost in links.items()}, seconds, bottleneck, _largest(edges),
         _largest(_tensors(plan, transfers, every_tensor)), _largest(senders), _largest(receivers), plan.unneeded,
+        _landings(transfers.targets),
     )  # fmt: skip
 
 
@@ -176,6 +190,17 @@ def _landing(berth: Berth, lands: str) -> str:
     laps = -(-berth.chunks // berth.places)
     times = "once" if laps == 1 else f"{laps} times"
     return f"{lands}: {berth.bytes} bytes pass {berth.places} places of {berth.chunk_bytes} {times}"
+
+
+def _landings(targets: Sequence[Decoded]) -> tuple[LandingReport, ...]:
+    """One report per engine, in the plan's order; its ranks land alike, and the first one's reason stands for all."""
+    ranks: dict[str, list[Layout]] = {}
+    for target in targets:
+        ranks.setdefault(target.party.member.engine, []).append(target.party.layout)
+    return tuple(
+        LandingReport(name, of[0].lands, len(of), sum(map(landing_length, of)), of[0].lands_because)
+        for name, of in ranks.items()
+    )
 
 
 def _ends(

@@ -23,6 +23,9 @@ def explanation_text(found: Explanation, top: int) -> str:
             [(n, f"{found.gb_per_s[n]:.1f}", f"{found.seconds[n]:.3f}", found.bottleneck[n]) for n in names],
         ),
     ]
+    landings = [(e.engine, e.mode, str(e.ranks), size(e.bytes), e.because or "-") for e in found.landings[:top]]
+    lines += ["", f"engines ({len(landings)} of {len(found.landings)})"]
+    lines += table(("ENGINE", "LANDS", "RANKS", "LANDING", "WHY"), landings)
     if found.unneeded:
         lines += ["", f"held but not needed by any engine: {', '.join(shorten(found.unneeded, top))}"]
     tensors = [

@@ -53,13 +53,16 @@ WITHOUT_A_MODULE = {
     "daemon/engines/test_second_engine.py": "the seam of engines, by an engine that only the test has",
     "settings/test_every_key_is_read.py": "the schema of the settings against all code that reads it",
     "settings/test_example.py": "deploy/config.example.yaml",
+    "test_alerts.py": "deploy/monitoring/",
     "test_deploy.py": "the files under deploy/",
     "test_docs.py": "the pages under docs/",
     "test_hooks.py": ".pre-commit-config.yaml",
     "test_families.py": "what make families prints, and docs/models.md",
+    "test_kubernetes.py": "deploy/kubernetes/",
     "test_mirror.py": "the tree itself",
     "test_packaging.py": "pyproject.toml",
     "test_site.py": "docs/site/ and mkdocs.yml",
+    "test_tutorial.py": "docs/tutorial.md",
 }
 """Test files below tests/unit that test no single module, and what they test."""
 

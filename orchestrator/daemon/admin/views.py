@@ -49,8 +49,8 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
     ``error``: trainer, engine, daemon, network or config. ``left_out``: what rounds leave out of its connected ranks.
-    ``mode``: how its ranks land, live, copy or flip; empty while none has said so. ``standby``: the version that all of
-    them have beside the one that they serve.
+    ``mode``: how its ranks land, live, copy or flip, and ``mode_because`` why; empty while none has said so.
+    ``standby``: the version that all of them have beside the one that they serve.
     """
 
     name: str
@@ -67,6 +67,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
     left_out: tuple[LeftOutView, ...] = ()
     mode: str = ""
+    mode_because: str = ""
     standby: VersionView | None = None
 
 

@@ -18,6 +18,16 @@ from weightsync.orchestrator.daemon.admin.views import (
 NOW = 100_000.0
 
 
+def test_why_engines_land_as_they_do_is_said_once_for_all_that_are_alike() -> None:
+    names = [("a", "copy", "room"), ("b", "live", "no room"), ("c", "copy", "room"), ("d", "", "")]
+    engines = tuple(
+        EngineView(name=name, url="", role="both", state="serving", mode=mode, mode_because=because)
+        for name, mode, because in names
+    )
+    text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", engines=engines), NOW)
+    assert "\n\na, c land by copy: room\nb lands by live: no room" in text
+
+
 def test_the_status_table_at_a_glance() -> None:
     version = VersionView(step=40, generation=255, sequence=3, digest="ab" * 16, unix_time=NOW - 90)
     text = status_text(

@@ -26,7 +26,8 @@ FIELDS: Final[dict[str, str]] = {
     "limit": "that was reached", "marker": "its kind", "more": "how many were not said", "path": "file or route",
     "port": "of the listener", "problem": "what is wrong with it", "release": "of the daemon", "epoch": "of the daemon",
     "remote": "address of who was turned away", "round_may_take_seconds": "before the daemon ends without it",
-    "seconds": "for how long", "state": "what the daemon does and why", "story": "what the daemon did and why",
+    "seconds": "for how long",
+    "socket": "of the supervisor", "state": "what the daemon does and why", "story": "what the daemon did and why",
     "target": "of the verb", "tokens": "how many there are", "verb": "of the operator",
 }  # fmt: skip
 """Besides, ``round committed`` and ``round failed`` have the fields of a row of ``/rounds``."""
@@ -45,6 +46,8 @@ EVENTS: Final[dict[str, str]] = {
     "the credentials were read again": "they had changed",
     "the credentials are not taken, the old ones stay": "they cannot be used",
     "the journal is no longer compacted": "a bug; it grows",
+    "the supervisor cannot be told": "systemd, or what stands in for it",
+    "the pages' stream broke": "a bug; the operators' pages connect again",
     "note": "what has no name of its own",
     # Rounds and versions
     "round begins": "its engines are frozen",
@@ -92,7 +95,12 @@ EVENTS: Final[dict[str, str]] = {
     # Strangers
     "agent turned away": "before it was known",
     "agent turned away: too many connections": "by the limit",
+    "agent turned away: it has proved nothing": "it does not know the token",
     "connection turned away": "by its address, or by their number",
+    "connections cannot be accepted": "descriptors or memory are short; it is tried again",
+    "request turned away: no HTTP": "what came is none",
+    "a peer left before its answer": "it has closed its connection",
+    "a request broke": "a bug of ours; it costs the request",
     "a stranger has shown nothing": "in time", "a request takes too long": "it is ended",
     "TLS handshake failed": "why",
     "request turned away: wrong or missing token": "of a route", "request turned away: wrong role": "of a route",

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsync.orchestrator.daemon.admin.log_events import EVENTS, FIELDS
 from weightsync.orchestrator.daemon.admin.views import RoundRow
-from weightsync.orchestrator.daemon.log_events import EVENTS, FIELDS
 
-ROOT = Path(__file__).parents[3] / "orchestrator"
+ROOT = Path(__file__).parents[4] / "orchestrator"
 
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 
@@ -62,8 +62,8 @@ def test_what_is_logged_is_found() -> None:
 
 @pytest.mark.parametrize(("where", "event", "fields"), SAID, ids=[f"{where} {event}" for where, event, _ in SAID])
 def test_every_event_and_every_field_is_in_the_schema(where: str, event: str, fields: set[str]) -> None:
-    assert event in EVENTS, f"{where}: name the event in daemon/log_events.py"
-    assert fields - {"**"} <= FIELDS.keys(), f"{where}: name the fields in daemon/log_events.py"
+    assert event in EVENTS, f"{where}: name the event in daemon/admin/log_events.py"
+    assert fields - {"**"} <= FIELDS.keys(), f"{where}: name the fields in daemon/admin/log_events.py"
 
 
 def test_no_event_is_named_that_nobody_logs() -> None:
