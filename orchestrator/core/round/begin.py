@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import RoundName, Version
-from weightsync.orchestrator.protocol.traces.context import of_version
+from weightsync.orchestrator.protocol.traces.context import is_context, of_version
 
 
 def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> None:
@@ -46,7 +46,7 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
 def publish_of(fleet: Fleet, version: Version) -> str:
     """Trace context of the publish of ``version``, as its first rank said it; as it would have where nobody has."""
     staged = [agent.staged for agent in fleet.trainers() if agent.staged is not None]
-    told = next((word.trace for word in staged if word.version == version and word.trace), "")
+    told = next((word.trace for word in staged if word.version == version and is_context(word.trace)), "")
     return told or of_version(fleet.policy.run_id, version)
 
 

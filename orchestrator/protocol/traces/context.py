@@ -6,6 +6,7 @@ whoever knows what somebody else does knows the span of it. A context is a ``tra
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Protocol
@@ -13,7 +14,10 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from weightsync.orchestrator.protocol.names import Version
 
-TraceContext = Annotated[str, msgspec.Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-0[01])?\Z")]
+TraceContext = Annotated[str, msgspec.Meta(max_length=55)]
+"""As a peer says it; one that is none is worth as much as an empty one."""
+
+_CONTEXT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]")
 
 _SAMPLED: Final = "01"
 
@@ -60,9 +64,14 @@ def of_rank(root: str, rank: int) -> str:
     return child(root, f"rank {rank}") if rank else root
 
 
+def is_context(said: str) -> bool:
+    """Whether it is one."""
+    return _CONTEXT.fullmatch(said) is not None
+
+
 def child(parent: str, name: str) -> str:
     """The context of what ``name`` names, among all that is done for ``parent``; empty without one."""
-    if not parent:
+    if not is_context(parent):
         return ""
     return f"{parent[:36]}{_hash(f'{parent} {name}')[:16]}{parent[52:]}"
 

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 from weightsync.orchestrator.protocol.names import Version
-from weightsync.orchestrator.protocol.traces.context import TraceContext, child, ids, of_rank, of_version
+from weightsync.orchestrator.protocol.traces.context import TraceContext, child, ids, is_context, of_rank, of_version
 
 ROOT = of_version("glm", Version(7, 42))
 
@@ -27,12 +27,13 @@ def test_the_first_rank_is_the_root_and_the_others_are_below_it() -> None:
     assert len({of_rank(ROOT, rank) for rank in range(64)}) == 64
 
 
-@pytest.mark.parametrize("context", ["", ROOT, child(ROOT, "x"), "00-" + "0" * 31 + "1-" + "0" * 15 + "1-01"])
-def test_they_travel(context: str) -> None:
-    assert msgspec.convert(context, TraceContext) == context
+def test_a_context_fits_what_it_travels_in() -> None:
+    assert msgspec.convert(ROOT, TraceContext) == ROOT
+    assert is_context(ROOT)
+    assert is_context(child(ROOT, "x"))
 
 
-@pytest.mark.parametrize("context", ["00", ROOT + " ", ROOT + "\n", ROOT.upper(), "01" + ROOT[2:], ROOT[:-1] + "9"])
-def test_and_nothing_else_does(context: str) -> None:
-    with pytest.raises(msgspec.ValidationError):
-        msgspec.convert(context, TraceContext)
+@pytest.mark.parametrize("said", ["", "00", ROOT + " ", ROOT + "\n", ROOT.upper(), "01" + ROOT[2:], "x" * 55])
+def test_what_is_none_has_nothing_below_it(said: str) -> None:
+    assert not is_context(said)
+    assert child(said, "round 1.1") == ""
