@@ -23,7 +23,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
 )
 from weightsync.orchestrator.protocol.names import Member, RoundName
-from weightsync.orchestrator.protocol.traces.context import Span, SpanSink, Value, child, of_version
+from weightsync.orchestrator.protocol.traces.context import Span, SpanSink, Value, child, is_context, of_version
 from weightsync.orchestrator.protocol.traces.export import OtlpSpans, TracesUnavailable
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class AgentTraces:
             self._sink.close()
 
     def _begin(self, what: str, about: object, parent: str) -> None:
-        if parent:
+        if is_context(parent):
             self._open[what, about] = parent, self._clock()
             while len(self._open) > MAX_OPEN:
                 del self._open[next(iter(self._open))]

@@ -120,6 +120,8 @@ def test_what_has_no_context_or_never_ends_costs_nothing() -> None:
     traces, sink, _ = traces_of(WORKER)
     traces.heard(Verify(round=NAME, version=VERSION, deadline_seconds=1))
     traces.said(Verified(round=NAME, digest=(1, 2), bytes=10, apply_seconds=0, digest_seconds=0))
+    traces.heard(Verify(round=NAME, version=VERSION, deadline_seconds=1, trace="no context"))
+    traces.said(Left(round=NAME, status=EngineStatus()))
     assert sink.spans == []
     for number in range(5 * MAX_OPEN):
         traces.heard(Commit(round=RoundName(3, number), version=VERSION, trace=ROUND))
