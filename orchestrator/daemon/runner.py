@@ -25,6 +25,7 @@ from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
+from weightsync.orchestrator.daemon.admin.trail import Trail
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds, section_of
@@ -98,6 +99,9 @@ class Runner:
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
         self.spans = _spans(settings)
         self.traces = RoundTraces(self.spans)
+        self.audit = Audit(settings.state_directory)
+        self.trail = Trail(self.audit)
+        self.access.refusals.audited = self.trail.refused
         self.supervisor = Supervisor()
         self._frozen_for = 0
         self.fleet: Fleet
@@ -138,6 +142,7 @@ class Runner:
                     group.create_task(self.outbox.run(), name="outbox"),
                     group.create_task(self.stable.run(), name="markers"),
                     group.create_task(self._tick(), name="ticks"),
+                    group.create_task(self.trail.run(), name="audit log"),
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
                     group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
@@ -171,10 +176,15 @@ class Runner:
         self.fleet, commands = start(
             policy_of(self.settings), self.journal.journal_id, records, now, secrets.token_hex(8)
         )
+        for name, opened in self.fleet.memory.open_rounds.items():
+            self.trail.decided(name, opened.digests)
         return commands
 
     def _open_outbox(self) -> None:
-        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted, self.traces)
+        credentials = self.access.credentials
+        self.engines = Engines(
+            self.settings, self.inbox, lambda: self.fleet.memory.admitted, credentials.of_engine, self.traces
+        )
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
             inbox=self.inbox,
@@ -187,6 +197,7 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
             meters=self.meters,
+            trail=self.trail,
             traces=self.traces,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
@@ -205,7 +216,7 @@ class Runner:
             access=self.access,
             meters=self.meters,
             work=lambda: self.outbox.obstacle,
-            verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
+            verbs=Verbs(self.fleet, self.audit, self._ask, self.inbox.next_id),
         )
         self.page = Page(
             fleet=self.fleet,

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,10 +26,15 @@ class _Window:
 
 
 class Refusals:
-    """One per daemon. ``clock`` in seconds."""
+    """One per daemon. ``clock`` in seconds.
+
+    Attributes:
+        audited: told of the first of each kind within WINDOW_SECONDS, and of the others' number.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.audited: Callable[[str, Mapping[str, object]], None] = lambda kind, fields: None
         self._windows: dict[str, _Window] = {}
         self.counts: Counter[str] = Counter()
         """Of each kind, since the beginning."""
@@ -38,6 +43,8 @@ class Refusals:
         """One refusal. ``kind`` is a constant of the code, so their number is bounded; ``loud`` of it are said."""
         self.sweep()
         self.counts[kind] += 1
+        if kind not in self._windows:
+            self.audited(kind, fields)
         window = self._windows.setdefault(kind, _Window(self._clock()))
         if window.said < loud:
             window.said += 1
@@ -51,6 +58,8 @@ class Refusals:
         for kind, window in list(self._windows.items()):
             if now - window.began >= WINDOW_SECONDS:
                 del self._windows[kind]
+                if window.said + window.more > 1:
+                    self.audited(kind, {"further ones": window.said + window.more - 1})
                 if window.more:
                     seconds = round(now - window.began, 1)
                     log.warning("further refusals", refusals=kind, more=window.more, seconds=seconds)

@@ -89,6 +89,9 @@ EVENTS: Final[dict[str, str]] = {
     "an engine is not taken in": "one that applied",
     "engine turned away": "one that applied, before it was known",
     # Operators
+    "audited": "a line of the audit log, by its hash",
+    "the audit log cannot be written": "its disk",
+    "the audit log's disk is too slow: a line is lost": "its queue is full",
     "an operator asks": "a verb, and who", "operator holds": "or releases", "operator drains": "an engine",
     "operator maintenance": "on or over", "operator retries": "everything at once",
     "declare-dead refused": "the process is connected",
