@@ -24,6 +24,7 @@ from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
 from weightsync.agents.link.silence import Silence
+from weightsync.agents.link.tracing import AgentTraces, span_sink
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Connect,
@@ -110,6 +111,7 @@ class AgentThread(Generic[SideT]):
         self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
         self._welcome: Future[Welcome] = Future()
         self.failure: BaseException | None = None
+        self._traces = AgentTraces(identity.run_id, identity.member, span_sink(identity.run_id, identity.member))
         self.side = make_side(self)
 
     # ------------------------------------------------------------------------------------ for the embedding's threads
@@ -200,6 +202,7 @@ class AgentThread(Generic[SideT]):
 
     def send(self, message: FromAgent) -> bool:
         """Tell the daemon, if it is there; Hello carries the state otherwise."""
+        self._traces.said(message)
         try:
             if self._client is not None:
                 self._client.send(message)
@@ -229,6 +232,7 @@ class AgentThread(Generic[SideT]):
                 self._welcome.set_exception(error)
         finally:
             self.side.shut()
+            self._traces.close()
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
@@ -277,6 +281,7 @@ class AgentThread(Generic[SideT]):
         return hello(self.identity, self.obedience, self.side.status())
 
     def _heard(self, message: FromDaemon) -> None:
+        self._traces.heard(message)
         match message:
             case Welcome():
                 self._welcomed(message)

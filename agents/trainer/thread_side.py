@@ -137,6 +137,7 @@ class TrainerSide:
         digest_seconds: float,
         outcome: "Future[int]",
         restaged: int = 0,
+        trace: str = "",
     ) -> None:
         """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
         self._staged, self._restaged = version, restaged
@@ -148,6 +149,7 @@ class TrainerSide:
                 convert_seconds=convert_seconds,
                 digest_seconds=digest_seconds,
                 restaged=restaged,
+                trace=trace,
             )
         )
 

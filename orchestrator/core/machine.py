@@ -201,7 +201,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():
-            turn.say(f"{event.member} says good-bye: {message.reason}")
+            turn.say(f"{event.member} says good-bye: {message.reason}", event="agent gone", engine=event.member.engine)
         case _:
             pass
     rounds.agent_said(turn, event)
@@ -227,7 +227,7 @@ def _tell_story(turn: Turn) -> None:
     told = sentence(turn.fleet, turn.now)
     if told != turn.fleet.sentence:
         turn.fleet.sentence = told
-        turn.say(told)
+        turn.say(told, event="state")
     _tell_trainer(turn)
 
 

@@ -87,7 +87,8 @@ class RoundEnded(Record, frozen=True, kw_only=True):
 
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
     that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
-    that switched, how long each took no step for it. ``links``: what moved, by kind of link.
+    that switched, how long each took no step for it. ``links``: what moved, by kind of link. ``trace``:
+    context of the publish that it was for.
     """
 
     round: RoundName
@@ -106,6 +107,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     modes: dict[str, Lands] = msgspec.field(default_factory=dict)
     switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
     links: dict[str, LinkUse] = msgspec.field(default_factory=dict)
+    trace: str = ""
     spoken = ("reason",)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from weightsync.orchestrator.protocol.fields import (
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.traces.context import TraceContext
 
 Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
 Fault = Literal["", "trainer", "engine", "daemon", "network", "config"]
@@ -86,7 +87,7 @@ class Ready(Message, frozen=True, kw_only=True):
 class Staged(Message, frozen=True, kw_only=True):
     """All of this rank's slots hold ``version``, synchronised and digested.
 
-    ``restaged``: how often the version was staged before; each time it FAILED.
+    ``restaged``: how often the version was staged before; each time it FAILED. ``trace``: of this rank's publish.
     """
 
     version: Version
@@ -94,6 +95,7 @@ class Staged(Message, frozen=True, kw_only=True):
     convert_seconds: Seconds
     digest_seconds: Seconds
     restaged: Count = 0
+    trace: TraceContext = ""
 
 
 class Quiesced(Message, frozen=True, kw_only=True):
@@ -320,6 +322,7 @@ class Grant(Message, frozen=True, kw_only=True):
     fingerprint: Name
     members: Members
     deadline_seconds: Seconds
+    trace: TraceContext = ""
 
 
 class Verify(Message, frozen=True, kw_only=True):
@@ -329,6 +332,7 @@ class Verify(Message, frozen=True, kw_only=True):
     round: RoundName
     version: Version
     deadline_seconds: Seconds
+    trace: TraceContext = ""
 
 
 class Commit(Message, frozen=True, kw_only=True):
@@ -337,6 +341,7 @@ class Commit(Message, frozen=True, kw_only=True):
 
     round: RoundName
     version: Version
+    trace: TraceContext = ""
 
 
 class Abort(Message, frozen=True, kw_only=True):

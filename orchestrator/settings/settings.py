@@ -34,6 +34,7 @@ from weightsync.orchestrator.settings.sections import (
     RetrySection,
     RunSection,
     Seconds,
+    TracesSection,
     TrainerSection,
     Transport,
     Url,
@@ -77,6 +78,7 @@ class Settings(BaseSettings):
         default=5.0, description="Between two scans of the run directory without any event."
     )
     log: LogSection = LogSection()
+    traces: TracesSection = TracesSection()
 
     @field_validator("engines")
     @classmethod

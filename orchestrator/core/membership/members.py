@@ -39,7 +39,12 @@ def connected(turn: Turn, event: AgentConnected) -> bool:
     if objection is not None:
         refused = Refused(reason=objection.reason, fault=objection.fault, retry=objection.retry)
         turn.do(Refuse(event.member, event.connection, refused))
-        turn.say(f"{event.member} is refused: {objection.reason}", "warning")
+        turn.say(
+            f"{event.member} is refused: {objection.reason}",
+            "warning",
+            event="agent refused",
+            engine=event.member.engine,
+        )
         return False
     twin = fleet.leave(event.member)
     if twin is not None:
@@ -126,7 +131,7 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     if generation not in fleet.memory.generations:
         # Journaled, or one that was away would be taken for a new one after a restart, and the new one for replaced.
         turn.append(TrainerBegan(generation=generation))
-    turn.say(f"trainer generation {generation:x} begins")
+    turn.say(f"trainer generation {generation:x} begins", event="trainer begins")
 
 
 def _learn(turn: Turn, agent: ConnectedAgent) -> None:
@@ -193,7 +198,7 @@ def grant_over(turn: Turn, writer: Member, name: RoundName, reason: str) -> None
     pending = turn.fleet.unclosed.pop((writer, name), None)
     if pending is not None and pending.outlived:
         turn.append(GrantOver(round=name, writer=str(writer), reason=reason))
-        turn.say(f"the grant of round {name} to {writer} is over: {reason}")
+        turn.say(f"the grant of round {name} to {writer} is over: {reason}", event="grant over")
 
 
 def _untaint(turn: Turn, member: Member, incarnation: int) -> None:
@@ -280,7 +285,7 @@ def lost(turn: Turn, event: AgentLost) -> bool:
     if agent is None or agent.connection != event.connection:
         return False
     fleet.leave(event.member)
-    turn.say(f"{event.member} is gone: {event.reason}", "warning")
+    turn.say(f"{event.member} is gone: {event.reason}", "warning", event="agent gone", engine=event.member.engine)
     if event.member.engine in fleet.engines:
         engine = fleet.engines[event.member.engine]
         engine.probe_at = turn.now  # at once: its server may have died with the agent

@@ -44,7 +44,7 @@ def _judge_modes(turn: Turn, engine: str) -> None:
     if disagreement:
         state = turn.fleet.engines[engine]
         state.misfit, state.misfit_fault = disagreement, "config"
-        turn.say(f"{engine} takes part in no round: {disagreement}", "error")
+        turn.say(f"{engine} takes part in no round: {disagreement}", "error", event="engine misfit", engine=engine)
 
 
 def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> None:
@@ -56,7 +56,9 @@ def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> 
             f"{', …' if entry.count > min(SHOWN, len(entry.names)) else ''}"
             for entry in left_out
         ]
-        turn.say(clean(f"{member}: rounds leave out {'; '.join(parts)}"))
+        turn.say(
+            clean(f"{member}: rounds leave out {'; '.join(parts)}"), event="tensors left out", engine=member.engine
+        )
     said[member.rank] = left_out
 
 
@@ -67,7 +69,12 @@ def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
     agent.fingerprint = message.fingerprint
     dead = {failure.peer: failure.error for failure in message.failed}
     for peer in dead.keys() - agent.dead_edges.keys():
-        turn.say(f"the edge between {agent.member} and {peer} is dead: {dead[peer]}", "warning")
+        turn.say(
+            f"the edge between {agent.member} and {peer} is dead: {dead[peer]}",
+            "warning",
+            event="edge dead",
+            engine=peer.engine or agent.member.engine,
+        )
     agent.dead_edges = dead
 
 
@@ -161,7 +168,10 @@ def _note_complete(turn: Turn) -> None:
         return
     fleet.confirmed_plan = fleet.plan_number
     seconds = turn.now - fleet.planned_at
-    turn.say(f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
+    turn.say(
+        f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s",
+        event="rendezvous complete",
+    )
 
 
 def planned(turn: Turn, event: PlanReady) -> None:
@@ -176,12 +186,17 @@ def planned(turn: Turn, event: PlanReady) -> None:
     total = sum(event.facts.flows.values())
     turn.say(
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
-        f"every destination byte covered once, {event.facts.seconds:.2f} s"
+        f"every destination byte covered once, {event.facts.seconds:.2f} s",
+        event="plan made",
     )
     unneeded = event.facts.unneeded
     if unneeded and unneeded != before:
         shown = f"{', '.join(unneeded[:SHOWN])}{', …' if len(unneeded) > SHOWN else ''}"
-        turn.say(f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}", "warning")
+        turn.say(
+            f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}",
+            "warning",
+            event="tensors unneeded",
+        )
 
 
 def rejected(turn: Turn, event: PlanRejected) -> None:
@@ -191,7 +206,7 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
         return
     fleet.planning = False
     fleet.plan = None  # the last one was for other layouts
-    turn.say(f"no plan: {event.reason}", "error")
+    turn.say(f"no plan: {event.reason}", "error", event="plan rejected")
     if event.engine in fleet.engines:
         engine = fleet.engines[event.engine]
         engine.misfit = event.reason

@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.traces.context import is_context, of_version
 
 
 def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> None:
@@ -27,6 +28,7 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
         ranks=ranks,
         writers=writers,
         sources={writer: fleet.agents[writer].hello.incarnation for writer in writers},
+        publish=publish_of(fleet, version),
         quorum=1 if catch_up else fleet.quorum(),
         phase_began=turn.now,
         began=turn.now,
@@ -35,10 +37,17 @@ def begin(turn: Turn, version: Version, engines: list[str], catch_up: bool) -> N
     # Journaled before anything is paused: whoever finds it knows which engines may be inside an update call.
     turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
     kind = "catch-up round" if catch_up else "round"
-    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}")
+    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}, attempt {attempt}", event="round begins")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none
     phases.advance(turn, current)  # nobody has to be paused where all serve on
+
+
+def publish_of(fleet: Fleet, version: Version) -> str:
+    """Trace context of the publish of ``version``, as its first rank said it; as it would have where nobody has."""
+    staged = [agent.staged for agent in fleet.trainers() if agent.staged is not None]
+    told = next((word.trace for word in staged if word.version == version and is_context(word.trace)), "")
+    return told or of_version(fleet.policy.run_id, version)
 
 
 def progress(fleet: Fleet, engine: str) -> Progress:

@@ -91,6 +91,7 @@ def grant_to(turn: Turn, current: Round, writer: Member) -> None:
         fingerprint=turn.fleet.known(writer).fingerprint,
         members=members,
         deadline_seconds=policy.agent_deadline(policy.transfer),
+        trace=current.trace,
     )
     if members:
         turn.send(writer, message)
@@ -114,7 +115,12 @@ def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
     policy = turn.fleet.policy
     turn.send(
         member,
-        Verify(round=current.name, version=current.version, deadline_seconds=policy.agent_deadline(policy.verify)),
+        Verify(
+            round=current.name,
+            version=current.version,
+            deadline_seconds=policy.agent_deadline(policy.verify),
+            trace=current.trace,
+        ),
     )
 
 
@@ -134,7 +140,7 @@ def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> N
     same = all(digest == digests[member] for member, (_, digest) in held.items())
     if same and len(before) == 1 and version not in before:
         sentence = f"step {version.step} holds the same bytes as step {before.pop().step}"
-        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning")
+        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning", event="same bytes")
 
 
 # ------------------------------------------------------------------------------------------------- after the decision
@@ -150,7 +156,7 @@ def switch(turn: Turn, current: Round) -> None:
             move_on(turn, current, name)
             continue
         for member in current.by_engine[name]:
-            turn.send(member, Commit(round=current.name, version=current.version))
+            turn.send(member, Commit(round=current.name, version=current.version, trace=current.trace))
 
 
 def move_on(turn: Turn, current: Round, name: str) -> None:

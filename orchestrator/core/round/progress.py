@@ -9,6 +9,7 @@ from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import EngineStatus, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.traces.context import child
 
 
 @dataclass(slots=True)
@@ -70,6 +71,8 @@ class Round:
     """Trainer ranks that have bytes to write, and to whom."""
     sources: dict[Member, int] = field(default_factory=dict)
     """Their incarnations."""
+    publish: str = ""
+    """Trace context of the publish that it is for."""
     rollback: bool = False
     """To a version that all engines have in their standby: nothing is written."""
     quorum: int = 1
@@ -108,6 +111,11 @@ class Round:
 
     def __post_init__(self) -> None:
         self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
+
+    @property
+    def trace(self) -> str:
+        """Trace context of all that is done in it."""
+        return child(self.publish, f"round {self.name}")
 
     @property
     def decided(self) -> bool:

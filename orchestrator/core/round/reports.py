@@ -277,9 +277,9 @@ def give_up(turn: Turn, current: Round, why: Trouble) -> None:
     if current.granted:
         torn = ", ".join(name for name in current.remaining() if not current.engines[name].shadow)
         then = f"{torn} stay paused until repaired" if torn else "its engines go on with what they had"
-        turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error")
+        turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error", event="round given up")
     else:
-        turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning")
+        turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning", event="round given up")
     entry.let_out(turn, current, current.remaining(), why)
     endings.failed(turn, current)
 
@@ -306,7 +306,12 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
         progress.left_out = why.reason
         serves_on = progress.serves_on and not current.decided
         then = "it serves on until another is decided" if serves_on else "it stays paused until it catches up"
-        turn.say(f"{name} is left out of {current.version}: {why.reason}; {then}", "error")
+        turn.say(
+            f"{name} is left out of {current.version}: {why.reason}; {then}",
+            "error",
+            event="engine left out",
+            engine=name,
+        )
         turn.fleet.touch(name)
     if current.decided:
         return
@@ -335,7 +340,12 @@ def _give_up(turn: Turn, current: Round, why: Trouble, about: About) -> None:
 def _drop(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     agent = turn.fleet.agents.get(about.member) if about.member is not None else None
     if agent is not None:
-        turn.say(f"{agent.member} contradicts the protocol and loses its connection: {why.reason}", "warning")
+        turn.say(
+            f"{agent.member} contradicts the protocol and loses its connection: {why.reason}",
+            "warning",
+            event="agent dropped",
+            engine=agent.member.engine,
+        )
         turn.do(Drop(agent.member, agent.connection, why.reason))
         turn.fleet.leave(agent.member)  # of a connection that we end ourselves nobody reports the end
         agent_lost(turn, agent.member, why.reason)

@@ -32,6 +32,7 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         modes={name: progress.lands for name, progress in current.engines.items()},
         switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
         links=links,
+        trace=current.publish,
     )
 
 
