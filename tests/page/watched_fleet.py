@@ -52,6 +52,8 @@ class WatchedFleet:
         settings = {**SETTINGS, "commit": {"patience_seconds": 2, "min_engines": engines}}
         settings["deadlines"] = {**SETTINGS["deadlines"], "attach_seconds": 2}
         self.fleet = Fleet(directory, servers, settings=settings, run_id="glm-4-rl")  # type: ignore[arg-type]
+        for engine in self.standins.values():
+            engine.belong_to(self.fleet)
         self._environment, self._directory = environment, directory
         self.trainer: Trainer | None = None
 
