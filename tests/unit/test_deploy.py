@@ -139,7 +139,7 @@ def test_the_job_restarts_what_dies_and_ends_with_its_trainer(job: dict[str, str
     assert calls.count(f"weightsync-orchestrator run --config {tmp_path / 'run' / 'weightsync.yaml'}") == 3
     served = (
         "vllm serve /m --host e0 --port 15005 --tensor-parallel-size 8 --weight-transfer-config"
-        f' {{"backend": "weightsync"}} as engine-e0 by {credentials}/engine.engine-e0.token'
+        f' {{"backend": "weightsync"}} as engine-e0 by {credentials}/engine.token'
     )
     assert calls.count(served) == 3
     assert f"trainer by {credentials}/trainer.token to wss://n0:10005/agents" in calls
@@ -164,8 +164,8 @@ def test_the_jobs_configuration_loads_and_nothing_of_it_is_for_others(job: dict[
     assert settings.listen.tls.ca_file == certificates / "ca.pem"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert f"weightsync-orchestrator certs {certificates} --host n0" in calls
-    roles = "--role trainer --role viewer --role operator --role engine.engine-e0 --role engine.engine-e1"
-    assert f"weightsync-orchestrator tokens {settings.credentials} {roles}" in calls
+    assert f"weightsync-orchestrator tokens {settings.credentials}" in calls
+    assert settings.agents_token_path == str(settings.credentials / "engine.token")
     for path in (tmp_path / "run").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
 
