@@ -71,9 +71,12 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan(Command):
+    """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is."""
+
     number: int
     sources: tuple[Announced, ...]
     targets: tuple[Announced, ...]
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

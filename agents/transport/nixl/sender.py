@@ -19,7 +19,7 @@ from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError, TransferError
 from weightsync.agents.transport.nixl.flow import Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice
-from weightsync.agents.transport.nixl.open import open_endpoint
+from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.messages import NixlSettings
@@ -71,9 +71,12 @@ class NixlSender(Sender):
         """Of the writes under way."""
 
     def open(self, settings: NixlSettings) -> None:
+        device = self._memory.arenas[0].device
         if self._endpoint is not None:
+            if device.type == "cuda":
+                bind(device)  # the agent's thread may be another than the one that opened it
             return  # backends and ports of an open endpoint cannot be changed
-        endpoint = open_endpoint(str(self._memory.member), settings, self._memory.arenas[0].device)
+        endpoint = open_endpoint(str(self._memory.member), settings, device)
         endpoint.register(self._memory.layout.regions)
         endpoint.heard = self._heard
         self._endpoint = endpoint

@@ -99,7 +99,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
     round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config. ``kind``: publish,
     catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
-    step.
+    step. ``lenders``: engine to the engine that it got its bytes from; empty where the trainer wrote.
     """
 
     round: str
@@ -125,13 +125,14 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "publish"
     modes: dict[str, str] = {}
     switches_ms: dict[str, float] = {}
+    lenders: dict[str, str] = {}
 
     def fields(self) -> dict[str, Any]:
         """Name to value, for a log line."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}
 
 
-_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms")
+_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "lenders")
 """Fields of a RoundRow that a log line does without."""
 
 
@@ -252,4 +253,5 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         kind=record.kind,
         modes=dict(record.modes),
         switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
+        lenders=dict(record.lenders),
     )
