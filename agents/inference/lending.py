@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.inference.holdings import Holdings
@@ -27,6 +28,8 @@ from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Rou
 from weightsync.orchestrator.protocol.text import clean
 
 log = logging.getLogger(__name__)
+
+UNREAD: Final = "this rank does not lend: the transport cannot read its memory"
 
 
 class Lending:
@@ -114,7 +117,7 @@ class Lending:
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``link.side.AgentSide``."""
         if self._senders is None:
-            raise AgentError("this rank does not lend: its memory cannot be read by the transport")
+            raise AgentError(UNREAD)
         if self._fingerprint != connect.fingerprint or not connect.peers:
             self._fingerprint = ""  # no grant is obeyed until these edges are ready
             async with self._computing:
@@ -170,7 +173,10 @@ class Lending:
     async def _push(self, grant: OpenGrant) -> None:
         """Each peer's end is told, and what went wrong on this side."""
         ends = time.monotonic() + grant.grant.deadline_seconds
-        assert self._senders is not None
+        if self._senders is None:
+            grant.leave((), UNREAD, "engine", retry=False)
+            self._forget_closed()
+            return
         sender = self._senders.current
         try:
             digests: Mapping[Member, Digest] = {}

@@ -26,6 +26,7 @@ def evaluate(turn: Turn) -> None:
     fleet = turn.fleet
     if fleet.round is not None:
         return
+    fleet.passed_over = {pair: told for pair, told in fleet.passed_over.items() if turn.now < told[0]}
     lenders, version = _wanted(fleet, turn.now), fleet.memory.committed
     if not lenders or version is None:
         if fleet.feed is not None:
@@ -49,9 +50,10 @@ def _wanted(fleet: Fleet, now: float) -> dict[str, str]:
 
     One unit and its lenders, and whoever else takes from them alone: by one plan, any of them may write to any.
     """
-    version, staged = fleet.memory.committed, conditions.staged(fleet)
+    version = fleet.memory.committed
     if fleet.policy.fan_out == "trainer" or version is None or fleet.stopping or fleet.memory.maintenance is not None:
         return {}
+    staged = conditions.staged(fleet)
     if staged is not None and not fleet.memory.settled(staged):
         return {}  # which brings everybody to something newer
     behind = conditions.behind(fleet, version, now)
@@ -67,7 +69,7 @@ def _end(turn: Turn) -> None:
     turn.fleet.feed = None
     for agent in turn.fleet.agents.values():
         if agent.lends_delivered:
-            agent.lends_delivered = agent.lends = ""
+            agent.lends_delivered, agent.lends, agent.unlent = "", "", {}
             turn.send(agent.member, NOTHING)
 
 
@@ -93,7 +95,7 @@ def _send(turn: Turn, feed: Feed) -> None:
         if agent is None or connect.fingerprint == (agent.lends_delivered if connect.lends else agent.delivered):
             continue
         if connect.lends:
-            agent.lends_delivered = connect.fingerprint
+            agent.lends_delivered, agent.unlent = connect.fingerprint, {}
         else:
             agent.delivered = connect.fingerprint
         turn.do(SendPlan(member, connect))
@@ -129,8 +131,9 @@ def _unready(fleet: Fleet, feed: Feed, name: str) -> str:
     if late:
         return f"agents that have not confirmed their edges: {conditions.named(late)}"
     for agent in ranks:
-        for peer, error in {**agent.unlent, **(agent.dead_edges if agent.member.engine == name else {})}.items():
-            if name in (peer.engine, agent.member.engine):
+        borrows = agent.member.engine == name
+        for peer, error in (agent.dead_edges if borrows else agent.unlent).items():
+            if borrows or peer.engine == name:
                 return f"the edge between {agent.member} and {peer} is dead: {error}"
     busy = [each for each in lenders if fleet.engines[each].calls.keys() & {Call.SWITCH, Call.UPDATE}]
     if fleet.engines[name].calls or busy:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from weightsync.agents.inference.holdings import Holdings
-from weightsync.agents.inference.lending import Lending
+from weightsync.agents.inference.lending import UNREAD, Lending
 from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
+from weightsync.agents.transport.interface import Receiver, Sender, SourceMemory, TargetMemory
+from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.orchestrator.core.commands import Announced, MakePlan
 from weightsync.orchestrator.daemon.planning import Planning
+from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import Lands, Layout, Tensor, row
 from weightsync.orchestrator.protocol.messages import (
@@ -34,6 +37,7 @@ CPU = torch.device("cpu")
 LENDER, BORROWER = Member("inference", "e0", 0), Member("inference", "e1", 0)
 VERSION, ROUND = Version(7, 3), RoundName(1, 5)
 PATIENCE = 20.0
+NOBODY = Peer(BORROWER, 1, "", b"", ())
 
 
 @dataclass
@@ -201,28 +205,52 @@ async def test_what_is_served_arrives_bit_for_bit(lends: Lands, borrows: Lands, 
     assert lender.lending.open_rounds == ()
 
 
+class NoSender(Sender):
+    """A transport's end by which nothing is ever written."""
+
+    def __init__(self, memory: SourceMemory) -> None: ...
+
+    def open(self, settings: Any) -> None: ...
+
+    async def write(self, *arguments: Any) -> None:
+        raise AssertionError("nothing is to be written")
+
+
+class NoReceiver(Receiver):
+    lands_beside = True
+
+    def __init__(self, memory: TargetMemory) -> None: ...
+
+    def open(self, settings: Any) -> None: ...
+
+    def renew(self, memory: TargetMemory) -> None: ...
+
+    def arrive(self, version: Version) -> None: ...
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """A rank in copy whose transport opens nothing."""
+    monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(NoSender, NoReceiver))
+    return Rank(LENDER, 1, "copy")
+
+
 @pytest.mark.parametrize(
     ("more", "objection"),
     [
         ({"version": Version(7, 4)}, "this rank holds step 3 (generation 7), not step 4 (generation 7)"),
         ({"fingerprint": "of another feed"}, "grant for the edges of another f; this rank has none"),
         ({"round": RoundName(2, 5)}, "grant of epoch 2; this agent obeys epoch 1"),
+        ({"fingerprint": "", "version": Version(7, 3)}, f"this rank holds {VERSION}, torn, not {VERSION}"),
     ],
 )
-async def test_it_lends_what_it_was_asked_for_or_nothing(more: dict[str, Any], objection: str) -> None:
-    lender = Rank(LENDER, 1, "copy")
+async def test_it_lends_what_it_was_asked_for_or_nothing(more: dict[str, Any], objection: str, silent: Rank) -> None:
+    lender = silent
     lender.holdings.committed(VERSION)
+    lender.holdings.tear("torn" in objection)
     lender.lending.granted(grant(Connect(fingerprint="", root="", peers=(), copies=b"", expected_bytes=0), **more))
     closed = await lender.thread.hears(Closed)
     assert (closed.final, closed.peers, closed.error, closed.fault) == (True, (), objection, "engine")
-
-
-async def test_memory_that_is_torn_is_not_lent() -> None:
-    lender = Rank(LENDER, 1, "copy")
-    lender.holdings.committed(VERSION)
-    lender.holdings.tear(True)
-    lender.lending.granted(grant(Connect(fingerprint="", root="", peers=(), copies=b"", expected_bytes=0)))
-    assert (await lender.thread.hears(Closed)).error == f"this rank holds {VERSION}, torn, not {VERSION}"
 
 
 async def test_nothing_is_posted_any_more_when_another_version_is_about_to_land() -> None:
@@ -246,17 +274,24 @@ async def test_nothing_is_posted_any_more_when_another_version_is_about_to_land(
 
 
 @pytest.mark.parametrize("change", [{"lands": "flip"}, {"expert_map": "of 8"}])
-def test_what_cannot_be_read_is_not_offered(change: dict[str, Any]) -> None:
-    rank = Rank(LENDER, 1, "copy")
+async def test_what_cannot_be_read_is_neither_offered_nor_lent(change: dict[str, Any], silent: Rank) -> None:
+    rank = silent
     lending = Lending(rank.weights, rank.holdings)
     rank.weights.layout = msgspec.structs.replace(rank.weights.layout, **change)
     lending.attach(rank.thread, LENDER)
     lending.welcomed(welcome())
     assert lending.announcement() == ("", b"")
+    connect = Connect(fingerprint="edges", root="", peers=(NOBODY,), copies=b"", expected_bytes=0, lends=True)
+    lending.prepare(connect)
+    (failed,) = (await rank.thread.hears(Ready)).failed
+    assert failed.error == UNREAD
+    lending.granted(grant(connect))
+    assert (await rank.thread.hears(Closed)).error == UNREAD
+    assert lending.open_rounds == ()
 
 
-def test_a_daemon_that_lends_nothing_has_nothing_opened() -> None:
-    rank = Rank(LENDER, 1, "copy")
+def test_a_daemon_that_lends_nothing_has_nothing_opened(silent: Rank) -> None:
+    rank = silent
     lending = Lending(rank.weights, rank.holdings)
     lending.attach(rank.thread, LENDER)
     lending.welcomed(welcome(lends=False))

@@ -1,6 +1,7 @@
 """Feeds: when there is one, who is sent what, what its round does, and when somebody else is asked."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -9,13 +10,13 @@ from fleets import BYTES_PER_EDGE, plan_facts, rank
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import MakePlan, SendPlan
 from weightsync.orchestrator.core.errors import InvariantViolation
-from weightsync.orchestrator.core.events import Call, MaintenanceAsked, PlanReady, PlanRejected
+from weightsync.orchestrator.core.events import Call, MaintenanceAsked, PlanReady, PlanRejected, RetryAsked
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.membership.feeds import NOTHING
 from weightsync.orchestrator.core.records import Committed, LiveDirty, RoundEnded
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.edges import EdgeFailure, PeerTransfer
-from weightsync.orchestrator.protocol.layout import Layout
+from weightsync.orchestrator.protocol.layout import Layout, Tensor
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Announce,
@@ -134,6 +135,22 @@ def test_fan_out_says_who_writes(drive: Any, fan_out: str) -> None:
     assert len(feeds(fleet)) == (fan_out != "trainer")
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_of_a_pair_all_borrow_or_none(drive: Any, alike: bool) -> None:
+    fleet = behind(drive, pairs=(("e1", "e2"),))
+    fleet.fleet.feed = None
+    fleet.loses_engine("e1")
+    fleet.settle()
+    before = len(feeds(fleet))
+    fleet.connect(rank("e1"), incarnation=301)
+    layout = fleet.announcement("e1").layout
+    other = layout if alike else msgspec.structs.replace(layout, tensors=(Tensor("w", "int8", (1,)),))
+    fleet.says(rank("e1"), Announce(layout=other, lends_name="lends"))
+    fleet.settle()
+    fed = [party.member.engine for feed in feeds(fleet)[before:] for party in feed.targets]
+    assert fed == (["e1", "e2"] if alike else [])
+
+
 def test_nothing_is_lent_while_the_operator_lets_no_round_begin(drive: Any) -> None:
     fleet = behind(drive)
     fleet.happens(MaintenanceAsked(fleet.id(), "ann", "", True))
@@ -238,3 +255,25 @@ def test_each_is_sent_its_part_once(drive: Any) -> None:
     ]
     assert sorted(str(command.member) for command in sent) == ["e0/0", "e2/0"]
     assert {command.member: command.connect.lends for command in sent} == {rank("e0"): True, rank("e2"): False}
+
+
+def _another(fleet: Any, engine: str) -> None:
+    fleet.loses(rank(engine))
+    fleet.connect(rank(engine), incarnation=900)
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda fleet: _another(fleet, "e0"),
+        lambda fleet: _another(fleet, "e2"),
+        lambda fleet: fleet.happens(RetryAsked(fleet.id(), "ann", "")),
+        lambda fleet: fleet.passes(1000.0),
+    ],
+)
+def test_who_was_passed_over_is_asked_anew(drive: Any, happens: Callable[[Any], None]) -> None:
+    """When its time is over, another process has taken its place or the borrower's, or the operator says so."""
+    fleet = behind(drive)
+    fleet.fleet.passed_over = {("e2", "e0"): (999.0, "its edge was dead")}
+    happens(fleet)
+    assert fleet.fleet.passed_over == {}
