@@ -72,8 +72,8 @@ class Lending:
     def welcomed(self, welcome: Welcome) -> None:
         """Open what is needed to lend, if the daemon wants it. What keeps it from that costs the lending only."""
         layout = self._weights.layout
-        if not welcome.lends or layout.lands == "flip" or layout.expert_map:
-            return  # pages that no transport reads, or experts that move
+        if not welcome.lends or layout.expert_map:
+            return  # experts move while the engine serves
         assert self._member is not None, "attach() comes first"
         try:
             if self._senders is None:

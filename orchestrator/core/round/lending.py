@@ -21,8 +21,6 @@ def why_not(fleet: Fleet, name: str) -> str:
         return f"the operator has {name} held or drained"
     if fleet.tainted(name):
         return f"a writer may still reach {name}"
-    if standby.lands(fleet, name) == "flip":
-        return f"{name} lands in flip, and no transport reads its pages"
     return "" if all(a.announce is not None and a.announce.lends_name for a in ranks) else f"{name} cannot write"
 
 
