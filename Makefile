@@ -3,11 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# Tests at a time; most of their time is the start of a vLLM, which keeps one core busy.
+WORKERS ?= 2
 SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/__pycache__/*' 2>/dev/null)
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu gpu-multi families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,13 +47,13 @@ demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed w
 test: test-unit test-e2e ## all tests that need no GPU
 
 test-unit: setup ## the quick ones, with the seeded simulation
-	$(PYTEST)
+	$(PYTEST) -n $(WORKERS)
 
 test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
-	$(PYTEST) -m 'e2e and not long'
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'e2e and not long'
 
 test-long: setup ## neighbours of those, and many faults one after the other
-	$(PYTEST) -m long
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m long
 
 chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase
 	$(PYTEST) -m e2e tests/chaos
@@ -64,6 +66,9 @@ sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 
 soak: setup ## JSON lines: 2,000 rounds of stand-in engines and 50 of a real vLLM with restarts; fails if anything grows
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/soak.py
+
+flood: setup ## JSON lines: what thousands of strangers cost a running fleet; fails if it is more than their bound
+	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/flood.py
 
 mutants: setup ## plant bugs, one at a time; each must be caught by the tests (MUTANTS="taint" for some of them)
 	$(BIN)/python tests/mutants/plant.py $(MUTANTS)
@@ -121,11 +126,15 @@ bench-gpu-flip: ## JSON lines: what exchanging two sets of pages costs by itself
 bench-gpu-stall: ## JSON lines: how long streaming clients wait because of a push, on one GPU or two; with vLLM
 	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_stall.py $(ARGUMENTS)
 
+gpu-multi: ## JSON lines: half of a host's GPUs train, the other half serve a model over several of them
+	PYTHONPATH=$$(tests/gpu/link.sh):tests:tests/e2e python3 tests/benchmarks/bench_gpu_multi.py
+
 families: setup ## JSON lines: stock configurations of transformers, each judged by a fresh engine at TP 1 and TP 2
 	$(BENCH) tests/benchmarks/bench_families.py
 
 changelog: setup ## print the next section of CHANGELOG.md; with VERSION=1.2.3 write it and remove its fragments
 	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+	$(if $(VERSION),$(BIN)/weightsync-orchestrator config schema > tests/unit/settings/released_schema.json)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info

@@ -36,6 +36,7 @@ class Worker:
             held_because="",
             incarnation=100 + rank,
             lease=None,
+            landing="lands copy",
             switchable=lambda order: self.unfit,
             switch=self.switch,
         )

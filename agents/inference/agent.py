@@ -24,7 +24,7 @@ from weightsync.agents.inference.calls import (
     synchronize,
 )
 from weightsync.agents.inference.holdings import Holdings
-from weightsync.agents.inference.landing import choose_landing
+from weightsync.agents.inference.landing import ALONE, Peers, choose_landing
 from weightsync.agents.inference.lending import Lending
 from weightsync.agents.inference.quiet import Quiet
 from weightsync.agents.inference.shadow import ShadowRounds
@@ -34,6 +34,7 @@ from weightsync.agents.inference.window import Update, UpdateFailed, Windows
 from weightsync.agents.link.introduction import Identity
 from weightsync.agents.link.thread import STOP_SECONDS, AgentThread, ControlAddress
 from weightsync.kernels.warm import warm_up
+from weightsync.orchestrator.protocol.landing import landing_length
 from weightsync.orchestrator.protocol.messages import (
     EngineStatus,
     Exposed,
@@ -76,6 +77,7 @@ class InferenceAgent:
         drain: brings to rest, within that many seconds, whatever else in this worker holds copies of the weights and
             would write them back later; asked in each round before the weights change.
         boundary: whether the weights may change between two steps of the engine.
+        peers: the ranks that land alike, all of whose agents are made at this moment.
     """
 
     def __init__(
@@ -85,16 +87,17 @@ class InferenceAgent:
         model: LiveModel,
         drain: Callable[[float], None] = lambda seconds: None,
         boundary: bool = True,
+        peers: Peers = ALONE,
     ) -> None:
         self.ranks = ranks
         self._drain = drain
         self._device = device
-        paged = isinstance(model, PagedModel) and len(model.standby_tensors) > 0
-        landing = choose_landing(model.layout, device, paged)
+        no_flip = model.no_flip if isinstance(model, PagedModel) else "what rounds write here lies in no pages"
+        landing = choose_landing(model.layout, device, no_flip, peers)
         log.info("versions land by %s, with %.0f MiB: %s", landing.lands, landing.bytes / MIB, landing.why)
         arenas = landing_arenas(landing.bytes, device)
         warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
-        self._weights = LiveWeights(model, device, arenas, landing.lands, boundary)
+        self._weights = LiveWeights(model, device, arenas, landing.lands, boundary, landing.why)
         self._holdings = Holdings()
         self._windows = Windows(self._holdings, self._abandoned)
         self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
@@ -122,6 +125,13 @@ class InferenceAgent:
     def incarnation(self) -> int:
         """Of this process, as the daemon knows it; 0 before the first ``begin``."""
         return 0 if self._agent is None else self._agent.obedience.incarnation
+
+    @property
+    def landing(self) -> str:
+        """See ``WeightHolder.landing``."""
+        layout = self._weights.layout
+        size = landing_length(layout)
+        return f"lands {layout.lands} with {size / MIB:.0f} MiB ({layout.lands_because})"
 
     @property
     def lease(self) -> tuple[float, float] | None:

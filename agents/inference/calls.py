@@ -130,10 +130,13 @@ class LiveModel(Protocol):
 @runtime_checkable
 class PagedModel(LiveModel, Protocol):
     """A LiveModel whose weights lie in pages, twice. ``standby_tensors`` are the other set, as ``tensors`` are the
-    served one: at addresses that stay; empty where there is none."""
+    served one: at addresses that stay; empty where there is none, and then ``no_flip`` says why."""
 
     @property
     def standby_tensors(self) -> Sequence[torch.Tensor]: ...
+
+    @property
+    def no_flip(self) -> str: ...
 
     def flip(self) -> None:
         """What is in standby is served and what was served is in standby; the device is idle before and after it."""
@@ -172,6 +175,10 @@ class WeightHolder(Protocol):
     @property
     def incarnation(self) -> int:
         """Of this process, as the daemon knows it; 0 while it knows none."""
+
+    @property
+    def landing(self) -> str:
+        """How versions land here, and why so: for people."""
 
     @property
     def lease(self) -> tuple[float, float] | None:

@@ -196,8 +196,8 @@ class Lending:
                 if not error and end.bytes != sizes[end.member]:
                     error = f"{end.bytes} bytes were written to {end.member}, which is owed {sizes[end.member]}"
                 digest = digests.get(end.member, NO_BYTES)
-                told = PeerTransfer(end.member, end.bytes, end.descriptors, end.seconds, digest, clean(error))
-                grant.ended(told)
+                moved = end.bytes, end.descriptors, end.seconds
+                grant.ended(PeerTransfer(end.member, *moved, digest, clean(error), end.link, end.by))
                 self._forget_closed()
 
             members = [member for member in grant.grant.members if member in grant.open]

@@ -11,7 +11,7 @@ Mode = Literal["auto", "flip", "copy", "live"]
 """``flip``: into standby pages, which then take the place of the live ones; ``copy``: into an arena, from which a
 kernel spreads them; ``live``: into the parameters of a paused engine; ``auto``: the first of these that fits."""
 
-DEFAULT_MODE: Final[Mode] = "live"
+DEFAULT_MODE: Final[Mode] = "auto"
 
 
 class ModeRefused(AgentError):

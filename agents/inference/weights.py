@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -17,8 +17,12 @@ from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
 from weightsync.orchestrator.protocol.layout import Lands, Layout, Matrix
+from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS
 from weightsync.orchestrator.protocol.messages import Connect, Fault
 from weightsync.orchestrator.protocol.names import Digest, Member, Version
+from weightsync.orchestrator.protocol.text import clean
+
+READ_IN_PLACE: Final = "by this transport versions are read into the weights of a paused engine"
 
 
 class NotLanded(AgentError):
@@ -54,6 +58,7 @@ class LiveWeights:
         landing: memory that writers reach; empty for none.
         lands: how a version lands, by a transport that can do that.
         boundary: whether the weights may change between two steps of the engine.
+        why: it lands so, for people.
 
     Attributes:
         layout: of the live weights and the landing memory; replaced when experts have moved.
@@ -68,11 +73,13 @@ class LiveWeights:
         landing: Sequence[torch.Tensor],
         lands: Lands = "live",
         boundary: bool = True,
+        why: str = "",
     ) -> None:
         self._name = ""
         self._device = device
         self._landing = tuple(landing)
         self._lands, self._boundary = lands, boundary
+        self._why = clean(why, MAX_LANDS_CHARS)
         self.receivers: Ends[Receiver] = Ends(lambda transport: transport.receiver(self._target()))
         self.layout: Layout
         self.bytes: int
@@ -94,8 +101,11 @@ class LiveWeights:
         """
         self._name = str(member)
         self.receivers.open(settings)
-        lands = self._lands if self.receivers.current.lands_beside else "live"
-        self.layout = msgspec.structs.replace(self.layout, lands=lands)
+        if self.receivers.current.lands_beside or self._lands == "live":
+            lands, why = self._lands, self._why
+        else:
+            lands, why = "live", READ_IN_PLACE
+        self.layout = msgspec.structs.replace(self.layout, lands=lands, lands_because=why)
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``Receiver.connect``."""
@@ -172,7 +182,9 @@ class LiveWeights:
     def _adopt(self, model: LiveModel) -> None:
         self._model = model
         self._tensors = (*model.tensors, *self._landing)
-        layout = msgspec.structs.replace(model.layout, lands=self._lands, boundary=self._boundary)
+        layout = msgspec.structs.replace(
+            model.layout, lands=self._lands, boundary=self._boundary, lands_because=self._why
+        )
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
         self._digest = prepare_digest(self._tensors, table)

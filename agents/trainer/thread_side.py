@@ -328,7 +328,8 @@ class TrainerSide:
         if error:
             log.warning("%s: round %s: %s", self._who, grant.grant.round, error)
         digest = digests.get(end.member, NO_BYTES)
-        grant.ended(PeerTransfer(end.member, end.bytes, end.descriptors, end.seconds, digest, clean(error)))
+        moved = end.bytes, end.descriptors, end.seconds
+        grant.ended(PeerTransfer(end.member, *moved, digest, clean(error), end.link, end.by))
         self._forget_closed()
 
     def _stop(self, abort: Abort) -> None:

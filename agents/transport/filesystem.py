@@ -66,7 +66,7 @@ class FilesystemSender(Sender):
     ) -> None:
         for member in members:
             if member in self._sizes:
-                ended(HandedOver(member, self._sizes[member]))
+                ended(HandedOver(member, self._sizes[member], link="files"))
 
 
 class FilesystemReceiver(Receiver):

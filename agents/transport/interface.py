@@ -51,6 +51,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from weightsync.agents.transport.shares import Share
+from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -94,6 +95,7 @@ class HandedOver:
     """The end of one write to ``member``: what was handed over, and with ``error`` why it was not all.
 
     ``descriptors`` and ``seconds`` (from the first post to the last completion) are 0 where nothing was posted.
+    ``link``: what kind of link it went by, and ``by`` the transport's own name of it, where the transport can tell.
     """
 
     member: Member
@@ -101,6 +103,8 @@ class HandedOver:
     descriptors: int = 0
     seconds: float = 0.0
     error: str = ""
+    link: LinkKind = "unknown"
+    by: str = ""
 
 
 Ended = Callable[[HandedOver], None]

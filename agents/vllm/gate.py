@@ -97,6 +97,12 @@ def switch(worker: Any, order: SwitchInfo) -> None:
     _agent(worker).switch(order)
 
 
+def landing(worker: Any) -> str:
+    """Runs in every worker, by ``call``: how versions land here, and why, for people."""
+    agent = _agent(worker)
+    return "this worker has no weightsync agent" if agent is None else f"rank {_rank(worker)} {agent.landing}"
+
+
 def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallOutcome:
     """Runs ``method`` in a worker and answers even when it raises.
 

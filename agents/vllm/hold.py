@@ -23,6 +23,9 @@ RESUME: Final = "weightsync_resume"
 READY: Final = "weightsync_ready"
 """Likewise: raises, with the reason, unless the engine serves; see ``readiness``."""
 
+LANDING: Final = "weightsync_landing"
+"""Likewise: how versions land in each worker, and why, in a sentence; for people."""
+
 NEEDED: Final = (
     "_initialize_kv_caches",
     "resume_scheduler",
@@ -168,7 +171,7 @@ def held_class(core_class: Any) -> type[Any]:
             kwargs: dict[str, Any] | None = None,
         ) -> list[Any]:
             kwargs = kwargs or {}
-            if method in (RESUME, READY, boundary.SWITCH):
+            if method in (RESUME, READY, LANDING, boundary.SWITCH):
                 return _answer(self, method, kwargs)
             if not check_call(self, method, kwargs):
                 return []
@@ -187,6 +190,8 @@ def _answer(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, An
         if (switch := _lease(core)) is not None:
             switch.heard()
         return boundary.switch(core, kwargs)
+    if method == LANDING:
+        return workers.call(core, gate.landing, workers.ASK_SECONDS, (), {})
     if method == RESUME:
         core.weightsync_resume(meant(kwargs))
     else:

@@ -14,6 +14,7 @@ import msgspec
 from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
+from weightsync.orchestrator.daemon.engines.interface import EngineClient
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
@@ -221,7 +222,7 @@ def _address(settings: Settings) -> Iterator[Finding]:
 
 def _descriptors(settings: Settings) -> Iterator[Finding]:
     # Under systemd another limit may hold than in this shell.
-    problem = too_few(reachable(), settings.engines, settings.trainer.world)
+    problem = too_few(reachable(), settings)
     if problem is not None:
         yield Finding("error", problem.problem, problem.fix, "open files")
 
@@ -252,16 +253,30 @@ def _port(key: str, host: str, port: int) -> Finding:
 
 async def _probe(settings: Settings) -> list[Finding]:
     known = [engine for engine in settings.engines if engine.kind in CLIENTS]  # of the others it is said already
-    return list(await asyncio.gather(*(_probe_one(engine, settings) for engine in known)))
+    found = await asyncio.gather(*(_probe_one(engine, settings) for engine in known))
+    return [finding for findings in found for finding in findings]
 
 
-async def _probe_one(engine: EngineSection, settings: Settings) -> Finding:
+async def _probe_one(engine: EngineSection, settings: Settings) -> list[Finding]:
+    check, seconds = f"engine {engine.name}", settings.deadlines.probe_seconds
     client = client_of(engine, settings.pause, settings.engines_tls)
     try:
-        facts = await client.probe(settings.deadlines.probe_seconds)
+        facts = await client.probe(seconds)
+        notes = "".join(f", {note}" for note in facts.notes)
+        return [
+            Finding("ok", f"{facts.server}, {facts.ranks} ranks{notes}", check=check),
+            *await _lands(client, check, seconds),
+        ]
     except EngineError as error:
-        return Finding("error" if error.fault == "config" else "warning", str(error))
+        return [Finding("error" if error.fault == "config" else "warning", str(error))]
     finally:
         await client.close()
-    notes = "".join(f", {note}" for note in facts.notes)
-    return Finding("ok", f"{facts.server}, {facts.ranks} ranks{notes}", check=f"engine {engine.name}")
+
+
+async def _lands(client: EngineClient, check: str, seconds: float) -> list[Finding]:
+    """How versions land in the engine's ranks, and why."""
+    try:
+        told = await client.landing(seconds)
+    except EngineError as error:
+        return [Finding("note", f"does not tell how versions land in it: {error}", check=check)]
+    return [Finding("ok", line, check=check) for line in told]

@@ -1,6 +1,7 @@
 """The command line. Each command imports only what it needs, so that ``--help`` and ``status`` are quick."""
 
 import argparse
+import faulthandler
 import importlib
 import os
 import signal
@@ -192,6 +193,7 @@ def _tokens(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
+    faulthandler.enable()  # the watchdog of a supervisor ends a daemon that stands still with SIGABRT
     from weightsync.orchestrator.cli.config import findings_of
     from weightsync.orchestrator.daemon import log
     from weightsync.orchestrator.settings.settings import load

@@ -6,6 +6,7 @@ import os
 import ssl
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ import msgspec
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for, token_for
 from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, positive, seconds
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
-from weightsync.orchestrator.forecast.explain import TRANSPORTS, explain
+from weightsync.orchestrator.forecast.explain import LINKS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES
 from weightsync.orchestrator.forecast.simulate import Hardware, simulate
 from weightsync.orchestrator.forecast.synthetic_fleets import EngineFleet, TrainerFleet, engine_parties, trainer_parties
@@ -84,28 +85,33 @@ def _add_fleet(command: argparse.ArgumentParser) -> None:
     hardware.add_argument("--nic-gbps", type=positive, default=default.nic_gbps, help="line rate (default %(default)s)")
     hardware.add_argument("--nics-per-node", type=count, default=default.nics_per_node, help="default %(default)s")
     hardware.add_argument("--gpus-per-node", type=count, default=default.gpus_per_node, help="default %(default)s")
+    hardware.add_argument("--colocated", action="store_true", help="engines on the trainer's own GPUs")
     hardware.add_argument("--efficiency", type=positive, default=default.efficiency,
                           help="of line rate that is reached (default %(default)s)")  # fmt: skip
 
 
 def _explain(options: argparse.Namespace) -> int:
-    planned = _planned(options, lambda: _read(options))
+    measured: dict[str, float] = {}
+    planned = _planned(options, lambda: _read(options, measured))
     if isinstance(planned, Exit):
         return planned
+    links = {
+        link: replace(cost, bytes_per_second=measured.get(link, 0.0) * 1e9 or cost.bytes_per_second)
+        for link, cost in LINKS.items()
+    }
     asked = CostModel(options.alpha, options.bytes_per_second)
-    transports = dict(TRANSPORTS) if asked == CostModel() else {"asked": asked, **TRANSPORTS}
-    found = explain(planned, transports, every_tensor=options.tensors)
+    found = explain(planned, links if asked == CostModel() else {"asked": asked, **links}, every_tensor=options.tensors)
     print(msgspec.json.encode(found).decode() if options.json else explanation_text(found, options.top))
     return Exit.OK
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    planned = _planned(options, lambda: _read(options) if options.model is None else _imagined(options))
+    planned = _planned(options, lambda: _read(options, {}) if options.model is None else _imagined(options))
     if isinstance(planned, Exit):
         return planned
     hardware = Hardware(
         options.nic_gbps, options.nics_per_node, options.gpus_per_node, options.efficiency,
-        alpha_seconds=options.alpha,
+        alpha_seconds=options.alpha, colocated=options.colocated,
     )  # fmt: skip
     found = simulate(planned, hardware)
     print(msgspec.json.encode(found).decode() if options.json else simulation_text(found))
@@ -142,8 +148,8 @@ def _planned(options: argparse.Namespace, parties: Callable[[], list[Party]]) ->
     return code
 
 
-def _read(options: argparse.Namespace) -> list[Party]:
-    """The layouts that ``--from`` or ``--config`` names.
+def _read(options: argparse.Namespace, measured: dict[str, float]) -> list[Party]:
+    """The layouts that ``--from`` or ``--config`` names; ``measured`` is given what a daemon has seen of its links.
 
     Raises:
         Unusable, Denied, Unreachable: none can be had from there.
@@ -155,17 +161,18 @@ def _read(options: argparse.Namespace) -> list[Party]:
         raise Unusable("name the layouts: --from PATH_OR_URL, or --config PATH for the daemon of a configuration")
     if where.startswith(("http://", "https://")):
         token = token_for(options.token_file, settings)
-        return _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout, tls_for(where, settings))
+        view = _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout, tls_for(where, settings))
+        measured.update(view.gb_per_s)
+        return [Party(party.member, party.incarnation, party.layout) for party in view.parties]
     return read_layouts(Path(where))
 
 
-def _from_daemon(url: str, token: str | None, timeout_seconds: float, tls: ssl.SSLContext | None) -> list[Party]:
+def _from_daemon(url: str, token: str | None, timeout_seconds: float, tls: ssl.SSLContext | None) -> LayoutsView:
     data = asyncio.run(fetch(url, token, timeout_seconds, MAX_ANSWER_BYTES, tls=tls))
     try:
-        view = msgspec.json.decode(data, type=LayoutsView)
+        return msgspec.json.decode(data, type=LayoutsView)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unusable(f"{url}: an answer that is not the daemon's: {error}") from error
-    return [Party(party.member, party.incarnation, party.layout) for party in view.parties]
 
 
 def read_layouts(path: Path) -> list[Party]:

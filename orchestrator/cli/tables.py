@@ -7,6 +7,7 @@ from typing import Final
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    LinkView,
     ProblemView,
     RoundRow,
     StatusView,
@@ -41,6 +42,8 @@ def status_text(status: StatusView, now: float) -> str:
         "\n".join(_head(status, now)),
         _table(_ENGINE_COLUMNS, [_engine(engine, now) for engine in status.engines]),
     ]
+    if modes := _modes(status.engines):
+        parts.append("\n".join(modes))
     if status.trainers:
         parts.append(_trainers(status.trainers, now))
     if status.rounds:
@@ -115,6 +118,9 @@ def round_text(row: RoundRow, now: float) -> str:
     lines = rounds_text([row], now).splitlines()
     lines += _wrapped(f"engines: {', '.join(row.engines) or '-'}")
     phases = {phase.value: row.times_ms[phase.value] for phase in Phase if phase.value in row.times_ms}
+    if row.links:
+        lines += ["", _table(_LINK_COLUMNS, [_link(link) for link in row.links])]
+        lines += [line for link in row.links for line in _slow(link)]
     most, began = max(sum(phases.values()), 1e-9), 0.0
     lines.append("")
     for name, ms in phases.items():
@@ -133,13 +139,30 @@ _ROUND_COLUMNS: Final = (
     "ROUND", "KIND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "GB/S", "PAUSE", "STALL", "SWITCH", "VERIFY",
     "TOTAL MS", "AGO",
 )  # fmt: skip
-
+_LINK_COLUMNS: Final = ("LINK", "BY", "EDGES", "BYTES", "GB/S", "SLOW")
 
 _LEFT_OUT: Final = {
     "unwritten": "stay as its start left them",
     "unneeded": "are in its checkpoint only",
     "unprobed": "are written, and whether they are read is not known",
 }
+
+
+def _link(link: LinkView) -> tuple[str, ...]:
+    rate, slow = (f"{link.gb_per_s:.2f}" if link.gb_per_s else "-"), (str(link.slow_edges) if link.slow_edges else "-")
+    return (link.link, ",".join(link.ways) or "-", str(link.edges), _bytes(link.bytes), rate, slow)
+
+
+def _slow(link: LinkView) -> list[str]:
+    return [
+        line
+        for slow in link.slow
+        for line in _wrapped(
+            f"slow: {slow.edge} {slow.gb_per_s:.2f} GB/s of {slow.link_gb_per_s:.2f}"
+            + (f" ({slow.by})" if slow.by else ""),
+            "    ",
+        )
+    ]
 
 
 def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
@@ -151,6 +174,20 @@ def _engine(engine: EngineView, now: float) -> tuple[str, ...]:
     beside = "-" if engine.standby is None else f"step {engine.standby.step}"
     mode = engine.mode or "-"
     return (engine.name, engine.role, mode, state, since, version, beside, ranks, paused, engine.fault)
+
+
+def _modes(engines: Sequence[EngineView]) -> list[str]:
+    """Why engines land as they do, those of one reason together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for engine in engines:
+        if engine.mode:
+            alike.setdefault((engine.mode, engine.mode_because), []).append(engine.name)
+    lines = []
+    for (mode, because), names in list(alike.items())[:SHOWN]:
+        who = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        why = f": {because}" if because else ""
+        lines += _wrapped(f"{who} {'lands' if len(names) == 1 else 'land'} by {mode}{why}")
+    return lines
 
 
 def _left_out(engine: EngineView) -> list[str]:

@@ -1,8 +1,9 @@
 """What the core wants done. Only the daemon's outbox performs them; each carries the event that caused it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Record
 from weightsync.orchestrator.protocol.messages import (
@@ -16,29 +17,25 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True, kw_only=True):
     """Base. ``cause`` is the id of the event that led to it; ``Turn.do`` fills it in."""
 
-    cause: int = field(default=0, kw_only=True)
+    cause: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Accept(Command):
+class Accept(Command, frozen=True):
     member: Member
     connection: int
     welcome: Welcome
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse(Command):
+class Refuse(Command, frozen=True):
     member: Member
     connection: int
     refused: Refused
 
 
-@dataclass(frozen=True, slots=True)
-class Drop(Command):
+class Drop(Command, frozen=True):
     """Close an accepted connection: its agent broke the protocol."""
 
     member: Member
@@ -46,14 +43,12 @@ class Drop(Command):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Send(Command):
+class Send(Command, frozen=True):
     member: Member
     message: FromDaemon
 
 
-@dataclass(frozen=True, slots=True)
-class OpenGroup(Command):
+class OpenGroup(Command, frozen=True):
     """Start the child that joins vLLM's StatelessProcessGroup as rank 0; the members as 1, 2, …, in this order."""
 
     group: TcpStoreRendezvous
@@ -69,8 +64,7 @@ class Announced:
     announce: Announce
 
 
-@dataclass(frozen=True, slots=True)
-class MakePlan(Command):
+class MakePlan(Command, frozen=True):
     """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is."""
 
     number: int
@@ -79,24 +73,21 @@ class MakePlan(Command):
     lends: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MakeNeeds(Command):
+class MakeNeeds(Command, frozen=True):
     """The union of what these inference ranks need; engines in the configuration's order."""
 
     number: int
     targets: tuple[Announced, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SendPlan(Command):
+class SendPlan(Command, frozen=True):
     """Rendezvous round 2 for one member, over whichever rendezvous is configured."""
 
     member: Member
     connect: Connect
 
 
-@dataclass(frozen=True, slots=True)
-class CallEngine(Command):
+class CallEngine(Command, frozen=True):
     """``number`` comes back in CallDone or CallFailed; ``round`` and ``version`` for those calls that belong to one.
 
     ``ranks``: of a resume or a switch, the processes that it means, as rank → incarnation; no other may serve by it.
@@ -111,31 +102,27 @@ class CallEngine(Command):
     ranks: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Append(Command):
+class Append(Command, frozen=True):
     """Make a record durable. With ``answer``, the core waits for Appended before it goes on."""
 
     record: Record
     answer: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LookForStable(Command):
+class LookForStable(Command, frozen=True):
     """Look for STABLE of ``step`` after so many seconds, and post MarkersSeen whatever is found."""
 
     after_seconds: float
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class WriteMarker(Command):
+class WriteMarker(Command, frozen=True):
     kind: Literal["TRANSFER_READY", "COMMITTED", "FAILED"]
     version: Version
     facts: dict[str, str | int | float]
 
 
-@dataclass(frozen=True, slots=True)
-class Say(Command):
+class Say(Command, frozen=True):
     """One sentence for people: what and why."""
 
     level: Literal["info", "warning", "error"]

@@ -242,7 +242,7 @@ def _tell_trainer(turn: Turn) -> None:
     first = next(iter(turn.fleet.trainers()), None)
     if first is None or first.member.rank != 0:
         return
-    told = clean(standing(turn.fleet))
+    told = standing(turn.fleet)
     if told != first.standing:
         first.standing = told
-        turn.send(first.member, Standing(sentence=told))
+        turn.send(first.member, Standing(sentence=clean(told)))

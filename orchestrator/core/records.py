@@ -63,13 +63,34 @@ class Decided(Record, frozen=True, kw_only=True):
     digests: dict[str, str]
 
 
+class SlowEdge(msgspec.Struct, frozen=True):
+    """An edge that moved less than half of what its link can, and by which transport; both in 10^9 bytes per second."""
+
+    edge: str
+    by: str
+    gb_per_s: float
+    link_gb_per_s: float
+
+
+class LinkUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round moved by one kind of link: over how many edges, the longest of which took ``seconds``; ``ways``: by
+    which transports. ``slow``: the slowest of ``slow_edges`` that were slower than the link."""
+
+    edges: int
+    bytes: int
+    seconds: float
+    ways: tuple[str, ...] = ()
+    slow: tuple[SlowEdge, ...] = ()
+    slow_edges: int = 0
+
+
 class RoundEnded(Record, frozen=True, kw_only=True):
     """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
 
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
     that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
-    that switched, how long each took no step for it. ``lenders``: engine → the engine that wrote to it in the place of
-    the trainer.
+    that switched, how long each took no step for it. ``links``: what moved, by kind of link. ``lenders``: engine → the
+    engine that wrote to it in the place of the trainer.
     """
 
     round: RoundName
@@ -88,6 +109,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     modes: dict[str, Lands] = msgspec.field(default_factory=dict)
     switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
     lenders: dict[str, str] = msgspec.field(default_factory=dict)
+    links: dict[str, LinkUse] = msgspec.field(default_factory=dict)
     spoken = ("reason",)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,11 @@ def lands(fleet: Fleet, engine: str) -> Lands:
     return next((a.announce.layout.lands for a in fleet.ranks_of(engine) if a.announce is not None), "live")
 
 
+def lands_because(fleet: Fleet, engine: str) -> str:
+    """Why it lands so, as its first rank says it."""
+    return next((a.announce.layout.lands_because for a in fleet.ranks_of(engine) if a.announce is not None), "")
+
+
 def boundary(fleet: Fleet, engine: str) -> bool:
     """It may switch between two of its steps."""
     return all(a.announce.layout.boundary for a in fleet.ranks_of(engine) if a.announce is not None)

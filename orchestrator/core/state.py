@@ -7,8 +7,10 @@ from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
 from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
+from weightsync.orchestrator.core.records import LinkUse
 from weightsync.orchestrator.core.round.progress import Round
-from weightsync.orchestrator.protocol.layout import LeftOut, contents
+from weightsync.orchestrator.protocol.edges import LinkKind
+from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
@@ -220,6 +222,10 @@ class Fleet:
     """Kind and round of the record that must be durable before the round goes on."""
     call_number: int = 0
     """Of the newest call to any engine."""
+    links: dict[str, LinkUse] = field(default_factory=dict)
+    """What the last round that moved anything did by each kind of link …"""
+    link_rates: dict[tuple[LinkKind, Lands], float] = field(default_factory=dict)
+    """… and the most that an end of one has carried since this daemon began, in bytes per second."""
     words: dict[str, tuple[str, float]] = field(default_factory=dict)
     stopping: bool = False
     sentence: str = ""

@@ -1,8 +1,9 @@
 """One turn of the machine: the state, the time, the cause, and the commands collected so far."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 from weightsync.orchestrator.core import invariants
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Say, Send
 from weightsync.orchestrator.core.events import Call
@@ -29,7 +30,7 @@ class Turn:
             InvariantViolation: it gives a right that nobody has now.
         """
         invariants.commanded(self.fleet, command)
-        self.commands.append(replace(command, cause=self.cause))
+        self.commands.append(msgspec.structs.replace(command, cause=self.cause))
 
     def say(self, sentence: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """One sentence for people."""

@@ -65,6 +65,14 @@ class Meters:
         self._rounds = counter("rounds", "Rounds that ended; fault is empty for committed ones.", "outcome", "fault")
         self._retries = counter("round_retries", "Rounds that were not the first attempt at their version.")
         self._bytes = counter("moved_bytes", "Bytes that rounds moved, also those that failed.")
+        self._link_bytes = counter("link_moved_bytes", "Bytes that rounds moved, by kind of link.", "link")
+        self._link_rate = histogram(
+            "link_gigabytes_per_second", "Bytes of a round by a kind of link over its longest edge.", RATES, "link"
+        )
+        self._slow_edges = Gauge(
+            PREFIX + "slow_edges", "Edges of the last round that were slower than half of their link.", ["link"],
+            registry=registry,
+        )  # fmt: skip
         self._parts = histogram("round_seconds", "Parts of committed rounds.", SECONDS, "part")
         self._rate = histogram("wire_gigabytes_per_second", "Bytes over the slowest sender's time.", RATES)
         self._calls = counter("engine_calls", "Calls to engines that ended.", "call", "outcome")
@@ -94,6 +102,11 @@ class Meters:
         """A round ended."""
         self._rounds.labels(row.outcome, row.fault).inc()
         self._bytes.inc(row.bytes)
+        for link in row.links:
+            self._link_bytes.labels(link.link).inc(link.bytes)
+            if link.gb_per_s:
+                self._link_rate.labels(link.link).observe(link.gb_per_s)
+            self._slow_edges.labels(link.link).set(link.slow_edges)
         if row.attempt > 1:
             self._retries.inc()
         for engine in row.left_out:

@@ -9,11 +9,13 @@ import structlog
 from pydantic import BaseModel
 from weightsync.orchestrator.core.events import PolicyChanged
 from weightsync.orchestrator.daemon import log as daemon_log
+from weightsync.orchestrator.daemon.access.descriptors import limit, too_few
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.daemon.run_directory.watcher import wakes
 from weightsync.orchestrator.settings.engine_lists import look
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -91,6 +93,9 @@ class Reload:
         if fixed:
             what = ", ".join(f"{key} (from {old!s:.80} to {now!s:.80})" for key, old, now in fixed)
             raise ValueError(f"a restart is needed for {what}")
+        short = too_few(limit(), new)
+        if short is not None:
+            raise ConfigError(new.state_directory, short)
         clients = await self._engines.made_for(new)  # reads the key files, so that nothing below can fail
         await self._engines.replace(clients, new)
         daemon_log.configure(new.log)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
+from aiohttp import web
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.errors import PeerMisbehaved
 from weightsync.orchestrator.core.events import AgentLost, Event, Tick
@@ -34,7 +35,10 @@ from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
 from weightsync.orchestrator.daemon.meters import Meters
+from weightsync.orchestrator.daemon.notify import Supervisor
 from weightsync.orchestrator.daemon.outbox import Outbox
+from weightsync.orchestrator.daemon.page.routes import Page
+from weightsync.orchestrator.daemon.page.timeline import Timeline
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
 from weightsync.orchestrator.daemon.release import release
@@ -73,7 +77,7 @@ class Runner:
         check_kinds(settings.engines)
         self.settings, self._read = settings, read
         self.inbox = Inbox(self._decide)
-        self.planning, self.history, self.meters = Planning(), History(), Meters()
+        self.planning, self.history, self.meters, self.timeline = Planning(), History(), Meters(), Timeline()
         self.markers = MarkerThread(settings.run.directory, settings.run.id)
         self.stable = StableWatch(self.markers, self.inbox, settings.run.directory, settings.rescan_seconds)
         timing = HubTiming(
@@ -83,18 +87,20 @@ class Runner:
             close_seconds=CLOSE_SECONDS,
         )
         allowed = raise_limit()
-        short = too_few(allowed, settings.engines, settings.trainer.world)
+        short = too_few(allowed, settings)
         if short is not None:
             raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
+        self.supervisor = Supervisor()
         self._frozen_for = 0
         self.fleet: Fleet
         self.journal: AsyncJournal
         self.engines: Engines
         self.group: Group
         self.outbox: Outbox
+        self.page: Page
         self.reload: Reload
         self.stopping: Stopping
 
@@ -130,6 +136,7 @@ class Runner:
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
                     group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
+                    group.create_task(self.page.stream.run(), name="pages"),
                 ]
                 for number in _STOP:
                     loop.add_signal_handler(number, self.stopping.ask)
@@ -137,9 +144,11 @@ class Runner:
                 log.info(
                     "the daemon serves", release=release(), run=self.settings.run.id, epoch=self.fleet.epoch, port=port
                 )
+                self.supervisor.ready(self.fleet.sentence)
                 if ready is not None:
                     ready(port)
                 await self.inbox.stopped.wait()
+                self.supervisor.stopping("the daemon ends")
                 for task in tasks:
                     task.cancel()
             # Out of the group, which would wrap it: its type is the exit code.
@@ -192,10 +201,23 @@ class Runner:
             work=lambda: self.outbox.obstacle,
             verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
         )
+        self.page = Page(
+            fleet=self.fleet,
+            history=self.history,
+            timeline=self.timeline,
+            status=views.status,
+            plan=lambda: self.planning.plan,
+            directory=self.settings.state_directory,
+        )
+
+        def configure(app: web.Application) -> None:
+            views.add_routes(app)
+            self.page.add_routes(app)
+
         listen = self.settings.listen
         if listen.insecure and listen.tls is None:
             log.warning("listen.insecure: tokens of viewers and operators can be read on its network", host=listen.host)
-        return await self.hub.start(listen.host, listen.port, views.add_routes)
+        return await self.hub.start(listen.host, listen.port, configure)
 
     def _sections(self) -> list[EngineSection]:
         """All engines, as they are configured or have introduced themselves."""
@@ -230,11 +252,14 @@ class Runner:
                 break
             except PeerMisbehaved as error:  # before it changed anything: the rest is decided as if it had not come
                 events = self._without(events, error)
+        self.timeline.happened(self.fleet, events, now)
         if commands:
             self.meters.commanded(commands)
             self.outbox.put(commands)
         self.stopping.decided()
         self._freeze_after_rendezvous()
+        if not self.outbox.obstacle:  # a tick comes here several times a second, also where nothing happens
+            self.supervisor.works(self.fleet.sentence)
 
     def _without(self, events: list[Event], error: PeerMisbehaved) -> list[Event]:
         """Send the agent away whose message cannot be true; the events without those of its connection."""

@@ -19,6 +19,9 @@ ANSWER_SECONDS: Final = 60.0
 HELD_SECONDS: Final = 900.0
 """For the answers that wait until the engine holds its first version: longer than the demo waits for it."""
 
+AFTER_FAILURE_SECONDS: Final = 1.0
+"""Before a client asks again."""
+
 ASK_SECONDS: Final = 5.0
 """For one small question to the engine or the daemon."""
 
@@ -33,6 +36,10 @@ MAX_ROUNDS: Final = 10_000
 
 class RequestFailed(Exception):
     """The engine refused, failed, or stopped in the middle of an answer."""
+
+
+class TooSlow(RequestFailed):
+    """The answer did not come in time; a busy machine may be all that is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +87,23 @@ class EngineApi:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as error:
             raise RequestFailed(f"/is_paused: {error}") from error
 
-    async def complete(self, prompt: str, tokens: int) -> Answer:
+    async def complete(self, prompt: str, tokens: int, seconds: float = ANSWER_SECONDS) -> Answer:
         """A greedy completion of exactly ``tokens`` tokens.
 
         Raises:
-            RequestFailed: it refused or failed, or needed more than ANSWER_SECONDS.
+            TooSlow: it needed more than ``seconds``.
+            RequestFailed: it refused or failed.
         """
         try:
             async with self._session.post(
-                f"{self._url}/v1/completions", json=_body(prompt, tokens, TOP_LOGPROBS), timeout=_total(ANSWER_SECONDS)
+                f"{self._url}/v1/completions", json=_body(prompt, tokens, TOP_LOGPROBS), timeout=_total(seconds)
             ) as response:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {(await response.text())[:200]}")
                 choice = (await response.json())["choices"][0]
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except TimeoutError as error:
+            raise TooSlow(f"no whole answer within {seconds:.0f} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         told = choice["logprobs"]
         top = tuple(tuple(position.items()) for position in told["top_logprobs"])
@@ -103,7 +113,8 @@ class EngineApi:
         """How many tokens came with each chunk of a streamed completion, as it comes.
 
         Raises:
-            RequestFailed: it refused or failed, or needed more than ``seconds``.
+            TooSlow: it needed more than ``seconds``.
+            RequestFailed: it refused or failed.
         """
         ask = _body(prompt, tokens, 0) | {"stream": True}
         try:
@@ -114,7 +125,9 @@ class EngineApi:
                     data = line.decode().strip().removeprefix("data: ")
                     if data and data != "[DONE]":
                         yield _tokens_in(json.loads(data))
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except TimeoutError as error:
+            raise TooSlow(f"no whole answer within {seconds:.0f} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
 
 
@@ -145,6 +158,8 @@ def _total(seconds: float) -> aiohttp.ClientTimeout:
 class Traffic:
     """Clients that stream completions one after the other, from before the first version to after the last.
 
+    An answer that is too slow once no further ones are wanted is ``unfinished`` and no failure: the machine is busy.
+
     ``gap`` is the longest time in seconds that a client waited for its next token once the engine had begun to
     answer, the time from a request to its first token included. Times of day are unix time.
     """
@@ -154,6 +169,7 @@ class Traffic:
     tokens: int = 0
     gap: float = 0.0
     failures: list[str] = field(default_factory=list)
+    unfinished: int = 0
     waiting: int = 0
     asked_at: float = 0.0
     first_token_at: float = 0.0
@@ -177,8 +193,11 @@ class Traffic:
             try:
                 await self._one(prompt)
             except RequestFailed as error:
+                if self._stop and isinstance(error, TooSlow):
+                    self.unfinished += 1
+                    return
                 self.failures.append(str(error))
-                await asyncio.sleep(1)
+                await asyncio.sleep(AFTER_FAILURE_SECONDS)
 
     async def _one(self, prompt: str) -> None:
         before = time.monotonic() if self.first_token_at else None

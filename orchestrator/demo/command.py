@@ -1,6 +1,7 @@
-"""Train a tiny model on two ranks and push versions into a real vLLM server that answers requests meanwhile.
+"""Train a tiny model on two ranks and push versions into two real vLLM servers that answer requests meanwhile.
 
-At the end the server's answers are compared with those of a second one that loads the checkpoint. Everything heavy
+One takes versions as it does by default, beside what it serves; the other is told to stand still for them. At the end
+the answers of both are compared with those of another one that loads the checkpoint. Everything heavy
 is a child process. However the demo ends (done, failed, Ctrl-C, SIGTERM, a closed terminal), none of them is left.
 """
 
@@ -26,10 +27,10 @@ MAX_VERSIONS: Final = 1000
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PICTURE: Final = """\
-  trainer rank 0 ──┐   weights, NIXL writes    ┌──────────┐   completions
-  trainer rank 1 ──┴─────────────────────────▶ │   vLLM   │ ◀═════════════▶  clients
-         ▲                                     └──────────┘
-         └── plan, grants ──  daemon  ── pause, verify, resume ──┘\
+  trainer rank 0 ──┐   weights, NIXL writes   ┌─▶ vLLM engine-0  (as by default) ◀═══▶ client
+  trainer rank 1 ──┴──────────────────────────┴─▶ vLLM engine-1  (live)          ◀═══▶ client
+         ▲                                                  ▲
+         └── plan, grants ──  daemon  ── verify, switch ────┘\
 """
 
 
@@ -106,7 +107,9 @@ async def _demonstrate(options: argparse.Namespace, vllm: Vllm) -> int:
 
 async def _story(screen: Screen, children: Children, run: DemoRun) -> bool:
     screen.line(screen.style("weightsync-orchestrator demo", "1"))
-    screen.line(f"{run.versions} versions of a small Qwen3, trained by {RANKS} ranks, into a vLLM that keeps answering")
+    screen.line(
+        f"{run.versions} versions of a small Qwen3, trained by {RANKS} ranks, into two vLLMs that answer meanwhile"
+    )
     screen.line()
     screen.line(screen.dim(_PICTURE))
     run.write()

@@ -18,14 +18,15 @@ from weightsync.orchestrator.settings.credentials import make_tokens, role_file
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
-ENGINE: Final = "engine-0"
+ENGINES: Final[Mapping[str, str]] = {"engine-0": "", "engine-1": "live"}
+"""Name → WEIGHTSYNC_MODE, empty for what an engine does by default."""
 
 MODEL: Final[dict[str, object]] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
@@ -40,7 +41,7 @@ MODEL: Final[dict[str, object]] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""19 million parameters: an engine on two CPU cores answers at once, and a round has 39 MB to move."""
+"""4 million parameters: two engines and two ranks on two CPU cores are done in time, and each version has 8 MB."""
 
 TEXT: Final = (
     ("weights:", " whole, and verified."),
@@ -51,12 +52,12 @@ TEXT: Final = (
 """What the trainer teaches, as (prompt, answer). All rows are padded to one length."""
 
 ROW_BYTES: Final = 32
-LEARNING_RATE: Final = 7e-4
-LEARNT_STEPS: Final = 30
-"""Steps after which the model of this size knows TEXT by heart; at LEARNING_RATE about 25 are enough."""
+LEARNING_RATE: Final = 2e-3
+LEARNT_STEPS: Final = 20
+"""Steps after which the model of this size knows TEXT by heart; at LEARNING_RATE about 16 are enough."""
 
 KV_CACHE_BYTES: Final = 64 * 1024 * 1024
-SHORTEST_STEPS_PER_VERSION: Final = 6
+SHORTEST_STEPS_PER_VERSION: Final = 4
 NIXL_PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
 
 
@@ -123,7 +124,7 @@ class DemoRun:
     vllm: Vllm
     versions: int
     hub: BoundPort = field(default_factory=BoundPort)
-    engine: BoundPort = field(default_factory=BoundPort)
+    engines: Mapping[str, BoundPort] = field(default_factory=lambda: {name: BoundPort() for name in ENGINES})
     fresh: BoundPort = field(default_factory=BoundPort)
 
     @property
@@ -162,7 +163,7 @@ class DemoRun:
 
     def release(self) -> None:
         """Give the ports back."""
-        for port in (self.hub, self.engine, self.fresh):
+        for port in (self.hub, *self.engines.values(), self.fresh):
             port.release()
 
     def write(self) -> None:
@@ -176,13 +177,16 @@ class DemoRun:
         self.config.write_text(self._configuration())
 
     def _configuration(self) -> str:
+        engines = "".join(
+            f"  - name: {name}\n    url: http://{HOST}:{port.number}\n" for name, port in self.engines.items()
+        )
         return (
             "# The demo's daemon; weightsync-orchestrator config example explains every key.\n"
             f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"
             f"credentials: {json.dumps(str(self.credentials))}\n"
-            f"engines:\n  - name: {ENGINE}\n    url: http://{HOST}:{self.engine.number}\n"
+            f"engines:\n{engines}"
             f"trainer:\n  world: {RANKS}\n"
             "rescan_seconds: 1\n"
             "log:\n  format: console\n"
@@ -237,9 +241,14 @@ class DemoRun:
             "WORLD_SIZE": str(RANKS),
         }
 
-    def engine_environment(self) -> dict[str, str]:
-        """The environment of a vLLM server that listens on the loopback interface only."""
-        added = {
+    def engine_environment(self, mode: str = "") -> dict[str, str]:
+        """The environment of a vLLM server that listens on the loopback interface only.
+
+        Args:
+            mode: in which versions land in it; empty for the default.
+        """
+        added = {"WEIGHTSYNC_MODE": mode} if mode else {}
+        added |= {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": HOST,

@@ -10,7 +10,7 @@ from typing import Final, TextIO
 
 from weightsync.orchestrator.daemon.admin.views import RoundRow
 from weightsync.orchestrator.demo.client import TOP_LOGPROBS, Answer
-from weightsync.orchestrator.demo.setup import ROW_BYTES
+from weightsync.orchestrator.demo.setup import ENGINES, ROW_BYTES
 
 WIDTH: Final = 100
 REDRAW_SECONDS: Final = 0.1
@@ -20,9 +20,10 @@ PLAIN_SECONDS: Final = 15.0
 _SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BOLD, _DIM, _GREEN, _RED, _CYAN = "1", "2", "32", "31", "36"
 _COLUMNS: Final = (
-    ("version", 7), ("loss", 5), ("bytes", 7), ("wire GB/s", 9), ("pause ms", 8), ("stall ms", 8), ("verify ms", 9),
+    ("version", 7), ("loss", 5), ("bytes", 7), ("wire GB/s", 9), *((f"{name} ms", 11) for name in ENGINES),
     ("total ms", 8),
 )  # fmt: skip
+"""Of each engine: how long it took no step."""
 
 
 class Screen:
@@ -127,8 +128,8 @@ class Screen:
     def row(self, row: RoundRow, loss: str, said: str) -> None:
         """One round; a failed one with its reason."""
         cells = (
-            str(row.step), loss, size(row.bytes), f"{row.wire_gb_per_s:.2f}", f"{row.pause_ms:.1f}",
-            f"{row.stall_ms:.0f}", f"{row.verify_ms:.0f}", f"{row.total_ms:.0f}",
+            str(row.step), loss, size(row.bytes), f"{row.wire_gb_per_s:.2f}",
+            *(f"{still(row, name):.0f}" for name in ENGINES), f"{row.total_ms:.0f}",
         )  # fmt: skip
         text = "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
         self.line(f"  {text}  {self.style(said, _CYAN)}".rstrip())
@@ -159,6 +160,11 @@ def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count} B"
 
 
+def still(row: RoundRow, engine: str) -> float:
+    """Milliseconds for which the engine took no step in this round: its switch, or all the time that it was paused."""
+    return row.switches_ms.get(engine, row.stall_ms)
+
+
 def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
     """What all rounds together say, as (name, text)."""
     done = [row for row in rows if row.outcome == "committed"]
@@ -166,18 +172,22 @@ def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
     moved = sum(row.bytes for row in done)
     wire = [row.wire_gb_per_s for row in done if row.wire_gb_per_s]
     rate = f" at {statistics.median(wire):.2f} GB/s" if wire else ""
+    attempts = f", {others} attempts failed" if others else ", each at the first attempt"
     return [
-        (
-            "versions",
-            f"{len(done)} pushed" + (f", {others} attempts failed" if others else ", each at the first attempt"),
-        ),
-        ("weights", f"{size(moved)} over NIXL{rate}, each byte verified in the engine's memory"),
-        (
-            "stall",
-            f"{statistics.median(row.stall_ms for row in done):.0f} ms (median) from pause to resume;"
-            f" the pause call itself {statistics.median(row.pause_ms for row in done):.1f} ms",
-        ),
+        ("versions", f"{len(done)} pushed{attempts}"),
+        ("weights", f"{size(moved)} over NIXL{rate}, each byte verified in the engines' memory"),
+        *((name, _stood_still(done, name)) for name in ENGINES),
     ]
+
+
+def _stood_still(done: Sequence[RoundRow], engine: str) -> str:
+    """In the rounds but the first, before which it was held."""
+    rows = done[1:] or done
+    mode = rows[-1].modes.get(engine, "live")
+    took = f"{statistics.median(still(row, engine) for row in rows):.0f} ms (median)"
+    if mode == "live":
+        return f"live: stood still for {took}, while bytes arrived"
+    return f"{mode}: stood still for {took}, to switch; it served while bytes arrived"
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 from weightsync.orchestrator.daemon.admin.views import RoundRow
 from weightsync.orchestrator.demo.children import HOST, Child, Children
 from weightsync.orchestrator.demo.client import (
-    ANSWER_SECONDS,
     CHECKED_TOKENS,
     Answer,
     DaemonApi,
@@ -19,7 +18,7 @@ from weightsync.orchestrator.demo.client import (
     RequestFailed,
     Traffic,
 )
-from weightsync.orchestrator.demo.setup import RANKS, TEXT, DemoRun, daemon_environment
+from weightsync.orchestrator.demo.setup import ENGINES, RANKS, TEXT, DemoRun, daemon_environment
 from weightsync.orchestrator.demo.show import Screen, compared, size, summary
 from weightsync.orchestrator.settings.credentials import role_file
 from weightsync.orchestrator.settings.secrets import read_tokens
@@ -34,7 +33,8 @@ VERSION_SECONDS: Final = 300.0
 
 LOOK_SECONDS: Final = 0.1
 TAIL_LINES: Final = 15
-CLIENTS: Final = 2
+COMPARED_SECONDS: Final = 300.0
+"""For an answer that is compared: how long it takes says nothing."""
 
 T = TypeVar("T")
 
@@ -66,9 +66,10 @@ class Demo:
 
     def __init__(self, run: DemoRun, screen: Screen, children: Children) -> None:
         self._run, self._screen, self._children = run, screen, children
-        self._engine = EngineApi(f"http://{HOST}:{run.engine.number}")
+        self._engines = {name: EngineApi(f"http://{HOST}:{port.number}") for name, port in run.engines.items()}
         self._fresh = EngineApi(f"http://{HOST}:{run.fresh.number}")
-        self._traffic = Traffic(self._engine)
+        self._traffic = {name: Traffic(engine) for name, engine in self._engines.items()}
+        self._servers: dict[str, Child] = {}
         self._daemon = DaemonApi(run.hub_url, read_tokens(role_file(run.credentials, "viewer"))[0])
         self._trainer_log = ""
 
@@ -80,24 +81,24 @@ class Demo:
         """
         self._children_start()
         await self._ready()
-        streaming = asyncio.create_task(self._traffic.run(CLIENTS))
+        streaming = [asyncio.create_task(traffic.run(1)) for traffic in self._traffic.values()]
         try:
             rows = await self._push()
-            self._traffic.stop()
+            for traffic in self._traffic.values():
+                traffic.stop()
             self._screen.awaiting(lambda: "the clients' last requests end")
-            await asyncio.wait_for(streaming, 2 * ANSWER_SECONDS)
-        except TimeoutError as error:
-            raise DemoFailed("the clients' last requests do not end", self._server) from error
+            await asyncio.gather(*streaming)  # each answer has a deadline
         finally:
-            streaming.cancel()
-            await asyncio.gather(streaming, return_exceptions=True)
+            for task in streaming:
+                task.cancel()
+            await asyncio.gather(*streaming, return_exceptions=True)
         kept = self._promises(rows)
         return await self._compare() and kept
 
     async def close(self) -> None:
         """Close the connections to the engines."""
-        await self._engine.close()
-        await self._fresh.close()
+        for engine in (*self._engines.values(), self._fresh):
+            await engine.close()
 
     # --------------------------------------------------------------------------------------------------------- start
     def _children_start(self) -> None:
@@ -108,12 +109,15 @@ class Demo:
             start(f"trainer-{rank}", run.trainer_command(), run.trainer_environment(rank), run.log(f"trainer-{rank}"))
             for rank in range(RANKS)
         ]
-        command = run.engine_command(run.model, run.engine, ours=True)
-        self._server = start("engine", command, run.engine_environment(), run.log("engine"))
+        for name, port in run.engines.items():
+            command = run.engine_command(run.model, port, ours=True)
+            self._servers[name] = start(name, command, run.engine_environment(ENGINES[name]), run.log(name))
         where = "on the CPU" if run.vllm.cpu_plugin is not None else "on the GPU"
         self._screen.begins("daemon", f"weightsync-orchestrator run --config {run.config.name}")
-        self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 19 M parameter Qwen3")
-        self._screen.begins("engine", f"vLLM {run.vllm.release} {where}, with random weights")
+        self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 4 M parameter Qwen3")
+        for name, mode in ENGINES.items():
+            how = f"told to land versions {mode}" if mode else "lands versions as it does by default"
+            self._screen.begins(name, f"vLLM {run.vllm.release} {where}, with random weights; {how}")
 
     async def _ready(self) -> None:
         began = time.monotonic()
@@ -122,20 +126,14 @@ class Demo:
         await self._until(self._trainers_connected, "the trainer ranks", TRAINER_SECONDS, self._trainers[0])
         text = f"{RANKS} ranks have announced what they hold"
         self._screen.ready("trainer", text, time.monotonic() - began)
-        await self._until(self._engine.healthy, "the engine to listen", ENGINE_SECONDS, self._server)
         held = "listens, and is held: it answers nobody before it has a verified version"
-        text = held if await self._held() else "listens"
-        self._screen.ready("engine", text, time.monotonic() - began)
+        for name, engine in self._engines.items():
+            await self._until(engine.healthy, f"{name} to listen", ENGINE_SECONDS, self._servers[name])
+            self._screen.ready(name, held if await _held(engine) else "listens", time.monotonic() - began)
 
     async def _trainers_connected(self) -> bool:
         status = await self._daemon.status()
         return status is not None and len(status.trainers) == RANKS
-
-    async def _held(self) -> bool:
-        try:
-            return await self._engine.paused()
-        except RequestFailed:
-            return False
 
     async def _until(self, holds: Callable[[], Awaitable[T]], what: str, seconds: float, child: Child) -> T:
         """What ``holds`` returns once that is true.
@@ -163,7 +161,7 @@ class Demo:
     # ---------------------------------------------------------------------------------------------------------- push
     async def _push(self) -> list[RoundRow]:
         steps = self._run.steps
-        self._screen.title(f"Pushing {len(steps)} versions while {CLIENTS} clients stream completions from the engine")
+        self._screen.title(f"Pushing {len(steps)} versions while a client of each engine streams completions from it")
         self._screen.header()
         shown: list[RoundRow] = []
         self._screen.awaiting(self._push_progress)
@@ -191,7 +189,8 @@ class Demo:
         if row.outcome == "committed":
             prompt, expected = TEXT[0]
             with contextlib.suppress(RequestFailed):
-                said = (await self._engine.complete(prompt, len(expected))).text.strip() or "(spaces)"
+                first = next(iter(self._engines.values()))
+                said = (await first.complete(prompt, len(expected))).text.strip() or "(spaces)"
         losses = dict(_LOSS.findall(self._trainer_log))
         loss = losses.get(str(row.step))
         self._screen.row(row, f"{float(loss):.2f}" if loss else "-", said)
@@ -202,38 +201,46 @@ class Demo:
     def _push_progress(self) -> str:
         told = _LOSS.findall(self._trainer_log)
         step, loss = told[-1] if told else ("0", "-")
-        done = f"{self._traffic.requests} requests answered, {self._traffic.tokens} tokens streamed"
+        traffic = self._traffic.values()
+        done = f"{sum(t.requests for t in traffic)} requests answered, {sum(t.tokens for t in traffic)} tokens streamed"
         return f"training step {step} of {self._run.steps[-1]}, loss {loss} · {done}"
 
     # ------------------------------------------------------------------------------------------------------- judging
     def _promises(self, rows: Sequence[RoundRow]) -> bool:
         """Prints what happened meanwhile; whether every promise was kept."""
-        screen, traffic, first = self._screen, self._traffic, rows[0]
+        screen, traffic, first = self._screen, self._traffic.values(), rows[0]
         screen.title("Meanwhile")
         for name, text in summary(rows):
             screen.line(f"  {name:<9} {text}")
-        answered = f"{traffic.requests} streamed requests, {traffic.tokens} tokens"
-        failures = f"{len(traffic.failures)} failures"
-        failures = screen.bad(failures) if traffic.failures else screen.good("0 failures")
-        screen.line(f"  {'clients':<9} {answered}, {failures}; longest wait for a token {traffic.gap * 1e3:.0f} ms")
-        for failure in traffic.failures[:3]:
+        failures = [failure for each in traffic for failure in each.failures]
+        told = (
+            f"{sum(each.requests for each in traffic)} streamed requests, {sum(each.tokens for each in traffic)} tokens"
+        )
+        bad = screen.bad(f"{len(failures)} failures") if failures else screen.good("0 failures")
+        unfinished = sum(each.unfinished for each in traffic)
+        cut = f", {unfinished} cut off at the end" if unfinished else ""
+        screen.line(f"  {'clients':<9} {told}, {bad}{cut}")
+        waits = ", ".join(f"of {name} {each.gap * 1e3:.0f} ms" for name, each in self._traffic.items())
+        screen.line(f"  {'':<9} longest wait for a token: {waits}")
+        for failure in failures[:3]:
             screen.line(f"  {'':<9} {screen.bad(failure)}")
-        # The engine is held until the first round has decided, so no token can be older than that round.
-        early = traffic.first_token_at < first.unix_time - first.total_ms / 1e3
+        # An engine is held until the first round has decided, so no token can be older than that round.
+        begun = [each.first_token_at for each in traffic if each.first_token_at]
+        early = bool(begun) and min(begun) < first.unix_time - first.total_ms / 1e3
         if early:
             screen.line(f"  {screen.bad('BROKEN')}    a token came before the first version was pushed")
-        else:
-            waited = traffic.first_token_at - traffic.asked_at
-            promise = screen.good("the engine never answered with unverified weights")
+        elif begun:
+            waited = min(each.first_token_at - each.asked_at for each in traffic if each.first_token_at)
+            promise = screen.good("no engine ever answered with unverified weights")
             screen.line(f"  {'promise':<9} {promise}:")
-            screen.line(f"  {'':<9} requests sent while it was held waited {waited:.1f} s for version {first.step}")
-        return not early and not traffic.failures
+            screen.line(f"  {'':<9} requests sent while they were held waited {waited:.1f} s for version {first.step}")
+        return not early and not failures
 
     async def _compare(self) -> bool:
         run, screen = self._run, self._screen
         last = run.steps[-1]
         screen.title(f"Comparing with a fresh vLLM that loads the trainer's checkpoint of version {last} from disk")
-        pushed = await self._answers(self._engine)
+        pushed = {name: await self._answers(engine, self._servers[name]) for name, engine in self._engines.items()}
         began = time.monotonic()
         screen.awaiting(lambda: "the pushed fleet stops")
         await self._children.stop(self._children.all)
@@ -243,24 +250,35 @@ class Demo:
         await self._until(self._fresh.healthy, "the fresh engine to listen", ENGINE_SECONDS, fresh)
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         screen.ready("fresh", f"an ordinary vLLM with {size(weights)} from disk", time.monotonic() - began)
-        loaded = await self._answers(self._fresh)
-        same = [compared(screen, *three) for three in zip(TEXT, pushed, loaded, strict=True)]
+        loaded = await self._answers(self._fresh, fresh)
+        same = []
+        for name, told in pushed.items():
+            screen.line(f"  {name}")
+            same += [compared(screen, *three) for three in zip(TEXT, told, loaded, strict=True)]
         screen.line()
-        what = f"tokens and log-probabilities of {len(TEXT)} prompts, bit for bit"
+        what = f"tokens and log-probabilities of {len(TEXT)} prompts to each engine, bit for bit"
         verdict = screen.good("identical") if all(same) else screen.bad("DIFFERENT")
         screen.line(f"{verdict}: {what}")
         return all(same)
 
-    async def _answers(self, engine: EngineApi) -> list[Answer]:
-        """One after the other, so that batches have the same shape in both engines.
+    @staticmethod
+    async def _answers(engine: EngineApi, server: Child) -> list[Answer]:
+        """One after the other, so that batches have the same shape in all engines.
 
         Raises:
             DemoFailed: it does not answer.
         """
         try:
-            return [await engine.complete(prompt, CHECKED_TOKENS) for prompt, _ in TEXT]
+            return [await engine.complete(prompt, CHECKED_TOKENS, COMPARED_SECONDS) for prompt, _ in TEXT]
         except RequestFailed as error:
-            raise DemoFailed(f"an engine does not answer: {error}", self._children.all[-1]) from error
+            raise DemoFailed(f"{server.name} does not answer: {error}", server) from error
+
+
+async def _held(engine: EngineApi) -> bool:
+    try:
+        return await engine.paused()
+    except RequestFailed:
+        return False
 
 
 def _news(lines: Sequence[str]) -> str:

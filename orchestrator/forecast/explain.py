@@ -11,15 +11,14 @@ from weightsync.orchestrator.planner.arrays import Flags, Ints
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
-from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.edges import RATES
+from weightsync.orchestrator.protocol.landing import Berth, landing_length
+from weightsync.orchestrator.protocol.layout import Layout
 
-TRANSPORTS: Final = {
-    "rdma": CostModel(13e-6, 44.3e9),
-    "cuda_ipc": CostModel(13e-6, 1947e9),
-    "shm": CostModel(13e-6, 5.5e9),
+LINKS: Final[Mapping[str, CostModel]] = {
+    link: CostModel(rate.alpha_seconds, rate.bytes_per_second) for link, rate in RATES.items()
 }
-"""One 400 Gb/s port at its best published rate; UCX between two processes of one H200; UCX from host to host memory.
-The latter two, and the cost of a descriptor, are measured (see docs/performance)."""
+"""What to predict for, where nothing was measured."""
 
 _rank = re.compile(r"\brank \d+")
 _number = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -44,7 +43,7 @@ class Moved:
 @dataclass(frozen=True, slots=True)
 class EdgeReport:
     """One (source, target). ``chunks``: descriptors that carry what is packed; ``straight``: the others. ``landing``:
-    how what lands does so; empty if nothing does. ``seconds``: by transport, alone on it."""
+    how what lands does so; empty if nothing does. ``seconds``: by kind of link, alone on it."""
 
     source: str
     target: str
@@ -83,13 +82,26 @@ class EndReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LandingReport:
+    """How versions land in an engine, and why: ``live``, ``copy`` or ``flip``. ``bytes``: of landing, in all ranks."""
+
+    engine: str
+    mode: str
+    ranks: int
+    bytes: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """A plan in numbers. By transport: ``seconds`` until the slowest end is done, ``bottleneck`` names it and why."""
+    """A plan in numbers. By kind of link: ``gb_per_s`` of an end, ``seconds`` until the slowest end is done,
+    ``bottleneck`` names it and why."""
 
     root: str
     moved: Moved
     sources: int
     targets: int
+    gb_per_s: dict[str, float]
     seconds: dict[str, float]
     bottleneck: dict[str, str]
     edges: tuple[EdgeReport, ...]
@@ -97,32 +109,35 @@ class Explanation:
     senders: tuple[EndReport, ...]
     receivers: tuple[EndReport, ...]
     unneeded: tuple[str, ...]
+    landings: tuple[LandingReport, ...]
 
 
 _AnyReport = TypeVar("_AnyReport", EdgeReport, TensorReport, EndReport)
 
 
-def explain(plan: Plan, transports: Mapping[str, CostModel] = TRANSPORTS, *, every_tensor: bool = False) -> Explanation:
+def explain(plan: Plan, links: Mapping[str, CostModel] = LINKS, *, every_tensor: bool = False) -> Explanation:
     """Sum a plan up; largest first throughout.
 
     Args:
         plan: the plan.
-        transports: what to predict for; seconds are ``descriptors * alpha + bytes / rate``.
+        links: what to predict for, as if all went by it; seconds are ``descriptors * alpha + bytes / rate``.
         every_tensor: one report per tensor, and not per family of tensors.
     """
     transfers, sources = transfers_of(plan), plan.catalogue.sources
-    edges = _edges(plan, transfers, transports)
-    senders = _ends(transfers, transfers.source, transfers.target, sources, transports)
-    receivers = _ends(transfers, transfers.target, transfers.source, transfers.targets, transports)
+    edges = _edges(plan, transfers, links)
+    senders = _ends(transfers, transfers.source, transfers.target, sources, links)
+    receivers = _ends(transfers, transfers.target, transfers.source, transfers.targets, links)
     seconds: dict[str, float] = {}
     bottleneck: dict[str, str] = {}
-    for name, cost in transports.items():
+    for name, cost in links.items():
         slowest = max([*senders, *receivers], key=lambda end: end.seconds[name], default=None)
         seconds[name] = slowest.seconds[name] if slowest else 0.0
         bottleneck[name] = _bottleneck(slowest, cost, slowest in senders) if slowest else "nothing moves"
     return Explanation(
-        plan.root, _total(transfers), len(sources), len(transfers.targets), seconds, bottleneck, _largest(edges),
+        plan.root, _total(transfers), len(sources), len(transfers.targets),
+        {name: cost.bytes_per_second / 1e9 for name, cost in links.items()}, seconds, bottleneck, _largest(edges),
         _largest(_tensors(plan, transfers, every_tensor)), _largest(senders), _largest(receivers), plan.unneeded,
+        _landings(transfers.targets),
     )  # fmt: skip
 
 
@@ -175,6 +190,17 @@ def _landing(berth: Berth, lands: str) -> str:
     laps = -(-berth.chunks // berth.places)
     times = "once" if laps == 1 else f"{laps} times"
     return f"{lands}: {berth.bytes} bytes pass {berth.places} places of {berth.chunk_bytes} {times}"
+
+
+def _landings(targets: Sequence[Decoded]) -> tuple[LandingReport, ...]:
+    """One report per engine, in the plan's order; its ranks land alike, and the first one's reason stands for all."""
+    ranks: dict[str, list[Layout]] = {}
+    for target in targets:
+        ranks.setdefault(target.party.member.engine, []).append(target.party.layout)
+    return tuple(
+        LandingReport(name, of[0].lands, len(of), sum(map(landing_length, of)), of[0].lands_because)
+        for name, of in ranks.items()
+    )
 
 
 def _ends(
@@ -239,8 +265,8 @@ def _distinct(group: Ints, values: Ints, count: int) -> list[int]:
     return found
 
 
-def _seconds(moved: Moved, transports: Mapping[str, CostModel]) -> dict[str, float]:
-    return {name: cost.seconds(moved.descriptors, moved.bytes) for name, cost in transports.items()}
+def _seconds(moved: Moved, links: Mapping[str, CostModel]) -> dict[str, float]:
+    return {name: cost.seconds(moved.descriptors, moved.bytes) for name, cost in links.items()}
 
 
 def _bottleneck(end: EndReport, cost: CostModel, sends: bool) -> str:

@@ -6,23 +6,27 @@ import numpy as np
 from weightsync.orchestrator.forecast.transfers import Transfers, transfers_of
 from weightsync.orchestrator.planner.arrays import Flags, Floats, Ints
 from weightsync.orchestrator.planner.plan import Plan
+from weightsync.orchestrator.protocol.edges import RATES
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Nodes alike: the trainer's ranks fill theirs in order, each engine's ranks begin on a node of their own.
+    """Nodes alike: the trainer's ranks fill theirs in order, each engine's ranks begin on a node of their own, or, if
+    ``colocated``, where the trainer's do.
 
     ``nic_gbps`` is line rate in Gb/s and ``efficiency`` what of it is reached (0.88 is the best published); a GPU
-    uses NIC ``local rank * nics // gpus`` only. ``nvlink_bytes_per_second`` is for both ends on one node.
-    ``alpha_seconds`` per descriptor is the sender's.
+    uses NIC ``local rank * nics // gpus`` only. ``nvlink_bytes_per_second`` is for both ends on one node,
+    ``gpu_bytes_per_second`` for both on one GPU. ``alpha_seconds`` per descriptor is the sender's.
     """
 
     nic_gbps: float = 400.0
     nics_per_node: int = 8
     gpus_per_node: int = 8
     efficiency: float = 0.88
-    nvlink_bytes_per_second: float = 350e9
-    alpha_seconds: float = 13e-6
+    nvlink_bytes_per_second: float = RATES["nvlink"].bytes_per_second
+    gpu_bytes_per_second: float = RATES["same_gpu"].bytes_per_second
+    alpha_seconds: float = RATES["nic"].alpha_seconds
+    colocated: bool = False
 
     @property
     def nic_bytes_per_second(self) -> float:
@@ -120,31 +124,35 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """Where transfers begin and end, in columns ``[n]``: GPUs are numbered over all nodes; ``wire``: between nodes."""
+    """Where transfers begin and end, in columns ``[n]``: GPUs are numbered over all nodes; ``wire``: between nodes,
+    ``own``: within one GPU."""
 
     source_gpu: Ints
     target_gpu: Ints
     wire: Flags
+    own: Flags
 
 
 def _ends(plan: Plan, transfers: Transfers, hardware: Hardware) -> _Ends:
     """Put ranks on GPUs: the trainer's from node 0 on, and those of each engine on nodes of its own after them."""
     per_node = hardware.gpus_per_node
     # Rounded up: a node that the trainer fills in part is not shared with engines.
-    node = -(-len(plan.catalogue.sources) // per_node)
+    node = 0 if hardware.colocated else -(-len(plan.catalogue.sources) // per_node)
     gpus: list[int] = []
     for engine in plan.engines:
         gpus += [node * per_node + rank for rank in range(len(engine.targets))]
         node += -(-len(engine.targets) // per_node)
     target_gpu = np.array(gpus, np.int64)[transfers.target]
-    return _Ends(transfers.source, target_gpu, transfers.source // per_node != target_gpu // per_node)
+    wire = transfers.source // per_node != target_gpu // per_node
+    return _Ends(transfers.source, target_gpu, wire, transfers.source == target_gpu)
 
 
 def _loads(transfers: Transfers, ends: _Ends, hardware: Hardware) -> list[_Load]:
     """What every kind of resource has to do."""
     size, source, target = transfers.size, ends.source_gpu, ends.target_gpu
     wire = np.where(ends.wire, size / hardware.nic_bytes_per_second, 0.0)
-    local = np.where(ends.wire, 0.0, size / hardware.nvlink_bytes_per_second)
+    local = np.where(ends.wire | ends.own, 0.0, size / hardware.nvlink_bytes_per_second)
+    own = np.where(ends.own, size / hardware.gpu_bytes_per_second, 0.0)
     posts = transfers.descriptors.astype(np.float64) * hardware.alpha_seconds
     return [
         _Load("NIC out", _nic(source, hardware), wire, size, target, "NIC"),
@@ -152,6 +160,7 @@ def _loads(transfers: Transfers, ends: _Ends, hardware: Hardware) -> list[_Load]
         _Load("descriptors out", source, posts, size, target, "GPU"),
         _Load("NVLink out", source, local, size, target, "GPU"),
         _Load("NVLink in", target, local, size, source, "GPU"),
+        _Load("same GPU", target, own, size, source, "GPU"),
     ]
 
 

@@ -19,10 +19,13 @@ def explanation_text(found: Explanation, top: int) -> str:
         f" ({size(moved.packed_bytes)} of it packed: {moved.packed_pieces} of {moved.pieces} pieces)",
         "",
         *table(
-            ("TRANSPORT", "SECONDS", "BOTTLENECK"),
-            [(name, f"{found.seconds[name]:.3f}", found.bottleneck[name]) for name in names],
+            ("LINK", "GB/S", "SECONDS", "BOTTLENECK"),
+            [(n, f"{found.gb_per_s[n]:.1f}", f"{found.seconds[n]:.3f}", found.bottleneck[n]) for n in names],
         ),
     ]
+    landings = [(e.engine, e.mode, str(e.ranks), size(e.bytes), e.because or "-") for e in found.landings[:top]]
+    lines += ["", f"engines ({len(landings)} of {len(found.landings)})"]
+    lines += table(("ENGINE", "LANDS", "RANKS", "LANDING", "WHY"), landings)
     if found.unneeded:
         lines += ["", f"held but not needed by any engine: {', '.join(shorten(found.unneeded, top))}"]
     tensors = [
@@ -58,7 +61,8 @@ def simulation_text(found: Simulation) -> str:
     """The whole prediction."""
     fleet = found.fleet
     lines = [
-        f"{found.sources} trainer and {found.targets} engine GPUs, {fleet.gpus_per_node} GPUs and {fleet.nics_per_node}"
+        f"{found.sources} trainer and {found.targets} engine GPUs{', the same ones' if fleet.colocated else ''},"
+        f" {fleet.gpus_per_node} GPUs and {fleet.nics_per_node}"
         f" NICs of {fleet.nic_gbps:g} Gb/s per node, {fleet.efficiency:.0%} of line rate",
         f"{size(found.bytes)} in {found.descriptors} descriptors, {size(found.wire_bytes)} of it between nodes",
         "",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from weightsync.orchestrator.protocol.edges import RATES
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.names import Member
 
@@ -19,13 +20,12 @@ class Party:
 class CostModel:
     """Seconds of an edge: ``descriptors * alpha_seconds + bytes / bytes_per_second``.
 
-    The defaults are those of one 400 Gb/s port at 88 % (the best published) and of UCX descriptors on an H200 (64 to
-    4096 descriptors of one GiB cost 13 µs each). ``pack_bytes_per_second`` is gather plus scatter of packed bytes, on
+    The defaults are those of a NIC. ``pack_bytes_per_second`` is gather plus scatter of packed bytes, on
     both ends together: two passes of a strided copy through HBM at about half the rate of a plain device copy.
     """
 
-    alpha_seconds: float = 13e-6
-    bytes_per_second: float = 44e9
+    alpha_seconds: float = RATES["nic"].alpha_seconds
+    bytes_per_second: float = RATES["nic"].bytes_per_second
     pack_bytes_per_second: float = 500e9
 
     @property

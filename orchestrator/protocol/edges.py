@@ -1,6 +1,12 @@
-"""One edge, from a trainer rank to a peer: where the peer is, what one grant moved to it, and why it cannot be used."""
+"""One edge, from a trainer rank to a peer: where the peer is, by what kind of link, what one grant moved to it, and why
+it cannot be used.
 
-from typing import Annotated
+Plans are explained and simulated by the table of rates here, and an edge's measured rate is judged by it as long as
+nothing better is known.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Seconds, Spoken
@@ -8,6 +14,34 @@ from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.limits import MAX_TENSORS
 from weightsync.orchestrator.protocol.names import Digest, Member
+
+LinkKind = Literal["same_gpu", "nvlink", "nic", "tcp", "shm", "files", "unknown"]
+"""``nvlink``: CUDA's IPC between two GPUs of a host, which is PCIe where they have no NVLink; ``nic``: RDMA; ``shm``:
+memory of one host; ``files``: by way of a file system; ``unknown``: the transport does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRate:
+    """Of one end, a GPU or a port, in one direction. A write costs ``descriptors * alpha_seconds`` to post, and
+    ``bytes / bytes_per_second``.
+
+    ``bytes_per_second``: reached by good hardware, as ``source`` says; ``least``: what the slowest hardware of the kind
+    carries, in bytes per second: less is a fault, whatever the hardware.
+    """
+
+    bytes_per_second: float
+    alpha_seconds: float
+    least: float
+    source: str
+
+
+RATES: Final[dict[LinkKind, LinkRate]] = {
+    "same_gpu": LinkRate(1947e9, 13e-6, 100e9, "measured: 1 GiB in 1 to 4096 descriptors, two processes of an H200"),
+    "nvlink": LinkRate(366e9, 4.8e-6, 10e9, "measured: 7.5 GB between two H100s, in few and in 559,818 descriptors"),
+    "nic": LinkRate(44e9, 13e-6, 1e9, "published: prime-rl, 88 % of a 400 Gb/s port; descriptors as same_gpu"),
+    "tcp": LinkRate(1.7e9, 13e-6, 0.1e9, "measured: between namespaces, as iperf3 there; descriptors as same_gpu"),
+    "shm": LinkRate(5.5e9, 13e-6, 1e9, "measured: process_vm_writev, as fast as that call; descriptors as same_gpu"),
+}
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -24,7 +58,8 @@ class Peer(msgspec.Struct, frozen=True):
 class PeerTransfer(Spoken, frozen=True):
     """What one grant moved to one peer; ``seconds`` from the first post to the last DONE, ``digest`` of those bytes.
 
-    With ``error`` the peer did not get all of it, and no handle of the grant to it is pending any more.
+    With ``error`` the peer did not get all of it, and no handle of the grant to it is pending any more. ``link``: what
+    kind of link it went by, and ``by`` the transport's own name of it: ``cuda_ipc/cuda``, ``rc_mlx5/mlx5_0:1``.
     """
 
     peer: Member
@@ -33,6 +68,8 @@ class PeerTransfer(Spoken, frozen=True):
     seconds: Seconds
     digest: Digest
     error: Reason = ""
+    link: LinkKind = "unknown"
+    by: Name = ""
     spoken = ("error",)
 
 

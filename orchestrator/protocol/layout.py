@@ -15,6 +15,7 @@ from weightsync.orchestrator.protocol.fields import Count, Name, Nonce, Reason, 
 from weightsync.orchestrator.protocol.limits import (
     MAX_DEVICE,
     MAX_DIMENSIONS,
+    MAX_LANDS_CHARS,
     MAX_LEFT_OUT,
     MAX_LEFT_OUT_CHARS,
     MAX_LEFT_OUT_REASONS,
@@ -133,6 +134,7 @@ class Layout(msgspec.Struct, frozen=True):
     people. ``left_out``: of an engine, likewise.
     ``lands``: of an engine. ``boundary``: its weights may change between two steps while it serves; false where ranks
     meet across engine cores, which must be paused before and resumed after. Neither means anything in a trainer's.
+    ``lands_because``: why an engine's rank lands so, for people.
     """
 
     tensors: Annotated[tuple[Tensor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
@@ -148,6 +150,7 @@ class Layout(msgspec.Struct, frozen=True):
     left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=MAX_LEFT_OUT_REASONS)] = ()
     lands: Lands = "live"
     boundary: bool = True
+    lands_because: Annotated[str, msgspec.Meta(max_length=MAX_LANDS_CHARS)] = ""
 
     def matrix(self) -> Matrix:
         """``rows`` as a read-only int64 matrix ``[n, ROW_COLUMNS]``."""

@@ -58,6 +58,9 @@ MAX_LEFT_OUT_REASONS: Final = 64
 MAX_LEFT_OUT_CHARS: Final = 400
 """Of one such reason, which may be the text of a kernel's error."""
 
+MAX_LANDS_CHARS: Final = 600
+"""Of why an engine's rank lands as it does: two reasons, each of which may be the text of a driver's error."""
+
 MAX_ROWS: Final = 4_000_000
 """Boxes in one layout."""
 

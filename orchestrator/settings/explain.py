@@ -7,6 +7,7 @@ from typing import Any, Union
 
 from pydantic import BaseModel, ValidationError
 from weightsync.orchestrator.settings.document import Document
+from weightsync.orchestrator.settings.moved import moved
 from weightsync.orchestrator.settings.problems import MAX_PROBLEMS, Key, Problem, closest, dotted, shown
 
 if typing.TYPE_CHECKING:
@@ -123,6 +124,9 @@ def _tags(models: list[Any]) -> str:
 
 def _unknown(key: Key, owner: type[BaseModel] | None, siblings: list[Any]) -> tuple[str, str]:
     name = str(key[-1])
+    instead = moved(key)
+    if instead:
+        return "the key is one of an earlier release and is gone", instead
     for other in siblings:
         if other is not owner and name in other.model_fields:
             section = dotted(key[:-1])

@@ -1,37 +1,75 @@
 """A trainer of models that are too large to draw on a CPU: bf16 masters made on its GPU, every eighth layer the same.
 
-Takes the arguments of ``scripted_trainer.py``, and each line of its standard input, ``{"do": "publish", "step": n}``,
-is one push of other values.
+Takes the arguments of ``scripted_trainer.py``. Each line of its standard input, ``{"do": "publish", "step": n}``, is
+one push of other values; ``{"do": "save", "step": n}`` writes what was pushed last as a checkpoint. Several ranks hold
+rows as FSDP2 does, or as HSDP where WEIGHTSYNC_BENCH_REPLICAS says how many replicas there are.
 """
 
 import argparse
 import json
+import os
 import re
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from tiny_models import model_shapes
+import torch.distributed as dist
+from scripted_trainer import answer, told
+from tiny_models import checkpoint_state, model_shapes, save_shards
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, ones
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.models import model_table
 
+REPLICAS = "WEIGHTSYNC_BENCH_REPLICAS"
 DIFFERENT_LAYERS = 8
 LAYER = re.compile(r"(?<=model\.layers\.)\d+")
+SHARD_BYTES = 4 << 30
 
 
-def masters(shapes: dict[str, tuple[int, ...]], device: str) -> dict[str, torch.Tensor]:
+def masters(shapes: dict[str, tuple[int, ...]], device: str, world: int) -> dict[str, torch.Tensor]:
     """0.02·randn, norms of ones."""
-    generator = torch.Generator(device).manual_seed(1)
+    replicas = int(os.environ.get(REPLICAS, "1"))
+    sizes, names = (replicas, world // replicas), ("dp_replicate", "dp_shard")
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=names) if world > 1 else None
+    # Replicas draw the same.
+    generator = torch.Generator(device).manual_seed(1 if mesh is None else 1 + mesh.get_local_rank("dp_shard"))
     drawn: dict[str, torch.Tensor] = {}
     state = {}
     for name, shape in shapes.items():
         key = LAYER.sub(lambda found: str(int(found[0]) % DIFFERENT_LAYERS), name)
         if key not in drawn:
-            noise = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-            drawn[key] = 0.02 * noise if len(shape) > 1 else torch.ones_like(noise)
+            drawn[key] = _ones(shape, device, mesh)
+            if len(shape) > 1:
+                local = drawn[key].to_local() if isinstance(drawn[key], DTensor) else drawn[key]
+                local.normal_(0.0, 0.02, generator=generator)
         state[name] = drawn[key]
     return state
+
+
+def _ones(shape: tuple[int, ...], device: str, mesh: DeviceMesh | None) -> torch.Tensor:
+    if mesh is None:
+        return torch.ones(shape, dtype=torch.bfloat16, device=device)
+    lying = (mesh, [Replicate(), Shard(0)]) if mesh.size(0) > 1 else (mesh["dp_shard"], [Shard(0)])
+    return ones(shape, dtype=torch.bfloat16, device_mesh=lying[0], placements=lying[1])
+
+
+def save(directory: Path, config: dict[str, Any], state: dict[str, torch.Tensor], rank: int) -> None:
+    """As a trainer would save it, from rank 0; every rank takes part."""
+
+    def whole() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in state.items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if rank == 0:
+                yield from checkpoint_state(config, {name: full.cpu()}).items()
+
+    if rank == 0:
+        save_shards(directory, config, whole(), SHARD_BYTES)
+    else:
+        for _ in whole():
+            pass
 
 
 def main() -> None:
@@ -39,16 +77,25 @@ def main() -> None:
     for name in ("hub-url", "token-file", "run-id", "run-dir", "model-config", "checkpoints", "device"):
         arguments.add_argument(f"--{name}", required=True)
     given = arguments.parse_args()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if given.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # ranks may share one
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if given.device == "cuda" else "gloo")
     config = json.loads(Path(given.model_config).read_text())
-    state = masters(model_shapes(config), given.device)
-    different = {tensor.data_ptr(): tensor for tensor in state.values() if tensor.ndim > 1}
+    state = masters(model_shapes(config), given.device, world)
+    different = {id(tensor): tensor for tensor in state.values() if tensor.ndim > 1}
     agent = TrainerAgent(
         lambda: state, model_table(config), hub_url=given.hub_url, token_file=given.token_file, run_id=given.run_id,
         run_dir=given.run_dir,
     )  # fmt: skip
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        step = json.loads(line)["step"]
+    answer(rank, ready=True)
+    while (order := told(rank, world))["do"] != "close":
+        step = order["step"]
+        if order["do"] == "save":
+            save(Path(given.checkpoints) / f"step_{step}", config, state, rank)
+            answer(rank, saved=step)
+            continue
         for tensor in different.values():
             tensor.neg_()
         torch.get_device_module(given.device).synchronize()
@@ -57,8 +104,10 @@ def main() -> None:
             said = {"sequence": agent.publish(step)}
         except PublishError as error:
             said = {"error": str(error)}
-        print(json.dumps({"step": step, "seconds": time.monotonic() - began} | said), flush=True)
+        answer(rank, step=step, seconds=time.monotonic() - began, **said)
     agent.close()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

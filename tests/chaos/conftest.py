@@ -24,11 +24,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """One vLLM for all tests of a module, asked by a witness from its start to its end; daemon and trainer started.
 
-    Versions land as the module's ``MODE`` says, live without one. When the last test is over, every answer that the
-    witness ever got is compared with those of the versions.
+    Versions land as the module's ``MODE`` says, and as they do by default without one. When the last test is over,
+    every answer that the witness ever got is compared with those of the versions.
     """
     directory = tmp_path_factory.mktemp("scene")
-    env = {"WEIGHTSYNC_MODE": getattr(request.module, "MODE", "live")}
+    mode = getattr(request.module, "MODE", "")
+    env = {"WEIGHTSYNC_MODE": mode} if mode else {}
     server = VllmServer(qwen3, env=env, log=directory / "vllm.log")
     scene = Scene(directory, server)
     try:

@@ -1,4 +1,4 @@
-"""``kill -9`` of the daemon before, in and after a round: nothing torn is served, and the version goes on.
+"""``kill -9`` of the daemon before, in and after a round of an engine that serves on: it is never stopped for that.
 
 The witness asks throughout; what it was told is judged when the module's last test is over (``conftest.scene``).
 """
@@ -10,17 +10,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 IN_A_ROUND = [
     pytest.param("before RoundBegan", marks=pytest.mark.long),
-    "after RoundBegan",
-    "hearing Quiesced",
+    pytest.param("after RoundBegan", marks=pytest.mark.long),
     pytest.param("before LiveDirty", marks=pytest.mark.long),
     "after LiveDirty",
-    "hearing Closed",
-    pytest.param("hearing Verified", marks=pytest.mark.long),
+    pytest.param("hearing Closed", marks=pytest.mark.long),
+    "hearing Verified",
     pytest.param("before Decided", marks=pytest.mark.long),
     "after Decided",
-    pytest.param("hearing Left", marks=pytest.mark.long),
+    "hearing Left",
     pytest.param("before Committed", marks=pytest.mark.long),
-    "after Committed",
+    pytest.param("after Committed", marks=pytest.mark.long),
 ]
 
 
@@ -48,29 +47,23 @@ def test_in_a_round(scene: Scene, point: str) -> None:
     scene.signal_daemon_at(point, "SIGKILL")
     step = scene.begin()
     scene.wait_daemons_death()
+    scene.witness.next()
+    assert not scene.server.is_paused(), "it serves without a daemon"
     scene.start_daemon()
     scene.end(step)
-    rounds = scene.whole.ask("/rounds")["rounds"]
-    assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
-    marker = scene.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED"
-    scene.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
+    scene.was_committed(step)
 
 
-@pytest.mark.parametrize("point", ["hearing Quiesced", pytest.param("after LiveDirty", marks=pytest.mark.long)])
+@pytest.mark.parametrize("point", ["after LiveDirty", pytest.param("hearing Verified", marks=pytest.mark.long)])
 def test_told_to_stop_in_a_round_it_ends_the_round_first(scene: Scene, point: str) -> None:
     """SIGTERM: the version is committed, the engine serves it, and only then the daemon goes, with 0."""
-    scene.signal_daemon_at(point, "SIGTERM")
-    step = scene.begin()
-    scene.wait_daemons_end()
-    told = scene.trainer.hear()
-    assert (told["step"], told.get("sequence")) == (step, len(scene.committed) + 1), told
-    scene.committed.append(step)
-    assert not scene.server.is_paused()
-    scene.witness.next()
-    scene.start_daemon()
-    scene.serves(step)
+    scene.told_to_stop(point)
 
 
 def test_afterwards_versions_go_on(scene: Scene) -> None:
     scene.publish()
     assert scene.whole.status()["committed"]["sequence"] == len(scene.committed)
+
+
+def test_no_round_but_the_first_has_paused_it(scene: Scene) -> None:
+    assert scene.server.log_path.read_text().count("POST /pause") <= 1

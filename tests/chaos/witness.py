@@ -1,5 +1,6 @@
 """Who judges the chaos tests: a client that asks an engine for ever, and what each version answers."""
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class Witness:
 
     def __init__(self, server: VllmServer) -> None:
         self.said: list[tuple[float, Said]] = []
+        self.answered: list[float] = []
+        """When each of them came."""
         self._server = server
         self._stop, self._heard = threading.Event(), threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -46,6 +49,12 @@ class Witness:
     def count(self) -> int:
         return len(self.said)
 
+    def silence(self, since: float) -> float:
+        """The longest time without an answer, from the last one before ``since`` until now, in seconds."""
+        with self._heard:
+            times = [*self.answered, time.monotonic()]
+        return max(after - before for before, after in itertools.pairwise(times) if after >= since)
+
     def _run(self) -> None:
         while not self._stop.is_set():
             asked = time.monotonic()
@@ -56,6 +65,7 @@ class Witness:
                 continue
             with self._heard:
                 self.said.append((asked, (answer.tokens[0], answer.logprobs[0])))
+                self.answered.append(time.monotonic())
                 self._heard.notify_all()
 
 
@@ -94,6 +104,26 @@ class Scene(Pointed):
         told = self.trainer.hear()
         assert (told["step"], told.get("sequence")) == (step, len(self.committed) + 1), told
         self.committed.append(step)
+        self.serves(step)
+
+    def was_committed(self, step: int) -> None:
+        """A round says so, and the marker."""
+        rounds = self.whole.ask("/rounds")["rounds"]
+        assert [row for row in rounds if row["outcome"] == "committed" and row["step"] == step], rounds
+        marker = self.whole.directory / "run" / "broadcasts" / f"step_{step}" / "COMMITTED"
+        self.whole.until(marker.exists, f"{marker}, which is written beside the round", 10)
+
+    def told_to_stop(self, point: str) -> None:
+        """SIGTERM there: the daemon ends when the version is committed and the engine serves it; another one comes."""
+        self.signal_daemon_at(point, "SIGTERM")
+        step = self.begin()
+        self.wait_daemons_end()
+        told = self.trainer.hear()
+        assert (told["step"], told.get("sequence")) == (step, len(self.committed) + 1), told
+        self.committed.append(step)
+        assert not self.server.is_paused()
+        self.witness.next()
+        self.start_daemon()
         self.serves(step)
 
     def publish(self) -> int:

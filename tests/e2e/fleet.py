@@ -205,6 +205,13 @@ class Fleet:
         with urllib.request.urlopen(urllib.request.Request(url, body, headers, method="POST"), timeout=5):
             pass
 
+    def command(self, *words: str) -> str:
+        """What the command line prints, asked in a process of its own; it must say that all is well."""
+        command = [sys.executable, "-m", "weightsync.orchestrator.cli.main", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def _operator(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {(self.credentials / 'operator.token').read_text().strip()}"}
 

@@ -54,10 +54,13 @@ def test_the_pushed_engine_answers_as_a_fresh_one(demo: "subprocess.Popen[str]",
     out, _ = demo.communicate()
     assert demo.returncode == 0, out
     assert re.search(r"^identical: ", out, re.MULTILINE), out
-    assert "the engine never answered with unverified weights" in out
+    assert "no engine ever answered with unverified weights" in out
+    switch, pause = (float(found) for found in re.findall(r"(?:copy|live): stood still for (\d+) ms", out))
+    assert switch < pause, "it served while bytes arrived"
+    assert "whole, and verified." in out, "the last version has learnt the text"
     assert ", 0 failures" in out
     rows = re.findall(r"^ +(\d+) +(\d+\.\d+) +\d+\.\d MB ", out, re.MULTILINE)
-    assert [int(step) for step, _ in rows] == [15, 30]
+    assert [int(step) for step, _ in rows] == [10, 20]
     assert float(rows[0][1]) > float(rows[1][1]), "the loss goes down"
     assert "\x1b" not in out, "no terminal, no escapes"
     assert all(len(line) <= 100 or str(tmp_path) in line for line in out.splitlines()), out
@@ -80,7 +83,7 @@ def test_an_interrupt_leaves_no_process(
         seen.append(line)
         if moment in line:
             break
-    assert len(marked(mark)) >= 5, "the demo, the daemon, two ranks and the engine"
+    assert len(marked(mark)) >= 6, "the demo, the daemon, two ranks and the engines"
     demo.send_signal(number)
     rest, _ = demo.communicate(timeout=60)
     assert demo.returncode == 128 + number, "".join(seen) + rest

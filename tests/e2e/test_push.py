@@ -3,14 +3,19 @@
 The trainer's masters are fp32 with bits that bf16 cannot hold; the fresh engine loads what its cast to bf16 gives.
 """
 
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import Fleet, fleet
 from serving import DEFAULT_PROMPTS, Answer, VllmServer, answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+LIVE = {"WEIGHTSYNC_MODE": "live"}
 
 
 def fresh_answers(checkpoint: Path, tp: int) -> tuple[Answer, ...]:
@@ -43,20 +48,33 @@ def push_and_compare(whole: Fleet, server: VllmServer, model: Path, world: int) 
         assert served[step] == fresh_answers(whole.checkpoints / f"step_{step}", server.tp)
 
 
+def require_mode(whole: Fleet, engine: dict[str, Any], mode: str) -> None:
+    """How it lands, and why, is told by the daemon, by the engine itself, and of the plan."""
+    why = {"live": "WEIGHTSYNC_MODE=live", "copy": "no flip: pages are of CUDA devices; "}[mode]
+    assert engine["mode"] == mode
+    assert engine["mode_because"].startswith(why)
+    told = whole.command("config", "check", str(whole.config), "--probe")
+    ranks = engine["ranks_connected"]
+    assert len(re.findall(rf"engine: rank \d lands {mode} with \d+ MiB \({re.escape(why)}", told)) == ranks, told
+    told = whole.command("plan", "explain", "--config", str(whole.config))
+    assert re.search(rf"\nengine +{mode} +{ranks} +\S+ \S+ +{re.escape(why)}", told), told
+
+
 @pytest.mark.parametrize(
-    ("tp", "dp", "world", "mode"),
-    [(1, 1, 1, "copy"), (2, 1, 2, "copy"), (1, 2, 2, "copy"), (1, 1, 1, "live"), (2, 1, 2, "live")],
+    ("tp", "dp", "world", "env"),
+    [(1, 1, 1, {}), (2, 1, 2, {}), (1, 2, 2, {}), (1, 1, 1, LIVE), (2, 1, 2, LIVE)],
     ids=["tp1", "tp2", "dp2", "live-tp1", "live-tp2"],
 )
 def test_answers_equal_those_of_a_fresh_engine(
-    tp: int, dp: int, world: int, mode: str, qwen3: Path, tmp_path: Path
+    tp: int, dp: int, world: int, env: dict[str, str], qwen3: Path, tmp_path: Path
 ) -> None:
-    server = VllmServer(qwen3, tp=tp, dp=dp, log=tmp_path / "vllm.log", env={"WEIGHTSYNC_MODE": mode}).start()
+    server = VllmServer(qwen3, tp=tp, dp=dp, log=tmp_path / "vllm.log", env=env).start()
     try:
         with fleet(tmp_path / "fleet", {"engine": server}) as whole:
             push_and_compare(whole, server, qwen3, world)
             engine = whole.engine("engine")
             assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", tp * dp, False)
+            require_mode(whole, engine, "live" if env else "copy")
             assert [(entry["kind"], entry["reason"]) for entry in engine["left_out"]] == [
                 ("unwritten", "a buffer that the model computes itself")
             ]

@@ -41,8 +41,7 @@ class Pushed:
 @pytest.fixture(scope="module", params=["keep", "drop", "recompute"])
 def pushed(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     directory = tmp_path_factory.mktemp(request.param)
-    env = {"WEIGHTSYNC_MODE": "copy"}
-    server = VllmServer(qwen3, prefix_caching=True, env=env, log=directory / "vllm.log").start()
+    server = VllmServer(qwen3, prefix_caching=True, log=directory / "vllm.log").start()
     try:
         settings = {"pause": {"cache": request.param}}
         with fleet(directory / "fleet", {"engine": server}, settings=settings) as whole:

@@ -5,7 +5,7 @@ reference, so that it shares no kernel with what a test pushes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,31 @@ def save_model(directory: Path, config: Mapping[str, Any], state: Mapping[str, t
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(config), indent=2))
     save_file({name: value.contiguous() for name, value in state.items()}, directory / "model.safetensors")
+    return directory
+
+
+def save_shards(
+    directory: Path, config: Mapping[str, Any], state: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> Path:
+    """As ``save_model``, of a model that memory need not hold whole: files of ``shard_bytes`` or little more."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(dict(config), indent=2))
+    files: dict[str, str] = {}
+    part: dict[str, torch.Tensor] = {}
+
+    def write() -> None:
+        name = f"model-{len(set(files.values())):05}.safetensors"
+        save_file(part, directory / name)
+        files.update(dict.fromkeys(part, name))
+        part.clear()
+
+    for name, value in state:
+        part[name] = value.contiguous()
+        if sum(each.nbytes for each in part.values()) >= shard_bytes:
+            write()
+    if part:
+        write()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
 
 

@@ -47,10 +47,11 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -
     due = {
         f"weightsync/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
-        for pattern in ("*.py", "py.typed", "example.yaml")
+        for pattern in ("*.py", "py.typed", "example.yaml", "static/*")
         for path in (ROOT / folder).rglob(pattern)
     }
     assert "weightsync/orchestrator/settings/example.yaml" in due
+    assert "weightsync/orchestrator/daemon/page/static/index.html" in due
     assert {f"weightsync/{folder}/py.typed" for folder in FOLDERS} <= due
     assert "weightsync/orchestrator/cli/main.py" in due
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == due

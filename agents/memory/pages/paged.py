@@ -57,7 +57,10 @@ class PagedMemory:
 
 
 def into_pages(
-    tensors: Sequence[torch.Tensor], memory: VirtualMemory | None = None, chunk_bytes: int = CHUNK_BYTES
+    tensors: Sequence[torch.Tensor],
+    memory: VirtualMemory | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    most: int | None = None,
 ) -> PagedMemory:
     """Move the storages of ``tensors`` into pages, with a standby set that holds the same bytes.
 
@@ -66,6 +69,7 @@ def into_pages(
     Args:
         tensors: all on one CUDA device. They follow their storages.
         memory: of the device, if not CUDA's own.
+        most: bytes that standby may take, if not all that are free.
 
     Raises:
         PagesUnavailable: with the reason; nothing was moved.
@@ -90,7 +94,15 @@ def into_pages(
         raise
     size = _up(move.used, memory.granularity)
     try:
+        if most is not None and size > most:
+            raise PagesUnavailable(
+                f"a standby set of {size / MIB:.0f} MiB is more than the {most / MIB:.0f} MiB that it may take"
+            )
         live.fill(size, chunk_bytes)
+    except PagesUnavailable:
+        move.cancel()
+        live.close()
+        raise
     except DriverError as error:
         move.cancel()
         live.close()

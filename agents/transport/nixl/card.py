@@ -14,12 +14,14 @@ _DIGEST_BYTES = 32
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
-    """``scratch`` is where peers write to warm an edge up: never weights."""
+    """``scratch`` is where peers write to warm an edge up: never weights. ``gpu``: whose memory it is that peers write
+    into, by the name that no other GPU has; empty for host memory."""
 
     schema: int
     name: str
     scratch: Region
     metadata: bytes
+    gpu: str = ""
 
 
 def seal(card: Card) -> bytes:

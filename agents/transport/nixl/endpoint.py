@@ -29,6 +29,7 @@ from weightsync.agents.transport.nixl.loader import Bindings, environment, load
 from weightsync.agents.transport.nixl.notices import Notice, decode, encode
 from weightsync.agents.transport.nixl.regions import check_regions
 from weightsync.agents.transport.nixl.write import Ended, Writer
+from weightsync.agents.transport.ucx import UcxConnections, Way
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
@@ -48,6 +49,7 @@ class NixlEndpoint:
         settings: backends, window, rails, and the rate that is not believed.
         net_devices: UCX's network devices, such as ``mlx5_0:1`` (see ``weightsync.agents.memory.nic``); None leaves
             UCX's choice.
+        gpu: unique name of the GPU whose memory is read and written; empty for host memory.
         variables: further environment for the making of the agent only; None unsets.
         progress_thread: NIXL's own polling thread. It burns a core while idle, so off.
         bindings: another NIXL than ``load()`` finds.
@@ -66,6 +68,7 @@ class NixlEndpoint:
         settings: NixlSettings,
         *,
         net_devices: str | None = None,
+        gpu: str = "",
         variables: Mapping[str, str | None] | None = None,
         progress_thread: bool = False,
         bindings: Bindings | None = None,
@@ -74,6 +77,7 @@ class NixlEndpoint:
         self.name = f"{name}-{secrets.token_hex(8)}"
         self._settings = settings
         self._by_nic = net_devices is not None
+        self._gpu = gpu
         self._bindings = bindings or load()
         made: dict[str, str | None] = {"UCX_MAX_RMA_RAILS": str(settings.rails)}
         if net_devices is not None:
@@ -92,6 +96,7 @@ class NixlEndpoint:
         self._registrations: list[Any] = []
         self._regions: list[Region] = []
         self._peers: dict[str, bytes] = {}
+        self._ucx = UcxConnections(self.name, gpu)
         self._edges: list[Edge] = []
         self._orphans: list[Edge] = []
         self._words: dict[str, Edge] = {}
@@ -131,7 +136,7 @@ class NixlEndpoint:
 
     def metadata(self) -> bytes:
         """What a peer's ``connect`` needs. Take it after ``register``; each region adds about 44 bytes."""
-        card = nixl_card.Card(nixl_card.SCHEMA, self.name, self._scratch, self._agent.get_agent_metadata())
+        card = nixl_card.Card(nixl_card.SCHEMA, self.name, self._scratch, self._agent.get_agent_metadata(), self._gpu)
         return nixl_card.seal(card)
 
     def connect(self, peer_name: str, metadata: bytes) -> None:
@@ -145,7 +150,7 @@ class NixlEndpoint:
         if self._peers.get(peer_name) == metadata:
             return
         card = nixl_card.unseal(metadata, peer_name)
-        known = peer_name in self._peers
+        known, before = peer_name in self._peers, self._ucx.endpoints()
         failures: tuple[type[Exception], ...] = (NixlError, *self._bindings.errors)
         try:
             self._agent.add_remote_agent(card.metadata)
@@ -155,6 +160,7 @@ class NixlEndpoint:
                 self._words[peer_name] = self._make_edge(
                     peer_name, [self._scratch], [card.scratch], word, lambda region, offset: "the first word"
                 )
+                self._ucx.joined(peer_name, card.gpu, before)
         except failures as error:
             if not known:
                 self._remove(peer_name)
@@ -182,6 +188,10 @@ class NixlEndpoint:
         if state == "DONE":
             self._warm.add(peer_name)
         return state == "DONE"
+
+    def way_to(self, peer_name: str) -> Way:
+        """What writes to a peer that has taken the first word go by."""
+        return self._ucx.way_to(peer_name)
 
     def forget(self, peer_name: str) -> None:
         """Drop a peer that is gone, with its edges and whatever is in flight to it. For a live peer this leaks two
@@ -376,6 +386,7 @@ class NixlEndpoint:
         self._words.pop(peer_name, None)
         self._warm.discard(peer_name)
         self._peers.pop(peer_name, None)
+        self._ucx.left(peer_name)
         with suppress(*self._bindings.errors):  # gone already is what was asked for
             self._agent.remove_remote_agent(peer_name)
 

@@ -27,7 +27,7 @@ def open_endpoint(name: str, settings: NixlSettings, device: torch.device) -> Ni
     except NicError as error:
         log.warning("%s: UCX chooses the ports itself: %s", name, error)
         ports = None
-    return NixlEndpoint(name, settings, net_devices=ports)
+    return NixlEndpoint(name, settings, net_devices=ports, gpu=str(torch.cuda.get_device_properties(device).uuid))
 
 
 def bind(device: torch.device) -> int:

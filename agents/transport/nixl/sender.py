@@ -121,7 +121,12 @@ class NixlSender(Sender):
             self._changed = self._changed or result.error is not None
             member = ways[result.peer].share.peer.member
             error = str(result.error or "")
-            ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error))
+            taken = self._opened.way_to(result.peer)
+            ended(
+                HandedOver(
+                    member, result.bytes, result.descriptors, result.seconds, error, link=taken.link, by=taken.by
+                )
+            )
 
         edges = [way.edge for way in ways.values() if way.edge is not None]
         remaining = max(until - time.monotonic(), 0.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import WeightHolder
+from weightsync.agents.inference.landing import ALONE, Peers
 from weightsync.agents.inference.modes import wanted_mode
 from weightsync.agents.inference.standby import StandbyPages
 from weightsync.agents.memory.pages.paged import PagedMemory
@@ -24,6 +25,7 @@ from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.lora import hook
 from weightsync.agents.vllm.lora.declared import AdapterRefused, declared
 from weightsync.agents.vllm.lora.served import ServedAdapter
+from weightsync.agents.vllm.peers import CoreRanks
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map, models_of, recorded_layout, targets_of
 from weightsync.orchestrator.protocol.layout import Layout
@@ -44,9 +46,10 @@ class VllmModel:
     layout: Layout
     pages: PagedMemory | None = None
     standby: StandbyPages | None = None
+    no_flip: str = ""
 
     @classmethod
-    def of(cls, module: torch.nn.Module, vllm_config: Any) -> "VllmModel":
+    def of(cls, module: torch.nn.Module, vllm_config: Any, peers: Peers = ALONE) -> "VllmModel":
         """The model with its layout as it is now, after a look at each kind of layer.
 
         Raises:
@@ -55,15 +58,15 @@ class VllmModel:
             UnreadWeights: its layers compute with something else than what a round writes.
         """
         recorded = recorded_layout(module, vllm_config)
-        pages = paging.place(recorded.tensors, wanted_mode())
-        if pages is None:
+        placed = paging.place(recorded.tensors, wanted_mode(), peers)
+        if placed.pages is None:
             check_reachable(recorded.layout.regions)  # on the agent's thread only the daemon's coming would tell
         else:
             recorded = recorded_layout(module, vllm_config)  # at its new addresses
         unprobed: dict[str, str] = {}
         for model in models_of(module):
             unprobed |= probe.require(model, targets_of(model), recorded.refresh, vllm_config)
-        return cls._of(module, vllm_config, recorded, unprobed, pages)
+        return cls._of(module, vllm_config, recorded, unprobed, placed)
 
     @classmethod
     def _of(
@@ -72,11 +75,11 @@ class VllmModel:
         vllm_config: Any,
         recorded: Recorded,
         unprobed: Mapping[str, str],
-        pages: PagedMemory | None,
+        placed: paging.Placed,
     ) -> "VllmModel":
-        layout = _with_left_out(recorded, unprobed)
+        layout, pages = _with_left_out(recorded, unprobed), placed.pages
         standby = None if pages is None else StandbyPages(pages, layout, recorded.tensors)
-        return cls(module, vllm_config, recorded, unprobed, layout, pages, standby)
+        return cls(module, vllm_config, recorded, unprobed, layout, pages, standby, placed.why_not)
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -100,7 +103,7 @@ class VllmModel:
         if expert_map(self.module) == known:
             return None
         fresh = recorded_layout(self.module, self.vllm_config)
-        return self._of(self.module, self.vllm_config, fresh, self.unprobed, self.pages)
+        return self._of(self.module, self.vllm_config, fresh, self.unprobed, paging.Placed(self.pages, self.no_flip))
 
 
 def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
@@ -119,8 +122,9 @@ def make_agent(
     """
     from weightsync.agents.inference.agent import InferenceAgent
 
-    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config)
-    return InferenceAgent(ranks, device, live, balancer.drain, boundary)
+    peers = CoreRanks.here()
+    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config, peers)
+    return InferenceAgent(ranks, device, live, balancer.drain, boundary, peers)
 
 
 def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> ServedAdapter | None:

@@ -50,8 +50,9 @@ def here(config: Path, settings: Settings) -> list[Finding]:
     if pid is not None:
         root = running.PROC / str(pid) / "root"
         found += examined("sandbox", lambda: running.sandbox(root, {"run.directory": run, "state_directory": state}))
-    ranks = RANKS_GUESSED * len(settings.engines) + (settings.trainer.world or RANKS_GUESSED)
-    found += examined("open files", lambda: running.open_files(running.file_limit(pid), ranks, len(settings.engines)))
+    engines = len(settings.engines) + (0 if settings.engines_admit is None else settings.engines_admit.at_most)
+    ranks = RANKS_GUESSED * engines + (settings.trainer.world or RANKS_GUESSED)
+    found += examined("open files", lambda: running.open_files(running.file_limit(pid), ranks, engines))
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from weightsync.orchestrator.core.records import RoundEnded, Taint
+from weightsync.orchestrator.core.round.links import used
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
@@ -12,6 +13,8 @@ from weightsync.orchestrator.protocol.names import Member
 def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     """Of the round as it stands now. ``outcome``: committed or failed."""
     peers = [peer for closed in current.closed.values() for peer in closed.values()]
+    links = used(current, turn.fleet.link_rates)
+    turn.fleet.links = links or turn.fleet.links
     open_grants = {w: p for (w, name), p in turn.fleet.unclosed.items() if name == current.name}
     return RoundEnded(
         round=current.name,
@@ -30,6 +33,7 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         modes={name: progress.lands for name, progress in current.engines.items()},
         switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
         lenders=current.lenders,
+        links=links,
     )
 
 

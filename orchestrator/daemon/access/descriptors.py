@@ -6,6 +6,7 @@ from typing import Final
 
 from weightsync.orchestrator.settings.problems import Problem
 from weightsync.orchestrator.settings.sections import EngineSection
+from weightsync.orchestrator.settings.settings import Settings
 
 RESERVE: Final = 128
 """For all that is no connection: the journal, scans of the run directory, the log, the planner, a command's process."""
@@ -40,16 +41,20 @@ def raise_limit() -> int:
     return limit()
 
 
-def needed(engines: Iterable[EngineSection], trainer_ranks: int | None) -> int:
-    """At the least, for these engines and ranks."""
-    return RESERVE + (trainer_ranks or 0) + PER_SERVER * sum(len(engine.servers) for engine in engines)
+def needed(engines: Iterable[EngineSection], trainer_ranks: int | None, admitted: int = 0) -> int:
+    """At the least, for these engines and ranks, and ``admitted`` engines of one server that may come by themselves."""
+    servers = sum(len(engine.servers) for engine in engines) + admitted
+    return RESERVE + (trainer_ranks or 0) + PER_SERVER * servers
 
 
-def too_few(allowed: int, engines: tuple[EngineSection, ...], trainer_ranks: int | None) -> Problem | None:
-    """What to say where ``allowed`` descriptors are not enough."""
-    wanted = needed(engines, trainer_ranks)
+def too_few(allowed: int, settings: Settings) -> Problem | None:
+    """What to say where ``allowed`` descriptors are not enough for the fleet of ``settings``."""
+    admit, ranks = settings.engines_admit, settings.trainer.world
+    admitted = 0 if admit is None else admit.at_most
+    wanted = needed(settings.engines, ranks, admitted)
     if allowed >= wanted:
         return None
-    fleet = f"{len(engines)} engines and {trainer_ranks or 'some'} trainer ranks"
+    coming = f" (and {admitted} that engines_admit.at_most lets come)" if admitted else ""
+    fleet = f"{len(settings.engines)} engines{coming} and {ranks or 'some'} trainer ranks"
     problem = f"this process may open {allowed} files, and {fleet} need {wanted} at the least"
     return Problem("", "", problem, f"LimitNOFILE={max(2 * wanted, 65_536)} in the systemd unit, or ulimit -Hn")

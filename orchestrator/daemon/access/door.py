@@ -2,17 +2,20 @@
 
 A stranger is a connection by which nobody has proved anything yet: one without a request, in its TLS handshake, with
 half a header, or an agent's before its proof. Their number is bounded, over all and for each address, and so is the
-time for which one is a stranger; nothing that it sends makes that longer. When all places are taken, the oldest that
-has had its chance gives way. A request that bears a credential has a time of its own, in which it must have been sent,
-answered and taken: a reader that is too slow for that is dropped.
+time for which one is a stranger; nothing that it sends makes that longer. When all places are taken, the address that
+holds the most gives up its oldest: at once to one that holds fewer, else once it has had its chance. A request that
+bears a credential has a time of its own, in which it must have been sent, answered and taken: a reader that is too slow
+for that is dropped.
 
-Descriptors are never used up: the kernel would then refuse the journal and the calls to engines, and asyncio would log
-each refusal of accept(2).
+Whoever is turned away costs an accept(2) and no more. asyncio's own server makes a transport first, and accepts as many
+as its backlog holds before anything else has its turn: seconds in which no agent is heard.
+
+Descriptors are never used up: the kernel would then refuse the journal and the calls to engines.
 """
 
 import asyncio
+import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +25,15 @@ from weightsync.orchestrator.daemon.access.refusals import Refusals
 
 ACCEPT_BACKLOG: Final = 4096
 """Connections that may wait for accept(2): a whole fleet reconnects at once when the daemon returns."""
+
+ACCEPTED_AT_ONCE: Final = 16
+"""In one turn of the loop: agents that are connected are heard in between."""
+
+REST_SECONDS: Final = 1.0
+"""After accept(2) has failed for want of something, which no haste brings back."""
+
+SWEEP_SECONDS: Final = 0.1
+"""At most so often a newcomer makes us look for places whose holders are gone: a look at 2,048 takes a millisecond."""
 
 Peer = tuple[Any, ...]
 """Address and port, as the socket names them."""
@@ -33,8 +45,9 @@ class DoorLimits:
 
     ``strangers``: at a time, each some 30 kB. ``from_one_address``: of those; a host with 64 agents has 64 for a
     moment, a whole fleet behind one address comes in turn. ``stranger_seconds``: from accept to proof or credential, as
-    long as a Hello may take. ``chance_seconds``: after which one gives way to a newcomer if all places are taken: an
-    honest one needs a few round trips. ``request_seconds``: for one request with a credential, its answer included.
+    long as a Hello may take. ``chance_seconds``: after which one gives way to a newcomer whose address holds as many
+    places, if all are taken: an honest one needs a few round trips. ``request_seconds``: for one request with a
+    credential, its answer included.
     """
 
     strangers: int = 2048
@@ -44,13 +57,24 @@ class DoorLimits:
     request_seconds: float = 60.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Visitor:
-    transport: asyncio.Transport
-    address: str
+    """``greeting`` makes its transport, and with TLS takes the handshake's time for it."""
+
+    peer: Peer
     came: float
     leaves: float
-    stranger: bool = True
+    greeting: "asyncio.Task[None] | None" = None
+    transport: asyncio.Transport | None = None
+    is_stranger: bool = True
+
+    @property
+    def address(self) -> str:
+        return str(self.peer[0])
+
+    @property
+    def is_gone(self) -> bool:
+        return self.transport is not None and self.transport.is_closing()
 
 
 class Door:
@@ -58,8 +82,11 @@ class Door:
 
     Args:
         serve: makes the protocol of one connection.
-        tls: None: there is none.
         agents: how many connections have been handed on by ``enter`` and are still there.
+        tls: None: there is none.
+
+    Attributes:
+        strangers: their number now.
     """
 
     def __init__(
@@ -71,11 +98,11 @@ class Door:
         limits: DoorLimits,
     ) -> None:
         self._serve, self._refusals, self._agents, self._tls = serve, refusals, agents, tls
-        self.limits = limits
+        self.limits, self.strangers = limits, 0
         self._visitors: dict[Peer, _Visitor] = {}
-        self._from: Counter[str] = Counter()
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._from: dict[str, dict[Peer, _Visitor]] = {}
+        self._listening: list[socket.socket] = []
+        self._looked = -float("inf")
 
     async def open(self, host: str, port: int) -> int:
         """Listen, and return the port.
@@ -84,47 +111,76 @@ class Door:
             OSError: the address is taken or not ours.
         """
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Newcomer(self), host, port, backlog=ACCEPT_BACKLOG)
-        return int(self._server.sockets[0].getsockname()[1])
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+                self._listening.append(_listening(family, address))
+        except OSError:
+            await self.close()
+            raise
+        for listening in self._listening:
+            loop.add_reader(listening, self._accept, listening)
+        return int(self._listening[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening, also to handshakes. Whoever has come to a protocol is its server's to end."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        for task in self._handshakes:
-            task.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
-
-    @property
-    def strangers(self) -> int:
-        """Their number now."""
-        return self._from.total()
+        for listening in self._listening:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        self._listening.clear()
+        greetings = [visitor.greeting for visitor in self._visitors.values() if visitor.greeting is not None]
+        for greeting in greetings:
+            greeting.cancel()
+        await asyncio.gather(*greetings, return_exceptions=True)
 
     # ------------------------------------------------------------------------------------------------- who is let in
-    def arrive(self, transport: asyncio.Transport) -> None:
-        """A connection was accepted: give it a place, or end it."""
-        peer, now = transport.get_extra_info("peername"), self._now()
-        if not peer:  # it is gone already
-            transport.abort()
-            return
-        address = str(peer[0])
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connected, peer = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._refusals.say("connections cannot be accepted", reason=str(error))
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listening)
+                loop.call_later(REST_SECONDS, self._again, listening)
+                return
+            self._arrive(connected, peer)
+
+    def _again(self, listening: socket.socket) -> None:
+        if listening in self._listening:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _arrive(self, connected: socket.socket, peer: Peer) -> None:
+        """Give a connection a place, or end it."""
+        address, now = str(peer[0]), self._now()
         reason = self._full(address, now)
         if reason:
             self._refusals.say("connection turned away", remote=address, reason=reason)
-            transport.abort()
+            connected.close()
             return
         self._forget(peer)  # of an earlier connection from the same port, whose end was not looked at yet
-        self._visitors[peer] = _Visitor(transport, address, now, now + self.limits.stranger_seconds)
-        self._from[address] += 1
-        if self._tls is None:
-            protocol = self._serve()
-            transport.set_protocol(protocol)
-            protocol.connection_made(transport)
-        else:
-            task = asyncio.get_running_loop().create_task(self._secure(transport, self._tls, address))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+        visitor = _Visitor(peer, now, now + self.limits.stranger_seconds)
+        self._visitors[peer] = visitor
+        self._from.setdefault(address, {})[peer] = visitor
+        self.strangers += 1
+        visitor.greeting = asyncio.get_running_loop().create_task(self._greet(visitor, connected))
+        # One that is cancelled before its first step never comes to its own end.
+        visitor.greeting.add_done_callback(lambda _: connected.close() if visitor.transport is None else None)
+
+    async def _greet(self, visitor: _Visitor, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        seconds = None if self._tls is None else self.limits.stranger_seconds
+        try:
+            visitor.transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
+                self._serve, connected, ssl=self._tls, ssl_handshake_timeout=seconds
+            )
+        except OSError as error:  # ssl's errors, broken connections and TimeoutError
+            reason = str(error) or type(error).__name__
+            self._refusals.say("TLS handshake failed", remote=visitor.address, reason=reason)
+            self._forget(visitor.peer)
+        visitor.greeting = None
 
     def enter(self, transport: asyncio.BaseTransport) -> None:
         """Whoever is on ``transport`` has proved who it is, and its connection is watched by somebody else."""
@@ -139,38 +195,48 @@ class Door:
 
     def sweep(self) -> None:
         """End those whose time is over, and give back the places of those who are gone."""
-        now = self._now()
-        for peer, visitor in list(self._visitors.items()):
-            if visitor.transport.is_closing():
-                self._forget(peer)
+        now = self._looked = self._now()
+        for visitor in list(self._visitors.values()):
+            if visitor.is_gone:
+                self._forget(visitor.peer)
             elif now >= visitor.leaves:
-                kind = "a stranger has shown nothing" if visitor.stranger else "a request takes too long"
+                kind = "a stranger has shown nothing" if visitor.is_stranger else "a request takes too long"
                 self._refusals.say(kind, remote=visitor.address, seconds=round(now - visitor.came, 1))
-                self._end(peer)
+                self._end(visitor)
 
     # ------------------------------------------------------------------------------------------------------- places
     def _full(self, address: str, now: float) -> str:
         """Why a newcomer from ``address`` is not let in; empty where it is, if need be in the place of another."""
-        if len(self._visitors) + self._agents() >= limit() - RESERVE:
+        if self._lack(address) and now - self._looked >= SWEEP_SECONDS:
             self.sweep()
-            if len(self._visitors) + self._agents() >= limit() - RESERVE:
-                return f"all {limit()} descriptors but {RESERVE} are in use"
-        if self._from[address] >= self.limits.from_one_address:
-            self.sweep()
-            if self._from[address] >= self.limits.from_one_address:
-                return f"{self.limits.from_one_address} strangers from this address"
-        if self.strangers >= self.limits.strangers:
-            self.sweep()
-            oldest = next((peer for peer, visitor in self._visitors.items() if visitor.stranger), None)
-            if self.strangers >= self.limits.strangers and oldest is not None:
-                if now - self._visitors[oldest].came < self.limits.chance_seconds:
-                    return f"{self.limits.strangers} strangers"
-                self._end(oldest)
+        lack = self._lack(address)
+        if lack != self._no_place():
+            return lack
+        most = max(self._from.values(), key=len)
+        oldest = next(iter(most.values()))
+        is_beyond_its_share = len(most) > len(self._from.get(address, ())) + 1
+        if not is_beyond_its_share and now - oldest.came < self.limits.chance_seconds:
+            return lack
+        self._end(oldest)
         return ""
 
-    def _end(self, peer: Peer) -> None:
-        self._visitors[peer].transport.abort()
-        self._forget(peer)
+    def _lack(self, address: str) -> str:
+        """What there is not enough of for one more from ``address``; empty where there is."""
+        if len(self._visitors) + self._agents() >= limit() - RESERVE:
+            return f"all {limit()} descriptors but {RESERVE} are in use"
+        if len(self._from.get(address, ())) >= self.limits.from_one_address:
+            return f"{self.limits.from_one_address} strangers from this address"
+        return self._no_place() if self.strangers >= self.limits.strangers else ""
+
+    def _no_place(self) -> str:
+        return f"{self.limits.strangers} strangers"
+
+    def _end(self, visitor: _Visitor) -> None:
+        if visitor.transport is not None:
+            visitor.transport.abort()
+        elif visitor.greeting is not None:
+            visitor.greeting.cancel()
+        self._forget(visitor.peer)
 
     def _forget(self, peer: Peer) -> None:
         visitor = self._visitors.pop(peer, None)
@@ -178,57 +244,28 @@ class Door:
             self._know(visitor)
 
     def _know(self, visitor: _Visitor) -> None:
-        if visitor.stranger:
-            visitor.stranger = False
-            self._from[visitor.address] -= 1
-            if not self._from[visitor.address]:
+        if visitor.is_stranger:
+            visitor.is_stranger = False
+            self.strangers -= 1
+            others = self._from[visitor.address]
+            del others[visitor.peer]
+            if not others:
                 del self._from[visitor.address]
-
-    # ---------------------------------------------------------------------------------------------------------- TLS
-    async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext, address: str) -> None:
-        loop, waiting = asyncio.get_running_loop(), _Waiting()
-        try:
-            secured = await loop.start_tls(
-                transport, waiting, context, server_side=True, ssl_handshake_timeout=self.limits.stranger_seconds
-            )
-        except (OSError, asyncio.CancelledError) as error:  # ssl's errors, broken connections and TimeoutError
-            transport.abort()
-            if isinstance(error, OSError):
-                self._refusals.say("TLS handshake failed", remote=address, reason=str(error) or type(error).__name__)
-            return
-        if secured is None or waiting.over:
-            transport.abort()
-            return
-        protocol = self._serve()
-        secured.set_protocol(protocol)
-        protocol.connection_made(secured)
-        if waiting.data:
-            protocol.data_received(bytes(waiting.data))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
 
-class _Newcomer(asyncio.Protocol):
-    """Of a connection until the door has given it another protocol, before anything was read."""
-
-    def __init__(self, door: Door) -> None:
-        self._door = door
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._door.arrive(transport)
-
-
-class _Waiting(asyncio.Protocol):
-    """Takes what comes right behind a TLS handshake, before the connection's own protocol can be told of it."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.over = False
-
-    def data_received(self, data: bytes) -> None:
-        self.data += data
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.over = True
+def _listening(family: int, address: Peer) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+        made.listen(ACCEPT_BACKLOG)
+    except OSError as error:
+        made.close()
+        raise OSError(error.errno, f"cannot listen at {address[0]} port {address[1]}: {error.strerror}") from error
+    return made

@@ -7,8 +7,9 @@ from aiohttp import web
 from weightsync.orchestrator.settings.credentials import Role
 
 Policy = Literal["public", "proven"] | frozenset[Role]
-"""``public``: supervisors and load balancers hold no credential. ``proven``: an agent's or an engine's, whose token is
-proved on the connection and never sent (``protocol/proof.py``). Else those whose credential the request bears."""
+"""``public``: supervisors, load balancers and a browser before the page's files run hold no credential. ``proven``: an
+agent's or an engine's, whose token is proved on the connection and never sent (``protocol/proof.py``). Else those whose
+credential the request bears."""
 
 _OPERATORS: Final[frozenset[Role]] = frozenset({"operator"})
 _VIEWERS: Final[frozenset[Role]] = frozenset({"viewer", "operator"})
@@ -17,12 +18,18 @@ POLICY: Final[Mapping[str, Policy]] = {
     "GET /healthz": "public",
     "GET /readyz": "public",
     "GET /engines/{engine}/ready": "public",
+    "GET /": "public",
+    "GET /page/{file}": "public",
     "GET /agents": "proven",
     "GET /engines": "proven",
     "GET /status": _VIEWERS,
     "GET /rounds": _VIEWERS,
     "GET /metrics": _VIEWERS,
     "GET /plan/layouts": _VIEWERS,
+    "GET /plan/explanation": _VIEWERS,
+    "GET /plan/rates": _VIEWERS,
+    "GET /stream": _VIEWERS,
+    "GET /audit": _VIEWERS,
     "POST /verbs/{verb}": _OPERATORS,
 }
 

@@ -11,7 +11,10 @@ log = structlog.get_logger(__name__)
 
 WINDOW_SECONDS: Final = 60.0
 LOUD: Final = 3
-"""Lines of one kind within WINDOW_SECONDS; the others of that time are counted in one more."""
+"""Lines of one kind of stranger within WINDOW_SECONDS; the others of that time are counted in one more."""
+
+LOUD_OF_AGENTS: Final = 100
+"""The same of agents that hold a token: a fleet that is lost is one story, and each of its hosts has its own reason."""
 
 
 @dataclass(slots=True)
@@ -28,11 +31,11 @@ class Refusals:
         self._clock = clock
         self._windows: dict[str, _Window] = {}
 
-    def say(self, kind: str, **fields: object) -> None:
-        """One refusal. ``kind`` is a constant of the code, so their number is bounded."""
+    def say(self, kind: str, loud: int = LOUD, **fields: object) -> None:
+        """One refusal. ``kind`` is a constant of the code, so their number is bounded; ``loud`` of it are said."""
         self.sweep()
         window = self._windows.setdefault(kind, _Window(self._clock()))
-        if window.said < LOUD:
+        if window.said < loud:
             window.said += 1
             log.warning(kind, **fields)
         else:

@@ -5,6 +5,7 @@ taken out, put in or moved breaks the chain at that place, and whoever has noted
 shows each, ``audit verify`` the last) can tell whether that line and all before it are still there.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -26,6 +27,9 @@ MAX_LINE_BYTES: Final = 64 * 1024
 
 NOTHING: Final = "0" * 64
 """In the first line of all, in the place of a hash."""
+
+MAX_NEWEST_BYTES: Final = 256 * 1024
+"""Read from the end of a file to show its newest lines."""
 
 MAX_SHOWN: Final = 20
 """Problems that a verification names."""
@@ -125,6 +129,30 @@ def verify(directory: Path, noted: str = "") -> AuditReport:
     more = len(problems) - MAX_SHOWN
     shown = [*problems[:MAX_SHOWN], *([f"… and {more} more"] if more > 0 else [])]
     return AuditReport(first, number if first else 0, before if first else "", tuple(shown))
+
+
+def newest(directory: Path, count: int) -> list[AuditLine]:
+    """The last ``count`` lines, oldest first; what is none is left out. Reads the ends of the files only.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found: list[AuditLine] = []
+    for name in (NAME, f"{NAME}.1"):
+        try:
+            with open(os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - MAX_NEWEST_BYTES))
+                data = stream.read()
+        except FileNotFoundError:
+            continue
+        lines = []
+        for text in data.splitlines()[-(count - len(found)) :]:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                lines.append(msgspec.json.decode(text, type=AuditLine))
+        found = lines + found
+        if len(found) >= count:
+            break
+    return found
 
 
 def _end_of(path: Path) -> tuple[int, str, bool]:

@@ -4,8 +4,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 
+import msgspec
 from aiohttp import web
 from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.core.round.links import measured
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.admin.applications import Applications
@@ -73,7 +75,8 @@ class LiveViews:
 
     async def layouts(self) -> LayoutsView | None:
         """What ``/plan/layouts`` answers."""
-        return self._layouts(self._fleet.policy.run_id)
+        view = self._layouts(self._fleet.policy.run_id)
+        return view and msgspec.structs.replace(view, gb_per_s=measured(self._fleet.link_rates))
 
     async def metrics(self) -> bytes:
         """What ``/metrics`` answers."""

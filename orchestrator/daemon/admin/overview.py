@@ -20,7 +20,8 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.protocol.layout import Layout
-from weightsync.orchestrator.protocol.limits import MAX_LEFT_OUT
+from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS, MAX_LEFT_OUT
+from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -86,6 +87,7 @@ def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, u
         since=unix_now - (now - since(fleet, name, state, now)),
         left_out=tuple(left_out_of([agent.announce.layout for agent in ranks if agent.announce is not None])),
         mode=standby.lands(fleet, name) if any(agent.announce is not None for agent in ranks) else "",
+        mode_because=clean(standby.lands_because(fleet, name), MAX_LANDS_CHARS),
         standby=version_view(standby.beside(fleet, name)),
     )
 

@@ -22,6 +22,15 @@ SHOWN: Final = 8
 
 PUBLISH_FIRST: Final = "publish once, also before the first roll-out and after each resume of the trainer"
 
+SLOW_LINKS: Final = {
+    "same_gpu": "python -m weightsync.agents doctor, on that host: expandable segments keep CUDA from sharing memory",
+    "nvlink": "python -m weightsync.agents doctor, on both hosts: expandable segments, or no NVLink between the GPUs",
+    "nic": "python -m weightsync.agents doctor, on both hosts: a port that is far from its GPU, shared, or down",
+    "tcp": "python -m weightsync.agents doctor --peer HOST: where there is RDMA, UCX has not found it",
+    "shm": "python -m weightsync.agents doctor, on that host: without CMA (ptrace_scope) UCX copies twice",
+}
+"""What to do about a slow edge, by its link."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
@@ -40,6 +49,7 @@ def problems(fleet: Fleet, markers: Iterable[str], now: float, unix_now: float) 
     for name in fleet.engines:
         found.extend(_of_engine(fleet, name, now))
     found.extend(_of_trainer(fleet, now))
+    found.extend(_of_links(fleet))
     found.extend(_Found("degraded", text) for text in markers)
     alike: dict[tuple[str, str, str], list[_Found]] = {}
     for each in found:
@@ -95,6 +105,17 @@ def _of_all(fleet: Fleet, now: float) -> Iterator[_Found]:
             f"{writer} of round {name} may still write into {', '.join(reach[:SHOWN])}: no round takes place there",
             f"end that process{where}; once it is dead: weightsync-orchestrator declare-dead {writer}",
         )
+
+
+def _of_links(fleet: Fleet) -> Iterator[_Found]:
+    for kind, use in fleet.links.items():
+        if not use.slow:
+            continue
+        worst = use.slow[0]
+        by = f" ({worst.by})" if worst.by else ""
+        more = f", and {use.slow_edges - 1} more of {use.edges} edges are slow" if use.slow_edges > 1 else ""
+        what = f"{worst.edge} moves {worst.gb_per_s:g} GB/s over {kind}{by}, which does {worst.link_gb_per_s:g}{more}"
+        yield _Found("degraded", what, SLOW_LINKS.get(kind, ""))
 
 
 def _of_trainer(fleet: Fleet, now: float) -> Iterator[_Found]:

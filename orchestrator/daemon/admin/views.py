@@ -3,7 +3,7 @@
 from typing import Any, Final, Literal
 
 import msgspec
-from weightsync.orchestrator.core.records import RoundEnded
+from weightsync.orchestrator.core.records import LinkUse, RoundEnded
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -49,8 +49,8 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
     ``error``: trainer, engine, daemon, network or config. ``left_out``: what rounds leave out of its connected ranks.
-    ``mode``: how its ranks land, live, copy or flip; empty while none has said so. ``standby``: the version that all of
-    them have beside the one that they serve.
+    ``mode``: how its ranks land, live, copy or flip, and ``mode_because`` why; empty while none has said so.
+    ``standby``: the version that all of them have beside the one that they serve.
     """
 
     name: str
@@ -67,6 +67,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
     left_out: tuple[LeftOutView, ...] = ()
     mode: str = ""
+    mode_because: str = ""
     standby: VersionView | None = None
 
 
@@ -89,6 +90,31 @@ class ProgressView(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     attempt: int
     elapsed_seconds: float
+
+
+class SlowEdgeView(msgspec.Struct, frozen=True, kw_only=True):
+    """An edge that moved less than half of what its link can; both in 10^9 bytes per second."""
+
+    edge: str
+    by: str
+    gb_per_s: float
+    link_gb_per_s: float
+
+
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round moved by one kind of link: same_gpu, nvlink, nic, tcp, shm, files or unknown.
+
+    ``gb_per_s``: bytes over the time of the longest edge; ``ways``: the transports; ``slow``: the slowest of
+    ``slow_edges`` that were slower than half of their link.
+    """
+
+    link: str
+    edges: int
+    bytes: int
+    gb_per_s: float
+    ways: tuple[str, ...] = ()
+    slow: tuple[SlowEdgeView, ...] = ()
+    slow_edges: int = 0
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,13 +152,14 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     modes: dict[str, str] = {}
     switches_ms: dict[str, float] = {}
     lenders: dict[str, str] = {}
+    links: tuple[LinkView, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """Name to value, for a log line."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}
 
 
-_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "lenders")
+_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "lenders", "links")
 """Fields of a RoundRow that a log line does without."""
 
 
@@ -217,11 +244,15 @@ class PartyView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayoutsView(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of ``/plan/layouts``: what the current plan was made from; ``root`` is its fingerprint."""
+    """The answer of ``/plan/layouts``: what the current plan was made from; ``root`` is its fingerprint.
+
+    ``gb_per_s``: the most that an end of each kind of link has carried in this fleet, in 10^9 bytes per second.
+    """
 
     run: str
     root: str
     parties: tuple[PartyView, ...]
+    gb_per_s: dict[str, float] = {}
     schema: int = VIEW_SCHEMA
 
 
@@ -254,4 +285,20 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         modes=dict(record.modes),
         switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
         lenders=dict(record.lenders),
+        links=tuple(_link_view(link, use) for link, use in record.links.items()),
+    )
+
+
+def _link_view(link: str, use: LinkUse) -> LinkView:
+    return LinkView(
+        link=link,
+        edges=use.edges,
+        bytes=use.bytes,
+        gb_per_s=round(use.bytes / use.seconds / 1e9, 3) if use.seconds > 0 else 0.0,
+        ways=use.ways,
+        slow=tuple(
+            SlowEdgeView(edge=slow.edge, by=slow.by, gb_per_s=slow.gb_per_s, link_gb_per_s=slow.link_gb_per_s)
+            for slow in use.slow
+        ),
+        slow_edges=use.slow_edges,
     )

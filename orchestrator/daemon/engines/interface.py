@@ -153,6 +153,9 @@ class EngineClient(Protocol):
             EngineNotServable: a rank has not this version in its standby or is another process.
         """
 
+    async def landing(self, deadline: float) -> tuple[str, ...]:
+        """How versions land in its ranks, and why, in lines for people; empty where it cannot tell. Changes nothing."""
+
     async def finish(self, version: Version, deadline: float) -> None:
         """Tell the server which version it serves from now on. Called after ``update``, before ``resume``."""
 

@@ -66,6 +66,11 @@ class SeveralServers:
         done = await self._all(lambda server: server.switch(switch, deadline))
         return Switched(any(each.paused for each in done), max(each.seconds for each in done))
 
+    async def landing(self, deadline: float) -> tuple[str, ...]:
+        """The lines of all."""
+        told = await self._all(lambda server: server.landing(deadline))
+        return tuple(line for lines in told for line in lines)
+
     async def finish(self, version: Version, deadline: float) -> None:
         """Tell all which version they serve."""
         await self._all(lambda server: server.finish(version, deadline))

@@ -64,6 +64,9 @@ _RESUME: Final = "weightsync_resume"
 _SWITCH: Final = "weightsync_switch"
 """Likewise: between two steps, every worker's standby becomes what it serves."""
 
+_LANDING: Final = "weightsync_landing"
+"""Likewise: how versions land in each rank, and why."""
+
 _NOT_SERVABLE: Final = "weightsync: not servable"
 """Our plugin's words when it keeps an engine held."""
 
@@ -94,6 +97,12 @@ class _Switch(msgspec.Struct):
 
 class _Switches(msgspec.Struct):
     results: Annotated[list[_Switch], msgspec.Meta(min_length=1)]
+
+
+class _Landings(msgspec.Struct):
+    """Of each rank."""
+
+    results: list[str]
 
 
 class _Done(msgspec.Struct):
@@ -242,6 +251,13 @@ class VllmClient:
             self._refused(error, "switch")
         answers = self._read("POST /collective_rpc", data, _Switches).results
         return Switched(any(each.paused for each in answers), max(each.seconds for each in answers))
+
+    async def landing(self, deadline: float) -> tuple[str, ...]:
+        """A line for each rank, from our plugin."""
+        body = {"method": _LANDING}
+        data = await self._http.exchange("POST", "/collective_rpc", deadline, body=body, idempotent=True)
+        told = self._read("POST /collective_rpc", data, _Landings).results
+        return tuple(clean(line) for line in told)
 
     async def finish(self, version: Version, deadline: float) -> None:
         """Close the update and tell the version's step. Not repeated once it may have arrived."""

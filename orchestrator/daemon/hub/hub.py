@@ -25,7 +25,9 @@ from websockets.protocol import Side
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access, NotAdmitted
 from weightsync.orchestrator.daemon.access.door import Door
+from weightsync.orchestrator.daemon.access.http_log import HttpLog
 from weightsync.orchestrator.daemon.access.policy import without_policy
+from weightsync.orchestrator.daemon.access.refusals import LOUD_OF_AGENTS
 from weightsync.orchestrator.daemon.hub.connection import AgentConnection, HubTiming, Stage
 from weightsync.orchestrator.protocol.codec import (
     ProtocolError,
@@ -97,7 +99,11 @@ class Hub:
         if missing:
             raise RuntimeError(f"routes without a policy, which nobody could use: {', '.join(missing)}")
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=self._timing.close_seconds, lingering_time=self._timing.close_seconds
+            app,
+            access_log=None,
+            logger=HttpLog(self._access.refusals),
+            shutdown_timeout=self._timing.close_seconds,
+            lingering_time=self._timing.close_seconds,
         )
         await self._runner.setup()
         server, tls = self._runner.server, self._access.tls
@@ -257,7 +263,9 @@ class Hub:
         return connection
 
     def _refuse(self, connection: AgentConnection, refused: Refused) -> None:
-        log.warning("agent refused", agent=str(connection), reason=refused.reason, fault=refused.fault)
+        self._access.refusals.say(
+            "agent refused", LOUD_OF_AGENTS, agent=str(connection), reason=refused.reason, fault=refused.fault
+        )
         self._tell(connection, refused)
         self._end(connection, CloseCode.POLICY_VIOLATION, refused.reason)
 
@@ -277,8 +285,13 @@ class Hub:
             self._report(connection, stage, reason)
 
     def _report(self, connection: AgentConnection, stage: Stage, reason: str, *, orderly: bool = False) -> None:
-        reason = clean(reason)
-        (log.info if orderly else log.warning)("agent lost", agent=str(connection), reason=reason)
+        reason, refusals = clean(reason), self._access.refusals
+        if stage is Stage.HELLO:
+            refusals.say("agent turned away: it has proved nothing", remote=connection.remote, reason=reason)
+        elif orderly:
+            log.info("agent lost", agent=str(connection), reason=reason)
+        else:
+            refusals.say("agent lost", LOUD_OF_AGENTS, agent=str(connection), reason=reason)
         if connection.member is not None and stage in (Stage.DECISION, Stage.ACCEPTED):
             self._post(AgentLost(self._next_id(), connection.member, connection.number, reason))
 

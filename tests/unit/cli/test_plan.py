@@ -46,7 +46,7 @@ def test_explain_from_files(directory, capsys):
     assert main(["plan", "explain", "--from", str(directory), "--json", "--bytes-per-second", "1e9"]) == Exit.OK
     found = msgspec.json.decode(capsys.readouterr().out)
     assert found["moved"]["direct_bytes"] == 128
-    assert set(found["seconds"]) == {"asked", "rdma", "cuda_ipc", "shm"}
+    assert set(found["seconds"]) == {"asked", "same_gpu", "nvlink", "nic", "tcp", "shm"}
 
 
 def test_simulate_from_files_and_of_a_model(directory, capsys):

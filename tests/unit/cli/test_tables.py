@@ -4,9 +4,11 @@ from weightsync.orchestrator.cli.tables import BAR, WIDTH, check_line, round_tex
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
+    LinkView,
     ProblemView,
     ProgressView,
     RoundRow,
+    SlowEdgeView,
     StatusView,
     TrainerView,
     VersionView,
@@ -14,6 +16,16 @@ from weightsync.orchestrator.daemon.admin.views import (
 )
 
 NOW = 100_000.0
+
+
+def test_why_engines_land_as_they_do_is_said_once_for_all_that_are_alike() -> None:
+    names = [("a", "copy", "room"), ("b", "live", "no room"), ("c", "copy", "room"), ("d", "", "")]
+    engines = tuple(
+        EngineView(name=name, url="", role="both", state="serving", mode=mode, mode_because=because)
+        for name, mode, because in names
+    )
+    text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", engines=engines), NOW)
+    assert "\n\na, c land by copy: room\nb lands by live: no room" in text
 
 
 def test_the_status_table_at_a_glance() -> None:
@@ -151,3 +163,22 @@ def test_one_round_is_a_waterfall_that_fits() -> None:
     ]  # fmt: skip
     assert any("network: the wire broke" in line for line in lines)
     assert any("total 100.0 ms, wire 55.5 ms" in line for line in lines)
+
+
+def test_one_round_says_by_which_links_it_went_and_which_edges_were_slow() -> None:
+    slow = SlowEdgeView(edge="trainer/3 → engine-0/1", by="rc_mlx5/mlx5_3:1", gb_per_s=1.2, link_gb_per_s=44.3)
+    row = RoundRow(
+        round="2.9", step=40, generation=7, attempt=1, outcome="committed",
+        links=(
+            LinkView(link="nic", edges=64, bytes=82_500_000_000, gb_per_s=44.25, ways=("dc_mlx5", "rc_mlx5"),
+                     slow=(slow,), slow_edges=1),
+            LinkView(link="unknown", edges=1, bytes=10, gb_per_s=0.0),
+        ),
+    )  # fmt: skip
+    lines = round_text(row, NOW).splitlines()
+    assert [line.split() for line in lines[4:7]] == [
+        ["LINK", "BY", "EDGES", "BYTES", "GB/S", "SLOW"],
+        ["nic", "dc_mlx5,rc_mlx5", "64", "82.5", "GB", "44.25", "1"],
+        ["unknown", "-", "1", "10", "B", "-", "-"],
+    ]
+    assert lines[7] == "    slow: trainer/3 → engine-0/1 1.20 GB/s of 44.30 (rc_mlx5/mlx5_3:1)"

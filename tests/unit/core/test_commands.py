@@ -1,7 +1,5 @@
 """Commands are values: equal when they say the same, and never changed."""
 
-from dataclasses import FrozenInstanceError
-
 import pytest
 from fleets import trainer
 from weightsync.orchestrator.core import commands
@@ -20,5 +18,5 @@ def test_the_cause_is_named_where_it_is_given(kind: type[Command]) -> None:
 def test_they_are_frozen_values() -> None:
     connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0)
     assert SendPlan(trainer(), connect) == SendPlan(trainer(), connect)
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         LookForStable(0.1, 5).after_seconds = 0.2  # type: ignore[misc]

@@ -91,7 +91,7 @@ def test_s1_no_resume_of_what_may_not_serve(resuming: Any, status: EngineStatus)
 @pytest.mark.parametrize("ranks", [(), ((0, 100),), ((0, 100), (1, 555)), ((0, 100), (1, 101), (2, 102))])
 def test_s1_nor_of_processes_that_have_not_said_what_they_hold(resuming: Any, ranks: Any) -> None:
     with pytest.raises(InvariantViolation, match="S1: resume of e0 means"):
-        judge(resuming, replace(resume(), ranks=ranks))
+        judge(resuming, msgspec.structs.replace(resume(), ranks=ranks))
 
 
 def test_s1_a_lost_connection_takes_nothing_of_what_they_said(resuming: Any) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from weightsync.orchestrator.core.commands import Refuse, Say
 from weightsync.orchestrator.core.events import (
@@ -13,7 +14,7 @@ from weightsync.orchestrator.core.events import (
     PlanReady,
     PlanRejected,
 )
-from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.daemon.admin.views import LinkView, RoundRow
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.protocol.messages import Refused
 from weightsync.orchestrator.protocol.names import Member
@@ -57,6 +58,17 @@ def test_rounds_by_outcome_with_their_costs(meters: Meters) -> None:
     assert value(meters, "wire_gigabytes_per_second_sum") == 12.5
     found = engines(meters, ["a", "b", "c"], 0.0)
     assert [found["left_out", name] for name in "abc"] == [2, 1, 0]
+
+
+def test_what_each_kind_of_link_moved(meters: Meters) -> None:
+    nic = LinkView(link="nic", edges=4, bytes=80, gb_per_s=40.0, slow_edges=3)
+    meters.ended(row(links=(nic, LinkView(link="nvlink", edges=1, bytes=20, gb_per_s=0.0))))
+    meters.ended(row(outcome="failed", fault="network", links=(msgspec.structs.replace(nic, slow_edges=0),)))
+    assert value(meters, "link_moved_bytes_total", link="nic") == 160
+    assert value(meters, "link_moved_bytes_total", link="nvlink") == 20
+    assert value(meters, "link_gigabytes_per_second_sum", link="nic") == 80.0
+    assert value(meters, "link_gigabytes_per_second_count", link="nvlink") is None, "it took no time"
+    assert value(meters, "slow_edges", link="nic") == 0
 
 
 def test_calls_and_how_long_an_engine_was_paused(meters: Meters) -> None:

@@ -7,6 +7,7 @@ import pytest
 from weightsync.orchestrator.daemon import reload
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.settings import Settings, load
 
 
@@ -78,6 +79,20 @@ async def test_a_key_file_that_cannot_be_read_leaves_all_as_it_was(settings: Set
         await again.again()
     assert again.settings is settings
     assert engines.clients == before
+    await engines.close()
+
+
+async def test_a_fleet_for_which_there_are_too_few_descriptors_is_not_taken(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reload, "limit", lambda: 131)
+    inbox = Inbox(lambda _: None)
+    engines = Engines(settings, inbox)
+    more = settings.model_copy(update={"engines": (*settings.engines, settings.engines[0])})
+    again = reload.Reload(settings, lambda: more, inbox, engines, nothing_new)
+    with pytest.raises(ConfigError, match="may open 131 files, and 2 engines and some trainer ranks need 134"):
+        await again.again()
+    assert again.settings is settings
     await engines.close()
 
 

@@ -106,6 +106,41 @@ async def test_it_serves_until_it_is_told_to_stop(settings: Settings) -> None:
         await asyncio.wait_for(task, SECONDS)
 
 
+async def test_its_supervisor_hears_of_a_start_of_work_and_of_the_end(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "30000")
+
+        async def hears(word: str) -> None:
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(SECONDS):
+                while not (await loop.sock_recv(systemd, 4096)).startswith(word.encode()):
+                    pass
+
+        async with running(settings) as (runner, _, task):
+            await hears("READY=1\nSTATUS=")
+            await hears("WATCHDOG=1\nSTATUS=")
+            fed: list[str] = []
+            monkeypatch.setattr(runner.supervisor, "works", fed.append)
+            monkeypatch.setattr(type(runner.outbox), "obstacle", "the journal's disk has not answered for 9 s")
+            runner.inbox.post(MarkersSeen(runner.inbox.next_id(), ()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert fed == [], "a daemon whose disk stands still does not work"
+            monkeypatch.setattr(type(runner.outbox), "obstacle", "")
+            runner.inbox.post(MarkersSeen(runner.inbox.next_id(), ()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert fed == [runner.fleet.sentence]
+            runner.inbox.stopped.set()
+            await asyncio.wait_for(task, SECONDS)
+        await hears("STOPPING=1")
+
+
 async def test_each_start_is_an_epoch_of_the_same_journal(settings: Settings) -> None:
     seen = []
     for _ in range(3):

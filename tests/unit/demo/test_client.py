@@ -1,5 +1,6 @@
 """The demo's clients against a server that answers as vLLM does, and as it must not."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
@@ -7,7 +8,15 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from weightsync.orchestrator.demo.client import STREAMED_TOKENS, DaemonApi, EngineApi, RequestFailed, Traffic
+from weightsync.orchestrator.demo import client as demo_client
+from weightsync.orchestrator.demo.client import (
+    STREAMED_TOKENS,
+    DaemonApi,
+    EngineApi,
+    RequestFailed,
+    TooSlow,
+    Traffic,
+)
 
 CHOICE = {
     "token_ids": [104, 10],
@@ -20,12 +29,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.status = 200
+        self.status, self.silent = 200, False
         self.chunks: list[str] = []
         self.on_stream: Callable[[], None] = lambda: None
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(await request.json())
+        if self.silent:
+            await asyncio.Event().wait()
         if self.status != 200:
             return web.Response(status=self.status, text="not servable")
         if not self.asked[-1].get("stream"):
@@ -115,6 +126,33 @@ async def test_traffic_counts_whole_answers_and_stops_between_two() -> None:
         await traffic.run(1)
     assert (traffic.requests, traffic.tokens, traffic.failures) == (3, 3 * STREAMED_TOKENS, [])
     assert traffic.asked_at <= traffic.first_token_at
+
+
+async def test_an_answer_that_is_too_slow_is_a_failure_unless_nobody_wants_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A busy machine at the end of the demo proves nothing; before it, a client has waited in vain."""
+    engine = Engine()
+    async with api(engine) as client:
+
+        async def slow(*_: Any) -> AsyncIterator[int]:
+            traffic.tokens += 1
+            if traffic.tokens == 2:
+                traffic.stop()
+            raise TooSlow("no whole answer within 60 s")
+            yield 0
+
+        monkeypatch.setattr(client, "stream", slow)
+        monkeypatch.setattr(demo_client, "AFTER_FAILURE_SECONDS", 0.0)
+        traffic = Traffic(client)
+        await traffic.run(1)
+        assert (traffic.failures, traffic.unfinished) == (["no whole answer within 60 s"], 1)
+    engine.silent = True
+    async with api(engine) as client:
+        with pytest.raises(TooSlow, match="no whole answer within 0 s"):
+            await client.complete("ab", 2, 0.05)
+        with pytest.raises(TooSlow):
+            _ = [count async for count in client.stream("ab", 2, 0.05)]
 
 
 async def test_a_daemon_that_does_not_answer_is_none() -> None:

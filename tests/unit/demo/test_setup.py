@@ -18,14 +18,18 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     settings = load(run.config)
     assert settings.listen.port == run.hub.number
     assert settings.agents_url == run.hub_url
-    assert settings.engines[0].url.endswith(f":{run.engine.number}")
+    ports = {engine.name: engine.url.rpartition(":")[2] for engine in settings.engines}
+    assert ports == {name: str(port.number) for name, port in run.engines.items()}
+    assert list(ports) == list(demo_setup.ENGINES)
     assert len(read_credentials(settings.credentials)) == 4
     assert all(file.stat().st_mode & 0o077 == 0 for file in run.credentials.iterdir())
     rows = json.loads((tmp_path / "tokens.json").read_text())
     assert len({len(row) for row in rows}) == 1, "a batch is a rectangle"
-    assert run.steps == (15, 30)
+    assert run.steps == (10, 20)
     paths = run.engine_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path / "plugin")
+    assert run.engine_environment("live")["WEIGHTSYNC_MODE"] == "live"
+    assert "WEIGHTSYNC_MODE" not in run.engine_environment(), "the default is what is shown"
     assert "WEIGHTSYNC_CONFIG" not in run.trainer_environment(0)
     run.release()
 

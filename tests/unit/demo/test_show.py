@@ -10,6 +10,7 @@ from weightsync.orchestrator.demo.show import WIDTH, Screen, compared, summary
 ROW = RoundRow(
     round="1.1", step=6, generation=1, attempt=1, outcome="committed", bytes=38_812_160, wire_gb_per_s=1.234,
     pause_ms=3.21, stall_ms=123.4, verify_ms=45.6, total_ms=150.0, unix_time=1.0,
+    modes={"engine-0": "copy", "engine-1": "live"}, switches_ms={"engine-0": 2.4},
 )  # fmt: skip
 
 
@@ -27,9 +28,8 @@ def test_the_table_fits_a_hundred_columns_and_says_why_an_attempt_failed() -> No
         "38.8",
         "MB",
         "1.23",
-        "3.2",
+        "2",
         "123",
-        "46",
         "150",
         "whole,",
         "and",
@@ -54,4 +54,6 @@ def test_the_summary_counts_what_failed() -> None:
     told = dict(summary([ROW, failed]))
     assert told["versions"] == "1 pushed, 1 attempts failed"
     assert told["weights"].startswith("38.8 MB over NIXL at 1.23 GB/s")
-    assert told["stall"].startswith("123 ms (median)")
+    assert told["engine-0"].startswith("copy: stood still for 2 ms (median), to switch")
+    assert told["engine-1"].startswith("live: stood still for 123 ms (median), while bytes arrived")
+    assert max(len(f"  {name:<9} {text}") for name, text in told.items()) <= WIDTH

@@ -1,11 +1,12 @@
 """Explanations, against numbers worked out by hand."""
 
+import msgspec
 import pytest
 from layouts import Builder
 from weightsync.orchestrator.forecast.explain import explain, family
 from weightsync.orchestrator.forecast.simulate import Hardware, simulate
 from weightsync.orchestrator.forecast.text import explanation_text
-from weightsync.orchestrator.planner import CostModel, make_plan
+from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.layout import Tensor
 from weightsync.orchestrator.protocol.names import Member
 
@@ -95,3 +96,17 @@ def test_an_empty_plan_can_be_explained_and_simulated():
 )
 def test_families(name, expected):
     assert family(name) == expected
+
+
+def test_engines_say_how_versions_land_in_them_and_why():
+    tensor = Tensor("norm", "float32", (4,))
+    source, target = Builder(Member("trainer", "", 0)), Builder(Member("inference", "e", 0), lands="copy")
+    for builder in (source, target):
+        builder.dense((tensor, ((0,), (4,))))
+    party = target.party()
+    party = Party(party.member, 1, msgspec.structs.replace(party.layout, lands_because="room enough"))
+    found = explain(make_plan([source.party()], [party]))
+    (landing,) = found.landings
+    assert (landing.engine, landing.mode, landing.ranks, landing.because) == ("e", "copy", 1, "room enough")
+    assert landing.bytes == party.layout.regions[party.layout.staging].length
+    assert "ENGINE  LANDS  RANKS  LANDING  WHY\ne       copy   1" in explanation_text(found, 5)

@@ -53,3 +53,17 @@ def test_what_ends_have_to_do_and_lockstep():
     assert limits["descriptors out"].seconds == pytest.approx(0.25)
     assert limits["NIC out"].seconds == pytest.approx(2.0)
     assert limits["NVLink out"].seconds == limits["NVLink in"].seconds == 0.0
+
+
+def test_colocated_ranks_share_gpus_with_the_trainers():
+    """Rank 0 of both keeps its layer on its GPU, and each takes the other's over NVLink."""
+    model = [Tensor(f"model.layers.{r}.w", "bfloat16", (512, 1024)) for r in range(2)]
+    engines = [party_of(engine_rank("e", rank), model) for rank in range(2)]
+    plan = make_plan([party_of(trainer(r), [model[r]]) for r in range(2)], engines)
+    hardware = Hardware(nvlink_bytes_per_second=MIB, gpu_bytes_per_second=4.0 * MIB, alpha_seconds=0.0, colocated=True)
+    found = simulate(plan, hardware)
+    assert found.wire_bytes == 0
+    assert {limit.what: limit.seconds for limit in found.limits} == {
+        "NIC out": 0.0, "NIC in": 0.0, "descriptors out": 0.0, "NVLink out": 1.0, "NVLink in": 1.0, "same GPU": 0.25,
+    }  # fmt: skip
+    assert ", the same ones, " in simulation_text(found)

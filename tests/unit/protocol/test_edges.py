@@ -1,8 +1,10 @@
 """What is said of one edge keeps to its bounds, and its errors are fit to be told."""
 
+from typing import get_args
+
 import msgspec
 import pytest
-from weightsync.orchestrator.protocol.edges import EdgeFailure, PeerTransfer
+from weightsync.orchestrator.protocol.edges import RATES, EdgeFailure, LinkKind, PeerTransfer
 from weightsync.orchestrator.protocol.names import Member
 
 PEER = Member("inference", "e", 1)
@@ -25,3 +27,10 @@ def test_no_number_is_outside_of_its_bounds(change: dict[str, object]) -> None:
     wire = msgspec.to_builtins(MOVED) | change
     with pytest.raises(msgspec.ValidationError, match=next(iter(change))):
         msgspec.convert(wire, PeerTransfer)
+
+
+def test_every_link_that_can_be_measured_has_a_rate_and_no_link_is_expected_to_be_slower_than_the_slowest() -> None:
+    assert set(RATES) == set(get_args(LinkKind)) - {"files", "unknown"}
+    for rate in RATES.values():
+        assert 0 < rate.least < rate.bytes_per_second / 2
+        assert rate.source.startswith(("measured: ", "published: "))

@@ -4,9 +4,9 @@ import pytest
 from weightsync.agents.inference.modes import ModeRefused, wanted_mode
 
 
-def test_without_a_word_versions_land_in_the_live_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_word_it_is_the_first_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WEIGHTSYNC_MODE", raising=False)
-    assert wanted_mode() == "live"
+    assert wanted_mode() == "auto"
 
 
 @pytest.mark.parametrize("mode", ["auto", "flip", "copy", "live"])

@@ -170,7 +170,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> tuple[Model, LiveWeights, Any]:
     """Weights beside which NIXL would land a version, its halves in the other order."""
     monkeypatch.setitem(TRANSPORTS, NixlSettings, Transport(NixlSender, Beside))
     live = model("norm")
-    weights = LiveWeights(live, CPU, landing_arenas(64, CPU), "copy", boundary=False)
+    weights = LiveWeights(live, CPU, landing_arenas(64, CPU), "copy", boundary=False, why="there is room")
     weights.open(MEMBER, NixlSettings())
     receiver: Any = weights.receivers.current
     receiver.landed = copies((0, 4, 16), (4, 4, 0))
@@ -184,6 +184,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> tuple[Model, LiveWeights, Any]:
 def test_the_layout_says_how_versions_land(beside: tuple[Model, LiveWeights, Any]) -> None:
     _, weights, receiver = beside
     assert (weights.layout.lands, weights.layout.boundary) == ("copy", False)
+    assert weights.layout.lands_because == "there is room"
     assert receiver.memory.layout.lands == "copy", "by which NIXL knows what peers may reach"
     assert not weights.swaps
 
@@ -225,8 +226,9 @@ def test_by_a_transport_that_cannot_land_beside_the_weights_are_live(
     monkeypatch.setitem(TRANSPORTS, FilesystemSettings, Transport(NixlSender, Recorder))
     weights.open(MEMBER, FilesystemSettings("/runs/a"))
     assert weights.layout.lands == "live"
+    assert weights.layout.lands_because.startswith("by this transport versions are read into the weights of a paused")
     weights.open(MEMBER, NixlSettings())
-    assert weights.layout.lands == "copy"
+    assert (weights.layout.lands, weights.layout.lands_because) == ("copy", "there is room")
 
 
 @dataclass
@@ -234,6 +236,7 @@ class Paged(Model):
     """Weights in two sets of pages: a flip exchanges what is in them."""
 
     standby_tensors: tuple[torch.Tensor, ...] = ()
+    no_flip: str = ""
 
     def flip(self) -> None:
         for one, other in zip(self.tensors, self.standby_tensors, strict=True):

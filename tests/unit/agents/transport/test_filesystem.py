@@ -205,5 +205,6 @@ async def test_a_write_hands_over_what_the_files_hold(weights, tmp_path):
     assert await sender.connect(shares) == {}
     stranger = Member("inference", "stranger", 0)
     ends = await tiny_fleet.handed_over(sender, [targets[1].member, stranger], 1.0)
-    assert list(ends.values()) == [HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0)]
+    [end] = ends.values()
+    assert end == HandedOver(targets[1].member, shares[1].bytes, descriptors=0, seconds=0.0, link="files")
     assert all(target.untouched() for target in targets)

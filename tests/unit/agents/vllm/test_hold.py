@@ -167,6 +167,12 @@ def test_whoever_asks_for_readiness_is_told_why_not(core_class: type[EngineCore]
     assert core.collective_rpc(hold.READY) == []
 
 
+def test_whoever_asks_how_versions_land_is_told_of_every_rank(core_class: type[EngineCore]) -> None:
+    core = core_class(config(), ranks=2)
+    assert core.collective_rpc(hold.LANDING) == ["rank 0 lands copy", "rank 1 lands copy"]
+    assert core.is_scheduler_paused(), "nothing has changed"
+
+
 # -------------------------------------------------------------------------------------------------------------- lease
 def test_the_lease_of_an_engine_core_is_that_of_the_worker_that_waits_longest(core_class: type[EngineCore]) -> None:
     core = core_class(config(), ranks=2)

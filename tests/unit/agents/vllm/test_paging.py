@@ -1,15 +1,35 @@
 """Which engines get their weights into pages. Moving them is ``memory/pages/test_paged.py``."""
 
-import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from weightsync.agents.inference.landing import LANDING_VARIABLE
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.vllm import paging
 
-TENSORS = [torch.zeros(1 << 20, dtype=torch.uint8)]
+TENSORS: list[Any] = [torch.zeros(1 << 20, dtype=torch.uint8)]
+WEIGHTS: list[Any] = [SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: 1 << 20)]
 PAGES = SimpleNamespace(bytes=2 << 20)
+
+
+class Ranks:
+    """Two ranks, of which the other one says ``said``, one answer after the other."""
+
+    count = 2
+
+    def __init__(self, *said: int) -> None:
+        self.said = list(said)
+
+    def least(self, value: int) -> int:
+        return min(value, self.said.pop(0))
+
+
+@pytest.fixture(autouse=True)
+def _plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LANDING_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 40))
 
 
 @pytest.fixture
@@ -17,8 +37,8 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was moved."""
     asked: list[object] = []
 
-    def into_pages(tensors: object) -> SimpleNamespace:
-        asked.append(tensors)
+    def into_pages(tensors: object, most: int | None) -> SimpleNamespace:
+        asked.append((tensors, most))
         return PAGES
 
     monkeypatch.setattr(paging, "into_pages", into_pages)
@@ -27,13 +47,13 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize("mode", ["auto", "flip"])
 def test_weights_are_moved_where_a_mode_wants_it(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(TENSORS, mode) is PAGES
-    assert moved == [TENSORS]
+    assert paging.place(WEIGHTS, mode) == paging.Placed(PAGES)  # type: ignore[arg-type]
+    assert moved == [(WEIGHTS, None)]
 
 
 @pytest.mark.parametrize("mode", ["live", "copy"])
 def test_other_modes_leave_them_where_they_are(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(TENSORS, mode) is None
+    assert paging.place(TENSORS, mode) == paging.Placed(None, f"WEIGHTSYNC_MODE={mode}")
     assert moved == []
 
 
@@ -42,20 +62,25 @@ def test_flip_is_refused_where_weights_cannot_lie_in_pages() -> None:
         paging.place(TENSORS, "flip")
 
 
-def test_auto_does_without_and_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.INFO):
-        assert paging.place(TENSORS, "auto") is None
-    assert "weights on cpu cannot lie in pages" in caplog.text
+def test_auto_does_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paging.place(TENSORS, "auto") == paging.Placed(None, "pages are of CUDA devices")
+
+    def into_pages(tensors: object, most: int | None) -> None:
+        raise PagesUnavailable("no bindings")
+
+    monkeypatch.setattr(paging, "into_pages", into_pages)
+    assert paging.place(WEIGHTS, "auto") == paging.Placed(None, "no bindings")
+    with pytest.raises(PagesUnavailable):
+        paging.place(WEIGHTS, "flip")
 
 
 def test_a_move_that_went_half_way_ends_the_start_in_auto_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def into_pages(tensors: object) -> None:
+    def into_pages(tensors: object, most: int | None) -> None:
         raise StandbyMissing("no room")
 
     monkeypatch.setattr(paging, "into_pages", into_pages)
     with pytest.raises(StandbyMissing):
-        paging.place(TENSORS, "auto")
+        paging.place(WEIGHTS, "auto")
 
 
 @pytest.mark.parametrize(("free_mib", "fits"), [(2, True), (1.99, False)])
@@ -63,6 +88,34 @@ def test_auto_leaves_half_of_the_memory_that_is_free(
     free_mib: float, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_mib * (1 << 20)), 1 << 40))
-    weights = SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: 1 << 20)
-    assert (paging.place([weights], "auto") is PAGES) == fits  # type: ignore[list-item]
-    assert paging.place([weights], "flip") is PAGES  # type: ignore[list-item]
+    assert (paging.place(WEIGHTS, "auto").pages is PAGES) == fits
+    assert paging.place(WEIGHTS, "flip").pages is PAGES
+
+
+@pytest.mark.parametrize(("budget", "fits"), [(65, True), (64, False), (10, False)])
+def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
+    budget: int, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
+    monkeypatch.setenv(LANDING_VARIABLE, str(budget))
+    placed = paging.place(WEIGHTS, "auto")
+    assert (placed.pages is PAGES) == fits
+    if fits:
+        assert moved == [(WEIGHTS, 1 << 20)], "it is held to, whatever the driver rounds up"
+    else:
+        assert placed.why_not == (
+            f"a second set of 1 MiB and a ring of 64 MiB are more than WEIGHTSYNC_LANDING_MIB allows, which is {budget}"
+        )
+    assert paging.place(WEIGHTS, "flip").pages is PAGES, "who names it declares the ring alone"
+
+
+def test_what_one_rank_cannot_have_none_takes(moved: list[object]) -> None:
+    placed = paging.place(WEIGHTS, "auto", Ranks(0))
+    assert placed == paging.Placed(None, "another rank of this engine cannot, and its log says why")
+    assert moved == []
+
+
+def test_one_rank_in_pages_beside_one_that_is_not_ends_the_start(moved: list[object]) -> None:
+    with pytest.raises(StandbyMissing, match=r"those of another rank of this engine do not.*WEIGHTSYNC_MODE=copy"):
+        paging.place(WEIGHTS, "auto", Ranks(1, 0))
+    assert paging.place(WEIGHTS, "auto", Ranks(1, 1)).pages is PAGES

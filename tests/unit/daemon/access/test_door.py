@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -180,6 +182,103 @@ async def test_a_newcomer_does_not_push_out_those_who_only_just_came(tmp_path: P
                 with contextlib.suppress(aiohttp.ClientError, ConnectionError):
                     assert await made.ask() == 200
                     break
+
+
+async def test_an_address_with_few_strangers_comes_in_at_once_where_another_has_many(tmp_path: Path) -> None:
+    """However often that one comes again, and however short all have been there."""
+    async with house(tmp_path, strangers=8, chance_seconds=60.0) as made:
+        for _ in range(8):
+            await made.half_open(address="127.0.0.2")
+        await made.strangers(8)
+        first = made.sockets[0]
+        for _ in range(3):
+            await made.half_open(address="127.0.0.3")
+        assert await ended(first) == b""
+        assert await made.ask() == 200
+        assert await ended(await made.half_open(address="127.0.0.2")) == b"", "it has more than its share"
+
+
+async def test_a_flood_does_not_keep_the_loop_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those who wait in the kernel's queue only a few are taken in one turn of the loop."""
+    async with house(tmp_path, strangers=4, from_one_address=4) as made:
+        (listening,) = made.door._listening
+        asyncio.get_running_loop().remove_reader(listening)
+        for _ in range(3 * doors.ACCEPTED_AT_ONCE):
+            await made.half_open(b"")
+        arrived: list[object] = []
+        monkeypatch.setattr(made.door, "_arrive", lambda connected, peer: (connected.close(), arrived.append(peer)))
+        for turn in range(1, 4):
+            made.door._accept(listening)
+            assert len(arrived) == turn * doors.ACCEPTED_AT_ONCE
+
+
+async def test_want_of_descriptors_makes_the_door_rest_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors, "REST_SECONDS", 0.05)
+    async with house(tmp_path) as made:
+        (real,) = made.door._listening
+        loop, failures = asyncio.get_running_loop(), 2
+
+        class Poor:
+            """The listening socket of a process without descriptors."""
+
+            def accept(self) -> Any:
+                nonlocal failures
+                if failures:
+                    failures -= 1
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                return real.accept()
+
+            def fileno(self) -> int:
+                return real.fileno()
+
+            def close(self) -> None:
+                real.close()
+
+        poor = Poor()
+        made.door._listening[:] = [poor]  # type: ignore[list-item]
+        loop.remove_reader(real)
+        loop.add_reader(poor, made.door._accept, poor)
+        with structlog.testing.capture_logs() as logs:
+            assert await made.ask() == 200
+        assert [(line["event"], line["reason"]) for line in logs] == [
+            ("connections cannot be accepted", "[Errno 24] Too many open files")
+        ] * 2
+
+
+async def test_what_is_no_http_is_a_few_lines_of_log(tmp_path: Path) -> None:
+    async with house(tmp_path) as made:
+        with structlog.testing.capture_logs() as logs:
+            for said in [b"GET /status HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 20_000, b"GET /\x00 HTTP/9.x\r\n\r\n"] * 10:
+                await ended(await made.half_open(said + b"\r\n\r\n"))
+        assert {line["event"] for line in logs} == {"request turned away: no HTTP"}
+        assert len(logs) == 3
+        assert "LineTooLong" in logs[0]["reason"]
+
+
+async def test_who_claims_a_token_and_proves_nothing_is_a_few_lines_of_log(tmp_path: Path) -> None:
+    async with house(tmp_path) as made, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{made.port}{AGENTS_PATH}"
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(8):
+                liar = await open_agent(session, url, TOKENS["engine"])
+                await liar.raw.send_bytes(b"x" * 100)
+                assert (await liar.receive()).type is aiohttp.WSMsgType.CLOSE
+        assert [line["event"] for line in logs] == ["agent turned away: it has proved nothing"] * 3
+
+
+async def test_a_door_that_closes_leaves_no_socket_behind(tmp_path: Path) -> None:
+    """Whoever was accepted in the turn before has no transport yet."""
+    async with house(tmp_path) as made:
+        (listening,) = made.door._listening
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening)
+        peer = await made.half_open(b"")
+        made.door._accept(listening)
+        assert made.door.strangers == 1
+        await made.door.close()
+        assert await ended(peer) == b""
 
 
 async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path) -> None:

@@ -12,18 +12,25 @@ from weightsync.orchestrator.daemon.access.policy import POLICY, policy_of, with
 from weightsync.orchestrator.daemon.admin.routes import application_routes, routes, verb_routes
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
+from weightsync.orchestrator.daemon.page.routes import page_routes
 from weightsync.orchestrator.settings.credentials import ROLES, Role
 
 MAY: dict[str, set[Role | str]] = {
     "GET /healthz": {"nobody", *ROLES},
     "GET /readyz": {"nobody", *ROLES},
     "GET /engines/{engine}/ready": {"nobody", *ROLES},
+    "GET /": {"nobody", *ROLES},
+    "GET /page/{file}": {"nobody", *ROLES},
     "GET /agents": set(),
     "GET /engines": set(),
     "GET /status": {"viewer", "operator"},
     "GET /rounds": {"viewer", "operator"},
     "GET /metrics": {"viewer", "operator"},
     "GET /plan/layouts": {"viewer", "operator"},
+    "GET /plan/explanation": {"viewer", "operator"},
+    "GET /plan/rates": {"viewer", "operator"},
+    "GET /stream": {"viewer", "operator"},
+    "GET /audit": {"viewer", "operator"},
     "POST /verbs/{verb}": {"operator"},
 }
 """By a token that is sent with the request. Agents prove theirs and send it never."""
@@ -43,6 +50,7 @@ async def test_every_route_of_the_daemon_lets_in_exactly_its_roles(tmp_path: Pat
     def configure(app: web.Application) -> None:
         app.router.add_routes([*routes(Nothing()), *verb_routes(Nothing())])  # type: ignore[arg-type]
         app.router.add_routes(application_routes(Nothing(), access))  # type: ignore[arg-type]
+        app.router.add_routes(page_routes(Nothing()))  # type: ignore[arg-type]
         assert list(without_policy(app)) == []
         for route in app.router.routes():
             assert route.resource is not None
@@ -55,7 +63,7 @@ async def test_every_route_of_the_daemon_lets_in_exactly_its_roles(tmp_path: Pat
     async with aiohttp.ClientSession() as session:
         for name in walked:
             proven = POLICY[name.replace("HEAD", "GET")] == "proven"
-            method, path = name.replace("{engine}", "a").replace("{verb}", "hold").split()
+            method, path = name.replace("{engine}", "a").replace("{verb}", "hold").replace("{file}", "x").split()
             let_in: set[str] = set()
             for who in ("nobody", *ROLES):
                 headers = {} if who == "nobody" else {"Authorization": f"Bearer {TOKENS[who]}"}

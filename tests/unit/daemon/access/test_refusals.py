@@ -1,7 +1,7 @@
 """A flood of refusals is a few lines."""
 
 import structlog
-from weightsync.orchestrator.daemon.access.refusals import LOUD, WINDOW_SECONDS, Refusals
+from weightsync.orchestrator.daemon.access.refusals import LOUD, LOUD_OF_AGENTS, WINDOW_SECONDS, Refusals
 
 
 def test_the_first_of_each_kind_are_said_and_the_others_counted() -> None:
@@ -30,3 +30,13 @@ def test_a_single_refusal_is_not_counted_twice() -> None:
         now = 10 * WINDOW_SECONDS
         refusals.sweep()
     assert len(logs) == 1
+
+
+def test_agents_have_more_lines_of_their_own() -> None:
+    refusals = Refusals()
+    with structlog.testing.capture_logs() as logs:
+        for number in range(2 * LOUD_OF_AGENTS):
+            refusals.say("agent lost", LOUD_OF_AGENTS, agent=str(number))
+            refusals.say("request turned away")
+    assert [line["event"] for line in logs].count("agent lost") == LOUD_OF_AGENTS
+    assert [line["event"] for line in logs].count("request turned away") == LOUD

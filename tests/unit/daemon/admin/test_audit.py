@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from weightsync.orchestrator.daemon.admin.audit import MAX_SHOWN, NOTHING, Audit, AuditLine, verify
+from weightsync.orchestrator.daemon.admin.audit import MAX_SHOWN, NOTHING, Audit, AuditLine, newest, verify
 
 
 def line(verb: str = "hold", reason: str = "") -> AuditLine:
@@ -150,3 +150,22 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         Audit(tmp_path).append(line())
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_newest_lines_are_those_at_the_ends_of_the_files(tmp_path: Path) -> None:
+    assert newest(tmp_path, 5) == []
+    audit = Audit(tmp_path, max_bytes=600)
+    for number in range(9):
+        audit.append(line(f"verb{number}"))
+    assert (tmp_path / "audit.jsonl.1").exists()
+    for count in (1, 2, 3, 4):
+        assert [one.verb for one in newest(tmp_path, count)] == [f"verb{number}" for number in range(9 - count, 9)]
+
+
+def test_what_is_no_line_is_not_among_the_newest(tmp_path: Path) -> None:
+    Audit(tmp_path).append(line("hold"))
+    with file_of(tmp_path).open("ab") as file:
+        file.write(b"\xff{\n[[[\n")
+    Audit(tmp_path).append(line("release"))
+    assert [one.verb for one in newest(tmp_path, 9)] == ["hold", "release"]
+    assert [one.verb for one in newest(tmp_path, 1)] == ["release"]

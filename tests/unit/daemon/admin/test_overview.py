@@ -62,6 +62,14 @@ def test_an_engine_in_the_status(overview: Overview) -> None:
     assert overview.status(fleet, History(), (), now=0.0).engines[0].error == "its layout is another model's"
 
 
+def test_an_engine_shows_how_it_lands_and_why(overview: Overview) -> None:
+    fleet = fleet_with(SERVING)
+    layout = Layout((), (), b"", lands="copy", lands_because="10 MiB are\nthere")
+    fleet.enter(ConnectedAgent(MEMBER, 1, HELLO, Announce(layout=layout), status=SERVING))
+    (engine,) = overview.status(fleet, History(), (), now=0.0).engines
+    assert (engine.mode, engine.mode_because) == ("copy", "10 MiB are there")
+
+
 def test_since_when_comes_from_the_core_however_late_somebody_asks(
     overview: Overview, monkeypatch: pytest.MonkeyPatch
 ) -> None:

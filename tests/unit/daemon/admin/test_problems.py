@@ -5,10 +5,12 @@ from typing import Any
 from fleets import ANNOUNCE, policy_for, rank, trainer
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
+from weightsync.orchestrator.core.records import LinkUse, SlowEdge
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
-from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, problems
+from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, SLOW_LINKS, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
+from weightsync.orchestrator.protocol.edges import RATES
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -199,3 +201,22 @@ def test_and_a_thousand_troubles_are_bounded() -> None:
     assert len(views) == MAX_PROBLEMS
     assert views[-1].what == f"{1000 - MAX_PROBLEMS + 1} more"
     assert max(len(view.what) for view in views) < 600
+
+
+def test_an_edge_that_is_slower_than_its_link_is_named_with_both_rates_and_what_to_look_at() -> None:
+    fleet = fleet_of("e0")
+    slow = SlowEdge("trainer/3 → e0/1", "rc_mlx5/mlx5_3:1", 1.2, 44.3)
+    fleet.links = {
+        "nvlink": LinkUse(edges=2, bytes=1, seconds=1.0),
+        "nic": LinkUse(edges=64, bytes=1, seconds=1.0, slow=(slow,), slow_edges=5),
+    }
+    [problem] = found(fleet)
+    assert problem.severity == "degraded"
+    assert problem.what == (
+        "trainer/3 → e0/1 moves 1.2 GB/s over nic (rc_mlx5/mlx5_3:1), which does 44.3, and 4 more of 64 edges are slow"
+    )
+    assert problem.fix == SLOW_LINKS["nic"]
+
+
+def test_every_kind_of_link_that_can_be_slow_has_its_advice() -> None:
+    assert SLOW_LINKS.keys() == RATES.keys()

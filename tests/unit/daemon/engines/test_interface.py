@@ -6,7 +6,7 @@ import pytest
 from weightsync.orchestrator.daemon.engines.interface import EngineClient, EngineFacts, EngineSetup
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS
 
-METHODS = ("probe", "attach", "pause", "update", "switch", "finish", "resume", "is_paused", "close")
+METHODS = ("probe", "attach", "pause", "update", "switch", "landing", "finish", "resume", "is_paused", "close")
 
 
 def test_the_life_of_a_client_is_these_methods() -> None:

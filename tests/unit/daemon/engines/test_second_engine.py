@@ -219,6 +219,9 @@ class OneProcessClient:
         answer = await self._http.exchange("POST", "/weightsync/switch", deadline, body=body, idempotent=True)
         return Switched(**json.loads(answer))
 
+    async def landing(self, deadline: float) -> tuple[str, ...]:
+        return ()
+
     async def finish(self, version: Version, deadline: float) -> None:
         await self._post("/update_weight_version", deadline, {"new_version": str(version.step)})
 

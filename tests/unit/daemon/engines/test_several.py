@@ -29,7 +29,7 @@ class Server:
         self.paused, self.ranks, self.failing = False, ranks, ""
         self.asked: list[str] = []
         self.bodies: dict[str, object] = {}
-        self.results: list[dict[str, object]] = []
+        self.results: list[object] = []
 
     async def handle(self, request: web.Request) -> web.Response:
         self.asked.append(request.path)
@@ -125,3 +125,10 @@ async def test_servers_that_are_no_parts_of_one_engine() -> None:
     async with engine(Server(2), Server(4)) as client:
         with pytest.raises(EngineMisconfigured, match=r"vLLM 0.32.0 with 2 ranks, vLLM 0.32.0 with 4 ranks"):
             await client.probe(5.0)
+
+
+async def test_what_lands_how_is_told_of_the_ranks_of_all_servers() -> None:
+    one, two = Server(), Server()
+    one.results, two.results = ["rank 0 lands copy"], ["rank 1 lands live"]
+    async with engine(one, two) as client:
+        assert await client.landing(5.0) == ("rank 0 lands copy", "rank 1 lands live")

@@ -414,6 +414,18 @@ async def test_an_engine_without_weight_transfer_says_what_to_set() -> None:
             await client.attach(HUB, LONG)
 
 
+async def test_how_versions_land_is_asked_of_the_engine_core() -> None:
+    vllm = Vllm()
+
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"results": ["rank 0 lands copy", "rank 1 lands\ncopy"]})
+
+    vllm.replaced["/collective_rpc"] = answer
+    async with talking(vllm) as client:
+        assert await client.landing(LONG) == ("rank 0 lands copy", "rank 1 lands copy")
+    assert vllm.asked == [("/collective_rpc", {"method": "weightsync_landing"})]
+
+
 SWITCH = Switch(RoundName(3, 9), VERSION, MEANT, 20.0)
 
 

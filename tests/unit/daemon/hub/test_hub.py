@@ -619,7 +619,7 @@ async def test_others_may_serve_at_the_same_address(access: Access) -> None:
     url = f"http://127.0.0.1:{port}/status"
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         assert await response.text() == "here"
-    with pytest.raises(OSError, match="address already in use"):
+    with pytest.raises(OSError, match="Address already in use"):
         await hub_of(access, lambda _: None).start("127.0.0.1", port)
     await hub.close()
 

@@ -46,9 +46,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return list(MovedByHand.model)
 
 
-def moved(model: Sequence[torch.Tensor], memory: DramPages) -> PagedMemory:
+def moved(model: Sequence[torch.Tensor], memory: DramPages, most: int | None = None) -> PagedMemory:
     MovedByHand.memory = memory
-    return into_pages(model, memory, chunk_bytes=4 * PAGE)
+    return into_pages(model, memory, chunk_bytes=4 * PAGE, most=most)
 
 
 def test_standby_begins_as_a_copy_and_a_flip_shows_what_was_written_there(model: list[torch.Tensor]) -> None:
@@ -82,6 +82,16 @@ def test_too_little_memory_for_standby_is_known_before_anything_moves(model: lis
         moved(model, memory)
     assert [tensor.data_ptr() for tensor in model] == addresses
     assert memory.calls == []
+
+
+def test_standby_takes_no_more_than_it_may(model: list[torch.Tensor]) -> None:
+    addresses = [tensor.data_ptr() for tensor in model]
+    memory = DramPages()
+    with pytest.raises(PagesUnavailable, match=r"a standby set of .* MiB is more than the .* MiB that it may take"):
+        moved(model, memory, USED - 1)
+    assert [tensor.data_ptr() for tensor in model] == addresses
+    assert (memory.free(), memory.mapped, memory.reserved) == (memory.room, {}, {})
+    assert moved(model, memory, USED).bytes == 2 * USED
 
 
 def refusing(name: str, number: int) -> Callable[[int, str], bool]:

@@ -20,6 +20,7 @@ from weightsync.agents.transport.nixl.errors import ConnectError, DisconnectedEr
 from weightsync.agents.transport.nixl.receiver import reachable
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
+from weightsync.agents.transport.ucx import Way
 from weightsync.kernels.digest import digest
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
@@ -114,6 +115,7 @@ async def test_a_push_gives_every_engine_rank_its_bytes(weights, endpoints, make
         moved = await handed_over(rank.sender, [t.member for t in targets], PATIENCE)
         assert {(m.member, m.error) for m in moved.values()} == {(t.member, "") for t in targets}
         assert {m.member: m.bytes for m in moved.values()} == rank.shares.sizes
+        assert {(m.link, m.by) for m in moved.values()} == {("shm", "cma/memory")}
         assert sum(m.bytes for m in moved.values()) == connect.expected_bytes
         packed = sum(len(plan.part(t.member).copies) for t in targets)
         assert (packed > 0) == (staging > 0)
@@ -264,7 +266,7 @@ async def test_a_process_that_comes_back_into_the_plan_gets_its_edge_again(fleet
     failed, asked = await fleet.connect(r0="zero")
     assert (failed, calls(asked, "edge")) == ({}, ["zero"])
     ends = await fleet.write(FIRST, SECOND)
-    assert ends == {FIRST: HandedOver(FIRST, fleet.rank.shares.sizes[FIRST], 1, 0.001)}
+    assert ends == {FIRST: HandedOver(FIRST, fleet.rank.shares.sizes[FIRST], 1, 0.001, "", "nic", "rc_mlx5/mlx5_0:1")}
 
 
 async def test_a_peer_that_is_refused_costs_nobody_else_its_edge(fleet):
@@ -440,6 +442,9 @@ class EndpointDouble:
         if name not in self.silent:
             self.warmed.add(name)
         return name not in self.silent
+
+    def way_to(self, name):
+        return Way("nic", "rc_mlx5/mlx5_0:1")
 
     def forget(self, name):
         self.calls.append(("forget", name))

@@ -17,7 +17,7 @@ from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.memory.pages.paged import PagedMemory
 from weightsync.agents.memory.pages.ranges import PageRange
 from weightsync.agents.recorder.settled import Unrecorded
-from weightsync.agents.vllm import gate, hold
+from weightsync.agents.vllm import gate, hold, paging
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
@@ -227,13 +227,14 @@ def test_the_module_has_no_other_lazy_names() -> None:
 def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is recorded anew when its experts are somewhere else, not before; what was not probed stays so."""
     story: list[Any] = []
+    region = torch.zeros(8, dtype=torch.uint8)
     left_out = (LeftOut("unwritten", "a buffer", ("cache",), 1), LeftOut("unprobed", "no way", ("conv",), 1))
 
     def record(module: torch.nn.Module, vllm_config: Any) -> Any:
         story.append((module, vllm_config))
         return SimpleNamespace(
             layout=Layout((), (), b"", expert_map=f"layout {len(story)}"),
-            tensors=["region"],
+            tensors=[region],
             refresh=lambda: story.append("refreshed"),
             load=story.append,
             unrecorded=(Unrecorded("cache", 8, "a buffer"),),
@@ -246,7 +247,8 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "expert_map", lambda module: "map of 5")
     module = Model()
     model = engine.VllmModel.of(module, "config")
-    assert model.tensors == ["region"]
+    assert model.tensors == [region]
+    assert (model.standby_tensors, model.no_flip) == ((), "pages are of CUDA devices")
     assert model.layout == Layout((), (), b"", expert_map="layout 1", left_out=left_out)
     model.refresh()
     model.load([])
@@ -278,9 +280,9 @@ def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.Mon
             layout=layout, tensors=[served if placed else before], refresh=refresh, unrecorded=(), unused=()
         )
 
-    def place(tensors: Any, mode: str) -> PagedMemory:
+    def place(tensors: Any, mode: str, peers: Any) -> paging.Placed:
         placed.append((tensors, mode))
-        return PagedMemory(memory, live, standby)
+        return paging.Placed(PagedMemory(memory, live, standby))
 
     monkeypatch.setenv("WEIGHTSYNC_MODE", "flip")
     monkeypatch.setattr(engine, "recorded_layout", recorded)

@@ -1,0 +1,23 @@
+// What the page knows, in one place. Views draw from it and change nothing in it.
+
+export const MAX_ROUNDS = 200;
+
+export const state = {
+  viewer: { credential: "", acts: false },
+  status: null,
+  lanes: null,
+  rounds: [], // oldest first
+  offset: 0, // seconds that this browser's clock is behind the daemon's
+};
+
+/** The daemon's clock, in unix seconds. */
+export function now() {
+  return Date.now() / 1000 + state.offset;
+}
+
+/** Add rows of rounds, newer ones last; a round that is known already counts once. */
+export function remember(rows) {
+  const known = new Map(state.rounds.map((row) => [row.round, row]));
+  for (const row of rows) known.set(row.round, row);
+  state.rounds = [...known.values()].sort((a, b) => a.unix_time - b.unix_time).slice(-MAX_ROUNDS);
+}

@@ -1,0 +1,183 @@
+"""What every open page shows, as server-sent events: encoded once, and the same bytes handed to all of them.
+
+A stream ends after STREAM_SECONDS and the page asks for the next one: so a credential that was taken away shows nothing
+for longer than that, and no request outlives what the door allows one. A reader that does not keep up is cut off.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+from aiohttp import hdrs, web
+from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.views import StatusView
+from weightsync.orchestrator.daemon.page.timeline import Timeline
+
+log = structlog.get_logger(__name__)
+
+MAX_PAGES: Final = 256
+"""Open at a time; each has a connection and what its kernel buffer holds."""
+
+BEAT_SECONDS: Final = 0.25
+"""Between two looks at what has changed: a round is seen to move."""
+
+STATUS_BEATS: Final = 4
+"""A status is told once in so many beats."""
+
+STREAM_SECONDS: Final = 45.0
+"""Less than ``DoorLimits.request_seconds``."""
+
+MAX_BEHIND_BYTES: Final = 1 << 20
+"""That a page has not read; then it is cut off, and asks anew if it still can. Several frames of a large fleet."""
+
+HEADERS: Final = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", hdrs.CACHE_CONTROL: "no-store"}
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class StreamsFull(Exception):
+    """MAX_PAGES are open."""
+
+
+class Viewer(msgspec.Struct, frozen=True):
+    """The first event of a stream: the credential that asks, and whether it may act."""
+
+    credential: str
+    acts: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Tap:
+    transport: asyncio.Transport
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PageStream:
+    """One per daemon; belongs to its loop.
+
+    Args:
+        status: of this moment.
+        history: rounds that have ended.
+        timeline: the round under way.
+    """
+
+    def __init__(self, status: Callable[[], Awaitable[StatusView]], history: History, timeline: Timeline) -> None:
+        self._status, self._history, self._timeline = status, history, timeline
+        self._taps: set[_Tap] = set()
+        self._serving = 0
+        self._wanted = asyncio.Event()
+        self._told = (-1, "", 0)
+        self.dropped = 0
+        """Pages that were cut off, because they did not keep up."""
+
+    async def run(self) -> None:
+        """Tell all pages until cancelled. What breaks here costs the pages and nobody else."""
+        try:
+            while True:
+                await self._wanted.wait()
+                try:
+                    await self.beat()
+                except Exception:
+                    log.exception("the pages' stream broke")
+                    self.end()
+                await asyncio.sleep(BEAT_SECONDS)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End all streams."""
+        for tap in self._taps:
+            tap.over.set()
+        self._taps.clear()
+        self._wanted.clear()
+
+    async def serve(self, request: web.Request, viewer: Viewer) -> web.StreamResponse:
+        """One page's stream, until it or the page ends.
+
+        Raises:
+            StreamsFull.
+        """
+        if self._serving >= MAX_PAGES:
+            raise StreamsFull(f"{MAX_PAGES} pages are open already; close some")
+        self._serving += 1
+        try:
+            return await self._serve(request, viewer)
+        finally:
+            self._serving -= 1
+
+    async def _serve(self, request: web.Request, viewer: Viewer) -> web.StreamResponse:
+        response = web.StreamResponse(headers=HEADERS)
+        response.force_close()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        now = asyncio.get_running_loop().time()
+        # By the response itself, which holds the headers back until there is a body.
+        await response.write(_event("viewer", viewer) + await self._status_event() + self._lanes_event(now))
+        transport = request.transport
+        if transport is not None:
+            with self._tapped(transport) as tap, contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STREAM_SECONDS):
+                    await tap.over.wait()
+        return response
+
+    async def beat(self) -> None:
+        """Tell what has changed since the last beat."""
+        changes, told_round, beats = self._told
+        rows = self._history.rounds
+        name = rows[-1].round if rows else ""
+        said = []
+        if changes != self._timeline.changes:
+            said.append(self._lanes_event(asyncio.get_running_loop().time()))
+        if name != told_round:
+            known = next((at for at, row in enumerate(rows, 1) if row.round == told_round), 0)
+            said += [_event("ended", row) for row in rows[known:]]
+        if beats % STATUS_BEATS == 0 or name != told_round:
+            said.append(await self._status_event())
+        self._told = (self._timeline.changes, name, beats + 1)
+        if said:
+            self._hand_out(b"".join(said))
+
+    def _hand_out(self, events: bytes) -> None:
+        chunk = b"%x\r\n%b\r\n" % (len(events), events)
+        for tap in list(self._taps):
+            if tap.transport.is_closing():
+                self._drop(tap)
+            elif tap.transport.get_write_buffer_size() > MAX_BEHIND_BYTES:
+                self.dropped += 1
+                tap.transport.abort()
+                self._drop(tap)
+            else:
+                tap.transport.write(chunk)
+
+    @contextlib.contextmanager
+    def _tapped(self, transport: asyncio.Transport) -> Iterator[_Tap]:
+        tap = _Tap(transport)
+        self._taps.add(tap)
+        self._wanted.set()
+        try:
+            yield tap
+        finally:
+            self._drop(tap)
+
+    def _drop(self, tap: _Tap) -> None:
+        tap.over.set()
+        self._taps.discard(tap)
+        if not self._taps:
+            self._wanted.clear()
+
+    async def _status_event(self) -> bytes:
+        # Its rounds are told one by one as they end, and those before by /rounds.
+        return _event("status", msgspec.structs.replace(await self._status(), rounds=()))
+
+    def _lanes_event(self, now: float) -> bytes:
+        lanes = self._timeline.view(now)
+        return b"" if lanes is None else _event("lanes", lanes)
+
+
+def _event(name: str, data: msgspec.Struct) -> bytes:
+    """JSON of ours has no line break."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(data))

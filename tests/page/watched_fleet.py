@@ -1,0 +1,96 @@
+"""What the page shows in its tests: a real daemon, stand-in engines, a trainer, and an engine that writes markup."""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from aiohttp import web
+from fleet import Fleet, Trainer
+from serving import HOST, free_port
+from soak import SETTINGS, StandIn, counting
+
+SOAK = Path(__file__).resolve().parent.parent / "soak"
+MARKUP = "<img src=x onerror=\"window.harmed='engine'\"><script>window.harmed='script'</script>"
+"""What a stranger would have run in the operator's browser."""
+
+
+class Hostile:
+    """An engine's server that answers everything with MARKUP."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
+
+    async def _serve(self) -> None:
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(status=500, text=MARKUP, content_type="text/html")
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, HOST, self.port).start()
+        await asyncio.Event().wait()
+
+
+class WatchedFleet:
+    """``engines`` stand-ins, one that is hostile, the daemon, and a trainer that publishes when it is told to."""
+
+    def __init__(self, directory: Path, engines: int = 3) -> None:
+        paths = [str(SOAK), str(SOAK.parent), str(SOAK.parent / "e2e"), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UCX_TLS": "tcp,self,sm",
+            "OMP_NUM_THREADS": "1", "WEIGHTSYNC_LANDING_MIB": "1",
+        }  # fmt: skip
+        self.standins = {f"e{n}": StandIn(f"e{n}", directory, environment) for n in range(engines)}
+        servers = {**self.standins, "stranger": Hostile()}
+        settings = {**SETTINGS, "commit": {"patience_seconds": 2, "min_engines": engines}}
+        settings["deadlines"] = {**SETTINGS["deadlines"], "attach_seconds": 2}
+        self.fleet = Fleet(directory, servers, settings=settings, run_id="glm-4-rl")  # type: ignore[arg-type]
+        self._environment, self._directory = environment, directory
+        self.trainer: Trainer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.fleet.port}"
+
+    def token(self, role: str) -> str:
+        return (self.fleet.credentials / f"{role}.token").read_text().strip()
+
+    def start(self) -> None:
+        for engine in self.standins.values():
+            engine.start()
+        self.fleet.start_daemon()
+        self.trainer = self.fleet.start_trainer(
+            self._directory,
+            1,
+            str(SOAK / "soak_trainer.py"),
+            env=counting(self._environment, self._directory, "trainer"),
+        )
+        assert self.trainer.hear() == {"ready": True}
+
+    def publish(self, step: int) -> None:
+        assert self.trainer is not None
+        self.trainer.tell(step=step)
+        answer = self.trainer.hear()
+        assert "error" not in answer, answer
+
+    def close(self) -> None:
+        self.fleet.close()
+        for engine in self.standins.values():
+            if engine.process is not None:
+                engine.process.stop()
+
+
+@contextlib.contextmanager
+def watched_fleet(directory: Path, engines: int = 3) -> Iterator[WatchedFleet]:
+    made = WatchedFleet(directory, engines)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()

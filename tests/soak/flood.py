@@ -1,0 +1,174 @@
+"""What strangers cost a running fleet. JSON lines ``{"figure", "value", "unit", "n", "spread"}``.
+
+    python tests/soak/flood.py [--rounds 40] [--blocks 5] [--half-open 2000] [--idle 2000] [--wrong 500]
+
+The daemon, a trainer rank and two stand-in engines, each a real process with a real agent, push version after version,
+in turns without strangers and with them: so many half requests and silent connections that are held, and taken again at
+most so often a second when the daemon ends them, and so many requests with a wrong token a second.
+
+* ``flood_round_ratio``: median of a push's seconds with strangers over that without, over all blocks; ``spread`` of the
+  blocks' own ratios.
+* ``flood_log_lines``: lines of the daemon's log above level info, in all blocks with strangers.
+* ``flood_rss_mb``: by how much the daemon's memory grew from its largest before the first strangers came (10^6 bytes).
+* ``flood_connections_per_second``: that strangers opened, of all kinds.
+
+Ends with 1 and says why if one is beyond its BOUNDS, or if a push failed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fleet import Process
+from measure import held_by
+from soak import Soak
+
+HERE = Path(__file__).resolve().parent
+WARM_ROUNDS = 10
+SETTLE_SECONDS = 2.0
+"""Of a flood before its first push that counts: all places are taken by then."""
+
+BOUNDS: Final = {"flood_round_ratio": 1.1, "flood_log_lines": 99.0, "flood_rss_mb": 128.0}
+"""2,048 strangers of some 30 kB (``daemon/access/door.py``), and as much again for what the allocator keeps."""
+
+
+@dataclass
+class Block:
+    """Seconds of each push, lines of log above level info, what the strangers say that they did."""
+
+    seconds: list[float] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+class Strangers:
+    """``strangers.py``."""
+
+    def __init__(self, port: int, half: int, idle: int, wrong: int, log: Path) -> None:
+        command = [sys.executable, str(HERE / "strangers.py"), *map(str, (port, half, idle, wrong))]
+        self._process = Process(command, log, {}, pipe=True).start()
+
+    def order(self, word: str) -> dict[str, Any]:
+        child = self._process.child
+        assert child is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(f"{word}\n".encode())
+        child.stdin.flush()
+        return dict(json.loads(child.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.stop()
+
+
+class Besieged:
+    """A running fleet, and strangers at its door."""
+
+    def __init__(self, directory: Path, half: int, idle: int, wrong: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.soak = Soak(directory, 1, 0, 0)
+        self.soak.start()
+        self.strangers = Strangers(self.soak.fleet.port, half, idle, wrong, directory / "strangers.log")
+        self._log = directory / "daemon.log"
+        self._step = 0
+        self.push(WARM_ROUNDS)
+
+    def close(self) -> None:
+        self.strangers.close()
+        self.soak.close()
+
+    def push(self, rounds: int) -> list[float]:
+        """Seconds of each.
+
+        Raises:
+            AssertionError: a version was not committed.
+        """
+        found = []
+        trainer = self.soak.trainer
+        assert trainer is not None
+        for _ in range(rounds):
+            self._step += 1
+            trainer.tell(step=self._step)
+            answer = trainer.hear()
+            assert "sequence" in answer, answer
+            found.append(float(answer["seconds"]))
+        return found
+
+    def memory(self) -> float:
+        """The daemon's, in 10^6 bytes."""
+        return held_by(self.soak.processes()["daemon"].child.pid)["rss_mb"]  # type: ignore[union-attr]
+
+    def block(self, rounds: int, flooded: bool) -> Block:
+        before = len(self._log.read_text().splitlines())
+        made = Block()
+        if flooded:
+            self.strangers.order("on")
+            time.sleep(SETTLE_SECONDS)
+        made.seconds = self.push(rounds)
+        if flooded:
+            made.told = self.strangers.order("off")
+        lines = self._log.read_text().splitlines()[before:]
+        made.warnings = [line for line in lines if not line.startswith("{") or json.loads(line)["level"] != "info"]
+        return made
+
+
+def report(figure: str, value: float, unit: str, n: int, spread: float) -> str:
+    """Print one figure; what is wrong with it, if it is beyond its bound."""
+    line = {"figure": figure, "value": round(value, 4), "unit": unit, "n": n, "spread": round(spread, 4)}
+    print(json.dumps(line), flush=True)
+    bound = BOUNDS.get(figure)
+    return f"{figure} is {value:.4g}, more than {bound:g}" if bound is not None and value > bound else ""
+
+
+def figures(calm: list[Block], flooded: list[Block], grown: float) -> list[str]:
+    """Print them; what is beyond its bound."""
+    ratios = [statistics.median(f.seconds) / statistics.median(c.seconds) for c, f in zip(calm, flooded, strict=True)]
+    both = [[s for block in blocks for s in block.seconds] for blocks in (calm, flooded)]
+    medians = [statistics.median(seconds) for seconds in both]
+    lines = [len(block.warnings) for block in flooded]
+    crowds = ("half_open", "idle", "wrong_token")
+    rates = [sum(block.told[crowd]["opened"] for crowd in crowds) / block.told["seconds"] for block in flooded]
+    report("flood_round_calm_p50_ms", medians[0] * 1e3, "ms", len(both[0]), 0.0)
+    wrong = [
+        report("flood_round_ratio", medians[1] / medians[0], "x", len(both[1]), max(ratios) - min(ratios)),
+        report("flood_log_lines", sum(lines), "lines", len(lines), max(lines) - min(lines)),
+        report("flood_rss_mb", grown, "MB", 1, 0.0),
+        report("flood_connections_per_second", statistics.median(rates), "1/s", len(rates), max(rates) - min(rates)),
+    ]
+    return [said for said in wrong if said]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="pushes of one block")
+    parser.add_argument("--blocks", type=int, default=5, help="with strangers, and as many without")
+    parser.add_argument("--half-open", type=int, default=2000)
+    parser.add_argument("--idle", type=int, default=2000)
+    parser.add_argument("--wrong", type=int, default=500)
+    parser.add_argument("--keep", type=Path, help="a new directory for the logs; default: removed")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        besieged = Besieged((given.keep or Path(scratch)) / "fleet", given.half_open, given.idle, given.wrong)
+        try:
+            calm, flooded = [], []
+            before = after = besieged.memory()
+            for _ in range(given.blocks):
+                calm.append(besieged.block(given.rounds, flooded=False))
+                flooded.append(besieged.block(given.rounds, flooded=True))
+                after = max(after, besieged.memory())
+                print(json.dumps(flooded[-1].told), *flooded[-1].warnings, sep="\n  ", file=sys.stderr, flush=True)
+        finally:
+            besieged.close()
+        wrong = figures(calm, flooded, after - before)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
