@@ -246,6 +246,14 @@ def test_a_lender_that_is_announced_anew_is_planned_anew(drive: Any) -> None:
     assert (agent.lends, agent.lends_delivered) == ("", "")
 
 
+def test_another_layout_of_the_same_process_is_fed_by_another_plan(drive: Any) -> None:
+    fleet = behind(drive)
+    assert len(feeds(fleet)) == 1
+    fleet.says(rank("e0"), Announce(layout=fleet.announcement("e0").layout, lends_name="by another endpoint"))
+    assert len(feeds(fleet)) == 2
+    assert feeds(fleet)[-1].sources[0].announce.lends_name == "by another endpoint"
+
+
 def test_each_is_sent_its_part_once(drive: Any) -> None:
     fleet = behind(drive)
     fleet.plan()
