@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # Tests at a time; most of their time is the start of a vLLM, which keeps one core busy.
 WORKERS ?= 2
-SOURCES := $(shell find orchestrator agents kernels -name '*.py' -not -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := $(shell find orchestrator agents kernels \( -name '*.py' -o -path '*/static/*' \) -not -path '*/__pycache__/*' 2>/dev/null)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BENCH := PYTHONPATH=tests:tests/e2e $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs demo test test-unit test-e2e test-long test-gpu chaos sim soak flood lint types format bench-e2e bench-stall bench-plan bench-hub bench-history bench-scan bench-nixl bench-convert bench-gpu gpu-multi families changelog clean mutants bench-sim bench-gpu-flip bench-gpu-stall bench-restart
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +21,10 @@ $(VENV)/.installed: tests/requirements-cpu.txt tests/requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-cpu.txt -r tests/requirements-dev.txt
 	@touch $@
+
+programs: ## what tests run of others, from Debian where it is not here: Chromium for the page, promtool for the alerts
+	@command -v chromium >/dev/null && command -v promtool >/dev/null || { $(SUDO) apt-get update -qq && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium prometheus; }
 
 # Changes when a module comes or goes, not when one is edited.
 $(VENV)/.sources: $(VENV)/.installed FORCE
@@ -41,7 +46,7 @@ $(VENV)/.docs: tests/requirements-docs.txt $(VENV)/.installed
 docs: setup $(VENV)/.docs ## build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-demo: setup ## daemon, two trainer ranks and a real vLLM; five versions pushed while it answers
+demo: setup ## daemon, two trainer ranks, two real vLLMs; five versions pushed while they answer
 	@$(BIN)/weightsync-orchestrator demo
 
 test: test-unit test-e2e ## all tests that need no GPU
@@ -55,6 +60,9 @@ test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 test-long: setup ## neighbours of those, and many faults one after the other
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m long
 
+test-slurm: setup ## the job script on a slurmctld and slurmds of this machine, as root (Debian: slurmctld slurmd slurm-client munge)
+	WEIGHTSYNC_SLURM=1 $(PYTEST) -m e2e tests/e2e/test_slurm.py
+
 chaos: setup ## processes killed, stopped and cut off, disks full and slow, in every phase
 	$(PYTEST) -m e2e tests/chaos
 
@@ -66,6 +74,9 @@ sim: setup ## the simulation with many seeds: make sim SEEDS=2000
 
 soak: setup ## JSON lines: 2,000 rounds of stand-in engines and 50 of a real vLLM with restarts; fails if anything grows
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/soak.py
+
+fuzz: setup ## a minute of mutated bytes for each parser that strangers, peers or files reach (FUZZ_SECONDS=600 for more)
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) $(PYTEST) tests/fuzz
 
 flood: setup ## JSON lines: what thousands of strangers cost a running fleet; fails if it is more than their bound
 	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/soak/flood.py
@@ -88,7 +99,7 @@ format: setup ## let ruff mend what it can
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
 
-bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy and in live, beside its ordinary gaps
+bench-stall: setup ## JSON lines: how long a stream stands still during a push, in copy, flip and live, beside its ordinary gaps
 	$(BENCH) tests/benchmarks/bench_stall.py
 
 bench-plan: setup ## JSON lines: planning for a trillion parameters
@@ -96,6 +107,9 @@ bench-plan: setup ## JSON lines: planning for a trillion parameters
 
 bench-hub: setup ## JSON lines: rendezvous and barrier of 16 to 4096 agents, beside vLLM's StatelessProcessGroup
 	$(BENCH) tests/benchmarks/bench_hub.py
+
+bench-observe: setup ## JSON lines: what metrics and 50 open pages cost of rounds of 128 agents
+	$(BENCH) tests/benchmarks/bench_observe.py
 
 bench-restart: setup ## JSON lines: how long engines stand still when the daemon is killed in a round and started again
 	$(BENCH) tests/benchmarks/bench_restart.py

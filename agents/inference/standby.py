@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from weightsync.agents.memory.pages.paged import PagedMemory
+from weightsync.agents.memory.pages.paged import Pages
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.tables.spans import REGION_BITS, Spans
 from weightsync.kernels.columns import COLUMNS, COUNTS, DST_OFFSET, DST_REGION, RUN_BYTES, SRC_OFFSET, SRC_REGION
@@ -31,7 +31,7 @@ class StandbyPages:
         PagesUnavailable: a region does not lie in pages.
     """
 
-    def __init__(self, pages: PagedMemory, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, pages: Pages, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
         self._pages = pages
         self.tensors = pages.standby_of(tensors)
         table = unwritten(layout)

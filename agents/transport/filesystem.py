@@ -189,7 +189,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
             raise CheckpointError(f"{index} exceeds {MAX_INDEX_BYTES} bytes")
         try:
             part = msgspec.json.decode(index.read_bytes(), type=_SavedPart)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointError(f"{index} is no index of a part: {error}") from error
         ranks.add(part.rank)
         worlds.add(part.world)

@@ -13,10 +13,12 @@ from weightsync.agents.inference.landing import (
     LANDING_VARIABLE,
     Peers,
     declared_budget,
+    free_bytes,
 )
 from weightsync.agents.inference.modes import MODE_VARIABLE, Mode
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
-from weightsync.agents.memory.pages.paged import MIB, PagedMemory, into_pages
+from weightsync.agents.memory.pages.host import HostPages
+from weightsync.agents.memory.pages.paged import MIB, Pages, into_pages
 from weightsync.agents.vllm.backend import logger
 
 KEPT_FOR_CACHE: Final = 0.5
@@ -27,7 +29,7 @@ KEPT_FOR_CACHE: Final = 0.5
 class Placed:
     """``pages`` hold the weights; None: nothing was moved, and ``why_not`` says why."""
 
-    pages: PagedMemory | None
+    pages: Pages | None
     why_not: str = ""
 
 
@@ -44,9 +46,10 @@ def place(tensors: Sequence[torch.Tensor], mode: Mode, peers: Peers = ALONE) -> 
     why_not = _why_not(tensors, mode)
     if peers.least(int(not why_not)) == 0:
         return _not_placed(why_not or ANOTHER_RANK)
-    pages: PagedMemory | None = None
+    pages: Pages | None = None
     try:
-        pages = into_pages(tensors, most=_most(mode))
+        on_host = all(tensor.device.type == "cpu" for tensor in tensors)
+        pages = _on_host(tensors) if on_host else into_pages(tensors, most=_most(mode))
     except PagesUnavailable as error:
         if mode == "flip":
             raise
@@ -66,6 +69,16 @@ def place(tensors: Sequence[torch.Tensor], mode: Mode, peers: Peers = ALONE) -> 
     return Placed(pages)
 
 
+def _on_host(tensors: Sequence[torch.Tensor]) -> HostPages:
+    needed, free = sum(tensor.numel() for tensor in tensors), free_bytes()
+    if needed > free:
+        raise PagesUnavailable(
+            f"a second set of {needed / MIB:.0f} MiB of weights is more than the {free / MIB:.0f} MiB of host memory"
+            f" that are free; set {MODE_VARIABLE}=live"
+        )
+    return HostPages(tensors)
+
+
 def _not_placed(why_not: str) -> Placed:
     logger.info("weightsync: no flip: %s", why_not)
     return Placed(None, why_not)
@@ -79,7 +92,7 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
         return f"{MODE_VARIABLE}={mode}"
     devices = {tensor.device for tensor in tensors}
     if any(device.type != "cuda" for device in devices):
-        return "pages are of CUDA devices"
+        return f"pages of host memory are exchanged with {MODE_VARIABLE}=flip alone"
     most = _most(mode)
     for device in devices:
         torch.cuda.empty_cache()

@@ -25,14 +25,20 @@ LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
-def _reference() -> dict[str, Callable[[], str]]:
-    path = Path(__file__).with_name("reference_pages.py")
-    spec = importlib.util.spec_from_file_location("reference_pages", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    pages: dict[str, Callable[[], str]] = module.PAGES
+GENERATORS = ("reference_pages", "round_pages")
+"""Modules beside this one whose PAGES are made from the code."""
+
+
+def generated() -> dict[str, Callable[[], str]]:
+    """Each page that is made from the code, and what makes it."""
+    pages: dict[str, Callable[[], str]] = {}
+    for name in GENERATORS:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        pages |= module.PAGES
     return pages
 
 
@@ -43,7 +49,7 @@ def on_files(files: Any, config: Any) -> Any:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=with_links(text, source)))
-    for page, make in _reference().items():
+    for page, make in generated().items():
         files.append(File.generated(config, page, content=make()))
     return files
 
@@ -72,7 +78,7 @@ def _link(found: "re.Match[str]", source: str) -> str:
     place = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if place in PAGES:
         page = PAGES[place]
-    elif place.startswith("docs/") and place.endswith(".md"):
+    elif place.startswith("docs/") and place.endswith((".md", ".png")):
         page = place.removeprefix("docs/")
     else:
         return label

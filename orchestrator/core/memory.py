@@ -241,7 +241,7 @@ def _forget(memory: Memory, kept: Mapping[Version, object], gone: list[Version])
 def _restore(memory: Memory, packed: bytes) -> None:
     try:
         read = _packed.decode(packed)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise JournalUnreadable(f"a snapshot in the journal cannot be read ({error})") from error
     for each in fields(Memory):
         setattr(memory, each.name, getattr(read, each.name))

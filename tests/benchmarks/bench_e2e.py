@@ -72,7 +72,7 @@ def overhead(times: dict[str, float], published: float) -> float:
 
 def run(model: dict[str, Any], directory: Path, rounds: int, between: Callable[[Fleet], None]) -> Any:
     path = tiny_qwen3(directory / "model", seed=1, **model)
-    server = VllmServer(path, log=directory / "vllm.log").start()
+    server = VllmServer(path, env={"WEIGHTSYNC_MODE": "live"}, log=directory / "vllm.log").start()
     try:
         with fleet(directory / "fleet", {"engine": server}) as whole:
             trainer = whole.start_trainer(path)

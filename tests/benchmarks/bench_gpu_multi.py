@@ -125,7 +125,7 @@ def servers(host: Host, case: Case, model: Path, directory: Path, **more: Any) -
     """The case's engines, or such without us if ``more`` says so."""
     tp = case.tp or len(host.serving) // case.engines
     arguments: tuple[str, ...] = ("--max-model-len", "2048")
-    if case.experts and tp > 1:
+    if case.experts and tp > 1 and host.device == "cuda":  # vLLM's MoE kernel for CPUs has no expert parallelism
         arguments += ("--enable-expert-parallel",)
     if host.device == "cuda":
         arguments += ("--kv-cache-memory-bytes", str(2 << 30), "--gpu-memory-utilization", "0.5")

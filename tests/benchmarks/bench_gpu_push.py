@@ -49,7 +49,9 @@ def rounds_of(directory: Path, rounds: int) -> list[dict[str, Any]]:
     model = save_model(directory / "model", qwen3_config(**SIZES, **FP8_BLOCKS), {})
     (model / "model.safetensors").unlink()
     dummy = ("--load-format", "dummy")
-    server = VllmServer(model, device="cuda", arguments=dummy, log=directory / "engine.log").start()
+    server = VllmServer(
+        model, device="cuda", arguments=dummy, env={"WEIGHTSYNC_MODE": "live"}, log=directory / "engine.log"
+    ).start()
     try:
         with fleet(directory / "fleet", {"engine": server}) as whole:
             trainer = whole.start_trainer(model, device="cuda")

@@ -1,6 +1,6 @@
 """Control-plane benchmark: two-round rendezvous and barrier over the hub, and over vLLM's StatelessProcessGroup.
 
-    python tests/benchmarks/bench_hub.py [--agents 16 64 …] [--without-spg]
+    python tests/benchmarks/bench_hub.py [--agents 16 64 …] [--tls 1024 …] [--stable 4096 …] [--without-spg]
 
 Prints one JSON line per figure. The daemon's hub runs in one process and every agent as a real ControlClient in
 another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
@@ -13,6 +13,11 @@ another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
 * ``hub_over_spg_N``: all_gather_obj of LAYOUT_BYTES per rank and barrier of the StatelessProcessGroup, one process per
   rank, each from the last rank's entry to the last rank's exit, over the hub's two rounds and barrier; both when all
   are connected.
+* ``hub_tls_…``: the same with TLS 1.3, for the numbers of agents in ``--tls``. ``hub_tls_over_plain_barrier_N``: what
+  TLS makes of a barrier's median.
+* ``hub_agents_stable_N``: agents that came through the daemon's own door, all from one address, as soon as it lets
+  them, and were still there, on their first connection, STAY_SECONDS after the last had come;
+  ``hub_agents_come_N_seconds``: until then. ``hub_tls_agents_…`` with TLS.
 * ``hub_growth_exponent``: slope of log(rendezvous seconds) over log(N), least squares, from GROWTH_FROM agents on.
 
 ``n`` counts repeats, ``spread`` is the largest minus the smallest of the repeats' values, ``value`` their median.
@@ -26,10 +31,14 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import socket
+import ssl
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,9 +49,13 @@ import structlog
 from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
 from weightsync.agents.link.client import ControlClient
 from weightsync.agents.link.connection import DaemonConnection
+from weightsync.agents.link.tls import CA_VARIABLE, tls_context
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
 from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.access.door import DoorLimits
+from weightsync.orchestrator.daemon.access.pace import PaceLimits
+from weightsync.orchestrator.daemon.access.tls import ServerTls
 from weightsync.orchestrator.daemon.hub.connection import CLOSE_SECONDS, READ_BYTES, HubTiming
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH, Hub
 from weightsync.orchestrator.protocol.codec import encode
@@ -63,12 +76,15 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, Version
 from weightsync.orchestrator.protocol.proof import Challenge
 from weightsync.orchestrator.settings.credentials import make_tokens
+from weightsync.orchestrator.settings.sections import ListenTls
 
 RUN: Final = "bench"
 LAYOUT_BYTES: Final = 20_000
 HEARTBEAT_SECONDS: Final = 5.0
 LOST_AFTER_HEARTBEATS: Final = 4
 AGENTS: Final = (16, 64, 128, 256, 1024, 4096)
+WITH_TLS: Final = (1024, 4096)
+STABLE: Final = (4096,)
 SPG_RANKS: Final = (16, 64, 128)
 GROWTH_FROM: Final = 64
 REPEATS: Final = 5
@@ -79,6 +95,11 @@ MANY: Final = 2048
 BARRIERS_PER_REPEAT: Final = 100
 SPG_REPEATS: Final = 3
 
+STAY_SECONDS: Final = 3 * HEARTBEAT_SECONDS * LOST_AFTER_HEARTBEATS
+"""Three times as long as a silent agent may stay."""
+
+COME_SECONDS: Final = 300.0
+
 VERSION: Final = Version(1, 1)
 
 
@@ -86,16 +107,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", type=int, nargs="+", default=AGENTS)
     parser.add_argument("--without-spg", action="store_true")
+    parser.add_argument("--tls", type=int, nargs="*", default=WITH_TLS)
+    parser.add_argument("--stable", type=int, nargs="*", default=STABLE)
     options = parser.parse_args()
     rendezvous: dict[int, float] = {}
-    both: dict[int, float] = {}
+    barriers: dict[int, float] = {}
     for agents in options.agents:
-        result = measure_hub(agents)
-        rendezvous[agents] = report(f"hub_rendezvous_{agents}_seconds", result.rendezvous, "s")
-        p50 = report_barriers(f"hub_barrier_{agents}_p50_ms", result.barriers, 50)
-        report_barriers(f"hub_barrier_{agents}_p99_ms", result.barriers, 99)
-        report_barriers(f"hub_barrier_{agents}_span_p50_ms", result.spans, 50)
-        both[agents] = rendezvous[agents] + p50 / 1e3
+        rendezvous[agents], barriers[agents] = report_hub("hub", agents, with_tls=False)
+    both = {agents: rendezvous[agents] + barriers[agents] / 1e3 for agents in rendezvous}
+    for agents in options.tls:
+        _, barrier = report_hub("hub_tls", agents, with_tls=True)
+        if agents in barriers:
+            report(f"hub_tls_over_plain_barrier_{agents}", [barrier / barriers[agents]], "x")
+    for agents in options.stable:
+        for prefix, with_tls in (("hub", False), ("hub_tls", True)):
+            seconds, stable = measure_stay(agents, with_tls)
+            report(f"{prefix}_agents_come_{agents}_seconds", [seconds], "s")
+            report(f"{prefix}_agents_stable_{agents}", [stable], "agents")
     growing = {agents: seconds for agents, seconds in rendezvous.items() if agents >= GROWTH_FROM}
     if len(growing) > 1:
         report("hub_growth_exponent", [slope(growing)], "1", len(growing))
@@ -105,6 +133,16 @@ def main() -> None:
         report(f"spg_barrier_{ranks}_seconds", barriers, "s")
         sums = [gather + barrier for gather, barrier in zip(gathers, barriers, strict=True)]
         report(f"hub_over_spg_{ranks}", [seconds / both[ranks] for seconds in sums], "x")
+
+
+def report_hub(prefix: str, agents: int, with_tls: bool) -> tuple[float, float]:
+    """Print all figures of one number of agents; rendezvous in seconds, median barrier in ms."""
+    result = measure_hub(agents, with_tls)
+    rendezvous = report(f"{prefix}_rendezvous_{agents}_seconds", result.rendezvous, "s")
+    barrier = report_barriers(f"{prefix}_barrier_{agents}_p50_ms", result.barriers, 50)
+    report_barriers(f"{prefix}_barrier_{agents}_p99_ms", result.barriers, 99)
+    report_barriers(f"{prefix}_barrier_{agents}_span_p50_ms", result.spans, 50)
+    return rendezvous, barrier
 
 
 def report(figure: str, values: list[float], unit: str, n: int | None = None) -> float:
@@ -142,15 +180,14 @@ class HubResult:
     spans: list[list[float]]
 
 
-def measure_hub(agents: int) -> HubResult:
+def measure_hub(agents: int, with_tls: bool = False) -> HubResult:
     result = HubResult([], [], [])
     for _ in range(REPEATS if agents < MANY else REPEATS_OF_MANY):
         with tempfile.TemporaryDirectory() as directory:
-            token_file = Path(directory, "engine.token")
-            make_tokens(token_file.parent)
-            with Child(serve, token_file, agents) as daemon:
+            files = Files.made(Path(directory), with_tls)
+            with Child(serve, files, agents) as daemon:
                 port = daemon.receive()
-                with Child(live, token_file, agents, port) as fleet:
+                with Child(live, files, agents, port) as fleet:
                     first_hello, barriers = fleet.receive()
                     result.rendezvous.append(daemon.receive() - first_hello)
                     result.barriers.append([barrier for barrier, _ in barriers])
@@ -158,15 +195,58 @@ def measure_hub(agents: int) -> HubResult:
     return result
 
 
-ALL_AT_ONCE = DoorLimits(strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS)
+def measure_stay(agents: int, with_tls: bool) -> tuple[float, float]:
+    """Seconds until all have come through the ordinary door, and how many of them stay."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = Files.made(Path(directory), with_tls)
+        with Child(serve, files, agents, DoorLimits()) as daemon, Child(stay, files, agents, daemon.receive()) as fleet:
+            come, stable = fleet.receive(COME_SECONDS + 2 * STAY_SECONDS)
+            return come, stable
+
+
+@dataclass(frozen=True)
+class Files:
+    """A run's credentials, and its certificates where there is TLS."""
+
+    token_file: Path
+    certificates: Path | None
+
+    @classmethod
+    def made(cls, directory: Path, with_tls: bool) -> "Files":
+        make_tokens(directory / "credentials")
+        if with_tls:
+            make_certificates(directory / "certificates", ["127.0.0.1"], (), 2)
+        return cls(directory / "credentials" / "engine.token", directory / "certificates" if with_tls else None)
+
+    def of_daemon(self) -> ServerTls | None:
+        files = self.certificates
+        if files is None:
+            return None
+        return ServerTls(
+            ListenTls(certificate_file=files / "daemon.pem", key_file=files / "daemon.key", ca_file=files / "ca.pem")
+        )
+
+    def url(self, port: int) -> str:
+        return f"{'ws' if self.certificates is None else 'wss'}://127.0.0.1:{port}{AGENTS_PATH}"
+
+    def of_agents(self, port: int) -> ssl.SSLContext | None:
+        """One for all agents of this process, each of which has one of its own in a fleet."""
+        if self.certificates is not None:
+            os.environ[CA_VARIABLE] = str(self.certificates / "ca.pem")
+        return tls_context(self.url(port))
+
+
+ALL_AT_ONCE = DoorLimits(
+    strangers=1 << 20, from_one_address=1 << 20, stranger_seconds=SETUP_SECONDS, pace=PaceLimits(burst=1 << 20)
+)
 """Here all agents connect first and say their Hello at one moment, from one address."""
 
 
-def serve(pipe: Pipe, token_file: Path, agents: int) -> None:
+def serve(pipe: Pipe, files: Files, agents: int, limits: DoorLimits = ALL_AT_ONCE) -> None:
     """The daemon's process: says its port, then when it held the last Ready; ends with the pipe."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     allow_sockets(agents)
-    asyncio.run(Coordinator(pipe, agents).serve(token_file))
+    asyncio.run(Coordinator(pipe, agents).serve(files, limits))
 
 
 class Coordinator:
@@ -180,11 +260,11 @@ class Coordinator:
         self._barriers = 0
         self._hub: Hub | None = None
 
-    async def serve(self, token_file: Path) -> None:
+    async def serve(self, files: Files, limits: DoorLimits) -> None:
         timing = HubTiming(HEARTBEAT_SECONDS, LOST_AFTER_HEARTBEATS, SETUP_SECONDS, CLOSE_SECONDS)
         next_id = itertools.count(1).__next__
         self._hub = Hub(
-            access=Access(token_file.parent, RUN, str, None, ALL_AT_ONCE),
+            access=Access(files.token_file.parent, RUN, str, files.of_daemon(), limits),
             post=self.on_event,
             next_id=next_id,
             timing=timing,
@@ -204,7 +284,7 @@ class Coordinator:
                     self._connect_all()
         elif isinstance(event, AgentConnected):
             self._hub.accept(event.member, event.connection, WELCOME)
-        elif isinstance(event, AgentLost) and not self._ready:
+        elif isinstance(event, AgentLost) and self._announced and not self._ready:
             raise RuntimeError(f"lost {event.member}: {event.reason}")
 
     def _connect_all(self) -> None:
@@ -239,12 +319,18 @@ WELCOME: Final = Welcome(
 )
 
 
-def live(pipe: Pipe, token_file: Path, agents: int, port: int) -> None:
+def live(pipe: Pipe, files: Files, agents: int, port: int) -> None:
     """The agents' process: says when the first Hello went out, and how long each barrier took."""
     allow_sockets(agents)
     # Every agent is a process of its own in a fleet, which buffers of many agents in one process must not slow down.
     asyncio.selector_events._SelectorTransport.max_size = READ_BYTES  # type: ignore[attr-defined]
-    asyncio.run(Fleet(pipe, agents).live(f"ws://127.0.0.1:{port}{AGENTS_PATH}", token_file))
+    asyncio.run(Fleet(pipe, agents).live(files, port))
+
+
+def stay(pipe: Pipe, files: Files, agents: int, port: int) -> None:
+    """The agents' process: says when all had come, and how many of them stayed."""
+    allow_sockets(agents)
+    asyncio.run(Fleet(pipe, agents).stay(files, port))
 
 
 class GatedClient(ControlClient):
@@ -279,12 +365,17 @@ class Fleet:
         self._outcomes = 0
         self._released = asyncio.Event()
         self._announce = announce_of(LAYOUT_BYTES)
-        self._clients: list[GatedClient] = []
+        self._clients: list[ControlClient] = []
 
-    async def live(self, url: str, token_file: Path) -> None:
+    async def live(self, files: Files, port: int) -> None:
         gate = Gate(self._agents)
+        tls = files.of_agents(port)
         for rank in range(self._agents):
-            self._clients.append(self._client(rank, url, token_file, gate))
+            client = GatedClient(
+                files.url(port), files.token_file, self._hello(rank), self._answers(rank), connect_seconds=SETUP_SECONDS
+            )
+            client.gate, client._tls = gate, tls
+            self._clients.append(client)
         runs = [asyncio.create_task(client.run()) for client in self._clients]
         await self._released.wait()  # The hub answers the last Ready of the rendezvous as it does a barrier's.
         gc.freeze()  # a process of its own, as agents are, has no other agents' objects to walk
@@ -294,23 +385,52 @@ class Fleet:
         await asyncio.gather(*(client.close() for client in self._clients))
         await asyncio.gather(*runs)
 
-    def _client(self, rank: int, url: str, token_file: Path, gate: Gate) -> GatedClient:
+    async def stay(self, files: Files, port: int) -> None:
+        welcomes: Counter[int] = Counter()
+        all_came = asyncio.Event()
+
+        def on_message(rank: int) -> Callable[[FromDaemon], None]:
+            def hear(message: FromDaemon) -> None:
+                if type(message) is Welcome:
+                    welcomes[rank] += 1
+                    if len(welcomes) == self._agents:
+                        all_came.set()
+
+            return hear
+
+        tls, began = files.of_agents(port), time.monotonic()
+        for rank in range(self._agents):
+            client = ControlClient(files.url(port), files.token_file, self._hello(rank), on_message(rank))
+            client._tls = tls
+            self._clients.append(client)
+        runs = [asyncio.create_task(client.run()) for client in self._clients]
+        async with asyncio.timeout(COME_SECONDS):
+            await all_came.wait()
+        come = time.monotonic() - began
+        await asyncio.sleep(STAY_SECONDS)
+        stable = sum(welcomes[rank] == 1 and client.connected for rank, client in enumerate(self._clients))
+        self._pipe.send((come, stable))
+        await closed(self._pipe)
+        await asyncio.gather(*(client.close() for client in self._clients))
+        await asyncio.gather(*runs)
+
+    def _hello(self, rank: int) -> Callable[[], Hello]:
         member = Member("inference", "engine", rank)
         hello = Hello(schema=SCHEMA_VERSION, run_id=RUN, member=member, world=self._agents, incarnation=rank)
+        return lambda: hello
 
+    def _answers(self, rank: int) -> Callable[[FromDaemon], None]:
         def on_message(message: FromDaemon) -> None:
             if type(message) is Outcome:
                 self._outcomes += 1
                 if self._outcomes == self._agents:
                     self._released.set()
             elif type(message) is Connect:
-                client.send(READY)
+                self._clients[rank].send(READY)
             elif type(message) is Welcome:
-                client.send(self._announce)
+                self._clients[rank].send(self._announce)
 
-        client = GatedClient(url, token_file, lambda: hello, on_message, connect_seconds=SETUP_SECONDS)
-        client.gate = gate
-        return client
+        return on_message
 
     async def _barrier(self) -> tuple[float, float]:
         """Seconds from the last Ready, and from the first, until the last agent is let go."""

@@ -8,7 +8,8 @@ distance between the quartiles.
 
 ``stall_<mode>_over_idle`` is the longest gap with a push over that of the window before it. ``stall_<mode>_ms`` is the
 difference of the two, and ``stall_copy_growth_8x`` that of 1 GB of weights over that of an eighth of it. In ``copy`` a
-push costs a stream the local copy and what the digests beside it take from the cores; in ``live`` the whole round.
+push costs a stream the local copy, which takes about as long as a step that reads all weights once, and what digests
+beside it take from the cores; in ``flip`` an exchange of pages in place of the copy; in ``live`` the whole round.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def stalls(pairs: Sequence[tuple[float, float]]) -> list[float]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--pushes", type=int, default=10)
-    arguments.add_argument("--modes", nargs="+", default=["copy", "live"], choices=["copy", "live"])
+    arguments.add_argument("--modes", nargs="+", default=["copy", "flip", "live"], choices=["copy", "flip", "live"])
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as parent:
         for mode in given.modes:

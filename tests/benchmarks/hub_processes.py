@@ -24,10 +24,13 @@ class Child:
         self._process.start()
         theirs.close()
 
-    def receive(self) -> Any:
-        if not self._pipe.poll(SETUP_SECONDS):
-            raise TimeoutError(f"the {self._process.name} said nothing for {SETUP_SECONDS} s")
+    def receive(self, seconds: float = SETUP_SECONDS) -> Any:
+        if not self._pipe.poll(seconds):
+            raise TimeoutError(f"the {self._process.name} said nothing for {seconds} s")
         return self._pipe.recv()
+
+    def send(self, what: object) -> None:
+        self._pipe.send(what)
 
     def __enter__(self) -> "Child":
         return self

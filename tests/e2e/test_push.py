@@ -15,7 +15,7 @@ from serving import DEFAULT_PROMPTS, Answer, VllmServer, answers
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
-LIVE = {"WEIGHTSYNC_MODE": "live"}
+LIVE, FLIP = {"WEIGHTSYNC_MODE": "live"}, {"WEIGHTSYNC_MODE": "flip"}
 
 
 def fresh_answers(checkpoint: Path, tp: int) -> tuple[Answer, ...]:
@@ -44,13 +44,18 @@ def push_and_compare(whole: Fleet, server: VllmServer, model: Path, world: int) 
     assert served[1] != served[5], "changed weights must change what is said"
     status, told = server.get("/weight_info")
     assert (status, told) == (200, {"weight_version": "5"})
+    if server.env.get("WEIGHTSYNC_MODE") == "flip":
+        whole.command("rollback", "--config", str(whole.config))
+        whole.until(lambda: whole.engine("engine")["version"]["step"] == 4, "the version before to be served")
+        assert asked_of_every_replica(server) == served[4]
     for step in (1, 5):
         assert served[step] == fresh_answers(whole.checkpoints / f"step_{step}", server.tp)
 
 
 def require_mode(whole: Fleet, engine: dict[str, Any], mode: str) -> None:
     """How it lands, and why, is told by the daemon, by the engine itself, and of the plan."""
-    why = {"live": "WEIGHTSYNC_MODE=live", "copy": "no flip: pages are of CUDA devices; "}[mode]
+    named = {"live": "WEIGHTSYNC_MODE=live", "flip": "WEIGHTSYNC_MODE=flip"}
+    why = named.get(mode, "no flip: pages of host memory are exchanged with WEIGHTSYNC_MODE=flip alone; ")
     assert engine["mode"] == mode
     assert engine["mode_because"].startswith(why)
     told = whole.command("config", "check", str(whole.config), "--probe")
@@ -62,8 +67,8 @@ def require_mode(whole: Fleet, engine: dict[str, Any], mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("tp", "dp", "world", "env"),
-    [(1, 1, 1, {}), (2, 1, 2, {}), (1, 2, 2, {}), (1, 1, 1, LIVE), (2, 1, 2, LIVE)],
-    ids=["tp1", "tp2", "dp2", "live-tp1", "live-tp2"],
+    [(1, 1, 1, {}), (2, 1, 2, {}), (1, 2, 2, {}), (1, 1, 1, LIVE), (2, 1, 2, LIVE), (1, 1, 1, FLIP)],
+    ids=["tp1", "tp2", "dp2", "live-tp1", "live-tp2", "flip-tp1"],
 )
 def test_answers_equal_those_of_a_fresh_engine(
     tp: int, dp: int, world: int, env: dict[str, str], qwen3: Path, tmp_path: Path
@@ -74,7 +79,7 @@ def test_answers_equal_those_of_a_fresh_engine(
             push_and_compare(whole, server, qwen3, world)
             engine = whole.engine("engine")
             assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", tp * dp, False)
-            require_mode(whole, engine, "live" if env else "copy")
+            require_mode(whole, engine, env.get("WEIGHTSYNC_MODE", "copy"))
             assert [(entry["kind"], entry["reason"]) for entry in engine["left_out"]] == [
                 ("unwritten", "a buffer that the model computes itself")
             ]

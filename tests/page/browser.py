@@ -50,11 +50,11 @@ class Browser:
         self._log = (directory / "chromium.log").open("ab")
         self._child = subprocess.Popen(command, stdout=self._log, stderr=self._log, start_new_session=True)
         self._url = ""
+        self._tabs = contextlib.ExitStack()
 
     def open(self, url: str, width: int = 1280, height: int = 900) -> "Tab":
         """A new tab that shows ``url``."""
-        control = connect(self._endpoint(), max_size=None, compression=None)
-        tab = Tab(control)
+        tab = Tab(self._tabs.enter_context(connect(self._endpoint(), max_size=None, compression=None)))
         target = tab.send("Target.createTarget", url="about:blank")["targetId"]
         tab.session = tab.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -64,6 +64,7 @@ class Browser:
         return tab
 
     def close(self) -> None:
+        self._tabs.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
@@ -82,12 +83,14 @@ class Browser:
 
 
 class Tab:
-    """One tab. ``requests``: URLs that it asked for; ``complaints``: errors of scripts and of the policy."""
+    """One tab. ``requests``: URLs that it asked for; ``given_up``: how many of them it ended itself; ``complaints``:
+    errors of scripts and of the policy."""
 
     def __init__(self, control: ClientConnection) -> None:
         self._control, self._number, self.session = control, 0, ""
         self.requests: list[str] = []
         self.complaints: list[str] = []
+        self.given_up = 0
 
     def send(self, method: str, **parameters: Any) -> Any:
         """Call a method; its result."""
@@ -104,6 +107,8 @@ class Tab:
     def _heard(self, event: str, said: Any) -> None:
         if event == "Network.requestWillBeSent":
             self.requests.append(said["request"]["url"])
+        elif event == "Network.loadingFailed" and said.get("canceled"):
+            self.given_up += 1
         elif event == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(said["exceptionDetails"])[:600])
         elif event == "Log.entryAdded" and said["entry"]["level"] == "error":

@@ -87,7 +87,7 @@ class Soak:
         paths = [str(HERE), str(HERE.parent), str(HERE.parent / "e2e"), os.environ.get("PYTHONPATH", "")]
         self._environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UCX_TLS": "tcp,self,sm",
-            "OMP_NUM_THREADS": "1", "WEIGHTSYNC_LANDING_MIB": "1",
+            "OMP_NUM_THREADS": "1", "WEIGHTSYNC_MODE": "live", "WEIGHTSYNC_LANDING_MIB": "1",
         }  # fmt: skip
         self.engines = {name: StandIn(name, directory, self._environment) for name in ("e0", "e1")}
         self.fleet = Fleet(directory, self.engines, settings=dict(SETTINGS), run_id="soak")  # type: ignore[arg-type]

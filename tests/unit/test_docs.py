@@ -9,12 +9,15 @@ import ast
 import functools
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsync.orchestrator.cli.main import parser
+from weightsync.orchestrator.demo.command import _parser as demo_parser
 from weightsync.orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +160,35 @@ def _imports(node: ast.AST) -> bool:
     return module.exists() and {alias.name for alias in node.names} <= names_in(module)
 
 
+def command_lines(document: Path) -> Iterator[list[str]]:
+    """The words behind each ``weightsync-orchestrator`` of the fenced blocks, and of code spans that begin with it."""
+    text = document.read_text()
+    for fence in FENCE.finditer(text):
+        for line in re.findall(r"(?:^|[\s/])weightsync-orchestrator ([^\n]*)", fence[3].replace("\\\n", " ")):
+            yield shlex.split(re.split(r" [#&]| 2?>", line)[0])
+    for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        if found := re.match(r"(?:\S*/)?weightsync-orchestrator (.+)", " ".join(span.split())):
+            yield shlex.split(found[1])
+
+
+@each_document
+def test_command_lines_are_understood(document: Path) -> None:
+    wrong = []
+    for words in command_lines(document):
+        try:
+            if words[0] == "demo":
+                demo_parser().parse_args(words[1:])
+            elif words != ["VERB"]:  # stands for any of them
+                parser(words[0]).parse_args(words)
+        except SystemExit:
+            wrong.append(words)
+    assert wrong == []
+
+
+def test_documents_have_command_lines() -> None:
+    assert sum(1 for document in DOCUMENTS for _ in command_lines(document)) > 30
+
+
 @each_document
 def test_make_targets_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
@@ -194,6 +226,9 @@ def test_figures_are_those_of_the_filed_lines() -> None:
     filed = {line["figure"]: line for line in map(json.loads, lines)}
     rows = FIGURE.findall((ROOT / "docs/performance.md").read_text())
     assert len(rows) > 20
+    shown = FIGURE.findall((ROOT / "README.md").read_text())
+    assert len(shown) > 4
+    assert set(shown) <= set(rows)
     for figure, value, n, spread in rows:
         assert int(n) == filed[figure]["n"], figure
         assert _as_shown(filed[figure]["value"], value), figure

@@ -62,6 +62,7 @@ WITHOUT_A_MODULE = {
     "test_mirror.py": "the tree itself",
     "test_packaging.py": "pyproject.toml",
     "test_site.py": "docs/site/ and mkdocs.yml",
+    "test_tutorial.py": "docs/tutorial.md",
 }
 """Test files below tests/unit that test no single module, and what they test."""
 

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("orchestrator", "agents", "kernels")
+SHARE = ".data/data/share/weightsync-orchestrator/"
 HEAVY = ("aiohttp", "numpy", "torch", "vllm")
 
 
@@ -29,7 +30,7 @@ def test_every_package_of_the_folders_is_listed() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel that setuptools builds of a copy of what it is made from, without a network."""
     copy = tmp_path_factory.mktemp("source")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "deploy"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -54,7 +55,20 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -
     assert "weightsync/orchestrator/daemon/page/static/index.html" in due
     assert {f"weightsync/{folder}/py.typed" for folder in FOLDERS} <= due
     assert "weightsync/orchestrator/cli/main.py" in due
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == due
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name and SHARE not in name} == due
+
+
+def test_the_wheel_holds_what_an_operator_deploys(wheel: zipfile.ZipFile) -> None:
+    """All of deploy/ but the container file, which needs the sources."""
+    shared = {name.partition(SHARE)[2] for name in wheel.namelist() if SHARE in name}
+    due = {path.relative_to(ROOT / "deploy").as_posix() for path in (ROOT / "deploy").rglob("*") if path.is_file()}
+    assert shared == {name for name in due if not name.startswith("container/")}
+    assert {"slurm/weightsync.sbatch", "kubernetes/kustomization.yaml", "monitoring/alerts.yaml"} <= shared
+
+
+def test_the_wheel_says_where_the_project_is(wheel: zipfile.ZipFile) -> None:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    assert "Project-URL: Homepage, https://" in wheel.read(name).decode()
 
 
 def test_the_wheel_offers_the_command_and_the_plugin(wheel: zipfile.ZipFile) -> None:

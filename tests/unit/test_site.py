@@ -11,12 +11,16 @@ from types import ModuleType
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from weightsync.agents.transport.registry import TRANSPORTS
 from weightsync.orchestrator.cli.completion import words_of
 from weightsync.orchestrator.cli.main import parser
+from weightsync.orchestrator.core.round.phases import ROWS
+from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.metrics import render
 from weightsync.orchestrator.protocol import messages
+from weightsync.orchestrator.protocol.markers import KINDS, Manifest
 from weightsync.orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +37,7 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-hooks, reference = loaded("hooks"), loaded("reference_pages")
+hooks, reference, of_rounds = loaded("hooks"), loaded("reference_pages"), loaded("round_pages")
 
 
 def first_cells(page: str) -> list[str]:
@@ -45,7 +49,17 @@ def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> N
     _, _, nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")
     placed = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
     files = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert sorted(placed) == sorted(files | set(hooks.PAGES.values()) | set(reference.PAGES))
+    assert sorted(placed) == sorted(files | set(hooks.PAGES.values()) | set(hooks.generated()))
+
+
+def test_each_how_to_is_a_page_of_its_own() -> None:
+    _, _, nav = (ROOT / "mkdocs.yml").read_text().partition("\n  - How to:\n")
+    pages = re.findall(r": ([\w/-]+\.md)$", nav.partition("\n  - ")[0], re.MULTILINE)
+    assert pages == [
+        "how-to/fsdp2.md", "adapters/trl.md", "adapters/verl.md", "adapters/vllm.md", "how-to/slurm.md",
+        "how-to/systemd.md", "how-to/kubernetes.md", "adding-a-model.md", "how-to/new-engine.md",
+        "how-to/new-transport.md",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -58,6 +72,7 @@ def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> N
         ("docs/architecture.md", "[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
         ("docs/adapters/trl.md", "[a](../../README.md)", "[a](../index.md)"),
         ("README.md", "[a](docs/adapters/vllm.md) [b](deploy)", "[a](adapters/vllm.md) b"),
+        ("README.md", "![a](docs/pictures/b.png)", "![a](pictures/b.png)"),
         ("README.md", "[a](https://example.org/x.md) [b](#c)", "[a](https://example.org/x.md) [b](#c)"),
         ("README.md", "[`a`](orchestrator)\n```\n[a](deploy)\n```\n[b](deploy)", "`a`\n```\n[a](deploy)\n```\nb"),
     ],
@@ -109,3 +124,35 @@ def test_every_message_is_described_with_its_fields() -> None:
         assert {field.encode_name for field in msgspec.structs.fields(struct)} == set(
             re.findall(r"^\| `(\w+)` \| `", section, re.MULTILINE)
         )
+
+
+def test_every_phase_and_report_of_a_round_is_drawn_and_listed() -> None:
+    page = of_rounds.rounds()
+    boxes = re.findall(r'font-weight="bold">(\w+)</text>', page)
+    assert boxes == [phase.value for phase in Phase] == list(ROWS)
+    assert page.count('marker-end="url(#to)"') == len(Phase) - 1
+    assert first_cells(page) == [phase.value for phase in Phase]
+    _, _, table = page.partition("## What is done about what happens")
+    for report in Report:
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {report.value} |")]
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert cells == [
+            TABLE[phase][report].value.replace("_", " ") if report in TABLE[phase] else "" for phase in Phase
+        ]
+    assert "only forward" in page.partition("deciding</text>")[2][:80]
+    assert set(of_rounds.DONE) == set(Action)
+
+
+def test_every_transport_and_rendezvous_is_among_the_methods_to_choose_from() -> None:
+    page = (ROOT / "docs" / "transfer-methods.md").read_text()
+    schema = Settings.model_json_schema()
+    for section in ("transport", "rendezvous"):
+        for kind in schema["properties"][section]["discriminator"]["mapping"]:
+            assert f"`{kind}`" in page, kind
+    tags = {settings.__struct_config__.tag for settings in TRANSPORTS}
+    assert set(schema["properties"]["transport"]["discriminator"]["mapping"]) == tags
+
+
+def test_every_marker_is_described_with_its_fields() -> None:
+    page = of_rounds.markers()
+    assert first_cells(page) == [*KINDS, *(field.encode_name for field in msgspec.structs.fields(Manifest))]

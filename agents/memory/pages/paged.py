@@ -1,7 +1,7 @@
 """The weights of one device in pages: what is served, and standby, which is filled while that is."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
@@ -10,6 +10,31 @@ from weightsync.agents.memory.pages.pool import PageAddresses, Relocation, span_
 from weightsync.agents.memory.pages.ranges import CHUNK_BYTES, PageRange, flip
 
 MIB: Final = 1 << 20
+
+
+class Pages(Protocol):
+    """Weights in two sets of pages.
+
+    Attributes:
+        bytes: of physical memory, in both sets together.
+    """
+
+    bytes: int
+
+    def standby_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The same bytes of the other set: uint8 of one dimension, at addresses that stay whatever is flipped.
+
+        Raises:
+            PagesUnavailable: one of them does not lie in pages.
+        """
+
+    def flip(self) -> None:
+        """What was standby is served, and what was served is standby; again: back. Waits for the device.
+
+        Raises:
+            FlipFailed: not flipped; what is served is as it was.
+            PagesTorn: served addresses have no memory.
+        """
 
 
 class PagedMemory:
@@ -34,11 +59,7 @@ class PagedMemory:
         return self._live.base <= tensor.data_ptr() <= self._live.base + self._standby.size - size
 
     def standby_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The same bytes of the other set: uint8 of one dimension, at addresses that stay whatever is flipped.
-
-        Raises:
-            PagesUnavailable: one of them does not lie in pages.
-        """
+        """See ``Pages``."""
         for tensor in tensors:
             if not self.covers(tensor):
                 raise PagesUnavailable(f"{tensor.numel()} bytes at {tensor.data_ptr():#x} do not lie in pages")
@@ -47,12 +68,7 @@ class PagedMemory:
         return tuple(whole[at : at + t.numel() * t.element_size()] for at, t in zip(starts, tensors, strict=True))
 
     def flip(self) -> None:
-        """What was standby is served, and what was served is standby; again: back. Waits for the device.
-
-        Raises:
-            FlipFailed: not flipped; what is served is as it was.
-            PagesTorn: served addresses have no memory.
-        """
+        """See ``Pages``."""
         flip(self._memory, self._live, self._standby)
 
 

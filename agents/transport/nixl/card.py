@@ -41,7 +41,7 @@ def unseal(sealed: bytes, expected_name: str) -> Card:
         raise MetadataError(f"{expected_name}: the card of {len(sealed)} bytes is torn (its digest does not match)")
     try:
         card = msgspec.msgpack.decode(body, type=Card)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MetadataError(f"{expected_name}: no endpoint card: {error}") from error
     if card.schema != SCHEMA:
         raise MetadataError(f"{expected_name}: card of schema {card.schema}, this agent speaks {SCHEMA}")

@@ -36,5 +36,5 @@ def decode(message: bytes) -> Notice | None:
         return None
     try:
         return _decoder.decode(message)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

@@ -16,7 +16,7 @@ from weightsync.agents.inference.calls import WeightHolder
 from weightsync.agents.inference.landing import ALONE, Peers
 from weightsync.agents.inference.modes import wanted_mode
 from weightsync.agents.inference.standby import StandbyPages
-from weightsync.agents.memory.pages.paged import PagedMemory
+from weightsync.agents.memory.pages.paged import Pages
 from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.recorder.left_out import left_out
 from weightsync.agents.vllm import gate, hold, paging, probe
@@ -44,7 +44,7 @@ class VllmModel:
     recorded: Recorded
     unprobed: Mapping[str, str]
     layout: Layout
-    pages: PagedMemory | None = None
+    pages: Pages | None = None
     standby: StandbyPages | None = None
     no_flip: str = ""
 

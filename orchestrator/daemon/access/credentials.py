@@ -35,7 +35,7 @@ class Credentials:
     def of_bearer(self, token: str) -> Credential | None:
         """What ``token`` allows; None: nothing."""
         # Looked up by what only the whole token gives, so that the time taken tells nothing of those there are.
-        known = self._keys.get(key_of(token))
+        known = self._keys.get(key_of(token)) if token.isascii() else None  # a header may have bytes that are no text
         return None if known is None else self._tokens[known]
 
     def of_key(self, key: str) -> tuple[str, Credential] | None:

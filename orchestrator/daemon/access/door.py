@@ -17,10 +17,11 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weightsync.orchestrator.daemon.access.descriptors import RESERVE, limit
+from weightsync.orchestrator.daemon.access.pace import Pace, PaceLimits
 from weightsync.orchestrator.daemon.access.refusals import Refusals
 
 ACCEPT_BACKLOG: Final = 4096
@@ -32,8 +33,11 @@ ACCEPTED_AT_ONCE: Final = 16
 REST_SECONDS: Final = 1.0
 """After accept(2) has failed for want of something, which no haste brings back."""
 
-SWEEP_SECONDS: Final = 0.1
-"""At most so often a newcomer makes us look for places whose holders are gone: a look at 2,048 takes a millisecond."""
+SWEEP_SECONDS: Final = 0.02
+"""At most so often a newcomer makes us look for places whose holders are gone …"""
+
+LOOKED_AT_ONCE: Final = 256
+"""… at so many of them, which takes a tenth of a millisecond; the next look goes on from there."""
 
 Peer = tuple[Any, ...]
 """Address and port, as the socket names them."""
@@ -47,7 +51,7 @@ class DoorLimits:
     moment, a whole fleet behind one address comes in turn. ``stranger_seconds``: from accept to proof or credential, as
     long as a Hello may take. ``chance_seconds``: after which one gives way to a newcomer whose address holds as many
     places, if all are taken: an honest one needs a few round trips. ``request_seconds``: for one request with a
-    credential, its answer included.
+    credential, its answer included. ``pace``: how many of them come in.
     """
 
     strangers: int = 2048
@@ -55,6 +59,7 @@ class DoorLimits:
     stranger_seconds: float = 10.0
     chance_seconds: float = 1.0
     request_seconds: float = 60.0
+    pace: PaceLimits = field(default_factory=PaceLimits)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,10 +76,6 @@ class _Visitor:
     @property
     def address(self) -> str:
         return str(self.peer[0])
-
-    @property
-    def is_gone(self) -> bool:
-        return self.transport is not None and self.transport.is_closing()
 
 
 class Door:
@@ -102,7 +103,9 @@ class Door:
         self._visitors: dict[Peer, _Visitor] = {}
         self._from: dict[str, dict[Peer, _Visitor]] = {}
         self._listening: list[socket.socket] = []
+        self._pace = Pace(limits.pace, asyncio.get_running_loop().time())
         self._looked = -float("inf")
+        self._unseen: list[_Visitor] = []
 
     async def open(self, host: str, port: int) -> int:
         """Listen, and return the port.
@@ -184,20 +187,27 @@ class Door:
 
     def enter(self, transport: asyncio.BaseTransport) -> None:
         """Whoever is on ``transport`` has proved who it is, and its connection is watched by somebody else."""
-        self._forget(transport.get_extra_info("peername"))
+        visitor = self._visitors.get(transport.get_extra_info("peername"))
+        if visitor is not None:
+            self._believe(visitor)
+            self._forget(visitor.peer)
 
     def request(self, transport: asyncio.BaseTransport | None) -> None:
         """A request on ``transport`` bears a credential: from here on it has the time of a request."""
         visitor = None if transport is None else self._visitors.get(transport.get_extra_info("peername"))
         if visitor is not None:
-            self._know(visitor)
+            self._believe(visitor)
             visitor.leaves = self._now() + self.limits.request_seconds
 
     def sweep(self) -> None:
-        """End those whose time is over, and give back the places of those who are gone."""
+        """End those whose time is over, and give back places of those who are gone: LOOKED_AT_ONCE of all, in turn."""
         now = self._looked = self._now()
-        for visitor in list(self._visitors.values()):
-            if visitor.is_gone:
+        self._unseen = self._unseen or list(self._visitors.values())
+        for _ in range(min(LOOKED_AT_ONCE, len(self._unseen))):
+            visitor = self._unseen.pop()
+            if self._visitors.get(visitor.peer) is not visitor:
+                continue
+            if visitor.transport is not None and visitor.transport.is_closing():
                 self._forget(visitor.peer)
             elif now >= visitor.leaves:
                 kind = "a stranger has shown nothing" if visitor.is_stranger else "a request takes too long"
@@ -210,6 +220,8 @@ class Door:
         if self._lack(address) and now - self._looked >= SWEEP_SECONDS:
             self.sweep()
         lack = self._lack(address)
+        if lack in ("", self._no_place()) and not self._pace.takes(address, now):
+            return f"{self.limits.pace.a_second:g} strangers a second"
         if lack != self._no_place():
             return lack
         most = max(self._from.values(), key=len)
@@ -241,6 +253,11 @@ class Door:
     def _forget(self, peer: Peer) -> None:
         visitor = self._visitors.pop(peer, None)
         if visitor is not None:
+            self._know(visitor)
+
+    def _believe(self, visitor: _Visitor) -> None:
+        if visitor.is_stranger:
+            self._pace.give_back(visitor.address)
             self._know(visitor)
 
     def _know(self, visitor: _Visitor) -> None:

@@ -37,7 +37,13 @@ class Guard:
 
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-            return self._refused(request) or await handler(request)
+            try:
+                answer = self._refused(request) or await handler(request)
+            except web.HTTPException as error:
+                _only_one(request, error)
+                raise
+            _only_one(request, answer)
+            return answer
 
         app.middlewares.append(guard)
 
@@ -79,3 +85,9 @@ class Guard:
         self._refusals.say(kind, remote=request.remote, path=request.path[:100], reason=text)
         headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if status == 401 else {}
         return web.Response(status=status, text=f"{text}\n", headers=headers)
+
+
+def _only_one(request: web.Request, answer: web.StreamResponse) -> None:
+    """Whoever shows no credential has one request of each connection: connections are what is counted."""
+    if CREDENTIAL not in request.match_info and not answer.prepared:
+        answer.force_close()

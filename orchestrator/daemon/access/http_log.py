@@ -24,5 +24,7 @@ class HttpLog(logging.Logger):
         if isinstance(error, HttpProcessingError):
             reason = clean(f"{type(error).__name__}: {error.message}", MAX_SHOWN)
             self._refusals.say("request turned away: no HTTP", reason=reason)
+        elif isinstance(error, ConnectionError):
+            self._refusals.say("a peer left before its answer", reason=clean(str(error), MAX_SHOWN))
         else:
             self._refusals.say("a request broke", reason=clean(record.getMessage(), MAX_SHOWN), exc_info=error)

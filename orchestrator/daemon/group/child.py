@@ -178,7 +178,7 @@ class TcpStoreRendezvousServer:
             raise TcpStoreError(f"the child did not carry out {name} in time") from None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise TcpStoreError(f"the child ended during {name}; its own words are on standard error") from error
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise TcpStoreError(f"the child broke the protocol during {name}: {error}") from error
         return pieces
 

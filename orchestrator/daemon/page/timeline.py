@@ -19,7 +19,7 @@ from weightsync.orchestrator.protocol.messages import Closed, Exposed, Left, Qui
 from weightsync.orchestrator.protocol.names import Member
 
 MAX_LANES: Final = 256
-"""Ranks, and writers, of one view: those that are behind come first. 100 bytes each, for every open page."""
+"""Ranks, and writers, of one view: those that are behind come first. Some 80 bytes each, for every open page."""
 
 MAX_RATES: Final = 16_384
 """Edges whose last transfer is remembered."""
@@ -27,7 +27,7 @@ MAX_RATES: Final = 16_384
 _WORDS: Final = {Quiesced: "quiesced", Exposed: "exposed", Closed: "closed", Verified: "verified", Left: "left"}
 
 
-class TimeLane(msgspec.Struct, frozen=True, kw_only=True):
+class TimeLane(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One engine, rank or writer. ``marks``: what it had done → seconds since the round began.
 
     ``bytes`` and ``seconds``: of a writer, what it moved and how long its slowest edge took. ``trouble``: why the round

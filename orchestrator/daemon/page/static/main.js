@@ -39,12 +39,17 @@ function heard(name, data) {
     state.status = data;
     state.offset = data.unix_time - Date.now() / 1000;
     announce(data);
-  } else if (name === "lanes") state.lanes = data;
+  } else if (name === "lanes") state.lanes = { ...data, engines: data.engines.map(whole), ranks: data.ranks.map(whole), writers: data.writers.map(whole) };
   else if (name === "ended") {
     remember([data]);
     load();
   }
   draw();
+}
+
+/** A lane with what the daemon leaves out, because it is nothing. */
+function whole(lane) {
+  return { engine: "", lands: "", bytes: 0, seconds: 0, trouble: "", ...lane };
 }
 
 /** Signed in, or back: what happened meanwhile is asked for. */

@@ -57,13 +57,31 @@ def test_other_modes_leave_them_where_they_are(mode: paging.Mode, moved: list[ob
     assert moved == []
 
 
-def test_flip_is_refused_where_weights_cannot_lie_in_pages() -> None:
-    with pytest.raises(PagesUnavailable, match="weights on cpu cannot lie in pages"):
+def test_flip_in_host_memory_moves_nothing_but_pages() -> None:
+    served = torch.zeros(1 << 20, dtype=torch.uint8)
+    pages = paging.place([served], "flip").pages
+    assert pages is not None
+    (standby,) = pages.standby_of([served])
+    standby.fill_(7)
+    pages.flip()
+    assert (served.unique().tolist(), standby.unique().tolist()) == ([7], [0])
+
+
+def test_flip_in_host_memory_needs_as_much_as_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "free_bytes", lambda: (1 << 20) - 1)
+    with pytest.raises(PagesUnavailable, match=r"a second set of 1 MiB .*; set WEIGHTSYNC_MODE=live"):
         paging.place(TENSORS, "flip")
 
 
+def test_flip_is_refused_where_weights_cannot_lie_in_pages() -> None:
+    with pytest.raises(PagesUnavailable, match="overlap others; set WEIGHTSYNC_MODE=copy"):
+        paging.place([TENSORS[0], TENSORS[0][8:]], "flip")
+
+
 def test_auto_does_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paging.place(TENSORS, "auto") == paging.Placed(None, "pages are of CUDA devices")
+    assert paging.place(TENSORS, "auto") == paging.Placed(
+        None, "pages of host memory are exchanged with WEIGHTSYNC_MODE=flip alone"
+    )
 
     def into_pages(tensors: object, most: int | None) -> None:
         raise PagesUnavailable("no bindings")

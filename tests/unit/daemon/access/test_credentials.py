@@ -23,6 +23,7 @@ def test_by_token_and_by_key(directory: Path) -> None:
     credentials = Credentials(directory, lambda _: None)
     assert credentials.of_bearer(TOKENS["viewer"]) == Credential("viewer")
     assert credentials.of_bearer("nobody's-0123456789") is None
+    assert credentials.of_bearer("no \udca5 text") is None
     assert credentials.of_key(key_of(TOKENS["engine"])) == (TOKENS["engine"], Credential("engine"))
     assert credentials.of_key("") is None
     assert credentials.holds(TOKENS["trainer"])

@@ -19,6 +19,12 @@ def test_no_http_is_a_refusal_without_a_traceback() -> None:
     assert "exc_info" not in logs[0]
 
 
+def test_a_peer_that_leaves_is_no_error_of_ours() -> None:
+    with structlog.testing.capture_logs() as logs:
+        HttpLog(Refusals()).exception("Error handling request", exc_info=ConnectionResetError("Connection lost"))
+    assert logs == [{"event": "a peer left before its answer", "reason": "Connection lost", "log_level": "warning"}]
+
+
 def test_a_request_that_breaks_shows_where_and_is_bounded_too() -> None:
     log, error = HttpLog(Refusals()), RuntimeError("of ours")
     with structlog.testing.capture_logs() as logs:

@@ -248,7 +248,10 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     module = Model()
     model = engine.VllmModel.of(module, "config")
     assert model.tensors == [region]
-    assert (model.standby_tensors, model.no_flip) == ((), "pages are of CUDA devices")
+    assert (model.standby_tensors, model.no_flip) == (
+        (),
+        "pages of host memory are exchanged with WEIGHTSYNC_MODE=flip alone",
+    )
     assert model.layout == Layout((), (), b"", expert_map="layout 1", left_out=left_out)
     model.refresh()
     model.load([])
