@@ -23,9 +23,8 @@ class Pair:
 
     def restart(self, name: str) -> None:
         """Its processes are killed, and others take their place."""
-        server = self.servers[name]
-        server.close()
-        server.start()
+        self.servers[name].kill()
+        self.servers[name].start()
 
     def answers(self, name: str) -> object:
         return tuple(self.servers[name].complete(prompt) for prompt in DEFAULT_PROMPTS)
