@@ -96,6 +96,9 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+pictures: setup programs ## take the pictures of docs/page.md anew
+	PYTHONPATH=tests:tests/e2e:tests/soak $(BIN)/python tests/page/pictures.py docs/pictures
+
 bench-e2e: setup ## JSON lines: pause, stall, wire over memcpy and over bare NIXL, the daemon's own share
 	$(BENCH) tests/benchmarks/bench_e2e.py
 

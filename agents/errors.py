@@ -28,12 +28,15 @@ On the right, the module below ``agents``::
     ├── PublishError             a version that was not committed                    trainer.publication
     │   └── BusyError                an earlier version still needs the slots
     ├── InfoError                the body of an engine's call                        inference.calls
+    ├── PlaceError               an engine that is not told whose it is              inference.place
     ├── UpdateFailed             a round that was not committed here                 inference.window
     ├── NotLanded                less than a whole version has landed                inference.weights
     ├── ModeRefused              a way of landing that an engine cannot have         inference.modes
     ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace
     │   └── UnprovedPlace        a parameter whose place after processing is not proved  recorder.recording
+    ├── GuardUnavailable         admin routes that nothing could stand before        vllm.guard
+    ├── RoutesError              routes that cannot be opened to clients             vllm.routes
     ├── RanksError               a parallel configuration that contradicts itself    vllm.ranks
     ├── UnreadWeights            a layer that does not read what a round writes      vllm.probe
     ├── HoldsWeights             a setting by which copies of weights are kept       vllm.holders.settings

@@ -39,11 +39,13 @@ class Worker:
             landing="lands copy",
             switchable=lambda order: self.unfit,
             switch=self.switch,
+            around=self.around,
         )
         self.weight_transfer_engine = SimpleNamespace(agent=self.agent)
         self._weight_update_active = False
         self.calls: list[str] = []
         self.failure = ""
+        self.weights = [0]
 
     def start_weight_update(self, is_checkpoint_format: bool = False) -> None:
         self.calls.append("start")
@@ -63,6 +65,31 @@ class Worker:
 
     def reload_weights(self) -> None:
         self.calls.append("reload")
+
+    def around(self, change: Callable[[], Any]) -> Any:
+        """As the real one, where ``weights`` are all that there is to digest."""
+        before = list(self.weights)
+        answer = change()
+        if self.agent.may_run and before != self.weights:
+            self.agent.status.torn, self.agent.may_run = True, False
+        return answer
+
+    def add_lora(self, request: Any) -> bool:
+        self.calls.append(f"add {request}")
+        return True
+
+    def remove_lora(self, number: int) -> bool:
+        self.calls.append(f"remove {number}")
+        self.weights[0] += number
+        return True
+
+    def meddle(self) -> None:
+        self.weights[0] += 1
+        if self.failure:
+            raise RuntimeError(self.failure)
+
+    def look(self) -> int:
+        return self.weights[0]
 
     def switch(self, order: Any) -> None:
         self.calls.append("switch")
@@ -126,6 +153,15 @@ class EngineCore:
 
     def wake_up(self) -> None:
         self.resume_scheduler()
+
+    def add_lora(self, request: Any) -> bool:
+        return all(self.model_executor.collective_rpc("add_lora", None, (request,)))
+
+    def remove_lora(self, number: int) -> bool:
+        return all(self.model_executor.collective_rpc("remove_lora", None, (number,)))
+
+    def reinitialize_distributed(self, request: Any) -> str:
+        raise AssertionError("it is refused before")
 
     def collective_rpc(self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
         return self.model_executor.collective_rpc(method, timeout, args, kwargs)

@@ -8,6 +8,7 @@ from email.utils import formatdate
 
 from aiohttp import web
 from weightsync.orchestrator.daemon.engines.vllm import REQUIRED
+from weightsync.orchestrator.protocol.proof import ADMIN_HEADER
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -20,8 +21,10 @@ def vllm(
     without: str = "",
     version: str = "0.32.0",
     date: float | None = None,
+    admin_key: str | None = "",
 ) -> web.Application:
-    """A vLLM's routes. ``identities``: of its starts, in turn, as a balancer would show them."""
+    """A vLLM's routes. ``identities``: of its starts, in turn, as a balancer would show them. ``admin_key``: the one
+    that it asks for, empty: any, None: none."""
     starts = identities or ["one"]
     asked = 0
 
@@ -42,7 +45,15 @@ def vllm(
     async def answer(request: web.Request) -> web.Response:
         return _json(answers.get(request.path, {}))
 
-    app = web.Application()
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        offered = request.headers.get(ADMIN_HEADER, "")
+        known = offered if not admin_key else admin_key in offered.split(",")
+        if admin_key is None or known or request.path in ("/health", "/version"):
+            return await handler(request)
+        return web.json_response({"error": "weightsync: this route asks for the engine's admin key"}, status=401)
+
+    app = web.Application(middlewares=[guard])
     for path, method in REQUIRED.items():
         if path != without:
             app.router.add_route(method, path, answer)

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 from weightsync.agents.doctor import hub, limits, network, packages, variables
 from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.inference.place import PlaceError, place_of
 from weightsync.agents.memory.cuda import driver
 from weightsync.agents.memory.nic import Gpu, all_gpus, visible_gpus
 from weightsync.agents.memory.reach import why_not_by_nic
@@ -20,8 +21,6 @@ from weightsync.agents.trainer.options import TrainerSettingsError, trainer_sett
 from weightsync.orchestrator.protocol.findings import Finding, Findings, broke, examined, exit_code, findings_text
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.text import clean
-
-ENGINE_VARIABLES: Final = ("WEIGHTSYNC_HUB_URL", "WEIGHTSYNC_TOKEN_FILE", "WEIGHTSYNC_RUN_ID", "WEIGHTSYNC_ENGINE")
 
 MAX_SECONDS: Final = 3600.0
 
@@ -152,12 +151,15 @@ async def _ways(role: str, options: argparse.Namespace, environ: Mapping[str, st
         url, token_file, run_id = settings.hub_url, settings.token_file, settings.run_id
         found += examined("run directory", lambda: hub.run_directory(settings.run_dir))
     else:
-        missing = [name for name in ENGINE_VARIABLES if not environ.get(name)]
-        if missing:
-            what = f"{', '.join(missing)} are not set: whoever reaches the admin routes can say where the daemon is"
-            return [*found, Finding("warning", what, "set them in the server's environment", "settings")]
-        url, path, run_id, _ = (environ[name] for name in ENGINE_VARIABLES)
-        token_file = Path(path)
+        try:
+            place = place_of(environ)
+        except PlaceError as error:
+            what, _, fix = str(error).partition(". Fix: ")
+            return [*found, Finding("error", what, fix or "mend the file of that variable", "settings")]
+        found += variables.guard(environ, place)
+        if not (place.hub_url and place.run_id):
+            return found  # a demo's daemon says where it is
+        url, token_file, run_id = place.hub_url, place.token_file, place.run_id
     found += examined("token", lambda: hub.token(token_file))
     return found + await hub.daemon(url, token_file, run_id, options.timeout)
 

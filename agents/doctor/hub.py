@@ -18,7 +18,7 @@ from weightsync.agents.link.tls import CA_VARIABLE, TlsError, tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.text import clean
-from weightsync.orchestrator.protocol.token import TokenError
+from weightsync.orchestrator.protocol.token import TokenError, is_exposed
 
 HTTP: Final = {"ws": "http", "wss": "https"}
 """A hub's URL is a WebSocket's; the daemon answers HTTP at the same port."""
@@ -37,8 +37,9 @@ def token(path: Path) -> Iterator[Finding]:
     except TokenError as error:
         yield Finding("error", str(error), MEND_TOKEN, "token")
         return
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    found = path.stat()
+    if is_exposed(found.st_mode, found.st_uid, found.st_gid, {os.getegid(), *os.getgroups()}):
+        mode = stat.S_IMODE(found.st_mode)
         yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", "token")
     else:
         yield Finding("ok", str(path), check="token")

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
+from urllib.parse import urlsplit
 
 from weightsync.agents.doctor.links import Interface
+from weightsync.agents.inference.place import LOOPBACK_VARIABLE, VARIABLES, Place, is_loopback
+from weightsync.agents.vllm.routes import OPEN_VARIABLE
+from weightsync.agents.vllm.worker_calls import ALLOW_VARIABLE
 from weightsync.orchestrator.protocol.findings import Finding
 
 ALLOCATOR: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -85,6 +89,20 @@ def rails(environ: Mapping[str, str]) -> Iterator[Finding]:
         if name in environ:
             what = f"{name}={environ[name]} is preset; agents go by the daemon's transport.rails"
             yield Finding("note", what, f"set transport.rails, and unset {name}", name)
+
+
+def guard(environ: Mapping[str, str], place: Place) -> Iterator[Finding]:
+    """What stands before an engine's admin routes, and what the operator has opened."""
+    if place.demo:
+        what = f"{LOOPBACK_VARIABLE}=1: whoever is on this machine may call the server's admin routes"
+        yield Finding("warning", what, f"unset {LOOPBACK_VARIABLE} where it is no demo", LOOPBACK_VARIABLE)
+    if urlsplit(place.hub_url).scheme == "ws" and not is_loopback(place.hub_url):
+        what = f"{VARIABLES['hub_url']} is {place.hub_url}: without TLS, whoever is between can alter what is said"
+        fix = "listen.tls of the daemon, and wss:// here; or see that nobody else reaches that network"
+        yield Finding("note", what, fix, VARIABLES["hub_url"])
+    for name, who in ((OPEN_VARIABLE, "clients may ask for"), (ALLOW_VARIABLE, "holders of the admin key may call")):
+        if environ.get(name, "").strip():
+            yield Finding("note", f"{name}: {who} {environ[name]}", f"unset {name} where nobody needs it", name)
 
 
 def engine(environ: Mapping[str, str], plugin: str) -> Iterator[Finding]:

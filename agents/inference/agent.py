@@ -5,11 +5,12 @@ the control channel live on the agent's thread. Nothing of ours touches the devi
 capture is never disturbed.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from weightsync.agents.errors import AgentError, blame
@@ -39,19 +40,21 @@ from weightsync.orchestrator.protocol.messages import (
     EngineStatus,
     Exposed,
     Fault,
+    Holding,
     Left,
     Quiesced,
     RoundWord,
     Verified,
     Verify,
 )
-from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.protocol.text import clean
 
 __all__ = ["InferenceAgent", "UpdateFailed"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 MIB: Final = 1 << 20
 
@@ -141,8 +144,8 @@ class InferenceAgent:
     def begin(self, info: InitInfo) -> None:
         """Start the agent's thread; the same info again does nothing while the thread lives.
 
-        A thread that has ended is replaced, and so is one whose daemon has moved (``hub_url``, ``token_file``): this
-        memory is the same, so what the old thread obeyed binds the new one.
+        A thread that has ended is replaced, and so is one whose daemon has moved (``hub_url``, in a demo): this memory
+        is the same, so what the old thread obeyed binds the new one.
 
         Raises:
             InfoError: a daemon was obeyed here, and ``info`` names another run or another place in the fleet. Writers
@@ -227,6 +230,16 @@ class InferenceAgent:
             raise UpdateFailed(reason if self._agent is not None else NOBODY)
         self._shadow.switch(info, self._synchronise)
 
+    def around(self, change: Callable[[], T]) -> T:
+        """See ``WeightHolder.around``. On the main thread, between two batches."""
+        if not self.may_run:
+            return change()  # nothing runs on them as it is
+        before = self._weights.digest_anew()
+        try:
+            return change()
+        finally:
+            self._require_as_before(before)
+
     def close(self) -> None:
         """End the agent's thread."""
         if self._agent is not None:
@@ -270,6 +283,20 @@ class InferenceAgent:
                 f"init_info.hub_url: this worker is connected to the daemon at {known!r}, and {info.hub_url!r} was "
                 "asked; end one of the two daemons"
             )
+
+    def _require_as_before(self, before: Digest) -> None:
+        try:
+            self._synchronise()
+            if self._weights.digest_anew() == before:
+                return
+        except Exception:
+            log.exception("the weights cannot be looked at after a call from outside")
+        log.error("a call from outside has changed the weights of %s; they count as torn", self.status.applied)
+        self._holdings.tear(True)
+        agent, status = self._agent, self._holdings.status
+        assert agent is not None, "only what a daemon has committed may run"
+        with contextlib.suppress(RuntimeError):  # its loop has ended; whoever follows it says it with its Hello
+            agent.post(lambda: agent.send(Holding(status=status)))
 
     def _abandoned(self) -> bool:
         lease = self.lease

@@ -5,25 +5,18 @@ for each round; both arrive as the body of a call to the engine. The agent reach
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Protocol, Self, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
 import torch
 from weightsync.agents.errors import AgentError
+from weightsync.agents.inference.place import TOKEN_VARIABLE, VARIABLES, PlaceError, is_loopback, place_of
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_WORLD
 from weightsync.orchestrator.protocol.messages import EngineStatus
 from weightsync.orchestrator.protocol.names import RoundName, Version
-
-ENVIRONMENT: Final = {
-    "hub_url": "WEIGHTSYNC_HUB_URL",
-    "token_file": "WEIGHTSYNC_TOKEN_FILE",
-    "run_id": "WEIGHTSYNC_RUN_ID",
-    "engine": "WEIGHTSYNC_ENGINE",
-}
-"""Fields of ``init_info`` that the environment may give. It then wins: an engine's admin routes may ask for no
-password, and whoever reaches them must not be able to send the agent, with its token, to another hub."""
+from weightsync.orchestrator.protocol.text import clean
 
 T = TypeVar("T")
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
@@ -41,7 +34,8 @@ class InfoError(AgentError, ValueError):
 class InitInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the agent of each worker reaches its daemon.
 
-    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas.
+    ``engine`` is the name of this server in the fleet, ``world`` its number of ranks over all data-parallel replicas,
+    which is all that the call alone says: the rest is in the server's own environment (``place``).
     """
 
     hub_url: Text
@@ -157,6 +151,10 @@ class WeightHolder(Protocol):
     def switch(self, info: SwitchInfo, /) -> None:
         """Serve what waits in standby; returns when it is in place, and raises when it is not."""
 
+    def around(self, change: Callable[[], T], /) -> T:
+        """What ``change`` returns, of which nobody knows what it does to the weights: unless their digest is the same
+        afterwards, nothing runs on them before a round has written them anew."""
+
     def close(self) -> None:
         """The worker ends."""
 
@@ -187,16 +185,30 @@ class WeightHolder(Protocol):
 
 
 def parse_init_info(body: dict[str, Any]) -> InitInfo:
-    """``body`` with what the environment gives.
+    """What the server's environment says, and the world that ``body`` gives: it may say the rest again.
 
     Raises:
-        InfoError: a field is missing, unknown or of the wrong type, or contradicts the environment.
+        InfoError: a field is missing, unknown or of the wrong type, contradicts the environment, or is the
+            environment's alone to say.
     """
-    given = {field: value for field, name in ENVIRONMENT.items() if (value := os.environ.get(name))}
+    try:
+        place = place_of(os.environ)
+    except PlaceError as error:
+        raise InfoError(str(error)) from error
+    if "token_file" in body:
+        raise InfoError(f"init_info.token_file: {TOKEN_VARIABLE} of this server says where its token is, nobody else")
+    given = {field: value for field in VARIABLES if (value := getattr(place, field))}
     for field, value in given.items():
         if body.get(field, value) != value:
-            raise InfoError(f"init_info.{field} contradicts {ENVIRONMENT[field]} of the server's environment")
-    return _convert({**body, **given}, InitInfo, "init_info")
+            raise InfoError(
+                f"init_info.{field} contradicts {VARIABLES[field]} of the server's environment: this engine belongs to"
+                f" {value!r}, and {clean(str(body[field]), 200)!r} was asked; end the daemon that asks, or start the"
+                " engine anew with another environment"
+            )
+    info = _convert({**body, **given, "token_file": str(place.token_file)}, InitInfo, "init_info")
+    if place.demo and not is_loopback(info.hub_url):
+        raise InfoError(f"init_info.hub_url: {info.hub_url!r} is not on this machine, and this server is a demo on it")
+    return info
 
 
 def parse_update_info(body: dict[str, Any], kind: type[T]) -> T:

@@ -115,6 +115,10 @@ class LiveWeights:
         """Of the live memory over the whole layout. Waits for the device."""
         return self._digest()
 
+    def digest_anew(self) -> Digest:
+        """As ``digest``, by means of its own: also while another thread is inside that one."""
+        return prepare_digest(self._tensors, digest_table(self.layout.matrix(), self.layout))()
+
     def arrive(self, version: Version) -> None:
         """See ``Receiver.arrive``."""
         self.receivers.current.arrive(version)

@@ -119,6 +119,21 @@ def call(worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwa
         return CallOutcome(rank, error=f"{type(error).__name__}: {error}")
 
 
+def call_around(
+    worker: Any, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> CallOutcome:
+    """As ``call``, of which nobody knows what it does to the weights; see ``WeightHolder.around``."""
+    agent = _agent(worker)
+    if agent is None:  # then nothing is servable here
+        return call(worker, method, args, kwargs)
+    try:
+        outcome: CallOutcome = agent.around(lambda: call(worker, method, args, kwargs))
+    except Exception as error:  # the digest before it
+        logger.exception("weightsync: the weights cannot be looked at")
+        return CallOutcome(_rank(worker), error=f"{type(error).__name__}: {error}")
+    return outcome
+
+
 def install() -> None:
     """Puts the gate before every batch of this worker process. Repeating it does no harm.
 

@@ -163,6 +163,15 @@ def held_class(core_class: Any) -> type[Any]:
                 raise CallRefused("weightsync: sleep moves the weights from under registered memory; use level 0")
             return super().sleep(level, mode)
 
+        def add_lora(self, lora_request: Any) -> bool:
+            return all(self.collective_rpc("add_lora", args=(lora_request,)))
+
+        def remove_lora(self, lora_id: int) -> bool:
+            return all(self.collective_rpc("remove_lora", args=(lora_id,)))
+
+        def reinitialize_distributed(self, *_: Any, **__: Any) -> Any:
+            raise CallRefused(f"weightsync: {worker_calls.refusal('reinitialize_distributed')}")
+
         def collective_rpc(
             self,
             method: str | Callable[..., Any],
@@ -170,18 +179,30 @@ def held_class(core_class: Any) -> type[Any]:
             args: tuple[Any, ...] = (),
             kwargs: dict[str, Any] | None = None,
         ) -> list[Any]:
-            kwargs = kwargs or {}
             if method in (RESUME, READY, LANDING, boundary.SWITCH):
-                return _answer(self, method, kwargs)
-            if not check_call(self, method, kwargs):
-                return []
-            results = workers.call(self, method, timeout, args, kwargs)
-            if method in worker_calls.OF_A_ROUND and (switch := _lease(self)) is not None:
-                switch.arm() if method == "start_weight_update" else switch.heard()
-            return results
+                return _answer(self, method, kwargs or {})
+            return _call(self, method, timeout, args, kwargs or {})
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
     return Held
+
+
+def _call(
+    core: Any,
+    method: str | Callable[..., Any],
+    timeout: float | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> list[Any]:
+    """What the workers answer, if they may be asked."""
+    if not check_call(core, method, kwargs):
+        return []
+    if worker_calls.is_vouched_for(method):
+        return workers.call_around(core, method, timeout, args, kwargs)
+    results = workers.call(core, method, timeout, args, kwargs)
+    if method in worker_calls.OF_A_ROUND and (switch := _lease(core)) is not None:
+        switch.arm() if method == "start_weight_update" else switch.heard()
+    return results
 
 
 def _answer(core: Any, method: str | Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -22,11 +22,12 @@ def register() -> None:
         return
     if BACKEND in WeightTransferEngineFactory._registry:
         return
-    from weightsync.agents.vllm import hold
+    from weightsync.agents.vllm import guard, hold
     from weightsync.agents.vllm.holders import balancer
     from weightsync.agents.vllm.lora import hook
     from weightsync.agents.vllm.recorder import load_hook
 
+    guard.install()
     hold.install()
     balancer.install()
     hook.install()

@@ -88,5 +88,12 @@ def refusal(method: str | Callable[..., Any]) -> str:
     )
 
 
+def is_vouched_for(method: str | Callable[..., Any]) -> bool:
+    """Whether ``method`` is allowed by the operator's word alone, or touches adapters: weights are looked at then."""
+    if not isinstance(method, str):
+        return not f"{getattr(method, '__module__', '')}.".startswith("vllm.")
+    return method in ADAPTERS or method not in ALLOWED
+
+
 def _allowed_by_the_operator() -> frozenset[str]:
     return frozenset(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(","))

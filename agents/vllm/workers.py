@@ -38,20 +38,42 @@ def call(
     timeout: float | None,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    how: Callable[..., gate.CallOutcome] = gate.call,
 ) -> list[Any]:
     """What ``method`` returned in each worker; every worker has run it, also if others failed.
+
+    Args:
+        how: it runs in a worker.
 
     Raises:
         WorkersFailed: it raised in some.
         TimeoutError: no answer within ``timeout`` seconds.
     """
-    outcomes: list[gate.CallOutcome] = core.model_executor.collective_rpc(gate.call, timeout, (method, args, kwargs))
+    outcomes: list[gate.CallOutcome] = core.model_executor.collective_rpc(how, timeout, (method, args, kwargs))
     if failed := [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error]:
         name = method if isinstance(method, str) else getattr(method, "__name__", "the call")
         raise WorkersFailed(
             f"weightsync: {name} failed in {len(failed)} of {len(outcomes)} workers: {'; '.join(failed)}"
         )
     return [outcome.value for outcome in outcomes]
+
+
+def call_around(
+    core: Any,
+    method: str | Callable[..., Any],
+    timeout: float | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> list[Any]:
+    """As ``call``, of which nobody knows what it does to the weights: the engine is paused where they have changed.
+
+    No batch is scheduled before that is known: the core's one thread is in here.
+    """
+    try:
+        return call(core, method, timeout, args, kwargs, gate.call_around)
+    finally:
+        if not core.is_scheduler_paused() and refusals(ask(core), None):
+            pause_all(core)
 
 
 def refusals(reports: Sequence[gate.WorkerReport], means: Mapping[int, int] | None) -> list[str]:

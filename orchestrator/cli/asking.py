@@ -13,8 +13,12 @@ from weightsync.orchestrator.settings.credentials import Role
 from weightsync.orchestrator.settings.settings import Settings, load
 
 
-def daemon_of(options: argparse.Namespace, role: Role = "viewer") -> tuple[str, str | None, Settings | None] | None:
+def daemon_of(
+    options: argparse.Namespace, role: Role | None = "viewer"
+) -> tuple[str, str | None, Settings | None] | None:
     """URL, token of ``role`` and settings, as far as the options name them; None (said) where they name no daemon.
+
+    ``role`` None: no token is read.
 
     Raises:
         ConfigError: the configuration or the token file cannot be used.
@@ -24,7 +28,8 @@ def daemon_of(options: argparse.Namespace, role: Role = "viewer") -> tuple[str, 
         print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --url and --token-file", file=sys.stderr)
         return None
     url = options.url or settings.agents_url  # type: ignore[union-attr]
-    return url.rstrip("/"), token_for(options.token_file, settings, role), settings
+    token = None if role is None else token_for(options.token_file, settings, role)
+    return url.rstrip("/"), token, settings
 
 
 def ask(verb: str, target: str, by: str, options: argparse.Namespace) -> int:

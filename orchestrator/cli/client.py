@@ -94,6 +94,9 @@ async def fetch(
                 raise Denied(f"{where} refuses the token: {why}. Fix: --token-file must name one of that role")
             if order is not None and response.status != 200 and response.content_type == "text/plain":
                 raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
+            if response.status == 503:
+                why = clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip(), 300)
+                raise Unreachable(f"{where} answered 503: {why}")
             if response.status != 200:
                 raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
             data = bytearray()

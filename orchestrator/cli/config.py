@@ -15,11 +15,11 @@ from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient
-from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of
+from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of, keys_now
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
 from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
 from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
-from weightsync.orchestrator.settings.ownership import require_ours
+from weightsync.orchestrator.settings.ownership import others_read, require_ours
 from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
@@ -107,7 +107,7 @@ def _credentials(directory: Path) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("error", str(error), check="credentials")
         return
-    exposed = [path for path in sorted(directory.glob(f"*{SUFFIX}")) if path.stat().st_mode & 0o077]
+    exposed = [path for path in sorted(directory.glob(f"*{SUFFIX}")) if others_read(path.stat())]
     for path in exposed:
         mode = stat.S_IMODE(path.stat().st_mode)
         what = f"{path} has mode {mode:04o}, others may read it"
@@ -124,8 +124,9 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("error", str(error), check=key)
         return
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    found = path.stat()
+    if others_read(found):
+        mode = stat.S_IMODE(found.st_mode)
         yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", key)
     elif len(secret) < SHORT_TOKEN_CHARS:
         what = f"{path} holds only {len(secret)} characters and can be guessed"
@@ -259,7 +260,8 @@ async def _probe(settings: Settings) -> list[Finding]:
 
 async def _probe_one(engine: EngineSection, settings: Settings) -> list[Finding]:
     check, seconds = f"engine {engine.name}", settings.deadlines.probe_seconds
-    client = client_of(engine, settings.pause, settings.engines_tls)
+    keys = keys_now(settings, engine.name)
+    client = client_of(engine, settings.pause, settings.engines_tls, lambda: keys)
     try:
         facts = await client.probe(seconds)
         notes = "".join(f", {note}" for note in facts.notes)

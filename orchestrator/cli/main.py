@@ -51,6 +51,7 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     completion.set_defaults(run=_completion)
     add_audit_commands(commands)
     _add_tokens(commands)
+    _add_admin_key(commands)
     _add_certs(commands)
     demo = commands.add_parser("demo", help="train a tiny model and push it into a real vLLM, here", add_help=False)
     demo.set_defaults(run=_demo)
@@ -106,6 +107,9 @@ def _add_views(commands: Commands) -> None:
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
     rounds.add_argument("of", nargs="*", metavar="show ROUND", help="one round in full, by its name in the table")
     status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
+    status.add_argument(
+        "--ready", action="store_true", help="for health checks, without a token: exit 0 if the daemon works, else 75"
+    )
     watch = commands.add_parser("watch", help="the status, live, until interrupted")
     watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
     watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
@@ -159,6 +163,27 @@ def _add_certs(commands: Commands) -> None:
     certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
     certs.add_argument("--days", type=count, default=365, metavar="N", help="until they expire (default 365)")
     certs.set_defaults(run=_certs)
+
+
+def _add_admin_key(commands: Commands) -> None:
+    key = commands.add_parser("admin-key", help="print the key that opens an engine's admin routes")
+    key.add_argument("engine", metavar="ENGINE", help="its name in the configuration")
+    add_config_option(key)
+    key.set_defaults(run=_admin_key)
+
+
+def _admin_key(options: argparse.Namespace) -> int:
+    from weightsync.orchestrator.daemon.engines.kinds import admin_keys
+    from weightsync.orchestrator.settings.credentials import read_credentials
+    from weightsync.orchestrator.settings.settings import load
+
+    settings = load(options.config)
+    keys = admin_keys(read_credentials(settings.credentials), settings.run.id, options.engine)
+    if not keys:
+        print(f"{settings.credentials} has no token for engine {options.engine}", file=sys.stderr)
+        return Exit.CONFIG
+    print(keys[0])
+    return Exit.OK
 
 
 def _certs(options: argparse.Namespace) -> int:

@@ -30,6 +30,8 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     """
     if what == "rounds":
         return _rounds(options)
+    if options.ready:
+        return _ready(options)
     view, code = _view(options, "/status", StatusView, admin_journal.status_from)
     if view is None:
         return code
@@ -38,6 +40,21 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
         return code or severity(view)
     print(_json(view) if options.json else status_text(view, time.time()))
     return code
+
+
+def _ready(options: argparse.Namespace) -> int:
+    """Whether the daemon at the configuration's address does what it decides; nobody has to be known for that."""
+    found = daemon_of(options, None)
+    if found is None:
+        return Exit.USAGE
+    url, _, settings = found
+    try:
+        answer = asyncio.run(fetch(url + "/readyz", None, options.timeout, tls=tls_for(url, settings)))
+    except (Denied, Unreachable) as error:
+        print(error, file=sys.stderr)
+        return Exit.TEMPORARY
+    print(clean(answer.decode(errors="replace").strip(), 300))
+    return Exit.OK
 
 
 def _rounds(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from weightsync.orchestrator.core.commands import (
 from weightsync.orchestrator.core.events import Appended, NeedsReady, PlanReady, PlanRejected
 from weightsync.orchestrator.core.records import RoundBegan, RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.history import History
+from weightsync.orchestrator.daemon.admin.trail import Trail
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
@@ -66,10 +67,12 @@ class Outbox:
         markers: MarkerThread,
         stable: StableWatch,
         meters: Meters,
+        trail: Trail,
     ) -> None:
         self._inbox, self._journal, self._history = inbox, journal, history
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable, self._meters = planning, markers, stable, meters
+        self._trail = trail
         self._batches: asyncio.Queue[list[Command] | asyncio.Future[None]] = asyncio.Queue()
         self._busy_since: float | None = None
         self._in_round = False
@@ -123,6 +126,7 @@ class Outbox:
         for command in commands:
             record = command.record
             self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
+            self._trail.durable(record)
             row = self._history.remember(record, time.time())
             if row is not None:
                 round_line(row)

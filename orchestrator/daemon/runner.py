@@ -25,6 +25,7 @@ from weightsync.orchestrator.daemon.admin.applications import Applications
 from weightsync.orchestrator.daemon.admin.audit import Audit
 from weightsync.orchestrator.daemon.admin.history import SHOWN, History
 from weightsync.orchestrator.daemon.admin.live import LiveViews
+from weightsync.orchestrator.daemon.admin.trail import Trail
 from weightsync.orchestrator.daemon.admin.verbs import Verbs
 from weightsync.orchestrator.daemon.engines.calls import Engines
 from weightsync.orchestrator.daemon.engines.kinds import check_kinds, section_of
@@ -93,6 +94,9 @@ class Runner:
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
+        self.audit = Audit(settings.state_directory)
+        self.trail = Trail(self.audit)
+        self.access.refusals.audited = self.trail.refused
         self.supervisor = Supervisor()
         self._frozen_for = 0
         self.fleet: Fleet
@@ -133,6 +137,7 @@ class Runner:
                     group.create_task(self.outbox.run(), name="outbox"),
                     group.create_task(self.stable.run(), name="markers"),
                     group.create_task(self._tick(), name="ticks"),
+                    group.create_task(self.trail.run(), name="audit log"),
                     group.create_task(self.reload.run(), name="reload"),
                     group.create_task(self.reload.watch(), name="engines_from"),
                     group.create_task(self.access.credentials.watch(self.settings.rescan_seconds), name="credentials"),
@@ -166,10 +171,14 @@ class Runner:
         self.fleet, commands = start(
             policy_of(self.settings), self.journal.journal_id, records, now, secrets.token_hex(8)
         )
+        for name, opened in self.fleet.memory.open_rounds.items():
+            self.trail.decided(name, opened.digests)
         return commands
 
     def _open_outbox(self) -> None:
-        self.engines = Engines(self.settings, self.inbox, lambda: self.fleet.memory.admitted)
+        self.engines = Engines(
+            self.settings, self.inbox, lambda: self.fleet.memory.admitted, self.access.credentials.of_engine
+        )
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
             inbox=self.inbox,
@@ -182,6 +191,7 @@ class Runner:
             markers=self.markers,
             stable=self.stable,
             meters=self.meters,
+            trail=self.trail,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
@@ -199,7 +209,7 @@ class Runner:
             access=self.access,
             meters=self.meters,
             work=lambda: self.outbox.obstacle,
-            verbs=Verbs(self.fleet, Audit(self.settings.state_directory), self._ask, self.inbox.next_id),
+            verbs=Verbs(self.fleet, self.audit, self._ask, self.inbox.next_id),
         )
         self.page = Page(
             fleet=self.fleet,

@@ -18,6 +18,7 @@ from weightsync.orchestrator.settings.credentials import make_tokens, role_file
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
+RUN: Final = "demo"
 ENGINES: Final[Mapping[str, str]] = {"engine-0": "", "engine-1": "live"}
 """Name → WEIGHTSYNC_MODE, empty for what an engine does by default."""
 
@@ -182,7 +183,7 @@ class DemoRun:
         )
         return (
             "# The demo's daemon; weightsync-orchestrator config example explains every key.\n"
-            f"run:\n  id: demo\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
+            f"run:\n  id: {RUN}\n  directory: {json.dumps(str(self.directory / 'run'))}\n"
             f"state_directory: {json.dumps(str(self.directory / 'state'))}\n"
             f"listen:\n  host: {HOST}\n  port: {self.hub.number}\n"
             f"credentials: {json.dumps(str(self.credentials))}\n"
@@ -203,7 +204,7 @@ class DemoRun:
             sys.executable, "-m", "weightsync.agents.trainer.demo",
             "--hub", f"ws://{HOST}:{self.hub.number}/agents",
             "--token-file", str(role_file(self.credentials, "trainer")),
-            "--run-id", "demo", "--run-dir", str(self.directory / "run"),
+            "--run-id", RUN, "--run-dir", str(self.directory / "run"),
             "--model-config", str(self.model), "--tokens", str(self.directory / "tokens.json"),
             "--learning-rate", str(LEARNING_RATE), "--steps", str(self.steps[-1]),
             "--publish-every", str(steps_per_version(self.versions)),
@@ -241,13 +242,24 @@ class DemoRun:
             "WORLD_SIZE": str(RANKS),
         }
 
-    def engine_environment(self, mode: str = "") -> dict[str, str]:
+    def engine_environment(self, name: str = "") -> dict[str, str]:
         """The environment of a vLLM server that listens on the loopback interface only.
 
         Args:
-            mode: in which versions land in it; empty for the default.
+            name: of ENGINES; empty for one that is none of the run's.
         """
-        added = {"WEIGHTSYNC_MODE": mode} if mode else {}
+        added = (
+            {}
+            if not name
+            else {
+                "WEIGHTSYNC_HUB_URL": f"ws://{HOST}:{self.hub.number}/agents",
+                "WEIGHTSYNC_RUN_ID": RUN,
+                "WEIGHTSYNC_ENGINE": name,
+                "WEIGHTSYNC_TOKEN_FILE": str(role_file(self.credentials, "engine")),
+            }
+        )
+        if mode := ENGINES.get(name):
+            added["WEIGHTSYNC_MODE"] = mode
         added |= {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",

@@ -111,7 +111,7 @@ class Demo:
         ]
         for name, port in run.engines.items():
             command = run.engine_command(run.model, port, ours=True)
-            self._servers[name] = start(name, command, run.engine_environment(ENGINES[name]), run.log(name))
+            self._servers[name] = start(name, command, run.engine_environment(name), run.log(name))
         where = "on the CPU" if run.vllm.cpu_plugin is not None else "on the GPU"
         self._screen.begins("daemon", f"weightsync-orchestrator run --config {run.config.name}")
         self._screen.begins("trainer", f"{RANKS} ranks, FSDP2 over gloo, float32 masters of a 4 M parameter Qwen3")

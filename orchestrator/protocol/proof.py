@@ -7,6 +7,9 @@ another TLS connection: the channel is named by the daemon's certificate (as RFC
 whoever stands between the two cannot present.
 
 The daemon proves itself in the answer to the upgrade, and an agent that does not believe it says nothing further.
+
+An engine's server asks for a key of its own before its admin routes (``admin_key``). It is made from the same token, so
+that nobody has to hand out another secret, and is good for nothing else.
 """
 
 import hashlib
@@ -27,6 +30,9 @@ RUN_HEADER: Final = "Weightsync-Run"
 
 PROOF_HEADER: Final = "Weightsync-Proof"
 """Of the answer: the daemon's proof, in hexadecimal. The agent's is the beginning of its first frame."""
+
+ADMIN_HEADER: Final = "Weightsync-Admin"
+"""Of a request to an engine's admin route: admin keys with commas between, of which one has to be right."""
 
 NONCE_BYTES: Final = 32
 PROOF_BYTES: Final = 32
@@ -54,6 +60,12 @@ class Challenge:
 def key_of(token: str) -> str:
     """By which the daemon finds the token among its own; it says no more of it than a proof does."""
     return _hmac(token, b"weightsync key")[:_KEY_BYTES].hex()
+
+
+def admin_key(token: str, run_id: str, engine: str) -> str:
+    """What opens the admin routes of ``engine`` in this run, in hexadecimal: it is sent, and neither gives the token
+    nor opens another engine."""
+    return _hmac(token, msgspec.msgpack.encode(("admin", run_id, engine))).hex()
 
 
 def channel_of(certificate: bytes | None) -> bytes:

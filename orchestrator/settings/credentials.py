@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -89,6 +90,15 @@ def read_credentials(directory: Path) -> dict[str, Credential]:
     if missing:
         problem = f"has no {' and no '.join(role + SUFFIX for role in missing)}, so no agent could come in"
         raise ConfigError(directory, Problem("", "", problem, f"weightsync-orchestrator tokens {directory}"))
+    return found
+
+
+def tokens_of_engines(known: Mapping[str, Credential]) -> dict[str, tuple[str, ...]]:
+    """By name of an engine the tokens that are bound to it; by the empty name those that any engine may hold."""
+    found: dict[str, tuple[str, ...]] = {}
+    for token, credential in known.items():
+        if credential.role == "engine":
+            found[credential.name] = (*found.get(credential.name, ()), token)
     return found
 
 

@@ -5,6 +5,7 @@ from typing import Final
 from weightsync.orchestrator.settings.problems import Key
 
 MOVED: Final[dict[str, tuple[str, str]]] = {
+    "agents_token_file": ("", "remove it: WEIGHTSYNC_TOKEN_FILE in each engine's environment says where its token is"),
     "deadlines.http_seconds": ("", "remove it: each call has the deadline of the wait that it belongs to"),
     "deadlines.rendezvous_seconds": ("deadlines.join_seconds", "remove it: deadlines.join_seconds covers that wait"),
     "listen.token_file": (

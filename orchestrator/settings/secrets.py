@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token, parse_tokens
-from weightsync.orchestrator.settings.ownership import require_ours
+from weightsync.orchestrator.settings.ownership import followed
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 
 T = TypeVar("T")
@@ -32,8 +32,7 @@ def read_tokens(path: Path) -> tuple[str, ...]:
 
 def _read(path: Path, parse: Callable[[bytes, object], T]) -> T:
     try:
-        require_ours(path)
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+        with open(os.open(followed(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
             data = stream.read(MAX_TOKEN_BYTES + 1) or b""
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         fix = "create it, readable by the daemon's user only (mode 0600)"

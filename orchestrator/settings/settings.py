@@ -12,9 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from weightsync.orchestrator.core.policy import FanOut
-from weightsync.orchestrator.protocol.limits import MAX_PATH_BYTES
 from weightsync.orchestrator.settings.anchors import anchored
-from weightsync.orchestrator.settings.credentials import role_file
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
 from weightsync.orchestrator.settings.explain import explain
@@ -58,12 +56,6 @@ class Settings(BaseSettings):
     )
     advertise_url: Url | None = Field(
         default=None, description="URL by which agents reach the daemon; null: from listen."
-    )
-    agents_token_file: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=MAX_PATH_BYTES,
-        description="Path of the engines' token on their hosts; null: engine.token in credentials.",
     )
     engines: Annotated[tuple[EngineSection, ...], NUMBERED] = Field(
         default=(), max_length=MAX_ENGINES, description="The vLLM servers."
@@ -153,11 +145,6 @@ class Settings(BaseSettings):
             return self.advertise_url.rstrip("/")
         host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
         return f"{'http' if self.listen.tls is None else 'https'}://{host}:{self.listen.port}"
-
-    @property
-    def agents_token_path(self) -> str:
-        """Where the engines' agents find the token, on their own hosts."""
-        return self.agents_token_file or str(role_file(self.credentials, "engine"))
 
     @property
     def journal_path(self) -> Path:

@@ -5,7 +5,7 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.settings.ownership import require_ours
+from weightsync.orchestrator.settings.ownership import followed
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import ListenTls
 
@@ -53,8 +53,7 @@ def load_certificate(context: ssl.SSLContext, certificate_file: Path, key_file: 
         ConfigError: a file cannot be used; the key has to be ours alone to write.
     """
     try:
-        require_ours(key_file)
-        context.load_cert_chain(certificate_file, key_file, password=_no_password)
+        context.load_cert_chain(certificate_file, followed(key_file), password=_no_password)
     except (OSError, ValueError) as error:  # of ssl, too
         problem = f"cannot be used with {certificate_file} as certificate and key: {_reason(error)}"
         fix = "name a PEM file with the certificate and one with its key, without a password"
@@ -78,8 +77,7 @@ def certificate_in(path: Path) -> bytes:
 
 def _load_ca(context: ssl.SSLContext, ca_file: Path) -> None:
     try:
-        require_ours(ca_file)
-        context.load_verify_locations(ca_file)
+        context.load_verify_locations(followed(ca_file))
     except (OSError, ValueError) as error:
         problem = f"cannot be used as authority: {_reason(error)}"
         raise ConfigError(ca_file, Problem("", "", problem, "name a PEM file with its certificate")) from error

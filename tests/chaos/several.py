@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+from engine_places import place
 from fleet import HERE, Fleet, Process
 from pointed import Pointed
 from safetensors.torch import load_file
@@ -138,6 +139,9 @@ class Several(Pointed):
         self.directory = directory
         self.engines = {engine.name: engine for engine in engines}
         whole = Fleet(directory / "fleet", self.engines, settings=dict(settings), host=host)  # type: ignore[arg-type]
+        for engine in self.engines.values():
+            url, token = f"ws://{host}:{whole.port}/agents", whole.credentials / "engine.token"
+            engine.env = {**place(token, url, whole.run_id, engine.name), **engine.env}
         super().__init__(whole)
 
     def open(self, world: int = 1, **options: Any) -> Self:

@@ -124,14 +124,17 @@ class Trainer:
 
 @dataclass
 class Fleet:
-    """One run: its directory, its configuration, and the processes that were started."""
+    """One run: its directory, its configuration, and the processes that were started.
+
+    Its daemon is where the first of its real servers looks for it, and the token is that server's.
+    """
 
     directory: Path
     engines: Mapping[str, VllmServer]
     settings: dict[str, Any] = field(default_factory=dict)
     run_id: str = "e2e"
     host: str = HOST
-    port: int = field(default_factory=free_port)
+    port: int = 0
     daemon: Process | None = None
     trainers: list[Trainer] = field(default_factory=list)
 
@@ -140,6 +143,10 @@ class Fleet:
         (self.directory / "run").mkdir(exist_ok=True)
         self.credentials = self.directory / "credentials"
         make_tokens(self.credentials)
+        servers = [server for server in self.engines.values() if isinstance(server, VllmServer)]
+        if servers:
+            (self.credentials / "engine.token").write_text(servers[0].token + "\n")
+        self.port = self.port or (servers[0].hub_port if servers else free_port())
         self.token = self.credentials / "trainer.token"
         self.config = self.directory / "config.yaml"
         self.config.write_text(yaml.safe_dump(self._document()))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,7 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from engine_places import place
 from tiny_models import qwen3_config, qwen3_shapes, random_state, save_model, tiny_qwen3
+from weightsync.orchestrator.protocol.proof import ADMIN_HEADER, admin_key
 
 __all__ = [
     "Answer", "Hammer", "RequestFailed", "VllmServer", "answers", "environment", "free_port",
@@ -130,8 +133,10 @@ class VllmServer:
     """``vllm serve`` in a session of its own, from ``start`` to ``close``; also a context manager that does both.
 
     ``weightsync`` chooses our weight-transfer backend; without it the server is an ordinary one that serves what
-    ``model_dir`` holds. ``log`` is the file that takes the server's output (default: beside the model). On a
-    ``device`` "cuda" it leaves most of the GPU's memory to others; without ``eager`` it compiles and captures graphs.
+    ``model_dir`` holds. It is ``name`` of the run ``run_id``, and knows where a ``Fleet`` with it has its daemon, and
+    by which token the two know each other. ``log`` is the file that takes the server's output (default: beside the
+    model). On a ``device`` "cuda" it leaves most of the GPU's memory to others; without ``eager`` it compiles and
+    captures graphs.
     """
 
     model_dir: Path
@@ -145,11 +150,36 @@ class VllmServer:
     prefix_caching: bool = False
     device: str = "cpu"
     eager: bool = True
+    name: str = "engine"
+    run_id: str = "e2e"
+    hub_port: int = field(default_factory=free_port)
+    token: str = field(default_factory=lambda: secrets.token_hex(32))
     process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
+
+    @property
+    def hub_url(self) -> str:
+        return f"ws://{HOST}:{self.hub_port}/agents"
+
+    @property
+    def token_file(self) -> Path:
+        return self.model_dir.parent / f"engine-{self.port}.token"
+
+    @property
+    def admin_key(self) -> str:
+        """What its admin routes ask for."""
+        return admin_key(self.token, self.run_id, self.name)
+
+    def _place(self) -> dict[str, str]:
+        """Whose it is, as its environment says it."""
+        if not self.weightsync:
+            return {}
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(self.token + "\n")
+        return place(self.token_file, self.hub_url, self.run_id, self.name)
 
     @property
     def log_path(self) -> Path:
@@ -176,7 +206,7 @@ class VllmServer:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
-                env=environment(self.model_dir.parent, self.env, self.device),
+                env=environment(self.model_dir.parent, {**self._place(), **self.env}, self.device),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -255,11 +285,23 @@ class VllmServer:
         self.close()
 
     # ---------------------------------------------------------------------------------------------------- requests
-    def request(self, method: str, path: str, body: Any = None, timeout: float = ANSWER_SECONDS) -> tuple[int, Any]:
-        """One HTTP exchange: the status, and the body as JSON if it is that, else as text."""
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        timeout: float = ANSWER_SECONDS,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any]:
+        """One HTTP exchange: the status, and the body as JSON if it is that, else as text.
+
+        Args:
+            headers: in the place of the admin key.
+        """
         connection = HTTPConnection(HOST, self.port, timeout=timeout)
         try:
-            headers = {} if body is None else {"Content-Type": "application/json"}
+            headers = dict({ADMIN_HEADER: self.admin_key} if headers is None else headers)
+            headers |= {} if body is None else {"Content-Type": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             text = response.read().decode()

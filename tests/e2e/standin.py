@@ -18,7 +18,7 @@ import msgspec
 import torch
 from aiohttp import web
 from weightsync.agents.inference.agent import InferenceAgent
-from weightsync.agents.inference.calls import InitInfo, LiveModel, UpdateInfo, parse_switch_info
+from weightsync.agents.inference.calls import LiveModel, UpdateInfo, parse_init_info, parse_switch_info
 from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.names import Version
 
@@ -107,7 +107,7 @@ class Engine:
             case "/collective_rpc":
                 self._resume(body["kwargs"]["incarnations"])
             case "/init_weight_transfer_engine":
-                self._agent.begin(msgspec.convert(body["init_info"], InitInfo))
+                self._agent.begin(parse_init_info(body["init_info"]))
             case "/start_weight_update":
                 self._open = True
             case "/update_weights":

@@ -5,12 +5,16 @@ import json
 import math
 import os
 import re
+import resource
 import secrets
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,15 +26,16 @@ import pytest
 import torch
 from fleet import Fleet, Trainer, fleet
 from scripted_trainer import masters
-from serving import HOST, VllmServer, answers, free_port
+from serving import DEFAULT_PROMPTS, HOST, Hammer, VllmServer, answers, free_port
 from tiny_models import model_shapes, qwen3_config
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from weightsync.agents.link.client import RefusedForGood
 from weightsync.agents.link.token import read_token
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import UnfitTensor, UnreadTensors
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.vllm.routes import PUBLIC
 from weightsync.orchestrator.daemon.journal import Journal
 from weightsync.orchestrator.protocol.codec import decode_from_daemon
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -38,10 +43,12 @@ from weightsync.orchestrator.protocol.markers import encode_manifest, manifest
 from weightsync.orchestrator.protocol.messages import Welcome
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.protocol.proof import (
+    ADMIN_HEADER,
     KEY_HEADER,
     NONCE_BYTES,
     NONCE_HEADER,
     Challenge,
+    admin_key,
     agent_proof,
     key_of,
 )
@@ -220,16 +227,22 @@ WRONG_WORDS: list[dict[str, Any]] = [
 
 
 @contextlib.contextmanager
-def agent(whole: Fleet, **change: Any) -> Iterator[ClientConnection]:
-    """The connection of an agent that has said Hello, in bytes of its own."""
-    hello = HELLO | change
-    role = "trainer" if hello["member"][0] == "trainer" else "engine"
-    token = read_token(whole.credentials / f"{role}.token")
+def knocking(whole: Fleet, token: str) -> Iterator[tuple[ClientConnection, Challenge]]:
+    """A connection on which the daemon has proved itself, and its agent has said nothing yet."""
     nonce = secrets.token_hex(NONCE_BYTES)
     headers = {KEY_HEADER: key_of(token), NONCE_HEADER: nonce}
     with connect(f"ws://{HOST}:{whole.port}/agents", additional_headers=headers, compression=None) as socket:
         assert socket.response is not None
-        challenge = Challenge(whole.run_id, nonce, socket.response.headers[NONCE_HEADER], b"")
+        yield socket, Challenge(whole.run_id, nonce, socket.response.headers[NONCE_HEADER], b"")
+
+
+@contextlib.contextmanager
+def agent(whole: Fleet, credential: str = "", **change: Any) -> Iterator[ClientConnection]:
+    """The connection of an agent that has said Hello, in bytes of its own. ``credential``: in the place of its own."""
+    hello = HELLO | change
+    role = credential or ("trainer" if hello["member"][0] == "trainer" else "engine")
+    token = read_token(whole.credentials / f"{role}.token")
+    with knocking(whole, token) as (socket, challenge):
         frame = msgspec.msgpack.encode(hello)
         socket.send(agent_proof(token, challenge, frame) + frame)
         yield socket
@@ -261,6 +274,109 @@ def test_no_word_of_an_agent_ends_the_daemon_or_its_journal(lonely: Fleet) -> No
     assert lonely.status()["epoch"] == before + 1
     with agent(lonely) as ordinary:
         assert isinstance(decode_from_daemon(ordinary.recv(timeout=20)), Welcome)
+
+
+# ------------------------------------------------------------------------------------------- strangers at the daemon
+ENGINE: dict[str, Any] = {"member": ["inference", "engine", 0], "generation": 0, "engine": {}}
+TRAINER: dict[str, Any] = {"trainer": {}}
+
+
+@pytest.mark.parametrize(
+    ("credential", "change", "words"),
+    [
+        ("trainer", ENGINE, "came with the credential of role trainer; give it the token in engine.token"),
+        ("engine", TRAINER, "came with the credential of role engine; give it the token in trainer.token"),
+    ],
+)
+def test_the_credential_of_another_role_is_refused_by_name(
+    lonely: Fleet, credential: str, change: dict[str, Any], words: str
+) -> None:
+    with agent(lonely, credential, **change) as stranger:
+        refused = decode_from_daemon(stranger.recv(timeout=20))
+        assert words in getattr(refused, "reason", "")
+        until_closed(stranger)
+
+
+@pytest.mark.parametrize("role", ["viewer", "operator"])
+def test_a_token_that_is_for_people_makes_no_agent(lonely: Fleet, role: str) -> None:
+    with pytest.raises(InvalidStatus, match=r"HTTP 40[13]"), agent(lonely, role):
+        pass
+
+
+def test_what_was_heard_on_one_connection_serves_on_no_other(lonely: Fleet) -> None:
+    token = read_token(lonely.token)
+    frame = msgspec.msgpack.encode(HELLO | TRAINER)
+    with knocking(lonely, token) as (socket, challenge):
+        proved = agent_proof(token, challenge, frame) + frame
+        socket.send(proved)
+        assert isinstance(decode_from_daemon(socket.recv(timeout=20)), Welcome)
+        with knocking(lonely, token) as (replaying, _):
+            replaying.send(proved)
+            assert "does not prove that it holds the token" in until_closed(replaying)
+        socket.send(proved)  # nor a second time on its own
+        assert "malformed frame" in until_closed(socket)
+    lonely.until(lambda: not lonely.status()["trainers"], "the agent to be gone")
+
+
+def test_what_a_stolen_viewers_token_opens(lonely: Fleet) -> None:
+    token = read_token(lonely.credentials / "viewer.token")
+
+    def asks(path: str, data: bytes | None = None, bearer: str = token) -> int:
+        headers = {"Authorization": f"Bearer {bearer}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://{HOST}:{lonely.port}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert [asks(path) for path in ("/status", "/metrics", "/rounds")] == [200] * 3
+    assert asks("/verbs/hold", b'{"target": "engine", "reason": "x", "by": "y"}') == 403
+    assert asks("/status", bearer=read_token(lonely.token)) == 403
+    lines = (lonely.directory / "state" / "audit.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines if json.loads(line)["verb"] == "refused"]
+    assert any("this needs the credential of role operator" in line["reason"] for line in kept)
+    assert command_line("audit", "verify", "--config", str(lonely.config)).returncode == 0
+
+
+def test_half_requests_of_a_stranger_cost_nobody_anything(lonely: Fleet) -> None:
+    assert lonely.daemon is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    before = len(lonely.daemon.log.read_text().splitlines())
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(1100):
+                stranger = opened.enter_context(
+                    socket.create_connection((HOST, lonely.port), timeout=20, source_address=("127.0.0.2", 0))
+                )
+                with contextlib.suppress(ConnectionError):  # of those beyond the places for one address
+                    stranger.sendall(b"GET /agents HTTP/1.1\r\nHost: x\r\nX-Half: ")
+            assert lonely.status() is not None
+            with agent(lonely) as honest:
+                assert isinstance(decode_from_daemon(honest.recv(timeout=20)), Welcome)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(lonely.daemon.log.read_text().splitlines()) - before < 100
+    lonely.until(lambda: not lonely.status()["trainers"], "the agent to be gone")
+
+
+def test_a_signal_that_asks_to_read_again_ends_nothing(lonely: Fleet) -> None:
+    assert lonely.daemon is not None
+    assert lonely.daemon.child is not None
+    before = lonely.status()["epoch"]
+    lonely.daemon.child.send_signal(signal.SIGHUP)
+    lonely.until(lambda: "read again" in lonely.daemon.log.read_text(), "it to read")  # type: ignore[union-attr]
+    assert lonely.status()["epoch"] == before
+
+
+def test_an_address_that_is_taken_ends_with_75(lonely: Fleet, tmp_path: Path) -> None:
+    other = tmp_path / "config.yaml"
+    other.write_text(lonely.config.read_text().replace(str(lonely.directory / "state"), str(tmp_path / "state")))
+    done = command_line("run", "--config", str(other))
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(lonely.port) in done.stderr
 
 
 def test_no_name_below_the_run_directory_ends_it_or_the_next_start(lonely: Fleet) -> None:
@@ -423,7 +539,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served")
-    server = VllmServer(qwen3, log=directory / "vllm.log").start()
+    env = {"WEIGHTSYNC_ALLOW_CALLS": "look_at_weights,change_weights"}
+    meddler = ("--worker-extension-cls", "weightsync_cpu_test_plugin.Meddler")
+    server = VllmServer(qwen3, env=env, arguments=meddler, log=directory / "vllm.log").start()
     settings = {"deadlines": {"join_seconds": JOIN_SECONDS}, "commit": {"patience_seconds": 1}}
     try:
         server.wait_ready()
@@ -436,6 +554,83 @@ def served(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             yield Served(whole, server, trainer)
     finally:
         server.close()
+
+
+# ----------------------------------------------------------------------------------- strangers at a server that is held
+def strangers(served: Served) -> dict[str, dict[str, str]]:
+    """What somebody may have instead of the admin key, as headers."""
+    tokens = {
+        role: read_token(served.whole.credentials / f"{role}.token") for role in ("trainer", "viewer", "operator")
+    }
+    run, name, engine = served.whole.run_id, "engine", served.server.token
+    return {
+        "nothing": {},
+        **{f"the {role}'s token": {"Authorization": f"Bearer {token}"} for role, token in tokens.items()},
+        "the engine's token itself": {"Authorization": f"Bearer {engine}", ADMIN_HEADER: engine},
+        "a key of the trainer's token": {ADMIN_HEADER: admin_key(tokens["trainer"], run, name)},
+        "another engine's key": {ADMIN_HEADER: admin_key(engine, run, "silent")},
+        "another run's key": {ADMIN_HEADER: admin_key(engine, "other", name)},
+        "which token it is": {ADMIN_HEADER: key_of(engine)},
+    }
+
+
+def nobody_is_answered(server: VllmServer) -> None:
+    """The engine is paused, and a request waits in its queue."""
+    assert server.is_paused()
+    with pytest.raises(TimeoutError):
+        server.complete((5, 6, 7), 2, timeout=1.0)
+
+
+def test_no_route_but_those_for_clients_answers_a_stranger(served: Served) -> None:
+    """Of the server's own list of its routes, each with every other credential that there is."""
+    status, document = served.server.request("GET", "/openapi.json", headers={})
+    assert status == 200
+    paths = {path: sorted(methods) for path, methods in document["paths"].items() if path not in PUBLIC}
+    assert paths.keys() >= {"/pause", "/resume", "/collective_rpc", "/sleep", "/wake_up", "/server_info", "/is_paused"}
+    for who, headers in strangers(served).items():
+        for path, methods in paths.items():
+            for method in (*methods, "OPTIONS", "HEAD"):
+                asked = path.replace("{", "").replace("}", "")
+                status, body = served.server.request(method.upper(), asked, {}, headers=headers)
+                assert status == 401, (who, method, path, body)
+    assert "asks for the engine's admin key" in str(served.server.request("POST", "/resume", {}, headers={})[1])
+    nobody_is_answered(served.server)
+
+
+ROGUE = {"hub_url": "ws://127.0.0.1:1/agents", "world": 1}
+WITH_THE_KEY: dict[str, tuple[str, Any, str]] = {
+    "resume": ("/resume", None, "not servable"),
+    "wake up": ("/wake_up", None, "not servable"),
+    "sleep": ("/sleep?level=1", None, "moves the weights"),
+    "another daemon": ("/init_weight_transfer_engine", {"init_info": ROGUE}, "contradicts WEIGHTSYNC_HUB_URL"),
+    "a file": ("/init_weight_transfer_engine", {"init_info": {"token_file": "/etc/shadow"}}, "init_info.token_file"),
+    "another name": ("/init_weight_transfer_engine", {"init_info": {"engine": "b", "world": 1}}, "WEIGHTSYNC_ENGINE"),
+    "no update": ("/update_weights", {"update_info": {}}, "/start_weight_update first"),
+    "the agent's end": ("/shutdown_weight_transfer_engine", None, "the daemon needs the agent"),
+    "its end by call": ("/collective_rpc", {"method": "shutdown_weight_transfer_engine"}, "the daemon needs the agent"),
+    "a load": ("/collective_rpc", {"method": "load_model"}, "it changes the weights"),
+    "a reload": ("/collective_rpc", {"method": "reload_weights"}, "it changes the weights"),
+    "a change": ("/collective_rpc", {"method": "update_config", "args": ["load_config", {}]}, "update_config is refu"),
+    "a reset": ("/weight_checker", {"action": "reset"}, "reset_weights is refused"),
+    "who knows": ("/collective_rpc", {"method": "execute_method"}, "nobody knows whether it changes weights"),
+    "a resume": (
+        "/collective_rpc", {"method": "weightsync_resume", "kwargs": {"incarnations": {"0": 1}}}, "not servable",
+    ),
+    "a switch": ("/collective_rpc", {"method": "weightsync_switch", "kwargs": {}}, "switch: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WITH_THE_KEY)
+def test_a_held_engine_answers_nobody_whoever_has_its_key(served: Served, what: str) -> None:
+    path, body, words = WITH_THE_KEY[what]
+    status, said = served.server.post(path, body)
+    assert status >= 400, said
+    assert words in str(said) or words in served.server.log_path.read_text(errors="replace")
+    assert served.server.is_paused()
+
+
+def test_after_all_of_that_the_held_engine_answers_nobody_still(served: Served) -> None:
+    nobody_is_answered(served.server)
 
 
 def test_an_engine_that_never_answers_delays_nobody_beyond_its_deadline(served: Served) -> None:
@@ -463,6 +658,47 @@ def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(ser
     with pytest.raises(TimeoutError, match="trainer/0 of another trainer start is still connected"):
         in_process_trainer(served.whole)
     assert [rank["pid"] for rank in served.whole.status()["trainers"]] == [rank["pid"] for rank in before]
+    assert served.publish()["sequence"] == served.step
+
+
+# ---------------------------------------------------------------------------------------- strangers at one that serves
+@pytest.mark.parametrize(
+    ("run_id", "words"), [("e2e", "this engine belongs to"), ("staging", "asks for the engine's admin key")]
+)
+def test_a_second_daemon_with_copied_tokens_gets_no_engine(
+    served: Served, tmp_path: Path, run_id: str, words: str
+) -> None:
+    """It has its own state and port, as after a copy of the configuration; and the same run, or another one."""
+    before = answers(served.server)
+    second = Fleet(tmp_path / "second", {"engine": Address(served.server.url)}, run_id=run_id)  # type: ignore[dict-item]
+    (second.credentials / "engine.token").write_text(served.server.token)
+    try:
+        second.start_daemon()
+        second.until(lambda: words in second.engine("engine")["error"], "it to be told whose the engine is")
+        assert second.engine("engine")["state"] != "serving"
+    finally:
+        second.close()
+    assert answers(served.server) == before
+    assert served.publish()["sequence"] == served.step
+    assert served.whole.engine("engine")["state"] == "serving"
+
+
+def test_after_a_call_that_changed_nothing_the_engine_serves_on(served: Served) -> None:
+    before = answers(served.server)
+    assert served.server.post("/collective_rpc", {"method": "look_at_weights"})[0] == 200
+    assert not served.server.is_paused()
+    assert answers(served.server) == before
+
+
+def test_after_a_call_that_changed_weights_nobody_is_answered_until_they_are_mended(served: Served) -> None:
+    before = answers(served.server)
+    with Hammer(served.server, clients=1, timeout=60.0) as hammer:
+        assert hammer.wait_answer()
+        assert served.server.post("/collective_rpc", {"method": "change_weights"})[0] == 200
+        served.whole.until(lambda: not served.server.is_paused(), "the daemon to mend it")
+    assert {answer for _, answer in hammer.answers} == {served.server.complete(DEFAULT_PROMPTS[0], 4)}
+    assert answers(served.server) == before
+    assert "a call from outside has changed the weights" in served.server.log_path.read_text(errors="replace")
     assert served.publish()["sequence"] == served.step
 
 

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 LONG = 30.0
 """Total deadline of a call, in seconds; nothing here takes so long."""
 
-HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
+HUB = HubAddress("ws://h/agents", "glm")
 UPDATE = RoundUpdate(RoundName(3, 9), Version(7, 40), 20.0)
 
 
@@ -130,7 +130,7 @@ async def test_a_round_through_vllms_routes() -> None:
     assert engine.called[5] == ("collective_rpc", resume)
     assert engine.called[0] == (
         "init",
-        {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4},
+        {"hub_url": "ws://h/agents", "run_id": "glm", "engine": "a", "world": 4},
     )
     assert engine.called[1] == ("pause", {"mode": "keep", "clear_cache": True})
     assert engine.called[3] == (

@@ -19,6 +19,7 @@ import pytest
 from serving import Answer, Hammer, VllmServer
 from weightsync.orchestrator.cli.doctor import servers
 from weightsync.orchestrator.cli.doctor.places import urls_of
+from weightsync.orchestrator.settings.credentials import make_tokens
 from weightsync.orchestrator.settings.settings import load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -27,12 +28,6 @@ PROMPT = (5, 6, 7, 8)
 QUIET_SECONDS = 2.0
 """How long clients must get nothing; an answer of this model takes some 50 ms."""
 
-INIT = {
-    "hub_url": "ws://127.0.0.1:1",
-    "token_file": "/nonexistent",
-    "run_id": "run",
-    "engine": "engine",
-}
 UPDATE = {"token": "1.1", "round_epoch": 1, "round_number": 1, "generation": 1, "step": 1, "deadline_seconds": 5.0}
 
 
@@ -128,9 +123,11 @@ def test_a_load_balancer_is_told_that_it_is_held(held: Held) -> None:
 def test_the_doctor_knows_it_by_what_it_says_of_itself(held: Held, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
-        "run: {id: glm, directory: .}\nstate_directory: state\ncredentials: credentials\nengines:\n"
-        f"  - {{name: a, url: '{held.server.url}'}}\n  - {{name: b, url: '{held.server.url}/v1'}}\n"
+        "run: {id: e2e, directory: .}\nstate_directory: state\ncredentials: credentials\nengines:\n"
+        f"  - {{name: engine, url: '{held.server.url}'}}\n  - {{name: b, url: '{held.server.url}/v1'}}\n"
     )
+    make_tokens(tmp_path / "credentials")
+    (tmp_path / "credentials" / "engine.token").write_text(held.server.token)
     settings = load(config, {})
     urls = urls_of(settings)
     [seen] = asyncio.run(servers.ask_all(settings, 60, {held.server.url: urls[held.server.url]}))
@@ -138,7 +135,7 @@ def test_the_doctor_knows_it_by_what_it_says_of_itself(held: Held, tmp_path: Pat
     several = held.server.dp > 1
     assert (seen.info.backend, bool(seen.info.identity)) == ("weightsync", not several)
     [told] = [finding.text for finding in seen.findings]
-    assert told.startswith(f"engine a: {held.server.url}: vLLM ")
+    assert told.startswith(f"engine engine: {held.server.url}: vLLM ")
     assert told.endswith("ranks, weightsync backend")
     twice = servers.together([seen, dataclasses.replace(seen, engine="b")])
     assert [(each.level, "are one server" in each.what) for each in twice] == [("error", True)] * (not several)
@@ -174,7 +171,7 @@ def test_weights_cannot_be_changed_outside_of_a_round(held: Held) -> None:
 def test_a_request_of_the_hold_is_answered_after_the_release(held: Held) -> None:
     thread, results = in_background(lambda: held.server.complete(PROMPT, 4))
     assert held.server.post("/pause?mode=keep&clear_cache=true")[0] == 200
-    assert held.server.post("/init_weight_transfer_engine", {"init_info": {**INIT, "world": 2}})[0] == 200
+    assert held.server.post("/init_weight_transfer_engine", {"init_info": {"world": 2}})[0] == 200
     held.update()
     assert "not servable" in held.refused_to_resume()
     assert results == []

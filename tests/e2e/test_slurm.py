@@ -75,7 +75,7 @@ def test_a_job_goes_on_after_its_vllm_and_its_daemon_were_killed(tmp_path: Path)
         served, [trained], tmp_path / "shim"
     )
     ours = [path for path in (tmp_path / "run").rglob("*") if broadcasts not in (path, *path.parents)]
-    assert {path.name for path in ours} >= {"weightsync.yaml", "engine.engine-n1.token", "daemon.key"}
+    assert {path.name for path in ours} >= {"weightsync.yaml", "engine.token", "daemon.key"}
     assert [path for path in ours if path.stat().st_mode & 0o077] == []
 
 

@@ -34,7 +34,7 @@ def chromium() -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise AssertionError("the page is tested in Chromium, and there is none. Fix: apt-get install chromium")
+    raise AssertionError("the page is tested in Chromium, and there is none. Fix: make programs")
 
 
 class Browser:

@@ -18,16 +18,17 @@ MARKUP = "<img src=x onerror=\"window.harmed='engine'\"><script>window.harmed='s
 
 
 class Hostile:
-    """An engine's server that answers everything with MARKUP."""
+    """An engine's server that answers everything with 500 and ``says``."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: str) -> None:
+        self._says = says
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
 
     async def _serve(self) -> None:
         async def answer(_: web.Request) -> web.Response:
-            return web.Response(status=500, text=MARKUP, content_type="text/html")
+            return web.Response(status=500, text=self._says, content_type="text/html")
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", answer)
@@ -40,17 +41,19 @@ class Hostile:
 class WatchedFleet:
     """``engines`` stand-ins, one that is hostile, the daemon, and a trainer that publishes when it is told to."""
 
-    def __init__(self, directory: Path, engines: int = 3) -> None:
+    def __init__(self, directory: Path, engines: int = 3, says: str = MARKUP) -> None:
         paths = [str(SOAK), str(SOAK.parent), str(SOAK.parent / "e2e"), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UCX_TLS": "tcp,self,sm",
             "OMP_NUM_THREADS": "1", "WEIGHTSYNC_LANDING_MIB": "1",
         }  # fmt: skip
         self.standins = {f"e{n}": StandIn(f"e{n}", directory, environment) for n in range(engines)}
-        servers = {**self.standins, "stranger": Hostile()}
+        servers = {**self.standins, "stranger": Hostile(says)}
         settings = {**SETTINGS, "commit": {"patience_seconds": 2, "min_engines": engines}}
         settings["deadlines"] = {**SETTINGS["deadlines"], "attach_seconds": 2}
         self.fleet = Fleet(directory, servers, settings=settings, run_id="glm-4-rl")  # type: ignore[arg-type]
+        for engine in self.standins.values():
+            engine.belong_to(self.fleet)
         self._environment, self._directory = environment, directory
         self.trainer: Trainer | None = None
 
@@ -80,15 +83,17 @@ class WatchedFleet:
         assert "error" not in answer, answer
 
     def close(self) -> None:
+        """Engines and trainer have nothing to put away."""
+        for process in [*(self.trainer.ranks if self.trainer else []), *(e.process for e in self.standins.values())]:
+            if process is not None:
+                process.kill()
+                process.stop()
         self.fleet.close()
-        for engine in self.standins.values():
-            if engine.process is not None:
-                engine.process.stop()
 
 
 @contextlib.contextmanager
-def watched_fleet(directory: Path, engines: int = 3) -> Iterator[WatchedFleet]:
-    made = WatchedFleet(directory, engines)
+def watched_fleet(directory: Path, engines: int = 3, says: str = MARKUP) -> Iterator[WatchedFleet]:
+    made = WatchedFleet(directory, engines, says)
     try:
         made.start()
         yield made

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from counts import VARIABLE
+from engine_places import place
 from fleet import Fleet, Process, Trainer
 from measure import Growth, Measured, megabytes_in
 from serving import HOST, VllmServer, free_port, tiny_qwen3
@@ -63,6 +64,11 @@ class StandIn:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
+    def belong_to(self, fleet: Fleet) -> None:
+        """Before its start: its environment says whose it is."""
+        url, token = f"ws://{HOST}:{fleet.port}/agents", fleet.credentials / "engine.token"
+        self.environment = {**self.environment, **place(token, url, fleet.run_id, self.name)}
+
     def start(self) -> None:
         command = [sys.executable, str(HERE / "standin_engine.py"), self.name, str(self.port)]
         environment = counting(self.environment, self.directory, self.name)
@@ -91,6 +97,8 @@ class Soak:
         }  # fmt: skip
         self.engines = {name: StandIn(name, directory, self._environment) for name in ("e0", "e1")}
         self.fleet = Fleet(directory, self.engines, settings=dict(SETTINGS), run_id="soak")  # type: ignore[arg-type]
+        for engine in self.engines.values():
+            engine.belong_to(self.fleet)
         self.trainer: Trainer | None = None
         self._plan = self._planned(restarts)
 
@@ -233,7 +241,7 @@ class VllmSoak:
         self.measured, self.committed, self.journal_mb = Measured(directory / "samples.jsonl"), 0, 0.0
         self._random = random.Random(seed)
         model = tiny_qwen3(directory / "qwen3", seed=1)
-        self.server = VllmServer(model, log=directory / "vllm.log")
+        self.server = VllmServer(model, log=directory / "vllm.log", run_id="soak")
         self.fleet = Fleet(directory, {"engine": self.server}, settings=dict(SETTINGS), run_id="soak")
         self._model = model
 
@@ -255,8 +263,8 @@ class VllmSoak:
             if number == self.rounds * 3 // 4:
                 trainer.stop()
                 trainer = self._trainer()
-            for place, pid in enumerate(self.server.processes()):
-                self.measured.take(f"vllm-{place}", pid, number, {})
+            for index, pid in enumerate(self.server.processes()):
+                self.measured.take(f"vllm-{index}", pid, number, {})
             self.journal_mb = max(self.journal_mb, megabytes_in(self.directory / "state"))
 
     def close(self) -> None:

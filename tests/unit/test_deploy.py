@@ -1,14 +1,19 @@
 """The files under deploy/: they parse, agree with the program, and the job script does what it says."""
 
 import configparser
+import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.cli.main import parser
 from weightsync.orchestrator.daemon.outbox import STUCK_SECONDS
 from weightsync.orchestrator.daemon.runner import STOP_SECONDS
 from weightsync.orchestrator.settings.credentials import ROLES
@@ -139,7 +144,7 @@ def test_the_job_restarts_what_dies_and_ends_with_its_trainer(job: dict[str, str
     assert calls.count(f"weightsync-orchestrator run --config {tmp_path / 'run' / 'weightsync.yaml'}") == 3
     served = (
         "vllm serve /m --host e0 --port 15005 --tensor-parallel-size 8 --weight-transfer-config"
-        f' {{"backend": "weightsync"}} as engine-e0 by {credentials}/engine.engine-e0.token'
+        f' {{"backend": "weightsync"}} as engine-e0 by {credentials}/engine.token'
     )
     assert calls.count(served) == 3
     assert f"trainer by {credentials}/trainer.token to wss://n0:10005/agents" in calls
@@ -164,8 +169,7 @@ def test_the_jobs_configuration_loads_and_nothing_of_it_is_for_others(job: dict[
     assert settings.listen.tls.ca_file == certificates / "ca.pem"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert f"weightsync-orchestrator certs {certificates} --host n0" in calls
-    roles = "--role trainer --role viewer --role operator --role engine.engine-e0 --role engine.engine-e1"
-    assert f"weightsync-orchestrator tokens {settings.credentials} {roles}" in calls
+    assert f"weightsync-orchestrator tokens {settings.credentials}" in calls
     for path in (tmp_path / "run").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
 
@@ -196,8 +200,53 @@ def test_the_job_takes_no_variable_for_its_own_that_vllm_reads() -> None:
     assert used == {"VLLM_PORT", "VLLM_SERVER_DEV_MODE"}
 
 
-def test_the_image_runs_the_daemon() -> None:
-    text = (DEPLOY / "container" / "Containerfile").read_text()
+IMAGE = DEPLOY / "container"
+
+
+def test_the_image_runs_the_daemon_as_a_number_and_asks_it_by_its_configuration() -> None:
+    text = (IMAGE / "Containerfile").read_text()
     assert 'ENTRYPOINT ["weightsync-orchestrator"]' in text
-    assert "USER weightsync" in text
-    assert "/healthz" in text
+    assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE), "Kubernetes' runAsNonRoot wants a number"
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${PYTHON}"] * 2, "one argument pins both by digest"
+    (check,) = re.findall(r'CMD \["weightsync-orchestrator", (.*)\]$', text, re.MULTILINE)
+    options = parser().parse_args([word.strip(' "') for word in check.split(",")])
+    assert (options.ready, options.config) == (True, None)
+    assert f"WEIGHTSYNC_CONFIG={'/etc/weightsync/config.yaml'}" in text
+    for line in re.findall(r"pip .*?install .*?(?:\.txt|\.whl)", text.replace("\\\n", " ")):
+        assert "--require-hashes" in line or "--no-deps" in line, line
+
+
+def pins(file: Path) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==(\S+) \\\n(?:    --hash=sha256:[0-9a-f]{64})", file.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def test_the_image_has_pinned_what_the_daemon_needs_in_the_releases_that_are_tested() -> None:
+    pinned = pins(IMAGE / "requirements.txt")
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    tested = (DEPLOY.parent / "tests" / "requirements-cpu.txt").read_text()
+    releases = {canonicalize_name(n): v for n, v in re.findall(r"^([\w.-]+)==(\S+)", tested, re.MULTILINE)}
+    both = pinned.keys() & releases.keys()
+    assert {name: pinned[name] for name in both} == {name: releases[name] for name in both}, (
+        "run deploy/container/pins.sh"
+    )
+    assert pins(IMAGE / "build-requirements.txt") == {"setuptools": releases["setuptools"]}
+
+
+def test_the_bill_of_materials_is_that_of_the_pins() -> None:
+    bill = json.loads((IMAGE / "sbom.cdx.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    parts = {canonicalize_name(part["name"]): part["version"] for part in bill["components"]}
+    assert parts == pins(IMAGE / "requirements.txt"), "run deploy/container/pins.sh"
+    assert all(part["purl"].startswith("pkg:pypi/") and part["licenses"] for part in bill["components"])
+
+
+def test_the_image_is_made_of_what_the_wheel_needs_and_of_nothing_else() -> None:
+    allowed = {line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert "*" in (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    assert {"orchestrator", "agents", "kernels", "pyproject.toml", "README.md", "LICENSE"} <= allowed
+    example = Path(os.path.realpath(DEPLOY.parent / "orchestrator" / "settings" / "example.yaml"))
+    assert str(example.relative_to(DEPLOY.parent)) in allowed, "a link in the package leads there"
+    assert not allowed & {".git", ".venv", "tests"}

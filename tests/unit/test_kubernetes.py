@@ -191,7 +191,7 @@ def test_each_engine_may_come_in_by_its_own_token(settings: Settings) -> None:
         credential = credential_named(f"engine.{name}")
         assert credential == Credential("engine", name)
         assert credential.refuses_engine(name) == ""
-        assert variables["WEIGHTSYNC_TOKEN_FILE"] == mount["mountPath"]
+        assert variables["WEIGHTSYNC_TOKEN_FILE"] == mount["mountPath"] == "/etc/weightsync/credentials/engine.token"
         assert variables["WEIGHTSYNC_HUB_URL"] == settings.agents_url.replace("https", "wss") + "/agents"
         assert variables["WEIGHTSYNC_RUN_ID"] == settings.run.id
         assert variables["VLLM_SERVER_DEV_MODE"] == "1"

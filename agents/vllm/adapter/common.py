@@ -19,7 +19,7 @@ from weightsync.agents.inference.standby import StandbyPages
 from weightsync.agents.memory.pages.paged import Pages
 from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.recorder.left_out import left_out
-from weightsync.agents.vllm import gate, hold, paging, probe
+from weightsync.agents.vllm import gate, guard, hold, paging, probe
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE, logger
 from weightsync.agents.vllm.holders import balancer
 from weightsync.agents.vllm.lora import hook
@@ -158,6 +158,8 @@ def equip(
         vllm_config: where the adapter knows it; it only makes errors clearer.
 
     Raises:
+        PlaceError: the server's environment does not say whose it is.
+        GuardUnavailable: nothing would stand before the server's admin routes.
         HoldUnavailable, GateUnavailable: this vLLM cannot be kept from answering with uncommitted weights.
         RanksError: the parallel configuration contradicts itself.
         UnreadWeights: its layers compute with something else than what a round writes.
@@ -165,6 +167,7 @@ def equip(
         RecordError: the model's layout is not known.
     """
     _log_where_vllm_does()
+    guard.require()
     hold.require()
     gate.install()
     ranks = engine_ranks(parallel_config)

@@ -4,10 +4,12 @@ import asyncio
 import email.utils
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
+from weightsync.orchestrator.protocol.proof import ADMIN_HEADER
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_LOOK_BYTES: Final = 4 * 1024 * 1024
@@ -29,14 +31,30 @@ class Heard:
     skew: float | None
 
 
-async def look(url: str, seconds: float, api_key: str | None = None, tls: ssl.SSLContext | None = None) -> Heard:
-    """Ask once, over a connection of its own, in a total of ``seconds``. ``tls``: for an https URL.
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What is shown to a server: the key of its API, those of its admin routes, and for an https URL, the context."""
+
+    api_key: str | None = None
+    admin_keys: Sequence[str] = ()
+    tls: ssl.SSLContext | None = None
+
+
+NOTHING: Final = Opening()
+
+
+async def look(url: str, seconds: float, opening: Opening = NOTHING) -> Heard:
+    """Ask once, over a connection of its own, in a total of ``seconds``.
 
     Raises:
         Silent.
     """
-    headers = {"Accept-Encoding": "identity"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
-    connector = aiohttp.TCPConnector(force_close=True, ssl=tls or True)
+    headers = {"Accept-Encoding": "identity"}
+    if opening.api_key is not None:
+        headers["Authorization"] = f"Bearer {opening.api_key}"
+    if opening.admin_keys:
+        headers[ADMIN_HEADER] = ",".join(opening.admin_keys)
+    connector = aiohttp.TCPConnector(force_close=True, ssl=opening.tls or True)
     try:
         async with (
             asyncio.timeout(seconds),

@@ -1,19 +1,20 @@
 """The engines' servers, asked: is each the one that is meant, with our routes and our backend, and only one?"""
 
 import asyncio
-import ssl
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
 
-from weightsync.orchestrator.cli.doctor.looking import Heard, Silent, look
+from weightsync.orchestrator.cli.doctor.looking import Heard, Opening, Silent, look
 from weightsync.orchestrator.cli.doctor.vllm_server import BACKEND, INFO, ServerInfo, server_info
 from weightsync.orchestrator.daemon.engines.errors import EngineError, EngineRefused, EngineUnreachable
 from weightsync.orchestrator.daemon.engines.interface import EngineFacts
-from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, client_of
+from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, client_of, keys_now
 from weightsync.orchestrator.daemon.engines.vllm import TRANSFER_CONFIG
 from weightsync.orchestrator.protocol.findings import Finding, Level, broke
+from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
@@ -29,8 +30,11 @@ SKEW_SECONDS: Final = 3.0
 AT_ONCE: Final = 32
 """Engines that are asked at a time."""
 
+ADMIN_ROUTE: Final = "/is_paused"
+"""Asked without a key: our plugin refuses that."""
 
-Tls = ssl.SSLContext | None
+GUARDED: Final = "weightsync: this route asks"
+"""How its refusal begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,57 +65,76 @@ async def ask_all(settings: Settings, seconds: float, urls: Mapping[str, EngineS
 
 async def _ask(engine: EngineSection, url: str, settings: Settings, seconds: float) -> Seen:
     check = f"engine {engine.name}"
-    client = client_of(engine.model_copy(update={"url": url, "more_urls": ()}), settings.pause, settings.engines_tls)
+    keys = keys_now(settings, engine.name)
+    alone = engine.model_copy(update={"url": url, "more_urls": ()})
+    client = client_of(alone, settings.pause, settings.engines_tls, lambda: keys)
     files = settings.engines_tls
     tls = client_context(files.ca_file, files.certificate_file, files.key_file) if url.startswith("https:") else None
+    stranger = Opening(tls=tls)
     try:
         facts = await client.probe(seconds)
     except EngineUnreachable as error:
-        return Seen(engine.name, url, None, None, (await _silent(error, url, check, seconds, tls),))
+        return Seen(engine.name, url, None, None, (await _silent(error, url, check, seconds, stranger),))
     except EngineError as error:
-        return Seen(engine.name, url, None, None, (await _unfit(error, url, check, seconds, tls),))
+        return Seen(engine.name, url, None, None, (await _unfit(error, url, check, seconds, stranger),))
     finally:
         await client.close()
-    key = None if engine.api_key_file is None else read_secret(engine.api_key_file)
+    opening = Opening(None if engine.api_key_file is None else read_secret(engine.api_key_file), keys, tls)
     # One by one: the first costs the server seconds, which looks up what it remembers for the others.
-    looks = [await _look(url + INFO, seconds, key, tls) for _ in range(LOOKS)]
+    looks = [await _look(url + INFO, seconds, opening) for _ in range(LOOKS)]
     infos = [info for info in (server_info(each.body) for each in looks if each is not None) if info is not None]
     info = infos[0] if infos else None
     # Of a light answer: a server that is busy tells the date at which it began to be.
-    dates = [await _look(f"{url}/health", seconds, key, tls) for _ in range(LOOKS)]
+    dates = [await _look(f"{url}/health", seconds, opening) for _ in range(LOOKS)]
     findings = [*_backend(info, check), *_balancer(infos, url, check), *clocks(dates, check)]
+    findings += _closed(await _look(url + ADMIN_ROUTE, seconds, stranger), url, opening, check)
     if not any(finding.level in ("error", "warning") for finding in findings):
         told = f", {BACKEND} backend" if info is not None else ""
         findings.append(Finding("ok", f"{url}: {facts.server}, {facts.ranks} ranks{told}", check=check))
     return Seen(engine.name, url, info, facts, tuple(findings))
 
 
-async def _look(url: str, seconds: float, key: str | None, tls: Tls) -> Heard | None:
+async def _look(url: str, seconds: float, opening: Opening) -> Heard | None:
     try:
-        return await look(url, seconds, key, tls)
+        return await look(url, seconds, opening)
     except Silent:
         return None
 
 
-async def _silent(error: EngineError, url: str, check: str, seconds: float, tls: Tls) -> Finding:
+def _closed(heard: Heard | None, url: str, opening: Opening, check: str) -> Iterator[Finding]:
+    """Whether the server answers a stranger on an admin route, and whether a key can be read on its way."""
+    if heard is not None and heard.status == 200:
+        what = f"{url} answers {ADMIN_ROUTE} to whoever asks: nothing stands before its admin routes"
+        fix = "unset WEIGHTSYNC_LOOPBACK_DEMO there, and use the plugin of this release"
+        yield Finding("warning", what, fix, check)
+    if opening.tls is None and not is_loopback(urlsplit(url).hostname or ""):
+        what = f"{url} is not TLS: whoever reads that network reads the key of its admin routes"
+        yield Finding("note", what, "--ssl-certfile and --ssl-keyfile of vLLM, and https in its url", check)
+
+
+async def _silent(error: EngineError, url: str, check: str, seconds: float, stranger: Opening) -> Finding:
     """What is there in the place of a server that does not answer as one."""
     try:
-        await look(f"{url}/health", seconds, tls=tls)
+        await look(f"{url}/health", seconds, stranger)
     except Silent as silent:
         fix = "start the server, or give the port of vLLM (--port) in url; is a firewall between?"
         return Finding("warning", f"{url}: {silent}", fix, check)
     return Finding("warning", str(error), "look what stands between the daemon and the server", check)
 
 
-async def _unfit(error: EngineError, url: str, check: str, seconds: float, tls: Tls) -> Finding:
+async def _unfit(error: EngineError, url: str, check: str, seconds: float, stranger: Opening) -> Finding:
     """Something answers, and it is no vLLM that can take part."""
     try:
-        health, ours = [await look(url + path, seconds, tls=tls) for path in ("/health", "/healthz")]
+        health, ours = [await look(url + path, seconds, stranger) for path in ("/health", "/healthz")]
     except Silent as silent:
         return Finding("warning", f"{url}: {silent}", "is it busy, or still starting? Look at its log", check)
     if 300 <= health.status < 400:
         what = f"{url} sends on to {health.location}: a proxy or a load balancer"
         return Finding("error", what, "give the server's own url", check)
+    if isinstance(error, EngineRefused) and error.excerpt.startswith(GUARDED):
+        what = f"{url} does not know the admin key of {check}"
+        fix = "its WEIGHTSYNC_TOKEN_FILE, _RUN_ID and _ENGINE must be those of our credentials, run.id and this name"
+        return Finding("error", what, fix, check)
     if isinstance(error, EngineRefused) and error.status in (401, 403):
         what = f"{url} asks for a key"
         return Finding("error", what, "name a file with it in api_key_file of this engine", check)

@@ -97,7 +97,8 @@ def _act(turn: Turn, name: str) -> bool:
         newest = RoundName(fleet.epoch, fleet.memory.round_number)
         turn.call(name, Call.SWITCH, fleet.policy.finish, newest, fleet.memory.committed, _processes(fleet, name))
         return True
-    if want is Wish.PAUSE and engine.paused is False and not _has_switched(turn, name):
+    waits = _has_switched(turn, name) or _has_yet_to_announce(turn, name)
+    if want is Wish.PAUSE and engine.paused is False and not waits:
         engine.probe_at = turn.now + fleet.policy.probe_interval
         turn.say(f"{name} is paused: {why}", "warning")
         turn.call(name, Call.PAUSE, fleet.policy.pause)
@@ -117,6 +118,18 @@ def _has_switched(turn: Turn, name: str) -> bool:
     """It says that it has, and its workers, who look at what they hold now, have yet to say so."""
     engine = turn.fleet.engines[name]
     return turn.now < engine.switch_again_at and not engine.error and standby.owed(turn.fleet, name)
+
+
+def _has_yet_to_announce(turn: Turn, name: str) -> bool:
+    """Its workers hold what is committed, live or beside that, and have yet to say that they switch by themselves.
+
+    A Hello comes before the layout, so a daemon that has just started waits as long as it takes to start an agent.
+    """
+    fleet = turn.fleet
+    ranks, committed = fleet.ranks_of(name), fleet.memory.committed
+    if committed is None or turn.now >= fleet.started + fleet.policy.attach:
+        return False
+    return any(a.announce is None for a in ranks) and all(standby.has(fleet, a, committed) for a in ranks)
 
 
 def _may_switch(turn: Turn, name: str) -> bool:
@@ -144,7 +157,7 @@ def _look(turn: Turn, name: str) -> None:
 def _hold_ranks(turn: Turn, name: str) -> None:
     """Tell the workers themselves, over their own connections: it holds where the engine's server does not answer."""
     want, why = wish(turn.fleet, name)
-    if want is Wish.AS_IT_IS:
+    if want is Wish.AS_IT_IS or _has_yet_to_announce(turn, name):
         return
     held = want is Wish.PAUSE
     for agent in turn.fleet.ranks_of(name):

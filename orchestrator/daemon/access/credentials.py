@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 from weightsync.orchestrator.daemon.run_directory.watcher import wakes
 from weightsync.orchestrator.protocol.proof import key_of
-from weightsync.orchestrator.settings.credentials import Credential, read_credentials
+from weightsync.orchestrator.settings.credentials import Credential, read_credentials, tokens_of_engines
 from weightsync.orchestrator.settings.problems import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -30,6 +30,7 @@ class Credentials:
         self._trouble = ""
         self._tokens: dict[str, Credential] = {}
         self._keys: dict[str, str] = {}
+        self._of_engines: dict[str, tuple[str, ...]] = {}
         self._take(read_credentials(directory))
 
     def of_bearer(self, token: str) -> Credential | None:
@@ -42,6 +43,10 @@ class Credentials:
         """The token with this key (``protocol/proof.py``) and what it allows."""
         token = self._keys.get(key)
         return None if token is None else (token, self._tokens[token])
+
+    def of_engine(self, name: str) -> tuple[str, ...]:
+        """The tokens that the engine of this name may hold."""
+        return (*self._of_engines.get(name, ()), *self._of_engines.get("", ()))
 
     def holds(self, token: str) -> bool:
         """Whether ``token`` still counts."""
@@ -76,3 +81,4 @@ class Credentials:
         for token in found:
             self._withhold(token)
         self._tokens, self._keys = found, {key_of(token): token for token in found}
+        self._of_engines = tokens_of_engines(found)

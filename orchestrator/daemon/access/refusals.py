@@ -1,7 +1,7 @@
 """What is said of those who are not let in: enough to see who it is, whatever their number."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,15 +25,22 @@ class _Window:
 
 
 class Refusals:
-    """One per daemon. ``clock`` in seconds."""
+    """One per daemon. ``clock`` in seconds.
+
+    Attributes:
+        audited: told of the first of each kind within WINDOW_SECONDS, and of the others' number.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.audited: Callable[[str, Mapping[str, object]], None] = lambda kind, fields: None
         self._windows: dict[str, _Window] = {}
 
     def say(self, kind: str, loud: int = LOUD, **fields: object) -> None:
         """One refusal. ``kind`` is a constant of the code, so their number is bounded; ``loud`` of it are said."""
         self.sweep()
+        if kind not in self._windows:
+            self.audited(kind, fields)
         window = self._windows.setdefault(kind, _Window(self._clock()))
         if window.said < loud:
             window.said += 1
@@ -47,5 +54,7 @@ class Refusals:
         for kind, window in list(self._windows.items()):
             if now - window.began >= WINDOW_SECONDS:
                 del self._windows[kind]
+                if window.said + window.more > 1:
+                    self.audited(kind, {"further ones": window.said + window.more - 1})
                 if window.more:
                     log.warning(f"{kind}: further ones", more=window.more, seconds=round(now - window.began, 1))

@@ -1,4 +1,5 @@
-"""The audit log: what operators asked for, one JSON line each, appended to a file in the state directory.
+"""The audit log: what operators asked for, what was committed, who was turned away: one JSON line each, in a file of
+the state directory that is only appended to.
 
 Each line has its number and the SHA-256 of the line before it, as it stands in the file. So a line that was changed,
 taken out, put in or moved breaks the chain at that place, and whoever has noted the hash of one line (the daemon's log
@@ -36,7 +37,8 @@ MAX_SHOWN: Final = 20
 
 
 class AuditLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. ``who`` is what the command line gave, and proves nothing; ``address`` is the peer's, as we saw it.
+    """One request, or what the daemon did itself (``trail``). ``who`` is what the command line gave, and proves
+    nothing; ``address`` is the peer's, as we saw it.
 
     ``credential``: what let it in: its role, and the name that it is bound to. ``result``: what was answered; of a
     refused request, why. ``number`` and ``before``, its place in the chain, are the log's to give.

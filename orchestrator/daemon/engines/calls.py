@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -18,8 +18,10 @@ from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.orchestrator.protocol.proof import admin_key
 from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -38,22 +40,26 @@ class Engines:
 
     Args:
         admitted: engines that have made themselves members, at present; a client is made with the first call.
+        tokens: by an engine's name those that it may hold at present.
 
     Raises:
         UnknownEngineKind, ConfigError: an engine of the settings cannot be talked to.
     """
 
     def __init__(
-        self, settings: Settings, inbox: Inbox, admitted: Callable[[], Mapping[str, Applicant]] = dict
+        self,
+        settings: Settings,
+        inbox: Inbox,
+        admitted: Callable[[], Mapping[str, Applicant]] = dict,
+        tokens: Callable[[str], Sequence[str]] = lambda name: (),
     ) -> None:
-        self._settings, self._inbox, self._admitted = settings, inbox, admitted
+        self._settings, self._inbox, self._admitted, self._tokens = settings, inbox, admitted, tokens
         self._hub = HubAddress(
             url=settings.agents_url.replace("http", "ws", 1) + AGENTS_PATH,
-            token_file=settings.agents_token_path,
             run_id=settings.run.id,
         )
         self.clients: dict[str, EngineClient] = {
-            engine.name: client_of(engine, settings.pause, settings.engines_tls) for engine in settings.engines
+            engine.name: self._client_of(engine, settings) for engine in settings.engines
         }
         self._of_admitted: dict[str, tuple[Applicant, EngineClient]] = {}
         self._busy: Counter[EngineClient] = Counter()
@@ -79,7 +85,7 @@ class Engines:
         made: dict[str, EngineClient] = {}
         try:
             for engine in settings.engines:
-                made[engine.name] = client_of(engine, settings.pause, settings.engines_tls)
+                made[engine.name] = self._client_of(engine, settings)
         except BaseException:
             for client in made.values():
                 await client.close()
@@ -96,6 +102,12 @@ class Engines:
             else:
                 await client.close()
 
+    def _client_of(self, engine: EngineSection, settings: Settings) -> EngineClient:
+        def admin_keys() -> list[str]:
+            return [admin_key(token, settings.run.id, engine.name) for token in self._tokens(engine.name)]
+
+        return client_of(engine, settings.pause, settings.engines_tls, admin_keys)
+
     def _find(self, name: str) -> EngineClient | None:
         """The client of this engine; None where it is no member any more."""
         if name in self.clients:
@@ -108,7 +120,7 @@ class Engines:
         self._retired |= {self._of_admitted.pop(other)[1] for other in gone}
         if engine is None:
             return None
-        client = client_of(section_of(engine, self._settings), self._settings.pause, self._settings.engines_tls)
+        client = self._client_of(section_of(engine, self._settings), self._settings)
         self._of_admitted[name] = engine, client
         return client
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.protocol.proof import ADMIN_HEADER
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
@@ -37,8 +38,15 @@ _TRY_AGAIN: Final = frozenset({502, 503, 504})
 class EngineHttp:
     """Exchanges with the server at ``url``. Made inside a running loop; ``close`` ends its connections."""
 
-    def __init__(self, name: str, url: str, api_key: str | None, tls: ssl.SSLContext | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        api_key: str | None,
+        tls: ssl.SSLContext | None = None,
+        admin_keys: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        self.name, self._admin_keys = name, admin_keys
         self._url = url.rstrip("/")
         # identity, and no decompression below: the cap on a body must hold for what it unpacks to.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
@@ -119,7 +127,9 @@ class EngineHttp:
     ) -> tuple[int, bytes]:
         call = f"{method} {path}"
         payload = None if body is None else msgspec.json.encode(body)
-        headers = None if body is None else {"Content-Type": "application/json"}
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        if keys := self._admin_keys():
+            headers[ADMIN_HEADER] = ",".join(keys)
         try:
             async with self._session.request(
                 method, self._url + path, params=query, data=payload, headers=headers, allow_redirects=False

@@ -34,7 +34,7 @@ A new kind of engine is a module with a client, and its line in ``kinds.CLIENTS`
 """
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -53,7 +53,8 @@ class EngineSetup:
     """One engine's part of the settings, as its client needs it.
 
     ``api_key``: the bearer token of its HTTP routes, None where it asks for none. ``cache``: at a pause and at a
-    switch. ``tls``: for an https URL.
+    switch. ``tls``: for an https URL. ``admin_keys``: asked before each call; what may open its admin routes at present
+    (``protocol/proof.py``).
     """
 
     name: str
@@ -62,6 +63,7 @@ class EngineSetup:
     pause_mode: PauseMode
     cache: CachePolicy
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    admin_keys: Callable[[], Sequence[str]] = field(default=tuple, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,9 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """Where the ranks' agents find the daemon: WebSocket URL, path of the token on their host, and the run's name."""
+    """Where the ranks' agents find the daemon: WebSocket URL, and the run's name. Their token they know themselves."""
 
     url: str
-    token_file: str
     run_id: str
 
 

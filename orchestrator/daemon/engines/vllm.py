@@ -125,7 +125,7 @@ class VllmClient:
         self.routes: frozenset[str] = frozenset()
         self._setup = setup
         self._ranks: int | None = None
-        self._http = EngineHttp(setup.name, setup.url, setup.api_key, setup.tls)
+        self._http = EngineHttp(setup.name, setup.url, setup.api_key, setup.tls, setup.admin_keys)
 
     async def close(self) -> None:
         """End all connections."""
@@ -165,7 +165,6 @@ class VllmClient:
                 await self.probe(deadline)
             info = {
                 "hub_url": hub.url,
-                "token_file": hub.token_file,
                 "run_id": hub.run_id,
                 "engine": self.name,
                 "world": self._ranks,

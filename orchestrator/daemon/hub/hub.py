@@ -76,6 +76,7 @@ class Hub:
         self._numbers = itertools.count(1)
         self._connections: dict[int, AgentConnection] = {}
         self._members: dict[Member, AgentConnection] = {}
+        self._entered: set[int] = set()
         self._handlers: set[asyncio.Task[object]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
@@ -109,7 +110,7 @@ class Hub:
         server, tls = self._runner.server, self._access.tls
         assert server is not None
         context = None if tls is None else tls.context
-        agents = self._connections.__len__
+        agents = self._entered.__len__  # the others are still the door's
         door = Door(server, self._access.refusals, agents, context, self._access.limits)
         try:
             bound = await door.open(host, port)
@@ -236,6 +237,7 @@ class Hub:
         proved = connection.claim.said_in(data)
         if self._door is not None:
             self._door.enter(connection.transport)
+            self._entered.add(connection.number)
         hello = decode_first(proved, MAX_HELLO_BYTES)
         connection.hello = hello
         connection.stage = Stage.DECISION
@@ -301,6 +303,7 @@ class Hub:
 
     def _forget(self, connection: AgentConnection) -> None:
         del self._connections[connection.number]
+        self._entered.discard(connection.number)
         member = connection.member
         if member is not None and self._members.get(member) is connection:
             del self._members[member]

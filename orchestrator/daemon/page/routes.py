@@ -17,7 +17,7 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import StatusView
 from weightsync.orchestrator.daemon.page.explained import Explained, PlanNotExplained, RatesView
 from weightsync.orchestrator.daemon.page.files import file_routes
-from weightsync.orchestrator.daemon.page.stream import PageStream, StreamsFull, Viewer
+from weightsync.orchestrator.daemon.page.stream import PageStream, StreamRefused, Viewer
 from weightsync.orchestrator.daemon.page.timeline import Timeline
 from weightsync.orchestrator.planner import Plan
 
@@ -53,6 +53,7 @@ class Page:
     ) -> None:
         self._timeline, self._directory = timeline, directory
         self._explained = Explained(plan, lambda: fleet.round is not None)
+        self._rates = (-1, b"")
         self.stream = PageStream(status, history, timeline)
 
     def add_routes(self, app: web.Application) -> None:
@@ -65,8 +66,8 @@ class Page:
         viewer = Viewer(credential, credential.partition(" ")[0] == "operator")
         try:
             return await self.stream.serve(request, viewer)
-        except StreamsFull as full:
-            return web.Response(status=503, text=f"{full}\n", headers={"Retry-After": RETRY_SECONDS})
+        except StreamRefused as refused:
+            return web.Response(status=503, text=f"{refused}\n", headers={"Retry-After": RETRY_SECONDS})
 
     async def explain(self) -> web.Response:
         """``/plan/explanation``."""
@@ -84,8 +85,10 @@ class Page:
         return _json(msgspec.json.encode(AuditView(tuple(lines))))
 
     def rates(self) -> web.Response:
-        """``/plan/rates``."""
-        return _json(msgspec.json.encode(RatesView(self._timeline.rates())))
+        """``/plan/rates``: put together once for all pages that ask when a round has ended."""
+        if self._rates[0] != self._timeline.ended:
+            self._rates = (self._timeline.ended, msgspec.json.encode(RatesView(self._timeline.rates())))
+        return _json(self._rates[1])
 
 
 def page_routes(page: Page) -> list[web.RouteDef]:

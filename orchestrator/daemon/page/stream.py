@@ -28,6 +28,9 @@ BEAT_SECONDS: Final = 0.5
 STATUS_BEATS: Final = 2
 """A status is told once in so many beats."""
 
+FRESH_SECONDS: Final = 0.5
+"""For so long what one page was told first is told to others: all of them come at once when a daemon has started."""
+
 STREAM_SECONDS: Final = 45.0
 """Less than ``DoorLimits.request_seconds``."""
 
@@ -39,8 +42,8 @@ HEADERS: Final = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", hdrs.CA
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class StreamsFull(Exception):
-    """MAX_PAGES are open."""
+class StreamRefused(Exception):
+    """MAX_PAGES are open, or the daemon stops; the message says which."""
 
 
 class Viewer(msgspec.Struct, frozen=True):
@@ -68,9 +71,10 @@ class PageStream:
     def __init__(self, status: Callable[[], Awaitable[StatusView]], history: History, timeline: Timeline) -> None:
         self._status, self._history, self._timeline = status, history, timeline
         self._taps: set[_Tap] = set()
-        self._serving = 0
+        self._serving, self._stopping = 0, False
         self._wanted = asyncio.Event()
         self._told = (-1, "", 0)
+        self._greeting = (-FRESH_SECONDS, b"")
         self.dropped = 0
         """Pages that were cut off, because they did not keep up."""
 
@@ -86,6 +90,7 @@ class PageStream:
                     self.end()
                 await asyncio.sleep(BEAT_SECONDS)
         finally:
+            self._stopping = True  # pages whose stream ends ask for the next one, for which nobody would wait
             self.end()
 
     def end(self) -> None:
@@ -99,10 +104,12 @@ class PageStream:
         """One page's stream, until it or the page ends.
 
         Raises:
-            StreamsFull.
+            StreamRefused.
         """
+        if self._stopping:
+            raise StreamRefused("the daemon is stopping")
         if self._serving >= MAX_PAGES:
-            raise StreamsFull(f"{MAX_PAGES} pages are open already; close some")
+            raise StreamRefused(f"{MAX_PAGES} pages are open already; close some")
         self._serving += 1
         try:
             return await self._serve(request, viewer)
@@ -114,9 +121,8 @@ class PageStream:
         response.force_close()
         response.enable_chunked_encoding()
         await response.prepare(request)
-        now = asyncio.get_running_loop().time()
         # By the response itself, which holds the headers back until there is a body.
-        await response.write(_event("viewer", viewer) + await self._status_event() + self._lanes_event(now))
+        await response.write(_event("viewer", viewer) + await self._greet())
         transport = request.transport
         if transport is not None:
             with self._tapped(transport) as tap, contextlib.suppress(TimeoutError):
@@ -168,6 +174,13 @@ class PageStream:
         self._taps.discard(tap)
         if not self._taps:
             self._wanted.clear()
+
+    async def _greet(self) -> bytes:
+        """What a page is told first; what has changed since then comes with the next beats."""
+        now = asyncio.get_running_loop().time()
+        if now - self._greeting[0] >= FRESH_SECONDS:
+            self._greeting = (now, await self._status_event() + self._lanes_event(now))
+        return self._greeting[1]
 
     async def _status_event(self) -> bytes:
         # Its rounds are told one by one as they end, and those before by /rounds.

@@ -6,7 +6,8 @@ nothing is decided by them.
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,7 +23,10 @@ MAX_LANES: Final = 256
 """Ranks, and writers, of one view: those that are behind come first. Some 80 bytes each, for every open page."""
 
 MAX_RATES: Final = 16_384
-"""Edges whose last transfer is remembered."""
+"""Edges whose last transfer is told."""
+
+KEPT_ROUNDS: Final = 2
+"""Whose transfers are kept: a round that brings one late engine says nothing of the edges to the others."""
 
 _WORDS: Final = {Quiesced: "quiesced", Exposed: "exposed", Closed: "closed", Verified: "verified", Left: "left"}
 
@@ -83,16 +87,20 @@ class _Trail:
     phases: list[tuple[str, float]] = field(default_factory=list)
     engines: dict[str, dict[str, float]] = field(default_factory=dict)
     members: dict[Member, dict[str, float]] = field(default_factory=dict)
+    moved: dict[Member, tuple[int, float]] = field(default_factory=dict)
+    """By each writer that has closed: bytes, and seconds of its slowest edge."""
     ended: float | None = None
 
 
 class Timeline:
-    """Belongs to the daemon's loop. ``changes`` grows whenever a view would show something new."""
+    """Belongs to the daemon's loop. ``changes`` grows whenever a view would show something new, ``ended`` with each
+    round that ends."""
 
     def __init__(self) -> None:
-        self.changes = 0
+        self.changes = self.ended = 0
         self._trail: _Trail | None = None
-        self._rates: dict[tuple[Member, Member], tuple[int, float]] = {}
+        self._kept: deque[Round] = deque(maxlen=KEPT_ROUNDS)
+        self._flows: Mapping[tuple[Member, Member], int] = {}
 
     def happened(self, fleet: Fleet, events: Iterable[Event], now: float) -> None:
         """``events`` have been decided ``now``, by the core's clock; ``fleet`` is what it is since then."""
@@ -102,7 +110,9 @@ class Timeline:
                 self._mark(trail, event, now)
             if current is not trail.round:
                 trail.ended = now - trail.round.began
-                self._remember_rates(fleet, trail.round)
+                self._kept.append(trail.round)
+                self.ended += 1
+                self._flows = fleet.plan.flows if fleet.plan is not None else {}
                 self.changes += 1
         if current is None:
             return
@@ -121,23 +131,25 @@ class Timeline:
             if word is None or (isinstance(event.message, Closed) and not event.message.final):
                 return
             trail.members.setdefault(event.member, {}).setdefault(word, at)
+            if isinstance(event.message, Closed):
+                done = trail.round.closed.get(event.member, {}).values()
+                slowest = max((moved.seconds for moved in done), default=0.0)
+                trail.moved[event.member] = (sum(moved.bytes for moved in done), slowest)
         else:
             return
         self.changes += 1
 
-    def _remember_rates(self, fleet: Fleet, ended: Round) -> None:
-        flows = fleet.plan.flows if fleet.plan is not None else {}
-        self._rates = {edge: rate for edge, rate in self._rates.items() if edge in flows}
-        for writer, done in ended.closed.items():
-            for peer, moved in done.items():
-                edge = (writer, peer)
-                if edge in flows and not moved.error and (edge in self._rates or len(self._rates) < MAX_RATES):
-                    self._rates[edge] = (moved.bytes, moved.seconds)
-
     # --------------------------------------------------------------------------------------------------- what is shown
     def rates(self) -> tuple[EdgeRate, ...]:
-        """Of each edge, its last transfer that ended well."""
-        return tuple(EdgeRate(str(a), str(b), size, seconds) for (a, b), (size, seconds) in self._rates.items())
+        """Of each edge of the plan, its last transfer that ended well. Put together here, where nobody waits for it."""
+        found: dict[tuple[Member, Member], tuple[int, float]] = {}
+        for ended in self._kept:
+            for writer, done in ended.closed.items():
+                for peer, moved in done.items():
+                    if (writer, peer) in self._flows and not moved.error:
+                        found[writer, peer] = (moved.bytes, moved.seconds)
+        told = itertools.islice(found.items(), MAX_RATES)
+        return tuple(EdgeRate(str(a), str(b), size, seconds) for (a, b), (size, seconds) in told)
 
     def view(self, now: float) -> RoundLanes | None:
         """The round under way, or the last one; None before the first."""
@@ -186,13 +198,13 @@ def _ranks(trail: _Trail) -> Iterator[TimeLane]:
 
 def _writers(trail: _Trail) -> Iterator[TimeLane]:
     for writer in trail.round.writers:
-        done = trail.round.closed.get(writer, {}).values()
+        size, slowest = trail.moved.get(writer, (0, 0.0))
         failed = trail.round.failed.get(writer)
         yield TimeLane(
             name=str(writer),
             marks=trail.members.get(writer, {}),
-            bytes=sum(moved.bytes for moved in done),
-            seconds=max((moved.seconds for moved in done), default=0.0),
+            bytes=size,
+            seconds=slowest,
             trouble="" if failed is None else failed.reason,
         )
 

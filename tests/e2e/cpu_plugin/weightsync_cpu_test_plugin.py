@@ -134,4 +134,23 @@ class FlagAgent:
             for name, weight in self._model.named_parameters():
                 weight.copy_(torch.zeros_like(weight) if name == "model.norm.weight" else weight.flip(0))
 
+    def around(self, change: Any) -> Any:
+        return change()
+
     def close(self) -> None: ...
+
+
+class Meddler:
+    """A worker extension (``--worker-extension-cls``): one method that looks at the weights, one that changes them."""
+
+    model_runner: Any
+
+    def look_at_weights(self) -> float:
+        return float(next(self.model_runner.model.parameters()).float().abs().sum())
+
+    def change_weights(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            for weight in self.model_runner.model.parameters():
+                weight.copy_(weight.flip(0))

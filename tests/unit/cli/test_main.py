@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from command_line import cli, process
+from credentials import TOKENS
+from weightsync.orchestrator.protocol.proof import admin_key
 
 
 @pytest.fixture
@@ -63,3 +65,12 @@ async def test_the_release() -> None:
     done = await cli("--version")
     assert done.code == 0
     assert done.out.startswith("weightsync-orchestrator ")
+
+
+async def test_the_key_of_an_engines_admin_routes(config: Path) -> None:
+    done = await cli("admin-key", "a", "--config", config)
+    assert (done.code, done.out) == (0, admin_key(TOKENS["engine"], "glm", "a") + "\n")
+    (config.parent / "credentials" / "engine.token").rename(config.parent / "credentials" / "engine.b.token")
+    done = await cli("admin-key", "a", "--config", config)
+    assert (done.code, done.out) == (78, "")
+    assert "has no token for engine a" in done.err

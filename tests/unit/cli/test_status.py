@@ -186,6 +186,25 @@ async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
     assert (done.code, done.out) == (75, "critical: the daemon is not running; no version was ever committed\n")
 
 
+async def test_a_health_check_needs_no_token(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    down = await cli("status", "--ready", "--config", config)
+    assert (down.code, down.out) == (75, "")
+    assert "cannot be reached" in down.err
+    async with daemon(config):
+        for token in (config.parent / "credentials").glob("[ov]*.token"):
+            token.unlink()
+        done = await cli("status", "--ready", "--config", config)
+        assert (done.code, done.out) == (0, "ready\n")
+
+        async def stuck(_: Views) -> str:
+            return "the journal's disk has not answered for 9 s"
+
+        monkeypatch.setattr(Views, "obstacle", stuck)
+        done = await cli("status", "--ready", "--config", config)
+        assert done.code == 75
+        assert "answered 503: the journal's disk has not answered for 9 s" in done.err
+
+
 async def test_one_round_in_full(config: Path) -> None:
     async with daemon(config) as url:
         there = ("--url", url, "--token-file", config.parent / "credentials" / "viewer.token")

@@ -67,6 +67,28 @@ def test_an_engine_switches_to_what_was_decided_without_a_trainer(drive: Any, mo
     assert call.round == RoundName(fleet.fleet.epoch, fleet.fleet.memory.round_number)
 
 
+@pytest.mark.parametrize("announces", [True, False])
+def test_who_has_yet_to_say_how_it_lands_is_not_paused_meanwhile(drive: Any, announces: bool) -> None:
+    """A worker's Hello comes before its layout; between the two nobody knows that a switch is all that it needs."""
+    fleet = decided(drive)
+    fleet.passes(0.25)
+    fleet.answers("e0", Call.PROBE, False)
+    for member in fleet.ranks_of("e0"):
+        fleet.connect(member, EngineStatus(applied=FIRST, standby=SECOND, standby_digest=(11, 13)))
+    fleet.answers("e0", Call.ATTACH)
+    fleet.settle()
+    assert fleet.called("e0", Call.PAUSE) == 0
+    if announces:
+        for member in fleet.ranks_of("e0"):
+            fleet.says(member, fleet.announcement("e0"))
+        fleet.settle()
+        assert (fleet.called("e0", Call.PAUSE), fleet.called("e0", Call.SWITCH)) == (0, 1)
+    else:
+        fleet.passes(fleet.fleet.policy.attach)
+        fleet.settle()
+        assert fleet.called("e0", Call.PAUSE) == 1, "it serves what is served no more"
+
+
 def test_a_pair_switches_once_both_are_paused(drive: Any) -> None:
     fleet = decided(drive, engines=("e0", "e1"), pairs=(("e0", "e1"),))
     fleet.passes(0.25)

@@ -72,6 +72,7 @@ class Desk:
         self.pieces, self.compacted = 1, 0
         self.plan: PlanFacts | Exception = PlanFacts("root", {}, {}, True)
         self.history, self.meters = History(), Meters()
+        self.audited: list[Any] = []
         self.inbox = Inbox(self.events.extend)
 
         def note(name: str, result: Any = None) -> Any:
@@ -84,7 +85,7 @@ class Desk:
             engines=SimpleNamespace(call=note("call")),  # type: ignore[arg-type]
             planning=SimpleNamespace(make=self._make, needs=lambda _: FOUND),  # type: ignore[arg-type]
             markers=SimpleNamespace(write=note("marker")), stable=SimpleNamespace(look=self._look),  # type: ignore[arg-type]
-            meters=self.meters,
+            meters=self.meters, trail=SimpleNamespace(durable=self.audited.append),  # type: ignore[arg-type]
         )  # fmt: skip
 
     async def _look(self, after_seconds: float, step: int) -> None:
@@ -165,6 +166,7 @@ async def test_the_journal_is_compacted_piece_by_piece_and_between_rounds_only(d
 async def test_neighbours_share_one_commit_and_only_those_that_ask_are_answered(desk: Desk) -> None:
     await desk.performs([COMMITTED, ENDED, CALL, DIRTY])
     assert desk.done == [("durable", "Committed", "RoundEnded"), ("call", CALL), ("durable", "LiveDirty")]
+    assert desk.audited == [COMMITTED.record, ENDED.record, DIRTY.record]
     assert [event.kind for event in desk.events if isinstance(event, Appended)] == ["LiveDirty"]
     assert [row.round for row in desk.history.rounds] == ["1.1"]
     assert desk.history.committed is not None

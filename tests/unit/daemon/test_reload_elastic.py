@@ -1,6 +1,7 @@
 """Engines come and go while the daemon runs: a real daemon, real sockets, engines and a trainer that stand in."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ class Fleet:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> OneProcess:
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OneProcess:
     """Of a server that says whether it is paused."""
     process = OneProcess()
+    process.token_file = tmp_path / "credentials" / "engine.token"
 
     class Telling(OneProcessClient):
         async def is_paused(self, deadline: float) -> bool:
@@ -123,7 +125,8 @@ async def test_an_engine_joins_gets_a_version_is_drained_forgotten_and_comes_bac
         await trainer.close()
         await fleet.close()
     assert engine.ran_with == {NEW}
-    assert (await asyncio.to_thread((tmp_path / "state" / "audit.jsonl").read_text)).count("\n") == 3
+    lines = (await asyncio.to_thread((tmp_path / "state" / "audit.jsonl").read_text)).splitlines()
+    assert [json.loads(line)["verb"] for line in lines] == ["commit", "drain", "forget", "release"]
 
 
 async def test_an_engine_makes_itself_a_member_serves_and_is_known_to_the_next_daemon(

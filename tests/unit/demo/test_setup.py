@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from weightsync.agents.inference.place import place_of
 from weightsync.orchestrator.cli import main as cli
 from weightsync.orchestrator.demo import setup as demo_setup
 from weightsync.orchestrator.demo.setup import DemoRun, MissingRequirement, Vllm, find_vllm, steps_per_version
@@ -28,8 +29,12 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert run.steps == (10, 20)
     paths = run.engine_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path / "plugin")
-    assert run.engine_environment("live")["WEIGHTSYNC_MODE"] == "live"
-    assert "WEIGHTSYNC_MODE" not in run.engine_environment(), "the default is what is shown"
+    assert run.engine_environment("engine-1")["WEIGHTSYNC_MODE"] == "live"
+    first = run.engine_environment("engine-0")
+    assert "WEIGHTSYNC_MODE" not in first, "the default is what is shown"
+    assert place_of(first).engine == "engine-0"
+    assert place_of(first).hub_url == settings.agents_url.replace("http", "ws") + "/agents"
+    assert not any(variable.startswith("WEIGHTSYNC_") for variable in run.engine_environment())
     assert "WEIGHTSYNC_CONFIG" not in run.trainer_environment(0)
     run.release()
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from weightsync.orchestrator.protocol.proof import (
     Challenge,
+    admin_key,
     agent_proof,
     channel_of,
     daemon_proof,
@@ -57,3 +58,11 @@ def test_no_two_of_them_are_alike() -> None:
 )
 def test_what_a_nonce_is(text: str, is_one: bool) -> None:
     assert is_nonce(text) is is_one
+
+
+def test_an_admin_key_is_of_one_engine_in_one_run() -> None:
+    key = admin_key(TOKEN, "glm", "a0")
+    assert bytes.fromhex(key) == hmac_by_hand(TOKEN.encode(), msgspec.msgpack.encode(["admin", "glm", "a0"]))
+    others = [(TOKEN, "glm", "a1"), (TOKEN, "glma", "0"), (TOKEN, "", ""), (TOKEN + "f", "glm", "a0")]
+    keys = [key, key_of(TOKEN), *(admin_key(*other) for other in others)]
+    assert len(set(keys)) == len(keys)

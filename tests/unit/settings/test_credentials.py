@@ -12,6 +12,7 @@ from weightsync.orchestrator.settings.credentials import (
     make_tokens,
     read_credentials,
     role_file,
+    tokens_of_engines,
 )
 from weightsync.orchestrator.settings.problems import ConfigError
 
@@ -71,7 +72,9 @@ def test_a_file_that_others_could_have_made_is_refused(directory: Path, tmp_path
     viewer.unlink()
     (tmp_path / "elsewhere").write_text("elsewhere-0123456789")
     viewer.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"viewer.token: is a symbolic link"):
+    assert read_credentials(directory)["elsewhere-0123456789"] == Credential("viewer")
+    (tmp_path / "elsewhere").chmod(0o666)
+    with pytest.raises(ConfigError, match=r"elsewhere: has mode 0666"):
         read_credentials(directory)
     viewer.unlink()
     os.mkfifo(viewer, 0o600)
@@ -128,3 +131,29 @@ def test_whom_a_credential_admits(credential: Credential, member: Member, admits
 def test_which_engines_a_credential_makes_members(credential: Credential, refusal: str) -> None:
     found = credential.refuses_engine("a")
     assert (found.startswith(refusal), bool(found)) == (True, bool(refusal)), found
+
+
+def test_a_mounted_secret_that_is_exchanged(tmp_path: Path) -> None:
+    """As Kubernetes does it: a new directory, then ``..data`` is turned to it in one step."""
+    mount = tmp_path / "mounted"
+    mount.mkdir()
+    for version, token in (("..1", "first-0123456789"), ("..2", "second-0123456789")):
+        (mount / version).mkdir()
+        for role in ("trainer", "engine"):
+            (mount / version / f"{role}.token").write_text(f"{role}-{token}\n")
+            (mount / version / f"{role}.token").chmod(0o440)
+        (mount / "..data_tmp").symlink_to(version)
+        (mount / "..data_tmp").rename(mount / "..data")
+        for role in ("trainer", "engine"):
+            if not (mount / f"{role}.token").is_symlink():
+                (mount / f"{role}.token").symlink_to(f"..data/{role}.token")
+        mount.chmod(0o3777)
+        assert set(read_credentials(mount)) == {f"trainer-{token}", f"engine-{token}"}
+
+
+def test_tokens_that_an_engine_may_hold(directory: Path) -> None:
+    (directory / "engine.a0.token").write_text("of-a0-0123456789\nof-a0-9876543210\n")
+    (directory / "trainer.7.token").write_text("trainer-7-0123456789")
+    known = tokens_of_engines(read_credentials(directory))
+    assert known["a0"] == ("of-a0-0123456789", "of-a0-9876543210")
+    assert set(known) == {"", "a0"}

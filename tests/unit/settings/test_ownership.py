@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from weightsync.orchestrator.settings.ownership import complaint, require_ours
+from weightsync.orchestrator.settings.ownership import MAX_LINKS, complaint, followed, require_ours
 from weightsync.orchestrator.settings.problems import ConfigError
 
 
@@ -51,3 +51,72 @@ def test_the_file_and_its_directory_are_looked_at(tmp_path: Path) -> None:
         require_ours(file.parent / "link")
     with pytest.raises(FileNotFoundError):
         require_ours(tmp_path / "absent")
+
+
+def mounted(parent: Path, token: str = "0123456789abcdef") -> Path:
+    """A directory as Kubernetes mounts a secret: links to a directory that is exchanged as a whole."""
+    mount = parent / "credentials"
+    data = mount / "..2026_11_26_17_00_00.1"
+    data.mkdir(parents=True)
+    file = data / "engine.token"
+    file.write_text(token)
+    file.chmod(0o440)
+    (mount / "..data").symlink_to(data.name)
+    (mount / "engine.token").symlink_to(Path("..data", "engine.token"))
+    mount.chmod(0o3777)
+    return mount
+
+
+def test_a_mounted_secret_is_followed(tmp_path: Path) -> None:
+    mount = mounted(tmp_path)
+    assert followed(mount / "engine.token") == mount / "..2026_11_26_17_00_00.1" / "engine.token"
+    plain = tmp_path / "plain"
+    plain.touch(mode=0o600)
+    assert followed(plain) == plain
+    assert followed(mount / ".." / "plain") == plain
+    far = tmp_path / "far"
+    far.symlink_to(mount / "engine.token")
+    assert followed(far).name == "engine.token"
+
+
+def test_every_place_on_the_way_is_looked_at(tmp_path: Path) -> None:
+    mount = mounted(tmp_path)
+    data = mount / "..2026_11_26_17_00_00.1"
+    for place, mode, good in ((data, 0o777, 0o755), (data / "engine.token", 0o460, 0o440), (mount, 0o777, 0o755)):
+        place.chmod(mode)
+        with pytest.raises(ConfigError, match=rf"{place}: has mode {mode:04o}, so others can write it"):
+            followed(mount / "engine.token")
+        place.chmod(good)
+    assert followed(mount / "engine.token")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("whose", ["engine.token", "..data", "..2026_11_26_17_00_00.1", "..data/engine.token"])
+def test_nothing_of_another_user_is_on_the_way(tmp_path: Path, whose: str) -> None:
+    mount = mounted(tmp_path)
+    os.chown(mount / whose, 4711, 4711, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="belongs to user 4711, not to us"):
+        followed(mount / "engine.token")
+
+
+def test_links_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ConfigError, match=f"more than {MAX_LINKS} links"):
+        followed(tmp_path / "a")
+    (tmp_path / "c").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError):
+        followed(tmp_path / "c")
+    (tmp_path / "file").touch()
+    (tmp_path / "d").symlink_to("file/x")
+    with pytest.raises(NotADirectoryError):
+        followed(tmp_path / "d")
+
+
+def test_a_link_is_judged_by_who_made_it() -> None:
+    link = stat.S_IFLNK | 0o777
+    assert complaint(found(link, 500), 500, link=True) is None
+    assert complaint(found(link, 0), 500, link=True) is None
+    complained = complaint(found(link, 501), 500, link=True)
+    assert complained is not None
+    assert complained[0] == "belongs to user 501, not to us (user 500)"

@@ -15,7 +15,6 @@ def test_defaults_and_paths_relative_to_the_file(config: Path, tmp_path: Path) -
     assert settings.credentials == tmp_path / "credentials"
     assert settings.journal_path == tmp_path / "state" / "journal.sqlite"
     assert settings.agents_url == "http://127.0.0.1:7410"
-    assert settings.agents_token_path == str(tmp_path / "credentials" / "engine.token")
     assert settings.transport == NixlSection(backends=("UCX",), in_flight_per_peer=100, rails=2)
     assert settings.rendezvous == HubSection()
     assert settings.pause.mode == "keep"

@@ -19,7 +19,6 @@ def test_every_value_can_come_from_the_environment(loaded: Loaded) -> None:
     assert settings.pause.cache == "keep"
     assert settings.deadlines.probe_seconds == 1.5
     assert settings.run.id == "77"
-    assert loaded("agents_token_file: /else/where\n").agents_token_path == "/else/where"
 
 
 def test_the_environment_beats_the_file(loaded: Loaded) -> None:
@@ -130,7 +129,6 @@ BOMB = "[" + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" 
         ("STATE_DIRECTORY", "~nobody-of-that-name/x", "the home of a user who has none"),
         ("LISTEN__HOST", "a..b", "is no name of a host"),
         ("ENGINES__0__URL", "http://h:99999", "Port out of range"),
-        ("AGENTS_TOKEN_FILE", "/" + "x" * 5000, "agents_token_file"),
     ],
 )
 def test_a_hostile_variable_is_one_line(name: str, value: str, says: str, refusal: Refusal) -> None:

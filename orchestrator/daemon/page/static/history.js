@@ -25,6 +25,7 @@ export class HistoryView {
     this.failures = h("ul", { class: "problems", "aria-label": "Failures" });
     this.one = h("section", { class: "panel", "aria-label": "One round", "aria-live": "polite", hidden: true });
     this.rows = table("Rounds, newest first", HEADS);
+    this.rows.node.classList.add("rounds");
     section.append(this.summary, h("div", { class: "charts" }, this.charts.map((chart) => chart.node)), h("h2", { text: "Failures" }), this.failures,
       this.one, h("h2", { text: "Rounds" }), this.rows.node);
   }

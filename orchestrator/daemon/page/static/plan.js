@@ -100,7 +100,7 @@ export class PlanView {
     set(this.map, "height", high);
     const measured = [...this.rates.entries()].filter(([, r]) => r.time).map(([edge, r]) => [edge, r.bytes / r.time]).sort((a, b) => a[1] - b[1]);
     const slowest = measured.length ? `Slowest last time: ${measured[0][0].replace(" ", " to ")}, ${rate(measured[0][1], 1)}; fastest ${rate(measured.at(-1)[1], 1)}.` : "No edge has been measured yet.";
-    say(this.mapNote, `${slowest} Rows send, columns receive (${targets.names[0]} to ${targets.names.at(-1)}); the darker, the ${byRate ? "faster" : "more"}.`);
+    say(this.mapNote, `${slowest} Rows send, columns receive (${targets.names[0]} to ${targets.names.at(-1)}); the stronger, the ${byRate ? "faster" : "more"}.`);
     set(this.map, "aria-label", `Map of ${edges.length} edges. ${this.mapNote.textContent}`);
   }
 }

@@ -19,7 +19,7 @@ from weightsync.agents.link.thread import AgentThread
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.kernels.digest import tensor_key
 from weightsync.orchestrator.protocol.layout import Layout, Tensor, row
-from weightsync.orchestrator.protocol.messages import EngineStatus, Fault, Left, Quiesced, Verify
+from weightsync.orchestrator.protocol.messages import EngineStatus, Fault, Holding, Left, Quiesced, Verify
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 UPDATE = UpdateInfo(token="1.1", round_epoch=1, round_number=1, generation=1, step=1, deadline_seconds=5.0)
@@ -47,6 +47,10 @@ class Thread:
     def __init__(self) -> None:
         self.posted: list[Any] = []
         self.said: list[Any] = []
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
 
     def say_once(self, word: Any) -> None:
         self.said.append(word)
@@ -210,6 +214,57 @@ def test_who_does_not_let_go_of_copies_keeps_the_worker_from_standing_still() ->
         agent.update(UPDATE)
     assert thread.posted == []
     assert not agent.status.torn
+
+
+@pytest.fixture
+def serving() -> tuple[InferenceAgent, torch.Tensor, Thread]:
+    """An agent on whose memory a version was committed."""
+    memory, thread = host_arena(16), Thread()
+    memory.copy_(torch.arange(16, dtype=torch.uint8))
+    agent = InferenceAgent(Ranks(), torch.device("cpu"), model(memory, 3))
+    agent._agent = thread  # type: ignore[assignment]
+    agent._holdings.committed(Version(1, 1))
+    return agent, memory, thread
+
+
+def test_a_call_that_leaves_the_weights_alone_is_told_to_nobody(
+    serving: tuple[InferenceAgent, torch.Tensor, Thread],
+) -> None:
+    agent, memory, thread = serving
+    assert agent.around(lambda: int(memory[3])) == 3
+    assert agent.may_run
+    assert thread.posted == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_call_that_changed_them_nothing_runs_and_the_daemon_is_told(
+    serving: tuple[InferenceAgent, torch.Tensor, Thread], fails: bool
+) -> None:
+    agent, memory, thread = serving
+
+    def change() -> str:
+        memory[15] ^= 1
+        if fails:
+            raise RuntimeError("and then it failed")
+        return "done"
+
+    if fails:
+        with pytest.raises(RuntimeError, match="and then it failed"):
+            agent.around(change)
+    else:
+        assert agent.around(change) == "done"
+    assert agent.status.torn
+    assert not agent.may_run
+    (word,) = thread.posted
+    word()
+    assert thread.sent == [Holding(status=agent.status)]
+
+
+def test_nothing_is_compared_where_nothing_may_run(serving: tuple[InferenceAgent, torch.Tensor, Thread]) -> None:
+    agent, memory, thread = serving
+    agent._holdings.tear(True)
+    agent.around(memory.zero_)
+    assert thread.posted == []
 
 
 @pytest.fixture

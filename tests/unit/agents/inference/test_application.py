@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
+from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.application import applicant
-from weightsync.agents.link.applicant import ApplicantError
 from weightsync.orchestrator.protocol.application import Applicant, Application
 
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "token").write_text("the-token")
+    (tmp_path / "token").write_text("the-engines-token")
     return {
         "WEIGHTSYNC_HUB_URL": "ws://head:7410/agents",
         "WEIGHTSYNC_TOKEN_FILE": str(tmp_path / "token"),
@@ -51,8 +51,9 @@ def test_it_says_all_there_is_to_say(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("WEIGHTSYNC_RUN_ID", "", "set WEIGHTSYNC_RUN_ID, too"),
-        ("WEIGHTSYNC_ENGINE", "", "set WEIGHTSYNC_ENGINE, too"),
+        ("WEIGHTSYNC_RUN_ID", "", "WEIGHTSYNC_RUN_ID not set"),
+        ("WEIGHTSYNC_ENGINE", "", "WEIGHTSYNC_ENGINE not set"),
+        ("WEIGHTSYNC_TOKEN_FILE", "", "WEIGHTSYNC_TOKEN_FILE not set"),
         ("WEIGHTSYNC_ENGINE", "a/0", r"\$.name.*WEIGHTSYNC_ENGINE"),
         ("WEIGHTSYNC_ENGINE_ROLE", "boss", r"Invalid enum value 'boss'.*WEIGHTSYNC_ENGINE_ROLE"),
         ("WEIGHTSYNC_ENGINE_PAIR", "a b", r"\$.pair.*WEIGHTSYNC_ENGINE_PAIR"),
@@ -61,5 +62,12 @@ def test_it_says_all_there_is_to_say(environ: dict[str, str]) -> None:
     ],
 )
 def test_what_is_missing_or_wrong_is_named(environ: dict[str, str], variable: str, value: str, words: str) -> None:
-    with pytest.raises(ApplicantError, match=words):
+    with pytest.raises(AgentError, match=words):
         applicant("vllm", environ | {variable: value})
+
+
+def test_a_demo_that_makes_itself_a_member_says_everything(environ: dict[str, str]) -> None:
+    demo = environ | {"WEIGHTSYNC_LOOPBACK_DEMO": "1", "WEIGHTSYNC_HUB_URL": "ws://127.0.0.1:7410/agents"}
+    assert applicant("vllm", demo) is not None
+    with pytest.raises(AgentError, match="set WEIGHTSYNC_ENGINE, too"):
+        applicant("vllm", demo | {"WEIGHTSYNC_ENGINE": ""})

@@ -1,15 +1,16 @@
 """Bodies of an engine's calls: what is missing, wrong or contradicts the environment is named."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_places import ALL, place, token_file
 from weightsync.agents.inference import calls
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 INIT = {
-    "hub_url": "ws://127.0.0.1:9000",
-    "token_file": "/run/secrets/token",
+    "hub_url": "ws://127.0.0.1:9000/agents",
     "run_id": "run",
     "engine": "engine-0",
     "world": 2,
@@ -25,21 +26,34 @@ UPDATE = {
 
 
 @pytest.fixture(autouse=True)
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in calls.ENVIRONMENT.values():
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The environment says the same as INIT."""
+    for name in ALL:
         monkeypatch.delenv(name, raising=False)
+    token = token_file(tmp_path)
+    for name, value in place(token, INIT["hub_url"], INIT["run_id"], INIT["engine"]).items():  # type: ignore[arg-type]
+        monkeypatch.setenv(name, value)
+    return token
 
 
-def test_init_info() -> None:
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch, token: Path) -> None:
+    """A demo whose environment says nothing but where the token is."""
+    for name in ("WEIGHTSYNC_HUB_URL", "WEIGHTSYNC_RUN_ID", "WEIGHTSYNC_ENGINE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WEIGHTSYNC_LOOPBACK_DEMO", "1")
+
+
+def test_init_info(token: Path) -> None:
     info = calls.parse_init_info(INIT)
-    assert (info.hub_url, info.engine, info.world) == ("ws://127.0.0.1:9000", "engine-0", 2)
+    assert (info.hub_url, info.engine, info.world) == ("ws://127.0.0.1:9000/agents", "engine-0", 2)
+    assert (info.run_id, info.token_file) == ("run", str(token))
     assert info == calls.parse_init_info(dict(INIT))
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"hub_url": ""}, "hub_url"),
         ({"world": 0}, "world"),
         ({"world": "2"}, "world"),
         ({"deadline_seconds": 30.0}, "deadline_seconds"),
@@ -51,22 +65,42 @@ def test_a_wrong_field_is_named(change: dict[str, Any], named: str) -> None:
         calls.parse_init_info({**INIT, **change})
 
 
-def test_a_missing_field_is_named() -> None:
+def test_only_the_world_has_to_be_said() -> None:
+    assert calls.parse_init_info({"world": 2}) == calls.parse_init_info(INIT)
+    with pytest.raises(calls.InfoError, match="world"):
+        calls.parse_init_info({name: value for name, value in INIT.items() if name != "world"})
+
+
+@pytest.mark.parametrize("field", ["hub_url", "run_id", "engine"])
+@pytest.mark.parametrize("other", ["other", "", None, 7, "x" * 10_000])
+def test_nothing_may_be_said_otherwise(field: str, other: object) -> None:
+    with pytest.raises(calls.InfoError, match=rf"init_info.{field} contradicts WEIGHTSYNC_.*belongs to '") as refusal:
+        calls.parse_init_info({**INIT, field: other})
+    assert len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", "", None])
+@pytest.mark.usefixtures("demo")
+def test_nobody_names_a_path_from_outside(path: object) -> None:
+    with pytest.raises(calls.InfoError, match=r"init_info\.token_file: WEIGHTSYNC_TOKEN_FILE"):
+        calls.parse_init_info({**INIT, "token_file": path})
+
+
+def test_without_a_place_nobody_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEIGHTSYNC_RUN_ID")
+    with pytest.raises(calls.InfoError, match="WEIGHTSYNC_RUN_ID not set"):
+        calls.parse_init_info(INIT)
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_demo_takes_the_rest_from_a_daemon_on_its_machine(token: Path) -> None:
+    info = calls.parse_init_info(INIT)
+    assert (info.hub_url, info.token_file) == (INIT["hub_url"], str(token))
+    for url in ("ws://10.0.0.1:7410/agents", "ws://127.0.0.1.evil.example/agents", "ws://[::2]/agents", "ws://[/"):
+        with pytest.raises(calls.InfoError, match="is not on this machine"):
+            calls.parse_init_info({**INIT, "hub_url": url})
     with pytest.raises(calls.InfoError, match="engine"):
         calls.parse_init_info({name: value for name, value in INIT.items() if name != "engine"})
-
-
-def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_TOKEN_FILE", "/etc/token")
-    body = {name: value for name, value in INIT.items() if name != "token_file"}
-    assert calls.parse_init_info(body).token_file == "/etc/token"
-
-
-def test_nobody_redirects_an_agent_whose_hub_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSYNC_HUB_URL", "wss://hub.example")
-    with pytest.raises(calls.InfoError, match="hub_url contradicts WEIGHTSYNC_HUB_URL"):
-        calls.parse_init_info(INIT)
-    assert calls.parse_init_info({**INIT, "hub_url": "wss://hub.example"}).hub_url == "wss://hub.example"
 
 
 def test_update_info() -> None:

@@ -158,3 +158,30 @@ def test_calls_answer_even_when_they_fail() -> None:
     assert gate.call(worker, lambda worker, number: worker.rank + number, (1,), {}) == gate.CallOutcome(3, 4)
     assert gate.call(worker, "fail", (), {}).error == "KeyError: 'no such thing'"
     assert "AttributeError" in gate.call(worker, "unknown", (), {}).error
+
+
+def test_a_call_of_unknown_effect_is_made_inside_the_agents_look(wrapper_class: type[Wrapper]) -> None:
+    looked: list[str] = []
+
+    def around(change: Any) -> Any:
+        looked.append("before")
+        outcome = change()
+        looked.append("after")
+        return outcome
+
+    agent = Agent(may_run=True)
+    agent.around = around  # type: ignore[attr-defined]
+    assert gate.call_around(wrapper_class(agent), "double", (4,), {}) == gate.CallOutcome(3, 8)
+    assert gate.call_around(wrapper_class(agent), "fail", (), {}).error == "KeyError: 'no such thing'"
+    assert looked == ["before", "after"] * 2
+    assert gate.call_around(wrapper_class(None), "double", (4,), {}) == gate.CallOutcome(3, 8)
+
+
+def test_weights_that_cannot_be_looked_at_are_not_touched(wrapper_class: type[Wrapper]) -> None:
+    def around(change: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    agent = Agent(may_run=True)
+    agent.around = around  # type: ignore[attr-defined]
+    outcome = gate.call_around(wrapper_class(agent), "double", (4,), {})
+    assert outcome == gate.CallOutcome(3, error="RuntimeError: the device is lost")

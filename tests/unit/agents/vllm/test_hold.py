@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_cores import DPEngineCore, EngineCore, PauseState, config, pretend_vllm, servable
 from weightsync.agents.inference import application
-from weightsync.agents.link.applicant import ApplicantError
+from weightsync.agents.inference.place import PlaceError
 from weightsync.agents.vllm import gate, hold, lease, workers
 
 
@@ -412,6 +412,57 @@ def test_calls_of_unknown_effect_reach_no_worker(core_class: type[EngineCore], m
     assert core.collective_rpc(rank_and_more, args=(10,)) == [10, 11]
 
 
+@pytest.fixture
+def serving(core_class: type[EngineCore], monkeypatch: pytest.MonkeyPatch) -> EngineCore:
+    """An engine core of two ranks that serves, whose operator answers for two calls."""
+    monkeypatch.setenv("WEIGHTSYNC_ALLOW_CALLS", "look, meddle")
+    core = core_class(config(), ranks=2)
+    servable(core)
+    core.resume_scheduler()
+    assert not core.is_scheduler_paused()
+    return core
+
+
+def test_after_a_call_that_changed_nothing_the_engine_serves_on(serving: EngineCore) -> None:
+    assert serving.collective_rpc("look") == [0, 0]
+    assert serving.add_lora("adapter")
+    assert not serving.is_scheduler_paused()
+    assert serving.model_executor.workers[1].calls == ["add adapter"]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_after_a_call_that_changed_weights_it_is_paused_at_once(serving: EngineCore, failing: bool) -> None:
+    first, second = serving.model_executor.workers
+    second.failure = "and then it failed" if failing else ""
+    if failing:
+        with pytest.raises(workers.WorkersFailed, match=r"rank 1: .* and then it failed"):
+            serving.collective_rpc("meddle")
+    else:
+        serving.collective_rpc("meddle")
+    assert serving.scheduler.pause_state is PauseState.PAUSED_ALL
+    with pytest.raises(gate.NotServable, match=r"rank 0: the weights are torn.* rank 1: the weights are torn"):
+        serving.resume_scheduler()
+    assert first.agent.status.torn
+
+
+def test_adapters_that_change_weights_are_found_out(serving: EngineCore) -> None:
+    assert serving.remove_lora(7)
+    assert serving.scheduler.pause_state is PauseState.PAUSED_ALL
+
+
+def test_a_paused_engine_stays_as_it_is(serving: EngineCore) -> None:
+    serving.pause_scheduler("keep")
+    serving.collective_rpc("meddle")
+    assert serving.scheduler.pause_state is PauseState.PAUSED_ALL
+    with pytest.raises(gate.NotServable, match="torn"):
+        serving.resume_scheduler()
+
+
+def test_experts_are_not_spread_anew(serving: EngineCore) -> None:
+    with pytest.raises(hold.CallRefused, match="reinitialize_distributed is refused: it makes the process groups"):
+        serving.reinitialize_distributed(None)
+
+
 def test_answers_out_of_step_are_never_taken_for_a_yes(core_class: type[EngineCore]) -> None:
     core = core_class(config(), ranks=2)
     servable(core)
@@ -456,5 +507,5 @@ def test_one_that_cannot_say_who_it_is_does_not_start(
 ) -> None:
     monkeypatch.setenv(application.URL_VARIABLE, "http://h:8000")
     monkeypatch.delenv("WEIGHTSYNC_ENGINE", raising=False)
-    with pytest.raises(ApplicantError, match="WEIGHTSYNC_ENGINE"):
+    with pytest.raises(PlaceError, match="WEIGHTSYNC_ENGINE"):
         core_class(config())

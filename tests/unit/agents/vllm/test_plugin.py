@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from weightsync.agents.vllm import hold, plugin
+from weightsync.agents.vllm import guard, hold, plugin
 from weightsync.agents.vllm.recorder import load_hook
 
 
@@ -31,6 +31,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module.WeightTransferEngineFactory = Factory  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     order: list[str] = []
+    monkeypatch.setattr(guard, "install", lambda: order.append("guard"))
     monkeypatch.setattr(hold, "install", lambda: order.append("hold"))
     monkeypatch.setattr(load_hook, "install", lambda: order.append("load_hook"))
     return order
@@ -40,7 +41,7 @@ def test_registering_twice_does_no_harm(installed: list[str]) -> None:
     plugin.register()
     plugin.register()
     assert Factory._registry["weightsync"] == ("weightsync.agents.vllm.adapter.choose", "WeightsyncEngine")
-    assert installed == ["hold", "load_hook"]
+    assert installed == ["guard", "hold", "load_hook"]
 
 
 def test_a_vllm_without_weight_transfer_is_left_alone(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

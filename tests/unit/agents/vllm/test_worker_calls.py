@@ -35,6 +35,16 @@ def test_unknown_calls_need_the_operators_word(monkeypatch: pytest.MonkeyPatch) 
         assert worker_calls.refusal(method) == ""
 
 
+def test_after_which_calls_the_weights_are_looked_at() -> None:
+    for name in (*worker_calls.ADAPTERS, "memory_of_my_extension"):
+        assert worker_calls.is_vouched_for(name)
+    for name in worker_calls.OF_A_ROUND | worker_calls.READING:
+        assert not worker_calls.is_vouched_for(name)
+    assert worker_calls.is_vouched_for(a_function_of_somebody)
+    assert not worker_calls.is_vouched_for(type("Function", (), {"__module__": "vllm.distributed.x"}))
+    assert worker_calls.is_vouched_for(type("Function", (), {"__module__": "vllmx"}))
+
+
 def test_functions_of_vllm_itself_pass() -> None:
     a_function = type("Function", (), {"__module__": "vllm.distributed.x", "__qualname__": "measure"})
     assert worker_calls.refusal(a_function) == ""

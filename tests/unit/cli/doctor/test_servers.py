@@ -1,16 +1,19 @@
 """Real servers on 127.0.0.1, asked: the right one, and each that stands in its place."""
 
 import socket
+import ssl
 import time
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from credentials import TOKENS
 from servers_here import only, served, speaking, vllm
 from weightsync.orchestrator.cli.doctor import places, servers
 from weightsync.orchestrator.daemon.engines import http as engine_http
 from weightsync.orchestrator.daemon.engines.interface import EngineFacts
 from weightsync.orchestrator.protocol.findings import Finding
+from weightsync.orchestrator.protocol.proof import admin_key
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -73,6 +76,33 @@ async def test_a_server_that_asks_for_a_key(config: Path) -> None:
     async with served(web.Application(middlewares=[guard])) as url:
         [found] = await asked(config, url)
     assert (found.level, "api_key_file" in found.fix) == ("error", True)
+
+
+async def test_a_server_of_another_token_or_name(config: Path) -> None:
+    async with served(vllm(admin_key=admin_key(TOKENS["engine"], "glm", "e0"))) as url:
+        [found] = await asked(config, url)
+    assert found.level == "ok"
+    async with served(vllm(admin_key=admin_key(TOKENS["engine"], "other", "e0"))) as url:
+        [found] = await asked(config, url)
+    assert (found.level, found.what) == ("error", f"{url} does not know the admin key of engine e0")
+    assert "_RUN_ID and _ENGINE" in found.fix
+
+
+async def test_a_server_whose_admin_routes_are_open(config: Path) -> None:
+    async with served(vllm(admin_key=None)) as url:
+        found = await asked(config, url)
+    assert [(each.level, "nothing stands before its admin routes" in each.what) for each in found] == [
+        ("warning", True)
+    ]
+    assert "unset WEIGHTSYNC_LOOPBACK_DEMO" in found[0].fix
+
+
+def test_a_key_that_can_be_read_on_its_way_is_noted() -> None:
+    plain = list(servers._closed(None, "http://10.1.0.7:8000", servers.Opening(), "engine e0"))
+    assert [(each.level, "https in its url" in each.fix) for each in plain] == [("note", True)]
+    tls = servers.Opening(tls=ssl.create_default_context())
+    assert list(servers._closed(None, "https://10.1.0.7:8000", tls, "engine e0")) == []
+    assert list(servers._closed(None, "http://[::1]:8000", servers.Opening(), "engine e0")) == []
 
 
 async def test_nobody_and_somebody_else_at_the_port(config: Path) -> None:

@@ -27,6 +27,7 @@ def test_by_token_and_by_key(directory: Path) -> None:
     assert credentials.of_key(key_of(TOKENS["engine"])) == (TOKENS["engine"], Credential("engine"))
     assert credentials.of_key("") is None
     assert credentials.holds(TOKENS["trainer"])
+    assert credentials.of_engine("a0") == (TOKENS["engine"],)
 
 
 async def test_a_change_of_the_files_is_seen_by_itself_and_what_cannot_serve_changes_nothing(directory: Path) -> None:
@@ -63,3 +64,11 @@ async def test_nothing_changes_without_a_change(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no trainer.token"):
         await credentials.again()
     assert credentials.holds(TOKENS["trainer"])
+
+
+def test_an_engines_own_tokens_come_before_those_of_all(directory: Path) -> None:
+    (directory / "engine.a0.token").write_text("a0-0123456789abcdef\na0-9876543210abcdef")
+    (directory / "engine.a0.token").chmod(0o600)
+    credentials = Credentials(directory, lambda _: None)
+    assert credentials.of_engine("a0") == ("a0-0123456789abcdef", "a0-9876543210abcdef", TOKENS["engine"])
+    assert credentials.of_engine("a1") == (TOKENS["engine"],)

@@ -358,6 +358,18 @@ async def test_descriptors_are_kept_for_the_daemon_itself(tmp_path: Path, monkey
                     break
 
 
+async def test_an_agent_before_its_proof_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the door's and the hub's at the same time, and has one descriptor."""
+    async with house(tmp_path) as made, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{made.port}{AGENTS_PATH}"
+        monkeypatch.setattr(doors, "limit", lambda: doors.RESERVE + 3)
+        agents = [await open_agent(session, url, TOKENS["engine"]) for _ in range(2)]
+        assert made.door.strangers == 2
+        assert await made.ask() == 200
+        for agent in agents:
+            await agent.close()
+
+
 async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(tmp_path: Path) -> None:
     certificates = tmp_path / "certificates"
     make_certificates(certificates, ["127.0.0.1"], (), 2)

@@ -22,6 +22,21 @@ def test_the_first_of_each_kind_are_said_and_the_others_counted() -> None:
     assert logs[-1]["remote"] == "again"
 
 
+def test_the_audit_log_gets_two_lines_of_each_kind_and_minute() -> None:
+    now, told = 0.0, []
+    refusals = Refusals(lambda: now)
+    refusals.audited = lambda kind, fields: told.append((kind, dict(fields)))
+    with structlog.testing.capture_logs():
+        for number in range(1000):
+            refusals.say("wrong token", remote=str(number))
+        refusals.say("too many", remote="one")
+        now = WINDOW_SECONDS
+        refusals.sweep()
+        refusals.sweep()
+    first = [("wrong token", {"remote": "0"}), ("too many", {"remote": "one"})]
+    assert told == [*first, ("wrong token", {"further ones": 999})]
+
+
 def test_a_single_refusal_is_not_counted_twice() -> None:
     now = 0.0
     refusals = Refusals(lambda: now)

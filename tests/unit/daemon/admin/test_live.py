@@ -116,7 +116,7 @@ async def test_metrics_are_of_the_status_and_of_the_meters(daemon: Daemon) -> No
 async def test_layouts_are_the_plans(daemon: Daemon) -> None:
     assert await daemon.views.layouts() is None
     daemon.layouts = LayoutsView(run="glm", root="f", parties=())
-    assert await daemon.views.layouts() is daemon.layouts
+    assert await daemon.views.layouts() == daemon.layouts
 
 
 async def test_each_of_their_routes_has_a_policy(daemon: Daemon) -> None:

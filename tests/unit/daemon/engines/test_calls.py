@@ -16,6 +16,7 @@ from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.names import RoundName, Version
+from weightsync.orchestrator.protocol.proof import admin_key
 from weightsync.orchestrator.settings.sections import EnginesAdmitSection, PauseSection
 from weightsync.orchestrator.settings.settings import load
 
@@ -59,7 +60,8 @@ class Desk:
     def __init__(self, config: Path) -> None:
         self.reports: list[Event] = []
         self.inbox = Inbox(self.reports.extend)
-        self.engines = Engines(load(config, {}), self.inbox)
+        self.tokens = {"e0": ["its-own-0123456789", "any-0123456789"]}
+        self.engines = Engines(load(config, {}), self.inbox, tokens=lambda name: self.tokens[name])
         self.client: Any = self.engines.clients["e0"]
 
     async def performs(self, call: Call, deadline: float = 5.0) -> Any:
@@ -118,8 +120,15 @@ async def test_a_switch_names_the_processes_and_says_how_long_it_took(desk: Desk
 
 async def test_agents_are_told_where_to_go(desk: Desk, tmp_path: Path) -> None:
     await desk.performs(Call.ATTACH)
-    hub = HubAddress("ws://127.0.0.1:7000/agents", str(tmp_path / "credentials" / "engine.token"), "glm")
+    hub = HubAddress("ws://127.0.0.1:7000/agents", "glm")
     assert desk.client.calls == [("attach", hub, 5.0)]
+
+
+async def test_its_admin_keys_are_of_the_tokens_that_it_may_hold_now(desk: Desk) -> None:
+    keys = desk.client.setup.admin_keys
+    assert keys() == [admin_key(token, "glm", "e0") for token in ("its-own-0123456789", "any-0123456789")]
+    desk.tokens = {"e0": ["new-0123456789"]}
+    assert keys() == [admin_key("new-0123456789", "glm", "e0")]
 
 
 async def test_the_switch_names_the_round_and_ends_before_the_daemon_gives_up(desk: Desk) -> None:

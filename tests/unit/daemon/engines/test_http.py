@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 from aiohttp import web
@@ -22,14 +22,16 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.asynccontextmanager
-async def talking(handler: Handler, api_key: str | None = None) -> AsyncIterator[EngineHttp]:
+async def talking(
+    handler: Handler, api_key: str | None = None, admin_keys: Callable[[], Sequence[str]] = tuple
+) -> AsyncIterator[EngineHttp]:
     """Exchanges with a server that answers everything by ``handler``."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    exchanges = EngineHttp("a", f"http://127.0.0.1:{runner.addresses[0][1]}/", api_key)
+    exchanges = EngineHttp("a", f"http://127.0.0.1:{runner.addresses[0][1]}/", api_key, None, admin_keys)
     try:
         yield exchanges
     finally:
@@ -172,3 +174,20 @@ async def test_whatever_is_answered_is_one_error_that_can_be_told(what: str) -> 
     assert len(text) <= MAX_REASON_CHARS
     assert text.encode()
     assert text.isprintable()
+
+
+async def test_the_admin_keys_of_the_moment_are_shown() -> None:
+    seen: list[str | None] = []
+    keys = ["one", "two"]
+
+    async def note(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Weightsync-Admin"))
+        return web.Response(text="{}")
+
+    async with talking(note, admin_keys=lambda: keys) as exchanges:
+        await exchanges.exchange("GET", "/x", 5, idempotent=True)
+        keys = ["three"]
+        await exchanges.exchange("GET", "/x", 5, idempotent=True)
+        keys = []
+        await exchanges.exchange("GET", "/x", 5, idempotent=True)
+    assert seen == ["one,two", "three", None]

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from credentials import TOKENS, write_credentials
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.daemon.access.tls import credential_of_peer
 from weightsync.orchestrator.daemon.engines import kinds
 from weightsync.orchestrator.daemon.engines.errors import EngineUnreachable, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineSetup
-from weightsync.orchestrator.daemon.engines.kinds import check_kinds, client_of, section_of
+from weightsync.orchestrator.daemon.engines.kinds import check_kinds, client_of, keys_now, section_of
 from weightsync.orchestrator.daemon.engines.vllm import VllmClient
 from weightsync.orchestrator.protocol.application import Applicant
+from weightsync.orchestrator.protocol.proof import admin_key
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.sections import EngineSection, EnginesTls, ListenTls, PauseSection
 from weightsync.orchestrator.settings.settings import load
@@ -26,7 +28,7 @@ class Abacus:
 
 
 async def test_vllm_is_the_default() -> None:
-    client = client_of(EngineSection(name="a", url="http://127.0.0.1:1"), PauseSection(), EnginesTls())
+    client = client_of(EngineSection(name="a", url="http://127.0.0.1:1"), PauseSection(), EnginesTls(), tuple)
     assert isinstance(client, VllmClient)
     assert client.name == "a"
     await client.close()
@@ -36,7 +38,7 @@ def test_a_client_gets_its_part_of_the_settings(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(kinds.CLIENTS, "abacus", Abacus)  # type: ignore[arg-type]
     (tmp_path / "key").write_text("k3y\n")
     engine = EngineSection(name="a", kind="abacus", url="http://h:1", api_key_file=tmp_path / "key")
-    client = client_of(engine, PauseSection(mode="wait", cache="drop"), EnginesTls())
+    client = client_of(engine, PauseSection(mode="wait", cache="drop"), EnginesTls(), tuple)
     assert isinstance(client, Abacus)
     assert client.setup == EngineSetup("a", "http://h:1", "k3y", "wait", "drop")
     assert "k3y" not in repr(client.setup)
@@ -49,13 +51,16 @@ def test_an_unknown_kind_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnknownEngineKind, match=r"^engine b: unknown engine kind 'slide-rule'.*one of: vllm, abacus$"):
         check_kinds(engines)
     with pytest.raises(UnknownEngineKind):
-        client_of(engines[1], PauseSection(), EnginesTls())
+        client_of(engines[1], PauseSection(), EnginesTls(), tuple)
 
 
 def test_a_key_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         client_of(
-            EngineSection(name="a", url="http://h:1", api_key_file=tmp_path / "absent"), PauseSection(), EnginesTls()
+            EngineSection(name="a", url="http://h:1", api_key_file=tmp_path / "absent"),
+            PauseSection(),
+            EnginesTls(),
+            tuple,
         )
 
 
@@ -102,7 +107,7 @@ async def test_an_engine_over_tls_is_who_its_certificate_says_and_sees_ours(tmp_
         ca_file=(files if believed else tmp_path / "other") / "ca.pem",
         certificate_file=files / "operator.pem", key_file=files / "operator.key",
     )  # fmt: skip
-    client = client_of(engine, PauseSection(), tls)
+    client = client_of(engine, PauseSection(), tls, tuple)
     try:
         if believed:
             assert await client.is_paused(20.0)
@@ -113,3 +118,14 @@ async def test_an_engine_over_tls_is_who_its_certificate_says_and_sees_ours(tmp_
         await client.close()
         await runner.cleanup()
     assert asked == (["operator"] if believed else [])
+
+
+def test_the_keys_of_an_engine_are_of_the_credentials_on_disk(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    engines = "engines: [{name: a, url: 'http://h:1'}]"
+    config.write_text(f"run: {{id: glm, directory: .}}\nstate_directory: s\ncredentials: credentials\n{engines}\n")
+    settings = load(config, {})
+    assert keys_now(settings, "a") == ()
+    write_credentials(tmp_path / "credentials")
+    assert keys_now(settings, "a") == (admin_key(TOKENS["engine"], "glm", "a"),)
+    assert keys_now(settings, "b") == (admin_key(TOKENS["engine"], "glm", "b"),)

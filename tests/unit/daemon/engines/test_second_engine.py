@@ -100,6 +100,8 @@ class OneProcess:
         self.landing = b""
         self.standby: Version | None = None
         self.paused, self.weights, self.weight_version = True, OLD, "default"
+        self.token_file = Path()
+        """In the engine's own configuration: nobody says over the wire where it is."""
         self.asked: list[tuple[str, Any]] = []
         self.ran_with: set[bytes] = set()
         self.applied: Version | None = None
@@ -125,7 +127,7 @@ class OneProcess:
                 self.weight_version = body["new_version"]
             case "/weightsync/attach":
                 if self.agent is None:
-                    self.agent = ControlClient(body["url"], Path(body["token_file"]), self.hello, self.hear)
+                    self.agent = ControlClient(body["url"], self.token_file, self.hello, self.hear)
                     self.running = asyncio.create_task(self.agent.run())
             case "/weightsync/update":
                 assert self.agent is not None
@@ -205,7 +207,7 @@ class OneProcessClient:
         return EngineFacts(f"one process {info['version']}", info["tp_size"])
 
     async def attach(self, hub: HubAddress, deadline: float) -> None:
-        await self._post("/weightsync/attach", deadline, {"url": hub.url, "token_file": hub.token_file})
+        await self._post("/weightsync/attach", deadline, {"url": hub.url})
 
     async def pause(self, deadline: float) -> None:
         await self._post("/pause_generation", deadline, {"mode": self.MODES[self._setup.pause_mode]})
@@ -351,6 +353,7 @@ def _second_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_second_kind")
 async def test_a_version_lands_beside_the_weights_of_another_engine(tmp_path: Path) -> None:
     engine = OneProcess("copy")
+    engine.token_file = tmp_path / "credentials" / "engine.token"
     async with served(engine) as url, daemon(settings_for(tmp_path, url)) as port:
         trainer = Trainer(f"ws://127.0.0.1:{port}/agents", tmp_path / "credentials" / "trainer.token", engine)
         step = tmp_path / "run" / "broadcasts" / "step_5"
@@ -369,6 +372,7 @@ async def test_a_version_lands_beside_the_weights_of_another_engine(tmp_path: Pa
 @pytest.mark.usefixtures("_second_kind")
 async def test_a_version_is_committed_on_another_engine(tmp_path: Path) -> None:
     engine = OneProcess()
+    engine.token_file = tmp_path / "credentials" / "engine.token"
     async with served(engine) as url:
         settings = settings_for(tmp_path, url)
         async with daemon(settings) as port:

@@ -13,7 +13,7 @@ from weightsync.orchestrator.daemon.engines.several import SeveralServers
 from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.sections import EngineSection, EnginesTls, PauseSection
 
-HUB = HubAddress("ws://hub:1/agents", "/token", "run")
+HUB = HubAddress("ws://hub:1/agents", "run")
 UPDATE = RoundUpdate(RoundName(1, 2), Version(3, 4), 5.0)
 
 
@@ -64,7 +64,7 @@ async def engine(*servers: Server) -> AsyncIterator[SeveralServers]:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
         section = EngineSection(name="e0", url=urls[0], more_urls=tuple(urls[1:]))
-        client = client_of(section, PauseSection(), EnginesTls())
+        client = client_of(section, PauseSection(), EnginesTls(), tuple)
         assert isinstance(client, SeveralServers)
         stack.push_async_callback(client.close)
         yield client

@@ -36,7 +36,7 @@ LONG = 30.0
 BRIEF = 0.1
 """Total deadline, in seconds, of calls that are meant to run into it."""
 
-HUB = HubAddress("ws://h/agents", "/etc/token", "glm")
+HUB = HubAddress("ws://h/agents", "glm")
 VERSION = Version(7, 12)
 MEANT = {0: 2**62 + 1, 1: 5}
 """Rank → incarnation; JSON's own numbers end at 2^53, and neither side's library minds."""
@@ -147,7 +147,7 @@ async def test_a_whole_round(told_version: bool) -> None:
         await client.resume(MEANT, LONG)
         assert not vllm.paused
         assert vllm.version == ("12" if told_version else None)
-    hub = {"hub_url": "ws://h/agents", "token_file": "/etc/token", "run_id": "glm", "engine": "a", "world": 4}
+    hub = {"hub_url": "ws://h/agents", "run_id": "glm", "engine": "a", "world": 4}
     update = {"token": "3.9", "round_epoch": 3, "round_number": 9, "generation": 7, "step": 12,
               "deadline_seconds": 20.0, "exposes": True}  # fmt: skip
     assert [entry for entry in vllm.asked if entry[0] not in ("/version", "/get_world_size", "/is_paused")] == [

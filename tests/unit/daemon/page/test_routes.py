@@ -18,7 +18,7 @@ from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import StatusView
 from weightsync.orchestrator.daemon.page import stream as streams
 from weightsync.orchestrator.daemon.page.routes import Page
-from weightsync.orchestrator.daemon.page.timeline import Timeline
+from weightsync.orchestrator.daemon.page.timeline import EdgeRate, Timeline
 
 
 async def status() -> StatusView:
@@ -82,6 +82,16 @@ async def test_the_plan_and_its_rates(served: Served, plan: Any) -> None:
     code, found = await served.get("/plan/explanation")
     assert (code, found["root"]) == (200, plan.root)
     assert await served.get("/plan/rates") == (200, {"edges": []})
+
+
+async def test_rates_are_put_together_once_for_each_round(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = served.page._timeline
+    times = []
+    monkeypatch.setattr(timeline, "rates", lambda: times.append(1) or (EdgeRate("trainer/0", "e0/0", len(times), 1.0),))
+    for _ in range(3):
+        assert await served.get("/plan/rates") == (200, {"edges": [["trainer/0", "e0/0", 1, 1.0]]})
+    timeline.ended += 1
+    assert await served.get("/plan/rates") == (200, {"edges": [["trainer/0", "e0/0", 2, 1.0]]})
 
 
 async def test_the_audit_log(served: Served) -> None:

@@ -13,7 +13,7 @@ from weightsync.orchestrator.daemon.access.door import DoorLimits
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.views import RoundRow, StatusView
 from weightsync.orchestrator.daemon.page import stream as streams
-from weightsync.orchestrator.daemon.page.stream import PageStream, StreamsFull, Viewer
+from weightsync.orchestrator.daemon.page.stream import PageStream, StreamRefused, Viewer
 from weightsync.orchestrator.daemon.page.timeline import Timeline
 
 SECONDS = 20.0
@@ -41,8 +41,8 @@ class Served:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         try:
             return await self.stream.serve(request, VIEWER)
-        except StreamsFull as full:
-            return web.Response(status=503, text=str(full))
+        except StreamRefused as refused:
+            return web.Response(status=503, text=str(refused))
 
     def taps(self) -> int:
         return len(self.stream._taps)
@@ -95,6 +95,7 @@ async def test_fifty_pages_cost_one_status(served: Served) -> None:
         for reader in readers:
             await reader.next()
             await reader.next()
+        assert served.asked < 50
         asked = served.asked
         served.text = "a round begins"
         await served.stream.beat()
@@ -205,6 +206,19 @@ async def test_what_breaks_costs_the_pages_only(served: Served) -> None:
             assert (await again.next())[1]["state"] == "well again"
     task.cancel()
     await asyncio.wait({task})
+
+
+async def test_a_daemon_that_stops_ends_all_streams_and_begins_none(served: Served) -> None:
+    task = asyncio.create_task(served.stream.run())
+    async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
+        reader = Reader(answer)
+        await reader.next()
+        task.cancel()
+        await asyncio.wait({task})
+        async with asyncio.timeout(SECONDS):
+            await answer.content.read()
+        async with session.get(served.url) as again:
+            assert (again.status, await again.text()) == (503, "the daemon is stopping")
 
 
 def test_a_stream_is_over_before_the_door_ends_it() -> None:

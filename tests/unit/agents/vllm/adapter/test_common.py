@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from dram_pages import PAGE, DramPages
+from engine_places import place, token_file
 from peft_files import adapter as peft_adapter
 from weightsync.agents.inference import calls
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.memory.pages.paged import PagedMemory
 from weightsync.agents.memory.pages.ranges import PageRange
 from weightsync.agents.recorder.settled import Unrecorded
-from weightsync.agents.vllm import gate, hold, paging
+from weightsync.agents.vllm import gate, guard, hold, paging
 from weightsync.agents.vllm.adapter import choose as engine_adapter
 from weightsync.agents.vllm.adapter import common as engine
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
@@ -26,8 +27,7 @@ from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region, Tensor, row
 
 INIT = {
-    "hub_url": "ws://127.0.0.1:9000",
-    "token_file": "/run/secrets/token",
+    "hub_url": "ws://127.0.0.1:9000/agents",
     "run_id": "run",
     "engine": "engine-0",
     "world": 2,
@@ -43,9 +43,9 @@ UPDATE = {
 
 
 @pytest.fixture(autouse=True)
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in calls.ENVIRONMENT.values():
-        monkeypatch.delenv(name, raising=False)
+def _in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in place(token_file(tmp_path), "ws://127.0.0.1:9000/agents", "run", "engine-0").items():
+        monkeypatch.setenv(name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -94,6 +94,7 @@ class Model(torch.nn.Module):
 def story(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What an adapter does, in order, with its surroundings replaced by doubles."""
     story: list[Any] = []
+    monkeypatch.setattr(guard, "require", lambda: story.append("guard required"))
     monkeypatch.setattr(hold, "require", lambda: story.append("hold required"))
     monkeypatch.setattr(gate, "install", lambda: story.append("gate installed"))
     monkeypatch.setattr(engine, "make_agent", lambda ranks, *_: story.append(ranks.rank) or Agent(story))
@@ -155,6 +156,7 @@ def test_the_lifecycle_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.shutdown()
     update = calls.parse_update_info(UPDATE, calls.UpdateInfo)
     assert story == [
+        "guard required",
         "hold required",
         "gate installed",
         1,
@@ -172,7 +174,7 @@ def test_the_callback_shape(pretend_base: Any, story: list[Any]) -> None:
     adapter.init_transfer_engine(adapter.parse_init_info(INIT))
     adapter.receive_weights(update, lambda weights: None)
     adapter.shutdown()
-    assert story[2:] == [1, calls.parse_init_info(INIT), "synchronised cpu", update, "closed"]
+    assert story[3:] == [1, calls.parse_init_info(INIT), "synchronised cpu", update, "closed"]
 
 
 def test_the_callback_shape_refuses_checkpoint_format(pretend_base: Any, story: list[Any]) -> None:
@@ -180,7 +182,7 @@ def test_the_callback_shape_refuses_checkpoint_format(pretend_base: Any, story: 
     adapter = pretend_base(CallbackBase)(None, PARALLEL, model)
     with pytest.raises(calls.InfoError, match="is_checkpoint_format=false"):
         adapter.receive_weights(adapter.parse_update_info(UPDATE), load_weights=model.load_weights)
-    assert len(story) == 3
+    assert len(story) == 4
 
 
 def test_the_callback_shape_sends_trainers_to_ours(pretend_base: Any, story: list[Any]) -> None:
@@ -208,7 +210,7 @@ def test_an_unheld_vllm_makes_no_engine(pretend_base: Any, story: list[Any], mon
     monkeypatch.setattr(hold, "require", refuse)
     with pytest.raises(hold.HoldUnavailable):
         pretend_base(CallbackBase)(None, PARALLEL, Model())
-    assert story == []
+    assert story == ["guard required"]
 
 
 def test_an_unknown_shape_is_refused_by_name(pretend_base: Any) -> None:
