@@ -26,7 +26,6 @@ from weightsync.agents.link.side import AgentSide
 from weightsync.agents.link.silence import Silence
 from weightsync.agents.link.tracing import AgentTraces, span_sink
 from weightsync.orchestrator.protocol.messages import (
-    Announce,
     Connect,
     FromAgent,
     FromDaemon,
@@ -285,9 +284,9 @@ class AgentThread(Generic[SideT]):
         match message:
             case Welcome():
                 self._welcomed(message)
-            case Connect() if self._group is None:
+            case Connect(lends=False) if self._group is None:
                 self._begin_rendezvous(self._connect(message))
-            case Connect():
+            case Connect(lends=False):
                 log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
             case _:
                 self.side.heard(message)
@@ -333,7 +332,7 @@ class AgentThread(Generic[SideT]):
         """Say the layout anew, because it has changed; the present plan's edges are of no use any more."""
         if self._rendezvous is not None and self._group is None:
             self._rendezvous.cancel()
-        announce = self._announce()
+        announce = self.side.announcement()
         if announce is not None:
             self.send(announce)
 
@@ -341,13 +340,6 @@ class AgentThread(Generic[SideT]):
         """Look at the present plan's edges again, and tell what is ready if that has changed."""
         if self._edges is not None:
             self._edges.changed()
-
-    def _announce(self) -> Announce | None:
-        said = self.side.announcement()
-        if said is None:
-            return None
-        layout, name, endpoint = said
-        return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
         self._edges = PlanEdges(self.identity.member, self.side, connect)
@@ -375,7 +367,7 @@ class AgentThread(Generic[SideT]):
     async def _meet(self, place: TcpStoreRendezvous) -> PlanEdges:
         from weightsync.agents.link.process_group import SpgRendezvous
 
-        announce = self._announce()
+        announce = self.side.announcement()
         assert announce is not None, "a side that meets in a group has its layout"
         self._group = group = await beside(lambda: SpgRendezvous(place))
         await beside(lambda: group.announce(announce))

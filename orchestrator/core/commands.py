@@ -65,9 +65,12 @@ class Announced:
 
 
 class MakePlan(Command, frozen=True):
+    """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is."""
+
     number: int
     sources: tuple[Announced, ...]
     targets: tuple[Announced, ...]
+    lends: bool = False
 
 
 class MakeNeeds(Command, frozen=True):

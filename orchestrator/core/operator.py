@@ -56,6 +56,7 @@ def asked(turn: Turn, event: Asked) -> None:
                 reports.give_up(turn, current, Trouble(f"aborted: {_words(event)}", "config"))
         case RetryAsked():
             turn.fleet.retry_at.clear()
+            turn.fleet.passed_over.clear()
             for name in turn.fleet.engines:
                 blame.clear(turn, name)
             turn.say(f"everything is tried again: {_words(event)}", event="operator retries")

@@ -92,7 +92,8 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
             if why and name not in ready:  # the others have waited for it
                 blame.put(turn, name, Trouble(why, "engine"))
                 turn.say(f"{name} does not take part: {why}", "warning", event="engine late", engine=name)
-        begin(turn, version, ready, conditions.is_catch_up(fleet, version))
+        assert fleet.plan is not None
+        begin(turn, version, ready, conditions.is_catch_up(fleet, version), fleet.plan)
 
 
 def _join(fleet: Fleet) -> float:

@@ -197,10 +197,11 @@ class Outbox:
             log.exception("the planner broke")
             self._reject(command, f"the planner broke: {error!r}", "", "daemon")
         else:
-            self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts))
+            self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts, command.lends))
 
     def _reject(self, command: MakePlan, reason: str, engine: str, fault: Fault) -> None:
-        self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, clean(reason), engine, fault))
+        number, told = command.number, clean(reason)
+        self._inbox.post(PlanRejected(self._inbox.next_id(), number, told, engine, fault, command.lends))
 
 
 def _engine_of(member: Member | None) -> str:

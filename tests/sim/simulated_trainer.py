@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import msgspec
-from contents import GARBAGE, SIZES, chunks_of, digest_of
+from contents import SIZES, chunks_of, digest_of
 from simulated_engine import Worker
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -14,105 +14,16 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Hello,
     Outcome,
-    PeerTransfer,
     Ready,
     Staged,
     TrainerStatus,
 )
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version, add_digests
 from wires import Agent
+from writing import Writing
 
 if TYPE_CHECKING:
     from world import World
-
-
-class Edge:
-    """What one grant has one rank write to one peer: chunk after chunk, each posted when the one before has ended."""
-
-    def __init__(self, writing: "Writing", target: Member) -> None:
-        self.writing, self.target = writing, target
-        self.left = list(writing.rank.chunks)
-        self.stopped = False
-        self.ended: PeerTransfer | None = None
-
-    def post(self) -> None:
-        """The next chunk; ends when there is none, or when the peer cannot be posted to."""
-        rank, world = self.writing.rank, self.writing.rank.world
-        if self.ended is not None:
-            return
-        if not self.left:
-            self._end("")
-            return
-        worker = rank.connected.get(self.target)
-        if self.stopped or world.now > self.writing.until:
-            self._end("told to stop" if self.stopped else "the grant's deadline passed")
-        elif worker is None or not worker.alive or world.faults.edge_is_broken(rank, self.target):
-            self._end(f"{self.target} cannot be reached")
-        else:
-            chunk = self.left.pop(0)
-            rank.later(world.short(), lambda: world.later(0.001, lambda: self._land(worker, chunk)))
-
-    def _land(self, worker: Worker, chunk: int) -> None:
-        """What was posted lands, whether or not the writer's process runs at the moment; not if either has died."""
-        rank, world = self.writing.rank, self.writing.rank.world
-        if not rank.alive:
-            return
-        if worker.alive and worker.stopped and world.faults.wire_waits(worker):
-            # Over TCP the peer's kernel takes nothing more, until the peer is thawed or dead.
-            world.later(0.1, lambda: self._land(worker, chunk))
-            return
-        if worker.alive:
-            assert rank.slots is not None
-            corrupt = world.faults.happens("corrupt", self.target.engine)
-            worker.land(chunk, GARBAGE if corrupt else rank.slots, self.writing.grant.round)
-        rank.do(self.post if worker.alive else lambda: self._end(f"{self.target} died"))
-
-    def _end(self, error: str) -> None:
-        rank = self.writing.rank
-        digest, size = rank.owed(self.target, self.writing.grant.version)
-        if error:
-            digest, size = (0, 0), size - sum(SIZES[chunk] for chunk in self.left)
-        elif rank.world.faults.happens("short"):
-            size -= 1
-        self.ended = PeerTransfer(self.target, size, 1, 0.01, digest, error)
-        self.writing.ended(self)
-
-
-class Writing:
-    """One grant of one rank, open until every edge has ended."""
-
-    def __init__(self, rank: "Rank", grant: Grant) -> None:
-        self.rank, self.grant = rank, grant
-        self.until = rank.world.now + grant.deadline_seconds
-        self.edges = [Edge(self, member) for member in grant.members]
-        self._told = False
-
-    def begin(self) -> None:
-        for edge in self.edges:
-            edge.post()
-
-    def stop(self, members: tuple[Member, ...]) -> None:
-        for edge in self.edges:
-            if not members or edge.target in members:
-                edge.stopped = True
-
-    def ended(self, edge: Edge) -> None:
-        done = tuple(e.ended for e in self.edges if e.ended is not None)
-        final = len(done) == len(self.edges)
-        if final:
-            del self.rank.open[self.grant.round]
-            self.rank.say_once(Closed(round=self.grant.round, peers=done))
-        elif edge.ended is not None and edge.ended.error:
-            self.rank.say_once(Closed(round=self.grant.round, peers=done, final=False))
-        elif not self._told:
-            self._told = True
-            self.rank.later(0.05, self._tell_so_far)
-
-    def _tell_so_far(self) -> None:
-        self._told = False
-        done = tuple(e.ended for e in self.edges if e.ended is not None)
-        if self.grant.round in self.rank.open:
-            self.rank.say_once(Closed(round=self.grant.round, peers=done, final=False))
 
 
 class Rank(Agent):
@@ -133,6 +44,13 @@ class Rank(Agent):
     def introduce(self, hello: Hello) -> Hello:
         status = TrainerStatus(self.slots, tuple(self.open), self.restaged)
         return msgspec.structs.replace(hello, trainer=status)
+
+    def chunks_for(self, target: Member) -> tuple[int, ...]:
+        return self.chunks
+
+    def reads(self, chunk: int) -> Version:
+        assert self.slots is not None
+        return self.slots
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         """Digest and bytes of what this rank owes a target."""

@@ -164,7 +164,7 @@ def _lives(fleet: Fleet, name: str, now: float) -> bool:
     engine, admission = fleet.engines.get(name), fleet.policy.admission
     if engine is None or admission is None:
         return False
-    in_round = fleet.round is not None and name in fleet.round.engines
+    in_round = fleet.round is not None and fleet.round.concerns(name)
     return in_round or bool(engine.ranks) or now < engine.heard + admission.leave
 
 

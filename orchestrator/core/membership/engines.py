@@ -209,3 +209,5 @@ def started_anew(turn: Turn, engine: str) -> None:
     blame.clear(turn, engine)
     state = turn.fleet.engines[engine]
     state.torn_by, state.switch_again_at = None, 0.0
+    passed_over = turn.fleet.passed_over
+    turn.fleet.passed_over = {pair: told for pair, told in passed_over.items() if engine not in pair}

@@ -40,7 +40,7 @@ def evaluate(turn: Turn) -> None:
             there = fleet.policy.quorum(len(wanted.keys() - fleet.memory.drains.keys()))
             fleet.round.quorum = min(fleet.round.quorum, there)  # a commit does not need who is not there to be
             reports.leaves(turn, name, f"{name} is no member any more")
-        if fleet.round is None or name not in fleet.round.engines:
+        if fleet.round is None or not fleet.round.concerns(name):
             let_go(turn, name)
     if list(fleet.engines) != list(wanted):
         # In the order of the lists, which decides whose layout counts where two contradict each other.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
+from weightsync.orchestrator.core.events import NO_PLAN, PlanFacts
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
@@ -68,11 +69,17 @@ class Round:
     ranks: dict[Member, int]
     """Inference ranks and their incarnations."""
     writers: dict[Member, tuple[Member, ...]]
-    """Trainer ranks that have bytes to write, and to whom."""
+    """Trainer ranks, or ranks of lenders, that have bytes to write, and to whom."""
     sources: dict[Member, int] = field(default_factory=dict)
     """Their incarnations."""
     publish: str = ""
     """Trace context of the publish that it is for."""
+    plan: PlanFacts = NO_PLAN
+    """By which they write."""
+    lenders: dict[str, str] = field(default_factory=dict)
+    """Engines → the engine that serves the version and lends it to them; empty where trainer ranks write."""
+    lent: dict[Member, Digest] = field(default_factory=dict)
+    """By rank of those, what it will hold, as the journal has decided it for the lender."""
     rollback: bool = False
     """To a version that all engines have in their standby: nothing is written."""
     quorum: int = 1
@@ -126,6 +133,10 @@ class Round:
     def reason(self) -> str:
         """Why it was given up, in one sentence; empty while it was not."""
         return self.trouble.reason
+
+    def concerns(self, engine: str) -> bool:
+        """Whether the engine is one of those that the round began with, or lends to them."""
+        return engine in self.engines or any(writer.engine == engine for writer in self.writers)
 
     def remaining(self) -> list[str]:
         """Engines of the round that were not left out."""

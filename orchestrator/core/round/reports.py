@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
-from weightsync.orchestrator.core.round import blame, endings, entry, phases, waits
+from weightsync.orchestrator.core.round import blame, endings, entry, judge, lending, phases, waits
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent
@@ -56,7 +57,7 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
         case Closed() if member in current.writers:
             if current.granted:
                 _book_closed(current, member, message)
-            why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or "trainer")
+            why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or judge.side(member))
             handle(turn, current, Report.CLOSED, why, about)
         case Verified() if member in current.ranks:
             if current.phase is Phase.VERIFYING:
@@ -89,7 +90,7 @@ def _book_closed(current: Round, writer: Member, message: Closed) -> None:
     if message.final:
         current.final.add(writer)
     if message.error:
-        fault = message.fault or "trainer"
+        fault = message.fault or judge.side(writer)
         current.failed[writer] = Trouble(f"{writer} could not write: {message.error}", fault, message.retry)
 
 
@@ -167,16 +168,35 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
         if current.phase is Phase.SWITCHING and current.has(member.engine):
             _leave_out(turn, current, Trouble(f"{member} was started anew", "engine"), About(engine=member.engine))
             phases.advance(turn, current)
+    elif _lends_no_more(turn, current, agent):
+        return
     elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
         turn.send(member, Expose(round=current.name))
     elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
-        trainer = agent.hello.trainer
-        if trainer is not None and current.name not in trainer.open_rounds:
+        if current.name not in lending.open_rounds(agent.hello):
             entry.grant_to(turn, current, member)
     elif current.phase is Phase.VERIFYING and current.has(member.engine) and member not in current.verified:
         entry.ask_to_verify(turn, current, member)
     if turn.fleet.round is current:
         phases.advance(turn, current)  # it may have waited for this writer
+
+
+def lender_changed(turn: Turn, agent: ConnectedAgent) -> None:
+    """An inference rank says that its memory is another now."""
+    current = turn.fleet.round
+    if current is not None:
+        _lends_no_more(turn, current, agent)
+
+
+def _lends_no_more(turn: Turn, current: Round, agent: ConnectedAgent) -> bool:
+    """A lender whose memory is not whole, or of another version, can end nothing well."""
+    member = agent.member
+    lends = bool(current.lenders) and member in current.writers and not current.is_done(member)
+    if not lends or standby.serves(turn.fleet, agent, current.version):
+        return False
+    why = f"{member} holds {agent.status.applied or 'no version'}{', torn' if agent.status.torn else ''} now"
+    _gone(turn, current, member, why)
+    return True
 
 
 def leaves(turn: Turn, engine: str, reason: str) -> None:
@@ -201,7 +221,7 @@ def _gone(turn: Turn, current: Round, member: Member, reason: str) -> None:
         if current.has(member.engine):
             handle(turn, current, Report.RANK_GONE, Trouble(reason, "engine"), About(None, member.engine))
     elif not current.is_done(member):
-        handle(turn, current, Report.WRITER_GONE, Trouble(reason, "trainer"))
+        handle(turn, current, Report.WRITER_GONE, Trouble(reason, judge.side(member)))
 
 
 def durable(turn: Turn, name: RoundName | None) -> None:
@@ -233,7 +253,7 @@ def tick(turn: Turn) -> None:
 def _newer_waits(turn: Turn, current: Round) -> str:
     """Why a catch-up is to end, or go on without an engine: it keeps a version from all the others."""
     waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
-    if not current.catch_up or not waiting:
+    if not current.catch_up or not waiting or not turn.fleet.trainers_whole():
         return ""
     seconds = turn.now - max(min(waiting), current.began)
     return f"a new version has waited {seconds:.0f} s for it" if seconds >= turn.fleet.policy.patience else ""
@@ -281,6 +301,9 @@ def give_up(turn: Turn, current: Round, why: Trouble) -> None:
     else:
         turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning", event="round given up")
     entry.let_out(turn, current, current.remaining(), why)
+    for name in current.remaining():
+        if name in current.lenders:
+            blame.pass_over(turn, name, current.lenders[name], why.reason)
     endings.failed(turn, current)
 
 
@@ -301,6 +324,8 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     if not unit or turn.fleet.round is not current:
         return
     blame.put(turn, about.engine, why)
+    if about.engine in current.lenders and not current.decided:
+        blame.pass_over(turn, about.engine, current.lenders[about.engine], why.reason)
     for name in unit:
         progress = current.engines[name]
         progress.left_out = why.reason
