@@ -1,5 +1,5 @@
-"""One edge, from a trainer rank to a peer: where the peer is, by what kind of link, what one grant moved to it, and why
-it cannot be used.
+"""One edge, from a trainer rank to a peer: where the peer is, by what kind of link, what one grant moved to it, why it
+cannot be used; and by which transport bytes move.
 
 Plans are explained and simulated by the table of rates here, and an edge's measured rate is judged by it as long as
 nothing better is known.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Reason, Seconds, Spoken
+from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Path, Reason, Seconds, Spoken
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.limits import MAX_TENSORS
@@ -79,3 +79,26 @@ class EdgeFailure(Spoken, frozen=True):
     peer: Member
     error: Reason
     spoken = ("error",)
+
+
+class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
+    """How agents move bytes over NIXL.
+
+    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
+    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
+    rates are not judged.
+    """
+
+    backends: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=8)] = ("UCX",)
+    in_flight_per_peer: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+    rails: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    max_gb_per_second: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+
+
+class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
+    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
+
+    Trainer and inference ranks see it under the same path as the daemon.
+    """
+
+    directory: Path

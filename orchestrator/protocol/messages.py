@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
+from weightsync.orchestrator.protocol.edges import FilesystemSettings as FilesystemSettings
+from weightsync.orchestrator.protocol.edges import NixlSettings as NixlSettings
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
@@ -211,29 +213,6 @@ class Bye(Message, frozen=True, kw_only=True):
 
 
 # ---------------------------------------------------------------------------------------------- daemon to agent
-class NixlSettings(msgspec.Struct, frozen=True, tag="nixl"):
-    """How agents move bytes over NIXL.
-
-    ``in_flight_per_peer``: handles in flight per peer: a sliding window; nothing is drained. ``rails``: ports that one
-    rank may use at once. ``max_gb_per_second``: what no link to a peer can exceed, in 10^9 bytes per second; None:
-    rates are not judged.
-    """
-
-    backends: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=8)] = ("UCX",)
-    in_flight_per_peer: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
-    rails: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
-    max_gb_per_second: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
-
-
-class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
-    """The engine reloads what the trainer saved in ``broadcasts/step_<N>/`` below ``directory``, the run directory.
-
-    Trainer and inference ranks see it under the same path as the daemon.
-    """
-
-    directory: Path
-
-
 TransportSettings = NixlSettings | FilesystemSettings
 """Every transport's settings, told apart by their tags."""
 
