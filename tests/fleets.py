@@ -10,7 +10,7 @@ from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import Announce, Connect, NixlSettings
 from weightsync.orchestrator.protocol.names import Member
 
-ANNOUNCE: Final = Announce(layout=Layout((), (), b""))
+ANNOUNCE: Final = Announce(layout=Layout((), (), b""), lends_name="lends")
 """The core never looks into a layout."""
 
 BYTES_PER_EDGE: Final = 100
@@ -31,6 +31,7 @@ def policy_for(engines: Iterable[str], pairs: Iterable[tuple[str, ...]] = (), **
         "engines": tuple(EngineConfig(name, pair_of.get(name, "")) for name in engines),
         "admission": None,
         "transport": NixlSettings(),
+        "fan_out": "trainer",
         "group": None,
         "trainer_world": None,
         **numbers,
@@ -47,17 +48,24 @@ def rank(engine: str, number: int = 0) -> Member:
 
 
 def plan_facts(wanted: MakePlan) -> PlanFacts:
-    """Everybody sends to everybody; a fingerprint names the plan, its owner, and all incarnations."""
+    """Everybody sends to everybody, and lends to the same rank; a fingerprint names the plan, its owner, and all
+    incarnations."""
     parties = sorted((party.member, party.incarnation) for party in (*wanted.sources, *wanted.targets))
     connects = {
         member: Connect(
-            fingerprint=f"{wanted.number} {member} {hash(tuple(parties)):x}",
+            fingerprint=f"{'feed ' if wanted.lends else ''}{wanted.number} {member} {hash(tuple(parties)):x}",
             root="root",
             peers=(),
             copies=b"",
             expected_bytes=BYTES_PER_EDGE * len(wanted.sources),
+            lends=wanted.lends and member in {source.member for source in wanted.sources},
         )
         for member, _ in parties
     }
-    flows = {(s.member, t.member): BYTES_PER_EDGE for s in wanted.sources for t in wanted.targets}
+    flows = {
+        (s.member, t.member): BYTES_PER_EDGE
+        for s in wanted.sources
+        for t in wanted.targets
+        if not wanted.lends or s.member.rank == t.member.rank
+    }
     return PlanFacts("root", connects, flows, True)

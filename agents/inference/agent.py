@@ -26,6 +26,7 @@ from weightsync.agents.inference.calls import (
 )
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.landing import ALONE, Peers, choose_landing
+from weightsync.agents.inference.lending import Lending
 from weightsync.agents.inference.quiet import Quiet
 from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
@@ -103,6 +104,7 @@ class InferenceAgent:
         self._holdings = Holdings()
         self._windows = Windows(self._holdings, self._abandoned)
         self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
+        self._lending = Lending(self._weights, self._holdings)
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None
 
@@ -164,9 +166,9 @@ class InferenceAgent:
         member = Member("inference", info.engine, self.ranks.rank)
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         address = ControlAddress(info.hub_url, Path(info.token_file))
-        weights, windows, shadow = self._weights, self._windows, self._shadow
+        weights, windows, shadow, lending = self._weights, self._windows, self._shadow, self._lending
         self._agent = AgentThread(
-            identity, address, lambda thread: InferenceSide(thread, member, weights, windows, shadow), old
+            identity, address, lambda thread: InferenceSide(thread, member, weights, windows, shadow, lending), old
         )
         self._info = info
         self._agent.start()

@@ -3,19 +3,22 @@
 import logging
 from collections.abc import Mapping
 
+import msgspec
+from weightsync.agents.inference.lending import Lending
 from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.link.side import Link
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
+    Announce,
     Commit,
     Connect,
     EngineStatus,
     Expose,
     Fault,
     FromDaemon,
+    Grant,
     Hold,
     Holding,
     Left,
@@ -34,27 +37,51 @@ class InferenceSide:
     here: Fault = "engine"
 
     def __init__(
-        self, link: Link, member: Member, weights: LiveWeights, windows: Windows, shadow: ShadowRounds
+        self,
+        link: Link,
+        member: Member,
+        weights: LiveWeights,
+        windows: Windows,
+        shadow: ShadowRounds,
+        lending: Lending,
     ) -> None:
         self._link = link
         self._member = member
         self._weights = weights
         self._windows = windows
         self._shadow = shadow
+        self._lending = lending
+        lending.attach(link, member)
 
     def status(self) -> EngineStatus:
-        return self._windows.holdings.status
+        return msgspec.structs.replace(self._windows.holdings.status, lending=self._lending.open_rounds)
 
     def welcomed(self, welcome: Welcome) -> None:
         self._weights.open(self._member, welcome.transport)
+        self._lending.welcomed(welcome)
 
-    def announcement(self) -> tuple[Layout, str, bytes]:
-        return self._weights.layout, *self._weights.receivers.current.announcement()
+    def announcement(self) -> Announce:
+        name, endpoint = self._weights.receivers.current.announcement()
+        lends_name, lends = self._lending.announcement()
+        return Announce(
+            layout=self._weights.layout, endpoint_name=name, endpoint=endpoint, lends_name=lends_name, lends=lends
+        )
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         return await self._weights.connect(connect)
 
     def heard(self, message: FromDaemon) -> None:
+        match message:
+            case Connect():
+                self._lending.prepare(message)
+            case Grant():
+                self._lending.granted(message)
+            case Abort() if self._lending.stop(message):
+                return
+            case Expose():
+                self._lending.changes()
+            case _:
+                pass
         match message:
             case Expose() if self._may_be_written(message.round):
                 self._weights.receivers.current.begin(message.round)
@@ -89,7 +116,8 @@ class InferenceSide:
     def poll(self) -> bool:
         for receiver in self._weights.receivers:
             receiver.poll()
-        return self._windows.holdings.status.window is not None or self._shadow.open
+        lends = self._lending.poll()
+        return lends or self._windows.holdings.status.window is not None or self._shadow.open
 
     def shut(self) -> None:
         pass  # receivers outlive a connection: writers may still reach this memory until the process ends

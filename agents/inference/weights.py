@@ -88,6 +88,11 @@ class LiveWeights:
         self._standby_digest: PreparedDigest | None
         self._adopt(model)
 
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Uint8 views of the layout's regions: what is served, and the landing."""
+        return self._tensors
+
     def open(self, member: Member, settings: Any) -> None:
         """Open the transport that a Welcome names; ``member`` is who this rank is to its peers.
 

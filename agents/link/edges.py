@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from weightsync.agents.errors import AgentError, blame
-from weightsync.agents.link.side import AgentSide
 from weightsync.orchestrator.protocol.edges import EdgeFailure
-from weightsync.orchestrator.protocol.messages import Connect, Ready
+from weightsync.orchestrator.protocol.messages import Connect, Fault, Ready
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.text import clean
 
@@ -22,10 +21,19 @@ LONGEST_RETRY_SECONDS: Final = 30.0
 """… up to this: a network that is mended is used soon, and one that is not costs little."""
 
 
+class Connects(Protocol):
+    """What makes the edges of a plan; see ``link.side.AgentSide``."""
+
+    @property
+    def here(self) -> Fault: ...
+
+    async def connect(self, connect: Connect) -> Mapping[Member, Exception]: ...
+
+
 class PlanEdges:
     """The edges of ``connect`` at ``member``, as its ``side`` makes them. All of it on the agent's thread."""
 
-    def __init__(self, member: Member, side: AgentSide, connect: Connect) -> None:
+    def __init__(self, member: Member, side: Connects, connect: Connect) -> None:
         self._member = member
         self._side = side
         self._connect = connect

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
+    Announce,
     Connect,
     EngineStatus,
     Fault,
@@ -30,8 +30,8 @@ class AgentSide(Protocol):
     def welcomed(self, welcome: Welcome) -> None:
         """The transport is known; open it on the first call. What it raises ends the agent."""
 
-    def announcement(self) -> tuple[Layout, str, bytes] | None:
-        """Layout, and name and metadata of the transport's endpoint; None while there is no layout yet."""
+    def announcement(self) -> Announce | None:
+        """Layout, and how the transport reaches this rank; None while there is no layout yet."""
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """Prepare and warm up the edges that are not ready. Called again with the same plan for as long as some are not
@@ -42,7 +42,7 @@ class AgentSide(Protocol):
         """
 
     def heard(self, message: FromDaemon) -> None:
-        """A message that is not part of the rendezvous."""
+        """A message that is not part of the rendezvous; a Connect that ``lends`` is none."""
 
     def poll(self) -> bool:
         """Let the transport make progress; true while a grant is open here."""

@@ -24,8 +24,8 @@ from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
 from weightsync.agents.link.silence import Silence
+from weightsync.agents.link.tracing import AgentTraces, span_sink
 from weightsync.orchestrator.protocol.messages import (
-    Announce,
     Connect,
     FromAgent,
     FromDaemon,
@@ -110,6 +110,7 @@ class AgentThread(Generic[SideT]):
         self._thread = threading.Thread(target=self._run, name=f"weightsync {identity.member}", daemon=True)
         self._welcome: Future[Welcome] = Future()
         self.failure: BaseException | None = None
+        self._traces = AgentTraces(identity.run_id, identity.member, span_sink(identity.run_id, identity.member))
         self.side = make_side(self)
 
     # ------------------------------------------------------------------------------------ for the embedding's threads
@@ -200,6 +201,7 @@ class AgentThread(Generic[SideT]):
 
     def send(self, message: FromAgent) -> bool:
         """Tell the daemon, if it is there; Hello carries the state otherwise."""
+        self._traces.said(message)
         try:
             if self._client is not None:
                 self._client.send(message)
@@ -229,6 +231,7 @@ class AgentThread(Generic[SideT]):
                 self._welcome.set_exception(error)
         finally:
             self.side.shut()
+            self._traces.close()
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
@@ -277,12 +280,13 @@ class AgentThread(Generic[SideT]):
         return hello(self.identity, self.obedience, self.side.status())
 
     def _heard(self, message: FromDaemon) -> None:
+        self._traces.heard(message)
         match message:
             case Welcome():
                 self._welcomed(message)
-            case Connect() if self._group is None:
+            case Connect(lends=False) if self._group is None:
                 self._begin_rendezvous(self._connect(message))
-            case Connect():
+            case Connect(lends=False):
                 log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
             case _:
                 self.side.heard(message)
@@ -328,7 +332,7 @@ class AgentThread(Generic[SideT]):
         """Say the layout anew, because it has changed; the present plan's edges are of no use any more."""
         if self._rendezvous is not None and self._group is None:
             self._rendezvous.cancel()
-        announce = self._announce()
+        announce = self.side.announcement()
         if announce is not None:
             self.send(announce)
 
@@ -336,13 +340,6 @@ class AgentThread(Generic[SideT]):
         """Look at the present plan's edges again, and tell what is ready if that has changed."""
         if self._edges is not None:
             self._edges.changed()
-
-    def _announce(self) -> Announce | None:
-        said = self.side.announcement()
-        if said is None:
-            return None
-        layout, name, endpoint = said
-        return Announce(layout=layout, endpoint_name=name, endpoint=endpoint)
 
     async def _connect(self, connect: Connect) -> None:
         self._edges = PlanEdges(self.identity.member, self.side, connect)
@@ -370,7 +367,7 @@ class AgentThread(Generic[SideT]):
     async def _meet(self, place: TcpStoreRendezvous) -> PlanEdges:
         from weightsync.agents.link.process_group import SpgRendezvous
 
-        announce = self._announce()
+        announce = self.side.announcement()
         assert announce is not None, "a side that meets in a group has its layout"
         self._group = group = await beside(lambda: SpgRendezvous(place))
         await beside(lambda: group.announce(announce))

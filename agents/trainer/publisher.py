@@ -31,6 +31,7 @@ from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.messages import Needs
 from weightsync.orchestrator.protocol.names import Member, Version
+from weightsync.orchestrator.protocol.traces.context import of_rank, of_version
 
 log = logging.getLogger(__name__)
 
@@ -276,9 +277,10 @@ class Publisher:
         if self._agent is None:
             outcome.set_result(0)
             return Publication(version, outcome)
-        side = self._agent.side
+        side, place = self._agent.side, self._agent.identity.member.rank
+        trace = of_rank(of_version(self._settings.run_id, version, restaged), place)
         # Posted, not called: a busy thread must not make this rank fail where the others go on.
-        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome, restaged))
+        self._agent.post(lambda: side.staged(version, convert_seconds, digest_seconds, outcome, restaged, trace))
         return Publication(version, outcome, self._standing)
 
     def _hear(self, publication: Publication, ends: float) -> str:

@@ -12,9 +12,9 @@ from weightsync.agents.link.beside import computed
 from weightsync.agents.link.side import Link
 from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
-from weightsync.agents.trainer.grants import OpenGrant, not_written
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
+from weightsync.agents.transport.grants import OpenGrant, not_written
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
@@ -23,6 +23,7 @@ from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
     Abort,
+    Announce,
     Connect,
     Fault,
     FromDaemon,
@@ -137,6 +138,7 @@ class TrainerSide:
         digest_seconds: float,
         outcome: "Future[int]",
         restaged: int = 0,
+        trace: str = "",
     ) -> None:
         """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
         self._staged, self._restaged = version, restaged
@@ -148,6 +150,7 @@ class TrainerSide:
                 convert_seconds=convert_seconds,
                 digest_seconds=digest_seconds,
                 restaged=restaged,
+                trace=trace,
             )
         )
 
@@ -200,10 +203,11 @@ class TrainerSide:
         if self._memory is not None:
             self._senders.open(welcome.transport)
 
-    def announcement(self) -> tuple[Layout, str, bytes] | None:
+    def announcement(self) -> Announce | None:
         if self._memory is None:
             return None
-        return self._memory.layout, *self._senders.current.announcement()
+        name, endpoint = self._senders.current.announcement()
+        return Announce(layout=self._memory.layout, endpoint_name=name, endpoint=endpoint)
 
     @property
     def _who(self) -> str:

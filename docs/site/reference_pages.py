@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 from prometheus_client.core import Metric
 from weightsync.orchestrator.cli.main import parser
+from weightsync.orchestrator.daemon.admin.log_events import EVENTS, FIELDS
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, StatusView, VersionView
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.metrics import StatusCollector
@@ -138,6 +139,26 @@ def families() -> Iterator[tuple[Metric, tuple[str, ...]]]:
             yield family, tuple(names[id(collector)])
 
 
+def log_page() -> str:
+    """Every event of the log, and every field."""
+    lines = [
+        "# Log",
+        "",
+        "One JSON object on each line of standard error, where that is no terminal. Under systemd a line begins with",
+        "its priority (`journalctl -p warning`). Filter by `event`; `message` is for people.",
+        "",
+        "| event | what it means |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {_cell(text)} |" for name, text in EVENTS.items()]
+    lines += ["", "| field | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {_cell(text)} |" for name, text in FIELDS.items()]
+    lines += ["", f"`round committed` and `round failed` have these, too: {', '.join(f'`{n}`' for n in ROUND_FIELDS)}."]
+    return "\n".join(lines) + "\n"
+
+
+ROUND_FIELDS: Final = tuple(RoundRow(round="", step=0, generation=0, attempt=0, outcome="").fields())
+
 MESSAGES: Final = (
     ("From an agent to the daemon", typing.get_args(messages.FromAgent)),
     ("From the daemon to an agent", typing.get_args(messages.FromDaemon)),
@@ -183,5 +204,6 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "reference/command-line.md": command_line,
     "reference/metrics.md": metrics,
     "reference/messages.md": messages_page,
+    "reference/log.md": log_page,
 }
 """Page of the site → what makes it."""

@@ -229,6 +229,7 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(errors), file=sys.stderr)
         return Exit.CONFIG
     log.configure(loaded.log)
+    log.about(loaded.run.id)
 
     from weightsync.orchestrator.core.errors import JournalUnreadable, WeightsyncError
     from weightsync.orchestrator.daemon.engines.errors import UnknownEngineKind

@@ -19,7 +19,7 @@ VERBS: Final[tuple[tuple[str, str, str], ...]] = (
         "have engines serve again what they have beside it: the version before, or that of STEP",
     ),
     ("retry", "", "try engines and versions that wait for their next attempt at once"),
-    ("declare-dead", "WRITER", "say that a trainer rank's process is dead (trainer/1), so that rounds may go on"),
+    ("declare-dead", "WRITER", "say that a writer's process is dead (trainer/1), so that rounds may go on"),
     ("maintenance", "on|off", "let no round begin, or let them again"),
 )
 """Each with what it is about and what it does."""

@@ -65,9 +65,12 @@ class Announced:
 
 
 class MakePlan(Command, frozen=True):
+    """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is."""
+
     number: int
     sources: tuple[Announced, ...]
     targets: tuple[Announced, ...]
+    lends: bool = False
 
 
 class MakeNeeds(Command, frozen=True):
@@ -97,6 +100,8 @@ class CallEngine(Command, frozen=True):
     round: RoundName | None = None
     version: Version | None = None
     ranks: tuple[tuple[int, int], ...] = ()
+    trace: str = ""
+    """Context of the round that it belongs to."""
 
 
 class Append(Command, frozen=True):
@@ -120,7 +125,15 @@ class WriteMarker(Command, frozen=True):
 
 
 class Say(Command, frozen=True):
-    """One sentence for people: what and why."""
+    """One sentence for people: what and why.
+
+    ``event``: its name in the log, see ``daemon.admin.log_events``; ``engine``, ``version`` and ``round``: what it is
+    about, as far as it is about one.
+    """
 
     level: Literal["info", "warning", "error"]
     sentence: str
+    event: str = "note"
+    engine: str = ""
+    version: Version | None = None
+    round: RoundName | None = None

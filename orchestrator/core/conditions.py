@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from weightsync.orchestrator.core import standby
-from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
 
@@ -51,19 +50,26 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
     One that was left out comes back by a round of its own, in which it can cost nobody anything; it takes part with
     others only where a commit needs it.
     """
-    catch_up = is_catch_up(fleet, version)
-    able = [name for name in fleet.usable() if _may_take_part(fleet, name, now)]
-    # Before units are looked at: the other one of its pair waits until it has switched.
-    able = [name for name in able if not (catch_up and _switches(fleet, name, now))]
-    usable = _whole_units(fleet, version, able)
-    if catch_up:
-        behind = [name for name in usable if fleet.version_of(name) != version]
-        alone = next((name for name in behind if _has_failed(fleet, name)), None)
-        return [n for n in behind if not _has_failed(fleet, n)] or (
-            [n for n in fleet.unit(alone) if n in behind] if alone is not None else []
-        )
+    if is_catch_up(fleet, version):
+        if fleet.policy.fan_out == "peers":
+            return []
+        lent = fleet.feed.lenders if fleet.feed is not None else {}
+        return [name for name in behind(fleet, version, now) if name not in lent]
+    usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
     good = [name for name in usable if not _has_failed(fleet, name)]
     return good if len(good) >= fleet.quorum() else usable
+
+
+def behind(fleet: Fleet, version: Version, now: float) -> list[str]:
+    """Engines that a round may bring to ``version``, which is committed; one that has failed, alone."""
+    able = [name for name in fleet.usable() if _may_take_part(fleet, name, now)]
+    # Before units are looked at: the other one of its pair waits until it has switched.
+    usable = _whole_units(fleet, version, [name for name in able if not _switches(fleet, name, now)])
+    late = [name for name in usable if fleet.version_of(name) != version]
+    alone = next((name for name in late if _has_failed(fleet, name)), None)
+    return [name for name in late if not _has_failed(fleet, name)] or (
+        [name for name in fleet.unit(alone) if name in late] if alone is not None else []
+    )
 
 
 def _may_take_part(fleet: Fleet, name: str, now: float) -> bool:
@@ -92,14 +98,14 @@ def unready(fleet: Fleet, name: str) -> str:
     """What the engine itself has to do before it can be in a round; empty when it can."""
     late = [agent.member for agent in fleet.ranks_of(name) if not fleet.is_confirmed(agent.member)]
     if late:
-        return f"agents that have not confirmed their edges: {_named(map(str, late))}"
-    if dead := rendezvous.dead_edge(fleet, name):
+        return f"agents that have not confirmed their edges: {named(map(str, late))}"
+    if dead := fleet.dead_edge(name):
         return dead
     # Answers are told apart by number, so a second call of its kind would make the first one's answer look outdated.
     if fleet.engines[name].calls:
         return f"an answer of {name}"
     inside = [str(agent.member) for agent in fleet.ranks_of(name) if agent.status.window is not None]
-    return f"workers that are still inside an earlier round: {_named(inside)}" if inside else ""
+    return f"workers that are still inside an earlier round: {named(inside)}" if inside else ""
 
 
 def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str]:
@@ -118,13 +124,13 @@ def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
     here = {agent.member.rank for agent in fleet.trainers() if _staged_by(fleet, agent) == version}
     lacking = [f"trainer/{rank}" for rank in range(fleet.trainer_world() or 0) if rank not in here]
     if lacking:
-        return f"not STAGED by {_named(lacking)}"
+        return f"not STAGED by {named(lacking)}"
     if staged(fleet) == version:
         return ""
     if not fleet.trainers():
         return "a trainer: none is connected"
     silent = [str(agent.member) for agent in fleet.trainers() if agent.announce is None]
-    return f"trainer ranks that have not announced their layout: {_named(silent)}"
+    return f"trainer ranks that have not announced their layout: {named(silent)}"
 
 
 def _not_marked(fleet: Fleet, version: Version, now: float) -> str:
@@ -166,7 +172,7 @@ def _no_target(fleet: Fleet, version: Version, now: float) -> str:
     if not late:
         return "nothing: every engine holds it"
     few = f"{enough - here} more of " if here else ""
-    return f"{few}engines that can take part: {_named(late)}"
+    return f"{few}engines that can take part: {named(late)}"
 
 
 def why_not(fleet: Fleet, name: str, now: float) -> str:
@@ -184,17 +190,21 @@ def why_not(fleet: Fleet, name: str, now: float) -> str:
         return engine.misfit
     writers = [f"{writer} of round {grant}" for writer, grant in fleet.tainted(name)]
     if writers:
-        return f"{_named(writers)} may still write to it and is not proved dead"
+        return f"{named(writers)} may still write to it and is not proved dead"
     if engine.failures:
         return f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}"
-    return "it switches to what it has in its standby" if standby.owed(fleet, name) else "ready"
+    if standby.owed(fleet, name):
+        return "it switches to what it has in its standby"
+    if fleet.feed is not None and name in fleet.feed.lenders:
+        return f"{fleet.feed.lenders[name]} lends it what it serves"
+    return "fan_out: peers, and none that serves it holds the same" if fleet.policy.fan_out == "peers" else "ready"
 
 
 def _unready(fleet: Fleet, version: Version, now: float) -> str:
     """Every writer has confirmed its edges of the plan, and every engine is ready, or the others have waited for it."""
     late = [str(agent.member) for agent in fleet.trainers() if not fleet.is_confirmed(agent.member)]
     if late:
-        return f"agents that have not confirmed their edges: {_named(late)}"
+        return f"agents that have not confirmed their edges: {named(late)}"
     here = ready(fleet, version, now)
     wanted = targets(fleet, version, now)
     enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
@@ -216,7 +226,7 @@ def _other_round(fleet: Fleet, version: Version, now: float) -> str:
     return "" if fleet.round is None else f"the end of round {fleet.round.name}"
 
 
-def _named(members: Iterable[str]) -> str:
+def named(members: Iterable[str]) -> str:
     names = list(members)
     return f"{', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.protocol.application import Application
@@ -71,7 +72,7 @@ class PlanFacts:
     """Tensors that the trainer has and no engine needs."""
 
     def writers_of(self, targets: frozenset[Member]) -> dict[Member, tuple[Member, ...]]:
-        """Each trainer rank that has bytes to write to some of ``targets``, and to which."""
+        """Each source that has bytes to write to some of ``targets``, and to which."""
         found: dict[Member, list[Member]] = {}
         for writer, target in sorted(self.flows):
             if target in targets:
@@ -79,10 +80,16 @@ class PlanFacts:
         return {writer: tuple(to) for writer, to in found.items()}
 
 
+NO_PLAN: Final = PlanFacts("", {}, {}, False)
+
+
 @dataclass(frozen=True, slots=True)
 class PlanReady(Event):
+    """``lends``: of a feed, here and in PlanRejected."""
+
     number: int
     facts: PlanFacts
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class PlanRejected(Event):
     reason: str
     engine: str = ""
     fault: Fault = "config"
+    lends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,16 @@ from weightsync.orchestrator.core.events import (
     StopAsked,
     Tick,
 )
-from weightsync.orchestrator.core.membership import admission, engines, members, needs, rendezvous, renewals, roster
+from weightsync.orchestrator.core.membership import (
+    admission,
+    engines,
+    feeds,
+    members,
+    needs,
+    rendezvous,
+    renewals,
+    roster,
+)
 from weightsync.orchestrator.core.memory import Memory, replay
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import AnyRecord, Committed, EpochBegan, RoundEnded
@@ -79,7 +88,7 @@ def start(
     for (writer, name), taint in memory.unclosed.items():
         reach = {_named("inference", rank): incarnation for rank, incarnation in taint.targets.items()}
         pending = Unclosed(taint.incarnation, taint.host, taint.boot, reach, outlived=True)
-        fleet.unclosed[_named("trainer", writer), name] = pending
+        fleet.unclosed[_named("inference" if taint.engine else "trainer", writer), name] = pending
     return fleet, turn.commands
 
 
@@ -121,6 +130,7 @@ def step(fleet: Fleet, events: Sequence[Event], now: float) -> list[Command]:
     needs.evaluate(turn)
     renewals.evaluate(turn)
     rendezvous.evaluate(turn)
+    feeds.evaluate(turn)
     versions.evaluate(turn)
     engines.tend_engines(turn)
     _tell_story(turn)
@@ -139,6 +149,10 @@ def _handle(turn: Turn, event: Event) -> None:
         case AgentLost():
             if members.lost(turn, event):
                 rounds.agent_lost(turn, event.member, event.reason)
+        case PlanReady(lends=True):
+            feeds.planned(turn, event)
+        case PlanRejected(lends=True):
+            feeds.rejected(turn, event)
         case PlanReady():
             rendezvous.planned(turn, event)
         case PlanRejected():
@@ -203,7 +217,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():
-            turn.say(f"{event.member} says good-bye: {message.reason}")
+            turn.say(f"{event.member} says good-bye: {message.reason}", event="agent gone", engine=event.member.engine)
         case _:
             pass
     rounds.agent_said(turn, event)
@@ -214,6 +228,7 @@ def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
     if agent.member.role == "inference":
         agent.status = status
         turn.fleet.touch(agent.member.engine)
+        rounds.lender_changed(turn, agent)
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
@@ -229,7 +244,7 @@ def _tell_story(turn: Turn) -> None:
     told = sentence(turn.fleet, turn.now)
     if told != turn.fleet.sentence:
         turn.fleet.sentence = told
-        turn.say(told)
+        turn.say(told, event="state")
     _tell_trainer(turn)
 
 

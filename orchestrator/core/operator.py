@@ -30,30 +30,40 @@ def asked(turn: Turn, event: Asked) -> None:
                 roster.call_back(turn, engine, _words(event))
             if engine in turn.fleet.engines:
                 turn.fleet.touch(engine)
-            turn.say(f"{engine} is {'held' if held else 'released'}: {_words(event)}", "warning")
+            turn.say(
+                f"{engine} is {'held' if held else 'released'}: {_words(event)}",
+                "warning",
+                event="operator holds",
+                engine=engine,
+            )
         case DrainAsked(engine=engine):
             for name in turn.fleet.unit(engine):
                 if name not in turn.fleet.memory.drains:
                     turn.append(EngineDrained(engine=name, drained=True, reason=_words(event)))
-                    turn.say(f"{name} is drained: {_words(event)}", "warning")
+                    turn.say(f"{name} is drained: {_words(event)}", "warning", event="operator drains", engine=name)
         case ForgetAsked(engine=engine):
             roster.forget(turn, engine, _words(event))
         case MaintenanceAsked(on=on):
             turn.append(Maintenance(on=on, reason=_words(event)))
-            turn.say(f"maintenance is {'on: no round begins' if on else 'over'}: {_words(event)}", "warning")
+            turn.say(
+                f"maintenance is {'on: no round begins' if on else 'over'}: {_words(event)}",
+                "warning",
+                event="operator maintenance",
+            )
         case AbortAsked():
             current = turn.fleet.round
             if current is not None and not current.decided:
                 reports.give_up(turn, current, Trouble(f"aborted: {_words(event)}", "config"))
         case RetryAsked():
             turn.fleet.retry_at.clear()
+            turn.fleet.passed_over.clear()
             for name in turn.fleet.engines:
                 blame.clear(turn, name)
-            turn.say(f"everything is tried again: {_words(event)}")
+            turn.say(f"everything is tried again: {_words(event)}", event="operator retries")
         case RollbackAsked(step=step):
             found = rollback.found(turn.fleet, step)
             if found.objection or found.version is None:  # whoever asked has heard it, if it was so then already
-                turn.say(f"no rollback: {found.objection}", "warning")
+                turn.say(f"no rollback: {found.objection}", "warning", event="rollback refused")
             else:
                 rollback.begin(turn, found.version, found.engines, _words(event))
         case DeadDeclared(writer=writer):
@@ -75,7 +85,11 @@ def _declare_dead(turn: Turn, writer: Member, words: str) -> None:
         if grant[0] != writer:
             continue
         if here is not None and here.hello.incarnation == pending.incarnation:
-            turn.say(f"{writer} is connected and holds the grant of round {grant[1]}; it is not dead", "warning")
+            turn.say(
+                f"{writer} is connected and holds the grant of round {grant[1]}; it is not dead",
+                "warning",
+                event="declare-dead refused",
+            )
         else:
             members.grant_over(turn, *grant, f"declared dead: {words}")
 

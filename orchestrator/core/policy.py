@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final
+from typing import Final, Literal
 
 from weightsync.orchestrator.protocol.messages import TransportSettings
 
@@ -44,6 +44,10 @@ class GroupAddress:
     timeout_seconds: float
 
 
+FanOut = Literal["trainer", "peers", "auto"]
+"""Who writes a committed version to an engine that catches up: trainer ranks, engines that serve it, or these first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Deadlines and bounds of the state machine. No field has a default: the settings are the one home of numbers."""
@@ -62,6 +66,7 @@ class Policy:
     """Engines that a commit needs: from 1 on so many, below it such a part of those that there are."""
     patience: float
     """Of an engine's serving time, what all others together may cost it in a round."""
+    fan_out: FanOut
     together: bool
     """No engine serves a new version before all of the round can."""
     lease: float

@@ -43,6 +43,8 @@ class Taint(msgspec.Struct, frozen=True):
     host: str
     boot: str
     targets: dict[str, int]
+    engine: str = ""
+    """Of a writer that is an engine's rank."""
 
 
 class LiveDirty(Record, frozen=True, kw_only=True):
@@ -87,7 +89,8 @@ class RoundEnded(Record, frozen=True, kw_only=True):
 
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
     that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
-    that switched, how long each took no step for it. ``links``: what moved, by kind of link.
+    that switched, how long each took no step for it. ``links``: what moved, by kind of link. ``lenders``: engine → the
+    engine that wrote to it in the place of the trainer. ``trace``: context of the publish that it was for.
     """
 
     round: RoundName
@@ -105,7 +108,9 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     kind: RoundKind = "publish"
     modes: dict[str, Lands] = msgspec.field(default_factory=dict)
     switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    lenders: dict[str, str] = msgspec.field(default_factory=dict)
     links: dict[str, LinkUse] = msgspec.field(default_factory=dict)
+    trace: str = ""
     spoken = ("reason",)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,11 @@ def hex_digest(digest: Digest) -> str:
     return f"{digest[0]:016x}{digest[1]:016x}"
 
 
+def from_hex(text: str) -> Digest:
+    """What ``hex_digest`` has written."""
+    return int(text[:16], 16), int(text[16:], 16)
+
+
 def lands(fleet: Fleet, engine: str) -> Lands:
     """How the engine's ranks land; ``live`` while none has announced. They agree, or the engine is a misfit."""
     return next((a.announce.layout.lands for a in fleet.ranks_of(engine) if a.announce is not None), "live")
@@ -78,6 +83,13 @@ def has(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
     """The worker holds this version whole, live or in its standby."""
     live = agent.status.applied == version and not agent.status.torn
     return live or believed(fleet, agent) == version
+
+
+def serves(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
+    """Its live memory is ``version``, whole and at rest, and the journal knows the digest of that."""
+    status = agent.status
+    whole = status.applied == version and not status.torn and status.window is None
+    return whole and any(known == version for known, _ in fleet.memory.held.get(str(agent.member), ()))
 
 
 def by_itself(fleet: Fleet, engine: str) -> bool:

@@ -10,7 +10,7 @@ from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import LinkUse
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.edges import LinkKind
-from weightsync.orchestrator.protocol.layout import Lands, LeftOut
+from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
 from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
@@ -39,6 +39,12 @@ class ConnectedAgent:
     """Peers that it cannot reach, and why."""
     renewal: Renewal | None = None
     """When it is asked for another endpoint; None while all writers reach it."""
+    lends_delivered: str = ""
+    """Of a rank that lends: the edge set by which it may, as it was sent …"""
+    lends: str = ""
+    """… and confirmed."""
+    unlent: dict[Member, str] = field(default_factory=dict)
+    """Peers that it cannot lend to, and why."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
     told_hold: bool | None = None
@@ -47,6 +53,7 @@ class ConnectedAgent:
     standing: str = ""
     """What a trainer's first rank was told last of what the daemon does."""
     status: EngineStatus = field(default_factory=EngineStatus)
+    _contents: bytes | None = None
 
     def announces(self, announce: Announce | None) -> None:
         """Its layout is ``announce`` from now on, so that no plan of before counts; None: it must announce anew."""
@@ -54,11 +61,31 @@ class ConnectedAgent:
         self.delivered = ""
         self.fingerprint = ""
         self.dead_edges = {}
+        self.lends_delivered = self.lends = ""
+        self.unlent = {}
+        self._contents = None
 
     def resumes(self, before: "ConnectedAgent") -> None:
-        """It is the process of ``before`` on a new connection. Its Connect is sent again: a Connect may be lost, and
-        what an agent does about its edges ends with the connection."""
+        """It is the process of ``before`` on a new connection. Its Connects are sent again: they may be lost, and what
+        an agent does about its edges ends with the connection."""
         self.announce, self.fingerprint, self.dead_edges = before.announce, before.fingerprint, before.dead_edges
+        self.lends, self.unlent = before.lends, before.unlent
+        self._contents = before._contents
+
+    @property
+    def unreached(self) -> dict[Member, str]:
+        """Of a writer, a trainer rank or one that lends: whom it cannot write to, and why."""
+        return self.unlent if self.member.role == "inference" else self.dead_edges
+
+    @property
+    def contents(self) -> bytes:
+        """Of its layout, see ``protocol.layout``; nothing where there is none that can be read."""
+        if self._contents is None:
+            try:
+                self._contents = contents(self.announce.layout) if self.announce is not None else b""
+            except ValueError:
+                self._contents = b""
+        return self._contents
 
 
 @dataclass(slots=True)
@@ -133,6 +160,21 @@ class Unclosed:
 
 
 @dataclass(slots=True)
+class Feed:
+    """How engines that catch up to ``version`` take it from engines that serve it.
+
+    ``lenders``: engine → who lends it. ``members``: of all of them, with incarnations. ``plan``: None until it is made.
+    """
+
+    number: int
+    version: Version
+    lenders: dict[str, str]
+    members: frozenset[tuple[Member, int]]
+    plan: PlanFacts | None = None
+    planned_at: float = 0.0
+
+
+@dataclass(slots=True)
 class Fleet:
     """The whole state. ``started``, ``ended_at``: the daemon, its last round; ``words``: see ``core.since``."""
 
@@ -177,6 +219,10 @@ class Fleet:
     """Since when enough engines for the first plan are here."""
     plan_error: str = ""
     planned_at: float = 0.0
+    feed: Feed | None = None
+    feed_number: int = 0
+    passed_over: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
+    """(engine, lender) of which nothing came → until when nothing is expected, and why."""
     needs: Needs | None = None
     """What the attached engines need together, as far as it was worked out."""
     needs_of: frozenset[tuple[Member, int]] = frozenset()
@@ -310,12 +356,21 @@ class Fleet:
         """The member's connection, or its last one. Only for members of a round, which have had one."""
         return self.agents[member] if member in self.agents else self.gone[member]
 
-    def is_confirmed(self, member: Member) -> bool:
-        """The member runs the current plan's edge set, as far as its edges are alive."""
-        agent = self.agents.get(member) or self.gone.get(member)
-        return (
-            self.plan is not None
-            and agent is not None
-            and member in self.plan.connects
-            and agent.fingerprint == self.plan.connects[member].fingerprint
-        )
+    def dead_edge(self, engine: str) -> str:
+        """Why some rank of the engine cannot be written to by the trainer; empty where every edge is alive."""
+        for agent in self.trainers():
+            for peer, error in agent.dead_edges.items():
+                if peer.engine == engine:
+                    return f"{agent.member} cannot reach {peer}: {error}"
+        for agent in self.ranks_of(engine):
+            for peer, error in agent.dead_edges.items():
+                return f"{agent.member} cannot be reached by {peer}: {error}"
+        return ""
+
+    def is_confirmed(self, member: Member, plan: PlanFacts | None = None) -> bool:
+        """The member runs the edge set of ``plan``, else of the trainer's, as far as its edges are alive."""
+        agent, plan = self.agents.get(member) or self.gone.get(member), plan or self.plan
+        if plan is None or agent is None or member not in plan.connects:
+            return False
+        connect = plan.connects[member]
+        return connect.fingerprint == (agent.lends if connect.lends else agent.fingerprint)

@@ -32,9 +32,18 @@ class Turn:
         invariants.commanded(self.fleet, command)
         self.commands.append(msgspec.structs.replace(command, cause=self.cause))
 
-    def say(self, sentence: str, level: Literal["info", "warning", "error"] = "info") -> None:
-        """One sentence for people."""
-        self.do(Say(level, sentence))
+    def say(
+        self,
+        sentence: str,
+        level: Literal["info", "warning", "error"] = "info",
+        *,
+        event: str = "note",
+        engine: str = "",
+    ) -> None:
+        """One sentence for people, which the log has under the name of an ``event``, and with the round under way."""
+        current = self.fleet.round
+        about = (current.version, current.name) if current is not None else (None, None)
+        self.do(Say(level, sentence, event, engine, *about))
 
     def send(self, member: Member, message: FromDaemon) -> None:
         """To a connected agent; a lost one learns the state when it says Hello again."""
@@ -71,4 +80,6 @@ class Turn:
         self.fleet.engines[engine].calls[call] = self.fleet.call_number
         if call is Call.SWITCH:
             self.fleet.engines[engine].switch_again_at = self.now + self.fleet.policy.patience
-        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks))
+        current = self.fleet.round
+        trace = current.trace if current is not None and current.name == round_name else ""
+        self.do(CallEngine(engine, call, self.fleet.call_number, deadline, round_name, version, ranks, trace))

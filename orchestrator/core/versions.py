@@ -39,7 +39,11 @@ def _note_stale_markers(turn: Turn) -> None:
     for seen in fleet.stable:
         if seen.generation not in (None, fleet.generation) and seen not in fleet.stale_said:
             keep_newest(fleet.stale_said, seen, None, REMEMBERED_VERSIONS)
-            turn.say(f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation:x}); ignored", "warning")
+            turn.say(
+                f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation:x}); ignored",
+                "warning",
+                event="marker stale",
+            )
 
 
 def _note_waiting(turn: Turn) -> None:
@@ -87,8 +91,9 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
             why = conditions.unready(fleet, name)
             if why and name not in ready:  # the others have waited for it
                 blame.put(turn, name, Trouble(why, "engine"))
-                turn.say(f"{name} does not take part: {why}", "warning")
-        begin(turn, version, ready, conditions.is_catch_up(fleet, version))
+                turn.say(f"{name} does not take part: {why}", "warning", event="engine late", engine=name)
+        assert fleet.plan is not None
+        begin(turn, version, ready, conditions.is_catch_up(fleet, version), fleet.plan)
 
 
 def _join(fleet: Fleet) -> float:

@@ -4,6 +4,7 @@ Everything goes to standard error, also what libraries say through the standard 
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from typing import Any, Final, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+from weightsync.orchestrator.core.commands import Say
 from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.settings.sections import LogSection
 
 WITHHELD: Final = "[withheld]"
@@ -23,6 +26,7 @@ _SECRET_KEY = re.compile(r"(^|_)(token|authorization|api_key|secret|password|pas
 _BEARER = re.compile(r"(?i)\bbearer\s+\S+")
 
 _secrets: set[str] = set()
+_run = ""
 
 
 def withhold(secret: str) -> None:
@@ -44,13 +48,13 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
     ]
     # Tracebacks become text before the redaction, and show no local variables: both may hold a token.
     plain = structlog.dev.plain_traceback
-    renderer: Processor = (
-        structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=plain)
+    renderers: list[Processor] = (
+        [_sentence_first, structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=plain)]
         if console
-        else structlog.processors.JSONRenderer(default=str)
+        else [structlog.processors.JSONRenderer(default=str)]
     )
-    # Redaction comes last but one: it must see the finished texts, and everything that will be printed.
-    rendering: list[Processor] = [structlog.processors.format_exc_info, _redact, renderer]
+    # Redaction comes before them: it must see the finished texts, and everything that will be printed.
+    rendering: list[Processor] = [_of_run, structlog.processors.format_exc_info, _redact, *renderers]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -58,9 +62,14 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
         cache_logger_on_first_use=False,  # or modules that logged already would keep the old configuration
     )
     handler = logging.StreamHandler(out)
+    formatter = _ForJournald if in_journal(out) else structlog.stdlib.ProcessorFormatter
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.PositionalArgumentsFormatter()],
+        formatter(
+            foreign_pre_chain=[
+                *shared,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.PositionalArgumentsFormatter(),
+            ],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
@@ -75,12 +84,63 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
     root.setLevel(level)
 
 
+def about(run_id: str) -> None:
+    """From now on each line says that it is of this run."""
+    global _run
+    _run = run_id
+
+
+def say(command: Say) -> None:
+    """A sentence of the core under the name of its event."""
+    fields = {
+        "engine": command.engine, "round": str(command.round or ""),
+        "version": "" if command.version is None else str(command.version),
+    }  # fmt: skip
+    told = {name: value for name, value in fields.items() if value}
+    level = logging.getLevelNamesMapping()[command.level.upper()]
+    structlog.get_logger("weightsync").log(level, command.event, message=command.sentence, cause=command.cause, **told)
+
+
 def round_line(row: RoundRow) -> None:
     """The one line that says what a round did, cost and why it ended so; fields as in ``RoundRow``."""
     logger = structlog.get_logger("weightsync.round")
     say = logger.info if row.outcome == "committed" else logger.warning
     fields = {name: value for name, value in row.fields().items() if value not in ("", None, ()) and name != "outcome"}
-    say(f"round {row.outcome}", **fields)
+    say(f"round {row.outcome}", version=str(Version(row.generation, row.step)), **fields)
+
+
+PRIORITIES: Final = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}
+"""Of syslog, which journald reads off the beginning of a line: ``journalctl -p warning`` finds what hurts."""
+
+
+def in_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``stream`` goes to journald, as systemd says in JOURNAL_STREAM (systemd.exec(5))."""
+    try:
+        about = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it is no file
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
+
+
+class _ForJournald(structlog.stdlib.ProcessorFormatter):
+    """Each line begins with its priority."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+def _of_run(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    if _run:
+        event.setdefault("run", _run)
+    return event
+
+
+def _sentence_first(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """On a terminal a sentence says more than the name of its event, and there is one run."""
+    event.pop("run", None)
+    event["event"] = event.pop("message", event["event"])
+    return event
 
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

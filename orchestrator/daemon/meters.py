@@ -5,7 +5,7 @@ engines that are members now: their number is bounded by the fleet's, and no ran
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +41,10 @@ SHORT_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 RATES: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 """Gigabytes per second of the slowest sender: from TCP to NVLink."""
 
-PARTS: Final = ("pausing", "quiescing", "exposing", "writing", "verifying", "switching", "stall", "total")
+PARTS: Final = (
+    "pausing", "quiescing", "exposing", "writing", "verifying", "switching", "stall", "switch", "audit", "skew",
+    "total",
+)  # fmt: skip
 """Of a round: parts of its row that have a histogram of their own."""
 
 
@@ -86,6 +89,7 @@ class Meters:
         self._append = histogram("journal_append_seconds", "Making records durable, in one commit.", SHORT_SECONDS)
         self._lag = histogram("loop_lag_seconds", "How late the loop's clock was.", SHORT_SECONDS)
         self._journal_bytes = Gauge(PREFIX + "journal_bytes", "Size of the journal's file.", registry=registry)
+        self._turned_away: Mapping[str, int] = {}
         self._left_out: defaultdict[str, int] = defaultdict(int)
         self._paused: defaultdict[str, float] = defaultdict(float)
         self._paused_since: dict[str, float] = {}
@@ -97,6 +101,10 @@ class Meters:
     def journal_at(self, path: Path) -> None:
         """Where the journal's file is; its size is looked up at each scrape."""
         self._journal_bytes.set_function(lambda: _size(path))
+
+    def refusals_of(self, counts: Mapping[str, int]) -> None:
+        """Where it is counted who was turned away, by kind."""
+        self._turned_away = counts
 
     def ended(self, row: RoundRow) -> None:
         """A round ended."""
@@ -171,6 +179,12 @@ class Meters:
         yield _each("engine_paused_seconds", "Seconds in which it was seen to be paused.", members, lambda name: (
             self._paused.get(name, 0.0) + now - self._paused_since.get(name, now)
         ))  # fmt: skip
+        turned_away = CounterMetricFamily(
+            PREFIX + "turned_away", "Connections and requests that were refused at the door.", labels=("kind",)
+        )
+        for kind, count in sorted(self._turned_away.items()):
+            turned_away.add_metric((kind,), count)
+        yield turned_away
         yield _each(
             "engine_left_out", "Rounds that it was left out of.", members, lambda name: self._left_out.get(name, 0)
         )

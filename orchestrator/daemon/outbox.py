@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import logging
 import time
 from typing import Final
 
@@ -32,11 +31,12 @@ from weightsync.orchestrator.daemon.group.group import Group
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.daemon.inbox import Inbox
 from weightsync.orchestrator.daemon.journal_thread import AsyncJournal
-from weightsync.orchestrator.daemon.log import round_line
+from weightsync.orchestrator.daemon.log import round_line, say
 from weightsync.orchestrator.daemon.meters import Meters
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
+from weightsync.orchestrator.daemon.tracing import UNTRACED, RoundTraces
 from weightsync.orchestrator.planner import PlanError
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.names import Member
@@ -68,7 +68,9 @@ class Outbox:
         stable: StableWatch,
         meters: Meters,
         trail: Trail,
+        traces: RoundTraces = UNTRACED,
     ) -> None:
+        self._traces = traces
         self._inbox, self._journal, self._history = inbox, journal, history
         self._hub, self._group, self._engines = hub, group, engines
         self._planning, self._markers, self._stable, self._meters = planning, markers, stable, meters
@@ -127,7 +129,10 @@ class Outbox:
             record = command.record
             self._in_round = isinstance(record, RoundBegan) or (self._in_round and not isinstance(record, RoundEnded))
             self._trail.durable(record)
-            row = self._history.remember(record, time.time())
+            now = time.time()
+            row = self._history.remember(record, now)
+            if isinstance(record, RoundEnded):
+                self._traces.ended(record, now)
             if row is not None:
                 round_line(row)
                 self._meters.ended(row)
@@ -168,7 +173,7 @@ class Outbox:
             case WriteMarker():
                 self._markers.write(command.kind, command.version, command.facts)
             case Say():
-                log.log(getattr(logging, command.level.upper()), command.sentence, cause=command.cause)
+                say(command)
             case _:
                 raise TypeError(f"no performer for {type(command).__name__}")
 
@@ -192,10 +197,11 @@ class Outbox:
             log.exception("the planner broke")
             self._reject(command, f"the planner broke: {error!r}", "", "daemon")
         else:
-            self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts))
+            self._inbox.post(PlanReady(self._inbox.next_id(), command.number, facts, command.lends))
 
     def _reject(self, command: MakePlan, reason: str, engine: str, fault: Fault) -> None:
-        self._inbox.post(PlanRejected(self._inbox.next_id(), command.number, clean(reason), engine, fault))
+        number, told = command.number, clean(reason)
+        self._inbox.post(PlanRejected(self._inbox.next_id(), number, told, engine, fault, command.lends))
 
 
 def _engine_of(member: Member | None) -> str:

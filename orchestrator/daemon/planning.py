@@ -1,7 +1,9 @@
 """Runs the planner on what agents announced, and turns its tables into what each agent is told."""
 
+import dataclasses
 import time
 
+import msgspec
 from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
@@ -41,6 +43,8 @@ class Planning:
             PlanError: the layouts do not make one; its ``member`` names whose does not fit.
         """
         began = time.monotonic()
+        if command.lends:
+            return self._feed(command, began)
         everybody = {party.member: party for party in (*command.sources, *command.targets)}
         # With the last plan: edges of parties that did not change are taken over from it.
         plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost, self.plan)
@@ -48,12 +52,28 @@ class Planning:
         connects = {member: _connect(plan, member, everybody) for member in plan.parts}
         return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began, plan.unneeded)
 
+    def _feed(self, command: MakePlan, began: float) -> PlanFacts:
+        """By which engines write to engines: nobody joins it later, and the trainer's plan is not touched."""
+        plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost)
+        targets = {party.member: party for party in command.targets}
+        sources = {party.member: party for party in command.sources}
+        everybody = targets | {member: _as_writer(party) for member, party in sources.items()}
+        connects = {member: _connect(plan, member, everybody, member in sources) for member in plan.parts}
+        return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began)
+
+
+def _as_writer(party: Announced) -> Announced:
+    """An inference rank, reached by the endpoint by which it writes to others."""
+    said = party.announce
+    lends = msgspec.structs.replace(said, endpoint_name=said.lends_name, endpoint=said.lends)
+    return dataclasses.replace(party, announce=lends)
+
 
 def _parties(announced: tuple[Announced, ...]) -> list[Party]:
     return [Party(one.member, one.incarnation, one.announce.layout) for one in announced]
 
 
-def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced]) -> Connect:
+def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced], lends: bool = False) -> Connect:
     part = plan.part(member)
     peers = tuple(
         Peer(
@@ -72,4 +92,5 @@ def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced]) -> 
         peers=peers,
         copies=part.copies,
         expected_bytes=part.expected_bytes,
+        lends=lends,
     )

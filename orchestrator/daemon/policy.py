@@ -21,6 +21,7 @@ def policy_of(settings: Settings) -> Policy:
         trainer_world=settings.trainer.world,
         min_engines=settings.commit.min_engines,
         patience=settings.commit.patience_seconds,
+        fan_out=settings.fan_out,
         together=settings.commit.together,
         lease=settings.commit.lease_seconds,
         retry=settings.retry.give_up_seconds,

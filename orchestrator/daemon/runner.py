@@ -47,9 +47,11 @@ from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.daemon.stopping import Stopping
+from weightsync.orchestrator.daemon.tracing import RoundTraces
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
-from weightsync.orchestrator.settings.problems import ConfigError
+from weightsync.orchestrator.protocol.traces.export import OtlpSpans, TracesUnavailable
+from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -93,7 +95,10 @@ class Runner:
             raise ConfigError(settings.state_directory, short)
         tls = None if settings.listen.tls is None else ServerTls(settings.listen.tls)
         self.access = Access(settings.credentials, settings.run.id, daemon_log.withhold, tls)
+        self.meters.refusals_of(self.access.refusals.counts)
         self.hub = Hub(access=self.access, post=self.inbox.post, next_id=self.inbox.next_id, timing=timing)
+        self.spans = _spans(settings)
+        self.traces = RoundTraces(self.spans)
         self.audit = Audit(settings.state_directory)
         self.trail = Trail(self.audit)
         self.access.refusals.audited = self.trail.refused
@@ -176,8 +181,9 @@ class Runner:
         return commands
 
     def _open_outbox(self) -> None:
+        credentials = self.access.credentials
         self.engines = Engines(
-            self.settings, self.inbox, lambda: self.fleet.memory.admitted, self.access.credentials.of_engine
+            self.settings, self.inbox, lambda: self.fleet.memory.admitted, credentials.of_engine, self.traces
         )
         self.group = Group(self.inbox, self.hub.drop)
         self.outbox = Outbox(
@@ -192,6 +198,7 @@ class Runner:
             stable=self.stable,
             meters=self.meters,
             trail=self.trail,
+            traces=self.traces,
         )
         self.reload = Reload(self.settings, self._read, self.inbox, self.engines, self.access.again)
         self.stopping = Stopping(self.inbox, self.outbox, self.fleet, self.reload.stop_seconds)
@@ -245,6 +252,8 @@ class Runner:
         # Both wait for what they have begun, however long the disk takes: its outcome would be unknown.
         self.markers.close()
         await self.journal.close()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
 
     # -------------------------------------------------------------------------------------------------------- events
     async def _ask(self, event: Event) -> None:
@@ -301,6 +310,17 @@ class Runner:
             asleep = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
             self.meters.late(time.monotonic() - asleep - TICK_SECONDS)
+
+
+def _spans(settings: Settings) -> OtlpSpans | None:
+    endpoint = settings.traces.otlp_endpoint
+    if endpoint is None:
+        return None
+    try:
+        return OtlpSpans(endpoint, settings.run.id)
+    except TracesUnavailable as error:
+        problem = Problem("traces.otlp_endpoint", endpoint, str(error), "install it, or leave the key out")
+        raise ConfigError(settings.state_directory, problem) from error
 
 
 def _side(member: Member) -> Fault:

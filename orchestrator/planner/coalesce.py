@@ -94,7 +94,9 @@ def _packed(
     chunk = np.where(whole, longest_chunk("VRAM"), np.maximum(part // PLACES, np.minimum(part, BERTH_ALIGNMENT)))
     wanted = wanted[size[wanted] // np.maximum(runs[wanted], 1) < chunk[target[wanted]]]
     wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
-    packed = np.zeros(len(edge), np.bool_)
+    # An engine's pages, which no transport reads, are left by way of the ring alone.
+    paged = np.array([party.party.layout.lands == "flip" for party in sources], np.bool_)
+    packed = paged[source] & (ring[source] > 0)
     packed[wanted] = True
     return packed
 

@@ -5,6 +5,7 @@ region: element ``i`` of the box (counted from the box's corner) is at ``base + 
 Tensors have up to ``MAX_RANK`` dimensions; lower ranks are padded on the left with offset 0, extent 1, stride 0.
 """
 
+import hashlib
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -165,6 +166,27 @@ def as_matrix(data: bytes, columns: int) -> Matrix:
     if len(data) % (8 * columns):
         raise ValueError(f"a table of {len(data)} bytes is no whole number of rows of {columns} int64 columns")
     return np.frombuffer(data, dtype="<i8").reshape(-1, columns)
+
+
+def contents(layout: Layout) -> bytes:
+    """The same for ranks that hold the same boxes of the same tensors, in whatever order and wherever they lie.
+
+    Raises:
+        ValueError: its rows are no whole number of rows.
+    """
+    rows = layout.matrix()
+    boxes = [column for first in (ROW_BOX, ROW_BOX + 1) for column in range(first, ROW_COLUMNS, 3)]
+    sums = []
+    for seed in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03):
+        words = np.full(len(rows), seed, np.uint64)
+        for column in (ROW_TENSOR, *boxes):
+            # The finaliser of SplitMix64 (Steele et al. 2014) after each column.
+            words = (words ^ rows[:, column].astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            words ^= words >> np.uint64(31)
+        sums.append(int(words.sum(dtype=np.uint64)))
+    return hashlib.sha256(msgspec.msgpack.encode((layout.tensors, len(rows), sums))).digest()
 
 
 def pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:

@@ -30,8 +30,10 @@ from weightsync.orchestrator.protocol.limits import (
     MAX_WORLD,
 )
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.traces.context import TraceContext
 
 Members = Annotated[tuple[Member, ...], msgspec.Meta(max_length=MAX_WORLD)]
+OpenRounds = Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)]
 Fault = Literal["", "trainer", "engine", "daemon", "network", "config"]
 
 
@@ -44,12 +46,12 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
 
     ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
-    ``restaged``: as in Staged.
-    ``follows_needs``: its slots are made from the engines' Needs; it announces no layout before it has been told them.
+    ``restaged``: as in Staged. ``follows_needs``: its slots are made from the engines' Needs; it announces no layout
+    before it has been told them.
     """
 
     staged: Version | None = None
-    open_rounds: Annotated[tuple[RoundName, ...], msgspec.Meta(max_length=MAX_OPEN_GRANTS)] = ()
+    open_rounds: OpenRounds = ()
     restaged: Count = 0
     follows_needs: bool = False
 
@@ -62,6 +64,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
     ``held``: the daemon said Hold; the worker refuses to be resumed until it is told otherwise.
     ``standby``: a whole version beside live memory, with the digest that was told of it when it was verified: one that
     landed and is not switched to, or, in ``flip``, the one before. ``torn`` does not concern it.
+    ``lending``: in Hello, the grants by which it lends what it serves and that it has not closed.
     """
 
     applied: Version | None = None
@@ -70,14 +73,18 @@ class EngineStatus(msgspec.Struct, frozen=True):
     held: bool = False
     standby: Version | None = None
     standby_digest: Digest = NO_BYTES
+    lending: OpenRounds = ()
 
 
 class Announce(Message, frozen=True, kw_only=True):
-    """Rendezvous round 1: the layout, and how the transport reaches this agent."""
+    """Rendezvous round 1: the layout, and how the transport reaches this agent; ``lends``: and how an inference rank
+    writes what it serves to others, if it can."""
 
     layout: Layout
     endpoint_name: Name = ""
     endpoint: Endpoint = b""
+    lends_name: Name = ""
+    lends: Endpoint = b""
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -93,7 +100,7 @@ class Ready(Message, frozen=True, kw_only=True):
 class Staged(Message, frozen=True, kw_only=True):
     """All of this rank's slots hold ``version``, synchronised and digested.
 
-    ``restaged``: how often the version was staged before; each time it FAILED.
+    ``restaged``: how often the version was staged before; each time it FAILED. ``trace``: of this rank's publish.
     """
 
     version: Version
@@ -101,6 +108,7 @@ class Staged(Message, frozen=True, kw_only=True):
     convert_seconds: Seconds
     digest_seconds: Seconds
     restaged: Count = 0
+    trace: TraceContext = ""
 
 
 class Quiesced(Message, frozen=True, kw_only=True):
@@ -112,8 +120,7 @@ class Quiesced(Message, frozen=True, kw_only=True):
 class Exposed(Message, frozen=True, kw_only=True):
     """The answer to Expose: from here on writers may reach this worker's memory.
 
-    In ``live`` it counts as torn until Commit; in ``copy`` and ``flip`` its standby is forgotten.
-    """
+    In ``live`` it counts as torn until Commit; in ``copy`` and ``flip`` its standby is forgotten."""
 
     round: RoundName
 
@@ -159,8 +166,7 @@ class Left(Message, frozen=True, kw_only=True):
     In ``live`` the update call has. In ``copy`` and ``flip`` it has switched, and its live memory has the digest that
     it told of the standby; or it has dropped what had landed. When it ended by itself, before Commit, Abort or a
     switch: ``fault`` says why, ``retry`` whether another attempt may succeed.
-    ``switch_seconds``: how long the switch kept its main thread. ``audit_seconds``: of that digest, beside serving.
-    """
+    ``switch_seconds``: how long the switch kept its main thread. ``audit_seconds``: of that digest, beside serving."""
 
     round: RoundName
     status: EngineStatus
@@ -247,10 +253,12 @@ class Welcome(Message, frozen=True, kw_only=True):
     life: Name = ""
     """Nonce of this start of the daemon: of one epoch an agent obeys one life."""
     lease_seconds: Seconds = 0.0
-    """An engine that the daemon paused, that holds a whole committed version and to which no grant was given since,
-    resumes by itself when it has not heard the daemon for so long; 0: never."""
+    """A paused engine that holds a whole committed version, and was granted to nobody since, resumes by itself when it
+    has not heard the daemon for so long; 0: never."""
     run_dir: Path = ""
     """The run directory, as the daemon's host names it; a trainer compares it with its own."""
+    lends: bool = False
+    """Inference ranks are to say how they can write what they serve to others."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -279,7 +287,8 @@ class Connect(Message, frozen=True, kw_only=True):
     """Rendezvous round 2: this agent's peers and its copies ``[n, COPY_COLUMNS]`` (see ``layout``).
 
     For a trainer rank the copies are its writes; for an inference rank only those that arrive packed, which it
-    scatters. ``expected_bytes``: of the whole layout. ``fingerprint`` covers all of it.
+    scatters. ``expected_bytes``: of the whole layout. ``fingerprint`` covers all of it. ``lends``: the copies are what
+    an inference rank may be granted to write from the memory that it serves from; what it receives is another Connect.
     """
 
     fingerprint: Name
@@ -287,6 +296,7 @@ class Connect(Message, frozen=True, kw_only=True):
     peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_WORLD)]
     copies: bytes
     expected_bytes: Count
+    lends: bool = False
 
 
 class Expose(Message, frozen=True, kw_only=True):
@@ -304,6 +314,7 @@ class Grant(Message, frozen=True, kw_only=True):
     fingerprint: Name
     members: Members
     deadline_seconds: Seconds
+    trace: TraceContext = ""
 
 
 class Verify(Message, frozen=True, kw_only=True):
@@ -313,14 +324,16 @@ class Verify(Message, frozen=True, kw_only=True):
     round: RoundName
     version: Version
     deadline_seconds: Seconds
+    trace: TraceContext = ""
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """``version`` is decided: leave the update call as successful. A worker that has left it as torn, after it said
-    Verified, holds that version whole. Only in ``live``: the others are switched by a call to their engine."""
+    """``version`` is decided: leave the update call as successful. A worker that has left it as torn, after Verified,
+    holds that version whole. Only in ``live``: the others are switched by a call to their engine."""
 
     round: RoundName
     version: Version
+    trace: TraceContext = ""
 
 
 class Abort(Message, frozen=True, kw_only=True):

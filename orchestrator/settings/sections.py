@@ -322,6 +322,14 @@ class LogSection(Section):
     )
 
 
+class TracesSection(Section):
+    """One trace of each version, from its publish to each engine's switch."""
+
+    otlp_endpoint: Url | None = Field(
+        default=None, description="Where spans are posted (OTLP over HTTP), such as http://host:4318/v1/traces."
+    )
+
+
 def _typed_as(default: str) -> BeforeValidator:
     """Lets a section without ``type`` mean ``default``, so that one key can be overridden without repeating it."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from weightsync.orchestrator.core.policy import FanOut
 from weightsync.orchestrator.settings.anchors import anchored
 from weightsync.orchestrator.settings.document import Document
 from weightsync.orchestrator.settings.engine_lists import require_different, with_lists
@@ -34,6 +35,7 @@ from weightsync.orchestrator.settings.sections import (
     RetrySection,
     RunSection,
     Seconds,
+    TracesSection,
     TrainerSection,
     Transport,
     Url,
@@ -70,6 +72,11 @@ class Settings(BaseSettings):
     transport: Transport = Field(default=NixlSection(), description="How weights travel.")
     rendezvous: Rendezvous = Field(default=HubSection(), description="How agents learn of each other.")
     pause: PauseSection = PauseSection()
+    fan_out: FanOut = Field(
+        default="trainer",
+        description="Who writes to an engine that catches up: trainer, peers (engines that serve the version), or auto:"
+        " peers, and the trainer where none can.",
+    )
     commit: CommitSection = CommitSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     retry: RetrySection = RetrySection()
@@ -77,6 +84,7 @@ class Settings(BaseSettings):
         default=5.0, description="Between two scans of the run directory without any event."
     )
     log: LogSection = LogSection()
+    traces: TracesSection = TracesSection()
 
     @field_validator("engines")
     @classmethod
@@ -115,6 +123,21 @@ class Settings(BaseSettings):
                 f"advertise_url is {self.advertise_url}, and the daemon speaks {scheme} (listen.tls): TLS has to end at"
                 " the daemon, whose certificate the agents' proofs cover"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _peers_can_write(self) -> "Settings":
+        if self.fan_out == "trainer":
+            return self
+        for key, kind, wanted in (
+            ("transport.type", self.transport.type, "nixl"),
+            ("rendezvous.type", self.rendezvous.type, "hub"),
+        ):
+            if kind != wanted:
+                raise ValueError(
+                    f"fan_out is {self.fan_out}, and with {key}: {kind} engines cannot write to each other: say"
+                    f" fan_out: trainer, or {key}: {wanted}"
+                )
         return self
 
     @property

@@ -3,6 +3,7 @@
 from typing import Final
 
 from plant import Mutant
+from planted_lending import LENDING
 from planted_shadows import SHADOWS
 
 _MEMBERS: Final = "core/membership/members.py"
@@ -343,8 +344,8 @@ _CONNECTIONS: Final = (
     Mutant(
         "an outdated confirmation counts",
         "core/membership/rendezvous.py",
-        "    if message.fingerprint != agent.delivered:\n",
-        "    if False:\n",
+        "    if message.fingerprint == agent.delivered:\n",
+        "    if message.fingerprint != agent.lends_delivered:\n",
     ),
     Mutant(
         "a restart forgets which trainer was replaced",
@@ -455,4 +456,4 @@ _ADMISSION: Final = (
     ),
 )
 
-PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION, *SHADOWS)
+PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION, *SHADOWS, *LENDING)

@@ -7,8 +7,8 @@ from simulated_engine import Worker
 from weightsync.orchestrator.protocol.names import Member
 
 if TYPE_CHECKING:
-    from simulated_trainer import Rank
     from world import World
+    from writing import Writer
 
 CHANCES: Final[Mapping[str, float]] = {
     "commands": 0.0008,  # the daemon is killed between two of its commands
@@ -80,7 +80,7 @@ class Faults:
         return self._since[name] + self._world.aftermath if name in self._since else -1.0
 
     # ------------------------------------------------------------------------------------------------ asked by models
-    def edge_is_broken(self, rank: "Rank", target: Member) -> bool:
+    def edge_is_broken(self, rank: "Writer", target: Member) -> bool:
         return target.engine in self.broken_edges
 
     def wire_waits(self, worker: Worker) -> bool:

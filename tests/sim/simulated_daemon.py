@@ -188,7 +188,7 @@ class SimulatedDaemon:
                 raise TypeError(f"the simulation performs no {type(command).__name__}")
 
     def _planned(self, command: MakePlan) -> None:
-        self.post(PlanReady(self.next_id(), command.number, plan_of(command)))
+        self.post(PlanReady(self.next_id(), command.number, plan_of(command), command.lends))
 
     # ------------------------------------------------------------------------------------------------- run directory
     def _scan(self) -> bool:

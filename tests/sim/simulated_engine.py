@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from answers import Answer, Reply
 from contents import CHECKPOINT, SIZES, memory_digest
+from simulated_lender import Lender
 from simulated_switch import CoreSwitch
 from virtual_time import Process
 from weightsync.orchestrator.core.commands import CallEngine
@@ -21,6 +22,7 @@ from weightsync.orchestrator.protocol.messages import (
     Expose,
     Exposed,
     FromDaemon,
+    Grant,
     Hello,
     Hold,
     Holding,
@@ -32,7 +34,6 @@ from weightsync.orchestrator.protocol.messages import (
     Verify,
 )
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
-from wires import Agent
 
 if TYPE_CHECKING:
     from world import World
@@ -52,7 +53,7 @@ APPLY_SECONDS: Final = 1.5
 """Between two applications of an engine that makes itself a member."""
 
 
-class Worker(Agent):
+class Worker(Lender):
     """One rank of an engine. ``memory``: the version of each chunk."""
 
     def __init__(self, world: "World", member: Member, size: int) -> None:
@@ -103,7 +104,7 @@ class Worker(Agent):
         return self.memory if self.window == name else None
 
     def introduce(self, hello: Hello) -> Hello:
-        return msgspec.structs.replace(hello, engine=self.status)
+        return msgspec.structs.replace(hello, engine=msgspec.structs.replace(self.status, lending=tuple(self.open)))
 
     # ---------------------------------------------------------------------------------------------------- its window
     def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[str], None]) -> None:
@@ -169,6 +170,12 @@ class Worker(Agent):
         match message:
             case Expose():
                 self._expose(message.round)
+            case Connect(lends=True):
+                self.lend(message)
+            case Grant():
+                self.granted(message)
+            case Abort() if message.round in self.open:
+                self.open[message.round].stop(message.members)
             case Connect():
                 self._connect = message
                 self.later(self.world.short(), lambda: self._ready(message))

@@ -38,7 +38,7 @@ class ShadowWorker(Worker):
         super().__init__(world, member, size)
         self.lands = lands
         layout = Layout((), (), b"", lands=lands, boundary=boundary)
-        self.announce = Announce(layout=layout, endpoint_name=self.endpoint)
+        self.announce = Announce(layout=layout, endpoint_name=self.endpoint, lends_name="lends")
         self.landing = [GARBAGE] * len(SIZES)
         """What remote writers reach, whoever they are."""
         self.pages = [GARBAGE] * len(SIZES)
@@ -79,7 +79,7 @@ class ShadowWorker(Worker):
                 self._expose_beside(message.round)
             case Verify():
                 self.later(self.world.short(), lambda: self._verify_beside(message))
-            case Abort():
+            case Abort() if message.round not in self.open:
                 assert not message.torn, f"{self.member} is told {message}, and nothing reaches its live memory"
                 if message.round == self.exposed:
                     self._drop()

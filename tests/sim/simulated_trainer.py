@@ -1,11 +1,10 @@
 """A simulated trainer: its ranks, what they write and when, and the loop that publishes."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 from contents import GARBAGE, SIZES, chunks_of, digest_of
 from simulated_engine import Worker
-from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
@@ -15,133 +14,16 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Hello,
     Outcome,
-    PeerTransfer,
     Ready,
     Staged,
     TrainerStatus,
 )
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version, add_digests
 from wires import Agent
+from writing import Writing, hanging, leave, open_edges, reach, told
 
 if TYPE_CHECKING:
     from world import World
-
-
-STALL_SECONDS: Final = 1.0
-"""After which a writer gives up what hangs."""
-
-
-class Edge:
-    """What one grant has one rank write to one peer: chunk after chunk, each posted when the one before has ended."""
-
-    def __init__(self, writing: "Writing", target: Member) -> None:
-        self.writing, self.target = writing, target
-        self.left = list(writing.rank.chunks)
-        self.stopped = False
-        self.given_up = ""
-        """Why nothing more is posted, although something has not ended."""
-        self.endpoint = writing.rank.reached.get(target, "")
-        self.ended: PeerTransfer | None = None
-
-    def post(self) -> None:
-        """The next chunk; ends when there is none, or when the peer cannot be posted to."""
-        rank, world = self.writing.rank, self.writing.rank.world
-        if self.ended is not None:
-            return
-        if not self.left:
-            self._end("")
-            return
-        self.given_up = ""
-        worker = rank.connected.get(self.target)
-        if self.stopped or world.now > self.writing.until:
-            self._end("told to stop" if self.stopped else "the grant's deadline passed")
-        elif worker is None or not worker.alive or world.faults.edge_is_broken(rank, self.target):
-            self._end(f"{self.target} cannot be reached")
-        else:
-            chunk = self.left.pop(0)
-            rank.later(world.short(), lambda: world.later(0.001, lambda: self._land(worker, chunk)))
-
-    def _land(self, worker: Worker, chunk: int) -> None:
-        """What was posted lands, whether or not the writer's process runs at the moment; not if either has died."""
-        rank, world = self.writing.rank, self.writing.rank.world
-        if not rank.alive:
-            return
-        if worker.alive and self.endpoint in world.faults.gone_paths:
-            self._hang(worker, chunk)
-            return
-        if self.ended is not None or (worker.alive and worker.endpoint != self.endpoint):
-            rank.do(lambda: self._end("another endpoint has taken its place"))
-            return
-        if worker.alive and worker.stopped and world.faults.wire_waits(worker):
-            # Over TCP the peer's kernel takes nothing more, until the peer is thawed or dead.
-            world.later(0.1, lambda: self._land(worker, chunk))
-            return
-        if worker.alive:
-            corrupt = world.faults.happens("corrupt", self.target.engine)
-            worker.land(chunk, GARBAGE if corrupt or rank.slots is None else rank.slots, self.writing.grant.round)
-        rank.do(self.post if worker.alive else lambda: self._end(f"{self.target} died"))
-
-    def _hang(self, worker: Worker, chunk: int) -> None:
-        """It lands when its path is there again, if the endpoint is, too; until then nobody knows that it will not."""
-        rank, world = self.writing.rank, self.writing.rank.world
-        if not self.given_up:
-            self.given_up = "hangs"
-            world.later(STALL_SECONDS, lambda: rank.do(rank.tell_edges))
-        world.later(0.1, lambda: self._land(worker, chunk))
-
-    def leave(self, endpoint: str) -> None:
-        """The plan has another endpoint of its peer: what was on its way to the one before arrives nowhere."""
-        if self.ended is None and self.given_up and endpoint != self.endpoint:
-            self._end("another endpoint has taken its place")
-
-    def _end(self, error: str) -> None:
-        rank = self.writing.rank
-        if self.ended is not None:
-            return
-        digest, size = rank.owed(self.target, self.writing.grant.version)
-        if error:
-            digest, size = (0, 0), size - sum(SIZES[chunk] for chunk in self.left)
-        elif rank.world.faults.happens("short"):
-            size -= 1
-        self.ended = PeerTransfer(self.target, size, 1, 0.01, digest, error)
-        self.writing.ended(self)
-
-
-class Writing:
-    """One grant of one rank, open until every edge has ended."""
-
-    def __init__(self, rank: "Rank", grant: Grant) -> None:
-        self.rank, self.grant = rank, grant
-        self.until = rank.world.now + grant.deadline_seconds
-        self.edges = [Edge(self, member) for member in grant.members]
-        self._told = False
-
-    def begin(self) -> None:
-        for edge in self.edges:
-            edge.post()
-
-    def stop(self, members: tuple[Member, ...]) -> None:
-        for edge in self.edges:
-            if not members or edge.target in members:
-                edge.stopped = True
-
-    def ended(self, edge: Edge) -> None:
-        done = tuple(e.ended for e in self.edges if e.ended is not None)
-        final = len(done) == len(self.edges)
-        if final:
-            del self.rank.open[self.grant.round]
-            self.rank.say_once(Closed(round=self.grant.round, peers=done))
-        elif edge.ended is not None and edge.ended.error:
-            self.rank.say_once(Closed(round=self.grant.round, peers=done, final=False))
-        elif not self._told:
-            self._told = True
-            self.rank.later(0.05, self._tell_so_far)
-
-    def _tell_so_far(self) -> None:
-        self._told = False
-        done = tuple(e.ended for e in self.edges if e.ended is not None)
-        if self.grant.round in self.rank.open:
-            self.rank.say_once(Closed(round=self.grant.round, peers=done, final=False))
 
 
 class Rank(Agent):
@@ -164,6 +46,12 @@ class Rank(Agent):
     def introduce(self, hello: Hello) -> Hello:
         status = TrainerStatus(self.slots, tuple(self.open), self.restaged)
         return msgspec.structs.replace(hello, trainer=status)
+
+    def chunks_for(self, target: Member) -> tuple[int, ...]:
+        return self.chunks
+
+    def reads(self, chunk: int) -> Version:
+        return GARBAGE if self.slots is None else self.slots
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         """Digest and bytes of what this rank owes a target."""
@@ -191,10 +79,8 @@ class Rank(Agent):
         """Connect to every peer that is there; those that are not are tried again for as long as the plan stands."""
         if self._newest is not connect:
             return
-        endpoints = {peer.member: peer.endpoint_name for peer in connect.peers}
-        for edge in self._open_edges():
-            edge.leave(endpoints.get(edge.target, edge.endpoint))
-        if any(not edge.given_up for edge in self._open_edges()):
+        leave(self, connect)
+        if any(not edge.given_up for edge in open_edges(self)):
             self.later(0.1, lambda: self._prepare(connect))
             return
         self._connect, self.connected, self.reached, self._failed = connect, {}, {}, ()
@@ -203,48 +89,25 @@ class Rank(Agent):
     def _try_edges(self, connect: Connect, first: bool = False) -> None:
         if self._connect is not connect:
             return
-        failed = []
-        for peer in connect.peers:
-            if peer.member in self.connected:
-                continue
-            worker = self.world.worker(peer.member)
-            if worker is None or not worker.alive or worker.stopped or not self._reaches(worker, peer):
-                failed.append(EdgeFailure(peer.member, "no answer"))
-            else:
-                self.connected[peer.member], self.reached[peer.member] = worker, peer.endpoint_name
-        failed += self._hanging()
-        changed, self._failed = tuple(failed) != self._failed, tuple(failed)
+        failed = reach(self, connect)
+        changed, self._failed = failed != self._failed, failed
         if first or changed:
             self.say(Ready(fingerprint=connect.fingerprint, failed=self._failed))
         if failed:
             self.later(1.0, lambda: self._try_edges(connect))
 
-    def _reaches(self, worker: Worker, peer: Peer) -> bool:
-        """It is the process and the endpoint of the plan, and a first word to it would not hang."""
-        planned = (worker.incarnation, worker.endpoint) == (peer.incarnation, peer.endpoint_name)
-        return planned and worker.endpoint not in self.world.faults.gone_paths
-
-    def _open_edges(self) -> list[Edge]:
-        return [edge for writing in self.open.values() for edge in writing.edges if edge.ended is None]
-
-    def _hanging(self) -> list[EdgeFailure]:
-        members = {edge.target for edge in self._open_edges() if edge.given_up}
-        return [EdgeFailure(member, "has not ended") for member in sorted(members)]
-
     @property
     def slots_are_read(self) -> bool:
         """By a write that has not ended, other than one that hangs and that the daemon has taken back."""
-        return any(not (edge.given_up and edge.stopped) for edge in self._open_edges())
+        return any(not (edge.given_up and edge.stopped) for edge in open_edges(self))
 
     def tell_edges(self) -> None:
-        """Some write hangs, or has ended after all."""
         if self._connect is not None:
-            hanging = tuple(self._hanging())
-            told = tuple(failure for failure in self._failed if failure.peer not in self.connected) + hanging
-            if told != self._failed:
-                self._failed = told
-                self.say(Ready(fingerprint=self._connect.fingerprint, failed=told))
-            if hanging:
+            now = told(self, self._failed)
+            if now != self._failed:
+                self._failed = now
+                self.say(Ready(fingerprint=self._connect.fingerprint, failed=now))
+            if hanging(self):
                 self.later(1.0, self.tell_edges)
 
     # ------------------------------------------------------------------------------------------------------- grants

@@ -38,6 +38,7 @@ def world_of(seed: int) -> tuple[World, list[str]]:
         min_engines=rng.choice((0.5, 0.5, 1, 1.0)),
         lands=modes(rng),
         meeting=rng.choice(((), (), ("e0",), NAMES)),
+        fan_out=random.Random(f"fan out {seed}").choice(("trainer", "auto")),
     )
     for name in world.configured:
         if name not in world.servers:

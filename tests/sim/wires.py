@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from simulated_daemon import SimulatedDaemon
     from world import World
 
-ANNOUNCE = Announce(layout=Layout((), (), b""))
+ANNOUNCE = Announce(layout=Layout((), (), b""), lends_name="lends")
 """Of a layout the core reads only how its owner lands."""
 
 Word = Quiesced | Exposed | Closed | Verified | Left

@@ -170,7 +170,6 @@ def test_the_jobs_configuration_loads_and_nothing_of_it_is_for_others(job: dict[
     calls = (tmp_path / "calls").read_text().splitlines()
     assert f"weightsync-orchestrator certs {certificates} --host n0" in calls
     assert f"weightsync-orchestrator tokens {settings.credentials}" in calls
-    assert settings.agents_token_path == str(settings.credentials / "engine.token")
     for path in (tmp_path / "run").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
 

@@ -16,8 +16,9 @@ from kubelet import MANIFESTS, Object, Volumes, environment, generated, kustomiz
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.daemon.access.policy import POLICY
 from weightsync.orchestrator.protocol.application import Applicant
-from weightsync.orchestrator.settings.credentials import Credential, credential_named
+from weightsync.orchestrator.settings.credentials import Credential, credential_named, read_credentials
 from weightsync.orchestrator.settings.settings import Settings, load
+from weightsync.orchestrator.settings.tls import server_context
 
 VERSIONS = ("1.29", "1.37")
 """ReadWriteOncePod is for all from 1.29 on; the other is the newest that the schemas know."""
@@ -150,6 +151,17 @@ def test_what_pods_mount_is_there(copy: Path) -> None:
         assert named - own <= objects
         theirs = {e["persistentVolumeClaim"]["claimName"] for e in volumes.values() if "persistentVolumeClaim" in e}
         assert theirs <= ELSEWHERE
+
+
+def test_the_daemon_believes_what_its_pod_has(settings: Settings) -> None:
+    errors = [
+        finding for finding in findings_of(settings) if finding.level == "error" and finding.check != "open files"
+    ]
+    assert errors == []
+    assert settings.listen.tls is not None
+    server_context(settings.listen.tls)
+    found = {str(credential) for credential in read_credentials(settings.credentials).values()}
+    assert found == {"trainer", "viewer", "operator", "engine rollout-0", "engine rollout-1"}
 
 
 def test_the_state_directory_is_ours_alone(settings: Settings, tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ WITHOUT_A_MODULE = {
     "core/round/test_shadow_rounds.py": "rounds of engines that land beside what they serve, through the whole core",
     "agents/transport/test_third_transport.py": "the seam of transports, by a transport that only the test has",
     "daemon/engines/test_second_engine.py": "the seam of engines, by an engine that only the test has",
-    "forecast/test_physics.py": "the table of rates against runs that were published and measured",
     "settings/test_every_key_is_read.py": "the schema of the settings against all code that reads it",
     "settings/test_example.py": "deploy/config.example.yaml",
     "test_alerts.py": "deploy/monitoring/",

@@ -27,9 +27,10 @@ from weightsync.agents.transport.nixl.errors import (
 )
 from weightsync.agents.transport.nixl.flow import Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice
-from weightsync.agents.transport.nixl.open import open_endpoint
+from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.shares import Share
+from weightsync.orchestrator.protocol.layout import Layout, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName
 
@@ -123,10 +124,13 @@ class NixlSender(Sender):
         """Of the writes under way."""
 
     def open(self, settings: NixlSettings) -> None:
+        device = self._memory.arenas[0].device
         if self._endpoint is not None:
+            if device.type == "cuda":
+                bind(device)  # the agent's thread may be another than the one that opened it
             return  # backends and ports of an open endpoint cannot be changed
-        endpoint = open_endpoint(str(self._memory.member), settings, self._memory.arenas[0].device)
-        endpoint.register(self._memory.layout.regions)
+        endpoint = open_endpoint(str(self._memory.member), settings, device)
+        endpoint.register(readable(self._memory.layout))
         endpoint.heard = self._heard
         self._endpoint = endpoint
 
@@ -336,6 +340,13 @@ class NixlSender(Sender):
 
     def _why_not(self, member: Member) -> str:
         return f"there is no edge to {member}: {self._failed.get(member, 'it is being prepared')}"
+
+
+def readable(layout: Layout) -> Sequence[Region]:
+    """What is written from: of an engine whose weights lie in pages its ring alone, by which all of it is packed."""
+    if layout.lands != "flip":
+        return layout.regions
+    return [layout.regions[layout.staging]] if layout.staging >= 0 else []
 
 
 def _not_ended(member: Member) -> NixlError:

@@ -164,7 +164,7 @@ def _lives(fleet: Fleet, name: str, now: float) -> bool:
     engine, admission = fleet.engines.get(name), fleet.policy.admission
     if engine is None or admission is None:
         return False
-    in_round = fleet.round is not None and name in fleet.round.engines
+    in_round = fleet.round is not None and fleet.round.concerns(name)
     return in_round or bool(engine.ranks) or now < engine.heard + admission.leave
 
 
@@ -186,7 +186,11 @@ def applied(turn: Turn, event: EngineApplied) -> None:
         if known is not None and _places(known) != _places(engine) and engine.name in fleet.engines:
             roster.let_go(turn, engine.name)  # what is known of the server before says nothing of this one
         turn.append(EngineAdmitted(engine=engine))
-        turn.say(f"{engine.name} at {_listed(engine.urls)} has made itself a member")
+        turn.say(
+            f"{engine.name} at {_listed(engine.urls)} has made itself a member",
+            event="engine joins",
+            engine=engine.name,
+        )
     member = fleet.engines.get(engine.name)
     if member is not None:
         member.heard, member.connected = turn.now, False
@@ -225,4 +229,4 @@ def configured_anew(turn: Turn) -> None:
 
 def _leaves(turn: Turn, name: str, reason: str) -> None:
     turn.append(EngineLeft(engine=name, reason=reason))
-    turn.say(f"{name} leaves: {reason}", "warning")
+    turn.say(f"{name} leaves: {reason}", "warning", event="engine leaves", engine=name)

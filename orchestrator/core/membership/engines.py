@@ -92,7 +92,11 @@ def _act(turn: Turn, name: str) -> bool:
     want, why = wish(fleet, name)
     if _may_switch(turn, name) and standby.owed(fleet, name):
         engine.probe_at = turn.now + fleet.policy.probe_interval
-        turn.say(f"{name} has {fleet.memory.committed} in its standby and switches to it")
+        turn.say(
+            f"{name} has {fleet.memory.committed} in its standby and switches to it",
+            event="standby switch",
+            engine=name,
+        )
         # Not earlier than any round that its workers have heard of: what they are told of an earlier one they refuse.
         newest = RoundName(fleet.epoch, fleet.memory.round_number)
         turn.call(name, Call.SWITCH, fleet.policy.finish, newest, fleet.memory.committed, _processes(fleet, name))
@@ -100,12 +104,12 @@ def _act(turn: Turn, name: str) -> bool:
     waits = _has_switched(turn, name) or _has_yet_to_announce(turn, name)
     if want is Wish.PAUSE and engine.paused is False and not waits:
         engine.probe_at = turn.now + fleet.policy.probe_interval
-        turn.say(f"{name} is paused: {why}", "warning")
+        turn.say(f"{name} is paused: {why}", "warning", event="engine paused", engine=name)
         turn.call(name, Call.PAUSE, fleet.policy.pause)
         return True
     if want is Wish.SERVE and engine.paused and fleet.attached(name) and not _held_ranks(fleet, name):
         engine.probe_at = turn.now + fleet.policy.probe_interval
-        turn.say(f"{name} is resumed: {why}")
+        turn.say(f"{name} is resumed: {why}", event="engine resumed", engine=name)
         turn.call(name, Call.RESUME, fleet.policy.finish, None, fleet.memory.committed, _processes(fleet, name))
         return True
     if want is Wish.SERVE and engine.switch_again_at and Call.SWITCH not in engine.calls:
@@ -175,7 +179,12 @@ def engine_answered(turn: Turn, event: CallDone | CallFailed, engine: EngineStat
     turn.fleet.touch(engine.name)
     if isinstance(event, CallFailed):
         if event.reason != engine.error:
-            turn.say(f"{engine.name}: {event.call} failed: {event.reason}", "warning")
+            turn.say(
+                f"{engine.name}: {event.call} failed: {event.reason}",
+                "warning",
+                event="engine call failed",
+                engine=engine.name,
+            )
         engine.error, engine.fault = event.reason, event.fault
         if event.call is Call.SWITCH:  # if it runs, it is to be paused at once: it may hold what it must not serve
             engine.probe_at = turn.now
@@ -200,3 +209,5 @@ def started_anew(turn: Turn, engine: str) -> None:
     blame.clear(turn, engine)
     state = turn.fleet.engines[engine]
     state.torn_by, state.switch_again_at = None, 0.0
+    passed_over = turn.fleet.passed_over
+    turn.fleet.passed_over = {pair: told for pair, told in passed_over.items() if engine not in pair}

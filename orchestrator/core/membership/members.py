@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost
 from weightsync.orchestrator.core.membership import engines
 from weightsync.orchestrator.core.records import EpochBegan, GrantOver, TrainerBegan
-from weightsync.orchestrator.core.round import endings
+from weightsync.orchestrator.core.round import endings, lending
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.core.turn import Turn
@@ -39,7 +39,12 @@ def connected(turn: Turn, event: AgentConnected) -> bool:
     if objection is not None:
         refused = Refused(reason=objection.reason, fault=objection.fault, retry=objection.retry)
         turn.do(Refuse(event.member, event.connection, refused))
-        turn.say(f"{event.member} is refused: {objection.reason}", "warning")
+        turn.say(
+            f"{event.member} is refused: {objection.reason}",
+            "warning",
+            event="agent refused",
+            engine=event.member.engine,
+        )
         return False
     twin = fleet.leave(event.member)
     if twin is not None:
@@ -126,18 +131,17 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     if generation not in fleet.memory.generations:
         # Journaled, or one that was away would be taken for a new one after a restart, and the new one for replaced.
         turn.append(TrainerBegan(generation=generation))
-    turn.say(f"trainer generation {generation:x} begins")
+    turn.say(f"trainer generation {generation:x} begins", event="trainer begins")
 
 
 def _learn(turn: Turn, agent: ConnectedAgent) -> None:
     """Believe what the agent says about its own memory."""
     hello, member = agent.hello, agent.member
-    if hello.trainer is not None:
-        if hello.trainer.staged is not None:
-            staged, again = hello.trainer.staged, hello.trainer.restaged
-            agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
-            endings.staged_again(turn, staged, again)
-        _compare_grants(turn, member, hello)
+    if hello.trainer is not None and hello.trainer.staged is not None:
+        staged, again = hello.trainer.staged, hello.trainer.restaged
+        agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
+        endings.staged_again(turn, staged, again)
+    _compare_grants(turn, member, hello)
     if hello.engine is not None:
         agent.status = hello.engine
         turn.fleet.touch(member.engine)
@@ -149,13 +153,13 @@ def _close_grants(turn: Turn, writer: Member, hello: Hello) -> None:
     """Believe a writer that a grant of its own is closed, also one that is not taken in: it was replaced while it could
     not be heard, say, and then its CLOSED was lost with the connection."""
     fleet = turn.fleet
-    if hello.trainer is None or hello.schema != SCHEMA_VERSION or hello.run_id != fleet.policy.run_id:
+    if hello.schema != SCHEMA_VERSION or hello.run_id != fleet.policy.run_id:
         return
     for (member, name), pending in list(fleet.unclosed.items()):
         known = member == writer and pending.incarnation == hello.incarnation
         # Of the round under way it may not have had its grant yet; it is told again, and says CLOSED.
         under_way = fleet.round is not None and fleet.round.name == name
-        if known and name not in hello.trainer.open_rounds and not under_way:
+        if known and name not in lending.open_rounds(hello) and not under_way:
             grant_over(turn, writer, name, "its writer has closed it")
 
 
@@ -166,11 +170,10 @@ def _has_unclosed(fleet: Fleet, writer: Member, incarnation: int) -> bool:
 def _compare_grants(turn: Turn, writer: Member, hello: Hello) -> None:
     """What the writer says it may still write, beside what we know that it may."""
     fleet = turn.fleet
-    assert hello.trainer is not None
     for (member, name), pending in list(fleet.unclosed.items()):
         if member == writer and pending.is_proved_dead_by(hello):
             grant_over(turn, writer, name, "a newer process runs in its writer's place")
-    for name in hello.trainer.open_rounds:
+    for name in lending.open_rounds(hello):
         if (writer, name) not in fleet.unclosed:
             # Of a grant that we do not know, nobody knows the targets: all that are here may be among them.
             reach = {a.member: a.hello.incarnation for e in fleet.engines for a in fleet.ranks_of(e)}
@@ -193,7 +196,7 @@ def grant_over(turn: Turn, writer: Member, name: RoundName, reason: str) -> None
     pending = turn.fleet.unclosed.pop((writer, name), None)
     if pending is not None and pending.outlived:
         turn.append(GrantOver(round=name, writer=str(writer), reason=reason))
-        turn.say(f"the grant of round {name} to {writer} is over: {reason}")
+        turn.say(f"the grant of round {name} to {writer} is over: {reason}", event="grant over")
 
 
 def _untaint(turn: Turn, member: Member, incarnation: int) -> None:
@@ -266,6 +269,7 @@ def welcome(fleet: Fleet, rendezvous: HubRendezvous | TcpStoreRendezvous | None)
         life=fleet.life,
         lease_seconds=policy.lease,
         run_dir=policy.run_dir,
+        lends=policy.fan_out != "trainer",
     )
 
 
@@ -280,7 +284,7 @@ def lost(turn: Turn, event: AgentLost) -> bool:
     if agent is None or agent.connection != event.connection:
         return False
     fleet.leave(event.member)
-    turn.say(f"{event.member} is gone: {event.reason}", "warning")
+    turn.say(f"{event.member} is gone: {event.reason}", "warning", event="agent gone", engine=event.member.engine)
     if event.member.engine in fleet.engines:
         engine = fleet.engines[event.member.engine]
         engine.probe_at = turn.now  # at once: its server may have died with the agent

@@ -59,9 +59,9 @@ def ready(turn: Turn, event: NeedsReady) -> None:
     for name, reason in event.misfits.items():
         fleet.engines[name].misfit, fleet.engines[name].misfit_fault = reason, "config"
         if name not in fleet.unlike:
-            turn.say(f"{name} does not fit the other engines: {reason}", "error")
+            turn.say(f"{name} does not fit the other engines: {reason}", "error", event="engine misfit", engine=name)
     fleet.unlike = frozenset(event.misfits)
     if fleet.needs is None or fleet.needs.fingerprint != event.needs.fingerprint:
         codes = len(event.needs.quantized)
-        turn.say(f"engines need {len(event.needs.tensors)} tensors, {codes} of them quantised")
+        turn.say(f"engines need {len(event.needs.tensors)} tensors, {codes} of them quantised", event="needs known")
     fleet.needs = event.needs

@@ -23,7 +23,8 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
     if agent.announce == message:
         return False
     if agent.announce is not None:
-        fleet.planned_for = frozenset()  # the plan was made for its other layout
+        fleet.planned_for = frozenset()  # the plan was made for its other layout …
+        fleet.feed = None  # … and so may this one be
     agent.announces(message)
     for engine in fleet.engines.values():
         # A misfit is of two layouts together, and one of the two is another now. (The trainer is none of the two
@@ -44,7 +45,7 @@ def _judge_modes(turn: Turn, engine: str) -> None:
     if disagreement:
         state = turn.fleet.engines[engine]
         state.misfit, state.misfit_fault = disagreement, "config"
-        turn.say(f"{engine} takes part in no round: {disagreement}", "error")
+        turn.say(f"{engine} takes part in no round: {disagreement}", "error", event="engine misfit", engine=engine)
 
 
 def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> None:
@@ -56,31 +57,28 @@ def _say_left_out(turn: Turn, member: Member, left_out: tuple[LeftOut, ...]) -> 
             f"{', …' if entry.count > min(SHOWN, len(entry.names)) else ''}"
             for entry in left_out
         ]
-        turn.say(clean(f"{member}: rounds leave out {'; '.join(parts)}"))
+        turn.say(
+            clean(f"{member}: rounds leave out {'; '.join(parts)}"), event="tensors left out", engine=member.engine
+        )
     said[member.rank] = left_out
 
 
 def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
     """Round 2 of one agent. An outdated confirmation is not one."""
-    if message.fingerprint != agent.delivered:
-        return
-    agent.fingerprint = message.fingerprint
     dead = {failure.peer: failure.error for failure in message.failed}
-    for peer in dead.keys() - agent.dead_edges.keys():
-        turn.say(f"the edge between {agent.member} and {peer} is dead: {dead[peer]}", "warning")
-    agent.dead_edges = dead
-
-
-def dead_edge(fleet: Fleet, engine: str) -> str:
-    """Why some rank of the engine cannot be written to; empty where every edge is alive."""
-    for agent in fleet.trainers():
-        for peer, error in agent.dead_edges.items():
-            if peer.engine == engine:
-                return f"{agent.member} cannot reach {peer}: {error}"
-    for agent in fleet.ranks_of(engine):
-        for peer, error in agent.dead_edges.items():
-            return f"{agent.member} cannot be reached by {peer}: {error}"
-    return ""
+    if message.fingerprint == agent.delivered:
+        before, agent.fingerprint, agent.dead_edges = agent.dead_edges, message.fingerprint, dead
+    elif message.fingerprint == agent.lends_delivered:
+        before, agent.lends, agent.unlent = agent.unlent, message.fingerprint, dead
+    else:
+        return
+    for peer in dead.keys() - before.keys():
+        turn.say(
+            f"the edge between {agent.member} and {peer} is dead: {dead[peer]}",
+            "warning",
+            event="edge dead",
+            engine=peer.engine or agent.member.engine,
+        )
 
 
 def awaited(turn: Turn, names: list[str]) -> list[str]:
@@ -131,19 +129,21 @@ def _plan(turn: Turn) -> None:
     fleet.planning = True
     fleet.plan_error = ""
     fleet.plan_number += 1
-    turn.do(MakePlan(fleet.plan_number, _parties(sources), _parties(targets)))
+    turn.do(MakePlan(fleet.plan_number, parties(sources), parties(targets)))
 
 
-def _parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
+def parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
+    """Those of the agents that have announced, for a plan."""
     return tuple(Announced(a.member, a.hello.incarnation, a.announce) for a in agents if a.announce is not None)
 
 
 def _send_plans(turn: Turn) -> None:
     fleet = turn.fleet
     assert fleet.plan is not None
+    borrowing = fleet.feed.lenders if fleet.feed is not None and fleet.feed.plan is not None else {}
     for member, connect in fleet.plan.connects.items():
         agent = fleet.agents.get(member)
-        if agent is None or agent.announce is None:
+        if agent is None or agent.announce is None or member.engine in borrowing:
             continue
         planned = (member, agent.hello.incarnation) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
@@ -161,7 +161,10 @@ def _note_complete(turn: Turn) -> None:
         return
     fleet.confirmed_plan = fleet.plan_number
     seconds = turn.now - fleet.planned_at
-    turn.say(f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s")
+    turn.say(
+        f"rendezvous complete: {len(fleet.plan.connects)} agents on plan {fleet.plan.root[:12]}, {seconds:.2f} s",
+        event="rendezvous complete",
+    )
 
 
 def planned(turn: Turn, event: PlanReady) -> None:
@@ -176,12 +179,17 @@ def planned(turn: Turn, event: PlanReady) -> None:
     total = sum(event.facts.flows.values())
     turn.say(
         f"plan {event.facts.root[:12]}: {total} bytes over {len(event.facts.flows)} edges, "
-        f"every destination byte covered once, {event.facts.seconds:.2f} s"
+        f"every destination byte covered once, {event.facts.seconds:.2f} s",
+        event="plan made",
     )
     unneeded = event.facts.unneeded
     if unneeded and unneeded != before:
         shown = f"{', '.join(unneeded[:SHOWN])}{', …' if len(unneeded) > SHOWN else ''}"
-        turn.say(f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}", "warning")
+        turn.say(
+            f"the trainer has {len(unneeded)} tensors that no engine needs: {shown}",
+            "warning",
+            event="tensors unneeded",
+        )
 
 
 def rejected(turn: Turn, event: PlanRejected) -> None:
@@ -191,7 +199,7 @@ def rejected(turn: Turn, event: PlanRejected) -> None:
         return
     fleet.planning = False
     fleet.plan = None  # the last one was for other layouts
-    turn.say(f"no plan: {event.reason}", "error")
+    turn.say(f"no plan: {event.reason}", "error", event="plan rejected")
     if event.engine in fleet.engines:
         engine = fleet.engines[event.engine]
         engine.misfit = event.reason

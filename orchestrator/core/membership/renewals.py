@@ -2,7 +2,8 @@
 
 A write whose path has gone never ends, and its writer cannot take it back. The target can: its transport drops what
 comes for an endpoint that is no more. The writer learns of the new one by its next Connect, says CLOSED, and the engine
-is in rounds again. An edge that is dead without a write over it may lead to an address that is no more, too.
+is in rounds again. An edge that is dead without a write over it may lead to an address that is no more, too. A writer
+is a trainer rank, or a rank that lends.
 """
 
 from collections.abc import Iterator
@@ -38,19 +39,27 @@ def evaluate(turn: Turn) -> None:
             agent.renewal = None
 
 
+def _unreached(fleet: Fleet) -> Iterator[tuple[Member, Member]]:
+    """Each writer that is here, and whom it does not reach."""
+    for agent in fleet.agents.values():
+        for target in agent.unreached:
+            yield agent.member, target
+
+
 def _dead(fleet: Fleet) -> Iterator[tuple[Member, tuple[Member, bool]]]:
     """Connected workers in no round that some writer does not reach, which one, and whether a write to them hangs."""
-    for writer in fleet.trainers():
-        hanging = {target for (member, _), pending in fleet.unclosed.items() if member == writer.member
-                   for target in pending.targets}  # fmt: skip
-        for target in writer.dead_edges:
-            if _may_renew(fleet, fleet.agents.get(target)):
-                yield target, (writer.member, target in hanging)
+    hanging = {(writer, target) for (writer, _), pending in fleet.unclosed.items() for target in pending.targets}
+    for writer, target in _unreached(fleet):
+        if _may_renew(fleet, fleet.agents.get(target)):
+            yield target, (writer, (writer, target) in hanging)
 
 
 def _is_dead(fleet: Fleet, target: Member) -> bool:
-    return any(target in writer.dead_edges for writer in fleet.trainers())
+    return any(target == dead for _, dead in _unreached(fleet))
 
 
 def _may_renew(fleet: Fleet, agent: ConnectedAgent | None) -> bool:
-    return agent is not None and (fleet.round is None or not fleet.round.has(agent.member.engine))
+    current = fleet.round
+    return agent is not None and (
+        current is None or not (current.has(agent.member.engine) or agent.member in current.writers)
+    )

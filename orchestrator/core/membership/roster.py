@@ -31,7 +31,7 @@ def evaluate(turn: Turn) -> None:
         engine = fleet.engines.get(name)
         if engine is None:
             fleet.engines[name] = EngineState(name, config.pair, heard=turn.now, probe_at=turn.now)
-            turn.say(f"{name} is a member")
+            turn.say(f"{name} is a member", event="engine joins", engine=name)
         elif engine.pair != config.pair:
             engine.pair = config.pair
             fleet.touch(name)
@@ -40,7 +40,7 @@ def evaluate(turn: Turn) -> None:
             there = fleet.policy.quorum(len(wanted.keys() - fleet.memory.drains.keys()))
             fleet.round.quorum = min(fleet.round.quorum, there)  # a commit does not need who is not there to be
             reports.leaves(turn, name, f"{name} is no member any more")
-        if fleet.round is None or name not in fleet.round.engines:
+        if fleet.round is None or not fleet.round.concerns(name):
             let_go(turn, name)
     if list(fleet.engines) != list(wanted):
         # In the order of the lists, which decides whose layout counts where two contradict each other.
@@ -69,7 +69,7 @@ def let_go(turn: Turn, name: str) -> None:
         del fleet.gone[member]
     del fleet.engines[name]
     fleet.planned_for = frozenset()  # the trainer is not to keep edges to it
-    turn.say(f"{name} is no member any more", "warning")
+    turn.say(f"{name} is no member any more", "warning", event="engine leaves", engine=name)
 
 
 def forget(turn: Turn, engine: str, reason: str) -> None:
@@ -77,7 +77,12 @@ def forget(turn: Turn, engine: str, reason: str) -> None:
     fleet = turn.fleet
     for name in fleet.unit(engine):
         turn.append(EngineForgotten(engine=name, forgotten=True, reason=reason))
-        turn.say(clean(f"{name} is forgotten: {'; '.join([reason, *dangers(fleet, name)])}"), "warning")
+        turn.say(
+            clean(f"{name} is forgotten: {'; '.join([reason, *dangers(fleet, name)])}"),
+            "warning",
+            event="engine forgotten",
+            engine=name,
+        )
 
 
 def dangers(fleet: Fleet, name: str) -> list[str]:

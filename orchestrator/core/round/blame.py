@@ -26,3 +26,12 @@ def clear(turn: Turn, engine: str) -> None:
     """It has gone through a round, or is another process."""
     state = turn.fleet.engines[engine]
     state.failures, state.retry_at, state.blame, state.blamed_at = 0, 0.0, NO_TROUBLE, 0.0
+
+
+def pass_over(turn: Turn, engine: str, lender: str, why: str) -> None:
+    """Nothing came of this lender for the engine: for a while somebody else is asked."""
+    fleet = turn.fleet
+    failures = fleet.engines[engine].failures if engine in fleet.engines else 0
+    seconds = fleet.policy.patience + 2 * backoff(fleet.policy.backoff, max(1, failures))
+    fleet.passed_over[engine, lender] = turn.now + seconds, why
+    turn.say(f"{engine} takes nothing from {lender} for {seconds:.0f} s: {why}", "warning")

@@ -104,7 +104,7 @@ def fail_version(turn: Turn, version: Version, reason: str) -> None:
     turn.append(VersionFailed(version=version, reason=reason))
     _note_marked(turn, version)
     turn.do(WriteMarker("FAILED", version, {"reason": reason, **_restaged(turn, version)}))
-    turn.say(f"{version} failed: {reason}", "error")
+    turn.say(f"{version} failed: {reason}", "error", event="version failed")
     tell_trainers(turn, version)
 
 
@@ -120,7 +120,7 @@ def staged_again(turn: Turn, version: Version, restaged: int) -> None:
     fleet.marked.pop(version, None)
     fleet.attempts.pop(version, None)
     fleet.retry_at.pop(version, None)
-    turn.say(f"{version}, which had failed, is staged again")
+    turn.say(f"{version}, which had failed, is staged again", event="version staged again")
 
 
 def mark_again(turn: Turn) -> None:

@@ -62,13 +62,12 @@ def nothing(turn: Turn, current: Round) -> None:
 def _taint(turn: Turn, current: Round, writer: Member) -> Taint:
     hello = turn.fleet.known(writer).hello
     reach = {str(target): current.ranks[target] for target in current.writers[writer]}
-    return Taint(hello.incarnation, hello.host, hello.boot, reach)
+    return Taint(hello.incarnation, hello.host, hello.boot, reach, writer.engine)
 
 
 def grant(turn: Turn, current: Round) -> None:
     """Give every writer the right to write, once."""
     fleet = turn.fleet
-    assert fleet.plan is not None
     current.granted = True
     for name in current.remaining():
         fleet.engines[name].torn_by = current.version
@@ -77,7 +76,7 @@ def grant(turn: Turn, current: Round) -> None:
         reach = {target: current.ranks[target] for target in targets}
         fleet.unclosed[writer, current.name] = Unclosed(hello.incarnation, hello.host, hello.boot, reach)
         grant_to(turn, current, writer)
-    facts: dict[str, str | int | float] = {"round": str(current.name), "plan": fleet.plan.root}
+    facts: dict[str, str | int | float] = {"round": str(current.name), "plan": current.plan.root}
     turn.do(WriteMarker("TRANSFER_READY", current.version, facts))
 
 
@@ -88,9 +87,10 @@ def grant_to(turn: Turn, current: Round, writer: Member) -> None:
     message = Grant(
         round=current.name,
         version=current.version,
-        fingerprint=turn.fleet.known(writer).fingerprint,
+        fingerprint=current.plan.connects[writer].fingerprint,
         members=members,
         deadline_seconds=policy.agent_deadline(policy.transfer),
+        trace=current.trace,
     )
     if members:
         turn.send(writer, message)
@@ -104,7 +104,8 @@ def verify(turn: Turn, current: Round) -> None:
             if target in sums:
                 digest, size = sums[target]
                 sums[target] = (add_digests(digest, sent.digest), size + sent.bytes)
-    current.expected = sums
+    # What a lender says that it sent was compared with that when it said it.
+    current.expected = {member: (current.lent.get(member, digest), size) for member, (digest, size) in sums.items()}
     for member in sums:
         ask_to_verify(turn, current, member)
 
@@ -114,7 +115,12 @@ def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
     policy = turn.fleet.policy
     turn.send(
         member,
-        Verify(round=current.name, version=current.version, deadline_seconds=policy.agent_deadline(policy.verify)),
+        Verify(
+            round=current.name,
+            version=current.version,
+            deadline_seconds=policy.agent_deadline(policy.verify),
+            trace=current.trace,
+        ),
     )
 
 
@@ -134,7 +140,7 @@ def _note_same_bytes(turn: Turn, version: Version, digests: dict[str, str]) -> N
     same = all(digest == digests[member] for member, (_, digest) in held.items())
     if same and len(before) == 1 and version not in before:
         sentence = f"step {version.step} holds the same bytes as step {before.pop().step}"
-        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning")
+        turn.say(f"{sentence}; does the trainer publish what it trains?", "warning", event="same bytes")
 
 
 # ------------------------------------------------------------------------------------------------- after the decision
@@ -150,7 +156,7 @@ def switch(turn: Turn, current: Round) -> None:
             move_on(turn, current, name)
             continue
         for member in current.by_engine[name]:
-            turn.send(member, Commit(round=current.name, version=current.version))
+            turn.send(member, Commit(round=current.name, version=current.version, trace=current.trace))
 
 
 def move_on(turn: Turn, current: Round, name: str) -> None:
@@ -244,4 +250,5 @@ def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> N
         for writer, targets in current.writers.items():
             edges = tuple(target for target in targets if target.engine in gone)
             if edges and writer not in current.final:
-                turn.send(writer, Abort(round=current.name, torn=True, reason=why.reason, members=edges))
+                torn = writer.role == "trainer"  # what an inference rank lends stays whole
+                turn.send(writer, Abort(round=current.name, torn=torn, reason=why.reason, members=edges))

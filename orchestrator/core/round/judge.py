@@ -8,7 +8,8 @@ from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.standby import hex_digest
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.protocol.edges import PeerTransfer
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.messages import Fault
+from weightsync.orchestrator.protocol.names import Member, add_digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ def closed(fleet: Fleet, current: Round, writer: Member) -> Verdict:
     strangers = done.keys() - set(current.writers[writer])
     if strangers:
         names = sorted(map(str, strangers))[:8]
-        return Verdict(Trouble(f"{writer} reports writes to {names}, which it was not granted", "trainer"))
+        return Verdict(Trouble(f"{writer} reports writes to {names}, which it was not granted", side(writer)))
     wrong: dict[str, Trouble] = {}
     for target in current.writers[writer]:
         if not current.has(target.engine) or target.engine in wrong:
             continue
-        fault = _unwritten(fleet, writer, target, done.get(target), writer in current.final)
+        fault = _unwritten(current, writer, target, done.get(target)) or _unlike(current, target)
         if fault is not None:
             wrong[target.engine] = fault
     if wrong and len(wrong) == len(current.remaining()) > 1:
@@ -50,15 +51,33 @@ def closed(fleet: Fleet, current: Round, writer: Member) -> Verdict:
     return Verdict(engines=wrong)
 
 
-def _unwritten(fleet: Fleet, writer: Member, target: Member, sent: PeerTransfer | None, final: bool) -> Trouble | None:
+def _unwritten(current: Round, writer: Member, target: Member, sent: PeerTransfer | None) -> Trouble | None:
     if sent is None:
-        return Trouble(f"{writer} says CLOSED and has not written to {target}", "trainer") if final else None
+        final = writer in current.final
+        return Trouble(f"{writer} says CLOSED and has not written to {target}", side(writer)) if final else None
     if sent.error:
         return Trouble(f"{writer} could not write to {target}: {sent.error}", "network")
-    owed = fleet.plan.flows.get((writer, target)) if fleet.plan is not None else None
+    owed = current.plan.flows.get((writer, target))
     if sent.bytes != owed:
-        return Trouble(f"{writer} wrote {sent.bytes} bytes to {target}, the plan has {owed}", "trainer")
+        return Trouble(f"{writer} wrote {sent.bytes} bytes to {target}, the plan has {owed}", side(writer))
     return None
+
+
+def _unlike(current: Round, target: Member) -> Trouble | None:
+    """What was lent, once all of it is told, is what was decided: else the lender serves something else."""
+    owed = current.lent.get(target)
+    said = [current.closed.get(writer, {}).get(target) for writer, to in current.writers.items() if target in to]
+    if owed is None or not all(said):
+        return None
+    digest = add_digests(*(sent.digest for sent in said if sent is not None))
+    lender = current.lenders[target.engine]
+    what = f"{lender} has lent {target} bytes of digest {hex_digest(digest)}, and {hex_digest(owed)} was decided"
+    return Trouble(f"{what}: end {lender}, whose memory is not what it was", "engine") if digest != owed else None
+
+
+def side(writer: Member) -> Fault:
+    """Whose fault it is where a writer does wrong."""
+    return "trainer" if writer.role == "trainer" else "engine"
 
 
 def verified(fleet: Fleet, current: Round, member: Member) -> Verdict:
@@ -76,7 +95,8 @@ def verified(fleet: Fleet, current: Round, member: Member) -> Verdict:
         where = "what has landed" if current.engines[member.engine].shadow else "live memory"
         what = f"digest of {where} {hex_digest(report.digest)} over {report.bytes} bytes"
         slots = f"{hex_digest(digest)} over {size}"
-        return _of(member, Trouble(f"{member}: {what} differs from the slots' {slots}", "network"))
+        whose = "what was lent" if member in current.lent else "the slots'"
+        return _of(member, Trouble(f"{member}: {what} differs from {whose} {slots}", "network"))
     return FINE
 
 

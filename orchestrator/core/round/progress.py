@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
+from weightsync.orchestrator.core.events import NO_PLAN, PlanFacts
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import EngineStatus, Verified
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
+from weightsync.orchestrator.protocol.traces.context import child
 
 
 @dataclass(slots=True)
@@ -67,9 +69,17 @@ class Round:
     ranks: dict[Member, int]
     """Inference ranks and their incarnations."""
     writers: dict[Member, tuple[Member, ...]]
-    """Trainer ranks that have bytes to write, and to whom."""
+    """Trainer ranks, or ranks of lenders, that have bytes to write, and to whom."""
     sources: dict[Member, int] = field(default_factory=dict)
     """Their incarnations."""
+    publish: str = ""
+    """Trace context of the publish that it is for."""
+    plan: PlanFacts = NO_PLAN
+    """By which they write."""
+    lenders: dict[str, str] = field(default_factory=dict)
+    """Engines → the engine that serves the version and lends it to them; empty where trainer ranks write."""
+    lent: dict[Member, Digest] = field(default_factory=dict)
+    """By rank of those, what it will hold, as the journal has decided it for the lender."""
     rollback: bool = False
     """To a version that all engines have in their standby: nothing is written."""
     quorum: int = 1
@@ -110,6 +120,11 @@ class Round:
         self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
 
     @property
+    def trace(self) -> str:
+        """Trace context of all that is done in it."""
+        return child(self.publish, f"round {self.name}")
+
+    @property
     def decided(self) -> bool:
         """From here only forward."""
         return bool(self.live)
@@ -118,6 +133,10 @@ class Round:
     def reason(self) -> str:
         """Why it was given up, in one sentence; empty while it was not."""
         return self.trouble.reason
+
+    def concerns(self, engine: str) -> bool:
+        """Whether the engine is one of those that the round began with, or lends to them."""
+        return engine in self.engines or any(writer.engine == engine for writer in self.writers)
 
     def remaining(self) -> list[str]:
         """Engines of the round that were not left out."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
-from weightsync.orchestrator.core.round import blame, endings, entry, phases, waits
+from weightsync.orchestrator.core.round import blame, endings, entry, judge, lending, phases, waits
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent
@@ -56,7 +57,7 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
         case Closed() if member in current.writers:
             if current.granted:
                 _book_closed(current, member, message)
-            why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or "trainer")
+            why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or judge.side(member))
             handle(turn, current, Report.CLOSED, why, about)
         case Verified() if member in current.ranks:
             if current.phase is Phase.VERIFYING:
@@ -89,7 +90,7 @@ def _book_closed(current: Round, writer: Member, message: Closed) -> None:
     if message.final:
         current.final.add(writer)
     if message.error:
-        fault = message.fault or "trainer"
+        fault = message.fault or judge.side(writer)
         current.failed[writer] = Trouble(f"{writer} could not write: {message.error}", fault, message.retry)
 
 
@@ -167,16 +168,30 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
         if current.phase is Phase.SWITCHING and current.has(member.engine):
             _leave_out(turn, current, Trouble(f"{member} was started anew", "engine"), About(engine=member.engine))
             phases.advance(turn, current)
+    elif lender_changed(turn, agent):
+        return
     elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
         turn.send(member, Expose(round=current.name))
     elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
-        trainer = agent.hello.trainer
-        if trainer is not None and current.name not in trainer.open_rounds:
+        if current.name not in lending.open_rounds(agent.hello):
             entry.grant_to(turn, current, member)
     elif current.phase is Phase.VERIFYING and current.has(member.engine) and member not in current.verified:
         entry.ask_to_verify(turn, current, member)
     if turn.fleet.round is current:
         phases.advance(turn, current)  # it may have waited for this writer
+
+
+def lender_changed(turn: Turn, agent: ConnectedAgent) -> bool:
+    """A rank has said what it holds; whether it lends in this round and can end nothing well, since its memory is not
+    whole, or of another version."""
+    current, member = turn.fleet.round, agent.member
+    if current is None or not current.lenders or member not in current.writers or current.is_done(member):
+        return False
+    if standby.serves(turn.fleet, agent, current.version):
+        return False
+    why = f"{member} holds {agent.status.applied or 'no version'}{', torn' if agent.status.torn else ''} now"
+    _gone(turn, current, member, why)
+    return True
 
 
 def leaves(turn: Turn, engine: str, reason: str) -> None:
@@ -201,9 +216,9 @@ def edges_changed(turn: Turn, writer: ConnectedAgent) -> None:
     if current is None or current.phase is not Phase.WRITING or member not in current.writers:
         return
     done = current.closed.get(member, {})
-    for target in current.writers[member]:
-        error = writer.dead_edges.get(target)
-        if error is not None and target not in done and turn.fleet.round is current and current.has(target.engine):
+    for target in [target for target in current.writers[member] if target not in done]:
+        error = writer.unreached.get(target)
+        if error is not None and turn.fleet.round is current and current.has(target.engine):
             why = Trouble(f"{member} cannot write to {target}: {error}", "network")
             handle(turn, current, Report.RANK_GONE, why, About(engine=target.engine))
 
@@ -214,7 +229,7 @@ def _gone(turn: Turn, current: Round, member: Member, reason: str) -> None:
         if current.has(member.engine):
             handle(turn, current, Report.RANK_GONE, Trouble(reason, "engine"), About(None, member.engine))
     elif not current.is_done(member):
-        handle(turn, current, Report.WRITER_GONE, Trouble(reason, "trainer"))
+        handle(turn, current, Report.WRITER_GONE, Trouble(reason, judge.side(member)))
 
 
 def durable(turn: Turn, name: RoundName | None) -> None:
@@ -246,7 +261,7 @@ def tick(turn: Turn) -> None:
 def _newer_waits(turn: Turn, current: Round) -> str:
     """Why a catch-up is to end, or go on without an engine: it keeps a version from all the others."""
     waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
-    if not current.catch_up or not waiting:
+    if not current.catch_up or not waiting or not turn.fleet.trainers_whole():
         return ""
     seconds = turn.now - max(min(waiting), current.began)
     return f"a new version has waited {seconds:.0f} s for it" if seconds >= turn.fleet.policy.patience else ""
@@ -290,10 +305,13 @@ def give_up(turn: Turn, current: Round, why: Trouble) -> None:
     if current.granted:
         torn = ", ".join(name for name in current.remaining() if not current.engines[name].shadow)
         then = f"{torn} stay paused until repaired" if torn else "its engines go on with what they had"
-        turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error")
+        turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error", event="round given up")
     else:
-        turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning")
+        turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning", event="round given up")
     entry.let_out(turn, current, current.remaining(), why)
+    for name in current.remaining():
+        if name in current.lenders:
+            blame.pass_over(turn, name, current.lenders[name], why.reason)
     endings.failed(turn, current)
 
 
@@ -314,12 +332,19 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     if not unit or turn.fleet.round is not current:
         return
     blame.put(turn, about.engine, why)
+    if about.engine in current.lenders and not current.decided:
+        blame.pass_over(turn, about.engine, current.lenders[about.engine], why.reason)
     for name in unit:
         progress = current.engines[name]
         progress.left_out = why.reason
         serves_on = progress.serves_on and not current.decided
         then = "it serves on until another is decided" if serves_on else "it stays paused until it catches up"
-        turn.say(f"{name} is left out of {current.version}: {why.reason}; {then}", "error")
+        turn.say(
+            f"{name} is left out of {current.version}: {why.reason}; {then}",
+            "error",
+            event="engine left out",
+            engine=name,
+        )
         turn.fleet.touch(name)
     if current.decided:
         return
@@ -348,7 +373,12 @@ def _give_up(turn: Turn, current: Round, why: Trouble, about: About) -> None:
 def _drop(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     agent = turn.fleet.agents.get(about.member) if about.member is not None else None
     if agent is not None:
-        turn.say(f"{agent.member} contradicts the protocol and loses its connection: {why.reason}", "warning")
+        turn.say(
+            f"{agent.member} contradicts the protocol and loses its connection: {why.reason}",
+            "warning",
+            event="agent dropped",
+            engine=agent.member.engine,
+        )
         turn.do(Drop(agent.member, agent.connection, why.reason))
         turn.fleet.leave(agent.member)  # of a connection that we end ourselves nobody reports the end
         agent_lost(turn, agent.member, why.reason)

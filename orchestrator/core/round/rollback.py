@@ -110,6 +110,6 @@ def begin(turn: Turn, version: Version, engines: list[str], why: str) -> None:
             round=name, digest=digest, bytes=0, apply_seconds=0.0, digest_seconds=0.0
         )  # fmt: skip
     turn.append(RoundBegan(round=name, version=version, attempt=1, engines=tuple(engines)))
-    turn.say(f"rollback {name} begins: {version} to {', '.join(engines)}: {why}", "warning")
+    turn.say(f"rollback {name} begins: {version} to {', '.join(engines)}: {why}", "warning", event="round begins")
     phases.enter(turn, current, Phase.DECIDING)
     current.times.clear()  # as in ``begin``

@@ -7,6 +7,7 @@ from weightsync.orchestrator.core.round.links import used
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.names import Member
 
 
 def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
@@ -14,7 +15,7 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     peers = [peer for closed in current.closed.values() for peer in closed.values()]
     links = used(current, turn.fleet.link_rates)
     turn.fleet.links = links or turn.fleet.links
-    open_grants = {str(w): p for (w, name), p in turn.fleet.unclosed.items() if name == current.name}
+    open_grants = {w: p for (w, name), p in turn.fleet.unclosed.items() if name == current.name}
     return RoundEnded(
         round=current.name,
         version=current.version,
@@ -27,18 +28,20 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         bytes=sum(peer.bytes for peer in peers),
         descriptors=sum(peer.descriptors for peer in peers),
         times={name: round(seconds, 6) for name, seconds in _times(turn, current).items()},
-        unclosed={writer: taint_of(pending) for writer, pending in open_grants.items()},
+        unclosed={str(writer): taint_of(writer, pending) for writer, pending in open_grants.items()},
         kind="rollback" if current.rollback else "catch-up" if current.catch_up else "publish",
         modes={name: progress.lands for name, progress in current.engines.items()},
         switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
+        lenders=current.lenders,
         links=links,
+        trace=current.publish,
     )
 
 
-def taint_of(pending: Unclosed) -> Taint:
+def taint_of(writer: Member, pending: Unclosed) -> Taint:
     """An open grant as the journal keeps it."""
     targets = {str(target): incarnation for target, incarnation in pending.targets.items()}
-    return Taint(pending.incarnation, pending.host, pending.boot, targets)
+    return Taint(pending.incarnation, pending.host, pending.boot, targets, writer.engine)
 
 
 def _times(turn: Turn, current: Round) -> dict[str, float]:

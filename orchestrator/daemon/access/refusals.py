@@ -1,6 +1,7 @@
 """What is said of those who are not let in: enough to see who it is, whatever their number."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -35,10 +36,13 @@ class Refusals:
         self._clock = clock
         self.audited: Callable[[str, Mapping[str, object]], None] = lambda kind, fields: None
         self._windows: dict[str, _Window] = {}
+        self.counts: Counter[str] = Counter()
+        """Of each kind, since the beginning."""
 
     def say(self, kind: str, loud: int = LOUD, **fields: object) -> None:
         """One refusal. ``kind`` is a constant of the code, so their number is bounded; ``loud`` of it are said."""
         self.sweep()
+        self.counts[kind] += 1
         if kind not in self._windows:
             self.audited(kind, fields)
         window = self._windows.setdefault(kind, _Window(self._clock()))
@@ -57,4 +61,5 @@ class Refusals:
                 if window.said + window.more > 1:
                     self.audited(kind, {"further ones": window.said + window.more - 1})
                 if window.more:
-                    log.warning(f"{kind}: further ones", more=window.more, seconds=round(now - window.began, 1))
+                    seconds = round(now - window.began, 1)
+                    log.warning("further refusals", refusals=kind, more=window.more, seconds=seconds)

@@ -166,7 +166,7 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
         yield _Found("degraded", f"serves, but its last call failed: {engine.error}", "", name)
     if engine.misfit:
         yield _Found("degraded", f"in no plan, its layout does not fit: {engine.misfit}", "", name)
-    elif dead := rendezvous.dead_edge(fleet, name):
+    elif dead := fleet.dead_edge(name):
         yield _Found("degraded", f"in no round: {dead}", "", name)
     if engine.failures:
         left, times = max(0.0, engine.retry_at - now), f"{engine.failures} times in a row"

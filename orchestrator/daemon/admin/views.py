@@ -125,7 +125,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
     round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config. ``kind``: publish,
     catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
-    step.
+    step. ``lenders``: engine to the engine that it got its bytes from; empty where the trainer wrote.
     """
 
     round: str
@@ -151,6 +151,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "publish"
     modes: dict[str, str] = {}
     switches_ms: dict[str, float] = {}
+    lenders: dict[str, str] = {}
     links: tuple[LinkView, ...] = ()
 
     def fields(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}
 
 
-_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "links")
+_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "lenders", "links")
 """Fields of a RoundRow that a log line does without."""
 
 
@@ -283,6 +284,7 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         kind=record.kind,
         modes=dict(record.modes),
         switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
+        lenders=dict(record.lenders),
         links=tuple(_link_view(link, use) for link, use in record.links.items()),
     )
 

@@ -16,6 +16,7 @@ from weightsync.orchestrator.daemon.engines.interface import EngineClient, HubAd
 from weightsync.orchestrator.daemon.engines.kinds import client_of, section_of
 from weightsync.orchestrator.daemon.hub.hub import AGENTS_PATH
 from weightsync.orchestrator.daemon.inbox import Inbox
+from weightsync.orchestrator.daemon.tracing import UNTRACED, RoundTraces
 from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.messages import Fault
 from weightsync.orchestrator.protocol.proof import admin_key
@@ -39,6 +40,7 @@ class Engines:
     """The clients of all engines. Made inside a running loop.
 
     Args:
+        traces: is told of each call.
         admitted: engines that have made themselves members, at present; a client is made with the first call.
         tokens: by an engine's name those that it may hold at present.
 
@@ -52,7 +54,9 @@ class Engines:
         inbox: Inbox,
         admitted: Callable[[], Mapping[str, Applicant]] = dict,
         tokens: Callable[[str], Sequence[str]] = lambda name: (),
+        traces: RoundTraces = UNTRACED,
     ) -> None:
+        self._traces = traces
         self._settings, self._inbox, self._admitted, self._tokens = settings, inbox, admitted, tokens
         self._hub = HubAddress(
             url=settings.agents_url.replace("http", "ws", 1) + AGENTS_PATH,
@@ -141,6 +145,11 @@ class Engines:
                 await over.close()
 
     async def _perform(self, command: CallEngine) -> None:
+        with self._traces.calling(command) as call:
+            call.error = await self._performed(command)
+
+    async def _performed(self, command: CallEngine) -> str:
+        """Make the call and report its end; why it failed, or nothing."""
         began = time.monotonic()
         try:
             # Also around clients that keep to their deadline: a probe is two calls, and they have it together.
@@ -148,29 +157,30 @@ class Engines:
                 async with self._client(command.engine) as client:
                     done = await self._ask(client, command)
         except EngineError as error:
-            self._failed(command, str(error), error.fault, error.retry)
+            return self._failed(command, str(error), error.fault, error.retry)
         except ConfigError as error:  # the key of those that were admitted
-            self._failed(command, str(error), "config", retry=True)
+            return self._failed(command, str(error), "config", retry=True)
         except TimeoutError:
-            self._failed(command, f"no answer within {command.deadline:g} s", "engine", retry=True)
+            return self._failed(command, f"no answer within {command.deadline:g} s", "engine", retry=True)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise  # the daemon ends, and nobody waits for a report
-            self._failed(command, "the client gave the call up by itself", "daemon", retry=True)
+            return self._failed(command, "the client gave the call up by itself", "daemon", retry=True)
         except Exception as error:  # a client that breaks its contract costs its own engine and no other
             log.exception("the client of an engine broke", engine=command.engine, call=command.call)
-            self._failed(command, f"engine {command.engine}: {command.call}: {error!r}", "daemon", retry=True)
-        else:
-            seconds = time.monotonic() - began
-            self._inbox.post(CallDone(
-                self._inbox.next_id(), command.engine, command.call, command.number, seconds,
-                done.paused, done.switch_seconds,
-            ))  # fmt: skip
+            return self._failed(command, f"engine {command.engine}: {command.call}: {error!r}", "daemon", retry=True)
+        seconds = time.monotonic() - began
+        self._inbox.post(CallDone(
+            self._inbox.next_id(), command.engine, command.call, command.number, seconds,
+            done.paused, done.switch_seconds,
+        ))  # fmt: skip
+        return ""
 
-    def _failed(self, command: CallEngine, reason: str, fault: Fault, retry: bool) -> None:
-        number = self._inbox.next_id()
-        self._inbox.post(CallFailed(number, command.engine, command.call, command.number, clean(reason), fault, retry))
+    def _failed(self, command: CallEngine, reason: str, fault: Fault, retry: bool) -> str:
+        number, why = self._inbox.next_id(), clean(reason)
+        self._inbox.post(CallFailed(number, command.engine, command.call, command.number, why, fault, retry))
+        return why
 
     async def _ask(self, client: EngineClient, command: CallEngine) -> _Known:
         """Performs one call; returns what is known afterwards."""

@@ -9,6 +9,7 @@ from typing import Final
 import aiohttp
 import msgspec
 from weightsync.orchestrator.daemon.engines.errors import EngineRefused, EngineTimeout, EngineUnreachable
+from weightsync.orchestrator.daemon.tracing import traceparent
 from weightsync.orchestrator.protocol.proof import ADMIN_HEADER
 from weightsync.orchestrator.protocol.text import clean
 
@@ -128,6 +129,8 @@ class EngineHttp:
         call = f"{method} {path}"
         payload = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
+        if context := traceparent.get():
+            headers["traceparent"] = context
         if keys := self._admin_keys():
             headers[ADMIN_HEADER] = ",".join(keys)
         try:

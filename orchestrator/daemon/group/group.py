@@ -75,7 +75,7 @@ class Group:
         except Exception as error:  # whatever a peer said in it costs the group
             known = isinstance(error, TcpStoreError | OSError)  # TimeoutError, and a child that cannot be started
             reason = clean(f"the tcpstore rendezvous failed: {str(error) or 'its deadline passed'}")
-            log.error(reason, exc_info=None if known else error)
+            log.error("tcpstore rendezvous failed", reason=reason, exc_info=None if known else error)
             for member, connection in gathering.connections.items():
                 self._drop(member, connection, reason)
                 self._inbox.post(AgentLost(self._inbox.next_id(), member, connection, reason))

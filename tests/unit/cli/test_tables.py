@@ -123,7 +123,7 @@ def test_no_line_is_longer_than_a_terminal_and_none_obeys_escapes() -> None:
     row = RoundRow(
         round=f"{2**53}.{2**53}", step=2**53, generation=1, attempt=10**6, outcome="committed", engines=(name,) * 3,
         left_out=(name,) * 9, bytes=2**53, wire_gb_per_s=99999.99, pause_ms=1e9, stall_ms=1e9, verify_ms=1e9,
-        total_ms=1e9, reason=reason, fault="network", unix_time=1.0,
+        total_ms=1e9, reason=reason, fault="network", unix_time=1.0, lenders={name: name}, kind="catch-up",
     )  # fmt: skip
     status = StatusView(
         run="r" * 128, state=reason, epoch=2**53, journal_id="j" * 32, source="journal", started=1.0,
@@ -182,3 +182,11 @@ def test_one_round_says_by_which_links_it_went_and_which_edges_were_slow() -> No
         ["unknown", "-", "1", "10", "B", "-", "-"],
     ]
     assert lines[7] == "    slow: trainer/3 → engine-0/1 1.20 GB/s of 44.30 (rc_mlx5/mlx5_3:1)"
+
+
+def test_a_round_says_which_engines_lent_what_they_serve() -> None:
+    row = RoundRow(
+        round="2.9", step=40, generation=7, attempt=1, outcome="committed", kind="catch-up", lenders={"c": "a"}
+    )
+    assert rounds_text((row,), NOW).splitlines()[-1].split()[:5] == ["2.9", "from", "a", "40", "1"]
+    assert any("from a" in line for line in round_text(row, NOW).splitlines())

@@ -76,6 +76,8 @@ class Driven:
     lands: dict[str, Lands] = field(default_factory=dict)
     """How engines land; those that it does not name land live."""
     boundary: bool = True
+    reads_only: tuple[str, ...] = ()
+    """Engines that cannot write what they serve."""
 
     @classmethod
     def joined(cls, **options: Any) -> "Driven":
@@ -162,7 +164,8 @@ class Driven:
 
     def announcement(self, engine: str) -> Announce:
         """What a rank of the engine announces."""
-        return Announce(layout=Layout((), (), b"", lands=self.lands.get(engine, "live"), boundary=self.boundary))
+        layout = Layout((), (), b"", lands=self.lands.get(engine, "live"), boundary=self.boundary)
+        return Announce(layout=layout, lends_name="" if engine in self.reads_only else "lends")
 
     def loses_engine(self, engine: str) -> None:
         """Its processes die, and all their connections end together."""
@@ -176,10 +179,11 @@ class Driven:
     def plan(self) -> None:
         """Answer the newest MakePlan, and confirm for everybody."""
         wanted = [command for command in self.commands if isinstance(command, MakePlan)][-1]
-        self.happens(PlanReady(self.id(), wanted.number, plan_facts(wanted)))
+        self.happens(PlanReady(self.id(), wanted.number, plan_facts(wanted), wanted.lends))
+        self.happens(Tick(self.id()))
         for command in [command for command in self.commands if isinstance(command, SendPlan)]:
             agent = self.fleet.agents.get(command.member)
-            if agent is not None and agent.delivered == command.connect.fingerprint:
+            if agent is not None and command.connect.fingerprint in (agent.delivered, agent.lends_delivered):
                 self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
 
     def stage(self, number: int = 1) -> Version:

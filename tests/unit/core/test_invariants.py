@@ -187,8 +187,7 @@ def test_s5_no_grant_towards_another_incarnation(writing: Any) -> None:
 
 
 def test_s6_no_grant_on_an_unproved_plan(writing: Any) -> None:
-    assert writing.fleet.plan is not None
-    writing.fleet.plan = replace(writing.fleet.plan, proved=False)
+    writing.round.plan = replace(writing.round.plan, proved=False)
     with pytest.raises(InvariantViolation, match="S6"):
         judge(writing, grant(writing))
 

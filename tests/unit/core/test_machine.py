@@ -113,7 +113,7 @@ def _torn_when_resumed(fleet: Any) -> None:
 
 def _of_no_proved_plan(fleet: Any) -> None:
     fleet.to(Phase.EXPOSING)
-    fleet.fleet.plan = dataclasses.replace(fleet.fleet.plan, proved=False)
+    fleet.round.plan = dataclasses.replace(fleet.round.plan, proved=False)
     fleet.to(Phase.WRITING)
 
 

@@ -218,3 +218,8 @@ def test_a_pair_of_which_one_switches_and_the_other_has_to_be_written(drive: Any
     for member in fleet.ranks_of("e0"):
         fleet.fleet.agents[member].status = EngineStatus(applied=SECOND)
     assert conditions.targets(fleet.fleet, SECOND, fleet.now) == ["e1"]
+
+
+def test_a_digest_comes_back_from_the_journal_as_it_was() -> None:
+    digest = (1, 2**64 - 1)
+    assert standby.from_hex(standby.hex_digest(digest)) == digest

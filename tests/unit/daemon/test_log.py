@@ -3,12 +3,16 @@
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
+from weightsync.orchestrator.core.commands import Say
 from weightsync.orchestrator.daemon import log
 from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.protocol.names import RoundName, Version
 from weightsync.orchestrator.settings.sections import LogSection
 
 SECRET = "s3cret-0f-the-fleet"
@@ -116,6 +120,7 @@ def test_one_line_per_round() -> None:
     first, second = lines(stream)
     assert first["event"] == "round committed"
     assert first["level"] == "info"
+    assert first["version"] == str(Version(5, 12))
     assert (first["round"], first["step"], first["engines"], first["stall_ms"]) == ("3.7", 12, ["a", "b"], 250.0)
     assert "reason" not in first
     assert (second["event"], second["level"], second["reason"]) == ("round failed", "warning", "digest differs")
@@ -128,3 +133,47 @@ def test_configuring_twice_prints_once() -> None:
     structlog.get_logger().info("hello")
     assert first.getvalue() == ""
     assert len(lines(second)) == 1
+
+
+def test_each_line_is_of_a_run_and_a_sentence_of_the_core_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_run", "")
+    stream, terminal = io.StringIO(), Terminal()
+    log.configure(LogSection(), stream)
+    log.about("glm")
+    log.say(Say("warning", "e0 is left out", "engine left out", "e0", Version(5, 12), RoundName(3, 7), cause=41))
+    log.say(Say("info", "all is well"))
+    logging.getLogger("aiohttp.access").warning("a library speaks")
+    first, second, third = lines(stream)
+    del first["timestamp"]
+    assert first == {
+        "event": "engine left out", "message": "e0 is left out", "engine": "e0", "version": str(Version(5, 12)),
+        "round": "3.7", "cause": 41, "level": "warning", "run": "glm",
+    }  # fmt: skip
+    assert (second["event"], second["run"], "engine" in second) == ("note", "glm", False)
+    assert (third["run"], third["logger"]) == ("glm", "aiohttp.access")
+    log.configure(LogSection(), terminal)
+    log.say(Say("info", "e0 is a member", "engine joins", "e0"))
+    assert "e0 is a member" in terminal.getvalue()
+    assert "glm" not in terminal.getvalue(), "on a terminal there is one run"
+
+
+def test_under_systemd_each_line_has_its_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "journal").open("w") as stream:
+        about = os.fstat(stream.fileno())
+        assert not log.in_journal(stream, {})
+        assert not log.in_journal(stream, {"JOURNAL_STREAM": f"{about.st_dev}:{about.st_ino + 1}"})
+        assert not log.in_journal(io.StringIO(), {"JOURNAL_STREAM": "1:1"})
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        monkeypatch.setattr(log.in_journal, "__defaults__", (os.environ,))
+        log.configure(LogSection(format="console", level="debug"), stream)
+        logger = structlog.get_logger()
+        for say in (logger.debug, logger.info, logger.warning, logger.error, logger.critical):
+            say("hello")
+        try:
+            raise ValueError("a bug")
+        except ValueError:
+            logger.exception("broke")
+    said = (tmp_path / "journal").read_text().splitlines()
+    assert [line[:3] for line in said[:5]] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
+    assert len(said) > 6
+    assert {line[:3] for line in said[5:]} == {"<3>"}, "each line of a traceback, too"

@@ -116,3 +116,13 @@ def test_agents_plans_the_journal_and_the_loop(meters: Meters, tmp_path: Path) -
     assert value(meters, "journal_bytes") == 0
     journal.write_bytes(b"x" * 77)
     assert value(meters, "journal_bytes") == 77
+
+
+def test_who_was_turned_away_by_kind(meters: Meters) -> None:
+    counts = {"connection turned away": 3}
+    meters.refusals_of(counts)
+    counts["agent turned away"] = 1
+    [family] = [family for family in meters.by_engine([], 0.0) if family.name == "weightsync_turned_away"]
+    assert {sample.labels["kind"]: sample.value for sample in family.samples} == {
+        "connection turned away": 3, "agent turned away": 1,
+    }  # fmt: skip

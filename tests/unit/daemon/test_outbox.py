@@ -209,6 +209,8 @@ async def test_layouts_that_do_not_fit_are_an_event(desk: Desk, member: Member |
 async def test_so_is_a_plan(desk: Desk) -> None:
     await desk.performs([MakePlan(4, (), ())])
     assert desk.events == [PlanReady(1, 4, PlanFacts("root", {}, {}, True))]
+    await desk.performs([MakePlan(5, (), (), lends=True)])
+    assert desk.events[1:] == [PlanReady(2, 5, PlanFacts("root", {}, {}, True), lends=True)]
 
 
 async def test_so_is_what_engines_need(desk: Desk) -> None:

@@ -1,5 +1,8 @@
 """From what agents announced to what each of them is told."""
 
+import dataclasses
+
+import msgspec
 import numpy as np
 import pytest
 from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
@@ -81,3 +84,24 @@ def test_another_incarnation_is_another_plan() -> None:
     restarted = Announced(ENGINE.member, ENGINE.incarnation + 1, ENGINE.announce)
     assert planning.make(MakePlan(2, TRAINERS, (restarted,))).root != root
     assert planning.make(MakePlan(3, TRAINERS, (ENGINE,))).root == root
+
+
+def test_a_feed_is_of_engines_alone_and_leaves_the_trainers_plan() -> None:
+    """Who writes is reached by the endpoint by which it lends; both sides know what travels."""
+    planning = Planning()
+    before = planning.make(MakePlan(1, TRAINERS, (ENGINE,))).root
+    lender = dataclasses.replace(
+        ENGINE, announce=msgspec.structs.replace(ENGINE.announce, lends_name="lends", lends=b"by this")
+    )
+    borrower = announced(Member("inference", "e1", 0), 0, ROWS, base=1 << 31)
+    facts = planning.make(MakePlan(1, (lender,), (borrower,), lends=True))
+    assert facts.flows == {(lender.member, borrower.member): BYTES}
+    assert facts.proved
+    mine, other = facts.connects[lender.member], facts.connects[borrower.member]
+    assert (mine.lends, other.lends) == (True, False)
+    assert [(peer.member, peer.endpoint) for peer in mine.peers] == [(borrower.member, b"e1/0")]
+    assert [(peer.member, peer.endpoint_name, peer.endpoint) for peer in other.peers] == [
+        (lender.member, "lends", b"by this")
+    ]
+    assert planning.plan is not None
+    assert planning.plan.root == before

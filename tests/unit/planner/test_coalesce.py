@@ -37,7 +37,7 @@ COST = CostModel(alpha_seconds=1e-6, bytes_per_second=1e8, pack_bytes_per_second
 NOTHING = Tensor("nothing", "bfloat16", (1,))
 
 
-def loaded(edge, target, size, source_room, target_room, lands="live"):
+def loaded(edge, target, size, source_room, target_room, lands="live", leaves="live"):
     """Places, flags and berths of pieces of one source."""
     decoder = Decoder()
 
@@ -50,9 +50,16 @@ def loaded(edge, target, size, source_room, target_room, lands="live"):
     targets = [decoded(engine_rank("e", n), room, lands) for n, room in enumerate(target_room)]
     cargo = load_cargo(
         np.array(edge), np.zeros(count, np.int32), np.array(target, np.int32), np.array(size), np.ones(count, np.int64),
-        COST, [decoded(trainer(0), source_room)], targets,
+        COST, [decoded(trainer(0), source_room, leaves)], targets,
     )  # fmt: skip
     return cargo.place.tolist(), cargo.packed.tolist(), cargo.berths
+
+
+@pytest.mark.parametrize(("leaves", "packed"), [("live", False), ("copy", False), ("flip", True)])
+def test_what_lies_in_pages_is_packed_whatever_that_costs(leaves, packed):
+    """No transport reads them; a piece of 5000 bytes is not worth it otherwise."""
+    for lands in ("live", "copy"):
+        assert loaded([0], [0], [5000], 16384, [16384], lands, leaves)[1] == [packed]
 
 
 def test_each_edge_has_a_cargo_and_a_berth_of_its_own():

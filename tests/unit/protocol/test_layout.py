@@ -1,5 +1,7 @@
 """Rows of layouts, with values worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from weightsync.orchestrator.protocol.layout import (
@@ -11,6 +13,7 @@ from weightsync.orchestrator.protocol.layout import (
     Region,
     Tensor,
     as_matrix,
+    contents,
     pad,
     row,
 )
@@ -64,3 +67,40 @@ def test_more_dimensions_than_travel() -> None:
 )
 def test_bytes_per_element(dtype: str, size: int) -> None:
     assert ITEMSIZE[dtype] == size
+
+
+def _layout(*rows: list[int], **more: Any) -> Layout:
+    tensors = (Tensor("a", "bfloat16", (8, 4)), Tensor("b", "bfloat16", (8, 4)))
+    return Layout(**{"tensors": tensors, "regions": (), "rows": np.array(rows, "<i8").tobytes(), **more})
+
+
+ROW = row(0, 0, 0, (0, 0), (8, 4), (8, 2))
+OTHER = row(1, 0, 64, (4, 0), (4, 4), (8, 2))
+
+
+def test_the_same_contents_in_another_order_at_other_places() -> None:
+    moved = row(0, 3, 4096, (0, 0), (8, 4), (2, 16))
+    assert contents(_layout(ROW, OTHER)) == contents(_layout(OTHER, moved, lands="copy", staging=2))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _layout(ROW),
+        _layout(ROW, OTHER, OTHER),
+        _layout(ROW, row(0, 0, 64, (4, 0), (4, 4), (8, 2))),
+        _layout(ROW, row(1, 0, 64, (3, 0), (4, 4), (8, 2))),
+        _layout(ROW, row(1, 0, 64, (4, 0), (4, 3), (8, 2))),
+        _layout(ROW, row(1, 0, 64, (0, 4), (4, 4), (8, 2))),
+        _layout(ROW, OTHER, tensors=(Tensor("a", "bfloat16", (8, 4)), Tensor("b", "float16", (8, 4)))),
+    ],
+)
+def test_other_contents(other: Layout) -> None:
+    assert contents(_layout(ROW, OTHER)) != contents(other)
+
+
+def test_a_box_more_in_one_tensor_and_less_in_another_is_no_exchange() -> None:
+    """What is summed up covers a row as a whole."""
+    first = _layout(row(0, 0, 0, (0, 0), (4, 4), (8, 2)), row(1, 0, 0, (4, 0), (4, 4), (8, 2)))
+    second = _layout(row(0, 0, 0, (4, 0), (4, 4), (8, 2)), row(1, 0, 0, (0, 0), (4, 4), (8, 2)))
+    assert contents(first) != contents(second)

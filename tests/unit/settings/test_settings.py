@@ -53,3 +53,15 @@ def test_many_wrong_keys_cost_no_more_than_a_few(refusal: Refusal) -> None:
     error = refusal(MINIMAL + "".join(f"key_{number}: 1\n" for number in range(4000)))
     assert len(str(error).splitlines()) == MAX_PROBLEMS + 1
     assert len(error.problems) <= 4 * MAX_PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("transport: {type: filesystem}", "transport.type: filesystem"),
+        ("rendezvous: {type: tcpstore, host: head, port: 29501}", "rendezvous.type: tcpstore"),
+    ],
+)
+def test_engines_write_to_each_other_over_nixl_and_the_hub_alone(refusal: Refusal, more: str, key: str) -> None:
+    told = str(refusal(f"{MINIMAL}fan_out: auto\n{more}\n"))
+    assert f"fan_out is auto, and with {key} engines cannot write to each other" in told

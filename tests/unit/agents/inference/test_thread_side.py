@@ -10,11 +10,13 @@ from weightsync.agents.inference.window import Windows
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
+    Announce,
     Commit,
     Connect,
     EngineStatus,
     Expose,
     FilesystemSettings,
+    Grant,
     Hold,
     Holding,
     Left,
@@ -61,6 +63,38 @@ class Receivers:
         self.polls += 1
 
 
+class Lends:
+    """In the place of what lends: writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.story: list[Any] = []
+        self.open_rounds: tuple[RoundName, ...] = ()
+
+    def attach(self, link: Any, member: Member) -> None:
+        self.story.append("attached")
+
+    def welcomed(self, welcome: Welcome) -> None:
+        self.story.append("welcomed")
+
+    def announcement(self) -> tuple[str, bytes]:
+        return "a/0-78", b"lends"
+
+    def prepare(self, connect: Connect) -> None:
+        self.story.append(connect)
+
+    def granted(self, grant: Grant) -> None:
+        self.story.append(grant)
+
+    def stop(self, abort: Abort) -> bool:
+        return abort.round in self.open_rounds
+
+    def changes(self) -> None:
+        self.story.append("changes")
+
+    def poll(self) -> bool:
+        return bool(self.open_rounds)
+
+
 @pytest.fixture
 def rank() -> Any:
     """A side with doubles for its weights and its windows' inbox."""
@@ -76,9 +110,17 @@ def rank() -> Any:
     shadow.heard = shadow.words.append
     said: list[Any] = []
     link: Any = SimpleNamespace(send=said.append, say_once=said.append, announce=lambda: said.append("announced"))
-    side = InferenceSide(link, Member("inference", "a", 0), weights, windows, shadow)
+    lending: Any = Lends()
+    side = InferenceSide(link, Member("inference", "a", 0), weights, windows, shadow, lending)
     return SimpleNamespace(
-        side=side, receivers=receivers, windows=windows, opened=opened, said=said, shadow=shadow, weights=weights
+        side=side,
+        receivers=receivers,
+        windows=windows,
+        opened=opened,
+        said=said,
+        shadow=shadow,
+        weights=weights,
+        lending=lending,
     )
 
 
@@ -90,7 +132,10 @@ def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> No
         )
     )
     assert rank.opened == [(Member("inference", "a", 0), settings)]
-    assert rank.side.announcement() == (Layout((), (), b""), "a/0-77", b"card")
+    assert rank.side.announcement() == Announce(
+        layout=Layout((), (), b""), endpoint_name="a/0-77", endpoint=b"card", lends_name="a/0-78", lends=b"lends"
+    )
+    assert rank.lending.story == ["attached", "welcomed"]
 
 
 async def test_a_connect_goes_to_the_receiver(rank: Any) -> None:
@@ -180,3 +225,20 @@ def test_memory_that_a_late_word_has_mended_is_told(rank: Any) -> None:
 def test_another_endpoint_is_announced_when_the_transport_has_it(rank: Any) -> None:
     rank.side.heard(Renew(reason="what trainer/0 wrote hangs"))
     assert (rank.receivers.reopened, rank.said) == (1, ["announced"])
+
+
+def test_what_it_lends_is_told_to_what_lends(rank: Any) -> None:
+    """Who is told to stop lending is in no round of its own by that name; before something lands, lending stops."""
+    connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0, lends=True)
+    grant = Grant(round=ROUND, version=VERSION, fingerprint="edges", members=(), deadline_seconds=1.0)
+    rank.lending.story.clear()
+    for message in (connect, grant, Expose(round=ROUND)):
+        rank.side.heard(message)
+    assert rank.lending.story == [connect, grant, "changes"]
+    heard: list[Any] = []
+    rank.windows.heard = heard.append
+    rank.lending.open_rounds = (ROUND,)
+    rank.side.heard(Abort(round=ROUND, torn=False, reason="the daemon says so"))
+    assert heard == []
+    assert rank.side.status().lending == (ROUND,)
+    assert rank.side.poll(), "a grant is open"

@@ -58,8 +58,8 @@ class Side:
     def welcomed(self, welcome: Welcome) -> None:
         self.welcomes.append(welcome)
 
-    def announcement(self) -> tuple[Layout, str, bytes]:
-        return Layout((), (), b""), "endpoint", b"where"
+    def announcement(self) -> Announce:
+        return Announce(layout=Layout((), (), b""), endpoint_name="endpoint", endpoint=b"where")
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         self.connects.append(connect)

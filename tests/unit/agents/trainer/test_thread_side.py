@@ -28,6 +28,7 @@ from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Layout, Note
 from weightsync.orchestrator.protocol.messages import (
     Abort,
+    Announce,
     Closed,
     Connect,
     Fault,
@@ -587,7 +588,7 @@ async def test_a_connect_that_fails_leaves_no_plan_to_write_by(rank: Any) -> Non
 async def test_another_daemon_may_choose_another_transport(rank: Any, tmp_path: Path) -> None:
     """The first one's endpoint stays open and is polled: a late write may still be in flight there."""
     rank.side.welcomed(welcome(FilesystemSettings(str(tmp_path))))
-    assert rank.side.announcement() == (Layout((), (), b""), "", b"")
+    assert rank.side.announcement() == Announce(layout=Layout((), (), b""))
     rank.wire.changed = True
     rank.side.poll()
     assert rank.thread.reconnects == 1
@@ -644,7 +645,7 @@ async def test_slots_are_announced_when_they_come_and_replaced_when_others_do(fo
         await asyncio.sleep(0.01)
         done.result(timeout=0)
         assert follower.thread.announced == size // 8
-        layout, *_ = follower.side.announcement()
+        layout = follower.side.announcement().layout
         assert layout.notes[0].end_row == size
         await follower.side.connect(CONNECT)
     first, second = follower.wires

@@ -139,7 +139,7 @@ class Trainer:
             self.edges.changed()
 
     def connect_message(self, *engines: Engine) -> Connect:
-        layout, _, _ = self.side.announcement() or pytest.fail("no layout")
+        layout = (self.side.announcement() or pytest.fail("no layout")).layout
         parties = [Party(engine.peer.member, 1, engine.layout) for engine in engines]
         part = make_plan([Party(TRAINER, 1, layout)], parties, CostModel()).part(TRAINER)
         peers = {engine.peer.member: engine.peer for engine in engines}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_fleet import SHAPES, TRAINER, Target, made_slots
 from weightsync.agents.inference.holdings import Holdings
+from weightsync.agents.inference.lending import Lending
 from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, landing_arenas
@@ -176,16 +177,18 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     for member, weights_of in live.items():
         holdings = Holdings()
         shadow = ShadowRounds(holdings, weights_of, thread.say_once, lambda work: work())
-        ranks[member] = InferenceSide(thread, member, weights_of, Windows(holdings), shadow)
+        lending = Lending(weights_of, holdings)
+        ranks[member] = InferenceSide(thread, member, weights_of, Windows(holdings), shadow, lending)
     for rank in ranks.values():
         rank.welcomed(welcome)
 
     # The rendezvous, as the daemon does it.
     announced = {member: rank.announcement() for member, rank in ranks.items()}
-    parties = [Party(member, 1, layout) for member, (layout, _, _) in announced.items()]
-    plan = make_plan([Party(TRAINER, 1, trainer.announcement()[0])], parties, CostModel())
+    parties = [Party(member, 1, told.layout) for member, told in announced.items()]
+    plan = make_plan([Party(TRAINER, 1, slots.layout)], parties, CostModel())
     peers = {
-        member: Peer(member, 1, name, card, layout.regions) for member, (layout, name, card) in announced.items()
+        member: Peer(member, 1, told.endpoint_name, told.endpoint, told.layout.regions)
+        for member, told in announced.items()
     } | {TRAINER: Peer(TRAINER, 1, "", b"", slots.layout.regions)}
     for member in (TRAINER, *ranks):
         part = plan.part(member)

@@ -231,12 +231,12 @@ def test_a_worker_that_enters_a_round_that_is_over_is_let_out_at_once(drive: Any
 
 def test_nor_is_one_forgotten_that_was_away_while_the_decision_was_written(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
-    fleet.to(Phase.DECIDING)
+    going = fleet.to(Phase.DECIDING)
     fleet.loses(ENGINE)
     fleet.connect(ENGINE, EngineStatus(window=NAME))
     assert fleet.sent(ENGINE, Commit) == [], "it is not durable yet"
     fleet.durable()
-    assert fleet.sent(ENGINE, Commit) == [Commit(round=NAME, version=VERSION)]
+    assert fleet.sent(ENGINE, Commit) == [Commit(round=NAME, version=VERSION, trace=going.trace)]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fleets import plan_facts
+from fleets import ANNOUNCE, plan_facts
 from weightsync.orchestrator.core.commands import MakePlan, OpenGroup, SendPlan
 from weightsync.orchestrator.core.events import Call, MarkersSeen, PlanReady, PlanRejected, StableSeen
-from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.policy import GroupAddress
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut
@@ -23,7 +22,6 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, Version
 
 TRAINER, FIRST, SECOND = Member("trainer", "", 0), Member("inference", "e0", 0), Member("inference", "e1", 0)
-ANNOUNCE = Announce(layout=Layout((), (), b""))
 WHY = "tensor 'w' has shape (2, 2) at trainer/0 but (3, 2) at e0/0"
 
 
@@ -113,19 +111,19 @@ def test_an_edge_counts_as_dead_until_its_writer_says_after_a_reconnect_what_it_
     fleet = drive.joined()
     said = fleet.fleet.agents[TRAINER].fingerprint
     fleet.says(TRAINER, Ready(fingerprint=said, failed=(EdgeFailure(FIRST, "no route"),)))
-    assert rendezvous.dead_edge(fleet.fleet, "e0")
+    assert fleet.fleet.dead_edge("e0")
     fleet.connect(TRAINER)
-    assert rendezvous.dead_edge(fleet.fleet, "e0")
+    assert fleet.fleet.dead_edge("e0")
     assert fleet.fleet.agents[TRAINER].delivered == said, "it is sent again"
     fleet.says(TRAINER, Ready(fingerprint=said))
-    assert not rendezvous.dead_edge(fleet.fleet, "e0")
+    assert not fleet.fleet.dead_edge("e0")
 
 
 def test_a_confirmation_of_an_older_plan_that_comes_late_changes_nothing(drive: Any) -> None:
     fleet = drive.joined()
     fleet.says(TRAINER, Ready(fingerprint="of the plan before", failed=(EdgeFailure(FIRST, "no route"),)))
     assert fleet.fleet.is_confirmed(TRAINER)
-    assert not rendezvous.dead_edge(fleet.fleet, "e0")
+    assert not fleet.fleet.dead_edge("e0")
 
 
 def test_the_engine_that_does_not_fit_is_left_out_of_the_next_plan(drive: Any) -> None:

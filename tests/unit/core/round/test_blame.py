@@ -22,3 +22,10 @@ def test_blame_is_kept_until_the_engine_has_gone_through_a_round(drive: Any) -> 
     assert engine.complaint == ("it never answers", "engine")
     blame.clear(turn, "e0")
     assert (engine.failures, engine.retry_at, engine.complaint) == (0, 0.0, ("", ""))
+
+
+def test_a_lender_is_passed_over_for_longer_than_the_next_attempt_takes(drive: Any) -> None:
+    """So that whoever else can write has his turn."""
+    fleet = drive(("e0", "e1"), options={"backoff": 2.0, "patience": 30.0})
+    blame.pass_over(Turn(fleet.fleet, 50.0, 0), "e1", "e0", "its edge is dead")
+    assert fleet.fleet.passed_over == {("e1", "e0"): (84.0, "its edge is dead")}

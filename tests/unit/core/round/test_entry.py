@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Abort, Commit, EngineStatus, Grant, Left, Quiesced, Verify
 from weightsync.orchestrator.protocol.names import Version
+from weightsync.orchestrator.protocol.traces.context import child, of_version
 
 TRAINER = trainer()
 
@@ -65,7 +66,7 @@ def test_every_worker_is_let_out_with_the_version(drive: Any) -> None:
     fleet = drive(("e0", "e1"))
     going = fleet.to(Phase.SWITCHING)
     for member in fleet.ranks_of():
-        assert fleet.sent(member, Commit) == [Commit(round=going.name, version=going.version)]
+        assert fleet.sent(member, Commit) == [Commit(round=going.name, version=going.version, trace=going.trace)]
 
 
 def test_everybody_is_told_that_a_torn_round_is_over(drive: Any) -> None:
@@ -198,3 +199,20 @@ def test_the_same_version_again_is_no_repetition(drive: Any) -> None:
     turn = Turn(fleet.fleet, fleet.now, 0)
     entry.decide(turn, fleet.round)
     assert not [command for command in turn.commands if isinstance(command, Say)]
+
+
+def test_whoever_is_told_of_a_round_is_told_its_trace_and_so_is_the_journal(drive: Any) -> None:
+    """It is that of the publish, as the first rank has said it."""
+    fleet = drive(("e0",))
+    going = fleet.to(Phase.SWITCHING)
+    told = [
+        message.trace
+        for member in fleet.ranks_of()
+        for kind in (Verify, Commit)
+        for message in fleet.sent(member, kind)
+    ]
+    told += [message.trace for message in fleet.sent(trainer(), Grant)]
+    assert len(told) == 5
+    assert set(told) == {going.trace}
+    assert going.publish == of_version("unit", going.version)
+    assert going.trace == child(going.publish, f"round {going.name}")

@@ -16,10 +16,11 @@ def test_the_first_of_each_kind_are_said_and_the_others_counted() -> None:
         now = WINDOW_SECONDS
         refusals.sweep()
         refusals.sweep()
-        more = [(line["event"], line["more"]) for line in logs[2 * LOUD :]]
-        assert more == [("wrong token: further ones", 1000 - LOUD), ("too many: further ones", 1000 - LOUD)]
+        more = [(line["event"], line["refusals"], line["more"]) for line in logs[2 * LOUD :]]
+        assert more == [("further refusals", kind, 1000 - LOUD) for kind in ("wrong token", "too many")]
         refusals.say("wrong token", remote="again")
     assert logs[-1]["remote"] == "again"
+    assert refusals.counts == {"wrong token": 1001, "too many": 1000}
 
 
 def test_the_audit_log_gets_two_lines_of_each_kind_and_minute() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from weightsync.agents.trainer.grants import SAY_SECONDS, OpenGrant, not_written
+from weightsync.agents.transport.grants import SAY_SECONDS, OpenGrant, not_written
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.limits import MAX_REASON_CHARS
 from weightsync.orchestrator.protocol.messages import Closed, Grant

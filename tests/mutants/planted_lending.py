@@ -1,0 +1,103 @@
+"""Bugs about engines that lend what they serve, for ``plant`` to plant."""
+
+from typing import Final
+
+from plant import Mutant
+
+_FEEDS: Final = "core/membership/feeds.py"
+_LENDING: Final = "core/round/lending.py"
+_STANDBY: Final = "core/standby.py"
+_JUDGE: Final = "core/round/judge.py"
+_REPORTS: Final = "core/round/reports.py"
+_TESTS: Final = (
+    "tests/unit/core/round/test_lending.py",
+    "tests/unit/core/membership/test_feeds.py",
+    "tests/sim/test_lending.py",
+)
+
+LENDING: Final = (
+    Mutant(
+        "what was lent is not compared with what was decided",
+        _JUDGE,
+        '"engine") if digest != owed else None\n',
+        '"engine") if False else None\n',
+        _TESTS,
+    ),
+    Mutant(
+        "an engine lends what it does not serve",
+        _STANDBY,
+        "    whole = status.applied == version and not status.torn and status.window is None\n",
+        "    whole = not status.torn and status.window is None\n",
+        _TESTS,
+    ),
+    Mutant(
+        "a torn engine lends",
+        _STANDBY,
+        "    whole = status.applied == version and not status.torn and status.window is None\n",
+        "    whole = status.applied == version and status.window is None\n",
+        _TESTS,
+    ),
+    Mutant(
+        "an engine within a writer's reach lends",
+        _LENDING,
+        "    if fleet.tainted(name):\n",
+        "    if False:\n",
+        _TESTS,
+    ),
+    Mutant(
+        "an engine lends to one that holds other boxes",
+        _LENDING,
+        " and [agent.contents for agent in fleet.ranks_of(name)] == wanted\n",
+        "\n",
+        _TESTS,
+    ),
+    Mutant(
+        "a lender of which nothing came is asked again at once",
+        _LENDING,
+        "        alike = name != engine and now >= until and ",
+        "        alike = name != engine and ",
+        _TESTS,
+    ),
+    Mutant(
+        "a lender that changes meanwhile goes on lending",
+        "core/machine.py",
+        "        rounds.lender_changed(turn, agent)\n",
+        "",
+        _TESTS,
+    ),
+    Mutant(
+        "a writer of an engine is taken for a trainer's after a restart",
+        "core/machine.py",
+        '_named("inference" if taint.engine else "trainer", writer)',
+        '_named("trainer", writer)',
+        _TESTS,
+    ),
+    Mutant(
+        "engines lend while a new version waits for them",
+        _REPORTS,
+        '        give_up(turn, current, Trouble(newer, "engine"))\n',
+        "        pass\n",
+        _TESTS,
+    ),
+    Mutant(
+        "a borrower does not get the trainer's edges back",
+        "core/membership/rendezvous.py",
+        "    borrowing = fleet.feed.lenders if fleet.feed is not None and fleet.feed.plan is not None else {}\n",
+        "    borrowing = {name: name for name in fleet.engines if fleet.feed_number}\n",
+        _TESTS,
+    ),
+    Mutant(
+        "half of a pair borrows",
+        _FEEDS,
+        "    units = [unit for unit in late.values() if all(other in found for other in unit)]\n",
+        "    units = [[name] for name in late]\n",
+        _TESTS,
+    ),
+    Mutant(
+        "the trainer writes what is lent",
+        "core/conditions.py",
+        "        lent = fleet.feed.lenders if fleet.feed is not None else {}\n",
+        "        lent = {}\n",
+        _TESTS,
+    ),
+)
