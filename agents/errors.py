@@ -11,6 +11,7 @@ On the right, the module below ``agents``::
     ├── NicError                 a GPU without a network port                        memory.nic
     ├── RunTableError            copies or rows that do not fit their layout         tables.runs
     ├── ApplicantError           an engine that cannot say where it is               link.applicant
+    ├── TlsError                 files or variables by which no TLS can be spoken    link.tls
     ├── GroupError               vLLM's process group did not carry a message        link.process_group
     ├── RefusedForGood           the daemon does not want this agent                 link.connection
     ├── PlanMismatch             a Connect that does not say what it claims          transport.shares

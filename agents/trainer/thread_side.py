@@ -358,9 +358,7 @@ class TrainerSide:
         """Of the bytes that each peer is owed; read once per version and plan."""
         fingerprint, known = self._fingerprint, self._reading
         if known is None or known[:2] != (fingerprint, version):
-            began = time.monotonic()
             known = self._reading = (fingerprint, version, self._shares.read() if fingerprint else NOT_READ)
-            log.debug("%s: digest of %s took %.3f s", self._who, version, time.monotonic() - began)
         return known[2]
 
     def _in_use(self, edges: Callable[[OpenGrant], set[Member]] = lambda grant: grant.open) -> str:

@@ -190,7 +190,7 @@ def test_what_engines_need_decides_what_travels_and_other_needs_make_other_slots
             assert agent._agent is not None
             announced = agent._agent.call(agent._agent.side.announcement)
             assert announced is not None
-            assert announced[0] is agent.slots.layout
+            assert announced.layout is agent.slots.layout
 
 
 def test_needs_that_are_never_told_end_the_call_and_the_stream_is_read(

@@ -315,7 +315,9 @@ def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pyte
         raise MemoryPlacementError("expandable segments")
 
     monkeypatch.setattr(
-        engine, "recorded_layout", lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)), tensors=())
+        engine,
+        "recorded_layout",
+        lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)), tensors=(torch.zeros(8),)),
     )
     monkeypatch.setattr(engine, "check_reachable", refuse)
     with pytest.raises(MemoryPlacementError, match="expandable segments"):
