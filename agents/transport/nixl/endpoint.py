@@ -27,7 +27,7 @@ from weightsync.agents.transport.nixl.chunks import lanes
 from weightsync.agents.transport.nixl.edge import Describe, Edge, EdgeResult
 from weightsync.agents.transport.nixl.errors import ConnectError, NixlError
 from weightsync.agents.transport.nixl.flow import Loading
-from weightsync.agents.transport.nixl.loader import Bindings, environment, load, only_networks
+from weightsync.agents.transport.nixl.loader import Bindings, connecting, environment, load, only_networks
 from weightsync.agents.transport.nixl.notices import Notice, decode, encode
 from weightsync.agents.transport.nixl.regions import check_regions, warn_without_gpu_direct
 from weightsync.agents.transport.nixl.write import Ended, Writer
@@ -84,9 +84,10 @@ class NixlEndpoint:
             made["UCX_NET_DEVICES"] = net_devices
         with environment(made | dict(variables or {})):
             self._over_networks = only_networks(os.environ.get("UCX_TLS", ""))
-            self._agent: Any = self._bindings.agent(
-                self.name, backends=settings.backends, progress_thread=progress_thread, threads=0
-            )
+            with environment(connecting(os.environ)):
+                self._agent: Any = self._bindings.agent(
+                    self.name, backends=settings.backends, progress_thread=progress_thread, threads=0
+                )
         self._registrations: list[Any] = []
         self._regions: list[Region] = []
         self._peers: dict[str, bytes] = {}
@@ -136,7 +137,8 @@ class NixlEndpoint:
 
     def connect(self, peer_name: str, metadata: bytes) -> None:
         """Learn how to reach a peer. The same metadata again does nothing; newer metadata of a live peer adds its
-        new regions. What fails leaves nothing of a peer that was not connected.
+        new regions. What fails leaves nothing of a peer that was not connected. One whose address does not answer costs
+        no time here: it does not take the first word (``warm``).
 
         Raises:
             MetadataError: the metadata is torn or another peer's; nothing has changed.

@@ -11,10 +11,12 @@ import functools
 import importlib
 import logging
 import os
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from types import ModuleType
 from typing import Any, Final
 
@@ -31,6 +33,29 @@ NETWORKS: Final = frozenset(["tcp", "self", "ib", "cuda_copy", "gdr_copy", *_RDM
 def only_networks(transports: str) -> bool:
     """Whether UCX_TLS=``transports`` keeps UCX from memory that two processes share. Others than NETWORKS may not."""
     return bool(transports) and NETWORKS.issuperset(transports.split(","))
+
+
+LOST_SYNS: Final = 4
+"""Sent again after 1, 2, 4 and 8 s; 16 s later the connection is given up, and another one may be tried."""
+
+
+def connecting(environ: Mapping[str, str]) -> dict[str, str]:
+    """How UCX connects over TCP if it may: by itself it stands in ``connect`` until an address that does not answer has
+    let TCP's patience pass, two minutes and more, and so would the thread that heartbeats are answered on."""
+    interfaces = [name for _, name in socket.if_nameindex()]
+    # UCX warns of what it is told for a transport that it has no use for.
+    if not (_allows(environ.get("UCX_TLS"), ["tcp"]) and _allows(environ.get("UCX_NET_DEVICES"), interfaces)):
+        return {}
+    return {"UCX_TCP_CONN_NB": "y", "UCX_TCP_SYN_CNT": environ.get("UCX_TCP_SYN_CNT", str(LOST_SYNS))}
+
+
+def _allows(listed: str | None, names: Sequence[str]) -> bool:
+    """Whether a list of UCX's has any of ``names``; with ``^`` in front it has all that it does not name."""
+    if not listed or listed == "all":
+        return True
+    patterns = listed.removeprefix("^").split(",")
+    named = [any(fnmatch(name, pattern) for pattern in patterns) for name in names]
+    return not all(named) if listed.startswith("^") else any(named)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from weightsync.agents.transport.nixl import loader as nixl_loader
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import NixlMissingError
-from weightsync.agents.transport.nixl.loader import environment, only_networks
+from weightsync.agents.transport.nixl.loader import connecting, environment, only_networks
 from weightsync.orchestrator.protocol.messages import NixlSettings
 
 
@@ -127,3 +127,24 @@ def test_our_settings_reach_our_agent_and_no_other_in_the_process(monkeypatch: p
 )
 def test_which_transports_share_no_memory(transports: str, only: bool) -> None:
     assert only_networks(transports) is only
+
+
+# ------------------------------------------------------------------------------------------------- connecting over TCP
+WITHOUT_WAITING = {"UCX_TCP_CONN_NB": "y", "UCX_TCP_SYN_CNT": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({}, WITHOUT_WAITING),
+        ({"UCX_TLS": "all", "UCX_NET_DEVICES": "all"}, WITHOUT_WAITING),
+        ({"UCX_TLS": "rc,cuda_ipc,tcp", "UCX_NET_DEVICES": "mlx5_0:1,lo"}, WITHOUT_WAITING),
+        ({"UCX_TLS": "^ib", "UCX_NET_DEVICES": "l*"}, WITHOUT_WAITING),
+        ({"UCX_TCP_SYN_CNT": "7", "UCX_TCP_CONN_NB": "n"}, WITHOUT_WAITING | {"UCX_TCP_SYN_CNT": "7"}),
+        ({"UCX_TLS": "rc,cuda_ipc"}, {}),
+        ({"UCX_TLS": "^tcp,rc"}, {}),
+        ({"UCX_NET_DEVICES": "mlx5_0:1"}, {}),
+    ],
+)
+def test_where_ucx_may_use_tcp_it_does_not_wait_for_an_address(environ: dict[str, str], told: dict[str, str]) -> None:
+    assert connecting(environ) == told
