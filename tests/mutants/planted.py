@@ -338,8 +338,8 @@ _CONNECTIONS: Final = (
     Mutant(
         "a Connect that was lost is not told again",
         _STATE,
-        "before.announce, before.fingerprint, before.fingerprint",
-        "before.announce, before.delivered, before.fingerprint",
+        "        self.lends, self.unlent = before.lends, before.unlent\n",
+        "        self.lends, self.unlent, self.delivered = before.lends, before.unlent, before.delivered\n",
     ),
     Mutant(
         "an outdated confirmation counts",

@@ -59,6 +59,13 @@ LENDING: Final = (
         _TESTS,
     ),
     Mutant(
+        "what a lender wrote hangs for good",
+        _FEEDS,
+        "            rest = _rest(turn.fleet, agent)\n",
+        "            rest = NOTHING\n",
+        _TESTS,
+    ),
+    Mutant(
         "a lender that changes meanwhile goes on lending",
         "core/machine.py",
         "        rounds.lender_changed(turn, agent)\n",

@@ -185,3 +185,22 @@ def test_who_lends_serves_all_the_while() -> None:
     assert lent(world) == [("committed", {"e1": "e0"})]
     assert calls == []
     assert is_a(RoundEnded)(ended(world)[-1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_path_that_is_gone_from_a_lender_costs_its_borrower_one_endpoint(mode: Lands) -> None:
+    """Nothing that was lent by it ever ends, nobody mends it, and no trainer is there."""
+    world = World(113, engines=3, lands=everybody(mode), fan_out="peers")
+    without_trainer(world)
+    gone = world.faults.gone_paths
+
+    def breaks() -> None:
+        gone.update(worker.endpoint for worker in world.servers["e2"].workers)
+
+    world.when(sent(Grant), breaks)
+    world.kill_engine("e2", 1.0)
+    assert_all_serve(world, within=60.0)
+    assert gone, "it was in time"
+    assert gone.isdisjoint(worker.endpoint for worker in world.servers["e2"].workers)
+    assert not any(worker.open for worker in world.workers())
+    assert lent(world)[-1][0] == "committed"

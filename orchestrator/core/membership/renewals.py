@@ -32,7 +32,8 @@ def evaluate(turn: Turn) -> None:
         elif turn.now >= known.due:
             agent.renewal = Renewal(turn.now + known.wait, min(2 * known.wait, LONGEST_WAIT_SECONDS))
             reason = f"what {writer} wrote to {target} hangs" if hangs else f"{writer} does not reach {target}"
-            turn.say(f"{reason}: {target} is asked for another endpoint", "warning")
+            asked = f"{reason}: {target} is asked for another endpoint"
+            turn.say(asked, "warning", event="endpoint renewed", engine=target.engine)
             turn.send(target, Renew(reason=reason))
     for agent in fleet.agents.values():
         if agent.renewal is not None and agent.member not in dead and not _is_dead(fleet, agent.member):

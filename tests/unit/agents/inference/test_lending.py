@@ -262,6 +262,22 @@ async def test_it_lends_what_it_was_asked_for_or_nothing(more: dict[str, Any], o
     assert (closed.final, closed.peers, closed.error, closed.fault) == (True, (), objection, "engine")
 
 
+async def test_in_no_feed_it_is_told_by_which_endpoint_a_peer_is_reached() -> None:
+    """For the sake of what may still be on its way to the one before. It lends nothing by that."""
+    lender, borrower = Rank(LENDER, 1, "copy"), Rank(BORROWER, 2, "copy")
+    async with polled(lender, borrower):
+        await lent(lender, borrower)
+        borrower.weights.receivers.current.reopen()
+        said = borrower.announced()
+        peer = Peer(BORROWER, said.incarnation, said.announce.endpoint_name, said.announce.endpoint, ())
+        rest = Connect(fingerprint="rest", root="", peers=(peer,), copies=b"", expected_bytes=0, lends=True)
+        lender.lending.prepare(rest)
+        assert await lender.thread.hears(Ready) == Ready(fingerprint="rest")
+        lender.lending.granted(grant(rest, round=RoundName(1, 6)))
+        (sent,) = (await lender.thread.hears(Closed)).peers
+    assert (sent.bytes, sent.error) == (0, "")
+
+
 async def test_nothing_is_posted_any_more_when_another_version_is_about_to_land() -> None:
     lender, borrower = Rank(LENDER, 1, "copy"), Rank(BORROWER, 2, "live", 8192)
     lender.holdings.committed(VERSION)

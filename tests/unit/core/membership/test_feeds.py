@@ -27,6 +27,7 @@ from weightsync.orchestrator.protocol.messages import (
     Grant,
     Left,
     Ready,
+    Renew,
 )
 from weightsync.orchestrator.protocol.names import Version
 
@@ -191,6 +192,68 @@ def test_a_lender_that_is_lost_ends_the_round(drive: Any) -> None:
     assert len(feeds(fleet)) == 1, "nobody lends to e2 while it is within reach of e0"
     assert fleet.fleet.tainted("e2")
     assert fleet.sent(rank("e2"), Abort)
+
+
+def hangs(fleet: Any) -> Any:
+    """A round in which what e0 lends to e2 never ends; then it is over, and e0 has not closed."""
+    going = lends(fleet)
+    why = (EdgeFailure(rank("e2"), "nothing has moved for 30 s"),)
+    fleet.says(rank("e0"), Ready(fingerprint=fleet.fleet.agents[rank("e0")].lends, failed=why))
+    return going
+
+
+def test_an_edge_of_a_lender_that_hangs_ends_the_round_at_once(drive: Any) -> None:
+    fleet = behind(drive)
+    going = hangs(fleet)
+    assert fleet.fleet.round is None
+    assert going.engines["e2"].left_out == "e0/0 cannot write to e2/0: nothing has moved for 30 s"
+    assert fleet.sent(rank("e0"), Abort)
+    assert fleet.fleet.tainted("e2") == [(rank("e0"), going.name)]
+
+
+def test_a_lender_is_told_by_which_endpoint_those_are_reached_that_it_may_still_write_to(drive: Any) -> None:
+    fleet = behind(drive)
+    going = hangs(fleet)
+    fleet.passes(0.1)
+    [told] = fleet.sent(rank("e0"), Connect)
+    assert [(peer.member, peer.incarnation, peer.endpoint_name) for peer in told.peers] == [(rank("e2"), 300, "")]
+    assert (told.lends, told.copies, told.expected_bytes) == (True, b"", 0)
+    fleet.says(rank("e2"), Announce(layout=fleet.announcement("e2").layout, endpoint_name="another", endpoint=b"card"))
+    again = fleet.sent(rank("e0"), Connect)[-1]
+    assert [(peer.endpoint_name, peer.endpoint) for peer in again.peers] == [("another", b"card")]
+    assert again.fingerprint != told.fingerprint
+    fleet.says(rank("e0"), Ready(fingerprint=again.fingerprint))
+    fleet.says(rank("e0"), Closed(round=going.name))
+    fleet.passes(0.1)
+    assert fleet.sent(rank("e0"), Connect) == [told, again, NOTHING]
+    assert fleet.fleet.tainted("e2") == []
+
+
+def test_a_lender_that_connects_again_is_told_again_that_it_lends_or_that_it_does_no_more(drive: Any) -> None:
+    fleet = behind(drive)
+    fleet.plan()
+    confirmed = fleet.fleet.agents[rank("e0")].lends
+    fleet.connect(rank("e0"), EngineStatus(applied=VERSION))
+    agent = fleet.fleet.agents[rank("e0")]
+    assert (agent.lends, agent.lends_delivered) == (confirmed, ""), "what it has confirmed holds in the round"
+    fleet.happens(MaintenanceAsked(fleet.id(), "ann", "", True))
+    assert fleet.sent(rank("e0"), Connect) == []
+    fleet.loses_engine("e2")
+    fleet.passes(6.0)
+    assert fleet.fleet.round is None
+    assert fleet.sent(rank("e0"), Connect) == [NOTHING]
+
+
+def test_who_lends_is_asked_for_another_endpoint_when_it_is_done(drive: Any) -> None:
+    fleet = behind(drive, trainer=True, fan_out="peers")
+    going = lends(fleet)
+    writer = next(iter(fleet.fleet.trainer_ranks.values()))
+    writer.dead_edges = {rank("e0"): "no answer", rank("e1"): "no answer"}
+    for _ in range(2):
+        fleet.passes(fleet.policy.patience)
+    assert fleet.fleet.round is going
+    assert len(fleet.sent(rank("e1"), Renew)) == 1
+    assert fleet.sent(rank("e0"), Renew) == [], "another endpoint is another layout, and ends what it lends"
 
 
 def test_a_lender_whose_memory_is_torn_meanwhile_ends_the_round(drive: Any) -> None:

@@ -110,3 +110,23 @@ def test_the_new_endpoint_is_planned_and_the_grant_over_when_its_writer_says_so(
     assert sum(isinstance(command, MakePlan) for command in hanging.commands) == before + 1
     hanging.says(TRAINER, Closed(round=hanging.going.name))
     assert hanging.fleet.tainted("e0") == []
+
+
+def test_whom_a_lender_does_not_reach_is_asked_likewise(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.join()
+    fleet.fleet.agents[rank("e1")].unlent = {FIRST: "no answer"}
+    fleet.passes(0.1)
+    fleet.passes(fleet.policy.patience - 1)
+    assert fleet.sent(FIRST, Renew) == []
+    fleet.passes(1)
+    assert fleet.sent(FIRST, Renew) == [Renew(reason="e1/0 does not reach e0/0")]
+
+
+def test_a_worker_that_cannot_tell_its_writers_is_no_writer(drive: Any) -> None:
+    fleet = drive(("e0", "e1"))
+    fleet.join()
+    fleet.fleet.agents[FIRST].dead_edges = {TRAINER: "no route"}
+    for _ in range(2):
+        fleet.passes(fleet.policy.patience)
+    assert fleet.sent(TRAINER, Renew) == []
