@@ -33,7 +33,7 @@ class Peer:
         paths = [str(HERE.parents[3]), os.environ["PYTHONPATH"]]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},  # it answers on stdout
         )  # fmt: skip
         self.member = Member("inference", "a", number)
 
