@@ -149,6 +149,10 @@ class Fleet:
         self.port = self.port or (servers[0].hub_port if servers else free_port())
         self.token = self.credentials / "trainer.token"
         self.config = self.directory / "config.yaml"
+        self.write_config()
+
+    def write_config(self) -> None:
+        """With the settings as they are now; a daemon that runs takes them on SIGHUP."""
         self.config.write_text(yaml.safe_dump(self._document()))
 
     def _document(self) -> dict[str, Any]:
@@ -184,7 +188,7 @@ class Fleet:
         if self.daemon is not None:
             self.daemon.stop()
         self.settings = {**self.settings, **settings}
-        self.config.write_text(yaml.safe_dump(self._document()))
+        self.write_config()
         return self.start_daemon()
 
     def _serves(self) -> bool:

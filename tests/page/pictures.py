@@ -1,6 +1,5 @@
 """Takes the pictures of docs/page.md (``make pictures``), into the directory that it is given."""
 
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,15 +18,10 @@ def save(tab: Tab, path: Path) -> None:
 
 def fail_once(fleet: WatchedFleet, step: int) -> None:
     """A round that an engine fails by standing still, and another that does not."""
-    process = fleet.standins["e2"].process
-    assert process is not None
-    assert fleet.trainer is not None
-    process.kill(signal.SIGSTOP)
-    fleet.trainer.tell(step=step)
     status = fleet.fleet.status
-    fleet.fleet.until(lambda: any(r["outcome"] != "committed" for r in status()["rounds"]), "a round to fail")
-    process.kill(signal.SIGCONT)
-    assert "error" not in fleet.trainer.hear()
+    with fleet.stopped_in_round("e2", step):
+        fleet.fleet.until(lambda: any(r["outcome"] != "committed" for r in status()["rounds"]), "a round to fail")
+    fleet.committed()
 
 
 def main() -> None:

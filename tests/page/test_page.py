@@ -104,6 +104,44 @@ def test_it_follows_rounds_as_they_happen(chromium: Browser, fleet: WatchedFleet
     clean(tab, fleet)
 
 
+SENTENCE = "document.querySelector('#view-fleet .panel p').textContent"
+QUIESCING = rf"Number({SENTENCE}.match(/: quiescing for ([\d.]+) s$/)?.[1] ?? 0)"
+"""Seconds that this phase has lasted, if one or longer; 0 for any other sentence."""
+LANES = """[...document.querySelectorAll('#view-fleet .lanes tbody tr')]
+    .map((row) => [row.querySelector('th span').textContent, row.querySelector('.says').textContent])"""
+
+
+def test_a_round_under_way_is_shown_while_it_waits(chromium: Browser, fleet: WatchedFleet) -> None:
+    """An engine is stopped in it. From then on nothing happens in the round, and it is seen to last longer and longer;
+    also by a page that is opened only then."""
+    tab = signed_in(chromium, fleet, "viewer")
+    tab.shows("Last round: publish of step", "#view-fleet .panel h2")
+    with fleet.patient(60):
+        with fleet.stopped_in_round("e0", 10):
+            tab.shows("Round under way: publish of step 10", "#view-fleet .panel h2")
+            tab.until("document.querySelector('#view-fleet .panel').hasAttribute('data-running')", "it to be marked")
+            late = signed_in(chromium, fleet, "viewer")
+            for page in (late, tab):
+                page.send("Page.bringToFront")
+                page.shows("Round under way: publish of step 10", "#view-fleet .panel h2")
+                seconds = page.until(QUIESCING, "the phase to last a second")
+                page.until(f"{QUIESCING} > {seconds}", "it to last longer")
+                lanes = dict(page.look(LANES))
+                assert lanes["e1/0"].startswith("quiesced at ")
+                assert lanes["e0/0"] == "has said nothing yet"
+                assert lanes["e0"].startswith("stands still for ")
+                assert lanes["trainer/0"] == "waits for its grant"
+            status = fleet.fleet.status()["round"]
+            assert (status["phase"], status["version"]["step"]) == ("quiescing", 10)
+        fleet.committed()
+    for page in (late, tab):
+        page.send("Page.bringToFront")
+        page.shows("Last round: publish of step 10", "#view-fleet .panel h2")
+        page.shows("committed in", "#view-fleet .panel")
+        assert not page.look("document.querySelector('#view-fleet .panel').hasAttribute('data-running')")
+        clean(page, fleet)
+
+
 def test_a_wrong_token_is_told_and_a_viewer_cannot_act(chromium: Browser, fleet: WatchedFleet) -> None:
     tab = chromium.open(fleet.url)
     tab.shows("Sign in")
@@ -255,5 +293,6 @@ def test_a_page_that_is_not_seen_holds_no_stream_and_one_without_a_daemon_says_s
     assert tab.look("document.getElementById('main').hasAttribute('data-stale')")
     fleet.fleet.start_daemon()
     tab.until("document.getElementById('link').textContent === 'live'", "the stream to come back by itself")
+    tab.until("document.querySelector('#view-fleet .panel').hidden", "the round of the daemon before to be gone")
     fleet.publish(20)
     tab.shows("step 20", ".tiles")

@@ -59,6 +59,7 @@ class StandIn:
     environment: Mapping[str, str]
     port: int = field(default_factory=free_port)
     process: Process | None = None
+    script: Path = HERE / "standin_engine.py"
 
     @property
     def url(self) -> str:
@@ -70,7 +71,7 @@ class StandIn:
         self.environment = {**self.environment, **place(token, url, fleet.run_id, self.name)}
 
     def start(self) -> None:
-        command = [sys.executable, str(HERE / "standin_engine.py"), self.name, str(self.port)]
+        command = [sys.executable, str(self.script), self.name, str(self.port)]
         environment = counting(self.environment, self.directory, self.name)
         self.process = Process(command, self.directory / f"{self.name}.log", environment).start()
 

@@ -47,11 +47,11 @@ class Memory(Dense):
             os._exit(WRONG_BYTES)
 
 
-def main() -> None:
+def main(kind: type[Engine] = Engine) -> None:
     name, port = sys.argv[1:]
     counts.install()
     torch.set_num_threads(1)
-    engine = Engine(Memory(Target.of(name, 0, staging=0)))
+    engine = kind(Memory(Target.of(name, 0, staging=0)))
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=engine.end).start())
     serve(engine, HOST, int(port))
     engine.run()

@@ -73,8 +73,8 @@ class PageStream:
         self._taps: set[_Tap] = set()
         self._serving, self._stopping = 0, False
         self._wanted = asyncio.Event()
-        self._told = (-1, "", 0)
-        self._greeting = (-FRESH_SECONDS, b"")
+        self._beats, self._told_changes, self._told_round = 0, 0, ""
+        self._greeting = (-FRESH_SECONDS, b"", -1)
         self.dropped = 0
         """Pages that were cut off, because they did not keep up."""
 
@@ -122,30 +122,36 @@ class PageStream:
         response.enable_chunked_encoding()
         await response.prepare(request)
         # By the response itself, which holds the headers back until there is a body.
-        await response.write(_event("viewer", viewer) + await self._greet())
+        greeting, changes = await self._greet()
+        await response.write(_event("viewer", viewer) + greeting)
         transport = request.transport
         if transport is not None:
-            with self._tapped(transport) as tap, contextlib.suppress(TimeoutError):
+            with self._tapped(transport, changes) as tap, contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STREAM_SECONDS):
                     await tap.over.wait()
         return response
 
     async def beat(self) -> None:
         """Tell what has changed since the last beat."""
-        changes, told_round, beats = self._told
-        rows = self._history.rounds
-        name = rows[-1].round if rows else ""
+        due = self._beats % STATUS_BEATS == 0 or self._newest != self._told_round
+        status = await self._status_event() if due else b""
+        # From here on nothing else happens: what is noted as told is what is told.
         said = []
-        if changes != self._timeline.changes:
+        if self._told_changes != self._timeline.changes:
             said.append(self._lanes_event(asyncio.get_running_loop().time()))
-        if name != told_round:
-            known = next((at for at, row in enumerate(rows, 1) if row.round == told_round), 0)
+        if self._newest != self._told_round:
+            rows = self._history.rounds
+            known = next((at for at, row in enumerate(rows, 1) if row.round == self._told_round), 0)
             said += [_event("ended", row) for row in rows[known:]]
-        if beats % STATUS_BEATS == 0 or name != told_round:
-            said.append(await self._status_event())
-        self._told = (self._timeline.changes, name, beats + 1)
-        if said:
+        said.append(status)
+        self._beats, self._told_changes, self._told_round = self._beats + 1, self._timeline.changes, self._newest
+        if any(said):
             self._hand_out(b"".join(said))
+
+    @property
+    def _newest(self) -> str:
+        rows = self._history.rounds
+        return rows[-1].round if rows else ""
 
     def _hand_out(self, events: bytes) -> None:
         chunk = b"%x\r\n%b\r\n" % (len(events), events)
@@ -160,9 +166,11 @@ class PageStream:
                 tap.transport.write(chunk)
 
     @contextlib.contextmanager
-    def _tapped(self, transport: asyncio.Transport) -> Iterator[_Tap]:
+    def _tapped(self, transport: asyncio.Transport, changes: int) -> Iterator[_Tap]:
+        """``changes``: of the timeline, in the page's greeting; what others were told since then comes again."""
         tap = _Tap(transport)
         self._taps.add(tap)
+        self._told_changes = min(self._told_changes, changes)
         self._wanted.set()
         try:
             yield tap
@@ -175,22 +183,23 @@ class PageStream:
         if not self._taps:
             self._wanted.clear()
 
-    async def _greet(self) -> bytes:
-        """What a page is told first; what has changed since then comes with the next beats."""
+    async def _greet(self) -> tuple[bytes, int]:
+        """What a page is told first, and the timeline's changes that it shows; later ones come with the next beats."""
         now = asyncio.get_running_loop().time()
         if now - self._greeting[0] >= FRESH_SECONDS:
-            self._greeting = (now, await self._status_event() + self._lanes_event(now))
-        return self._greeting[1]
+            status = await self._status_event()
+            self._greeting = (now, status + self._lanes_event(now), self._timeline.changes)
+        return self._greeting[1:]
 
     async def _status_event(self) -> bytes:
         # Its rounds are told one by one as they end, and those before by /rounds.
         return _event("status", msgspec.structs.replace(await self._status(), rounds=()))
 
     def _lanes_event(self, now: float) -> bytes:
-        lanes = self._timeline.view(now)
-        return b"" if lanes is None else _event("lanes", lanes)
+        """``null`` before the first round: a page may show one that another daemon, before this one, has told."""
+        return _event("lanes", self._timeline.view(now))
 
 
-def _event(name: str, data: msgspec.Struct) -> bytes:
+def _event(name: str, data: msgspec.Struct | None) -> bytes:
     """JSON of ours has no line break."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(data))

@@ -6,7 +6,7 @@ import { ago, say, set } from "/page/dom.js";
 import { FleetView } from "/page/fleet.js";
 import { HistoryView } from "/page/history.js";
 import { PlanView } from "/page/plan.js";
-import { MAX_ROUNDS, now, remember, state } from "/page/state.js";
+import { aged, MAX_ROUNDS, now, remember, state } from "/page/state.js";
 
 const THEME = "weightsync.theme";
 const THEMES = ["system", "light", "dark"];
@@ -38,8 +38,9 @@ function heard(name, data) {
   } else if (name === "status") {
     state.status = data;
     state.offset = data.unix_time - Date.now() / 1000;
+    state.lanes = aged(state.lanes, data.round);
     announce(data);
-  } else if (name === "lanes") state.lanes = { ...data, engines: data.engines.map(whole), ranks: data.ranks.map(whole), writers: data.writers.map(whole) };
+  } else if (name === "lanes") state.lanes = data && { ...data, engines: data.engines.map(whole), ranks: data.ranks.map(whole), writers: data.writers.map(whole) };
   else if (name === "ended") {
     remember([data]);
     load();

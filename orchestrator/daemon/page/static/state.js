@@ -15,6 +15,12 @@ export function now() {
   return Date.now() / 1000 + state.offset;
 }
 
+/** The round's lanes, as old as the status says that it is: they come only when something happens in it. */
+export function aged(lanes, progress) {
+  if (!lanes || lanes.over || lanes.round !== progress?.round) return lanes;
+  return { ...lanes, elapsed: Math.max(lanes.elapsed, progress.elapsed_seconds) };
+}
+
 /** Add rows of rounds, newer ones last; a round that is known already counts once. */
 export function remember(rows) {
   const known = new Map(state.rounds.map((row) => [row.round, row]));

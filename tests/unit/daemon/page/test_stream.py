@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 from weightsync.orchestrator.daemon.access.door import DoorLimits
 from weightsync.orchestrator.daemon.admin.history import History
-from weightsync.orchestrator.daemon.admin.views import RoundRow, StatusView
+from weightsync.orchestrator.daemon.admin.views import RoundRow, StatusView, VersionView
 from weightsync.orchestrator.daemon.page import stream as streams
 from weightsync.orchestrator.daemon.page.stream import PageStream, StreamRefused, Viewer
-from weightsync.orchestrator.daemon.page.timeline import Timeline
+from weightsync.orchestrator.daemon.page.timeline import RoundLanes, Timeline
 
 SECONDS = 20.0
 VIEWER = Viewer("viewer", False)
@@ -24,18 +24,40 @@ def row(name: str) -> RoundRow:
     return RoundRow(round=name, step=1, generation=7, attempt=1, outcome="committed")
 
 
+class Told(Timeline):
+    """Of which a round is shown at once."""
+
+    shown: RoundLanes | None = None
+
+    def begins(self, name: str) -> None:
+        self.shown = RoundLanes(
+            round=name, version=VersionView(step=1, generation=7), kind="publish", attempt=1, began=0.0, elapsed=0.0,
+            phase="pausing", phases=(("pausing", 0.0),), engines=(), ranks=(), writers=(), over=False, decided=False,
+            reason="", more=0,
+        )  # fmt: skip
+        self.changes += 1
+
+    def view(self, now: float) -> RoundLanes | None:
+        return self.shown
+
+
 class Served:
     """A stream behind a real server; beats come by hand."""
 
     def __init__(self) -> None:
         self.history, self.asked, self.text = History(), 0, "all is well"
-        self.stream = PageStream(self.status, self.history, Timeline())
+        self.timeline = Told()
+        self.stream = PageStream(self.status, self.history, self.timeline)
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What happens while a status is made."""
         self.url = ""
 
     async def status(self) -> StatusView:
         self.asked += 1
         if self.text == "broken":
             raise ZeroDivisionError
+        await asyncio.sleep(0)
+        self.meanwhile()
         return StatusView(run="glm", state=self.text, rounds=self.history.rounds)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -74,6 +96,12 @@ class Reader:
         assert lines[2] == ""
         return lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))
 
+    async def greeted(self) -> Any:
+        """All of a page's greeting; the status in it."""
+        said = [await self.next() for _ in range(3)]
+        assert [name for name, _ in said] == ["viewer", "status", "lanes"]
+        return said[1][1]
+
     async def over(self) -> bool:
         async with asyncio.timeout(SECONDS):
             return await self._answer.content.read() == b""
@@ -87,14 +115,14 @@ async def test_a_page_learns_who_asks_and_what_is(served: Served) -> None:
         assert await reader.next() == ("viewer", {"credential": "viewer", "acts": False})
         name, status = await reader.next()
         assert (name, status["state"]) == ("status", "all is well")
+        assert await reader.next() == ("lanes", None), "a page may still show a round of the daemon before this one"
 
 
 async def test_fifty_pages_cost_one_status(served: Served) -> None:
     async with aiohttp.ClientSession() as session, contextlib.AsyncExitStack() as open_pages:
         readers = [Reader(await open_pages.enter_async_context(session.get(served.url))) for _ in range(50)]
         for reader in readers:
-            await reader.next()
-            await reader.next()
+            await reader.greeted()
         assert served.asked < 50
         asked = served.asked
         served.text = "a round begins"
@@ -107,8 +135,7 @@ async def test_fifty_pages_cost_one_status(served: Served) -> None:
 async def test_rounds_are_told_when_they_end_each_once_also_two_in_one_beat(served: Served) -> None:
     async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
         reader = Reader(answer)
-        await reader.next()
-        await reader.next()
+        await reader.greeted()
         await served.stream.beat()
         assert (await reader.next())[0] == "status"
         served.history.rounds = (row("1.1"), row("1.2"))
@@ -119,6 +146,58 @@ async def test_rounds_are_told_when_they_end_each_once_also_two_in_one_beat(serv
         served.history.rounds = (row("1.1"), row("1.2"), row("1.3"))
         await served.stream.beat()
         assert (await reader.next())[1]["round"] == "1.3"
+
+
+async def test_a_round_is_told_while_it_runs_and_once(served: Served) -> None:
+    async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
+        reader = Reader(answer)
+        await reader.greeted()
+        served.timeline.begins("1.1")
+        await served.stream.beat()
+        name, lanes = await reader.next()
+        assert (name, lanes["round"], lanes["over"]) == ("lanes", "1.1", False)
+        for _ in range(2 * streams.STATUS_BEATS):
+            await served.stream.beat()
+        assert [(await reader.next())[0] for _ in range(3)] == ["status"] * 3
+
+
+async def test_a_round_that_runs_is_in_the_greeting(served: Served) -> None:
+    served.timeline.begins("1.1")
+    async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
+        reader = Reader(answer)
+        said = [await reader.next() for _ in range(3)]
+        assert (said[2][0], said[2][1]["round"], said[2][1]["over"]) == ("lanes", "1.1", False)
+
+
+async def test_a_round_that_begins_while_a_status_is_made_is_told(served: Served) -> None:
+    """No more may ever happen in it."""
+    async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
+        reader = Reader(answer)
+        await reader.greeted()
+        served.meanwhile = lambda: served.timeline.begins("1.1") if served.timeline.shown is None else None
+        for _ in range(2 * streams.STATUS_BEATS):
+            await served.stream.beat()
+        said = [await reader.next() for _ in range(3)]
+        assert [lanes["round"] for name, lanes in said if name == "lanes"] == ["1.1"]
+
+
+async def test_a_page_that_is_greeted_with_what_was_before_is_told_what_others_know(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A greeting is kept for a moment; a round that has begun in it, and was told, may have no other event."""
+    monkeypatch.setattr(streams, "FRESH_SECONDS", SECONDS)
+    served.stream._greeting = (-SECONDS, b"", -1)
+    async with aiohttp.ClientSession() as session, session.get(served.url) as first:
+        await Reader(first).greeted()
+        served.timeline.begins("1.1")
+        await served.stream.beat()
+        async with session.get(served.url) as second:
+            reader = Reader(second)
+            await reader.greeted()
+            assert served.asked == 2, "it was greeted with what the first one was"
+            await served.stream.beat()
+            name, lanes = await reader.next()
+            assert (name, lanes["round"]) == ("lanes", "1.1")
 
 
 async def test_a_status_comes_once_in_so_many_beats(served: Served) -> None:
@@ -136,7 +215,7 @@ async def test_nothing_is_made_while_no_page_is_open(served: Served) -> None:
     assert served.asked == 0
     async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
         reader = Reader(answer)
-        assert [(await reader.next())[0] for _ in range(3)] == ["viewer", "status", "status"]
+        assert [(await reader.next())[0] for _ in range(4)] == ["viewer", "status", "lanes", "status"]
     task.cancel()
     await asyncio.wait({task})
 
@@ -153,8 +232,7 @@ async def test_a_reader_that_does_not_keep_up_is_cut_off_and_nobody_else(
         another.get(served.url),  # and never read
     ):
         reader = Reader(quick)
-        await reader.next()
-        await reader.next()
+        await reader.greeted()
         assert served.taps() == 2
         for _ in range(64):
             await served.stream.beat()
@@ -182,8 +260,7 @@ async def test_a_stream_ends_and_its_place_is_free_again(served: Served, monkeyp
         for _ in range(2):
             async with session.get(served.url) as answer:
                 reader = Reader(answer)
-                await reader.next()
-                await reader.next()
+                await reader.greeted()
                 assert await reader.over()
     assert served.taps() == 0
 
@@ -192,8 +269,7 @@ async def test_what_breaks_costs_the_pages_only(served: Served) -> None:
     task = asyncio.create_task(served.stream.run())
     async with aiohttp.ClientSession() as session, session.get(served.url) as answer:
         reader = Reader(answer)
-        await reader.next()
-        await reader.next()
+        await reader.greeted()
         served.text = "broken"
         async with asyncio.timeout(SECONDS):
             while served.taps():  # noqa: ASYNC110  (what the stream does has no event)
@@ -202,8 +278,7 @@ async def test_what_breaks_costs_the_pages_only(served: Served) -> None:
         served.text = "well again"
         async with session.get(served.url) as answer_again:
             again = Reader(answer_again)
-            await again.next()
-            assert (await again.next())[1]["state"] == "well again"
+            assert (await again.greeted())["state"] == "well again"
     task.cancel()
     await asyncio.wait({task})
 
