@@ -23,6 +23,7 @@ def complete(spans: list[Received]) -> bool:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(120)
 async def test_a_version_is_one_trace_from_publish_to_each_engines_switch(tmp_path: Path) -> None:
     async with collecting() as collector:
