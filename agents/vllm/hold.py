@@ -185,12 +185,16 @@ def held_class(core_class: Any) -> type[Any]:
             return _call(self, method, timeout, args, kwargs or {})
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
-    for name, own in vars(Held).items():
+    _declare(Held, core_class)
+    return Held
+
+
+def _declare(held: type[Any], core_class: Any) -> None:
+    """vLLM decodes what a client sends by the types that the method of this name is declared with."""
+    for name, own in vars(held).items():
         theirs = getattr(core_class, name, None)
         if inspect.isfunction(own) and inspect.isfunction(theirs):
-            # vLLM decodes what a client sends by the types that the method of this name is declared with.
             own.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
-    return Held
 
 
 def _call(
