@@ -100,7 +100,7 @@ class Engine:
                 answer.set_exception(error)
 
     def _perform(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        _require(not self._ends, "weightsync: the engine ends")  # an update would wait for an agent that is gone
+        _require(not self._ends, "weightsync: the engine ends")  # an introduction would begin another agent
         match path:
             case "/is_paused":
                 return {"is_paused": self._paused}

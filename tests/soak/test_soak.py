@@ -9,7 +9,6 @@ ROUNDS, RESTARTS = 100, 4
 
 
 @pytest.mark.e2e
-@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_hundred_rounds_with_restarts_leave_nothing_behind(tmp_path: Path) -> None:
     soak = Soak(tmp_path, ROUNDS, RESTARTS, seed=1)
