@@ -15,6 +15,10 @@ class PauseState(enum.IntEnum):
     PAUSED_ALL = 2
 
 
+class LoraRequest:
+    """What a core decodes its argument to."""
+
+
 class Scheduler:
     def __init__(self) -> None:
         self.pause_state = PauseState.UNPAUSED
@@ -154,7 +158,7 @@ class EngineCore:
     def wake_up(self) -> None:
         self.resume_scheduler()
 
-    def add_lora(self, request: Any) -> bool:
+    def add_lora(self, request: LoraRequest) -> bool:
         return all(self.model_executor.collective_rpc("add_lora", None, (request,)))
 
     def remove_lora(self, number: int) -> bool:

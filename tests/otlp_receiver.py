@@ -36,7 +36,7 @@ class Collector:
         self.spans: list[Received] = []
         self._more = asyncio.Event()
 
-    async def until(self, holds: Callable[[list[Received]], bool], seconds: float = 20.0) -> list[Received]:
+    async def until(self, holds: Callable[[list[Received]], bool], seconds: float = 90.0) -> list[Received]:
         async with asyncio.timeout(seconds):
             while not holds(self.spans):
                 self._more.clear()

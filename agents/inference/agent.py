@@ -102,7 +102,7 @@ class InferenceAgent:
         warm_up(device)  # a compiler in the first round would cost its engine seconds of silence
         self._weights = LiveWeights(model, device, arenas, landing.lands, boundary, landing.why)
         self._holdings = Holdings()
-        self._windows = Windows(self._holdings, self._abandoned)
+        self._windows = Windows(self._holdings, self._abandoned, self._deaf)
         self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
         self._lending = Lending(self._weights, self._holdings)
         self._agent: AgentThread[InferenceSide] | None = None
@@ -196,11 +196,11 @@ class InferenceAgent:
         def tell(word: object) -> None:
             match word:
                 case RoundName():
-                    agent.post(lambda: agent.say_once(Quiesced(round=word)))
+                    self._tell(Quiesced(round=word))
                 case Verified() | Exposed():
-                    agent.post(lambda: agent.say_once(word))
+                    self._tell(word)
                 case EngineStatus():
-                    agent.post(lambda: agent.say_once(Left(round=name, status=word)))
+                    self._tell(Left(round=name, status=word))
 
         self._windows.serve_round(update, self._synchronise, self._verify, tell)
 
@@ -249,10 +249,8 @@ class InferenceAgent:
     @staticmethod
     def _unfit(agent: AgentThread[InferenceSide], epoch: int) -> str:
         """Why no round can be served; empty when one of ``epoch`` can."""
-        if agent.failure is not None:
-            return f"the agent of this worker has ended: {agent.failure}"
-        if not agent.alive:
-            return "the agent of this worker was closed; the daemon must introduce itself again"
+        if ended := agent.ended:
+            return ended
         if epoch != agent.epoch:
             return f"the round's epoch is {epoch}, and this worker obeys a daemon of epoch {agent.epoch}"
         return ""
@@ -297,6 +295,9 @@ class InferenceAgent:
         assert agent is not None, "only what a daemon has committed may run"
         with contextlib.suppress(RuntimeError):  # its loop has ended; whoever follows it says it with its Hello
             agent.post(lambda: agent.send(Holding(status=status)))
+
+    def _deaf(self) -> str:
+        return NOBODY if self._agent is None else self._agent.ended
 
     def _abandoned(self) -> bool:
         lease = self.lease

@@ -17,7 +17,7 @@ from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.link.beside import computed
 from weightsync.agents.link.edges import PlanEdges
 from weightsync.agents.link.side import Link
-from weightsync.agents.transport.grants import OpenGrant, not_written
+from weightsync.agents.transport.grants import OpenGrant, closed_to, not_written
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends
 from weightsync.agents.transport.shares import Share, Shares
@@ -188,7 +188,7 @@ class Lending:
                 return
             sizes = self._shares.sizes
             grant.leave(sizes)
-            for member, reason in self._closed_to(grant).items():
+            for member, reason in closed_to(grant, self._grants).items():
                 grant.ended(not_written(member, reason))
 
             def ended(end: HandedOver) -> None:
@@ -211,15 +211,6 @@ class Lending:
             grant.leave(sender.in_flight(), why, fault, retry=retry)
         finally:
             self._forget_closed()
-
-    def _closed_to(self, grant: OpenGrant) -> dict[Member, str]:
-        """Peers of the grant to which nothing may be posted, and why."""
-        closed = dict(grant.stopped)
-        for name, earlier in self._grants.items():
-            if earlier is grant:
-                break
-            closed |= {member: f"edge to {member} has not ended (round {name})" for member in earlier.open}
-        return closed
 
     def _forget_closed(self) -> None:
         for name, grant in list(self._grants.items()):

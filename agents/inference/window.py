@@ -67,6 +67,7 @@ class Windows:
     Args:
         holdings: what its memory holds.
         abandoned: whether the lease of the daemon has run out.
+        deaf: why no word of any daemon can come any more; empty while one can.
         clock: monotonic seconds.
     """
 
@@ -74,10 +75,12 @@ class Windows:
         self,
         holdings: Holdings,
         abandoned: Callable[[], bool] = lambda: False,
+        deaf: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.holdings = holdings
         self._abandoned = abandoned
+        self._deaf = deaf
         self._clock = clock
         self._inbox: queue.SimpleQueue[RoundOrder] = queue.SimpleQueue()
         self._ended: OrderedDict[RoundName, str] = OrderedDict()
@@ -140,9 +143,12 @@ class Windows:
         while (left := ends - self._clock()) > 0:
             if not self._torn_on_leave and self._abandoned():
                 return f"round {name}: the daemon is gone for longer than its lease, and nobody was granted"
+            deaf = self._deaf()  # asked before the last look, so that no word which did come is lost
             try:
-                word = self._inbox.get(timeout=min(left, LOOK_SECONDS))
+                word = self._inbox.get(timeout=0.0 if deaf else min(left, LOOK_SECONDS))
             except queue.Empty:
+                if deaf:
+                    return f"round {name}: {deaf}"
                 continue
             match word:
                 case Expose(round=named) if named == name:

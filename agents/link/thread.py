@@ -123,6 +123,13 @@ class AgentThread(Generic[SideT]):
         return self._thread.is_alive()
 
     @property
+    def ended(self) -> str:
+        """Why this thread says and hears nothing any more; empty while it runs."""
+        if self.failure is not None:
+            return f"the agent of this worker has ended: {self.failure}"
+        return "" if self.alive else "the agent of this worker was closed; the daemon must introduce itself again"
+
+    @property
     def connected(self) -> bool:
         """Whether there is a connection to a daemon that is obeyed."""
         return self._client is not None and self._client.connected

@@ -14,7 +14,7 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
-from weightsync.agents.transport.grants import OpenGrant, not_written
+from weightsync.agents.transport.grants import OpenGrant, closed_to, not_written
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.registry import Ends, Transport
 from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
@@ -286,15 +286,6 @@ class TrainerSide:
             return f"the slots hold {self._staged or 'a version in the making'}, not {grant.version}"
         return ""
 
-    def _closed_to(self, grant: OpenGrant) -> dict[Member, str]:
-        """Peers of the grant to which nothing may be posted, and why."""
-        closed = dict(grant.stopped)
-        for name, earlier in self._grants.items():
-            if earlier is grant:
-                break
-            closed |= {member: f"edge to {member} has not ended (round {name})" for member in earlier.open}
-        return closed
-
     async def _push(self, grant: OpenGrant) -> None:
         """Write what is granted; each peer's end is told, and what went wrong on this side."""
         ends = time.monotonic() + grant.grant.deadline_seconds
@@ -307,7 +298,7 @@ class TrainerSide:
                 return
             sizes = self._shares.sizes
             grant.leave(sizes)
-            for member, reason in self._closed_to(grant).items():
+            for member, reason in closed_to(grant, self._grants).items():
                 grant.ended(not_written(member, reason))
             members = [member for member in grant.grant.members if member in grant.open]
             if members:

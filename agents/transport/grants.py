@@ -1,12 +1,12 @@
-"""One grant at a trainer rank, from its arrival to its last CLOSED: which of its edges have ended, and how."""
+"""One grant at a rank that writes, from its arrival to its last CLOSED: which of its edges have ended, and how."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, Protocol
 
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.messages import Closed, Fault, Grant
-from weightsync.orchestrator.protocol.names import NO_BYTES, Member
+from weightsync.orchestrator.protocol.names import NO_BYTES, Member, RoundName
 from weightsync.orchestrator.protocol.text import clean
 
 SAY_SECONDS: Final = 0.05
@@ -100,3 +100,13 @@ class OpenGrant:
 def not_written(member: Member, reason: str) -> PeerTransfer:
     """The end of an edge over which nothing was posted."""
     return PeerTransfer(member, 0, 0, 0.0, NO_BYTES, clean(reason))
+
+
+def closed_to(grant: OpenGrant, grants: Mapping[RoundName, OpenGrant]) -> dict[Member, str]:
+    """Peers of the grant to which nothing may be posted, and why. ``grants``: all of this rank, the oldest first."""
+    closed = dict(grant.stopped)
+    for name, earlier in grants.items():
+        if earlier is grant:
+            break
+        closed |= {member: f"edge to {member} has not ended (round {name})" for member in earlier.open}
+    return closed

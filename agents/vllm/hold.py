@@ -10,6 +10,7 @@ exist), its class is replaced by a subclass of it. Nothing is replaced in engine
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -184,7 +185,16 @@ def held_class(core_class: Any) -> type[Any]:
             return _call(self, method, timeout, args, kwargs or {})
 
     Held.__name__, Held.__qualname__ = core_class.__name__, core_class.__qualname__
+    _declare(Held, core_class)
     return Held
+
+
+def _declare(held: type[Any], core_class: Any) -> None:
+    """vLLM decodes what a client sends by the types that the method of this name is declared with."""
+    for name, own in vars(held).items():
+        theirs = getattr(core_class, name, None)
+        if inspect.isfunction(own) and inspect.isfunction(theirs):
+            own.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
 
 
 def _call(

@@ -23,6 +23,7 @@ from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.orchestrator.protocol.names import Version
 
 STEP_SECONDS = 0.01
+PAUSED_SECONDS = 0.5
 POST = (
     "/pause", "/collective_rpc", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
     "/finish_weight_update",
@@ -83,9 +84,12 @@ class Engine:
         """Until ``end``."""
         while True:
             try:
-                answer, path, body = self._calls.get(timeout=None if self._paused else STEP_SECONDS)
+                # Never for good: a signal's handler runs in this thread, and one that comes just before a wait begins
+                # runs after it.
+                answer, path, body = self._calls.get(timeout=PAUSED_SECONDS if self._paused else STEP_SECONDS)
             except queue.Empty:
-                self._model.step()
+                if not self._paused:
+                    self._model.step()
                 continue
             if path == ENDED:
                 return
@@ -96,7 +100,7 @@ class Engine:
                 answer.set_exception(error)
 
     def _perform(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        _require(not self._ends, "weightsync: the engine ends")  # an update would wait for an agent that is gone
+        _require(not self._ends, "weightsync: the engine ends")  # an introduction would begin another agent
         match path:
             case "/is_paused":
                 return {"is_paused": self._paused}

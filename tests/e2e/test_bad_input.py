@@ -56,7 +56,7 @@ from weightsync.orchestrator.protocol.proof import (
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 CONFIG = qwen3_config()
-JOIN_SECONDS = 3
+JOIN_SECONDS = 10
 
 
 @dataclass(frozen=True)

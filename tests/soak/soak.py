@@ -84,9 +84,15 @@ def counting(environment: Mapping[str, str], directory: Path, name: str) -> dict
 
 
 class Soak:
-    """A fleet of stand-in engines, the daemon and a trainer of one rank, restarted as a seed says."""
+    """A fleet of stand-in engines, the daemon and a trainer of one rank, restarted as a seed says.
 
-    def __init__(self, directory: Path, rounds: int, restarts: int, seed: int) -> None:
+    Args:
+        environment: what all of them find in theirs, beside this process's own.
+    """
+
+    def __init__(
+        self, directory: Path, rounds: int, restarts: int, seed: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.directory, self.rounds = directory, rounds
         self._look_every, self._count_every = max(1, rounds // 200), max(5, rounds // 60)
         self.measured, self.committed, self.journal_mb = Measured(directory / "samples.jsonl"), 0, 0.0
@@ -95,6 +101,7 @@ class Soak:
         self._environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "UCX_TLS": "tcp,self,sm",
             "OMP_NUM_THREADS": "1", "WEIGHTSYNC_MODE": "live", "WEIGHTSYNC_LANDING_MIB": "1",
+            **(environment or {}),
         }  # fmt: skip
         self.engines = {name: StandIn(name, directory, self._environment) for name in ("e0", "e1")}
         self.fleet = Fleet(directory, self.engines, settings=dict(SETTINGS), run_id="soak")  # type: ignore[arg-type]

@@ -26,9 +26,8 @@ def complete(spans: list[Received]) -> bool:
 @pytest.mark.timeout(120)
 async def test_a_version_is_one_trace_from_publish_to_each_engines_switch(tmp_path: Path) -> None:
     async with collecting() as collector:
-        soak = Soak(tmp_path, ROUNDS, restarts=0, seed=1)
-        soak._environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = collector.endpoint
-        soak._environment["WEIGHTSYNC__TRACES__OTLP_ENDPOINT"] = collector.endpoint
+        names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "WEIGHTSYNC__TRACES__OTLP_ENDPOINT")
+        soak = Soak(tmp_path, ROUNDS, restarts=0, seed=1, environment=dict.fromkeys(names, collector.endpoint))
         try:
             await asyncio.to_thread(soak.run)
             spans = of_step(await collector.until(complete), ROUNDS)

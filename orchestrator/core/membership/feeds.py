@@ -120,9 +120,9 @@ def _send(turn: Turn, feed: Feed) -> None:
         if agent is None or connect.fingerprint == (agent.lends_delivered if connect.lends else agent.delivered):
             continue
         if connect.lends:
-            agent.lends_delivered, agent.unlent = connect.fingerprint, {}
+            agent.lends_delivered, agent.lends, agent.unlent = connect.fingerprint, "", {}
         else:
-            agent.delivered = connect.fingerprint
+            agent.delivered, agent.fingerprint = connect.fingerprint, ""
         turn.do(SendPlan(member, connect))
 
 

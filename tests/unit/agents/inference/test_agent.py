@@ -1,5 +1,7 @@
 """Experts that were rebalanced between rounds: the plan no longer fits, so the layout is announced anew."""
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +41,7 @@ class Ranks:
 class Thread:
     """In place of the agent's thread: what is posted to it is kept."""
 
-    failure = None
-    alive = True
+    ended = ""
     epoch = 1
     lease: tuple[float, float] | None = None
 
@@ -178,6 +179,29 @@ def test_a_daemon_that_is_gone_for_longer_than_its_lease_ends_a_round_in_which_n
     with pytest.raises(UpdateFailed, match="gone for longer than its lease"):
         agent.update(msgspec.structs.replace(UPDATE, exposes=True, deadline_seconds=60.0))
     assert not agent.status.torn
+
+
+def test_a_round_ends_with_the_agents_thread(introduced: tuple[InferenceAgent, InitInfo]) -> None:
+    """A worker that is told to end while it stands still does not stand there until the round's deadline."""
+    agent, _ = introduced
+    failures: list[BaseException] = []
+
+    def update() -> None:
+        try:
+            agent.update(msgspec.structs.replace(UPDATE, round_epoch=0, deadline_seconds=600.0))
+        except BaseException as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=update, daemon=True)
+    worker.start()
+    while agent.status.window is None:
+        time.sleep(0.01)
+    agent.close()
+    worker.join(30.0)
+    [failure] = failures
+    assert isinstance(failure, UpdateFailed)
+    assert "the agent of this worker was closed" in str(failure)
+    assert agent.status == EngineStatus(torn=True), "a round that does not tell may have been granted"
 
 
 def test_a_hold_has_a_reason() -> None:
@@ -379,8 +403,8 @@ def test_a_switch_needs_a_daemon_that_is_obeyed() -> None:
     assert agent.switchable(late) == refusal
     with pytest.raises(UpdateFailed, match=refusal):
         agent.switch(late)
-    thread.failure = OSError("its loop has ended")  # type: ignore[assignment]
-    assert "has ended: its loop has ended" in agent.switchable(ORDER)
+    thread.ended = "the agent of this worker has ended: its token is refused"
+    assert agent.switchable(ORDER) == thread.ended
 
 
 def standing_by(agent: InferenceAgent) -> None:

@@ -257,6 +257,24 @@ def test_once_exposed_it_waits_for_the_end_and_is_torn() -> None:
     assert worker.said == [ROUND, Exposed(round=ROUND), EngineStatus(applied=OLD, torn=True)]
 
 
+def test_where_no_word_can_come_any_more_nothing_is_waited_for() -> None:
+    worker = serving()
+    worker.windows._deaf = lambda: "it was closed"
+    with pytest.raises(UpdateFailed, match=r"round 1\.1: it was closed"):
+        worker.hold(TOLD)
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD)
+    with pytest.raises(UpdateFailed):
+        worker.hold(Update(RoundName(1, 3), NEW, 60.0))
+    assert worker.windows.holdings.status.torn, "somebody may have been granted"
+
+
+def test_a_word_that_came_before_is_heard() -> None:
+    worker = after(serving(), EXPOSE, COMMIT)
+    worker.windows._deaf = lambda: "it was closed"
+    worker.hold(TOLD)
+    assert worker.windows.holdings.status == EngineStatus(applied=NEW)
+
+
 def test_a_round_that_does_not_tell_exposes_with_quiesced() -> None:
     worker = abandoned(serving())
     with pytest.raises(UpdateFailed, match="nothing was decided"):

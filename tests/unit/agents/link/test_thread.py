@@ -439,6 +439,7 @@ def test_a_stop_that_comes_when_the_loop_is_ending_begins_nothing(
     thread._thread.join(10)
     thread.close("nobody is there")
     assert isinstance(thread.failure, Hopeless)
+    assert thread.ended == "the agent of this worker has ended: another run"
     assert thread.side.is_shut
     assert all(task.done() for task in tasks)
 
@@ -446,6 +447,7 @@ def test_a_stop_that_comes_when_the_loop_is_ending_begins_nothing(
 def test_the_lease_runs_while_the_thread_lives_and_the_daemon_is_silent(thread: AgentThread[Side]) -> None:
     running(thread)
     assert thread.connected
+    assert thread.ended == ""
     assert thread.lease is None, "no daemon has given one"
     thread.call(lambda: thread._heard(welcome(1, rendezvous=None, lease_seconds=60.0)))
     first = thread.lease

@@ -1,12 +1,13 @@
 """The hold of the scheduler, on fakes with the shape of vLLM's engine core."""
 
+import inspect
 import sys
 from queue import Queue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_cores import DPEngineCore, EngineCore, PauseState, config, pretend_vllm, servable
+from engine_cores import DPEngineCore, EngineCore, LoraRequest, PauseState, config, pretend_vllm, servable
 from weightsync.agents.inference import application
 from weightsync.agents.inference.place import PlaceError
 from weightsync.agents.vllm import gate, hold, lease, workers
@@ -428,6 +429,12 @@ def test_after_a_call_that_changed_nothing_the_engine_serves_on(serving: EngineC
     assert serving.add_lora("adapter")
     assert not serving.is_scheduler_paused()
     assert serving.model_executor.workers[1].calls == ["add adapter"]
+
+
+def test_methods_are_declared_as_those_that_they_stand_before(serving: EngineCore) -> None:
+    """By which vLLM makes a request of the list that a client sends."""
+    (request,) = inspect.signature(serving.add_lora).parameters.values()
+    assert request.annotation is LoraRequest
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -115,6 +115,31 @@ def test_a_borrower_gets_the_trainers_edges_back_when_it_is_over(drive: Any) -> 
     assert "feed" not in fleet.fleet.agents[rank("e2")].delivered
 
 
+def test_who_was_sent_other_edges_has_not_confirmed_the_ones_before(drive: Any) -> None:
+    """Else a round by the trainer's edges begins with a rank that runs the feed's by the time of the grant."""
+    fleet = behind(drive, trainer=True)
+    trainers, feed = [command for command in fleet.commands if isinstance(command, MakePlan)][-2:]
+    fleet.happens(PlanReady(fleet.id(), trainers.number, plan_facts(trainers)))
+    fleet.passes(0.1)
+    borrower = fleet.fleet.agents[rank("e2")]
+    own = borrower.delivered
+    fleet.says(rank("e2"), Ready(fingerprint=own))
+    assert fleet.fleet.is_confirmed(rank("e2"))
+    fleet.happens(PlanReady(fleet.id(), feed.number, plan_facts(feed), True))
+    fleet.passes(0.1)
+    lent = borrower.delivered
+    assert lent != own
+    assert not fleet.fleet.is_confirmed(rank("e2"))
+    fleet.fleet.policy = dataclasses.replace(fleet.fleet.policy, fan_out="trainer")
+    fleet.passes(0.1)
+    fleet.passes(0.1)
+    fleet.says(rank("e2"), Ready(fingerprint=lent))
+    assert borrower.delivered == own
+    assert not fleet.fleet.is_confirmed(rank("e2")), "the answer to what it was sent before"
+    fleet.says(rank("e2"), Ready(fingerprint=own))
+    assert fleet.fleet.is_confirmed(rank("e2"))
+
+
 @pytest.mark.parametrize(("fan_out", "targets"), [("auto", ["e2"]), ("peers", [])])
 def test_where_nobody_lends_the_trainer_writes_if_it_may(drive: Any, fan_out: str, targets: list[str]) -> None:
     fleet = behind(drive, trainer=True, fan_out=fan_out, reads_only=ENGINES)

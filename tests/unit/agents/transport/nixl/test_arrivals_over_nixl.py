@@ -30,7 +30,7 @@ class Peer:
 
     def __init__(self, number, of, landing, lands):
         command = [sys.executable, str(HERE / "landing_peer.py"), str(number), str(of), str(landing), lands]
-        paths = [str(HERE.parents[3]), os.environ["PYTHONPATH"]]
+        paths = [str(HERE.parents[3]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},  # it answers on stdout
