@@ -11,7 +11,7 @@ from weightsync.orchestrator.core.records import LinkUse
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
-from weightsync.orchestrator.protocol.messages import Announce, EngineStatus, Fault, Hello, Needs, Staged
+from weightsync.orchestrator.protocol.messages import Announce, Connect, EngineStatus, Fault, Hello, Needs, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 
@@ -64,6 +64,17 @@ class ConnectedAgent:
         self.lends_delivered = self.lends = ""
         self.unlent = {}
         self._contents = None
+
+    def is_sent(self, connect: Connect) -> None:
+        """This edge set. If it runs another one, it will at some time run that no more."""
+        if connect.lends:
+            self.lends_delivered, self.unlent = connect.fingerprint, {}
+            if self.lends != connect.fingerprint:
+                self.lends = ""
+        else:
+            self.delivered = connect.fingerprint
+            if self.fingerprint != connect.fingerprint:
+                self.fingerprint = ""
 
     def resumes(self, before: "ConnectedAgent") -> None:
         """It is the process of ``before`` on a new connection. Its Connects are sent again: they may be lost, and what

@@ -119,10 +119,7 @@ def _send(turn: Turn, feed: Feed) -> None:
         agent = turn.fleet.agents.get(member)
         if agent is None or connect.fingerprint == (agent.lends_delivered if connect.lends else agent.delivered):
             continue
-        if connect.lends:
-            agent.lends_delivered, agent.lends, agent.unlent = connect.fingerprint, "", {}
-        else:
-            agent.delivered, agent.fingerprint = connect.fingerprint, ""
+        agent.is_sent(connect)
         turn.do(SendPlan(member, connect))
 
 

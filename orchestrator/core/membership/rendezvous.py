@@ -147,7 +147,7 @@ def _send_plans(turn: Turn) -> None:
             continue
         planned = (member, agent.hello.incarnation) in fleet.planned_for
         if planned and agent.delivered != connect.fingerprint:
-            agent.delivered, agent.fingerprint = connect.fingerprint, ""
+            agent.is_sent(connect)
             turn.do(SendPlan(member, connect))
 
 
