@@ -139,12 +139,16 @@ class Judge:
 
     # ------------------------------------------------------------------------------------------------------------ L1
     def behind(self) -> list[str]:
-        """L1: engines that do not serve the last committed version, and why."""
+        """L1: engines that do not serve the last committed version though somebody can give it to them, and why."""
         world, lines = self._world, []
+        # After a rollback the trainer has another one, and only who lends can bring an engine that is new there.
+        given = world.policy.fan_out != "trainer" or all(rank.slots in self.committed[-1:] for rank in world.job.ranks)
         for name in world.members():
             server = world.servers.get(name)
             if server is None:
                 lines.append(f"{name}: not there")
+                continue
+            if not given and not server.serves and all(worker.status.applied is None for worker in server.workers):
                 continue
             held = {version for worker in server.workers for version in worker.memory}
             if not server.serves or held != set(self.committed[-1:]):
