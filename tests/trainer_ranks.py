@@ -151,6 +151,7 @@ def in_processes(world: int, body: Callable[..., Any], *arguments: Any) -> list[
 
 def _rank_main(rank: int, world: int, port: int, results: Any, body: Callable[..., Any], arguments: Any) -> None:
     logging.disable(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["UCX_TLS"] = "tcp,self,sm"

@@ -12,14 +12,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import yaml
 from serving import HOST, VllmServer, free_port
 from weightsync.orchestrator.settings.credentials import make_tokens
 
 HERE = Path(__file__).resolve().parent
-DAEMON_READY_SECONDS = 20.0
+DAEMON_READY_SECONDS = 120.0
 ANSWER_SECONDS = 120.0
 STOP_SECONDS = 15.0
 CUDA_TRAINER = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -76,6 +76,13 @@ class Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
 
+class Told(dict[str, Any]):
+    """An answer of a trainer; whoever asks it for what it does not say is shown what it does."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise AssertionError(f"the trainer says no {key}: {dict(self)}")
+
+
 @dataclass
 class Trainer:
     """``scripted_trainer.py`` on ``world`` ranks."""
@@ -89,7 +96,7 @@ class Trainer:
         child.stdin.write(json.dumps(order).encode() + b"\n")
         child.stdin.flush()
 
-    def hear(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+    def hear(self, seconds: float = ANSWER_SECONDS) -> Told:
         """The next answer of rank 0."""
         import select
 
@@ -103,7 +110,7 @@ class Trainer:
                 if not line:
                     raise AssertionError(f"the trainer ended\n{self.ranks[0].tail()}")
                 if line.startswith(b"{"):
-                    return dict(json.loads(line))
+                    return Told(json.loads(line))
             elif any(rank.child is not None and rank.child.poll() not in (None, 0) for rank in self.ranks):
                 raise AssertionError("a trainer rank failed\n" + "\n".join(rank.tail(20) for rank in self.ranks))
         raise Timeout(f"no answer of the trainer within {seconds} s\n" + "\n".join(r.tail(20) for r in self.ranks))
@@ -113,7 +120,7 @@ class Trainer:
         self.tell(do="save", step=step)
         assert self.hear() == {"saved": step}
 
-    def publish(self, step: int, **more: Any) -> dict[str, Any]:
+    def publish(self, step: int, **more: Any) -> Told:
         self.tell(do="publish", step=step, **more)
         return self.hear()
 

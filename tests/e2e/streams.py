@@ -10,7 +10,11 @@ from serving import VllmServer
 
 
 class Streams:
-    """Clients that stream one answer after the other while something happens; ``said`` has those of each client."""
+    """Clients that stream one answer after the other while something happens; ``said`` has those of each client.
+
+    Each begins when the one before has heard its share of an answer, so that they are not all between two answers at
+    the same moment.
+    """
 
     def __init__(self, server: VllmServer, prompts: list[tuple[int, ...]], tokens: int) -> None:
         self.said: list[list[list[int]]] = [[] for _ in prompts]
@@ -21,11 +25,12 @@ class Streams:
             threading.Thread(target=self._hear, args=(prompt, said, event), daemon=True)
             for prompt, said, event in zip(prompts, self.said, self._under_way, strict=True)
         ]
+        self._share = tokens // (len(prompts) + 1)
 
     def __enter__(self) -> "Streams":
-        for thread in self._threads:
+        for thread, event in zip(self._threads, self._under_way, strict=True):
             thread.start()
-        assert all(event.wait(60) for event in self._under_way), self.errors
+            assert event.wait(60), self.errors
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -39,7 +44,8 @@ class Streams:
                 said.append([])
                 for chunk in self._server.stream(prompt, self._tokens):
                     said[-1] += chunk
-                    under_way.set()
+                    if len(said) > 1 or len(said[-1]) >= self._share:
+                        under_way.set()
         except Exception as error:
             self.errors.append(error)
 
