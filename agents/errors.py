@@ -9,6 +9,7 @@ On the right, the module below ``agents``::
     ├── FlipFailed, PagesTorn    sets of pages that did not change places            memory.errors
     ├── DriverError              a call of the CUDA driver that failed               memory.pages.driver
     ├── NicError                 a GPU without a network port                        memory.nic
+    ├── NetDeviceMissing         a network device that the host does not have        memory.nic
     ├── RunTableError            copies or rows that do not fit their layout         tables.runs
     ├── ApplicantError           an engine that cannot say where it is               link.applicant
     ├── TlsError                 files or variables by which no TLS can be spoken    link.tls
@@ -21,7 +22,7 @@ On the right, the module below ``agents``::
     ├── NixlError                the data plane over NIXL                            transport.nixl.errors
     │   ├── NixlMissingError, RegionError, MetadataError, ConnectError, EdgeError
     │   └── TransferError            one peer was not written
-    │       └── DeadlineError, StoppedError, DisconnectedError, ImplausibleRateError
+    │       └── DeadlineError, StalledError, StoppedError, DisconnectedError, ImplausibleRateError
     ├── TrainerError             a trainer's tensors or its table                    trainer.errors
     │   ├── MissingTensor, ChangedTensor, UnsupportedPlacement, …
     │   └── StreamError              a stream that is not what a version needs       trainer.streams.streamed

@@ -27,6 +27,7 @@ def test_a_sealed_card_comes_back() -> None:
         (seal(msgspec.structs.replace(CARD, name="b/0-1")), "that of b/0-1"),
         (hashlib.sha256(b"\xc1").digest() + b"\xc1", "no endpoint card"),
     ],
+    ids=["cut", "one bit", "empty", "another schema", "another's", "no card"],
 )
 def test_another_card_is_refused(sealed: bytes, words: str) -> None:
     with pytest.raises(MetadataError, match=words) as caught:
