@@ -1,10 +1,12 @@
 """The files under deploy/: they parse, agree with the program, and the job script does what it says."""
 
 import configparser
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -131,7 +133,16 @@ def job(tmp_path: Path) -> dict[str, str]:
 
 
 def run(environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(JOB)], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    """The job to its end; what it leaves behind ends with it, as SLURM has the steps of a job."""
+    command = ["bash", str(JOB)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as job:
+        try:
+            out, err = job.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, job.returncode, out, err)
 
 
 def test_the_job_restarts_what_dies_and_ends_with_its_trainer(job: dict[str, str], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from weightsync.agents.link.turns import SWITCH_SECONDS, quick_turns
+from weightsync.agents.link.turns import SLACK_NANOSECONDS, SWITCH_SECONDS, quick_turns, timer_slack
 
 ELSEWHERE = 0.004
 
@@ -24,6 +24,16 @@ def test_turns_are_as_before_however_often_it_writes(microseconds: int) -> None:
         with quick_turns():
             assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
     assert sys.getswitchinterval() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_the_writing_thread_is_woken_in_time() -> None:
+    before = timer_slack()
+    assert before > SLACK_NANOSECONDS
+    for _ in range(2):
+        with quick_turns():
+            assert timer_slack() == SLACK_NANOSECONDS
+        assert timer_slack() == before
 
 
 def test_turns_are_as_before_also_after_a_failure() -> None:
