@@ -25,7 +25,7 @@ LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
-GENERATORS = ("reference_pages", "round_pages")
+GENERATORS = ("reference_pages", "round_pages", "error_pages")
 """Modules beside this one whose PAGES are made from the code."""
 
 

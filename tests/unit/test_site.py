@@ -3,14 +3,17 @@
 ``make docs`` builds it and finds broken links between pages.
 """
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from weightsync.agents import errors as agent_errors
 from weightsync.agents.transport.registry import TRANSPORTS
 from weightsync.orchestrator.cli.completion import words_of
 from weightsync.orchestrator.cli.main import parser
@@ -38,6 +41,7 @@ def loaded(name: str) -> ModuleType:
 
 
 hooks, reference, of_rounds = loaded("hooks"), loaded("reference_pages"), loaded("round_pages")
+of_errors = loaded("error_pages")
 
 
 def first_cells(page: str) -> list[str]:
@@ -111,6 +115,23 @@ def test_every_metric_is_described() -> None:
     names = {family.name + ("_total" if family.type == "counter" else "") for family in told}
     assert set(first_cells(reference.metrics())) == names
     assert "| `weightsync_rounds_total` | counter | `outcome`, `fault` |" in reference.metrics()
+
+
+def test_every_error_of_an_agent_is_described_as_it_is() -> None:
+    told = {kind.name: (kind.module, fault, retry, kind.says) for kind, fault, retry in of_errors.errors()}
+    assert set(first_cells(of_errors.page())) == set(told) | set(of_errors.FAULTS)
+    assert {fault for _, fault, _, _ in told.values()} <= set(of_errors.FAULTS) < set(get_args(messages.Fault))
+    assert all(says for *_, says in told.values())
+    for name in (
+        "NixlMissingError", "TransferError", "DeadlineError", "BusyError", "PublishError", "MissingTensor", "TlsError",
+        "CheckpointError", "PlaceError", "StandbyMissing", "FlipFailed", "NetDeviceMissing",
+    ):  # fmt: skip
+        module, fault, retry, _ = told[name]
+        kind = getattr(importlib.import_module(f"weightsync.agents.{module}"), name)
+        assert (kind.fault, kind.retry) == (fault, retry), name
+    tree = (agent_errors.__doc__ or "").partition("AgentError\n")[2].partition("\n\n")[0]
+    drawn = {name for row in tree.splitlines() for name in re.findall(r"[A-Z][a-z]\w+(?=,|$|  )", row.partition("── ")[2])}
+    assert drawn <= set(told), "each that the tree of the agents' errors draws"
 
 
 def test_every_message_is_described_with_its_fields() -> None:
