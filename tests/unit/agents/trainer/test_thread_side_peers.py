@@ -353,7 +353,7 @@ async def test_a_plan_with_a_dead_peer_serves_the_others_and_those_that_come_bac
     dead.process.wait()
     ready = await trainer.connect(a, dead)
     assert names(ready.failed) == [C]
-    assert "does not take the metadata" in ready.failed[0].error
+    assert "at the first word: the peer's process or its connection is gone" in ready.failed[0].error
     trainer.grant(1, A, C)
     _, errors = await trainer.closed(1, A, C, final=True)
     assert errors[A] == ""
