@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
+from weightsync.orchestrator.planner.fingerprint import reached_fingerprint
 from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
 from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.messages import Connect
@@ -87,7 +88,7 @@ def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced], len
         for peer, berth in zip(part.peers, part.berths, strict=True)
     )
     return Connect(
-        fingerprint=part.fingerprint,
+        fingerprint=reached_fingerprint(part.fingerprint, [peer.endpoint_name for peer in peers]),
         root=plan.root,
         peers=peers,
         copies=part.copies,

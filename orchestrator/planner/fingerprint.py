@@ -45,6 +45,11 @@ def part_fingerprint(
     return digest.hexdigest()[:FINGERPRINT_CHARS]
 
 
+def reached_fingerprint(part: str, endpoint_names: Iterable[str]) -> str:
+    """Of one member's edge set as it is told: also by which endpoints its peers are reached, which they may change."""
+    return hashlib.sha256(_encoder.encode((part, list(endpoint_names)))).hexdigest()[:FINGERPRINT_CHARS]
+
+
 def root_fingerprint(parts: Mapping[Member, str] | Iterable[tuple[Member, str]]) -> str:
     """Of a whole plan: over its members' fingerprints, whatever their order."""
     return hashlib.sha256(_encoder.encode(sorted(dict(parts).items()))).hexdigest()[:FINGERPRINT_CHARS]

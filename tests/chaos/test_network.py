@@ -81,6 +81,18 @@ def test_an_engine_that_its_writer_cannot_reach_is_left_out_and_comes_back(apart
     apart.everywhere()
 
 
+def test_an_engine_that_was_given_another_endpoint_is_reached_by_it(apart: Several, network: Network) -> None:
+    """Its writer stays away for so long that the engine is asked for one before the link is whole again."""
+    said = apart.whole.daemon_log()
+    with apart.stopped_at(PHASES["EXPOSING"]) as step:
+        network.cut("trainer", "e0")
+    apart.ended(step)
+    renewed = "e0/0 is asked for another endpoint"
+    apart.whole.until(lambda: renewed in apart.whole.daemon_log()[len(said) :], "e0 to be asked for another", 30)
+    network.mend()
+    apart.everywhere()
+
+
 @pytest.mark.parametrize("way", cases(WAYS, ("that nobody hears it",)))
 def test_a_trainer_that_is_cut_off_with_a_grant_leaves_engines_paused_until_it_is_back(
     apart: Several, network: Network, way: str

@@ -190,6 +190,10 @@ class Fleet:
         self.until(self._serves, "the daemon to listen", DAEMON_READY_SECONDS)
         return self.daemon
 
+    def daemon_log(self) -> str:
+        """All that its daemons have said so far."""
+        return (self.directory / "daemon.log").read_text(errors="replace")
+
     def restart_daemon(self, **settings: Any) -> Process:
         """An orderly end, and a daemon whose configuration has these sections in place of the old ones."""
         if self.daemon is not None:

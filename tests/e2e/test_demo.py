@@ -60,7 +60,8 @@ def test_the_pushed_engine_answers_as_a_fresh_one(demo: "subprocess.Popen[str]",
     assert "whole, and verified." in out, "the last version has learnt the text"
     assert ", 0 failures" in out
     rows = re.findall(r"^ +(\d+) +(\d+\.\d+) +\d+\.\d MB ", out, re.MULTILINE)
-    assert [int(step) for step, _ in rows] == [10, 20]
+    steps = [int(step) for step, _ in rows]
+    assert list(dict.fromkeys(steps)) == [10, 20], "on a busy machine one engine may come after the other"
     assert float(rows[0][1]) > float(rows[1][1]), "the loss goes down"
     assert "\x1b" not in out, "no terminal, no escapes"
     assert all(len(line) <= 100 or str(tmp_path) in line for line in out.splitlines()), out

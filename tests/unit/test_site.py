@@ -130,7 +130,9 @@ def test_every_error_of_an_agent_is_described_as_it_is() -> None:
         kind = getattr(importlib.import_module(f"weightsync.agents.{module}"), name)
         assert (kind.fault, kind.retry) == (fault, retry), name
     tree = (agent_errors.__doc__ or "").partition("AgentError\n")[2].partition("\n\n")[0]
-    drawn = {name for row in tree.splitlines() for name in re.findall(r"[A-Z][a-z]\w+(?=,|$|  )", row.partition("── ")[2])}
+    drawn = {
+        name for row in tree.splitlines() for name in re.findall(r"[A-Z][a-z]\w+(?=,|$|  )", row.partition("── ")[2])
+    }
     assert drawn <= set(told), "each that the tree of the agents' errors draws"
 
 

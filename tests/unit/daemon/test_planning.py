@@ -86,6 +86,18 @@ def test_another_incarnation_is_another_plan() -> None:
     assert planning.make(MakePlan(3, TRAINERS, (ENGINE,))).root == root
 
 
+def test_another_endpoint_is_the_same_plan_and_its_writers_are_told() -> None:
+    """Who has the fingerprint already is not told again."""
+    planning = Planning()
+    before = planning.make(MakePlan(1, TRAINERS, (ENGINE,)))
+    elsewhere = msgspec.structs.replace(ENGINE.announce, endpoint_name="another of e0/0", endpoint=b"another")
+    after = planning.make(MakePlan(2, TRAINERS, (Announced(ENGINE.member, ENGINE.incarnation, elsewhere),)))
+    assert after.root == before.root
+    changed = {m for m, connect in after.connects.items() if connect.fingerprint != before.connects[m].fingerprint}
+    assert changed == {trainer.member for trainer in TRAINERS}
+    assert {c.peers[0].endpoint_name for m, c in after.connects.items() if m in changed} == {"another of e0/0"}
+
+
 def test_a_feed_is_of_engines_alone_and_leaves_the_trainers_plan() -> None:
     """Who writes is reached by the endpoint by which it lends; both sides know what travels."""
     planning = Planning()
