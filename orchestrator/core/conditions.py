@@ -23,8 +23,13 @@ def staged(fleet: Fleet) -> Version | None:
     """The version that all trainer ranks have staged."""
     if not fleet.trainers_whole():
         return None
-    versions = {_staged_by(fleet, agent) for agent in fleet.trainers()}
-    return versions.pop() if len(versions) == 1 else None
+    found: Version | None = None
+    for agent in fleet.trainer_ranks.values():
+        version = _staged_by(fleet, agent)
+        if version is None or (found is not None and version != found):
+            return None
+        found = version
+    return found
 
 
 def _staged_by(fleet: Fleet, agent: ConnectedAgent) -> Version | None:

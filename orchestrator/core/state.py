@@ -303,26 +303,34 @@ class Fleet:
 
     def trainers_whole(self) -> bool:
         """All ranks of the trainer are connected and have announced their layouts."""
-        ranks = self.trainers()
-        return bool(ranks) and len(ranks) == ranks[0].hello.world and all(a.announce for a in ranks)
+        ranks = self.trainer_ranks
+        for agent in ranks.values():
+            if agent.announce is None or agent.hello.world != len(ranks):
+                return False
+        return bool(ranks)
 
     def attached(self, engine: str) -> bool:
         """All ranks of the engine are connected and have announced, and its routes answer."""
-        ranks = self.ranks_of(engine)
-        return (
-            self.engines[engine].reachable
-            and bool(ranks)
-            and len(ranks) == ranks[0].hello.world
-            and all(a.announce for a in ranks)
-        )
+        state = self.engines[engine]
+        if not state.reachable or not state.ranks:
+            return False
+        for agent in state.ranks.values():
+            if agent.announce is None or agent.hello.world != len(state.ranks):
+                return False
+        return True
 
     def version_of(self, engine: str) -> Version | None:
         """The committed version that every rank of the engine holds, whole; None if they hold none or differ."""
-        ranks = self.ranks_of(engine)
-        if not ranks or len(ranks) != ranks[0].hello.world:
-            return None
-        versions = {None if a.status.torn or a.status.window else a.status.applied for a in ranks}
-        return versions.pop() if len(versions) == 1 else None
+        ranks = self.engines[engine].ranks
+        held: Version | None = None
+        for agent in ranks.values():
+            status = agent.status
+            if status.torn or status.window or status.applied is None or agent.hello.world != len(ranks):
+                return None
+            if held is not None and status.applied != held:
+                return None
+            held = status.applied
+        return held
 
     def mixed(self, engine: str) -> bool:
         """All ranks are here, none is inside a round, and they hold different versions: some have switched."""
@@ -332,7 +340,7 @@ class Fleet:
 
     def torn(self, engine: str) -> bool:
         """Some rank says that its live memory may be neither its old version nor a new one."""
-        return any(agent.status.torn for agent in self.ranks_of(engine))
+        return any(agent.status.torn for agent in self.engines[engine].ranks.values())
 
     def quorum(self) -> int:
         """Engines that a commit needs, of those that are there to be."""

@@ -34,7 +34,7 @@ def sentence(fleet: Fleet, now: float) -> str:
 
 def standing(fleet: Fleet) -> str:
     """The sentence, and what is wrong with each engine: for the trainer, whose user may look nowhere else."""
-    wrong = [f"{name}: {engine.complaint[0]}" for name, engine in fleet.engines.items() if engine.complaint[0]]
+    wrong = [f"{name}: {why}" for name, engine in fleet.engines.items() if (why := engine.complaint[0])]
     more = len(wrong) - conditions.SHOWN
     shown = [*wrong[: conditions.SHOWN], *([f"{more} more"] if more > 0 else [])]
     return "; ".join([fleet.sentence, *shown])

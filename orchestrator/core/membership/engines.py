@@ -78,6 +78,8 @@ def tend_engines(turn: Turn) -> None:
 
 def _busy(turn: Turn, engine: EngineState) -> bool:
     """A call to it is under way. One that does not answer to a switch may serve meanwhile, but not for long."""
+    if not engine.calls:
+        return False
     late = turn.now >= engine.switch_again_at
     return bool(engine.calls.keys() - ({Call.SWITCH} if late else set()))
 

@@ -69,8 +69,9 @@ def _wanted(fleet: Fleet, now: float) -> dict[str, str]:
 
 def _part(turn: Turn) -> None:
     """Nobody borrows any more: edges to engines that may end are not kept."""
+    writers = {writer for writer, _ in turn.fleet.unclosed}
     for agent in turn.fleet.agents.values():
-        if agent.member.role == "inference":
+        if agent.member.role == "inference" and (agent.lends_delivered or agent.lends or agent.member in writers):
             rest = _rest(turn.fleet, agent)
             if rest.fingerprint != agent.lends_delivered or (agent.lends and agent.lends != rest.fingerprint):
                 agent.lends_delivered, agent.lends = rest.fingerprint, ""
