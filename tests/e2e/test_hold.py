@@ -79,7 +79,9 @@ class Held:
         return answer
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp2", "dp2"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((2, 1), id="tp2"), pytest.param((1, 2), id="dp2", marks=pytest.mark.long)]
+)
 def held(request: pytest.FixtureRequest, qwen3: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Held:
     """A server that clients hammered until it was ready and for a while longer."""
     tp, dp = request.param

@@ -68,8 +68,14 @@ def require_mode(whole: Fleet, engine: dict[str, Any], mode: str, tp: int) -> No
 
 @pytest.mark.parametrize(
     ("tp", "dp", "world", "env"),
-    [(1, 1, 1, {}), (2, 1, 2, {}), (1, 2, 2, {}), (1, 1, 1, LIVE), (2, 1, 2, LIVE), (1, 1, 1, FLIP)],
-    ids=["tp1", "tp2", "dp2", "live-tp1", "live-tp2", "flip-tp1"],
+    [
+        pytest.param(1, 1, 1, {}, id="tp1"),
+        pytest.param(2, 1, 2, {}, id="tp2"),
+        pytest.param(1, 2, 2, {}, id="dp2"),
+        pytest.param(1, 1, 1, LIVE, id="live-tp1", marks=pytest.mark.long),
+        pytest.param(2, 1, 2, LIVE, id="live-tp2"),
+        pytest.param(1, 1, 1, FLIP, id="flip-tp1"),
+    ],
 )
 def test_answers_equal_those_of_a_fresh_engine(
     tp: int, dp: int, world: int, env: dict[str, str], qwen3: Path, tmp_path: Path

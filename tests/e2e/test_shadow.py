@@ -38,7 +38,7 @@ class Pushed:
         return step
 
 
-@pytest.fixture(scope="module", params=["keep", "drop", "recompute"])
+@pytest.fixture(scope="module", params=["keep", pytest.param("drop", marks=pytest.mark.long), "recompute"])
 def pushed(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     directory = tmp_path_factory.mktemp(request.param)
     server = VllmServer(qwen3, prefix_caching=True, log=directory / "vllm.log").start()

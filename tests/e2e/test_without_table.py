@@ -24,7 +24,11 @@ STACKED = MixtralConfig(num_local_experts=4, num_experts_per_tok=2, head_dim=32,
 
 
 @pytest.mark.parametrize(
-    ("config", "tp", "world"), [(TIED_AND_BIASED, 2, 1), (STACKED, 1, 2)], ids=["qwen2 at tp 2", "mixtral from fsdp2"]
+    ("config", "tp", "world"),
+    [
+        pytest.param(TIED_AND_BIASED, 2, 1, id="qwen2 at tp 2", marks=pytest.mark.long),  # also one of the families
+        pytest.param(STACKED, 1, 2, id="mixtral from fsdp2"),
+    ],
 )
 def test_answers_equal_those_of_what_was_saved(config: Any, tp: int, world: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
