@@ -21,10 +21,7 @@ LONGEST_WAIT_SECONDS: Final = 600.0
 def evaluate(turn: Turn) -> None:
     """Ask each worker that a writer does not get through to; again after the patience, then half as often each time."""
     fleet, policy = turn.fleet, turn.fleet.policy
-    for agent in fleet.agents.values():
-        if agent.dead_edges or agent.unlent or agent.renewal is not None:
-            break
-    else:
+    if not any(agent.dead_edges or agent.unlent or agent.renewal for agent in fleet.agents.values()):
         return  # as nearly always
     dead = dict(_dead(fleet))
     for target, (writer, hangs) in dead.items():
