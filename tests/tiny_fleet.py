@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from weightsync.agents.memory.arena import host_arena, region_of
-from weightsync.agents.tables.cargo import landed
 from weightsync.agents.tables.runs import digest_table, scatter_table
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
@@ -14,6 +13,7 @@ from weightsync.kernels.copy import strided_copy
 from weightsync.kernels.digest import digest
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.landing import landed
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Lands, Layout, Tensor, as_matrix, row
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member, RoundName

@@ -1,8 +1,9 @@
-"""What an inference rank writes to others: the version that it serves, from live memory, when the daemon grants it.
+"""What an inference rank writes to others when the daemon grants it: the version that it serves, from live memory, or
+one that it has verified and does not serve yet, from its standby.
 
-It lends beside serving, as a trainer rank writes beside training: nothing of what it reads changes meanwhile, since an
-engine that lends is written to by no round. Its end of the transport is one of its own, so that what is registered for
-reading is not what trainer ranks are told of.
+It lends beside serving, as a trainer rank writes beside training: nothing of what it reads changes meanwhile, since
+nobody is granted to write there before it has closed. Its end of the transport is one of its own, so that what is
+registered for reading is not what trainer ranks are told of.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.link.beside import computed
-from weightsync.agents.link.edges import PlanEdges
+from weightsync.agents.link.edges import EdgesBeside
 from weightsync.agents.link.side import Link
 from weightsync.agents.transport.grants import OpenGrant, closed_to, not_written
 from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
@@ -48,12 +49,14 @@ class Lending:
         self._senders: Ends[Sender] | None = None
         """None: nothing is lent."""
         self._shares: Shares
+        """Of what is lent by the present edges …"""
+        self._read = ""
+        """… and the Connect by which that has landed, if it is the standby; empty for what is served."""
         self._owed: Sequence[Share] = ()
         self._fingerprint = ""
         self._computing = asyncio.Lock()
         """Held while another thread uses the shares."""
-        self._edges: PlanEdges | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._edges: EdgesBeside | None = None
         self._grants: dict[RoundName, OpenGrant] = {}
         """Not closed towards everybody yet."""
         self._closed: OpenGrant | None = None
@@ -63,7 +66,7 @@ class Lending:
         """``link`` is the thread that this runs on from now on; the grants that are open stay so."""
         self._link, self._member = link, member
         self._computing = asyncio.Lock()
-        self._edges = self._task = None
+        self._edges = EdgesBeside(link, member, self)
         if self._senders is not None:
             for grant in list(self._grants.values()):  # what was at work on it has ended with its thread
                 grant.leave(self._senders.current.in_flight(), "the agent of this worker was replaced", "engine")
@@ -100,19 +103,8 @@ class Lending:
     # --------------------------------------------------------------------------------------------------------- edges
     def prepare(self, connect: Connect) -> None:
         """The edges of another feed, told with Ready; an empty one gives them back."""
-        assert self._link is not None
-        if self._task is not None:
-            self._task.cancel()
-        self._task = self._link.spawn(self._keep(connect))
-
-    async def _keep(self, connect: Connect) -> None:
-        assert self._link is not None
-        assert self._member is not None
-        self._edges = edges = PlanEdges(self._member, self, connect)
-        ready = await edges.prepare()
-        if connect.peers:
-            self._link.send(ready)
-            await edges.keep(self._link.send)
+        assert self._edges is not None, "attach() comes first"
+        self._edges.prepare(connect)
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``link.side.AgentSide``."""
@@ -121,10 +113,18 @@ class Lending:
         if self._fingerprint != connect.fingerprint or not connect.peers:
             self._fingerprint = ""  # no grant is obeyed until these edges are ready
             async with self._computing:
+                if connect.landed != self._read or connect.landed:
+                    self._shares = await computed(lambda: self._reading(connect))
+                    self._read = connect.landed
                 self._owed = await computed(lambda: self._shares.replan(connect))
         failed = await self._senders.current.connect(self._owed)
         self._fingerprint = connect.fingerprint
         return failed
+
+    def _reading(self, connect: Connect) -> Shares:
+        if connect.landed:
+            return Shares(*self._weights.standby(connect.landed))
+        return Shares(self._weights.layout, self._weights.tensors)
 
     # -------------------------------------------------------------------------------------------------------- grants
     def granted(self, message: Grant) -> None:
@@ -165,6 +165,9 @@ class Lending:
             return f"grant of epoch {grant.round.epoch}; this agent obeys epoch {self._link.epoch}"
         if grant.fingerprint != self._fingerprint:
             return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
+        if self._read:
+            by = f"this rank has {status.standby or 'nothing'} in its standby, not {grant.version}"
+            return by if status.standby != grant.version else ""
         if status.applied != grant.version or status.torn or status.window is not None:
             torn = ", torn" if status.torn else ""
             return f"this rank holds {status.applied or 'no version'}{torn}, not {grant.version}"

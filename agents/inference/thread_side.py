@@ -8,6 +8,7 @@ from weightsync.agents.inference.lending import Lending
 from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
+from weightsync.agents.link.edges import EdgesBeside
 from weightsync.agents.link.side import Link
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -52,6 +53,7 @@ class InferenceSide:
         self._shadow = shadow
         self._lending = lending
         lending.attach(link, member)
+        self._relayed = EdgesBeside(link, member, self)
 
     def status(self) -> EngineStatus:
         return msgspec.structs.replace(self._windows.holdings.status, lending=self._lending.open_rounds)
@@ -73,18 +75,20 @@ class InferenceSide:
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Connect():
-                self._lending.prepare(message)
+                (self._lending if message.lends else self._relayed).prepare(message)
             case Grant():
                 self._lending.granted(message)
-            case Abort() if self._lending.stop(message):
-                return
+            case Abort():
+                self._lending.stop(message)
+                if message.members:
+                    return  # to the writer that it is; else its engine is out of the round
             case Expose():
                 self._lending.changes()
             case _:
                 pass
         match message:
             case Expose() if self._may_be_written(message.round):
-                self._weights.receivers.current.begin(message.round)
+                self._weights.receivers.current.begin(message.round, message.relays)
             case Verify() | Commit() | Abort():  # nobody writes any more, or nobody may
                 self._weights.receivers.current.end(message.round)
             case _:

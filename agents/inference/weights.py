@@ -16,6 +16,7 @@ from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import PreparedDigest
 from weightsync.kernels.digest import prepare as prepare_digest
+from weightsync.orchestrator.protocol.landing import landed_layout
 from weightsync.orchestrator.protocol.layout import Lands, Layout, Matrix
 from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS
 from weightsync.orchestrator.protocol.messages import Connect, Fault
@@ -87,6 +88,22 @@ class LiveWeights:
         self._arrival: _Arrival | None
         self._standby_digest: PreparedDigest | None
         self._adopt(model)
+
+    def standby(self, landed: str) -> tuple[Layout, Sequence[torch.Tensor]]:
+        """Where a version lies beside live memory once it is verified: its layout, and the tensors of its regions.
+
+        Args:
+            landed: fingerprint of the Connect by which it came.
+
+        Raises:
+            AgentError: nothing stays beside live memory, or it came by another Connect.
+        """
+        if self.layout.lands == "flip":
+            return self.layout, self._written()
+        copies = self.receivers.current.landed_by(landed)
+        if self.layout.lands != "copy" or copies is None:
+            raise NotLanded(f"this rank lands {self.layout.lands} by no plan {landed[:12]}: it has nothing to relay")
+        return landed_layout(self.layout, copies), self._tensors
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from weightsync.agents.errors import AgentError, blame
+from weightsync.agents.link.side import Link
 from weightsync.orchestrator.protocol.edges import EdgeFailure
 from weightsync.orchestrator.protocol.messages import Connect, Fault, Ready
 from weightsync.orchestrator.protocol.names import Member
@@ -74,6 +75,33 @@ class PlanEdges:
             if ready != before:
                 say(ready)
                 wait = FIRST_RETRY_SECONDS
+
+
+class EdgesBeside:
+    """The edges of one kind of Connect beside the plan's; those of the next take their place."""
+
+    def __init__(self, link: Link, member: Member, side: Connects) -> None:
+        self._link, self._member, self._side = link, member, side
+        self._edges: PlanEdges | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def prepare(self, connect: Connect) -> None:
+        """Told with Ready; one without peers gives those before back."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = self._link.spawn(self._keep(connect))
+
+    async def _keep(self, connect: Connect) -> None:
+        self._edges = edges = PlanEdges(self._member, self._side, connect)
+        ready = await edges.prepare()
+        if connect.peers:
+            self._link.send(ready)
+            await edges.keep(self._link.send)
+
+    def changed(self) -> None:
+        """See ``PlanEdges.changed``."""
+        if self._edges is not None:
+            self._edges.changed()
 
 
 async def _happened(event: asyncio.Event, seconds: float | None) -> None:

@@ -42,7 +42,7 @@ class AgentSide(Protocol):
         """
 
     def heard(self, message: FromDaemon) -> None:
-        """A message that is not part of the rendezvous; a Connect that ``lends`` is none."""
+        """A message that is not part of the rendezvous; a Connect that ``lends`` or ``relays`` is none."""
 
     def poll(self) -> bool:
         """Let the transport make progress; true while a grant is open here."""

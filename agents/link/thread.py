@@ -291,9 +291,9 @@ class AgentThread(Generic[SideT]):
         match message:
             case Welcome():
                 self._welcomed(message)
-            case Connect(lends=False) if self._group is None:
+            case Connect(lends=False, relays=False) if self._group is None:
                 self._begin_rendezvous(self._connect(message))
-            case Connect(lends=False):
+            case Connect(lends=False, relays=False):
                 log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
             case _:
                 self.side.heard(message)

@@ -1,6 +1,5 @@
 """Cargo in chunks: what of each chunk is packed, scattered or sent as it lies, and where it is in the chunk."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +7,7 @@ from weightsync.agents.tables.boxes import Column
 from weightsync.agents.tables.runs import RUN_LENGTH, RUN_LOCAL_OFFSET, RUN_REMOTE_OFFSET, RUN_REMOTE_REGION
 from weightsync.kernels.columns import COUNTS, DST_OFFSET, DST_STRIDE, RUN_BYTES, SRC_OFFSET, SRC_STRIDE
 from weightsync.orchestrator.protocol.landing import Berth
-from weightsync.orchestrator.protocol.layout import COPY_PEER, COPY_STAGED, Matrix
+from weightsync.orchestrator.protocol.layout import Matrix
 
 
 class CutTable(NamedTuple):
@@ -21,17 +20,6 @@ class CutTable(NamedTuple):
         """The rows of one chunk."""
         low, high = np.searchsorted(self.chunk, [chunk, chunk + 1])
         return self.rows[low:high]
-
-
-def landed(copies: Matrix, berths: Sequence[Berth | None]) -> Matrix:
-    """Copies ``[n, COPY_COLUMNS]`` of a reader with their places in its landing instead of in their edge's cargo; only
-    those of edges whose cargo stays there. ``berths`` are those of the peers."""
-    whole = np.array([berth is not None and not berth.passes for berth in berths], np.bool_)
-    offset = np.array([berth.offset if berth is not None else 0 for berth in berths], np.int64)
-    peer = copies[:, COPY_PEER]
-    found = copies[whole[peer]].copy()
-    found[:, COPY_STAGED] += offset[found[:, COPY_PEER]]
-    return found
 
 
 def plain_runs(runs: Matrix, berth: Berth | None) -> Matrix:

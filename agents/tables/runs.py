@@ -41,6 +41,7 @@ from weightsync.orchestrator.protocol.layout import (
     ROW_TENSOR,
     Layout,
     Matrix,
+    dense,
     pad,
 )
 from weightsync.orchestrator.protocol.limits import MAX_RANK
@@ -157,7 +158,7 @@ def digest_table(copies_or_rows: Matrix, layout: Layout, *, landed: bool = False
     region, step = rows[:, ROW_REGION], rows[:, ROW_BOX + 2 :: 3]
     if landed:
         region = np.full(len(table), layout.staging, np.int64)
-        offset, step = table[:, COPY_STAGED], _dense(extent, facts.itemsize[tensor])
+        offset, step = table[:, COPY_STAGED], dense(extent, facts.itemsize[tensor])
     boxes = Boxes(
         source_region=region,
         source_offset=offset,
@@ -298,19 +299,10 @@ def _staging_boxes(staged: Matrix, layout: Layout) -> Boxes:
         boxes.source_stride,
         np.full(len(staged), layout.staging, dtype=np.int64),
         staged[:, COPY_STAGED],
-        _dense(boxes.extent, boxes.itemsize),
+        dense(boxes.extent, boxes.itemsize),
         boxes.extent,
         boxes.itemsize,
     )
-
-
-def _dense(extent: Matrix, itemsize: Column) -> Matrix:
-    """Byte strides of boxes that are packed row by row."""
-    strides = np.empty_like(extent)
-    strides[:, -1] = itemsize
-    for dim in range(MAX_RANK - 2, -1, -1):
-        strides[:, dim] = strides[:, dim + 1] * extent[:, dim + 1]
-    return strides
 
 
 # ------------------------------------------------------------------------------------------------ loops and runs

@@ -26,8 +26,8 @@ batches, *agent* is the agent's own event loop (``link.thread``).
       of ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
       will be written to it. One whose bytes cannot be taken back (its time is over, or ``stop`` has named it) is given
       up: ``write`` does not wait for it, and its end is told from ``poll``.
-   c. ``Receiver.begin(round_name)`` and ``end(round_name)`` (agent): around the time in which writers are granted; in
-      between, what passes the landing is brought to its rows chunk by chunk.
+   c. ``Receiver.begin(round_name, relays)`` and ``end(round_name)`` (agent): around the time in which writers are
+      granted; in between, what passes the landing is brought to its rows chunk by chunk.
    d. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
       holds the version, derived tensors included; the digest that follows proves it.
    e. A rank may be granted the same version again, after a failed attempt.
@@ -178,9 +178,9 @@ class Receiver(Protocol):
     """An inference rank's end. Steps in the order of the module's docstring.
 
     Attributes:
-        landed: int64 ``[n, COPY_COLUMNS]`` of the plan that was connected last: what lies in the landing when all
-            writers have finished, with its place there in COPY_STAGED, and what ``arrive`` has yet to bring to its row.
-            Replaced as a whole. Empty for a transport by which nothing lands.
+        landed: int64 ``[n, COPY_COLUMNS]`` of the plan in use, of those that were connected last: what lies in the
+            landing when all writers have finished, with its place there in COPY_STAGED, and what ``arrive`` has yet to
+            bring to its row. Replaced as a whole. Empty for a transport by which nothing lands.
         lands_beside: whether a version can land beside live memory, so that ``arrive`` may come while a switch holds
             the main thread only, and what has landed can be digested before it.
     """
@@ -198,7 +198,7 @@ class Receiver(Protocol):
         return "", b""
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
-        """Prepare what ``arrive`` will need.
+        """Prepare what ``arrive`` will need. A Connect that ``relays`` is kept beside the other one.
 
         Returns:
             The peers whose bytes cannot be taken now, and why; a later call with the same Connect tries again.
@@ -208,9 +208,14 @@ class Receiver(Protocol):
         """
         return {}
 
-    def begin(self, round_name: RoundName) -> None:
+    def landed_by(self, fingerprint: str) -> Matrix | None:
+        """As ``landed``, by the Connect of this fingerprint; None if that is none of those connected last."""
+        return None
+
+    def begin(self, round_name: RoundName, relays: bool = False) -> None:
         """Writers of this round may be granted from now on, and of no other: what still comes of others is not let
-        near the rows. On the agent's thread, before the daemon is told Exposed; again changes nothing."""
+        near the rows. ``relays``: by the Connect that does so. On the agent's thread, before the daemon is told
+        Exposed; again changes nothing."""
 
     def end(self, round_name: RoundName) -> None:
         """All writers of this round have finished, or it is over; for another than the one that began it does

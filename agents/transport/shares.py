@@ -32,7 +32,8 @@ class Share:
     """What one peer is owed. Compared by identity: it is the same object for as long as the plan leaves it alone.
 
     ``copies`` is int64 ``[n, COPY_COLUMNS]``, ``bytes`` what they are worth. ``runs`` is int64 ``[m, RUN_COLUMNS]`` as
-    from ``tables.runs``: of what is not packed. ``looked``: where the digest looks for what is no finite number.
+    from ``tables.runs``: of what is not packed. They are of rows of ``layout``, whose regions are ``arenas``.
+    ``looked``: where the digest looks for what is no finite number.
     """
 
     peer: Peer
@@ -41,6 +42,8 @@ class Share:
     bytes: int
     digest: PreparedDigest
     looked: Spans
+    layout: Layout
+    arenas: Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +118,5 @@ class Shares:
         looked = Spans.of(logical[codes != UNSEEN])
         with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
             digest = prepare_digest(self._arenas, logical, codes)
-        return Share(peer, copies, runs(copies, self._layout), copied_bytes(copies, self._layout), digest, looked)
+        memory = self._layout, self._arenas
+        return Share(peer, copies, runs(copies, memory[0]), copied_bytes(copies, memory[0]), digest, looked, *memory)

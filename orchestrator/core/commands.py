@@ -65,12 +65,16 @@ class Announced:
 
 
 class MakePlan(Command, frozen=True):
-    """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is."""
+    """``lends``: the sources are engines' ranks, which write what they serve; the trainer's plan stays as it is.
+
+    ``standby``: they write their standby instead, which lands by this Connect of each.
+    """
 
     number: int
     sources: tuple[Announced, ...]
     targets: tuple[Announced, ...]
     lends: bool = False
+    standby: dict[Member, Connect] = {}
 
 
 class MakeNeeds(Command, frozen=True):

@@ -11,6 +11,8 @@ from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
 from weightsync.orchestrator.planner.fingerprint import reached_fingerprint
 from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
 from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.landing import landed, landed_layout
+from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member
 
@@ -55,12 +57,27 @@ class Planning:
 
     def _feed(self, command: MakePlan, began: float) -> PlanFacts:
         """By which engines write to engines: nobody joins it later, and the trainer's plan is not touched."""
-        plan = make_plan(_parties(command.sources), _parties(command.targets), self._cost)
+        read = [_standby(party, command.standby.get(party.member)) for party in _parties(command.sources)]
+        plan = make_plan(read, _parties(command.targets), self._cost)
         targets = {party.member: party for party in command.targets}
         sources = {party.member: party for party in command.sources}
         everybody = targets | {member: _as_writer(party) for member, party in sources.items()}
         connects = {member: _connect(plan, member, everybody, member in sources) for member in plan.parts}
+        for member, connect in connects.items() if command.standby else ():
+            by = command.standby[member].fingerprint if member in command.standby else ""
+            # Of its own: pages that stand by are laid out as those that serve, and are others.
+            fingerprint = reached_fingerprint(connect.fingerprint, ["standby", by])
+            connects[member] = msgspec.structs.replace(connect, fingerprint=fingerprint, relays=True, landed=by)
         return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began)
+
+
+def _standby(party: Party, connect: Connect | None) -> Party:
+    """As the rank holds a version that ``connect`` has brought and that it does not serve yet."""
+    layout = party.layout
+    if connect is None or layout.lands != "copy":
+        return party  # the other set of pages is laid out as the one that is served
+    copies = landed(as_matrix(connect.copies, COPY_COLUMNS), [peer.berth for peer in connect.peers])
+    return dataclasses.replace(party, layout=landed_layout(layout, copies))
 
 
 def _as_writer(party: Announced) -> Announced:

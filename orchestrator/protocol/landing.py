@@ -4,11 +4,29 @@ An edge's *cargo* is all that it sends by way of the target's landing, one line 
 *berth* is the part of the landing that is the edge's alone.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
+import numpy as np
 from weightsync.orchestrator.protocol.fields import Count
-from weightsync.orchestrator.protocol.layout import ITEMSIZE, ROW_BOX, ROW_TENSOR, Layout, Region
+from weightsync.orchestrator.protocol.layout import (
+    COPY_BOX,
+    COPY_PEER,
+    COPY_REMOTE,
+    COPY_ROW,
+    COPY_STAGED,
+    ITEMSIZE,
+    ROW_BOX,
+    ROW_COLUMNS,
+    ROW_OFFSET,
+    ROW_REGION,
+    ROW_TENSOR,
+    Layout,
+    Matrix,
+    Region,
+    dense,
+)
 from weightsync.orchestrator.protocol.limits import MAX_COUNT
 
 BERTH_ALIGNMENT: Final = 256
@@ -98,3 +116,31 @@ def arena_bytes(layout: Layout) -> int:
         size = sum(extent * item[tensor] for extent, tensor in zip(extents, rows[:, ROW_TENSOR].tolist(), strict=True))
     padding = len(rows) * PIECES_PER_ROW * PIECE_ALIGNMENT + size // SPARE_FRACTION + SPARE_BYTES
     return -(-(size + padding) // BERTH_ALIGNMENT) * BERTH_ALIGNMENT
+
+
+def landed(copies: Matrix, berths: Sequence[Berth | None]) -> Matrix:
+    """Copies ``[n, COPY_COLUMNS]`` of a reader with their places in its landing instead of in their edge's cargo; only
+    those of edges whose cargo stays there. ``berths`` are those of the peers."""
+    whole = np.array([berth is not None and not berth.passes for berth in berths], np.bool_)
+    offset = np.array([berth.offset if berth is not None else 0 for berth in berths], np.int64)
+    peer = copies[:, COPY_PEER]
+    found = copies[whole[peer]].copy()
+    found[:, COPY_STAGED] += offset[found[:, COPY_PEER]]
+    return found
+
+
+def landed_layout(layout: Layout, copies: Matrix) -> Layout:
+    """What a rank holds in its landing once all of a version is there: of the same regions, with a row for each of
+    ``copies``, as from ``landed``, and nothing to pack it by.
+
+    Raises:
+        IndexError: a copy of a row that ``layout`` has not.
+    """
+    tensor = layout.matrix()[copies[:, COPY_ROW], ROW_TENSOR]
+    itemsize = np.array([ITEMSIZE[each.dtype] for each in layout.tensors], np.int64)
+    extent = copies[:, COPY_BOX + 1 : COPY_REMOTE : 2]
+    rows = np.empty((len(copies), ROW_COLUMNS), "<i8")
+    rows[:, ROW_TENSOR], rows[:, ROW_REGION], rows[:, ROW_OFFSET] = tensor, layout.staging, copies[:, COPY_STAGED]
+    rows[:, ROW_BOX::3], rows[:, ROW_BOX + 1 :: 3] = copies[:, COPY_BOX:COPY_REMOTE:2], extent
+    rows[:, ROW_BOX + 2 :: 3] = dense(extent, itemsize[tensor])
+    return msgspec.structs.replace(layout, rows=rows.tobytes(), staging=-1, notes=())

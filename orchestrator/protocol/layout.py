@@ -189,6 +189,15 @@ def contents(layout: Layout) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode((layout.tensors, len(rows), sums))).digest()
 
 
+def dense(extent: Matrix, itemsize: npt.NDArray[np.int64]) -> Matrix:
+    """Byte strides ``[n, MAX_RANK]`` of boxes ``extent [n, MAX_RANK]`` that are packed row by row."""
+    strides = np.empty_like(extent)
+    strides[:, -1] = itemsize
+    for dim in range(MAX_RANK - 2, -1, -1):
+        strides[:, dim] = strides[:, dim + 1] * extent[:, dim + 1]
+    return strides
+
+
 def pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
     """``values`` padded on the left to MAX_RANK."""
     if len(values) > MAX_RANK:

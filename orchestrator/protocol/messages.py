@@ -23,12 +23,7 @@ from weightsync.orchestrator.protocol.fields import (
     World,
 )
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
-from weightsync.orchestrator.protocol.limits import (
-    MAX_OPEN_GRANTS,
-    MAX_SECONDS,
-    MAX_TENSORS,
-    MAX_WORLD,
-)
+from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.protocol.traces.context import TraceContext
 
@@ -289,6 +284,8 @@ class Connect(Message, frozen=True, kw_only=True):
     For a trainer rank the copies are its writes; for an inference rank only those that arrive packed, which it
     scatters. ``expected_bytes``: of the whole layout. ``fingerprint`` covers all of it. ``lends``: the copies are what
     an inference rank may be granted to write from the memory that it serves from; what it receives is another Connect.
+    ``relays``: beside those. A rank that ``lends`` by it writes its standby, which has landed by the Connect of the
+    fingerprint ``landed``; another rank is written to by it in rounds whose Expose says so.
     """
 
     fingerprint: Name
@@ -297,13 +294,16 @@ class Connect(Message, frozen=True, kw_only=True):
     copies: bytes
     expected_bytes: Count
     lends: bool = False
+    relays: bool = False
+    landed: Name = ""
 
 
 class Expose(Message, frozen=True, kw_only=True):
     """To a quiesced worker, or a shadow one: once it says Exposed, writers may be granted its memory. One that never
-    heard this knows that nobody was, whatever became of the daemon."""
+    heard this knows that nobody was, whatever became of the daemon. ``relays``: by the Connect that ``relays``."""
 
     round: RoundName
+    relays: bool = False
 
 
 class Grant(Message, frozen=True, kw_only=True):

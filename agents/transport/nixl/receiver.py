@@ -4,14 +4,14 @@ all of it has."""
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 import torch
-from weightsync.agents.tables.cargo import landed
 from weightsync.agents.tables.runs import scatter_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
-from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, inbound
+from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import NixlError
 from weightsync.agents.transport.nixl.flow import Packer
@@ -19,6 +19,7 @@ from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.landing import landed
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix, Region, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -32,6 +33,16 @@ EAGER_POLL_SECONDS: Final = 0.0001
 """… so often: a chunk of 128 MiB takes 0.4 ms over NVLink, and its place is waited for."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Inflow:
+    """What comes by one plan: its ``landed``, the way of that to its rows, and edges whose cargo passes."""
+
+    fingerprint: str = ""
+    landed: Matrix = field(default_factory=lambda: NO_COPIES)
+    scatter: Callable[[], None] = lambda: None
+    edges: Sequence[Inbound] = ()
+
+
 class NixlReceiver(Receiver):
     """See ``transport.interface``."""
 
@@ -40,11 +51,12 @@ class NixlReceiver(Receiver):
     def __init__(self, memory: TargetMemory) -> None:
         self._memory = memory
         self.landed: Matrix = NO_COPIES
-        self._scatter: Callable[[], None] = _scatter_nothing
+        self._inflows = {False: _Inflow(), True: _Inflow()}
+        """By the plan, and by the one that relays."""
+        self._relays = False
+        """Which of the two is in use."""
         self._endpoint: NixlEndpoint | None = None
         self._settings: NixlSettings | None = None
-        self._connected = ""
-        """Fingerprint of the plan that was connected last."""
         self._arrivals = Arrivals(Packer(None), self._tell, 1)
         self._names: dict[Member, str] = {}
         """Of the endpoint of each peer that is told of chunks."""
@@ -77,7 +89,7 @@ class NixlReceiver(Receiver):
         self._endpoint.destroy()
         self._names.clear()
         self._cards.clear()
-        self._connected = ""
+        self._inflows = {relays: replace(known, fingerprint="") for relays, known in self._inflows.items()}
         self._arrivals.connect(())
         self._endpoint = self._new_endpoint(self._settings)
 
@@ -86,28 +98,39 @@ class NixlReceiver(Receiver):
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         memory = self._memory
-        if connect.fingerprint == self._connected:  # a round may be under way, and nothing has changed
+        known = self._inflows[connect.relays]
+        if connect.fingerprint == known.fingerprint:  # a round may be under way, and nothing has changed
             return self._reach(connect.peers)
         berths = [peer.berth for peer in connect.peers]
-        known = as_matrix(connect.copies, COPY_COLUMNS)
-        copies = landed(known, berths)
+        loads = as_matrix(connect.copies, COPY_COLUMNS)
+        copies = landed(loads, berths)
         # Seconds for hundreds of thousands of rows, and the loop has heartbeats to answer.
         table = await asyncio.to_thread(scatter_table, copies, memory.layout)
-        edges = await asyncio.to_thread(inbound, known, connect.peers, memory.layout, memory.tensors)
+        edges = await asyncio.to_thread(inbound, loads, connect.peers, memory.layout, memory.tensors)
         if memory is not self._memory:  # experts have moved meanwhile, and another plan follows
             return {}
-        self.landed, self._scatter = copies, prepare_copy(memory.tensors, memory.tensors, table)
-        self._arrivals.connect(edges)
-        self._connected = connect.fingerprint
+        scatter = prepare_copy(memory.tensors, memory.tensors, table)
+        self._inflows[connect.relays] = _Inflow(connect.fingerprint, copies, scatter, edges)
+        if connect.relays == self._relays:
+            self._use(connect.relays)
         return self._reach(connect.peers)
+
+    def landed_by(self, fingerprint: str) -> Matrix | None:
+        return next((flow.landed for flow in self._inflows.values() if flow.fingerprint == fingerprint), None)
+
+    def _use(self, relays: bool) -> None:
+        self._relays, flow = relays, self._inflows[relays]
+        self.landed = flow.landed
+        self._arrivals.connect(flow.edges)
 
     def renew(self, memory: TargetMemory) -> None:
         self._memory = memory
-        self._connected = ""
-        self.landed, self._scatter = NO_COPIES, _scatter_nothing
-        self._arrivals.connect(())
+        self._inflows = {False: _Inflow(), True: _Inflow()}
+        self._use(self._relays)
 
-    def begin(self, round_name: RoundName) -> None:
+    def begin(self, round_name: RoundName, relays: bool = False) -> None:
+        if relays != self._relays:
+            self._use(relays)
         self._arrivals.begin(round_name)
 
     def end(self, round_name: RoundName) -> None:
@@ -115,7 +138,7 @@ class NixlReceiver(Receiver):
 
     def arrive(self, version: Version) -> None:
         self._arrivals.check()
-        self._scatter()
+        self._inflows[self._relays].scatter()
         self._memory.refresh()
 
     def poll(self) -> None:
@@ -172,7 +195,3 @@ def reachable(layout: Layout) -> Sequence[Region]:
     if layout.lands == "live":
         return layout.regions
     return [layout.regions[layout.staging]] if layout.staging >= 0 else []
-
-
-def _scatter_nothing() -> None:
-    """There is no plan."""

@@ -305,7 +305,7 @@ class NixlSender(Sender):
     async def _way(self, share: Share) -> _Way:
         if not share.bytes:
             return _Way(share, None)
-        arenas, layout, peer = self._memory.arenas, self._memory.layout, share.peer
+        arenas, layout, peer = share.arenas, share.layout, share.peer
         cargo = None
         if peer.berth is not None:
             # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.

@@ -10,9 +10,24 @@ from weightsync.orchestrator.protocol.landing import (
     Berth,
     arena_bytes,
     chunk_bytes,
+    landed,
+    landed_layout,
     landing_length,
 )
-from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.layout import (
+    COPY_BOX,
+    COPY_COLUMNS,
+    COPY_PEER,
+    COPY_REMOTE,
+    COPY_ROW,
+    COPY_STAGED,
+    Layout,
+    Note,
+    Region,
+    Tensor,
+    contents,
+    row,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +67,46 @@ def test_an_arena_takes_all_rows_and_the_padding_of_their_pieces():
     assert arena_bytes(Layout((), (), b"")) == SPARE_BYTES
     assert landing_length(layout) == 0
     assert landing_length(Builder(engine_rank("e"), 600).party().layout) == 600
+
+
+def test_places_in_a_landing_are_those_of_edges_that_land_as_a_whole():
+    copies = np.zeros((4, COPY_COLUMNS), np.int64)
+    copies[:, COPY_PEER], copies[:, COPY_STAGED] = [0, 1, 0, 2], [0, 0, 64, 32]
+    whole, again = Berth(3, 4096, 256, 8, 2048), Berth(3, 8192, 256, 8, 2048, passes=True)
+    found = landed(copies, [whole, again, Berth(3, 0, 256, 1, 64)])
+    assert found[:, [COPY_PEER, COPY_STAGED]].tolist() == [[0, 4096], [0, 4160], [2, 32]]
+    assert copies[0, COPY_STAGED] == 0
+    assert landed(copies[:0], []).shape == (0, COPY_COLUMNS)
+
+
+def copy(of: int, staged: int, *box: tuple[int, int]) -> list[int]:
+    """Of row ``of``, at ``staged``; ``box``: offset and extent per dimension."""
+    made = np.zeros(COPY_COLUMNS, np.int64)
+    made[COPY_ROW], made[COPY_STAGED] = of, staged
+    dims = [(0, 1)] * ((COPY_REMOTE - COPY_BOX) // 2 - len(box)) + list(box)
+    made[COPY_BOX:COPY_REMOTE] = np.array(dims).ravel()
+    return made.tolist()
+
+
+def test_what_has_landed_is_a_layout_of_the_same_tensors_by_the_boxes_that_came():
+    """A transposed matrix of 4 × 6 in two pieces, one row behind the other, and a vector."""
+    regions = (Region(1 << 20, 4096), Region(1 << 21, 1024))
+    rows = [row(0, 0, 0, (0, 0), (4, 6), (2, 8)), row(1, 0, 2048, (0,), (5,), (4,))]
+    live = Layout(
+        (Tensor("w", "bfloat16", (4, 6)), Tensor("b", "float32", (5,))),
+        regions,
+        np.array(rows, "<i8").tobytes(),
+        staging=1,
+        notes=(Note(0, 1, "sharded", "why"),),
+        lands="copy",
+    )
+    copies = [copy(0, 64, (0, 4), (0, 2)), copy(0, 128, (0, 4), (2, 4)), copy(1, 256, (0, 5))]
+    found = landed_layout(live, np.array(copies, np.int64))
+    told = found.matrix()
+    assert told[:, :3].tolist() == [[0, 1, 64], [0, 1, 128], [1, 1, 256]]
+    assert told[:2, -6:].tolist() == [[0, 4, 4, 0, 2, 2], [0, 4, 8, 2, 4, 2]], "offset, extent and stride"
+    assert told[2, -3:].tolist() == [0, 5, 4]
+    assert (found.tensors, found.regions, found.staging, found.notes, found.lands) == (
+        live.tensors, regions, -1, (), "copy"
+    )  # fmt: skip
+    assert contents(found) != contents(live), "it is cut otherwise"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -34,8 +34,8 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 CPU = torch.device("cpu")
-LENDER, BORROWER = Member("inference", "e0", 0), Member("inference", "e1", 0)
-VERSION, ROUND = Version(7, 3), RoundName(1, 5)
+LENDER, BORROWER, FOLLOWER = (Member("inference", name, 0) for name in ("e0", "e1", "e2"))
+VERSION, ROUND, AFTER = Version(7, 3), RoundName(1, 5), RoundName(1, 6)
 PATIENCE = 20.0
 NOBODY = Peer(BORROWER, 1, "", b"", ())
 
@@ -44,6 +44,8 @@ NOBODY = Peer(BORROWER, 1, "", b"", ())
 class Model:
     layout: Layout
     tensors: list[torch.Tensor]
+    standby_tensors: list[torch.Tensor] = field(default_factory=lambda: [host_arena(1 << 17)])
+    no_flip: str = ""
 
     def refresh(self) -> None: ...
 
@@ -51,10 +53,6 @@ class Model:
 
     def rebalanced(self, known: str) -> None:
         return None
-
-    @property
-    def standby_tensors(self) -> list[torch.Tensor]:
-        return [host_arena(1 << 17)]
 
     def flip(self) -> None: ...
 
@@ -116,6 +114,8 @@ class Rank:
 
     def __init__(self, member: Member, seed: int, lands: Lands, landing: int | None = None) -> None:
         self.member, self.model, self.thread = member, model(seed), Thread()
+        self.connected: Connect
+        """By which it is written to."""
         size = arena_bytes(self.model.layout) if landing is None else landing
         self.weights = LiveWeights(self.model, CPU, landing_arenas(size, CPU), lands)
         self.holdings = Holdings()
@@ -160,7 +160,7 @@ def grant(connect: Connect, **more: Any) -> Grant:
     return Grant(**{**fields, "deadline_seconds": PATIENCE, **more})
 
 
-async def lent(lender: Rank, borrower: Rank) -> tuple[Closed, Connect]:
+async def lent(lender: Rank, borrower: Rank, round_name: RoundName = ROUND) -> tuple[Closed, Connect]:
     """A round's grant, as the daemon gives it; what the lender says at its end."""
     lender.holdings.committed(VERSION)
     parties = (lender.announced(),), (borrower.announced(),)
@@ -168,12 +168,13 @@ async def lent(lender: Rank, borrower: Rank) -> tuple[Closed, Connect]:
     connect = facts.connects[lender.member]
     assert (connect.lends, facts.connects[borrower.member].lends) == (True, False)
     lender.lending.prepare(connect)
-    assert await borrower.weights.connect(facts.connects[borrower.member]) == {}
+    borrower.connected = facts.connects[borrower.member]
+    assert await borrower.weights.connect(borrower.connected) == {}
     assert await lender.thread.hears(Ready) == Ready(fingerprint=connect.fingerprint)
-    borrower.weights.receivers.current.begin(ROUND)
-    lender.lending.granted(grant(connect))
+    borrower.weights.receivers.current.begin(round_name)
+    lender.lending.granted(grant(connect, round=round_name, members=(borrower.member,)))
     closed = await lender.thread.hears(Closed)
-    borrower.weights.receivers.current.end(ROUND)
+    borrower.weights.receivers.current.end(round_name)
     return closed, connect
 
 
@@ -212,6 +213,72 @@ async def test_what_is_served_arrives_bit_for_bit(lends: Lands, borrows: Lands, 
     assert torch.equal(first[65536:98304].view(torch.int16)[::2], second[65536:98304].view(torch.int16)[::2])
     assert not torch.equal(first[98304:114688], second[98304:114688]), "what no row names is not touched"
     assert lender.lending.open_rounds == ()
+
+
+async def relayed(seed: Rank, follower: Rank, main: Connect) -> tuple[Closed, Connect]:
+    """The second wave of a round: what the seed has verified, by ``main``, goes on to the follower."""
+    parties = (seed.announced(),), (follower.announced(),)
+    facts = Planning().make(MakePlan(2, *parties, lends=True, standby={seed.member: main}))
+    writes, reads = facts.connects[seed.member], facts.connects[follower.member]
+    assert ((writes.lends, writes.relays), (reads.lends, reads.relays)) == ((True, True), (False, True))
+    assert await follower.weights.connect(reads) == {}
+    seed.lending.prepare(writes)
+    assert await seed.thread.hears(Ready) == Ready(fingerprint=writes.fingerprint)
+    follower.weights.receivers.current.begin(AFTER, relays=True)
+    seed.lending.granted(grant(writes, round=AFTER, members=(follower.member,)))
+    closed = await seed.thread.hears(Closed)
+    follower.weights.receivers.current.end(AFTER)
+    return closed, writes
+
+
+@pytest.mark.parametrize("follows", ["copy", "flip"])
+@pytest.mark.parametrize("mode", ["copy", "flip"])
+async def test_what_is_verified_is_relayed_bit_for_bit_before_it_is_served(mode: Lands, follows: Lands) -> None:
+    """Out of a landing whose bytes lie in the order of the plan, and out of pages that nothing may read but the ring;
+    beside the edges by which each takes what the trainer writes."""
+    origin, seed, follower = Rank(BORROWER, 1, "live"), Rank(LENDER, 2, mode), Rank(FOLLOWER, 3, follows)
+    right, served = origin.weights.digest(), seed.weights.digest()
+    async with polled(origin, seed, follower):
+        await lent(origin, seed)
+        await lent(origin, follower, RoundName(1, 4))
+        assert seed.weights.landed(VERSION) == right
+        seed.holdings.keep(VERSION, right)
+        forget(follower)
+        closed, writes = await relayed(seed, follower, seed.connected)
+        (sent,) = closed.peers
+        assert (closed.final, closed.error, sent.error) == (True, "", "")
+        assert (sent.peer, sent.bytes, sent.digest) == (FOLLOWER, seed.weights.bytes, right)
+        assert follower.weights.landed(VERSION) == right
+        if follows == "copy":
+            follower.weights.take(VERSION)
+            assert follower.weights.digest() == right
+        assert seed.weights.digest() == served, "what it serves meanwhile is what it was"
+        seed.holdings.keep(None)
+        seed.lending.granted(grant(writes, round=RoundName(1, 7), members=(FOLLOWER,)))
+        refused = await seed.thread.hears(Closed)
+        assert refused.error == f"this rank has nothing in its standby, not {VERSION}"
+        await lent(origin, follower, RoundName(1, 8))  # by the edges that it has kept
+        assert follower.weights.landed(VERSION) == right
+
+
+def forget(rank: Rank) -> None:
+    """What has landed there is nothing that a test may take for what comes."""
+    rank.weights.tensors[-1].zero_()
+    for tensor in rank.model.standby_tensors:
+        tensor.zero_()
+
+
+async def test_what_has_landed_by_another_plan_is_not_relayed() -> None:
+    origin, seed = Rank(BORROWER, 1, "live"), Rank(LENDER, 2, "copy")
+    async with polled(origin, seed):
+        await lent(origin, seed)
+        other = Connect(
+            fingerprint="x", root="", peers=(NOBODY,), copies=b"", expected_bytes=0, lends=True, relays=True,
+            landed=seed.connected.fingerprint + "?",
+        )  # fmt: skip
+        seed.lending.prepare(other)
+        (failed,) = (await seed.thread.hears(Ready)).failed
+    assert "it has nothing to relay" in failed.error
 
 
 class NoSender(Sender):

@@ -1,5 +1,6 @@
 """An inference rank on the agent's thread: it passes on what concerns it, and tells when a round is open."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
+from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -21,6 +23,7 @@ from weightsync.orchestrator.protocol.messages import (
     Holding,
     Left,
     Outcome,
+    Ready,
     Renew,
     Verify,
     Welcome,
@@ -28,6 +31,7 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 ROUND, VERSION = RoundName(1, 1), Version(7, 1)
+PEER = Member("inference", "b", 0)
 
 
 class Receivers:
@@ -50,8 +54,8 @@ class Receivers:
         self.connects.append(connect)
         return self.failed
 
-    def begin(self, round_name: RoundName) -> None:
-        self.rounds.append(("begin", round_name))
+    def begin(self, round_name: RoundName, relays: bool) -> None:
+        self.rounds.append(("relayed" if relays else "begin", round_name))
 
     def end(self, round_name: RoundName) -> None:
         self.rounds.append(("end", round_name))
@@ -68,6 +72,7 @@ class Lends:
 
     def __init__(self) -> None:
         self.story: list[Any] = []
+        self.stopped: list[tuple[Member, ...]] = []
         self.open_rounds: tuple[RoundName, ...] = ()
 
     def attach(self, link: Any, member: Member) -> None:
@@ -86,6 +91,7 @@ class Lends:
         self.story.append(grant)
 
     def stop(self, abort: Abort) -> bool:
+        self.stopped.append(abort.members)
         return abort.round in self.open_rounds
 
     def changes(self) -> None:
@@ -118,6 +124,7 @@ def rank() -> Any:
         windows=windows,
         opened=opened,
         said=said,
+        link=link,
         shadow=shadow,
         weights=weights,
         lending=lending,
@@ -228,7 +235,7 @@ def test_another_endpoint_is_announced_when_the_transport_has_it(rank: Any) -> N
 
 
 def test_what_it_lends_is_told_to_what_lends(rank: Any) -> None:
-    """Who is told to stop lending is in no round of its own by that name; before something lands, lending stops."""
+    """What names peers is to the writer alone; before something lands, lending stops."""
     connect = Connect(fingerprint="edges", root="root", peers=(), copies=b"", expected_bytes=0, lends=True)
     grant = Grant(round=ROUND, version=VERSION, fingerprint="edges", members=(), deadline_seconds=1.0)
     rank.lending.story.clear()
@@ -238,7 +245,27 @@ def test_what_it_lends_is_told_to_what_lends(rank: Any) -> None:
     heard: list[Any] = []
     rank.windows.heard = heard.append
     rank.lending.open_rounds = (ROUND,)
-    rank.side.heard(Abort(round=ROUND, torn=False, reason="the daemon says so"))
+    rank.side.heard(Abort(round=ROUND, torn=False, reason="the daemon says so", members=(PEER,)))
     assert heard == []
+    out = Abort(round=ROUND, torn=False, reason="its engine is out")
+    rank.side.heard(out)
+    assert heard == [out], "also of a round in which it writes to others"
+    assert rank.lending.stopped == [(PEER,), ()]
     assert rank.side.status().lending == (ROUND,)
     assert rank.side.poll(), "a grant is open"
+
+
+async def test_edges_of_others_of_a_round_are_kept_beside_those_of_the_plan(rank: Any) -> None:
+    """And used in the rounds that say so."""
+    tasks: list[asyncio.Task[None]] = []
+    rank.link.spawn = lambda work: tasks.append(asyncio.get_running_loop().create_task(work)) or tasks[-1]
+    peers = (Peer(PEER, 7, "b/0-1", b"card", ()),)
+    relayed = Connect(fingerprint="beside", root="root", peers=peers, copies=b"", expected_bytes=0, relays=True)
+    rank.side.heard(relayed)
+    await asyncio.sleep(0)
+    assert (rank.receivers.connects, rank.said) == ([relayed], [Ready(fingerprint="beside")])
+    rank.weights.layout = Layout((), (), b"", lands="copy")
+    rank.side.heard(Expose(round=ROUND, relays=True))
+    rank.side.heard(Expose(round=RoundName(1, 2)))
+    assert rank.receivers.rounds == [("relayed", ROUND), ("begin", RoundName(1, 2))]
+    tasks[0].cancel()

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weightsync.agents.tables.cargo import cut_packing, cut_runs, cut_scattering, landed, plain_runs
+from weightsync.agents.tables.cargo import cut_packing, cut_runs, cut_scattering, plain_runs
 from weightsync.kernels.columns import COUNTS, DST_OFFSET, RUN_BYTES, SRC_OFFSET
 from weightsync.orchestrator.protocol.landing import Berth
-from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_PEER, COPY_STAGED
 
 
 def places(table, chunk, chunk_bytes, moved):
@@ -92,12 +91,3 @@ def test_what_is_the_same_in_every_round_is_a_plain_write(berth, expected):
     runs = np.array([[0, 0, 0, 3, 7, 10], [0, 0, 0, 1, 7, 10]], np.int64)
     assert plain_runs(runs, berth)[:, [3, 4]].tolist() == expected
     assert runs[0, 4] == 7
-
-
-def test_places_in_a_landing_are_those_of_edges_that_land_as_a_whole():
-    copies = np.zeros((4, COPY_COLUMNS), np.int64)
-    copies[:, COPY_PEER], copies[:, COPY_STAGED] = [0, 1, 0, 2], [0, 0, 64, 32]
-    found = landed(copies, [WHOLE, AGAIN, Berth(3, 0, 256, 1, 64)])
-    assert found[:, [COPY_PEER, COPY_STAGED]].tolist() == [[0, 4096], [0, 4160], [2, 32]]
-    assert copies[0, COPY_STAGED] == 0
-    assert landed(copies[:0], []).shape == (0, COPY_COLUMNS)

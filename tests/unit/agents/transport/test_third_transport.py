@@ -19,7 +19,7 @@ from weightsync.agents.inference.shadow import ShadowRounds
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.inference.window import Windows
-from weightsync.agents.tables.cargo import landed, plain_runs
+from weightsync.agents.tables.cargo import plain_runs
 from weightsync.agents.tables.runs import (
     RUN_LENGTH,
     RUN_LOCAL_OFFSET,
@@ -37,6 +37,7 @@ from weightsync.kernels.columns import DST_REGION
 from weightsync.kernels.copy import strided_copy
 from weightsync.orchestrator.planner import CostModel, Party, make_plan
 from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.landing import landed
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, as_matrix
 from weightsync.orchestrator.protocol.messages import Closed, Connect, Grant, Welcome
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version

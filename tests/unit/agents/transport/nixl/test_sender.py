@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import pytest
 from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, handed_over, made_slots, planned, replace_name, with_peers
-from weightsync.agents.tables.cargo import landed
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.interface import HandedOver
@@ -22,6 +21,7 @@ from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
 from weightsync.agents.transport.ucx import Way
 from weightsync.kernels.digest import digest
+from weightsync.orchestrator.protocol.landing import landed
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member
