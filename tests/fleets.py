@@ -59,6 +59,8 @@ def plan_facts(wanted: MakePlan) -> PlanFacts:
             copies=b"",
             expected_bytes=BYTES_PER_EDGE * len(wanted.sources),
             lends=wanted.lends and member in {source.member for source in wanted.sources},
+            relays=bool(wanted.standby),
+            landed=wanted.standby[member].fingerprint if member in wanted.standby else "",
         )
         for member, _ in parties
     }

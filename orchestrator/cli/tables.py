@@ -207,7 +207,8 @@ def _round(row: RoundRow, now: float) -> tuple[str, ...]:
     switch = f"{row.switch_ms:.1f}" if row.switch_ms else "-"
     kind = "-" if row.kind == "publish" else row.kind
     if row.lenders:
-        kind = _cut(f"from {','.join(sorted(set(row.lenders.values())))}", 16)
+        how = "via" if row.kind == "publish" else "from"
+        kind = _cut(f"{how} {','.join(sorted(set(row.lenders.values())))}", 16)
     ago = _age(now - row.unix_time) if row.unix_time else "-"
     engines = str(len(row.engines)) if len(row.engines) > 3 else _cut(",".join(row.engines), 16) or "-"
     who = (row.round, kind, str(row.step), str(row.attempt), row.outcome, engines)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from weightsync.orchestrator.core import standby
+from weightsync.orchestrator.core.round import relays
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.names import Version
 
@@ -58,7 +59,7 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
     if is_catch_up(fleet, version):
         if fleet.policy.fan_out == "peers":
             return []
-        lent = fleet.feed.lenders if fleet.feed is not None else {}
+        lent = fleet.feed.borrowers if fleet.feed is not None else {}
         return [name for name in behind(fleet, version, now) if name not in lent]
     usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
     good = [name for name in usable if not _has_failed(fleet, name)]
@@ -200,7 +201,7 @@ def why_not(fleet: Fleet, name: str, now: float) -> str:
         return f"tried again in {max(0.0, engine.retry_at - now):.0f} s: {engine.blame.reason}"
     if standby.owed(fleet, name):
         return "it switches to what it has in its standby"
-    if fleet.feed is not None and name in fleet.feed.lenders:
+    if fleet.feed is not None and name in fleet.feed.borrowers:
         return f"{fleet.feed.lenders[name]} lends it what it serves"
     return "fan_out: peers, and none that serves it holds the same" if fleet.policy.fan_out == "peers" else "ready"
 
@@ -214,8 +215,11 @@ def _unready(fleet: Fleet, version: Version, now: float) -> str:
     wanted = targets(fleet, version, now)
     enough = 1 if is_catch_up(fleet, version) else fleet.quorum()
     overdue = now >= max(fleet.planned_at, fleet.ended_at) + fleet.policy.patience and len(here) >= enough
-    if len(here) == len(wanted) or overdue:
+    if overdue:
         return ""
+    if len(here) == len(wanted):
+        taker = relays.awaited(fleet, now)
+        return f"edges by which {taker} takes from another engine" if taker else ""
     return next(
         why for name in wanted if name not in here for other in fleet.unit(name) if (why := unready(fleet, other))
     )

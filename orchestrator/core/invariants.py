@@ -116,7 +116,8 @@ def _begin_is_safe(fleet: Fleet, name: RoundName) -> None:
         return  # nothing is written
     for engine in fleet.round.engines:
         tainted = [f"{writer} ({grant})" for writer, grant in fleet.tainted(engine) if grant != name]
-        if any(writer.engine == engine for writer in fleet.round.writers):
+        takes = not fleet.round.relay.connects or fleet.round.relays_to(engine)
+        if takes and any(writer.engine == engine for writer in fleet.round.writers):
             raise InvariantViolation(f"S1: round {name} writes to {engine}, which lends in it")
         if tainted:
             raise InvariantViolation(f"S2: round {name} begins with {engine}, within reach of {tainted}")
@@ -128,18 +129,19 @@ def _grant_is_safe(fleet: Fleet, command: Send) -> None:
     assert isinstance(grant, Grant)
     if current is None or grant.round != current.name or grant.round.epoch != fleet.epoch:
         raise InvariantViolation(f"S2: grant {grant.round} to {member} outside the round of epoch {fleet.epoch}")
-    if member.role == "inference" and not standby.serves(fleet, fleet.known(member), grant.version):
+    if member.role == "inference" and not standby.may_lend(fleet, fleet.known(member)):
         raise InvariantViolation(f"S1: grant {grant.round} to {member}, which does not hold {grant.version} whole")
     for engine in {target.engine for target in grant.members}:
         foreign = [str(writer) for writer, name in fleet.tainted(engine) if name != current.name]
         if foreign:
             raise InvariantViolation(f"S2: grant {grant.round} to {engine}, within reach of {sorted(foreign)}")
-    if not current.plan.proved:
+    plan = current.plan_of(member)
+    if not plan.proved:
         raise InvariantViolation(f"S6: grant {grant.round} on a plan whose coverage was not proved")
     for other in (member, *grant.members):
         agent = fleet.agents.get(other) or fleet.gone.get(other)
         known = current.ranks.get(other, current.sources.get(other))
-        if agent is None or not fleet.is_confirmed(other, current.plan) or agent.hello.incarnation != known:
+        if agent is None or not fleet.is_confirmed(other, plan) or agent.hello.incarnation != known:
             raise InvariantViolation(f"S5: grant {grant.round} to {member} involves {other}, which is not confirmed")
 
 

@@ -90,7 +90,8 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
     that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
     that switched, how long each took no step for it. ``links``: what moved, by kind of link. ``lenders``: engine → the
-    engine that wrote to it in the place of the trainer. ``trace``: context of the publish that it was for.
+    engine that wrote to it in the place of the trainer. ``trainer_bytes``: of ``bytes``, what left the trainer.
+    ``trace``: context of the publish that it was for.
     """
 
     round: RoundName
@@ -110,14 +111,15 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
     lenders: dict[str, str] = msgspec.field(default_factory=dict)
     links: dict[str, LinkUse] = msgspec.field(default_factory=dict)
+    trainer_bytes: int = 0
     trace: str = ""
     spoken = ("reason",)
 
     def __post_init__(self) -> None:
         # Sums of what agents reported: a wrong one must not keep the row, by which the round is over, from being kept.
         super().__post_init__()
-        msgspec.structs.force_setattr(self, "bytes", min(self.bytes, MAX_COUNT))
-        msgspec.structs.force_setattr(self, "descriptors", min(self.descriptors, MAX_COUNT))
+        for field in ("bytes", "trainer_bytes", "descriptors"):
+            msgspec.structs.force_setattr(self, field, min(getattr(self, field), MAX_COUNT))
         for field in ("times", "switch_seconds"):
             told = getattr(self, field).items()
             kept = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in told}

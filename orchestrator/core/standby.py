@@ -95,3 +95,13 @@ def serves(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
 def by_itself(fleet: Fleet, engine: str) -> bool:
     """It may switch while it serves: no other engine has to change with it."""
     return boundary(fleet, engine) and len(fleet.unit(engine)) == 1
+
+
+def may_lend(fleet: Fleet, agent: ConnectedAgent) -> bool:
+    """Whether a rank that writes to others in the round holds what it is granted to write, whole and at rest: what it
+    serves or, where that is not committed yet, the standby that it has verified in this round."""
+    current = fleet.round
+    if current is None or current.catch_up:
+        return current is not None and serves(fleet, agent, current.version)
+    verified, status = current.verified.get(agent.member), agent.status
+    return verified is not None and (status.standby, status.standby_digest) == (current.version, verified.digest)

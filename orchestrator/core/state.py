@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.events import Call, PlanFacts, StableSeen
 from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import LinkUse
+from weightsync.orchestrator.core.round.feed import Feed
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
@@ -45,6 +46,12 @@ class ConnectedAgent:
     """… and confirmed."""
     unlent: dict[Member, str] = field(default_factory=dict)
     """Peers that it cannot lend to, and why."""
+    relayed_delivered: str = ""
+    """Of a rank that others of its rounds write to: that edge set, as it was sent …"""
+    relayed: str = ""
+    """… and confirmed."""
+    unrelayed: dict[Member, str] = field(default_factory=dict)
+    """Peers that cannot write to it by that, and why."""
     told_needs: str = ""
     """Fingerprint of the Needs that it was sent last."""
     told_hold: bool | None = None
@@ -61,9 +68,14 @@ class ConnectedAgent:
         self.delivered = ""
         self.fingerprint = ""
         self.dead_edges = {}
-        self.lends_delivered = self.lends = ""
+        self.lends_delivered = self.lends = self.relayed_delivered = self.relayed = ""
         self.unlent = {}
+        self.unrelayed = {}
         self._contents = None
+
+    def was_sent(self, connect: Connect) -> str:
+        """The edge set of this kind that it was sent last."""
+        return self.lends_delivered if connect.lends else self.relayed_delivered if connect.relays else self.delivered
 
     def is_sent(self, connect: Connect) -> None:
         """This edge set. If it runs another one, it will at some time run that no more."""
@@ -71,6 +83,10 @@ class ConnectedAgent:
             self.lends_delivered, self.unlent = connect.fingerprint, {}
             if self.lends != connect.fingerprint:
                 self.lends = ""
+        elif connect.relays:
+            self.relayed_delivered, self.unrelayed = connect.fingerprint, {}
+            if self.relayed != connect.fingerprint:
+                self.relayed = ""
         else:
             self.delivered = connect.fingerprint
             if self.fingerprint != connect.fingerprint:
@@ -81,6 +97,7 @@ class ConnectedAgent:
         an agent does about its edges ends with the connection."""
         self.announce, self.fingerprint, self.dead_edges = before.announce, before.fingerprint, before.dead_edges
         self.lends, self.unlent = before.lends, before.unlent
+        self.relayed, self.unrelayed = before.relayed, before.unrelayed
         self._contents = before._contents
 
     @property
@@ -168,21 +185,6 @@ class Unclosed:
         """A newer process of the same rank where it ran: whoever starts one there has ended it."""
         same_place = bool(self.boot) and (self.host, self.boot) == (hello.host, hello.boot)
         return same_place and hello.incarnation != self.incarnation
-
-
-@dataclass(slots=True)
-class Feed:
-    """How engines that catch up to ``version`` take it from engines that serve it.
-
-    ``lenders``: engine → who lends it. ``members``: of all of them, with incarnations. ``plan``: None until it is made.
-    """
-
-    number: int
-    version: Version
-    lenders: dict[str, str]
-    members: frozenset[tuple[Member, int]]
-    plan: PlanFacts | None = None
-    planned_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -392,4 +394,5 @@ class Fleet:
         if plan is None or agent is None or member not in plan.connects:
             return False
         connect = plan.connects[member]
-        return connect.fingerprint == (agent.lends if connect.lends else agent.fingerprint)
+        told = agent.lends if connect.lends else agent.relayed if connect.relays else agent.fingerprint
+        return connect.fingerprint == told

@@ -5,10 +5,11 @@ from typing import Final
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import LookForStable
 from weightsync.orchestrator.core.errors import Trouble
+from weightsync.orchestrator.core.events import NO_PLAN
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
 from weightsync.orchestrator.core.records import StagedAgain
-from weightsync.orchestrator.core.round import blame, endings
+from weightsync.orchestrator.core.round import blame, endings, relays
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
@@ -93,7 +94,10 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
                 blame.put(turn, name, Trouble(why, "engine"))
                 turn.say(f"{name} does not take part: {why}", "warning", event="engine late", engine=name)
         assert fleet.plan is not None
-        begin(turn, version, ready, conditions.is_catch_up(fleet, version), fleet.plan)
+        catch_up = conditions.is_catch_up(fleet, version)
+        taking = {} if catch_up else relays.ready(fleet, ready, turn.now)
+        relay = fleet.feed.plan if taking and fleet.feed is not None else None
+        begin(turn, version, ready, catch_up, fleet.plan, taking, relay or NO_PLAN)
 
 
 def _join(fleet: Fleet) -> float:

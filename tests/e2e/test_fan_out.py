@@ -1,13 +1,14 @@
-"""An engine that is killed and comes back while no trainer is there takes the version from one that serves it."""
+"""Engines that write to engines: what is served to one that comes back, and each version within its round."""
 
+import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from fleet import Fleet, Trainer, fleet
-from serving import DEFAULT_PROMPTS, VllmServer
+from serving import DEFAULT_PROMPTS, VllmServer, answers, free_port
 from test_push import fresh_answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
@@ -33,10 +34,16 @@ class Pair:
         return dict(self.whole.ask("/rounds?last=1")["rounds"][0])
 
 
+def servers_of(model: Path, directory: Path, env: Mapping[str, str]) -> dict[str, VllmServer]:
+    """Two engines of one daemon."""
+    one = {"token": secrets.token_hex(32), "hub_port": free_port(), "env": env}
+    return {name: VllmServer(model, name=name, log=directory / f"{name}.log", **one).start() for name in ("a", "b")}
+
+
 @pytest.fixture(params=["copy", "live"])
 def pair(request: pytest.FixtureRequest, qwen3: Path, tmp_path: Path) -> Iterator[Pair]:
     env = {"WEIGHTSYNC_MODE": request.param}
-    servers = {name: VllmServer(qwen3, env=env, log=tmp_path / f"{name}.log").start() for name in ("a", "b")}
+    servers = servers_of(qwen3, tmp_path, env)
     try:
         with fleet(tmp_path / "fleet", servers, settings={"fan_out": "auto"}) as whole:
             trainer = whole.start_trainer(qwen3)
@@ -70,3 +77,24 @@ def test_an_engine_that_returns_is_fed_by_its_peer_with_a_trainer_and_without_on
     assert (row["outcome"], row["lenders"]) == ("committed", {"a": "b"})
     assert row["bytes"] > 0
     assert pair.answers("a") == pair.answers("b") == right
+
+
+def test_each_version_leaves_the_trainer_once(qwen3: Path, tmp_path: Path) -> None:
+    """The other engine takes it from the one that it was written to, before either serves it."""
+    servers = servers_of(qwen3, tmp_path, {"WEIGHTSYNC_MODE": "copy"})
+    try:
+        with fleet(tmp_path / "fleet", servers, settings={"fan_out": "peers"}) as whole:
+            trainer = whole.start_trainer(qwen3)
+            for server in servers.values():
+                server.wait_ready()
+            assert trainer.hear()["ready"]
+            for step in (1, 2, 3):
+                assert trainer.publish(step)["sequence"] == step
+            for row in whole.ask("/rounds?last=3")["rounds"]:
+                assert (row["outcome"], row["kind"], row["lenders"]) == ("committed", "publish", {"b": "a"})
+                assert row["bytes"] == 2 * row["trainer_bytes"] > 0
+            right = fresh_answers(whole.checkpoints / "step_3", 1)
+            assert answers(servers["a"]) == answers(servers["b"]) == right
+    finally:
+        for server in servers.values():
+            server.close()

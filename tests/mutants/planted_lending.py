@@ -89,7 +89,7 @@ LENDING: Final = (
     Mutant(
         "a borrower does not get the trainer's edges back",
         "core/membership/rendezvous.py",
-        "    borrowing = fleet.feed.lenders if fleet.feed is not None and fleet.feed.plan is not None else {}\n",
+        "    borrowing = fleet.feed.borrowers if fleet.feed is not None and fleet.feed.plan is not None else {}\n",
         "    borrowing = {name: name for name in fleet.engines if fleet.feed_number}\n",
         _TESTS,
     ),
@@ -103,7 +103,7 @@ LENDING: Final = (
     Mutant(
         "the trainer writes what is lent",
         "core/conditions.py",
-        "        lent = fleet.feed.lenders if fleet.feed is not None else {}\n",
+        "        lent = fleet.feed.borrowers if fleet.feed is not None else {}\n",
         "        lent = {}\n",
         _TESTS,
     ),

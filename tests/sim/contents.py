@@ -82,6 +82,8 @@ def _feed_of(wanted: MakePlan) -> PlanFacts:
             copies=",".join(lenders).encode(),
             expected_bytes=sum(SIZES),
             lends=party in wanted.sources,
+            relays=bool(wanted.standby),
+            landed=wanted.standby[party.member].fingerprint if party.member in wanted.standby else "",
         )
         for party, others in (*peers.items(), *told.items())
     }

@@ -1,5 +1,6 @@
 """The judge of a simulated fleet. It looks at the workers' memory and the journal's disk, never at the core's state."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,8 @@ class Judge:
         self._epoch = self._sequence = 0
         self._paused_at: dict[str, float] = {}
         self._stale_since: dict[str, float] = {}
+        self.left: dict[RoundName, Counter[str]] = {}
+        """Bytes that left the trainer in each round, by the engine that they were for."""
 
     # ------------------------------------------------------------------------------------------------------- journal
     def journaled(self, records: Sequence[Record], *, in_order: bool = True) -> None:
@@ -55,6 +58,7 @@ class Judge:
                     if not again:
                         self.committed.append(version)
                 case RoundEnded(round=name, version=version, outcome=outcome):
+                    self._once(record)
                     done = version in self.committed
                     self._require(outcome != "committed" or done, f"round {name} ended before its commit was durable")
                     self.deciding.pop(name, None)
@@ -62,6 +66,15 @@ class Judge:
                     pass
         for server in self._world.servers.values():
             self.look(server.name)
+
+    def left_the_trainer(self, name: RoundName, engine: str, size: int) -> None:
+        """So many bytes have arrived at ``engine`` from a rank of it."""
+        self.left.setdefault(name, Counter())[engine] += size
+
+    def _once(self, record: RoundEnded) -> None:
+        """The trainer writes nothing to who takes the version from another engine."""
+        twice = sorted(self.left.get(record.round, Counter()).keys() & record.lenders.keys())
+        self._require(not twice, f"the trainer writes to {twice} in round {record.round}, and so does another engine")
 
     def told(self, version: Version, committed: bool) -> None:
         """Somebody hears how a version ended."""

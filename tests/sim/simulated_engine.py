@@ -68,6 +68,8 @@ class Worker(Lender):
         """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``: these fail."""
         self.renew()
         self._connect: Connect | None = None
+        self.relayed: Connect | None = None
+        """By which others of its rounds write to it."""
         self._version = CHECKPOINT
         self._over: Callable[[str], None] | None = None
         self._ended: dict[RoundName, str] = {}
@@ -174,8 +176,12 @@ class Worker(Lender):
                 self.lend(message)
             case Grant():
                 self.granted(message)
-            case Abort() if message.round in self.open:
-                self.open[message.round].stop(message.members)
+            case Abort() if message.members:
+                if message.round in self.open:
+                    self.open[message.round].stop(message.members)
+            case Connect(relays=True):
+                self.relayed = message
+                self.later(self.world.short(), lambda: self._ready_beside(message))
             case Connect():
                 self._connect = message
                 self.later(self.world.short(), lambda: self._ready(message))
@@ -199,6 +205,10 @@ class Worker(Lender):
 
     def _ready(self, connect: Connect) -> None:
         if self._connect is connect:
+            self.say(Ready(fingerprint=connect.fingerprint))
+
+    def _ready_beside(self, connect: Connect) -> None:
+        if self.relayed is connect:
             self.say(Ready(fingerprint=connect.fingerprint))
 
     def _verify(self, message: Verify) -> None:

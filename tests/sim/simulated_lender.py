@@ -17,7 +17,8 @@ RETRY_SECONDS = 1.0
 
 
 class Lender(Agent):
-    """The part of a worker that lends. It reads ``memory``, the live one, at the moment at which a chunk lands."""
+    """The part of a worker that lends. It reads ``memory``, the live one, or its standby, as it is when a chunk
+    lands."""
 
     def __init__(self, world: "World", member: Member, size: int) -> None:
         super().__init__(world, member, size)
@@ -34,12 +35,27 @@ class Lender(Agent):
         return lent_chunks(self.member, target, self._lent.copies.decode().split(","))
 
     def reads(self, chunk: int) -> Version:
-        return self.memory[chunk]
+        return self._held[chunk]
+
+    @property
+    def _held(self) -> list[Version]:
+        assert self._lent is not None
+        return self.beside if self._lent.relays else self.memory
+
+    @property
+    def beside(self) -> list[Version]:
+        """What has landed and is not served."""
+        raise NotImplementedError
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         chunks = self.chunks_for(target)
-        digest = add_digests(*(digest_of(chunk, self.memory[chunk], target) for chunk in chunks))
+        digest = add_digests(*(digest_of(chunk, self._held[chunk], target) for chunk in chunks))
         return digest, sum(SIZES[chunk] for chunk in chunks)
+
+    @property
+    def stands_by(self) -> Version | None:
+        """A version that it has verified there."""
+        return None
 
     # ------------------------------------------------------------------------------------------------------ its edges
     def lend(self, connect: Connect) -> None:
@@ -77,6 +93,8 @@ class Lender(Agent):
             objection = f"grant of epoch {grant.round.epoch}"
         elif self._lent is None or grant.fingerprint != self._lent.fingerprint:
             objection = "grant for other edges"
+        elif self._lent.relays and self.stands_by != grant.version:
+            objection = f"{self.stands_by} stands by"
         elif any(not edge.stopped for edge in open_edges(self)):
             objection = "another round is still being lent"
         if objection:

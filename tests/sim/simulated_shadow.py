@@ -65,22 +65,29 @@ class ShadowWorker(Worker):
 
     def prepared(self, name: RoundName, version: Version) -> list[Version] | None:
         if self.exposed == name or self.standby == version:
-            return self._beside
+            return self.beside
         return None
 
     @property
-    def _beside(self) -> list[Version]:
+    def beside(self) -> list[Version]:
         return self.landing if self.lands == "copy" else self.pages
 
     # -------------------------------------------------------------------------------------------------- what it hears
+    @property
+    def stands_by(self) -> Version | None:
+        return self.standby
+
     def heard(self, message: FromDaemon) -> None:
         match message:
             case Expose():
+                assert not message.relays or self.relayed is not None, f"{self.member} has no edges for {message}"
                 self._expose_beside(message.round)
             case Verify():
                 self.later(self.world.short(), lambda: self._verify_beside(message))
-            case Abort() if message.round not in self.open:
+            case Abort() if not message.members:
                 assert not message.torn, f"{self.member} is told {message}, and nothing reaches its live memory"
+                if message.round in self.open:
+                    self.open[message.round].stop(())
                 if message.round == self.exposed:
                     self._drop()
                     self.say_once(Left(round=message.round, status=self.status))
@@ -103,7 +110,7 @@ class ShadowWorker(Worker):
         if order.round != self.exposed or self.ill == "silent":
             return
         if self._verified is None:
-            first, second = memory_digest(self._beside, self.member)
+            first, second = memory_digest(self.beside, self.member)
             digest = (first ^ 1, second) if self.ill == "digest" else (first, second)
             self.standby, self.standby_digest = order.version, digest
             self._verified = Verified(
@@ -146,7 +153,7 @@ class ShadowWorker(Worker):
         assert order.version is not None
         broken = self.ill == "switch" or self.world.faults.happens("switch", self.member.engine)
         half = len(SIZES) // 2
-        new = [*self._beside]
+        new = [*self.beside]
         old, before = self.memory, (self.applied, self._live_digest)
         self.exposed = self._verified = None
         self._audits += 1

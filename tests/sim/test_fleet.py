@@ -20,7 +20,7 @@ CALM_SECONDS = 60.0
 """L1's T: every deadline of the policy may pass several times over."""
 
 
-def world_of(seed: int) -> tuple[World, list[str]]:
+def world_of(seed: int, fan_out: str = "") -> tuple[World, list[str]]:
     """Of a shape and with some kinds of faults that the seed draws; many kinds at once would hide one another."""
     rng = random.Random(f"shape {seed}")
     engines = rng.choice((1, 2, 2, 3, 3, 4))
@@ -38,7 +38,7 @@ def world_of(seed: int) -> tuple[World, list[str]]:
         min_engines=rng.choice((0.5, 0.5, 1, 1.0)),
         lands=modes(rng),
         meeting=rng.choice(((), (), ("e0",), NAMES)),
-        fan_out=random.Random(f"fan out {seed}").choice(("trainer", "auto")),
+        fan_out=fan_out or random.Random(f"fan out {seed}").choice(("trainer", "auto")),
     )
     for name in world.configured:
         if name not in world.servers:

@@ -35,8 +35,8 @@ def ended(world: World) -> list[RoundEnded]:
 
 
 def lent(world: World) -> list[tuple[str, dict[str, str]]]:
-    """How rounds in which engines lent have ended, and who lent to whom."""
-    return [(row.outcome, row.lenders) for row in ended(world) if row.lenders]
+    """How catch-up rounds in which engines lent have ended, and who lent to whom."""
+    return [(row.outcome, row.lenders) for row in ended(world) if row.lenders and row.kind == "catch-up"]
 
 
 @pytest.mark.parametrize("fan_out", ["auto", "peers"])
@@ -144,7 +144,7 @@ def test_what_a_lender_no_longer_holds_is_never_taken_for_the_version(mode: Land
     assert_all_serve(world, within=30.0)
     world.run(world.now + 1.0)
     assert lent(world) == [("failed", {"e2": "e0"}), ("committed", {"e2": "e1"})]
-    reasons = [row.reason for row in ended(world) if row.outcome == "failed" and row.lenders]
+    reasons = [row.reason for row in ended(world) if row.outcome == "failed" and row.kind == "catch-up"]
     assert ("e0 has lent e2/0 bytes of digest" if honest else "differs from what was lent") in reasons[0]
 
 

@@ -26,6 +26,7 @@ class Writer(Protocol):
     """
 
     world: "World"
+    member: Member
     alive: bool
     connected: "dict[Member, Worker]"
     reached: "dict[Member, str]"
@@ -99,6 +100,8 @@ class Edge:
         if worker.alive:
             corrupt = world.faults.happens("corrupt", self.target.engine)
             worker.land(chunk, GARBAGE if corrupt else rank.reads(chunk), self.writing.grant.round)
+            if rank.member.role == "trainer":
+                world.judge.left_the_trainer(self.writing.grant.round, self.target.engine, SIZES[chunk])
         rank.do(self.post if worker.alive else lambda: self._end(f"{self.target} died"))
 
     def _hang(self, worker: "Worker", chunk: int) -> None:

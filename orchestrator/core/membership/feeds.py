@@ -1,8 +1,9 @@
 """Feeds: plans by which engines that catch up take the committed version from engines that serve it (``fan_out``).
 
 A feed is there for as long as somebody is behind and somebody lends. Its borrowers run its edges in the place of the
-trainer's, which they are sent again when it is over; its lenders run them beside theirs. Like all that is swept it
-follows from the fleet anew after every event, and a round changes nothing of it.
+trainer's, which they are sent again when it is over; its lenders run them beside theirs. While there is none, there may
+be a relay, whose edges all run beside the trainer's and are used by rounds for whatever comes (``round.relays``). Like
+all that is swept it follows from the fleet anew after every event, and a round changes nothing of it.
 """
 
 import hashlib
@@ -13,12 +14,14 @@ from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import MakePlan, SendPlan
 from weightsync.orchestrator.core.events import Call, PlanReady, PlanRejected
 from weightsync.orchestrator.core.membership.rendezvous import parties
-from weightsync.orchestrator.core.round import blame, lending
+from weightsync.orchestrator.core.round import blame, lending, relays
 from weightsync.orchestrator.core.round.begin import begin
-from weightsync.orchestrator.core.state import ConnectedAgent, Feed, Fleet
+from weightsync.orchestrator.core.round.feed import Feed
+from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.messages import Connect
+from weightsync.orchestrator.protocol.names import Version
 
 NOTHING: Final = Connect(fingerprint="", root="", peers=(), copies=b"", expected_bytes=0, lends=True)
 """The part of a lender in no feed."""
@@ -31,21 +34,26 @@ def evaluate(turn: Turn) -> None:
         return
     fleet.passed_over = {pair: told for pair, told in fleet.passed_over.items() if turn.now < told[0]}
     lenders, version = _wanted(fleet, turn.now), fleet.memory.committed
-    if not lenders or version is None:
+    if not lenders:
+        lenders, version = relays.wanted(fleet, turn.now), None
+    if not lenders:
         fleet.feed = None
-        _part(turn)
+        _part(turn, set())
         return
     targets = [agent for name in lenders for agent in fleet.ranks_of(name)]
     sources = [agent for name in dict.fromkeys(lenders.values()) for agent in fleet.ranks_of(name)]
     members = frozenset((agent.member, agent.hello.incarnation) for agent in [*sources, *targets])
-    feed = fleet.feed
-    if feed is None or (feed.version, feed.lenders, feed.members) != (version, lenders, members):
-        fleet.feed_number += 1
-        fleet.feed = Feed(fleet.feed_number, version, lenders, members)
-        turn.do(MakePlan(fleet.feed_number, parties(sources), parties(targets), lends=True))
+    standby = relays.landed_by(fleet, lenders) if version is None else {}
+    feed, new = fleet.feed, Feed(fleet.feed_number + 1, version, lenders, members, standby)
+    if feed is None or not feed.serves(new):
+        fleet.feed, fleet.feed_number = new, new.number
+        turn.do(MakePlan(new.number, parties(sources), parties(targets), lends=True, standby=standby))
     elif feed.plan is not None:
         _send(turn, feed)
-        _begin(turn, feed)
+        if feed.version is None:
+            _part(turn, set(feed.lenders.values()))
+        if feed.version is not None:
+            _begin(turn, feed, feed.version)
 
 
 def _wanted(fleet: Fleet, now: float) -> dict[str, str]:
@@ -67,11 +75,12 @@ def _wanted(fleet: Fleet, now: float) -> dict[str, str]:
     return {name: found[name] for unit in units for name in unit if all(found[other] in lenders for other in unit)}
 
 
-def _part(turn: Turn) -> None:
-    """Nobody borrows any more: edges to engines that may end are not kept."""
+def _part(turn: Turn, besides: set[str]) -> None:
+    """Nobody borrows any more, but from engines ``besides``: edges to engines that may end are not kept."""
     writers = {writer for writer, _ in turn.fleet.unclosed}
     for agent in turn.fleet.agents.values():
-        if agent.member.role == "inference" and (agent.lends_delivered or agent.lends or agent.member in writers):
+        lends = agent.member.role == "inference" and agent.member.engine not in besides
+        if lends and (agent.lends_delivered or agent.lends or agent.member in writers):
             rest = _rest(turn.fleet, agent)
             if rest.fingerprint != agent.lends_delivered or (agent.lends and agent.lends != rest.fingerprint):
                 agent.lends_delivered, agent.lends = rest.fingerprint, ""
@@ -118,24 +127,24 @@ def _send(turn: Turn, feed: Feed) -> None:
     assert feed.plan is not None
     for member, connect in feed.plan.connects.items():
         agent = turn.fleet.agents.get(member)
-        if agent is None or connect.fingerprint == (agent.lends_delivered if connect.lends else agent.delivered):
+        if agent is None or connect.fingerprint == agent.was_sent(connect):
             continue
         agent.is_sent(connect)
         turn.do(SendPlan(member, connect))
 
 
-def _begin(turn: Turn, feed: Feed) -> None:
+def _begin(turn: Turn, feed: Feed, version: Version) -> None:
     """As soon as all can, or those that can when they have waited for the others."""
     fleet = turn.fleet
     assert feed.plan is not None
-    if turn.now < fleet.retry_at.get(feed.version, 0.0):
+    if turn.now < fleet.retry_at.get(version, 0.0):
         return
     late = {name: why for name in feed.lenders for other in fleet.unit(name) if (why := _unready(fleet, feed, other))}
     if late and turn.now < max(feed.planned_at, fleet.ended_at) + fleet.policy.patience:
         return
     ready = [name for name in feed.lenders if name not in late]
     if ready:
-        begin(turn, feed.version, ready, True, feed.plan, {name: feed.lenders[name] for name in ready})
+        begin(turn, version, ready, True, feed.plan, {name: feed.lenders[name] for name in ready})
     _pass_over(turn, feed, late)
 
 

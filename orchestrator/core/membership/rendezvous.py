@@ -70,6 +70,8 @@ def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
         before, agent.fingerprint, agent.dead_edges = agent.dead_edges, message.fingerprint, dead
     elif message.fingerprint == agent.lends_delivered:
         before, agent.lends, agent.unlent = agent.unlent, message.fingerprint, dead
+    elif message.fingerprint == agent.relayed_delivered:
+        before, agent.relayed, agent.unrelayed = agent.unrelayed, message.fingerprint, dead
     else:
         return
     for peer in dead.keys() - before.keys():
@@ -140,7 +142,7 @@ def parties(agents: list[ConnectedAgent]) -> tuple[Announced, ...]:
 def _send_plans(turn: Turn) -> None:
     fleet = turn.fleet
     assert fleet.plan is not None
-    borrowing = fleet.feed.lenders if fleet.feed is not None and fleet.feed.plan is not None else {}
+    borrowing = fleet.feed.borrowers if fleet.feed is not None and fleet.feed.plan is not None else {}
     for member, connect in fleet.plan.connects.items():
         agent = fleet.agents.get(member)
         if agent is None or agent.announce is None or member.engine in borrowing:

@@ -1,7 +1,7 @@
 """How a round begins: its members are frozen."""
 
 from weightsync.orchestrator.core import standby
-from weightsync.orchestrator.core.events import PlanFacts
+from weightsync.orchestrator.core.events import NO_PLAN, PlanFacts
 from weightsync.orchestrator.core.records import RoundBegan
 from weightsync.orchestrator.core.round import lending, phases
 from weightsync.orchestrator.core.round.progress import Progress, Round
@@ -19,16 +19,19 @@ def begin(
     catch_up: bool,
     plan: PlanFacts,
     lenders: dict[str, str] | None = None,
+    relay: PlanFacts = NO_PLAN,
 ) -> None:
     """Begin a round that brings ``engines`` to ``version``.
 
-    ``catch_up``: it is committed already, on others. ``lenders``: who writes to each engine, if it is no trainer.
+    ``catch_up``: it is committed already, on others. ``lenders``: who writes to each engine, if it is no trainer; by
+    ``plan`` in a catch-up, else by ``relay``.
     """
     fleet, lenders = turn.fleet, lenders or {}
     ranks = {a.member: a.hello.incarnation for name in engines for a in fleet.ranks_of(name)}
     name = RoundName(fleet.epoch, fleet.memory.round_number + 1)
     attempt = fleet.attempts.get(version, 0) + 1
-    writers = plan.writers_of(frozenset(ranks))
+    taking = frozenset(member for member in ranks if member.engine in lenders) if relay.connects else frozenset()
+    writers = plan.writers_of(frozenset(ranks) - taking) | relay.writers_of(taking)
     fleet.round = current = Round(
         name=name,
         version=version,
@@ -40,8 +43,13 @@ def begin(
         sources={writer: fleet.agents[writer].hello.incarnation for writer in writers},
         publish=publish_of(fleet, version),
         plan=plan,
+        relay=relay,
         lenders=lenders,
-        lent={member: lending.decided(fleet, lenders[member.engine], member.rank) for member in ranks if lenders},
+        lent=(
+            {member: lending.decided(fleet, lenders[member.engine], member.rank) for member in ranks}
+            if catch_up and lenders
+            else {}
+        ),
         quorum=1 if catch_up else fleet.quorum(),
         phase_began=turn.now,
         began=turn.now,
@@ -51,6 +59,7 @@ def begin(
     turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
     kind = "catch-up round" if catch_up else "round"
     lent = f", from {', '.join(dict.fromkeys(lenders.values()))}" if lenders else ""
+    lent = f" ({', '.join(lenders)}{lent[1:]})" if relay.connects else lent
     turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}{lent}, attempt {attempt}", event="round begins")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none

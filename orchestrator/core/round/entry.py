@@ -51,8 +51,13 @@ def mark_dirty(turn: Turn, current: Round) -> None:
     }
     taints = {str(writer): _taint(turn, current, writer) for writer in current.writers}
     for member in current.remaining_ranks():
-        turn.send(member, Expose(round=current.name))  # first, so that they answer while the disk works
+        expose(turn, current, member)  # first, so that they answer while the disk works
     turn.append_and_wait(LiveDirty(round=current.name, writers=taints))
+
+
+def expose(turn: Turn, current: Round, member: Member) -> None:
+    """Tell a worker that it may be written to, and by which of its edges. Said twice, it is answered twice."""
+    turn.send(member, Expose(round=current.name, relays=current.relays_to(member.engine)))
 
 
 def nothing(turn: Turn, current: Round) -> None:
@@ -66,18 +71,31 @@ def _taint(turn: Turn, current: Round, writer: Member) -> Taint:
 
 
 def grant(turn: Turn, current: Round) -> None:
-    """Give every writer the right to write, once."""
+    """Give every writer of this wave the right to write, once."""
     fleet = turn.fleet
     current.granted = True
     for name in current.remaining():
         fleet.engines[name].torn_by = current.version
-    for writer, targets in current.writers.items():
+    if current.wave:
+        taking = (member for member in current.remaining_ranks() if current.relays_to(member.engine))
+        current.lent = {member: current.verified[_lender(current, member)].digest for member in taking}
+    turns = {name for name in current.remaining() if current.in_wave(name)}
+    going = {w: tuple(target for target in to if target.engine in turns) for w, to in current.writers.items()}
+    current.writing = {writer: targets for writer, targets in going.items() if targets}
+    for writer, targets in current.writing.items():
         hello = fleet.known(writer).hello
         reach = {target: current.ranks[target] for target in targets}
         fleet.unclosed[writer, current.name] = Unclosed(hello.incarnation, hello.host, hello.boot, reach)
         grant_to(turn, current, writer)
+    if current.wave:
+        return
     facts: dict[str, str | int | float] = {"round": str(current.name), "plan": current.plan.root}
     turn.do(WriteMarker("TRANSFER_READY", current.version, facts))
+
+
+def _lender(current: Round, member: Member) -> Member:
+    """The rank that holds what ``member`` will hold."""
+    return Member("inference", current.lenders[member.engine], member.rank)
 
 
 def grant_to(turn: Turn, current: Round, writer: Member) -> None:
@@ -87,7 +105,7 @@ def grant_to(turn: Turn, current: Round, writer: Member) -> None:
     message = Grant(
         round=current.name,
         version=current.version,
-        fingerprint=current.plan.connects[writer].fingerprint,
+        fingerprint=current.plan_of(writer).connects[writer].fingerprint,
         members=members,
         deadline_seconds=policy.agent_deadline(policy.transfer),
         trace=current.trace,
@@ -98,14 +116,15 @@ def grant_to(turn: Turn, current: Round, writer: Member) -> None:
 
 def verify(turn: Turn, current: Round) -> None:
     """Add up what each worker should hold, and ask each for what it does hold."""
-    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(current.remaining_ranks(), (NO_BYTES, 0))
+    asked = [member for member in current.remaining_ranks() if current.in_wave(member.engine)]
+    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(asked, (NO_BYTES, 0))
     for peers in current.closed.values():
         for target, sent in peers.items():
             if target in sums:
                 digest, size = sums[target]
                 sums[target] = (add_digests(digest, sent.digest), size + sent.bytes)
     # What a lender says that it sent was compared with that when it said it.
-    current.expected = {member: (current.lent.get(member, digest), size) for member, (digest, size) in sums.items()}
+    current.expected |= {member: (current.lent.get(member, digest), size) for member, (digest, size) in sums.items()}
     for member in sums:
         ask_to_verify(turn, current, member)
 
@@ -247,7 +266,7 @@ def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> N
         for member in current.by_engine[name]:
             turn.send(member, Abort(round=current.name, torn=torn, reason=why.reason))
     if current.granted:
-        for writer, targets in current.writers.items():
+        for writer, targets in current.writing.items():
             edges = tuple(target for target in targets if target.engine in gone)
             if edges and writer not in current.final:
                 torn = writer.role == "trainer"  # what an inference rank lends stays whole

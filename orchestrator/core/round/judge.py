@@ -1,6 +1,6 @@
 """What is wrong with a report that came in time: the phase that waits for it believes it only if nothing is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from weightsync.orchestrator.core.errors import Trouble
@@ -31,7 +31,7 @@ def nothing(fleet: Fleet, current: Round, member: Member) -> Verdict:
 def closed(fleet: Fleet, current: Round, writer: Member) -> Verdict:
     """A writer must have written all that it owes to each peer that it is done with, and nothing to anybody else."""
     if writer in current.failed:
-        return Verdict(current.failed[writer])
+        return Verdict(_between(current, current.failed[writer]))
     done = current.closed.get(writer, {})
     strangers = done.keys() - set(current.writers[writer])
     if strangers:
@@ -44,11 +44,18 @@ def closed(fleet: Fleet, current: Round, writer: Member) -> Verdict:
         fault = _unwritten(current, writer, target, done.get(target)) or _unlike(current, target)
         if fault is not None:
             wrong[target.engine] = fault
+    if wrong and current.wave:
+        return Verdict(_between(current, next(iter(wrong.values()))))
     if wrong and len(wrong) == len(current.remaining()) > 1:
         # One writer that reaches no engine: what they have in common is the writer.
         first = next(iter(wrong.values()))
         return Verdict(Trouble(f"{writer} reaches none of {len(wrong)} engines: {first.reason}", "network"))
     return Verdict(engines=wrong)
+
+
+def _between(current: Round, trouble: Trouble) -> Trouble:
+    """What goes wrong between engines of a round is nobody's failure yet: in the next attempt the trainer writes."""
+    return replace(trouble, retry=True) if current.wave else trouble
 
 
 def _unwritten(current: Round, writer: Member, target: Member, sent: PeerTransfer | None) -> Trouble | None:
@@ -57,7 +64,7 @@ def _unwritten(current: Round, writer: Member, target: Member, sent: PeerTransfe
         return Trouble(f"{writer} says CLOSED and has not written to {target}", side(writer)) if final else None
     if sent.error:
         return Trouble(f"{writer} could not write to {target}: {sent.error}", "network")
-    owed = current.plan.flows.get((writer, target))
+    owed = current.plan_of(writer).flows.get((writer, target))
     if sent.bytes != owed:
         return Trouble(f"{writer} wrote {sent.bytes} bytes to {target}, the plan has {owed}", side(writer))
     return None
@@ -71,7 +78,8 @@ def _unlike(current: Round, target: Member) -> Trouble | None:
         return None
     digest = add_digests(*(sent.digest for sent in said if sent is not None))
     lender = current.lenders[target.engine]
-    what = f"{lender} has lent {target} bytes of digest {hex_digest(digest)}, and {hex_digest(owed)} was decided"
+    was = "was decided" if current.catch_up else "it has verified"
+    what = f"{lender} has lent {target} bytes of digest {hex_digest(digest)}, and {hex_digest(owed)} {was}"
     return Trouble(f"{what}: end {lender}, whose memory is not what it was", "engine") if digest != owed else None
 
 

@@ -34,6 +34,8 @@ class PhaseRow:
     """Whose fault a missed deadline is."""
     judge: Callable[[Fleet, Round, Member], Verdict] = judge.nothing
     """What is wrong with the member's report that the phase waits for."""
+    again: bool = False
+    """WRITING comes once more before ``then``, if engines of the round take from others of it."""
     needs_writers: bool = False
     """It is not left while a writer has no connection: one that is dead tears every engine that it is granted."""
 
@@ -51,7 +53,7 @@ ROWS: Final[dict[Phase, PhaseRow]] = {
         entry.grant, lambda p: p.transfer, waits.not_closed, Phase.VERIFYING, "trainer", judge.closed
     ),
     Phase.VERIFYING: PhaseRow(
-        entry.verify, lambda p: p.verify, waits.not_verified, Phase.DECIDING, "engine", judge.verified
+        entry.verify, lambda p: p.verify, waits.not_verified, Phase.DECIDING, "engine", judge.verified, again=True
     ),
     Phase.DECIDING: PhaseRow(entry.decide, lambda p: p.finish, waits.not_durable, Phase.SWITCHING, "daemon"),
     Phase.SWITCHING: PhaseRow(
@@ -81,7 +83,10 @@ def advance(turn: Turn, current: Round) -> None:
             return
         if row.needs_writers and any(True for _ in waits.writers_away(current)):
             return  # they are back, or missed, within a heartbeat
-        if isinstance(row.then, Phase):
+        if row.again and not current.wave and any(map(current.relays_to, current.remaining())):
+            current.wave = 1
+            enter(turn, current, Phase.WRITING)
+        elif isinstance(row.then, Phase):
             enter(turn, current, row.then)
         else:
             row.then(turn, current)
@@ -113,10 +118,16 @@ def is_impatient(turn: Turn, current: Round) -> bool:
     return current.waited + turn.now - current.first_done >= turn.fleet.policy.patience
 
 
+def about(current: Round) -> list[str]:
+    """Engines that the present phase is about: in a wave those that are written to in it."""
+    waves = current.phase in (Phase.WRITING, Phase.VERIFYING)
+    return [name for name in current.remaining() if not waves or current.in_wave(name)]
+
+
 def _concerned(current: Round) -> list[str]:
     """Engines that have something to do in the present phase: of those that serve on nobody waits for a pause."""
     pauses = current.phase in (Phase.PAUSING, Phase.QUIESCING)
-    return [name for name in current.remaining() if not (pauses and current.engines[name].serves_on)]
+    return [name for name in about(current) if not (pauses and current.engines[name].serves_on)]
 
 
 def overdue(turn: Turn, current: Round) -> Trouble:
@@ -125,3 +136,12 @@ def overdue(turn: Turn, current: Round) -> Trouble:
     late = ", ".join(missing(turn.fleet, current)[: waits.SHOWN]) or "nobody"
     reason = f"{current.phase} took longer than {seconds:.0f} s; missing: {late}"
     return Trouble(reason, ROWS[current.phase].late)
+
+
+def newer_waits(turn: Turn, current: Round) -> str:
+    """Why a catch-up is to end, or go on without an engine: it keeps a version from all the others."""
+    waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
+    if not current.catch_up or not waiting or not turn.fleet.trainers_whole():
+        return ""
+    seconds = turn.now - max(min(waiting), current.began)
+    return f"a new version has waited {seconds:.0f} s for it" if seconds >= turn.fleet.policy.patience else ""

@@ -76,10 +76,17 @@ class Round:
     """Trace context of the publish that it is for."""
     plan: PlanFacts = NO_PLAN
     """By which they write."""
+    relay: PlanFacts = NO_PLAN
+    """By which engines of the round write to others of it; without connects where none does."""
     lenders: dict[str, str] = field(default_factory=dict)
-    """Engines → the engine that serves the version and lends it to them; empty where trainer ranks write."""
+    """Engines → the engine that writes to them: in a catch-up one that serves the version, in another round one that
+    has verified it. Trainer ranks write to all others."""
     lent: dict[Member, Digest] = field(default_factory=dict)
-    """By rank of those, what it will hold, as the journal has decided it for the lender."""
+    """By rank of those, what it will hold: as the journal has decided it for the lender, or as that has verified it."""
+    wave: int = 0
+    """1 when WRITING and VERIFYING come again, for engines that take from others of the round."""
+    writing: dict[Member, tuple[Member, ...]] = field(default_factory=dict)
+    """Those of the writers that were granted in this wave, and to whom."""
     rollback: bool = False
     """To a version that all engines have in their standby: nothing is written."""
     quorum: int = 1
@@ -133,6 +140,35 @@ class Round:
     def reason(self) -> str:
         """Why it was given up, in one sentence; empty while it was not."""
         return self.trouble.reason
+
+    def plan_of(self, writer: Member) -> PlanFacts:
+        """By which it writes."""
+        return self.relay if self.relay.connects and writer.role == "inference" else self.plan
+
+    def relays_to(self, engine: str) -> bool:
+        """Whether the engine takes the version from another one of the round."""
+        return engine in self.lenders and not self.catch_up
+
+    def in_wave(self, engine: str) -> bool:
+        """Whether the engine is written to, and verifies, in this wave."""
+        return self.relays_to(engine) == bool(self.wave)
+
+    def owes_a_digest(self, member: Member) -> bool:
+        """Whether this rank has been asked to verify, and has not yet."""
+        return self.has(member.engine) and self.in_wave(member.engine) and member not in self.verified
+
+    def orphans(self) -> list[str]:
+        """Engines that were to take the version from one that was left out, which has not written all of it."""
+        lost = [name for name in self.remaining() if self.relays_to(name) and not self.has(self.lenders[name])]
+        closed = {(writer, target) for writer, done in self.closed.items() for target in done}
+        owed = ((writer, target) for writer, targets in self.writers.items() for target in targets)
+        unwritten = {target.engine for writer, target in owed if (writer, target) not in closed}
+        return [name for name in lost if name in unwritten]
+
+    @property
+    def lending(self) -> bool:
+        """Engines are, or were, writing to others."""
+        return bool(self.lenders) and (self.catch_up or bool(self.wave))
 
     def concerns(self, engine: str) -> bool:
         """Whether the engine is one of those that the round began with, or lends to them."""

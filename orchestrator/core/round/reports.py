@@ -17,7 +17,7 @@ from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Closed, Expose, Exposed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.messages import Closed, Exposed, Left, Quiesced, Verified
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 
 
@@ -55,10 +55,14 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
             why = Trouble(f"{member} says EXPOSED before it was asked", "engine")
             handle(turn, current, Report.EXPOSED, why, about)
         case Closed() if member in current.writers:
-            if current.granted:
+            if current.wave and member not in current.writing:
+                return  # said again, of the wave before
+            if current.granted and member in current.writing:
                 _book_closed(current, member, message)
             why = Trouble(message.error or f"{member} says CLOSED without a grant", message.fault or judge.side(member))
             handle(turn, current, Report.CLOSED, why, about)
+        case Verified() if member in current.verified and not current.decided:
+            pass  # said again, while it writes what it has verified
         case Verified() if member in current.ranks:
             if current.phase is Phase.VERIFYING:
                 current.verified.setdefault(member, message)
@@ -171,11 +175,11 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
     elif lender_changed(turn, agent):
         return
     elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
-        turn.send(member, Expose(round=current.name))
-    elif current.phase is Phase.WRITING and member in current.writers and not current.is_done(member):
+        entry.expose(turn, current, member)
+    elif current.phase is Phase.WRITING and member in current.writing and not current.is_done(member):
         if current.name not in lending.open_rounds(agent.hello):
             entry.grant_to(turn, current, member)
-    elif current.phase is Phase.VERIFYING and current.has(member.engine) and member not in current.verified:
+    elif current.phase is Phase.VERIFYING and current.owes_a_digest(member):
         entry.ask_to_verify(turn, current, member)
     if turn.fleet.round is current:
         phases.advance(turn, current)  # it may have waited for this writer
@@ -185,11 +189,12 @@ def lender_changed(turn: Turn, agent: ConnectedAgent) -> bool:
     """A rank has said what it holds; whether it lends in this round and can end nothing well, since its memory is not
     whole, or of another version."""
     current, member = turn.fleet.round, agent.member
-    if current is None or not current.lenders or member not in current.writers or current.is_done(member):
+    if current is None or not current.lending or member not in current.writing or current.is_done(member):
         return False
-    if standby.serves(turn.fleet, agent, current.version):
+    if standby.may_lend(turn.fleet, agent):
         return False
-    why = f"{member} holds {agent.status.applied or 'no version'}{', torn' if agent.status.torn else ''} now"
+    held = agent.status.applied if current.catch_up else agent.status.standby
+    why = f"{member} holds {held or 'no version'}{', torn' if agent.status.torn else ''} now"
     _gone(turn, current, member, why)
     return True
 
@@ -213,10 +218,10 @@ def agent_changed(turn: Turn, member: Member) -> None:
 def edges_changed(turn: Turn, writer: ConnectedAgent) -> None:
     """A writer has said which peers it cannot reach: those it still writes to are as good as gone for this round."""
     current, member = turn.fleet.round, writer.member
-    if current is None or current.phase is not Phase.WRITING or member not in current.writers:
+    if current is None or current.phase is not Phase.WRITING or member not in current.writing:
         return
     done = current.closed.get(member, {})
-    for target in [target for target in current.writers[member] if target not in done]:
+    for target in [target for target in current.writing[member] if target not in done]:
         error = writer.unreached.get(target)
         if error is not None and turn.fleet.round is current and current.has(target.engine):
             why = Trouble(f"{member} cannot write to {target}: {error}", "network")
@@ -249,22 +254,13 @@ def tick(turn: Turn) -> None:
             _gone(turn, current, member, reason)
     if turn.fleet.round is not current:
         return
-    newer = _newer_waits(turn, current)
+    newer = phases.newer_waits(turn, current)
     if turn.now >= current.deadline:
         handle(turn, current, Report.DEADLINE, phases.overdue(turn, current))
     elif newer and not current.decided:
         give_up(turn, current, Trouble(newer, "engine"))
     elif newer or phases.is_impatient(turn, current):
         handle(turn, current, Report.IMPATIENCE, phases.overdue(turn, current))
-
-
-def _newer_waits(turn: Turn, current: Round) -> str:
-    """Why a catch-up is to end, or go on without an engine: it keeps a version from all the others."""
-    waiting = [since for version, since in turn.fleet.waiting_since.items() if version != current.version]
-    if not current.catch_up or not waiting or not turn.fleet.trainers_whole():
-        return ""
-    seconds = turn.now - max(min(waiting), current.began)
-    return f"a new version has waited {seconds:.0f} s for it" if seconds >= turn.fleet.policy.patience else ""
 
 
 # ------------------------------------------------------------------------------------------------ reports to actions
@@ -310,7 +306,7 @@ def give_up(turn: Turn, current: Round, why: Trouble) -> None:
         turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning", event="round given up")
     entry.let_out(turn, current, current.remaining(), why)
     for name in current.remaining():
-        if name in current.lenders:
+        if name in current.lenders and current.lending:
             blame.pass_over(turn, name, current.lenders[name], why.reason)
     endings.failed(turn, current)
 
@@ -332,7 +328,7 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     if not unit or turn.fleet.round is not current:
         return
     blame.put(turn, about.engine, why)
-    if about.engine in current.lenders and not current.decided:
+    if about.engine in current.lenders and current.lending and not current.decided:
         blame.pass_over(turn, about.engine, current.lenders[about.engine], why.reason)
     for name in unit:
         progress = current.engines[name]
@@ -349,6 +345,11 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     if current.decided:
         return
     entry.let_out(turn, current, unit, why)
+    if orphans := current.orphans():
+        # None of them is to blame or stands still: another attempt is what costs them least.
+        lost = f"{', '.join(orphans[: waits.SHOWN])} cannot take it from {about.engine}: {why.reason}"
+        give_up(turn, current, Trouble(lost, why.fault))
+        return
     here = len(current.remaining())
     if here < current.quorum:
         too_few = f"; {here} engines are left and a commit needs {current.quorum}" if here else ""
@@ -357,7 +358,8 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
 
 def _leave_out_late(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     late = phases.behind(turn.fleet, current)
-    if len(late) == len(current.remaining()) and not current.decided:
+    everybody = current.remaining() if current.wave else phases.about(current)
+    if len(late) == len(everybody) and not current.decided:
         for name in sorted(late) if why.fault == "engine" else ():
             blame.put(turn, name, why)
         give_up(turn, current, why)

@@ -1,18 +1,20 @@
 """The line that history keeps of a round: who, how it ended, how much, and where the time went."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from weightsync.orchestrator.core.records import RoundEnded, Taint
 from weightsync.orchestrator.core.round.links import used
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.edges import PeerTransfer
+from weightsync.orchestrator.protocol.names import Member, Role
 
 
 def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
     """Of the round as it stands now. ``outcome``: committed or failed."""
-    peers = [peer for closed in current.closed.values() for peer in closed.values()]
+    peers = [peer for _, peer in _moved(current)]
     links = used(current, turn.fleet.link_rates)
     turn.fleet.links = links or turn.fleet.links
     open_grants = {w: p for (w, name), p in turn.fleet.unclosed.items() if name == current.name}
@@ -33,9 +35,15 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         modes={name: progress.lands for name, progress in current.engines.items()},
         switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
         lenders=current.lenders,
+        trainer_bytes=sum(peer.bytes for writer, peer in _moved(current) if writer.role == "trainer"),
         links=links,
         trace=current.publish,
     )
+
+
+def _moved(current: Round) -> Iterator[tuple[Member, PeerTransfer]]:
+    """What each writer says that it has moved."""
+    return ((writer, peer) for writer, closed in current.closed.items() for peer in closed.values())
 
 
 def taint_of(writer: Member, pending: Unclosed) -> Taint:
@@ -64,7 +72,9 @@ def _times(turn: Turn, current: Round) -> dict[str, float]:
     waits = _longest(engine.http_seconds for engine in engines)
     times["http"] = waits + times.get("quiescing", 0.0) + times["applying"]
     times["total"] = turn.now - current.began
-    times["wire"] = _longest(peer.seconds for closed in current.closed.values() for peer in closed.values())
+    times["wire"] = sum(  # what engines write to engines comes after what the trainer writes
+        _longest(peer.seconds for writer, peer in _moved(current) if writer.role == role) for role in get_args(Role)
+    )
     times["apply"] = _longest(report.apply_seconds for report in verified)
     times["digest"] = _longest(report.digest_seconds for report in verified)
     staged = [agent.staged for agent in turn.fleet.trainers() if agent.staged is not None]

@@ -44,12 +44,12 @@ def not_durable(fleet: Fleet, current: Round) -> Iterator[str]:
 
 def not_closed(fleet: Fleet, current: Round) -> Iterator[str]:
     """Writers that may still write to an engine of the round."""
-    return (str(writer) for writer in current.writers if not current.is_done(writer))
+    return (str(writer) for writer in current.writing if not current.is_done(writer))
 
 
 def not_verified(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Workers whose digest is not there."""
-    return _missing(current.remaining_ranks(), current.verified)
+    """Workers that have been written to and whose digest is not there."""
+    return _missing((m for m in current.remaining_ranks() if current.in_wave(m.engine)), current.verified)
 
 
 def not_serving(fleet: Fleet, current: Round) -> Iterator[str]:
@@ -82,7 +82,7 @@ def not_finished(current: Round) -> set[str]:
 def engines_not_closed(fleet: Fleet, current: Round) -> set[str]:
     """Engines of the round towards which some writer has not closed."""
     late: set[str] = set()
-    for writer, targets in current.writers.items():
+    for writer, targets in current.writing.items():
         if writer not in current.final:
             done = current.closed.get(writer, {})
             late |= {target.engine for target in targets if current.has(target.engine) and target not in done}

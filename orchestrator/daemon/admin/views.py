@@ -125,7 +125,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
     round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config. ``kind``: publish,
     catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
-    step. ``lenders``: engine to the engine that it got its bytes from; empty where the trainer wrote.
+    step. ``lenders``: engine to the engine that it got its bytes from, of those that the trainer did not write to;
+    ``trainer_bytes``: what left the trainer.
     """
 
     round: str
@@ -152,6 +153,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     modes: dict[str, str] = {}
     switches_ms: dict[str, float] = {}
     lenders: dict[str, str] = {}
+    trainer_bytes: int = 0
     links: tuple[LinkView, ...] = ()
 
     def fields(self) -> dict[str, Any]:
@@ -285,6 +287,7 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         modes=dict(record.modes),
         switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
         lenders=dict(record.lenders),
+        trainer_bytes=record.trainer_bytes,
         links=tuple(_link_view(link, use) for link, use in record.links.items()),
     )
 

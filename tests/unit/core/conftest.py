@@ -155,6 +155,8 @@ class Driven:
             self.answers(name, Call.PROBE, True)
             self.bring(name)
         self.plan()
+        if self.fleet.feed is not None:
+            self.plan()  # how engines write to one another
 
     def bring(self, engine: str, status: EngineStatus | None = None, **hello: Any) -> None:
         """All ranks of an engine connect and announce."""
@@ -183,7 +185,7 @@ class Driven:
         self.happens(Tick(self.id()))
         for command in [command for command in self.commands if isinstance(command, SendPlan)]:
             agent = self.fleet.agents.get(command.member)
-            if agent is not None and command.connect.fingerprint in (agent.delivered, agent.lends_delivered):
+            if agent is not None and command.connect.fingerprint == agent.was_sent(command.connect):
                 self.says(command.member, Ready(fingerprint=command.connect.fingerprint))
 
     def stage(self, number: int = 1) -> Version:
@@ -232,9 +234,10 @@ class Driven:
             case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
                 self.durable()
             case Phase.WRITING:
-                self.says(TRAINER, self.closed())
+                for writer in list(going.writing):
+                    self.says(writer, self.closed(writer))
             case Phase.VERIFYING:
-                for member in everybody:
+                for member in list(filter(going.owes_a_digest, everybody)):
                     self.says(member, self.verified())
             case Phase.SWITCHING:
                 self.leave(version)
@@ -273,9 +276,9 @@ class Driven:
         for name in self.engines:
             work(name)
 
-    def closed(self, **more: Any) -> Closed:
+    def closed(self, writer: Member = TRAINER, **more: Any) -> Closed:
         """What an honest writer says at the end of the round's grant."""
-        granted = self.round.writers[TRAINER]
+        granted = self.round.writers[writer]
         peers = tuple(PeerTransfer(member, BYTES_PER_EDGE, 1, 0.01, self.digest) for member in granted)
         return Closed(**{"round": self.round.name, "peers": peers, **more})
 

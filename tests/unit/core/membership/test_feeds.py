@@ -52,7 +52,8 @@ def behind(drive: Any, *, trainer: bool = False, fan_out: str = "auto", **more: 
 
 
 def feeds(fleet: Any) -> list[MakePlan]:
-    return [command for command in fleet.commands if isinstance(command, MakePlan) and command.lends]
+    plans = [command for command in fleet.commands if isinstance(command, MakePlan)]
+    return [command for command in plans if command.lends and not command.standby]
 
 
 def lends(fleet: Any) -> Any:
