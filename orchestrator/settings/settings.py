@@ -75,7 +75,8 @@ class Settings(BaseSettings):
     fan_out: FanOut = Field(
         default="trainer",
         description="Who writes to an engine that catches up: trainer, peers (engines that serve the version), or auto:"
-        " peers, and the trainer where none can.",
+        " peers, and the trainer where none can. With peers what is published leaves the trainer once, too: one of the"
+        " engines that hold the same writes it to the others.",
     )
     commit: CommitSection = CommitSection()
     deadlines: DeadlinesSection = DeadlinesSection()

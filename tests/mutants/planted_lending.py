@@ -15,7 +15,52 @@ _TESTS: Final = (
     "tests/sim/test_lending.py",
 )
 
+_RELAYS: Final = "core/round/relays.py"
+_RELAYED: Final = ("tests/unit/core/round/test_relays.py", "tests/sim/test_relays.py")
+
 LENDING: Final = (
+    Mutant(
+        "what stands by is written on before it is verified",
+        _STANDBY,
+        " == (current.version, verified.digest)\n",
+        " == (current.version, status.standby_digest)\n",
+        _RELAYED,
+    ),
+    Mutant(
+        "a round with engines that stand still has two waves",
+        _RELAYS,
+        ' or any(standby.lands(fleet, name) == "live" for name in engines):\n',
+        ":\n",
+        _RELAYED,
+    ),
+    Mutant(
+        "who takes from an engine that is out is left behind",
+        _REPORTS,
+        "    if orphans := current.orphans():\n",
+        "    if orphans := []:\n",
+        _RELAYED,
+    ),
+    Mutant(
+        "what fails between engines is not taken from the trainer",
+        _REPORTS,
+        "        if name in current.lenders and current.lending:\n",
+        "        if name in current.lenders and current.catch_up:\n",
+        _RELAYED,
+    ),
+    Mutant(
+        "engines decide before the others have taken it",
+        "core/round/phases.py",
+        "        if row.again and not current.wave and any(map(current.relays_to, current.remaining())):\n",
+        "        if False:\n",
+        _RELAYED,
+    ),
+    Mutant(
+        "a lost engine's writes are forgotten on its own machine",
+        "core/membership/members.py",
+        'target.hello.boot not in ("", pending.boot)\n',
+        'target.hello.boot != ""\n',
+        _RELAYED,
+    ),
     Mutant(
         "what was lent is not compared with what was decided",
         _JUDGE,

@@ -199,6 +199,23 @@ def grant_over(turn: Turn, writer: Member, name: RoundName, reason: str) -> None
         turn.say(f"the grant of round {name} to {writer} is over: {reason}", event="grant over")
 
 
+def is_lost_elsewhere(fleet: Fleet, writer: Member, pending: Unclosed, target: ConnectedAgent) -> bool:
+    """The grant is of an engine's rank that has gone, after its round, and that ran on another machine than ``target``:
+    they share no memory, so that another endpoint of the target is out of its reach."""
+    gone = writer.role == "inference" and writer not in fleet.agents and pending.outlived
+    apart = bool(pending.boot) and target.hello.boot not in ("", pending.boot)
+    return gone and apart and pending.targets.get(target.member) == target.hello.incarnation
+
+
+def renewed(turn: Turn, agent: ConnectedAgent) -> None:
+    """The rank is reached by another endpoint than before."""
+    for (writer, name), pending in list(turn.fleet.unclosed.items()):
+        if is_lost_elsewhere(turn.fleet, writer, pending, agent):
+            del pending.targets[agent.member]
+            if not pending.targets:
+                grant_over(turn, writer, name, "what it could write to is reached by other endpoints")
+
+
 def _untaint(turn: Turn, member: Member, incarnation: int) -> None:
     """A restarted target is out of reach of writers that still hold a grant for its old memory."""
     for (writer, name), pending in list(turn.fleet.unclosed.items()):

@@ -3,12 +3,14 @@
 A write whose path has gone never ends, and its writer cannot take it back. The target can: its transport drops what
 comes for an endpoint that is no more. The writer learns of the new one by its next Connect, says CLOSED, and the engine
 is in rounds again. An edge that is dead without a write over it may lead to an address that is no more, too. A writer
-is a trainer rank, or a rank that lends.
+is a trainer rank, or a rank that lends; of one that lent and has gone, from another machine, it is enough that there is
+another endpoint.
 """
 
 from collections.abc import Iterator
 from typing import Final
 
+from weightsync.orchestrator.core.membership.members import is_lost_elsewhere
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Renewal
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Renew
@@ -21,7 +23,8 @@ LONGEST_WAIT_SECONDS: Final = 600.0
 def evaluate(turn: Turn) -> None:
     """Ask each worker that a writer does not get through to; again after the patience, then half as often each time."""
     fleet, policy = turn.fleet, turn.fleet.policy
-    if not any(agent.dead_edges or agent.unlent or agent.renewal for agent in fleet.agents.values()):
+    writes = any(writer.role == "inference" for writer, _ in fleet.unclosed)
+    if not writes and not any(agent.dead_edges or agent.unlent or agent.renewal for agent in fleet.agents.values()):
         return  # as nearly always
     dead = dict(_dead(fleet))
     for target, (writer, hangs) in dead.items():
@@ -43,10 +46,14 @@ def evaluate(turn: Turn) -> None:
 
 
 def _unreached(fleet: Fleet) -> Iterator[tuple[Member, Member]]:
-    """Each writer that is here, and whom it does not reach."""
+    """Each writer that is here, and whom it does not reach; each that is gone, and what is to be out of its reach."""
     for agent in fleet.agents.values():
         for target in agent.unreached:
             yield agent.member, target
+    for (writer, _), pending in fleet.unclosed.items():
+        for target in pending.targets:
+            if target in fleet.agents and is_lost_elsewhere(fleet, writer, pending, fleet.agents[target]):
+                yield writer, target
 
 
 def _dead(fleet: Fleet) -> Iterator[tuple[Member, tuple[Member, bool]]]:

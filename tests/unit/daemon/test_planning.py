@@ -8,7 +8,16 @@ import pytest
 from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.planner import PlanError
-from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
+from weightsync.orchestrator.protocol.landing import arena_bytes
+from weightsync.orchestrator.protocol.layout import (
+    COPY_COLUMNS,
+    COPY_STAGED,
+    Layout,
+    Region,
+    Tensor,
+    as_matrix,
+    row,
+)
 from weightsync.orchestrator.protocol.messages import Announce
 from weightsync.orchestrator.protocol.names import Member
 
@@ -96,6 +105,33 @@ def test_another_endpoint_is_the_same_plan_and_its_writers_are_told() -> None:
     changed = {m for m, connect in after.connects.items() if connect.fingerprint != before.connects[m].fingerprint}
     assert changed == {trainer.member for trainer in TRAINERS}
     assert {c.peers[0].endpoint_name for m, c in after.connects.items() if m in changed} == {"another of e0/0"}
+
+
+def test_a_relay_reads_what_has_landed_where_it_has_landed() -> None:
+    """Not the rows, which hold another version; its edges are others than those of a feed between the same two."""
+    planning = Planning()
+    seed, taker = (in_copy(Member("inference", name, 0), base) for name, base in (("e0", 1 << 31), ("e1", 1 << 32)))
+    main = planning.make(MakePlan(1, TRAINERS, (seed, taker)))
+    landed = {seed.member: main.connects[seed.member]}
+    relay = planning.make(MakePlan(1, (seed,), (taker,), lends=True, standby=landed))
+    feed = planning.make(MakePlan(2, (seed,), (taker,), lends=True))
+    assert relay.flows == feed.flows == {(seed.member, taker.member): BYTES}
+    writes, reads = relay.connects[seed.member], relay.connects[taker.member]
+    assert (writes.lends, writes.relays, writes.landed) == (True, True, landed[seed.member].fingerprint)
+    assert (reads.lends, reads.relays, reads.landed) == (False, True, "")
+    assert {c.fingerprint for c in relay.connects.values()}.isdisjoint(c.fingerprint for c in feed.connects.values())
+    staged = as_matrix(writes.copies, COPY_COLUMNS)[:, COPY_STAGED]
+    assert (staged == -1).all(), "the bytes of a piece lie one behind the other, so nothing is packed"
+
+
+def in_copy(member: Member, base: int) -> Announced:
+    """All rows in live memory at ``base``, and a landing behind it."""
+    party = announced(member, 0, ROWS, base=base)
+    layout = party.announce.layout
+    regions = (*layout.regions, Region(base + (1 << 28), arena_bytes(layout)))
+    layout = msgspec.structs.replace(layout, regions=regions, staging=len(regions) - 1, lands="copy")
+    said = msgspec.structs.replace(party.announce, layout=layout, lends_name="lends", lends=b"by this")
+    return dataclasses.replace(party, announce=said)
 
 
 def test_a_feed_is_of_engines_alone_and_leaves_the_trainers_plan() -> None:

@@ -12,7 +12,7 @@ from weightsync.orchestrator.core.commands import MakePlan
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import HoldAsked, PlanReady, PlanRejected
 from weightsync.orchestrator.core.invariants import commanded
-from weightsync.orchestrator.core.records import LiveDirty, RoundEnded
+from weightsync.orchestrator.core.records import GrantOver, LiveDirty, RoundEnded
 from weightsync.orchestrator.core.round import relays
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Unclosed
@@ -28,6 +28,7 @@ from weightsync.orchestrator.protocol.messages import (
     Exposed,
     Grant,
     Ready,
+    Renew,
     Verify,
 )
 from weightsync.orchestrator.protocol.names import RoundName, Version
@@ -298,6 +299,30 @@ def test_a_seed_that_is_lost_while_it_writes_keeps_those_within_its_reach_out(dr
     assert rows(fleet)[-1].unclosed["e0/0"].engine == "e0"
     fleet.bring("e0", incarnation=300, host="", boot="")
     assert fleet.fleet.tainted("e1") != [], "nobody knows that it has ended"
+
+
+@pytest.mark.parametrize(("boot", "asked"), [("another machine", 2), ("one machine", 0), ("", 0)])
+def test_a_seed_that_is_lost_with_its_machine_costs_the_others_an_endpoint(drive: Any, boot: str, asked: int) -> None:
+    """By memory that the two ends share something may still arrive; where they share none, by nothing any more."""
+    fleet = wave(drive, 1)
+    going = fleet.round
+    fleet.fleet.unclosed[E0, going.name].boot = "one machine"
+    for member in (E1, E2):
+        agent = fleet.fleet.agents[member]
+        agent.hello = msgspec.structs.replace(agent.hello, boot=boot)
+    fleet.loses_engine("e0")
+    fleet.passes(fleet.policy.heartbeat)
+    assert fleet.fleet.round is None
+    for _ in range(2):
+        fleet.passes(fleet.policy.probe_interval)
+    renewed = [member for member in (E1, E2) if fleet.sent(member, Renew)]
+    assert len(renewed) == asked
+    for member in renewed:
+        assert fleet.fleet.tainted(member.engine) == [(E0, going.name)]
+        another = Announce(layout=fleet.announcement(member.engine).layout, endpoint_name="another", lends_name="lends")
+        fleet.says(member, another)
+        assert fleet.fleet.tainted(member.engine) == []
+    assert (GrantOver in map(type, fleet.written())) == bool(asked)
 
 
 def test_a_seed_that_has_closed_is_missed_by_nobody(drive: Any) -> None:

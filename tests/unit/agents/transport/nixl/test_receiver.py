@@ -101,7 +101,7 @@ async def test_another_endpoint_takes_the_place_of_the_first(packed):
     again, other = receiver.announcement()
     assert again.startswith("a/0-")
     assert (again != name, other != card, before._agent) == (True, True, None)
-    assert receiver._connected == ""
+    assert receiver.landed_by(packed[1].fingerprint) is None
     receiver.poll()
     receiver._endpoint.close()
 

@@ -1,0 +1,83 @@
+"""Engines that take each version from another one of its round, over real NIXL, whoever is harmed on the way.
+
+What the engines' steps read is judged when the module's last test is over (``Several.judge``).
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from several import NAMES, SETTINGS, Several, StandIn, cases
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+STILL = 2.0
+"""In seconds: a shadow engine's longest time without a step on a busy machine; its switch takes milliseconds."""
+
+TAKING = {"e1": "e0", "e2": "e0"}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
+    directory = tmp_path_factory.mktemp("several")
+    engines = [StandIn(name, directory, mode="copy") for name in NAMES]
+    several = Several(directory, engines, {**SETTINGS, "fan_out": "peers"})
+    try:
+        yield several.open()
+        several.judge()
+    finally:
+        several.close()
+
+
+def committed(several: Several, step: int) -> dict[str, Any]:
+    """The round that brought this step."""
+    rows = several.whole.ask("/rounds?last=20")["rounds"]
+    (row,) = [row for row in rows if (row["step"], row["outcome"], row["kind"]) == (step, "committed", "publish")]
+    return dict(row)
+
+
+def test_each_version_leaves_the_trainer_once(several: Several) -> None:
+    began = time.monotonic()
+    for _ in range(2):
+        row = committed(several, several.publish())
+        assert (row["lenders"], row["bytes"]) == (TAKING, 3 * row["trainer_bytes"])
+    several.keep_going(NAMES, began, STILL)
+
+
+@pytest.mark.parametrize(
+    "point", cases(["hearing Exposed", "hearing Closed", "hearing Verified"], ["hearing Verified"])
+)
+def test_one_that_is_killed_before_the_others_have_it_costs_them_nothing(several: Several, point: str) -> None:
+    """At the last point it is granted to write and never says that it has ended: once it is back it is known to."""
+    with several.stopped_at(point) as step:
+        several.engines["e0"].kill()
+        began = time.monotonic()
+    several.engines["e0"].start()
+    several.ended(step)
+    several.everywhere()
+    several.keep_going(("e1", "e2"), began, STILL)
+
+
+@pytest.mark.parametrize("point", cases(["hearing Closed", "hearing Verified", "after Decided"], []))
+def test_a_daemon_that_is_killed_meanwhile_leaves_nobody_behind(several: Several, point: str) -> None:
+    began = time.monotonic()
+    several.signal_daemon_at(point, "SIGKILL")
+    step = several.begin()
+    several.wait_daemons_death()
+    several.start_daemon()
+    several.ended(step)
+    several.everywhere()
+    several.keep_going(NAMES, began, STILL)
+
+
+@pytest.mark.long
+def test_one_that_hangs_while_it_is_written_to_is_waited_for_no_longer_than_others(several: Several) -> None:
+    with several.stopped_at("hearing Verified") as step:
+        several.engines["e2"].signal(signal.SIGSTOP)
+        began = time.monotonic()
+    several.ended(step)
+    several.keep_going(("e0", "e1"), began, STILL)
+    several.engines["e2"].signal(signal.SIGCONT)
+    several.everywhere()
