@@ -1,14 +1,13 @@
 """Engines that write to engines: what is served to one that comes back, and each version within its round."""
 
-import secrets
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from fleet import Fleet, Trainer, fleet
-from serving import DEFAULT_PROMPTS, VllmServer, answers, free_port
+from serving import DEFAULT_PROMPTS, VllmServer, answers, several
 from test_push import fresh_answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
@@ -34,16 +33,12 @@ class Pair:
         return dict(self.whole.ask("/rounds?last=1")["rounds"][0])
 
 
-def servers_of(model: Path, directory: Path, env: Mapping[str, str]) -> dict[str, VllmServer]:
-    """Two engines of one daemon."""
-    one = {"token": secrets.token_hex(32), "hub_port": free_port(), "env": env}
-    return {name: VllmServer(model, name=name, log=directory / f"{name}.log", **one).start() for name in ("a", "b")}
-
-
 @pytest.fixture(params=["copy", "live"])
 def pair(request: pytest.FixtureRequest, qwen3: Path, tmp_path: Path) -> Iterator[Pair]:
     env = {"WEIGHTSYNC_MODE": request.param}
-    servers = servers_of(qwen3, tmp_path, env)
+    servers = several(["a", "b"], qwen3, env=env)
+    for server in servers.values():
+        server.start()
     try:
         with fleet(tmp_path / "fleet", servers, settings={"fan_out": "auto"}) as whole:
             trainer = whole.start_trainer(qwen3)
@@ -81,7 +76,9 @@ def test_an_engine_that_returns_is_fed_by_its_peer_with_a_trainer_and_without_on
 
 def test_each_version_leaves_the_trainer_once(qwen3: Path, tmp_path: Path) -> None:
     """The other engine takes it from the one that it was written to, before either serves it."""
-    servers = servers_of(qwen3, tmp_path, {"WEIGHTSYNC_MODE": "copy"})
+    servers = several(["a", "b"], qwen3, env={"WEIGHTSYNC_MODE": "copy"})
+    for server in servers.values():
+        server.start()
     try:
         with fleet(tmp_path / "fleet", servers, settings={"fan_out": "peers"}) as whole:
             trainer = whole.start_trainer(qwen3)
