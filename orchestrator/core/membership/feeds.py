@@ -50,10 +50,10 @@ def evaluate(turn: Turn) -> None:
         turn.do(MakePlan(new.number, parties(sources), parties(targets), lends=True, standby=standby))
     elif feed.plan is not None:
         _send(turn, feed)
-        if feed.version is None:
-            _part(turn, set(feed.lenders.values()))
         if feed.version is not None:
             _begin(turn, feed, feed.version)
+        else:
+            _part(turn, set(feed.lenders.values()))
 
 
 def _wanted(fleet: Fleet, now: float) -> dict[str, str]:

@@ -21,8 +21,9 @@ def wanted(fleet: Fleet, now: float) -> dict[str, str]:
     present = fleet.feed.lenders if fleet.feed is not None and fleet.feed.version is None else {}
     if fleet.policy.fan_out != "peers" or fleet.plan is None or any(_is_open(fleet, key) for key in fleet.unclosed):
         return {}
-    if fleet.planning:
-        return {name: seed for name, seed in present.items() if {name, seed} <= fleet.engines.keys()}
+    if fleet.planning:  # nobody knows yet whose edges will be others
+        known = [name for name in fleet.engines if all(a.member in fleet.plan.connects for a in fleet.ranks_of(name))]
+        return {name: seed for name, seed in present.items() if name in known and seed in known}
     kinds: dict[tuple[bytes, ...], list[str]] = {}
     for name in fleet.usable():
         if _takes_part(fleet, name):
@@ -39,14 +40,11 @@ def wanted(fleet: Fleet, now: float) -> dict[str, str]:
 
 
 def _is_open(fleet: Fleet, grant: tuple[Member, RoundName]) -> bool:
-    """A rank that is here has not closed what it lent in a round before: it is told how its peers are reached, and by
-    nothing but that."""
-    writer = fleet.agents.get(grant[0])
-    return (
-        grant[0].role == "inference"
-        and writer is not None
-        and (writer.hello.incarnation == fleet.unclosed[grant].incarnation)
-    )
+    """A rank that is here has not closed what it lent in a round before: it is told how its peers are reached now, and
+    in no relay it would hear of."""
+    member, _ = grant
+    writer = fleet.agents.get(member) if member.role == "inference" else None
+    return writer is not None and writer.hello.incarnation == fleet.unclosed[grant].incarnation
 
 
 def _takes_part(fleet: Fleet, name: str) -> bool:

@@ -210,6 +210,16 @@ def test_other_edges_of_the_trainer_make_other_edges_between_engines(drive: Any)
     assert fleet.fleet.feed.standby == {E0: connects[E0]}
 
 
+def test_while_a_plan_is_made_those_count_that_the_last_one_knows(drive: Any) -> None:
+    fleet = fleet_of(drive)
+    fleet.fleet.planning = True
+    assert relays.wanted(fleet.fleet, fleet.now) == TAKING
+    del fleet.fleet.plan.connects[E2]
+    assert relays.wanted(fleet.fleet, fleet.now) == {"e1": "e0"}
+    del fleet.fleet.engines["e1"]
+    assert relays.wanted(fleet.fleet, fleet.now) == {}
+
+
 def test_one_that_is_away_changes_nothing_for_the_others(drive: Any) -> None:
     fleet = fleet_of(drive)
     feed = fleet.fleet.feed
