@@ -15,7 +15,7 @@ from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.edges import RATES, LinkKind, PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.limits import MAX_COUNT
-from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.protocol.names import Member, Role
 
 JUDGED_BYTES: Final = 64 << 20
 """Of an end in one round: with less, the waits around a write count for more than the link."""
@@ -38,7 +38,7 @@ within one GPU costs three passes over its memory where a straight write costs o
 
 @dataclass(slots=True)
 class _End:
-    """The traffic of one member in one round; ``seconds`` of its longest edge."""
+    """The traffic of one member in one wave of a round; ``seconds`` of its longest edge."""
 
     bytes: int = 0
     seconds: float = 0.0
@@ -57,12 +57,13 @@ class _Link:
     """All edges of one kind of link."""
 
     edges: list[tuple[Member, PeerTransfer]] = field(default_factory=list)
-    ends: defaultdict[Member, _End] = field(default_factory=lambda: defaultdict(_End))
+    ends: defaultdict[tuple[Role, Member], _End] = field(default_factory=lambda: defaultdict(_End))
+    """By the role of who writes, too: what an engine writes on comes after what it was written."""
 
     def add(self, writer: Member, moved: PeerTransfer) -> None:
         self.edges.append((writer, moved))
-        self.ends[writer].add(moved)
-        self.ends[moved.peer].add(moved)
+        self.ends[writer.role, writer].add(moved)
+        self.ends[writer.role, moved.peer].add(moved)
 
 
 def used(current: Round, seen: Seen) -> dict[str, LinkUse]:
@@ -105,7 +106,7 @@ def _slow(link: _Link, kind: LinkKind, seen: float) -> list[SlowEdge]:
     wanted = SLOW_SHARE * max(seen, least)
     found = []
     for writer, moved in link.edges:
-        here, there = link.ends[writer].rate, link.ends[moved.peer].rate
+        here, there = link.ends[writer.role, writer].rate, link.ends[writer.role, moved.peer].rate
         if here and there and max(here, there) < wanted:
             name = f"{writer} → {moved.peer}"
             found.append(SlowEdge(name, moved.by, round(max(here, there) / GB, 3), round(max(seen, least) / GB, 3)))

@@ -102,3 +102,15 @@ def test_of_a_thousand_slow_edges_a_few_are_named_and_the_record_is_taken_back()
         reason="", bytes=1, descriptors=1, times={}, links={"nic": use},
     )  # fmt: skip
     assert decode_record(encode_record(row)) == row
+
+
+def test_what_an_engine_is_written_and_what_it_writes_on_are_not_one_stream() -> None:
+    """Else the link would be held to a rate that it never had, and all others would be slow."""
+    seen: Seen = {}
+    current = a_round({"a": 1, "b": 1})
+    close(current, 0, rank("a"), MUCH / 20e9)
+    sent = PeerTransfer(rank("b"), MUCH, 1, MUCH / 20e9, (1, 2), link="nic", by="rc_mlx5/mlx5_0:1")
+    current.closed[rank("a")] = {rank("b"): sent}
+    use = used(current, seen)["nic"]
+    assert (use.edges, use.bytes, use.slow_edges) == (2, 2 * MUCH, 0)
+    assert seen == {("nic", "copy"): pytest.approx(20e9)}
