@@ -107,6 +107,13 @@ _TAINTS: Final = (
         "    if current.granted:\n        for writer",
         "    if False:\n        for writer",
     ),
+    Mutant(
+        "who is told to stop first follows from hashes",
+        _ENTRY,
+        "    gone = dict.fromkeys(names)\n",
+        "    gone = set(names)\n",
+        ("tests/sim/test_traces.py",),
+    ),
 )
 
 _COMMIT: Final = (

@@ -72,7 +72,7 @@ def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
         before, agent.lends, agent.unlent = agent.unlent, message.fingerprint, dead
     else:
         return
-    for peer in dead.keys() - before.keys():
+    for peer in [peer for peer in dead if peer not in before]:
         turn.say(
             f"the edge between {agent.member} and {peer} is dead: {dead[peer]}",
             "warning",
