@@ -36,6 +36,7 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 if TYPE_CHECKING:
+    from wires import Word
     from world import World
 
 
@@ -105,6 +106,9 @@ class Worker(Lender):
 
     def introduce(self, hello: Hello) -> Hello:
         return msgspec.structs.replace(hello, engine=msgspec.structs.replace(self.status, lending=tuple(self.open)))
+
+    def again(self, word: "Word") -> "Word":
+        return msgspec.structs.replace(word, status=self.status) if isinstance(word, Left) else word
 
     # ---------------------------------------------------------------------------------------------------- its window
     def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[str], None]) -> None:

@@ -47,6 +47,19 @@ def test_a_fleet_that_was_paused_and_holds_the_committed_version_is_resumed_afte
     assert_all_serve(world, within=10.0)
 
 
+@pytest.mark.parametrize("mode", ["live", "copy", "flip"])
+def test_a_hold_of_a_daemon_that_is_gone_is_over(mode: Lands) -> None:
+    """Its worker was told after it had left its last round, whose words it repeats to the next daemon."""
+    world = World(14, engines=2, lands=everybody(mode), idle=True)
+    world.run(10.0)
+    world.faults.begin(["e1"])
+    world.kill_daemon(for_seconds=1.0)
+    world.servers["e1"].workers[0].held = True
+    world.servers["e1"].set_paused(True)
+    world.run(12.0)
+    assert_all_serve(world, within=10.0)
+
+
 @pytest.mark.parametrize("restart", [True, False])
 def test_an_engine_that_could_not_be_resumed_is_resumed_later(restart: bool) -> None:
     world = World(12, engines=2, idle=True)
