@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.events import Call, RollbackAsked
 from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
 from world import World
 
@@ -221,7 +222,7 @@ def test_a_trainer_that_wakes_up_beside_its_successor_mixes_nothing(dies: bool) 
     world.run(50.0)
     if dies:
         first.die()
-        world.declare_dead([0])
+        world.declare_dead([Member("trainer", "", 0)])
     assert_versions_go_on(world, seconds=30.0)
     world.run_until_quiet()
     assert_all_serve(world, within=10.0)
@@ -327,7 +328,7 @@ def test_a_trainer_that_wakes_up_after_a_restart_does_not_take_the_place_of_its_
     world.run(28.0)
     assert all(rank.ended for rank in first.ranks), world.story()
     first.die()
-    world.declare_dead([0])
+    world.declare_dead([Member("trainer", "", 0)])
     world.run(32.0)
     assert_versions_go_on(world)
 
