@@ -29,16 +29,22 @@ def chunks_of(writer: int, writers: int) -> tuple[int, ...]:
     return tuple(range(writer, len(SIZES), writers))
 
 
-@lru_cache(maxsize=100_000)
-def digest_of(chunk: int, held: Version, target: Member) -> Digest:
+def digest_of(chunk: int, held: Version, rank: int) -> Digest:
     """Of one chunk, which all engines hold alike. The hash of a tuple of integers is the same in every process."""
-    place = (chunk, SIZES[chunk], held.generation, held.step, target.rank)
+    place = (chunk, SIZES[chunk], held.generation, held.step, rank)
     return hash((1, *place)) & _MASK, hash((2, *place)) & _MASK
 
 
 def memory_digest(memory: list[Version], target: Member) -> Digest:
     """Of all of a worker's memory."""
-    return add_digests(*(digest_of(chunk, held, target) for chunk, held in enumerate(memory)))
+    return owed(tuple(enumerate(memory)), target.rank)[0]
+
+
+@lru_cache(maxsize=10_000)
+def owed(contents: tuple[tuple[int, Version], ...], rank: int) -> tuple[Digest, int]:
+    """Digest and bytes of chunks, each with what is in it, in the memory of a ``rank``."""
+    digest = add_digests(*(digest_of(chunk, held, rank) for chunk, held in contents))
+    return digest, sum(SIZES[chunk] for chunk, _ in contents)
 
 
 def lent_chunks(lender: Member, target: Member, lenders: Sequence[str]) -> tuple[int, ...]:

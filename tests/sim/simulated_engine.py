@@ -265,10 +265,10 @@ class Server(Process):
     @property
     def serves(self) -> bool:
         """Requests run: its scheduler does, and so does every worker."""
-        processes_run = self.alive and not any(process.stopped for process in self.processes())
+        if not self.alive or self.stopped or self.paused:
+            return False
         # The gate of a worker whose audit did not agree lets no batch through.
-        audited = not any(worker.torn and worker.lands != "live" for worker in self.workers)
-        return processes_run and not self.paused and audited
+        return not any(worker.stopped or (worker.torn and worker.lands != "live") for worker in self.workers)
 
     # --------------------------------------------------------------------------------------------- all its processes
     def processes(self) -> list[Process]:

@@ -56,6 +56,9 @@ LEAVING_SECONDS: Final = ADMISSION.leave + 3 * NUMBERS["heartbeat"] + 1.0
 
 STORY_LINES: Final = 160
 
+UNTOLD: Final = (Tick, EngineApplied)
+"""Events that happen all the time."""
+
 
 class World(VirtualTime):
     """Everything, and the clock.
@@ -199,7 +202,7 @@ class World(VirtualTime):
         self._story.append((self.now, sentence))
 
     def note_events(self, events: list[Event]) -> None:
-        self._story.extend((self.now, event) for event in events if not isinstance(event, Tick | EngineApplied))
+        self._story.extend([(self.now, event) for event in events if not isinstance(event, UNTOLD)])
 
     def story(self) -> str:
         """The last things that happened."""
