@@ -8,9 +8,8 @@ from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
-from weightsync.orchestrator.planner.fingerprint import reached_fingerprint
 from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
-from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.edges import Peer, reached_fingerprint
 from weightsync.orchestrator.protocol.landing import landed, landed_layout
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect
@@ -66,7 +65,7 @@ class Planning:
         for member, connect in connects.items() if command.standby else ():
             by = command.standby[member].fingerprint if member in command.standby else ""
             # Of its own: pages that stand by are laid out as those that serve, and are others.
-            fingerprint = reached_fingerprint(connect.fingerprint, ["standby", by])
+            fingerprint = reached_fingerprint(f"{connect.fingerprint} relayed {by}", connect.peers)
             connects[member] = msgspec.structs.replace(connect, fingerprint=fingerprint, relays=True, landed=by)
         return PlanFacts(plan.root, connects, dict(plan.flows), True, time.monotonic() - began)
 
@@ -105,7 +104,7 @@ def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced], len
         for peer, berth in zip(part.peers, part.berths, strict=True)
     )
     return Connect(
-        fingerprint=reached_fingerprint(part.fingerprint, [peer.endpoint_name for peer in peers]),
+        fingerprint=reached_fingerprint(part.fingerprint, peers),
         root=plan.root,
         peers=peers,
         copies=part.copies,

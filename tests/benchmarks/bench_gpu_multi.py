@@ -9,6 +9,8 @@ MoE engines differ among themselves. After its pushes every case is judged: a fr
 and must answer the same, bit for bit. With one GPU ranks and engine share it. ``--device cpu`` tries the script itself
 with a tiny model. JSON lines.
 
+Each name ends with that of its case.
+
 * ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU over those of peer copies into half of
   the GPUs at once, from one of the other half each, in the same process life.
 * ``multi_publish_over_longest_part``: all of a publish over the longer of conversion and wire.
@@ -252,7 +254,8 @@ class Running:
     ) -> None:
         """One line."""
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
-        line = {"figure": f"multi_{figure}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        named = f"multi_{figure}_{self.name}".replace("-", "_")
+        line = {"figure": named, "value": round(of(values), 4), "unit": unit, "n": len(values)}
         device = torch.cuda.get_device_name(0) if self.host.device == "cuda" else "cpu"
         facts = {"case": self.name, "gpus": self.host.count, "device": device}
         print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)

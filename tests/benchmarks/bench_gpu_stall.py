@@ -158,14 +158,27 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
     server = VllmServer(
         model, device="cuda", eager=eager, arguments=arguments, env=environment, log=directory / "engine.log"
     ).start()
-    facts = {"model": name, "mode": mode, "gpus": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0)}
+    facts = {
+        "model": name,
+        "mode": mode,
+        "cache": "",
+        "context": "",
+        "gpus": torch.cuda.device_count(),
+        "device": torch.cuda.get_device_name(0),
+    }
     first = 0.0
 
     def say(
         figure: str, values: Sequence[float], unit: str = "ms", of: Callable[..., float] = statistics.median
     ) -> None:
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
-        line = {"figure": f"{figure}_{name}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        given_as = [facts[key] for key in ("cache", "context") if facts[key] not in ("keep", "short")]
+        line = {
+            "figure": "_".join([figure, name, *given_as]).replace("-", "_"),
+            "value": round(of(values), 4),
+            "unit": unit,
+            "n": len(values),
+        }
         print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
 
     try:
