@@ -282,7 +282,9 @@ def engines_from(directory: Path) -> Feed:
 
 def token_files(directory: Path) -> Feed:
     """The first line names the file, the rest is in it."""
+    (directory / "trainer.token").touch(mode=0o600)
     (directory / "trainer.token").write_text("0123456789abcdef\n")
+    (directory / "engine.token").touch(mode=0o600)
     (directory / "engine.token").write_text("fedcba9876543210\n")
 
     def parse(data: bytes) -> None:
@@ -294,6 +296,7 @@ def token_files(directory: Path) -> Feed:
             read_token(file)
             read_credentials(directory)
         finally:
+            file.touch(mode=0o600)
             file.write_text("0123456789abcdef\n" if name == b"trainer.token" else "fedcba9876543210\n")
             if name not in (b"trainer.token", b"engine.token"):
                 file.unlink()

@@ -41,7 +41,7 @@ def test_an_engine_as_json(tmp_path: Path) -> None:
     assert levels["VLLM_SERVER_DEV_MODE"] == levels["daemon"] == "error"
     assert levels["PYTORCH_CUDA_ALLOC_CONF"] == "warning"
     assert levels["plugin"] == levels["nixl"] == "ok"
-    assert levels["token"] == "warning"  # of the mode that an editor leaves
+    assert levels["token"] == "error"  # of the mode that an editor leaves
 
 
 def test_a_check_that_breaks_leaves_the_others(
