@@ -291,12 +291,12 @@ def token_files(directory: Path) -> Feed:
         name, _, content = data.partition(b"\n")
         name = name.replace(b"/", b"").replace(b"\0", b"")[:100] + b".token"
         file = directory / name.decode("utf-8", "surrogateescape")
+        file.touch(mode=0o600)
         file.write_bytes(content)
         try:
             read_token(file)
             read_credentials(directory)
         finally:
-            file.touch(mode=0o600)
             file.write_text("0123456789abcdef\n" if name == b"trainer.token" else "fedcba9876543210\n")
             if name not in (b"trainer.token", b"engine.token"):
                 file.unlink()
