@@ -314,7 +314,7 @@ class AgentThread(Generic[SideT]):
             self.announce()
         if self._introduced:
             self._introduced = False
-            for word in self.obedience.words:  # the connection before may have been lost with them
+            for word in self.obedience.repeated(self.side.status()):  # may be lost with the connection before
                 self.send(word)
 
     def _leave_group(self) -> None:
