@@ -56,11 +56,11 @@ class House:
 
     async def half_open(self, said: bytes = HALF, address: str = "127.0.0.1") -> socket.socket:
         found = socket.socket()
+        self.sockets.append(found)
         found.setblocking(False)
         found.bind((address, 0))
         loop = asyncio.get_running_loop()
         await loop.sock_connect(found, ("127.0.0.1", self.port))
-        self.sockets.append(found)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(found, said)
         return found
