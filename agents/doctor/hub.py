@@ -5,7 +5,6 @@ import email.utils
 import os
 import secrets
 import ssl
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ import aiohttp
 from weightsync.agents.link.connection import ConnectionLost, TokenRejected, upgrade
 from weightsync.agents.link.tls import CA_VARIABLE, TlsError, tls_context
 from weightsync.agents.link.token import read_token
+from weightsync.orchestrator.files.ownership import NotOurs
 from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.text import clean
-from weightsync.orchestrator.protocol.token import TokenError, is_exposed
+from weightsync.orchestrator.protocol.token import TokenError
 
 HTTP: Final = {"ws": "http", "wss": "https"}
 """A hub's URL is a WebSocket's; the daemon answers HTTP at the same port."""
@@ -31,18 +31,16 @@ SKEW_SECONDS: Final = 3.0
 
 
 def token(path: Path) -> Iterator[Finding]:
-    """Whether the token can be read here, and by whom else."""
+    """Whether the token can be read here, and by nobody else."""
     try:
         read_token(path)
     except TokenError as error:
-        yield Finding("error", str(error), MEND_TOKEN, "token")
+        if isinstance(error.__cause__, NotOurs):
+            yield Finding("error", f"{error.__cause__.place}: {error.__cause__.what}", error.__cause__.fix, "token")
+        else:
+            yield Finding("error", str(error), MEND_TOKEN, "token")
         return
-    found = path.stat()
-    if is_exposed(found.st_mode, found.st_uid, found.st_gid, {os.getegid(), *os.getgroups()}):
-        mode = stat.S_IMODE(found.st_mode)
-        yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", "token")
-    else:
-        yield Finding("ok", str(path), check="token")
+    yield Finding("ok", str(path), check="token")
 
 
 async def daemon(hub_url: str, token_file: Path, run_id: str, seconds: float) -> list[Finding]:

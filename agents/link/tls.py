@@ -3,9 +3,11 @@
 import os
 import ssl
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from weightsync.agents.errors import AgentError
+from weightsync.orchestrator.files.ownership import NotOurs, followed, secret
 
 CA_VARIABLE: Final = "WEIGHTSYNC_CA_FILE"
 """The authority of the run's certificates; without it the system's are believed."""
@@ -23,7 +25,8 @@ def tls_context(url: str, environment: Mapping[str, str] | None = None) -> ssl.S
     """For ``url``: None where it is ``ws://``.
 
     Raises:
-        TlsError: a file cannot be used, or a variable asks for TLS and ``url`` does not: it is never left out silently.
+        TlsError: a file cannot be used (the authority where others can write it, the key also where they can read it),
+            or a variable asks for TLS and ``url`` does not: it is never left out silently.
     """
     environment = os.environ if environment is None else environment
     ca, certificate, key = (environment.get(name) for name in (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE))
@@ -35,11 +38,11 @@ def tls_context(url: str, environment: Mapping[str, str] | None = None) -> ssl.S
             raise TlsError(f"{names} is set, and {url} is not TLS: write wss://…, or unset it")
         return None
     try:
-        context = ssl.create_default_context(cafile=ca or None)
+        context = ssl.create_default_context(cafile=followed(Path(ca)) if ca else None)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         if certificate:
-            context.load_cert_chain(certificate, key or certificate, password=_no_password)
-    except (OSError, ValueError) as error:
+            context.load_cert_chain(certificate, secret(Path(key or certificate)), password=_no_password)
+    except (OSError, ValueError, NotOurs) as error:
         what = f"{CA_VARIABLE} ({ca}), {CERTIFICATE_VARIABLE} ({certificate}) or {KEY_VARIABLE} ({key})"
         raise TlsError(f"{what} cannot be used: {getattr(error, 'strerror', None) or error}") from error
     return context

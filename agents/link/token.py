@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_tokens
+from weightsync.orchestrator.files.ownership import NotOurs
+from weightsync.orchestrator.files.secret import read_secret_bytes
+from weightsync.orchestrator.protocol.token import TokenError, parse_tokens
 
 
 def read_token(path: Path) -> str:
@@ -18,11 +20,12 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     """All tokens in ``path`` (see ``parse_tokens``).
 
     Raises:
-        TokenError: no readable file, or no token in it.
+        TokenError: no readable file, one that others can write or read too, or no token in it.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TOKEN_BYTES + 1)
-    except OSError as error:
-        raise TokenError(f"token file {path}: {error.strerror}") from error
+        data = read_secret_bytes(path)
+    except NotOurs as error:
+        raise TokenError(f"token file {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise TokenError(f"token file {path}: {getattr(error, 'strerror', None) or error}") from error
     return parse_tokens(data, path)

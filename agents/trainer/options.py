@@ -107,7 +107,8 @@ def _from_file(file: Path) -> dict[str, StrPath]:
         document = yaml.safe_load(text)
     except OSError as error:
         raise TrainerSettingsError(f"{file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        # The last three are PyYAML's own, of a scalar that is not what its tag says: ``!!timestamp x``.
         raise TrainerSettingsError(f"{file} is no YAML: {error}") from error
     found = document or {}
     if not isinstance(found, dict):

@@ -25,4 +25,5 @@ python3.12 -m venv --without-pip "$work/image"
     --only-binary :all: -r "$work/requirements.txt"
 "$work/tools/bin/cyclonedx-py" environment --output-reproducible --of JSON -o "$work/sbom.cdx.json" \
     "$work/image/bin/python"
+echo >> "$work/sbom.cdx.json"
 cp "$work/requirements.txt" "$work/build-requirements.txt" "$work/sbom.cdx.json" "$here"

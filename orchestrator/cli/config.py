@@ -5,7 +5,6 @@ import contextlib
 import importlib.resources
 import os
 import socket
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -17,9 +16,9 @@ from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEn
 from weightsync.orchestrator.daemon.engines.interface import EngineClient
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of, keys_now
 from weightsync.orchestrator.daemon.run_directory.mounts import file_system_of, forgets, is_network
+from weightsync.orchestrator.files.ownership import NotOurs, require_ours
 from weightsync.orchestrator.protocol.findings import Finding, Findings, Level
-from weightsync.orchestrator.settings.credentials import SUFFIX, read_credentials
-from weightsync.orchestrator.settings.ownership import others_read, require_ours
+from weightsync.orchestrator.settings.credentials import read_credentials
 from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
@@ -107,15 +106,8 @@ def _credentials(directory: Path) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("error", str(error), check="credentials")
         return
-    exposed = [path for path in sorted(directory.glob(f"*{SUFFIX}")) if others_read(path.stat())]
-    for path in exposed:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        what = f"{path} has mode {mode:04o}, others may read it"
-        yield Finding("warning", what, f"chmod 600 {path}", "credentials")
-    if not exposed:
-        names = sorted({str(credential) for credential in credentials.values()})
-        told = f"{directory} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
-        yield Finding("ok", told, check="credentials")
+    names = sorted({str(credential) for credential in credentials.values()})
+    yield Finding("ok", f"{directory} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})", check="credentials")
 
 
 def _secret(key: str, path: Path) -> Iterator[Finding]:
@@ -124,11 +116,7 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("error", str(error), check=key)
         return
-    found = path.stat()
-    if others_read(found):
-        mode = stat.S_IMODE(found.st_mode)
-        yield Finding("warning", f"{path} has mode {mode:04o}, others may read it", f"chmod 600 {path}", key)
-    elif len(secret) < SHORT_TOKEN_CHARS:
+    if len(secret) < SHORT_TOKEN_CHARS:
         what = f"{path} holds only {len(secret)} characters and can be guessed"
         yield Finding("warning", what, f"openssl rand -hex 32 > {path}", key)
     else:
@@ -164,8 +152,8 @@ def _ours(path: Path) -> Iterator[Finding]:
     try:
         for place in (path, *sorted(path.iterdir())) if path.is_dir() else ():
             require_ours(place)
-    except ConfigError as error:
-        yield Finding("error", str(error), check="state_directory")
+    except NotOurs as error:
+        yield Finding("error", f"{error.place}: {error.what}", error.fix, "state_directory")
     except OSError as error:
         what = f"{path} cannot be looked at: {error.strerror}"
         yield Finding("error", what, f"chmod u+rwx {path}", "state_directory")

@@ -1,6 +1,5 @@
 """Tokens that daemon and agents share, as the bytes of their file say them. Reading the file is the caller's."""
 
-from collections.abc import Collection
 from typing import Final
 
 MAX_TOKEN_BYTES: Final = 4096
@@ -53,12 +52,3 @@ def parse_token(data: bytes, source: object) -> str:
     if more:
         raise TokenError(f"token file {source} must hold one line, not {1 + len(more)}")
     return token
-
-
-def is_exposed(mode: int, owner: int, group: int, our_groups: Collection[int]) -> bool:
-    """Whether others than we and root may read a file of this mode, user and group.
-
-    A file of root's is ours to read by one of our groups only, as mounted secrets of Kubernetes are (``fsGroup``).
-    """
-    by_group = mode & 0o070 and not (mode & 0o070 == 0o040 and owner == 0 and group in our_groups)
-    return bool(mode & 0o007 or by_group)

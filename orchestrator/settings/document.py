@@ -47,6 +47,14 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """PyYAML's own constructors take it for granted that a scalar is what its tag says: ``!!timestamp x``."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(problem=f"no {kind}", problem_mark=node.start_mark) from error
+
 
 def parsed(file: Path, text: str) -> tuple[yaml.Node | None, Any]:
     """The node and the value of one YAML document, neither of which was made if it is beyond the limits.

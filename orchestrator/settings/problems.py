@@ -5,6 +5,7 @@ import difflib
 from pathlib import Path
 from typing import Final
 
+from weightsync.orchestrator.files.ownership import NotOurs
 from weightsync.orchestrator.protocol.text import clean
 
 MAX_SHOWN_CHARS: Final = 200
@@ -51,6 +52,11 @@ class ConfigError(Exception):
         lines = [f"{name}: {problem}" for problem in problems[:MAX_PROBLEMS]]
         more = len(problems) - MAX_PROBLEMS
         super().__init__("\n".join([*lines, f"{name}: … and {more} more"] if more > 0 else lines))
+
+
+def not_ours(error: NotOurs) -> ConfigError:
+    """What the configuration names cannot be believed."""
+    return ConfigError(error.place, Problem("", "", error.what, error.fix))
 
 
 def shown(key: Key, value: object) -> str:

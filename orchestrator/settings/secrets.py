@@ -1,13 +1,13 @@
-"""Secrets: lines in files of their own, never in the configuration, the environment, the command line or the log."""
+"""Secrets as the daemon and its command line read them: what is wrong with a file is an error of the configuration."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token, parse_tokens
-from weightsync.orchestrator.settings.ownership import followed
-from weightsync.orchestrator.settings.problems import ConfigError, Problem
+from weightsync.orchestrator.files.ownership import NotOurs
+from weightsync.orchestrator.files.secret import read_secret_bytes
+from weightsync.orchestrator.protocol.token import TokenError, parse_token, parse_tokens
+from weightsync.orchestrator.settings.problems import ConfigError, Problem, not_ours
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ def read_secret(path: Path) -> str:
     """The one-line secret in ``path``, without surrounding white space.
 
     Raises:
-        ConfigError: unreadable, not ours alone to write, empty, too long, or more than one line.
+        ConfigError: unreadable, not ours alone to write and to read, empty, too long, or more than one line.
     """
     return _read(path, parse_token)
 
@@ -32,8 +32,9 @@ def read_tokens(path: Path) -> tuple[str, ...]:
 
 def _read(path: Path, parse: Callable[[bytes, object], T]) -> T:
     try:
-        with open(os.open(followed(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
-            data = stream.read(MAX_TOKEN_BYTES + 1) or b""
+        data = read_secret_bytes(path)
+    except NotOurs as error:
+        raise not_ours(error) from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         fix = "create it, readable by the daemon's user only (mode 0600)"
         why = getattr(error, "strerror", None) or error

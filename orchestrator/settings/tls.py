@@ -5,8 +5,8 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from weightsync.orchestrator.settings.ownership import followed
-from weightsync.orchestrator.settings.problems import ConfigError, Problem
+from weightsync.orchestrator.files.ownership import NotOurs, followed, secret
+from weightsync.orchestrator.settings.problems import ConfigError, Problem, not_ours
 from weightsync.orchestrator.settings.sections import ListenTls
 
 _CERTIFICATE: Final = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
@@ -50,10 +50,12 @@ def load_certificate(context: ssl.SSLContext, certificate_file: Path, key_file: 
     """Have ``context`` present this certificate from now on.
 
     Raises:
-        ConfigError: a file cannot be used; the key has to be ours alone to write.
+        ConfigError: a file cannot be used; the key has to be ours alone to write and to read.
     """
     try:
-        context.load_cert_chain(certificate_file, followed(key_file), password=_no_password)
+        context.load_cert_chain(certificate_file, secret(key_file), password=_no_password)
+    except NotOurs as error:
+        raise not_ours(error) from error
     except (OSError, ValueError) as error:  # of ssl, too
         problem = f"cannot be used with {certificate_file} as certificate and key: {_reason(error)}"
         fix = "name a PEM file with the certificate and one with its key, without a password"
@@ -78,6 +80,8 @@ def certificate_in(path: Path) -> bytes:
 def _load_ca(context: ssl.SSLContext, ca_file: Path) -> None:
     try:
         context.load_verify_locations(followed(ca_file))
+    except NotOurs as error:
+        raise not_ours(error) from error
     except (OSError, ValueError) as error:
         problem = f"cannot be used as authority: {_reason(error)}"
         raise ConfigError(ca_file, Problem("", "", problem, "name a PEM file with its certificate")) from error

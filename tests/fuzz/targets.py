@@ -282,13 +282,16 @@ def engines_from(directory: Path) -> Feed:
 
 def token_files(directory: Path) -> Feed:
     """The first line names the file, the rest is in it."""
+    (directory / "trainer.token").touch(mode=0o600)
     (directory / "trainer.token").write_text("0123456789abcdef\n")
+    (directory / "engine.token").touch(mode=0o600)
     (directory / "engine.token").write_text("fedcba9876543210\n")
 
     def parse(data: bytes) -> None:
         name, _, content = data.partition(b"\n")
         name = name.replace(b"/", b"").replace(b"\0", b"")[:100] + b".token"
         file = directory / name.decode("utf-8", "surrogateescape")
+        file.touch(mode=0o600)
         file.write_bytes(content)
         try:
             read_token(file)

@@ -3,11 +3,14 @@
     python tests/soak/flood.py [--rounds 40] [--blocks 5] [--half-open 2000] [--idle 2000] [--wrong 500]
 
 The daemon, a trainer rank and two stand-in engines, each a real process with a real agent, push version after version,
-in turns without strangers and with them: so many half requests and silent connections that are held, and taken again at
-most so often a second when the daemon ends them, and so many requests with a wrong token a second.
+in turns without strangers, with them at the door of another process, and with them at the daemon's: so many half
+requests and silent connections that are held, and taken again at most so often a second when they are ended, and so
+many requests with a wrong token a second.
 
 * ``flood_round_ratio``: median of a push's seconds with strangers over that without, over all blocks; ``spread`` of the
   blocks' own ratios.
+* ``flood_control_ratio``: the same of strangers at the other process's door: what they cost as neighbours on this
+  machine, whatever the daemon does. ``flood_over_control_ratio``: strangers here over strangers there.
 * ``flood_log_lines``: lines of the daemon's log above level info, in all blocks with strangers.
 * ``flood_rss_mb``: by how much the daemon's memory grew from its largest before the first strangers came (10^6 bytes).
 * ``flood_connections_per_second``: that strangers opened, of all kinds.
@@ -47,6 +50,20 @@ class Block:
     told: dict[str, Any] = field(default_factory=dict)
 
 
+class Elsewhere:
+    """``elsewhere.py``, a door that is not the daemon's."""
+
+    def __init__(self, log: Path) -> None:
+        self._process = Process([sys.executable, str(HERE / "elsewhere.py")], log, {}, pipe=True).start()
+        child = self._process.child
+        assert child is not None
+        assert child.stdout is not None
+        self.port = int(child.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stop()
+
+
 class Strangers:
     """``strangers.py``."""
 
@@ -74,13 +91,17 @@ class Besieged:
         directory.mkdir(parents=True, exist_ok=True)
         self.soak = Soak(directory, 1, 0, 0)
         self.soak.start()
+        self.elsewhere = Elsewhere(directory / "elsewhere.log")
         self.strangers = Strangers(self.soak.fleet.port, half, idle, wrong, directory / "strangers.log")
+        self.neighbours = Strangers(self.elsewhere.port, half, idle, wrong, directory / "neighbours.log")
         self._log = directory / "daemon.log"
         self._step = 0
         self.push(WARM_ROUNDS)
 
     def close(self) -> None:
         self.strangers.close()
+        self.neighbours.close()
+        self.elsewhere.close()
         self.soak.close()
 
     def push(self, rounds: int) -> list[float]:
@@ -104,15 +125,16 @@ class Besieged:
         """The daemon's, in 10^6 bytes."""
         return held_by(self.soak.processes()["daemon"].child.pid)["rss_mb"]  # type: ignore[union-attr]
 
-    def block(self, rounds: int, flooded: bool) -> Block:
+    def block(self, rounds: int, crowd: Strangers | None) -> Block:
+        """So many pushes, while ``crowd`` comes."""
         before = len(self._log.read_text().splitlines())
         made = Block()
-        if flooded:
-            self.strangers.order("on")
+        if crowd is not None:
+            crowd.order("on")
             time.sleep(SETTLE_SECONDS)
         made.seconds = self.push(rounds)
-        if flooded:
-            made.told = self.strangers.order("off")
+        if crowd is not None:
+            made.told = crowd.order("off")
         lines = self._log.read_text().splitlines()[before:]
         made.warnings = [line for line in lines if not line.startswith("{") or json.loads(line)["level"] != "info"]
         return made
@@ -126,17 +148,25 @@ def report(figure: str, value: float, unit: str, n: int, spread: float) -> str:
     return f"{figure} is {value:.4g}, more than {bound:g}" if bound is not None and value > bound else ""
 
 
-def figures(calm: list[Block], flooded: list[Block], grown: float) -> list[str]:
+def ratio(figure: str, blocks: list[Block], to: list[Block]) -> str:
+    """Print a ratio of medians; what is wrong with it."""
+    ratios = [statistics.median(b.seconds) / statistics.median(t.seconds) for b, t in zip(blocks, to, strict=True)]
+    above, below = ([s for block in some for s in block.seconds] for some in (blocks, to))
+    value = statistics.median(above) / statistics.median(below)
+    return report(figure, value, "x", len(above), max(ratios) - min(ratios))
+
+
+def figures(calm: list[Block], control: list[Block], flooded: list[Block], grown: float) -> list[str]:
     """Print them; what is beyond its bound."""
-    ratios = [statistics.median(f.seconds) / statistics.median(c.seconds) for c, f in zip(calm, flooded, strict=True)]
-    both = [[s for block in blocks for s in block.seconds] for blocks in (calm, flooded)]
-    medians = [statistics.median(seconds) for seconds in both]
+    quiet = [s for block in calm for s in block.seconds]
     lines = [len(block.warnings) for block in flooded]
     crowds = ("half_open", "idle", "wrong_token")
     rates = [sum(block.told[crowd]["opened"] for crowd in crowds) / block.told["seconds"] for block in flooded]
-    report("flood_round_calm_p50_ms", medians[0] * 1e3, "ms", len(both[0]), 0.0)
+    report("flood_round_calm_p50_ms", statistics.median(quiet) * 1e3, "ms", len(quiet), 0.0)
     wrong = [
-        report("flood_round_ratio", medians[1] / medians[0], "x", len(both[1]), max(ratios) - min(ratios)),
+        ratio("flood_round_ratio", flooded, calm),
+        ratio("flood_control_ratio", control, calm),
+        ratio("flood_over_control_ratio", flooded, control),
         report("flood_log_lines", sum(lines), "lines", len(lines), max(lines) - min(lines)),
         report("flood_rss_mb", grown, "MB", 1, 0.0),
         report("flood_connections_per_second", statistics.median(rates), "1/s", len(rates), max(rates) - min(rates)),
@@ -156,16 +186,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         besieged = Besieged((given.keep or Path(scratch)) / "fleet", given.half_open, given.idle, given.wrong)
         try:
-            calm, flooded = [], []
+            calm, control, flooded = [], [], []
             before = after = besieged.memory()
             for _ in range(given.blocks):
-                calm.append(besieged.block(given.rounds, flooded=False))
-                flooded.append(besieged.block(given.rounds, flooded=True))
+                calm.append(besieged.block(given.rounds, None))
+                control.append(besieged.block(given.rounds, besieged.neighbours))
+                flooded.append(besieged.block(given.rounds, besieged.strangers))
                 after = max(after, besieged.memory())
                 print(json.dumps(flooded[-1].told), *flooded[-1].warnings, sep="\n  ", file=sys.stderr, flush=True)
         finally:
             besieged.close()
-        wrong = figures(calm, flooded, after - before)
+        wrong = figures(calm, control, flooded, after - before)
     if wrong:
         sys.exit("\n".join(wrong))
 

@@ -15,7 +15,7 @@ def test_a_fleet_goes_on_while_all_places_of_strangers_are_taken(tmp_path: Path)
     besieged = Besieged(tmp_path, half=1500, idle=1500, wrong=200)
     try:
         before = besieged.memory()
-        block = besieged.block(PUSHES, flooded=True)
+        block = besieged.block(PUSHES, besieged.strangers)
         assert besieged.memory() - before < BOUNDS["flood_rss_mb"]
         besieged.soak.committed = PUSHES
         besieged.soak._all_serve()

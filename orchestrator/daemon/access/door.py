@@ -7,8 +7,10 @@ holds the most gives up its oldest: at once to one that holds fewer, else once i
 bears a credential has a time of its own, in which it must have been sent, answered and taken: a reader that is too slow
 for that is dropped.
 
-Whoever is turned away costs an accept(2) and no more. asyncio's own server makes a transport first, and accepts as many
-as its backlog holds before anything else has its turn: seconds in which no agent is heard.
+Whoever is turned away costs an accept(2), a close(2) and no more. asyncio's own server makes a transport first, and
+accepts as many as its backlog holds before anything else has its turn: seconds in which no agent is heard. While more
+come than are served (``pace.py``) there is a rest between two batches, so that their number costs no more than that,
+and a connection that has sent nothing yet stays with the kernel.
 
 Descriptors are never used up: the kernel would then refuse the journal and the calls to engines.
 """
@@ -18,6 +20,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from weightsync.orchestrator.daemon.access.descriptors import RESERVE, limit
@@ -27,8 +30,19 @@ from weightsync.orchestrator.daemon.access.refusals import Refusals
 ACCEPT_BACKLOG: Final = 4096
 """Connections that may wait for accept(2): a whole fleet reconnects at once when the daemon returns."""
 
+SILENT_SECONDS: Final = 10
+"""For so long at least the kernel keeps a connection to itself that has sent nothing, which costs us nothing."""
+
+TOO_MANY: Final = "more strangers a second than are served"
+
+SYN_COOKIES: Final = Path("/proc/sys/net/ipv4/tcp_syncookies")
+
 ACCEPTED_AT_ONCE: Final = 16
 """In one turn of the loop: agents that are connected are heard in between."""
+
+BESIEGED_SECONDS: Final = 0.01
+"""Between two batches while more come than are served: 1,600 a second, which take a twentieth of a core. The backlog is
+gone through in less than three seconds, so that an agent waits no longer for its turn."""
 
 REST_SECONDS: Final = 1.0
 """After accept(2) has failed for want of something, which no haste brings back."""
@@ -64,11 +78,12 @@ class DoorLimits:
 
 @dataclass(slots=True, eq=False)
 class _Visitor:
-    """``greeting`` makes its transport, and with TLS takes the handshake's time for it."""
+    """``is_beyond``: as ``Pace.takes`` says. ``greeting`` makes its transport, with TLS after a handshake."""
 
     peer: Peer
     came: float
     leaves: float
+    is_beyond: bool
     greeting: "asyncio.Task[None] | None" = None
     transport: asyncio.Transport | None = None
     is_stranger: bool = True
@@ -122,13 +137,13 @@ class Door:
             await self.close()
             raise
         for listening in self._listening:
-            loop.add_reader(listening, self._accept, listening)
+            self._hear(listening)
         return int(self._listening[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening, also to handshakes. Whoever has come to a protocol is its server's to end."""
         for listening in self._listening:
-            asyncio.get_running_loop().remove_reader(listening)
+            asyncio.get_running_loop().remove_reader(listening.fileno())
             listening.close()
         self._listening.clear()
         greetings = [visitor.greeting for visitor in self._visitors.values() if visitor.greeting is not None]
@@ -142,18 +157,27 @@ class Door:
             try:
                 connected, peer = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                break
             except OSError as error:
                 self._refusals.say("connections cannot be accepted", reason=str(error))
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listening)
-                loop.call_later(REST_SECONDS, self._again, listening)
+                self._rest(listening, REST_SECONDS)
                 return
             self._arrive(connected, peer)
+        if self._pace.is_besieged:
+            self._rest(listening, BESIEGED_SECONDS)
+
+    def _rest(self, listening: socket.socket, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening.fileno())
+        loop.call_later(seconds, self._again, listening)
 
     def _again(self, listening: socket.socket) -> None:
         if listening in self._listening:
-            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+            self._hear(listening)
+
+    def _hear(self, listening: socket.socket) -> None:
+        # By its number: asyncio makes a text of what is not registered, and a socket's costs as much as an accept(2).
+        asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
 
     def _arrive(self, connected: socket.socket, peer: Peer) -> None:
         """Give a connection a place, or end it."""
@@ -164,7 +188,7 @@ class Door:
             connected.close()
             return
         self._forget(peer)  # of an earlier connection from the same port, whose end was not looked at yet
-        visitor = _Visitor(peer, now, now + self.limits.stranger_seconds)
+        visitor = _Visitor(peer, now, now + self.limits.stranger_seconds, self._pace.takes(address))
         self._visitors[peer] = visitor
         self._from.setdefault(address, {})[peer] = visitor
         self.strangers += 1
@@ -217,11 +241,16 @@ class Door:
     # ------------------------------------------------------------------------------------------------------- places
     def _full(self, address: str, now: float) -> str:
         """Why a newcomer from ``address`` is not let in; empty where it is, if need be in the place of another."""
-        if self._lack(address) and now - self._looked >= SWEEP_SECONDS:
-            self.sweep()
+        if not self._pace.serves(address, now):
+            return TOO_MANY
         lack = self._lack(address)
-        if lack in ("", self._no_place()) and not self._pace.takes(address, now):
-            return f"{self.limits.pace.a_second:g} strangers a second"
+        if lack and now - self._looked >= SWEEP_SECONDS:
+            self.sweep()
+            lack = self._lack(address)
+        return self._evicted(lack, address, now) if lack else ""
+
+    def _evicted(self, lack: str, address: str, now: float) -> str:
+        """``lack``, or empty where somebody else has given up the place that there was not for ``address``."""
         if lack != self._no_place():
             return lack
         most = max(self._from.values(), key=len)
@@ -257,7 +286,7 @@ class Door:
 
     def _believe(self, visitor: _Visitor) -> None:
         if visitor.is_stranger:
-            self._pace.give_back(visitor.address)
+            self._pace.give_back(visitor.address, visitor.is_beyond)
             self._know(visitor)
 
     def _know(self, visitor: _Visitor) -> None:
@@ -273,6 +302,14 @@ class Door:
         return asyncio.get_running_loop().time()
 
 
+def _has_cookies() -> bool:
+    """Whether the kernel takes connections also where its queue of those that have said nothing is full (tcp(7))."""
+    try:
+        return SYN_COOKIES.read_text().strip() != "0"
+    except OSError:
+        return False
+
+
 def _listening(family: int, address: Peer) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -280,6 +317,8 @@ def _listening(family: int, address: Peer) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if _has_cookies():
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT_SECONDS)
         made.bind(address)
         made.listen(ACCEPT_BACKLOG)
     except OSError as error:

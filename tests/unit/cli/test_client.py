@@ -42,6 +42,7 @@ async def test_a_daemon_that_never_answers(config: Path) -> None:
 
 
 def test_the_token_file_that_is_given_beats_that_of_the_configuration(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch(mode=0o600)
     (tmp_path / "other").write_text("another-token")
     settings = load(config, {})
     assert token_for(None, settings) == TOKENS["viewer"]

@@ -52,7 +52,7 @@ def test_config_check_finds_what_is_wrong_outside_the_file(config: Path, capsys:
     token.chmod(0o644)
     assert main(["config", "check", str(config)]) == 78
     out = capsys.readouterr().out
-    assert f"mode 0644, others may read it. Fix: chmod 600 {token}" in out
+    assert f"has mode 0644, so others can read it. Fix: chmod 600 {token}" in out
     assert "is no directory" in out
     token.chmod(0o600)
     token.write_text("short")

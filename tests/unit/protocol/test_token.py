@@ -1,7 +1,7 @@
 """What the bytes of a token file may be."""
 
 import pytest
-from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, is_exposed, parse_token, parse_tokens
+from weightsync.orchestrator.protocol.token import MAX_TOKEN_BYTES, TokenError, parse_token, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -40,21 +40,3 @@ def test_what_is_no_token_is_named_without_being_shown(data: bytes, reason: str)
 def test_two_lines_are_the_token_to_present_and_the_one_before_it() -> None:
     assert parse_tokens(b" new \r\n\nold\n", "F") == ("new", "old")
     assert parse_tokens(b"only", "F") == ("only",)
-
-
-@pytest.mark.parametrize(
-    ("mode", "owner", "group", "exposed"),
-    [
-        (0o100600, 500, 500, False),
-        (0o100400, 0, 0, False),
-        (0o100440, 0, 500, False),  # as a mounted secret is
-        (0o100640, 0, 500, False),
-        (0o100440, 0, 501, True),  # of a group that is not ours, so it is somebody else's
-        (0o100440, 500, 500, True),
-        (0o100460, 0, 500, True),
-        (0o100444, 0, 500, True),
-        (0o100604, 500, 500, True),
-    ],
-)
-def test_who_else_may_read_it(mode: int, owner: int, group: int, exposed: bool) -> None:
-    assert is_exposed(mode, owner, group, {500, 27}) is exposed

@@ -56,6 +56,7 @@ def test_what_is_no_token_file_is_left_alone(directory: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_serve_is_named(directory: Path, name: str, text: str, says: str) -> None:
+    (directory / name).touch(mode=0o600)
     (directory / name).write_text(text)
     with pytest.raises(ConfigError) as error:
         read_credentials(directory)
@@ -70,15 +71,19 @@ def test_a_file_that_others_could_have_made_is_refused(directory: Path, tmp_path
     with pytest.raises(ConfigError, match=r"viewer.token: has mode 0660, so others can write it. Fix: chmod go-w"):
         read_credentials(directory)
     viewer.unlink()
+    (tmp_path / "elsewhere").touch(mode=0o600)
     (tmp_path / "elsewhere").write_text("elsewhere-0123456789")
     viewer.symlink_to(tmp_path / "elsewhere")
     assert read_credentials(directory)["elsewhere-0123456789"] == Credential("viewer")
     (tmp_path / "elsewhere").chmod(0o666)
     with pytest.raises(ConfigError, match=r"elsewhere: has mode 0666"):
         read_credentials(directory)
+    (tmp_path / "elsewhere").chmod(0o604)
+    with pytest.raises(ConfigError, match=r"elsewhere: has mode 0604, so others can read it. Fix: chmod 600"):
+        read_credentials(directory)
     viewer.unlink()
     os.mkfifo(viewer, 0o600)
-    with pytest.raises(ConfigError, match="is empty"):
+    with pytest.raises(ConfigError, match="is no plain file"):
         read_credentials(directory)
     viewer.unlink()
     directory.chmod(0o777)
@@ -152,7 +157,9 @@ def test_a_mounted_secret_that_is_exchanged(tmp_path: Path) -> None:
 
 
 def test_tokens_that_an_engine_may_hold(directory: Path) -> None:
+    (directory / "engine.a0.token").touch(mode=0o600)
     (directory / "engine.a0.token").write_text("of-a0-0123456789\nof-a0-9876543210\n")
+    (directory / "trainer.7.token").touch(mode=0o600)
     (directory / "trainer.7.token").write_text("trainer-7-0123456789")
     known = tokens_of_engines(read_credentials(directory))
     assert known["a0"] == ("of-a0-0123456789", "of-a0-9876543210")

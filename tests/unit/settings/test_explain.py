@@ -29,6 +29,10 @@ from settings_files import MINIMAL, Refusal
         ("_env_file: x\n", 10, "_env_file", "unknown key"),
         ("transport:\n\tx: 1\n", 11, "", "no valid YAML"),
         ("log: !!python/object:os.system {}\n", 10, "", "no valid YAML"),
+        ("log: {level: !!timestamp x}\n", 10, "", "no valid YAML: no timestamp"),
+        ("log: {level: !!bool x}\n", 10, "", "no valid YAML: no bool"),
+        ("log: {level: !!int ''}\n", 10, "", "no valid YAML: no int"),
+        ("log: {level: !!float '-'}\n", 10, "", "no valid YAML: no float"),
         ("1: x\n", 10, "1", "unknown key"),
     ],
 )

@@ -49,6 +49,9 @@ def test_what_cannot_serve_is_named(files: ListenTls, tmp_path: Path) -> None:
         server_context(files.model_copy(update={"key_file": other / "daemon.key"}))
     with pytest.raises(ConfigError, match=r"absent: cannot be used .*No such file"):
         server_context(files.model_copy(update={"key_file": tmp_path / "absent"}))
+    files.key_file.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"daemon.key: has mode 0644, so others can read it. Fix: chmod 600"):
+        server_context(files)
     files.key_file.chmod(0o666)
     with pytest.raises(ConfigError, match=r"daemon.key: has mode 0666"):
         server_context(files)

@@ -92,6 +92,7 @@ async def _ok(_: web.Request) -> web.Response:
 async def test_a_token_that_does_not_serve_is_told(token: Path) -> None:
     async with daemon(token) as url:
         other = token.parent.parent / "other"
+        other.touch(mode=0o600)
         other.write_text("another-token-of-some-length")
         assert (await asked(url, other)).what == f"{url} does not know the token"
         found = await asked(url, token.with_name("viewer.token"))
@@ -112,9 +113,9 @@ async def test_nobody_there(token: Path) -> None:
 def test_a_token_file(token: Path) -> None:
     assert [f.level for f in hub.token(token)] == ["ok"]
     token.chmod(0o644)
-    assert [(f.level, f.fix) for f in hub.token(token)] == [("warning", f"chmod 600 {token}")]
+    assert [(f.level, f.fix) for f in hub.token(token)] == [("error", f"chmod 600 {token}")]
     token.unlink()
-    assert [f.level for f in hub.token(token)] == ["error"]
+    assert [(f.level, f.fix) for f in hub.token(token)] == [("error", hub.MEND_TOKEN)]
 
 
 def test_clocks() -> None:

@@ -10,6 +10,7 @@ from weightsync.orchestrator.protocol.application import Applicant, Application
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "token").touch(mode=0o600)
     (tmp_path / "token").write_text("the-engines-token")
     return {
         "WEIGHTSYNC_HUB_URL": "ws://head:7410/agents",

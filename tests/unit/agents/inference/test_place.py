@@ -54,6 +54,7 @@ def test_a_token_that_cannot_serve(environ: dict[str, str], tmp_path: Path) -> N
     token_file(tmp_path, "short")
     with pytest.raises(PlaceError, match=r"a token of 5 characters, which can be guessed; openssl rand -hex 32"):
         place_of(environ)
+    (tmp_path / "engine.token").touch(mode=0o600)
     (tmp_path / "engine.token").write_text("three\nlines\nof it\n")
     with pytest.raises(PlaceError, match="holds 3 lines"):
         place_of(environ)

@@ -109,6 +109,7 @@ def credentials(tmp_path: Path) -> Path:
 def token_file(credentials: Path) -> Path:
     """The engine's own copy."""
     file = credentials.parent / "token"
+    file.touch(mode=0o600)
     file.write_text(TOKENS["engine"])
     return file
 
@@ -317,6 +318,7 @@ async def test_neither_a_daemon_that_is_away_nor_a_lost_token_ends_it(
         assert "Cannot connect" in await asyncio.wait_for(warnings.get(), SECONDS)
         await asyncio.to_thread(token_file.unlink)
         assert "token file" in await asyncio.wait_for(warnings.get(), SECONDS)
+        await asyncio.to_thread(token_file.touch, 0o600)
         await asyncio.to_thread(token_file.write_text, TOKENS["engine"])
         async with door.served(port):
             assert (await door.hears()).engine == ENGINE

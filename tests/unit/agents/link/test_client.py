@@ -338,6 +338,7 @@ async def test_a_token_that_becomes_right_is_read_again(token_file: Path, caplog
     daemon = Daemon(token_file)
     port = await daemon.hub.start("127.0.0.1", 0)
     own, right = token_file.with_name("agents-token"), TOKENS["trainer"] + "\n"
+    own.touch(mode=0o600)
     own.write_text("stale-secret")
     with caplog.at_level(logging.WARNING):
         agent = Agent(port, own)

@@ -43,3 +43,22 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: st
         file.write_text(text)
     with pytest.raises(TlsError, match=rf"{name} \({file}\).* cannot be used"):
         tls_context(URL, {name: str(file)})
+
+
+def test_a_key_that_others_can_read_and_an_authority_that_they_can_write_are_refused(tmp_path: Path) -> None:
+    """With the key somebody else could show our certificate; with the authority he could make himself a daemon."""
+    make_certificates(tmp_path / "c", ["127.0.0.1"], ["engine"], 1)
+    authority, key = tmp_path / "c" / "ca.pem", tmp_path / "c" / "engine.key"
+    given = {
+        "WEIGHTSYNC_CA_FILE": str(authority),
+        "WEIGHTSYNC_CERTIFICATE_FILE": str(tmp_path / "c" / "engine.pem"),
+        "WEIGHTSYNC_KEY_FILE": str(key),
+    }
+    assert tls_context(URL, given) is not None
+    key.chmod(0o644)
+    with pytest.raises(TlsError, match=rf"{key}: has mode 0644, so others can read it. Fix: chmod 600 {key}$"):
+        tls_context(URL, given)
+    key.chmod(0o600)
+    authority.chmod(0o666)
+    with pytest.raises(TlsError, match=rf"{authority}: has mode 0666, so others can write it. Fix: chmod go-w"):
+        tls_context(URL, given)

@@ -71,6 +71,9 @@ def test_what_is_missing_is_named_with_all_three_places() -> None:
         ("run_id: 7", "run_id (weightsync.yaml) must be text, got int 7"),
         ("- a", "must hold the keys hub_url"),
         ("{", "is no YAML"),
+        ("run_id: !!timestamp x", "is no YAML"),
+        ("run_id: !!bool x", "is no YAML"),
+        ("run_id: !!int ''", "is no YAML"),
     ],
 )
 def test_a_file_that_cannot_serve_is_named(tmp_path: Path, text: str, words: str) -> None:

@@ -37,6 +37,7 @@ WELCOME = Welcome(
     epoch=1, journal_id="j", heartbeat_seconds=5.0, lost_after_heartbeats=3, transport=NixlSettings(),
     rendezvous=HubRendezvous(),
 )  # fmt: skip
+WRONG = b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nConnection: close\r\n\r\n"
 HALF = b"GET /status HTTP/1.1\r\nHost: x\r\nX-Never: "
 
 
@@ -55,11 +56,11 @@ class House:
 
     async def half_open(self, said: bytes = HALF, address: str = "127.0.0.1") -> socket.socket:
         found = socket.socket()
+        self.sockets.append(found)
         found.setblocking(False)
         found.bind((address, 0))
         loop = asyncio.get_running_loop()
         await loop.sock_connect(found, ("127.0.0.1", self.port))
-        self.sockets.append(found)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(found, said)
         return found
@@ -121,7 +122,7 @@ async def house(tmp_path: Path, tls: ServerTls | None = None, **limits: Any) -> 
 async def test_half_a_request_is_ended_when_its_time_is_over_whatever_it_drips(tmp_path: Path) -> None:
     async with house(tmp_path, stranger_seconds=0.2) as made:
         with structlog.testing.capture_logs() as logs:
-            silent, half = await made.half_open(b""), await made.half_open()
+            silent, half = await made.half_open(b"G"), await made.half_open()
             polite = await made.half_open(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 9)  # and is answered once
             assert await ended(silent) == b""
             assert await ended(half) == b""
@@ -196,21 +197,103 @@ async def test_an_address_with_few_strangers_comes_in_at_once_where_another_has_
             await made.half_open(address="127.0.0.3")
         assert await ended(first) == b""
         assert await made.ask() == 200
+        await made.half_open(address="127.0.0.3")
+        await made.strangers(8)
+        began = asyncio.get_running_loop().time()
         assert await ended(await made.half_open(address="127.0.0.2")) == b"", "it has more than its share"
+        assert asyncio.get_running_loop().time() - began < made.door.limits.stranger_seconds / 2, "at once"
 
 
 async def test_beyond_its_pace_it_serves_those_who_had_few(tmp_path: Path) -> None:
-    pace = PaceLimits(burst=4, a_second=0.001, few=2, while_seconds=3600.0)
+    pace = PaceLimits(burst=4, a_second=0.001, besieged=0.0, few=2, while_seconds=3600.0)
     async with house(tmp_path, pace=pace) as made:
         for _ in range(4):
             await made.half_open(address="127.0.0.2")
         await made.strangers(4)
         with structlog.testing.capture_logs() as logs:
             assert await ended(await made.half_open(address="127.0.0.2")) == b""
-            assert logs[0]["reason"] == "0.001 strangers a second"
+            assert logs[0]["reason"] == doors.TOO_MANY
             for _ in range(50):
                 assert await made.ask() == 200, "a credential gives the place in the pace back"
+        await made.half_open(address="127.0.0.3")
+        began = asyncio.get_running_loop().time()
         assert await ended(await made.half_open(address="127.0.0.2")) == b""
+        assert asyncio.get_running_loop().time() - began < made.door.limits.stranger_seconds / 2, "at once"
+
+
+async def test_agents_come_in_through_a_flood(tmp_path: Path) -> None:
+    """Sixteen of one host, while strangers of many addresses come as fast as they are ended."""
+    pace = PaceLimits(burst=32, a_second=0.001, besieged=0.0, few=2, beyond=100.0, while_seconds=3600.0)
+    async with house(tmp_path, pace=pace) as made:
+        url, token = f"ws://127.0.0.1:{made.port}{AGENTS_PATH}", tmp_path / "credentials" / "engine.token"
+        arrived: set[int] = set()
+
+        def agent(rank: int) -> ControlClient:
+            member = Member("inference", "engine", rank)
+            said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=16, incarnation=rank)
+            backoff = Backoff(first=0.01, longest=0.05)
+            return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
+
+        async def stranger(number: int) -> None:
+            while True:
+                peer = await made.half_open(WRONG, f"127.0.{number}.1")
+                await ended(peer)
+                made.sockets.remove(peer)
+                peer.close()
+
+        strangers = [asyncio.create_task(stranger(number)) for number in range(1, 33)]
+        async with asyncio.timeout(SECONDS):
+            while not made.door._pace.is_besieged:  # noqa: ASYNC110  # it has no event
+                await asyncio.sleep(0)
+            clients = [agent(rank) for rank in range(16)]
+            running = [asyncio.create_task(client.run()) for client in clients]
+            accepted = 0
+            while len(arrived) < 16:
+                for event in made.events[accepted:]:
+                    accepted += 1
+                    if isinstance(event, AgentConnected):
+                        made.hub.accept(event.member, event.connection, WELCOME)
+                await asyncio.sleep(0)
+            assert made.door._pace.is_besieged
+            for task in strangers:
+                task.cancel()
+            for client in clients:
+                await client.close()
+            await asyncio.gather(*running)
+            await asyncio.gather(*strangers, return_exceptions=True)
+
+
+async def test_while_more_come_than_are_served_there_is_a_rest_between_two_batches(tmp_path: Path) -> None:
+    async with house(tmp_path) as made:
+        (listening,) = made.door._listening
+        loop = asyncio.get_running_loop()
+        made.door._accept(listening)
+        assert loop.remove_reader(listening.fileno()), "it listens on"
+        made.door._pace.is_besieged = True
+        made.door._accept(listening)
+        assert not loop.remove_reader(listening.fileno()), "it rests"
+        assert await made.ask() == 200, "and looks again"
+
+
+async def test_a_connection_that_says_nothing_stays_with_the_kernel(tmp_path: Path) -> None:
+    async with house(tmp_path) as made:
+        silent = await made.half_open(b"")
+        assert await made.ask() == 200, "who came later"
+        assert made.door.strangers == 0
+        await asyncio.get_running_loop().sock_sendall(silent, HALF)
+        await made.strangers(1)
+
+
+def test_where_the_kernel_would_turn_others_away_for_those_it_comes_to_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cookies, seconds in (("1\n", True), ("0\n", False), (None, False)):
+        monkeypatch.setattr(doors, "SYN_COOKIES", tmp_path / "absent")
+        if cookies is not None:
+            (tmp_path / "cookies").write_text(cookies)
+            monkeypatch.setattr(doors, "SYN_COOKIES", tmp_path / "cookies")
+        with doors._listening(socket.AF_INET, ("127.0.0.1", 0)) as listening:
+            assert (listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) > 0) is seconds
 
 
 async def test_a_flood_does_not_keep_the_loop_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +302,7 @@ async def test_a_flood_does_not_keep_the_loop_from_others(tmp_path: Path, monkey
         (listening,) = made.door._listening
         asyncio.get_running_loop().remove_reader(listening)
         for _ in range(3 * doors.ACCEPTED_AT_ONCE):
-            await made.half_open(b"")
+            await made.half_open(b"G")
         arrived: list[object] = []
         monkeypatch.setattr(made.door, "_arrive", lambda connected, peer: (connected.close(), arrived.append(peer)))
         for turn in range(1, 4):
@@ -254,7 +337,7 @@ async def test_want_of_descriptors_makes_the_door_rest_and_say_so(
         poor = Poor()
         made.door._listening[:] = [poor]  # type: ignore[list-item]
         loop.remove_reader(real)
-        loop.add_reader(poor, made.door._accept, poor)
+        loop.add_reader(poor.fileno(), made.door._accept, poor)
         with structlog.testing.capture_logs() as logs:
             assert await made.ask() == 200
         assert [(line["event"], line["reason"]) for line in logs] == [
@@ -289,7 +372,7 @@ async def test_a_door_that_closes_leaves_no_socket_behind(tmp_path: Path) -> Non
         (listening,) = made.door._listening
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening)
-        peer = await made.half_open(b"")
+        peer = await made.half_open(b"G")
         made.door._accept(listening)
         assert made.door.strangers == 1
         await made.door.close()
@@ -378,7 +461,7 @@ async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_
         ca_file=certificates / "ca.pem",
     ))  # fmt: skip
     async with house(tmp_path, tls, stranger_seconds=0.5) as made:
-        silent, plain = await made.half_open(b""), await made.half_open(HALF)
+        silent, plain = await made.half_open(b"\x16"), await made.half_open(HALF)
         context = client_context(certificates / "ca.pem", None, None)
         for _ in range(20):  # the request comes in one piece with the client's last word of the handshake, or not
             assert await made.ask(tls=context) == 200
@@ -396,8 +479,7 @@ async def test_a_flood_is_a_few_lines_of_log(tmp_path: Path) -> None:
         with structlog.testing.capture_logs() as logs:
             for number in range(500):
                 await made.half_open(address="127.0.0.3")
-                wrong = b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nConnection: close\r\n\r\n"
-                await made.half_open(wrong, address="127.0.0.2")
+                await made.half_open(WRONG, address="127.0.0.2")
                 if number % 50 == 0:
                     assert await made.ask() == 200
                 for peer in made.sockets[:-100]:

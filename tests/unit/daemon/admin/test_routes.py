@@ -212,6 +212,7 @@ async def door(tmp_path: Path) -> AsyncIterator[tuple[Taking, str]]:
     """A daemon that takes engines in; beside the tokens of the roles one that is bound to the engine a."""
     taking: Any = Taking()
     directory = write_credentials(tmp_path / "credentials")
+    (directory / "engine.a.token").touch(mode=0o600)
     (directory / "engine.a.token").write_text(BOUND)
     access = Access(directory, "glm", str)
     async with serving(tmp_path, admin.application_routes(taking, access)) as url:

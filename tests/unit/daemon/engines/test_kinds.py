@@ -36,6 +36,7 @@ async def test_vllm_is_the_default() -> None:
 
 def test_a_client_gets_its_part_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kinds.CLIENTS, "abacus", Abacus)  # type: ignore[arg-type]
+    (tmp_path / "key").touch(mode=0o600)
     (tmp_path / "key").write_text("k3y\n")
     engine = EngineSection(name="a", kind="abacus", url="http://h:1", api_key_file=tmp_path / "key")
     client = client_of(engine, PauseSection(mode="wait", cache="drop"), EnginesTls(), tuple)
