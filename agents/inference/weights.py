@@ -93,6 +93,11 @@ class LiveWeights:
         """Uint8 views of the layout's regions: what is served, and the landing."""
         return self._tensors
 
+    @property
+    def cuda_device(self) -> int | None:
+        """Index of the device that they are on; None: host memory."""
+        return self._device.index if self._device.type == "cuda" else None
+
     def open(self, member: Member, settings: Any) -> None:
         """Open the transport that a Welcome names; ``member`` is who this rank is to its peers.
 

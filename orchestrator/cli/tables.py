@@ -7,6 +7,7 @@ from typing import Final
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    FindingView,
     LinkView,
     ProblemView,
     RoundRow,
@@ -52,6 +53,8 @@ def status_text(status: StatusView, now: float) -> str:
         shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
         unneeded = f"{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}"
         parts.append("\n".join(_wrapped(unneeded)))
+    if notes := [line for finding in status.findings if finding.level == "note" for line in _note(finding)]:
+        parts.append("\n".join(notes))
     if left_out := [line for engine in status.engines for line in _left_out(engine)]:
         parts.append("\n".join(left_out))
     return "\n\n".join(parts)
@@ -188,6 +191,12 @@ def _modes(engines: Sequence[EngineView]) -> list[str]:
         why = f": {because}" if because else ""
         lines += _wrapped(f"{who} {'lands' if len(names) == 1 else 'land'} by {mode}{why}")
     return lines
+
+
+def _note(finding: FindingView) -> list[str]:
+    more = f" and {finding.count - len(finding.members)} more" if finding.count > len(finding.members) else ""
+    who, where = f"{', '.join(finding.members)}{more}", f"{finding.check}: " if finding.check else ""
+    return _wrapped(f"note of {who}: {where}{finding.what}")
 
 
 def _left_out(engine: EngineView) -> list[str]:

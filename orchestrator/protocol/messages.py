@@ -9,21 +9,24 @@ from typing import Annotated, Literal
 import msgspec
 from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
 from weightsync.orchestrator.protocol.edges import FilesystemSettings as FilesystemSettings
+from weightsync.orchestrator.protocol.edges import HubRendezvous as HubRendezvous
 from weightsync.orchestrator.protocol.edges import NixlSettings as NixlSettings
+from weightsync.orchestrator.protocol.edges import TcpStoreRendezvous as TcpStoreRendezvous
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
     Name,
     Nonce,
     Path,
-    Port,
     Reason,
     Seconds,
     Spoken,
     World,
 )
+from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import (
+    MAX_FINDINGS,
     MAX_OPEN_GRANTS,
     MAX_SECONDS,
     MAX_TENSORS,
@@ -206,6 +209,13 @@ class Hello(Message, frozen=True, kw_only=True):
     engine: EngineStatus | None = None
 
 
+class Examined(Message, frozen=True, kw_only=True):
+    """What is wrong around this agent's process (its variables, limits, ports, clock), worst first. Said after each
+    Welcome of a new connection, as soon as it has been looked at, if there is anything."""
+
+    findings: Annotated[tuple[Finding, ...], msgspec.Meta(max_length=MAX_FINDINGS)]
+
+
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Alive. Sent by both sides."""
 
@@ -220,20 +230,6 @@ class Bye(Message, frozen=True, kw_only=True):
 # ---------------------------------------------------------------------------------------------- daemon to agent
 TransportSettings = NixlSettings | FilesystemSettings
 """Every transport's settings, told apart by their tags."""
-
-
-class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
-    """Both rounds travel over this connection."""
-
-
-class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
-    """Both rounds travel over vLLM's StatelessProcessGroup; this agent joins as ``rank`` of ``world``."""
-
-    host: Name
-    port: Port
-    rank: Annotated[int, msgspec.Meta(ge=0, lt=2 * MAX_WORLD)]
-    world: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_WORLD)]
-    timeout_seconds: Seconds
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -394,5 +390,5 @@ RoundWord = Quiesced | Exposed | Closed | Verified | Left
 RoundOrder = Expose | Verify | Commit | Abort
 """What a worker is told about a round."""
 
-FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Heartbeat | Bye
+FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
 FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Renew | Outcome | Standing | Heartbeat

@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.since import engine_word, since, trainer_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.problems import problems
+from weightsync.orchestrator.daemon.admin.surroundings import findings
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
@@ -56,6 +57,7 @@ class Overview:
             round=_progress(fleet, now),
             rounds=history.rounds,
             problems=problems(fleet, markers, now, unix_now),
+            findings=findings(fleet),
             waiting=tuple(_waiting(fleet, now, unix_now)),
             holds=dict(fleet.memory.holds),
             drains=dict(fleet.memory.drains),

@@ -3,6 +3,7 @@
 from weightsync.orchestrator.cli.tables import BAR, WIDTH, check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    FindingView,
     LeftOutView,
     LinkView,
     ProblemView,
@@ -26,6 +27,15 @@ def test_why_engines_land_as_they_do_is_said_once_for_all_that_are_alike() -> No
     )
     text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", engines=engines), NOW)
     assert "\n\na, c land by copy: room\nb lands by live: no room" in text
+
+
+def test_what_is_worth_knowing_around_agents_is_a_line_and_what_is_wrong_a_problem() -> None:
+    said = {"check": "UCX_TLS", "fix": "unset UCX_TLS", "members": ("trainer/0", "e0/0"), "count": 12}
+    note = FindingView(level="note", what="UCX_TLS=tcp", **said)  # type: ignore[arg-type]
+    warning = FindingView(level="warning", what="stands among the problems", **said)  # type: ignore[arg-type]
+    text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", findings=(warning, note)), NOW)
+    assert text.endswith("\n\nnote of trainer/0, e0/0 and 10 more: UCX_TLS: UCX_TLS=tcp")
+    assert "stands among" not in text
 
 
 def test_the_status_table_at_a_glance() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from pci_tree import pci_device
-from weightsync.agents.doctor import network
-from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.environment import network
+from weightsync.agents.environment.links import Interface, links
 from weightsync.agents.memory.nic import Gpu
 from weightsync.orchestrator.protocol.findings import Finding
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from weightsync.agents.doctor.links import Interface
+from weightsync.agents.environment.links import Interface
 from weightsync.agents.memory.nic import SYSFS, Gpu, distance
 from weightsync.orchestrator.protocol.findings import Finding, Level
 
@@ -56,14 +56,15 @@ def by_tcp(links: Sequence[Interface], chosen: bool) -> Iterator[Finding]:
     usable = [link for link in links if not link.rdma and link.up and not link.loopback and link.network is not None]
     if not usable:
         what = "no interface but the loopback has an IPv4 address: no other host can be reached"
-        yield Finding("warning", what, "one host is enough, or give an interface an address", CHECK)
+        fix = "one host is enough, or give an interface an address"
+        yield Finding("warning", what, fix, CHECK, several_hosts=True)
         return
     bridges = [link for link in usable if link.virtual]
     if bridges and not chosen:
         told = ", ".join(f"{link.name} {link.network}" for link in bridges)
         what = f"UCX may offer peers the addresses of bridges of this host alone ({told}), where nobody can answer"
         plain = ",".join(link.name for link in usable if not link.virtual) or "the right interface"
-        yield Finding("warning", what, f"UCX_NET_DEVICES={plain}", CHECK)
+        yield Finding("warning", what, f"UCX_NET_DEVICES={plain}", CHECK, several_hosts=True)
     told = ", ".join(f"{link.name} {link.network}" for link in usable if not link.virtual)
     yield Finding("ok" if told else "note", f"writes to other hosts go over TCP: {told or 'bridges only'}", check=CHECK)
 
@@ -105,10 +106,14 @@ def peers(addresses: Sequence[str], links: Sequence[Interface]) -> Iterator[Find
             yield Finding("ok", f"{peer} is in a network of the ports here", check=CHECK)
 
 
-def distances(gpus: Sequence[Gpu], links: Sequence[Interface], rails: int, sysfs: Path = SYSFS) -> Iterator[Finding]:
-    """For each GPU that this process sees, its nearest port. ``rails``: as ``transport.rails``."""
+def distances(
+    gpus: Sequence[Gpu], links: Sequence[Interface], rails: int, sysfs: Path = SYSFS, own: int | None = None
+) -> Iterator[Finding]:
+    """For each GPU that this process sees, or its ``own``, the nearest port. ``rails``: as ``transport.rails``."""
     found = [link for link in links if link.rdma and link.path is not None]
     for number, gpu in enumerate(gpus):
+        if own not in (None, number):
+            continue
         place = sysfs / "bus/pci/devices" / gpu.bus
         check = f"GPU {number}"
         if not place.exists():
@@ -136,10 +141,10 @@ def distances(gpus: Sequence[Gpu], links: Sequence[Interface], rails: int, sysfs
             yield Finding("note", what, f"transport.rails: {len(nearest)} uses them all", check)
         else:
             yield Finding("ok", f"uses {', '.join(nearest)}", check=check)
-    yield from _shared(gpus, found, sysfs)
+    yield from _shared(gpus, found, sysfs, own)
 
 
-def _shared(gpus: Sequence[Gpu], found: Sequence[Interface], sysfs: Path) -> Iterator[Finding]:
+def _shared(gpus: Sequence[Gpu], found: Sequence[Interface], sysfs: Path, own: int | None) -> Iterator[Finding]:
     """Ports that several GPUs have as their nearest, while another port is nobody's."""
     users: dict[str, list[int]] = defaultdict(list)
     active = [link for link in found if link.up and link.path is not None]
@@ -150,6 +155,6 @@ def _shared(gpus: Sequence[Gpu], found: Sequence[Interface], sysfs: Path) -> Ite
             for name in (name for name in far if far[name] == min(far.values())):
                 users[name].append(number)
     for name, numbers in users.items():
-        if len(numbers) > 1:
+        if len(numbers) > 1 and (own is None or own in numbers):
             told = ", ".join(map(str, numbers))
             yield Finding("note", f"is shared by GPUs {told}: each has a part of its rate", check=name)

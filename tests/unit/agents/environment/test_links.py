@@ -3,7 +3,7 @@
 import ipaddress
 from pathlib import Path
 
-from weightsync.agents.doctor.links import Interface, address_of, links
+from weightsync.agents.environment.links import Interface, address_of, links
 
 
 def test_this_hosts_loopback() -> None:
