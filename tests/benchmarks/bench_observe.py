@@ -1,4 +1,4 @@
-"""What it costs to be watched: 50 open pages, a scraper and traces, while 128 agents go through one round after the other.
+"""What it costs to be watched: 50 open pages, a scraper and traces, while 128 agents go through round after round.
 
     python tests/benchmarks/bench_observe.py [--blocks 5] [--rounds 15]
 
