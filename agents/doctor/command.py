@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.agents.doctor import hub, server
-from weightsync.agents.environment import limits, network, packages
+from weightsync.agents.doctor import hub, memory, server
+from weightsync.agents.environment import network, packages
 from weightsync.agents.environment.directory import run_directory
 from weightsync.agents.environment.links import Interface, links
 from weightsync.agents.environment.preflight import Check, Surroundings, checks
@@ -49,7 +49,7 @@ def diagnose(role: Role, options: argparse.Namespace, environ: Mapping[str, str]
     for check, look in (*_installed(around), *checks(around, NixlSettings(rails=options.rails))):
         found += examined(check, look)
     if options.weights_gb is not None:
-        found += examined("memory", lambda: _room(role, int(options.weights_gb * 1e9), gpus))
+        found += examined("memory", lambda: memory.room(role, int(options.weights_gb * 1e9), bool(gpus)))
     try:
         found += asyncio.run(_ways(role, options, environ))
     except Exception as error:  # as ``examined``
@@ -83,19 +83,6 @@ def _links(everywhere: list[Interface]) -> Iterable[Finding]:
     """Puts this host's ports and interfaces into ``everywhere``; what is wrong with them others say."""
     everywhere.extend(links())
     return ()
-
-
-def _room(role: str, needed: int, gpus: Sequence[Gpu]) -> Iterable[Finding]:
-    if role == "engine":
-        what = "versions go straight into the parameters (mode: live): nothing more than the model itself"
-        return [Finding("ok", what, check="memory")]
-    why = "a rank's slots, which hold a version beside what is trained,"
-    if not gpus:
-        return limits.room(needed, limits.free_memory(), "on this host", why)
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(0)
-    return limits.room(needed, free, "on the first GPU", why)
 
 
 async def _peer(name: str, seconds: float) -> list[Finding]:
