@@ -68,7 +68,7 @@ class _Version(argparse.Action):
     """Looks the release up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from weightsync.orchestrator.daemon.release import release
+        from weightsync.orchestrator.release import release
 
         print(f"{parser.prog} {release()}")
         parser.exit()

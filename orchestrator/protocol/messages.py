@@ -189,8 +189,9 @@ class Hello(Message, frozen=True, kw_only=True):
     """First frame of a connection.
 
     ``epoch_seen``, ``journal_id`` and ``life_seen`` are the last daemon's that this agent obeyed. ``boot``: of the
-    host, drawn anew by its kernel at each start. After Welcome the agent repeats its words of its last round (Quiesced,
-    Closed, Verified, Left), since the connection before may have lost them.
+    host, drawn anew by its kernel at each start. ``release``: of this project, in that process.
+    After Welcome the agent repeats its words of its last round (Quiesced, Closed, Verified, Left), since the connection
+    before may have lost them.
     """
 
     schema: Count
@@ -205,6 +206,7 @@ class Hello(Message, frozen=True, kw_only=True):
     host: Name = ""
     boot: Name = ""
     pid: Count = 0
+    release: Name = ""
     trainer: TrainerStatus | None = None
     engine: EngineStatus | None = None
 

@@ -19,10 +19,10 @@ from weightsync.orchestrator.daemon.admin.views import (
     WaitingView,
     version_view,
 )
-from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS, MAX_LEFT_OUT
 from weightsync.orchestrator.protocol.text import clean
+from weightsync.orchestrator.release import release
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 

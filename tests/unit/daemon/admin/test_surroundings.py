@@ -1,5 +1,6 @@
 """What agents say of their surroundings, put together."""
 
+import msgspec
 from fleets import ANNOUNCE, policy_for, rank, trainer
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
@@ -10,6 +11,7 @@ from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import Hello
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.release import release
 
 SHM = Finding("warning", "64 MB of 64 MB are free in /dev/shm", "docker run --shm-size=16g", "shared memory")
 PRESET = Finding("note", "UCX_NET_DEVICES=eth0 is preset", "unset it", "UCX_NET_DEVICES")
@@ -51,6 +53,17 @@ def test_what_matters_between_hosts_is_left_out_on_one() -> None:
     assert findings(fleet_of(two)) == ()
     [found] = findings(fleet_of(two, hosts=2))
     assert found.members == ("trainer/0", "e0/0")
+
+
+def test_a_mixed_fleet_is_visible() -> None:
+    fleet = fleet_of({trainer(): (), rank("e0"): (), rank("e0", 1): ()})
+    assert findings(fleet) == ()
+    for member, said in ((trainer(), release()), (rank("e0"), "0.0.7"), (rank("e0", 1), "0.0.7")):
+        agent = fleet.agents[member]
+        agent.hello = msgspec.structs.replace(agent.hello, release=said)
+    [found] = findings(fleet)
+    assert (found.level, found.members) == ("note", ("e0/0", "e0/1"))
+    assert found.what == f"runs release 0.0.7, and the daemon {release()}"
 
 
 def test_however_much_a_fleet_has_so_much_is_shown() -> None:
