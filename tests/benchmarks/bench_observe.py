@@ -1,6 +1,6 @@
 """What it costs to be watched: 50 open pages, a scraper and traces, while 128 agents go through round after round.
 
-    python tests/benchmarks/bench_observe.py [--blocks 5] [--rounds 15]
+    python tests/benchmarks/bench_observe.py [--blocks 12] [--rounds 5]
 
 Prints one JSON line per figure. There are two whole fleets, one of which nobody watches: real daemons in processes of
 their own; agents and engines of each in another (``observed_fleet``); pages and scraper, which read all that they are
@@ -14,12 +14,13 @@ on one loop, so that this is the most by which a round can have become longer.
   time of one; ``observe_added_ms``: what watching adds to that.
 * ``observe_page_kb_per_second``: what one page is sent.
 
-``n`` counts blocks (of ``observe_round_ms``: rounds), ``value`` is their median, ``spread`` the largest minus the
-smallest.
+``n`` counts blocks (of ``observe_round_ms``: rounds), ``value`` is their median, ``spread`` the distance between their
+quartiles: a block in which the machine does something else says nothing, and there is always one.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 import time
@@ -28,7 +29,6 @@ from typing import Final
 
 import aiohttp
 from aiohttp import web
-from bench_hub import report
 from fleet import Fleet
 from hub_processes import Child, Pipe, allow_sockets, closed
 from observed_fleet import HOST, RUN, SpokenFleet
@@ -44,6 +44,19 @@ SETTINGS: Final = {
     "rescan_seconds": 1,
     "log": {"format": "json"},
 }
+
+
+def report(figure: str, values: list[float], unit: str) -> None:
+    """Print one figure: the median of ``values``, and the distance between their quartiles."""
+    lower, value, upper = statistics.quantiles(values, n=4)
+    line = {
+        "figure": figure,
+        "value": round(value, 6),
+        "unit": unit,
+        "n": len(values),
+        "spread": round(upper - lower, 6),
+    }
+    print(json.dumps(line), flush=True)
 
 
 def processor_seconds(pid: int) -> float:
@@ -170,8 +183,8 @@ class Observed:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.whole.close()  # first, or it calls engines that are on their way out
         self._agents.__exit__()
-        self.whole.close()
 
     def window(self, rounds: int) -> tuple[float, list[float]]:
         """Processor time of the daemon, and seconds of each round."""
@@ -185,8 +198,8 @@ class Observed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, Child(collector) as traces:
         endpoint = f"http://{HOST}:{traces.receive()}/v1/traces"
