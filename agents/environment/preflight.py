@@ -32,6 +32,13 @@ class Surroundings:
     links: Sequence[Interface]
     own: int | None = None
 
+    def used(self, settings: NixlSettings) -> Sequence[str] | None:
+        """Names of the ports that this process uses; None: of any of them."""
+        near: Sequence[str] = ()
+        if self.own is not None and self.own < len(self.gpus):
+            near = network.nearest(self.gpus[self.own], self.links)
+        return near or settings.net_devices or None
+
     @property
     def rdma(self) -> bool:
         """Whether a port is ACTIVE."""
@@ -74,7 +81,7 @@ def checks(around: Surroundings, settings: NixlSettings) -> Iterator[Check]:
     yield "shared memory", limits.shared_memory
     yield "cma", limits.neighbours
     yield "open files", limits.open_files
-    yield network.CHECK, lambda: network.ports(everywhere)
+    yield network.CHECK, lambda: network.ports(everywhere, around.used(settings))
     yield network.CHECK, lambda: network.by_tcp(everywhere, chosen)
     yield network.CHECK, lambda: network.one_network_twice(everywhere)
     yield network.CHECK, lambda: network.distances(gpus, everywhere, settings.rails, own=around.own)
