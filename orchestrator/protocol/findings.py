@@ -2,10 +2,10 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.fields import Spoken
+from weightsync.orchestrator.protocol.fields import Reason, Spoken
 from weightsync.orchestrator.protocol.limits import (
     MAX_FINDING_CHARS,
     MAX_FINDING_CHECK_CHARS,
@@ -37,9 +37,9 @@ class Finding(Spoken, frozen=True):
     """
 
     level: Level
-    what: Annotated[str, msgspec.Meta(max_length=MAX_FINDING_CHARS)]
-    fix: Annotated[str, msgspec.Meta(max_length=MAX_FINDING_FIX_CHARS)] = ""
-    check: Annotated[str, msgspec.Meta(max_length=MAX_FINDING_CHECK_CHARS)] = ""
+    what: Reason
+    fix: Reason = ""
+    check: Reason = ""
     several_hosts: bool = False
     spoken = ("what", "fix", "check")
 
@@ -75,7 +75,7 @@ def broke(check: str, error: Exception) -> Finding:
 
 
 def in_short(found: Iterable[Finding]) -> tuple[Finding, ...]:
-    """What an agent says of them: those that are more than ``ok``, worst first, each cut, at most MAX_FINDINGS."""
+    """Those that an agent tells: what is more than ``ok``, worst first, each cut, at most MAX_FINDINGS."""
     ranked = sorted((each for each in found if each.level != "ok"), key=lambda each: LEVELS.index(each.level))
     if len(ranked) > MAX_FINDINGS:
         more = len(ranked) - MAX_FINDINGS + 1

@@ -23,7 +23,7 @@ from weightsync.orchestrator.protocol.fields import (
     Spoken,
     World,
 )
-from weightsync.orchestrator.protocol.findings import Finding
+from weightsync.orchestrator.protocol.findings import Finding, in_short
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
 from weightsync.orchestrator.protocol.limits import (
     MAX_FINDINGS,
@@ -213,9 +213,12 @@ class Hello(Message, frozen=True, kw_only=True):
 
 class Examined(Message, frozen=True, kw_only=True):
     """What is wrong around this agent's process (its variables, limits, ports, clock), worst first. Said after each
-    Welcome of a new connection, as soon as it has been looked at, if there is anything."""
+    Welcome of a new connection, as soon as it has been looked at, if there is anything. Cut again where it comes in."""
 
     findings: Annotated[tuple[Finding, ...], msgspec.Meta(max_length=MAX_FINDINGS)]
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "findings", in_short(self.findings))
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
