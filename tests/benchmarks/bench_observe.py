@@ -183,8 +183,8 @@ class Observed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.whole.close()  # first, or it calls engines that are on their way out
         self._agents.__exit__()
+        self.whole.close()
 
     def window(self, rounds: int) -> tuple[float, list[float]]:
         """Processor time of the daemon, and seconds of each round."""
