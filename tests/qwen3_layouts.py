@@ -51,7 +51,9 @@ def party(member: Member, parts: list[tuple[Tensor, Shape, Shape]], room: int, l
         strides = (extent[1] * size, size) if len(extent) == 2 else (size,)
         rows.append(row(number, 0, end, corner, extent, strides))
         end += -(-int(np.prod(extent)) * size // 256) * 256
-    layout = Layout(tuple(part[0] for part in parts), (Region(0, end),), np.array(rows, "<i8").tobytes(), lands=lands)
+    layout = Layout(
+        tuple(part[0] for part in parts), (Region(0, end, "VRAM"),), np.array(rows, "<i8").tobytes(), lands=lands
+    )
     room = arena_bytes(layout) if lands == "copy" else room
     if room:
         regions = (*layout.regions, Region(0, room, "VRAM"))

@@ -84,9 +84,13 @@ def made_values(checkpoint: Sequence[Checkpoint]) -> Iterator[tuple[str, torch.T
     """Values for a checkpoint that nobody has: by position, unlike from tensor to tensor, finite and above zero."""
     generator = torch.Generator().manual_seed(0)
     block = torch.rand(MADE_PERIOD, generator=generator, device="cpu") + 0.5
+    blocks: dict[torch.dtype, torch.Tensor] = {}  # of tens of thousands of tensors, many have less than a block
     for index, entry in enumerate(checkpoint):
+        if (numbers := blocks.get(entry.dtype)) is None:
+            scaled = block if entry.dtype.is_floating_point else block * (2 if entry.dtype == torch.bool else 80)
+            numbers = blocks[entry.dtype] = scaled.to(entry.dtype)
         size = torch.Size(entry.shape).numel()
         start = (index * 7919) % MADE_PERIOD  # a prime step: the same numbers, begun elsewhere
-        turns = (start + size) // MADE_PERIOD + 1
-        numbers = block if entry.dtype.is_floating_point else block * (2 if entry.dtype == torch.bool else 80)
-        yield entry.name, numbers.to(entry.dtype).repeat(turns)[start : start + size].reshape(entry.shape)
+        turns = -(-(start + size) // MADE_PERIOD)
+        made = numbers[start : start + size].clone() if turns <= 1 else numbers.repeat(turns)[start : start + size]
+        yield entry.name, made.reshape(entry.shape)

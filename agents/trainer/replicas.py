@@ -28,7 +28,10 @@ TEXT_CHARS: Final = 2000
 """Of one rank's reason; longer ones are cut. They end in one line of a log."""
 
 FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.0005, 0.05
-"""Between two looks at the store while another rank is awaited: doubling, since most come at once."""
+"""Between two looks at the store while another rank is awaited: ever longer, since most come at once …"""
+
+LATER: Final = 1.25
+"""… by this factor, so that nobody waits longer than a quarter too long. Two would make that as long again."""
 
 READ_SECONDS: Final = 2.0
 """That a rank which closes gives the others to read its last word."""
@@ -187,7 +190,7 @@ class TrainerRanks:
             except RuntimeError as error:
                 raise self._unreachable(error) from error
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_LOOK_SECONDS)
+            pause = min(LATER * pause, LONGEST_LOOK_SECONDS)
 
     def _set(self, key: str, value: str | bytes) -> None:
         assert self._store is not None

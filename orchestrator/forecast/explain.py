@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 import numpy as np
 from weightsync.orchestrator.forecast.transfers import Transfers, transfers_of
 from weightsync.orchestrator.planner.arrays import Flags, Ints
+from weightsync.orchestrator.planner.coalesce import pack_below
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.inputs import CostModel
 from weightsync.orchestrator.planner.plan import Plan
@@ -239,7 +240,8 @@ def _tensors(plan: Plan, transfers: Transfers, every: bool) -> list[TensorReport
             # A family's members lie at many ranks; the one of the first would mislead.
             reason = _rank.sub("a rank", reason)
         lands = bool(transfers.lands[at])
-        how = _how(moved, transfers.size[at], transfers.runs[at], plan.cost, lands=lands)
+        below = pack_below(plan.catalogue.sources[transfers.source[at]], plan.cost)
+        how = _how(moved, transfers.size[at], transfers.runs[at], below, lands=lands)
         reports.append(
             TensorReport(name, count[key], dtype, shape, moved, sources[key], targets[key], slot, reason, how)
         )
@@ -288,16 +290,16 @@ def _note(source: Decoded, row: int) -> tuple[str, str]:
     return "", ""
 
 
-def _how(moved: Moved, size: int, runs: int, cost: CostModel, *, lands: bool) -> str:
+def _how(moved: Moved, size: int, runs: int, below: float, *, lands: bool) -> str:
     """Why pieces go straight or packed, told by the ``size`` and ``runs`` of the first, which stands for the others."""
     shape = f"{int(size)} bytes in {int(runs)} run{'s' if runs > 1 else ''}"
-    limit = int(cost.pack_below_bytes)
+    limit = int(below)
     if moved.packed_pieces == moved.pieces:
         return f"packed: {shape}; below {limit} bytes a run is worth packing"
     if moved.packed_pieces:
         return f"packed in {moved.packed_pieces} of {moved.pieces} pieces: {shape}; elsewhere no company or long runs"
     way = "to the landing as it lies" if lands else "direct"
-    if size < runs * cost.pack_below_bytes:
+    if size < runs * below:
         return f"{way}: {shape}; no ring or landing, or nothing else on the edge to share a descriptor with"
     return f"{way}: {shape}; a run of {limit} bytes or more is worth a descriptor"
 

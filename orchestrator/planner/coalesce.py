@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from weightsync.orchestrator.planner.arrays import Flags, Ids, Ints, boundaries, starts
+from weightsync.orchestrator.planner.arrays import Flags, Floats, Ids, Ints, boundaries, starts
 from weightsync.orchestrator.planner.decode import Decoded
 from weightsync.orchestrator.planner.errors import LandingTooSmall
 from weightsync.orchestrator.planner.inputs import CostModel
@@ -85,7 +85,8 @@ def _packed(
     """Which pieces the sender gathers."""
     ring = _ring_chunks(sources)
     whole = shadow(targets)
-    wanted = np.flatnonzero((size < runs * cost.pack_below_bytes) & (ring[source] > 0))
+    below = np.array([pack_below(party, cost) for party in sources])[source]
+    wanted = np.flatnonzero((size < runs * below) & (ring[source] > 0))
     # Of a live target's landing each edge has the same part at least. Chunks of it must be longer than the runs.
     rooms = np.array([landing_length(p.party.layout) for p in targets], np.int64)
     pairs = np.unique(edge[wanted], return_index=True)[1]
@@ -93,7 +94,7 @@ def _packed(
     part = rooms // np.maximum(edges, 1) // BERTH_ALIGNMENT * BERTH_ALIGNMENT
     chunk = np.where(whole, longest_chunk("VRAM"), np.maximum(part // PLACES, np.minimum(part, BERTH_ALIGNMENT)))
     wanted = wanted[size[wanted] // np.maximum(runs[wanted], 1) < chunk[target[wanted]]]
-    wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], cost)]
+    wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], below[wanted])]
     # An engine's pages, which no transport reads, are left by way of the ring alone.
     paged = np.array([party.party.layout.lands == "flip" for party in sources], np.bool_)
     packed = paged[source] & (ring[source] > 0)
@@ -107,13 +108,19 @@ def _ring_chunks(sources: Sequence[Decoded]) -> Ints:
     return np.array([chunk_bytes(y.regions[y.staging]) if y.staging >= 0 else 0 for y in layouts], np.int64)
 
 
-def _worthwhile(edge: Ints, size: Ints, runs: Ints, cost: CostModel) -> Flags:
+def pack_below(source: Decoded, cost: CostModel) -> float:
+    """``CostModel.pack_below_bytes`` of what a source sends."""
+    regions = source.party.layout.regions
+    return cost.pack_below_bytes(regions[0].memory if regions else "DRAM")
+
+
+def _worthwhile(edge: Ints, size: Ints, runs: Ints, below: Floats) -> Flags:
     """Pieces of edges where packing still pays when the packed run's own descriptor is counted."""
     if len(edge) == 0:
         return np.zeros(0, np.bool_)
     first = boundaries(edge)
     saved = np.add.reduceat(runs, first[:-1]) - 1
-    worth = np.add.reduceat(size, first[:-1]) < saved * cost.pack_below_bytes
+    worth = np.add.reduceat(size, first[:-1]) < saved * below[first[:-1]]
     return np.repeat(worth, np.diff(first))
 
 

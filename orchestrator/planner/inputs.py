@@ -1,6 +1,7 @@
 """What a plan is made from."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from weightsync.orchestrator.protocol.edges import RATES
 from weightsync.orchestrator.protocol.layout import Layout
@@ -28,11 +29,14 @@ class CostModel:
     bytes_per_second: float = RATES["nic"].bytes_per_second
     pack_bytes_per_second: float = 500e9
 
-    @property
-    def pack_below_bytes(self) -> float:
-        """Contiguous bytes below which a descriptor is worth avoiding: the wire does not hide it, and copying is
-        cheaper."""
-        return self.alpha_seconds * min(self.bytes_per_second, self.pack_bytes_per_second)
+    def pack_below_bytes(self, memory: Literal["DRAM", "VRAM"]) -> float:
+        """Contiguous bytes of a source below which a descriptor is worth avoiding: the wire does not hide it, and
+        copying is cheaper. Out of a GPU the wire may be NVLink, which hides less than a NIC; packing costs little
+        there, whichever it is."""
+        own = self.alpha_seconds * min(self.bytes_per_second, self.pack_bytes_per_second)
+        between = RATES["nvlink"]
+        fast = between.alpha_seconds * min(between.bytes_per_second, self.pack_bytes_per_second)
+        return max(own, fast) if memory == "VRAM" else own
 
     def seconds(self, descriptors: int, size: int) -> float:
         """Predicted seconds of ``descriptors`` writes that carry ``size`` bytes in all."""

@@ -1,20 +1,27 @@
-"""Half of a host's GPUs train, the other half serve: wire over NVLink, stall and bytes of pushes into TP engines.
+"""GPUs of one host train, others serve a model over several of them: wire over NVLink, stall and bytes of pushes.
 
     make gpu-multi                       all cases that this host has the GPUs for
-    … bench_gpu_multi.py --cases tp hsdp --gb 16 --pushes 10
+    … bench_gpu_multi.py --cases tp hsdp --gb 16 --pushes 10 --at-once 2
 
-Trainer ranks are FSDP2's, or HSDP's with two replicas, one on each training GPU. Engines are an FP8 Qwen3-MoE with
-``--gb`` for each serving GPU, random and run eagerly, because compiled MoE engines differ among themselves. After its
-pushes every case is judged: a fresh engine loads what the trainer saves, and must answer the same, bit for bit. With
-one GPU ranks and engine share it. ``--device cpu`` tries the script itself with a tiny model. JSON lines.
+Half of the GPUs train unless a case says otherwise. Trainer ranks are FSDP2's, or HSDP's with two replicas, one on each
+training GPU. Engines are an FP8 Qwen3-MoE with ``--gb`` for each serving GPU, random and run eagerly, because compiled
+MoE engines differ among themselves. After its pushes every case is judged: a fresh engine loads what the trainer saves,
+and must answer the same, bit for bit. With one GPU ranks and engine share it. ``--device cpu`` tries the script itself
+with a tiny model. JSON lines.
 
-* ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU over those of peer copies into all
-  serving GPUs at once, from one training GPU each, in the same process life.
+Each name ends with that of its case.
+
+* ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU over those of peer copies into half of
+  the GPUs at once, from one of the other half each, in the same process life.
 * ``multi_publish_over_longest_part``: all of a publish over the longer of conversion and wire.
 * ``multi_sender_spread``, ``multi_receiver_spread``: most less least bytes of an end over the mean, by the plan.
+* ``multi_sent_over_engine``: bytes that left trainer ranks over those that one engine needs.
+
+Cases ``--at-once`` live side by side, for most of the time is vLLM's start; while one is measured the others rest.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -23,14 +30,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_gpu_stall import EXPERTS, WARM_UP_PUSHES, Streams, p95, pushes
+from bench_gpu_stall import EXPERTS, WARM_UP_PUSHES, Streams, gpu, p95, pushes
 from fleet import Fleet, Trainer, fleet
-from serving import VllmServer, answers
+from serving import Answer, VllmServer, answers, several
 from stall_trainer import REPLICAS
 from tiny_models import FP8_BLOCKS, qwen3_moe_config, save_model
 
@@ -41,62 +49,84 @@ REPEATABLE = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``tp``: serving GPUs of each engine, 0 for all of them divided by ``engines``."""
+    """``tp``: serving GPUs of each engine, 0 for all of them divided by ``engines``. ``part`` of the ``--gb``.
+
+    ``trains`` and ``serves``: on which GPUs, the ``first`` or the ``last`` half, or ``all``; some then do both.
+    """
 
     tp: int = 0
     experts: bool = True
     replicas: int = 1
     engines: int = 1
     fan_out: str = "trainer"
+    part: float = 1.0
+    trains: str = "first"
+    serves: str = "last"
 
 
 CASES: Final = {
     "tp": Case(),
-    "tp-without-ep": Case(experts=False),
+    "two-engines": Case(engines=2, fan_out="peers", part=0.5),
+    "tp-quarter": Case(part=0.25),
+    "tp-quarter-without-ep": Case(part=0.25, experts=False),
     "tp2": Case(tp=2),
-    "hsdp": Case(replicas=2),
-    "two-engines": Case(engines=2, fan_out="peers"),
+    "tp-all-gpus": Case(part=0.25, serves="all"),
+    "all-on-all": Case(part=0.25, trains="all", serves="all"),
+    "fsdp-all-gpus": Case(part=0.25, trains="all"),
+    "hsdp-all-gpus": Case(part=0.25, trains="all", replicas=2),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """GPUs by number, for trainer ranks and for engines; on a CPU these are processes."""
+    """Its GPUs; on a CPU these are processes."""
 
     device: str
-    training: tuple[int, ...]
-    serving: tuple[int, ...]
+    count: int
 
     @classmethod
     def here(cls, device: str) -> "Host":
-        count = torch.cuda.device_count() if device == "cuda" else 4
-        if count == 1:
-            return cls(device, (0, 0), (0,))
-        return cls(device, tuple(range(count // 2)), tuple(range(count // 2, count)))
+        return cls(device, torch.cuda.device_count() if device == "cuda" else 4)
+
+    def gpus(self, which: str) -> tuple[int, ...]:
+        """By number; ``which``: the ``first`` half, the ``last``, or ``all``."""
+        if self.count == 1:
+            return (0,)
+        return tuple(range(self.count))[{"first": slice(self.count // 2), "last": slice(self.count // 2, None)}.get(
+            which, slice(None)
+        )]  # fmt: skip
+
+    def ranks(self, case: Case) -> tuple[int, ...]:
+        """The GPU of each trainer rank."""
+        return (0, 0) if self.count == 1 else self.gpus(case.trains)
+
+    def tp(self, case: Case) -> int:
+        return case.tp or len(self.gpus(case.serves)) // case.engines
 
     def only(self, numbers: Sequence[int]) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(set(numbers))))} if self.device == "cuda" else {}
+        if self.device != "cuda":
+            return {}
+        key = "CUDA_VISIBLE_DEVICES"
+        return {key: ",".join(gpu(number)[key] for number in sorted(set(numbers)))}
 
     def fits(self, case: Case) -> bool:
-        tp = case.tp or len(self.serving) // case.engines
-        enough = tp >= 1 and tp * case.engines <= len(self.serving)
-        return enough and (case.replicas == 1 or len(self.training) >= 2 * case.replicas or self.device == "cpu")
+        enough = 1 <= self.tp(case) * case.engines <= len(self.gpus(case.serves))
+        return enough and (case.replicas == 1 or len(self.ranks(case)) >= 2 * case.replicas)
 
 
 def model_of(host: Host, case: Case, gb: float) -> dict[str, Any]:
     """FP8 on GPUs, of about ``gb`` for each GPU of an engine; tiny and bf16 on a CPU, which has no such kernels."""
     if host.device == "cpu":
         return qwen3_moe_config(max_position_embeddings=2048)
-    tp = case.tp or len(host.serving) // case.engines
-    layers = max(1, round(gb * tp / LAYER_GB))
+    layers = max(1, round(gb * case.part * host.tp(case) / LAYER_GB))
     routers = {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(layers)]}
     blocks = {"quantization_config": FP8_BLOCKS["quantization_config"] | routers}
     return qwen3_moe_config(**EXPERTS, num_hidden_layers=layers, **blocks)
 
 
 def peer_copy(host: Host) -> float:
-    """GB/s into each serving GPU while all of them receive from a training GPU each; in a process of its own."""
-    pairs = list(zip(host.training, host.serving, strict=False))
+    """GB/s into each GPU of the last half while all receive from one of the first each; in a process of its own."""
+    pairs = list(zip(host.gpus("first"), host.gpus("last"), strict=False))
     script = f"from bench_gpu_multi import copy_rate; print(copy_rate({pairs!r}))"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, timeout=120)
     return float(done.stdout.split()[-1])
@@ -121,25 +151,23 @@ def copy_rate(pairs: Sequence[tuple[int, int]]) -> float:
     return COPIES * COPY_BYTES / (time.monotonic() - began) / 1e9
 
 
-def servers(host: Host, case: Case, model: Path, directory: Path, **more: Any) -> dict[str, VllmServer]:
-    """The case's engines, or such without us if ``more`` says so."""
-    tp = case.tp or len(host.serving) // case.engines
+def servers(host: Host, case: Case, model: Path, directory: Path, names: Sequence[str]) -> dict[str, VllmServer]:
+    """Engines of the case; one called ``fresh`` is without us and loads what the model's directory holds."""
+    tp, gpus = host.tp(case), host.gpus(case.serves)
     arguments: tuple[str, ...] = ("--max-model-len", "2048")
     if case.experts and tp > 1 and host.device == "cuda":  # vLLM's MoE kernel for CPUs has no expert parallelism
         arguments += ("--enable-expert-parallel",)
-    if host.device == "cuda":
-        arguments += ("--kv-cache-memory-bytes", str(2 << 30), "--gpu-memory-utilization", "0.5")
-    if more.pop("dummy", False):
-        arguments += ("--load-format", "dummy")
-    made = {}
-    for number in range(more.pop("count", case.engines)):
-        environment = REPEATABLE | host.only(host.serving[number * tp : (number + 1) * tp])
+    made = several(names, model, tp=tp, device=host.device, weightsync=names != ["fresh"])
+    for number, (name, server) in enumerate(made.items()):
+        environment = REPEATABLE | host.only(gpus[number * tp : (number + 1) * tp])
         if host.device == "cuda":
             environment |= {"WEIGHTSYNC_MODE": "flip", "WEIGHTSYNC_LANDING_MIB": "1024"}
-        log = directory / f"engine-{number}-{len(more)}.log"
-        made[f"e{number}"] = VllmServer(
-            model, tp=tp, device=host.device, arguments=arguments, env=environment, log=log, **more
-        )
+            server.arguments = (*arguments, "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1")
+        else:
+            server.arguments = arguments
+        if name != "fresh":
+            server.arguments = (*server.arguments, "--load-format", "dummy")
+        server.env, server.log = environment, directory / f"{name}.log"
     return made
 
 
@@ -151,67 +179,86 @@ def explained(whole: Fleet) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, host: Host, given: argparse.Namespace, directory: Path) -> bool:
-    """Reports on one case; whether every engine answers as a fresh one."""
-    case = CASES[name]
-    config = model_of(host, case, given.gb)
-    model = save_model(directory / "model", config, {})
-    (model / "model.safetensors").unlink()
-    ceiling = peer_copy(host) if host.device == "cuda" else 0.0
-    engines = {key: server.start() for key, server in servers(host, case, model, directory, dummy=True).items()}
-    facts = {"case": name, "gpus": len(set(host.training + host.serving)), "device": host.device}
-    if host.device == "cuda":
-        facts["device"] = torch.cuda.get_device_name(0)
+@dataclass
+class Running:
+    """A case from its start to its verdict; the three methods are called in this order, then ``close``."""
 
-    def say(figure: str, values: Sequence[float], unit: str, of: Callable[..., float] = statistics.median) -> None:
-        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
-        line = {"figure": f"multi_{figure}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
-        print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
+    name: str
+    host: Host
+    given: argparse.Namespace
+    directory: Path
+    engines: dict[str, VllmServer] = field(default_factory=dict)
+    served: dict[str, tuple[Answer, ...]] = field(default_factory=dict)
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    try:
-        with fleet(directory / "fleet", engines, settings=_settings(case)) as whole:
-            trainer = _trainer(whole, model, host, case)
-            trainer.hear(given.patience)
-            for server in engines.values():
-                server.wait_ready(given.patience)
-            if "error" in (told := trainer.publish(1)):
-                raise RuntimeError(told["error"])
-            with Streams(next(iter(engines.values())), [7, 8, 9]).running() as streams:
-                whole.until(lambda: len(streams.chunks) > 20, "streams", given.patience)
-                pushes(whole, trainer, streams, 2, WARM_UP_PUSHES)
-                rows = pushes(whole, trainer, streams, 100, given.pushes)
-            last = 100 + given.pushes - 1
-            rounds = whole.ask(f"/rounds?last={given.pushes}")["rounds"]
-            plan = explained(whole)
-            served = {key: answers(server) for key, server in engines.items()}
-            trainer.save(last)
-            checkpoint = whole.checkpoints / f"step_{last}"
-            for server in engines.values():
-                server.close()
-            _say_pushes(say, rows, rounds, ceiling, sum(server.tp for server in engines.values()))
-            _say_plan(say, plan)
-            # One after the other, for they need the room: the trainer's is not given back before its process ends.
-            fresh = servers(host, case, checkpoint, directory, count=1, weightsync=False)["e0"]
-            try:
-                right = answers(fresh.start().wait_ready(given.patience))
-            finally:
-                fresh.close()
-    finally:
-        for server in engines.values():
+    @property
+    def case(self) -> Case:
+        return CASES[self.name]
+
+    def start(self) -> None:
+        """Engines and ranks, to the first version that is served."""
+        config = model_of(self.host, self.case, self.given.gb)
+        model = save_model(self.directory / "model", config, {})
+        (model / "model.safetensors").unlink()
+        names = [f"e{number}" for number in range(self.case.engines)]
+        self.engines = servers(self.host, self.case, model, self.directory, names)
+        for server in self.engines.values():
+            self.ends.callback(server.close)
+            server.start()
+        settings = {"fan_out": self.case.fan_out} if self.case.fan_out != "trainer" else {}
+        self.whole = self.ends.enter_context(fleet(self.directory / "fleet", self.engines, settings=settings))
+        script = str(Path(__file__).resolve().parent / "stall_trainer.py")
+        ranks = self.host.ranks(self.case)
+        environment = {REPLICAS: str(self.case.replicas), "NCCL_NVLS_ENABLE": "0"} | self.host.only(ranks)
+        self.trainer: Trainer = self.whole.start_trainer(
+            model, len(ranks), script=script, device=self.host.device, env=environment
+        )
+        self.trainer.hear(self.given.patience)
+        for server in self.engines.values():
+            server.wait_ready(self.given.patience)
+        if "error" in (told := self.trainer.publish(1)):
+            raise RuntimeError(f"{told['error']}\n{self.whole.daemon_log()[-6000:]}")
+
+    def measure(self) -> None:
+        """Pushes while clients stream, and says their figures."""
+        ceiling = peer_copy(self.host) if self.host.device == "cuda" and self.host.count > 1 else 0.0
+        with Streams(next(iter(self.engines.values())), [7, 8, 9]).running() as streams:
+            self.whole.until(lambda: len(streams.chunks) > 20, "streams", self.given.patience)
+            pushes(self.whole, self.trainer, streams, 2, WARM_UP_PUSHES)
+            rows = pushes(self.whole, self.trainer, streams, 100, self.given.pushes)
+        rounds = self.whole.ask(f"/rounds?last={self.given.pushes}")["rounds"]
+        plan = explained(self.whole)
+        self.served = {key: answers(server) for key, server in self.engines.items()}
+        ranks = sum(server.tp for server in self.engines.values())
+        _say_pushes(self.say, rows, rounds, ceiling, ranks)
+        _say_plan(self.say, plan, self.case.engines)
+
+    def judge(self) -> bool:
+        """Whether every engine answered as a fresh one, which takes their place: it needs the room."""
+        last = 100 + self.given.pushes - 1
+        self.trainer.tell(do="save", step=last)
+        for server in self.engines.values():
             server.close()
-    same = [key for key, said in served.items() if said == right]
-    say("same_as_fresh", [len(same)], "engines")
-    return len(same) == len(served)
+        assert self.trainer.hear(self.given.patience) == {"saved": last}
+        checkpoint = self.whole.checkpoints / f"step_{last}"
+        self.trainer.stop()
+        fresh = servers(self.host, self.case, checkpoint, self.directory, ["fresh"])["fresh"]
+        with fresh:
+            right = answers(fresh)
+        same = [key for key, said in self.served.items() if said == right]
+        self.say("same_as_fresh", [len(same)], "engines")
+        return len(same) == len(self.served)
 
-
-def _settings(case: Case) -> dict[str, Any]:
-    return {"fan_out": case.fan_out} if case.fan_out != "trainer" else {}
-
-
-def _trainer(whole: Fleet, model: Path, host: Host, case: Case) -> Trainer:
-    script = str(Path(__file__).resolve().parent / "stall_trainer.py")
-    environment = {REPLICAS: str(case.replicas), "NCCL_NVLS_ENABLE": "0"} | host.only(host.training)
-    return whole.start_trainer(model, len(host.training), script=script, device=host.device, env=environment)
+    def say(
+        self, figure: str, values: Sequence[float], unit: str, of: Callable[..., float] = statistics.median
+    ) -> None:
+        """One line."""
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
+        named = f"multi_{figure}_{self.name}".replace("-", "_")
+        line = {"figure": named, "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        device = torch.cuda.get_device_name(0) if self.host.device == "cuda" else "cpu"
+        facts = {"case": self.name, "gpus": self.host.count, "device": device}
+        print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
 
 
 def _say_pushes(
@@ -233,7 +280,7 @@ def _say_pushes(
         say(f"{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds], "ms")
 
 
-def _say_plan(say: Callable[..., None], plan: dict[str, Any]) -> None:
+def _say_plan(say: Callable[..., None], plan: dict[str, Any], engines: int) -> None:
     def moved(end: dict[str, Any]) -> int:
         return int(end["moved"]["direct_bytes"]) + int(end["moved"]["packed_bytes"])
 
@@ -241,7 +288,34 @@ def _say_plan(say: Callable[..., None], plan: dict[str, Any]) -> None:
     received = [moved(end) for end in plan["receivers"]]
     say("sender_spread", [(max(sent) - min(sent)) / statistics.mean(sent)], "ratio")
     say("receiver_spread", [(max(received) - min(received)) / statistics.mean(received)], "ratio")
+    say("sent_over_engine", [sum(sent) / sum(received) * engines], "ratio")
     say("descriptors", [plan["moved"]["descriptors"]], "count")
+
+
+def at_once(names: Sequence[str], host: Host, given: argparse.Namespace) -> list[str]:
+    """These cases side by side; those of them whose engines do not answer as a fresh one, or that failed."""
+    wrong: list[str] = []
+
+    def each(running: list[Running], step: Callable[[Running], object], threads: int) -> list[Running]:
+        """Those that went on."""
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [(one, pool.submit(step, one)) for one in running]
+        for one, future in futures:
+            if (error := future.exception()) is not None or future.result() is False:
+                print(f"{one.name}: {error or 'other answers than a fresh engine'}", file=sys.stderr, flush=True)
+                wrong.append(one.name)
+        return [one for one in running if one.name not in wrong]
+
+    with contextlib.ExitStack() as ends:
+        running = []
+        for name in names:
+            directory = ends.enter_context(tempfile.TemporaryDirectory(prefix="weightsync-bench-"))
+            running.append(Running(name, host, given, Path(directory)))
+            ends.push(running[-1].ends)
+        running = each(running, Running.start, len(names))
+        running = each(running, Running.measure, 1)
+        each(running, Running.judge, len(names))
+    return wrong
 
 
 def main() -> None:
@@ -249,20 +323,19 @@ def main() -> None:
     arguments.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     arguments.add_argument("--gb", type=float, default=16.0, help="of weights for each serving GPU")
     arguments.add_argument("--pushes", type=int, default=10)
+    arguments.add_argument("--at-once", type=int, default=1, help="how many cases the memory has room for")
     arguments.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     arguments.add_argument("--patience", type=float, default=300.0, help="seconds for each start")
     given = arguments.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the processes that this one starts
     host, wrong = Host.here(given.device), []
-    for name in given.cases:
-        if not host.fits(CASES[name]):
-            print(json.dumps({"case": name, "skipped": "not enough GPUs"}), flush=True)
-            continue
-        with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as directory:
-            if not measure(name, host, given, Path(directory)):
-                wrong.append(name)
+    cases = [name for name in given.cases if host.fits(CASES[name])]
+    for name in sorted(set(given.cases) - set(cases)):
+        print(json.dumps({"case": name, "skipped": "not enough GPUs"}), flush=True)
+    for first in range(0, len(cases), given.at_once):
+        wrong += at_once(cases[first : first + given.at_once], host, given)
     if wrong:
-        sys.exit(f"engines of {', '.join(wrong)} do not answer as a fresh one does")
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ its own kernels slow the engine's down. Prints one JSON object a line; the weigh
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import threading
@@ -39,8 +40,17 @@ EXPERTS: dict[str, Any] = SIZES | {
 CLIENTS, TOKENS = 4, 1500
 PROMPTS = {"short": 8, "long": 4000}
 """Tokens of the context that a client begins with."""
-REST_SECONDS = 0.3
+REST_SECONDS = {"keep": 0.6, "drop": 0.6, "recompute": 3.0}
+"""Between two pushes; contexts that are computed anew keep their clients waiting long after one."""
+LEFT_SECONDS = {"keep": 0.05, "drop": 0.05, "recompute": 1.5}
+"""After a push, for what is on its way to clients or computed anew."""
 WARM_UP_PUSHES = 3
+
+
+def gpu(number: int) -> dict[str, str]:
+    """The environment of a process that has one GPU of those that this one sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[number] if len(seen) > number and seen[number] else str(number)}
 
 
 def model_of(name: str) -> dict[str, Any]:
@@ -52,6 +62,12 @@ def model_of(name: str) -> dict[str, Any]:
     routers = {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(layers)]}
     blocks = {"quantization_config": FP8_BLOCKS["quantization_config"] | routers}
     return qwen3_moe_config(**EXPERTS, num_hidden_layers=layers, **blocks)
+
+
+def cache_bytes(config: dict[str, Any]) -> int:
+    """KV of all clients' longest contexts in bf16: who waits for a place in the cache does not wait for a push."""
+    token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return int(1.2 * CLIENTS * (max(PROMPTS.values()) + TOKENS) * token)
 
 
 @dataclass
@@ -91,29 +107,34 @@ class Streams:
                 self.failures += 1
                 self.stopped.wait(0.05)
 
-    def longest(self, begin: float, end: float) -> tuple[float, int]:
-        """The longest gap that ended in a span of time, in seconds, and how many chunks came in it."""
-        gaps = [gap for at, gap in list(self.chunks) if begin <= at <= end]
-        return max(gaps, default=0.0), len(gaps)
+    def longest(self, begin: float, end: float) -> tuple[float, int, float]:
+        """The longest gap that ended in a span of time, in seconds, how many chunks came in it, and when it ended."""
+        gaps = [(gap, at) for at, gap in list(self.chunks) if begin <= at <= end]
+        longest, over = max(gaps, default=(0.0, begin))
+        return longest, len(gaps), over
 
 
-def pushes(whole: Fleet, trainer: Trainer, streams: Streams, first: int, count: int) -> list[dict[str, float]]:
-    """Of each push: its stall, the ordinary gap and the time of all of it in ms, and tokens that did not come."""
-    found = []
+def pushes(
+    whole: Fleet, trainer: Trainer, streams: Streams, first: int, count: int, cache: str = "keep"
+) -> list[dict[str, float]]:
+    """Of each push: its stall, the ordinary gap, the time of all of it and when in it the stall was over, in ms, and
+    tokens that did not come."""
+    found, rest = [], REST_SECONDS[cache]
     for step in range(first, first + count):
-        time.sleep(REST_SECONDS)
+        time.sleep(rest)
         begin = time.monotonic()
         told = trainer.publish(step)
-        end = time.monotonic() + 0.05  # what was on its way to a client
+        end = time.monotonic() + LEFT_SECONDS[cache]
         if "error" in told:
             raise RuntimeError(f"step {step} was not committed: {told['error']}")
         time.sleep(max(0.0, end - time.monotonic()))
-        span = min(end - begin, REST_SECONDS)
-        longest, came = streams.longest(begin, end)
-        ordinary, usual = streams.longest(begin - span, begin)
+        span = min(end - begin, rest)
+        longest, came, over = streams.longest(begin, end)
+        ordinary, usual, _ = streams.longest(begin - span, begin)
         lost = usual * (end - begin) / span - came
         found.append(
             {"stall": 1e3 * (longest - ordinary), "gap": 1e3 * ordinary, "push": 1e3 * told["seconds"], "lost": lost}
+            | {"over": 1e3 * (over - begin)}
         )
     return found
 
@@ -129,29 +150,42 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
     (model / "model.safetensors").unlink()
     several = torch.cuda.device_count() > 1
     arguments = ("--load-format", "dummy", "--max-model-len", "8192", "--gpu-memory-utilization", str(given.share))
-    arguments += ("--kv-cache-memory-bytes", str(4 << 30))
-    environment = {"WEIGHTSYNC_MODE": mode} | ({"CUDA_VISIBLE_DEVICES": "0"} if several else {})
+    arguments += ("--kv-cache-memory-bytes", str(cache_bytes(config)))
+    environment = {"WEIGHTSYNC_MODE": mode} | (gpu(0) if several else {})
     if mode != "copy":
         environment["WEIGHTSYNC_LANDING_MIB"] = str(given.ring)
     eager = "moe" in name
     server = VllmServer(
         model, device="cuda", eager=eager, arguments=arguments, env=environment, log=directory / "engine.log"
     ).start()
-    facts = {"model": name, "mode": mode, "gpus": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0)}
+    facts = {
+        "model": name,
+        "mode": mode,
+        "cache": "",
+        "context": "",
+        "gpus": torch.cuda.device_count(),
+        "device": torch.cuda.get_device_name(0),
+    }
     first = 0.0
 
     def say(
         figure: str, values: Sequence[float], unit: str = "ms", of: Callable[..., float] = statistics.median
     ) -> None:
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
-        line = {"figure": f"{figure}_{name}", "value": round(of(values), 4), "unit": unit, "n": len(values)}
+        given_as = [facts[key] for key in ("cache", "context") if facts[key] not in ("keep", "short")]
+        line = {
+            "figure": "_".join([figure, name, *given_as]).replace("-", "_"),
+            "value": round(of(values), 4),
+            "unit": unit,
+            "n": len(values),
+        }
         print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
 
     try:
         for cache in given.cache:
             with fleet(directory / f"fleet-{cache}", {"engine": server}, settings={"pause": {"cache": cache}}) as whole:
                 script = str(Path(__file__).resolve().parent / "stall_trainer.py")
-                only = {"CUDA_VISIBLE_DEVICES": "1"} if several else {}
+                only = gpu(1) if several else {}
                 trainer = whole.start_trainer(model, script=script, device="cuda", env=only)
                 trainer.hear(given.patience)
                 server.wait_ready(given.patience)
@@ -164,7 +198,7 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
                     with Streams(server, prompt).running() as streams:
                         whole.until(lambda: len(streams.chunks) > 100, "streams", given.patience)
                         pushes(whole, trainer, streams, step + 1, WARM_UP_PUSHES)
-                        rows = pushes(whole, trainer, streams, step + 100, given.pushes)
+                        rows = pushes(whole, trainer, streams, step + 100, given.pushes, cache)
                         failures = streams.failures
                     facts |= {"cache": cache, "context": context}
                     stalls = [row["stall"] for row in rows]
@@ -172,6 +206,7 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
                     say(f"stall_{mode}_p50_ms", stalls)
                     say(f"stall_{mode}_p95_ms", stalls, of=p95)
                     say(f"stall_{mode}_max_ms", stalls, of=max)
+                    say("stall_over_at_ms", [row["over"] for row in rows])
                     say("ordinary_gap_ms", [row["gap"] for row in rows])
                     say("push_ms", [row["push"] for row in rows])
                     say("tokens_lost_per_push", [row["lost"] for row in rows], "tokens", statistics.mean)

@@ -27,6 +27,7 @@ REPLICAS = "WEIGHTSYNC_BENCH_REPLICAS"
 DIFFERENT_LAYERS = 8
 LAYER = re.compile(r"(?<=model\.layers\.)\d+")
 SHARD_BYTES = 4 << 30
+SAVING_THREADS = min(16, os.cpu_count() or 1)
 
 
 def masters(shapes: dict[str, tuple[int, ...]], device: str, world: int) -> dict[str, torch.Tensor]:
@@ -66,7 +67,9 @@ def save(directory: Path, config: dict[str, Any], state: dict[str, torch.Tensor]
                 yield from checkpoint_state(config, {name: full.cpu()}).items()
 
     if rank == 0:
+        torch.set_num_threads(SAVING_THREADS)  # FP8 of tens of GB on one would take minutes
         save_shards(directory, config, whole(), SHARD_BYTES)
+        torch.set_num_threads(1)
     else:
         for _ in whole():
             pass

@@ -29,7 +29,7 @@ from weightsync.orchestrator.protocol.proof import ADMIN_HEADER, admin_key
 
 __all__ = [
     "Answer", "Hammer", "RequestFailed", "VllmServer", "answers", "environment", "free_port",
-    "qwen3_config", "qwen3_shapes", "random_state", "save_model", "tiny_qwen3",
+    "qwen3_config", "qwen3_shapes", "random_state", "save_model", "several", "tiny_qwen3",
 ]  # fmt: skip
 
 CPU_PLUGIN = Path(__file__).resolve().parent / "cpu_plugin"
@@ -395,6 +395,13 @@ def _top(choice: Mapping[str, Any]) -> tuple[tuple[tuple[int, float], ...], ...]
 def _signal(pid: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
+
+
+def several(names: Sequence[str], model_dir: Path, **more: Any) -> dict[str, VllmServer]:
+    """Engines of one ``Fleet``, not started: they look for one daemon, and all have the one token of its engines."""
+    first = VllmServer(model_dir, name=names[0], **more)
+    shared = {"hub_port": first.hub_port, "token": first.token}
+    return {names[0]: first} | {name: VllmServer(model_dir, name=name, **shared, **more) for name in names[1:]}
 
 
 def _session_members(leader: int) -> list[int]:

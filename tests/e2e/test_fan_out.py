@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fleet import Fleet, Trainer, fleet
-from serving import DEFAULT_PROMPTS, VllmServer
+from serving import DEFAULT_PROMPTS, VllmServer, several
 from test_push import fresh_answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
@@ -36,7 +36,9 @@ class Pair:
 @pytest.fixture(params=["copy", "live"])
 def pair(request: pytest.FixtureRequest, qwen3: Path, tmp_path: Path) -> Iterator[Pair]:
     env = {"WEIGHTSYNC_MODE": request.param}
-    servers = {name: VllmServer(qwen3, env=env, log=tmp_path / f"{name}.log").start() for name in ("a", "b")}
+    servers = several(["a", "b"], qwen3, env=env)
+    for server in servers.values():
+        server.start()
     try:
         with fleet(tmp_path / "fleet", servers, settings={"fan_out": "auto"}) as whole:
             trainer = whole.start_trainer(qwen3)

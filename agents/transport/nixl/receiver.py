@@ -4,14 +4,16 @@ all of it has."""
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import numpy as np
 import torch
+from weightsync.agents.link.turns import quick_turns
 from weightsync.agents.tables.cargo import landed
 from weightsync.agents.tables.runs import scatter_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
-from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, inbound
+from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import NixlError
 from weightsync.agents.transport.nixl.flow import Packer
@@ -50,6 +52,8 @@ class NixlReceiver(Receiver):
         """Of the endpoint of each peer that is told of chunks."""
         self._cards: dict[str, bytes] = {}
         """By which they are reached."""
+        self._turns = ExitStack()
+        """Quick ones while chunks are expected: the engine's thread may be bound by Python, and their senders wait."""
         self._eager_until = 0.0
         self._next_look: asyncio.TimerHandle | None = None
 
@@ -78,7 +82,7 @@ class NixlReceiver(Receiver):
         self._names.clear()
         self._cards.clear()
         self._connected = ""
-        self._arrivals.connect(())
+        self._expect(())
         self._endpoint = self._new_endpoint(self._settings)
 
     def announcement(self) -> tuple[str, bytes]:
@@ -97,7 +101,7 @@ class NixlReceiver(Receiver):
         if memory is not self._memory:  # experts have moved meanwhile, and another plan follows
             return {}
         self.landed, self._scatter = copies, prepare_copy(memory.tensors, memory.tensors, table)
-        self._arrivals.connect(edges)
+        self._expect(edges)
         self._connected = connect.fingerprint
         return self._reach(connect.peers)
 
@@ -105,13 +109,23 @@ class NixlReceiver(Receiver):
         self._memory = memory
         self._connected = ""
         self.landed, self._scatter = NO_COPIES, _scatter_nothing
-        self._arrivals.connect(())
+        self._expect(())
 
     def begin(self, round_name: RoundName) -> None:
+        expected = self._arrivals.expects
         self._arrivals.begin(round_name)
+        if self._arrivals.expects and not expected:
+            self._turns.enter_context(quick_turns())
 
     def end(self, round_name: RoundName) -> None:
         self._arrivals.end(round_name)
+        if not self._arrivals.expects:
+            self._turns.close()
+
+    def _expect(self, edges: Sequence[Inbound]) -> None:
+        """Chunks of another plan, when its round begins."""
+        self._arrivals.connect(edges)
+        self._turns.close()
 
     def arrive(self, version: Version) -> None:
         self._arrivals.check()

@@ -50,7 +50,7 @@ class Counted:
 def gathered(state, specs, *, rank, most=GATHER_BYTES, hsdp="shared", primary=True):
     """Slots of gathered tensors of this rank, their gathering and their readings."""
     shares = {key: local_share(key, tensor) for key, tensor in state.items()}
-    options = SlotOptions(min_sharded_bytes=2**40, hsdp=hsdp, replicate_dim="dim0")
+    options = SlotOptions(min_sharded_bytes=2**40, min_share_bytes=2**40, hsdp=hsdp, replicate_dim="dim0")
     router, plan = Router(options, rank, primary), ArenaPlan()
     slots = made_slots([(spec, router.route(spec, shares)) for spec in specs], shares, plan)
     arena = torch.zeros(plan.size, dtype=torch.uint8)

@@ -91,6 +91,16 @@ def test_what_cannot_stand_alone_goes_whole_to_one_owner(spec, held, options, wh
     assert [route.pieces for route in routes[1:]] == [(), (), ()]
 
 
+@pytest.mark.parametrize(("rows", "kind"), [(96, "gathered"), (128, "sharded")])
+def test_a_small_tensor_of_large_shares_is_not_gathered(rows, kind):
+    """Experts of a mixture are below 2 MiB and all of its bytes: 65,536 of each rank are packed like any others."""
+    spec, options = ConversionSpec("x", (Source("x"),)), SlotOptions()
+    routes = [routed(spec, shard((4 * rows, 256), rank), rank=rank, options=options) for rank in range(4)]
+    assert {route.kind for route in routes} == {kind}
+    if kind == "gathered":
+        assert "196608 bytes are fewer than 2097152, and 49152 of a rank fewer than 65536" in routes[0].reason
+
+
 def test_gathered_tensors_take_turns_among_their_candidates():
     turns = Turns()
     assert [turns.next_owner((0, 1, 2)) for _ in range(4)] == [0, 1, 2, 0]
