@@ -74,7 +74,8 @@ def checks(around: Surroundings, settings: NixlSettings) -> Iterator[Check]:
         instead = "their GPU's nearest ports instead"
     chosen = bool(settings.net_devices) or variables.NET_DEVICES in environ
     yield "allocator", lambda: variables.allocator(environ, around.role)
-    yield variables.UCX_TLS, lambda: variables.transports(environ, len(gpus))
+    seen = max(len(gpus), int(around.own is not None))  # nobody may say which GPUs there are
+    yield variables.UCX_TLS, lambda: variables.transports(environ, seen)
     yield variables.NET_DEVICES, lambda: variables.net_devices(environ, everywhere, instead)
     yield "rails", lambda: variables.rails(environ)
     yield "memlock", lambda: limits.locked_memory(rdma)

@@ -168,11 +168,12 @@ class InferenceAgent:
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         address = ControlAddress(info.hub_url, Path(info.token_file))
         weights, windows, shadow, lending = self._weights, self._windows, self._shadow, self._lending
+        device = weights.cuda_device
         self._agent = AgentThread(
             identity,
             address,
             lambda thread: InferenceSide(thread, member, weights, windows, shadow, lending),
-            lambda transport: preflight("engine", weights.cuda_device, transport),
+            lambda transport: preflight("engine", device, transport),
             old,
         )
         self._info = info

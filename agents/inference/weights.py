@@ -95,8 +95,10 @@ class LiveWeights:
 
     @property
     def cuda_device(self) -> int | None:
-        """Index of the device that they are on; None: host memory."""
-        return self._device.index if self._device.type == "cuda" else None
+        """Index of the device that they are on; None: host memory. On the worker's main thread, whose device is set."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
 
     def open(self, member: Member, settings: Any) -> None:
         """Open the transport that a Welcome names; ``member`` is who this rank is to its peers.

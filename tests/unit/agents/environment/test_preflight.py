@@ -60,6 +60,7 @@ def test_an_engines_expandable_segments_and_what_its_ucx_lacks() -> None:
     assert found["mlx5_1:1"] == ["note"]
     assert found["GPU 1"][0] == "warning", "not in this machine's sysfs"
     assert "GPU 0" not in found, "another rank's"
+    assert told(Surroundings("engine", environ, (), PORTS, own=0))["UCX_TLS"] == ["error"]
     assert told(Surroundings("trainer", environ, GPUS, PORTS))["PYTORCH_CUDA_ALLOC_CONF"] == ["note"]
 
 
