@@ -201,7 +201,8 @@ def _modes(engines: Sequence[EngineView]) -> list[str]:
 def _note(finding: FindingView) -> list[str]:
     more = f" and {finding.count - len(finding.members)} more" if finding.count > len(finding.members) else ""
     who, where = f"{', '.join(finding.members)}{more}", f"{finding.check}: " if finding.check else ""
-    return _wrapped(f"note of {who}: {where}{finding.what}")
+    fix = f". Fix: {finding.fix}" if finding.fix else ""
+    return _wrapped(f"note of {who}: {where}{finding.what}{fix}")
 
 
 def _left_out(engine: EngineView) -> list[str]:

@@ -35,7 +35,7 @@ def test_what_is_worth_knowing_around_agents_is_a_line_and_what_is_wrong_a_probl
     note = FindingView(level="note", what="UCX_TLS=tcp", **said)  # type: ignore[arg-type]
     warning = FindingView(level="warning", what="stands among the problems", **said)  # type: ignore[arg-type]
     text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", findings=(warning, note)), NOW)
-    assert text.endswith("\n\nnote of trainer/0, e0/0 and 10 more: UCX_TLS: UCX_TLS=tcp")
+    assert text.endswith("\n\nnote of trainer/0, e0/0 and 10 more: UCX_TLS: UCX_TLS=tcp. Fix: unset UCX_TLS")
     assert "stands among" not in text
 
 
