@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
 from weightsync.agents.link.connection import NotObeyed
-from weightsync.orchestrator.protocol.messages import Exposed, Left, Quiesced, RoundWord, Welcome
+from weightsync.orchestrator.protocol.messages import (
+    EngineStatus,
+    Exposed,
+    Left,
+    Quiesced,
+    RoundWord,
+    TrainerStatus,
+    Welcome,
+)
 
 
 @dataclass(slots=True)
@@ -58,7 +67,14 @@ class Obedience:
         self._words.pop(type(word), None)  # said again it comes last
         self._words[type(word)] = word
 
-    @property
-    def words(self) -> tuple[RoundWord, ...]:
-        """Of the last round, in the order in which they were said: a connection may have been lost with them."""
-        return tuple(self._words.values())
+    def repeated(self, status: TrainerStatus | EngineStatus) -> tuple[RoundWord, ...]:
+        """Words of the last round, in the order in which they were said: a connection may have been lost with them.
+
+        Left says what the memory holds now, which is ``status``: it may have been held since, or written anew.
+        """
+        return tuple(
+            msgspec.structs.replace(word, status=status)
+            if isinstance(word, Left) and isinstance(status, EngineStatus)
+            else word
+            for word in self._words.values()
+        )

@@ -320,7 +320,7 @@ class AgentThread(Generic[SideT]):
         if self._introduced:
             self._introduced = False
             self.spawn(self._tell_surroundings(welcome.transport))
-            for word in self.obedience.words:  # the connection before may have been lost with them
+            for word in self.obedience.repeated(self.side.status()):  # may be lost with the connection before
                 self.send(word)
 
     async def _tell_surroundings(self, transport: TransportSettings) -> None:

@@ -67,6 +67,8 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
 
 def behind(fleet: Fleet, version: Version, now: float) -> list[str]:
     """Engines that a round may bring to ``version``, which is committed; one that has failed, alone."""
+    if all(fleet.version_of(name) == version for name in fleet.engines):
+        return []  # as nearly always
     able = [name for name in fleet.usable() if _may_take_part(fleet, name, now)]
     # Before units are looked at: the other one of its pair waits until it has switched.
     usable = _whole_units(fleet, version, [name for name in able if not _switches(fleet, name, now)])
@@ -126,12 +128,12 @@ def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str
 # ------------------------------------------------------------------------------------------------------------ clauses
 def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
     """Every trainer rank has staged the version."""
+    if staged(fleet) == version:
+        return ""
     here = {agent.member.rank for agent in fleet.trainers() if _staged_by(fleet, agent) == version}
     lacking = [f"trainer/{rank}" for rank in range(fleet.trainer_world() or 0) if rank not in here]
     if lacking:
         return f"not STAGED by {named(lacking)}"
-    if staged(fleet) == version:
-        return ""
     if not fleet.trainers():
         return "a trainer: none is connected"
     silent = [str(agent.member) for agent in fleet.trainers() if agent.announce is None]

@@ -130,7 +130,7 @@ def _grant_is_safe(fleet: Fleet, command: Send) -> None:
         raise InvariantViolation(f"S2: grant {grant.round} to {member} outside the round of epoch {fleet.epoch}")
     if member.role == "inference" and not standby.serves(fleet, fleet.known(member), grant.version):
         raise InvariantViolation(f"S1: grant {grant.round} to {member}, which does not hold {grant.version} whole")
-    for engine in {target.engine for target in grant.members}:
+    for engine in dict.fromkeys(target.engine for target in grant.members):
         foreign = [str(writer) for writer, name in fleet.tainted(engine) if name != current.name]
         if foreign:
             raise InvariantViolation(f"S2: grant {grant.round} to {engine}, within reach of {sorted(foreign)}")

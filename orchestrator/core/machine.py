@@ -253,8 +253,8 @@ def _tell_story(turn: Turn) -> None:
 
 def _tell_trainer(turn: Turn) -> None:
     """The first rank, when it changes: a publish that waits says why."""
-    first = next(iter(turn.fleet.trainers()), None)
-    if first is None or first.member.rank != 0:
+    first = turn.fleet.trainer_ranks.get(0)
+    if first is None:
         return
     told = standing(turn.fleet)
     if told != first.standing:

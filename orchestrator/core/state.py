@@ -200,6 +200,8 @@ class Fleet:
     engines: dict[str, EngineState]
     life: str = ""
     """Nonce of this start."""
+    lists: tuple[object, ...] = ()
+    """What the members follow from and who they are, as ``membership.roster`` last left them."""
     gone: dict[Member, ConnectedAgent] = field(default_factory=dict)
     """The last connection of each member that has none now: its process may come back on another."""
     agents: dict[Member, ConnectedAgent] = field(default_factory=dict)

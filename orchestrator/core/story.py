@@ -23,8 +23,7 @@ def sentence(fleet: Fleet, now: float) -> str:
         if any(map(needs.asks, fleet.trainers())):
             return f"{_serving(fleet)}; waiting for {_slots(fleet, here)}"
         return f"{_serving(fleet)}; waiting for trainer ranks ({here} of {world if world else '?'} announced)"
-    late = [name for name in fleet.expected() if not fleet.attached(name)]
-    if late and fleet.plan is None:
+    if fleet.plan is None and (late := [name for name in fleet.expected() if not fleet.attached(name)]):
         return f"{_serving(fleet)}; waiting for engines {', '.join(late)}"
     obstacle = rendezvous.obstacle(fleet)
     if obstacle:

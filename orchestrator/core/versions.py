@@ -103,7 +103,7 @@ def _join(fleet: Fleet) -> float:
 
 def _fail_overdue(turn: Turn) -> None:
     fleet = turn.fleet
-    obstacle = rendezvous.obstacle(fleet)
+    obstacle = rendezvous.obstacle(fleet) if fleet.waiting_since else ""
     for version, since in list(fleet.waiting_since.items()):
         if (fleet.round is not None and fleet.round.version == version) or fleet.torn_by(version):
             continue

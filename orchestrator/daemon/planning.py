@@ -8,9 +8,8 @@ from weightsync.orchestrator.core.commands import Announced, MakeNeeds, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
 from weightsync.orchestrator.daemon.admin.views import LayoutsView, PartyView
 from weightsync.orchestrator.planner import CostModel, Party, Plan, make_plan
-from weightsync.orchestrator.planner.fingerprint import reached_fingerprint
 from weightsync.orchestrator.planner.needs import NeedsFound, union_of_needs
-from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.edges import Peer, reached_fingerprint
 from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Member
 
@@ -88,7 +87,7 @@ def _connect(plan: Plan, member: Member, everybody: dict[Member, Announced], len
         for peer, berth in zip(part.peers, part.berths, strict=True)
     )
     return Connect(
-        fingerprint=reached_fingerprint(part.fingerprint, [peer.endpoint_name for peer in peers]),
+        fingerprint=reached_fingerprint(part.fingerprint, peers),
         root=plan.root,
         peers=peers,
         copies=part.copies,

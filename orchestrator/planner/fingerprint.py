@@ -3,15 +3,12 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import msgspec
 from weightsync.orchestrator.planner.inputs import Party
+from weightsync.orchestrator.protocol.edges import FINGERPRINT_CHARS
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.names import Member
-
-FINGERPRINT_CHARS: Final = 32
-"""128 bits: no two edge sets of a fleet's life share one."""
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -43,11 +40,6 @@ def part_fingerprint(
     digest.update(_encoder.encode(berths))
     digest.update(copies)
     return digest.hexdigest()[:FINGERPRINT_CHARS]
-
-
-def reached_fingerprint(part: str, endpoint_names: Iterable[str]) -> str:
-    """Of one member's edge set as it is told: also by which endpoints its peers are reached, which they may change."""
-    return hashlib.sha256(_encoder.encode((part, list(endpoint_names)))).hexdigest()[:FINGERPRINT_CHARS]
 
 
 def root_fingerprint(parts: Mapping[Member, str] | Iterable[tuple[Member, str]]) -> str:

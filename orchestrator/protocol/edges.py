@@ -5,6 +5,8 @@ Plans are explained and simulated by the table of rates here, and an edge's meas
 nothing better is known.
 """
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
@@ -18,6 +20,11 @@ from weightsync.orchestrator.protocol.names import Digest, Member
 LinkKind = Literal["same_gpu", "nvlink", "nic", "tcp", "shm", "files", "unknown"]
 """``nvlink``: CUDA's IPC between two GPUs of a host, which is PCIe where they have no NVLink; ``nic``: RDMA; ``shm``:
 memory of one host; ``files``: by way of a file system; ``unknown``: the transport does not tell."""
+
+FINGERPRINT_CHARS: Final = 32
+"""128 bits: no two edge sets of a fleet's life share one."""
+
+_encoder = msgspec.msgpack.Encoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,13 @@ class Peer(msgspec.Struct, frozen=True):
     endpoint: Endpoint
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_TENSORS)]
     berth: Berth | None = None
+
+
+def reached_fingerprint(part: str, peers: Iterable[Peer]) -> str:
+    """Of one member's edge set as it is told: of its ``part`` of a plan, and of where its peers are reached now, who
+    may change their endpoints. Equal ones mean that there is nothing new to tell."""
+    places = [(peer.member, peer.incarnation, peer.endpoint_name) for peer in peers]
+    return hashlib.sha256(_encoder.encode((part, places))).hexdigest()[:FINGERPRINT_CHARS]
 
 
 class PeerTransfer(Spoken, frozen=True):

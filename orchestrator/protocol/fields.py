@@ -44,6 +44,5 @@ class Spoken(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         for field in self.spoken:
             said = getattr(self, field)
-            tidy = clean(said)
-            if tidy is not said:
+            if said and (tidy := clean(said)) is not said:
                 msgspec.structs.force_setattr(self, field, tidy)

@@ -1,4 +1,5 @@
-"""JSON lines: how fast the core decides in the simulation, and what it costs a healthy engine when others are not.
+"""JSON lines: how fast the core decides in the simulation, what it costs a healthy engine when others are not, and what
+a decision costs after a long history.
 
 ``python tests/benchmarks/bench_sim.py [SEEDS]``; CPU time of this process, so that neighbours do not count.
 """
@@ -8,6 +9,7 @@ import statistics
 import sys
 import time
 
+from bench_history import step_growth
 from disturbances import disturb
 from test_fleet import FAULTY_SECONDS, world_of
 from weightsync.orchestrator.core.records import RoundEnded, decode_record
@@ -38,6 +40,7 @@ def main(seeds: int) -> None:
     say("sim_rounds_per_minute", 60.0 * rounds / spent, "rounds per CPU minute", rounds=rounds, seeds=seeds)
     percentile = statistics.quantiles(pauses, n=100)[98]
     say("sim_healthy_pause_p99_s", percentile, "s", patience_s=patience, pauses=len(pauses), longest_s=max(pauses))
+    say("sim_step_growth_1e5", statistics.median(step_growth()), "ratio")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from plant import Mutant
+from plant import BAD_ENGINE, Mutant
 from planted_lending import LENDING
 from planted_shadows import SHADOWS
 
@@ -23,6 +23,8 @@ _WAITS: Final = "core/round/waits.py"
 _TABLE: Final = "core/round/transitions.py"
 _RENEWALS: Final = "core/membership/renewals.py"
 _OUTBOX: Final = "daemon/outbox.py"
+_PLANNING: Final = "daemon/planning.py"
+_EDGES: Final = "protocol/edges.py"
 
 _TAINTS: Final = (
     Mutant(
@@ -36,6 +38,20 @@ _TAINTS: Final = (
         _MACHINE,
         "    renewals.evaluate(turn)\n",
         "",
+    ),
+    Mutant(
+        "a renewed endpoint does not change the fingerprint",
+        _EDGES,
+        "peer.incarnation, peer.endpoint_name) for",
+        "peer.incarnation) for",
+        (BAD_ENGINE,),
+    ),
+    Mutant(
+        "the planner's fingerprint is not of where peers are reached",
+        _PLANNING,
+        "reached_fingerprint(part.fingerprint, peers)",
+        "reached_fingerprint(part.fingerprint, ())",
+        ("tests/unit/daemon/test_planning.py",),
     ),
     Mutant(
         "another endpoint again and again",
@@ -106,6 +122,13 @@ _TAINTS: Final = (
         _ENTRY,
         "    if current.granted:\n        for writer",
         "    if False:\n        for writer",
+    ),
+    Mutant(
+        "who is told to stop first follows from hashes",
+        _ENTRY,
+        "    gone = dict.fromkeys(names)\n",
+        "    gone = set(names)\n",
+        ("tests/sim/test_traces.py",),
     ),
 )
 

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from weightsync.orchestrator.core.commands import MakePlan
+from weightsync.orchestrator.core.commands import Announced, MakePlan
 from weightsync.orchestrator.core.events import PlanFacts
-from weightsync.orchestrator.protocol.messages import Connect, Peer
+from weightsync.orchestrator.planner import Party
+from weightsync.orchestrator.planner.fingerprint import PartyDigest, part_fingerprint, party_digest, root_fingerprint
+from weightsync.orchestrator.protocol.edges import Peer, reached_fingerprint
+from weightsync.orchestrator.protocol.messages import Connect
 from weightsync.orchestrator.protocol.names import Digest, Member, Version, add_digests
 
 SIZES: Final = (101, 211, 307, 401)
@@ -26,41 +29,22 @@ def chunks_of(writer: int, writers: int) -> tuple[int, ...]:
     return tuple(range(writer, len(SIZES), writers))
 
 
-@lru_cache(maxsize=100_000)
-def digest_of(chunk: int, held: Version, target: Member) -> Digest:
+def digest_of(chunk: int, held: Version, rank: int) -> Digest:
     """Of one chunk, which all engines hold alike. The hash of a tuple of integers is the same in every process."""
-    place = (chunk, SIZES[chunk], held.generation, held.step, target.rank)
+    place = (chunk, SIZES[chunk], held.generation, held.step, rank)
     return hash((1, *place)) & _MASK, hash((2, *place)) & _MASK
 
 
 def memory_digest(memory: list[Version], target: Member) -> Digest:
     """Of all of a worker's memory."""
-    return add_digests(*(digest_of(chunk, held, target) for chunk, held in enumerate(memory)))
+    return owed(tuple(enumerate(memory)), target.rank)[0]
 
 
-def plan_of(wanted: MakePlan) -> PlanFacts:
-    """Each source sends its chunks to every target; a fingerprint names all incarnations and the number."""
-    if wanted.lends:
-        return _feed_of(wanted)
-    sources = sorted(party.member.rank for party in wanted.sources)
-    parties = (*wanted.sources, *wanted.targets)
-    peers = {
-        "trainer": tuple(Peer(t.member, t.incarnation, t.announce.endpoint_name, b"", ()) for t in wanted.targets),
-        "inference": tuple(Peer(s.member, s.incarnation, "", b"", ()) for s in wanted.sources),
-    }
-    connects = {
-        party.member: Connect(
-            fingerprint=f"{wanted.number}:{party.member}:{party.incarnation}",
-            root=f"plan {wanted.number}",
-            peers=peers[party.member.role],
-            copies=b"",
-            expected_bytes=sum(SIZES),
-        )
-        for party in parties
-    }
-    owed = {rank: sum(SIZES[chunk] for chunk in chunks_of(rank, len(sources))) for rank in sources}
-    flows = {(s.member, t.member): owed[s.member.rank] for s in wanted.sources for t in wanted.targets}
-    return PlanFacts(f"plan {wanted.number}", connects, flows, True)
+@lru_cache(maxsize=10_000)
+def owed(contents: tuple[tuple[int, Version], ...], rank: int) -> tuple[Digest, int]:
+    """Digest and bytes of chunks, each with what is in it, in the memory of a ``rank``."""
+    digest = add_digests(*(digest_of(chunk, held, rank) for chunk, held in contents))
+    return digest, sum(SIZES[chunk] for chunk, _ in contents)
 
 
 def lent_chunks(lender: Member, target: Member, lenders: Sequence[str]) -> tuple[int, ...]:
@@ -68,28 +52,60 @@ def lent_chunks(lender: Member, target: Member, lenders: Sequence[str]) -> tuple
     return chunks_of(sorted(lenders).index(lender.engine), len(lenders)) if lender.rank == target.rank else ()
 
 
-def _feed_of(wanted: MakePlan) -> PlanFacts:
+def plan_of(wanted: MakePlan) -> PlanFacts:
+    """Each trainer rank sends its chunks to every target, each lender's rank to the same ranks of who borrows.
+
+    Fingerprints are the planner's: of who is told, of its table, and of where its peers are; so a plan tells those of
+    whom nothing has changed nothing.
+    """
     lenders = sorted({party.member.engine for party in wanted.sources})
-    peers = {source: [t for t in wanted.targets if t.member.rank == source.member.rank] for source in wanted.sources}
-    told = {target: [s for s in wanted.sources if target in peers[s]] for target in wanted.targets}
-    connects = {
-        party.member: Connect(
-            fingerprint=f"feed {wanted.number}:{party.member}:{party.incarnation}",
-            root=f"feed {wanted.number}",
-            peers=tuple(
-                Peer(other.member, other.incarnation, other.announce.endpoint_name, b"", ()) for other in others
-            ),
+    owed = {
+        (source.member, target.member): lent_chunks(source.member, target.member, lenders)
+        if wanted.lends
+        else chunks_of(source.member.rank, len(wanted.sources))
+        for source in wanted.sources
+        for target in wanted.targets
+    }
+    flows = {edge: sum(SIZES[chunk] for chunk in chunks) for edge, chunks in owed.items() if chunks}
+    parties = {party.member: party for party in (*wanted.sources, *wanted.targets)}
+    peers: dict[Member, list[Announced]] = {member: [] for member in parties}
+    moved = dict.fromkeys(parties, 0)
+    for (source, target), size in flows.items():
+        peers[source].append(parties[target])
+        peers[target].append(parties[source])
+        moved[source] += size
+        moved[target] += size
+    writers = {party.member for party in wanted.sources}
+    parts = {
+        member: part_fingerprint(
+            _digest(party), [_digest(peer) for peer in peers[member]], (), _table(member, owed), moved[member]
+        )
+        for member, party in parties.items()
+    }
+    root = root_fingerprint(parts)
+    connects = {}
+    for member, part in parts.items():
+        told = tuple(_peer(peer, wanted.lends and peer.member in writers) for peer in peers[member])
+        connects[member] = Connect(
+            fingerprint=reached_fingerprint(part, told),
+            root=root,
+            peers=told,
             copies=",".join(lenders).encode(),
-            expected_bytes=sum(SIZES),
-            lends=party in wanted.sources,
+            expected_bytes=moved[member],
+            lends=wanted.lends and member in writers,
         )
-        for party, others in (*peers.items(), *told.items())
-    }
-    flows = {
-        (source.member, target.member): sum(
-            SIZES[chunk] for chunk in lent_chunks(source.member, target.member, lenders)
-        )
-        for source, targets in peers.items()
-        for target in targets
-    }
-    return PlanFacts(f"feed {wanted.number}", connects, flows, True)
+    return PlanFacts(root, connects, flows, True)
+
+
+def _digest(party: Announced) -> PartyDigest:
+    return party_digest(Party(party.member, party.incarnation, party.announce.layout), b"")
+
+
+def _table(member: Member, owed: dict[tuple[Member, Member], tuple[int, ...]]) -> bytes:
+    return repr([chunks for edge, chunks in owed.items() if member in edge]).encode()
+
+
+def _peer(party: Announced, writes: bool) -> Peer:
+    """Where a peer is; one that lends is where it writes from."""
+    said = party.announce
+    return Peer(party.member, party.incarnation, said.lends_name if writes else said.endpoint_name, b"", ())

@@ -77,7 +77,7 @@ def _zombies(world: World) -> None:
     def die() -> None:
         world.two_trainers = False
         first.die()
-        world.declare_dead(range(first.size))
+        world.declare_dead(rank.member for rank in first.ranks)
         end()
 
     world.later(world.rng.uniform(0.5, 5.0), lambda: world.start_trainer(host=f"host {world.next_id()}"))

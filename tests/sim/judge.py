@@ -1,7 +1,7 @@
 """The judge of a simulated fleet. It looks at the workers' memory and the journal's disk, never at the core's state."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from contents import CHECKPOINT
 from simulated_engine import Server, Worker
@@ -44,8 +44,8 @@ class Judge:
                     self.deciding[name] = version
                     for worker in self._world.workers():
                         memory = worker.prepared(name, version) if str(worker.member) in digests else None
-                        whole = memory is None or set(memory) == {version}
-                        self._require(whole, f"S4: {worker.member} holds {memory}, decided {version}")
+                        if memory is not None and set(memory) != {version}:
+                            self._fail(f"S4: {worker.member} holds {memory}, decided {version}")
                 case Committed(version=version, sequence=sequence):
                     again = version in self.committed and sequence == self._sequence
                     if in_order:
@@ -79,14 +79,17 @@ class Judge:
             self._stale_since.pop(name, None)
             return
         held = {version for worker in server.workers for version in worker.memory}
-        self._require(len(held) == 1, f"S1: {name} serves a mixture: {held}")
+        if len(held) != 1:
+            self._fail(f"S1: {name} serves a mixture: {held}")
         (version,) = held
         taken = {worker.serves for worker in server.workers}
-        self._require(taken == {version}, f"S1: {name} serves {version}, its workers take it for {taken}")
+        if taken != held:
+            self._fail(f"S1: {name} serves {version}, its workers take it for {taken}")
         self.ever_served.add(version)
-        known = version in self.committed or version in self.deciding.values()
-        self._require(known and version != CHECKPOINT, f"S1: {name} serves {version}, which is not committed")
-        if version == self.committed[-1:] or version in self.deciding.values() or self.committed[-1] == version:
+        current = version in self.deciding.values() or self.committed[-1:] == [version]
+        if version == CHECKPOINT or not (current or version in self.committed):
+            self._fail(f"S1: {name} serves {version}, which is not committed")
+        if current:
             self._stale_since.pop(name, None)
         elif name not in self._stale_since:
             self._stale_since[name] = since = self._world.now
@@ -172,4 +175,7 @@ class Judge:
 
     def _require(self, holds: bool, otherwise: str) -> None:
         if not holds:
-            raise AssertionError(f"{otherwise}\n{self._world.story()}")
+            self._fail(otherwise)
+
+    def _fail(self, what: str) -> NoReturn:
+        raise AssertionError(f"{what}\n{self._world.story()}")

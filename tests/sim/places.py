@@ -28,19 +28,19 @@ class Disk:
         self.bodies: list[bytes] = [] if copied is None else list(copied.bodies)
         self.seconds = 0.002
         """Of one commit."""
-        self._under_way: list[Record] = []
+        self._under_way: list[tuple[Record, bytes]] = []
 
     def append(self, records: list[Record], daemon: "SimulatedDaemon", durable: Work) -> None:
         """``durable`` is called when they are; the daemon ends where that is not known."""
         world = self._world
-        self._under_way = records
+        self._under_way = written = [(record, encode_record(record)) for record in records]
 
         def commit() -> None:
             if not daemon.alive:
                 return  # ``interrupted`` has decided
             lost = world.faults.happens("disk")
             if not lost or world.rng.random() < 0.5:
-                self._write(records)
+                self._write(written)
             self._under_way = []
             if lost:
                 world.note("the journal is lost: what is on disk is not known until it is read anew")
@@ -52,15 +52,15 @@ class Disk:
 
     def interrupted(self) -> None:
         """The daemon dies: what it was writing is there as a whole, or not at all."""
-        records, self._under_way = self._under_way, []
-        if records and self._world.rng.random() < 0.5:
-            self._write(records)
+        written, self._under_way = self._under_way, []
+        if written and self._world.rng.random() < 0.5:
+            self._write(written)
 
-    def _write(self, records: list[Record]) -> None:
-        self.bodies.extend(map(encode_record, records))
+    def _write(self, written: list[tuple[Record, bytes]]) -> None:
+        self.bodies.extend(body for _, body in written)
         if self._world.rng.random() < COMPACTED:
             self._compact()
-        self._world.judge.journaled(records, in_order=not self._is_copy)
+        self._world.judge.journaled([record for record, _ in written], in_order=not self._is_copy)
 
     def records(self) -> list[AnyRecord]:
         """What the next daemon begins with: all since the newest fold of the rest."""

@@ -36,6 +36,7 @@ from weightsync.orchestrator.protocol.messages import (
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
 if TYPE_CHECKING:
+    from wires import Word
     from world import World
 
 
@@ -105,6 +106,9 @@ class Worker(Lender):
 
     def introduce(self, hello: Hello) -> Hello:
         return msgspec.structs.replace(hello, engine=msgspec.structs.replace(self.status, lending=tuple(self.open)))
+
+    def again(self, word: "Word") -> "Word":
+        return msgspec.structs.replace(word, status=self.status) if isinstance(word, Left) else word
 
     # ---------------------------------------------------------------------------------------------------- its window
     def enter(self, name: RoundName, version: Version, deadline: float, over: Callable[[str], None]) -> None:
@@ -261,10 +265,10 @@ class Server(Process):
     @property
     def serves(self) -> bool:
         """Requests run: its scheduler does, and so does every worker."""
-        processes_run = self.alive and not any(process.stopped for process in self.processes())
+        if not self.alive or self.stopped or self.paused:
+            return False
         # The gate of a worker whose audit did not agree lets no batch through.
-        audited = not any(worker.torn and worker.lands != "live" for worker in self.workers)
-        return processes_run and not self.paused and audited
+        return not any(worker.stopped or (worker.torn and worker.lands != "live") for worker in self.workers)
 
     # --------------------------------------------------------------------------------------------- all its processes
     def processes(self) -> list[Process]:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from contents import SIZES, digest_of, lent_chunks
+from contents import lent_chunks, owed
 from weightsync.orchestrator.protocol.messages import Closed, Connect, EdgeFailure, Grant, Ready
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version, add_digests
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 from wires import Agent
 from writing import Writing, hanging, leave, open_edges, reach, told
 
@@ -37,9 +37,7 @@ class Lender(Agent):
         return self.memory[chunk]
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
-        chunks = self.chunks_for(target)
-        digest = add_digests(*(digest_of(chunk, self.memory[chunk], target) for chunk in chunks))
-        return digest, sum(SIZES[chunk] for chunk in chunks)
+        return owed(tuple((chunk, self.memory[chunk]) for chunk in self.chunks_for(target)), target.rank)
 
     # ------------------------------------------------------------------------------------------------------ its edges
     def lend(self, connect: Connect) -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import msgspec
-from contents import GARBAGE, SIZES, chunks_of, digest_of
+from contents import GARBAGE, chunks_of, owed
 from simulated_engine import Worker
 from weightsync.orchestrator.protocol.messages import (
     Abort,
@@ -18,7 +18,7 @@ from weightsync.orchestrator.protocol.messages import (
     Staged,
     TrainerStatus,
 )
-from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version, add_digests
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 from wires import Agent
 from writing import Writing, hanging, leave, open_edges, reach, told
 
@@ -55,8 +55,7 @@ class Rank(Agent):
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         """Digest and bytes of what this rank owes a target."""
-        digest = add_digests(*(digest_of(chunk, version, target) for chunk in self.chunks))
-        return digest, sum(SIZES[chunk] for chunk in self.chunks)
+        return owed(tuple((chunk, version) for chunk in self.chunks), target.rank)
 
     def heard(self, message: FromDaemon) -> None:
         match message:

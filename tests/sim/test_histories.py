@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.events import Call, RollbackAsked
 from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
 from world import World
 
@@ -44,6 +45,19 @@ def test_a_fleet_that_was_paused_and_holds_the_committed_version_is_resumed_afte
     world.kill_daemon(for_seconds=1.0)
     world.faults.cut.clear()
     world.run(42.0)
+    assert_all_serve(world, within=10.0)
+
+
+@pytest.mark.parametrize("mode", ["live", "copy", "flip"])
+def test_a_hold_of_a_daemon_that_is_gone_is_over(mode: Lands) -> None:
+    """Its worker was told after it had left its last round, whose words it repeats to the next daemon."""
+    world = World(14, engines=2, lands=everybody(mode), idle=True)
+    world.run(10.0)
+    world.faults.begin(["e1"])
+    world.kill_daemon(for_seconds=1.0)
+    world.servers["e1"].workers[0].held = True
+    world.servers["e1"].set_paused(True)
+    world.run(12.0)
     assert_all_serve(world, within=10.0)
 
 
@@ -208,7 +222,7 @@ def test_a_trainer_that_wakes_up_beside_its_successor_mixes_nothing(dies: bool) 
     world.run(50.0)
     if dies:
         first.die()
-        world.declare_dead([0])
+        world.declare_dead([Member("trainer", "", 0)])
     assert_versions_go_on(world, seconds=30.0)
     world.run_until_quiet()
     assert_all_serve(world, within=10.0)
@@ -314,7 +328,7 @@ def test_a_trainer_that_wakes_up_after_a_restart_does_not_take_the_place_of_its_
     world.run(28.0)
     assert all(rank.ended for rank in first.ranks), world.story()
     first.die()
-    world.declare_dead([0])
+    world.declare_dead([Member("trainer", "", 0)])
     world.run(32.0)
     assert_versions_go_on(world)
 

@@ -91,6 +91,16 @@ def test_after_a_restart_the_daemon_has_lent_what_its_journal_knows() -> None:
     assert ("committed", {"e1": "e0"}) in lent(world)
 
 
+def test_a_lender_that_ends_for_good_while_it_writes_is_declared_dead() -> None:
+    """No process takes its place that would prove it."""
+    world = World(115, engines=3, lands=everybody("live"), fan_out="peers")
+    without_trainer(world)
+    world.when(sent(Grant), lambda: world.later(0.001, lambda: world.remove_engine("e0")))
+    world.kill_engine("e2", 1.0)
+    assert_all_serve(world, within=30.0)
+    assert lent(world)[-1] == ("committed", {"e2": "e1"})
+
+
 @pytest.mark.parametrize("silently", [False, True])
 def test_a_lender_that_dies_while_it_writes_is_replaced_by_another_one(silently: bool) -> None:
     world = World(106, engines=3, lands=everybody("copy"), fan_out="auto")

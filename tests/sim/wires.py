@@ -255,7 +255,11 @@ class Agent(Process):
         self.lease, self.silent_since = welcome.lease_seconds, None
         self.say(self.announce)
         for word in self._words.values():
-            self.say(word)
+            self.say(self.again(word))
+
+    def again(self, word: Word) -> Word:
+        """A word that is repeated: what it says of the memory is true now."""
+        return word
 
     def leave(self) -> None:
         """An orderly end."""

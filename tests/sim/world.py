@@ -56,6 +56,9 @@ LEAVING_SECONDS: Final = ADMISSION.leave + 3 * NUMBERS["heartbeat"] + 1.0
 
 STORY_LINES: Final = 160
 
+UNTOLD: Final = (Tick, EngineApplied)
+"""Events that happen all the time."""
+
 
 class World(VirtualTime):
     """Everything, and the clock.
@@ -199,7 +202,7 @@ class World(VirtualTime):
         self._story.append((self.now, sentence))
 
     def note_events(self, events: list[Event]) -> None:
-        self._story.extend((self.now, event) for event in events if not isinstance(event, Tick | EngineApplied))
+        self._story.extend([(self.now, event) for event in events if not isinstance(event, UNTOLD)])
 
     def story(self) -> str:
         """The last things that happened."""
@@ -239,27 +242,31 @@ class World(VirtualTime):
             self.run(self.now + 0.5)
         self.run(self.now + 3.0)
 
-    def declare_dead(self, ranks: Iterable[int], looks: int = 4) -> None:
-        """The operator says that earlier processes of these trainer ranks are dead, when status shows none of them.
+    def declare_dead(self, members: Iterable[Member], looks: int = 4) -> None:
+        """The operator says that earlier processes of these ranks are dead, when status shows none of them.
 
         And looks again: a round that had begun may have granted them something, a daemon may have died over it.
         """
-        for rank in ranks:
+        for member in members:
             left = looks
-            if self._sees_no_other_than_the_last(rank):
-                member = Member("trainer", "", rank)
+            if self._sees_no_other_than_the_last(member):
                 self._ask(lambda daemon, m=member: DeadDeclared(daemon.next_id(), "operator", "", m))
                 left -= 1
             if left:
-                self.later(2.0, lambda rank=rank, left=left: self.declare_dead([rank], left))
+                self.later(2.0, lambda member=member, left=left: self.declare_dead([member], left))
 
-    def _sees_no_other_than_the_last(self, rank: int) -> bool:
-        if self.daemon is None or any(job.size > rank and job.ranks[rank].alive for job in self.jobs[:-1]):
+    def _sees_no_other_than_the_last(self, member: Member) -> bool:
+        if self.daemon is None:
             return False
-        connected = self.daemon.fleet.agents.get(Member("trainer", "", rank))
-        if rank >= self.job.size:
-            return connected is None
-        return connected is not None and connected.hello.incarnation == self.job.ranks[rank].incarnation
+        if member.role == "inference":
+            alive = [worker for worker in self.workers() if worker.member == member]
+            last = alive[0].incarnation if alive else None
+        elif any(job.size > member.rank and job.ranks[member.rank].alive for job in self.jobs[:-1]):
+            return False
+        else:
+            last = self.job.ranks[member.rank].incarnation if member.rank < self.job.size else None
+        connected = self.daemon.fleet.agents.get(member)
+        return last == (connected.hello.incarnation if connected is not None else None)
 
     def hold(self, name: str, seconds: float) -> None:
         """The operator holds an engine, and releases it so many seconds later."""
@@ -396,6 +403,7 @@ class World(VirtualTime):
         if server is not None:
             server.die_all()
             self.judge.died(name)
+            self.declare_dead(worker.member for worker in server.workers)  # it may have lent
 
     def bring_applicants(self, *names: str) -> None:
         """These come by themselves, as a pair if they are two."""
@@ -417,6 +425,7 @@ class World(VirtualTime):
         server = self.servers.pop(name)
         server.die_all(silently=silently)
         self.judge.died(name)
+        self.declare_dead(worker.member for worker in server.workers)  # it may have lent
 
     def apply(self, application: Application) -> None:
         """What an engine says reaches the daemon."""
@@ -453,7 +462,7 @@ class World(VirtualTime):
                 end()
                 self.start_trainer(size, host)
                 # Nothing else could prove it: no other process takes their place where they were.
-                self.declare_dead(range(size if host == old.host else 0, old.size))
+                self.declare_dead(rank.member for rank in old.ranks[size if host == old.host else 0 :])
 
             self.later(self.rng.uniform(0.5, 6.0) if for_seconds is None else for_seconds, again)
 

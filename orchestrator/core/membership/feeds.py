@@ -5,7 +5,6 @@ trainer's, which they are sent again when it is over; its lenders run them besid
 follows from the fleet anew after every event, and a round changes nothing of it.
 """
 
-import hashlib
 from typing import Final
 
 import msgspec
@@ -17,7 +16,7 @@ from weightsync.orchestrator.core.round import blame, lending
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.state import ConnectedAgent, Feed, Fleet
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.edges import Peer
+from weightsync.orchestrator.protocol.edges import Peer, reached_fingerprint
 from weightsync.orchestrator.protocol.messages import Connect
 
 NOTHING: Final = Connect(fingerprint="", root="", peers=(), copies=b"", expected_bytes=0, lends=True)
@@ -94,9 +93,7 @@ def _rest(fleet: Fleet, lender: ConnectedAgent) -> Connect:
     )
     if not peers:
         return NOTHING
-    names = [f"{peer.member} {peer.incarnation} {peer.endpoint_name}" for peer in peers]
-    fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return msgspec.structs.replace(NOTHING, fingerprint=fingerprint, peers=peers)
+    return msgspec.structs.replace(NOTHING, fingerprint=reached_fingerprint("", peers), peers=peers)
 
 
 def planned(turn: Turn, event: PlanReady) -> None:
@@ -148,8 +145,8 @@ def _unready(fleet: Fleet, feed: Feed, name: str) -> str:
     """What a borrower and all lenders have to do before a round; empty when they can begin, or ``name`` is none."""
     if name not in feed.lenders:
         return ""
-    lenders = set(feed.lenders.values())
-    ranks = [agent for each in (name, *sorted(lenders)) for agent in fleet.ranks_of(each)]
+    lenders = sorted(set(feed.lenders.values()))
+    ranks = [agent for each in (name, *lenders) for agent in fleet.ranks_of(each)]
     late = [str(agent.member) for agent in ranks if not fleet.is_confirmed(agent.member, feed.plan)]
     if late:
         return f"agents that have not confirmed their edges: {conditions.named(late)}"

@@ -72,7 +72,7 @@ def confirmed(turn: Turn, agent: ConnectedAgent, message: Ready) -> None:
         before, agent.lends, agent.unlent = agent.unlent, message.fingerprint, dead
     else:
         return
-    for peer in dead.keys() - before.keys():
+    for peer in [peer for peer in dead if peer not in before]:
         turn.say(
             f"the edge between {agent.member} and {peer} is dead: {dead[peer]}",
             "warning",
@@ -145,8 +145,7 @@ def _send_plans(turn: Turn) -> None:
         agent = fleet.agents.get(member)
         if agent is None or agent.announce is None or member.engine in borrowing:
             continue
-        planned = (member, agent.hello.incarnation) in fleet.planned_for
-        if planned and agent.delivered != connect.fingerprint:
+        if agent.delivered != connect.fingerprint and (member, agent.hello.incarnation) in fleet.planned_for:
             agent.is_sent(connect)
             turn.do(SendPlan(member, connect))
 

@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.records import EngineForgotten
 from weightsync.orchestrator.core.round import reports
 from weightsync.orchestrator.core.state import EngineState, Fleet
 from weightsync.orchestrator.core.turn import Turn
+from weightsync.orchestrator.protocol.application import Applicant
 from weightsync.orchestrator.protocol.text import clean
 
 
@@ -25,6 +26,8 @@ def known(policy: Policy, memory: Memory) -> dict[str, EngineConfig]:
 def evaluate(turn: Turn) -> None:
     """Take in the engines that are to be members and let go those that are not; of a round under way, at its end."""
     fleet = turn.fleet
+    if _lists(fleet) == fleet.lists:
+        return
     _end_of_lists(turn)
     wanted = members(fleet.policy, fleet.memory)
     for name, config in wanted.items():
@@ -46,6 +49,14 @@ def evaluate(turn: Turn) -> None:
         # In the order of the lists, which decides whose layout counts where two contradict each other.
         order = {name: fleet.engines[name] for name in wanted}
         fleet.engines = {**order, **fleet.engines}
+    if len(fleet.engines) == len(wanted):
+        fleet.lists = _lists(fleet)  # nobody is to be let go at the end of a round
+
+
+def _lists(fleet: Fleet) -> tuple[Policy, list[Applicant], list[str], list[str]]:
+    """All that decides who is to be a member, and who is one."""
+    memory = fleet.memory
+    return fleet.policy, [*memory.admitted.values()], [*memory.forgotten_engines], [*fleet.engines]
 
 
 def _end_of_lists(turn: Turn) -> None:

@@ -241,7 +241,7 @@ def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> N
 
     The workers do not wait for the writers: what live ones hold counts as torn, whatever is still written.
     """
-    gone = set(names)
+    gone = dict.fromkeys(names)
     for name in gone:
         torn = current.granted and not current.engines[name].shadow
         for member in current.by_engine[name]:

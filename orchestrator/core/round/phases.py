@@ -77,9 +77,9 @@ def advance(turn: Turn, current: Round) -> None:
     """Leave the present phase, and each one after it, for as long as nobody is missing."""
     while turn.fleet.round is current:
         row = ROWS[current.phase]
-        if any(True for _ in row.missing(turn.fleet, current)):
+        if next(row.missing(turn.fleet, current), None) is not None:
             return
-        if row.needs_writers and any(True for _ in waits.writers_away(current)):
+        if row.needs_writers and next(waits.writers_away(current), None) is not None:
             return  # they are back, or missed, within a heartbeat
         if isinstance(row.then, Phase):
             enter(turn, current, row.then)

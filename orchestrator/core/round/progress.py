@@ -115,14 +115,12 @@ class Round:
     times: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
     by_engine: dict[str, tuple[Member, ...]] = field(init=False)
+    trace: str = field(init=False)
+    """Trace context of all that is done in it."""
 
     def __post_init__(self) -> None:
+        self.trace = child(self.publish, f"round {self.name}")
         self.by_engine = {name: tuple(m for m in self.ranks if m.engine == name) for name in self.engines}
-
-    @property
-    def trace(self) -> str:
-        """Trace context of all that is done in it."""
-        return child(self.publish, f"round {self.name}")
 
     @property
     def decided(self) -> bool:

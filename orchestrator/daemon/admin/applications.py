@@ -123,7 +123,7 @@ class Applications:
         assert policy is not None, "without it there was an objection"
         if admission.may_speak_for_others(policy, address):
             return
-        for host in {admission.host_of(url) for url in engine.urls}:
+        for host in dict.fromkeys(admission.host_of(url) for url in engine.urls):
             if admission.plain(address) in await self._addresses(host):
                 return
         raise ApplicationRefused(

@@ -4,7 +4,16 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from weightsync.orchestrator.protocol.edges import RATES, EdgeFailure, LinkKind, NixlSettings, PeerTransfer
+from weightsync.orchestrator.protocol.edges import (
+    FINGERPRINT_CHARS,
+    RATES,
+    EdgeFailure,
+    LinkKind,
+    NixlSettings,
+    Peer,
+    PeerTransfer,
+    reached_fingerprint,
+)
 from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES
 from weightsync.orchestrator.protocol.names import Member
 
@@ -48,3 +57,16 @@ def test_every_link_that_can_be_measured_has_a_rate_and_no_link_is_expected_to_b
     for rate in RATES.values():
         assert 0 < rate.least < rate.bytes_per_second / 2
         assert rate.source.startswith(("measured: ", "published: "))
+
+
+@pytest.mark.parametrize(
+    "change", [{"endpoint_name": "e/1-2"}, {"incarnation": 8}, {"member": Member("inference", "e", 2)}]
+)
+def test_an_edge_set_is_another_one_when_a_peer_is_to_be_reached_elsewhere(change: dict[str, Any]) -> None:
+    peers = Peer(PEER, 7, "e/1-1", b"where", ()), Peer(Member("inference", "f", 0), 9, "f/0-1", b"", ())
+    known = reached_fingerprint("part", peers)
+    assert len(known) == FINGERPRINT_CHARS
+    assert reached_fingerprint("part", list(peers)) == known
+    moved = msgspec.structs.replace(peers[0], **change)
+    assert len({known, reached_fingerprint("part", (moved, peers[1])), reached_fingerprint("other", peers)}) == 3
+    assert reached_fingerprint("part", (msgspec.structs.replace(peers[0], endpoint=b"its port"), peers[1])) == known

@@ -13,6 +13,7 @@ from weightsync.orchestrator.protocol.messages import (
     Left,
     NixlSettings,
     Quiesced,
+    TrainerStatus,
     Verified,
     Welcome,
 )
@@ -59,12 +60,28 @@ def test_words_of_the_last_round_are_kept_one_of_each_kind_as_they_were_said() -
     verified = Verified(round=FIRST, digest=(1, 2), bytes=3, apply_seconds=0.0, digest_seconds=0.0)
     for word in (quiesced, exposed, verified, exposed):
         obedience.keep(word)
-    assert obedience.words == (quiesced, verified, exposed)
+    assert obedience.repeated(EngineStatus()) == (quiesced, verified, exposed)
     left = Left(round=FIRST, status=EngineStatus())
     obedience.keep(left)
-    assert obedience.words == (verified, left), "who has left is inside no longer"
+    assert obedience.repeated(EngineStatus()) == (verified, left), "who has left is inside no longer"
     closed = Closed(round=SECOND)
     obedience.keep(closed)
-    assert obedience.words == (closed,)
+    assert obedience.repeated(EngineStatus()) == (closed,)
     obedience.keep(left)
-    assert obedience.words == (closed,), "of a round that is over"
+    assert obedience.repeated(EngineStatus()) == (closed,), "of a round that is over"
+
+
+def test_left_is_repeated_with_what_the_memory_holds_now() -> None:
+    """What has happened since was told over the connection that was lost, too."""
+    obedience = Obedience(7)
+    verified = Verified(round=FIRST, digest=(1, 2), bytes=3, apply_seconds=0.0, digest_seconds=0.0)
+    obedience.keep(verified)
+    obedience.keep(Left(round=FIRST, status=EngineStatus(), switch_seconds=0.5))
+    held = EngineStatus(held=True)
+    assert obedience.repeated(held) == (verified, Left(round=FIRST, status=held, switch_seconds=0.5))
+
+
+def test_a_trainers_words_are_repeated_as_they_are() -> None:
+    obedience = Obedience(7)
+    obedience.keep(Closed(round=FIRST))
+    assert obedience.repeated(TrainerStatus()) == (Closed(round=FIRST),)
