@@ -2,21 +2,22 @@
 
 import argparse
 import asyncio
-import functools
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from weightsync.agents.doctor import hub, limits, network, packages, variables
-from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.doctor import hub, memory, server
+from weightsync.agents.environment import network, packages
+from weightsync.agents.environment.directory import run_directory
+from weightsync.agents.environment.links import Interface, links
+from weightsync.agents.environment.preflight import Check, Surroundings, checks
+from weightsync.agents.environment.variables import Role
 from weightsync.agents.inference.place import PlaceError, place_of
-from weightsync.agents.memory.cuda import driver
 from weightsync.agents.memory.nic import Gpu, all_gpus, visible_gpus
-from weightsync.agents.memory.reach import why_not_by_nic
 from weightsync.agents.trainer.options import TrainerSettingsError, trainer_settings
 from weightsync.orchestrator.protocol.findings import Finding, Findings, broke, examined, exit_code, findings_text
 from weightsync.orchestrator.protocol.messages import NixlSettings
@@ -28,7 +29,7 @@ MAX_SECONDS: Final = 3600.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 with warnings, 2 with errors or a wrong command line."""
     options = _parser().parse_args(arguments)
-    role = options.role or ("engine" if "WEIGHTSYNC_ENGINE" in os.environ else "trainer")
+    role: Role = options.role or ("engine" if "WEIGHTSYNC_ENGINE" in os.environ else "trainer")
     findings = diagnose(role, options, os.environ)
     if options.json:
         told = Findings(place=f"{role} on {socket.gethostname()}", findings=tuple(findings))
@@ -38,18 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(findings)
 
 
-def diagnose(role: str, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
-    """All findings of a ``role``: trainer or engine."""
+def diagnose(role: Role, options: argparse.Namespace, environ: Mapping[str, str]) -> list[Finding]:
+    """All findings of a ``role``."""
     gpus: list[Gpu] = []
     everywhere: list[Interface] = []
     found = examined("GPUs", lambda: _gpus(environ, gpus))
     found += examined(network.CHECK, lambda: _links(everywhere))
-    rdma = [link for link in everywhere if link.rdma and link.up]
-    for check, look in _checks(role, options, environ, gpus, everywhere):
+    around = Surroundings(role, environ, gpus, everywhere)
+    for check, look in (*_installed(around), *checks(around, NixlSettings(rails=options.rails))):
         found += examined(check, look)
-    if rdma:
-        for number in range(len(gpus)):
-            found += examined(f"GPU {number}", functools.partial(_gpu_direct, number))
+    if options.weights_gb is not None:
+        found += examined("memory", lambda: memory.room(role, int(options.weights_gb * 1e9), bool(gpus)))
     try:
         found += asyncio.run(_ways(role, options, environ))
     except Exception as error:  # as ``examined``
@@ -57,35 +57,15 @@ def diagnose(role: str, options: argparse.Namespace, environ: Mapping[str, str])
     return found
 
 
-def _checks(
-    role: str,
-    options: argparse.Namespace,
-    environ: Mapping[str, str],
-    gpus: Sequence[Gpu],
-    everywhere: Sequence[Interface],
-) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
-    rdma = [link for link in everywhere if link.rdma and link.up]
-    torch = packages.release_of("torch")
-    yield "torch", lambda: [*packages.required("torch", torch), *packages.torch_with_cuda(torch, len(gpus))]
-    yield "nixl", lambda: packages.nixl(len(gpus))
-    if role == "engine":
+def _installed(around: Surroundings) -> Iterable[Check]:
+    """What a process that runs already has."""
+    gpus, torch = len(around.gpus), packages.release_of("torch")
+    yield "torch", lambda: [*packages.required("torch", torch), *packages.torch_with_cuda(torch, gpus)]
+    yield "nixl", lambda: packages.nixl(gpus)
+    if around.role == "engine":
         yield "vllm", lambda: packages.required("vllm", packages.release_of("vllm"))
         yield "plugin", packages.plugin
-        yield "vllm", lambda: variables.engine(environ, packages.PLUGIN)
-    yield "allocator", lambda: variables.allocator(environ)
-    yield variables.UCX_TLS, lambda: variables.transports(environ, len(gpus))
-    yield variables.NET_DEVICES, lambda: variables.net_devices(environ, everywhere, pinned=bool(gpus and rdma))
-    yield "rails", lambda: variables.rails(environ)
-    yield "memlock", lambda: limits.locked_memory(bool(rdma))
-    yield "shared memory", limits.shared_memory
-    yield "cma", limits.neighbours
-    yield "open files", limits.open_files
-    yield network.CHECK, lambda: network.ports(everywhere)
-    yield network.CHECK, lambda: network.by_tcp(everywhere, variables.NET_DEVICES in environ)
-    yield network.CHECK, lambda: network.one_network_twice(everywhere)
-    yield network.CHECK, lambda: network.distances(gpus, everywhere, options.rails)
-    if options.weights_gb is not None:
-        yield "memory", lambda: _room(role, int(options.weights_gb * 1e9), gpus)
+        yield "vllm", lambda: server.engine(around.environ, packages.PLUGIN)
 
 
 def _gpus(environ: Mapping[str, str], gpus: list[Gpu]) -> Iterable[Finding]:
@@ -103,29 +83,6 @@ def _links(everywhere: list[Interface]) -> Iterable[Finding]:
     """Puts this host's ports and interfaces into ``everywhere``; what is wrong with them others say."""
     everywhere.extend(links())
     return ()
-
-
-def _gpu_direct(number: int) -> Iterable[Finding]:
-    library = driver()
-    if library is not None:
-        library.cuInit(0)  # in an agent torch has done so; without it the driver answers nothing
-    reason = why_not_by_nic(number)
-    if reason is not None:
-        what, _, fix = reason.partition(": ")
-        yield Finding("warning", what, fix, f"GPU {number}")
-
-
-def _room(role: str, needed: int, gpus: Sequence[Gpu]) -> Iterable[Finding]:
-    if role == "engine":
-        what = "versions go straight into the parameters (mode: live): nothing more than the model itself"
-        return [Finding("ok", what, check="memory")]
-    why = "a rank's slots, which hold a version beside what is trained,"
-    if not gpus:
-        return limits.room(needed, limits.free_memory(), "on this host", why)
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(0)
-    return limits.room(needed, free, "on the first GPU", why)
 
 
 async def _peer(name: str, seconds: float) -> list[Finding]:
@@ -149,14 +106,14 @@ async def _ways(role: str, options: argparse.Namespace, environ: Mapping[str, st
         except TrainerSettingsError as error:
             return [*found, Finding("error", str(error), "set them here, or pass them to TrainerAgent", "settings")]
         url, token_file, run_id = settings.hub_url, settings.token_file, settings.run_id
-        found += examined("run directory", lambda: hub.run_directory(settings.run_dir))
+        found += examined("run directory", lambda: run_directory(settings.run_dir))
     else:
         try:
             place = place_of(environ)
         except PlaceError as error:
             what, _, fix = str(error).partition(". Fix: ")
             return [*found, Finding("error", what, fix or "mend the file of that variable", "settings")]
-        found += variables.guard(environ, place)
+        found += server.guard(environ, place)
         if not (place.hub_url and place.run_id):
             return found  # a demo's daemon says where it is
         url, token_file, run_id = place.hub_url, place.token_file, place.run_id

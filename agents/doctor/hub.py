@@ -1,9 +1,6 @@
-"""The way to the daemon and to the run directory, from where an agent stands."""
+"""The way to the daemon, from where an agent stands."""
 
 import asyncio
-import email.utils
-import os
-import secrets
 import ssl
 import time
 from collections.abc import Iterator
@@ -13,6 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from weightsync.agents.link.connection import ConnectionLost, TokenRejected, upgrade
+from weightsync.agents.link.examination import clock
 from weightsync.agents.link.tls import CA_VARIABLE, TlsError, tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.files.ownership import NotOurs
@@ -25,9 +23,6 @@ HTTP: Final = {"ws": "http", "wss": "https"}
 
 MEND_TOKEN: Final = "give this host the token file of its role from the daemon's credentials"
 MEND_URL: Final = "mend WEIGHTSYNC_HUB_URL: host and listen.port of the daemon"
-
-SKEW_SECONDS: Final = 3.0
-"""A date tells whole seconds, and an answer takes a while."""
 
 
 def token(path: Path) -> Iterator[Finding]:
@@ -99,28 +94,3 @@ async def _proved(
         what = f"{hub_url} is the daemon of run {there!r}, and this is of {run_id!r}"
         return [Finding("error", clean(what), "mend WEIGHTSYNC_RUN_ID or WEIGHTSYNC_HUB_URL", "daemon")]
     return [Finding("ok", f"{hub_url} answers, and proves that it holds the token", check="daemon")]
-
-
-def clock(date: str, now: float) -> Iterator[Finding]:
-    """``date``: as its answer's header says, ``now``: by ours, in unix time."""
-    try:
-        skew = email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - now
-    except (ValueError, TypeError, OverflowError):
-        return
-    if abs(skew) > SKEW_SECONDS:
-        what = f"the daemon's clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this host's"
-        yield Finding("warning", what, "synchronise both hosts' clocks (chrony, NTP)", "clock")
-
-
-def run_directory(path: Path) -> Iterator[Finding]:
-    """Whether rank 0 can put a marker there."""
-    name = path / f".weightsync-doctor-{secrets.token_hex(8)}"
-    try:
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.close(descriptor)
-        name.unlink()
-    except OSError as error:
-        what = f"a file cannot be written in {path}: {error.strerror}"
-        yield Finding("error", what, "mount the daemon's run.directory here, writable for this user", "run directory")
-    else:
-        yield Finding("ok", f"{path} can be written", check="run directory")

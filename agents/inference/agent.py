@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
+from weightsync.agents.environment.preflight import preflight
 from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.inference.calls import (
     InfoError,
@@ -167,8 +168,13 @@ class InferenceAgent:
         identity = Identity(info.run_id, member, self.ranks.with_world(info.world).world)
         address = ControlAddress(info.hub_url, Path(info.token_file))
         weights, windows, shadow, lending = self._weights, self._windows, self._shadow, self._lending
+        device = weights.cuda_device
         self._agent = AgentThread(
-            identity, address, lambda thread: InferenceSide(thread, member, weights, windows, shadow, lending), old
+            identity,
+            address,
+            lambda thread: InferenceSide(thread, member, weights, windows, shadow, lending),
+            lambda transport: preflight("engine", device, transport),
+            old,
         )
         self._info = info
         self._agent.start()

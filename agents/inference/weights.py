@@ -110,6 +110,13 @@ class LiveWeights:
         """Uint8 views of the layout's regions: what is served, and the landing."""
         return self._tensors
 
+    @property
+    def cuda_device(self) -> int | None:
+        """Index of the device that they are on; None: host memory. On the worker's main thread, whose device is set."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
+
     def open(self, member: Member, settings: Any) -> None:
         """Open the transport that a Welcome names; ``member`` is who this rank is to its peers.
 

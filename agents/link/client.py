@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import aiohttp
+from aiohttp import hdrs
 from weightsync.agents.link.connection import (
     ConnectionLost,
     DaemonConnection,
@@ -122,6 +124,8 @@ class ControlClient:
         self._connection: DaemonConnection | None = None
         self.trouble = ""
         """Why the last attempt or connection ended; for whoever gives up waiting."""
+        self.dated = ("", 0.0)
+        """The date that the daemon told when the last connection began, and when that was by ours, in unix time."""
         self.rejections = 0
         """Attempts in a row that ended because the daemon has another token."""
 
@@ -226,6 +230,7 @@ class ControlClient:
         except TokenError as error:
             raise ConnectionLost(str(error)) from error
         upgraded = await upgrade(session, self._url, token, self._tls)
+        self.dated = (upgraded.response.headers.get(hdrs.DATE, ""), time.time())
         return DaemonConnection(upgraded.response, self._on_message), token, upgraded.challenge
 
     def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:

@@ -10,6 +10,7 @@ from weightsync.agents.link.obedience import Obedience
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import EngineStatus, Hello, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.release import release
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 """Drawn by the Linux kernel at each of its starts (random(4)), and the same in all containers of a host."""
@@ -40,6 +41,7 @@ def hello(identity: Identity, obedience: Obedience, status: TrainerStatus | Engi
         host=socket.gethostname(),
         boot=boot(),
         pid=os.getpid(),
+        release=release()[:MAX_NAME_CHARS],
         trainer=status if isinstance(status, TrainerStatus) else None,
         engine=status if isinstance(status, EngineStatus) else None,
     )

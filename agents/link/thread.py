@@ -20,6 +20,7 @@ from weightsync.agents.link.beside import beside
 from weightsync.agents.link.client import ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
 from weightsync.agents.link.edges import PlanEdges
+from weightsync.agents.link.examination import Look, examination
 from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
 from weightsync.agents.link.side import AgentSide
@@ -32,6 +33,7 @@ from weightsync.orchestrator.protocol.messages import (
     Hello,
     RoundWord,
     TcpStoreRendezvous,
+    TransportSettings,
     Welcome,
 )
 from weightsync.orchestrator.protocol.text import clean
@@ -79,6 +81,7 @@ class AgentThread(Generic[SideT]):
         identity: who this agent is.
         address: of its daemon.
         make_side: given this thread, the side that it calls; kept as ``side``.
+        look: at this process's surroundings, whenever a daemon has taken it in.
         obeyed: the agent before this one in the same process. Its memory is this one's, so what it obeyed binds this
             one, too.
 
@@ -93,10 +96,12 @@ class AgentThread(Generic[SideT]):
         identity: Identity,
         address: ControlAddress,
         make_side: Callable[["AgentThread[SideT]"], SideT],
+        look: Look,
         obeyed: "AgentThread[SideT] | None" = None,
     ) -> None:
         self.identity = identity
         self.obedience: Obedience = Obedience(secrets.randbits(63)) if obeyed is None else obeyed.obedience
+        self._look = look
         self._silence = Silence()
         self.address = address
         self._loop = asyncio.new_event_loop()
@@ -314,8 +319,16 @@ class AgentThread(Generic[SideT]):
             self.announce()
         if self._introduced:
             self._introduced = False
+            self.spawn(self._tell_surroundings(welcome.transport))
             for word in self.obedience.repeated(self.side.status()):  # may be lost with the connection before
                 self.send(word)
+
+    async def _tell_surroundings(self, transport: TransportSettings) -> None:
+        """Nothing waits for it."""
+        dated = self._client.dated if self._client is not None else ("", 0.0)
+        said = await examination(self.identity.member, self._look, transport, dated)
+        if said is not None:
+            self.send(said)
 
     def _leave_group(self) -> None:
         """Each Welcome begins the rendezvous anew, by whichever way it names."""

@@ -27,6 +27,7 @@ from weightsync.agents.trainer.options import TrainerSettings, compare_run_dirs
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import Group, TrainerRanks
 from weightsync.agents.trainer.slots.slots import FilledSlots
+from weightsync.agents.trainer.surroundings import trainer_look
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged_bytes_of
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.messages import Needs
@@ -133,7 +134,8 @@ class Publisher:
         memory = source_of(slots, identity.member, world) if slots is not None else None
         size = staged_bytes_of(slots) if slots is not None else 0
         address = ControlAddress(self._settings.hub_url, self._settings.token_file)
-        agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size))
+        look = trainer_look(memory, self._settings.run_dir if self._ranks.rank == 0 else None)
+        agent = AgentThread(identity, address, lambda thread: TrainerSide(thread, memory, size), look)
         agent.start()
         try:
             welcome = agent.wait_welcome(seconds, look=self._ranks.look)

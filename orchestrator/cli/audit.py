@@ -3,15 +3,15 @@
 import argparse
 import sys
 
-from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Commands, Exit, add_config_option
+from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Commands, Exit, add_command, add_config_option
 from weightsync.orchestrator.protocol.text import clean
 
 
 def add_audit_commands(commands: Commands) -> None:
     """The parser of ``audit``."""
-    audit = commands.add_parser("audit", help="whether the log of what operators asked for is what was written")
+    audit = add_command(commands, "audit", "whether the log of what operators asked for is what was written")
     actions = audit.add_subparsers(title="actions", metavar="ACTION", required=True)
-    verify = actions.add_parser("verify", help="follow the chain of its lines; exit 0, or 65 where it is broken")
+    verify = add_command(actions, "verify", "follow the chain of its lines; exit 0, or 65 where it is broken")
     add_config_option(verify, required=False)
     verify.add_argument("--state", metavar="DIR", help="the state directory, or a copy, instead of the configuration's")
     verify.add_argument("--noted", default="", metavar="HASH", help="of a line that must be there, too")

@@ -96,6 +96,11 @@ def exit_codes_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def add_command(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
+    """A command whose own help begins with what the list of commands says of it."""
+    return commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+
+
 def add_config_option(command: argparse.ArgumentParser, required: bool = True) -> None:
     """``--config``, by default the file that the environment variable WEIGHTSYNC_CONFIG names."""
     named = os.environ.get(CONFIG_VARIABLE)

@@ -15,6 +15,7 @@ from weightsync.orchestrator.cli.audit import add_audit_commands
 from weightsync.orchestrator.cli.common import (
     Commands,
     Exit,
+    add_command,
     add_config_option,
     add_daemon_options,
     count,
@@ -46,8 +47,8 @@ def parser(command: str = "plan") -> argparse.ArgumentParser:
     add_verb_commands(commands)
     _add_config(commands)
     _add_doctor(commands)
-    completion = commands.add_parser("completion", help="print a script by which a shell completes commands")
-    completion.add_argument("shell", choices=SHELLS)
+    completion = add_command(commands, "completion", "print a script by which a shell completes commands")
+    completion.add_argument("shell", choices=SHELLS, help="that is to read it")
     completion.set_defaults(run=_completion)
     add_audit_commands(commands)
     _add_tokens(commands)
@@ -68,7 +69,7 @@ class _Version(argparse.Action):
     """Looks the release up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from weightsync.orchestrator.daemon.release import release
+        from weightsync.orchestrator.release import release
 
         print(f"{parser.prog} {release()}")
         parser.exit()
@@ -96,24 +97,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_run(commands: Commands) -> None:
-    run = commands.add_parser("run", help="run the daemon in the foreground")
+    run = add_command(commands, "run", "run the daemon in the foreground")
     add_config_option(run)
     run.set_defaults(run=_run)
 
 
 def _add_views(commands: Commands) -> None:
-    status = commands.add_parser("status", help="which engine serves which version, and what the last rounds cost")
-    rounds = commands.add_parser("rounds", help="history of rounds, oldest first")
+    status = add_command(commands, "status", "which engine serves which version, and what the last rounds cost")
+    rounds = add_command(commands, "rounds", "history of rounds, oldest first")
     rounds.add_argument("--last", type=count, default=20, metavar="N", help="so many rounds (default 20)")
     rounds.add_argument("of", nargs="*", metavar="show ROUND", help="one round in full, by its name in the table")
     status.add_argument("--check", action="store_true", help="one line for monitors; exit 0 ok, 1 degraded, 2 critical")
     status.add_argument(
         "--ready", action="store_true", help="for health checks, without a token: exit 0 if the daemon works, else 75"
     )
-    watch = commands.add_parser("watch", help="the status, live, until interrupted")
+    watch = add_command(commands, "watch", "the status, live, until interrupted")
     watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
     watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
-    report = commands.add_parser("report", help="write the history of rounds as one HTML file with charts")
+    report = add_command(commands, "report", "write the history of rounds as one HTML file with charts")
     report.add_argument("--out", type=Path, metavar="PATH", default=Path("rounds.html"), help="default: rounds.html")
     report.add_argument("--last", type=count, default=1000, metavar="N", help="so many rounds (default 1000)")
     for command in (status, rounds):
@@ -127,22 +128,22 @@ def _add_views(commands: Commands) -> None:
 
 
 def _add_config(commands: Commands) -> None:
-    config = commands.add_parser("config", help="check a configuration, or print an example or the schema")
+    config = add_command(commands, "config", "check a configuration, or print an example or the schema")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True)
-    check = actions.add_parser("check", help="check a configuration and what it points to")
-    check.add_argument("path", type=Path, metavar="PATH")
+    check = add_command(actions, "check", "check a configuration and what it points to")
+    check.add_argument("path", type=Path, metavar="PATH", help="the configuration file")
     check.add_argument("--probe", action="store_true", help="ask each engine for its routes, too")
     check.set_defaults(run=_check)
     check.add_argument("--json", action="store_true", help="print JSON")
-    schema = actions.add_parser("schema", help="print the JSON schema of the configuration")
+    schema = add_command(actions, "schema", "print the JSON schema of the configuration")
     schema.set_defaults(run=_schema)
-    example = actions.add_parser("example", help="print a configuration that explains every key")
+    example = add_command(actions, "example", "print a configuration that explains every key")
     example.set_defaults(run=_example)
 
 
 def _add_doctor(commands: Commands) -> None:
     text = "look for known traps on this host, at the engines and at the daemon; exit 0 none, 1 warnings, 2 errors"
-    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor = add_command(commands, "doctor", text)
     add_config_option(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help="for each answer (default 10)")
@@ -150,14 +151,14 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _add_tokens(commands: Commands) -> None:
-    tokens = commands.add_parser("tokens", help="make the token files of a run, one for each role")
+    tokens = add_command(commands, "tokens", "make the token files of a run, one for each role")
     tokens.add_argument("directory", type=Path, metavar="DIR", help="the configuration's credentials")
     tokens.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
     tokens.set_defaults(run=_tokens)
 
 
 def _add_certs(commands: Commands) -> None:
-    certs = commands.add_parser("certs", help="make a small authority of a run, and certificates of daemon and clients")
+    certs = add_command(commands, "certs", "make a small authority of a run, and certificates of daemon and clients")
     certs.add_argument("directory", type=Path, metavar="DIR", help="where; what is there already is kept")
     certs.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
     certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
@@ -166,7 +167,7 @@ def _add_certs(commands: Commands) -> None:
 
 
 def _add_admin_key(commands: Commands) -> None:
-    key = commands.add_parser("admin-key", help="print the key that opens an engine's admin routes")
+    key = add_command(commands, "admin-key", "print the key that opens an engine's admin routes")
     key.add_argument("engine", metavar="ENGINE", help="its name in the configuration")
     add_config_option(key)
     key.set_defaults(run=_admin_key)

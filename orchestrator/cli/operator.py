@@ -5,7 +5,7 @@ import getpass
 import socket
 from typing import Final
 
-from weightsync.orchestrator.cli.common import Commands, add_daemon_options
+from weightsync.orchestrator.cli.common import Commands, add_command, add_daemon_options
 
 VERBS: Final[tuple[tuple[str, str, str], ...]] = (
     ("hold", "ENGINE", "keep an engine paused and out of rounds, until it is released"),
@@ -25,16 +25,21 @@ VERBS: Final[tuple[tuple[str, str, str], ...]] = (
 """Each with what it is about and what it does."""
 
 
+TARGETS: Final = {"ENGINE": "its name, as status shows it", "WRITER": "such as trainer/1, as status shows it"}
+
+
 def add_verb_commands(commands: Commands) -> None:
     """One command for each verb."""
     for verb, target, text in VERBS:
-        command = commands.add_parser(verb, help=text, description=text)
+        command = add_command(commands, verb, text)
         if target == "on|off":
-            command.add_argument("target", choices=("on", "off"))
+            command.add_argument("target", choices=("on", "off"), help="which of the two")
         elif target == "[STEP]":
-            command.add_argument("target", nargs="?", default="", metavar="STEP")
+            command.add_argument(
+                "target", nargs="?", default="", metavar="STEP", help="of the version (default: the one before)"
+            )
         elif target:
-            command.add_argument("target", metavar=target)
+            command.add_argument("target", metavar=target, help=TARGETS[target])
         command.add_argument("--reason", default="", help="for the log, the audit log and status")
         add_daemon_options(command)
         command.set_defaults(run=perform, verb=verb)

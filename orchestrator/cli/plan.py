@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for, token_for
-from weightsync.orchestrator.cli.common import Commands, Exit, add_config_option, count, positive, seconds
+from weightsync.orchestrator.cli.common import Commands, Exit, add_command, add_config_option, count, positive, seconds
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import LINKS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES
@@ -48,10 +48,11 @@ class Unusable(Exception):
 
 def add_plan_commands(commands: Commands) -> None:
     """Add ``plan explain`` and ``plan simulate``; ``run`` of the parsed arguments is the command."""
-    plan = commands.add_parser("plan", help="explain the plan of a running fleet, or simulate one")
+    plan = add_command(commands, "plan", "explain the plan of a running fleet, or simulate one")
     actions = plan.add_subparsers(title="actions", metavar="ACTION", required=True)
-    explained = actions.add_parser("explain", help="who sends what to whom, how, why, and how long it takes")
-    simulated = actions.add_parser("simulate", help="predict the transfer on a fleet that is not there")
+    explained = add_command(actions, "explain", "who sends what to whom, how, why, and how long it takes")
+    simulated = add_command(actions, "simulate", "predict the transfer on a fleet that is not there")
+    cost, rate = CostModel(), CostModel().bytes_per_second
     for command in (explained, simulated):
         command.add_argument(
             "--from", dest="source", metavar="PATH_OR_URL",
@@ -61,10 +62,10 @@ def add_plan_commands(commands: Commands) -> None:
         command.add_argument("--token-file", type=Path, metavar="PATH", help="file with the daemon's token")
         command.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of the daemon's answer")
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--alpha", type=positive, default=CostModel().alpha_seconds, metavar="SECONDS",
-                             help="per descriptor (default %(default)s)")  # fmt: skip
-        command.add_argument("--bytes-per-second", type=positive, default=CostModel().bytes_per_second, metavar="RATE",
-                             help="of one edge, for what is packed (default %(default)s)")  # fmt: skip
+        command.add_argument("--alpha", type=positive, default=cost.alpha_seconds, metavar="SECONDS",
+                             help=f"per descriptor (default {cost.alpha_seconds:g})")  # fmt: skip
+        command.add_argument("--bytes-per-second", type=positive, default=rate, metavar="RATE",
+                             help=f"of one edge, for what is packed, in bytes/s (default {rate:g})")  # fmt: skip
     explained.add_argument("--top", type=count, default=20, metavar="N", help="rows per table (default 20)")
     explained.add_argument("--tensors", action="store_true", help="every tensor, not families of layers and experts")
     explained.set_defaults(run=_explain)
@@ -78,16 +79,20 @@ def _add_fleet(command: argparse.ArgumentParser) -> None:
     fleet.add_argument("--trainer-ep", type=count, default=8, metavar="N", help="expert-parallel ranks (default 8)")
     fleet.add_argument("--fsdp", type=count, default=8, metavar="N", help="FSDP ranks per expert rank (default 8)")
     fleet.add_argument("--replicas", type=count, default=1, metavar="N", help="HSDP replicas that send (default 1)")
-    fleet.add_argument("--expert-shards", choices=("experts", "rows"), default="experts", help="what FSDP splits")
+    fleet.add_argument("--expert-shards", choices=("experts", "rows"), default="experts",
+                       help="what FSDP splits (default %(default)s)")  # fmt: skip
     fleet.add_argument("--engines", type=count, default=2, metavar="N", help="engines (default 2)")
     fleet.add_argument("--engine-ep", type=count, default=16, metavar="N", help="ranks per engine (default 16)")
     hardware, default = command.add_argument_group("hardware"), Hardware()
-    hardware.add_argument("--nic-gbps", type=positive, default=default.nic_gbps, help="line rate (default %(default)s)")
-    hardware.add_argument("--nics-per-node", type=count, default=default.nics_per_node, help="default %(default)s")
-    hardware.add_argument("--gpus-per-node", type=count, default=default.gpus_per_node, help="default %(default)s")
+    hardware.add_argument("--nic-gbps", type=positive, default=default.nic_gbps, metavar="RATE",
+                          help=f"of a port, in Gb/s (default {default.nic_gbps:g})")  # fmt: skip
+    hardware.add_argument("--nics-per-node", type=count, default=default.nics_per_node, metavar="N",
+                          help="ports (default %(default)s)")  # fmt: skip
+    hardware.add_argument("--gpus-per-node", type=count, default=default.gpus_per_node, metavar="N",
+                          help="GPUs (default %(default)s)")  # fmt: skip
     hardware.add_argument("--colocated", action="store_true", help="engines on the trainer's own GPUs")
-    hardware.add_argument("--efficiency", type=positive, default=default.efficiency,
-                          help="of line rate that is reached (default %(default)s)")  # fmt: skip
+    hardware.add_argument("--efficiency", type=positive, default=default.efficiency, metavar="PART",
+                          help="of a port's rate that is reached (default %(default)s)")  # fmt: skip
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -15,8 +15,8 @@ from weightsync.orchestrator.cli.common import Exit
 from weightsync.orchestrator.cli.status import rounds_view
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView
-from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.protocol.text import clean
+from weightsync.orchestrator.release import release
 
 MAX_ROWS: Final = 500
 """Of the table; the charts are of all rounds."""

@@ -7,6 +7,7 @@ from typing import Final
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    FindingView,
     LinkView,
     ProblemView,
     RoundRow,
@@ -20,6 +21,9 @@ WIDTH: Final = 100
 
 MAX_CELL: Final = 32
 """Of a table: a name may have 128 characters; ``--json`` has all of it."""
+
+NAMED: Final = 10
+"""Characters of engines' names in a table of rounds before they are only counted."""
 
 SHOWN_ROUNDS: Final = 5
 """Rounds in ``status``; ``rounds`` shows more."""
@@ -52,6 +56,8 @@ def status_text(status: StatusView, now: float) -> str:
         shown = ", ".join(status.unneeded[:SHOWN]) + (", …" if len(status.unneeded) > SHOWN else "")
         unneeded = f"{len(status.unneeded)} tensors of the trainer that no engine needs: {shown}"
         parts.append("\n".join(_wrapped(unneeded)))
+    if notes := [line for finding in status.findings if finding.level == "note" for line in _note(finding)]:
+        parts.append("\n".join(notes))
     if left_out := [line for engine in status.engines for line in _left_out(engine)]:
         parts.append("\n".join(left_out))
     return "\n\n".join(parts)
@@ -104,7 +110,7 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     """A table of rounds, oldest first, each failure's reason below its row."""
     if not rounds:
         return "no round has ended yet"
-    table = _table(_ROUND_COLUMNS, [_round(row, now) for row in rounds]).splitlines()
+    table = _table(_ROUND_COLUMNS, [_round(row, now) for row in rounds], _SPARE_OF_ROUNDS).splitlines()
     lines = [table[0]]
     for row, line in zip(rounds, table[1:], strict=True):
         lines.append(line)
@@ -137,8 +143,10 @@ _ENGINE_COLUMNS: Final = (
 )  # fmt: skip
 _ROUND_COLUMNS: Final = (
     "ROUND", "KIND", "STEP", "TRY", "OUTCOME", "ENGINES", "BYTES", "GB/S", "PAUSE", "STALL", "SWITCH", "VERIFY",
-    "TOTAL MS", "AGO",
+    "TOTAL", "AGO",
 )  # fmt: skip
+_SPARE_OF_ROUNDS: Final = ("VERIFY", "PAUSE", "TRY")
+"""What a table of rounds that is too wide does without, and ``rounds show`` has."""
 _LINK_COLUMNS: Final = ("LINK", "BY", "EDGES", "BYTES", "GB/S", "SLOW")
 
 _LEFT_OUT: Final = {
@@ -190,6 +198,13 @@ def _modes(engines: Sequence[EngineView]) -> list[str]:
     return lines
 
 
+def _note(finding: FindingView) -> list[str]:
+    more = f" and {finding.count - len(finding.members)} more" if finding.count > len(finding.members) else ""
+    who, where = f"{', '.join(finding.members)}{more}", f"{finding.check}: " if finding.check else ""
+    fix = f". Fix: {finding.fix}" if finding.fix else ""
+    return _wrapped(f"note of {who}: {where}{finding.what}{fix}")
+
+
 def _left_out(engine: EngineView) -> list[str]:
     return [
         line
@@ -210,7 +225,8 @@ def _round(row: RoundRow, now: float) -> tuple[str, ...]:
         how = "via" if row.kind == "publish" else "from"
         kind = _cut(f"{how} {','.join(sorted(set(row.lenders.values())))}", 16)
     ago = _age(now - row.unix_time) if row.unix_time else "-"
-    engines = str(len(row.engines)) if len(row.engines) > 3 else _cut(",".join(row.engines), 16) or "-"
+    names = ",".join(row.engines) or "-"
+    engines = names if len(names) <= NAMED else str(len(row.engines))
     who = (row.round, kind, str(row.step), str(row.attempt), row.outcome, engines)
     return (*who, _bytes(row.bytes), wire, pause, stall, switch, verify, total, ago)
 
@@ -236,12 +252,17 @@ def _committed(version: VersionView | None, now: float) -> str:
     return f"step {version.step} (generation {version.generation:x}), commit {version.sequence}{age}{digest}"
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest cell; numbers to the right; no column of which nothing is known."""
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], spare: tuple[str, ...] = ()) -> str:
+    """Columns as wide as their widest cell; numbers to the right; no column of which nothing is known. ``spare``: those
+    that go, in this order, as long as the table is too wide."""
     kept = [column for column in range(len(header)) if not rows or any(row[column] not in ("", "-") for row in rows)]
-    header = tuple(header[column] for column in kept)
     cells = [tuple(_cut(_plain(row[column]), MAX_CELL) for column in kept) for row in rows]
+    header = tuple(header[column] for column in kept)
     widths = [max(len(row[column]) for row in (header, *cells)) for column in range(len(header))]
+    if spare and sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        going = header.index(spare[0]) if spare[0] in header else len(header)
+        without = [(*row[:going], *row[going + 1 :]) for row in (header, *cells)]
+        return _table(without[0], without[1:], spare[1:])
     right = [bool(cells) and all(_numeric(row[column]) for row in cells) for column in range(len(header))]
     lines = []
     for row in (header, *cells):

@@ -46,6 +46,7 @@ from weightsync.orchestrator.protocol.messages import (
     Bye,
     Closed,
     EngineStatus,
+    Examined,
     Holding,
     Left,
     Quiesced,
@@ -214,6 +215,8 @@ def _said(turn: Turn, event: AgentSaid) -> None:
                 agent.told_hold = None  # a commit ends a hold, so what it was told before says nothing
             if isinstance(message, Left) and message.status.torn:
                 members.mend(turn, agent, message.round)
+        case Examined():
+            agent.findings = message.findings
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():

@@ -11,6 +11,7 @@ from weightsync.orchestrator.core.records import LinkUse
 from weightsync.orchestrator.core.round.feed import Feed
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.protocol.edges import LinkKind
+from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
 from weightsync.orchestrator.protocol.messages import Announce, Connect, EngineStatus, Fault, Hello, Needs, Staged
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
@@ -56,6 +57,8 @@ class ConnectedAgent:
     """Fingerprint of the Needs that it was sent last."""
     told_hold: bool | None = None
     """What Hold it was sent last on this connection."""
+    findings: tuple[Finding, ...] = ()
+    """What is wrong around its process, as it said on this connection."""
     staged: Staged | None = None
     standing: str = ""
     """What a trainer's first rank was told last of what the daemon does."""

@@ -42,7 +42,6 @@ from weightsync.orchestrator.daemon.page.routes import Page
 from weightsync.orchestrator.daemon.page.timeline import Timeline
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.daemon.policy import policy_of
-from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.daemon.reload import Reload
 from weightsync.orchestrator.daemon.run_directory.stable import StableWatch
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
@@ -51,6 +50,7 @@ from weightsync.orchestrator.daemon.tracing import RoundTraces
 from weightsync.orchestrator.protocol.messages import Fault, Refused
 from weightsync.orchestrator.protocol.names import Member
 from weightsync.orchestrator.protocol.traces.export import OtlpSpans, TracesUnavailable
+from weightsync.orchestrator.release import release
 from weightsync.orchestrator.settings.problems import ConfigError, Problem
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings

@@ -1,5 +1,5 @@
 """One edge, from a trainer rank to a peer: where the peer is, by what kind of link, what one grant moved to it, why it
-cannot be used; and by which transport bytes move.
+cannot be used; by which transport bytes move, and by which way both rounds of the rendezvous travel.
 
 Plans are explained and simulated by the table of rates here, and an edge's measured rate is judged by it as long as
 nothing better is known.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
-from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Path, Reason, Seconds, Spoken
+from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Path, Port, Reason, Seconds, Spoken
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
-from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES, MAX_SECONDS, MAX_TENSORS
+from weightsync.orchestrator.protocol.limits import MAX_NET_DEVICES, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import Digest, Member
 
 LinkKind = Literal["same_gpu", "nvlink", "nic", "tcp", "shm", "files", "unknown"]
@@ -120,3 +120,17 @@ class FilesystemSettings(msgspec.Struct, frozen=True, tag="filesystem"):
     """
 
     directory: Path
+
+
+class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
+    """Both rounds travel over this connection."""
+
+
+class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
+    """Both rounds travel over vLLM's StatelessProcessGroup; this agent joins as ``rank`` of ``world``."""
+
+    host: Name
+    port: Port
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=2 * MAX_WORLD)]
+    world: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_WORLD)]
+    timeout_seconds: Seconds

@@ -1,10 +1,17 @@
-"""What a check has found, as ``doctor`` and ``config check`` tell it on either side: level, evidence and fix."""
+"""What a check has found, as ``doctor``, ``config check`` and agents tell it: level, evidence and fix."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal
 
 import msgspec
+from weightsync.orchestrator.protocol.fields import Reason, Spoken
+from weightsync.orchestrator.protocol.limits import (
+    MAX_FINDING_CHARS,
+    MAX_FINDING_CHECK_CHARS,
+    MAX_FINDING_FIX_CHARS,
+    MAX_FINDINGS,
+)
 from weightsync.orchestrator.protocol.text import clean
 
 FINDINGS_SCHEMA: Final = 1
@@ -22,16 +29,19 @@ LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "note", "ok")
 """Worst first. error: it cannot work; warning: it works slowly, unsafely or by luck; note: worth knowing."""
 
 
-class Finding(msgspec.Struct, frozen=True):
+class Finding(Spoken, frozen=True):
     """One thing that was looked at. ``what``: the evidence; ``fix``: what to do, where something is wrong.
 
-    ``check``: what was looked at: a key of the configuration, a variable, a device, an engine.
+    ``check``: what was looked at: a key of the configuration, a variable, a device, an engine. ``several_hosts``: it
+    matters only where members are on several hosts.
     """
 
     level: Level
-    what: str
-    fix: str = ""
-    check: str = ""
+    what: Reason
+    fix: Reason = ""
+    check: Reason = ""
+    several_hosts: bool = False
+    spoken = ("what", "fix", "check")
 
     @property
     def text(self) -> str:
@@ -62,6 +72,24 @@ def broke(check: str, error: Exception) -> Finding:
     """The finding that a check could not be made."""
     what = f"could not be looked at: {type(error).__name__}: {error}"
     return Finding("warning", clean(what), "look at it by hand, and report this", check)
+
+
+def in_short(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Those that an agent tells: what is more than ``ok``, worst first, each cut, at most MAX_FINDINGS."""
+    ranked = sorted((each for each in found if each.level != "ok"), key=lambda each: LEVELS.index(each.level))
+    if len(ranked) > MAX_FINDINGS:
+        more = len(ranked) - MAX_FINDINGS + 1
+        rest = Finding(ranked[MAX_FINDINGS - 1].level, f"{more} more findings", "python -m weightsync.agents doctor")
+        ranked[MAX_FINDINGS - 1 :] = [rest]
+    return tuple(
+        msgspec.structs.replace(
+            each,
+            what=clean(each.what, MAX_FINDING_CHARS),
+            fix=clean(each.fix, MAX_FINDING_FIX_CHARS),
+            check=clean(each.check, MAX_FINDING_CHECK_CHARS),
+        )
+        for each in ranked
+    )
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -64,6 +64,18 @@ MAX_LEFT_OUT_CHARS: Final = 400
 MAX_LANDS_CHARS: Final = 600
 """Of why an engine's rank lands as it does: two reasons, each of which may be the text of a driver's error."""
 
+MAX_FINDINGS: Final = 24
+"""What one agent says that is wrong around it; of a whole host with eight ports a dozen are known."""
+
+MAX_FINDING_CHARS: Final = 600
+"""Of the evidence for one of them: it may list a host's ports …"""
+
+MAX_FINDING_FIX_CHARS: Final = 300
+"""… of what to do about it …"""
+
+MAX_FINDING_CHECK_CHARS: Final = 100
+"""… and of what was looked at."""
+
 MAX_ROWS: Final = 4_000_000
 """Boxes in one layout."""
 

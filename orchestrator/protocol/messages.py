@@ -9,21 +9,29 @@ from typing import Annotated, Literal
 import msgspec
 from weightsync.orchestrator.protocol.edges import EdgeFailure, Peer, PeerTransfer
 from weightsync.orchestrator.protocol.edges import FilesystemSettings as FilesystemSettings
+from weightsync.orchestrator.protocol.edges import HubRendezvous as HubRendezvous
 from weightsync.orchestrator.protocol.edges import NixlSettings as NixlSettings
+from weightsync.orchestrator.protocol.edges import TcpStoreRendezvous as TcpStoreRendezvous
 from weightsync.orchestrator.protocol.fields import (
     Count,
     Endpoint,
     Name,
     Nonce,
     Path,
-    Port,
     Reason,
     Seconds,
     Spoken,
     World,
 )
+from weightsync.orchestrator.protocol.findings import Finding, in_short
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
-from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
+from weightsync.orchestrator.protocol.limits import (
+    MAX_FINDINGS,
+    MAX_OPEN_GRANTS,
+    MAX_SECONDS,
+    MAX_TENSORS,
+    MAX_WORLD,
+)
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.protocol.traces.context import TraceContext
 
@@ -181,8 +189,9 @@ class Hello(Message, frozen=True, kw_only=True):
     """First frame of a connection.
 
     ``epoch_seen``, ``journal_id`` and ``life_seen`` are the last daemon's that this agent obeyed. ``boot``: of the
-    host, drawn anew by its kernel at each start. After Welcome the agent repeats its words of its last round (Quiesced,
-    Closed, Verified, Left), since the connection before may have lost them.
+    host, drawn anew by its kernel at each start. ``release``: of this project, in that process.
+    After Welcome the agent repeats its words of its last round (Quiesced, Closed, Verified, Left), since the connection
+    before may have lost them.
     """
 
     schema: Count
@@ -197,8 +206,19 @@ class Hello(Message, frozen=True, kw_only=True):
     host: Name = ""
     boot: Name = ""
     pid: Count = 0
+    release: Name = ""
     trainer: TrainerStatus | None = None
     engine: EngineStatus | None = None
+
+
+class Examined(Message, frozen=True, kw_only=True):
+    """What is wrong around this agent's process (its variables, limits, ports, clock), worst first. Said after each
+    Welcome of a new connection, as soon as it has been looked at, if there is anything. Cut again where it comes in."""
+
+    findings: Annotated[tuple[Finding, ...], msgspec.Meta(max_length=MAX_FINDINGS)]
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "findings", in_short(self.findings))
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -215,20 +235,6 @@ class Bye(Message, frozen=True, kw_only=True):
 # ---------------------------------------------------------------------------------------------- daemon to agent
 TransportSettings = NixlSettings | FilesystemSettings
 """Every transport's settings, told apart by their tags."""
-
-
-class HubRendezvous(msgspec.Struct, frozen=True, tag="hub"):
-    """Both rounds travel over this connection."""
-
-
-class TcpStoreRendezvous(msgspec.Struct, frozen=True, tag="tcpstore"):
-    """Both rounds travel over vLLM's StatelessProcessGroup; this agent joins as ``rank`` of ``world``."""
-
-    host: Name
-    port: Port
-    rank: Annotated[int, msgspec.Meta(ge=0, lt=2 * MAX_WORLD)]
-    world: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_WORLD)]
-    timeout_seconds: Seconds
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -394,5 +400,5 @@ RoundWord = Quiesced | Exposed | Closed | Verified | Left
 RoundOrder = Expose | Verify | Commit | Abort
 """What a worker is told about a round."""
 
-FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Heartbeat | Bye
+FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
 FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Renew | Outcome | Standing | Heartbeat

@@ -1,23 +1,26 @@
-"""What it costs to be watched: 50 open pages and a scraper, while 128 agents go through one round after the other.
+"""What it costs to be watched: 50 open pages, a scraper and traces, while 128 agents go through round after round.
 
-    python tests/benchmarks/bench_observe.py [--windows 5] [--rounds 30]
+    python tests/benchmarks/bench_observe.py [--blocks 12] [--rounds 5]
 
-Prints one JSON line per figure. The real daemon runs in a process of its own; agents and engines are another
-(``observed_fleet``), pages and scraper a third, which reads all that it is sent. Windows of ``--rounds`` rounds with
-and without watchers take turns, and what is compared is the processor time that the daemon's process used: all that it
-does is done on one loop, so that this is the most by which a round can have become longer.
+Prints one JSON line per figure. There are two whole fleets, one of which nobody watches: real daemons in processes of
+their own; agents and engines of each in another (``observed_fleet``); pages and scraper, which read all that they are
+sent, and the collector of traces. Of a block of four windows of ``--rounds`` rounds the first and the last are the
+unwatched fleet's, so that a machine that becomes slower or faster favours neither. What is compared is the processor
+time that the daemons' processes used, in nanoseconds from the kernel's scheduler: nearly all that a daemon does is done
+on one loop, so that this is the most by which a round can have become longer.
 
 * ``observe_share``: processor time that watching adds, over the time of the rounds in which it was added, in percent.
-* ``observe_round_ms``: a round without watchers, from staging to the last outcome; ``observe_added_ms``: what watching
-  adds to the processor time of one.
+* ``observe_round_ms``: a round without watchers, from staging to the last outcome; ``observe_cpu_ms``: the processor
+  time of one; ``observe_added_ms``: what watching adds to that.
 * ``observe_page_kb_per_second``: what one page is sent.
 
-``n`` counts windows with watchers, ``value`` is their median, ``spread`` the largest minus the smallest.
+``n`` counts blocks (of ``observe_round_ms``: rounds), ``value`` is their median, ``spread`` the distance between their
+quartiles: a block in which the machine does something else says nothing, and there is always one.
 """
 
 import argparse
 import asyncio
-import os
+import json
 import statistics
 import tempfile
 import time
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from bench_hub import report
+from aiohttp import web
 from fleet import Fleet
 from hub_processes import Child, Pipe, allow_sockets, closed
 from observed_fleet import HOST, RUN, SpokenFleet
@@ -33,7 +36,6 @@ from observed_fleet import HOST, RUN, SpokenFleet
 TRAINERS, ENGINES, RANKS = 64, 16, 4
 PAGES: Final = 50
 SCRAPE_SECONDS: Final = 5.0
-TICKS: Final = os.sysconf("SC_CLK_TCK")
 WARM_ROUNDS: Final = 5
 
 SETTINGS: Final = {
@@ -44,10 +46,23 @@ SETTINGS: Final = {
 }
 
 
+def report(figure: str, values: list[float], unit: str) -> None:
+    """Print one figure: the median of ``values``, and the distance between their quartiles."""
+    lower, value, upper = statistics.quantiles(values, n=4)
+    line = {
+        "figure": figure,
+        "value": round(value, 6),
+        "unit": unit,
+        "n": len(values),
+        "spread": round(upper - lower, 6),
+    }
+    print(json.dumps(line), flush=True)
+
+
 def processor_seconds(pid: int) -> float:
-    """That the process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    """That all threads of the process have used (/proc/PID/task/*/schedstat: nanoseconds on a processor come first)."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 def agents(pipe: Pipe, credentials: Path, url: str, run_directory: Path) -> None:
@@ -120,6 +135,26 @@ async def _watch(pipe: Pipe, url: str, headers: dict[str, str]) -> None:
     await closed(pipe)
 
 
+def collector(pipe: Pipe) -> None:
+    """The process that traces are sent to; says its port."""
+    asyncio.run(_collect(pipe))
+
+
+async def _collect(pipe: Pipe) -> None:
+    async def taken(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(content_type="application/x-protobuf")
+
+    app = web.Application()
+    app.router.add_post("/v1/traces", taken)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, HOST, 0).start()
+    pipe.send(runner.addresses[0][1])
+    await closed(pipe)
+    await runner.cleanup()
+
+
 class EnginePlace:
     """What a Fleet asks of a server."""
 
@@ -127,53 +162,75 @@ class EnginePlace:
         self.url = f"http://{HOST}:{port}"
 
 
+class Observed:
+    """A daemon with its agents and engines."""
+
+    def __init__(self, directory: Path, settings: dict[str, object]) -> None:
+        self.whole = Fleet(directory, {}, settings=SETTINGS | settings, run_id=RUN)
+        self.url = f"http://{HOST}:{self.whole.port}"
+
+    def __enter__(self) -> "Observed":
+        whole = self.whole
+        self._agents = Child(agents, whole.credentials, f"ws://{HOST}:{whole.port}/agents", whole.directory / "run")
+        try:
+            ports = self._agents.receive()
+            whole.engines = {f"e{n}": EnginePlace(port) for n, port in enumerate(ports)}  # type: ignore[assignment]
+            whole.restart_daemon()
+        except BaseException:
+            self.__exit__()
+            raise
+        self._agents.send("begin")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._agents.__exit__()
+        self.whole.close()
+
+    def window(self, rounds: int) -> tuple[float, list[float]]:
+        """Processor time of the daemon, and seconds of each round."""
+        assert self.whole.daemon is not None
+        assert self.whole.daemon.child is not None
+        before = processor_seconds(self.whole.daemon.child.pid)
+        self._agents.send(rounds)
+        took = self._agents.receive()
+        return processor_seconds(self.whole.daemon.child.pid) - before, took
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        fleet = Fleet(Path(directory), {}, settings=dict(SETTINGS), run_id=RUN)
-        url = f"http://{HOST}:{fleet.port}"
-        arguments = (fleet.credentials, f"ws://{HOST}:{fleet.port}/agents", fleet.directory / "run")
-        try:
-            with Child(agents, *arguments) as speaking:
-                fleet.engines = {f"e{n}": EnginePlace(port) for n, port in enumerate(speaking.receive())}  # type: ignore[assignment]
-                fleet.restart_daemon()
-                speaking.send("begin")
-                measure(fleet, speaking, url, options.windows, options.rounds)
-        finally:
-            fleet.close()
+    with tempfile.TemporaryDirectory() as directory, Child(collector) as traces:
+        endpoint = f"http://{HOST}:{traces.receive()}/v1/traces"
+        alone = Observed(Path(directory) / "alone", {})
+        watched = Observed(Path(directory) / "watched", {"traces": {"otlp_endpoint": endpoint}})
+        with alone, watched:
+            for fleet in (alone, watched):
+                fleet.window(WARM_ROUNDS)
+            measure(alone, watched, options.blocks, options.rounds)
 
 
-def measure(fleet: Fleet, speaking: Child, url: str, windows: int, rounds: int) -> None:
-    """Windows with and without watchers take turns."""
-    assert fleet.daemon is not None
-    assert fleet.daemon.child is not None
-    pid = fleet.daemon.child.pid
-    token = (fleet.credentials / "viewer.token").read_text().strip()
-
-    def window(count: int) -> tuple[float, list[float]]:
-        """Processor time of the daemon, and seconds of each round."""
-        before = processor_seconds(pid)
-        speaking.send(count)
-        took = speaking.receive()
-        return processor_seconds(pid) - before, took
-
-    window(WARM_ROUNDS)
-    shares, added, alone, sent = [], [], [], []
-    for _ in range(windows):
-        base, took = window(rounds)
-        alone += took
-        with Child(watchers, url, token) as watching:
+def measure(alone: Observed, watched: Observed, blocks: int, rounds: int) -> None:
+    """Blocks of four windows: alone, watched, watched, alone."""
+    token = (watched.whole.credentials / "viewer.token").read_text().strip()
+    shares, own, added, unwatched, sent = [], [], [], [], []
+    for _ in range(blocks):
+        outer = [alone.window(rounds)]
+        with Child(watchers, watched.url, token) as watching:
             watching.receive()
-            watched, took_watched = window(rounds)
+            inner = [watched.window(rounds) for _ in range(2)]
             watching.send("enough")
             sent.append(watching.receive())
-        shares.append(100 * (watched - base) / sum(took_watched))
-        added.append(1e3 * (watched - base) / rounds)
+        outer.append(alone.window(rounds))
+        base, more = (sum(used for used, _ in windows) for windows in (outer, inner))
+        shares.append(100 * (more - base) / sum(sum(took) for _, took in inner))
+        own.append(1e3 * base / (2 * rounds))
+        added.append(1e3 * (more - base) / (2 * rounds))
+        unwatched += [1e3 * seconds for _, took in outer for seconds in took]
     report("observe_share", shares, "%")
-    report("observe_round_ms", [1e3 * seconds for seconds in alone], "ms")
+    report("observe_round_ms", unwatched, "ms")
+    report("observe_cpu_ms", own, "ms")
     report("observe_added_ms", added, "ms")
     report("observe_page_kb_per_second", [rate / 1e3 for rate in sent], "kB/s")
 

@@ -171,10 +171,13 @@ class SpokenEngine:
             app.router.add_get(path, self._answer, allow_head=False)
         for path in POST:
             app.router.add_post(path, self._answer)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, HOST, 0).start()
-        return int(runner.addresses[0][1])
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, HOST, 0).start()
+        return int(self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:
         body: dict[str, Any] = await request.json() if request.can_read_body else {}
@@ -234,3 +237,4 @@ class SpokenFleet:
         agents = [*self._writers, *(rank for engine in self.engines for rank in engine.ranks)]
         await asyncio.gather(*(agent.client.close() for agent in agents))
         await asyncio.gather(*(agent.running for agent in agents))
+        await asyncio.gather(*(engine.close() for engine in self.engines))

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from serving import Serve, VllmServer, tiny_qwen3
 
+pytest.register_assert_rewrite("watched")
+
 
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fleet import Fleet, fleet
 from serving import DEFAULT_PROMPTS, Answer, VllmServer, answers
+from watched import require_metrics, require_surroundings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -44,6 +45,8 @@ def push_and_compare(whole: Fleet, server: VllmServer, model: Path, world: int) 
     assert served[1] != served[5], "changed weights must change what is said"
     status, told = server.get("/weight_info")
     assert (status, told) == (200, {"weight_version": "5"})
+    require_metrics(whole, rounds=5, step=5, trainers=world, ranks=server.tp * server.dp)
+    require_surroundings(whole)
     if server.env.get("WEIGHTSYNC_MODE") == "flip":
         whole.command("rollback", "--config", str(whole.config))
         whole.until(lambda: whole.engine("engine")["version"]["step"] == 4, "the version before to be served")

@@ -13,8 +13,8 @@ from tutorial import PLACES, ROOT, blocks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1200)]
 
-FAILS = {"status": 75, "rounds": 75, "doctor": 1}
-"""Commands that end so, as the tutorial says: there is no daemon any more; a laptop is no cluster."""
+FAILS = {"status": 75, "rounds": 75}
+"""Commands that end so, as the tutorial says: there is no daemon any more."""
 
 
 def script(tmp_path: Path) -> str:
@@ -53,6 +53,7 @@ def test_every_command_does_what_the_tutorial_says(tmp_path: Path) -> None:
                 break
     told = out.read_text(errors="replace")
     failed = {words[0]: int(code) for code, words in _failures(told)}
+    assert failed.pop("doctor", 1) == 1, told  # of this machine it may have nothing to say
     assert failed == FAILS, told
     assert re.search(r"^identical: ", told, re.MULTILINE), told
     assert "version 1 is commit 1\n" in told

@@ -53,7 +53,7 @@ def test_every_page_has_its_place_in_the_navigation_and_no_place_is_empty() -> N
     _, _, nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")
     placed = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
     files = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert sorted(placed) == sorted(files | set(hooks.PAGES.values()) | set(hooks.generated()))
+    assert sorted(placed) == sorted([*files, *hooks.PAGES.values(), *hooks.generated()]), "each is one page's"
 
 
 def test_each_how_to_is_a_page_of_its_own() -> None:

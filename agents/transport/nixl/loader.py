@@ -147,6 +147,12 @@ def environment(overrides: Mapping[str, str | None]) -> Iterator[None]:
             _apply(before)
 
 
+def environment_of_process() -> dict[str, str]:
+    """The variables as they are while nothing is lent."""
+    with _making:
+        return dict(os.environ)
+
+
 def _apply(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -41,12 +41,12 @@ def here(config: Path, settings: Settings) -> list[Finding]:
     """What this host shows, nobody asked."""
     run, state = settings.run.directory, settings.state_directory
     found = examined("configuration", lambda: _file(config))
-    found += examined("configuration", lambda: findings_of(settings))
+    pid = running.daemon_pid(settings)
+    found += examined("configuration", lambda: _but_what_the_daemon_has(findings_of(settings), pid))
     found += examined("run.directory", lambda: directories.run_directory(run))
     found += examined("state_directory", lambda: directories.state_directory(state))
     if settings.transport.type == "filesystem":
         found += examined("transport", lambda: directories.room_for_checkpoints(run, _version_bytes(settings)))
-    pid = running.daemon_pid(settings)
     if pid is not None:
         root = running.PROC / str(pid) / "root"
         found += examined("sandbox", lambda: running.sandbox(root, {"run.directory": run, "state_directory": state}))
@@ -73,6 +73,13 @@ async def elsewhere(settings: Settings, seconds: float) -> list[Finding]:
         return [*found, broke("engines", error)]
     found += [finding for each in seen for finding in each.findings]
     return found + examined("engines", lambda: servers.together(seen))
+
+
+def _but_what_the_daemon_has(found: Iterable[Finding], pid: int | None) -> Iterator[Finding]:
+    """Without the note that its port cannot be bound, where the daemon is who has it."""
+    for finding in found:
+        if pid is None or (finding.check, finding.level) != ("listen.port", "note"):
+            yield finding
 
 
 def _file(config: Path) -> Iterator[Finding]:

@@ -78,11 +78,11 @@ def same_place(addresses: Mapping[str, set[Address]], urls: Mapping[str, EngineS
 
 
 def exposed(addresses: Mapping[str, set[Address]], urls: Mapping[str, EngineSection]) -> Iterator[Finding]:
-    """Servers at addresses of the public internet: their admin routes ask for no password."""
+    """Servers at addresses of the public internet, where anybody may try their admin routes."""
     for url, found in addresses.items():
         public = sorted({host for host, _ in found if ipaddress.ip_address(host.partition("%")[0]).is_global})
         if public:
-            what = f"{url} is {public[0]}, a public address, and vLLM's admin routes ask for no password"
+            what = f"{url} is {public[0]}, a public address: anybody may try its admin routes, and guess at their key"
             fix = "let only its inference routes through from outside (a proxy, a firewall)"
             yield Finding("warning", what, fix, f"engine {urls[url].name}")
 

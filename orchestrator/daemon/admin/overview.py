@@ -8,6 +8,7 @@ from weightsync.orchestrator.core.since import engine_word, since, trainer_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
 from weightsync.orchestrator.daemon.admin.problems import problems
+from weightsync.orchestrator.daemon.admin.surroundings import findings
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
     LeftOutView,
@@ -18,10 +19,10 @@ from weightsync.orchestrator.daemon.admin.views import (
     WaitingView,
     version_view,
 )
-from weightsync.orchestrator.daemon.release import release
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS, MAX_LEFT_OUT
 from weightsync.orchestrator.protocol.text import clean
+from weightsync.orchestrator.release import release
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
 
@@ -56,6 +57,7 @@ class Overview:
             round=_progress(fleet, now),
             rounds=history.rounds,
             problems=problems(fleet, markers, now, unix_now),
+            findings=findings(fleet),
             waiting=tuple(_waiting(fleet, now, unix_now)),
             holds=dict(fleet.memory.holds),
             drains=dict(fleet.memory.drains),

@@ -8,6 +8,7 @@ from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.membership import engines, rendezvous
 from weightsync.orchestrator.core.since import engine_word, since
 from weightsync.orchestrator.core.state import Fleet
+from weightsync.orchestrator.daemon.admin.surroundings import findings
 from weightsync.orchestrator.daemon.admin.views import ProblemView
 from weightsync.orchestrator.protocol.text import clean
 
@@ -51,6 +52,7 @@ def problems(fleet: Fleet, markers: Iterable[str], now: float, unix_now: float) 
     found.extend(_of_trainer(fleet, now))
     found.extend(_of_links(fleet))
     found.extend(_Found("degraded", text) for text in markers)
+    found.extend(_of_surroundings(fleet))
     alike: dict[tuple[str, str, str], list[_Found]] = {}
     for each in found:
         alike.setdefault((each.severity, each.what, each.fix), []).append(each)
@@ -116,6 +118,14 @@ def _of_links(fleet: Fleet) -> Iterator[_Found]:
         more = f", and {use.slow_edges - 1} more of {use.edges} edges are slow" if use.slow_edges > 1 else ""
         what = f"{worst.edge} moves {worst.gb_per_s:g} GB/s over {kind}{by}, which does {worst.link_gb_per_s:g}{more}"
         yield _Found("degraded", what, SLOW_LINKS.get(kind, ""))
+
+
+def _of_surroundings(fleet: Fleet) -> Iterator[_Found]:
+    for each in findings(fleet):
+        if each.level in ("error", "warning"):
+            more = f" and {each.count - len(each.members)} more" if each.count > len(each.members) else ""
+            where = f"{each.check}: " if each.check else ""
+            yield _Found("degraded", f"{', '.join(each.members)}{more}: {where}{each.what}", each.fix)
 
 
 def _of_trainer(fleet: Fleet, now: float) -> Iterator[_Found]:

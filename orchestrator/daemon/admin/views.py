@@ -4,6 +4,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 from weightsync.orchestrator.core.records import LinkUse, RoundEnded
+from weightsync.orchestrator.protocol.findings import Level
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.names import Member, Version
 
@@ -179,6 +180,20 @@ class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
 
 
+class FindingView(msgspec.Struct, frozen=True, kw_only=True):
+    """Something wrong, or worth knowing, around agents' processes, as they have found it themselves.
+
+    ``level``: error, warning or note; ``check``: what was looked at; ``members``: the first of ``count`` that say so.
+    """
+
+    level: Level
+    check: str
+    what: str
+    fix: str
+    members: tuple[str, ...]
+    count: int
+
+
 class WaitingView(msgspec.Struct, frozen=True, kw_only=True):
     """A version that was staged and that no round has begun for, and what it waits for."""
 
@@ -201,7 +216,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     first. ``holds``: engines that the operator holds, and who said why; ``maintenance``: likewise, empty when off.
 
     ``source``: "daemon", or "journal" when the daemon was down and only the journal spoke. ``unneeded``: tensors that
-    the trainer has and no engine needs, as far as the present plan knows.
+    the trainer has and no engine needs, as far as the present plan knows. ``findings``: worst first; errors and
+    warnings are among the problems, too.
     """
 
     run: str
@@ -224,6 +240,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """Engines that are drained, and why."""
     maintenance: str = ""
     unneeded: tuple[str, ...] = ()
+    findings: tuple[FindingView, ...] = ()
     schema: int = VIEW_SCHEMA
 
 

@@ -1,10 +1,13 @@
 """What every command has in common: usage, help, a wrong configuration."""
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import cli, process
 from credentials import TOKENS
+from weightsync.orchestrator.cli.main import parser
 from weightsync.orchestrator.protocol.proof import admin_key
 
 
@@ -31,6 +34,21 @@ async def test_wrong_usage_is_2(config: Path) -> None:
     assert (await cli("status")).code == 2
     assert (await cli("rounds", "--last", "0", "--config", config)).code == 2
     assert "WEIGHTSYNC_CONFIG" in (await cli("status")).err
+
+
+def test_every_command_and_each_of_its_arguments_is_explained() -> None:
+    def below(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        yield top
+        for action in top._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, inner in action.choices.items():
+                    if name != "demo":  # it has a parser of its own
+                        yield from below(inner)
+
+    for each in below(parser()):
+        assert each.description, each.prog
+        actions = [action for action in each._actions if not isinstance(action, argparse._SubParsersAction)]
+        assert not [(each.prog, action.dest) for action in actions if not action.help]
 
 
 async def test_help_lists_commands_and_exit_codes() -> None:

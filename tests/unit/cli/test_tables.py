@@ -1,8 +1,10 @@
 """The tables at a glance."""
 
+import msgspec
 from weightsync.orchestrator.cli.tables import BAR, WIDTH, check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.daemon.admin.views import (
     EngineView,
+    FindingView,
     LeftOutView,
     LinkView,
     ProblemView,
@@ -26,6 +28,15 @@ def test_why_engines_land_as_they_do_is_said_once_for_all_that_are_alike() -> No
     )
     text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", engines=engines), NOW)
     assert "\n\na, c land by copy: room\nb lands by live: no room" in text
+
+
+def test_what_is_worth_knowing_around_agents_is_a_line_and_what_is_wrong_a_problem() -> None:
+    said = {"check": "UCX_TLS", "fix": "unset UCX_TLS", "members": ("trainer/0", "e0/0"), "count": 12}
+    note = FindingView(level="note", what="UCX_TLS=tcp", **said)  # type: ignore[arg-type]
+    warning = FindingView(level="warning", what="stands among the problems", **said)  # type: ignore[arg-type]
+    text = status_text(StatusView(run="r", state="s", epoch=1, journal_id="j", findings=(warning, note)), NOW)
+    assert text.endswith("\n\nnote of trainer/0, e0/0 and 10 more: UCX_TLS: UCX_TLS=tcp. Fix: unset UCX_TLS")
+    assert "stands among" not in text
 
 
 def test_the_status_table_at_a_glance() -> None:
@@ -86,8 +97,8 @@ trainer/6  ready  step 40  n:1
 trainer/7  ready  step 40  n:1
 … and 2 more
 
-ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES   GB/S  PAUSE  STALL  VERIFY  TOTAL MS   AGO
-  2.6    39    1  failed   d        1.5 GB  41.23     30    211      25       221  30 s
+ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES   GB/S  PAUSE  STALL  VERIFY  TOTAL   AGO
+  2.6    39    1  failed   d        1.5 GB  41.23     30    211      25    221  30 s
     no CLOSED from trainer/1 within 300 s
     left out: d
 
@@ -101,6 +112,24 @@ ROUND  STEP  TRY  OUTCOME  ENGINES   BYTES   GB/S  PAUSE  STALL  VERIFY  TOTAL M
 
 def test_no_rounds_yet() -> None:
     assert rounds_text((), NOW) == "no round has ended yet"
+
+
+def test_a_table_of_rounds_that_is_too_wide_has_less_and_cuts_nothing_off() -> None:
+    row = RoundRow(
+        round="1.1", step=4, generation=1, attempt=1, outcome="committed", engines=("engine-0", "engine-1"),
+        bytes=15_700_000, wire_gb_per_s=0.06, pause_ms=93, stall_ms=727, switch_ms=3.2, verify_ms=34, total_ms=728,
+        unix_time=NOW - 90,
+    )  # fmt: skip
+    assert rounds_text((row,), NOW).splitlines() == [
+        "ROUND  STEP  TRY  OUTCOME    ENGINES    BYTES  GB/S  PAUSE  STALL  SWITCH  VERIFY  TOTAL    AGO",
+        "  1.1     4    1  committed        2  15.7 MB  0.06     93    727     3.2      34    728  2 min",
+    ]
+    lent = msgspec.structs.replace(row, round="117.204", step=1_000_000, kind="catch-up", lenders={"b": "engine-12"})
+    header, cells = rounds_text((lent,), NOW).splitlines()
+    assert header.split() == [
+        "ROUND", "KIND", "STEP", "OUTCOME", "ENGINES", "BYTES", "GB/S", "STALL", "SWITCH", "TOTAL", "AGO"
+    ]  # fmt: skip
+    assert cells.endswith("    728  2 min")
 
 
 def test_whose_fault_it_is_stands_before_the_reason() -> None:

@@ -24,7 +24,8 @@ from weightsync.orchestrator.core.records import (
 )
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet, Unclosed
-from weightsync.orchestrator.protocol.messages import EngineStatus, Staged, TrainerStatus
+from weightsync.orchestrator.protocol.findings import Finding
+from weightsync.orchestrator.protocol.messages import EngineStatus, Examined, Staged, TrainerStatus
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 TRAINER, ENGINE = trainer(), rank("e0")
@@ -85,6 +86,16 @@ def test_words_of_an_earlier_connection_are_not_heard(drive: Any) -> None:
     fleet.connect(TRAINER, TrainerStatus())
     fleet.happens(AgentSaid(fleet.id(), TRAINER, old, STAGED))
     assert fleet.fleet.agents[TRAINER].staged is None
+
+
+def test_what_is_wrong_around_an_agent_is_kept_as_long_as_its_connection(drive: Any) -> None:
+    fleet = drive.joined()
+    found = (Finding("warning", "64 MB are free", "more", "shared memory"),)
+    fleet.says(ENGINE, Examined(findings=found))
+    assert fleet.fleet.agents[ENGINE].findings == found
+    fleet.loses(ENGINE)
+    fleet.connect(ENGINE, EngineStatus())
+    assert fleet.fleet.agents[ENGINE].findings == (), "until it says so again"
 
 
 def test_the_answer_to_a_call_that_another_one_replaced_says_nothing(drive: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from weightsync.orchestrator.protocol.codec import ProtocolError, decode_from_agent, encode
 from weightsync.orchestrator.protocol.findings import (
     WIDTH,
     Finding,
@@ -12,7 +13,10 @@ from weightsync.orchestrator.protocol.findings import (
     examined,
     exit_code,
     findings_text,
+    in_short,
 )
+from weightsync.orchestrator.protocol.limits import MAX_FINDINGS
+from weightsync.orchestrator.protocol.messages import Examined
 
 FOUND = (
     Finding("ok", "is fine", check="a"),
@@ -45,6 +49,34 @@ def test_the_table_has_the_worst_first_and_fits() -> None:
 )
 def test_the_exit_code_is_that_of_the_worst(levels: tuple[Level, ...], code: int) -> None:
     assert exit_code([Finding(level, "x") for level in levels]) == code
+
+
+def test_what_an_agent_says_is_bounded_whatever_was_found() -> None:
+    ports = [Finding("note", "x" * 5000, "y" * 5000, "z" * 5000) for _ in range(40)]
+    said = in_short([Finding("ok", "fine"), *ports, Finding("error", "first")])
+    assert len(said) == MAX_FINDINGS
+    assert said[0] == Finding("error", "first")
+    assert said[-1] == Finding("note", "18 more findings", "python -m weightsync.agents doctor")
+    frame = encode(Examined(findings=said))
+    assert decode_from_agent(frame) == Examined(findings=said)
+    assert in_short([Finding("ok", "fine")]) == ()
+
+
+def test_of_what_a_peer_says_no_more_is_kept_whatever_it_sends() -> None:
+    long = {"level": "note", "what": "x" * 4000, "fix": "y" * 4000, "check": "z" * 4000}
+    told = msgspec.msgpack.encode({"type": "Examined", "findings": [{"level": "ok", "what": "fine"}] + [long] * 23})
+    heard = decode_from_agent(told)
+    assert isinstance(heard, Examined)
+    [same] = set(heard.findings)
+    assert (len(same.what), len(same.fix), len(same.check)) == (600, 300, 100)
+    for wrong in ([long] * (MAX_FINDINGS + 1), [long | {"level": "fatal"}], [long | {"what": "x" * 4001}]):
+        with pytest.raises(ProtocolError):
+            decode_from_agent(msgspec.msgpack.encode({"type": "Examined", "findings": wrong}))
+
+
+def test_what_a_peer_says_is_cleaned() -> None:
+    raw = msgspec.msgpack.encode({"type": "Examined", "findings": [{"level": "note", "what": "a\nb\x1b[31m"}]})
+    assert decode_from_agent(raw) == Examined(findings=(Finding("note", "a b\\x1b[31m"),))
 
 
 def test_a_check_that_breaks_is_a_finding_beside_what_it_had_found() -> None:

@@ -1,8 +1,7 @@
-"""The way to a daemon on real sockets, and a run directory on a real disk."""
+"""The way to a daemon on real sockets."""
 
 import contextlib
 import socket
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -116,19 +115,3 @@ def test_a_token_file(token: Path) -> None:
     assert [(f.level, f.fix) for f in hub.token(token)] == [("error", f"chmod 600 {token}")]
     token.unlink()
     assert [(f.level, f.fix) for f in hub.token(token)] == [("error", hub.MEND_TOKEN)]
-
-
-def test_clocks() -> None:
-    now = time.mktime(time.strptime("Thu, 26 Nov 2026 12:00:00", "%a, %d %b %Y %H:%M:%S")) - time.timezone
-    date = "Thu, 26 Nov 2026 12:00:00 GMT"
-    assert list(hub.clock(date, now)) == []
-    [ahead], [behind] = list(hub.clock(date, now - 60)), list(hub.clock(date, now + 61))
-    assert ("60 s ahead of" in ahead.what, "60 s behind" in behind.what) == (True, True)
-    assert list(hub.clock("yesterday", now)) == []
-
-
-def test_a_run_directory(tmp_path: Path) -> None:
-    assert [f.level for f in hub.run_directory(tmp_path)] == ["ok"]
-    assert list(tmp_path.iterdir()) == []
-    assert [f.level for f in hub.run_directory(Path("/proc/sys"))] == ["error"]  # as root, too
-    assert [f.level for f in hub.run_directory(tmp_path / "none")] == ["error"]

@@ -15,6 +15,7 @@ from credentials import TOKENS, write_credentials
 from weightsync.agents.link import connection as control_connection
 from weightsync.agents.link.client import Backoff, ControlClient, NotConnected, RefusedForGood
 from weightsync.agents.link.connection import NotObeyed
+from weightsync.agents.link.examination import clock
 from weightsync.agents.link.tls import TlsError
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
@@ -204,6 +205,8 @@ def daemon_that_says(
 async def test_messages_both_ways_and_a_farewell(token_file: Path) -> None:
     async with living(token_file) as (daemon, agent):
         assert agent.client.connected
+        assert list(clock(*agent.client.dated)) == []
+        assert "ahead of" in next(clock(agent.client.dated[0], agent.client.dated[1] - 60)).what
         agent.client.send(READY)
         daemon.hub.send(MEMBER, OUTCOME)
         assert await agent.next() == OUTCOME

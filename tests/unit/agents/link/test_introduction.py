@@ -9,6 +9,7 @@ from weightsync.agents.link.obedience import Obedience
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS
 from weightsync.orchestrator.protocol.messages import EngineStatus, TrainerStatus
 from weightsync.orchestrator.protocol.names import Member
+from weightsync.orchestrator.release import release
 
 RANK = Identity("run", Member("inference", "e0", 1), 2)
 
@@ -18,6 +19,7 @@ def test_it_names_the_process_its_place_and_what_binds_it() -> None:
     assert (said.member, said.world, said.incarnation, said.generation) == (RANK.member, 2, 77, 0)
     assert (said.epoch_seen, said.journal_id, said.life_seen) == (3, "j", "l")
     assert (said.host, said.boot, said.pid) == (socket.gethostname(), boot(), os.getpid())
+    assert said.release == release()
     assert (said.engine, said.trainer) == (EngineStatus(held=True), None)
     trainer = hello(Identity("run", Member("trainer", "", 0), 1, 9), Obedience(1), TrainerStatus(restaged=2))
     assert (trainer.engine, trainer.trainer, trainer.generation) == (None, TrainerStatus(restaged=2), 9)

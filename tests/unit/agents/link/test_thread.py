@@ -15,11 +15,13 @@ from weightsync.agents.link.introduction import Identity
 from weightsync.agents.link.thread import AgentThread, ControlAddress
 from weightsync.agents.memory.nic import NicError
 from weightsync.orchestrator.protocol.edges import EdgeFailure
+from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
     Announce,
     Closed,
     Connect,
+    Examined,
     Fault,
     FromAgent,
     FromDaemon,
@@ -80,7 +82,7 @@ class Alone(AgentThread[Side]):
 
     def __init__(self, obeyed: "Alone | None" = None) -> None:
         address = ControlAddress("ws://127.0.0.1:1/agents", Path("token"))
-        super().__init__(Identity("run", MEMBER, 1), address, lambda thread: Side(), obeyed)
+        super().__init__(Identity("run", MEMBER, 1), address, lambda thread: Side(), lambda transport: (), obeyed)
         self.said: list[FromAgent] = []
         self.at_rest = False
 
@@ -137,6 +139,23 @@ def test_a_welcome_is_answered_with_the_layout(agent: Alone) -> None:
     assert agent.said == [Announce(layout=Layout((), (), b""), endpoint_name="endpoint", endpoint=b"where")]
     assert agent.wait_welcome(0.0).epoch == 3
     assert agent.epoch == 3
+
+
+def test_each_connection_is_told_what_is_wrong_around_the_process(agent: Alone) -> None:
+    wrong = Finding("warning", "64 MB are free", "more", "shared memory")
+    agent._look = lambda transport: [wrong]
+
+    def told() -> list[FromAgent]:
+        return [word for word in agent.said if isinstance(word, Examined)]
+
+    agent._hello()
+    agent.hears(welcome(3))
+    assert told() == [Examined(findings=(wrong,))]
+    agent.hears(welcome(3))  # on the same connection, which tells another way to meet
+    assert len(told()) == 1
+    agent._hello()
+    agent.hears(welcome(3))
+    assert len(told()) == 2
 
 
 @pytest.mark.parametrize(
@@ -320,7 +339,7 @@ def test_waiting_for_nobody_says_why(agent: Alone) -> None:
 def test_a_wrong_token_file_is_told_at_once(tmp_path: Path) -> None:
     """To the thread that waits for the Welcome."""
     address = ControlAddress("ws://127.0.0.1:1", tmp_path / "none")
-    lost = AgentThread(Identity("run", MEMBER, 1), address, lambda thread: Side())
+    lost = AgentThread(Identity("run", MEMBER, 1), address, lambda thread: Side(), lambda transport: ())
     lost.start()
     with pytest.raises(ValueError, match="none"):
         lost.wait_welcome(20.0)
@@ -360,7 +379,9 @@ class Client:
 def thread(monkeypatch: pytest.MonkeyPatch) -> AgentThread[Side]:
     """Not started, and with a double for its connection."""
     monkeypatch.setattr("weightsync.agents.link.thread.ControlClient", Client)
-    return AgentThread(Identity("run", MEMBER, 1), ControlAddress("ws://x", Path("token")), lambda thread: Side())
+    return AgentThread(
+        Identity("run", MEMBER, 1), ControlAddress("ws://x", Path("token")), lambda thread: Side(), lambda transport: ()
+    )
 
 
 def watched(thread: AgentThread[Any]) -> list["asyncio.Task[Any]"]:

@@ -1,12 +1,18 @@
 """The command as it is typed: exit code, table, JSON."""
 
+import os
+import socket
 from pathlib import Path
 
 import msgspec
+import pytest
 from command_line import cli, process
 from credentials import TOKENS
 from servers_here import served, vllm
+from weightsync.orchestrator.cli.doctor import running
+from weightsync.orchestrator.cli.doctor.command import here
 from weightsync.orchestrator.protocol.findings import WIDTH, Findings
+from weightsync.orchestrator.settings.settings import load
 
 
 def with_mode(path: Path, mode: int) -> None:
@@ -38,6 +44,15 @@ async def test_warnings_are_1_errors_2_and_json_has_them(config: Path) -> None:
     done = await cli("doctor", "--config", config, "--timeout", "5")
     assert done.code == 2
     assert "has no engine.token" in " ".join(done.out.split())
+
+
+def test_a_port_that_the_running_daemon_has_is_not_noted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(config)
+    with socket.create_server((settings.listen.host, settings.listen.port)):
+        taken = [finding for finding in here(config, settings) if finding.check == "listen.port"]
+        assert [finding.level for finding in taken] == ["note"], "somebody else's"
+        monkeypatch.setattr(running, "daemon_pid", lambda _: os.getpid())
+        assert not [finding for finding in here(config, settings) if finding.check == "listen.port"]
 
 
 async def test_a_configuration_that_cannot_be_read_is_78(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Ports that are down, far, slow, without an address or in the wrong network, and hosts where all is well."""
 
+import dataclasses
 import ipaddress
 from pathlib import Path
 
 import pytest
 from pci_tree import pci_device
-from weightsync.agents.doctor import network
-from weightsync.agents.doctor.links import Interface, links
+from weightsync.agents.environment import network
+from weightsync.agents.environment.links import Interface, links
 from weightsync.agents.memory.nic import Gpu
 from weightsync.orchestrator.protocol.findings import Finding
 
@@ -42,6 +43,19 @@ def test_ports_in_good_order() -> None:
 )
 def test_ports_by_themselves(ports: list[Interface], findings: list[tuple[str, str]]) -> None:
     assert told(list(network.ports(ports))) == findings
+
+
+def test_of_ports_that_nobody_uses_an_agent_says_nothing() -> None:
+    bare = port("a", layer="Ethernet")
+    assert told(list(network.ports([bare, port("b", up=False), port("c")], used=["c"]))) == [("ok", "network")]
+    assert told(list(network.ports([bare, port("c")], used=["a"]))) == [("warning", "a"), ("ok", "network")]
+
+
+def test_an_ipv6_address_is_an_address() -> None:
+    six = [dataclasses.replace(link, routed6=True) for link in (port("a", layer="Ethernet"), interface("eth0"))]
+    assert told(list(network.ports(six))) == [("ok", "network")]
+    [found] = network.by_tcp(six[1:], chosen=False)
+    assert (found.level, found.what) == ("ok", "writes to other hosts go over TCP: eth0 IPv6")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +126,7 @@ def test_a_gpu_beside_its_port(host: Host) -> None:
     host.nic("near", "pci0000:10/0000:10:02.0/0000:12:00.0")
     assert host.found() == [("ok", "GPU 0")]
     assert host.found(rails=2) == [("note", "GPU 0")]
+    assert told(list(network.distances(host.gpus, host.ports, 2, host.sysfs, own=0))) == [("ok", "GPU 0")]
 
 
 def test_a_far_port(host: Host) -> None:
@@ -135,6 +150,9 @@ def test_two_near_ports_and_a_shared_one(host: Host) -> None:
     host.nic("b", "pci0000:10/0000:10:05.0/0000:15:00.0")
     assert host.found(rails=1) == [("note", "GPU 0"), ("note", "GPU 1"), ("note", "a"), ("note", "b")]
     assert host.found(rails=2) == [("ok", "GPU 0"), ("ok", "GPU 1"), ("note", "a"), ("note", "b")]
+    own = list(network.distances(host.gpus, host.ports, 2, host.sysfs, own=1))
+    assert told(own) == [("ok", "GPU 1"), ("note", "a"), ("note", "b")]
+    assert network.nearest(host.gpus[0], host.ports, host.sysfs) == ["a", "b"]
 
 
 def test_a_gpu_that_sysfs_does_not_have(host: Host) -> None:

@@ -3,7 +3,7 @@
 import importlib.metadata
 
 import pytest
-from weightsync.orchestrator.daemon.release import DISTRIBUTION, UNKNOWN, release
+from weightsync.orchestrator.release import DISTRIBUTION, UNKNOWN, release
 
 
 def test_it_is_the_installed_one() -> None:

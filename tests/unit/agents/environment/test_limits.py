@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsync.agents.doctor import limits
+from weightsync.agents.environment import limits
 
 NOBODY = "Name:\tpython\nCapEff:\t0000000000000000\n"
 LOCKER = "Name:\tpython\nCapEff:\t0000000000004000\n"
@@ -32,7 +32,7 @@ def test_locked_memory(tmp_path: Path, status: str, soft: int, rdma: bool, level
 
 def test_a_process_under_a_real_limit() -> None:
     ask = (
-        "import resource, pathlib; from weightsync.agents.doctor import limits;"
+        "import resource, pathlib; from weightsync.agents.environment import limits;"
         "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536));"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512));"
         "print([f.level for f in (*limits.locked_memory(True, status=pathlib.Path('/')), *limits.open_files())])"

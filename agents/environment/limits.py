@@ -76,7 +76,7 @@ def open_files(soft: int | None = None) -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if soft is None else soft
     if 0 <= limit < FEW_FILES:
         what = f"at most {limit} open files: a socket for each peer may find none"
-        yield Finding("warning", what, "ulimit -n 65536 (LimitNOFILE=65536)", "open files")
+        yield Finding("warning", what, "ulimit -n 65536 (LimitNOFILE=65536)", "open files", several_hosts=True)
     else:
         yield Finding("ok", "no limit" if limit < 0 else str(limit), check="open files")
 

@@ -1,4 +1,4 @@
-"""Which release of this project runs, for the log, the status, the metrics and the command line."""
+"""Which release of this project runs, for the log, the status, the metrics, the command line and an agent's Hello."""
 
 import functools
 import importlib.metadata

@@ -1,11 +1,11 @@
 """What sysfs and the kernel say of a host's network: RDMA ports, interfaces, their states, rates and addresses."""
 
+import dataclasses
 import fcntl
 import ipaddress
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,16 +15,20 @@ _SIOCGIFADDR: Final = 0x8915
 _SIOCGIFNETMASK: Final = 0x891B
 """From linux/sockios.h; both work on the interface's first IPv4 address."""
 
+_GLOBAL: Final = "00"
+"""IPV6_ADDR_ANY of net/ipv6.h, as the table of addresses has it for those of global scope."""
+
 _LOOPBACK: Final = "772"
 """ARPHRD_LOOPBACK in the interface's ``type`` file."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Interface:
     """A port or an interface, as ``UCX_NET_DEVICES`` names it.
 
     ``rdma``: the port of an InfiniBand or RoCE device, whose own interface is ``netdev``; ``state``: the kernel's word;
-    ``gbits``: 0 where it is not told; ``network``: of its IPv4 address; ``path``: real sysfs path of its PCI device.
+    ``gbits``: 0 where it is not told; ``network``: of its IPv4 address; ``routed6``: it has an IPv6 one that routers
+    take; ``path``: real sysfs path of its PCI device.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Interface:
     network: ipaddress.IPv4Interface | None = None
     virtual: bool = False
     loopback: bool = False
+    routed6: bool = False
     path: Path | None = None
 
 
@@ -54,9 +59,21 @@ def address_of(interface: str) -> ipaddress.IPv4Interface | None:
     return ipaddress.IPv4Interface("/".join(socket.inet_ntoa(part) for part in parts))
 
 
-def links(sysfs: Path = SYSFS, address: Addresses = address_of) -> list[Interface]:
+def routed_by_ipv6(table: Path = Path("/proc/net/if_inet6")) -> frozenset[str]:
+    """Interfaces with an IPv6 address of global scope."""
+    rows = [line.split() for line in _read(table).splitlines()]
+    return frozenset(row[5] for row in rows if len(row) == 6 and row[3] == _GLOBAL)
+
+
+def links(
+    sysfs: Path = SYSFS, address: Addresses = address_of, ipv6: Callable[[], frozenset[str]] = routed_by_ipv6
+) -> list[Interface]:
     """All RDMA ports, up or not, and all interfaces."""
-    return [*_ports(sysfs, address), *_interfaces(sysfs, address)]
+    routed = ipv6()
+    return [
+        dataclasses.replace(link, routed6=link.netdev in routed)
+        for link in (*_ports(sysfs, address), *_interfaces(sysfs, address))
+    ]
 
 
 def _ports(sysfs: Path, address: Addresses) -> list[Interface]:

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from weightsync.agents.doctor import packages
+from weightsync.agents.environment import packages
 from weightsync.agents.transport.nixl.errors import NixlMissingError
 from weightsync.agents.transport.nixl.loader import load
 

@@ -3,7 +3,7 @@
 import ipaddress
 from pathlib import Path
 
-from weightsync.agents.doctor.links import Interface, address_of, links
+from weightsync.agents.environment.links import Interface, address_of, links, routed_by_ipv6
 
 
 def test_this_hosts_loopback() -> None:
@@ -11,6 +11,18 @@ def test_this_hosts_loopback() -> None:
     assert address_of("nothing0") is None
     [lo] = [link for link in links() if link.name == "lo"]
     assert (lo.rdma, lo.up, lo.loopback, lo.network) == (False, True, True, ipaddress.IPv4Interface("127.0.0.1/8"))
+
+
+def test_interfaces_that_ipv6_routers_reach(tmp_path: Path) -> None:
+    table = tmp_path / "if_inet6"
+    table.write_text(
+        "fe80000000000000be241100fefa0001 02 40 20 80     eth0\n"
+        "20010db8000000000000000000000007 03 40 00 80     eth1\n"
+        "00000000000000000000000000000001 01 80 10 80       lo\n"
+        "garbled\n"
+    )
+    assert routed_by_ipv6(table) == {"eth1"}
+    assert routed_by_ipv6(tmp_path / "none") == frozenset()
 
 
 def write(root: Path, **files: str) -> None:
@@ -32,10 +44,10 @@ def test_ports_and_interfaces_of_a_host_with_roce(tmp_path: Path) -> None:
     write(tmp_path / "class/net/ens1np0", operstate="down", type="1", speed="400000")
     write(tmp_path / "class/net", bonding_masters="")
     network = ipaddress.IPv4Interface("10.0.0.7/24")
-    found = links(tmp_path, lambda name: network if name == "ens1np0" else None)
+    found = links(tmp_path, lambda name: network if name == "ens1np0" else None, lambda: frozenset(["docker0"]))
     assert found == [
         Interface("mlx5_0:1", True, True, "ACTIVE", "Ethernet", 400.0, "ens1np0", network, path=place),
         Interface("mlx5_0:2", True, False, "DOWN", "Ethernet", 0.0, "ens1np0", network, path=place),
-        Interface("docker0", False, True, "up", netdev="docker0", virtual=True),
+        Interface("docker0", False, True, "up", netdev="docker0", virtual=True, routed6=True),
         Interface("ens1np0", False, False, "down", gbits=400.0, netdev="ens1np0", network=network),
     ]
