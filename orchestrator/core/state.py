@@ -68,12 +68,9 @@ class ConnectedAgent:
     def announces(self, announce: Announce | None) -> None:
         """Its layout is ``announce`` from now on, so that no plan of before counts; None: it must announce anew."""
         self.announce = announce
-        self.delivered = ""
-        self.fingerprint = ""
-        self.dead_edges = {}
+        self.delivered = self.fingerprint = ""
         self.lends_delivered = self.lends = self.relayed_delivered = self.relayed = ""
-        self.unlent = {}
-        self.unrelayed = {}
+        self.dead_edges, self.unlent, self.unrelayed = {}, {}, {}
         self._contents = None
 
     def was_sent(self, connect: Connect) -> str:

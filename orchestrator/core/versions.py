@@ -86,6 +86,8 @@ def _look_for_stable(turn: Turn, version: Version | None) -> None:
 
 def _begin_if_due(turn: Turn, version: Version) -> None:
     fleet = turn.fleet
+    if conditions.is_catch_up(fleet, version) and not conditions.targets(fleet, version, turn.now):
+        return  # as nearly always, all have it
     if not conditions.waits_for(fleet, version, turn.now):
         ready = conditions.ready(fleet, version, turn.now)
         for name in conditions.targets(fleet, version, turn.now):

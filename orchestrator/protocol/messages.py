@@ -12,26 +12,10 @@ from weightsync.orchestrator.protocol.edges import FilesystemSettings as Filesys
 from weightsync.orchestrator.protocol.edges import HubRendezvous as HubRendezvous
 from weightsync.orchestrator.protocol.edges import NixlSettings as NixlSettings
 from weightsync.orchestrator.protocol.edges import TcpStoreRendezvous as TcpStoreRendezvous
-from weightsync.orchestrator.protocol.fields import (
-    Count,
-    Endpoint,
-    Name,
-    Nonce,
-    Path,
-    Reason,
-    Seconds,
-    Spoken,
-    World,
-)
+from weightsync.orchestrator.protocol.fields import Count, Endpoint, Name, Nonce, Path, Reason, Seconds, Spoken, World
 from weightsync.orchestrator.protocol.findings import Finding, in_short
 from weightsync.orchestrator.protocol.layout import Layout, Quantized, Tensor
-from weightsync.orchestrator.protocol.limits import (
-    MAX_FINDINGS,
-    MAX_OPEN_GRANTS,
-    MAX_SECONDS,
-    MAX_TENSORS,
-    MAX_WORLD,
-)
+from weightsync.orchestrator.protocol.limits import MAX_FINDINGS, MAX_OPEN_GRANTS, MAX_SECONDS, MAX_TENSORS, MAX_WORLD
 from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, RoundName, Version
 from weightsync.orchestrator.protocol.traces.context import TraceContext
 

@@ -22,6 +22,7 @@ _ENDINGS: Final = "core/round/endings.py"
 _WAITS: Final = "core/round/waits.py"
 _TABLE: Final = "core/round/transitions.py"
 _RENEWALS: Final = "core/membership/renewals.py"
+_ROSTER: Final = "core/membership/roster.py"
 _OUTBOX: Final = "daemon/outbox.py"
 _PLANNING: Final = "daemon/planning.py"
 _EDGES: Final = "protocol/edges.py"
@@ -122,6 +123,24 @@ _TAINTS: Final = (
         _ENTRY,
         "    if current.granted:\n        for writer",
         "    if False:\n        for writer",
+    ),
+    Mutant(
+        "another configuration changes no member",
+        _ROSTER,
+        "    return fleet.policy, [*memory.admitted",
+        "    return None, [*memory.admitted",
+    ),
+    Mutant(
+        "an engine that is forgotten stays a member",
+        _ROSTER,
+        "[*memory.forgotten_engines], [*fleet.engines]\n",
+        "[], [*fleet.engines]\n",
+    ),
+    Mutant(
+        "an engine that leaves within a round stays a member",
+        _ROSTER,
+        "    if len(fleet.engines) == len(wanted):\n",
+        "    if True:\n",
     ),
     Mutant(
         "who is told to stop first follows from hashes",

@@ -1,8 +1,8 @@
 """Virtual time, and processes that live in it: they can be killed, stopped and thawed."""
 
-import heapq
 import itertools
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 Work = Callable[[], None]
 
@@ -13,17 +13,17 @@ class VirtualTime:
     def __init__(self) -> None:
         self.now = 0.0
         self._heap: list[tuple[float, int, Work]] = []
-        self._order = itertools.count()
+        self._next = itertools.count().__next__
 
     def at(self, when: float, work: Work) -> None:
-        heapq.heappush(self._heap, (when, next(self._order), work))
+        heappush(self._heap, (when, self._next(), work))
 
     def later(self, delay: float, work: Work) -> None:
-        heapq.heappush(self._heap, (self.now + delay, next(self._order), work))
+        heappush(self._heap, (self.now + delay, self._next(), work))
 
     def run(self, until: float) -> None:
         """Let happen what happens until then."""
-        heap, pop = self._heap, heapq.heappop
+        heap, pop = self._heap, heappop
         while heap and heap[0][0] <= until:
             self.now, _, work = pop(heap)
             work()
