@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 from bench_history import step_growth
 from disturbances import disturb
@@ -21,26 +22,43 @@ def rounds_of(world: World) -> int:
     return sum(isinstance(decode_record(body), RoundEnded) for body in world.disk.bodies)
 
 
-def say(metric: str, value: float, unit: str, **more: float) -> None:
-    print(json.dumps({"metric": metric, "value": round(value, 4), "unit": unit, **more}), flush=True)
+def say(figure: str, value: float, unit: str, n: int, spread: float, **more: float) -> None:
+    line = {"figure": figure, "value": round(value, 4), "unit": unit, "n": n, "spread": round(spread, 4)}
+    print(json.dumps(line | more), flush=True)
 
 
 def main(seeds: int) -> None:
     """Worlds as the tests draw them: a minute of disasters each, and a minute after them."""
-    rounds, spent, pauses, patience = 0, 0.0, [], 0.0
+    rates, rounds, spent, pauses, patience = [], 0, 0.0, [], 0.0
     for seed in range(seeds):
         world, kinds = world_of(seed)
         disturb(world, kinds, FAULTY_SECONDS)
         began = time.process_time()
         world.run(2 * FAULTY_SECONDS)
-        spent += time.process_time() - began
-        rounds += rounds_of(world)
+        took, ended = time.process_time() - began, rounds_of(world)
+        spent, rounds, rates = spent + took, rounds + ended, [*rates, 60.0 * ended / took]
         pauses += world.judge.pauses
         patience = world.policy.patience
-    say("sim_rounds_per_minute", 60.0 * rounds / spent, "rounds per CPU minute", rounds=rounds, seeds=seeds)
+    say("sim_rounds_per_minute", 60.0 * rounds / spent, "1/min", seeds, quartiles(rates), rounds=rounds)
     percentile = statistics.quantiles(pauses, n=100)[98]
-    say("sim_healthy_pause_p99_s", percentile, "s", patience_s=patience, pauses=len(pauses), longest_s=max(pauses))
-    say("sim_step_growth_1e5", statistics.median(step_growth()), "ratio")
+    longest = max(pauses)
+    say(
+        "sim_healthy_pause_p99_s",
+        percentile,
+        "s",
+        len(pauses),
+        quartiles(pauses),
+        patience_s=patience,
+        longest_s=longest,
+    )
+    growth = step_growth()
+    say("sim_step_growth_1e5", statistics.median(growth), "ratio", len(growth), max(growth) - min(growth))
+
+
+def quartiles(values: Sequence[float]) -> float:
+    """The distance between them."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
 
 
 if __name__ == "__main__":

@@ -118,11 +118,6 @@ class Arrivals:
             edge.landed.clear()
             edge.scattered.clear()
 
-    @property
-    def expects(self) -> bool:
-        """Whether chunks of an open round may land."""
-        return self._round is not None and bool(self._edges)
-
     def end(self, round_name: RoundName) -> None:
         """Nothing more of this round is scattered but what has begun."""
         if self._round == round_name:

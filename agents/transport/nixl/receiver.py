@@ -4,13 +4,11 @@ all of it has."""
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 import torch
-from weightsync.agents.link.turns import quick_turns
 from weightsync.agents.tables.runs import scatter_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
@@ -64,8 +62,6 @@ class NixlReceiver(Receiver):
         """Of the endpoint of each peer that is told of chunks."""
         self._cards: dict[str, bytes] = {}
         """By which they are reached."""
-        self._turns = ExitStack()
-        """Quick ones while chunks are expected: the engine's thread may be bound by Python, and their senders wait."""
         self._eager_until = 0.0
         self._next_look: asyncio.TimerHandle | None = None
 
@@ -94,7 +90,7 @@ class NixlReceiver(Receiver):
         self._names.clear()
         self._cards.clear()
         self._inflows = {relays: replace(known, fingerprint="") for relays, known in self._inflows.items()}
-        self._expect(())
+        self._arrivals.connect(())
         self._endpoint = self._new_endpoint(self._settings)
 
     def announcement(self) -> tuple[str, bytes]:
@@ -125,7 +121,7 @@ class NixlReceiver(Receiver):
     def _use(self, relays: bool) -> None:
         self._relays, flow = relays, self._inflows[relays]
         self.landed = flow.landed
-        self._expect(flow.edges)
+        self._arrivals.connect(flow.edges)
 
     def renew(self, memory: TargetMemory) -> None:
         self._memory = memory
@@ -135,20 +131,10 @@ class NixlReceiver(Receiver):
     def begin(self, round_name: RoundName, relays: bool = False) -> None:
         if relays != self._relays:
             self._use(relays)
-        expected = self._arrivals.expects
         self._arrivals.begin(round_name)
-        if self._arrivals.expects and not expected:
-            self._turns.enter_context(quick_turns())
 
     def end(self, round_name: RoundName) -> None:
         self._arrivals.end(round_name)
-        if not self._arrivals.expects:
-            self._turns.close()
-
-    def _expect(self, edges: Sequence[Inbound]) -> None:
-        """Chunks of another plan, when its round begins."""
-        self._arrivals.connect(edges)
-        self._turns.close()
 
     def arrive(self, version: Version) -> None:
         self._arrivals.check()
