@@ -62,7 +62,7 @@ def targets(fleet: Fleet, version: Version, now: float) -> list[str]:
         lent = fleet.feed.borrowers if fleet.feed is not None else {}
         return [name for name in behind(fleet, version, now) if name not in lent]
     usable = _whole_units(fleet, version, [name for name in fleet.usable() if _may_take_part(fleet, name, now)])
-    good = [name for name in usable if not _has_failed(fleet, name)]
+    good = [name for name in usable if not _has_failed(fleet, name) or _had_its_time(fleet, name, now)]
     return good if len(good) >= fleet.quorum() else usable
 
 
@@ -95,6 +95,12 @@ def _switches(fleet: Fleet, name: str, now: float) -> bool:
 
 def _has_failed(fleet: Fleet, name: str) -> bool:
     return any(fleet.engines[other].failures for other in fleet.unit(name))
+
+
+def _had_its_time(fleet: Fleet, name: str, now: float) -> bool:
+    """It has failed, could have caught up alone since, and has not: a trainer that publishes without a rest always has
+    the next version in the making."""
+    return all(now >= fleet.engines[other].retry_at + fleet.policy.patience for other in fleet.unit(name))
 
 
 def ready(fleet: Fleet, version: Version, now: float) -> list[str]:

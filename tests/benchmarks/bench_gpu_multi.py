@@ -231,7 +231,9 @@ class Running:
         self.served = {key: answers(server) for key, server in self.engines.items()}
         ranks = sum(server.tp for server in self.engines.values())
         _say_pushes(self.say, rows, rounds, ceiling, ranks)
-        _say_plan(self.say, plan, self.case.engines)
+        _say_plan(self.say, plan)
+        own = [row["trainer_bytes"] / row["bytes"] * self.case.engines for row in rounds]
+        self.say("sent_over_engine", own, "ratio")
 
     def judge(self) -> bool:
         """Whether every engine answered as a fresh one, which takes their place: it needs the room."""
@@ -280,7 +282,7 @@ def _say_pushes(
         say(f"{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds], "ms")
 
 
-def _say_plan(say: Callable[..., None], plan: dict[str, Any], engines: int) -> None:
+def _say_plan(say: Callable[..., None], plan: dict[str, Any]) -> None:
     def moved(end: dict[str, Any]) -> int:
         return int(end["moved"]["direct_bytes"]) + int(end["moved"]["packed_bytes"])
 
@@ -288,7 +290,6 @@ def _say_plan(say: Callable[..., None], plan: dict[str, Any], engines: int) -> N
     received = [moved(end) for end in plan["receivers"]]
     say("sender_spread", [(max(sent) - min(sent)) / statistics.mean(sent)], "ratio")
     say("receiver_spread", [(max(received) - min(received)) / statistics.mean(received)], "ratio")
-    say("sent_over_engine", [sum(sent) / sum(received) * engines], "ratio")
     say("descriptors", [plan["moved"]["descriptors"]], "count")
 
 

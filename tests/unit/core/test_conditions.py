@@ -167,6 +167,16 @@ def test_who_was_left_out_takes_part_with_others_only_where_a_commit_needs_it(dr
     assert conditions.targets(fleet.fleet, VERSION, fleet.now) == ["e1", "e2"]
 
 
+def test_and_where_it_has_had_no_chance_to_catch_up_alone(drive: Any) -> None:
+    """A trainer that publishes without a rest has the next version in the making before an engine has the last one."""
+    fleet = due(drive, ("e0", "e1"))
+    failed(fleet, "e1")
+    fleet.fleet.engines["e1"].retry_at = fleet.now + 3.0
+    may = fleet.fleet.engines["e1"].retry_at + fleet.fleet.policy.patience
+    assert conditions.targets(fleet.fleet, VERSION, may - 0.1) == ["e0"]
+    assert conditions.targets(fleet.fleet, VERSION, may) == ["e0", "e1"]
+
+
 def test_and_it_catches_up_alone(drive: Any) -> None:
     """So that of several that came back, the bad one costs none of the others anything."""
     fleet = due(drive, ("e0", "e1", "e2", "e3"), (("e1", "e2"),))
