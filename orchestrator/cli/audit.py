@@ -3,7 +3,14 @@
 import argparse
 import sys
 
-from weightsync.orchestrator.cli.common import CONFIG_VARIABLE, Commands, Exit, add_command, add_config_option
+from weightsync.orchestrator.cli.common import (
+    CONFIG_VARIABLE,
+    Commands,
+    Exit,
+    add_command,
+    add_config_option,
+    json_text,
+)
 from weightsync.orchestrator.protocol.text import clean
 
 
@@ -15,6 +22,7 @@ def add_audit_commands(commands: Commands) -> None:
     add_config_option(verify, required=False)
     verify.add_argument("--state", metavar="DIR", help="the state directory, or a copy, instead of the configuration's")
     verify.add_argument("--noted", default="", metavar="HASH", help="of a line that must be there, too")
+    verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(run=_verify)
 
 
@@ -33,6 +41,9 @@ def _verify(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"{clean(str(directory))}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return Exit.CONFIG
+    if options.json:
+        print(json_text(found))
+        return Exit.REFUSED if found.problems else Exit.OK
     for problem in found.problems:
         print(problem, file=sys.stderr)
     if found.problems:

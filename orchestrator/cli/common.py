@@ -9,6 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final, Self, TypeAlias
 
+import msgspec
 from weightsync.orchestrator.protocol.text import clean
 from weightsync.orchestrator.settings.places import usable_url
 
@@ -151,3 +152,8 @@ def _number(text: str, kind: type[float], most: float) -> float:
     if not 0 < number <= most:  # NaN is neither
         raise argparse.ArgumentTypeError(f"{clean(text, 40)!r} is no number above 0 and up to {most:g}")
     return number
+
+
+def json_text(told: object) -> str:
+    """A struct, dataclass, dict or list as JSON for people and programs."""
+    return msgspec.json.format(msgspec.json.encode(told)).decode()

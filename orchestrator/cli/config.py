@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-import msgspec
-from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.cli.common import Exit, json_text
 from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient
@@ -45,7 +44,7 @@ def check(path: Path, *, probe: bool = False, as_json: bool = False, environ: Ma
         findings += asyncio.run(_probe(settings))
     if as_json:
         told = Findings(place=socket.gethostname(), findings=tuple(findings))
-        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+        print(json_text(told))
     for finding in () if as_json else findings:
         print(f"{finding.level:<8}{finding.text}")
     return Exit.CONFIG if any(finding.level == "error" for finding in findings) else Exit.OK
@@ -53,7 +52,7 @@ def check(path: Path, *, probe: bool = False, as_json: bool = False, environ: Ma
 
 def print_schema() -> int:
     """Prints the JSON schema of the configuration."""
-    print(msgspec.json.format(msgspec.json.encode(Settings.model_json_schema())).decode())
+    print(json_text(Settings.model_json_schema()))
     return Exit.OK
 
 

@@ -20,6 +20,7 @@ from weightsync.orchestrator.cli.common import (
     add_daemon_options,
     count,
     exit_codes_text,
+    json_text,
     seconds,
 )
 from weightsync.orchestrator.cli.completion import SHELLS, script
@@ -154,6 +155,7 @@ def _add_tokens(commands: Commands) -> None:
     tokens = add_command(commands, "tokens", "make the token files of a run, one for each role")
     tokens.add_argument("directory", type=Path, metavar="DIR", help="the configuration's credentials")
     tokens.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
+    tokens.add_argument("--json", action="store_true", help="print JSON")
     tokens.set_defaults(run=_tokens)
 
 
@@ -163,6 +165,7 @@ def _add_certs(commands: Commands) -> None:
     certs.add_argument("--role", action="append", help="such as engine, or engine.NAME; again for more (default: all)")
     certs.add_argument("--host", action="append", metavar="NAME", help="by which the daemon is reached; again for more")
     certs.add_argument("--days", type=count, default=365, metavar="N", help="until they expire (default 365)")
+    certs.add_argument("--json", action="store_true", help="print JSON")
     certs.set_defaults(run=_certs)
 
 
@@ -196,25 +199,24 @@ def _certs(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.settings.credentials import ROLES
 
     hosts = options.host or [socket.gethostname(), "localhost", "127.0.0.1"]
-    return _say_made(
-        options.directory, lambda: make_certificates(options.directory, hosts, options.role or ROLES, options.days)
-    )
+    return _say_made(options, lambda: make_certificates(options.directory, hosts, options.role or ROLES, options.days))
 
 
-def _say_made(directory: Path, make: Callable[[], list[Path]]) -> int:
+def _say_made(options: argparse.Namespace, make: Callable[[], list[Path]]) -> int:
+    directory: Path = options.directory
     try:
-        made = make()
+        made = [str(path) for path in make()]
     except (OSError, ValueError) as error:
         print(f"{directory}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return Exit.CONFIG
-    print("\n".join(map(str, made)) or f"{directory} has all of them already")
+    print(json_text({"made": made}) if options.json else "\n".join(made) or f"{directory} has all of them already")
     return Exit.OK
 
 
 def _tokens(options: argparse.Namespace) -> int:
     from weightsync.orchestrator.settings.credentials import ROLES, make_tokens
 
-    return _say_made(options.directory, lambda: make_tokens(options.directory, tuple(options.role or ROLES)))
+    return _say_made(options, lambda: make_tokens(options.directory, tuple(options.role or ROLES)))
 
 
 def _run(options: argparse.Namespace) -> int:

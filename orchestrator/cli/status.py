@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 from weightsync.orchestrator.cli.asking import daemon_of
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for
-from weightsync.orchestrator.cli.common import MAX_OPTION_COUNT, Exit
+from weightsync.orchestrator.cli.common import MAX_OPTION_COUNT, Exit, json_text
 from weightsync.orchestrator.cli.tables import check_line, round_text, rounds_text, status_text
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal as admin_journal
@@ -38,7 +38,7 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     if options.check:
         print(check_line(view))
         return code or severity(view)
-    print(_json(view) if options.json else status_text(view, time.time()))
+    print(json_text(view) if options.json else status_text(view, time.time()))
     return code
 
 
@@ -66,14 +66,14 @@ def _rounds(options: argparse.Namespace) -> int:
     if view is None:
         return code
     if not options.of:
-        print(_json(view) if options.json else rounds_text(view.rounds, time.time()))
+        print(json_text(view) if options.json else rounds_text(view.rounds, time.time()))
         return code
     row = next((row for row in view.rounds if row.round == options.of[1]), None)
     if row is None:
         known = f"; there are {view.rounds[0].round} to {view.rounds[-1].round}" if view.rounds else ""
         print(f"no round {clean(options.of[1], 100)} has ended{known}", file=sys.stderr)
         return Exit.REFUSED
-    print(_json(row) if options.json else round_text(row, time.time()))
+    print(json_text(row) if options.json else round_text(row, time.time()))
     return code
 
 
@@ -125,7 +125,3 @@ def decoded(data: bytes, kind: type[View]) -> View:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unreachable(f"an answer that is not the daemon's: {error}") from error
-
-
-def _json(view: msgspec.Struct) -> str:
-    return msgspec.json.format(msgspec.json.encode(view)).decode()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-import msgspec
+from weightsync.orchestrator.cli.common import json_text
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.cli.doctor import directories, places, running, servers
 from weightsync.orchestrator.core.errors import JournalUnreadable
@@ -31,7 +31,7 @@ def diagnose(options: argparse.Namespace) -> int:
     findings = [*here(options.config, settings), *asyncio.run(elsewhere(settings, options.timeout))]
     if options.json:
         told = Findings(place=socket.gethostname(), findings=tuple(findings))
-        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+        print(json_text(told))
     else:
         print(findings_text(findings))
     return exit_code(findings)

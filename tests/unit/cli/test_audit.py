@@ -1,5 +1,6 @@
 """``audit verify`` as an operator meets it."""
 
+import json
 from pathlib import Path
 
 from command_line import cli, process
@@ -21,6 +22,8 @@ async def test_a_whole_log_a_broken_one_and_one_that_was_cut(config: Path) -> No
     done = await process("audit", "verify", "--config", config, "--noted", first)
     assert (done.code, done.out) == (0, f"lines 1 to 2 are whole; the last one's hash: {second}\n")
     assert (await cli("audit", "verify", "--state", state)).code == 0
+    told = json.loads((await cli("audit", "verify", "--state", state, "--json")).out)
+    assert told == {"first": 1, "last": 2, "head": second, "problems": []}
     file = state / "audit.jsonl"
     file.write_text(file.read_text().splitlines(True)[0])
     cut = await cli("audit", "verify", "--state", state, "--noted", second)
@@ -30,6 +33,8 @@ async def test_a_whole_log_a_broken_one_and_one_that_was_cut(config: Path) -> No
     broken = await cli("audit", "verify", "--config", config)
     assert (broken.code, broken.out) == (65, "")
     assert "line 1 is not what it was when this one was written" in broken.err
+    told = await cli("audit", "verify", "--config", config, "--json")
+    assert (told.code, told.err, len(json.loads(told.out)["problems"])) == (65, "", 1)
 
 
 async def test_what_it_is_not_told(tmp_path: Path) -> None:

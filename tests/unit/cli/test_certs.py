@@ -1,5 +1,6 @@
 """``certs`` and ``tokens``, as a user meets them, and what the certificates are by openssl's own judgement."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def test_what_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 async def test_tokens(tmp_path: Path) -> None:
+    said = json.loads((await cli("tokens", tmp_path / "j", "--role", "viewer", "--json")).out)
+    assert said == {"made": [str(tmp_path / "j" / "viewer.token")]}
+    assert json.loads((await cli("tokens", tmp_path / "j", "--role", "viewer", "--json")).out) == {"made": []}
     done = await process("tokens", tmp_path / "t")
     assert done.code == 0
     assert [Path(line).name for line in done.out.split()] == [
