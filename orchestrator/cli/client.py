@@ -22,6 +22,9 @@ TLS_VARIABLES: Final = ("WEIGHTSYNC_CA_FILE", "WEIGHTSYNC_CERTIFICATE_FILE", "WE
 
 MAX_REFUSAL_BYTES: Final = 16_384
 
+FAREWELL_SECONDS: Final = 0.1
+"""For the end of a TLS connection, which takes an answer of the daemon; aiohttp does not wait for it."""
+
 
 class Unreachable(Exception):
     """No usable answer from the daemon."""
@@ -112,3 +115,6 @@ async def fetch(
         raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error
+    finally:
+        if tls is not None:
+            await asyncio.sleep(FAREWELL_SECONDS)
