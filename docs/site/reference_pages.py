@@ -131,6 +131,7 @@ def families() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     row = RoundRow(round="1.1", step=1, generation=1, attempt=1, outcome="committed")
     status = StatusView(run="a", state="", committed=version, engines=(engine,), rounds=(row,))
     meters = Meters()
+    meters.refusals_of({"a": 1})
     for family in StatusCollector(status, meters, 0.0).collect():
         yield family, tuple(dict.fromkeys(name for sample in family.samples for name in sample.labels))
     names = {id(collector): getattr(collector, "_labelnames", ()) for collector in meters.registry._collector_to_names}

@@ -74,7 +74,7 @@ def test_streams_go_on_across_the_switch_with_tokens_of_whole_versions(engine: S
     assert not engine.server.is_paused(), "nothing was changed"
     engine.flag.with_suffix(".empty0").unlink()
     engine.flag.with_suffix(".empty1").unlink()
-    with Streams(engine.server, [PROMPT] * 3, TOKENS) as streams:
+    with Streams(engine.server, [PROMPT] * 6, TOKENS) as streams:
         status, body = engine.switch(2)
     assert status == 200, body
     (answer,) = body["results"]
