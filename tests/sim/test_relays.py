@@ -8,7 +8,7 @@ import pytest
 from contents import GARBAGE, SIZES
 from disturbances import disturb
 from moments import sent
-from test_fleet import CALM_SECONDS, FAULTY_SECONDS, world_of
+from test_fleet import CALM_SECONDS, FAULTY_SECONDS, require_recovery, world_of
 from weightsync.orchestrator.core.records import RoundEnded
 from weightsync.orchestrator.protocol.layout import Lands
 from weightsync.orchestrator.protocol.messages import Grant
@@ -98,11 +98,4 @@ def test_whatever_goes_wrong_no_engine_serves_a_mixture_and_all_recover(seed: in
     world, kinds = world_of(seed + 10_000, "peers")
     disturb(world, kinds, FAULTY_SECONDS)
     world.run(FAULTY_SECONDS + CALM_SECONDS)
-    committed = len(world.judge.committed)
-    world.run(world.now + 10.0)
-    assert len(world.judge.committed) > committed, f"{kinds}: nothing is committed any more\n{world.story()}"
-    world.idle = True
-    world.run(world.now + 20.0)
-    assert not world.judge.behind(), f"{kinds}: {world.judge.behind()}\n{world.story()}"
-    longest = max(world.judge.pauses, default=0.0)
-    assert longest <= world.patience, f"{kinds}: a healthy engine was paused for {longest} s\n{world.story()}"
+    require_recovery(world, kinds)
