@@ -221,18 +221,21 @@ async def test_beyond_its_pace_it_serves_those_who_had_few(tmp_path: Path) -> No
         assert asyncio.get_running_loop().time() - began < made.door.limits.stranger_seconds / 2, "at once"
 
 
+def agent(port: int, token: Path, rank: int, world: int, arrived: set[int]) -> ControlClient:
+    """One that comes again soon when it is turned away, and is among those that ``arrived`` once it is taken in."""
+    member = Member("inference", "engine", rank)
+    said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=world, incarnation=rank)
+    backoff = Backoff(first=0.01, longest=0.05)
+    url = f"ws://127.0.0.1:{port}{AGENTS_PATH}"
+    return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
+
+
 async def test_agents_come_in_through_a_flood(tmp_path: Path) -> None:
     """Sixteen of one host, while strangers of many addresses come as fast as they are ended."""
     pace = PaceLimits(burst=32, a_second=0.001, besieged=0.0, few=2, beyond=100.0, while_seconds=3600.0)
     async with house(tmp_path, pace=pace) as made:
-        url, token = f"ws://127.0.0.1:{made.port}{AGENTS_PATH}", tmp_path / "credentials" / "engine.token"
         arrived: set[int] = set()
-
-        def agent(rank: int) -> ControlClient:
-            member = Member("inference", "engine", rank)
-            said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=16, incarnation=rank)
-            backoff = Backoff(first=0.01, longest=0.05)
-            return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
+        token = tmp_path / "credentials" / "engine.token"
 
         async def stranger(number: int) -> None:
             while True:
@@ -245,7 +248,7 @@ async def test_agents_come_in_through_a_flood(tmp_path: Path) -> None:
         async with asyncio.timeout(SECONDS):
             while not made.door._pace.is_besieged:  # noqa: ASYNC110  # it has no event
                 await asyncio.sleep(0)
-            clients = [agent(rank) for rank in range(16)]
+            clients = [agent(made.port, token, rank, 16, arrived) for rank in range(16)]
             running = [asyncio.create_task(client.run()) for client in clients]
             accepted = 0
             while len(arrived) < 16:
@@ -400,16 +403,10 @@ async def test_an_agent_that_has_proved_itself_is_no_stranger(tmp_path: Path) ->
 async def test_a_fleet_that_comes_at_once_from_one_address_comes_in_by_turns(tmp_path: Path) -> None:
     """More agents than one address has places for: those that are turned away come again, as agents do."""
     async with house(tmp_path, from_one_address=16) as made:
-        url, token = f"ws://127.0.0.1:{made.port}{AGENTS_PATH}", tmp_path / "credentials" / "engine.token"
         arrived: set[int] = set()
+        token = tmp_path / "credentials" / "engine.token"
 
-        def agent(rank: int) -> ControlClient:
-            member = Member("inference", "engine", rank)
-            said = Hello(schema=SCHEMA_VERSION, run_id="run", member=member, world=100, incarnation=rank)
-            backoff = Backoff(first=0.01, longest=0.05)
-            return ControlClient(url, token, lambda: said, lambda _: arrived.add(rank), backoff=backoff)
-
-        clients = [agent(rank) for rank in range(100)]
+        clients = [agent(made.port, token, rank, 100, arrived) for rank in range(100)]
         running = [asyncio.create_task(client.run()) for client in clients]
         accepted = 0
         async with asyncio.timeout(SECONDS):
