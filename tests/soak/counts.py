@@ -1,11 +1,12 @@
 """What a process of the soak counts inside itself: whenever it gets SIGUSR1, one JSON object in a file.
 
 ``objects``: that Python's collector tracks; ``registrations``, ``peers``, ``edges``: of its NIXL endpoints; ``tasks``:
-of its event loops. The first comes unasked: from then on the signal is
-understood. Whoever asks removes the file, so that the next one is the answer.
+of its event loops. The first comes unasked: from then on the signal is understood. Whoever asks removes the file, so
+that the next one is the answer. At SIGUSR2 it says on stderr where all its threads are.
 """
 
 import asyncio
+import faulthandler
 import gc
 import json
 import os
@@ -28,6 +29,7 @@ def install() -> None:
     a signal that comes just before a read begins is not seen before the read ends.
     """
     path = Path(os.environ[VARIABLE])
+    faulthandler.register(signal.SIGUSR2)
 
     def answer() -> None:
         part = path.with_suffix(".part")
@@ -46,14 +48,17 @@ def install() -> None:
 def counted() -> dict[str, int]:
     gc.collect()
     objects = gc.get_objects()
-    return {"objects": len(objects), "tasks": sum(isinstance(o, asyncio.Task) for o in objects), **_nixl(objects)}
+    # By its type: ``isinstance`` asks a proxy for its class, and raises where what that stood for is gone.
+    tasks = sum(issubclass(type(o), asyncio.Task) for o in objects)
+    return {"objects": len(objects), "tasks": tasks, **_nixl(objects)}
 
 
 def _nixl(objects: list[Any]) -> dict[str, int]:
     module = sys.modules.get("weightsync.agents.transport.nixl.endpoint")
     if module is None:
         return {}
-    ends = [o for o in objects if type(o) is module.NixlEndpoint]
+    # Another thread may be making one, which is collected as soon as it is begun, and has its attributes one by one.
+    ends = [o for o in objects if type(o) is module.NixlEndpoint and hasattr(o, "_scratch_memory")]
     return {
         "endpoints": len(ends),
         "registrations": sum(len(end._registrations) for end in ends),

@@ -23,7 +23,7 @@ from typing import Final
 
 from counts import VARIABLE
 from engine_places import place
-from fleet import Fleet, Process, Trainer
+from fleet import Fleet, Process, Timeout, Trainer
 from measure import Growth, Measured, megabytes_in
 from serving import HOST, VllmServer, free_port, tiny_qwen3
 
@@ -231,8 +231,13 @@ class Soak:
             assert process.child is not None
             os.kill(process.child.pid, signal.SIGUSR1)
         for name, process in ready.items():
-            self.fleet.until(files[name].exists, f"{name} to count", COUNT_SECONDS)
             assert process.child is not None
+            try:
+                self.fleet.until(files[name].exists, f"{name} to count", COUNT_SECONDS)
+            except Timeout as error:
+                os.kill(process.child.pid, signal.SIGUSR2)
+                time.sleep(1)
+                raise Timeout(f"{error}\n{name}: {process.tail(200)}") from error
             self.measured.take(name, process.child.pid, number, json.loads(files[name].read_text()))
         self.journal_mb = max(self.journal_mb, megabytes_in(self.directory / "state"))
 
