@@ -143,7 +143,8 @@ class TrainerAgent(Publisher):
 
         Raises:
             PublishError: the version is FAILED, or the deadline passed; on every rank.
-            BusyError: an earlier ``publish_async`` has not ended.
+            BusyError: an earlier ``publish_async`` has not ended; an earlier version is still being written after
+                ``publish_seconds``.
         """
         return self._until_it_serves(step, lambda: self._stage_together(step))
 

@@ -24,17 +24,20 @@ def agreed_start(said: tuple[str, ...]) -> int:
     return int(generation)
 
 
-def agreed_staging(said: tuple[str, ...]) -> int:
-    """How often the one step that all ranks give was staged before; ranks without an agent do not know.
+def agreed_staging(said: tuple[str, ...]) -> tuple[int, str]:
+    """How often the one step that all ranks give was staged before, and what still reads the first slots in use.
+
+    A rank says the step, how often it was staged, of which ranks without an agent know nothing, and what reads its
+    slots, if anything does.
 
     Raises:
         PublishError: the ranks give different steps.
     """
-    steps = [text.split()[0] for text in said]
-    for rank, step in enumerate(steps):
-        if step != steps[0]:
-            raise PublishError(f"rank {rank} publishes step {step}, rank 0 step {steps[0]}: give all ranks one step")
-    return max(int(text.split()[1]) for text in said)
+    words = [text.split(" ", 2) for text in said]
+    for rank, (step, *_) in enumerate(words):
+        if step != words[0][0]:
+            raise PublishError(f"rank {rank} publishes step {step}, rank 0 step {words[0][0]}: give all ranks one step")
+    return max(int(times) for _, times, _ in words), next((in_use for *_, in_use in words if in_use), "")
 
 
 def agreed_end(heard: tuple[str, ...]) -> int:

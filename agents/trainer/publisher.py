@@ -25,7 +25,7 @@ from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.nonfinite import OnNonFinite, judge_numbers, known_option
 from weightsync.agents.trainer.options import TrainerSettings, compare_run_dirs
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.replicas import Group, TrainerRanks
+from weightsync.agents.trainer.replicas import FIRST_LOOK_SECONDS, LATER, LONGEST_LOOK_SECONDS, Group, TrainerRanks
 from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.trainer.surroundings import trainer_look
 from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged_bytes_of
@@ -178,16 +178,26 @@ class Publisher:
             return agreed_end(self._ranks.agree(heard, seconds=max(0.0, ends - time.monotonic()) + END_SECONDS))
 
     def _take_together(self, step: int) -> int:
-        """The slots of all ranks hold no version any more and may be filled with ``step``; how often it has FAILED."""
-        self._reserve(step)
-        try:
-            # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
-            mine = f"{step} {self._failures.get(step, 0)}"
-            restaged = agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
-        except BaseException:
-            if self._agent is not None and self._agent.failure is None:
-                self._agent.post(self._agent.side.release)
-            raise
+        """The slots of all ranks hold no version any more and may be filled with ``step``; how often it has FAILED.
+
+        A committed version may still be on its way to an engine that catches up: all ranks wait until it has arrived.
+        """
+        self._admit(step)
+        ends, pause = time.monotonic() + self._publish_seconds, FIRST_LOOK_SECONDS
+        while True:
+            in_use = self._reserve(ends)
+            try:
+                # Agreed before the conversion's collectives, so that no rank waits in them for one that cannot come …
+                mine = f"{step} {self._failures.get(step, 0)} {in_use}"
+                restaged, busy = agreed_staging(self._ranks.agree(mine, seconds=RANKS_SECONDS))
+            except BaseException:
+                self._release()
+                raise
+            if not busy:
+                break
+            self._release()  # by all, for a grant that some ranks hold back and others carry out tears an engine
+            time.sleep(pause)
+            pause = min(LATER * pause, LONGEST_LOOK_SECONDS)
         if self._agent is not None:
             # Posted, not called: grants wait since ``_reserve``, so that nothing can come in between.
             self._agent.post(self._agent.side.take)
@@ -203,25 +213,38 @@ class Publisher:
     def _mark(self, version: Version, restaged: int) -> None:
         write_stable(self._settings.run_dir, self._settings.run_id, version, restaged)
 
-    def _reserve(self, step: int) -> None:
-        """That this rank's slots may be filled with ``step``; grants wait from here on.
+    def _admit(self, step: int) -> None:
+        """That ``step`` may be the next version.
 
         Raises:
-            PublishError: the step is committed, or the agent has ended.
-            BusyError: the version before has not ended, or is still being written.
+            PublishError: it is committed.
+            BusyError: the version before has not ended.
         """
-        if self._agent is None:
-            return
-        if self._agent.failure is not None:
-            raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
         if self._last is not None:
             if not self._last.done():
                 raise BusyError(f"{self._last.version} has not ended")
             self._book(self._last)
         if step in self._committed:
             raise PublishError(f"step {step} is committed already; a step names one version for good")
-        if in_use := self._agent.call(self._agent.side.reserve):
+
+    def _reserve(self, ends: float) -> str:
+        """Which edge still reads this rank's slots; empty if none does: grants wait from here on.
+
+        Raises:
+            PublishError: the agent has ended.
+            BusyError: an edge reads them, and ``ends`` is over.
+        """
+        if self._agent is None:
+            return ""
+        self._look()
+        in_use = self._agent.call(self._agent.side.reserve)
+        if in_use and time.monotonic() >= ends:
             raise BusyError(in_use)
+        return in_use
+
+    def _release(self) -> None:
+        if self._agent is not None and self._agent.failure is None:
+            self._agent.post(self._agent.side.release)
 
     def _book(self, ended: Publication) -> None:
         """What became of the last version. One that FAILED may be staged again, and the daemon is told how often."""
@@ -295,7 +318,7 @@ class Publisher:
             return f"{FAILED}{error}"
 
     def _look(self) -> None:
-        """While the version is on its way: whether all ranks and this one's agent are still there."""
+        """While something is waited for: whether all ranks and this one's agent are still there."""
         self._ranks.look()
         if self._agent is not None and self._agent.failure is not None:
             raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")

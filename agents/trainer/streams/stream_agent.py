@@ -95,7 +95,7 @@ class StreamAgent(Publisher):
         Raises:
             PublishError: the version is FAILED, the deadline passed, or the stream is not what it should be; a tensor
                 that cannot travel, or a name that is lacking or new, is named, before anything was written.
-            BusyError: an earlier version is still being written.
+            BusyError: an earlier version is still being written after ``publish_seconds``.
         """
         stream = _Once(tensors)
         try:

@@ -18,12 +18,17 @@ def test_else_the_first_reason_counts() -> None:
 
 
 def test_ranks_without_an_agent_do_not_know_how_often_a_step_was_staged() -> None:
-    assert agreed_staging(("7 2", "7 0", "7 2")) == 2
+    assert agreed_staging(("7 2 ", "7 0 ", "7 2 ")) == (2, "")
+
+
+def test_slots_that_one_rank_still_writes_from_are_free_on_none() -> None:
+    in_use = "edge to e0/0 has not ended (round 1.2)"
+    assert agreed_staging(("7 0 ", f"7 0 {in_use}", "7 0 ")) == (0, in_use)
 
 
 def test_different_steps_are_nobodys() -> None:
     with pytest.raises(PublishError, match="rank 2 publishes step 8, rank 0 step 7: give all ranks one step"):
-        agreed_staging(("7 0", "7 0", "8 0"))
+        agreed_staging(("7 0 ", "7 0 ", "8 0 "))
 
 
 def test_the_first_rank_draws_the_generation_of_all() -> None:
