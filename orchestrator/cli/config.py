@@ -11,6 +11,7 @@ from typing import Final
 
 from weightsync.orchestrator.cli.common import Exit, json_text
 from weightsync.orchestrator.daemon.access.descriptors import reachable, too_few
+from weightsync.orchestrator.daemon.access.tls import CHEAP_SECONDS, ServerTls
 from weightsync.orchestrator.daemon.engines.errors import EngineError, UnknownEngineKind
 from weightsync.orchestrator.daemon.engines.interface import EngineClient
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, check_kinds, client_of, keys_now
@@ -23,7 +24,7 @@ from weightsync.orchestrator.settings.problems import ConfigError
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings, load
-from weightsync.orchestrator.settings.tls import client_context, server_context
+from weightsync.orchestrator.settings.tls import client_context
 
 EXAMPLE: Final = importlib.resources.files("weightsync.orchestrator.settings") / "example.yaml"
 
@@ -220,11 +221,18 @@ def _tls(settings: Settings) -> Iterator[Finding]:
     engines = settings.engines_tls
     try:
         if tls is not None:
-            server_context(tls)
-            yield Finding("ok", str(tls.certificate_file), check="listen.tls")
+            yield _handshake(tls.certificate_file, ServerTls(tls).handshake_seconds)
         client_context(engines.ca_file, engines.certificate_file, engines.key_file)
     except ConfigError as error:
         yield Finding("error", str(error), check="tls")
+
+
+def _handshake(certificate: Path, seconds: float) -> Finding:
+    """What each stranger's handshake costs the daemon."""
+    if seconds <= CHEAP_SECONDS:
+        return Finding("ok", str(certificate), check="listen.tls")
+    what = f"a handshake with {certificate} takes {seconds * 1e3:.1f} ms, in which the daemon hears nobody"
+    return Finding("warning", f"{what}: so it serves fewer strangers", "take a key of the curve P-256", "listen.tls")
 
 
 def _port(key: str, host: str, port: int) -> Finding:

@@ -23,6 +23,7 @@ def server_context(tls: ListenTls) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # nobody resumes a session, and a stranger would have two made for him
     load_certificate(context, tls.certificate_file, tls.key_file)
     if tls.client_certificates:
         # Not CERT_REQUIRED: who may go without is for the table of policies to say, and a refusal by words helps more.

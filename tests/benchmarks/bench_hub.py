@@ -13,8 +13,8 @@ another, on loopback, with tokens, heartbeats and a layout of LAYOUT_BYTES each.
 * ``hub_over_spg_N``: all_gather_obj of LAYOUT_BYTES per rank and barrier of the StatelessProcessGroup, one process per
   rank, each from the last rank's entry to the last rank's exit, over the hub's two rounds and barrier; both when all
   are connected.
-* ``hub_tls_…``: the same with TLS 1.3, for the numbers of agents in ``--tls``. ``hub_tls_over_plain_barrier_N``: what
-  TLS makes of a barrier's median.
+* ``hub_tls_…``: the same with TLS 1.3, for the numbers of agents in ``--tls``. ``hub_tls_over_plain_rendezvous_N`` and
+  ``…_barrier_N``: what TLS makes of a rendezvous and of a barrier's median, each repeat beside one without TLS.
 * ``hub_agents_stable_N``: agents that came through the daemon's own door, all from one address, as soon as it lets
   them, and were still there, on their first connection, STAY_SECONDS after the last had come;
   ``hub_agents_come_N_seconds``: until then. ``hub_tls_agents_…`` with TLS.
@@ -105,7 +105,7 @@ VERSION: Final = Version(1, 1)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--agents", type=int, nargs="+", default=AGENTS)
+    parser.add_argument("--agents", type=int, nargs="*", default=AGENTS)
     parser.add_argument("--without-spg", action="store_true")
     parser.add_argument("--tls", type=int, nargs="*", default=WITH_TLS)
     parser.add_argument("--stable", type=int, nargs="*", default=STABLE)
@@ -113,12 +113,10 @@ def main() -> None:
     rendezvous: dict[int, float] = {}
     barriers: dict[int, float] = {}
     for agents in options.agents:
-        rendezvous[agents], barriers[agents] = report_hub("hub", agents, with_tls=False)
+        rendezvous[agents], barriers[agents] = report_hub("hub", agents, measure_hub(agents))
     both = {agents: rendezvous[agents] + barriers[agents] / 1e3 for agents in rendezvous}
     for agents in options.tls:
-        _, barrier = report_hub("hub_tls", agents, with_tls=True)
-        if agents in barriers:
-            report(f"hub_tls_over_plain_barrier_{agents}", [barrier / barriers[agents]], "x")
+        report_tls(agents)
     for agents in options.stable:
         for prefix, with_tls in (("hub", False), ("hub_tls", True)):
             seconds, stable = measure_stay(agents, with_tls)
@@ -135,9 +133,22 @@ def main() -> None:
         report(f"hub_over_spg_{ranks}", [seconds / both[ranks] for seconds in sums], "x")
 
 
-def report_hub(prefix: str, agents: int, with_tls: bool) -> tuple[float, float]:
+def report_tls(agents: int) -> None:
+    """Print all figures with TLS, and their ratios to those without it that were measured in turns with them."""
+    plain, tls = HubResult([], [], []), HubResult([], [], [])
+    for _ in range(repeats_of(agents)):
+        measure_once(plain, agents, with_tls=False)
+        measure_once(tls, agents, with_tls=True)
+    report_hub("hub_tls", agents, tls)
+    ratios = [above / below for above, below in zip(tls.rendezvous, plain.rendezvous, strict=True)]
+    report(f"hub_tls_over_plain_rendezvous_{agents}", ratios, "x")
+    pairs = zip(tls.barriers, plain.barriers, strict=True)
+    ratios = [statistics.median(above) / statistics.median(below) for above, below in pairs]
+    report(f"hub_tls_over_plain_barrier_{agents}", ratios, "x")
+
+
+def report_hub(prefix: str, agents: int, result: "HubResult") -> tuple[float, float]:
     """Print all figures of one number of agents; rendezvous in seconds, median barrier in ms."""
-    result = measure_hub(agents, with_tls)
     rendezvous = report(f"{prefix}_rendezvous_{agents}_seconds", result.rendezvous, "s")
     barrier = report_barriers(f"{prefix}_barrier_{agents}_p50_ms", result.barriers, 50)
     report_barriers(f"{prefix}_barrier_{agents}_p99_ms", result.barriers, 99)
@@ -180,26 +191,35 @@ class HubResult:
     spans: list[list[float]]
 
 
-def measure_hub(agents: int, with_tls: bool = False) -> HubResult:
+def repeats_of(agents: int) -> int:
+    return REPEATS if agents < MANY else REPEATS_OF_MANY
+
+
+def measure_hub(agents: int) -> HubResult:
     result = HubResult([], [], [])
-    for _ in range(REPEATS if agents < MANY else REPEATS_OF_MANY):
-        with tempfile.TemporaryDirectory() as directory:
-            files = Files.made(Path(directory), with_tls)
-            with Child(serve, files, agents) as daemon:
-                port = daemon.receive()
-                with Child(live, files, agents, port) as fleet:
-                    first_hello, barriers = fleet.receive()
-                    result.rendezvous.append(daemon.receive() - first_hello)
-                    result.barriers.append([barrier for barrier, _ in barriers])
-                    result.spans.append([span for _, span in barriers])
+    for _ in range(repeats_of(agents)):
+        measure_once(result, agents, with_tls=False)
     return result
+
+
+def measure_once(result: HubResult, agents: int, with_tls: bool) -> None:
+    """One repeat more in ``result``."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = Files.made(Path(directory), with_tls)
+        with Child(serve, files, agents) as daemon:
+            port = daemon.receive()
+            with Child(live, files, agents, port) as fleet:
+                first_hello, barriers = fleet.receive()
+                result.rendezvous.append(daemon.receive() - first_hello)
+                result.barriers.append([barrier for barrier, _ in barriers])
+                result.spans.append([span for _, span in barriers])
 
 
 def measure_stay(agents: int, with_tls: bool) -> tuple[float, float]:
     """Seconds until all have come through the ordinary door, and how many of them stay."""
     with tempfile.TemporaryDirectory() as directory:
         files = Files.made(Path(directory), with_tls)
-        with Child(serve, files, agents, DoorLimits()) as daemon, Child(stay, files, agents, daemon.receive()) as fleet:
+        with Child(serve, files, agents, None) as daemon, Child(stay, files, agents, daemon.receive()) as fleet:
             come, stable = fleet.receive(COME_SECONDS + 2 * STAY_SECONDS)
             return come, stable
 
@@ -242,8 +262,11 @@ ALL_AT_ONCE = DoorLimits(
 """Here all agents connect first and say their Hello at one moment, from one address."""
 
 
-def serve(pipe: Pipe, files: Files, agents: int, limits: DoorLimits = ALL_AT_ONCE) -> None:
-    """The daemon's process: says its port, then when it held the last Ready; ends with the pipe."""
+def serve(pipe: Pipe, files: Files, agents: int, limits: DoorLimits | None = ALL_AT_ONCE) -> None:
+    """The daemon's process: says its port, then when it held the last Ready; ends with the pipe.
+
+    ``limits``: of its door; None: the daemon's own.
+    """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     allow_sockets(agents)
     asyncio.run(Coordinator(pipe, agents).serve(files, limits))
@@ -260,7 +283,7 @@ class Coordinator:
         self._barriers = 0
         self._hub: Hub | None = None
 
-    async def serve(self, files: Files, limits: DoorLimits) -> None:
+    async def serve(self, files: Files, limits: DoorLimits | None) -> None:
         timing = HubTiming(HEARTBEAT_SECONDS, LOST_AFTER_HEARTBEATS, SETUP_SECONDS, CLOSE_SECONDS)
         next_id = itertools.count(1).__next__
         self._hub = Hub(

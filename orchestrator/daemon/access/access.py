@@ -88,7 +88,10 @@ class Access:
         directory: of the token files.
         withhold: keeps a token out of the log.
         tls: None: there is none.
-        limits: what strangers may cost.
+        limits: what strangers may cost; None: as the daemon has it.
+
+    Attributes:
+        limited: told of ``limits`` when they are others.
 
     Raises:
         ConfigError: a token file cannot serve.
@@ -102,10 +105,18 @@ class Access:
         tls: ServerTls | None = None,
         limits: DoorLimits | None = None,
     ) -> None:
-        self.limits = limits or DoorLimits()
+        self._limits = limits
         self.credentials, self.refusals, self.tls = Credentials(directory, withhold), Refusals(), tls
         self.guard = Guard(self.credentials, self.refusals, tls is not None and tls.wants_certificates)
         self._run_id = run_id
+        self.limited: Callable[[DoorLimits], None] = lambda _: None
+
+    @property
+    def limits(self) -> DoorLimits:
+        """What strangers may cost, as far as their number goes: with TLS there are fewer."""
+        if self._limits is not None:
+            return self._limits
+        return DoorLimits() if self.tls is None else DoorLimits().of_dearer(self.tls.price())
 
     async def again(self) -> None:
         """Read tokens and certificate anew.
@@ -116,6 +127,7 @@ class Access:
         await self.credentials.again()
         if self.tls is not None:
             await asyncio.to_thread(self.tls.again)
+            self.limited(self.limits)
 
     def claim_of(self, request: web.Request, purpose: Purpose = "connect") -> Claim:
         """What an agent claims that asks for a connection for ``purpose``.

@@ -19,7 +19,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,6 +74,11 @@ class DoorLimits:
     chance_seconds: float = 1.0
     request_seconds: float = 60.0
     pace: PaceLimits = field(default_factory=PaceLimits)
+
+    def of_dearer(self, times: float) -> "DoorLimits":
+        """The same cost, of strangers each of whom costs ``times`` as much: fewer of them, but one at the least."""
+        places, one_address = (max(1, int(number / times)) for number in (self.strangers, self.from_one_address))
+        return replace(self, strangers=places, from_one_address=one_address, pace=self.pace.of_dearer(times))
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +155,10 @@ class Door:
         for greeting in greetings:
             greeting.cancel()
         await asyncio.gather(*greetings, return_exceptions=True)
+
+    def limit(self, limits: DoorLimits) -> None:
+        """From here on; whoever has a place keeps it."""
+        self.limits, self._pace.limits = limits, limits.pace
 
     # ------------------------------------------------------------------------------------------------- who is let in
     def _accept(self, listening: socket.socket) -> None:

@@ -8,7 +8,7 @@ say, whatever its size.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 MAX_ADDRESSES: Final = 4096
@@ -28,6 +28,11 @@ class PaceLimits:
     few: int = 4
     beyond: float = 50.0
     while_seconds: float = 10.0
+
+    def of_dearer(self, times: float) -> "PaceLimits":
+        """The same cost, of strangers each of whom costs ``times`` as much; one at once at the least."""
+        rates = {name: getattr(self, name) / times for name in ("a_second", "besieged")}
+        return replace(self, burst=max(1, int(self.burst / times)), beyond=max(1.0, self.beyond / times), **rates)
 
 
 class Pace:

@@ -118,7 +118,7 @@ class Hub:
             await self._runner.cleanup()
             self._runner = None  # or ``close`` would fail on it and hide why the start did
             raise
-        self._door, self._access.guard.let_in = door, door.request
+        self._door, self._access.guard.let_in, self._access.limited = door, door.request, door.limit
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
         return bound
 

@@ -10,8 +10,10 @@ import pytest
 from command_line import cli, process
 from credentials import TOKENS
 from weightsync.orchestrator.cli import config as cli_config
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.cli.main import main
+from weightsync.orchestrator.daemon.access import tls as daemon_tls
 from weightsync.orchestrator.settings.settings import load
 
 
@@ -92,6 +94,23 @@ def test_config_check_warns_of_tokens_in_the_clear_and_of_pickles(config: Path) 
     texts = [finding.text for finding in findings_of(load(config, environ)) if finding.level == "warning"]
     assert any("tokens can be read there" in text for text in texts)
     assert any("unpickles" in text for text in texts)
+
+
+def test_config_check_warns_of_a_key_whose_handshakes_are_dear(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config.parent / "certificates"
+    make_certificates(made, ["127.0.0.1"], (), 2)
+    files = f"{{certificate_file: {made}/daemon.pem, key_file: {made}/daemon.key, ca_file: {made}/ca.pem}}"
+    settings = load(config, {"WEIGHTSYNC__LISTEN__TLS": files, "WEIGHTSYNC__ADVERTISE_URL": "https://127.0.0.1:7410"})
+
+    def told() -> list[tuple[str, str]]:
+        return [(finding.level, finding.text) for finding in findings_of(settings) if finding.check == "listen.tls"]
+
+    assert told() == [("ok", f"listen.tls: {made}/daemon.pem")]
+    monkeypatch.setattr(daemon_tls, "handshake_seconds", lambda _: 0.0052)
+    ((level, text),) = told()
+    assert level == "warning"
+    assert "takes 5.2 ms, in which the daemon hears nobody" in text
+    assert text.endswith("Fix: take a key of the curve P-256")
 
 
 def test_config_check_names_the_kinds_of_engine_that_there_are(

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from weightsync.agents.link.client import Backoff, ControlClient
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.core.events import AgentConnected, Event
 from weightsync.orchestrator.daemon.access import door as doors
+from weightsync.orchestrator.daemon.access import tls as tls_module
 from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.access.door import Door, DoorLimits
 from weightsync.orchestrator.daemon.access.pace import PaceLimits
@@ -450,14 +452,60 @@ async def test_an_agent_before_its_proof_counts_once(tmp_path: Path, monkeypatch
             await agent.close()
 
 
-async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(tmp_path: Path) -> None:
-    certificates = tmp_path / "certificates"
+def of_run(certificates: Path) -> ServerTls:
     make_certificates(certificates, ["127.0.0.1"], (), 2)
-    tls = ServerTls(ListenTls(
+    return ServerTls(ListenTls(
         certificate_file=certificates / "daemon.pem", key_file=certificates / "daemon.key",
         ca_file=certificates / "ca.pem",
     ))  # fmt: skip
-    async with house(tmp_path, tls, stranger_seconds=0.5) as made:
+
+
+def client_hello() -> bytes:
+    """The first thing that a client of TLS says."""
+    said, context = ssl.MemoryBIO(), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client = context.wrap_bio(ssl.MemoryBIO(), said, server_hostname="x")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return said.read()
+
+
+async def test_half_a_handshake_is_a_stranger_as_any_other(tmp_path: Path) -> None:
+    """It has made us compute, and gives way all the same; who is honest comes in."""
+    certificates = tmp_path / "certificates"
+    async with house(tmp_path, of_run(certificates), strangers=8, from_one_address=8) as made:
+        half = [await made.half_open(client_hello(), address=f"127.0.0.{2 + number % 2}") for number in range(8)]
+        for peer in half:  # each has the daemon's answer, and says nothing to it
+            assert await asyncio.get_running_loop().sock_recv(peer, 1) == b"\x16"
+        assert made.door.strangers == 8
+        assert await made.ask(tls=client_context(certificates / "ca.pem", None, None)) == 200
+        await ended(half[0])  # the oldest of the addresses that held the most
+        await made.strangers(7)
+
+
+async def test_with_tls_there_are_fewer_strangers_and_a_dearer_key_makes_fewer_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls, plain = of_run(tmp_path / "certificates"), DoorLimits()
+    access = Access(write_credentials(tmp_path / "credentials"), "run", str, tls)
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(1.0, 3, 10.0, 0.1))
+    await hub.start("127.0.0.1", 0)
+    try:
+        door = hub._door
+        assert door is not None
+        assert door.limits == plain.of_dearer(tls.price()) != plain
+        assert door.limits.strangers <= plain.strangers / 2
+        monkeypatch.setattr(tls_module, "handshake_seconds", lambda _: 10 * tls_module.CHEAP_SECONDS)
+        await access.again()  # SIGHUP, after the key was replaced by one of RSA
+        assert door.limits == plain.of_dearer(10 * tls_module.PRICE)
+        assert (door.limits.strangers, door.limits.from_one_address) == (102, 51)
+        assert door._pace.limits == door.limits.pace == plain.pace.of_dearer(20.0)
+    finally:
+        await hub.close()
+
+
+async def test_handshakes_have_their_time_too_and_what_comes_behind_them_is_not_lost(tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    async with house(tmp_path, of_run(certificates), stranger_seconds=0.5) as made:
         silent, plain = await made.half_open(b"\x16"), await made.half_open(HALF)
         context = client_context(certificates / "ca.pem", None, None)
         for _ in range(20):  # the request comes in one piece with the client's last word of the handshake, or not

@@ -82,3 +82,12 @@ def test_the_addresses_that_are_remembered_are_bounded() -> None:
     served = sum(takes(pace, str(number), 100.0) for number in range(3 * paces.MAX_ADDRESSES))
     assert served == paces.MAX_ADDRESSES
     assert taken(pace, "11", 100.0) == 2, "one that is remembered has the rest of its few"
+
+
+def test_of_dearer_ones_fewer_come() -> None:
+    dear = LIMITS.of_dearer(4.0)
+    assert dear == PaceLimits(burst=2, a_second=0.5, besieged=0.25, few=3, beyond=1.0, while_seconds=5.0)
+    pace = Pace(dear, 100.0)
+    assert taken(pace, "a", 100.0) == 3, "the burst, and one beyond it"
+    assert taken(pace, "b", 101.0) == 1, "who had few comes in, however dear"
+    assert LIMITS.of_dearer(1e9).burst == 1

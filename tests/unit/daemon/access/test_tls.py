@@ -1,6 +1,8 @@
 """The daemon's certificate and its clients': who is who, over real connections. Agents: agents/link/test_client.py."""
 
+import asyncio
 import hashlib
+import socket
 import ssl
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from credentials import TOKENS, write_credentials
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.daemon.access.access import Access
 from weightsync.orchestrator.daemon.access.guard import CREDENTIAL, NO_CERTIFICATE
-from weightsync.orchestrator.daemon.access.tls import ServerTls, credential_in
+from weightsync.orchestrator.daemon.access.tls import CHEAP_SECONDS, PRICE, READ_BYTES, ServerTls, credential_in
 from weightsync.orchestrator.daemon.hub.connection import HubTiming
 from weightsync.orchestrator.daemon.hub.hub import Hub
 from weightsync.orchestrator.settings.credentials import Credential
@@ -70,6 +72,49 @@ async def test_who_comes_by_which_certificate_and_token(
                 assert shown == "daemon", "a server's certificate is none of a client"
     finally:
         await hub.close()
+
+
+async def test_a_connection_has_a_small_buffer_and_a_session_is_nobodys_to_resume(
+    directory: Path, tmp_path: Path
+) -> None:
+    """asyncio's own has 256 KiB for each, which a stranger would have us fill with zeros."""
+    buffers: list[int] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        buffers.append(len(request.transport._ssl_protocol._ssl_buffer))  # type: ignore[union-attr]
+        return web.Response(body=await request.read())
+
+    access = Access(write_credentials(tmp_path / "credentials"), "run", str, listening(directory))
+    hub = Hub(access=access, post=lambda _: None, next_id=lambda: 1, timing=HubTiming(5, 3, 5, 0.1))
+    port = await hub.start("127.0.0.1", 0, lambda app: app.router.add_get("/status", answer) and None)
+    context = client_context(directory / "ca.pem", directory / "viewer.pem", directory / "viewer.key")
+    sent = bytes(range(256)) * 2048  # more than a buffer, and than a record
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"https://127.0.0.1:{port}/status", data=sent, ssl=context) as response,
+        ):
+            assert await response.read() == sent
+        assert buffers == [READ_BYTES]
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            shaken = await asyncio.to_thread(context.wrap_socket, raw, server_hostname="127.0.0.1")
+            shaken.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await asyncio.to_thread(shaken.recv, 12) == b"HTTP/1.1 404"
+            assert shaken.session is None or not shaken.session.has_ticket
+            shaken.close()
+    finally:
+        await hub.close()
+
+
+def test_what_a_handshake_costs_is_tried_out(directory: Path) -> None:
+    tls = listening(directory)
+    assert 1e-6 < tls.handshake_seconds < 1.0
+    tls.handshake_seconds = CHEAP_SECONDS / 2
+    assert tls.price() == PRICE
+    tls.handshake_seconds = 5 * CHEAP_SECONDS
+    assert tls.price() == 5 * PRICE
+    tls.again()
+    assert tls.handshake_seconds != 5 * CHEAP_SECONDS
 
 
 def test_the_channel_is_the_certificate(directory: Path) -> None:
