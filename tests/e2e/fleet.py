@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -16,7 +17,10 @@ from typing import Any, NoReturn, Self
 
 import yaml
 from serving import HOST, VllmServer, free_port
+from weightsync.agents.link.tls import CA_VARIABLE
+from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.settings.credentials import make_tokens
+from weightsync.orchestrator.settings.tls import client_context
 
 HERE = Path(__file__).resolve().parent
 DAEMON_READY_SECONDS = 120.0
@@ -133,7 +137,8 @@ class Trainer:
 class Fleet:
     """One run: its directory, its configuration, and the processes that were started.
 
-    Its daemon is where the first of its real servers looks for it, and the token is that server's.
+    Its daemon is where the first of its real servers looks for it, and the token is that server's. ``with_tls``: of a
+    fleet without real servers.
     """
 
     directory: Path
@@ -142,6 +147,7 @@ class Fleet:
     run_id: str = "e2e"
     host: str = HOST
     port: int = 0
+    with_tls: bool = False
     daemon: Process | None = None
     trainers: list[Trainer] = field(default_factory=list)
 
@@ -155,6 +161,9 @@ class Fleet:
             (self.credentials / "engine.token").write_text(servers[0].token + "\n")
         self.port = self.port or (servers[0].hub_port if servers else free_port())
         self.token = self.credentials / "trainer.token"
+        self.certificates = self.directory / "certificates"
+        if self.with_tls:
+            make_certificates(self.certificates, [self.host], (), 2)
         self.config = self.directory / "config.yaml"
         self.write_config()
 
@@ -175,7 +184,26 @@ class Fleet:
         }
         for key, value in self.settings.items():
             document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+        if self.with_tls:
+            names = {"certificate_file": "daemon.pem", "key_file": "daemon.key", "ca_file": "ca.pem"}
+            document["listen"]["tls"] = {key: str(self.certificates / name) for key, name in names.items()}
+            document["advertise_url"] = self.url
         return document
+
+    @property
+    def url(self) -> str:
+        """The daemon's."""
+        return f"http{'s' * self.with_tls}://{self.host}:{self.port}"
+
+    @property
+    def hub_url(self) -> str:
+        """Where agents come to."""
+        return f"ws{self.url.removeprefix('http')}/agents"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an agent needs beside its place: the authority."""
+        return {CA_VARIABLE: str(self.certificates / "ca.pem")} if self.with_tls else {}
 
     @property
     def checkpoints(self) -> Path:
@@ -211,9 +239,9 @@ class Fleet:
 
     def ask(self, path: str) -> Any:
         """GET of the daemon's admin routes; None when it does not answer."""
-        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers=self._operator())
+        request = urllib.request.Request(f"{self.url}{path}", headers=self._operator())
         try:
-            with urllib.request.urlopen(request, timeout=5) as response:
+            with urllib.request.urlopen(request, timeout=5, context=self._context()) as response:
                 body = response.read()
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return None
@@ -223,8 +251,8 @@ class Fleet:
         """An operator's verb; raises if it is refused."""
         headers = {**self._operator(), "Content-Type": "application/json"}
         body = json.dumps({"target": target, "reason": "a test", "by": "tests"}).encode()
-        url = f"http://{self.host}:{self.port}/verbs/{verb}"
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers, method="POST"), timeout=5):
+        request = urllib.request.Request(f"{self.url}/verbs/{verb}", body, headers, method="POST")
+        with urllib.request.urlopen(request, timeout=5, context=self._context()):
             pass
 
     def command(self, *words: str) -> str:
@@ -233,6 +261,9 @@ class Fleet:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def _context(self) -> ssl.SSLContext | None:
+        return client_context(self.certificates / "ca.pem", None, None) if self.with_tls else None
 
     def _operator(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {(self.credentials / 'operator.token').read_text().strip()}"}
@@ -277,10 +308,10 @@ class Fleet:
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": HOST,
                 "MASTER_PORT": str(rendezvous), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]), **of_device,
-                **(env or {}),
+                **self.environment, **(env or {}),
             }  # fmt: skip
             command = [
-                *before, sys.executable, str(HERE / script), "--hub-url", f"ws://{self.host}:{self.port}/agents",
+                *before, sys.executable, str(HERE / script), "--hub-url", self.hub_url,
                 "--token-file", str(self.token), "--run-id", self.run_id, "--run-dir", str(self.directory / "run"),
                 "--model-config", str(model_dir / "config.json"), "--checkpoints", str(self.checkpoints),
                 "--device", device,

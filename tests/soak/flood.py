@@ -1,6 +1,6 @@
 """What strangers cost a running fleet. JSON lines ``{"figure", "value", "unit", "n", "spread"}``.
 
-    python tests/soak/flood.py [--rounds 40] [--blocks 5] [--half-open 2000] [--idle 2000] [--wrong 500]
+    python tests/soak/flood.py [--rounds 40] [--blocks 5] [--half-open 2000] [--idle 2000] [--wrong 500] [--without-tls]
 
 The daemon, a trainer rank and two stand-in engines, each a real process with a real agent, push version after version,
 in turns without strangers, with them at the door of another process, and with them at the daemon's: so many half
@@ -14,12 +14,17 @@ many requests with a wrong token a second.
 * ``flood_log_lines``: lines of the daemon's log above level info, in all blocks with strangers.
 * ``flood_rss_mb``: by how much the daemon's memory grew from its largest before the first strangers came (10^6 bytes).
 * ``flood_connections_per_second``: that strangers opened, of all kinds.
+* ``flood_daemon_share``, ``flood_strangers_share``: of one core, the processor time that the daemon spends more than in
+  the blocks without strangers, and that of the strangers themselves.
+* ``flood_tls_…``: the same of a fleet with TLS, where half requests are half handshakes, and wrong tokens come behind
+  whole ones. There is no other door to come to that shakes hands.
 
 Ends with 1 and says why if one is beyond its BOUNDS, or if a push failed.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -37,17 +42,32 @@ WARM_ROUNDS = 10
 SETTLE_SECONDS = 2.0
 """Of a flood before its first push that counts: all places are taken by then."""
 
-BOUNDS: Final = {"flood_round_ratio": 1.1, "flood_log_lines": 99.0, "flood_rss_mb": 128.0}
-"""2,048 strangers of some 30 kB (``daemon/access/door.py``), and as much again for what the allocator keeps."""
+BOUNDS: Final = {"round_ratio": 1.1, "log_lines": 99.0, "rss_mb": 128.0}
+"""``rss_mb``: 2,048 strangers of some 30 kB (``daemon/access/door.py``), or half of them with 70 kB, and as much again
+for what the allocator keeps."""
+
+TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
 class Block:
-    """Seconds of each push, lines of log above level info, what the strangers say that they did."""
+    """Seconds of each push, lines of log above level info, what the strangers say that they did, and of one core the
+    daemon's share."""
 
     seconds: list[float] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     told: dict[str, Any] = field(default_factory=dict)
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Crowds:
+    """Half requests and silent connections at a time, wrong tokens a second; all of it ``with_tls`` or without."""
+
+    half: int
+    idle: int
+    wrong: int
+    with_tls: bool = False
 
 
 class Elsewhere:
@@ -67,8 +87,9 @@ class Elsewhere:
 class Strangers:
     """``strangers.py``."""
 
-    def __init__(self, port: int, half: int, idle: int, wrong: int, log: Path) -> None:
-        command = [sys.executable, str(HERE / "strangers.py"), *map(str, (port, half, idle, wrong))]
+    def __init__(self, port: int, crowds: "Crowds", log: Path) -> None:
+        numbers = map(str, (port, crowds.half, crowds.idle, crowds.wrong))
+        command = [sys.executable, str(HERE / "strangers.py"), *numbers, *["tls"] * crowds.with_tls]
         self._process = Process(command, log, {}, pipe=True).start()
 
     def order(self, word: str) -> dict[str, Any]:
@@ -87,13 +108,13 @@ class Strangers:
 class Besieged:
     """A running fleet, and strangers at its door."""
 
-    def __init__(self, directory: Path, half: int, idle: int, wrong: int) -> None:
+    def __init__(self, directory: Path, crowds: Crowds) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.soak = Soak(directory, 1, 0, 0)
+        self.soak = Soak(directory, 1, 0, 0, with_tls=crowds.with_tls)
         self.soak.start()
         self.elsewhere = Elsewhere(directory / "elsewhere.log")
-        self.strangers = Strangers(self.soak.fleet.port, half, idle, wrong, directory / "strangers.log")
-        self.neighbours = Strangers(self.elsewhere.port, half, idle, wrong, directory / "neighbours.log")
+        self.strangers = Strangers(self.soak.fleet.port, crowds, directory / "strangers.log")
+        self.neighbours = Strangers(self.elsewhere.port, crowds, directory / "neighbours.log")
         self._log = directory / "daemon.log"
         self._step = 0
         self.push(WARM_ROUNDS)
@@ -123,7 +144,17 @@ class Besieged:
 
     def memory(self) -> float:
         """The daemon's, in 10^6 bytes."""
-        return held_by(self.soak.processes()["daemon"].child.pid)["rss_mb"]  # type: ignore[union-attr]
+        return held_by(self._daemon_pid())["rss_mb"]
+
+    def _daemon_pid(self) -> int:
+        child = self.soak.processes()["daemon"].child
+        assert child is not None
+        return child.pid
+
+    def _processor_seconds(self) -> float:
+        """The daemon's, since its start: utime and stime of proc(5)."""
+        words = Path(f"/proc/{self._daemon_pid()}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / TICKS
 
     def block(self, rounds: int, crowd: Strangers | None) -> Block:
         """So many pushes, while ``crowd`` comes."""
@@ -132,7 +163,9 @@ class Besieged:
         if crowd is not None:
             crowd.order("on")
             time.sleep(SETTLE_SECONDS)
+        spent, began = self._processor_seconds(), time.monotonic()
         made.seconds = self.push(rounds)
+        made.share = (self._processor_seconds() - spent) / (time.monotonic() - began)
         if crowd is not None:
             made.told = crowd.order("off")
         lines = self._log.read_text().splitlines()[before:]
@@ -144,7 +177,7 @@ def report(figure: str, value: float, unit: str, n: int, spread: float) -> str:
     """Print one figure; what is wrong with it, if it is beyond its bound."""
     line = {"figure": figure, "value": round(value, 4), "unit": unit, "n": n, "spread": round(spread, 4)}
     print(json.dumps(line), flush=True)
-    bound = BOUNDS.get(figure)
+    bound = next((bound for name, bound in BOUNDS.items() if figure in (f"flood_{name}", f"flood_tls_{name}")), None)
     return f"{figure} is {value:.4g}, more than {bound:g}" if bound is not None and value > bound else ""
 
 
@@ -156,22 +189,43 @@ def ratio(figure: str, blocks: list[Block], to: list[Block]) -> str:
     return report(figure, value, "x", len(above), max(ratios) - min(ratios))
 
 
-def figures(calm: list[Block], control: list[Block], flooded: list[Block], grown: float) -> list[str]:
-    """Print them; what is beyond its bound."""
+def figures(prefix: str, calm: list[Block], control: list[Block], flooded: list[Block], grown: float) -> list[str]:
+    """Print them; what is beyond its bound. ``control``: none, or one for each of the others."""
     quiet = [s for block in calm for s in block.seconds]
     lines = [len(block.warnings) for block in flooded]
-    crowds = ("half_open", "idle", "wrong_token")
-    rates = [sum(block.told[crowd]["opened"] for crowd in crowds) / block.told["seconds"] for block in flooded]
-    report("flood_round_calm_p50_ms", statistics.median(quiet) * 1e3, "ms", len(quiet), 0.0)
-    wrong = [
-        ratio("flood_round_ratio", flooded, calm),
-        ratio("flood_control_ratio", control, calm),
-        ratio("flood_over_control_ratio", flooded, control),
-        report("flood_log_lines", sum(lines), "lines", len(lines), max(lines) - min(lines)),
-        report("flood_rss_mb", grown, "MB", 1, 0.0),
-        report("flood_connections_per_second", statistics.median(rates), "1/s", len(rates), max(rates) - min(rates)),
-    ]
+    kinds = ("half_open", "idle", "wrong_token")
+    rates = [sum(block.told[kind]["opened"] for kind in kinds) / block.told["seconds"] for block in flooded]
+    more = [with_them.share - without.share for with_them, without in zip(flooded, calm, strict=True)]
+    theirs = [block.told["cpu_seconds"] / block.told["seconds"] for block in flooded]
+    report(f"{prefix}_round_calm_p50_ms", statistics.median(quiet) * 1e3, "ms", len(quiet), 0.0)
+    wrong = [ratio(f"{prefix}_round_ratio", flooded, calm)]
+    if control:
+        wrong.append(ratio(f"{prefix}_control_ratio", control, calm))
+        wrong.append(ratio(f"{prefix}_over_control_ratio", flooded, control))
+    wrong.append(report(f"{prefix}_log_lines", sum(lines), "lines", len(lines), max(lines) - min(lines)))
+    wrong.append(report(f"{prefix}_rss_mb", grown, "MB", 1, 0.0))
+    for name, unit, values in (("connections_per_second", "1/s", rates), ("daemon_share", "core", more),
+                               ("strangers_share", "core", theirs)):  # fmt: skip
+        report(f"{prefix}_{name}", statistics.median(values), unit, len(values), max(values) - min(values))
     return [said for said in wrong if said]
+
+
+def measured(prefix: str, directory: Path, crowds: Crowds, blocks: int, rounds: int) -> list[str]:
+    """Print the figures of one fleet; what is beyond its bound."""
+    besieged = Besieged(directory, crowds)
+    try:
+        calm, control, flooded = [], [], []
+        before = after = besieged.memory()
+        for _ in range(blocks):
+            calm.append(besieged.block(rounds, None))
+            if not crowds.with_tls:
+                control.append(besieged.block(rounds, besieged.neighbours))
+            flooded.append(besieged.block(rounds, besieged.strangers))
+            after = max(after, besieged.memory())
+            print(json.dumps(flooded[-1].told), *flooded[-1].warnings, sep="\n  ", file=sys.stderr, flush=True)
+    finally:
+        besieged.close()
+    return figures(prefix, calm, control, flooded, after - before)
 
 
 def main() -> None:
@@ -181,22 +235,14 @@ def main() -> None:
     parser.add_argument("--half-open", type=int, default=2000)
     parser.add_argument("--idle", type=int, default=2000)
     parser.add_argument("--wrong", type=int, default=500)
+    parser.add_argument("--without-tls", action="store_true")
     parser.add_argument("--keep", type=Path, help="a new directory for the logs; default: removed")
     given = parser.parse_args()
+    wrong = []
     with tempfile.TemporaryDirectory() as scratch:
-        besieged = Besieged((given.keep or Path(scratch)) / "fleet", given.half_open, given.idle, given.wrong)
-        try:
-            calm, control, flooded = [], [], []
-            before = after = besieged.memory()
-            for _ in range(given.blocks):
-                calm.append(besieged.block(given.rounds, None))
-                control.append(besieged.block(given.rounds, besieged.neighbours))
-                flooded.append(besieged.block(given.rounds, besieged.strangers))
-                after = max(after, besieged.memory())
-                print(json.dumps(flooded[-1].told), *flooded[-1].warnings, sep="\n  ", file=sys.stderr, flush=True)
-        finally:
-            besieged.close()
-        wrong = figures(calm, control, flooded, after - before)
+        for prefix, with_tls in (("flood", False),) + (("flood_tls", True),) * (not given.without_tls):
+            crowds = Crowds(given.half_open, given.idle, given.wrong, with_tls)
+            wrong += measured(prefix, (given.keep or Path(scratch)) / prefix, crowds, given.blocks, given.rounds)
     if wrong:
         sys.exit("\n".join(wrong))
 

@@ -67,8 +67,8 @@ class StandIn:
 
     def belong_to(self, fleet: Fleet) -> None:
         """Before its start: its environment says whose it is."""
-        url, token = f"ws://{HOST}:{fleet.port}/agents", fleet.credentials / "engine.token"
-        self.environment = {**self.environment, **place(token, url, fleet.run_id, self.name)}
+        where = place(fleet.credentials / "engine.token", fleet.hub_url, fleet.run_id, self.name)
+        self.environment = {**self.environment, **fleet.environment, **where}
 
     def start(self) -> None:
         command = [sys.executable, str(self.script), self.name, str(self.port)]
@@ -88,10 +88,17 @@ class Soak:
 
     Args:
         environment: what all of them find in theirs, beside this process's own.
+        with_tls: between the daemon and all others.
     """
 
     def __init__(
-        self, directory: Path, rounds: int, restarts: int, seed: int, environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        rounds: int,
+        restarts: int,
+        seed: int,
+        environment: Mapping[str, str] | None = None,
+        with_tls: bool = False,
     ) -> None:
         self.directory, self.rounds = directory, rounds
         self._look_every, self._count_every = max(1, rounds // 200), max(5, rounds // 60)
@@ -104,7 +111,7 @@ class Soak:
             **(environment or {}),
         }  # fmt: skip
         self.engines = {name: StandIn(name, directory, self._environment) for name in ("e0", "e1")}
-        self.fleet = Fleet(directory, self.engines, settings=dict(SETTINGS), run_id="soak")  # type: ignore[arg-type]
+        self.fleet = Fleet(directory, self.engines, dict(SETTINGS), "soak", with_tls=with_tls)  # type: ignore[arg-type]
         for engine in self.engines.values():
             engine.belong_to(self.fleet)
         self.trainer: Trainer | None = None

@@ -1,7 +1,8 @@
 """Strangers at the daemon's door, as many and as busy as they are told: a process of its own, on loopback.
 
-Arguments: port, places that half requests hold, places that silent connections hold, wrong tokens a second. Lines of
-standard input are ``on`` and ``off``; each is answered with a line of JSON, of ``off`` with what was done meanwhile.
+Arguments: port, places that half requests hold, places that silent connections hold, wrong tokens a second, and with
+``tls``: half requests are half handshakes then, and wrong tokens come behind whole ones. Lines of standard input are
+``on`` and ``off``; each is answered with a line of JSON, of ``off`` with what was done meanwhile.
 
 A held place is taken again as soon as the daemon ends it, all of a kind at most once a second. They come from ADDRESSES
 addresses, as strangers do who want more than the places that one address has.
@@ -12,27 +13,85 @@ import json
 import os
 import selectors
 import socket
+import ssl
 import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 ADDRESSES = 64
 SLICE_SECONDS = 0.02
 HALF = b"GET /status HTTP/1.1\r\nHost: x\r\nX-Never: "
-WRONG = b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong-%d\r\nConnection: close\r\n\r\n"
+WRONG = b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nConnection: close\r\n\r\n"
 ABORT = struct.pack("ii", 1, 0)
+
+
+def give_way() -> None:
+    """Strangers have machines of their own; here they share the daemon's, and run when nobody else wants to."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@dataclass(eq=False)
+class Plain:
+    """One stranger who says ``words`` and hears what comes."""
+
+    words: bytes
+
+    def first(self) -> bytes:
+        """What it says when it is connected."""
+        return self.words
+
+    def hears(self, heard: bytes) -> tuple[bytes, bytes]:
+        """What it says to that, and what it was told."""
+        return b"", heard
+
+
+@dataclass(eq=False)
+class Shaking:
+    """One who comes with TLS, and says ``words`` when the handshake is done; without words, it leaves it half done."""
+
+    words: bytes
+    context: ssl.SSLContext
+    incoming: ssl.MemoryBIO = field(default_factory=ssl.MemoryBIO)
+    outgoing: ssl.MemoryBIO = field(default_factory=ssl.MemoryBIO)
+    is_done: bool = False
+
+    def __post_init__(self) -> None:
+        self._tls = self.context.wrap_bio(self.incoming, self.outgoing, server_hostname="x")
+
+    def first(self) -> bytes:
+        return self._goes_on()
+
+    def hears(self, heard: bytes) -> tuple[bytes, bytes]:
+        if not self.words:
+            return b"", b""
+        self.incoming.write(heard)
+        said = self._goes_on()
+        try:
+            return said, self._tls.read(4096) if self.is_done else b""
+        except ssl.SSLWantReadError:
+            return said, b""
+
+    def _goes_on(self) -> bytes:
+        try:
+            if not self.is_done:
+                self._tls.do_handshake()
+                self.is_done = True
+                self._tls.write(self.words)
+        except ssl.SSLWantReadError:
+            pass
+        return self.outgoing.read()
 
 
 class Crowd:
     """Strangers of one kind: ``held`` at a time, or ``rate`` a second that go when they are answered."""
 
-    def __init__(self, name: str, port: int, say: Callable[[int], bytes], held: int, rate: float) -> None:
+    def __init__(self, name: str, port: int, words: bytes, held: int, rate: float, tls: ssl.SSLContext | None) -> None:
         self.name, self.held, self.rate = name, held, rate
-        self._port, self._say = port, say
+        self._port, self._words, self._tls = port, words, tls
         self._budget = 0.0
-        self.sockets: set[socket.socket] = set()
+        self.sockets: dict[socket.socket, Plain | Shaking] = {}
         self.counts: Counter[str] = Counter()
 
     def come(self, seconds: float, selector: selectors.BaseSelector) -> None:
@@ -54,48 +113,60 @@ class Crowd:
             self.counts[errno.errorcode.get(result, "other")] += 1
             peer.close()
             return
-        self.sockets.add(peer)
+        self.sockets[peer] = Plain(self._words) if self._tls is None else Shaking(self._words, self._tls)
         selector.register(peer, selectors.EVENT_WRITE, self)
 
     def event(self, peer: socket.socket, events: int, selector: selectors.BaseSelector) -> None:
         """It is connected, has an answer, or was ended."""
+        stranger = self.sockets[peer]
         try:
             if events & selectors.EVENT_WRITE:
-                said = self._say(self.counts["opened"])
+                said = stranger.first()
                 if said:
                     peer.send(said)
                 selector.modify(peer, selectors.EVENT_READ, self)
                 return
-            answer = peer.recv(4096)
-            if answer:
-                self.counts[answer[9:12].decode("ascii", "replace")] += 1
+            heard = peer.recv(65536)
+            if heard:
+                said, answer = stranger.hears(heard)
+                if said:
+                    peer.send(said)
+                if answer:
+                    self.counts[answer[9:12].decode("ascii", "replace")] += 1
                 return
-        except OSError:
+        except OSError:  # of ssl, too
             pass
         self.counts["ended"] += 1
         self.leave(peer, selector)
 
     def leave(self, peer: socket.socket, selector: selectors.BaseSelector) -> None:
         selector.unregister(peer)
-        self.sockets.discard(peer)
+        del self.sockets[peer]
         peer.close()
 
 
-def main() -> None:
-    port, half, idle, wrong = map(int, sys.argv[1:])
-    os.nice(19)  # strangers have machines of their own; here they share the daemon's
-    crowds = [
-        Crowd("half_open", port, lambda _: HALF, half, half),
-        Crowd("idle", port, lambda _: b"", idle, idle),
-        Crowd("wrong_token", port, lambda number: WRONG % number, wrong, wrong),
+def crowds(port: int, half: int, idle: int, wrong: int, with_tls: bool) -> list[Crowd]:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if with_tls else None
+    if tls is not None:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    return [
+        Crowd("half_open", port, b"" if with_tls else HALF, half, half, tls),
+        Crowd("idle", port, b"", idle, idle, None),
+        Crowd("wrong_token", port, WRONG, wrong, wrong, tls),
     ]
+
+
+def main() -> None:
+    port, half, idle, wrong = map(int, sys.argv[1:5])
+    give_way()
+    all_crowds = crowds(port, half, idle, wrong, "tls" in sys.argv[5:])
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin, selectors.EVENT_READ)
-    is_on, last, began = False, time.monotonic(), 0.0
+    is_on, last, began, spent = False, time.monotonic(), 0.0, 0.0
     while True:
         now = time.monotonic()
         if is_on:
-            for crowd in crowds:
+            for crowd in all_crowds:
                 crowd.come(now - last, selector)
         last = now
         for key, events in selector.select(SLICE_SECONDS if is_on else None):
@@ -104,17 +175,18 @@ def main() -> None:
                 continue
             order = sys.stdin.readline().strip()
             if order == "on":
-                is_on, began, last = True, time.monotonic(), time.monotonic()
-                for crowd in crowds:
+                is_on, began, last, spent = True, time.monotonic(), time.monotonic(), time.process_time()
+                for crowd in all_crowds:
                     crowd.counts.clear()
                 print(json.dumps({"on": True}), flush=True)
             elif order == "off":
                 is_on = False
-                told = {crowd.name: {"at_once": len(crowd.sockets), **crowd.counts} for crowd in crowds}
-                for crowd in crowds:
+                told = {crowd.name: {"at_once": len(crowd.sockets), **crowd.counts} for crowd in all_crowds}
+                for crowd in all_crowds:
                     for peer in list(crowd.sockets):
                         crowd.leave(peer, selector)
-                print(json.dumps({"seconds": time.monotonic() - began, **told}), flush=True)
+                own = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - spent}
+                print(json.dumps({**own, **told}), flush=True)
             else:
                 return
             break  # what else was found is of those who have left, or is found again

@@ -216,7 +216,9 @@ class Door:
             reason = str(error) or type(error).__name__
             self._refusals.say("TLS handshake failed", remote=visitor.address, reason=reason)
             self._forget(visitor.peer)
-        visitor.greeting = None
+            error.__traceback__ = None  # or its frames keep the connection's memory until the garbage collector comes
+        finally:
+            visitor.greeting = None
 
     def enter(self, transport: asyncio.BaseTransport) -> None:
         """Whoever is on ``transport`` has proved who it is, and its connection is watched by somebody else."""

@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import socket
 import ssl
+import weakref
+from asyncio import sslproto
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -480,6 +483,38 @@ async def test_half_a_handshake_is_a_stranger_as_any_other(tmp_path: Path) -> No
         assert await made.ask(tls=client_context(certificates / "ca.pem", None, None)) == 200
         await ended(half[0])  # the oldest of the addresses that held the most
         await made.strangers(7)
+
+
+@pytest.mark.parametrize("how", ["no handshake", "given up by the door"])
+async def test_a_handshake_that_fails_leaves_its_memory_to_nobody(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 kB each: what the garbage collector would find only when it has looked through everything else."""
+    made_of: weakref.WeakSet[sslproto.SSLProtocol] = weakref.WeakSet()
+
+    class Seen(sslproto.SSLProtocol):
+        def __init__(self, *given: Any, **more: Any) -> None:
+            made_of.add(self)
+            super().__init__(*given, **more)
+
+    tls = of_run(tmp_path / "certificates")
+    monkeypatch.setattr(sslproto, "SSLProtocol", Seen)
+    async with house(tmp_path, tls) as made:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                peer = await made.half_open(b"no handshake" if how == "no handshake" else client_hello())
+                if how != "no handshake":
+                    await asyncio.get_running_loop().sock_recv(peer, 1)
+                    assert len(made_of) == 1
+                    made.door._end(next(iter(made.door._visitors.values())))
+                await ended(peer)
+            async with asyncio.timeout(SECONDS):
+                while made_of:  # noqa: ASYNC110  # the transport's end is the loop's next turn
+                    await asyncio.sleep(0)
+        finally:
+            gc.enable()
 
 
 async def test_with_tls_there_are_fewer_strangers_and_a_dearer_key_makes_fewer_still(
