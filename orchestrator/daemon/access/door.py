@@ -76,8 +76,13 @@ class DoorLimits:
     pace: PaceLimits = field(default_factory=PaceLimits)
 
     def of_dearer(self, times: float) -> "DoorLimits":
-        """The same cost, of strangers each of whom costs ``times`` as much: fewer of them, but one at the least."""
-        places, one_address = (max(1, int(number / times)) for number in (self.strangers, self.from_one_address))
+        """The same cost, of strangers each of whom costs ``times`` as much: fewer of them, but one at the least.
+
+        One address may have as many as before, if need be all: a whole fleet may come by it, and it is the first that
+        gives up places to others.
+        """
+        places = max(1, int(self.strangers / times))
+        one_address = min(self.from_one_address, places)
         return replace(self, strangers=places, from_one_address=one_address, pace=self.pace.of_dearer(times))
 
 

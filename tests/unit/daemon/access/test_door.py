@@ -532,7 +532,7 @@ async def test_with_tls_there_are_fewer_strangers_and_a_dearer_key_makes_fewer_s
         monkeypatch.setattr(tls_module, "handshake_seconds", lambda _: 10 * tls_module.CHEAP_SECONDS)
         await access.again()  # SIGHUP, after the key was replaced by one of RSA
         assert door.limits == plain.of_dearer(10 * tls_module.PRICE)
-        assert (door.limits.strangers, door.limits.from_one_address) == (102, 51)
+        assert (door.limits.strangers, door.limits.from_one_address) == (102, 102)
         assert door._pace.limits == door.limits.pace == plain.pace.of_dearer(20.0)
     finally:
         await hub.close()
