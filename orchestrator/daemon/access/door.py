@@ -53,6 +53,9 @@ SWEEP_SECONDS: Final = 0.02
 LOOKED_AT_ONCE: Final = 256
 """… at so many of them, which takes a tenth of a millisecond; the next look goes on from there."""
 
+SMALL_BYTES: Final = 64 * 1024
+"""Of an answer that does not count: as much a transport may keep that has been told to close."""
+
 Peer = tuple[Any, ...]
 """Address and port, as the socket names them."""
 
@@ -65,7 +68,8 @@ class DoorLimits:
     moment, a whole fleet behind one address comes in turn. ``stranger_seconds``: from accept to proof or credential, as
     long as a Hello may take. ``chance_seconds``: after which one gives way to a newcomer whose address holds as many
     places, if all are taken: an honest one needs a few round trips. ``request_seconds``: for one request with a
-    credential, its answer included. ``pace``: how many of them come in.
+    credential, its answer included. ``unread_bytes``: of all large answers that are being read, beyond the first.
+    ``pace``: how many of them come in.
     """
 
     strangers: int = 2048
@@ -73,6 +77,7 @@ class DoorLimits:
     stranger_seconds: float = 10.0
     chance_seconds: float = 1.0
     request_seconds: float = 60.0
+    unread_bytes: int = 256 << 20
     pace: PaceLimits = field(default_factory=PaceLimits)
 
     def of_dearer(self, times: float) -> "DoorLimits":
@@ -88,15 +93,18 @@ class DoorLimits:
 
 @dataclass(slots=True, eq=False)
 class _Visitor:
-    """``is_beyond``: as ``Pace.takes`` says. ``greeting`` makes its transport, with TLS after a handshake."""
+    """``is_beyond``: as ``Pace.takes`` says. ``greeting`` makes its transport, with TLS after a handshake. ``owed``:
+    bytes of the large answer that it may still be reading."""
 
     peer: Peer
+    connected: socket.socket
     came: float
     leaves: float
     is_beyond: bool
     greeting: "asyncio.Task[None] | None" = None
     transport: asyncio.Transport | None = None
     is_stranger: bool = True
+    owed: int = 0
 
     @property
     def address(self) -> str:
@@ -202,20 +210,20 @@ class Door:
             connected.close()
             return
         self._forget(peer)  # of an earlier connection from the same port, whose end was not looked at yet
-        visitor = _Visitor(peer, now, now + self.limits.stranger_seconds, self._pace.takes(address))
+        visitor = _Visitor(peer, connected, now, now + self.limits.stranger_seconds, self._pace.takes(address))
         self._visitors[peer] = visitor
         self._from.setdefault(address, {})[peer] = visitor
         self.strangers += 1
-        visitor.greeting = asyncio.get_running_loop().create_task(self._greet(visitor, connected))
+        visitor.greeting = asyncio.get_running_loop().create_task(self._greet(visitor))
         # One that is cancelled before its first step never comes to its own end.
         visitor.greeting.add_done_callback(lambda _: connected.close() if visitor.transport is None else None)
 
-    async def _greet(self, visitor: _Visitor, connected: socket.socket) -> None:
-        connected.setblocking(False)
+    async def _greet(self, visitor: _Visitor) -> None:
+        visitor.connected.setblocking(False)
         seconds = None if self._tls is None else self.limits.stranger_seconds
         try:
             visitor.transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
-                self._serve, connected, ssl=self._tls, ssl_handshake_timeout=seconds
+                self._serve, visitor.connected, ssl=self._tls, ssl_handshake_timeout=seconds
             )
         except OSError as error:  # ssl's errors, broken connections and TimeoutError
             reason = str(error) or type(error).__name__
@@ -238,6 +246,18 @@ class Door:
         if visitor is not None:
             self._believe(visitor)
             visitor.leaves = self._now() + self.limits.request_seconds
+            visitor.owed = 0
+
+    def answers(self, transport: asyncio.BaseTransport | None, size: int) -> bool:
+        """Whether ``size`` bytes may be sent as an answer on ``transport``: there is room for what nobody reads."""
+        if size <= SMALL_BYTES:
+            return True
+        visitor = None if transport is None else self._visitors.get(transport.get_extra_info("peername"))
+        owed = sum(other.owed for other in self._visitors.values())
+        if visitor is None or (owed and owed + size > self.limits.unread_bytes):
+            return False
+        visitor.owed = size
+        return True
 
     def sweep(self) -> None:
         """End those whose time is over, and give back places of those who are gone: LOOKED_AT_ONCE of all, in turn."""
@@ -247,7 +267,8 @@ class Door:
             visitor = self._unseen.pop()
             if self._visitors.get(visitor.peer) is not visitor:
                 continue
-            if visitor.transport is not None and visitor.transport.is_closing():
+            # Not by its transport: one that closes waits for its reader first, who may never come.
+            if visitor.connected.fileno() == -1:
                 self._forget(visitor.peer)
             elif now >= visitor.leaves:
                 kind = "a stranger has shown nothing" if visitor.is_stranger else "a request takes too long"

@@ -6,6 +6,7 @@ from typing import Final
 
 from aiohttp import hdrs, web
 from weightsync.orchestrator.daemon.access.credentials import Credentials
+from weightsync.orchestrator.daemon.access.door import SMALL_BYTES
 from weightsync.orchestrator.daemon.access.policy import policy_of
 from weightsync.orchestrator.daemon.access.refusals import Refusals
 from weightsync.orchestrator.daemon.access.tls import credential_of_peer
@@ -15,6 +16,8 @@ CREDENTIAL: Final = "weightsync.credential"
 """In the match_info of a request that was let in: its credential as text. No pattern of a path has such a name."""
 
 NO_CERTIFICATE: Final = "this needs a client certificate that names its role"
+
+TOO_MUCH: Final = "others have not yet read what they asked for, and there is no room for more; ask again\n"
 
 _SCHEME: Final = "bearer "
 
@@ -26,11 +29,13 @@ class Guard:
 
     Attributes:
         let_in: told of each connection whose request bears a credential that serves.
+        answers: asked whether an answer of so many bytes may be sent there.
     """
 
     def __init__(self, credentials: Credentials, refusals: Refusals, wants_certificates: bool = False) -> None:
         self._credentials, self._refusals, self._wants_certificates = credentials, refusals, wants_certificates
         self.let_in: Callable[[asyncio.Transport | None], None] = lambda _: None
+        self.answers: Callable[[asyncio.Transport | None, int], bool] = lambda _, size: True
 
     def install(self, app: web.Application) -> None:
         """Stand before all routes of ``app``."""
@@ -43,9 +48,20 @@ class Guard:
                 _only_one(request, error)
                 raise
             _only_one(request, answer)
-            return answer
+            return self._bounded(request, answer)
 
         app.middlewares.append(guard)
+
+    def _bounded(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+        """``answer``, or one that says that too much lies unread already. Who has read a large one is done."""
+        body = answer.body if isinstance(answer, web.Response) else None
+        size = len(body) if isinstance(body, bytes | bytearray) else 0
+        if self.answers(request.transport, size):
+            if size > SMALL_BYTES:
+                answer.force_close()
+            return answer
+        self._refusals.say("too large an answer", remote=request.remote, path=request.path[:100], bytes=size)
+        return web.Response(status=503, text=TOO_MUCH, headers={"Retry-After": "2"})
 
     def _refused(self, request: web.Request) -> web.Response | None:
         """The answer to a request that may not go on to its handler."""

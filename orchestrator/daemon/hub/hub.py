@@ -118,7 +118,8 @@ class Hub:
             await self._runner.cleanup()
             self._runner = None  # or ``close`` would fail on it and hide why the start did
             raise
-        self._door, self._access.guard.let_in, self._access.limited = door, door.request, door.limit
+        self._door, self._access.limited, guard = door, door.limit, self._access.guard
+        guard.let_in, guard.answers = door.request, door.answers
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep_for_ever(), name="hub sweeper")
         return bound
 

@@ -109,9 +109,15 @@ async def house(tmp_path: Path, tls: ServerTls | None = None, **limits: Any) -> 
     async def short(_: web.Request) -> web.Response:
         return web.Response()
 
+    async def page(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return web.Response(body=b"x" * doors.SMALL_BYTES)
+
     def configure(app: web.Application) -> None:
         app.router.add_get("/status", short)
         app.router.add_get("/healthz", short)
+        app.router.add_get("/metrics", page)
         app.router.add_get("/plan/layouts", answer)
 
     made = House(hub, await hub.start("127.0.0.1", 0, configure))
@@ -148,6 +154,60 @@ async def test_a_credential_gives_a_request_its_own_time_and_no_more(tmp_path: P
         assert [line["event"] for line in logs] == ["a request takes too long"]
         assert len(await ended(reader)) < 50_000_000
         assert made.door.strangers == 0
+
+
+async def asked(made: House, path: str, more: str = "") -> socket.socket:
+    """A viewer who asks and reads nothing, with the smallest window."""
+    peer = socket.socket()
+    made.sockets.append(peer)
+    peer.setblocking(False)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(peer, ("127.0.0.1", made.port))
+    bearer = f"Authorization: Bearer {TOKENS['viewer']}\r\n{more}"
+    await loop.sock_sendall(peer, f"GET {path} HTTP/1.1\r\nHost: x\r\n{bearer}\r\n".encode())
+    return peer
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+async def test_what_a_stolen_viewers_token_has_us_keep_unread_is_bounded(tmp_path: Path, with_tls: bool) -> None:
+    """Answers of 50 MB of which there is room for two beside the first."""
+    tls = of_run(tmp_path / "certificates") if with_tls else None
+    async with house(tmp_path, tls, unread_bytes=100_000_000) as made, aiohttp.ClientSession() as session:
+        context: Any = client_context(tmp_path / "certificates" / "ca.pem", None, None) if with_tls else True
+        url = f"http{'s' * with_tls}://127.0.0.1:{made.port}/plan/layouts"
+        headers = {"Authorization": f"Bearer {TOKENS['viewer']}"}
+        open_ones = [await session.get(url, headers=headers, ssl=context) for _ in range(2)]
+        assert [one.status for one in open_ones] == [200, 200]
+        async with session.get(url, headers=headers, ssl=context) as third:
+            assert (third.status, third.headers["Retry-After"]) == (503, "2")
+            assert "there is no room for more" in await third.text()
+        async with session.get(url.replace("plan/layouts", "status"), headers=headers, ssl=context) as small:
+            assert small.status == 200
+        assert len(await open_ones[0].read()) == 50_000_000
+        async with asyncio.timeout(SECONDS):  # it has been read, and its connection ends
+            while (again := await session.get(url, headers=headers, ssl=context)).status != 200:
+                made.door.sweep()
+        again.close()
+        open_ones[1].close()
+
+
+async def test_one_that_is_told_to_close_and_reads_nothing_has_its_time_and_no_more(tmp_path: Path) -> None:
+    """What is left of its answer keeps the connection open, although both have agreed to end it."""
+    async with house(tmp_path, request_seconds=0.3) as made:
+        peer = await asked(made, "/metrics", "Connection: close\r\n")
+        async with asyncio.timeout(SECONDS):
+            while not any(v.transport and v.transport.is_closing() for v in made.door._visitors.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0)  # no event tells that the daemon has answered
+            (visitor,) = made.door._visitors.values()
+            assert visitor.transport is not None
+            assert visitor.transport.get_write_buffer_size() > 0
+            made.door.sweep()
+            assert made.door._visitors, "it is not forgotten"
+            while made.door._visitors:  # noqa: ASYNC110  # ended by the door's own clock
+                await asyncio.sleep(0.001)
+        assert visitor.transport.get_write_buffer_size() == 0
+        await ended(peer)
 
 
 async def test_one_address_has_only_so_many_strangers_and_others_come_in(tmp_path: Path) -> None:
