@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
 from weightsync.agents.errors import AgentError
-from weightsync.agents.inference.place import TOKEN_VARIABLE, Place, place_of
+from weightsync.agents.inference.place import TOKEN_VARIABLE, Place, is_loopback, place_of
 from weightsync.agents.link.token import read_tokens
 from weightsync.agents.vllm.backend import chosen, logger
 from weightsync.agents.vllm.routes import OPEN_VARIABLE, open_routes
@@ -108,7 +108,7 @@ class AdminGuard:
             return False
         if self._open.fullmatch(routed(scope)) or self._keys.hold(offered(scope)):
             return True
-        return self._place.demo and _is_local(scope)
+        return self._place.demo and _is_local(scope) and not _is_of_a_page(scope)
 
     def _say(self, scope: Message) -> None:
         now = self._clock()
@@ -144,6 +144,14 @@ def offered(scope: Message) -> list[str]:
 def _is_local(scope: Message) -> bool:
     host = (scope.get("client") or ("",))[0]
     return host == "::1" or host.startswith(("127.", "::ffff:127."))
+
+
+def _is_of_a_page(scope: Message) -> bool:
+    """Whether a web page may have a browser on this machine send it: Origin, Sec-Fetch-Site, or a name of its own in
+    Host that it has led here. What is typed or linked by hand is of none."""
+    found = {name.lower(): value.decode("latin-1").strip() for name, value in scope.get("headers", ())}
+    by_hand = found.get(b"sec-fetch-site", "none") == "none" and b"origin" not in found
+    return not by_hand or not is_loopback(f"//{found.get(b'host', 'localhost')}")
 
 
 REFUSAL: Final = (

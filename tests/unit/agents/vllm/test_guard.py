@@ -233,6 +233,35 @@ async def test_a_demo_is_open_to_its_machine(tmp_path: Path, client: Any, status
     assert await ask(app, "/pause", "POST", client=client, **admin(admin_key(TOKEN, "", ""))) == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "127.0.0.1", "Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "https://evil.example"}, 401),
+        ({"Origin": "null"}, 401),
+        ({"Origin": "http://127.0.0.1:9000"}, 401),
+        ({"Sec-Fetch-Site": "cross-site"}, 401),
+        ({"Sec-Fetch-Site": "same-site"}, 401),
+        ({"Host": "evil.example:8000"}, 401),
+        ({"Host": "127.0.0.1.evil.example"}, 401),
+        ({"Host": "127.0.0.1:x@evil.example"}, 401),
+        ({"Host": ""}, 401),
+    ],
+)  # fmt: skip
+async def test_a_demo_is_not_open_to_web_pages_that_a_browser_of_its_machine_shows(
+    tmp_path: Path, headers: dict[str, str], status: int
+) -> None:
+    """Any of them can have it send a POST here, and lead a name of its own to 127.0.0.1."""
+    demo = place_of({"WEIGHTSYNC_LOOPBACK_DEMO": "1", "WEIGHTSYNC_TOKEN_FILE": str(token_file(tmp_path))})
+    app = guarded(demo)
+    given = {"Host": "127.0.0.1:8000", **headers}
+    assert await ask(app, "/pause", "POST", client=("127.0.0.1", 1), **given) == status
+    assert await ask(app, "/control", "WS", client=("127.0.0.1", 1), **given) == {200: 101, 401: 403}[status]
+    assert await ask(app, "/health", client=("127.0.0.1", 1), **given) == 200
+
+
 # --------------------------------------------------------------------------------------------------------- the words
 async def test_a_refusal_says_what_to_do_and_floods_no_log(here: Place, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
