@@ -44,8 +44,8 @@ SETTLE_SECONDS = 2.0
 """Of a flood before its first push that counts: all places are taken by then."""
 
 BOUNDS: Final = {"flood_round_ratio": 1.1, "flood_log_lines": 99.0, "flood_rss_mb": 128.0}
-"""Also with TLS, but for the first. ``flood_rss_mb``: 2,048 strangers of some 30 kB (``daemon/access/door.py``), or half of them with 70 kB, and as much again
-for what the allocator keeps."""
+"""Also with TLS, but for the first. ``flood_rss_mb``: 2,048 strangers of some 30 kB (``daemon/access/door.py``), or
+half of them with 70 kB, and as much again for what the allocator keeps."""
 
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
