@@ -30,7 +30,8 @@ class Message(Spoken, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, the one that it is ``converting`` into
+    them, and the grants it has not closed.
 
     ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
     ``restaged``: as in Staged. ``follows_needs``: its slots are made from the engines' Needs; it announces no layout
@@ -41,6 +42,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     open_rounds: OpenRounds = ()
     restaged: Count = 0
     follows_needs: bool = False
+    converting: Version | None = None
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -82,6 +84,13 @@ class Ready(Message, frozen=True, kw_only=True):
 
     fingerprint: Name
     failed: Annotated[tuple[EdgeFailure, ...], msgspec.Meta(max_length=MAX_WORLD)] = ()
+
+
+class Converting(Message, frozen=True, kw_only=True):
+    """This rank fills its slots with ``version``, which all ranks publish and which never FAILED, and lets what is
+    filled be written; None: it has given that up."""
+
+    version: Version | None
 
 
 class Staged(Message, frozen=True, kw_only=True):
@@ -384,5 +393,5 @@ RoundWord = Quiesced | Exposed | Closed | Verified | Left
 RoundOrder = Expose | Verify | Commit | Abort
 """What a worker is told about a round."""
 
-FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
+FromAgent = Hello | Announce | Ready | Converting | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
 FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Renew | Outcome | Standing | Heartbeat

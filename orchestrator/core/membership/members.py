@@ -141,6 +141,7 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
         staged, again = hello.trainer.staged, hello.trainer.restaged
         agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
         endings.staged_again(turn, staged, again)
+    agent.converting = hello.trainer.converting if hello.trainer is not None else None
     _compare_grants(turn, member, hello)
     if hello.engine is not None:
         agent.status = hello.engine

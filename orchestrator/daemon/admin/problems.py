@@ -196,7 +196,7 @@ def _holds_nothing(fleet: Fleet, now: float) -> tuple[str, str]:
 
 
 def _mend_torn(fleet: Fleet) -> str:
-    waits = bool(fleet.waiting_since) or fleet.round is not None or conditions.staged(fleet) is not None
+    waits = bool(fleet.waiting_since) or fleet.round is not None or conditions.converted(fleet) is not None
     return "" if waits else "publish: no trainer holds a version that could repair it"
 
 
