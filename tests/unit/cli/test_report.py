@@ -1,11 +1,12 @@
 """The report: one file, of a real journal, that asks for nothing outside of itself."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from command_line import cli
-from weightsync.orchestrator.cli.report import MAX_ROWS, page
+from weightsync.orchestrator.cli.report import MAX_ROWS, page, summed
 from weightsync.orchestrator.core.records import RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView
 from weightsync.orchestrator.daemon.journal import Journal
@@ -85,6 +86,29 @@ async def test_of_a_journal_whose_daemon_is_down(with_journal: Path) -> None:
     assert done.out == f"2 rounds: {out}\n"
     assert "cannot be reached" in done.err
     assert Page(out.read_text()).rows == 3
+
+
+async def test_as_json_it_is_printed_and_no_file_is_written(
+    with_journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_journal.parent)
+    done = await cli("report", "--json", "--config", with_journal, "--timeout", "5")
+    assert (done.code, list(with_journal.parent.glob("*.html"))) == (0, [])
+    told = json.loads(done.out)
+    assert (told["run"], told["source"], told["committed"], told["bytes"], told["faults"]) == (
+        "glm", "journal", 2, 2 * 10**9, {},
+    )  # fmt: skip
+    assert (told["stall_median_ms"], told["stall_95_percent_ms"]) == (200.0, 200.0)
+    assert [each["round"] for each in told["rounds"]] == ["1.1", "1.2"]
+    both = await cli("report", "--json", "--out", "x.html", "--config", with_journal)
+    assert both.code == 2
+    assert "not allowed with argument" in both.err
+
+
+def test_sums_of_no_committed_round() -> None:
+    sums = summed(RoundsView(run="glm", rounds=(row(1, "failed"), row(2, "failed", fault="engine"))), 1e9)
+    assert (sums.committed, sums.stall_median_ms, sums.bytes) == (0, None, 0)
+    assert sums.faults == {"unknown": 1, "engine": 1}
 
 
 async def test_a_file_that_cannot_be_written_is_74(with_journal: Path) -> None:
