@@ -46,7 +46,8 @@ _COLOURS: Final = (
 class ReportView(msgspec.Struct, frozen=True, kw_only=True):
     """What a report says of its rounds. ``stall_*`` and ``bytes`` are of those that committed; ``made`` in unix time.
 
-    ``faults``: whose fault it was → how many of the rounds that did not commit.
+    ``stall_*``: of the longest that an engine took no step in a round, paused or to switch. ``faults``: whose fault it
+    was → how many of the rounds that did not commit.
     """
 
     run: str
@@ -102,7 +103,7 @@ def page(view: RoundsView, now: float) -> str:
 def summed(view: RoundsView, now: float) -> ReportView:
     """The rounds with their sums; ``now`` in unix time."""
     good = [row for row in view.rounds if row.outcome == "committed"]
-    stalls = sorted(row.stall_ms for row in good)
+    stalls = sorted(row.stood_ms for row in good)
     blame = Counter(row.fault or "unknown" for row in view.rounds if row.outcome != "committed")
     return ReportView(
         run=view.run,
@@ -149,7 +150,7 @@ def _charts(rows: Sequence[RoundRow]) -> list[str]:
     ]
     key = "".join(f'<span class="p{n % len(_COLOURS)}"></span>{name}' for n, name in enumerate(PHASES))
     return [
-        simple("Stall, from the first pause to the last resume", "ms", [row.stall_ms for row in rows]),
+        simple("Stall: the longest that an engine took no step", "ms", [row.stood_ms for row in rows]),
         chart("Phases", "ms", stacked, *ends),
         f'<p class="key">{key}</p>',
         simple("Wire", "GB/s", [row.wire_gb_per_s for row in rows]),
@@ -169,7 +170,7 @@ def _table(rows: Sequence[RoundRow]) -> str:
         )
         cells = (
             row.round, str(row.step), str(row.attempt), row.outcome, str(len(row.engines)), f"{row.bytes / 1e9:.2f}",
-            f"{row.wire_gb_per_s:.2f}", f"{row.stall_ms:.0f}", f"{row.total_ms:.0f}", ended, why,
+            f"{row.wire_gb_per_s:.2f}", f"{row.stood_ms:.0f}", f"{row.total_ms:.0f}", ended, why,
         )  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
     more = len(rows) - MAX_ROWS

@@ -23,6 +23,9 @@ SHOWN: Final = 8
 
 PUBLISH_FIRST: Final = "publish once, also before the first roll-out and after each resume of the trainer"
 
+REACH_IT: Final = "start its server, or correct its url; weightsync-orchestrator doctor asks it what it is"
+JOIN_IT: Final = "the logs of its workers say whom they try to reach, and what they are told"
+
 SLOW_LINKS: Final = {
     "same_gpu": "python -m weightsync.agents doctor, on that host: expandable segments keep CUDA from sharing memory",
     "nvlink": "python -m weightsync.agents doctor, on both hosts: expandable segments, or no NVLink between the GPUs",
@@ -131,7 +134,11 @@ def _of_surroundings(fleet: Fleet) -> Iterator[_Found]:
 def _of_trainer(fleet: Fleet, now: float) -> Iterator[_Found]:
     here, world = len(fleet.trainer_ranks), fleet.trainer_world()
     if here and world and here < world:
-        yield _Found("degraded", f"{here} of {world} trainer ranks are connected: no version can be staged")
+        yield _Found(
+            "degraded",
+            f"{here} of {world} trainer ranks are connected: no version can be staged",
+            "the logs of the others say why they are away; all of them start again together",
+        )
     version = conditions.staged(fleet)
     if version is not None and version in fleet.memory.failed:
         yield _Found(
@@ -161,12 +168,14 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
     if word == "held" and not is_held:
         yield _Found("degraded", *_holds_nothing(fleet, now), name, began)
     elif word == "unreachable":
-        yield _Found("degraded", f"unreachable: {engine.error}", "", name, began)
+        error = engine.error.removeprefix(f"engine {name}: ")
+        yield _Found("degraded", f"unreachable: {error}", "" if "Fix: " in error else REACH_IT, name, began)
     elif word == "joining":
         ranks = fleet.ranks_of(name)
         world = ranks[0].hello.world if ranks else "?"
         error = f": {engine.error}" if engine.error else ""
-        yield _Found("degraded", f"joining, {len(ranks)} of {world} ranks are here{error}", "", name, began)
+        fix = "" if "Fix: " in error else JOIN_IT
+        yield _Found("degraded", f"joining, {len(ranks)} of {world} ranks are here{error}", fix, name, began)
     elif word == "paused" and not is_held:
         want, why = engines.wish(fleet, name)
         then = "to be resumed" if want is engines.Wish.SERVE else why

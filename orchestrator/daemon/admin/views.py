@@ -157,6 +157,11 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     trainer_bytes: int = 0
     links: tuple[LinkView, ...] = ()
 
+    @property
+    def stood_ms(self) -> float:
+        """The longest that an engine took no step: paused, or to switch."""
+        return max(self.stall_ms, self.switch_ms)
+
     def fields(self) -> dict[str, Any]:
         """Name to value, for a log line."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}

@@ -105,6 +105,14 @@ async def test_as_json_it_is_printed_and_no_file_is_written(
     assert "not allowed with argument" in both.err
 
 
+def test_engines_that_serve_on_stand_still_to_switch() -> None:
+    """Their rounds have no pause, and 0 ms would not be true."""
+    sums = summed(
+        RoundsView(run="glm", rounds=(row(1, stall_ms=0.0, switch_ms=3.0), row(2, stall_ms=90.0, switch_ms=3.0))), 1e9
+    )
+    assert (sums.stall_median_ms, sums.stall_95_percent_ms) == (46.5, 90.0)
+
+
 def test_sums_of_no_committed_round() -> None:
     sums = summed(RoundsView(run="glm", rounds=(row(1, "failed"), row(2, "failed", fault="engine"))), 1e9)
     assert (sums.committed, sums.stall_median_ms, sums.bytes) == (0, None, 0)
