@@ -165,22 +165,15 @@ def _table(rows: Sequence[RoundRow]) -> str:
     ]
     for row in reversed(rows[-MAX_ROWS:]):
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row.unix_time)) if row.unix_time else ""
-        why = "; ".join(
-            part for part in (f"{row.fault}: {row.reason}" if row.fault else row.reason, _left_out(row)) if part
-        )
         cells = (
             row.round, str(row.step), str(row.attempt), row.outcome, str(len(row.engines)), f"{row.bytes / 1e9:.2f}",
-            f"{row.wire_gb_per_s:.2f}", f"{row.stood_ms:.0f}", f"{row.total_ms:.0f}", ended, why,
+            f"{row.wire_gb_per_s:.2f}", f"{row.stood_ms:.0f}", f"{row.total_ms:.0f}", ended, "; ".join(row.why),
         )  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
     more = len(rows) - MAX_ROWS
     return "\n".join(
         [*lines, "</tbody></table></div>", f"<p>{more} older rounds are in the charts only.</p>" if more > 0 else ""]
     )
-
-
-def _left_out(row: RoundRow) -> str:
-    return f"left out: {', '.join(row.left_out[:8])}" + (" …" if len(row.left_out) > 8 else "") if row.left_out else ""
 
 
 def _class(row: RoundRow) -> str:

@@ -114,8 +114,7 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     lines = [table[0]]
     for row, line in zip(rounds, table[1:], strict=True):
         lines.append(line)
-        lines.extend(_wrapped(f"{row.fault}: {row.reason}" if row.fault else row.reason, "    "))
-        lines.extend(_wrapped(f"left out: {', '.join(row.left_out)}", "    ") if row.left_out else [])
+        lines += [line for sentence in row.why for line in _wrapped(sentence, "    ")]
     return "\n".join(lines)
 
 

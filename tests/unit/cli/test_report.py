@@ -52,7 +52,7 @@ def test_a_page_of_good_and_bad_rounds() -> None:
     assert (read.open, read.fetched, read.rows) == ([], [], 4)
     assert "3 rounds, 2 committed; stall of those: median 15 ms, 95 % within 20 ms; 2.0 GB moved" in read.text
     assert "1 not committed by fault of the engine" in read.text
-    assert "engine: <script>alert(1)</script>; left out: a, b, c, d, e, f, g, h …" in read.text
+    assert "engine: <script>alert(1)</script>; left out: a, b, c, d, e, f, g, h and 2 more" in read.text
     assert "2001-09-09 01:46:40" in read.text
 
 

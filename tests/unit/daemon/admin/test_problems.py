@@ -8,7 +8,7 @@ from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import LinkUse, SlowEdge
 from weightsync.orchestrator.core.round.progress import Progress, Round
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
-from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, SLOW_LINKS, problems
+from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, REACH_IT, SLOW_LINKS, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
 from weightsync.orchestrator.protocol.edges import RATES
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -140,6 +140,22 @@ def test_who_is_left_out_why_how_often_and_until_when() -> None:
     (problem,) = found(fleet)
     assert problem.what == "e1: left out of rounds, 3 times in a row, tried again in 12 s: digest differs"
     assert problem.since == UNIX - 20
+    change(fleet, "e1", failures=1, blame=Trouble("e1: digest differs"))
+    (problem,) = found(fleet)
+    assert problem.what == "e1: left out of rounds, once, tried again in 12 s: digest differs"
+
+
+def test_an_engine_that_cannot_be_reached_is_one_problem_with_what_to_do() -> None:
+    """That rounds leave it out goes without saying, and to try at once would not help."""
+    fleet = fleet_of("e0", "e1")
+    refused = "engine e1: OPTIONS /pause: http://h:1 cannot be reached: Connection refused"
+    change(fleet, "e1", 990.0, "unreachable", reachable=False, error=refused, failures=1, blame=Trouble("it is gone"))
+    (problem,) = found(fleet)
+    assert problem.what == "e1: unreachable: OPTIONS /pause: http://h:1 cannot be reached: Connection refused"
+    assert problem.fix == REACH_IT
+    change(fleet, "e1", error="it asks for a key. Fix: engines_admit.api_key_file")
+    (problem,) = found(fleet)
+    assert problem.fix == "", "it says so itself"
 
 
 def test_why_an_engine_is_paused() -> None:
