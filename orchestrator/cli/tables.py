@@ -75,9 +75,10 @@ def _head(status: StatusView, now: float) -> list[str]:
     lines += _wrapped(f"committed: {_committed(status.committed, now)}")
     if status.round is not None:
         under_way = status.round
-        lines.append(
-            f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, {under_way.phase}"
-            f" for {_age(under_way.elapsed_seconds)}"
+        whom = f", waits for {under_way.waits_for}" if under_way.waits_for else ""
+        lines += _wrapped(
+            f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, for"
+            f" {_age(under_way.elapsed_seconds)}; {under_way.phase} for {_age(under_way.phase_seconds)}{whom}"
         )
     for waiting in status.waiting:
         since = _age(now - waiting.since)

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.membership import engines, rendezvous
+from weightsync.orchestrator.core.round import phases
 from weightsync.orchestrator.core.since import engine_word, since
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.surroundings import findings
@@ -53,6 +54,7 @@ def problems(fleet: Fleet, markers: Iterable[str], now: float, unix_now: float) 
     for name in fleet.engines:
         found.extend(_of_engine(fleet, name, now))
     found.extend(_of_trainer(fleet, now))
+    found.extend(_of_round(fleet, now))
     found.extend(_of_links(fleet))
     found.extend(_Found("degraded", text) for text in markers)
     found.extend(_of_surroundings(fleet))
@@ -110,6 +112,21 @@ def _of_all(fleet: Fleet, now: float) -> Iterator[_Found]:
             f"{writer} of round {name} may still write into {', '.join(reach[:SHOWN])}: no round takes place there",
             f"end that process{where}; once it is dead: weightsync-orchestrator declare-dead {writer}",
         )
+
+
+def _of_round(fleet: Fleet, now: float) -> Iterator[_Found]:
+    """A phase that has taken half of the time that it may: whoever it waits for may be stopped, and not be lost yet."""
+    current = fleet.round
+    if current is None or now <= (current.phase_began + current.deadline) / 2 or not current.deadline:
+        return
+    whom = phases.waits_for(fleet, current) or "nobody"
+    most = current.deadline - current.phase_began
+    yield _Found(
+        "degraded",
+        f"round {current.name} is {current.phase}, for which it has {most:.0f} s at most, and waits for {whom}",
+        "look at that process: its log, whether it is stopped, whether its host answers",
+        since=current.phase_began,
+    )
 
 
 def _of_links(fleet: Fleet) -> Iterator[_Found]:

@@ -88,13 +88,16 @@ class TrainerView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProgressView(msgspec.Struct, frozen=True, kw_only=True):
-    """The round under way."""
+    """The round under way: for how long, and for how long in this phase; ``waits_for``: who has not done what it
+    waits for."""
 
     round: str
     version: VersionView
     phase: str
     attempt: int
     elapsed_seconds: float
+    phase_seconds: float = 0.0
+    waits_for: str = ""
 
 
 class SlowEdgeView(msgspec.Struct, frozen=True, kw_only=True):

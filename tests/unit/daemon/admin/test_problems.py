@@ -7,6 +7,7 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import LinkUse, SlowEdge
 from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
 from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, REACH_IT, SLOW_LINKS, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
@@ -59,6 +60,21 @@ def test_nor_in_a_round() -> None:
     fleet.round = Round(NAME, NEXT, 1, False, {"e0": Progress()}, {rank("e0"): 1}, {})
     fleet.engines["e0"].paused = True
     assert found(fleet) == ()
+
+
+def test_a_phase_that_has_taken_half_of_its_time_names_whom_it_waits_for() -> None:
+    """A process that is stopped is not lost before its heartbeats are missed, and holds the round up meanwhile."""
+    fleet = fleet_of("e0", "e1")
+    both, ranks = {"e0": Progress(), "e1": Progress()}, {rank("e0"): 1, rank("e1"): 1}
+    fleet.round = Round(
+        NAME, NEXT, 1, False, both, ranks, {}, phase=Phase.QUIESCING, phase_began=990.0, deadline=1010.0
+    )
+    fleet.round.quiesced.add(rank("e0"))
+    assert found(fleet) == ()
+    (problem,) = found(fleet, now=1001.0)
+    assert problem.what == "round 3.4 is quiescing, for which it has 20 s at most, and waits for e1/0"
+    assert problem.since == UNIX - 11
+    assert problem.fix.startswith("look at that process")
 
 
 def test_before_the_first_commit_somebody_has_to_publish() -> None:
