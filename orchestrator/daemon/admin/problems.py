@@ -205,10 +205,8 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
     elif dead := fleet.dead_edge(name):
         yield _Found("degraded", f"in no round: {dead}", "", name)
     if engine.failures and word not in ("unreachable", "joining"):  # of those it is known already what keeps them away
-        left, times = (
-            max(0.0, engine.retry_at - now),
-            f"{engine.failures} times in a row" if engine.failures > 1 else "once",
-        )
+        left = max(0.0, engine.retry_at - now)
+        times = f"{engine.failures} times in a row" if engine.failures > 1 else "once"
         again = f"tried again in {left:.0f} s" if left else "tried again with the next round"
         why = engine.blame.reason.removeprefix(f"{name}: ")
         what = f"left out of rounds, {times}, {again}: {why}"
