@@ -190,7 +190,8 @@ def _columns() -> tuple[Words, Words]:
 
 
 def _inner_sum(words: npt.NDArray[np.uint32], first: int) -> Words:
-    """``Σ g[j]·w`` and ``Σ g'[j]·w`` of each row of ``words``, which begins at word ``first`` of its tile: uint64[n, 2].
+    """``Σ g[j]·w`` and ``Σ g'[j]·w`` of each row of ``words`` (uint32[n, m]), which begin at word ``first`` of their
+    tiles: uint64[n, 2].
 
     NumPy's matrix product of integers takes its operands by strides, one at a time; two sums of products over
     contiguous memory take two thirds of its time.
