@@ -10,6 +10,7 @@ from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.link.edges import EdgesBeside
 from weightsync.agents.link.side import Link
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Announce,
@@ -124,9 +125,13 @@ class InferenceSide:
             log.warning("%s: its landing is in use; the daemon will ask again", self._member)
             return
         else:
-            self._weights.replace_landing()
-            self._lending.renew()
             self._link.send(Holding(status=self.status()))
+            try:
+                self._weights.replace_landing()
+            except MemoryPlacementError as error:
+                log.warning("%s: nothing can take the place of its landing: %s", self._member, error)
+                return
+            self._lending.renew()
         self._link.announce()
 
     def _may_be_written(self, name: RoundName) -> bool:

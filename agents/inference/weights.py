@@ -9,6 +9,7 @@ import torch
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import LiveModel, PagedModel
 from weightsync.agents.memory.arena import arena, region_of
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.memory.quarantine import quarantine, room
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
@@ -32,12 +33,6 @@ class NotLanded(AgentError):
 
     fault: Fault = "daemon"
     retry = True
-
-
-class NoSpare(AgentError):
-    """What a late writer may reach cannot be given up. Restart the engine, or say that the writer is dead."""
-
-    fault: Fault = "engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +148,12 @@ class LiveWeights:
         thread, while nothing lands or lies there that is of use.
 
         Raises:
-            AgentError: there is no spare.
+            MemoryPlacementError: there is no spare, or no room for one; nothing was changed.
         """
         if not self.spares:
-            raise NoSpare(f"no other memory can take the place of the landing ({self.layout.lands}, {self._device})")
+            raise MemoryPlacementError(
+                f"no other memory can take the place of the landing ({self.layout.lands}, {self._device})"
+            )
         left = self._landing
         self._landing = tuple(arena(memory.numel(), self._device) for memory in left)
         self._tensors = (*self._model.tensors, *self._landing)

@@ -72,8 +72,8 @@ LENDING: Final = (
     Mutant(
         "a writer that has gone is never given up",
         "core/membership/renewals.py",
-        "            elif here is not None and may_wake(",
-        "            elif here is not None and not may_wake(",
+        "            if may_wake(",
+        "            if not may_wake(",
         _RENEWED,
     ),
     Mutant(

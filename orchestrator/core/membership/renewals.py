@@ -8,7 +8,7 @@ another endpoint. Any other writer that has gone could wake up at any time, and 
 target puts a spare in the place of its landing, too, where it has one, and what the writer could reach is nobody's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,10 +25,11 @@ LONGEST_WAIT_SECONDS: Final = 600.0
 def evaluate(turn: Turn) -> None:
     """Ask each worker that a writer does not get through to; again after the patience, then half as often each time."""
     fleet, policy = turn.fleet, turn.fleet.policy
-    dead_ends = any(agent.dead_edges or agent.unlent or agent.renewal for agent in fleet.agents.values())
-    if not fleet.unclosed and not dead_ends:
+    outlived = any(pending.outlived for pending in fleet.unclosed.values())
+    if not outlived and not any(agent.dead_edges or agent.unlent or agent.renewal for agent in fleet.agents.values()):
         return  # as nearly always
-    dead = dict(_dead(fleet))
+    unreached = list(_unreached(fleet))
+    dead = dict(_dead(fleet, unreached))
     for target, lost in dead.items():
         agent = fleet.agents[target]
         known = agent.renewal
@@ -42,8 +43,9 @@ def evaluate(turn: Turn) -> None:
             asked = f"{reason}: {target} is asked for another {'landing' if lost.wakes else 'endpoint'}"
             turn.say(asked, "warning", event="endpoint renewed", engine=target.engine)
             turn.send(target, Renew(reason=reason, spare=lost.wakes))
+    targets = {target for _, target, _ in unreached}
     for agent in fleet.agents.values():
-        if agent.renewal is not None and agent.member not in dead and not _is_dead(fleet, agent.member):
+        if agent.renewal is not None and agent.member not in targets:
             agent.renewal = None
 
 
@@ -64,29 +66,30 @@ class _Lost:
 
 def _unreached(fleet: Fleet) -> Iterator[tuple[Member, Member, bool]]:
     """Each writer that is here, and whom it does not reach; each that is gone, what is to be out of its reach, and
-    whether that takes a spare."""
+    whether that takes a spare, which comes last."""
     for agent in fleet.agents.values():
         for target in agent.unreached:
             yield agent.member, target, False
-    for (writer, _), pending in fleet.unclosed.items():
-        for target in pending.targets:
-            here = fleet.agents.get(target)
-            if here is not None and is_lost_elsewhere(fleet, writer, pending, here):
+    gone = [(writer, pending) for (writer, _), pending in fleet.unclosed.items() if writer not in fleet.agents]
+    for writer, pending in gone:
+        for target in pending.targets if writer.role == "inference" else ():
+            if target in fleet.agents and is_lost_elsewhere(fleet, writer, pending, fleet.agents[target]):
                 yield writer, target, False
-            elif here is not None and may_wake(fleet, writer, pending, here):
-                yield writer, target, True
+    able = [a for a in fleet.agents.values() if a.announce is not None and a.announce.spares] if gone else ()
+    for writer, pending in gone:
+        for agent in able:
+            if may_wake(fleet, writer, pending, agent) and not is_lost_elsewhere(fleet, writer, pending, agent):
+                yield writer, agent.member, True
 
 
-def _dead(fleet: Fleet) -> Iterator[tuple[Member, _Lost]]:
-    """Connected workers in no round that some writer does not reach; what takes a spare comes last, and is believed."""
-    hanging = {(writer, target) for (writer, _), pending in fleet.unclosed.items() for target in pending.targets}
-    for writer, target, wakes in sorted(_unreached(fleet), key=lambda found: found[2]):
+def _dead(fleet: Fleet, unreached: Sequence[tuple[Member, Member, bool]]) -> Iterator[tuple[Member, _Lost]]:
+    """Connected workers in no round that some writer does not reach; of one that takes a spare, that comes last."""
+    writers = {writer for writer, _, wakes in unreached if not wakes}
+    open_to = ((writer, pending.targets) for (writer, _), pending in fleet.unclosed.items() if writer in writers)
+    hanging = {(writer, target) for writer, targets in open_to for target in targets}
+    for writer, target, wakes in unreached:
         if _may_renew(fleet, fleet.agents.get(target)):
             yield target, _Lost(writer, (writer, target) in hanging, wakes)
-
-
-def _is_dead(fleet: Fleet, target: Member) -> bool:
-    return any(target == dead for _, dead, _ in _unreached(fleet))
 
 
 def _may_renew(fleet: Fleet, agent: ConnectedAgent | None) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
@@ -244,6 +245,17 @@ def test_a_spare_takes_the_landings_place_and_what_lay_there_is_gone(rank: Any) 
     rank.side.heard(Renew(reason="trainer/0 has gone", spare=True))
     assert (rank.opened, rank.lending.story[-1]) == (["replaced"], "renewed")
     assert rank.said == [Holding(status=EngineStatus()), "announced"]
+
+
+def test_what_there_is_no_room_for_is_not_announced(rank: Any) -> None:
+    """The core knows by that that it is within reach as before, and asks again."""
+
+    def full() -> None:
+        raise MemoryPlacementError("no room for a host arena of 8 bytes")
+
+    rank.weights.replace_landing = full
+    rank.side.heard(Renew(reason="trainer/0 has gone", spare=True))
+    assert rank.said == [Holding(status=EngineStatus())]
 
 
 @pytest.mark.parametrize("because", ["it switches", "it lends"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
-from weightsync.agents.inference.weights import LiveWeights, NoSpare, NotLanded, landing_arenas
+from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
@@ -289,5 +290,5 @@ def test_other_memory_takes_the_place_of_the_landing(beside: tuple[Model, LiveWe
 def test_live_memory_has_no_spare() -> None:
     weights = LiveWeights(model("norm"), CPU, landing_arenas(64, CPU))
     assert weights.spares == 0
-    with pytest.raises(NoSpare, match=r"no other memory can take the place of the landing \(live, cpu\)"):
+    with pytest.raises(MemoryPlacementError, match=r"no other memory can take the place of the landing \(live, cpu\)"):
         weights.replace_landing()
