@@ -87,7 +87,7 @@ LENDING: Final = (
         "a spare is taken before a new process could prove the end of the old one",
         "core/membership/renewals.py",
         " if lost.hangs and not lost.wakes else ",
-        " if lost.hangs else ",
+        " if lost.hangs or lost.wakes else ",
         _RENEWED,
     ),
     Mutant(
