@@ -67,13 +67,15 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 class Announce(Message, frozen=True, kw_only=True):
     """Rendezvous round 1: the layout, and how the transport reaches this agent; ``lends``: and how an inference rank
-    writes what it serves to others, if it can."""
+    writes what it serves to others, if it can. ``spares``: how often it can still put other memory in the place of its
+    landing. Fewer than before: it has, and nothing reaches it that could reach the one before."""
 
     layout: Layout
     endpoint_name: Name = ""
     endpoint: Endpoint = b""
     lends_name: Name = ""
     lends: Endpoint = b""
+    spares: Count = 0
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -360,9 +362,11 @@ class Hold(Message, frozen=True, kw_only=True):
 
 class Renew(Message, frozen=True, kw_only=True):
     """To a worker in no round: bytes of a writer hang on their way to it. It is to be reached by another endpoint, and
-    nothing that was sent to the one before may arrive any more; answered with Announce."""
+    nothing that was sent to the one before may arrive any more; answered with Announce. ``spare``: the writer may share
+    memory with it, and wake up at any time, so a spare is to take the landing's place, too."""
 
     reason: Reason
+    spare: bool = False
     spoken = ("reason",)
 
 

@@ -208,10 +208,19 @@ def is_lost_elsewhere(fleet: Fleet, writer: Member, pending: Unclosed, target: C
     return gone and apart and pending.targets.get(target.member) == target.hello.incarnation
 
 
-def renewed(turn: Turn, agent: ConnectedAgent) -> None:
-    """The rank is reached by another endpoint than before."""
+def may_wake(fleet: Fleet, writer: Member, pending: Unclosed, target: ConnectedAgent) -> bool:
+    """The grant is of a process that has gone, after its round, and that nobody has seen end; the target lands where a
+    spare can take the place of what that could write to."""
+    gone = writer not in fleet.agents and pending.outlived
+    spare = target.announce is not None and target.announce.spares > 0
+    return gone and spare and pending.targets.get(target.member) == target.hello.incarnation
+
+
+def renewed(turn: Turn, agent: ConnectedAgent, spared: bool) -> None:
+    """The rank is reached by another endpoint than before; ``spared``: and its landing is other memory."""
     for (writer, name), pending in list(turn.fleet.unclosed.items()):
-        if is_lost_elsewhere(turn.fleet, writer, pending, agent):
+        reached = pending.outlived and pending.targets.get(agent.member) == agent.hello.incarnation
+        if (spared and reached) or is_lost_elsewhere(turn.fleet, writer, pending, agent):
             del pending.targets[agent.member]
             if not pending.targets:
                 grant_over(turn, writer, name, "what it could write to is reached by other endpoints")
