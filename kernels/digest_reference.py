@@ -7,6 +7,7 @@ to be looked at is looked at piece by piece, while it lies in the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -146,14 +147,13 @@ def _grouped(pieces: Sheets, region: Table, keys: Words, codes: Table) -> list[_
 def _stretch_sum(region: Bytes, stretch: _Stretch) -> tuple[Words, bool]:
     """Both sums, and whether all is finite."""
     data = np.frombuffer(region, "<u4", stretch.tiles * TILE_WORDS, stretch.offset).reshape(-1, TILE_WORDS)
-    weights = inner_multipliers()
     # Each byte counts as its value plus one; the ones of a whole tile are the same for all tiles.
-    present = np.uint64(PRESENT) * weights.sum(axis=0)
+    present = np.uint64(PRESENT) * inner_multipliers().sum(axis=0)
     total, finite = np.zeros(2, np.uint64), True
     for first in range(0, stretch.tiles, CHUNK_TILES):
         chunk = data[first : first + CHUNK_TILES]
         finite = finite and all_finite(chunk, stretch.element)
-        inner = chunk.astype(np.uint64) @ weights + present
+        inner = _inner_sum(chunk, 0) + present
         tiles = stretch.tile + first + np.arange(len(inner))
         total += _outer_sum(inner, outer_multipliers(stretch.keys, tiles))
     return total, finite
@@ -178,9 +178,26 @@ def _group_sum(region: Bytes, group: _PieceGroup) -> tuple[Words, bool]:
             padded = np.zeros((len(gathered), 4 * words), np.uint8)
             padded[:, skip : skip + group.length] = gathered
             gathered = padded
-        inner = gathered.view("<u4").astype(np.uint64) @ weights + present
+        inner = _inner_sum(gathered.view("<u4"), group.start // 4) + present
         total += _outer_sum(inner, group.outer[first : first + step])
     return total, finite
+
+
+@cache
+def _columns() -> tuple[Words, Words]:
+    """The two inner tables, each contiguous."""
+    return np.ascontiguousarray(inner_multipliers()[:, 0]), np.ascontiguousarray(inner_multipliers()[:, 1])
+
+
+def _inner_sum(words: npt.NDArray[np.uint32], first: int) -> Words:
+    """``Σ g[j]·w`` and ``Σ g'[j]·w`` of each row of ``words`` (uint32[n, m]), which begin at word ``first`` of their
+    tiles: uint64[n, 2].
+
+    NumPy's matrix product of integers takes its operands by strides, one at a time; two sums of products over
+    contiguous memory take two thirds of its time.
+    """
+    wide = words.astype(np.uint64)
+    return np.stack([np.einsum("ij,j->i", wide, g[first : first + words.shape[1]]) for g in _columns()], axis=1)
 
 
 def all_finite(data: npt.NDArray[np.generic], element: Element | None) -> bool:

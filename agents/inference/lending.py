@@ -61,6 +61,8 @@ class Lending:
         """Not closed towards everybody yet."""
         self._closed: OpenGrant | None = None
         """The one that was closed last."""
+        self._welcome: Welcome | None = None
+        """The last one."""
 
     def attach(self, link: Link, member: Member) -> None:
         """``link`` is the thread that this runs on from now on; the grants that are open stay so."""
@@ -74,7 +76,7 @@ class Lending:
 
     def welcomed(self, welcome: Welcome) -> None:
         """Open what is needed to lend, if the daemon wants it. What keeps it from that costs the lending only."""
-        layout = self._weights.layout
+        layout, self._welcome = self._weights.layout, welcome
         if not welcome.lends or layout.expert_map:
             return  # experts move while the engine serves
         assert self._member is not None, "attach() comes first"
@@ -90,6 +92,14 @@ class Lending:
                 self._senders.open(welcome.transport)
         except AgentError as error:
             log.warning("%s cannot lend what it serves: %s", self._member, error)
+
+    def renew(self) -> None:
+        """Other memory has taken the place of the landing; no grant is open. What is lent is lent by another end."""
+        for sender in self._senders or ():
+            sender.close()
+        self._senders, self._fingerprint, self._read = None, "", ""
+        if self._welcome is not None:
+            self.welcomed(self._welcome)
 
     def announcement(self) -> tuple[str, bytes]:
         """Name and metadata of the end by which it writes; empty if it does not."""

@@ -150,6 +150,16 @@ class ShadowRounds:
         with self._lock:
             self._forget()
 
+    def gives_up(self, copied: bool) -> bool:
+        """Nothing lands any more, nor lies in the landing if what lands is ``copied`` from there. False, and nothing is
+        given up, while the main thread switches."""
+        with self._lock:
+            if self._switching:
+                return False
+            if copied or self.open:
+                self._forget()
+            return True
+
     def _forget(self) -> None:
         self._landing, self._verified, self._verifying = None, None, False
         self._holdings.keep(None)

@@ -10,6 +10,7 @@ from weightsync.agents.inference.weights import LiveWeights
 from weightsync.agents.inference.window import Windows
 from weightsync.agents.link.edges import EdgesBeside
 from weightsync.agents.link.side import Link
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Announce,
@@ -66,7 +67,12 @@ class InferenceSide:
         name, endpoint = self._weights.receivers.current.announcement()
         lends_name, lends = self._lending.announcement()
         return Announce(
-            layout=self._weights.layout, endpoint_name=name, endpoint=endpoint, lends_name=lends_name, lends=lends
+            layout=self._weights.layout,
+            endpoint_name=name,
+            endpoint=endpoint,
+            lends_name=lends_name,
+            lends=lends,
+            spares=self._weights.spares,
         )
 
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
@@ -99,10 +105,7 @@ class InferenceSide:
                 log.warning("%s: %s: %s", self._member, "held" if message.held else "held no longer", message.reason)
                 self._link.send(Holding(status=status))
             case Renew():
-                log.warning("%s: another endpoint: %s", self._member, message.reason)
-                for receiver in self._weights.receivers:
-                    receiver.reopen()
-                self._link.announce()
+                self._renew(message)
             case Expose() | Verify() | Commit() | Abort() if self._weights.layout.lands != "live":
                 self._shadow.heard(message)
             case Expose() | Verify() | Commit() | Abort():
@@ -112,6 +115,24 @@ class InferenceSide:
                     self._link.say_once(Left(round=message.round, status=changed))
             case _:
                 pass
+
+    def _renew(self, order: Renew) -> None:
+        log.warning("%s: another %s: %s", self._member, "landing" if order.spare else "endpoint", order.reason)
+        if not order.spare:
+            for receiver in self._weights.receivers:
+                receiver.reopen()
+        elif self._lending.open_rounds or not self._shadow.gives_up(copied=self._weights.layout.lands == "copy"):
+            log.warning("%s: its landing is in use; the daemon will ask again", self._member)
+            return
+        else:
+            self._link.send(Holding(status=self.status()))
+            try:
+                self._weights.replace_landing()
+            except MemoryPlacementError as error:
+                log.warning("%s: nothing can take the place of its landing: %s", self._member, error)
+                return
+            self._lending.renew()
+        self._link.announce()
 
     def _may_be_written(self, name: RoundName) -> bool:
         """Live memory only while the worker stands still for that round."""

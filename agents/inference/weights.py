@@ -9,6 +9,8 @@ import torch
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import LiveModel, PagedModel
 from weightsync.agents.memory.arena import arena, region_of
+from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.quarantine import quarantine, room
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
@@ -134,6 +136,35 @@ class LiveWeights:
     async def connect(self, connect: Connect) -> Mapping[Member, Exception]:
         """See ``Receiver.connect``."""
         return await self.receivers.current.connect(connect)
+
+    @property
+    def spares(self) -> int:
+        """How often other memory can take the place of the landing: where nothing else can be written to, and what is
+        given up for it costs nothing, which is host memory."""
+        return room() if self._landing and self._device.type == "cpu" and self.layout.lands != "live" else 0
+
+    def replace_landing(self) -> None:
+        """Other memory takes the place of the landing, and what was registered is reached by nobody; on the agent's
+        thread, while nothing lands or lies there that is of use.
+
+        Raises:
+            MemoryPlacementError: there is no spare, or no room for one; nothing was changed.
+        """
+        if not self.spares:
+            raise MemoryPlacementError(
+                f"no other memory can take the place of the landing ({self.layout.lands}, {self._device})"
+            )
+        left = self._landing
+        self._landing = tuple(arena(memory.numel(), self._device) for memory in left)
+        self._tensors = (*self._model.tensors, *self._landing)
+        kept = self.layout.regions[: -len(left)]
+        self.layout = msgspec.structs.replace(self.layout, regions=(*kept, *map(region_of, self._landing)))
+        self._known = self._arrival = None
+        for receiver in self.receivers:
+            receiver.renew(self._target())
+            receiver.reopen()
+        for memory in left:
+            quarantine(memory)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""

@@ -20,7 +20,7 @@ from weightsync.agents.trainer.publication import BusyError, Publication, Publis
 from weightsync.agents.trainer.publisher import CONNECT_SECONDS, RANKS_SECONDS, Publisher
 from weightsync.agents.trainer.slots.conversion import ConversionTable
 from weightsync.agents.trainer.slots.reading import State, Taken
-from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots
+from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots, nobody
 from weightsync.agents.trainer.sources.adapter import AdapterSource
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
@@ -165,9 +165,10 @@ class TrainerAgent(Publisher):
         else:
             restaged = self._take_together(version.step)
             taken = self._follow_needs(follows, state)
-        with held_interrupts():
-            seconds = self._stage(version, taken)
-        return self._announce_together(version, seconds, restaged)
+        with self._given_up_on_failure(version):
+            with held_interrupts():
+                seconds = self._stage(version, taken, restaged)
+            return self._announce_together(version, seconds, restaged)
 
     def _follow_needs(self, follows: FollowedNeeds, state: State) -> Taken:
         """Slots for what the engines need now, on all ranks, if the present ones are for something else."""
@@ -188,7 +189,9 @@ class TrainerAgent(Publisher):
         self._source.account_for(state, self.slots.read)
         return taken
 
-    def _stage(self, version: Version, taken: Taken) -> tuple[float, float]:
+    def _stage(self, version: Version, taken: Taken, restaged: int) -> tuple[float, float]:
         """Fill the slots and have them digested; the seconds of each."""
-        digest, convert = self._filled(version, self.slots, lambda: self.slots.fill(taken))
+        filling = self._begin_filling(version, restaged)
+        reached = filling.reached if filling is not None else nobody
+        digest, convert = self._filled(version, self.slots, lambda: self.slots.fill(taken, reached))
         return convert, digest + self._prepared(version)

@@ -28,7 +28,9 @@ from weightsync.agents.trainer.publication import BusyError, Publication, Publis
 from weightsync.agents.trainer.replicas import FIRST_LOOK_SECONDS, LATER, LONGEST_LOOK_SECONDS, Group, TrainerRanks
 from weightsync.agents.trainer.slots.slots import FilledSlots
 from weightsync.agents.trainer.surroundings import trainer_look
-from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged_bytes_of
+from weightsync.agents.trainer.thread_side import TrainerSide
+from weightsync.agents.transport.filling import Filling
+from weightsync.agents.transport.interface import SourceMemory
 from weightsync.orchestrator.protocol.codec import encode
 from weightsync.orchestrator.protocol.messages import Needs
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -278,6 +280,25 @@ class Publisher:
         trouble = self._agent.trouble
         return f"not connected ({trouble})" if trouble else self._agent.side.standing
 
+    def _begin_filling(self, version: Version, restaged: int) -> Filling | None:
+        """That slots are filled with ``version``, of which the daemon may have written what is there; None where it may
+        not. Not of one that has FAILED: the word of its new staging tells the daemon that it is no longer that."""
+        if self._agent is None or restaged:
+            return None
+        side = self._agent.side
+        return self._agent.call(lambda: side.convert(version))
+
+    @contextmanager
+    def _given_up_on_failure(self, version: Version) -> Iterator[None]:
+        """From the first byte of ``version`` in the slots until STAGED: whatever is raised, none of it is published."""
+        try:
+            yield
+        except BaseException:
+            if self._agent is not None and self._agent.failure is None:
+                side = self._agent.side
+                self._agent.post(lambda: side.give_up(f"{version} is not published"))
+            raise
+
     def _filled(self, version: Version, slots: FilledSlots, fill: Callable[[], None]) -> tuple[float, float]:
         """Fill the slots, have them digested as far as edges are known, and judge what they hold: the seconds of the
         digest, which looks for NaN and infinity as well, and of all else."""
@@ -322,3 +343,14 @@ class Publisher:
         self._ranks.look()
         if self._agent is not None and self._agent.failure is not None:
             raise PublishError(f"the agent of rank {self._ranks.rank} has ended: {self._agent.failure}")
+
+
+def source_of(slots: FilledSlots, member: Member, world: int) -> SourceMemory:
+    """The slots' memory, as ``member`` of ``world`` ranks that have an agent."""
+    first_replica = tuple(entry.first_replica for entry in slots.entries())
+    return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)
+
+
+def staged_bytes_of(slots: FilledSlots) -> int:
+    """What one conversion fills: all of the arenas but the staging region."""
+    return sum(arena.numel() for number, arena in enumerate(slots.arenas) if number != slots.layout.staging)

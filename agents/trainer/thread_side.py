@@ -14,17 +14,19 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.slots.slots import FilledSlots
+from weightsync.agents.transport.ahead import write_ahead
+from weightsync.agents.transport.filling import Filling
 from weightsync.agents.transport.grants import OpenGrant, closed_to, not_written
-from weightsync.agents.transport.interface import HandedOver, Sender, SourceMemory
-from weightsync.agents.transport.registry import Ends, Transport
-from weightsync.agents.transport.shares import NOT_READ, Reading, Share, Shares
+from weightsync.agents.transport.interface import HandedOver, SourceMemory
+from weightsync.agents.transport.registry import ends_of
+from weightsync.agents.transport.shares import NOT_READ, Reading, Share
 from weightsync.orchestrator.protocol.edges import PeerTransfer
-from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_OPEN_GRANTS
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Announce,
     Connect,
+    Converting,
     Fault,
     FromDaemon,
     Grant,
@@ -69,7 +71,7 @@ class TrainerSide:
         self._transport: TransportSettings | None = None
         self._memory = memory
         self._staged_bytes = staged_bytes
-        self._shares, self._senders = _ends(memory)
+        self._shares, self._senders = ends_of(memory)
         self._owed: Sequence[Share] = ()
         """Of the plan that was connected last."""
         self._connecting = asyncio.Lock()  # else the slots could be exchanged in the middle of it
@@ -77,6 +79,8 @@ class TrainerSide:
         """Held while another thread uses the shares."""
         self._fingerprint = ""
         self._staged: Version | None = None
+        self._filling: Filling | None = None
+        """What the slots are being filled with, if that may be written meanwhile."""
         self._restaged = 0
         self._grants: dict[RoundName, OpenGrant] = {}
         """Not closed towards everybody yet. Only the edges to peers that hang outlive their round."""
@@ -115,6 +119,31 @@ class TrainerSide:
         for grant in waiting:
             self._link.spawn(self._carry_out(grant))
 
+    def convert(self, version: Version) -> Filling | None:
+        """After ``take``: the slots are filled with ``version``, and what is filled may be written from now on; None
+        where the transport cannot. ``staged`` or ``give_up`` must follow."""
+        if self._memory is None or self._transport is None or not self._senders.current.writes_ahead:
+            return None
+        self._filling = Filling(version, self._memory.arenas[0].device)
+        self._link.send(Converting(version=version))
+        return self._filling
+
+    def give_up(self, reason: str) -> None:
+        """What was converted is no version: nothing more of it is written."""
+        filling = self._end_filling(staged=False)
+        if filling is None:
+            return
+        self._link.send(Converting(version=None))  # first: what follows is no engine's fault
+        for grant in [each for each in self._grants.values() if each.grant.version == filling.version]:
+            self._senders.current.stop(grant.stop(grant.grant.members, reason), reason)
+            grant.leave(self._senders.current.in_flight(), reason, "trainer")
+
+    def _end_filling(self, *, staged: bool) -> Filling | None:
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            filling.ended.set_result(staged)
+        return filling
+
     def read(self, version: Version, slots: FilledSlots) -> Spans:
         """Once ``slots`` hold ``version``: digest what will be sent, as far as edges are known. Returns where all is
         finite, which is nowhere for slots that the daemon does not know yet."""
@@ -142,17 +171,12 @@ class TrainerSide:
     ) -> None:
         """Tell the daemon; ``outcome`` will be the commit sequence number, or PublishError."""
         self._staged, self._restaged = version, restaged
+        self._end_filling(staged=True)
         self._outcome = outcome
-        self._link.send(
-            Staged(
-                version=version,
-                bytes=self._staged_bytes,
-                convert_seconds=convert_seconds,
-                digest_seconds=digest_seconds,
-                restaged=restaged,
-                trace=trace,
-            )
-        )
+        self._link.send(Staged(
+            version=version, bytes=self._staged_bytes, convert_seconds=convert_seconds, digest_seconds=digest_seconds,
+            restaged=restaged, trace=trace,
+        ))  # fmt: skip
 
     def retire(self) -> bool:
         """Obey no further grant; whether the last one is closed, so that nothing reads the slots any more."""
@@ -175,7 +199,7 @@ class TrainerSide:
                 for sender in self._senders:
                     sender.close()
                 self._memory, self._staged_bytes = memory, staged_bytes
-                self._shares, self._senders = _ends(memory)
+                self._shares, self._senders = ends_of(memory)
                 if self._transport is not None:
                     self._senders.open(self._transport)
             self._link.announce()
@@ -191,6 +215,7 @@ class TrainerSide:
             open_rounds=tuple(self._grants),
             restaged=self._restaged,
             follows_needs=self._follows_needs,
+            converting=self._filling.version if self._filling is not None else None,
         )
 
     def welcomed(self, welcome: Welcome) -> None:
@@ -282,17 +307,16 @@ class TrainerSide:
             return f"grant for the edges {grant.fingerprint[:12]}; this rank has {self._fingerprint[:12] or 'none'}"
         if self._closing:
             return "this trainer rank is closing its agent"
-        if self._staged != grant.version:
+        if grant.version not in (self._staged, self._filling.version if self._filling is not None else None):
             return f"the slots hold {self._staged or 'a version in the making'}, not {grant.version}"
         return ""
 
     async def _push(self, grant: OpenGrant) -> None:
         """Write what is granted; each peer's end is told, and what went wrong on this side."""
         ends = time.monotonic() + grant.grant.deadline_seconds
-        sender = self._senders.current
+        sender, filling = self._senders.current, self._filling
         try:
-            async with self._computing:  # seconds on the CPU, if no edge was known when the slots were filled
-                digests = (await computed(lambda: self._read(grant.grant.version))).digests
+            digests = await self._digests(grant.grant.version) if filling is None else {}
             if objection := self._objection(grant):
                 grant.leave((), objection, "trainer")
                 return
@@ -301,8 +325,11 @@ class TrainerSide:
             for member, reason in closed_to(grant, self._grants).items():
                 grant.ended(not_written(member, reason))
             members = [member for member in grant.grant.members if member in grant.open]
-            if members:
-                remaining = max(0.0, ends - time.monotonic())
+            remaining = max(0.0, ends - time.monotonic())
+            if members and filling is not None:
+                tell = partial(self._ended, grant, sizes)
+                await write_ahead(sender, grant.grant.round, members, remaining, filling, self._digests, tell)
+            elif members:
                 ended = partial(self._ended, grant, sizes, digests)
                 await sender.write(grant.grant.round, members, remaining, ended)
         except Exception as error:
@@ -311,6 +338,10 @@ class TrainerSide:
             fault, retry = blame(error, self.here)
             why = str(error) if isinstance(error, AgentError) else repr(error)
             grant.leave(sender.in_flight(), why, fault, retry=retry)
+
+    async def _digests(self, version: Version) -> Mapping[Member, Digest]:
+        async with self._computing:  # seconds on the CPU, if no edge was known when the slots were filled
+            return (await computed(lambda: self._read(version))).digests
 
     def _ended(
         self, grant: OpenGrant, sizes: Mapping[Member, int], digests: Mapping[Member, Digest], end: HandedOver
@@ -367,25 +398,3 @@ class TrainerSide:
             waiting.set_result(outcome.sequence)
         else:
             waiting.set_exception(PublishError(outcome.reason))
-
-
-def _ends(memory: SourceMemory | None) -> tuple[Shares, Ends[Sender]]:
-    """The shares and the transports' ends of these slots; of none, as long as there are none."""
-    if memory is None:
-        return Shares(Layout((), (), b""), ()), Ends(_no_sender)
-    return Shares(memory.layout, memory.arenas), Ends(lambda transport: transport.sender(memory))
-
-
-def _no_sender(transport: Transport) -> Sender:
-    raise AssertionError("a transport is opened when there are slots")
-
-
-def source_of(slots: FilledSlots, member: Member, world: int) -> SourceMemory:
-    """The slots' memory, as ``member`` of ``world`` ranks that have an agent."""
-    first_replica = tuple(entry.first_replica for entry in slots.entries())
-    return SourceMemory(member, world, slots.layout, slots.arenas, first_replica)
-
-
-def staged_bytes_of(slots: FilledSlots) -> int:
-    """What one conversion fills: all of the arenas but the staging region."""
-    return sum(arena.numel() for number, arena in enumerate(slots.arenas) if number != slots.layout.staging)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.box import Box
+from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REGION, ROW_TENSOR, Layout, Matrix, Tensor
@@ -62,7 +63,12 @@ class FilesystemSender(Sender):
         save_checkpoint_part(parts_of(self._directory, version), self._memory)
 
     async def write(
-        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
+        self,
+        round_name: RoundName,
+        members: Sequence[Member],
+        deadline_seconds: float,
+        ended: Ended,
+        filled: Filled = whole,
     ) -> None:
         for member in members:
             if member in self._sizes:

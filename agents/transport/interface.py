@@ -22,10 +22,12 @@ batches, *agent* is the agent's own event loop (``link.thread``).
 
    a. ``Sender.stage(version)`` (main; the agent may connect and poll meanwhile): the slots hold the version and no
       write is granted. For transports that must copy the bytes elsewhere first; most do nothing.
-   b. ``Sender.write(round_name, members, deadline, ended)`` (agent): the daemon has granted the write, and the engines
-      of ``members`` stand still. Each member's end is told at once, whatever the others do: it got all, or nothing more
-      will be written to it. One whose bytes cannot be taken back (its time is over, or ``stop`` has named it) is given
-      up: ``write`` does not wait for it, and its end is told from ``poll``.
+   b. ``Sender.write(round_name, members, deadline, ended, filled)`` (agent): the daemon has granted the write, and the
+      engines of ``members`` stand still, or serve on from other memory; to the latter a sender that ``writes_ahead``
+      may write before (a), while the slots are filled, as far as ``filled`` says that they are. Each member's end is
+      told at once, whatever the others do: it got all, or nothing more will be written to it. One whose bytes cannot be
+      taken back (its time is over, or ``stop`` has named it) is given up: ``write`` does not wait for it, and its end
+      is told from ``poll``.
    c. ``Receiver.begin(round_name, relays)`` and ``end(round_name)`` (agent): around the time in which writers are
       granted; in between, what passes the landing is brought to its rows chunk by chunk.
    d. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
@@ -54,6 +56,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix
@@ -116,7 +119,13 @@ Ended = Callable[[HandedOver], None]
 
 
 class Sender(Protocol):
-    """A trainer rank's end. Steps in the order of the module's docstring; the caller never lets two overlap."""
+    """A trainer rank's end. Steps in the order of the module's docstring; the caller never lets two overlap.
+
+    Attributes:
+        writes_ahead: whether ``write`` can begin while the slots are still being filled.
+    """
+
+    writes_ahead: bool = False
 
     @abstractmethod
     def open(self, settings: Any) -> None:
@@ -143,7 +152,12 @@ class Sender(Protocol):
 
     @abstractmethod
     async def write(
-        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
+        self,
+        round_name: RoundName,
+        members: Sequence[Member],
+        deadline_seconds: float,
+        ended: Ended,
+        filled: Filled = whole,
     ) -> None:
         """Hand over what ``members`` are owed of the version in the slots; return when nothing more will be posted.
 
@@ -152,6 +166,7 @@ class Sender(Protocol):
             members: of the grant; ``ended`` hears nothing of those that are no peers of the plan.
             deadline_seconds: for everything together.
             ended: told of each peer.
+            filled: what of the slots may be read; only for one that ``writes_ahead`` may it be less than all.
 
         Raises:
             Exception: something of our own, which is no peer's fault. ``ended`` will still be told of those that are

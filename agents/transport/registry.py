@@ -9,6 +9,8 @@ from weightsync.agents.transport.filesystem import FilesystemReceiver, Filesyste
 from weightsync.agents.transport.interface import Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.nixl.sender import NixlSender
+from weightsync.agents.transport.shares import Shares
+from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import FilesystemSettings, NixlSettings
 
 EndT = TypeVar("EndT", Sender, Receiver)
@@ -80,3 +82,14 @@ class Ends(Generic[EndT]):
 
     def __iter__(self) -> Iterator[EndT]:
         return iter(tuple(self._ends.values()))
+
+
+def ends_of(memory: SourceMemory | None) -> tuple[Shares, Ends[Sender]]:
+    """The shares and the transports' ends of these slots; of none, as long as there are none."""
+    if memory is None:
+        return Shares(Layout((), (), b""), ()), Ends(_no_sender)
+    return Shares(memory.layout, memory.arenas), Ends(lambda transport: transport.sender(memory))
+
+
+def _no_sender(transport: Transport) -> Sender:
+    raise AssertionError("a transport is opened when there are slots")

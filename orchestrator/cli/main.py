@@ -116,8 +116,11 @@ def _add_views(commands: Commands) -> None:
     watch.add_argument("--every", type=seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
     watch.add_argument("--count", type=count, metavar="N", help="so many looks (default: without end)")
     report = add_command(commands, "report", "write the history of rounds as one HTML file with charts")
-    report.add_argument("--out", type=Path, metavar="PATH", default=Path("rounds.html"), help="default: rounds.html")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--out", type=Path, metavar="PATH", default=Path("rounds.html"), help="default: rounds.html")
+    form.add_argument("--json", action="store_true", help="print what the report holds as JSON, and write no file")
     report.add_argument("--last", type=count, default=1000, metavar="N", help="so many rounds (default 1000)")
+    watch.add_argument("--json", action="store_true", help="print each look as one line of JSON")
     for command in (status, rounds):
         add_daemon_options(command)
     for command in (watch, report):
@@ -172,6 +175,7 @@ def _add_certs(commands: Commands) -> None:
 def _add_admin_key(commands: Commands) -> None:
     key = add_command(commands, "admin-key", "print the key that opens an engine's admin routes")
     key.add_argument("engine", metavar="ENGINE", help="its name in the configuration")
+    key.add_argument("--json", action="store_true", help="print JSON")
     add_config_option(key)
     key.set_defaults(run=_admin_key)
 
@@ -186,7 +190,7 @@ def _admin_key(options: argparse.Namespace) -> int:
     if not keys:
         print(f"{settings.credentials} has no token for engine {options.engine}", file=sys.stderr)
         return Exit.CONFIG
-    print(keys[0])
+    print(json_text({"engine": options.engine, "key": keys[0]}) if options.json else keys[0])
     return Exit.OK
 
 

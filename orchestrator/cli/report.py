@@ -1,4 +1,4 @@
-"""``report``: the history of rounds as one HTML file, with charts, to be sent to whoever was not there."""
+"""``report``: the history of rounds as one HTML file, with charts, to be sent to whoever was not there; or as JSON."""
 
 import argparse
 import html
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from weightsync.orchestrator.cli.charts import Bar, chart
-from weightsync.orchestrator.cli.common import Exit
+from weightsync.orchestrator.cli.common import Exit, json_text
 from weightsync.orchestrator.cli.status import rounds_view
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView
@@ -42,8 +43,27 @@ _COLOURS: Final = (
 )  # fmt: skip
 
 
+class ReportView(msgspec.Struct, frozen=True, kw_only=True):
+    """What a report says of its rounds. ``stall_*`` and ``bytes`` are of those that committed; ``made`` in unix time.
+
+    ``stall_*``: of the longest that an engine took no step in a round, paused or to switch. ``faults``: whose fault it
+    was → how many of the rounds that did not commit.
+    """
+
+    run: str
+    source: str
+    release: str
+    made: float
+    committed: int
+    stall_median_ms: float | None
+    stall_95_percent_ms: float | None
+    bytes: int
+    faults: dict[str, int]
+    rounds: tuple[RoundRow, ...]
+
+
 def report(options: argparse.Namespace) -> int:
-    """Writes the file and says where.
+    """Writes the file and says where; with ``options.json`` prints what it would hold, and writes none.
 
     Raises:
         ConfigError: as ``daemon_of``.
@@ -51,6 +71,9 @@ def report(options: argparse.Namespace) -> int:
     view, code = rounds_view(options, options.last)
     if view is None:
         return code
+    if options.json:
+        print(json_text(summed(view, time.time())))
+        return Exit.OK
     try:
         options.out.write_text(page(view, time.time()), encoding="utf-8")
     except OSError as error:
@@ -74,19 +97,36 @@ def page(view: RoundsView, now: float) -> str:
     foot = f"<p>Made {made} by weightsync-orchestrator {_text(release())}, from the {view.source}.</p></body></html>\n"
     if not rows:
         return f"{head}<p>No round has ended yet.</p>{foot}"
-    return "\n".join([head, _sum(rows), *_charts(rows), _table(rows), foot])
+    return "\n".join([head, _sum(summed(view, now)), *_charts(rows), _table(rows), foot])
 
 
-def _sum(rows: Sequence[RoundRow]) -> str:
-    good = [row for row in rows if row.outcome == "committed"]
-    parts = [f"{len(rows)} rounds, {len(good)} committed"]
-    if good:
-        stalls = sorted(row.stall_ms for row in good)
-        late = stalls[min(len(stalls) - 1, len(stalls) * 95 // 100)]
-        parts.append(f"stall of those: median {statistics.median(stalls):.0f} ms, 95 % within {late:.0f} ms")
-        parts.append(f"{sum(row.bytes for row in good) / 1e9:.1f} GB moved")
-    blame = Counter(row.fault or "unknown" for row in rows if row.outcome != "committed")
-    parts += [f"{count} not committed by fault of the {fault}" for fault, count in blame.most_common()]
+def summed(view: RoundsView, now: float) -> ReportView:
+    """The rounds with their sums; ``now`` in unix time."""
+    good = [row for row in view.rounds if row.outcome == "committed"]
+    stalls = sorted(row.stood_ms for row in good)
+    blame = Counter(row.fault or "unknown" for row in view.rounds if row.outcome != "committed")
+    return ReportView(
+        run=view.run,
+        source=view.source,
+        release=release(),
+        made=now,
+        committed=len(good),
+        stall_median_ms=statistics.median(stalls) if stalls else None,
+        stall_95_percent_ms=stalls[min(len(stalls) - 1, len(stalls) * 95 // 100)] if stalls else None,
+        bytes=sum(row.bytes for row in good),
+        faults=dict(blame.most_common()),
+        rounds=view.rounds,
+    )
+
+
+def _sum(sums: ReportView) -> str:
+    parts = [f"{len(sums.rounds)} rounds, {sums.committed} committed"]
+    if sums.stall_median_ms is not None:
+        parts.append(
+            f"stall of those: median {sums.stall_median_ms:.0f} ms, 95 % within {sums.stall_95_percent_ms:.0f} ms"
+        )
+        parts.append(f"{sums.bytes / 1e9:.1f} GB moved")
+    parts += [f"{count} not committed by fault of the {fault}" for fault, count in sums.faults.items()]
     return f"<p>{_text('; '.join(parts))}.</p>"
 
 
@@ -110,7 +150,7 @@ def _charts(rows: Sequence[RoundRow]) -> list[str]:
     ]
     key = "".join(f'<span class="p{n % len(_COLOURS)}"></span>{name}' for n, name in enumerate(PHASES))
     return [
-        simple("Stall, from the first pause to the last resume", "ms", [row.stall_ms for row in rows]),
+        simple("Stall: the longest that an engine took no step", "ms", [row.stood_ms for row in rows]),
         chart("Phases", "ms", stacked, *ends),
         f'<p class="key">{key}</p>',
         simple("Wire", "GB/s", [row.wire_gb_per_s for row in rows]),
@@ -125,22 +165,15 @@ def _table(rows: Sequence[RoundRow]) -> str:
     ]
     for row in reversed(rows[-MAX_ROWS:]):
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row.unix_time)) if row.unix_time else ""
-        why = "; ".join(
-            part for part in (f"{row.fault}: {row.reason}" if row.fault else row.reason, _left_out(row)) if part
-        )
         cells = (
             row.round, str(row.step), str(row.attempt), row.outcome, str(len(row.engines)), f"{row.bytes / 1e9:.2f}",
-            f"{row.wire_gb_per_s:.2f}", f"{row.stall_ms:.0f}", f"{row.total_ms:.0f}", ended, why,
+            f"{row.wire_gb_per_s:.2f}", f"{row.stood_ms:.0f}", f"{row.total_ms:.0f}", ended, "; ".join(row.why),
         )  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
     more = len(rows) - MAX_ROWS
     return "\n".join(
         [*lines, "</tbody></table></div>", f"<p>{more} older rounds are in the charts only.</p>" if more > 0 else ""]
     )
-
-
-def _left_out(row: RoundRow) -> str:
-    return f"left out: {', '.join(row.left_out[:8])}" + (" …" if len(row.left_out) > 8 else "") if row.left_out else ""
 
 
 def _class(row: RoundRow) -> str:

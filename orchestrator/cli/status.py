@@ -36,8 +36,10 @@ def show(what: Literal["status", "rounds"], options: argparse.Namespace) -> int:
     if view is None:
         return code
     if options.check:
-        print(check_line(view))
-        return code or severity(view)
+        judged = code or severity(view)
+        said = check_line(view)
+        print(json_text({"exit": int(judged), "says": said, "problems": view.problems}) if options.json else said)
+        return judged
     print(json_text(view) if options.json else status_text(view, time.time()))
     return code
 
@@ -51,9 +53,13 @@ def _ready(options: argparse.Namespace) -> int:
     try:
         answer = asyncio.run(fetch(url + "/readyz", None, options.timeout, tls=tls_for(url, settings)))
     except (Denied, Unreachable) as error:
-        print(error, file=sys.stderr)
+        if options.json:
+            print(json_text({"ready": False, "says": str(error)}))
+        else:
+            print(error, file=sys.stderr)
         return Exit.TEMPORARY
-    print(clean(answer.decode(errors="replace").strip(), 300))
+    said = clean(answer.decode(errors="replace").strip(), 300)
+    print(json_text({"ready": True, "says": said}) if options.json else said)
     return Exit.OK
 
 

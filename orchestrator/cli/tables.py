@@ -75,9 +75,10 @@ def _head(status: StatusView, now: float) -> list[str]:
     lines += _wrapped(f"committed: {_committed(status.committed, now)}")
     if status.round is not None:
         under_way = status.round
-        lines.append(
-            f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, {under_way.phase}"
-            f" for {_age(under_way.elapsed_seconds)}"
+        whom = f", waits for {under_way.waits_for}" if under_way.waits_for else ""
+        lines += _wrapped(
+            f"round {under_way.round}: step {under_way.version.step}, attempt {under_way.attempt}, for"
+            f" {_age(under_way.elapsed_seconds)}; {under_way.phase} for {_age(under_way.phase_seconds)}{whom}"
         )
     for waiting in status.waiting:
         since = _age(now - waiting.since)
@@ -114,8 +115,7 @@ def rounds_text(rounds: Sequence[RoundRow], now: float) -> str:
     lines = [table[0]]
     for row, line in zip(rounds, table[1:], strict=True):
         lines.append(line)
-        lines.extend(_wrapped(f"{row.fault}: {row.reason}" if row.fault else row.reason, "    "))
-        lines.extend(_wrapped(f"left out: {', '.join(row.left_out)}", "    ") if row.left_out else [])
+        lines += [line for sentence in row.why for line in _wrapped(sentence, "    ")]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import msgspec
 from weightsync.orchestrator.cli.asking import daemon_of
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for
 from weightsync.orchestrator.cli.common import Exit
@@ -26,7 +27,8 @@ _HOME, _END_LINE, _END_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 def watch(options: argparse.Namespace) -> int:
     """Shows the status every ``options.every`` seconds until it is interrupted, or ``options.count`` times.
 
-    On a terminal in place; elsewhere one after the other. What cannot be reached is said, and asked again.
+    On a terminal in place; elsewhere one after the other, with ``options.json`` as one JSON object in a line for each
+    look: the status, or an object with the key ``error``. What cannot be reached is said, and asked again.
 
     Raises:
         ConfigError: as ``daemon_of``.
@@ -35,7 +37,7 @@ def watch(options: argparse.Namespace) -> int:
     if found is None:
         return Exit.USAGE
     url, token, settings = found
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout.isatty() and not options.json
     with _screen(terminal):
         return asyncio.run(_watch(f"{url}/status", token, tls_for(url, settings), options, terminal))
 
@@ -47,19 +49,24 @@ async def _watch(
     while True:
         try:
             view = decoded(await fetch(url, token, options.timeout, tls=tls), StatusView)
-            text = status_text(view, time.time())
+            text = _line(view) if options.json else status_text(view, time.time())
             code = Exit.OK
         except Denied as error:
-            text, code = str(error), Exit.DENIED
+            text, code = _line({"error": str(error)}) if options.json else str(error), Exit.DENIED
         except Unreachable as error:
-            text, code = f"{time.strftime('%H:%M:%S')} {error}", Exit.TEMPORARY
+            said = f"{time.strftime('%H:%M:%S')} {error}"
+            text, code = _line({"error": str(error)}) if options.json else said, Exit.TEMPORARY
         print(framed(text, shutil.get_terminal_size().lines) if terminal else f"{text}\n", end="", flush=True)
         shown += 1
         if code is Exit.DENIED or shown == options.count:
             return code
-        if not terminal:
+        if not terminal and not options.json:
             print()
         await asyncio.sleep(options.every)
+
+
+def _line(told: StatusView | dict[str, str]) -> str:
+    return msgspec.json.encode(told).decode()
 
 
 def framed(text: str, rows: int) -> str:

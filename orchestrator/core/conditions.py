@@ -22,11 +22,25 @@ def is_stable(fleet: Fleet, version: Version) -> bool:
 
 def staged(fleet: Fleet) -> Version | None:
     """The version that all trainer ranks have staged."""
+    return _of_all(fleet, _staged_by)
+
+
+def converted(fleet: Fleet) -> Version | None:
+    """The version that all trainer ranks have staged or are converting, some of them still."""
+    return _of_all(fleet, held_by)
+
+
+def held_by(fleet: Fleet, agent: ConnectedAgent) -> Version | None:
+    """The version that a trainer rank has staged or is converting."""
+    return agent.converting or _staged_by(fleet, agent)
+
+
+def _of_all(fleet: Fleet, of: Callable[[Fleet, ConnectedAgent], Version | None]) -> Version | None:
     if not fleet.trainers_whole():
         return None
     found: Version | None = None
     for agent in fleet.trainer_ranks.values():
-        version = _staged_by(fleet, agent)
+        version = of(fleet, agent)
         if version is None or (found is not None and version != found):
             return None
         found = version
@@ -43,6 +57,19 @@ def _staged_by(fleet: Fleet, agent: ConnectedAgent) -> Version | None:
 def is_published(fleet: Fleet, version: Version) -> bool:
     """The trainer has done its part: every rank has staged the version, and STABLE is there."""
     return staged(fleet) == version and is_stable(fleet, version)
+
+
+def runs_ahead(fleet: Fleet, version: Version, now: float) -> bool:
+    """A round for it may begin although the trainer still converts it: nobody stands still for it, nobody is left out
+    who could take part a moment later, and what it writes is served by nobody before it is published. One attempt; what
+    goes wrong in it may be the conversion itself."""
+    memory = fleet.memory
+    known = version in memory.done or version in memory.failed or version in fleet.attempts or memory.forgot(version)
+    if known or fleet.generation != version.generation or staged(fleet) == version or converted(fleet) != version:
+        return False
+    wished = [name for name in fleet.usable() if name not in memory.holds and name not in memory.drains]
+    taking = targets(fleet, version, now)
+    return all(name in taking and standby.serves_on(fleet, name) and not unready(fleet, name) for name in wished)
 
 
 def is_catch_up(fleet: Fleet, version: Version) -> bool:
@@ -134,8 +161,8 @@ def _whole_units(fleet: Fleet, version: Version, engines: list[str]) -> list[str
 
 # ------------------------------------------------------------------------------------------------------------ clauses
 def _not_staged(fleet: Fleet, version: Version, now: float) -> str:
-    """Every trainer rank has staged the version."""
-    if staged(fleet) == version:
+    """Every trainer rank has staged the version, or a round for it may run ahead of that."""
+    if staged(fleet) == version or runs_ahead(fleet, version, now):
         return ""
     here = {agent.member.rank for agent in fleet.trainers() if _staged_by(fleet, agent) == version}
     lacking = [f"trainer/{rank}" for rank in range(fleet.trainer_world() or 0) if rank not in here]
@@ -151,6 +178,8 @@ def _not_marked(fleet: Fleet, version: Version, now: float) -> str:
     """The trainer has marked it; or it is committed and some engine has to catch up."""
     if is_catch_up(fleet, version):  # its STABLE has COMMITTED beside it and is reported no more
         return "" if version == fleet.memory.committed else f"nothing: {fleet.memory.committed} was committed after it"
+    if runs_ahead(fleet, version, now):
+        return ""
     return "" if is_stable(fleet, version) else f"broadcasts/step_{version.step}/STABLE is missing"
 
 

@@ -10,7 +10,7 @@ from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.commands import Append, CallEngine, Command, Send
 from weightsync.orchestrator.core.errors import InvariantViolation
 from weightsync.orchestrator.core.events import Call
-from weightsync.orchestrator.core.records import Committed, RoundBegan
+from weightsync.orchestrator.core.records import Committed, Decided, RoundBegan
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
@@ -63,6 +63,8 @@ def check(fleet: Fleet, before: Snapshot, commands: list[Command]) -> None:
         match command:
             case Append(record=RoundBegan(round=name)):
                 _begin_is_safe(fleet, name)
+            case Append(record=Decided(round=name)) if fleet.round is not None and fleet.round.ahead:
+                raise InvariantViolation(f"S4: round {name} decides a version that is not published")
             case Append(record=Committed(version=version)):
                 _commit_is_verified(fleet, before.round, version)
             case _:

@@ -45,6 +45,7 @@ from weightsync.orchestrator.protocol.messages import (
     Announce,
     Bye,
     Closed,
+    Converting,
     EngineStatus,
     Examined,
     Holding,
@@ -202,8 +203,11 @@ def _said(turn: Turn, event: AgentSaid) -> None:
         case Ready():
             rendezvous.confirmed(turn, agent, message)
             rounds.edges_changed(turn, agent)
+        case Converting():
+            agent.staged, agent.converting = None, message.version
+            versions.tend_ahead(turn)  # before its CLOSED, which is no engine's fault
         case Staged():
-            agent.staged = message
+            agent.staged, agent.converting = message, None
             endings.staged_again(turn, message.version, message.restaged)
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():

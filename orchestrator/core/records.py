@@ -87,10 +87,11 @@ class LinkUse(msgspec.Struct, frozen=True, kw_only=True):
 class RoundEnded(Record, frozen=True, kw_only=True):
     """The canonical line of a round, as history keeps it. Times in seconds, on the daemon's monotonic clock.
 
-    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail. ``unclosed``: writers
-    that had not said CLOSED to everybody when it ended. ``modes``: how each engine lands; ``switch_seconds``: of those
-    that switched, how long each took no step for it. ``links``: what moved, by kind of link. ``lenders``: engine → the
-    engine that wrote to it in the place of the trainer. ``trainer_bytes``: of ``bytes``, what left the trainer.
+    ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail, whose ``reason`` is why
+    engines were left out of it. ``unclosed``: writers that had not said CLOSED to everybody when it ended. ``modes``:
+    how each engine lands; ``switch_seconds``: of those that switched, how long each took no step for it. ``links``:
+    what moved, by kind of link. ``lenders``: engine → the engine that wrote to it in the place of the trainer.
+    ``trainer_bytes``: of ``bytes``, what left the trainer.
     ``trace``: context of the publish that it was for.
     """
 

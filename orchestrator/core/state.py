@@ -60,6 +60,7 @@ class ConnectedAgent:
     findings: tuple[Finding, ...] = ()
     """What is wrong around its process, as it said on this connection."""
     staged: Staged | None = None
+    converting: Version | None = None  # until it says STAGED or gives it up
     standing: str = ""
     """What a trainer's first rank was told last of what the daemon does."""
     status: EngineStatus = field(default_factory=EngineStatus)
@@ -97,8 +98,7 @@ class ConnectedAgent:
         an agent does about its edges ends with the connection."""
         self.announce, self.fingerprint, self.dead_edges = before.announce, before.fingerprint, before.dead_edges
         self.lends, self.unlent = before.lends, before.unlent
-        self.relayed, self.unrelayed = before.relayed, before.unrelayed
-        self._contents = before._contents
+        self.relayed, self.unrelayed, self._contents = before.relayed, before.unrelayed, before._contents
 
     @property
     def unreached(self) -> dict[Member, str]:

@@ -1,4 +1,10 @@
-"""Which version is wanted, when a round for it begins, and when it has waited too long."""
+"""Which version is wanted, when a round for it begins, and when it has waited too long.
+
+Where every engine serves on while its bytes arrive, a round *runs ahead*: it begins while the trainer converts the
+version, so that what is converted travels meanwhile. Nothing is decided before the version is published, by STAGED of
+every trainer rank and STABLE. A version that is given up instead, because a rank could not convert it or found no
+numbers in it, ends its round as one that the trainer failed, and no engine has noticed.
+"""
 
 from typing import Final
 
@@ -9,8 +15,9 @@ from weightsync.orchestrator.core.events import NO_PLAN
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
 from weightsync.orchestrator.core.records import StagedAgain
-from weightsync.orchestrator.core.round import blame, endings, relays
+from weightsync.orchestrator.core.round import blame, endings, entry, phases, relays, reports
 from weightsync.orchestrator.core.round.begin import begin
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.messages import Staged
@@ -26,11 +33,40 @@ def evaluate(turn: Turn) -> None:
     endings.mark_again(turn)
     _note_stale_markers(turn)
     _note_waiting(turn)
-    version = conditions.staged(turn.fleet)
-    _look_for_stable(turn, version)
+    staged = conditions.staged(turn.fleet)
+    _look_for_stable(turn, staged)
+    tend_ahead(turn)
+    version = staged or conditions.converted(turn.fleet)
     if version is not None and turn.fleet.round is None and version not in turn.fleet.memory.failed:
         _begin_if_due(turn, version)
     _fail_overdue(turn)
+
+
+def tend_ahead(turn: Turn) -> None:
+    """Let a round go on whose version is published now; end one whose version will not be."""
+    fleet, current = turn.fleet, turn.fleet.round
+    if current is None or not current.ahead:
+        return
+    if conditions.is_published(fleet, current.version):
+        if current.awaits_trainer:  # the engines have had nothing to be late with
+            current.deadline = turn.now + phases.ROWS[current.phase].deadline(fleet.policy)
+        current.ahead = False
+        if current.granted:
+            entry.mark_granted(turn, current)
+        phases.advance(turn, current)
+    elif why := _given_up(turn, current):
+        reports.give_up(turn, current, Trouble(why, "trainer"))
+
+
+def _given_up(turn: Turn, current: Round) -> str:
+    fleet, version = turn.fleet, current.version
+    if fleet.generation != version.generation:
+        return "its trainer ended before it was published"
+    for agent in fleet.trainers():
+        if conditions.held_by(fleet, agent) != version:
+            return f"{agent.member} has given it up"
+    limit = fleet.policy.staged
+    return f"it was not published within {limit:.0f} s" if turn.now >= current.began + limit else ""
 
 
 def _note_stale_markers(turn: Turn) -> None:
@@ -99,7 +135,8 @@ def _begin_if_due(turn: Turn, version: Version) -> None:
         catch_up = conditions.is_catch_up(fleet, version)
         taking = {} if catch_up else relays.ready(fleet, ready, turn.now)
         relay = fleet.feed.plan if taking and fleet.feed is not None else None
-        begin(turn, version, ready, catch_up, fleet.plan, taking, relay or NO_PLAN)
+        early = not catch_up and not conditions.is_published(fleet, version)
+        begin(turn, version, ready, catch_up, fleet.plan, taking, relay or NO_PLAN, ahead=early)
 
 
 def _join(fleet: Fleet) -> float:

@@ -22,6 +22,9 @@ HELD_SECONDS: Final = 900.0
 AFTER_FAILURE_SECONDS: Final = 1.0
 """Before a client asks again."""
 
+BETWEEN_SECONDS: Final = 0.25
+"""Between two requests of a client: on two cores the trainer would have to wait for clients that never rest."""
+
 ASK_SECONDS: Final = 5.0
 """For one small question to the engine or the daemon."""
 
@@ -57,10 +60,11 @@ class Answer:
 
 
 class EngineApi:
-    """One vLLM server."""
+    """One vLLM server; ``key`` opens its admin routes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
         self._url = url
+        self._admin = {"Authorization": f"Bearer {key}"}
         self._session = aiohttp.ClientSession(read_bufsize=MAX_LINE_BYTES)
 
     async def close(self) -> None:
@@ -82,7 +86,9 @@ class EngineApi:
             RequestFailed: it cannot be asked.
         """
         try:
-            async with self._session.get(f"{self._url}/is_paused", timeout=_total(ASK_SECONDS)) as response:
+            async with self._session.get(
+                f"{self._url}/is_paused", headers=self._admin, timeout=_total(ASK_SECONDS), raise_for_status=True
+            ) as response:
                 return bool((await response.json())["is_paused"])
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as error:
             raise RequestFailed(f"/is_paused: {error}") from error
@@ -214,6 +220,7 @@ class Traffic:
         if received != STREAMED_TOKENS:
             raise RequestFailed(f"{received} of {STREAMED_TOKENS} tokens came")
         self.requests += 1
+        await asyncio.sleep(BETWEEN_SECONDS)
 
 
 class DaemonApi:

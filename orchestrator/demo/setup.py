@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from weightsync.orchestrator.demo.children import HOST, BoundPort
+from weightsync.orchestrator.protocol.proof import admin_key
 from weightsync.orchestrator.settings.credentials import make_tokens, role_file
+from weightsync.orchestrator.settings.secrets import read_tokens
 
 MODEL_NAME: Final = "demo"
 RANKS: Final = 2
@@ -158,6 +160,10 @@ class DemoRun:
         """Where the trainer saves version ``step``."""
         return self.directory / "checkpoints" / f"step_{step}"
 
+    def admin_key(self, engine: str) -> str:
+        """What opens the admin routes of ``engine``."""
+        return admin_key(read_tokens(role_file(self.credentials, "engine"))[0], RUN, engine)
+
     def log(self, name: str) -> Path:
         """Where the output of the child ``name`` goes."""
         return self.directory / f"{name}.log"
@@ -261,6 +267,8 @@ class DemoRun:
         if mode := ENGINES.get(name):
             added["WEIGHTSYNC_MODE"] = mode
         added |= {
+            # vLLM would compile how it counts log-probabilities, for seconds of its first answer.
+            "TORCHDYNAMO_DISABLE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": HOST,

@@ -121,7 +121,10 @@ class Screen:
 
     # ----------------------------------------------------------------------------------------------------- the table
     def header(self) -> None:
-        """Names of the table's columns."""
+        """What the table's columns are."""
+        self.line(
+            self.dim("  ms of an engine: how long it took no step; total: from the first pause to the last resume")
+        )
         names = "  ".join(name.rjust(width) for name, width in _COLUMNS)
         self.line(self.dim(f"  {names}  the engine says"))
 
@@ -129,7 +132,7 @@ class Screen:
         """One round; a failed one with its reason."""
         cells = (
             str(row.step), loss, size(row.bytes), f"{row.wire_gb_per_s:.2f}",
-            *(f"{still(row, name):.0f}" for name in ENGINES), f"{row.total_ms:.0f}",
+            *(f"{still(row, name):.0f}" if name in row.engines else "-" for name in ENGINES), f"{row.total_ms:.0f}",
         )  # fmt: skip
         text = "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
         self.line(f"  {text}  {self.style(said, _CYAN)}".rstrip())
@@ -168,21 +171,26 @@ def still(row: RoundRow, engine: str) -> float:
 def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
     """What all rounds together say, as (name, text)."""
     done = [row for row in rows if row.outcome == "committed"]
-    others = len(rows) - len(done)
+    others, versions = len(rows) - len(done), {row.step for row in done}
     moved = sum(row.bytes for row in done)
     wire = [row.wire_gb_per_s for row in done if row.wire_gb_per_s]
     rate = f" at {statistics.median(wire):.2f} GB/s" if wire else ""
     attempts = f", {others} attempts failed" if others else ", each at the first attempt"
+    if len(done) > len(versions):
+        attempts += f", in {len(done)} rounds: an engine that came late caught up by itself"
     return [
-        ("versions", f"{len(done)} pushed{attempts}"),
+        ("versions", f"{len(versions)} pushed{attempts}"),
         ("weights", f"{size(moved)} over NIXL{rate}, each byte verified in the engines' memory"),
         *((name, _stood_still(done, name)) for name in ENGINES),
     ]
 
 
 def _stood_still(done: Sequence[RoundRow], engine: str) -> str:
-    """In the rounds but the first, before which it was held."""
-    rows = done[1:] or done
+    """In the rounds but its first, before which it was held."""
+    took_part = [row for row in done if engine in row.engines]
+    rows = took_part[1:] or took_part
+    if not rows:
+        return "took part in no round"
     mode = rows[-1].modes.get(engine, "live")
     took = f"{statistics.median(still(row, engine) for row in rows):.0f} ms (median)"
     if mode == "live":

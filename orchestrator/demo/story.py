@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 from weightsync.orchestrator.daemon.admin.views import RoundRow
@@ -31,7 +32,7 @@ ENGINE_SECONDS: Final = 600.0
 VERSION_SECONDS: Final = 300.0
 """For one version: the training steps, every attempt of its round, and the backoffs between them."""
 
-LOOK_SECONDS: Final = 0.1
+LOOK_SECONDS: Final = 0.25
 TAIL_LINES: Final = 15
 COMPARED_SECONDS: Final = 300.0
 """For an answer that is compared: how long it takes says nothing."""
@@ -40,7 +41,15 @@ T = TypeVar("T")
 
 _LOSS = re.compile(r"^step (\d+) loss (\S+)$", re.MULTILINE)
 _REFUSED = re.compile(r"^step (\d+) was not published: (.*)$", re.MULTILINE)
-_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING|ERROR) [-\d]+ [\d:]+ (\[[^\]]*\] )?")
+
+_STAGES: Final = (
+    ("", "its API server imports vLLM"),
+    ("non-default args", "its engine core imports vLLM"),
+    ("Initializing a V1 LLM engine", "its worker imports vLLM"),
+    ("Starting to load model", "its worker makes the model"),
+    ("init engine (", "its API server opens the port"),
+)
+"""What stands in the log of a vLLM that has come so far, and what it does then."""
 
 _REMEDIES: Final = (
     ("address already in use", "another process took the port in between; run the demo again"),
@@ -66,7 +75,9 @@ class Demo:
 
     def __init__(self, run: DemoRun, screen: Screen, children: Children) -> None:
         self._run, self._screen, self._children = run, screen, children
-        self._engines = {name: EngineApi(f"http://{HOST}:{port.number}") for name, port in run.engines.items()}
+        self._engines = {
+            name: EngineApi(f"http://{HOST}:{port.number}", run.admin_key(name)) for name, port in run.engines.items()
+        }
         self._fresh = EngineApi(f"http://{HOST}:{run.fresh.number}")
         self._traffic = {name: Traffic(engine) for name, engine in self._engines.items()}
         self._servers: dict[str, Child] = {}
@@ -121,33 +132,43 @@ class Demo:
 
     async def _ready(self) -> None:
         began = time.monotonic()
-        await self._until(self._daemon.status, "the daemon to answer", DAEMON_SECONDS, self._hub)
-        self._screen.ready("daemon", f"waits for agents at {self._run.hub_url}", time.monotonic() - began)
-        await self._until(self._trainers_connected, "the trainer ranks", TRAINER_SECONDS, self._trainers[0])
+        await self._until(self._daemon.status, lambda: "the daemon to answer", DAEMON_SECONDS, self._hub)
+        self._screen.ready("daemon", f"serves its page at {self._run.hub_url}", time.monotonic() - began)
+        token = role_file(self._run.credentials, "viewer").relative_to(self._run.directory)
+        self._screen.line(f"    {'':<9} sign in with the text of {token}")
+        await self._until(
+            self._trainers_connected,
+            lambda: f"{RANKS} trainer ranks, which import torch and transformers and make the model",
+            TRAINER_SECONDS,
+            self._trainers[0],
+        )
         text = f"{RANKS} ranks have announced what they hold"
         self._screen.ready("trainer", text, time.monotonic() - began)
         held = "listens, and is held: it answers nobody before it has a verified version"
         for name, engine in self._engines.items():
-            await self._until(engine.healthy, f"{name} to listen", ENGINE_SECONDS, self._servers[name])
+            server = self._servers[name]
+            await self._until(engine.healthy, partial(starting, server), ENGINE_SECONDS, server)
             self._screen.ready(name, held if await _held(engine) else "listens", time.monotonic() - began)
 
     async def _trainers_connected(self) -> bool:
         status = await self._daemon.status()
         return status is not None and len(status.trainers) == RANKS
 
-    async def _until(self, holds: Callable[[], Awaitable[T]], what: str, seconds: float, child: Child) -> T:
-        """What ``holds`` returns once that is true.
+    async def _until(
+        self, holds: Callable[[], Awaitable[T]], what: Callable[[], str], seconds: float, child: Child
+    ) -> T:
+        """What ``holds`` returns once that is true; ``what`` says meanwhile what is waited for.
 
         Raises:
             DemoFailed: a child has ended, or ``seconds`` are over; with the log of the one to blame.
         """
-        self._screen.awaiting(lambda: f"{what}: {_news(child.tail(TAIL_LINES))}")
+        self._screen.awaiting(lambda: f"waits for {what()}")
         deadline = time.monotonic() + seconds
         while not (result := await holds()):
             self._no_child_ended()
             if time.monotonic() > deadline:
                 raise DemoFailed(
-                    f"waited {seconds:.0f} s in vain for {what}", child, "is the machine busy? Run it again when idle"
+                    f"waited {seconds:.0f} s in vain for {what()}", child, "is the machine busy? Run it again when idle"
                 )
             await asyncio.sleep(LOOK_SECONDS)
         self._screen.awaiting(None)
@@ -186,11 +207,12 @@ class Demo:
 
     async def _show(self, row: RoundRow) -> None:
         said = ""
-        if row.outcome == "committed":
+        first = next(iter(self._engines))
+        if row.outcome == "committed" and first in row.engines:
             prompt, expected = TEXT[0]
             with contextlib.suppress(RequestFailed):
-                first = next(iter(self._engines.values()))
-                said = (await first.complete(prompt, len(expected))).text.strip() or "(spaces)"
+                answer = await self._engines[first].complete(prompt, len(expected))
+                said = answer.text.strip() or "(spaces)"
         losses = dict(_LOSS.findall(self._trainer_log))
         loss = losses.get(str(row.step))
         self._screen.row(row, f"{float(loss):.2f}" if loss else "-", said)
@@ -247,7 +269,7 @@ class Demo:
         checkpoint = run.checkpoint(last)
         command = run.engine_command(checkpoint, run.fresh, ours=False)
         fresh = self._children.start("fresh-engine", command, run.engine_environment(), run.log("fresh-engine"))
-        await self._until(self._fresh.healthy, "the fresh engine to listen", ENGINE_SECONDS, fresh)
+        await self._until(self._fresh.healthy, partial(starting, fresh), ENGINE_SECONDS, fresh)
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         screen.ready("fresh", f"an ordinary vLLM with {size(weights)} from disk", time.monotonic() - began)
         loaded = await self._answers(self._fresh, fresh)
@@ -281,7 +303,8 @@ async def _held(engine: EngineApi) -> bool:
         return False
 
 
-def _news(lines: Sequence[str]) -> str:
-    """The last message in a log, without its prefix of process and time; else the last line."""
-    messages = [line for line in lines if _LOG_PREFIX.match(line)] or lines
-    return _LOG_PREFIX.sub("", messages[-1]) if messages else ""
+def starting(server: Child) -> str:
+    """How far a vLLM has come that does not listen yet, by its log."""
+    log = server.log.read_text(errors="replace")
+    number = max(number for number, (sign, _) in enumerate(_STAGES) if sign in log)
+    return f"{server.name}: step {number + 1} of {len(_STAGES)}, {_STAGES[number][1]}"

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Raised when a message changes its meaning; a peer of another schema is refused at Hello."""
 
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024

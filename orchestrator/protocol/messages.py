@@ -30,7 +30,8 @@ class Message(Spoken, frozen=True, tag=True, kw_only=True):
 
 # ---------------------------------------------------------------------------------------------- agent to daemon
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """What a trainer rank's memory holds: the version staged in its slots, and the grants it has not closed.
+    """What a trainer rank's memory holds: the version staged in its slots, the one that it is ``converting`` into
+    them, and the grants it has not closed.
 
     ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
     ``restaged``: as in Staged. ``follows_needs``: its slots are made from the engines' Needs; it announces no layout
@@ -41,6 +42,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     open_rounds: OpenRounds = ()
     restaged: Count = 0
     follows_needs: bool = False
+    converting: Version | None = None
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -65,13 +67,15 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 class Announce(Message, frozen=True, kw_only=True):
     """Rendezvous round 1: the layout, and how the transport reaches this agent; ``lends``: and how an inference rank
-    writes what it serves to others, if it can."""
+    writes what it serves to others, if it can. ``spares``: how often it can still put other memory in the place of its
+    landing. Fewer than before: it has, and nothing reaches it that could reach the one before."""
 
     layout: Layout
     endpoint_name: Name = ""
     endpoint: Endpoint = b""
     lends_name: Name = ""
     lends: Endpoint = b""
+    spares: Count = 0
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -82,6 +86,13 @@ class Ready(Message, frozen=True, kw_only=True):
 
     fingerprint: Name
     failed: Annotated[tuple[EdgeFailure, ...], msgspec.Meta(max_length=MAX_WORLD)] = ()
+
+
+class Converting(Message, frozen=True, kw_only=True):
+    """This rank fills its slots with ``version``, which all ranks publish and which never FAILED, and lets what is
+    filled be written; None: it has given that up."""
+
+    version: Version | None
 
 
 class Staged(Message, frozen=True, kw_only=True):
@@ -351,9 +362,11 @@ class Hold(Message, frozen=True, kw_only=True):
 
 class Renew(Message, frozen=True, kw_only=True):
     """To a worker in no round: bytes of a writer hang on their way to it. It is to be reached by another endpoint, and
-    nothing that was sent to the one before may arrive any more; answered with Announce."""
+    nothing that was sent to the one before may arrive any more; answered with Announce. ``spare``: the writer may share
+    memory with it, and wake up at any time, so a spare is to take the landing's place, too."""
 
     reason: Reason
+    spare: bool = False
     spoken = ("reason",)
 
 
@@ -384,5 +397,5 @@ RoundWord = Quiesced | Exposed | Closed | Verified | Left
 RoundOrder = Expose | Verify | Commit | Abort
 """What a worker is told about a round."""
 
-FromAgent = Hello | Announce | Ready | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
+FromAgent = Hello | Announce | Ready | Converting | Staged | RoundWord | Holding | Examined | Heartbeat | Bye
 FromDaemon = Welcome | Refused | Needs | Connect | Grant | RoundOrder | Hold | Renew | Outcome | Standing | Heartbeat

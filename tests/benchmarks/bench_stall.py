@@ -10,6 +10,11 @@ distance between the quartiles.
 difference of the two, and ``stall_copy_growth_8x`` that of 1 GB of weights over that of an eighth of it. In ``copy`` a
 push costs a stream the local copy, which takes about as long as a step that reads all weights once, and what digests
 beside it take from the cores; in ``flip`` an exchange of pages in place of the copy; in ``live`` the whole round.
+
+What it is made of: ``stall_<mode>_step_ms`` is an ordinary gap, the median of the window without a push;
+``stall_<mode>_switch_ms`` is for how long the engine took no step, as it says itself; a gap that holds both is
+``stall_<mode>_floor`` ordinary ones. ``stall_copy_switch_over_memcpy`` compares the switch with a memcpy of as many
+bytes in this process, the quickest of three, for the engine goes on reading its weights beside it.
 """
 
 import argparse
@@ -20,12 +25,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.bench_e2e import LARGE, report, say
 from fleet import Fleet, fleet
 from serving import DEFAULT_PROMPTS, VllmServer, tiny_qwen3
+from weightsync.agents.memory.arena import host_arena
 
 EIGHTH: dict[str, Any] = {**LARGE, "num_hidden_layers": 3, "vocab_size": 8192}
 TOKENS = 240
@@ -64,18 +71,50 @@ class Stream:
                 if self._stop.is_set():
                     return
 
+    def median(self, begin: float, end: float) -> float:
+        """Seconds; of the gaps that are wholly between ``begin`` and ``end``."""
+        with self._lock:
+            return statistics.median(after - before for before, after in self._gaps if before > begin and after < end)
+
     def longest(self, begin: float, end: float) -> float:
         """Seconds; of the gaps that are at least partly between ``begin`` and ``end``."""
         with self._lock:
             return max((after - before for before, after in self._gaps if after > begin and before < end), default=0.0)
 
 
-def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[tuple[float, float]]:
-    """Longest gap without a push and with one, in seconds, of each pair of windows."""
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A window without a push and one with: the longest gap of each, and what they are made of, in seconds."""
+
+    idle: float
+    push: float
+    step: float
+    switch: float
+    memcpy: float
+
+
+class Memcpy:
+    """A copy of ``size`` bytes, each time between the same two ranges of memory."""
+
+    def __init__(self, size: int) -> None:
+        self._source, self._target = host_arena(size, pin=False), host_arena(size, pin=False)
+        self._source.fill_(1)
+        self()
+
+    def __call__(self) -> float:
+        """Seconds."""
+        began = time.monotonic()
+        self._target.copy_(self._source)
+        return time.monotonic() - began
+
+
+def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[Pair]:
+    """One pair for each push."""
     trainer, found = whole.trainers[0], []
     for step in (1, 2):  # they pay for wiring and page tables
         told = trainer.publish(step, save=False)
         assert told["sequence"] == step
+    memcpy = Memcpy(whole.ask("/rounds?last=1")["rounds"][0]["bytes"])
     with Stream(server) as stream:
         length = told["seconds"] + AFTER_SECONDS
         for step in range(3, pushes + 3):
@@ -86,11 +125,13 @@ def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[tuple[float, 
             time.sleep(AFTER_SECONDS)
             end = time.monotonic()
             length = end - between
-            found.append((stream.longest(begin, between), stream.longest(between, end)))
+            longest = stream.longest(begin, between), stream.longest(between, end)
+            switch = whole.ask("/rounds?last=1")["rounds"][0]["switch_ms"] / 1e3
+            found.append(Pair(*longest, stream.median(begin, between), switch, min(memcpy() for _ in range(3))))
     return found
 
 
-def measure(model: dict[str, Any], mode: str, directory: Path, pushes: int) -> list[tuple[float, float]]:
+def measure(model: dict[str, Any], mode: str, directory: Path, pushes: int) -> list[Pair]:
     say(f"{mode}, {model['num_hidden_layers']} layers, {pushes} pushes …")
     directory.mkdir(parents=True, exist_ok=True)
     path = tiny_qwen3(directory / "model", seed=1, **model)
@@ -105,8 +146,8 @@ def measure(model: dict[str, Any], mode: str, directory: Path, pushes: int) -> l
         server.close()
 
 
-def stalls(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    return [(push - idle) * 1e3 for idle, push in pairs]
+def stalls(pairs: Sequence[Pair]) -> list[float]:
+    return [(pair.push - pair.idle) * 1e3 for pair in pairs]
 
 
 def main() -> None:
@@ -117,10 +158,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as parent:
         for mode in given.modes:
             pairs = measure(LARGE, mode, Path(parent) / mode, given.pushes)
-            report(f"stall_{mode}_over_idle", [push / idle for idle, push in pairs], "ratio")
+            report(f"stall_{mode}_over_idle", [pair.push / pair.idle for pair in pairs], "ratio")
             report(f"stall_{mode}_ms", stalls(pairs), "ms")
-            report(f"stall_{mode}_idle_gap_ms", [idle * 1e3 for idle, _ in pairs], "ms")
+            report(f"stall_{mode}_idle_gap_ms", [pair.idle * 1e3 for pair in pairs], "ms")
+            if mode != "live":
+                report(f"stall_{mode}_step_ms", [pair.step * 1e3 for pair in pairs], "ms")
+                report(f"stall_{mode}_switch_ms", [pair.switch * 1e3 for pair in pairs], "ms")
+                report(f"stall_{mode}_floor", [1 + pair.switch / pair.step for pair in pairs], "ratio")
             if mode == "copy":
+                report("stall_copy_switch_over_memcpy", [pair.switch / pair.memcpy for pair in pairs], "ratio")
                 eighth = stalls(measure(EIGHTH, mode, Path(parent) / "eighth", given.pushes))
                 report("stall_copy_eighth_ms", eighth, "ms")
                 growth = statistics.median(stalls(pairs)) / statistics.median(eighth)

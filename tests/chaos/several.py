@@ -175,6 +175,18 @@ class Several(Pointed):
         assert (told["step"], told.get("sequence")) == (step, len(self.committed) + 1), told
         self.committed.append(step)
 
+    def daemon_killed_at(self, point: str, names: Iterable[str], bound: float = BOUND) -> None:
+        """``kill -9`` of the daemon at ``point`` of the next version's round: the next one brings it to all, and these
+        have not stood still."""
+        began = time.monotonic()
+        self.signal_daemon_at(point, "SIGKILL")
+        step = self.begin()
+        self.wait_daemons_death()
+        self.start_daemon()
+        self.ended(step)
+        self.everywhere()
+        self.keep_going(names, began, bound)
+
     def keep_going(self, names: Iterable[str], since: float, bound: float = BOUND) -> None:
         """None of these has stood still for longer than ``bound`` seconds since then."""
         still = {name: self.engines[name].still(since) for name in names}

@@ -62,14 +62,22 @@ def test_one_that_is_killed_before_the_others_have_it_costs_them_nothing(several
 
 @pytest.mark.parametrize("point", cases(["hearing Closed", "hearing Verified", "after Decided"], []))
 def test_a_daemon_that_is_killed_meanwhile_leaves_nobody_behind(several: Several, point: str) -> None:
-    began = time.monotonic()
-    several.signal_daemon_at(point, "SIGKILL")
-    step = several.begin()
-    several.wait_daemons_death()
-    several.start_daemon()
+    several.daemon_killed_at(point, NAMES, STILL)
+
+
+def test_one_that_ends_for_good_while_it_is_granted_costs_the_others_their_landings(several: Several) -> None:
+    """Nothing proves that it has ended. They put other memory in the place of what it could write to, and the trainer
+    writes there."""
+    with several.stopped_at("hearing Verified") as step:
+        several.engines["e0"].kill()
+        began = time.monotonic()
     several.ended(step)
+    several.others_serve("e0")
+    several.keep_going(("e1", "e2"), began, STILL)
+    said = several.whole.daemon_log()
+    assert all(f"{name}/0 is asked for another landing" in said for name in ("e1", "e2"))
+    several.engines["e0"].start()
     several.everywhere()
-    several.keep_going(NAMES, began, STILL)
 
 
 @pytest.mark.long

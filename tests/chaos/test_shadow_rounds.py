@@ -45,14 +45,7 @@ def test_an_ordinary_round_of_both_kinds(several: Several) -> None:
 
 @pytest.mark.parametrize("phase", cases(PHASES, ("MARKING", "WRITING", "VERIFYING", "DECIDING", "SWITCHING")))
 def test_a_daemon_that_is_killed_and_started_again_stops_no_shadow_engine(several: Several, phase: str) -> None:
-    began = time.monotonic()
-    several.signal_daemon_at(PHASES[phase], "SIGKILL")
-    step = several.begin()
-    several.wait_daemons_death()
-    several.start_daemon()
-    several.ended(step)
-    several.everywhere()
-    several.keep_going(SHADOW, began, STILL)
+    several.daemon_killed_at(PHASES[phase], SHADOW, STILL)
 
 
 @pytest.mark.parametrize("phase", cases(PHASES, ("WRITING", "VERIFYING")))
@@ -114,6 +107,32 @@ def test_a_trainer_that_is_killed_in_mid_write_changes_nothing_that_is_served(
         several.start_trainer(2)
         several.publish()
         several.keep_going(SHADOW, began, STILL)
+        several.judge()
+    finally:
+        several.close()
+
+
+@pytest.mark.long
+def test_a_trainer_that_wakes_up_after_another_ones_commit_changes_nothing_that_is_served(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """It was stopped between its grant and its first write, and by its machine's memory it reaches what it could reach.
+    The other one says that it is elsewhere, so that nothing proves the first dead; nobody declares it."""
+    directory = tmp_path_factory.mktemp("wakes")
+    several = Several(directory, [StandIn(name, directory, mode="copy") for name in NAMES])
+    try:
+        several.open()
+        several.trainer.stop()
+        several.start_trainer(script=HARMED, env={"WEIGHTSYNC_TEST_HARM": "0 SIGSTOP"})
+        first = several.trainer
+        began = time.monotonic()
+        several.begin()
+        several.whole.until(lambda: "another landing" in several.whole.daemon_log(), "spares to be asked for", 30)
+        several.start_trainer(script=HARMED, env={"WEIGHTSYNC_TEST_HOST": "elsewhere"})
+        several.publish()
+        first.ranks[0].kill(signal.SIGCONT)
+        several.publish()
+        several.keep_going(NAMES, began, STILL)
         several.judge()
     finally:
         several.close()

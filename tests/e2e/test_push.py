@@ -89,7 +89,10 @@ def test_answers_equal_those_of_a_fresh_engine(
             push_and_compare(whole, server, qwen3, world)
             engine = whole.engine("engine")
             assert (engine["state"], engine["ranks_connected"], engine["paused"]) == ("serving", tp * dp, False)
-            require_mode(whole, engine, env.get("WEIGHTSYNC_MODE", "copy"), tp)
+            mode = env.get("WEIGHTSYNC_MODE", "copy")
+            require_mode(whole, engine, mode, tp)
+            assert whole.daemon is not None
+            assert ("while the trainer converts it" in whole.daemon.tail(10_000)) == (mode != "live")
             assert [(entry["kind"], entry["reason"]) for entry in engine["left_out"]] == [
                 ("unwritten", "a buffer that the model computes itself")
             ]

@@ -15,6 +15,7 @@ _TESTS: Final = (
     "tests/sim/test_lending.py",
 )
 
+_RENEWED: Final = ("tests/unit/core/membership/test_renewals.py", "tests/sim/test_lending.py")
 _RELAYS: Final = "core/round/relays.py"
 _RELAYED: Final = ("tests/unit/core/round/test_relays.py", "tests/sim/test_relays.py")
 
@@ -60,6 +61,34 @@ LENDING: Final = (
         'target.hello.boot not in ("", pending.boot)\n',
         'target.hello.boot != ""\n',
         _RELAYED,
+    ),
+    Mutant(
+        "another endpoint keeps out a writer that shares its memory",
+        "core/membership/members.py",
+        "        if (spared and reached) or ",
+        "        if reached or ",
+        _RENEWED,
+    ),
+    Mutant(
+        "a writer that has gone is never given up",
+        "core/membership/renewals.py",
+        "            if may_wake(",
+        "            if not may_wake(",
+        _RENEWED,
+    ),
+    Mutant(
+        "who has a spare is asked for another endpoint alone",
+        "core/membership/renewals.py",
+        "spare=lost.wakes))",
+        "spare=False))",
+        _RENEWED,
+    ),
+    Mutant(
+        "a spare is taken before a new process could prove the end of the old one",
+        "core/membership/renewals.py",
+        " if lost.hangs and not lost.wakes else ",
+        " if lost.hangs or lost.wakes else ",
+        _RENEWED,
     ),
     Mutant(
         "what was lent is not compared with what was decided",

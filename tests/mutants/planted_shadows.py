@@ -10,6 +10,7 @@ _ENTRY: Final = "core/round/entry.py"
 _REPORTS: Final = "core/round/reports.py"
 _STANDBY: Final = "core/standby.py"
 _WAITS: Final = "core/round/waits.py"
+_AHEAD: Final = ("tests/unit/core/test_versions_ahead.py", "tests/sim/test_ahead.py")
 
 SHADOWS: Final = (
     Mutant(
@@ -101,5 +102,54 @@ SHADOWS: Final = (
         _REPORTS,
         "    elif newer or phases.is_impatient(turn, current):\n",
         "    elif phases.is_impatient(turn, current):\n",
+    ),
+    Mutant(
+        "a version is decided before it is published",
+        _WAITS,
+        "    if current.ahead:\n",
+        "    if False:\n",
+        _AHEAD,
+    ),
+    Mutant(
+        "a round runs ahead with engines that stand still for it",
+        _CONDITIONS,
+        "name in taking and standby.serves_on(fleet, name) and",
+        "name in taking and",
+        _AHEAD,
+    ),
+    Mutant(
+        "a round runs ahead without an engine that is busy for a moment",
+        _CONDITIONS,
+        "name in taking and standby.serves_on(fleet, name) and not unready(fleet, name) for name in wished",
+        "standby.serves_on(fleet, name) for name in taking",
+        _AHEAD,
+    ),
+    Mutant(
+        "engines are late with what is still being converted",
+        _REPORTS,
+        "    if turn.fleet.round is not current or current.awaits_trainer:\n",
+        "    if turn.fleet.round is not current:\n",
+        _AHEAD,
+    ),
+    Mutant(
+        "what the trainer gives up is an engine's fault",
+        "core/machine.py",
+        "            versions.tend_ahead(turn)  # before its CLOSED, which is no engine's fault\n",
+        "",
+        _AHEAD,
+    ),
+    Mutant(
+        "a round waits for a version that is given up",
+        "core/versions.py",
+        "        if conditions.held_by(fleet, agent) != version:\n",
+        "        if False:\n",
+        _AHEAD,
+    ),
+    Mutant(
+        "an engine catches up from slots that are being filled",
+        "core/machine.py",
+        "            agent.staged, agent.converting = None, message.version\n",
+        "            agent.converting = message.version\n",
+        _AHEAD,
     ),
 )

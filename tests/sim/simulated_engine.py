@@ -78,8 +78,9 @@ class Worker(Lender):
         """Somebody may have been granted since it stands in the window."""
         self._written: Written | None = None
 
-    def renew(self) -> None:
+    def renew(self, spare: bool = False) -> None:
         """Another endpoint: nothing that was posted to the one before lands any more."""
+        assert not spare, f"{self.member} lands live, and no spare can take the place of that"
         self.endpoint = f"{self.member}-{self.world.next_id()}"
         self.announce = msgspec.structs.replace(self.announce, endpoint_name=self.endpoint)
 
@@ -199,7 +200,7 @@ class Worker(Lender):
                 self._ended.setdefault(message.round, "aborted")
                 self._leave(message.round, "aborted", message.torn)
             case Renew():
-                self.renew()
+                self.renew(message.spare)
                 self.say(self.announce)
             case Hold():
                 self.held = message.held

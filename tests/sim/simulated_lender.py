@@ -37,6 +37,9 @@ class Lender(Agent):
     def reads(self, chunk: int) -> Version:
         return self._held[chunk]
 
+    def may_post(self, chunk: int | None, version: Version) -> bool:
+        return True
+
     @property
     def _held(self) -> list[Version]:
         assert self._lent is not None

@@ -1,8 +1,9 @@
 """A worker of a simulated engine that serves while the next version lands beside what it serves."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
+import msgspec
 from contents import GARBAGE, SIZES, memory_digest
 from simulated_engine import Worker
 from weightsync.orchestrator.core.commands import CallEngine
@@ -15,6 +16,7 @@ from weightsync.orchestrator.protocol.messages import (
     Expose,
     Exposed,
     FromDaemon,
+    Holding,
     Left,
     Verified,
     Verify,
@@ -23,6 +25,10 @@ from weightsync.orchestrator.protocol.names import NO_BYTES, Digest, Member, Rou
 
 if TYPE_CHECKING:
     from world import World
+
+
+SPARES: Final = 100
+"""Of a worker: more than a story takes."""
 
 
 class ShadowWorker(Worker):
@@ -38,7 +44,7 @@ class ShadowWorker(Worker):
         super().__init__(world, member, size)
         self.lands = lands
         layout = Layout((), (), b"", lands=lands, boundary=boundary)
-        self.announce = Announce(layout=layout, endpoint_name=self.endpoint, lends_name="lends")
+        self.announce = Announce(layout=layout, endpoint_name=self.endpoint, lends_name="lends", spares=SPARES)
         self.landing = [GARBAGE] * len(SIZES)
         """What remote writers reach, whoever they are."""
         self.pages = [GARBAGE] * len(SIZES)
@@ -53,6 +59,16 @@ class ShadowWorker(Worker):
         self._audits = 0
         self._switches: list[RoundName] = []
         """Of what it runs: the rounds that asked for it."""
+
+    def renew(self, spare: bool = False) -> None:
+        super().renew()
+        if spare:  # what still comes for the memory before lands there, and nobody reads that any more
+            self.announce = msgspec.structs.replace(self.announce, spares=self.announce.spares - 1)
+            assert self.announce.spares >= 0, f"{self.member} has no spare left"
+            self.landing = [GARBAGE] * len(SIZES)
+            if self.lands == "copy" or (self.exposed is not None and self._verified is None):
+                self._drop()
+            self.say(Holding(status=self.status))
 
     # ----------------------------------------------------------------------------------------------------- its status
     @property

@@ -9,6 +9,7 @@ from weightsync.orchestrator.protocol.messages import (
     Abort,
     Closed,
     Connect,
+    Converting,
     EdgeFailure,
     FromDaemon,
     Grant,
@@ -34,6 +35,9 @@ class Rank(Agent):
         self.job, self.generation, self.host = job, job.generation, job.host
         self.chunks = chunks_of(number, job.size)
         self.slots: Version | None = None
+        self.converting: Version | None = None
+        self.filled: set[int] = set()
+        """Chunks of the slots that hold what is being converted."""
         self.restaged = 0
         self.open: dict[RoundName, Writing] = {}
         self.connected: dict[Member, Worker] = {}
@@ -44,14 +48,18 @@ class Rank(Agent):
         self._failed: tuple[EdgeFailure, ...] = ()
 
     def introduce(self, hello: Hello) -> Hello:
-        status = TrainerStatus(self.slots, tuple(self.open), self.restaged)
+        status = TrainerStatus(self.slots, tuple(self.open), self.restaged, converting=self.converting)
         return msgspec.structs.replace(hello, trainer=status)
 
     def chunks_for(self, target: Member) -> tuple[int, ...]:
         return self.chunks
 
     def reads(self, chunk: int) -> Version:
-        return GARBAGE if self.slots is None else self.slots
+        filled = self.converting if chunk in self.filled else None
+        return self.slots or filled or GARBAGE
+
+    def may_post(self, chunk: int | None, version: Version) -> bool:
+        return self.slots == version or (self.converting == version and chunk in self.filled)
 
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         """Digest and bytes of what this rank owes a target."""
@@ -72,6 +80,30 @@ class Rank(Agent):
                 self.job.outcome(message)
             case _:
                 pass
+
+    # --------------------------------------------------------------------------------------------------- conversion
+    def begin(self, version: Version, seconds: float) -> None:
+        """Convert ``version`` into the slots, chunk by chunk, and let what is filled be written."""
+        self.converting, self.filled = version, set()
+        self.say(Converting(version=version))
+        for number, chunk in enumerate(self.chunks):
+            self.later(seconds * number / len(self.chunks), lambda c=chunk: self._fill(version, c))
+
+    def _fill(self, version: Version, chunk: int) -> None:
+        if self.converting == version:
+            self.filled.add(chunk)
+            self.wake()
+
+    def give_up(self) -> None:
+        self.converting = None
+        self.say(Converting(version=None))
+        for writing in list(self.open.values()):
+            writing.stop(())
+
+    def wake(self) -> None:
+        """Writes that wait for what is filled now go on."""
+        for edge in open_edges(self):
+            edge.wake()
 
     # -------------------------------------------------------------------------------------------------------- edges
     def _prepare(self, connect: Connect) -> None:
@@ -118,7 +150,7 @@ class Rank(Agent):
             objection = "grant for other edges"
         elif any(not edge.stopped and edge.ended is None for writing in self.open.values() for edge in writing.edges):
             objection = "another round is still being written"
-        elif self.slots != grant.version:
+        elif grant.version not in (self.slots, self.converting):
             objection = "the slots hold another version"
         if objection:
             self.say_once(Closed(round=grant.round, error=objection, fault="trainer"))
@@ -167,14 +199,29 @@ class Job:
         self.waiting = version, restaged
         for rank in self.ranks:
             rank.slots = None
+        fails = not restaged and self.world.gives_up and self.world.rng.random() < self.world.gives_up
         for rank in self.ranks:
-            rank.later(self.world.rng.uniform(0.0, 0.3), lambda r=rank: self._stage(r, version, restaged))
+            seconds = self.world.rng.uniform(0.0, 0.3)
+            if not restaged:
+                rank.begin(version, seconds)
+            if fails:
+                rank.later(0.3, lambda r=rank: self._give_up(r, version))
+            else:
+                rank.later(seconds, lambda r=rank: self._stage(r, version, restaged))
+
+    def _give_up(self, rank: Rank, version: Version) -> None:
+        """Some rank has found no numbers in it, and all have agreed on that; a trainer then publishes its next step."""
+        rank.give_up()
+        if self.waiting == (version, 0):
+            self.waiting = None
+            self.world.later(self.world.rng.uniform(*self.world.between_versions), self._publish)
 
     def _stage(self, rank: Rank, version: Version, restaged: int) -> None:
-        rank.slots, rank.restaged = version, restaged
+        rank.slots, rank.restaged, rank.converting = version, restaged, None
         rank.say(Staged(version=version, bytes=1, convert_seconds=0.0, digest_seconds=0.0, restaged=restaged))
         if all(other.slots == version for other in self.ranks):
             self.ranks[0].later(0.002, lambda: self.world.directory.stage(version, restaged))
+        rank.wake()
 
     def outcome(self, told: Outcome) -> None:
         """To any of its ranks; the first one that hears of it counts."""

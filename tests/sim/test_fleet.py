@@ -40,6 +40,7 @@ def world_of(seed: int, fan_out: str = "") -> tuple[World, list[str]]:
         meeting=rng.choice(((), (), ("e0",), NAMES)),
         fan_out=fan_out or random.Random(f"fan out {seed}").choice(("trainer", "auto")),
     )
+    world.gives_up = random.Random(f"gives up {seed}").choice((0.0, 0.1))
     for name in world.configured:
         if name not in world.servers:
             world.later(rng.uniform(5.0, 40.0), world.faults.begin([name]))

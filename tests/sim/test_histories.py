@@ -1,13 +1,13 @@
 """Histories in which a fleet once stood still or served the wrong weights, each with what must come of it."""
 
 import pytest
-from moments import CASES, PHASES, begins, call
+from moments import CASES, PHASES, begins, call, sent
 from places import Disk
 from simulated_daemon import SimulatedDaemon
 from weightsync.orchestrator.core.events import Call, RollbackAsked
 from weightsync.orchestrator.core.records import Decided
 from weightsync.orchestrator.protocol.layout import Lands
-from weightsync.orchestrator.protocol.messages import Closed, Left, Quiesced, Verified
+from weightsync.orchestrator.protocol.messages import Closed, Left, Outcome, Quiesced, Verified
 from weightsync.orchestrator.protocol.names import Member
 from wires import Agent
 from world import World
@@ -406,7 +406,7 @@ def test_a_rollback_whatever_becomes_of_the_daemon(phase: str) -> None:
 def test_versions_go_on_after_a_rollback() -> None:
     world = World(30, engines=2, lands=everybody("flip"))
     world.run(6.0)
-    rolls_back(world)
+    world.when(sent(Outcome), lambda: rolls_back(world))  # between two rounds: later ones begin with the conversion
     assert_versions_go_on(world)
     assert len(set(world.judge.committed)) < len(world.judge.committed), "some version was committed twice"
 

@@ -5,6 +5,7 @@ import pytest
 from contents import GARBAGE, SIZES, memory_digest
 from moments import CASES, begins, call, is_a, sent
 from simulated_engine import Worker
+from simulated_shadow import SPARES
 from test_histories import assert_all_serve, everybody
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import RoundEnded
@@ -92,7 +93,7 @@ def test_after_a_restart_the_daemon_has_lent_what_its_journal_knows() -> None:
 
 
 def test_a_lender_that_ends_for_good_while_it_writes_is_declared_dead() -> None:
-    """No process takes its place that would prove it."""
+    """No process takes its place that would prove it, and live memory has no spare."""
     world = World(115, engines=3, lands=everybody("live"), fan_out="peers")
     without_trainer(world)
     world.when(sent(Grant), lambda: world.later(0.001, lambda: world.remove_engine("e0")))
@@ -101,16 +102,38 @@ def test_a_lender_that_ends_for_good_while_it_writes_is_declared_dead() -> None:
     assert lent(world)[-1] == ("committed", {"e2": "e1"})
 
 
+@pytest.mark.parametrize("trainer", [False, True])
+@pytest.mark.parametrize("borrows", ["copy", "flip"])
+def test_a_lender_that_ends_for_good_while_it_writes_costs_who_borrows_its_landing(
+    borrows: Lands, trainer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it could write to is nobody's any more; another one lends, or the trainer writes."""
+    engines = 2 if trainer else 3
+    world = World(116, engines=engines, lands=everybody(borrows), fan_out="auto", idle=True)
+    if trainer:
+        world.run(6.0)
+    else:
+        without_trainer(world)
+    monkeypatch.setattr(world, "declare_dead", lambda members: None)
+    world.when(sent(Grant), lambda: world.later(0.001, lambda: world.remove_engine("e0")))
+    last = f"e{engines - 1}"
+    world.kill_engine(last, 1.0)
+    assert_all_serve(world, within=20.0)
+    assert [row.lenders for row in ended(world) if row.outcome == "committed"][-1] == ({} if trainer else {last: "e1"})
+    assert all(worker.announce.spares == SPARES - 1 for worker in world.servers[last].workers)
+
+
 @pytest.mark.parametrize("silently", [False, True])
 def test_a_lender_that_dies_while_it_writes_is_replaced_by_another_one(silently: bool) -> None:
     world = World(106, engines=3, lands=everybody("copy"), fan_out="auto")
     without_trainer(world)
     world.when(sent(Grant), lambda: world.kill_engine("e0", 5.0, silently=silently))
     world.kill_engine("e2", 1.0)
-    # Until e0 is back nobody knows that it writes no more.
+    # Until e0 is back nobody knows that it writes no more; a spare may be quicker.
     assert_all_serve(world, within=60.0)
-    outcome, lenders = lent(world)[-1]
-    assert (outcome, lenders["e2"]) == ("committed", "e1")
+    assert ("e2", "e1") in {
+        pair for outcome, lenders in lent(world) if outcome == "committed" for pair in lenders.items()
+    }
 
 
 def test_a_lender_that_dies_is_replaced_by_the_trainer_where_there_is_no_other() -> None:

@@ -113,6 +113,8 @@ class World(VirtualTime):
         self.servers: dict[str, Server] = {}
         self._workers: dict[Member, Worker] = {}
         self.jobs: list[Job] = []
+        self.gives_up = 0.0
+        """The share of versions that the trainer begins to convert and does not publish."""
         self.two_trainers = False
         """The last one and the one before it, which will be ended."""
         self.held: set[str] = set()

@@ -38,6 +38,9 @@ class Writer(Protocol):
     def reads(self, chunk: int) -> Version:
         """What is there at this moment."""
 
+    def may_post(self, chunk: int | None, version: Version) -> bool:
+        """Whether the chunk, or with None all of it and its digest, is there."""
+
     def owed(self, target: Member, version: Version) -> tuple[Digest, int]:
         """Digest and bytes of what it owes a peer."""
 
@@ -58,7 +61,7 @@ class Edge:
         self.writing, self.target = writing, target
         self.owed = writing.rank.owed(target, writing.grant.version)
         self.left = list(writing.rank.chunks_for(target))
-        self.stopped = False
+        self.stopped = self.waits = False
         self.given_up = ""
         """Why nothing more is posted, although something has not ended."""
         self.endpoint = writing.rank.reached.get(target, "")
@@ -69,7 +72,8 @@ class Edge:
         rank, world = self.writing.rank, self.writing.rank.world
         if self.ended is not None:
             return
-        if not self.left:
+        may = rank.may_post(self.left[0] if self.left else None, self.writing.grant.version)
+        if may and not self.left:
             self._end("")
             return
         self.given_up = ""
@@ -78,9 +82,17 @@ class Edge:
             self._end("told to stop" if self.stopped else "the grant's deadline passed")
         elif worker is None or not worker.alive or world.faults.edge_is_broken(rank, self.target):
             self._end(f"{self.target} cannot be reached")
+        elif not may:
+            self.waits = True
         else:
             chunk = self.left.pop(0)
             rank.later(world.short(), lambda: world.later(0.001, lambda: self._land(worker, chunk)))
+
+    def wake(self) -> None:
+        """What it waits for may be there."""
+        if self.waits:
+            self.waits = False
+            self.post()
 
     def _land(self, worker: "Worker", chunk: int) -> None:
         """What was posted lands, whether or not the writer's process runs at the moment; not if either has died."""
@@ -147,6 +159,7 @@ class Writing:
         for edge in self.edges:
             if not members or edge.target in members:
                 edge.stopped = True
+                edge.wake()
 
     def ended(self, edge: Edge) -> None:
         done = tuple(e.ended for e in self.edges if e.ended is not None)

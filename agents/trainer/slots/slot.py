@@ -7,7 +7,7 @@ in collectives on every rank, also where they own no bytes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from weightsync.agents.tables.box import Box
@@ -20,6 +20,10 @@ from weightsync.agents.trainer.slots.quantization import Conversion, Quantizatio
 from weightsync.agents.trainer.slots.reading import Picks, Readings, Taken
 from weightsync.agents.trainer.slots.routing import Kind, Route, SlotPiece
 from weightsync.orchestrator.protocol.layout import COPY_ROW, Layout, Matrix, Tensor
+
+MOST_PARTS: Final = 16
+PART_BYTES: Final = 64 << 20
+"""What is converted in one go: at least so much, and an arena in at most so many parts. A part costs some launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +183,22 @@ class LocalBatch:
         self._convert(self._picks.of(taken))
 
 
-def local_batches(slots: Sequence[Slot], readings: Readings, taken: Taken) -> Iterator[LocalBatch]:
-    """All slots that need no other rank, one batch for each treatment; more where weights are merged on the way."""
-    local = [slot for slot in slots if slot.kind != "gathered"]
+def parts_of(slots: Sequence[Slot], size: int) -> Iterator[tuple[int, list[Slot]]]:
+    """Slots that need no other rank, in parts that fill an arena of ``size`` bytes from its beginning to its end, each
+    with the offset below which the arena is full when it and those before are, and the gathered slots."""
+    local = [slot for slot in slots if slot.kind != "gathered" and slot.places]
+    most, part = max(size // MOST_PARTS, PART_BYTES), list[Slot]()
+    for slot in local:
+        begin = slot.places[0].values.offset
+        if part and begin - part[0].places[0].values.offset >= most:
+            yield begin, part
+            part = []
+        part.append(slot)
+    yield size, part
+
+
+def local_batches(local: Sequence[Slot], readings: Readings, taken: Taken) -> Iterator[LocalBatch]:
+    """Slots that need no other rank, one batch for each treatment; more where weights are merged on the way."""
     for treatment in dict.fromkeys(slot.spec.quantization for slot in local):
         alike = [slot for slot in local if slot.spec.quantization == treatment]
         keys = ({source.key for source in slot.spec.sources} for slot in alike)

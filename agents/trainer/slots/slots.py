@@ -34,6 +34,7 @@ from weightsync.agents.trainer.slots.slot import (
     SlotNote,
     local_batches,
     made_slots,
+    parts_of,
 )
 from weightsync.orchestrator.protocol.layout import Layout, Note, Region, Tensor, row
 from weightsync.orchestrator.protocol.limits import MAX_UNREAD
@@ -58,6 +59,10 @@ STAGING_REGION: Final = 1
 
 Allocate = Callable[[int], torch.Tensor]
 """Bytes → a one-dimensional contiguous uint8 tensor of that size, aligned to ALIGNMENT, that may be registered."""
+
+
+def nobody(offset: int) -> None:
+    """Who asks how far the slots are filled, where nobody does."""
 
 
 class FilledSlots(Protocol):
@@ -158,18 +163,23 @@ class TrainerSlots:
         """
         return self._readings.take(state)
 
-    def fill(self, taken: Taken) -> None:
+    def fill(self, taken: Taken, reached: Callable[[int], object] = nobody) -> None:
         """Write the weights that were taken into all slots, on the caller's thread and stream, waiting for no device.
 
         Collective: all ranks of the tensors' meshes call it together. No slot may have a write in flight. Allocates
         nothing but merged weights, a few at a time: buffers and tables were made with the slots.
+
+        Args:
+            reached: called as the arena is filled: with the offset, in bytes, below which all of it will be.
         """
         taken.gather()
         if taken.merged.keys() != self._merged:
             self._prepare(taken)  # adapters have come or gone, and merged weights have a dtype of their own
         self._gathering.convert(taken)
-        for batch in self._batches:
-            batch.convert(taken)
+        for end, batches in self._parts:
+            for batch in batches:
+                batch.convert(taken)
+            reached(end)
 
     def convert(self, state: State) -> None:
         """``check``, then ``fill``.
@@ -185,7 +195,8 @@ class TrainerSlots:
 
     def _prepare(self, taken: Taken) -> None:
         self._merged = frozenset(taken.merged)
-        self._batches = list(local_batches(self.slots, self._readings, taken))
+        parts = parts_of(self.slots, self.arenas[ARENA_REGION].numel())
+        self._parts = [(end, list(local_batches(own, self._readings, taken))) for end, own in parts]
 
     def _warm_up(self) -> None:
         """Compile the kernels of every treatment here, so that the first publish does not."""

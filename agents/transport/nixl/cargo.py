@@ -9,15 +9,16 @@ import torch
 from weightsync.agents.tables.cargo import cut_packing, cut_runs
 from weightsync.agents.tables.runs import (
     RUN_LENGTH,
+    RUN_LOCAL_OFFSET,
     RUN_LOCAL_REGION,
     RUN_REMOTE_OFFSET,
     RUN_REMOTE_REGION,
     pack_table,
     table_bytes,
 )
-from weightsync.agents.transport.nixl.chunks import Memory, local_spans
+from weightsync.agents.transport.nixl.chunks import Memory, filled_before, local_spans
 from weightsync.agents.transport.nixl.errors import EdgeError
-from weightsync.kernels.columns import COUNTS, DST_OFFSET, RUN_BYTES
+from weightsync.kernels.columns import COUNTS, DST_OFFSET, RUN_BYTES, SRC_OFFSET, SRC_REGION, SRC_STRIDE
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.orchestrator.protocol.landing import Berth
@@ -30,7 +31,8 @@ Descriptors = npt.NDArray[np.uint64]
 @dataclass(frozen=True, slots=True)
 class CargoChunk:
     """One chunk: ``bytes`` of the layout in it, ``packed`` by ``pack`` into the first bytes of a place of the ring, and
-    what leaves from where it lies. The first of ``remote`` is for what is packed, if anything is."""
+    what leaves from where it lies. The first of ``remote`` is for what is packed, if anything is. ``needs``: how much
+    of region 0 must be filled before (ALL if another region is read)."""
 
     number: int
     bytes: int
@@ -38,6 +40,7 @@ class CargoChunk:
     pack: PreparedCopy | None
     straight: Descriptors
     remote: Descriptors
+    needs: int = 0
 
     def local(self, ring: Region, offset: int) -> Descriptors:
         """Where it is read, if what is packed lies ``offset`` bytes into the ``ring``."""
@@ -104,6 +107,7 @@ def make_cargo(
                 prepare_copy(arenas, arenas, rows) if packed else None,
                 local_spans(layout.regions, part).descriptors(part[:, RUN_LENGTH]),
                 np.concatenate(targets),
+                int(np.concatenate([_packing_needs(rows), _straight_needs(part)]).max(initial=0)),
             )
         )
     return Cargo(berth, tuple(chunks), kinds.pop(), there.memory)
@@ -112,6 +116,16 @@ def make_cargo(
 def _regions(runs: Matrix, layout: Layout, packs: bool) -> set[int]:
     """Own regions that the cargo is read from."""
     return {*np.unique(runs[:, RUN_LOCAL_REGION]).tolist(), *([layout.staging] if packs else [])}
+
+
+def _straight_needs(runs: Matrix) -> Matrix:
+    return filled_before(runs[:, RUN_LOCAL_REGION], runs[:, RUN_LOCAL_OFFSET] + runs[:, RUN_LENGTH])
+
+
+def _packing_needs(rows: Matrix) -> Matrix:
+    """As ``filled_before``, of what a packing table's ``rows`` read."""
+    loops = sum((rows[:, column] - 1) * np.maximum(rows[:, column + SRC_STRIDE], 0) for column in COUNTS)
+    return filled_before(rows[:, SRC_REGION], rows[:, SRC_OFFSET] + rows[:, RUN_BYTES] + loops)
 
 
 def _sizes(rows: Matrix) -> Matrix:

@@ -1,7 +1,7 @@
 """How the runs of one edge are cut into descriptors and grouped into transfer handles. Pure NumPy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from weightsync.agents.tables.runs import (
     RUN_REMOTE_OFFSET,
     RUN_REMOTE_REGION,
 )
+from weightsync.agents.transport.filling import ALL
 from weightsync.agents.transport.nixl.errors import EdgeError
 from weightsync.orchestrator.protocol.layout import Matrix, Region
 
@@ -22,8 +23,9 @@ HOST_CHUNK_BYTES: Final = 8 << 20
 """Per handle when either end is host memory. Posting blocks for the copy there (about 5 GB/s through the kernel's
 cross-memory call), so this is what keeps an event loop's turn near 2 ms."""
 
-DEVICE_CHUNK_BYTES: Final = 8 << 30
-"""Per handle between devices. Posting does not block, and every cut costs a descriptor (about 13 µs)."""
+DEVICE_CHUNK_BYTES: Final = 1 << 30
+"""Per handle between devices. Posting does not block, and every cut costs a descriptor (about 13 µs); what is filled
+first can leave first."""
 
 CHUNK_DESCRIPTORS: Final = 256
 """Descriptors per handle: 100 handles in flight then are 25,600 operations in UCX's queue."""
@@ -31,11 +33,13 @@ CHUNK_DESCRIPTORS: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One handle's share of a lane: descriptors ``first … last`` (exclusive), and the bytes they carry."""
+    """One handle's share of a lane: descriptors ``first … last`` (exclusive), the bytes they carry, and how much of
+    region 0 must be filled before they are read (ALL if another region is)."""
 
     first: int
     last: int
     bytes: int
+    needs: int = 0
 
     @property
     def descriptors(self) -> int:
@@ -129,13 +133,21 @@ def _lane(runs: Matrix, here: Matrix, there: Matrix, memories: tuple[Memory, Mem
     number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     begin = number * limit
     length = np.minimum(runs[owner, RUN_LENGTH] - begin, limit)
+    places = np.stack([runs[owner, RUN_LOCAL_REGION], runs[owner, RUN_LOCAL_OFFSET] + begin], axis=1)
+    needs = filled_before(places[:, 0], places[:, 1] + length)
     return Lane(
         *memories,
         _descriptors(here[owner], begin, length),
         _descriptors(there[owner], begin, length),
-        np.stack([runs[owner, RUN_LOCAL_REGION], runs[owner, RUN_LOCAL_OFFSET] + begin], axis=1),
-        tuple(_chunks(length, limit)),
+        places,
+        tuple(replace(chunk, needs=int(needs[chunk.first : chunk.last].max())) for chunk in _chunks(length, limit)),
     )
+
+
+def filled_before(region: Matrix, end: Matrix) -> Matrix:
+    """How much of region 0 must be filled before bytes up to ``end`` of ``region`` are read."""
+    needs: Matrix = np.where(region == 0, end, ALL)
+    return needs
 
 
 def _descriptors(place: Matrix, begin: Matrix, length: Matrix) -> npt.NDArray[np.uint64]:

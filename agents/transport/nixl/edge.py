@@ -47,7 +47,7 @@ class EdgeResult:
 class Transfer:
     """One NIXL handle, for ``bytes`` at ``where`` (a tensor, or a chunk). ``pending``: posted, and not known to have
     ended; until then it cannot be posted again. ``place``: of the packing ring, NO_PLACE for none. ``number``: among
-    its edge's transfers, or of its chunk."""
+    its edge's transfers, or of its chunk. ``needs``: how much of region 0 must be filled before it is posted."""
 
     bytes: int
     descriptors: int
@@ -56,6 +56,7 @@ class Transfer:
     pending: bool = False
     place: int = NO_PLACE
     number: int = 0
+    needs: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +144,7 @@ def arm(edge: Edge, lane: int, chunk: Chunk, agent: Any) -> Transfer:
     local, remote = edge.lists[lane]
     region, offset = edge.lanes[lane].places[chunk.first].tolist()
     where = partial(edge.describe, region, offset)
-    transfer = Transfer(chunk.bytes, chunk.descriptors, where, number=len(edge.transfers))
+    transfer = Transfer(chunk.bytes, chunk.descriptors, where, number=len(edge.transfers), needs=chunk.needs)
     transfer.handle = agent.make_prepped_xfer("WRITE", local, indices, remote, indices)
     return transfer
 

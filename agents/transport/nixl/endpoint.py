@@ -1,10 +1,10 @@
 """NixlEndpoint: one NIXL agent of ours, its registered memory, its peers, and the writes to them.
 
 One thread owns an endpoint and makes every call on it; with device memory, the thread whose current CUDA device is that
-memory's. Facts of NIXL 1.5 that shape it: posting to a peer on the same
-host blocks for the copy; nothing tells when a transfer ends but asking; a target that never polls keeps its writers
-waiting; a stopped peer leaves a transfer in progress for ever; a posted transfer cannot be taken back; and adding and
-removing a live peer leaks descriptors, so connections are kept.
+memory's. Facts of NIXL 1.5 that shape it: posting to a peer on the same host blocks for the copy; nothing tells when a
+transfer ends but asking; a target that never polls keeps its writers waiting; a stopped peer leaves a transfer in
+progress for ever; a posted transfer cannot be taken back; and adding and removing a live peer leaks descriptors, so
+connections are kept.
 """
 
 import mmap
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from weightsync.agents.link.introduction import boot
+from weightsync.agents.memory.quarantine import keep
 from weightsync.agents.memory.reach import check_reachable
 from weightsync.agents.tables.runs import RUN_COLUMNS
 from weightsync.agents.transport.nixl import card as nixl_card
@@ -185,9 +186,8 @@ class NixlEndpoint:
         state, cause = self._probe(peer_name)
         if state == "ERR":
             kind, reason, fault = nixl_edge.refusal(cause, self._bindings)
-            tensor = "the first word"
             raise kind(
-                reason, rank=self.rank, peer=peer_name, tensor=tensor, bytes_done=0, fault=fault, retry=True
+                reason, rank=self.rank, peer=peer_name, tensor="the first word", bytes_done=0, fault=fault, retry=True
             ) from cause
         if state == "DONE":
             self._warm.add(peer_name)
@@ -299,8 +299,7 @@ class NixlEndpoint:
 
     def poll(self) -> None:
         """Let NIXL work: answers peers that write here (they never see DONE otherwise), and notices when a transfer
-        that outlived its write ends after all. Call it every millisecond or two while a grant is open; once
-        closed it does nothing."""
+        that outlived its write ends after all. Call it every millisecond or two while a grant is open."""
         if self._agent is None:
             return
         self._listen()
@@ -350,6 +349,7 @@ class NixlEndpoint:
         NixlError if something keeps it."""
         agent = weakref.ref(self._agent) if self._agent is not None else None
         self.close()
+        keep(self._scratch_memory)
         if agent is not None and agent() is not None:
             raise NixlError(f"{self.rank}: the endpoint {self.name} cannot be destroyed: something keeps it")
 

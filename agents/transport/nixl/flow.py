@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.notices import Notice, encode
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
@@ -72,9 +73,16 @@ class Flow:
     """
 
     def __init__(
-        self, peer: str, cargo: Cargo, ring: PackingRing | None, packer: Packer, done: frozenset[int] = frozenset()
+        self,
+        peer: str,
+        cargo: Cargo,
+        ring: PackingRing | None,
+        packer: Packer,
+        done: frozenset[int] = frozenset(),
+        filled: Filled = whole,
     ) -> None:
         self.peer = peer
+        self._filled = filled
         self.stopped = False
         self._cargo = cargo
         self._ring = ring if any(chunk.pack is not None for chunk in cargo.chunks) else None
@@ -103,13 +111,19 @@ class Flow:
         """Whether it goes on when the peer has scattered something, and not before."""
         return self.open and not self._packing and not (self._left and self._may_land(self._left[0]))
 
+    @property
+    def waits_for_slots(self) -> bool:
+        """Whether it goes on when more of the slots is filled, and not before."""
+        return self.open and not self._packing and bool(self._left) and self._left[0].needs > self._filled()
+
     def scattered(self, chunk: int) -> None:
         """The peer has said so of ``chunk``: its place is free."""
         self._scattered.add(chunk)
 
     def next(self) -> tuple[CargoChunk, int] | None:
         """The next chunk to post, and its place in the ring; packs ahead as far as there is room."""
-        while self._left and self._left[0].pack is not None and self._may_land(self._left[0]):
+        filled = self._filled()
+        while self._left and self._left[0].pack is not None and self._may_leave(self._left[0], filled):
             assert self._ring is not None, "what is packed has a ring"
             place = self._ring.take(self)
             if place is None:
@@ -127,9 +141,12 @@ class Flow:
                 self.give(place)
                 raise
             return chunk, place
-        if self._left and self._left[0].pack is None and self._may_land(self._left[0]):
+        if self._left and self._left[0].pack is None and self._may_leave(self._left[0], filled):
             return self._left.popleft(), NO_PLACE
         return None
+
+    def _may_leave(self, chunk: CargoChunk, filled: int) -> bool:
+        return chunk.needs <= filled and self._may_land(chunk)
 
     def _may_land(self, chunk: CargoChunk) -> bool:
         berth = self._cargo.berth
@@ -158,6 +175,8 @@ class Flow:
         if self._left:
             chunk = self._left[0]
             before = chunk.number - self._cargo.berth.places
+            if chunk.needs > self._filled():
+                return f"chunk {chunk.number} of {total} is still being converted"
             if not self._may_land(chunk):
                 return f"chunk {chunk.number} of {total} waits for the peer to scatter chunk {before}"
             return f"chunk {chunk.number} of {total} waits for a place to be packed in"
@@ -177,16 +196,17 @@ class Flow:
 
 @dataclass(slots=True)
 class Loading:
-    """What the cargo of one write takes, of the round ``round``. ``ring`` is None where nothing is packed."""
+    """What a write takes, of the round ``round``. ``ring`` is None where nothing is packed; ``filled`` may leave."""
 
     round: RoundName
     ring: PackingRing | None
     packer: Packer
+    filled: Filled = whole
     _flows: dict[str, Flow] = field(default_factory=dict)
 
     def begin(self, peer: str, cargo: Cargo, done: frozenset[int] = frozenset()) -> Flow:
         """The flow of an edge's cargo to ``peer``, without the chunks that have arrived before."""
-        flow = self._flows[peer] = Flow(peer, cargo, self.ring, self.packer, done)
+        flow = self._flows[peer] = Flow(peer, cargo, self.ring, self.packer, done, self.filled)
         return flow
 
     def notice(self, cargo: Cargo, chunk: CargoChunk) -> bytes:

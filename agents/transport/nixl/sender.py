@@ -14,6 +14,7 @@ from weightsync.agents.errors import blame
 from weightsync.agents.link.beside import computed
 from weightsync.agents.tables.cargo import plain_runs
 from weightsync.agents.tables.runs import tensor_names
+from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.cargo import make_cargo
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
@@ -100,6 +101,8 @@ class NixlSender(Sender):
     and then nothing of it is left but what is in flight.
     """
 
+    writes_ahead = True
+
     def __init__(self, memory: SourceMemory) -> None:
         self._memory = memory
         self._endpoint: NixlEndpoint | None = None
@@ -161,7 +164,12 @@ class NixlSender(Sender):
         return self._failed | {member: _not_ended(member) for member in left}
 
     async def write(
-        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
+        self,
+        round_name: RoundName,
+        members: Sequence[Member],
+        deadline_seconds: float,
+        ended: Ended,
+        filled: Filled = whole,
     ) -> None:
         """Pack what travels packed, write, and wait until every edge has ended or is given up."""
         until = time.monotonic() + deadline_seconds
@@ -175,7 +183,7 @@ class NixlSender(Sender):
 
         write = _Write(until, lambda result: self._told(ways[result.peer].share.peer.member, result, ended))
         self._writes.append(write)
-        loading = Loading(round_name, self._ring, self._packer)
+        loading = Loading(round_name, self._ring, self._packer, filled)
         self._loadings.append(loading)
         try:
             edges = [way.edge for way in ways.values() if way.edge is not None]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 from weightsync.agents.link.turns import quick_turns
+from weightsync.agents.transport.filling import ALL
 from weightsync.agents.transport.nixl.cargo import CargoChunk
 from weightsync.agents.transport.nixl.edge import (
     Arrived,
@@ -184,7 +185,8 @@ class Writer:
         descriptors = sum(transfer.descriptors for transfer in edge.transfers)
         before, edge.before = edge.before, None
         done = before.arrived if before is not None else Arrived()
-        waiting = deque(transfer for transfer in edge.transfers if transfer.number not in done.transfers)
+        left = (transfer for transfer in edge.transfers if transfer.number not in done.transfers)
+        waiting = deque(sorted(left, key=lambda transfer: transfer.needs))  # as the slots are filled
         progress = EdgeProgress(edge, waiting, descriptors, started=time.monotonic())
         progress.ended = progress.looked = progress.started
         if before is not None:
@@ -225,9 +227,20 @@ class Writer:
         return moved
 
     def _has_room(self, progress: EdgeProgress) -> bool:
-        return len(progress.in_flight) < self._in_flight and (
-            not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].bytes <= IN_FLIGHT_BYTES
+        return (
+            len(progress.in_flight) < self._in_flight
+            and (not progress.in_flight or progress.bytes_in_flight + progress.waiting[0].bytes <= IN_FLIGHT_BYTES)
+            and progress.waiting[0].needs <= self._filled()
         )
+
+    def _filled(self) -> int:
+        return self._loading.filled() if self._loading is not None else ALL
+
+    def _waits_for_slots(self, progress: EdgeProgress) -> bool:
+        """It goes on when more of the slots is filled, and not before."""
+        plain = bool(progress.waiting) and progress.waiting[0].needs > self._filled()
+        flow = progress.flow is not None and progress.flow.waits_for_slots
+        return not progress.in_flight and (plain or flow)
 
     def _load(self, progress: EdgeProgress, chunk: CargoChunk, place: int) -> None:
         """Post a chunk of the cargo."""
@@ -276,6 +289,8 @@ class Writer:
 
     def _stands_still(self, progress: EdgeProgress, seconds: float) -> None:
         """Nothing of it has moved for ``seconds`` more."""
+        if self._waits_for_slots(progress):
+            progress.started += seconds  # which says nothing of its rate
         if not progress.in_flight:
             self._look_after(progress)
         if not progress.in_flight and not (progress.flow is not None and progress.flow.waits_for_peer):

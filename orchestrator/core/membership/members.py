@@ -141,6 +141,7 @@ def _learn(turn: Turn, agent: ConnectedAgent) -> None:
         staged, again = hello.trainer.staged, hello.trainer.restaged
         agent.staged = Staged(version=staged, bytes=0, convert_seconds=0.0, digest_seconds=0.0, restaged=again)
         endings.staged_again(turn, staged, again)
+    agent.converting = hello.trainer.converting if hello.trainer is not None else None
     _compare_grants(turn, member, hello)
     if hello.engine is not None:
         agent.status = hello.engine
@@ -207,10 +208,19 @@ def is_lost_elsewhere(fleet: Fleet, writer: Member, pending: Unclosed, target: C
     return gone and apart and pending.targets.get(target.member) == target.hello.incarnation
 
 
-def renewed(turn: Turn, agent: ConnectedAgent) -> None:
-    """The rank is reached by another endpoint than before."""
+def may_wake(fleet: Fleet, writer: Member, pending: Unclosed, target: ConnectedAgent) -> bool:
+    """The grant is of a process that has gone, after its round, and that nobody has seen end; the target lands where a
+    spare can take the place of what that could write to."""
+    gone = writer not in fleet.agents and pending.outlived
+    spare = target.announce is not None and target.announce.spares > 0
+    return gone and spare and pending.targets.get(target.member) == target.hello.incarnation
+
+
+def renewed(turn: Turn, agent: ConnectedAgent, spared: bool) -> None:
+    """The rank is reached by another endpoint than before; ``spared``: and its landing is other memory."""
     for (writer, name), pending in list(turn.fleet.unclosed.items()):
-        if is_lost_elsewhere(turn.fleet, writer, pending, agent):
+        reached = pending.outlived and pending.targets.get(agent.member) == agent.hello.incarnation
+        if (spared and reached) or is_lost_elsewhere(turn.fleet, writer, pending, agent):
             del pending.targets[agent.member]
             if not pending.targets:
                 grant_over(turn, writer, name, "what it could write to is reached by other endpoints")

@@ -26,7 +26,7 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
         fleet.planned_for = frozenset()  # the plan was made for its other layout …
         fleet.feed = None  # … and so may this one be
         if agent.announce.endpoint_name != message.endpoint_name:
-            members.renewed(turn, agent)
+            members.renewed(turn, agent, spared=message.spares < agent.announce.spares)
     agent.announces(message)
     for engine in fleet.engines.values():
         # A misfit is of two layouts together, and one of the two is another now. (The trainer is none of the two

@@ -20,11 +20,12 @@ def begin(
     plan: PlanFacts,
     lenders: dict[str, str] | None = None,
     relay: PlanFacts = NO_PLAN,
+    ahead: bool = False,
 ) -> None:
     """Begin a round that brings ``engines`` to ``version``.
 
     ``catch_up``: it is committed already, on others. ``lenders``: who writes to each engine, if it is no trainer; by
-    ``plan`` in a catch-up, else by ``relay``.
+    ``plan`` in a catch-up, else by ``relay``. ``ahead``: the trainer still converts it.
     """
     fleet, lenders = turn.fleet, lenders or {}
     ranks = {a.member: a.hello.incarnation for name in engines for a in fleet.ranks_of(name)}
@@ -42,6 +43,7 @@ def begin(
         writers=writers,
         sources={writer: fleet.agents[writer].hello.incarnation for writer in writers},
         publish=publish_of(fleet, version),
+        ahead=ahead,
         plan=plan,
         relay=relay,
         lenders=lenders,
@@ -60,7 +62,9 @@ def begin(
     kind = "catch-up round" if catch_up else "round"
     lent = f", from {', '.join(dict.fromkeys(lenders.values()))}" if lenders else ""
     lent = f" ({', '.join(lenders)}{lent[1:]})" if relay.connects else lent
-    turn.say(f"{kind} {name} begins: {version} to {', '.join(engines)}{lent}, attempt {attempt}", event="round begins")
+    early = ", while the trainer converts it" if ahead else ""
+    what = f"{version} to {', '.join(engines)}{lent}, attempt {attempt}{early}"
+    turn.say(f"{kind} {name} begins: {what}", event="round begins")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none
     phases.advance(turn, current)  # nobody has to be paused where all serve on

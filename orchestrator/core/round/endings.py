@@ -17,7 +17,7 @@ def committed(turn: Turn, current: Round) -> None:
     _over(turn, current)
     fleet.waiting_since.pop(current.version, None)
     fleet.first_attempt.pop(current.version, None)
-    fleet.attempts = {version: n for version, n in fleet.attempts.items() if not fleet.memory.settled(version)}
+    fleet.attempts = {version: n for version, n in fleet.attempts.items() if version in fleet.waiting_since}
     fleet.retry_at.clear()  # what kept other versions from succeeding may be gone, too
     if not current.catch_up:
         mark_committed(turn, current.name, current.version, current.live)
@@ -82,6 +82,8 @@ def failed(turn: Turn, current: Round) -> None:
         return
     if not current.trouble.retry:
         fail_version(turn, current.version, f"{current.reason}; another attempt would fail in the same way")
+    elif current.ahead:
+        del fleet.first_attempt[current.version]  # its time begins when it is published
     elif turn.now >= fleet.first_attempt[current.version] + fleet.policy.retry:
         fail_version(turn, current.version, f"{current.attempt} attempts failed; the last one: {current.reason}")
 

@@ -87,8 +87,12 @@ def grant(turn: Turn, current: Round) -> None:
         reach = {target: current.ranks[target] for target in targets}
         fleet.unclosed[writer, current.name] = Unclosed(hello.incarnation, hello.host, hello.boot, reach)
         grant_to(turn, current, writer)
-    if current.wave:
-        return
+    if not current.wave and not current.ahead:
+        mark_granted(turn, current)
+
+
+def mark_granted(turn: Turn, current: Round) -> None:
+    """The TRANSFER_READY marker, beside the STABLE of what is written."""
     facts: dict[str, str | int | float] = {"round": str(current.name), "plan": current.plan.root}
     turn.do(WriteMarker("TRANSFER_READY", current.version, facts))
 

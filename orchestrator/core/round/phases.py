@@ -97,6 +97,15 @@ def missing(fleet: Fleet, current: Round) -> list[str]:
     return list(ROWS[current.phase].missing(fleet, current))
 
 
+def waits_for(fleet: Fleet, current: Round) -> str:
+    """Who that is, and writers whose connection it waits for, as a list for people; empty where it is nobody."""
+    late = missing(fleet, current)
+    if not late and ROWS[current.phase].needs_writers:
+        late = [str(writer) for writer in waits.writers_away(current)]
+    more = f" and {len(late) - waits.SHOWN} more" if len(late) > waits.SHOWN else ""
+    return f"{', '.join(late[: waits.SHOWN])}{more}"
+
+
 def behind(fleet: Fleet, current: Round) -> set[str]:
     """Engines of the round that are not done with the present phase; none where it waits for nobody's engine."""
     if current.phase is Phase.WRITING:

@@ -72,6 +72,8 @@ class Round:
     """Trainer ranks, or ranks of lenders, that have bytes to write, and to whom."""
     sources: dict[Member, int] = field(default_factory=dict)
     """Their incarnations."""
+    ahead: bool = False
+    """The version is not published yet: it is written while the trainer converts it, and not decided before."""
     publish: str = ""
     """Trace context of the publish that it is for."""
     plan: PlanFacts = NO_PLAN
@@ -133,6 +135,11 @@ class Round:
     def decided(self) -> bool:
         """From here only forward."""
         return bool(self.live)
+
+    @property
+    def awaits_trainer(self) -> bool:
+        """No engine can be late: what is written to them may still be in the making."""
+        return self.ahead and self.phase in (Phase.WRITING, Phase.VERIFYING)
 
     @property
     def reason(self) -> str:

@@ -252,7 +252,7 @@ def tick(turn: Turn) -> None:
     for member, (since, reason) in list(current.away.items()):
         if turn.fleet.round is current and turn.now >= since + turn.fleet.policy.heartbeat:
             _gone(turn, current, member, reason)
-    if turn.fleet.round is not current:
+    if turn.fleet.round is not current or current.awaits_trainer:
         return
     newer = phases.newer_waits(turn, current)
     if turn.now >= current.deadline:

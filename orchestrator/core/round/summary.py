@@ -6,6 +6,7 @@ from typing import get_args
 from weightsync.orchestrator.core.records import RoundEnded, Taint
 from weightsync.orchestrator.core.round.links import used
 from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.round.waits import SHOWN
 from weightsync.orchestrator.core.state import Unclosed
 from weightsync.orchestrator.core.turn import Turn
 from weightsync.orchestrator.protocol.edges import PeerTransfer
@@ -25,7 +26,7 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         engines=tuple(current.engines),
         left_out=tuple(name for name, progress in current.engines.items() if progress.left_out),
         outcome=outcome,
-        reason=current.reason,
+        reason=current.reason or _left_out_because(current),
         fault=current.trouble.fault,
         bytes=sum(peer.bytes for peer in peers),
         descriptors=sum(peer.descriptors for peer in peers),
@@ -39,6 +40,19 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         links=links,
         trace=current.publish,
     )
+
+
+def _left_out_because(current: Round) -> str:
+    """Why engines were left out of a round that went on without them; empty where none was."""
+    because: dict[str, list[str]] = {}
+    for name, progress in current.engines.items():
+        if why := progress.left_out.removeprefix(f"{name}: "):
+            because.setdefault(why, []).append(name)
+    told = []
+    for why, names in because.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        told.append(f"{', '.join(names[:SHOWN])}{more}: {why}")
+    return "; ".join(told)
 
 
 def _moved(current: Round) -> Iterator[tuple[Member, PeerTransfer]]:

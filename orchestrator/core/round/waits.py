@@ -48,8 +48,10 @@ def not_closed(fleet: Fleet, current: Round) -> Iterator[str]:
 
 
 def not_verified(fleet: Fleet, current: Round) -> Iterator[str]:
-    """Workers that have been written to and whose digest is not there."""
-    return _missing((m for m in current.remaining_ranks() if current.in_wave(m.engine)), current.verified)
+    """Workers that have been written to and whose digest is not there; the trainer, if this is no version yet."""
+    yield from _missing((m for m in current.remaining_ranks() if current.in_wave(m.engine)), current.verified)
+    if current.ahead:
+        yield f"the publish of {current.version}"
 
 
 def not_serving(fleet: Fleet, current: Round) -> Iterator[str]:

@@ -72,7 +72,7 @@ EVENTS: Final[dict[str, str]] = {
     "rendezvous complete": "everybody has confirmed its edges",
     "tcpstore rendezvous failed": "another one is tried",
     "edge dead": "two members cannot reach each other",
-    "endpoint renewed": "a worker that a writer does not reach is asked for another one",
+    "endpoint renewed": "a worker that a writer does not reach, or may write to later, is asked for another one",
     "plan made": "of how many bytes over how many edges",
     "plan rejected": "layouts do not fit",
     "the planner broke": "a bug, or what no layout should be",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from weightsync.orchestrator.core import conditions, standby
+from weightsync.orchestrator.core.round import phases
 from weightsync.orchestrator.core.since import engine_word, since, trainer_word
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.history import History
@@ -148,4 +149,6 @@ def _progress(fleet: Fleet, now: float) -> ProgressView | None:
         phase=current.phase.value,
         attempt=current.attempt,
         elapsed_seconds=now - current.began,
+        phase_seconds=now - current.phase_began,
+        waits_for=phases.waits_for(fleet, current),
     )

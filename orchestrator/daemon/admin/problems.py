@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.membership import engines, rendezvous
+from weightsync.orchestrator.core.round import phases
 from weightsync.orchestrator.core.since import engine_word, since
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.daemon.admin.surroundings import findings
@@ -22,6 +23,9 @@ SHOWN: Final = 8
 """Engines that one problem names."""
 
 PUBLISH_FIRST: Final = "publish once, also before the first roll-out and after each resume of the trainer"
+
+REACH_IT: Final = "start its server, or correct its url; weightsync-orchestrator doctor asks it what it is"
+JOIN_IT: Final = "the logs of its workers say whom they try to reach, and what they are told"
 
 SLOW_LINKS: Final = {
     "same_gpu": "python -m weightsync.agents doctor, on that host: expandable segments keep CUDA from sharing memory",
@@ -50,6 +54,7 @@ def problems(fleet: Fleet, markers: Iterable[str], now: float, unix_now: float) 
     for name in fleet.engines:
         found.extend(_of_engine(fleet, name, now))
     found.extend(_of_trainer(fleet, now))
+    found.extend(_of_round(fleet, now))
     found.extend(_of_links(fleet))
     found.extend(_Found("degraded", text) for text in markers)
     found.extend(_of_surroundings(fleet))
@@ -109,6 +114,21 @@ def _of_all(fleet: Fleet, now: float) -> Iterator[_Found]:
         )
 
 
+def _of_round(fleet: Fleet, now: float) -> Iterator[_Found]:
+    """A phase that has taken half of the time that it may: whoever it waits for may be stopped, and not be lost yet."""
+    current = fleet.round
+    if current is None or now <= (current.phase_began + current.deadline) / 2 or not current.deadline:
+        return
+    whom = phases.waits_for(fleet, current) or "nobody"
+    most = current.deadline - current.phase_began
+    yield _Found(
+        "degraded",
+        f"round {current.name} is {current.phase}, for which it has {most:.0f} s at most, and waits for {whom}",
+        "look at that process: its log, whether it is stopped, whether its host answers",
+        since=current.phase_began,
+    )
+
+
 def _of_links(fleet: Fleet) -> Iterator[_Found]:
     for kind, use in fleet.links.items():
         if not use.slow:
@@ -131,7 +151,11 @@ def _of_surroundings(fleet: Fleet) -> Iterator[_Found]:
 def _of_trainer(fleet: Fleet, now: float) -> Iterator[_Found]:
     here, world = len(fleet.trainer_ranks), fleet.trainer_world()
     if here and world and here < world:
-        yield _Found("degraded", f"{here} of {world} trainer ranks are connected: no version can be staged")
+        yield _Found(
+            "degraded",
+            f"{here} of {world} trainer ranks are connected: no version can be staged",
+            "the logs of the others say why they are away; all of them start again together",
+        )
     version = conditions.staged(fleet)
     if version is not None and version in fleet.memory.failed:
         yield _Found(
@@ -161,12 +185,14 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
     if word == "held" and not is_held:
         yield _Found("degraded", *_holds_nothing(fleet, now), name, began)
     elif word == "unreachable":
-        yield _Found("degraded", f"unreachable: {engine.error}", "", name, began)
+        error = engine.error.removeprefix(f"engine {name}: ")
+        yield _Found("degraded", f"unreachable: {error}", "" if "Fix: " in error else REACH_IT, name, began)
     elif word == "joining":
         ranks = fleet.ranks_of(name)
         world = ranks[0].hello.world if ranks else "?"
         error = f": {engine.error}" if engine.error else ""
-        yield _Found("degraded", f"joining, {len(ranks)} of {world} ranks are here{error}", "", name, began)
+        fix = "" if "Fix: " in error else JOIN_IT
+        yield _Found("degraded", f"joining, {len(ranks)} of {world} ranks are here{error}", fix, name, began)
     elif word == "paused" and not is_held:
         want, why = engines.wish(fleet, name)
         then = "to be resumed" if want is engines.Wish.SERVE else why
@@ -178,10 +204,12 @@ def _of_engine(fleet: Fleet, name: str, now: float) -> Iterator[_Found]:
         yield _Found("degraded", f"in no plan, its layout does not fit: {engine.misfit}", "", name)
     elif dead := fleet.dead_edge(name):
         yield _Found("degraded", f"in no round: {dead}", "", name)
-    if engine.failures:
-        left, times = max(0.0, engine.retry_at - now), f"{engine.failures} times in a row"
+    if engine.failures and word not in ("unreachable", "joining"):  # of those it is known already what keeps them away
+        left = max(0.0, engine.retry_at - now)
+        times = f"{engine.failures} times in a row" if engine.failures > 1 else "once"
         again = f"tried again in {left:.0f} s" if left else "tried again with the next round"
-        what = f"left out of rounds, {times}, {again}: {engine.blame.reason}"
+        why = engine.blame.reason.removeprefix(f"{name}: ")
+        what = f"left out of rounds, {times}, {again}: {why}"
         yield _Found("degraded", what, "weightsync-orchestrator retry (tries at once)", name, engine.blamed_at)
 
 
@@ -196,7 +224,7 @@ def _holds_nothing(fleet: Fleet, now: float) -> tuple[str, str]:
 
 
 def _mend_torn(fleet: Fleet) -> str:
-    waits = bool(fleet.waiting_since) or fleet.round is not None or conditions.staged(fleet) is not None
+    waits = bool(fleet.waiting_since) or fleet.round is not None or conditions.converted(fleet) is not None
     return "" if waits else "publish: no trainer holds a version that could repair it"
 
 

@@ -15,6 +15,10 @@ HISTORY_ROUNDS: Final = 20
 """Rounds in a StatusView; ``/rounds`` tells more."""
 
 
+SHOWN: Final = 8
+"""Engines that a sentence names."""
+
+
 class VersionView(msgspec.Struct, frozen=True, kw_only=True):
     """A weight version. ``sequence`` is its place in the order of commits, 0 where it has none."""
 
@@ -84,13 +88,16 @@ class TrainerView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProgressView(msgspec.Struct, frozen=True, kw_only=True):
-    """The round under way."""
+    """The round under way: for how long, and for how long in this phase; ``waits_for``: who has not done what it
+    waits for."""
 
     round: str
     version: VersionView
     phase: str
     attempt: int
     elapsed_seconds: float
+    phase_seconds: float = 0.0
+    waits_for: str = ""
 
 
 class SlowEdgeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +131,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     ``pause_ms``: until the last engine was paused; ``stall_ms``: the longest that one of them did not serve;
     ``switch_ms``: the longest switch of an engine that served meanwhile; ``skew_ms``: from the first engine that served
     the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
-    round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config. ``kind``: publish,
+    round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config; of a round that was
+    committed, ``reason`` is why engines were ``left_out``. ``kind``: publish,
     catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
     step. ``lenders``: engine to the engine that it got its bytes from, of those that the trainer did not write to;
     ``trainer_bytes``: what left the trainer.
@@ -156,6 +164,20 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     lenders: dict[str, str] = {}
     trainer_bytes: int = 0
     links: tuple[LinkView, ...] = ()
+
+    @property
+    def stood_ms(self) -> float:
+        """The longest that an engine took no step: paused, or to switch."""
+        return max(self.stall_ms, self.switch_ms)
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """Sentences: why it failed, and which engines it went on without, as far as is known why."""
+        known = self.outcome == "committed" and self.reason
+        failed = () if known or not self.reason else (f"{self.fault}: {self.reason}" if self.fault else self.reason,)
+        more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
+        without = self.reason if known else ", ".join(self.left_out[:SHOWN]) + more
+        return (*failed, f"left out: {without}") if self.left_out else failed
 
     def fields(self) -> dict[str, Any]:
         """Name to value, for a log line."""

@@ -1,6 +1,7 @@
 """What every command has in common: usage, help, a wrong configuration."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,15 +37,34 @@ async def test_wrong_usage_is_2(config: Path) -> None:
     assert "WEIGHTSYNC_CONFIG" in (await cli("status")).err
 
 
-def test_every_command_and_each_of_its_arguments_is_explained() -> None:
-    def below(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-        yield top
-        for action in top._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for name, inner in action.choices.items():
-                    if name != "demo":  # it has a parser of its own
-                        yield from below(inner)
+def below(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                if name != "demo":  # it has a parser of its own
+                    yield from below(inner)
 
+
+NO_JSON = {
+    "run": "its log is JSON by log.format",
+    "config schema": "prints nothing but JSON",
+    "config example": "prints YAML",
+    "completion": "prints a script",
+}
+"""Commands that have no --json, and why."""
+
+
+def test_every_other_command_has_json() -> None:
+    commands = [
+        each for each in below(parser()) if not any(isinstance(a, argparse._SubParsersAction) for a in each._actions)
+    ]
+    without = {each.prog.partition(" ")[2] for each in commands if "--json" not in each._option_string_actions}
+    assert without == set(NO_JSON)
+
+
+def test_every_command_and_each_of_its_arguments_is_explained() -> None:
     for each in below(parser()):
         assert each.description, each.prog
         actions = [action for action in each._actions if not isinstance(action, argparse._SubParsersAction)]
@@ -87,7 +107,10 @@ async def test_the_release() -> None:
 
 async def test_the_key_of_an_engines_admin_routes(config: Path) -> None:
     done = await cli("admin-key", "a", "--config", config)
-    assert (done.code, done.out) == (0, admin_key(TOKENS["engine"], "glm", "a") + "\n")
+    key = admin_key(TOKENS["engine"], "glm", "a")
+    assert (done.code, done.out) == (0, key + "\n")
+    told = await cli("admin-key", "a", "--json", "--config", config)
+    assert json.loads(told.out) == {"engine": "a", "key": key}
     (config.parent / "credentials" / "engine.token").rename(config.parent / "credentials" / "engine.b.token")
     done = await cli("admin-key", "a", "--config", config)
     assert (done.code, done.out) == (78, "")

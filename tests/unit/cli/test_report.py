@@ -1,11 +1,12 @@
 """The report: one file, of a real journal, that asks for nothing outside of itself."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from command_line import cli
-from weightsync.orchestrator.cli.report import MAX_ROWS, page
+from weightsync.orchestrator.cli.report import MAX_ROWS, page, summed
 from weightsync.orchestrator.core.records import RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.views import RoundRow, RoundsView
 from weightsync.orchestrator.daemon.journal import Journal
@@ -51,7 +52,7 @@ def test_a_page_of_good_and_bad_rounds() -> None:
     assert (read.open, read.fetched, read.rows) == ([], [], 4)
     assert "3 rounds, 2 committed; stall of those: median 15 ms, 95 % within 20 ms; 2.0 GB moved" in read.text
     assert "1 not committed by fault of the engine" in read.text
-    assert "engine: <script>alert(1)</script>; left out: a, b, c, d, e, f, g, h …" in read.text
+    assert "engine: <script>alert(1)</script>; left out: a, b, c, d, e, f, g, h and 2 more" in read.text
     assert "2001-09-09 01:46:40" in read.text
 
 
@@ -85,6 +86,37 @@ async def test_of_a_journal_whose_daemon_is_down(with_journal: Path) -> None:
     assert done.out == f"2 rounds: {out}\n"
     assert "cannot be reached" in done.err
     assert Page(out.read_text()).rows == 3
+
+
+async def test_as_json_it_is_printed_and_no_file_is_written(
+    with_journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_journal.parent)
+    done = await cli("report", "--json", "--config", with_journal, "--timeout", "5")
+    assert (done.code, list(with_journal.parent.glob("*.html"))) == (0, [])
+    told = json.loads(done.out)
+    assert (told["run"], told["source"], told["committed"], told["bytes"], told["faults"]) == (
+        "glm", "journal", 2, 2 * 10**9, {},
+    )  # fmt: skip
+    assert (told["stall_median_ms"], told["stall_95_percent_ms"]) == (200.0, 200.0)
+    assert [each["round"] for each in told["rounds"]] == ["1.1", "1.2"]
+    both = await cli("report", "--json", "--out", "x.html", "--config", with_journal)
+    assert both.code == 2
+    assert "not allowed with argument" in both.err
+
+
+def test_engines_that_serve_on_stand_still_to_switch() -> None:
+    """Their rounds have no pause, and 0 ms would not be true."""
+    sums = summed(
+        RoundsView(run="glm", rounds=(row(1, stall_ms=0.0, switch_ms=3.0), row(2, stall_ms=90.0, switch_ms=3.0))), 1e9
+    )
+    assert (sums.stall_median_ms, sums.stall_95_percent_ms) == (46.5, 90.0)
+
+
+def test_sums_of_no_committed_round() -> None:
+    sums = summed(RoundsView(run="glm", rounds=(row(1, "failed"), row(2, "failed", fault="engine"))), 1e9)
+    assert (sums.committed, sums.stall_median_ms, sums.bytes) == (0, None, 0)
+    assert sums.faults == {"unknown": 1, "engine": 1}
 
 
 async def test_a_file_that_cannot_be_written_is_74(with_journal: Path) -> None:

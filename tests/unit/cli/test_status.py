@@ -177,7 +177,10 @@ async def test_a_monitor_gets_a_code_and_one_line(
     monkeypatch.setattr(Views, "problems", tuple(ProblemView(severity=s, what="e0: left out") for s in severities))
     async with daemon(config):
         done = await cli("status", "--check", "--config", config)
+        told = await cli("status", "--check", "--json", "--config", config)
     assert (done.code, done.out, done.err) == (code, line + "\n", "")
+    view = json.loads(told.out)
+    assert (told.code, view["exit"], view["says"], len(view["problems"])) == (code, code, line, len(severities))
 
 
 async def test_a_monitor_of_a_daemon_that_is_down(config: Path) -> None:
@@ -195,6 +198,8 @@ async def test_a_health_check_needs_no_token(config: Path, monkeypatch: pytest.M
             token.unlink()
         done = await cli("status", "--ready", "--config", config)
         assert (done.code, done.out) == (0, "ready\n")
+        told = await cli("status", "--ready", "--json", "--config", config)
+        assert (told.code, json.loads(told.out)) == (0, {"ready": True, "says": "ready"})
 
         async def stuck(_: Views) -> str:
             return "the journal's disk has not answered for 9 s"
@@ -203,6 +208,9 @@ async def test_a_health_check_needs_no_token(config: Path, monkeypatch: pytest.M
         done = await cli("status", "--ready", "--config", config)
         assert done.code == 75
         assert "answered 503: the journal's disk has not answered for 9 s" in done.err
+        told = await cli("status", "--ready", "--json", "--config", config)
+        assert (told.code, told.err, json.loads(told.out)["ready"]) == (75, "", False)
+        assert "has not answered for 9 s" in json.loads(told.out)["says"]
 
 
 async def test_one_round_in_full(config: Path) -> None:

@@ -55,7 +55,8 @@ def test_the_status_table_at_a_glance() -> None:
                            )),
             ),
             trainers=tuple(TrainerView(rank=r, host="n", pid=1, state="ready", staged=version) for r in range(10)),
-            round=ProgressView(round="2.7", version=version, phase="writing", attempt=2, elapsed_seconds=0.4),
+            round=ProgressView(round="2.7", version=version, phase="writing", attempt=2, elapsed_seconds=0.4,
+                               phase_seconds=0.3, waits_for="trainer/1"),
             rounds=(RoundRow(round="2.6", step=39, generation=255, attempt=1, outcome="failed", engines=("d",),
                              left_out=("d",), reason="no CLOSED from trainer/1 within 300 s", bytes=1_500_000_000,
                              wire_gb_per_s=41.234, pause_ms=30.4, stall_ms=210.6, verify_ms=25, total_ms=221,
@@ -79,7 +80,7 @@ CRITICAL: d: torn by step 39 [30 s]
 DEGRADED: broadcasts/step_007: wrongly named, ignored
 step 40 is served; waits for the next version
 committed: step 40 (generation ff), commit 3, 2 min ago, digest abababababababab
-round 2.7: step 40, attempt 2, writing for 0.4 s
+round 2.7: step 40, attempt 2, for 0.4 s; writing for 0.3 s, waits for trainer/1
 publish of step 41: waits 12 s for the plan
 
 ENGINE     ROLE     STATE        VERSION  RANKS  PAUSED

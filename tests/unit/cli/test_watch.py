@@ -1,5 +1,6 @@
 """The live view: in place on a terminal, one after the other elsewhere, and patient."""
 
+import json
 import os
 import pty
 import subprocess
@@ -30,6 +31,25 @@ async def test_away_from_a_terminal_each_look_follows_the_last(config: Path) -> 
     assert done.code == 0, done.err
     assert done.out.count("run glm, daemon 9.9, epoch 0") == 2
     assert "\x1b" not in done.out
+
+
+async def test_as_json_each_look_is_one_object_in_a_line(config: Path) -> None:
+    asked = ("watch", "--json", "--config", config, "--every", "0.01")
+    async with served(telling()) as url:
+        done = await cli(*asked, "--count", "2", WEIGHTSYNC__ADVERTISE_URL=url)
+    assert done.code == 0, done.err
+    looks = [json.loads(line) for line in done.out.splitlines()]
+    assert [(look["run"], look["state"]) for look in looks] == [("glm", "step 40 is served")] * 2
+    async with served(telling(401)) as url:
+        done = await cli(*asked, WEIGHTSYNC__ADVERTISE_URL=url)
+    assert done.code == 77
+    assert "refuses the token" in json.loads(done.out)["error"]
+
+
+async def test_as_json_nobody_there_is_an_error_in_each_line(config: Path) -> None:
+    done = await cli("watch", "--json", "--config", config, "--count", "2", "--every", "0.01", "--timeout", "5")
+    assert done.code == 75
+    assert ["cannot be reached" in json.loads(line)["error"] for line in done.out.splitlines()] == [True, True]
 
 
 async def test_nobody_there_is_said_and_asked_again(config: Path) -> None:

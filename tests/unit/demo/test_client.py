@@ -55,7 +55,9 @@ def tokens(count: int) -> str:
 
 @contextlib.asynccontextmanager
 async def served(engine: Engine) -> AsyncIterator[str]:
-    async def paused(_: web.Request) -> web.Response:
+    async def paused(request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != "Bearer the-key":
+            raise web.HTTPUnauthorized
         return web.json_response({"is_paused": True})
 
     async def refused(_: web.Request) -> web.Response:
@@ -78,7 +80,7 @@ async def served(engine: Engine) -> AsyncIterator[str]:
 @contextlib.asynccontextmanager
 async def api(engine: Engine) -> AsyncIterator[EngineApi]:
     async with served(engine) as url:
-        client = EngineApi(url)
+        client = EngineApi(url, "the-key")
         try:
             yield client
         finally:
@@ -91,6 +93,10 @@ async def test_a_greedy_completion_with_its_log_probabilities() -> None:
         answer = await client.complete("ab", 2)
         assert await client.paused()
         assert not await client.healthy(), "it has no /health"
+        stranger = EngineApi(client._url, "another")
+        with pytest.raises(RequestFailed, match="401"):
+            await stranger.paused()
+        await stranger.close()
     assert (answer.tokens, answer.logprobs, answer.text) == ((104, 10), (-0.25, -0.5), "h·")
     assert answer.top == ((("token_id:104", -0.25),), (("token_id:10", -0.5),))
     assert engine.asked[0]["prompt"] == [97, 98]

@@ -8,7 +8,8 @@ from weightsync.orchestrator.demo.client import Answer
 from weightsync.orchestrator.demo.show import WIDTH, Screen, compared, summary
 
 ROW = RoundRow(
-    round="1.1", step=6, generation=1, attempt=1, outcome="committed", bytes=38_812_160, wire_gb_per_s=1.234,
+    round="1.1", step=6, generation=1, attempt=1, outcome="committed", engines=("engine-0", "engine-1"),
+    bytes=38_812_160, wire_gb_per_s=1.234,
     pause_ms=3.21, stall_ms=123.4, verify_ms=45.6, total_ms=150.0, unix_time=1.0,
     modes={"engine-0": "copy", "engine-1": "live"}, switches_ms={"engine-0": 2.4},
 )  # fmt: skip
@@ -22,7 +23,8 @@ def test_the_table_fits_a_hundred_columns_and_says_why_an_attempt_failed() -> No
     screen.row(ROW.__class__(**{**ROW.fields(), "outcome": "failed", "reason": "a\x1b[2Jb"}), "-", "")
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert lines[1].split() == [
+    assert lines[0].strip().startswith("ms of an engine: how long it took no step")
+    assert lines[2].split() == [
         "6",
         "3.45",
         "38.8",
@@ -35,7 +37,7 @@ def test_the_table_fits_a_hundred_columns_and_says_why_an_attempt_failed() -> No
         "and",
         "verified.",
     ]
-    assert lines[3] == "    failed, attempt 1: a [2Jb"
+    assert lines[4] == "    failed, attempt 1: a [2Jb"
     assert "\x1b" not in out.getvalue()
 
 
@@ -47,6 +49,16 @@ def test_the_last_bit_of_a_log_probability_counts() -> None:
     loaded = Answer(pushed.tokens, (-0.25, math.nextafter(-0.5, 0)), pushed.top)
     assert not compared(Screen(out), ("ab:", "hi"), pushed, loaded)
     assert "different\n    pushed: (104, 105) (-0.25, -0.5)\n    loaded: " in out.getvalue()
+
+
+def test_an_engine_that_was_in_no_round_has_no_figure_and_its_version_counts_once() -> None:
+    out = io.StringIO()
+    alone = RoundRow(**{name: getattr(ROW, name) for name in ROW.__struct_fields__} | {"engines": ("engine-0",)})
+    Screen(out).row(alone, "3.45", "")
+    assert out.getvalue().split() == ["6", "3.45", "38.8", "MB", "1.23", "2", "-", "150"]
+    told = dict(summary([alone, alone]))
+    assert told["versions"].startswith("1 pushed, each at the first attempt, in 2 rounds: an engine that came late")
+    assert told["engine-1"] == "took part in no round"
 
 
 def test_the_summary_counts_what_failed() -> None:

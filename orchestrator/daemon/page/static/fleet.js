@@ -3,7 +3,7 @@
 import { engineButton, fleetButtons } from "/page/actions.js";
 import { ago, cells, h, keyed, plural, rate, say, seconds, set, size, table, version } from "/page/dom.js";
 import { Lanes } from "/page/lanes.js";
-import { now, state } from "/page/state.js";
+import { now, state, stood } from "/page/state.js";
 
 const MANY = 12; // engines; then there is a filter
 const HEADS = ["Engine", "State", "Serves", "Mode", "Ranks", "What it says", ""];
@@ -66,7 +66,7 @@ export class FleetView {
     const tiles = [
       ["Committed", version(status.committed), status.committed ? `${ago(now() - status.committed.unix_time)} ago, commit ${status.committed.sequence}` : "nothing yet"],
       ["Serve it", `${serving} of ${status.engines.length}`, serving === status.engines.length ? "all engines" : "the others: see below"],
-      ["Last stall", last ? seconds(last.stall_ms / 1000) : "–", last ? `of ${seconds(last.total_ms / 1000)} in all` : ""],
+      ["Last stall", last ? seconds(stood(last) / 1000) : "–", last ? `${last.stall_ms ? "" : "to switch, "}of ${seconds(last.total_ms / 1000)} in all` : ""],
       ["Last wire", last?.wire_gb_per_s ? rate(last.wire_gb_per_s * 1e9, 1) : "–", last?.bytes ? size(last.bytes) : ""],
     ];
     if (status.maintenance) tiles.push(["Maintenance", "on", status.maintenance]);

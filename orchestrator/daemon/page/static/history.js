@@ -1,7 +1,7 @@
 // Rounds that have ended: charts of what they cost, what became of each, and one of them in full.
 
 import { cells, clock, h, keyed, rate, say, seconds, set, size, svg, table } from "/page/dom.js";
-import { state } from "/page/state.js";
+import { state, stood, without } from "/page/state.js";
 
 const ROWS = 50; // of the table; charts have all
 const HEADS = ["Round", "When", "Step", "Outcome", "Stall", "Moved", "Rate", "Total", "Why"];
@@ -9,7 +9,7 @@ const PHASES = ["pausing", "quiescing", "marking", "exposing", "writing", "verif
 const [WIDE, HIGH] = [640, 96];
 
 const CHARTS = [
-  ["Stall", (row) => row.stall_ms / 1000, seconds],
+  ["Stall", (row) => stood(row) / 1000, seconds],
   ["Moved", (row) => row.bytes, size],
   ["Rate", (row) => row.wire_gb_per_s * 1e9, (value) => `${size(value)}/s`],
 ];
@@ -49,9 +49,9 @@ export class HistoryView {
     const made = cells(HEADS);
     const open = h("button", { type: "button", class: "link-like", text: row.round, "aria-label": `Show round ${row.round}`, on: { click: () => this.show(row) } });
     made[0].append(open);
-    const left = row.left_out.length ? `; left out: ${row.left_out.join(", ")}` : "";
-    const texts = [clock(row.unix_time), `${row.step}${row.kind === "publish" ? "" : ` (${row.kind})`}`, "", seconds(row.stall_ms / 1000), row.bytes ? size(row.bytes) : "–",
-      row.wire_gb_per_s ? rate(row.wire_gb_per_s * 1e9, 1) : "–", seconds(row.total_ms / 1000), `${row.reason}${left}`];
+    const why = [row.outcome === "committed" ? "" : row.reason, without(row)].filter(Boolean).join("; ");
+    const texts = [clock(row.unix_time), `${row.step}${row.kind === "publish" ? "" : ` (${row.kind})`}`, "", seconds(stood(row) / 1000), row.bytes ? size(row.bytes) : "–",
+      row.wire_gb_per_s ? rate(row.wire_gb_per_s * 1e9, 1) : "–", seconds(row.total_ms / 1000), why];
     texts.forEach((text, at) => say(made[at + 1], text));
     made[3].append(h("span", { class: "pill", "data-state": row.outcome === "committed" ? "serving" : "torn", text: row.outcome }));
     return h("tr", {}, made);
@@ -66,10 +66,14 @@ export class HistoryView {
       return h("tr", {}, h("th", { scope: "row", text: phase }), h("td", { class: "track", "aria-hidden": "true" }, h("div", {}, bar)), h("td", { class: "says", text: seconds(row.times_ms[phase] / 1000) }));
     });
     const engines = row.engines.map((name) => `${name}${row.modes[name] ? ` (${row.modes[name]}${row.switches_ms[name] ? `, switched in ${seconds(row.switches_ms[name] / 1000)}` : ""})` : ""}`);
+    const from = Object.entries(row.lenders).map(([taker, lender]) => `${taker} from ${lender}`);
+    const facts = [`Engines: ${engines.join(", ")}.`];
+    if (row.left_out.length) facts.push(`${without(row)}.`);
+    if (from.length) facts.push(`${size(row.trainer_bytes)} left the trainer; from another engine: ${from.join(", ")}.`);
     this.one.hidden = false;
     this.one.replaceChildren(h("h2", { text: `Round ${row.round}: ${row.kind} of step ${row.step}, ${row.outcome}`, tabindex: "-1" }),
-      h("p", { text: row.reason || `Engines stood still ${seconds(row.stall_ms / 1000)} at most; from the first that served it to the last ${seconds(row.skew_ms / 1000)}.` }),
-      h("table", { class: "lanes", "aria-label": "Phases" }, h("tbody", {}, bars)), h("p", { class: "faint", text: `Engines: ${engines.join(", ")}` }));
+      h("p", { text: row.outcome !== "committed" && row.reason ? row.reason : `Engines stood still ${seconds(stood(row) / 1000)} at most; from the first that served it to the last ${seconds(row.skew_ms / 1000)}.` }),
+      h("table", { class: "lanes", "aria-label": "Phases" }, h("tbody", {}, bars)), h("p", { class: "faint", text: facts.join(" ") }));
     this.one.firstChild.focus();
   }
 }

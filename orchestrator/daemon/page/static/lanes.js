@@ -2,7 +2,7 @@
 
 import { h, keyed, rate, say, seconds, set, size } from "/page/dom.js";
 
-const MANY = 24; // ranks; of more only those that are behind are shown, unless asked for
+const MANY = 24; // ranks, and half as many engines; of more only those that are behind are shown, unless asked for
 
 // What a lane's segments are: from mark to mark.
 const RANK = [["quiesced", "quiescing"], ["exposed", "exposing"], ["verified", "verifying"], ["left", "switching"]];
@@ -36,9 +36,8 @@ export class Lanes {
     const rows = this.rows(round);
     keyed(this.body, rows, (row) => row.key, makeRow, (node, row) => drawRow(node, row, round.elapsed));
     this.drawKey(rows);
-    const ranks = round.ranks.length + round.writers.length + round.more;
-    this.more.hidden = ranks <= MANY;
-    say(this.more, this.all ? "Show only those that are behind" : `Show all ${ranks} ranks`);
+    this.more.hidden = isSmall(round);
+    say(this.more, this.all ? "Show only those that are behind" : `Show all ${round.engines.length} engines and ${ranksOf(round)} ranks`);
     set(this.more, "aria-expanded", String(this.all));
   }
 
@@ -53,17 +52,31 @@ export class Lanes {
   rows(round) {
     const phases = round.phases.map(([phase, at], place) => ({ phase, at, until: round.phases[place + 1]?.[1] ?? round.elapsed }));
     const rows = [{ key: "phases", kind: "phases", name: "Phases", says: `${seconds(round.elapsed)} in all`, segments: phases.map((p) => [p.phase, p.at, p.until]) }];
-    const few = this.all || round.ranks.length + round.writers.length + round.more <= MANY;
+    const few = this.all || isSmall(round);
     const shown = (lanes) => (few ? lanes : lanes.slice(0, MANY / 4));
     const inOrder = (lanes) => (few ? [...lanes].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true })) : lanes);
     for (const lane of inOrder(shown(round.writers))) rows.push(writerRow(lane, phases, round));
     const ranks = inOrder(shown(round.ranks));
-    for (const engine of round.engines) {
+    for (const engine of few ? round.engines : behind(round.engines, ranks)) {
       rows.push(engineRow(engine, round));
       for (const lane of ranks) if (lane.engine === engine.name) rows.push(rankRow(lane, phases));
     }
     return rows;
   }
+}
+
+function ranksOf(round) {
+  return round.ranks.length + round.writers.length + round.more;
+}
+
+function isSmall(round) {
+  return ranksOf(round) <= MANY && round.engines.length <= MANY / 2;
+}
+
+/** Engines in trouble, those of the ranks that are shown, and those that have come least far: MANY / 2 of them. */
+function behind(engines, ranks) {
+  const order = (engine) => (engine.trouble ? 0 : ranks.some((rank) => rank.engine === engine.name) ? 1 : 2);
+  return [...engines].sort((a, b) => order(a) - order(b) || Object.keys(a.marks).length - Object.keys(b.marks).length).slice(0, MANY / 2);
 }
 
 function engineRow(lane, round) {
@@ -77,6 +90,7 @@ function engineRow(lane, round) {
   if (lane.trouble) said.push(`left out: ${lane.trouble}`);
   if (asked !== undefined) said.push(back === undefined ? `stands still for ${seconds(round.elapsed - asked)}` : `stood still ${seconds(back - asked)}`);
   else if (switched !== undefined) said.push(`switched at ${seconds(switched)}`);
+  else if (round.over) said.push("served on");
   else said.push(lane.lands === "live" ? "serves" : "serves while it lands");
   if (serves !== undefined) said.push(`has it at ${seconds(serves)}`);
   return { key: `e ${lane.name}`, kind: "engine", name: lane.name, note: lane.lands, says: said.join(", "), segments, bad: lane.trouble !== "" };
@@ -114,6 +128,7 @@ function makeRow(row) {
 function drawRow(node, row, elapsed) {
   const [who, track, says] = node.children;
   say(who.firstChild, row.name);
+  who.title = row.name;
   say(who.lastChild, row.note ?? "");
   say(says, row.says);
   says.title = row.says;

@@ -21,6 +21,17 @@ export function aged(lanes, progress) {
   return { ...lanes, elapsed: Math.max(lanes.elapsed, progress.elapsed_seconds) };
 }
 
+/** Milliseconds that an engine took no step in this round, at most: paused, or to switch. */
+export function stood(row) {
+  return Math.max(row.stall_ms, row.switch_ms);
+}
+
+/** Which engines a round went on without, and why; of one that was committed, its reason says that. */
+export function without(row) {
+  if (!row.left_out.length) return "";
+  return `left out: ${row.outcome === "committed" && row.reason ? row.reason : row.left_out.join(", ")}`;
+}
+
 /** Add rows of rounds, newer ones last; a round that is known already counts once. */
 export function remember(rows) {
   const known = new Map(state.rounds.map((row) => [row.round, row]));

@@ -115,7 +115,9 @@ class Rank:
     def __init__(self, member: Member, seed: int, lands: Lands, landing: int | None = None) -> None:
         self.member, self.model, self.thread = member, model(seed), Thread()
         self.connected: Connect
-        """By which it is written to."""
+        """By which it is written to …"""
+        self.lends: Connect
+        """… and by which it writes."""
         size = arena_bytes(self.model.layout) if landing is None else landing
         self.weights = LiveWeights(self.model, CPU, landing_arenas(size, CPU), lands)
         self.holdings = Holdings()
@@ -168,6 +170,7 @@ async def lent(lender: Rank, borrower: Rank, round_name: RoundName = ROUND) -> t
     connect = facts.connects[lender.member]
     assert (connect.lends, facts.connects[borrower.member].lends) == (True, False)
     lender.lending.prepare(connect)
+    lender.lends = connect
     borrower.connected = facts.connects[borrower.member]
     assert await borrower.weights.connect(borrower.connected) == {}
     assert await lender.thread.hears(Ready) == Ready(fingerprint=connect.fingerprint)
@@ -343,6 +346,41 @@ async def test_in_no_feed_it_is_told_by_which_endpoint_a_peer_is_reached() -> No
         lender.lending.granted(grant(rest, round=RoundName(1, 6)))
         (sent,) = (await lender.thread.hears(Closed)).peers
     assert (sent.bytes, sent.error) == (0, "")
+
+
+@pytest.mark.parametrize("transports", ["tcp,self", "tcp,self,sm"])
+async def test_a_writer_that_wakes_up_reaches_nothing_of_who_has_taken_a_spare(
+    transports: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all that it needs to write where the landing was, and writes. What it was granted comes from another."""
+    monkeypatch.setenv("UCX_TLS", transports)
+    late, lender, borrower = Rank(LENDER, 1, "copy"), Rank(FOLLOWER, 4, "copy"), Rank(BORROWER, 2, "copy")
+    right = lender.weights.digest()
+    async with polled(late, lender, borrower):
+        await lent(late, borrower)
+        reached = borrower.weights.tensors[-1]
+        borrower.weights.replace_landing()
+        borrower.lending.renew()
+        await lent(lender, borrower, AFTER)
+        assert borrower.weights.landed(VERSION) == right
+        late.lending.granted(grant(late.lends, round=RoundName(1, 7)))
+        (sent,) = (await late.thread.hears(Closed)).peers
+        assert bool(sent.error) != bool(reached.any()), "it fails, or has written into what is nobody's"
+        assert borrower.weights.landed(VERSION) == right
+        borrower.weights.take(VERSION)
+    assert borrower.weights.digest() == right
+
+
+async def test_who_has_taken_a_spare_lends_by_another_end() -> None:
+    lender, borrower = Rank(LENDER, 1, "copy"), Rank(BORROWER, 2, "copy")
+    name, _ = lender.lending.announcement()
+    lender.weights.replace_landing()
+    lender.lending.renew()
+    assert lender.lending.announcement()[0] not in ("", name)
+    async with polled(lender, borrower):
+        (sent,) = (await lent(lender, borrower))[0].peers
+        assert (sent.bytes, sent.error) == (lender.weights.bytes, "")
+        assert borrower.weights.landed(VERSION) == lender.weights.digest()
 
 
 async def test_nothing_is_posted_any_more_when_another_version_is_about_to_land() -> None:

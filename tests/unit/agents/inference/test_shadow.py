@@ -421,3 +421,35 @@ def test_pages_that_are_torn_leave_nothing_in_standby() -> None:
     with pytest.raises(PagesTorn):
         worker.switches(SECOND, NEW)
     assert worker.status == EngineStatus(applied=OLD, torn=True)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_lies_in_a_landing_that_is_given_up_stands_by_no_more(copied: bool) -> None:
+    """What lands in pages has left the landing once it is verified."""
+    worker = serving()
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    assert worker.status.standby == NEW
+    assert worker.shadow.gives_up(copied=copied)
+    assert worker.status.standby == (None if copied else NEW)
+    assert bool(worker.shadow.refusal(order(SECOND, NEW))) == copied
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_is_on_its_way_into_a_landing_that_is_given_up_never_stands_by(copied: bool) -> None:
+    worker = serving()
+    worker.lands(SECOND, NEW)
+    assert worker.shadow.gives_up(copied=copied)
+    worker.words()
+    worker.computes()
+    assert (worker.status.standby, worker.words()) == (None, [])
+
+
+def test_a_landing_is_not_given_up_while_it_is_switched_from() -> None:
+    worker, asked = serving(), []
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.memory.during = lambda: asked.append(worker.shadow.gives_up(copied=True))
+    worker.switches(SECOND, NEW)
+    assert asked == [False]
+    assert worker.memory.live == NEW

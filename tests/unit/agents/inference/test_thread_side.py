@@ -8,6 +8,7 @@ import pytest
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.thread_side import InferenceSide
 from weightsync.agents.inference.window import Windows
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.messages import (
@@ -97,6 +98,9 @@ class Lends:
     def changes(self) -> None:
         self.story.append("changes")
 
+    def renew(self) -> None:
+        self.story.append("renewed")
+
     def poll(self) -> bool:
         return bool(self.open_rounds)
 
@@ -109,10 +113,12 @@ def rank() -> Any:
     weights: Any = SimpleNamespace(
         layout=Layout((), (), b""),
         receivers=receivers,
+        spares=3,
+        replace_landing=lambda: opened.append("replaced"),
         open=lambda member, settings: opened.append((member, settings)),
         connect=receivers.connect,
     )
-    shadow: Any = SimpleNamespace(words=[], open=False)
+    shadow: Any = SimpleNamespace(words=[], open=False, gives_up=lambda copied: True)
     shadow.heard = shadow.words.append
     said: list[Any] = []
     link: Any = SimpleNamespace(send=said.append, say_once=said.append, announce=lambda: said.append("announced"))
@@ -140,8 +146,9 @@ def test_the_transport_of_the_welcome_is_opened_for_this_member(rank: Any) -> No
     )
     assert rank.opened == [(Member("inference", "a", 0), settings)]
     assert rank.side.announcement() == Announce(
-        layout=Layout((), (), b""), endpoint_name="a/0-77", endpoint=b"card", lends_name="a/0-78", lends=b"lends"
-    )
+        layout=Layout((), (), b""), endpoint_name="a/0-77", endpoint=b"card", lends_name="a/0-78", lends=b"lends",
+        spares=3,
+    )  # fmt: skip
     assert rank.lending.story == ["attached", "welcomed"]
 
 
@@ -232,6 +239,31 @@ def test_memory_that_a_late_word_has_mended_is_told(rank: Any) -> None:
 def test_another_endpoint_is_announced_when_the_transport_has_it(rank: Any) -> None:
     rank.side.heard(Renew(reason="what trainer/0 wrote hangs"))
     assert (rank.receivers.reopened, rank.said) == (1, ["announced"])
+
+
+def test_a_spare_takes_the_landings_place_and_what_lay_there_is_gone(rank: Any) -> None:
+    rank.side.heard(Renew(reason="trainer/0 has gone", spare=True))
+    assert (rank.opened, rank.lending.story[-1]) == (["replaced"], "renewed")
+    assert rank.said == [Holding(status=EngineStatus()), "announced"]
+
+
+def test_what_there_is_no_room_for_is_not_announced(rank: Any) -> None:
+    """The core knows by that that it is within reach as before, and asks again."""
+
+    def full() -> None:
+        raise MemoryPlacementError("no room for a host arena of 8 bytes")
+
+    rank.weights.replace_landing = full
+    rank.side.heard(Renew(reason="trainer/0 has gone", spare=True))
+    assert rank.said == [Holding(status=EngineStatus())]
+
+
+@pytest.mark.parametrize("because", ["it switches", "it lends"])
+def test_a_landing_in_use_is_kept_until_it_is_asked_for_again(rank: Any, because: str) -> None:
+    rank.shadow.gives_up = lambda copied: because != "it switches"
+    rank.lending.open_rounds = (ROUND,) if because == "it lends" else ()
+    rank.side.heard(Renew(reason="trainer/0 has gone", spare=True))
+    assert (rank.opened, rank.said) == ([], [])
 
 
 def test_what_it_lends_is_told_to_what_lends(rank: Any) -> None:

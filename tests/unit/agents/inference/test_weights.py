@@ -11,6 +11,7 @@ from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
 from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
+from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
@@ -74,6 +75,9 @@ class Recorder(Receiver):
     def renew(self, memory: TargetMemory) -> None:
         self.memory = memory
         self.story.append("renewed")
+
+    def reopen(self) -> None:
+        self.story.append("reopened")
 
     def arrive(self, version: Version) -> None:
         self.story.append(version)
@@ -264,3 +268,27 @@ def test_pages_are_written_and_digested_in_standby_and_flipped() -> None:
     receiver.memory.refresh()
     assert live.refreshed == 1
     assert receiver.story == ["opened", Version(1, 2), Version(1, 1)]
+
+
+def test_other_memory_takes_the_place_of_the_landing(beside: tuple[Model, LiveWeights, Any]) -> None:
+    """And of nothing else: live memory and what is digested of it stay."""
+    _, weights, receiver = beside
+    before, spares, served = weights.layout, weights.spares, weights.digest()
+    kept, old = weights.tensors[0], weights.tensors[-1]
+    old.fill_(7)
+    weights.replace_landing()
+    landing = weights.tensors[-1]
+    assert (weights.tensors[0] is kept, weights.digest()) == (True, served)
+    assert (landing.numel(), bool(landing.any()), bool(old.any())) == (old.numel(), False, False)
+    assert landing.data_ptr() != old.data_ptr()
+    assert weights.layout == structs.replace(before, regions=(before.regions[0], region_of(landing)))
+    assert weights.spares == spares - 1
+    assert receiver.story[-2:] == ["renewed", "reopened"], "an endpoint is made for the new memory"
+    assert receiver.memory.layout == weights.layout
+
+
+def test_live_memory_has_no_spare() -> None:
+    weights = LiveWeights(model("norm"), CPU, landing_arenas(64, CPU))
+    assert weights.spares == 0
+    with pytest.raises(MemoryPlacementError, match=r"no other memory can take the place of the landing \(live, cpu\)"):
+        weights.replace_landing()

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.publisher import source_of
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.state import current_state
-from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.filesystem import load_checkpoint_parts, save_checkpoint_part
 from weightsync.orchestrator.protocol.names import Member
 

@@ -13,10 +13,10 @@ from tiny_fleet import LAYER, SHAPES, TRAINER, Target, made_slots, planned
 from weightsync.agents.trainer.errors import NonFiniteWeights, ReplicaFailed
 from weightsync.agents.trainer.options import trainer_settings
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
-from weightsync.agents.trainer.publisher import Publisher
+from weightsync.agents.trainer.publisher import Publisher, source_of, staged_bytes_of
 from weightsync.agents.trainer.replicas import ALONE
 from weightsync.agents.trainer.slots import finite
-from weightsync.agents.trainer.thread_side import TrainerSide, source_of, staged_bytes_of
+from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.orchestrator.protocol.names import Version
 from weightsync.orchestrator.protocol.token import TokenError
 

@@ -19,6 +19,7 @@ from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
+from weightsync.agents.transport.filling import Filled, Filling, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
@@ -31,6 +32,7 @@ from weightsync.orchestrator.protocol.messages import (
     Announce,
     Closed,
     Connect,
+    Converting,
     Fault,
     FilesystemSettings,
     Grant,
@@ -79,6 +81,8 @@ class Wire(Sender):
         self.left: dict[Member, Ended] = {}
         self.changed = False
         self.closed = False
+        self.writes_ahead = True
+        self.filled = -1
 
     def open(self, settings: Any) -> None: ...
 
@@ -92,9 +96,15 @@ class Wire(Sender):
         self.stages.append(version)
 
     async def write(
-        self, round_name: RoundName, members: Sequence[Member], deadline_seconds: float, ended: Ended
+        self,
+        round_name: RoundName,
+        members: Sequence[Member],
+        deadline_seconds: float,
+        ended: Ended,
+        filled: Filled = whole,
     ) -> None:
         self.granted.append(members)
+        self.filled = filled()
         if self.failure is not None and not self.late:
             raise self.failure
         for member in members:
@@ -240,6 +250,66 @@ async def test_slots_in_the_making_are_written_by_nobody(rank: Any) -> None:
     closed = await granted(rank)
     assert "the slots hold a version in the making" in closed.error
     assert rank.wire.granted == []
+
+
+async def converting(rank: Any) -> Filling:
+    """VERSION is being converted, and has been granted."""
+    assert rank.side.reserve() == ""
+    rank.side.take()
+    filling = rank.side.convert(VERSION)
+    assert isinstance(filling, Filling)
+    assert rank.thread.said == [Converting(version=VERSION)]
+    assert rank.side.status() == TrainerStatus(converting=VERSION)
+    filling.reached(4)
+    rank.side.heard(GRANT)
+    await asyncio.sleep(0.01)
+    assert rank.wire.granted == [[TARGET]]
+    assert rank.wire.filled == 4
+    return filling
+
+
+async def test_what_is_being_converted_is_written_and_closed_when_it_is_staged(rank: Any) -> None:
+    await converting(rank)
+    assert rank.thread.said[1:] == [], "all bytes are there, and nobody knows their digest"
+    assert rank.owed.computed == 0
+    assert "has not ended" in rank.side.reserve()
+    rank.side.prepare(VERSION)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    await asyncio.sleep(0.05)
+    assert [type(said) for said in rank.thread.said[1:]] == [Staged, Closed]
+    assert rank.thread.said[-1] == Closed(round=ROUND, peers=(SENT,))
+    assert rank.side.status() == TrainerStatus(staged=VERSION)
+    assert rank.side.reserve() == ""
+
+
+async def test_what_is_given_up_is_said_before_its_grants_are_closed(rank: Any) -> None:
+    await converting(rank)
+    rank.side.give_up("a tensor has no numbers in it")
+    await asyncio.sleep(0.01)
+    first, second = rank.thread.said[1:]
+    assert first == Converting(version=None)
+    assert second == Closed(round=ROUND, peers=(), error="a tensor has no numbers in it", fault="trainer")
+    assert rank.wire.stopped == [TARGET]
+    assert rank.side.status() == TrainerStatus()
+    assert "a version in the making" in (await granted(rank, replace(GRANT, round=RoundName(3, 2)))).error
+    rank.side.give_up("again")
+    assert len(rank.thread.said) == 4, "there is nothing to give up"
+
+
+async def test_what_is_staged_cannot_be_given_up(rank: Any) -> None:
+    await converting(rank)
+    rank.side.staged(VERSION, 0.5, 0.25, Future())
+    rank.side.give_up("another rank has failed")
+    await asyncio.sleep(0.05)
+    assert rank.side.status().staged == VERSION
+    assert Converting(version=None) not in rank.thread.said
+
+
+async def test_over_a_transport_that_takes_all_at_once_nothing_is_said_before_it_is_there(rank: Any) -> None:
+    rank.wire.writes_ahead = False
+    assert rank.side.convert(VERSION) is None
+    assert rank.thread.said == []
+    assert rank.side.status() == TrainerStatus()
 
 
 async def test_a_grant_waits_until_all_ranks_have_agreed_on_the_next_version(rank: Any) -> None:

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.publisher import source_of
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots
-from weightsync.agents.trainer.thread_side import source_of
 from weightsync.agents.transport.filesystem import (
     CheckpointError,
     FilesystemReceiver,

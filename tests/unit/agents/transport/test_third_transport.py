@@ -29,7 +29,8 @@ from weightsync.agents.tables.runs import (
     pack_table,
     scatter_table,
 )
-from weightsync.agents.trainer.thread_side import TrainerSide, source_of
+from weightsync.agents.trainer.publisher import source_of
+from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
 from weightsync.agents.transport.shares import Share

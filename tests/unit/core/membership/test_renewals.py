@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from fleets import BYTES_PER_EDGE, rank, trainer
 from weightsync.orchestrator.core.commands import MakePlan
@@ -130,3 +131,66 @@ def test_a_worker_that_cannot_tell_its_writers_is_no_writer(drive: Any) -> None:
     for _ in range(2):
         fleet.passes(fleet.policy.patience)
     assert fleet.sent(TRAINER, Renew) == []
+
+
+@pytest.fixture
+def gone(drive: Any) -> Any:
+    """A fleet whose trainer has gone while it wrote, of a round that was given up; e0's workers have spares."""
+    fleet = drive(("e0", "e1"), lands={"e0": "copy", "e1": "copy"}, options={"min_engines": 1})
+    fleet.going = fleet.to(Phase.WRITING)
+    for member in fleet.ranks_of("e0"):
+        agent = fleet.fleet.agents[member]
+        agent.announce = msgspec.structs.replace(agent.announce, spares=2)
+    fleet.loses(TRAINER)
+    fleet.passes(fleet.policy.heartbeat)
+    assert fleet.fleet.round is None
+    assert fleet.fleet.tainted("e0") == fleet.fleet.tainted("e1") == [(TRAINER, fleet.going.name)]
+    fleet.passes(0.1)
+    return fleet
+
+
+def another(fleet: Any, member: Any, spares: int) -> Announce:
+    return msgspec.structs.replace(
+        fleet.fleet.agents[member].announce, endpoint_name=f"{member}-{spares}", spares=spares
+    )
+
+
+def test_a_writer_that_has_gone_and_may_wake_up_costs_a_spare_after_the_patience(gone: Any) -> None:
+    gone.passes(gone.policy.patience - 1)
+    assert gone.sent(FIRST, Renew) == [], "a process that takes its place would prove that it has ended"
+    gone.passes(1)
+    assert gone.sent(FIRST, Renew) == [Renew(reason="trainer/0 has gone and may still write to e0/0", spare=True)]
+    assert gone.sent(rank("e1"), Renew) == [], "which has none"
+
+
+def test_what_has_taken_a_spare_is_out_of_reach_and_what_has_not_is_not(gone: Any) -> None:
+    gone.passes(gone.policy.patience)
+    grant = (TRAINER, gone.going.name)
+    gone.says(FIRST, another(gone, FIRST, 2))
+    assert gone.fleet.unclosed[grant].targets.keys() >= {FIRST}, "another endpoint alone keeps nobody out"
+    for member in gone.ranks_of("e0"):
+        gone.says(member, another(gone, member, 1))
+    assert gone.fleet.tainted("e0") == []
+    assert gone.fleet.tainted("e1") == [grant]
+
+
+def test_one_that_lands_live_keeps_what_it_has_for_ever(gone: Any) -> None:
+    for _ in range(5):
+        gone.passes(gone.policy.patience)
+    assert gone.sent(rank("e1"), Renew) == []
+    assert gone.fleet.tainted("e1") == [(TRAINER, gone.going.name)]
+
+
+def test_one_without_spares_left_is_asked_no_more(gone: Any) -> None:
+    agent = gone.fleet.agents[FIRST]
+    agent.announce = msgspec.structs.replace(agent.announce, spares=0)
+    for _ in range(5):
+        gone.passes(gone.policy.patience)
+    assert gone.sent(FIRST, Renew) == []
+
+
+def test_a_writer_that_comes_back_closes_for_itself(gone: Any) -> None:
+    gone.passes(gone.policy.patience - 1)
+    gone.connect(TRAINER)
+    gone.passes(2)
+    assert gone.sent(FIRST, Renew) == []

@@ -63,3 +63,14 @@ def test_a_round_that_failed_says_why_and_whose_fault_and_who_may_still_write(dr
     assert "stall" not in ended.times, "nobody was resumed"
     reach = {"e0/0": 100, "e0/1": 101, "e1/0": 100, "e1/1": 101}
     assert ended.unclosed == {"trainer/0": Taint(100, "", "", reach)}
+
+
+def test_a_round_that_went_on_without_engines_says_why(drive: Any) -> None:
+    fleet = drive(("e0", "e1", "e2", "e3"))
+    going = fleet.to(Phase.WRITING)
+    going.engines["e1"].left_out = "e1: the connection broke"
+    for name in ("e2", "e3"):
+        going.engines[name].left_out = "digest differs"
+    ended = summary(Turn(fleet.fleet, fleet.now, 1), going, "committed")
+    assert (ended.left_out, ended.fault) == (("e1", "e2", "e3"), "")
+    assert ended.reason == "e1: the connection broke; e2, e3: digest differs"

@@ -92,11 +92,13 @@ def test_a_round_under_way(overview: Overview) -> None:
     fleet = fleet_with(SERVING, paused=True)
     assert overview.status(fleet, History(), (), now=12.0).round is None
     fleet.round = Round(
-        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.WRITING, began=10.0
-    )
+        RoundName(1, 4), VERSION, 2, False, {"e0": Progress()}, {MEMBER: 1}, {}, phase=Phase.QUIESCING, began=10.0,
+        phase_began=11.0,
+    )  # fmt: skip
     progress = overview.status(fleet, History(), (), now=12.5).round
     assert progress is not None
-    assert (progress.round, progress.phase, progress.attempt, progress.elapsed_seconds) == ("1.4", "writing", 2, 2.5)
+    assert (progress.round, progress.phase, progress.attempt, progress.elapsed_seconds) == ("1.4", "quiescing", 2, 2.5)
+    assert (progress.phase_seconds, progress.waits_for) == (1.5, str(MEMBER))
     assert (progress.version.step, progress.version.generation) == (VERSION.step, VERSION.generation)
 
 

@@ -7,8 +7,9 @@ from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.machine import start
 from weightsync.orchestrator.core.records import LinkUse, SlowEdge
 from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet, Unclosed
-from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, SLOW_LINKS, problems
+from weightsync.orchestrator.daemon.admin.problems import MAX_PROBLEMS, PUBLISH_FIRST, REACH_IT, SLOW_LINKS, problems
 from weightsync.orchestrator.daemon.admin.views import ProblemView
 from weightsync.orchestrator.protocol.edges import RATES
 from weightsync.orchestrator.protocol.limits import SCHEMA_VERSION
@@ -59,6 +60,21 @@ def test_nor_in_a_round() -> None:
     fleet.round = Round(NAME, NEXT, 1, False, {"e0": Progress()}, {rank("e0"): 1}, {})
     fleet.engines["e0"].paused = True
     assert found(fleet) == ()
+
+
+def test_a_phase_that_has_taken_half_of_its_time_names_whom_it_waits_for() -> None:
+    """A process that is stopped is not lost before its heartbeats are missed, and holds the round up meanwhile."""
+    fleet = fleet_of("e0", "e1")
+    both, ranks = {"e0": Progress(), "e1": Progress()}, {rank("e0"): 1, rank("e1"): 1}
+    fleet.round = Round(
+        NAME, NEXT, 1, False, both, ranks, {}, phase=Phase.QUIESCING, phase_began=990.0, deadline=1010.0
+    )
+    fleet.round.quiesced.add(rank("e0"))
+    assert found(fleet) == ()
+    (problem,) = found(fleet, now=1001.0)
+    assert problem.what == "round 3.4 is quiescing, for which it has 20 s at most, and waits for e1/0"
+    assert problem.since == UNIX - 11
+    assert problem.fix.startswith("look at that process")
 
 
 def test_before_the_first_commit_somebody_has_to_publish() -> None:
@@ -140,6 +156,22 @@ def test_who_is_left_out_why_how_often_and_until_when() -> None:
     (problem,) = found(fleet)
     assert problem.what == "e1: left out of rounds, 3 times in a row, tried again in 12 s: digest differs"
     assert problem.since == UNIX - 20
+    change(fleet, "e1", failures=1, blame=Trouble("e1: digest differs"))
+    (problem,) = found(fleet)
+    assert problem.what == "e1: left out of rounds, once, tried again in 12 s: digest differs"
+
+
+def test_an_engine_that_cannot_be_reached_is_one_problem_with_what_to_do() -> None:
+    """That rounds leave it out goes without saying, and to try at once would not help."""
+    fleet = fleet_of("e0", "e1")
+    refused = "engine e1: OPTIONS /pause: http://h:1 cannot be reached: Connection refused"
+    change(fleet, "e1", 990.0, "unreachable", reachable=False, error=refused, failures=1, blame=Trouble("it is gone"))
+    (problem,) = found(fleet)
+    assert problem.what == "e1: unreachable: OPTIONS /pause: http://h:1 cannot be reached: Connection refused"
+    assert problem.fix == REACH_IT
+    change(fleet, "e1", error="it asks for a key. Fix: engines_admit.api_key_file")
+    (problem,) = found(fleet)
+    assert problem.fix == "", "it says so itself"
 
 
 def test_why_an_engine_is_paused() -> None:

@@ -35,3 +35,20 @@ def test_a_reader_of_another_release_is_not_disturbed() -> None:
     told = {"run": "glm", "state": "all is well", "of the future": [1, 2]}
     view = msgspec.json.decode(msgspec.json.encode(told), type=StatusView)
     assert (view.run, view.source, view.engines, view.committed) == ("glm", "daemon", (), None)
+
+
+def test_why_a_round_failed_and_why_one_went_on_without_engines() -> None:
+    def row(outcome: str, reason: str, *left_out: str, fault: str = "") -> RoundRow:
+        return RoundRow(
+            round="1.1", step=1, generation=7, attempt=1, outcome=outcome, reason=reason, fault=fault, left_out=left_out
+        )
+
+    assert row("committed", "").why == ()
+    assert row("committed", "b: it broke", "b").why == ("left out: b: it broke",)
+    assert row("failed", "no CLOSED", "b", fault="trainer").why == ("trainer: no CLOSED", "left out: b")
+    assert row("committed", "", *"abcdefghij").why == ("left out: a, b, c, d, e, f, g, h and 2 more",)
+
+
+def test_how_long_engines_stood_still() -> None:
+    row = RoundRow(round="1.1", step=1, generation=7, attempt=1, outcome="committed", stall_ms=0.0, switch_ms=3.0)
+    assert row.stood_ms == 3.0

@@ -25,6 +25,7 @@ from weightsync.agents.trainer.errors import (
 from weightsync.agents.trainer.models import STACKED, ModelConfig, model_table
 from weightsync.agents.trainer.models.dense import LlamaTable
 from weightsync.agents.trainer.slots import ExpertParallel, SlotOptions, TrainerSlots, quantization
+from weightsync.agents.trainer.slots import slot as slot_module
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, COPY_ROW, Tensor
 
 DENSE = {
@@ -370,6 +371,55 @@ def test_converting_allocates_nothing(weights):
     with LargestAllocation() as watched:
         state["lm_head.weight"].to(torch.bfloat16)
     assert watched.largest == 512 * 256 * 2, "an allocation would be seen"
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_what_is_said_to_be_filled_is_and_stays(weights, monkeypatch, fp8):
+    """In parts of the least size, from the beginning of the arena to its end."""
+    monkeypatch.setattr(slot_module, "PART_BYTES", 4096)
+    state = weights.state(DENSE_SHAPES)
+    slots, whole = (TrainerSlots(state, table(DENSE, fp8=fp8)) for _ in range(2))
+    whole.convert(state)
+    arena, done = slots.arenas[0], whole.arenas[0]
+    reached = []
+
+    def look(offset):
+        reached.append(offset)
+        assert torch.equal(arena[:offset], done[:offset])
+        assert not torch.equal(arena[offset:], done[offset:]) or offset == arena.numel()
+
+    slots.fill(slots.check(state), look)
+    assert reached == sorted(reached)
+    assert 4 < len(reached) <= 17
+    assert reached[-1] == arena.numel()
+    once = []
+    monkeypatch.setattr(slot_module, "PART_BYTES", 64 << 20)
+    small = TrainerSlots(state, table(DENSE, fp8=fp8))
+    small.fill(small.check(state), once.append)
+    assert once == [arena.numel()], "a small model is converted in one go"
+
+
+def test_gathered_slots_are_filled_before_any_other(in_ranks, weights, monkeypatch):
+    monkeypatch.setattr(slot_module, "PART_BYTES", 4096)
+
+    def body(rank):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+        state = {
+            name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in weights.state(DENSE_SHAPES).items()
+        }
+        slots, whole = (TrainerSlots(state, table(DENSE)) for _ in range(2))
+        whole.convert(state)
+        assert {slot.kind for slot in slots.slots} == {"sharded", "gathered"}
+        seen = []
+
+        def look(offset):
+            seen.append(torch.equal(slots.arenas[0][:offset], whole.arenas[0][:offset]))
+
+        slots.fill(slots.check(state), look)
+        assert len(seen) > 1
+        assert all(seen)
+
+    in_ranks(2, body)
 
 
 def test_publishing_again_and_again_keeps_no_memory():

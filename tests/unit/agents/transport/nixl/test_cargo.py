@@ -52,6 +52,19 @@ def test_what_is_packed_fills_its_chunks_from_their_beginning():
     assert chunk.local(ring, 512).tolist() == [[ring.base + 512, 256, 0]]
 
 
+def test_a_chunk_needs_what_it_is_read_from():
+    copies, table, berth, layout, arenas, remote = planned("live", 1024)
+    cargo = make_cargo(copies, table, berth, layout, arenas, remote)
+    # Four rows of 128 bytes each, of which the second half is sent; the second matrix lies 4096 bytes into the arena.
+    assert [chunk.needs for chunk in cargo.chunks] == [
+        4096 * matrix + 512 * n for matrix in (0, 1) for n in range(1, 9)
+    ]
+    copies, table, berth, layout, arenas, remote = planned("flip", 4096)
+    cargo = make_cargo(copies, table, berth, layout, arenas, remote)
+    straight = [chunk.needs for chunk in cargo.chunks if not chunk.packed]
+    assert straight == [8192 + 512 * n for n in range(1, 17)], "and what leaves from where it lies"
+
+
 def test_what_leaves_its_slot_is_cut_where_places_come_again():
     """In front of pages: 4096 packed bytes, then a matrix of 8192, in 48 chunks."""
     copies, table, berth, layout, arenas, remote = planned("flip", 4096)

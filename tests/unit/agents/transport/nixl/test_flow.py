@@ -1,6 +1,7 @@
 """The order of one edge's chunks: packed ahead, posted when packed, and where places come again, when they are free."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,30 @@ async def test_chunks_are_packed_ahead_and_posted_in_their_order():
     assert (chunk.number, place) == (3, NO_PLACE)
     assert not flow.open
     assert flow.waits_for() == ""
+
+
+async def test_a_chunk_is_packed_when_what_it_is_read_from_is_filled():
+    cargo, filled = cargo_of(2, straight=1), [0]
+    chunks = tuple(replace(chunk, needs=100 * (chunk.number + 1)) for chunk in cargo.chunks)
+    ring, hands = PackingRing(Region(4096, 1024)), Hands()
+    flow = Flow("peer", replace(cargo, chunks=chunks), ring, hands, filled=lambda: filled[0])
+    assert flow.next() is None
+    assert (hands.shifts, flow.waits_for_slots) == ([], True)
+    assert flow.waits_for() == "chunk 0 of 3 is still being converted"
+    filled[0] = 199
+    assert flow.next() is None
+    assert hands.shifts == [0], "the second needs 200"
+    assert not flow.waits_for_slots, "the first is being packed"
+    hands.begun[0].set_result(None)
+    assert flow.next()[0].number == 0
+    assert flow.waits_for_slots
+    filled[0] = 200
+    flow.next()
+    hands.begun[1].set_result(None)
+    assert [flow.next()[0].number, flow.next()] == [1, None]
+    filled[0] = 300
+    assert flow.next()[0].number == 2
+    assert not flow.open
 
 
 async def test_a_chunk_waits_for_the_one_in_its_place_to_be_scattered():

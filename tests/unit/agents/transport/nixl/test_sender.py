@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 from tiny_fleet import SHAPES, TRAINER, Target, handed_over, made_slots, planned, replace_name, with_peers
 from weightsync.agents.tables.runs import digest_table
-from weightsync.agents.trainer.thread_side import source_of
+from weightsync.agents.trainer.publisher import source_of
 from weightsync.agents.transport.interface import HandedOver
 from weightsync.agents.transport.nixl import sender as senders
 from weightsync.agents.transport.nixl.edge import EdgeResult

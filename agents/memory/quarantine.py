@@ -1,0 +1,56 @@
+"""Memory that a writer may still reach, by what it was told once, and that nobody uses any more.
+
+A process of the same machine writes by addresses of ours without asking anybody, and one that was stopped may do so
+when it wakes up. So the addresses stay mapped for as long as this process lives, and nothing else is ever put there.
+Their pages go back to the system: what is written there takes new ones, which nobody reads.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+from typing import Final
+
+import torch
+from weightsync.agents.memory.cuda import Runtime
+from weightsync.agents.memory.errors import MemoryPlacementError
+
+log = logging.getLogger(__name__)
+
+MOST: Final = 16
+"""Quarantined in one process. Each takes as many pages again as late writers write, so there is an end."""
+
+_kept: list[torch.Tensor] = []
+_words: list[mmap.mmap] = []
+
+
+def room() -> int:
+    """How much more can be quarantined in this process."""
+    return MOST - len(_kept)
+
+
+def keep(word: mmap.mmap) -> None:
+    """Never unmap a page that peers write a word into. There is no limit: one comes with each endpoint that is given
+    up, at most one in some seconds and ever fewer."""
+    _words.append(word)
+
+
+def quarantine(memory: torch.Tensor) -> None:
+    """Of host memory, page-aligned, as ``arena.host_arena`` gives it. It is not registered any more, and not read.
+
+    Pages that are locked cannot go back; a warning says so.
+
+    Raises:
+        MemoryPlacementError: it is not such memory, or there is no ``room``.
+    """
+    address, size = memory.data_ptr(), memory.numel()
+    if memory.is_cuda or address % mmap.PAGESIZE or room() < 1:
+        raise MemoryPlacementError(
+            f"{size} bytes on {memory.device} at {address:#x} cannot be quarantined: of host memory, {MOST} arenas can"
+        )
+    _kept.append(memory)
+    if torch.cuda.is_available():
+        Runtime().unpin(address)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED):
+        log.warning("%d quarantined bytes stay in use: %s", size, os.strerror(ctypes.get_errno()))

@@ -1,0 +1,71 @@
+"""Memory that a late writer may reach keeps its addresses, gives its pages back, and is nobody's."""
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+from weightsync.agents.memory import quarantine as module
+from weightsync.agents.memory.arena import host_arena
+from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.quarantine import MOST, keep, quarantine, room
+
+SIZE = 8 << 20
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Of this test alone."""
+    memory: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "_kept", memory)
+    return memory
+
+
+def resident(address: int) -> int:
+    """KiB of the mapping that holds ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head:
+            low, high = (int(part, 16) for part in head.split("-"))
+            inside = low <= address < high
+        elif inside and head == "Rss:":
+            return int(line.split()[1])
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_its_pages_go_back_and_its_addresses_stay() -> None:
+    memory = host_arena(SIZE)
+    memory.fill_(7)
+    address, before = memory.data_ptr(), resident(memory.data_ptr())
+    quarantine(memory)
+    assert resident(address) <= before - SIZE // 1024
+    assert not memory.any(), "whoever reads it for all that reads zeros, and is not ended"
+    memory[5] = 9  # a late writer
+    del memory
+    others = [host_arena(SIZE) for _ in range(8)]
+    assert all(not other.any() for other in others)
+    assert not any(other.data_ptr() <= address < other.data_ptr() + SIZE for other in others)
+
+
+def test_there_is_an_end() -> None:
+    assert room() == MOST
+    for _ in range(MOST):
+        quarantine(host_arena(mmap.PAGESIZE))
+    assert room() == 0
+    with pytest.raises(MemoryPlacementError, match=f"of host memory, {MOST} arenas can"):
+        quarantine(host_arena(mmap.PAGESIZE))
+
+
+def test_what_begins_within_a_page_has_neighbours_in_it(kept: list[torch.Tensor]) -> None:
+    with pytest.raises(MemoryPlacementError, match="cannot be quarantined"):
+        quarantine(host_arena(mmap.PAGESIZE)[8:])
+    assert kept == []
+
+
+def test_a_word_stays_mapped() -> None:
+    word = mmap.mmap(-1, mmap.PAGESIZE)
+    address = torch.frombuffer(word, dtype=torch.uint8).data_ptr()
+    keep(word)
+    del word
+    assert resident(address) >= 0
