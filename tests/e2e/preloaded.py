@@ -39,6 +39,7 @@ IMAGES = {
         "torch", "torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor", "safetensors.torch",
         "aiohttp.web", "msgspec", "yaml",
     ),
+    "bare": (),
 }  # fmt: skip
 """What the processes of each image have imported before their program begins."""
 
@@ -135,6 +136,7 @@ def run(image: str, command: Sequence[str], env: Mapping[str, str], seconds: flo
             code = child.wait(seconds)
         finally:
             child.kill()
+            child.wait(STOP_SECONDS)
         out.seek(0)
         if code:
             raise subprocess.CalledProcessError(code, list(command), out.read())
@@ -149,8 +151,9 @@ def _nursery(image: str, env: Mapping[str, str]) -> "Nursery | None":
 
 
 def early(env: Mapping[str, str]) -> dict[str, str]:
-    """What libraries read of ``env`` when they are loaded."""
-    return {name: value for name, value in env.items() if name.startswith(READ_EARLY)}
+    """What libraries read of ``env`` when they are loaded, and the network namespace, which is inherited."""
+    read = {name: value for name, value in env.items() if name.startswith(READ_EARLY)}
+    return {**read, "namespace": os.readlink("/proc/thread-self/ns/net")}
 
 
 class Nursery:
@@ -218,7 +221,7 @@ def main() -> None:
     order = fork_for(control)
     if order is not None:
         become(order, installed)
-        if image == "vllm":
+        if image != "torch":  # whose processes spawn nothing
             fork_what_is_spawned()
         perform(order["command"])
 
