@@ -43,8 +43,8 @@ IMAGES = {
 }  # fmt: skip
 """What the processes of each image have imported before their program begins."""
 
-READ_EARLY = ("OMP_", "GOMP_", "KMP_", "MKL_", "LD_", "TORCH_", "PYTHONHASHSEED", "PYTHONOPTIMIZE", "VLLM_CPU_")
-"""Beginnings of variables that libraries read when they are loaded; a child that has other ones is not forked."""
+READ_EARLY = ("OMP_", "GOMP_", "KMP_", "MKL_", "LD_", "TORCH_", "PYTHON", "VLLM_CPU_", "VLLM_LOGGING_", "VLLM_USE_")
+"""Beginnings of variables that Python and libraries read as they begin; a child that has other ones is not forked."""
 
 STATUS = struct.Struct("q")
 ORDER_BYTES = 256 * 1024
@@ -152,7 +152,7 @@ def _nursery(image: str, env: Mapping[str, str]) -> "Nursery | None":
 
 def early(env: Mapping[str, str]) -> dict[str, str]:
     """What libraries read of ``env`` when they are loaded, and the network namespace, which is inherited."""
-    read = {name: value for name, value in env.items() if name.startswith(READ_EARLY)}
+    read = {name: value for name, value in env.items() if name.startswith(READ_EARLY) and name != "PYTHONPATH"}
     return {**read, "namespace": os.readlink("/proc/thread-self/ns/net")}
 
 
@@ -248,6 +248,8 @@ def fork_for(control: socket.socket) -> dict[str, Any] | None:
                 tells = socket.socket(fileno=last)
                 pid = os.fork()
                 if pid == 0:
+                    os.setsid()  # before anybody knows it: whoever signals its group finds one
+                    tells.send(STATUS.pack(os.getpid()))
                     for pidfd, (_, other) in living.items():
                         os.close(pidfd)
                         other.close()
@@ -258,15 +260,13 @@ def fork_for(control: socket.socket) -> dict[str, Any] | None:
                     return dict(json.loads(order))
                 for fd in standard:
                     os.close(fd)
-                tells.send(STATUS.pack(pid))
                 pidfd = os.pidfd_open(pid)
                 waiting.register(pidfd, selectors.EVENT_READ)
                 living[pidfd] = pid, tells
 
 
 def become(order: dict[str, Any], installed: list[str]) -> None:
-    """Session, environment, folder and ``sys.path`` of a process that had begun with this order."""
-    os.setsid()
+    """Environment, folder and ``sys.path`` of a process that had begun with this order."""
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])

@@ -110,5 +110,5 @@ def test_what_it_spawns_knows_what_it_is_sent_and_belongs_to_its_session(image: 
 def test_what_a_library_would_have_read_at_its_load_makes_it_an_ordinary_process() -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert preloaded.early(env) == preloaded.early({**env, "WEIGHTSYNC_MODE": "flip", "PYTHONPATH": "elsewhere"})
-    for name in ("OMP_NUM_THREADS", "LD_PRELOAD", "TORCH_COMPILE_DISABLE"):
+    for name in ("OMP_NUM_THREADS", "LD_PRELOAD", "TORCH_COMPILE_DISABLE", "PYTHONHASHSEED"):
         assert preloaded.early(env) != preloaded.early({**env, name: "2"})
