@@ -48,6 +48,8 @@ READ_EARLY = ("OMP_", "GOMP_", "KMP_", "MKL_", "LD_", "TORCH_", "PYTHON", "VLLM_
 
 STATUS = struct.Struct("q")
 ORDER_BYTES = 256 * 1024
+START_SECONDS = 120.0
+"""With the imports of the first child's image: 8 s on two idle cores."""
 STOP_SECONDS = 10.0
 STANDARD_ERROR = 2
 _nurseries: "dict[str, Nursery]" = {}
@@ -62,7 +64,7 @@ class Forked:
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.returncode: int | None = None
-        self.pid = self._number(None)
+        self.pid = self._number(START_SECONDS)
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired: it has not ended in time."""
