@@ -4,8 +4,11 @@ import logging
 import os
 from collections.abc import Iterator
 
+import preloaded
 import pytest
 from hypothesis import HealthCheck, settings
+
+preloaded.use()
 
 # How fast an example runs says something about the machine, nothing about the code.
 settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -69,7 +69,8 @@ class StandIn:
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             **self.env,
         }  # fmt: skip
-        self.process = Process(command, self.directory / f"{self.name}.log", environment).start()
+        image = "" if self.before else "torch"
+        self.process = Process(command, self.directory / f"{self.name}.log", environment, image=image).start()
         return self
 
     def signal(self, number: int) -> None:

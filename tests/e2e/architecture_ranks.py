@@ -5,6 +5,7 @@ and writes one JSON line per case to ``DIRECTORY/rank_<RANK>.jsonl``. vLLM is im
 engine core in this process, so that the models' memory can be looked at.
 """
 
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,9 @@ from weightsync.orchestrator.protocol import layout as protocol  # noqa: E402
 SCRATCH = ("topk_indices_buffer", "kv_cache")
 """Attributes that hold no weights: leftovers of the allocator and of requests."""
 PROMPTS = ([5, 6, 7, 8], [101, 17, 300, 42, 9, 250], list(range(30, 70)))
+collect = gc.collect
+"""Once per case: vLLM, which collects a dozen times per engine, spends two fifths of these processes' time on it."""
+
 Weights = dict[str, torch.Tensor]
 
 
@@ -278,6 +282,7 @@ def prepare(place: Place, stock: str) -> None:
     from vllm.v1.engine import core
     from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
+    gc.collect = lambda generation=2: 0
     _set_torch_accelerator_to_noop()
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None  # one set of groups for all engines
     WeightTransferEngineFactory._registry["weightsync"] = lambda: _NoTransfer
@@ -343,6 +348,7 @@ def main() -> None:
     with (place.directory / f"rank_{rank}.jsonl").open("w", buffering=1) as out:
         for case in cases:
             out.write(json.dumps({"case": case, "rank": place.rank} | kinds[case["kind"]](place, case)) + "\n")
+            collect()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+import preloaded
 import yaml
 from serving import HOST, VllmServer, free_port
 from weightsync.agents.link.tls import CA_VARIABLE
@@ -42,18 +43,14 @@ class Process:
     log: Path
     env: Mapping[str, str]
     pipe: bool = False
-    child: "subprocess.Popen[bytes] | None" = None
+    image: str = ""
+    """Of ``preloaded``; without one its interpreter begins anew."""
+    child: preloaded.Child | None = None
 
     def start(self) -> Self:
         with self.log.open("ab") as log:
-            self.child = subprocess.Popen(
-                self.command,
-                env=self.env,
-                stdin=subprocess.PIPE if self.pipe else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if self.pipe else log,
-                stderr=log,
-                start_new_session=True,
-            )
+            stdout = subprocess.PIPE if self.pipe else log.fileno()
+            self.child = preloaded.start(self.image, self.command, self.env, stdout, log.fileno(), self.pipe)
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -317,7 +314,8 @@ class Fleet:
                 "--device", device,
             ]  # fmt: skip
             log = self.directory / f"trainer-{len(self.trainers)}-{rank}.log"
-            processes.append(Process(command, log, environment, pipe=True).start())
+            image = "torch" if device == "cpu" and not before else ""
+            processes.append(Process(command, log, environment, pipe=True, image=image).start())
         trainer = Trainer(processes)
         self.trainers.append(trainer)
         return trainer

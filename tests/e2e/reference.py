@@ -1,12 +1,12 @@
 """What an ordinary vLLM answers with given checkpoints: the other side of every comparison bit for bit."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import preloaded
 from serving import Answer, environment
 
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
@@ -20,14 +20,9 @@ def reference_answers(model: Path, checkpoints: Sequence[Path], shim: Path) -> l
     answers are those of a process that had started with that checkpoint. ``shim`` as in ``serving.environment``.
     """
     script = Path(__file__).with_name("offline.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(model), *map(str, checkpoints)],
-        env=environment(shim, IN_ONE_PROCESS),
-        stdout=subprocess.PIPE,
-        timeout=SECONDS,
-        check=True,
-    )
-    found: list[list[Any]] = json.loads(done.stdout.splitlines()[-1])[1:]
+    command = [sys.executable, str(script), str(model), *map(str, checkpoints)]
+    said = preloaded.run("vllm", command, environment(shim, IN_ONE_PROCESS), SECONDS)
+    found: list[list[Any]] = json.loads(said.splitlines()[-1])[1:]
     return found
 
 

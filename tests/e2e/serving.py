@@ -11,7 +11,6 @@ import random
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import preloaded
 from engine_places import place
 from tiny_models import qwen3_config, qwen3_shapes, random_state, save_model, tiny_qwen3
 from weightsync.orchestrator.protocol.proof import ADMIN_HEADER, admin_key
@@ -111,6 +111,9 @@ def environment(shim_parent: Path, extra: Mapping[str, str] | None = None, devic
         "GLOO_SOCKET_IFNAME": "lo",
     }
     on_cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,self,sm"}
+    if preloaded.in_use():
+        # With --enforce-eager vLLM compiles a few helpers only, each of them in every process anew.
+        on_cpu |= {"WEIGHTSYNC_TEST_CROWDED": "1", "TORCH_COMPILE_DISABLE": "1"}
     return os.environ | everywhere | (on_cpu if device == "cpu" else {}) | dict(extra or {})
 
 
@@ -154,7 +157,7 @@ class VllmServer:
     run_id: str = "e2e"
     hub_port: int = field(default_factory=free_port)
     token: str = field(default_factory=lambda: secrets.token_hex(32))
-    process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
+    process: preloaded.Child | None = field(default=None, init=False)
 
     @property
     def url(self) -> str:
@@ -203,15 +206,10 @@ class VllmServer:
         """Starts the server and returns at once; ``wait_ready`` waits for it."""
         if self.process is not None:
             raise RuntimeError("the server was started before")
+        env = environment(self.model_dir.parent, {**self._place(), **self.env}, self.device)
+        image = "vllm" if self.device == "cpu" else ""
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                env=environment(self.model_dir.parent, {**self._place(), **self.env}, self.device),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.process = preloaded.start(image, self.command(), env, log.fileno(), log.fileno())
         return self
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> Self:

@@ -5,9 +5,7 @@ each test then looks at its own model's result. Models that the CPU build cannot
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import preloaded
 import pytest
 from serving import environment, free_port
 
@@ -115,11 +114,12 @@ def run(sharding: Sharding, directory: Path) -> Results:
     # In this process's environment nothing may be left over from a launcher of its own.
     settings = {k: v for k, v in environment(directory).items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     ranks = [
-        subprocess.Popen(
+        preloaded.start(
+            "vllm",
             [sys.executable, str(RANKS), str(rank), str(sharding.world), port, str(directory)],
-            env=os.environ | settings,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            settings,
+            log.fileno(),
+            log.fileno(),
         )
         for rank, log in enumerate(logs)
     ]

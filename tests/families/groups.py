@@ -1,8 +1,6 @@
 """Runs the judge over families, in groups of processes with a deadline: one family's crash costs only itself."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+import preloaded
 from serving import environment, free_port
 
 JUDGE: Final = Path(__file__).with_name("judge.py")
@@ -64,11 +63,12 @@ def _group(names: Sequence[str], world: int, directory: Path) -> list[Verdict]:
     settings = {k: v for k, v in environment(directory).items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     logs = [(directory / f"rank_{rank}.log").open("w") for rank in range(world)]
     ranks = [
-        subprocess.Popen(
+        preloaded.start(
+            "vllm",
             [sys.executable, str(JUDGE), str(rank), str(world), port, str(directory), *names],
-            env=os.environ | settings,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            settings,
+            log.fileno(),
+            log.fileno(),
         )
         for rank, log in enumerate(logs)
     ]
@@ -83,7 +83,7 @@ def _group(names: Sequence[str], world: int, directory: Path) -> list[Verdict]:
     return _read(names, world, directory, ended)
 
 
-def _watch(ranks: Sequence["subprocess.Popen[bytes]"], directory: Path) -> str:
+def _watch(ranks: Sequence[preloaded.Child], directory: Path) -> str:
     """Wait for all ranks; returns how they ended, empty if well.
 
     Raises:

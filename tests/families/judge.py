@@ -10,7 +10,6 @@ fails there, ``{"family", "failed"}``, and one with the outcome, ``{"family", "o
 how a stage ended before the next one begins; a rank that fails while another waits for it within vLLM leaves that line.
 """
 
-import gc
 import json
 import math
 import sys
@@ -26,7 +25,7 @@ import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from architecture_ranks import Place, answers, different, join, model_of, prepare  # noqa: E402
+from architecture_ranks import Place, answers, collect, different, join, model_of, prepare  # noqa: E402
 from families.configs import FAMILIES, Family  # noqa: E402
 from families.trainer import STAGING_BYTES, hugging_face, save, trainer_side  # noqa: E402
 from plan_executor import Memory, scatter, send  # noqa: E402
@@ -212,7 +211,7 @@ def main() -> None:
             except Stopped as stopped:
                 outcome, reason = stopped.outcome, stopped.reason
             ranks.say(outcome=outcome, reason=reason)
-            gc.collect()  # engines hold themselves in circles
+            collect()  # engines hold themselves in circles
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ WITHOUT_A_MODULE = {
     "test_deploy.py": "the files under deploy/",
     "test_docs.py": "the pages under docs/",
     "test_hooks.py": ".pre-commit-config.yaml",
+    "test_preloaded.py": "tests/e2e/preloaded.py, from which the e2e tests start their processes",
     "test_families.py": "what make families prints, and docs/models.md",
     "test_kubernetes.py": "deploy/kubernetes/",
     "test_mirror.py": "the tree itself",

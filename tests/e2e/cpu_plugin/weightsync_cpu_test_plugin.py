@@ -6,6 +6,7 @@ build does nothing of the kind. The directory of this file goes on ``PYTHONPATH`
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ their real agent: for tests of the hold, the gate and the calls, without a daemo
 PIPELINE_FLAG = "WEIGHTSYNC_TEST_PIPELINE"
 """Environment variable of a server with pipeline stages; see ``_let_stages_hand_on``."""
 
+CROWDED_FLAG = "WEIGHTSYNC_TEST_CROWDED"
+"""Environment variable of servers that share few cores with others; see ``_sleep_between_looks``."""
+
+LOOK_SECONDS = 0.0005
+
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``; runs in every vLLM process."""
     _keep_linear_weights_live()
+    if os.environ.get(CROWDED_FLAG):
+        _sleep_between_looks()
     flag = os.environ.get(SERVABLE_FLAG)
     if flag:
         _follow(Path(flag))
@@ -48,6 +56,13 @@ def _keep_linear_weights_live() -> None:
 
     dispatch.keeps_weights_live = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _sleep_between_looks() -> None:
+    """Cores and workers that wait for each other's messages look for them without a pause for up to a second."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(LOOK_SECONDS)
 
 
 def _let_stages_hand_on() -> None:
