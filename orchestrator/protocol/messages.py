@@ -362,8 +362,8 @@ class Hold(Message, frozen=True, kw_only=True):
 
 class Renew(Message, frozen=True, kw_only=True):
     """To a worker in no round: bytes of a writer hang on their way to it. It is to be reached by another endpoint, and
-    nothing that was sent to the one before may arrive any more; answered with Announce. ``spare``: the writer may share
-    memory with it, and wake up at any time, so a spare is to take the landing's place, too."""
+    nothing sent to the one before may arrive any more; answered with Announce. ``spare``: the writer may share memory
+    with it and wake up at any time, so a spare is to take the landing's place, too."""
 
     reason: Reason
     spare: bool = False
@@ -371,10 +371,8 @@ class Renew(Message, frozen=True, kw_only=True):
 
 
 class Outcome(Message, frozen=True, kw_only=True):
-    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one.
-
-    ``restaged``: of which staging it is; see Staged.
-    """
+    """To trainer ranks: how a version ended. ``sequence`` is the number of its commit, 0 for a failed one; ``restaged``
+    is of which staging it is, see Staged."""
 
     version: Version
     committed: bool
