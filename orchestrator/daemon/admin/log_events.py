@@ -104,6 +104,7 @@ EVENTS: Final[dict[str, str]] = {
     "connections cannot be accepted": "descriptors or memory are short; it is tried again",
     "request turned away: no HTTP": "what came is none",
     "a peer left before its answer": "it has closed its connection",
+    "too large an answer": "its reader leaves more unread than a viewer may; it is told to come again",
     "a request broke": "a bug of ours; it costs the request",
     "a stranger has shown nothing": "in time", "a request takes too long": "it is ended",
     "TLS handshake failed": "why",
