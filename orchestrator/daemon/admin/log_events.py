@@ -21,7 +21,7 @@ FIELDS: Final[dict[str, str]] = {
     "fault": "who has to mend it: trainer, engine, daemon, network or config",
     "exception": "traceback of a bug",
     "logger": "the library that speaks",
-    "address": "of who asked", "call": "to an engine", "changed": "keys", "credential": "who asked",
+    "address": "of who asked", "bytes": "of an answer", "call": "to an engine", "changed": "keys", "credential": "who asked",
     "audit_hash": "of the audit log's line", "host": "of the listener", "refusals": "event whose lines are counted",
     "limit": "that was reached", "marker": "its kind", "more": "how many were not said", "path": "file or route",
     "port": "of the listener", "problem": "what is wrong with it", "release": "of the daemon", "epoch": "of the daemon",
