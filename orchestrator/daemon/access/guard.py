@@ -60,7 +60,7 @@ class Guard:
             if size > SMALL_BYTES:
                 answer.force_close()
             return answer
-        self._refusals.say("too large an answer", remote=request.remote, path=request.path[:100], bytes=size)
+        self._refusals.say("too large an answer", remote=request.remote, path=request.path[:100], size=size)
         return web.Response(status=503, text=TOO_MUCH, headers={"Retry-After": "2"})
 
     def _refused(self, request: web.Request) -> web.Response | None:
