@@ -170,7 +170,8 @@ class ShadowWorker(Worker):
         broken = self.ill == "switch" or self.world.faults.happens("switch", self.member.engine)
         half = len(SIZES) // 2
         new = [*self.beside]
-        old, before = self.memory, (self.applied, self._live_digest)
+        old = self.memory  # which is no version where the switch before failed on the way
+        before = (None, NO_BYTES) if self.torn else (self.applied, self._live_digest)
         self.exposed = self._verified = None
         self._audits += 1
         if broken:
