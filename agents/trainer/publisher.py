@@ -245,8 +245,13 @@ class Publisher:
         return in_use
 
     def _release(self) -> None:
+        self._post(lambda side: side.release())
+
+    def _post(self, work: Callable[[TrainerSide], object]) -> None:
+        """Have the agent's thread do ``work``, where there is one."""
         if self._agent is not None and self._agent.failure is None:
-            self._agent.post(self._agent.side.release)
+            side = self._agent.side
+            self._agent.post(lambda: work(side))
 
     def _book(self, ended: Publication) -> None:
         """What became of the last version. One that FAILED may be staged again, and the daemon is told how often."""
@@ -294,9 +299,7 @@ class Publisher:
         try:
             yield
         except BaseException:
-            if self._agent is not None and self._agent.failure is None:
-                side = self._agent.side
-                self._agent.post(lambda: side.give_up(f"{version} is not published"))
+            self._post(lambda side: side.give_up(f"{version} is not published"))
             raise
 
     def _filled(self, version: Version, slots: FilledSlots, fill: Callable[[], None]) -> tuple[float, float]:
