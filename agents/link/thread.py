@@ -23,6 +23,7 @@ from weightsync.agents.link.edges import PlanEdges
 from weightsync.agents.link.examination import Look, examination
 from weightsync.agents.link.introduction import Identity, hello
 from weightsync.agents.link.obedience import Obedience
+from weightsync.agents.link.polling import Polling
 from weightsync.agents.link.side import AgentSide
 from weightsync.agents.link.silence import Silence
 from weightsync.agents.link.tracing import AgentTraces, span_sink
@@ -44,12 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SideT = TypeVar("SideT", bound=AgentSide)
-
-IDLE_POLL_SECONDS: Final = 0.01
-"""Between polls of the transport when nothing is expected: only warm-ups of peers wait for it."""
-
-BUSY_POLL_SECONDS: Final = 0.001
-"""While a grant is open on either side; NIXL has neither a file descriptor nor a callback to wait for."""
 
 GROUP_RETRY_SECONDS: Final = 1.0
 """Before a StatelessProcessGroup is joined again; the last group's store listens at the same port for two seconds."""
@@ -103,6 +98,7 @@ class AgentThread(Generic[SideT]):
         self.obedience: Obedience = Obedience(secrets.randbits(63)) if obeyed is None else obeyed.obedience
         self._look = look
         self._silence = Silence()
+        self._polling = Polling(self._poll)
         self.address = address
         self._loop = asyncio.new_event_loop()
         self._client: ControlClient | None = None
@@ -259,7 +255,7 @@ class AgentThread(Generic[SideT]):
 
     async def _keep_connected(self) -> None:
         self._client = ControlClient(self.address.url, self.address.token_file, self._hello, self._heard)
-        self.spawn(self._poll())
+        self.spawn(self._polling.run())
         try:
             await self._client.run()
         except RefusedForGood as error:
@@ -280,12 +276,10 @@ class AgentThread(Generic[SideT]):
             # Not one of ``_tasks``, which are cancelled as soon as the client has ended.
             self._farewell = self._loop.create_task(self._client.close(reason))
 
-    async def _poll(self) -> None:
-        while True:
-            if self._client is not None:
-                self._silence.look(self._client.heard_at)
-            busy = self.side.poll()
-            await asyncio.sleep(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
+    def _poll(self) -> bool:
+        if self._client is not None:
+            self._silence.look(self._client.heard_at)
+        return self.side.poll()
 
     def _hello(self) -> Hello:
         self._introduced = True  # to a new connection, whose first Welcome has not come
@@ -302,6 +296,7 @@ class AgentThread(Generic[SideT]):
                 log.warning("%s: a Connect over the hub, while the rendezvous is tcpstore", self.identity.member)
             case _:
                 self.side.heard(message)
+                self._polling.wake()
 
     def _welcomed(self, welcome: Welcome) -> None:
         try:
