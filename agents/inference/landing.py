@@ -10,14 +10,11 @@ from typing import Final, Protocol
 
 import torch
 from weightsync.agents.inference.modes import MODE_VARIABLE, ModeRefused, wanted_mode
-from weightsync.orchestrator.protocol.landing import arena_bytes
+from weightsync.orchestrator.protocol.landing import arena_bytes, usual_ring
 from weightsync.orchestrator.protocol.layout import Lands, Layout
 
 LANDING_VARIABLE: Final = "WEIGHTSYNC_LANDING_MIB"
 """What a rank may take for landing memory. Unset: what its mode needs."""
-
-DEFAULT_RING_MIB: Final = 64
-"""Of ``live`` and ``flip``: what lands there goes on to its place at once, so a few chunks are enough."""
 
 MIB: Final = 1 << 20
 
@@ -78,7 +75,7 @@ def choose_landing(layout: Layout, device: torch.device, no_flip: str = "", peer
     missing = _missing(needed, budget, device, peers.count)
     if peers.least(int(not missing)) == 0:  # asked whatever the mode is, so that no rank waits for another's question
         missing = missing or ANOTHER_RANK
-    ring = DEFAULT_RING_MIB * MIB
+    ring = usual_ring("VRAM" if device.type == "cuda" else "DRAM")
     if mode == "live":
         return LandingChoice("live", ring if budget is None else budget, f"{MODE_VARIABLE}=live")
     if mode == "copy":
@@ -156,5 +153,5 @@ def declared_budget() -> int | None:
     if not value:
         return None
     if not value.isascii() or not value.isdigit() or len(value) > 9:
-        raise ModeRefused(f"{LANDING_VARIABLE} is {value!r}; give whole MiB, such as {DEFAULT_RING_MIB}")
+        raise ModeRefused(f"{LANDING_VARIABLE} is {value!r}; give whole MiB, such as {usual_ring('VRAM') // MIB}")
     return int(value) * MIB

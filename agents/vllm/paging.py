@@ -9,7 +9,6 @@ import torch
 from weightsync.agents.inference.landing import (
     ALONE,
     ANOTHER_RANK,
-    DEFAULT_RING_MIB,
     LANDING_VARIABLE,
     Peers,
     declared_budget,
@@ -20,6 +19,7 @@ from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.memory.pages.host import HostPages
 from weightsync.agents.memory.pages.paged import MIB, Pages, into_pages
 from weightsync.agents.vllm.backend import logger
+from weightsync.orchestrator.protocol.landing import usual_ring
 
 KEPT_FOR_CACHE: Final = 0.5
 """With ``auto``, of the device's memory that is free beside one set of weights: what standby leaves for the rest."""
@@ -100,8 +100,8 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
         if most is not None:
             if weights > most:
                 return (
-                    f"a second set of {weights / MIB:.0f} MiB and a ring of {DEFAULT_RING_MIB} MiB are more than"
-                    f" {LANDING_VARIABLE} allows, which is {(declared_budget() or 0) // MIB}"
+                    f"a second set of {weights / MIB:.0f} MiB and a ring of {usual_ring('VRAM') // MIB} MiB are more"
+                    f" than {LANDING_VARIABLE} allows, which is {(declared_budget() or 0) // MIB}"
                 )
             continue
         free = torch.cuda.mem_get_info(device)[0]
@@ -116,4 +116,4 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
 def _most(mode: Mode) -> int | None:
     """Bytes that a second set may take; None: as many as are free. Who names ``flip`` declares its ring alone."""
     budget = declared_budget() if mode == "auto" else None
-    return None if budget is None else max(0, budget - DEFAULT_RING_MIB * MIB)
+    return None if budget is None else max(0, budget - usual_ring("VRAM"))

@@ -39,9 +39,13 @@ bytes at a time."""
 RING_CHUNKS: Final = 8
 """A sender's packing region is cut into at least so many chunks: enough to pack, write and wait at the same time."""
 
-_CHUNK_BYTES: Final = {"VRAM": 128 << 20, "DRAM": 8 << 20}
-"""Between devices 128 MiB reach 0.94 of one large write. Posting from or to host memory blocks for the copy, at about
-5 GB/s: 8 MiB keep an event loop's turn near 2 ms."""
+_CHUNK_BYTES: Final = {"VRAM": 256 << 20, "DRAM": 8 << 20}
+"""Between devices 128 MiB reach 0.94 of one large write, and each chunk costs either end half a millisecond of Python:
+as large as a ring allows. Posting from or to host memory blocks for the copy, at about 5 GB/s: 8 MiB keep an event
+loop's turn near 2 ms."""
+
+_RING_BYTES: Final = {"VRAM": 1 << 30, "DRAM": 64 << 20}
+"""What is on its way between devices while either end does its part of a chunk, for some milliseconds, is 1 GiB."""
 
 PIECES_PER_ROW: Final = 8
 """Of an engine's row, as far as padding is set aside for them; what trainer ranks cut finer takes of SPARE_FRACTION."""
@@ -91,6 +95,11 @@ class Berth(msgspec.Struct, frozen=True, array_like=True, gc=False):
 def longest_chunk(memory: Literal["DRAM", "VRAM"]) -> int:
     """Bytes of a chunk where there is memory enough."""
     return _CHUNK_BYTES[memory]
+
+
+def usual_ring(memory: Literal["DRAM", "VRAM"]) -> int:
+    """Bytes of a ring, at either end, where nobody says how many."""
+    return _RING_BYTES[memory]
 
 
 def chunk_bytes(ring: Region) -> int:

@@ -10,7 +10,7 @@ from weightsync.agents.tables.box import Box, with_entry
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
 from weightsync.agents.trainer.slots.boxes import HeldBox, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.orchestrator.protocol.landing import BERTH_ALIGNMENT, RING_CHUNKS, longest_chunk
+from weightsync.orchestrator.protocol.landing import BERTH_ALIGNMENT, usual_ring
 
 Kind = Literal["sharded", "gathered", "expert"]
 
@@ -24,12 +24,12 @@ than to gather them: experts of 1.6 MB that two ranks held took 150 ms for 16 GB
 
 
 def ring_bytes(asked: int | None, device: torch.device, slots: int) -> int:
-    """Bytes of the ring that is packed in on ``device``: those that were ``asked`` for, or RING_CHUNKS chunks, and no
+    """Bytes of the ring that is packed in on ``device``: those that were ``asked`` for, or the usual ones, and then no
     more than the ``slots`` themselves have."""
     if asked is not None:
         return asked
-    most = RING_CHUNKS * longest_chunk("VRAM" if device.type == "cuda" else "DRAM")
-    return min(most, -(-slots // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
+    usual = usual_ring("VRAM" if device.type == "cuda" else "DRAM")
+    return min(usual, -(-slots // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)

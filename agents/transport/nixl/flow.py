@@ -109,7 +109,9 @@ class Flow:
     @property
     def waits_for_peer(self) -> bool:
         """Whether it goes on when the peer has scattered something, and not before."""
-        return self.open and not self._packing and not (self._left and self._may_land(self._left[0]))
+        if self._packing:
+            return self.open and not self._may_land(self._packing[0][0])
+        return self.open and not (self._left and self._may_land(self._left[0]))
 
     @property
     def waits_for_slots(self) -> bool:
@@ -123,7 +125,7 @@ class Flow:
     def next(self) -> tuple[CargoChunk, int] | None:
         """The next chunk to post, and its place in the ring; packs ahead as far as there is room."""
         filled = self._filled()
-        while self._left and self._left[0].pack is not None and self._may_leave(self._left[0], filled):
+        while self._left and self._left[0].pack is not None and self._may_be_packed(self._left[0], filled):
             assert self._ring is not None, "what is packed has a ring"
             place = self._ring.take(self)
             if place is None:
@@ -132,7 +134,7 @@ class Flow:
             assert chunk.pack is not None
             self._packing.append((chunk, place, self._packer.begin(chunk.pack, self._ring.offset(place))))
         if self._packing:
-            if not self._packing[0][2].done():
+            if not (self._packing[0][2].done() and self._may_land(self._packing[0][0])):
                 return None
             chunk, place, packing = self._packing.popleft()
             try:
@@ -144,6 +146,11 @@ class Flow:
         if self._left and self._left[0].pack is None and self._may_leave(self._left[0], filled):
             return self._left.popleft(), NO_PLACE
         return None
+
+    def _may_be_packed(self, chunk: CargoChunk, filled: int) -> bool:
+        """Before the peer has a place for it only where no other edge could want the one that it takes here."""
+        assert self._ring is not None, "what is packed has a ring"
+        return chunk.needs <= filled and (self._ring.suffices or self._may_land(chunk))
 
     def _may_leave(self, chunk: CargoChunk, filled: int) -> bool:
         return chunk.needs <= filled and self._may_land(chunk)
@@ -171,17 +178,25 @@ class Flow:
         """What it waits for, for people."""
         total = self._cargo.berth.chunks
         if self._packing:
-            return f"chunk {self._packing[0][0].number} of {total} is being packed"
+            chunk = self._packing[0][0]
+            if self._may_land(chunk):
+                return f"chunk {chunk.number} of {total} is being packed"
+            return self._waits_for_room(chunk)
         if self._left:
             chunk = self._left[0]
-            before = chunk.number - self._cargo.berth.places
             if chunk.needs > self._filled():
                 return f"chunk {chunk.number} of {total} is still being converted"
             if not self._may_land(chunk):
-                return f"chunk {chunk.number} of {total} waits for the peer to scatter chunk {before}"
+                return self._waits_for_room(chunk)
             return f"chunk {chunk.number} of {total} waits for a place to be packed in"
         left = self._unscattered
         return f"the peer has yet to scatter {left} of {total} chunks" if left else ""
+
+    def _waits_for_room(self, chunk: CargoChunk) -> str:
+        berth = self._cargo.berth
+        return (
+            f"chunk {chunk.number} of {berth.chunks} waits for the peer to scatter chunk {chunk.number - berth.places}"
+        )
 
     def stop(self) -> None:
         """Post nothing more. Again does nothing."""

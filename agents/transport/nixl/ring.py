@@ -58,6 +58,11 @@ class PackingRing:
         self._held[place] = holder
         return place
 
+    @property
+    def suffices(self) -> bool:
+        """Whether each edge that writes has a place of its own, however long the others hold theirs."""
+        return self._places >= len(self._writing) + sum(holder.stopped for holder in self._held.values())
+
     def give(self, place: int) -> None:
         """Nothing reads ``place`` any more."""
         del self._held[place]

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from weightsync.agents.recorder.rows import Target
@@ -30,24 +34,62 @@ MAPS: Final = (
 )
 """Attributes of vLLM's expert layers, and of the load balancer's state in them, that say who has which expert."""
 
+ASKED: Final = frozenset({"router", "eplb_state", *MAPS})
+
 _EXPERT: Final = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 """The expert's number in the name of a checkpoint tensor."""
 
 
 def expert_map_fingerprint(*models: nn.Module) -> str:
-    """SHA-256 over every expert map of ``models``; empty for those whose experts are all on this rank in order."""
-    digest = hashlib.sha256()
-    found = False
-    for path, module in (named for model in models for named in model.named_modules()):
+    """SHA-256 over every expert map of ``models``; empty for those whose experts are all on this rank in order.
+
+    Asked while an engine stands still for a switch: of a model's thousands of modules only the expert layers are looked
+    at, and the maps of one device and dtype come to the host together.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    for path, module in (named for model in models for named in _expert_layers(model)):
         for holder in (module, balancer_of(module)):
             for attribute in MAPS if holder is not None else ():
                 value = _attribute(holder, attribute)
                 if isinstance(value, torch.Tensor) and value.numel():
-                    found = True
-                    # As int64 on the CPU: the same map has the same fingerprint on every device and build.
-                    digest.update(f"{path}.{attribute}:{tuple(value.shape)}:".encode())
-                    digest.update(value.detach().to("cpu", torch.int64).numpy().tobytes())
+                    found.append((f"{path}.{attribute}:{tuple(value.shape)}:", value))
+    digest = hashlib.sha256()
+    for (label, _), values in zip(found, _on_host([value for _, value in found]), strict=True):
+        digest.update(label.encode())
+        digest.update(values.tobytes())
     return digest.hexdigest() if found else ""
+
+
+_layers: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+def _expert_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules of ``model``, with their paths, that have a map or a balancer, or may be given one."""
+    known = _layers.get(model)
+    if known is None:
+        known = [named for named in model.named_modules() if not ASKED.isdisjoint(_attributes(named[1]))]
+        _layers[model] = known
+    return known
+
+
+def _attributes(module: nn.Module) -> Iterator[str]:
+    """Names of what ``module`` has, whatever the values: to ask for one may run code of the engine's."""
+    for names in (vars(module), module._parameters, module._buffers, module._modules, *map(vars, type(module).__mro__)):
+        yield from names
+
+
+def _on_host(maps: Sequence[torch.Tensor]) -> list[npt.NDArray[np.int64]]:
+    """The values of each, flat, as int64: the same map has the same fingerprint on every device and build."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for number, value in enumerate(maps):
+        alike[value.device, value.dtype].append(number)
+    values = [np.empty(0, np.int64)] * len(maps)
+    for numbers in alike.values():
+        together = torch.cat([maps[number].detach().reshape(-1) for number in numbers]).to("cpu", torch.int64).numpy()
+        ends = np.cumsum([maps[number].numel() for number in numbers])
+        for number, part in zip(numbers, np.split(together, ends[:-1]), strict=True):
+            values[number] = part
+    return values
 
 
 def balancer_of(module: nn.Module) -> Any:

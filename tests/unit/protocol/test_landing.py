@@ -34,7 +34,7 @@ from weightsync.orchestrator.protocol.layout import (
     ("length", "memory", "expected"),
     [
         (1 << 30, "VRAM", 128 << 20),
-        (2 << 30, "VRAM", 128 << 20),
+        (2 << 30, "VRAM", 256 << 20),
         (64 << 20, "VRAM", 8 << 20),
         (64 << 20, "DRAM", 8 << 20),
         (1 << 30, "DRAM", 8 << 20),

@@ -92,21 +92,37 @@ async def test_a_chunk_is_packed_when_what_it_is_read_from_is_filled():
 async def test_a_chunk_waits_for_the_one_in_its_place_to_be_scattered():
     flow, _, hands = flow_of(cargo_of(3, places=2), 8)
     flow.next()
-    assert len(hands.begun) == 2, "the third is not even packed"
+    assert len(hands.begun) == 3, "the third is packed meanwhile"
+    assert not flow.waits_for_peer
     for one in hands.begun:
         one.set_result(None)
     assert [flow.next()[0].number, flow.next()[0].number, flow.next()] == [0, 1, None]
+    assert flow.waits_for_peer
     assert flow.waits_for() == "chunk 2 of 3 waits for the peer to scatter chunk 0"
     flow.scattered(1)
     assert flow.next() is None
     flow.scattered(0)
-    flow.next()
-    hands.begun[2].set_result(None)
+    assert not flow.waits_for_peer
     assert flow.next()[0].number == 2
     assert flow.open
     assert flow.waits_for() == "the peer has yet to scatter 1 of 3 chunks"
     flow.scattered(2)
     assert not flow.open
+
+
+async def test_nothing_is_packed_ahead_in_a_place_that_another_edge_may_want():
+    ring, hands = PackingRing(Region(4096, 256)), Hands()
+    slow, quick = (Flow(peer, cargo_of(2, places=1), ring, hands) for peer in ("slow", "quick"))
+    slow.next()
+    hands.begun[0].set_result(None)
+    _, place = slow.next()
+    slow.give(place)
+    assert slow.next() is None
+    assert (len(hands.begun), slow.waits_for_peer) == (1, True), "its peer has no place, and there is one here"
+    quick.next()
+    assert len(hands.begun) == 2
+    hands.begun[1].set_result(None)
+    assert quick.next()[0].number == 0
 
 
 async def test_where_chunks_pass_all_of_them_are_waited_for_however_many_places_there_are():

@@ -48,6 +48,22 @@ def test_no_edge_holds_more_than_its_part(pair):
     assert ring.take(a) == 3, "one that has left takes none"
 
 
+def test_places_suffice_while_each_edge_that_may_hold_one_has_its_own(pair):
+    ring, a, b = pair
+    others = [Edge(str(number)) for number in range(3)]
+    for edge in others[:2]:
+        ring.join(edge)
+    assert ring.suffices
+    ring.join(others[2])
+    assert not ring.suffices
+    ring.take(a)
+    a.stopped = True
+    ring.leave(a)
+    assert not ring.suffices, "what a write that was given up holds may stay held"
+    ring.leave(b)
+    assert ring.suffices
+
+
 def test_more_edges_than_places_take_turns():
     ring, edges = ring_of(1), [Edge(str(number)) for number in range(3)]
     for edge in edges:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -69,3 +70,56 @@ def test_an_empty_slot_and_stacked_experts_are_refused_while_balancing() -> None
     expert_recording(stacked, "mlp.stack.{}.w")
     with pytest.raises(RecordError, match="stacks its experts"):
         recorded_layout(stacked, VLLM_CONFIG)
+
+
+class Layer(nn.Module):
+    """A map in each of the places where vLLM's layers keep one."""
+
+    def __init__(self, *, maps: bool) -> None:
+        super().__init__()
+        self.register_buffer("_expert_map", torch.arange(4, dtype=torch.int32) if maps else None)
+        self.router = nn.Module()
+        self.router.eplb_state = None
+        self.expert_global_to_physical = None
+
+    @property
+    def expert_local_to_global(self) -> torch.Tensor:
+        raise AssertionError("this layer has no such placement")
+
+
+def layered(*, maps: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), Layer(maps=maps), Layer(maps=maps))
+
+
+def test_a_map_anywhere_counts_and_one_that_comes_later_too() -> None:
+    model = layered(maps=False)
+    assert expert_map_fingerprint(model) == ""
+    layer: Any = model[2]
+    seen = {expert_map_fingerprint(model)}
+    layer._expert_map = torch.tensor([1, 0, 3, 2], dtype=torch.int32)
+    seen.add(expert_map_fingerprint(model))
+    layer.expert_global_to_physical = torch.tensor([[0, 1]])
+    seen.add(expert_map_fingerprint(model))
+    layer.router.eplb_state = SimpleNamespace(logical_to_physical_map=torch.tensor([[0, -1]]))
+    seen.add(expert_map_fingerprint(model))
+    layer.router.eplb_state.logical_to_physical_map[0, 1] = 1  # in place, as vLLM does
+    seen.add(expert_map_fingerprint(model))
+    assert len(seen) == 5
+
+
+def test_maps_that_are_exchanged_between_layers_are_others() -> None:
+    model, other = layered(maps=True), layered(maps=True)
+    assert expert_map_fingerprint(model) == expert_map_fingerprint(other) != ""
+    layers: Any = (model[1], model[2])
+    layers[0]._expert_map = torch.tensor([3, 2, 1, 0], dtype=torch.int32)
+    once = expert_map_fingerprint(model)
+    layers[0]._expert_map, layers[1]._expert_map = layers[1]._expert_map, layers[0]._expert_map
+    assert expert_map_fingerprint(model) != once
+    assert expert_map_fingerprint(model, other) != expert_map_fingerprint(model)
+
+
+def test_a_fingerprint_is_of_the_values_whatever_holds_them() -> None:
+    model, wide = layered(maps=True), layered(maps=True)
+    for layer in (wide[1], wide[2]):
+        layer._expert_map = layer._expert_map.to(torch.int64)  # type: ignore[union-attr, operator]
+    assert expert_map_fingerprint(model) == expert_map_fingerprint(wide)
