@@ -4,10 +4,10 @@
     … bench_gpu_multi.py --cases tp hsdp --gb 16 --pushes 10 --at-once 2
 
 Half of the GPUs train unless a case says otherwise. Trainer ranks are FSDP2's, or HSDP's with two replicas, one on each
-training GPU. Engines are an FP8 Qwen3-MoE with ``--gb`` for each serving GPU, random and run eagerly, because compiled
-MoE engines differ among themselves. After its pushes every case is judged: a fresh engine loads what the trainer saves,
-and must answer the same, bit for bit. With one GPU ranks and engine share it. ``--device cpu`` tries the script itself
-with a tiny model. JSON lines.
+training GPU. Engines are an FP8 Qwen3-MoE with ``--gb`` for each serving GPU, random, with CUDA graphs of what an eager
+engine runs, because compiled MoE engines differ among themselves. After its pushes every case is judged: a fresh engine
+loads what the trainer saves, and must answer the same, bit for bit. With one GPU ranks and engine share it.
+``--device cpu`` tries the script itself with a tiny model. JSON lines.
 
 Each name ends with that of its case.
 
@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_gpu_stall import EXPERTS, WARM_UP_PUSHES, Streams, gpu, p95, pushes
+from bench_gpu_stall import EXPERTS, GRAPHS, WARM_UP_PUSHES, Streams, gpu, p95, pushes
 from fleet import Fleet, Trainer, fleet
 from serving import Answer, VllmServer, answers, several
-from stall_trainer import REPLICAS
+from stall_trainer import APART, REPLICAS, RING
 from tiny_models import FP8_BLOCKS, qwen3_moe_config, save_model
 
 LAYER_GB: Final = 0.62
@@ -50,6 +50,7 @@ REPEATABLE = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 @dataclass(frozen=True, slots=True)
 class Case:
     """``tp``: serving GPUs of each engine, 0 for all of them divided by ``engines``. ``part`` of the ``--gb``.
+    ``apart``: the trainer has tensors for each expert.
 
     ``trains`` and ``serves``: on which GPUs, the ``first`` or the ``last`` half, or ``all``; some then do both.
     """
@@ -60,6 +61,7 @@ class Case:
     engines: int = 1
     fan_out: str = "trainer"
     part: float = 1.0
+    apart: bool = False
     trains: str = "first"
     serves: str = "last"
 
@@ -69,6 +71,7 @@ CASES: Final = {
     "two-engines": Case(engines=2, fan_out="peers", part=0.5),
     "tp-quarter": Case(part=0.25),
     "tp-quarter-without-ep": Case(part=0.25, experts=False),
+    "tp-quarter-apart": Case(part=0.25, apart=True),
     "tp2": Case(tp=2),
     "tp-all-gpus": Case(part=0.25, serves="all"),
     "all-on-all": Case(part=0.25, trains="all", serves="all"),
@@ -151,7 +154,9 @@ def copy_rate(pairs: Sequence[tuple[int, int]]) -> float:
     return COPIES * COPY_BYTES / (time.monotonic() - began) / 1e9
 
 
-def servers(host: Host, case: Case, model: Path, directory: Path, names: Sequence[str]) -> dict[str, VllmServer]:
+def servers(
+    host: Host, case: Case, model: Path, directory: Path, names: Sequence[str], ring: int = 0
+) -> dict[str, VllmServer]:
     """Engines of the case; one called ``fresh`` is without us and loads what the model's directory holds."""
     tp, gpus = host.tp(case), host.gpus(case.serves)
     arguments: tuple[str, ...] = ("--max-model-len", "2048")
@@ -161,8 +166,10 @@ def servers(host: Host, case: Case, model: Path, directory: Path, names: Sequenc
     for number, (name, server) in enumerate(made.items()):
         environment = REPEATABLE | host.only(gpus[number * tp : (number + 1) * tp])
         if host.device == "cuda":
-            environment |= {"WEIGHTSYNC_MODE": "flip", "WEIGHTSYNC_LANDING_MIB": "1024"}
-            server.arguments = (*arguments, "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1")
+            environment |= {"WEIGHTSYNC_MODE": "flip", "WEIGHTSYNC_LANDING_MIB": str(ring)}
+            server.eager = False
+            share = ("--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1")
+            server.arguments = (*arguments, *share, "--compilation-config", GRAPHS)
         else:
             server.arguments = arguments
         if name != "fresh":
@@ -201,7 +208,7 @@ class Running:
         model = save_model(self.directory / "model", config, {})
         (model / "model.safetensors").unlink()
         names = [f"e{number}" for number in range(self.case.engines)]
-        self.engines = servers(self.host, self.case, model, self.directory, names)
+        self.engines = servers(self.host, self.case, model, self.directory, names, self.given.ring)
         for server in self.engines.values():
             self.ends.callback(server.close)
             server.start()
@@ -210,6 +217,10 @@ class Running:
         script = str(Path(__file__).resolve().parent / "stall_trainer.py")
         ranks = self.host.ranks(self.case)
         environment = {REPLICAS: str(self.case.replicas), "NCCL_NVLS_ENABLE": "0"} | self.host.only(ranks)
+        if self.case.apart:
+            environment[APART] = "1"
+        if self.host.device == "cuda":
+            environment[RING] = str(self.given.ring)
         self.trainer: Trainer = self.whole.start_trainer(
             model, len(ranks), script=script, device=self.host.device, env=environment
         )
@@ -259,7 +270,7 @@ class Running:
         named = f"multi_{figure}_{self.name}".replace("-", "_")
         line = {"figure": named, "value": round(of(values), 4), "unit": unit, "n": len(values)}
         device = torch.cuda.get_device_name(0) if self.host.device == "cuda" else "cpu"
-        facts = {"case": self.name, "gpus": self.host.count, "device": device}
+        facts = {"case": self.name, "gpus": self.host.count, "device": device, "ring_mib": self.given.ring}
         print(json.dumps(line | {"spread": round(high - low, 4)} | facts), flush=True)
 
 
@@ -324,6 +335,7 @@ def main() -> None:
     arguments.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     arguments.add_argument("--gb", type=float, default=16.0, help="of weights for each serving GPU")
     arguments.add_argument("--pushes", type=int, default=10)
+    arguments.add_argument("--ring", type=int, default=1024, help="MiB of each GPU of either side for chunks")
     arguments.add_argument("--at-once", type=int, default=1, help="how many cases the memory has room for")
     arguments.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     arguments.add_argument("--patience", type=float, default=300.0, help="seconds for each start")

@@ -2,7 +2,8 @@
 
 Takes the arguments of ``scripted_trainer.py``. Each line of its standard input, ``{"do": "publish", "step": n}``, is
 one push of other values; ``{"do": "save", "step": n}`` writes what was pushed last as a checkpoint. Several ranks hold
-rows as FSDP2 does, or as HSDP where WEIGHTSYNC_BENCH_REPLICAS says how many replicas there are.
+rows as FSDP2 does, or as HSDP where WEIGHTSYNC_BENCH_REPLICAS says how many replicas there are. The experts of a layer
+are two tensors, as transformers has them; with WEIGHTSYNC_BENCH_APART each has tensors of its own, as checkpoints do.
 """
 
 import argparse
@@ -20,14 +21,41 @@ from scripted_trainer import answer, told
 from tiny_models import checkpoint_state, model_shapes, save_shards
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, ones
+from transformers import AutoConfig
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.slots.routing import SlotOptions
 
-REPLICAS = "WEIGHTSYNC_BENCH_REPLICAS"
+REPLICAS, APART, RING = "WEIGHTSYNC_BENCH_REPLICAS", "WEIGHTSYNC_BENCH_APART", "WEIGHTSYNC_BENCH_RING_MIB"
 DIFFERENT_LAYERS = 8
 LAYER = re.compile(r"(?<=model\.layers\.)\d+")
 SHARD_BYTES = 4 << 30
 SAVING_THREADS = min(16, os.cpu_count() or 1)
+EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
+
+
+def stacked(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint with the experts of a layer as transformers holds them: gate over up, and down."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if (expert := EXPERT.fullmatch(name)) is None:
+            found[name] = shape
+        elif expert["part"] != "up_proj":
+            gate = expert["part"] == "gate_proj"
+            key = f"{expert['stack']}.{'gate_up_proj' if gate else 'down_proj'}"
+            found[key] = (int(expert["number"]) + 1, shape[0] * (1 + gate), shape[1])
+    return found
+
+
+def apart(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that a trainer's ``value`` of this name is."""
+    stack, _, part = name.rpartition(".")
+    if not stack.endswith(".experts"):
+        return {name: value}
+    parts = {"down_proj": value}
+    if part == "gate_up_proj":
+        parts = dict(zip(("gate_proj", "up_proj"), value.chunk(2, 1), strict=True))
+    return {f"{stack}.{n}.{key}.weight": each for key, values in parts.items() for n, each in enumerate(values)}
 
 
 def masters(shapes: dict[str, tuple[int, ...]], device: str, world: int) -> dict[str, torch.Tensor]:
@@ -64,7 +92,7 @@ def save(directory: Path, config: dict[str, Any], state: dict[str, torch.Tensor]
         for name, value in state.items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
             if rank == 0:
-                yield from checkpoint_state(config, {name: full.cpu()}).items()
+                yield from checkpoint_state(config, apart(name, full.cpu())).items()
 
     if rank == 0:
         torch.set_num_threads(SAVING_THREADS)  # FP8 of tens of GB on one would take minutes
@@ -86,11 +114,14 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if given.device == "cuda" else "gloo")
     config = json.loads(Path(given.model_config).read_text())
-    state = masters(model_shapes(config), given.device, world)
+    shapes, together = model_shapes(config), "num_experts" in config and APART not in os.environ
+    state = masters(stacked(shapes) if together else shapes, given.device, world)
+    ring = int(os.environ[RING]) << 20 if RING in os.environ else None
     different = {id(tensor): tensor for tensor in state.values() if tensor.ndim > 1}
     agent = TrainerAgent(
-        lambda: state, model_table(config), hub_url=given.hub_url, token_file=given.token_file, run_id=given.run_id,
-        run_dir=given.run_dir,
+        lambda: state, None if together else model_table(config), hub_url=given.hub_url, token_file=given.token_file,
+        run_id=given.run_id, run_dir=given.run_dir, options=SlotOptions(staging_bytes=ring),
+        config=AutoConfig.from_pretrained(Path(given.model_config).parent) if together else None,
     )  # fmt: skip
     answer(rank, ready=True)
     while (order := told(rank, world))["do"] != "close":

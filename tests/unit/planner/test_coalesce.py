@@ -136,9 +136,9 @@ def test_into_a_shadow_engine_everything_lands_packed_first(lands):
 
 
 def test_chunks_are_as_long_as_the_slower_kind_of_memory_allows():
-    """Of a device's slots to a device's landing 128 MiB, with the host at either end 8."""
+    """Of a device's slots to a device's landing 256 MiB, with the host at either end 8."""
     model = [Tensor(f"model.layers.{n}.w", "bfloat16", (1 << 14, 1 << 14)) for n in range(4)]
-    for here, there, expected in [("VRAM", "VRAM", 128), ("VRAM", "DRAM", 8), ("DRAM", "VRAM", 8)]:
+    for here, there, expected in [("VRAM", "VRAM", 256), ("VRAM", "DRAM", 8), ("DRAM", "VRAM", 8)]:
         source, target = (
             in_memory(party_of(member, model, staging=room), memory)
             for member, room, memory in ((trainer(0), -1, here), (engine_rank("e"), 1 << 30, there))

@@ -122,7 +122,8 @@ def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
         assert moved == [(WEIGHTS, 1 << 20)], "it is held to, whatever the driver rounds up"
     else:
         assert placed.why_not == (
-            f"a second set of 1 MiB and a ring of 1024 MiB are more than WEIGHTSYNC_LANDING_MIB allows, which is {budget}"
+            "a second set of 1 MiB and a ring of 1024 MiB are more than WEIGHTSYNC_LANDING_MIB allows,"
+            f" which is {budget}"
         )
     assert paging.place(WEIGHTS, "flip").pages is PAGES, "who names it declares the ring alone"
 
