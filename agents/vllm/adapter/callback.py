@@ -7,6 +7,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from weightsync.agents.inference import calls
 from weightsync.agents.vllm.adapter import common as engine
+from weightsync.agents.vllm.recorder.load_hook import config_of
 
 
 class CallbackUpdateInfo(calls.UpdateInfo, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,7 +25,7 @@ class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
     def __init__(self, config: Any, parallel_config: Any, model: torch.nn.Module) -> None:
         super().__init__(config, parallel_config, model)
         self.device = next(model.parameters()).device
-        self.ranks, self.agent = engine.equip(model, self.device, parallel_config)
+        self.ranks, self.agent = engine.equip(model, self.device, parallel_config, config_of(model))
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> calls.InitInfo:
         return calls.parse_init_info(init_dict)

@@ -150,12 +150,12 @@ def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> 
 
 
 def equip(
-    model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any = None
+    model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any
 ) -> tuple[EngineRanks, WeightHolder]:
     """What every adapter's constructor does: gate, ranks and agent, or a refusal to start.
 
     Args:
-        vllm_config: where the adapter knows it; it only makes errors clearer.
+        vllm_config: that the model was loaded with.
 
     Raises:
         PlaceError: the server's environment does not say whose it is.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,6 +23,14 @@ from weightsync.agents.vllm.recorder.proved_load import proved_load
 from weightsync.agents.vllm.recorder.recorded import keep
 
 _INSTALLED: Final = "_weightsync_recorder"
+
+_loaded_with: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def config_of(model: nn.Module) -> Any:
+    """vLLM's configuration that ``model`` was loaded with, which not every vLLM gives its weight-transfer engine; None
+    for a model that was not loaded under the hook, and for drafters."""
+    return _loaded_with.get(model)
 
 
 def install() -> None:
@@ -41,13 +50,17 @@ def install() -> None:
         load = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
         if writes_adapter():
             base: nn.Module = load()
+            _loaded_with[base] = vllm_config
             return base
         prefix = drafts.prefix_of(vllm_config, model_config)
         if prefix is not None and drafts.are_left():
             drafter: nn.Module = load()
             drafts.leave(drafter)
             return drafter
-        return _recorded_load(load, self, prefix)
+        recorded = _recorded_load(load, self, prefix)
+        if prefix is None:
+            _loaded_with[recorded] = vllm_config
+        return recorded
 
     setattr(load_model, _INSTALLED, True)
     BaseModelLoader.load_model = load_model

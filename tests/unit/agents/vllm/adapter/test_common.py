@@ -24,6 +24,7 @@ from weightsync.agents.vllm.adapter import common as engine
 from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
 from weightsync.agents.vllm.lora.declared import AdapterRefused
 from weightsync.agents.vllm.ranks import EngineRanks
+from weightsync.agents.vllm.recorder import load_hook
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region, Tensor, row
 
 INIT = {
@@ -134,6 +135,18 @@ PARALLEL = SimpleNamespace(
 
 
 @pytest.mark.usefixtures("story")
+def test_either_shape_knows_what_the_model_was_loaded_with(pretend_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised tensors, layers that need a forward context, drafters and adapters are known by it alone."""
+    told: list[Any] = []
+    monkeypatch.setattr(engine, "make_agent", lambda ranks, model, device, vllm_config, _: told.append(vllm_config))
+    settings, model = SimpleNamespace(parallel_config=PARALLEL), Model()
+    pretend_base(LifecycleBase)(None, settings, torch.device("cpu"), model)
+    monkeypatch.setitem(load_hook._loaded_with, model, settings)
+    pretend_base(CallbackBase)(None, PARALLEL, model)
+    assert [each is settings for each in told] == [True, True]
+
+
+@pytest.mark.usefixtures("story")
 @pytest.mark.parametrize(("size", "boundary"), [(1, True), (2, False)])
 def test_weights_change_between_two_steps_unless_ranks_of_several_cores_meet(
     monkeypatch: pytest.MonkeyPatch, size: int, boundary: bool
@@ -142,7 +155,7 @@ def test_weights_change_between_two_steps_unless_ranks_of_several_cores_meet(
     told: list[Any] = []
     monkeypatch.setattr(engine, "make_agent", lambda *given: told.append(given[-1]))
     parallel = SimpleNamespace(**vars(PARALLEL) | {"data_parallel_size": size, "data_parallel_index": size - 1})
-    engine.equip(Model(), torch.device("cpu"), parallel)
+    engine.equip(Model(), torch.device("cpu"), parallel, None)
     assert told == [boundary]
 
 
