@@ -79,12 +79,12 @@ def test_a_load_is_recorded_from_what_the_loader_was_fed(loader: Any) -> None:
 def test_the_configuration_of_a_load_stays_with_the_model(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     load_hook.install()
     settings, other = config(), config(backend="nccl")
-    model = loader({"proj.weight": torch.ones(4, 3)}).load_model(settings, settings.model_config)
+    model = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
     assert load_hook.config_of(model) is settings
-    left_alone = loader(None).load_model(other, other.model_config)
+    left_alone = loader({"proj.weight": torch.randn(4, 3)}).load_model(other, other.model_config)
     assert load_hook.config_of(left_alone) is None
     monkeypatch.setattr(load_hook, "writes_adapter", lambda: True)
-    base = loader(None).load_model(settings, settings.model_config)
+    base = loader({"proj.weight": torch.randn(4, 3)}).load_model(settings, settings.model_config)
     assert load_hook.config_of(base) is settings
 
 
