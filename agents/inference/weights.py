@@ -10,7 +10,7 @@ from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import LiveModel, PagedModel
 from weightsync.agents.memory.arena import arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
-from weightsync.agents.memory.quarantine import quarantine, room
+from weightsync.agents.memory.quarantine import quarantine, room, spare
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
@@ -139,9 +139,9 @@ class LiveWeights:
 
     @property
     def spares(self) -> int:
-        """How often other memory can take the place of the landing: where nothing else can be written to, and what is
-        given up for it costs nothing, which is host memory."""
-        return room() if self._landing and self._device.type == "cpu" and self.layout.lands != "live" else 0
+        """How often other memory can take the place of the landing, where nothing else can be written to; of a GPU's
+        only while enough of it is free."""
+        return room() if self._landing and self.layout.lands != "live" else 0
 
     def replace_landing(self) -> None:
         """Other memory takes the place of the landing, and what was registered is reached by nobody; on the agent's
@@ -155,7 +155,7 @@ class LiveWeights:
                 f"no other memory can take the place of the landing ({self.layout.lands}, {self._device})"
             )
         left = self._landing
-        self._landing = tuple(arena(memory.numel(), self._device) for memory in left)
+        self._landing = tuple(spare(memory.numel(), self._device) for memory in left)
         self._tensors = (*self._model.tensors, *self._landing)
         kept = self.layout.regions[: -len(left)]
         self.layout = msgspec.structs.replace(self.layout, regions=(*kept, *map(region_of, self._landing)))

@@ -2,7 +2,8 @@
 
 A process of the same machine writes by addresses of ours without asking anybody, and one that was stopped may do so
 when it wakes up. So the addresses stay mapped for as long as this process lives, and nothing else is ever put there.
-Their pages go back to the system: what is written there takes new ones, which nobody reads.
+Host pages go back to the system: what is written there takes new ones, which nobody reads. Those of a GPU stay
+in use with their addresses, so its memory is quarantined only while there is plenty (``spare``).
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import os
 from typing import Final
 
 import torch
+from weightsync.agents.memory.arena import arena
 from weightsync.agents.memory.cuda import Runtime
 from weightsync.agents.memory.errors import MemoryPlacementError
 
@@ -35,20 +37,37 @@ def keep(word: mmap.mmap) -> None:
     _words.append(word)
 
 
+def spare(size: int, device: torch.device) -> torch.Tensor:
+    """What takes the place of as many bytes that are about to be quarantined, as ``arena`` gives it.
+
+    Raises:
+        MemoryPlacementError: there is no room; of a GPU's memory, not as much again would stay free for the engine.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 * size
+    if 2 * size > free:
+        raise MemoryPlacementError(
+            f"a spare of {size} bytes takes more than half of the {free} that are free on {device}"
+        )
+    return arena(size, device)
+
+
 def quarantine(memory: torch.Tensor) -> None:
-    """Of host memory, page-aligned, as ``arena.host_arena`` gives it. It is not registered any more, and not read.
+    """An arena, as ``arena`` gives it. It is not registered any more, and not read.
 
     Pages that are locked cannot go back; a warning says so.
 
     Raises:
-        MemoryPlacementError: it is not such memory, or there is no ``room``.
+        MemoryPlacementError: it begins within a page, or there is no ``room``.
     """
     address, size = memory.data_ptr(), memory.numel()
-    if memory.is_cuda or address % mmap.PAGESIZE or room() < 1:
+    if address % mmap.PAGESIZE or room() < 1:
         raise MemoryPlacementError(
-            f"{size} bytes on {memory.device} at {address:#x} cannot be quarantined: of host memory, {MOST} arenas can"
+            f"{size} bytes on {memory.device} at {address:#x} cannot be quarantined: {MOST} arenas can"
         )
     _kept.append(memory)
+    if memory.is_cuda:
+        log.warning("%d bytes of %s stay in use until this process ends: they are quarantined", size, memory.device)
+        return
     if torch.cuda.is_available():
         Runtime().unpin(address)
     libc = ctypes.CDLL(None, use_errno=True)

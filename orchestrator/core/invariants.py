@@ -121,6 +121,8 @@ def _begin_is_safe(fleet: Fleet, name: RoundName) -> None:
         takes = not fleet.round.relay.connects or fleet.round.relays_to(engine)
         if takes and any(writer.engine == engine for writer in fleet.round.writers):
             raise InvariantViolation(f"S1: round {name} writes to {engine}, which lends in it")
+        if fleet.round.engines[engine].kept and standby.kept(fleet, engine, fleet.round.version) is None:
+            raise InvariantViolation(f"S4: round {name} takes {engine} for written, which is not known to hold it")
         if tainted:
             raise InvariantViolation(f"S2: round {name} begins with {engine}, within reach of {tainted}")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from weightsync.orchestrator.core import invariants, operator, since, versions
+from weightsync.orchestrator.core import invariants, operator, since, standby, versions
 from weightsync.orchestrator.core.commands import Command
 from weightsync.orchestrator.core.events import (
     AgentConnected,
@@ -54,6 +54,7 @@ from weightsync.orchestrator.protocol.messages import (
     Ready,
     Staged,
     Standing,
+    Verified,
 )
 from weightsync.orchestrator.protocol.names import Member, Role
 from weightsync.orchestrator.protocol.text import clean
@@ -221,6 +222,8 @@ def _said(turn: Turn, event: AgentSaid) -> None:
                 members.mend(turn, agent, message.round)
         case Examined():
             agent.findings = message.findings
+        case Verified():
+            standby.kept_verified(turn.fleet, agent, message)
         case Closed():
             members.closed(turn, event.member, message)
         case Bye():

@@ -4,8 +4,11 @@ A standby is believed when the digest that its worker told of it is the one that
 version and that worker: whatever else lies there was never decided, or is of another staging of the same step.
 """
 
+import msgspec
+from weightsync.orchestrator.core.round.progress import KeptStandby
 from weightsync.orchestrator.core.state import ConnectedAgent, Fleet
 from weightsync.orchestrator.protocol.layout import Lands
+from weightsync.orchestrator.protocol.messages import Verified
 from weightsync.orchestrator.protocol.names import Digest, Version
 
 
@@ -55,6 +58,27 @@ def beside(fleet: Fleet, engine: str) -> Version | None:
     """The version that all ranks of the engine have in their standby, believed."""
     held = {believed(fleet, agent) for agent in fleet.ranks_of(engine)}
     return held.pop() if len(held) == 1 else None
+
+
+def kept(fleet: Fleet, engine: str, version: Version) -> KeptStandby | None:
+    """What an attempt at ``version`` that was given up has left in the standby of all ranks of the engine, if each of
+    them has verified it since, and nothing can have touched it."""
+    known, ranks = fleet.engines[engine].kept, fleet.ranks_of(engine)
+    if known is None or (known.version, known.restaged) != (version, fleet.memory.restaged.get(version, 0)):
+        return None
+    held = {agent.member: (agent.status.standby, agent.status.standby_digest) for agent in ranks}
+    owed = {member: (version, digest) for member, (digest, _) in known.owed.items()}
+    return known if held == owed and not fleet.tainted(engine) else None
+
+
+def kept_verified(fleet: Fleet, agent: ConnectedAgent, message: Verified) -> None:
+    """A worker has looked at what a round that is over has written to it."""
+    engine = fleet.engines.get(agent.member.engine)
+    known = engine.kept if engine is not None else None
+    if known is not None and message.round == known.round and not message.error:
+        agent.status = msgspec.structs.replace(
+            agent.status, standby=known.version, standby_digest=message.digest
+        )  # fmt: skip
 
 
 def serves_on(fleet: Fleet, engine: str) -> bool:

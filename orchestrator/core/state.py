@@ -9,7 +9,7 @@ from weightsync.orchestrator.core.memory import Memory
 from weightsync.orchestrator.core.policy import Policy
 from weightsync.orchestrator.core.records import LinkUse
 from weightsync.orchestrator.core.round.feed import Feed
-from weightsync.orchestrator.core.round.progress import Round
+from weightsync.orchestrator.core.round.progress import KeptStandby, Round
 from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.layout import Lands, LeftOut, contents
@@ -156,8 +156,8 @@ class EngineState:
     blame: Trouble = NO_TROUBLE
     """Why it was left out last."""
     blamed_at: float = 0.0
-    torn_by: Version | None = None
-    """The version whose round may have torn it."""
+    torn_by: Version | None = None  # the version whose round may have torn it
+    kept: KeptStandby | None = None  # what a round that was given up has written to it
 
     @property
     def complaint(self) -> tuple[str, Fault]:

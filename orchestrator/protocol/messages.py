@@ -320,7 +320,8 @@ class Grant(Message, frozen=True, kw_only=True):
 
 class Verify(Message, frozen=True, kw_only=True):
     """All writers are CLOSED: scatter, refresh derived tensors, digest live memory. In ``copy`` and ``flip``: digest
-    what has landed, which is ``version`` in standby from then on."""
+    what has landed, which is ``version`` in standby from then on; also as the round is given up, so that the next
+    attempt finds it there."""
 
     round: RoundName
     version: Version

@@ -86,6 +86,31 @@ def test_engines_that_change_at_once_stand_still_for_the_switch_alone(tmp_path_f
         several.close()
 
 
+def test_what_one_engine_has_verified_is_not_sent_again_for_the_other(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Both are needed for a commit, and one is killed when the other has all of the version."""
+    directory = tmp_path_factory.mktemp("kept")
+    several = Several(directory, [StandIn(name, directory, mode="copy") for name in SHADOW])
+    try:
+        several.open()
+        whole = several.whole.ask("/rounds?last=1")["rounds"][-1]["bytes"]
+        began = time.monotonic()
+        with several.stopped_at(PHASES["WRITING"]) as step:
+            several.engines["e0"].kill()
+        several.whole.until(lambda: "round given up" in several.whole.daemon_log(), "its end", 30)
+        several.engines["e0"].start()
+        several.ended(step)
+        several.everywhere()
+        first, second = several.whole.ask("/rounds?last=2")["rounds"]
+        assert (first["step"], first["outcome"], first["bytes"]) == (step, "failed", whole)
+        assert (second["step"], second["outcome"], second["bytes"]) == (step, "committed", whole // 2)
+        several.keep_going(["e1"], began, STILL)
+        several.judge()
+    finally:
+        several.close()
+
+
 def test_a_trainer_that_is_killed_in_mid_write_changes_nothing_that_is_served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

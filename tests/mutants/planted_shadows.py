@@ -10,6 +10,7 @@ _ENTRY: Final = "core/round/entry.py"
 _REPORTS: Final = "core/round/reports.py"
 _STANDBY: Final = "core/standby.py"
 _WAITS: Final = "core/round/waits.py"
+_KEPT: Final = ("tests/unit/core/round/test_entry_kept.py", "tests/sim/test_kept.py")
 _AHEAD: Final = ("tests/unit/core/test_versions_ahead.py", "tests/sim/test_ahead.py")
 
 SHADOWS: Final = (
@@ -151,5 +152,40 @@ SHADOWS: Final = (
         "            agent.staged, agent.converting = None, message.version\n",
         "            agent.converting = message.version\n",
         _AHEAD,
+    ),
+    Mutant(
+        "what is kept of another staging is served",
+        _STANDBY,
+        "(known.version, known.restaged) != (version, fleet.memory.restaged.get(version, 0)):\n",
+        "known.version != version:\n",
+        _KEPT,
+    ),
+    Mutant(
+        "what is kept is believed before it is verified",
+        _STANDBY,
+        "    return known if held == owed and not",
+        "    return known if not",
+        _KEPT,
+    ),
+    Mutant(
+        "what is partly there is kept",
+        _ENTRY,
+        " or not judge.whole(current, name):\n",
+        ":\n",
+        _KEPT,
+    ),
+    Mutant(
+        "what was written ahead is kept",
+        _ENTRY,
+        "        if current.ahead or not progress.shadow or not judge",
+        "        if not progress.shadow or not judge",
+        _KEPT,
+    ),
+    Mutant(
+        "who lends what it serves keeps what it packs that over",
+        "core/round/begin.py",
+        '        if writer.role == "inference" and catch_up:\n',
+        "        if False:\n",
+        _KEPT,
     ),
 )

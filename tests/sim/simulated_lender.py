@@ -41,6 +41,11 @@ class Lender(Agent):
         return True
 
     @property
+    def lends_standby(self) -> bool:
+        """And not what it serves."""
+        return self._lent is not None and self._lent.relays
+
+    @property
     def _held(self) -> list[Version]:
         assert self._lent is not None
         return self.beside if self._lent.relays else self.memory

@@ -16,6 +16,7 @@ from weightsync.orchestrator.protocol.messages import (
     Expose,
     Exposed,
     FromDaemon,
+    Grant,
     Holding,
     Left,
     Verified,
@@ -111,6 +112,13 @@ class ShadowWorker(Worker):
                 raise AssertionError(f"{self.member} is told {message}, which is for workers that land live")
             case _:
                 super().heard(message)
+
+    def granted(self, grant: Grant) -> None:
+        """What it lends of what it serves is packed where versions land."""
+        fresh = grant.round not in self.open
+        super().granted(grant)
+        if fresh and grant.round in self.open and self.lands == "copy" and not self.lends_standby:
+            self.landing = [GARBAGE] * len(SIZES)
 
     def _expose_beside(self, name: RoundName) -> None:
         if name != self.exposed:

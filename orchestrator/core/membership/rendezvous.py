@@ -34,6 +34,7 @@ def announced(turn: Turn, agent: ConnectedAgent, message: Announce) -> bool:
         if engine.name == agent.member.engine or (agent.member.role == "trainer" and engine.name not in fleet.unlike):
             engine.misfit = ""
     if agent.member.role == "inference":
+        fleet.engines[agent.member.engine].kept = None  # of another process, layout or landing
         fleet.needs_of = frozenset()
         _judge_modes(turn, agent.member.engine)
         _say_left_out(turn, agent.member, message.layout.left_out)

@@ -4,7 +4,7 @@ from weightsync.orchestrator.core import standby
 from weightsync.orchestrator.core.events import NO_PLAN, PlanFacts
 from weightsync.orchestrator.core.records import RoundBegan
 from weightsync.orchestrator.core.round import lending, phases
-from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.round.progress import KeptStandby, Progress, Round
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
@@ -28,11 +28,14 @@ def begin(
     ``plan`` in a catch-up, else by ``relay``. ``ahead``: the trainer still converts it.
     """
     fleet, lenders = turn.fleet, lenders or {}
+    kept = {} if ahead else _kept(fleet, version, engines, plan, lenders)
+    lenders = {name: lender for name, lender in lenders.items() if name not in kept}
     ranks = {a.member: a.hello.incarnation for name in engines for a in fleet.ranks_of(name)}
     name = RoundName(fleet.epoch, fleet.memory.round_number + 1)
     attempt = fleet.attempts.get(version, 0) + 1
     taking = frozenset(member for member in ranks if member.engine in lenders) if relay.connects else frozenset()
-    writers = plan.writers_of(frozenset(ranks) - taking) | relay.writers_of(taking)
+    written = frozenset(member for member in ranks if member.engine not in kept)
+    writers = plan.writers_of(written - taking) | relay.writers_of(taking)
     fleet.round = current = Round(
         name=name,
         version=version,
@@ -44,11 +47,12 @@ def begin(
         sources={writer: fleet.agents[writer].hello.incarnation for writer in writers},
         publish=publish_of(fleet, version),
         ahead=ahead,
+        restaged=fleet.memory.restaged.get(version, 0),
         plan=plan,
         relay=relay,
         lenders=lenders,
         lent=(
-            {member: lending.decided(fleet, lenders[member.engine], member.rank) for member in ranks}
+            {member: lending.decided(fleet, lenders[member.engine], member.rank) for member in written}
             if catch_up and lenders
             else {}
         ),
@@ -56,6 +60,13 @@ def begin(
         phase_began=turn.now,
         began=turn.now,
     )
+    for engine, known in kept.items():
+        current.engines[engine].kept = True
+        for member, (digest, size) in known.owed.items():
+            current.stands_by(member, digest, size)
+    for writer in writers:
+        if writer.role == "inference" and catch_up:
+            fleet.engines[writer.engine].kept = None  # what it lends is packed where that may lie
     fleet.first_attempt.setdefault(version, turn.now)
     # Journaled before anything is paused: whoever finds it knows which engines may be inside an update call.
     turn.append(RoundBegan(round=name, version=version, attempt=attempt, engines=tuple(engines)))
@@ -63,11 +74,26 @@ def begin(
     lent = f", from {', '.join(dict.fromkeys(lenders.values()))}" if lenders else ""
     lent = f" ({', '.join(lenders)}{lent[1:]})" if relay.connects else lent
     early = ", while the trainer converts it" if ahead else ""
-    what = f"{version} to {', '.join(engines)}{lent}, attempt {attempt}{early}"
+    there = f"; {', '.join(kept)} has all of it since an earlier one" if kept else ""
+    what = f"{version} to {', '.join(engines)}{lent}, attempt {attempt}{early}{there}"
     turn.say(f"{kind} {name} begins: {what}", event="round begins")
     phases.enter(turn, current, Phase.PAUSING)
     current.times.clear()  # entering the first phase booked a phase before it, which there was none
     phases.advance(turn, current)  # nobody has to be paused where all serve on
+
+
+def _kept(
+    fleet: Fleet, version: Version, engines: list[str], plan: PlanFacts, lenders: dict[str, str]
+) -> dict[str, KeptStandby]:
+    """Engines to which nothing has to be written. One that is to write on what stands by reads it as the present plan
+    says, so it must have landed by that."""
+    found = {name: known for name in engines if (known := standby.kept(fleet, name, version)) is not None}
+    seeds = set(lenders.values())
+    return {
+        name: known
+        for name, known in found.items()
+        if name not in seeds or all(plan.connects[m].fingerprint == landed for m, landed in known.landed.items())
+    }
 
 
 def publish_of(fleet: Fleet, version: Version) -> str:

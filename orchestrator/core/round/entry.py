@@ -6,8 +6,8 @@ from weightsync.orchestrator.core.commands import WriteMarker
 from weightsync.orchestrator.core.errors import Trouble
 from weightsync.orchestrator.core.events import Call
 from weightsync.orchestrator.core.records import Committed, Decided, LiveDirty, Taint
-from weightsync.orchestrator.core.round import blame, waits
-from weightsync.orchestrator.core.round.progress import Round
+from weightsync.orchestrator.core.round import blame, judge, waits
+from weightsync.orchestrator.core.round.progress import KeptStandby, Round
 from weightsync.orchestrator.core.round.summary import summary
 from weightsync.orchestrator.core.standby import hex_digest
 from weightsync.orchestrator.core.state import Unclosed
@@ -56,8 +56,10 @@ def mark_dirty(turn: Turn, current: Round) -> None:
 
 
 def expose(turn: Turn, current: Round, member: Member) -> None:
-    """Tell a worker that it may be written to, and by which of its edges. Said twice, it is answered twice."""
-    turn.send(member, Expose(round=current.name, relays=current.relays_to(member.engine)))
+    """Tell a worker that it may be written to, and by which of its edges. Said twice, it is answered twice; to one that
+    has all of the version, it would be the end of that."""
+    if not current.engines[member.engine].kept:
+        turn.send(member, Expose(round=current.name, relays=current.relays_to(member.engine)))
 
 
 def nothing(turn: Turn, current: Round) -> None:
@@ -120,17 +122,22 @@ def grant_to(turn: Turn, current: Round, writer: Member) -> None:
 
 def verify(turn: Turn, current: Round) -> None:
     """Add up what each worker should hold, and ask each for what it does hold."""
-    asked = [member for member in current.remaining_ranks() if current.in_wave(member.engine)]
-    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(asked, (NO_BYTES, 0))
+    asked = list(filter(current.owes_a_digest, current.remaining_ranks()))
+    current.expected |= _owed(current, asked)
+    for member in asked:
+        ask_to_verify(turn, current, member)
+
+
+def _owed(current: Round, members: Iterable[Member]) -> dict[Member, tuple[Digest, int]]:
+    """Digest and bytes of what these should hold, as their writers have told."""
+    sums: dict[Member, tuple[Digest, int]] = dict.fromkeys(members, (NO_BYTES, 0))
     for peers in current.closed.values():
         for target, sent in peers.items():
             if target in sums:
                 digest, size = sums[target]
                 sums[target] = (add_digests(digest, sent.digest), size + sent.bytes)
     # What a lender says that it sent was compared with that when it said it.
-    current.expected |= {member: (current.lent.get(member, digest), size) for member, (digest, size) in sums.items()}
-    for member in sums:
-        ask_to_verify(turn, current, member)
+    return {member: (current.lent.get(member, digest), size) for member, (digest, size) in sums.items()}
 
 
 def ask_to_verify(turn: Turn, current: Round, member: Member) -> None:
@@ -259,6 +266,28 @@ def record(turn: Turn, current: Round) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- out of turn
+def keep(turn: Turn, current: Round) -> list[str]:
+    """Before a round is given up: engines that land beside what they serve keep what they have, if that is all of the
+    version and nobody writes there any more, and are asked for its digest. Returns the others.
+
+    Not while the trainer still converts, which may come to other bytes.
+    """
+    others = []
+    for name in current.remaining():
+        engine, progress, members = turn.fleet.engines[name], current.engines[name], current.by_engine[name]
+        if current.ahead or not progress.shadow or not judge.whole(current, name):
+            engine.kept = None
+            others.append(name)
+        elif not progress.kept:
+            plan, owed = current.relay if current.relays_to(name) else current.plan, _owed(current, members)
+            landed = {member: plan.connects[member].fingerprint for member in members}
+            engine.kept = KeptStandby(current.name, current.version, current.restaged, owed, landed)
+            for member in members:
+                if member not in current.verified:
+                    ask_to_verify(turn, current, member)
+    return others
+
+
 def let_out(turn: Turn, current: Round, names: Iterable[str], why: Trouble) -> None:
     """Tell the workers of these engines to leave without the version, and the writers to write nothing more to them.
 

@@ -70,13 +70,27 @@ def _unwritten(current: Round, writer: Member, target: Member, sent: PeerTransfe
     return None
 
 
+def whole(current: Round, engine: str) -> bool:
+    """All that is owed to the engine was written, by writers that are done with it, and what it has written on was
+    that."""
+    ends = (
+        _unwritten(current, writer, target, sent) if (sent := current.closed.get(writer, {}).get(target)) else "open"
+        for writer, targets in current.writers.items()
+        for target in targets
+        if target.engine == engine
+    )
+    told = (member for member in current.ranks if engine in (member.engine, current.lenders.get(member.engine)))
+    return not any(ends) and not any(_unlike(current, member) for member in told)
+
+
 def _unlike(current: Round, target: Member) -> Trouble | None:
     """What was lent, once all of it is told, is what was decided: else the lender serves something else."""
     owed = current.lent.get(target)
     said = [current.closed.get(writer, {}).get(target) for writer, to in current.writers.items() if target in to]
-    if owed is None or not all(said):
+    there = [sent for sent in said if sent is not None and not sent.error]
+    if owed is None or len(there) < len(said):
         return None
-    digest = add_digests(*(sent.digest for sent in said if sent is not None))
+    digest = add_digests(*(sent.digest for sent in there))
     lender = current.lenders[target.engine]
     was = "was decided" if current.catch_up else "it has verified"
     what = f"{lender} has lent {target} bytes of digest {hex_digest(digest)}, and {hex_digest(owed)} {was}"

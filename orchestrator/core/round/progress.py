@@ -50,11 +50,28 @@ class Progress:
     """How long the slowest of its workers looked at what it holds after the switch, beside serving."""
     left_out: str = ""
     """Why the round goes on without it."""
+    kept: bool = False
+    """All that an earlier attempt has written to it stands by, verified: nothing more is."""
 
     @property
     def shadow(self) -> bool:
         """Nothing remote reaches its live memory: a whole version lands beside it."""
         return self.lands != "live"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptStandby:
+    """What a round that was given up has written to one engine, all of it, and which stays there: the next attempt
+    writes it no more, once its workers say that this is what they have in their standby."""
+
+    round: RoundName
+    version: Version
+    restaged: int
+    """Of which staging it is: a version that FAILED may come again with other weights."""
+    owed: dict[Member, tuple[Digest, int]]
+    """By rank, digest and bytes of what its writers said they sent."""
+    landed: dict[Member, str]
+    """By rank, the fingerprint of the Connect by which that came."""
 
 
 @dataclass(slots=True)
@@ -76,6 +93,8 @@ class Round:
     """The version is not published yet: it is written while the trainer converts it, and not decided before."""
     publish: str = ""
     """Trace context of the publish that it is for."""
+    restaged: int = 0
+    """How often the version had been staged before."""
     plan: PlanFacts = NO_PLAN
     """By which they write."""
     relay: PlanFacts = NO_PLAN
@@ -187,6 +206,13 @@ class Round:
         """Whether the engine is in the round and was not left out."""
         progress = self.engines.get(engine)
         return progress is not None and not progress.left_out
+
+    def stands_by(self, member: Member, digest: Digest, size: int) -> None:
+        """This rank has verified the version before the round began."""
+        self.expected[member] = digest, size
+        self.verified[member] = Verified(
+            round=self.name, digest=digest, bytes=size, apply_seconds=0.0, digest_seconds=0.0
+        )  # fmt: skip
 
     def remaining_ranks(self) -> Iterator[Member]:
         """Inference ranks of the engines that were not left out."""

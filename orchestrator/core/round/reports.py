@@ -304,7 +304,7 @@ def give_up(turn: Turn, current: Round, why: Trouble) -> None:
         turn.say(f"{round_of} failed after the first grant: {why.reason}; {then}", "error", event="round given up")
     else:
         turn.say(f"{round_of} is given up before anything was written: {why.reason}", "warning", event="round given up")
-    entry.let_out(turn, current, current.remaining(), why)
+    entry.let_out(turn, current, entry.keep(turn, current), why)
     for name in current.remaining():
         if name in current.lenders and current.lending:
             blame.pass_over(turn, name, current.lenders[name], why.reason)

@@ -11,7 +11,6 @@ from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.core.state import Fleet
 from weightsync.orchestrator.core.turn import Turn
-from weightsync.orchestrator.protocol.messages import Verified
 from weightsync.orchestrator.protocol.names import RoundName, Version
 
 SHOWN: Final = 8
@@ -104,11 +103,7 @@ def begin(turn: Turn, version: Version, engines: list[str], why: str) -> None:
     for engine in engines:
         current.engines[engine].paused = fleet.engines[engine].paused is True
     for member, agent in ranks.items():
-        digest = agent.status.standby_digest  # which ``believed`` has compared with the journal's
-        current.expected[member] = (digest, 0)
-        current.verified[member] = Verified(
-            round=name, digest=digest, bytes=0, apply_seconds=0.0, digest_seconds=0.0
-        )  # fmt: skip
+        current.stands_by(member, agent.status.standby_digest, 0)  # which ``believed`` has compared with the journal's
     turn.append(RoundBegan(round=name, version=version, attempt=1, engines=tuple(engines)))
     turn.say(f"rollback {name} begins: {version} to {', '.join(engines)}: {why}", "warning", event="round begins")
     phases.enter(turn, current, Phase.DECIDING)

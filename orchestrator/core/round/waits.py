@@ -28,7 +28,8 @@ def not_quiesced(fleet: Fleet, current: Round) -> Iterator[str]:
 
 def not_exposed(fleet: Fleet, current: Round) -> Iterator[str]:
     """Workers that have not said that they count as written to."""
-    return _missing(current.remaining_ranks(), current.exposed)
+    written = (member for member in current.remaining_ranks() if not current.engines[member.engine].kept)
+    return _missing(written, current.exposed)
 
 
 def writers_away(current: Round) -> Iterator[Member]:

@@ -229,7 +229,8 @@ class Driven:
                 for member in [member for member in everybody if not self.shadow(member.engine)]:
                     self.says(member, Quiesced(round=going.name))
             case Phase.EXPOSING:
-                for member in everybody:
+                kept = {name for name, progress in going.engines.items() if progress.kept}
+                for member in [member for member in everybody if member.engine not in kept]:
                     self.says(member, Exposed(round=going.name))
             case Phase.MARKING | Phase.DECIDING | Phase.RECORDING:
                 self.durable()
@@ -285,7 +286,7 @@ class Driven:
     def verified(self, **more: Any) -> Verified:
         """What an honest worker finds."""
         found = {
-            "round": self.round.name,
+            "round": more.get("round") or self.round.name,
             "digest": self.digest,
             "bytes": BYTES_PER_EDGE,
             "apply_seconds": 0.0,

@@ -8,7 +8,7 @@ import torch
 from weightsync.agents.memory import quarantine as module
 from weightsync.agents.memory.arena import host_arena
 from weightsync.agents.memory.errors import MemoryPlacementError
-from weightsync.agents.memory.quarantine import MOST, keep, quarantine, room
+from weightsync.agents.memory.quarantine import MOST, keep, quarantine, room, spare
 
 SIZE = 8 << 20
 
@@ -53,7 +53,7 @@ def test_there_is_an_end() -> None:
     for _ in range(MOST):
         quarantine(host_arena(mmap.PAGESIZE))
     assert room() == 0
-    with pytest.raises(MemoryPlacementError, match=f"of host memory, {MOST} arenas can"):
+    with pytest.raises(MemoryPlacementError, match=f"{MOST} arenas can"):
         quarantine(host_arena(mmap.PAGESIZE))
 
 
@@ -69,3 +69,20 @@ def test_a_word_stays_mapped() -> None:
     keep(word)
     del word
     assert resident(address) >= 0
+
+
+def test_a_spare_of_host_memory_is_an_arena_of_that_size() -> None:
+    assert (memory := spare(SIZE, torch.device("cpu"))).numel() == SIZE
+    assert memory.data_ptr() % mmap.PAGESIZE == 0
+
+
+@pytest.mark.parametrize("free", [SIZE, 2 * SIZE - 1, 2 * SIZE])
+def test_a_spare_of_a_gpus_memory_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """``tests/gpu/test_late_writers.py`` has it on a GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100 * SIZE))
+    monkeypatch.setattr(module, "arena", lambda size, device: torch.empty(size, device="meta"))
+    if free < 2 * SIZE:
+        with pytest.raises(MemoryPlacementError, match=f"more than half of the {free} that are free on cuda:0"):
+            spare(SIZE, torch.device("cuda", 0))
+    else:
+        assert spare(SIZE, torch.device("cuda", 0)).numel() == SIZE

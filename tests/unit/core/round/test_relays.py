@@ -10,7 +10,7 @@ from fleets import BYTES_PER_EDGE, rank, trainer
 from weightsync.orchestrator.core import conditions
 from weightsync.orchestrator.core.commands import MakePlan
 from weightsync.orchestrator.core.errors import InvariantViolation
-from weightsync.orchestrator.core.events import HoldAsked, PlanReady, PlanRejected
+from weightsync.orchestrator.core.events import AbortAsked, HoldAsked, PlanReady, PlanRejected
 from weightsync.orchestrator.core.invariants import commanded
 from weightsync.orchestrator.core.records import GrantOver, LiveDirty, RoundEnded
 from weightsync.orchestrator.core.round import relays
@@ -356,6 +356,27 @@ def test_a_seed_of_other_bytes_than_it_has_verified_ends_the_attempt(drive: Any)
     assert "it has verified: end e0" in going.reason
     fleet.passes(fleet.policy.backoff)
     assert fleet.round.lenders == {}, "nothing is taken from it for a while"
+    assert fleet.round.writers == {trainer(): (E0, E1)}, "and it may not switch to that either"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_seed_writes_on_what_it_keeps_if_it_has_landed_by_the_present_plan(drive: Any, other: bool) -> None:
+    fleet = wave(drive, 0, Phase.VERIFYING)
+    fleet.happens(AbortAsked(fleet.id(), "ann", ""))
+    fleet.says(E0, fleet.verified(round=fleet.sent(E0, Verify)[0].round))
+    seed = fleet.fleet.engines["e0"]
+    if other:
+        seed.kept = dataclasses.replace(seed.kept, landed={E0: "by edges of before"})
+    fleet.settle()
+    fleet.passes(fleet.policy.backoff)
+    fleet.settle()
+    fleet.passes(0.0)
+    going = fleet.round
+    assert going.lenders == TAKING
+    assert going.writers == ({trainer(): (E0,)} if other else {}) | {E0: (E1, E2)}
+    assert going.engines["e0"].kept is not other
+    fleet.to(Phase.DECIDING)
+    assert [grant.members for grant in fleet.sent(E0, Grant)] == [(E1, E2)]
 
 
 @pytest.mark.parametrize("retry", [True, False])
@@ -368,7 +389,7 @@ def test_what_goes_wrong_between_engines_is_nobodys_failure(drive: Any, retry: b
     goes_on_with_the_trainer(fleet, going)
     assert [fleet.fleet.engines[name].failures for name in ENGINES] == [0, 0, 0]
     fleet.passes(fleet.policy.backoff)
-    assert fleet.round.writers == {trainer(): (E0, E1, E2)}
+    assert fleet.round.writers == {trainer(): (E1, E2)}, "e0 has verified what stands by, and keeps it"
 
 
 def test_an_edge_between_engines_that_breaks_is_taken_over_by_the_trainer(drive: Any) -> None:
@@ -377,8 +398,7 @@ def test_an_edge_between_engines_that_breaks_is_taken_over_by_the_trainer(drive:
     broken = PeerTransfer(E1, 0, 0, 0.0, (0, 0), "connection reset")
     fleet.says(E0, Closed(round=going.name, peers=(broken,), final=False))
     goes_on_with_the_trainer(fleet, going)
-    assert fleet.sent(E0, Abort)[-1].members == (E1, E2)
-    assert fleet.sent(E0, Abort)[0].members == (), "it drops what stands by, too"
+    assert [abort.members for abort in fleet.sent(E0, Abort)] == [(E1, E2)], "what stands by there is whole"
 
 
 def test_who_is_written_to_and_is_lost_is_left_out_alone(drive: Any) -> None:
