@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from weightsync.orchestrator.protocol.messages import (
+    Abort,
     Closed,
     Commit,
     FromAgent,
@@ -22,7 +23,7 @@ from weightsync.orchestrator.protocol.messages import (
     Verified,
     Verify,
 )
-from weightsync.orchestrator.protocol.names import Member, RoundName
+from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 from weightsync.orchestrator.protocol.traces.context import Span, SpanSink, Value, child, is_context, of_version
 from weightsync.orchestrator.protocol.traces.export import OtlpSpans, TracesUnavailable
 
@@ -34,6 +35,8 @@ MAX_OPEN: Final = 64
 """Spans whose end is waited for; one whose end never comes makes room for a newer one."""
 
 NANO: Final = 10**9
+
+UNFINISHED: Final = "the agent has left before its end"
 
 
 def span_sink(run_id: str, member: Member, environ: Mapping[str, str] = os.environ) -> SpanSink | None:
@@ -69,6 +72,9 @@ class AgentTraces:
                 self._begin("switch", message.round, message.trace)
             case Commit():
                 self._begin("switch", message.round, message.trace)
+            case Abort():  # nobody switches any more; what a writer has begun ends when it has closed
+                self._end("verify", message.round, message.reason or "given up", {})
+                self._open.pop(("switch", message.round), None)
             case Outcome():
                 self._published(message)
             case _:
@@ -97,9 +103,15 @@ class AgentTraces:
                 pass
 
     def close(self) -> None:
-        """Nothing more is heard or said."""
-        if self._sink is not None:
-            self._sink.close()
+        """Nothing more is heard or said: what has not ended ends here, as failed."""
+        if self._sink is None:
+            return
+        for what, about in list(self._open):
+            if isinstance(about, RoundName) and what != "switch":  # one that was due may never have begun
+                self._end(what, about, UNFINISHED, {})
+            elif isinstance(about, Version):
+                self._published(Outcome(version=about, committed=False, reason=UNFINISHED))
+        self._sink.close()
 
     def _begin(self, what: str, about: object, parent: str) -> None:
         if is_context(parent):

@@ -36,6 +36,9 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"give --config PATH, set {CONFIG_VARIABLE}, or give --state DIR", file=sys.stderr)
         return Exit.USAGE
     directory = load(options.config).state_directory if options.state is None else Path(options.state)
+    if options.state is not None and not directory.is_dir():
+        print(f"{clean(str(directory))}: is no directory. Fix: give that of audit.jsonl", file=sys.stderr)
+        return Exit.CONFIG
     try:
         found = verify(directory, options.noted)
     except (OSError, ValueError) as error:
@@ -49,6 +52,8 @@ def _verify(options: argparse.Namespace) -> int:
     if found.problems:
         return Exit.REFUSED
     print(
-        f"lines {found.first} to {found.last} are whole; the last one's hash: {found.head}" if found.last else "no line"
+        f"lines {found.first} to {found.last} are whole; the last one's hash: {found.head}"
+        if found.last
+        else f"no line yet in {clean(str(directory))}"
     )
     return Exit.OK

@@ -6,6 +6,7 @@ Keys are of the curve P-256. The names of clients are URIs, as ``daemon/access/t
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,8 @@ from weightsync.orchestrator.settings.problems import ConfigError, Problem
 
 CA: Final = "ca"
 DAEMON: Final = "daemon"
+
+_NAME: Final = re.compile(r"[A-Za-z0-9*_][A-Za-z0-9_.-]{0,252}")
 
 _SLACK: Final = datetime.timedelta(hours=1)
 """Clocks of one cluster differ by seconds."""
@@ -38,15 +41,16 @@ def make_certificates(directory: Path, hosts: Sequence[str], roles: Sequence[str
 
     Raises:
         ConfigError: no role's name, or files of another kind are there.
+        ValueError: one of ``hosts`` is no name and no address.
         OSError: the directory cannot be written.
     """
     for role in roles:
         if credential_named(role) is None:
             raise ConfigError(directory, Problem("", "", f"{role!r} is no role", f"use one of {', '.join(ROLES)}"))
+    names = [_host(host) for host in hosts]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     made: list[Path] = []
     authority = _authority(directory, days, made)
-    names = [_host(host) for host in hosts]
     _issue(directory, DAEMON, names, ExtendedKeyUsageOID.SERVER_AUTH, authority, days, made)
     for role in roles:
         uri = x509.UniformResourceIdentifier(SCHEME + role)
@@ -146,4 +150,6 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
+        if not _NAME.fullmatch(text):
+            raise ValueError(f"--host {text!r} is neither a host's name nor an address") from None
         return x509.DNSName(text)

@@ -26,6 +26,13 @@ FAREWELL_SECONDS: Final = 0.1
 """For the end of a TLS connection, which takes an answer of the daemon; aiohttp does not wait for it."""
 
 
+_ADDRESS: Final = "give the daemon's own address, as its listen or advertise_url say, without a path"
+
+_NO_TOKEN: Final = "give --token-file, or --config of the daemon (then its credentials serve)"
+
+_TOKEN: Final = "--token-file must name a file of that role, in the credentials of this very daemon"
+
+
 class Unreachable(Exception):
     """No usable answer from the daemon."""
 
@@ -94,14 +101,14 @@ async def fetch(
         ):
             if response.status in (401, 403):
                 why = clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip(), 300)
-                raise Denied(f"{where} refuses the token: {why}. Fix: --token-file must name one of that role")
+                raise Denied(f"{where} refuses the token: {why}. Fix: {_TOKEN if token else _NO_TOKEN}")
             if order is not None and response.status != 200 and response.content_type == "text/plain":
                 raise NotDone(clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip()))
             if response.status == 503:
                 why = clean((await response.content.read(MAX_REFUSAL_BYTES)).decode(errors="replace").strip(), 300)
                 raise Unreachable(f"{where} answered 503: {why}")
             if response.status != 200:
-                raise Unreachable(f"{where} answered {response.status}: is that the daemon's URL?")
+                raise Unreachable(f"{where} answered {response.status}. Fix: {_ADDRESS}")
             data = bytearray()
             async for chunk in response.content.iter_any():
                 data += chunk
@@ -112,9 +119,20 @@ async def fetch(
         raise Unreachable(f"{where} did not answer within {timeout_seconds:g} s") from error
     except aiohttp.ClientConnectorError as error:
         reason = error.os_error.strerror or str(error)
-        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}") from error
+        raise Unreachable(f"the daemon cannot be reached at {where}: {reason}. Fix: {_fix(error)}") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise Unreachable(f"the daemon cannot be reached at {where}: {error}") from error
+        raise Unreachable(f"the daemon cannot be reached at {where}: {error}. Fix: {_fix(error)}") from error
     finally:
         if tls is not None:
             await asyncio.sleep(FAREWELL_SECONDS)
+
+
+def _fix(error: Exception) -> str:
+    """What to do about a connection that did not come about, or broke."""
+    if isinstance(error, ssl.SSLCertVerificationError) or isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return f"{TLS_VARIABLES[0]} must name the ca.pem of this run, and the URL a name that certs was given as --host"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "write http:// where the daemon has no listen.tls; else another program has that port"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "start it (weightsync-orchestrator run), or give the address that it has (--url, listen, advertise_url)"
+    return "write https:// where the daemon has listen.tls; else another program has that port, or it is ending"

@@ -44,9 +44,9 @@ class Exit(IntEnum):
     USAGE = 2, "all", "the command line is wrong; `status --check`: critical; `doctor`: errors", "no"
     REFUSED = (
         65,
-        "verbs, `rounds show`, `audit`",
-        "the daemon refuses what was asked for, or there is no such round; the message says why, and what there is;"
-        " `audit verify`: the log is not what was written",
+        "verbs, `rounds show`, `admin-key`, `audit`",
+        "the daemon refuses what was asked for, or there is no such round or engine; the message says why, and what"
+        " there is; `audit verify`: the log is not what was written",
         "no",
     )
     UNAVAILABLE = (

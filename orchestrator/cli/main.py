@@ -188,8 +188,12 @@ def _admin_key(options: argparse.Namespace) -> int:
     settings = load(options.config)
     keys = admin_keys(read_credentials(settings.credentials), settings.run.id, options.engine)
     if not keys:
-        print(f"{settings.credentials} has no token for engine {options.engine}", file=sys.stderr)
+        fix = f"weightsync-orchestrator tokens {settings.credentials} --role engine.{options.engine}"
+        print(f"{settings.credentials} has no token for engine {options.engine}. Fix: {fix}", file=sys.stderr)
         return Exit.CONFIG
+    if settings.engines_admit is None and options.engine not in (known := [each.name for each in settings.engines]):
+        print(f"there is no engine {options.engine!r}; engines are: {', '.join(known)}", file=sys.stderr)
+        return Exit.REFUSED
     print(json_text({"engine": options.engine, "key": keys[0]}) if options.json else keys[0])
     return Exit.OK
 
@@ -210,6 +214,9 @@ def _say_made(options: argparse.Namespace, make: Callable[[], list[Path]]) -> in
     directory: Path = options.directory
     try:
         made = [str(path) for path in make()]
+    except (FileExistsError, NotADirectoryError):
+        print(f"{directory}: is no directory. Fix: name one, or where one can be made", file=sys.stderr)
+        return Exit.CONFIG
     except (OSError, ValueError) as error:
         print(f"{directory}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return Exit.CONFIG

@@ -12,7 +12,16 @@ from typing import Final
 
 import msgspec
 from weightsync.orchestrator.cli.client import Denied, Unreachable, fetch, tls_for, token_for
-from weightsync.orchestrator.cli.common import Commands, Exit, add_command, add_config_option, count, positive, seconds
+from weightsync.orchestrator.cli.common import (
+    CONFIG_VARIABLE,
+    Commands,
+    Exit,
+    add_command,
+    add_config_option,
+    count,
+    positive,
+    seconds,
+)
 from weightsync.orchestrator.daemon.admin.views import LayoutsView
 from weightsync.orchestrator.forecast.explain import LINKS, explain
 from weightsync.orchestrator.forecast.published_models import GEOMETRIES
@@ -44,6 +53,10 @@ class LayoutFile(msgspec.Struct, frozen=True):
 
 class Unusable(Exception):
     """Layouts cannot be read; the message says which and why."""
+
+
+class NothingNamed(Exception):
+    """The command line says neither a place of layouts nor a model."""
 
 
 def add_plan_commands(commands: Commands) -> None:
@@ -147,6 +160,10 @@ def _planned(options: argparse.Namespace, parties: Callable[[], list[Party]]) ->
         code, reason = Exit.DENIED, str(error)
     except Unreachable as error:
         code, reason = Exit.TEMPORARY, str(error)
+    except NothingNamed:
+        code, reason = Exit.USAGE, f"give --from PATH_OR_URL, --config PATH, or set {CONFIG_VARIABLE}"
+        if "model" in options:
+            reason += "; or name a published model: --model"
     except (Unusable, PlanError) as error:
         reason = str(error)
     print(reason, file=sys.stderr)
@@ -157,13 +174,14 @@ def _read(options: argparse.Namespace, measured: dict[str, float]) -> list[Party
     """The layouts that ``--from`` or ``--config`` names; ``measured`` is given what a daemon has seen of its links.
 
     Raises:
+        NothingNamed: there is no such place.
         Unusable, Denied, Unreachable: none can be had from there.
         ConfigError: the configuration or the token file cannot be used.
     """
     settings = load(options.config) if options.config is not None and options.source is None else None
     where: str | None = options.source if settings is None else settings.agents_url
     if where is None:
-        raise Unusable("name the layouts: --from PATH_OR_URL, or --config PATH for the daemon of a configuration")
+        raise NothingNamed
     if where.startswith(("http://", "https://")):
         token = token_for(options.token_file, settings)
         view = _from_daemon(where.rstrip("/") + ROUTE, token, options.timeout, tls_for(where, settings))

@@ -77,7 +77,7 @@ def report(options: argparse.Namespace) -> int:
     try:
         options.out.write_text(page(view, time.time()), encoding="utf-8")
     except OSError as error:
-        print(f"{options.out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"{options.out} cannot be written: {error.strerror}. Fix: give another --out", file=sys.stderr)
         return Exit.IO
     print(f"{len(view.rounds)} rounds: {Path(options.out).absolute()}")
     return Exit.OK

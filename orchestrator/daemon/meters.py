@@ -7,7 +7,7 @@ engines that are members now: their number is bounded by the fleet's, and no ran
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,6 +29,7 @@ from weightsync.orchestrator.core.events import (
     PlanRejected,
 )
 from weightsync.orchestrator.daemon.admin.views import RoundRow
+from weightsync.orchestrator.protocol.messages import Fault
 
 PREFIX: Final = "weightsync_"
 
@@ -40,6 +41,10 @@ SHORT_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 RATES: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 """Gigabytes per second of the slowest sender: from TCP to NVLink."""
+
+FAULTS: Final = tuple(fault for fault in get_args(Fault) if fault)
+
+ROLES: Final = ("trainer", "inference")
 
 PARTS: Final = (
     "pausing", "quiescing", "exposing", "writing", "verifying", "switching", "stall", "switch", "audit", "skew",
@@ -93,9 +98,14 @@ class Meters:
         self._left_out: defaultdict[str, int] = defaultdict(int)
         self._paused: defaultdict[str, float] = defaultdict(float)
         self._paused_since: dict[str, float] = {}
-        for outcome, fault in (("committed", ""), ("failed", "engine"), ("failed", "trainer"), ("failed", "daemon"),
-                               ("failed", "network"), ("failed", "config")):  # fmt: skip
-            self._rounds.labels(outcome, fault)  # from the first scrape on, so that a rate sees the first one
+        # From the first scrape on, so that a rate sees the first one.
+        self._rounds.labels("committed", "")
+        for fault in FAULTS:
+            self._rounds.labels("failed", fault)
+            self._refused.labels(fault)
+        for role in ROLES:
+            self._connected.labels(role)
+            self._lost.labels(role)
 
     # --------------------------------------------------------------------------------------------------- what is told
     def journal_at(self, path: Path) -> None:

@@ -142,6 +142,40 @@ def test_a_round_under_way_is_shown_while_it_waits(chromium: Browser, fleet: Wat
         clean(page, fleet)
 
 
+PROBLEMS = "[...document.querySelectorAll('#view-fleet .problems li')].map((li) => li.innerText).join('\\n')"
+
+
+def test_a_fault_in_a_round_is_told_and_what_heals_is_shown_without_a_reload(
+    chromium: Browser, fleet: WatchedFleet
+) -> None:
+    """An engine is killed in the middle of a round, then the daemon; both come back. The page is never loaded anew."""
+    tab = signed_in(chromium, fleet, "viewer")
+    tab.shows("Last round: publish of step", "#view-fleet .panel h2")
+    tab.look("window.loaded = 'once'")
+    with fleet.stopped_in_round("e0", 11):
+        engine = fleet.standins["e0"].process
+        assert engine is not None
+        engine.kill()
+        tab.until(f"/e0: .*(unreachable|torn)/.test({PROBLEMS})", "the engine's problem")
+        assert "Fix" in tab.look(PROBLEMS) or "start its server" in tab.look(PROBLEMS)
+        daemon = fleet.fleet.daemon
+        assert daemon is not None
+        daemon.kill()
+        daemon.stop()
+        tab.shows("not live: the daemon does not answer", "#link")
+        fleet.fleet.start_daemon()
+        tab.until("document.getElementById('link').textContent === 'live'", "the stream to come back by itself")
+        tab.until(f"/e0: .*(unreachable|torn)/.test({PROBLEMS})", "the next daemon to tell of it")
+    fleet.standins["e0"].start()
+    fleet.committed()
+    tab.shows("step 11", ".tiles")
+    tab.until(f"!/e0:/.test({PROBLEMS})", "the problem to be gone")
+    tab.until("document.querySelector('.engines').innerText.split('step 11').length === 3", "both to serve it")
+    assert tab.look("window.loaded") == "once"
+    others = [text for text in tab.complaints if not text.startswith("Failed to load resource: net::ERR_")]
+    assert others == [], "the daemon was away for a while, and nothing else"
+
+
 def test_a_wrong_token_is_told_and_a_viewer_cannot_act(chromium: Browser, fleet: WatchedFleet) -> None:
     tab = chromium.open(fleet.url)
     tab.shows("Sign in")

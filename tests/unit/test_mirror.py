@@ -56,6 +56,7 @@ WITHOUT_A_MODULE = {
     "test_alerts.py": "deploy/monitoring/",
     "test_deploy.py": "the files under deploy/",
     "test_docs.py": "the pages under docs/",
+    "test_doc_blocks.py": "the fenced blocks of README.md and the pages under docs/",
     "test_hooks.py": ".pre-commit-config.yaml",
     "test_preloaded.py": "tests/e2e/preloaded.py, from which the e2e tests start their processes",
     "test_families.py": "what make families prints, and docs/models.md",

@@ -35,7 +35,8 @@ async def daemon(settings: Settings, timeout_seconds: float) -> list[Finding]:
         fix = f"is it another run's daemon? It reads {settings.credentials} again whenever that changes"
         return [Finding("error", str(error).partition(". Fix: ")[0], fix, "daemon")]
     except Unreachable as error:
-        return [Finding("note", f"none runs that could be asked: {error}", check="daemon")]
+        what, _, fix = str(error).partition(". Fix: ")
+        return [Finding("note", f"none runs that could be asked: {what}", fix, "daemon")]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         what = f"{url}/status is not answered as the daemon answers it"
         return [Finding("error", what, "another program has that port, or stands before it: mend url", "daemon")]

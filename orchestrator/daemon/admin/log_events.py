@@ -112,6 +112,7 @@ EVENTS: Final[dict[str, str]] = {
     "further refusals": "how many of a kind were not said",
     # The run directory
     "marker stale": "STABLE of an earlier trainer", "marker not believed": "why",
-    "marker not written": "why", "the run directory cannot be scanned": "a bug; it is tried again",
+    "marker not written": "why; it is tried again", "marker written after all": "there is room again",
+    "the run directory cannot be scanned": "a bug; it is tried again",
     "the run directory is looked at by the clock": "nothing tells of changes",
 }  # fmt: skip

@@ -86,7 +86,9 @@ def routes(views: Views) -> list[web.RouteDef]:
 
     async def show_layouts(_: web.Request) -> web.StreamResponse:
         found = await views.layouts()
-        return web.Response(status=404, text="there is no plan yet\n") if found is None else _json(found)
+        if found is None:
+            return web.Response(status=503, text="there is no plan yet: it is made when trainer and engines have met\n")
+        return _json(found)
 
     async def show_work(_: web.Request) -> web.StreamResponse:
         obstacle = await views.obstacle()

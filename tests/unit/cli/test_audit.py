@@ -17,7 +17,7 @@ def append(directory: Path, verb: str) -> str:
 
 async def test_a_whole_log_a_broken_one_and_one_that_was_cut(config: Path) -> None:
     state = load(config, {}).state_directory
-    assert (await cli("audit", "verify", "--config", config)).out == "no line\n"
+    assert (await cli("audit", "verify", "--config", config)).out == f"no line yet in {state}\n"
     first, second = append(state, "hold"), append(state, "release")
     done = await process("audit", "verify", "--config", config, "--noted", first)
     assert (done.code, done.out) == (0, f"lines 1 to 2 are whole; the last one's hash: {second}\n")
@@ -40,6 +40,8 @@ async def test_a_whole_log_a_broken_one_and_one_that_was_cut(config: Path) -> No
 async def test_what_it_is_not_told(tmp_path: Path) -> None:
     done = await cli("audit", "verify")
     assert (done.code, "give --config PATH" in done.err) == (2, True)
+    mistyped = await cli("audit", "verify", "--state", tmp_path / "mistyped")
+    assert (mistyped.code, "mistyped: is no directory" in mistyped.err) == (78, True)
     (tmp_path / "audit.jsonl").mkdir()
     done = await cli("audit", "verify", "--state", tmp_path)
     assert (done.code, "Is a directory" in done.err) == (78, True)

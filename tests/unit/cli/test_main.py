@@ -109,6 +109,8 @@ async def test_the_key_of_an_engines_admin_routes(config: Path) -> None:
     done = await cli("admin-key", "a", "--config", config)
     key = admin_key(TOKENS["engine"], "glm", "a")
     assert (done.code, done.out) == (0, key + "\n")
+    nobody = await cli("admin-key", "nobody", "--config", config)
+    assert (nobody.code, nobody.out, "engines are: a" in nobody.err) == (65, "", True)
     told = await cli("admin-key", "a", "--json", "--config", config)
     assert json.loads(told.out) == {"engine": "a", "key": key}
     (config.parent / "credentials" / "engine.token").rename(config.parent / "credentials" / "engine.b.token")

@@ -89,8 +89,12 @@ def test_what_cannot_be_planned(tmp_path, parties, capsys):
 
 def test_neither_place_nor_configuration(capsys, monkeypatch):
     monkeypatch.delenv("WEIGHTSYNC_CONFIG", raising=False)
-    assert main(["plan", "explain"]) == Exit.CONFIG
-    assert "--from PATH_OR_URL" in capsys.readouterr().err
+    assert main(["plan", "explain"]) == Exit.USAGE
+    told = capsys.readouterr().err
+    assert "--from PATH_OR_URL" in told
+    assert "--model" not in told
+    assert main(["plan", "simulate"]) == Exit.USAGE
+    assert "--model" in capsys.readouterr().err
 
 
 class Daemon:

@@ -101,7 +101,7 @@ async def test_it_serves_until_it_is_told_to_stop(settings: Settings) -> None:
         status = await asked(port, "/status")
         assert (status["run"], status["epoch"], status["round"]) == ("glm", 1, None)
         assert (await asked(port, "/rounds"))["rounds"] == []
-        assert await answer(port, "/plan/layouts") == 404
+        assert await answer(port, "/plan/layouts") == 503
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(task, SECONDS)
 

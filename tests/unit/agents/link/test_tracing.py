@@ -6,6 +6,7 @@ from weightsync.agents.link import tracing
 from weightsync.agents.link.tracing import MAX_OPEN, AgentTraces, span_sink
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.messages import (
+    Abort,
     Closed,
     Commit,
     EngineStatus,
@@ -114,6 +115,30 @@ def test_a_shadow_worker_says_how_long_its_switch_and_its_audit_took() -> None:
     assert [(span.name, *times(span), span.error) for span in sink.spans[1:]] == [
         ("switch", 107.75, 108.0, ""), ("audit", 108.0, 110.0, "torn"),
     ]  # fmt: skip
+
+
+def test_a_round_that_is_given_up_ends_what_its_worker_had_begun() -> None:
+    traces, sink, clock = traces_of(WORKER)
+    traces.heard(Verify(round=NAME, version=VERSION, deadline_seconds=1, trace=ROUND))
+    clock.now += SECOND
+    traces.heard(Abort(round=NAME, torn=False, reason="e1 is gone"))
+    traces.said(Left(round=NAME, status=EngineStatus()))
+    assert [(span.name, *times(span), span.error) for span in sink.spans] == [("verify", 100.0, 101.0, "e1 is gone")]
+    assert traces._open == {}
+
+
+def test_what_an_agent_leaves_undone_ends_with_it_as_failed() -> None:
+    traces, sink, clock = traces_of(TRAINER)
+    traces.said(staged(ROOT))
+    traces.heard(
+        Grant(round=NAME, version=VERSION, fingerprint="f", members=(WORKER,), deadline_seconds=1, trace=ROUND)
+    )
+    clock.now += SECOND
+    traces.close()
+    assert [(span.name, span.parent, span.end / SECOND, span.error) for span in sink.spans[2:]] == [
+        ("publish", "", 101.0, tracing.UNFINISHED), ("write", ROUND, 101.0, tracing.UNFINISHED),
+    ]  # fmt: skip
+    assert sink.closed
 
 
 def test_what_has_no_context_or_never_ends_costs_nothing() -> None:

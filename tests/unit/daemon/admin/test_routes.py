@@ -119,7 +119,7 @@ async def test_nothing_without_the_token_but_health(tmp_path: Path, token: str |
 
 async def test_layouts(tmp_path: Path) -> None:
     async with serving(tmp_path, admin.routes(Fixed())) as url:
-        assert (await get(url + "/plan/layouts"))[0] == 404
+        assert (await get(url + "/plan/layouts"))[0] == 503
     async with serving(tmp_path, admin.routes(Fixed(LayoutsView(run="glm", root="f", parties=())))) as url:
         assert msgspec.json.decode((await get(url + "/plan/layouts"))[1])["root"] == "f"
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import structlog
 from weightsync.orchestrator.daemon.run_directory import thread
+from weightsync.orchestrator.daemon.run_directory.markers import MarkerWriteError
 from weightsync.orchestrator.daemon.run_directory.scan import Scan
 from weightsync.orchestrator.daemon.run_directory.thread import MarkerThread
 from weightsync.orchestrator.protocol.markers import MarkerError
@@ -102,6 +103,59 @@ async def test_a_failed_write_is_logged_and_nothing_else(
     assert [(line["event"], line["marker"], line["version"], line["reason"]) for line in logs] == [
         ("marker not written", "FAILED", str(VERSION), str(error))
     ]
+
+
+async def test_what_a_full_disk_refused_is_a_problem_until_it_is_written(
+    tmp_path: Path, markers: MarkerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, tried again with each scan, and nothing of it is lost."""
+    real = thread.write_marker
+
+    def full(directory: Path, kind: Any, told: Any) -> None:
+        raise MarkerWriteError(28, f"{kind} cannot be written: No space left on device", f"step_{told.step}/{kind}")
+
+    async def scanned() -> None:
+        await markers.scan()
+        await asyncio.wrap_future(markers._writes.submit(lambda: None))  # what came before it is done
+
+    monkeypatch.setattr(thread, "write_marker", full)
+    with structlog.testing.capture_logs() as logs:
+        markers.write("TRANSFER_READY", VERSION, {})
+        markers.write("COMMITTED", VERSION, {"sequence": 3})
+        markers.write("COMMITTED", Version(7, 6), {"sequence": 4})
+        await scanned()
+        await scanned()
+        monkeypatch.setattr(thread, "RETRY_SECONDS", 0.0)
+        (problem,) = markers.problems
+        assert problem.path == "broadcasts/step_6/COMMITTED"
+        assert "No space left on device" in problem.what
+        assert problem.what.endswith("nor 1 more markers")
+        assert "make room in the run directory" in problem.fix
+        monkeypatch.setattr(thread, "write_marker", real)
+        monkeypatch.setattr(thread, "RETRY_SECONDS", 60.0)
+        await scanned()
+        assert markers.problems == (problem,), "its own tries wake it, and are not to be endless"
+        monkeypatch.setattr(thread, "RETRY_SECONDS", 0.0)
+        await scanned()
+    assert markers.problems == ()
+    assert written(tmp_path, "COMMITTED")["sequence"] == 3
+    assert (tmp_path / "broadcasts/step_6/COMMITTED").exists()
+    assert [(line["event"], line["marker"]) for line in logs] == [
+        ("marker not written", "TRANSFER_READY"), ("marker not written", "COMMITTED"),
+        ("marker not written", "COMMITTED"), ("marker written after all", "COMMITTED"),
+        ("marker written after all", "COMMITTED"),
+    ]  # fmt: skip
+
+
+async def test_what_is_owed_is_bounded(markers: MarkerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise MarkerWriteError(28, "full")
+
+    monkeypatch.setattr(thread, "write_marker", full)
+    for step in range(thread.MAX_OWED + 5):
+        markers.write("COMMITTED", Version(7, step), {})
+    markers.close()
+    assert [version.step for version in markers._owed] == list(range(5, thread.MAX_OWED + 5))
 
 
 async def test_problems_are_those_of_the_last_scan(tmp_path: Path, markers: MarkerThread) -> None:
