@@ -1,6 +1,7 @@
 """Bad input, each kind at its real door: what is refused is named, and whoever did nothing wrong is not disturbed."""
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -344,6 +345,18 @@ def test_what_a_stolen_viewers_token_opens(lonely: Fleet) -> None:
 
     lonely.until(is_audited, "a refusal in the audit log, which has one of a kind in a minute", 90.0)
     assert command_line("audit", "verify", "--config", str(lonely.config)).returncode == 0
+
+
+def test_nothing_that_a_stranger_or_an_operator_sends_is_unpacked(lonely: Fleet) -> None:
+    packed = gzip.compress(json.dumps({"target": "engine", "reason": "a test", "by": "tests"}).encode())
+    bearers = {"": 401, read_token(lonely.credentials / "viewer.token"): 403}
+    for token, status in (bearers | {read_token(lonely.credentials / "operator.token"): 400}).items():
+        headers = {"Content-Encoding": "gzip"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(f"{lonely.url}/verbs/release", packed, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        assert refused.value.code == status
+    assert "invalid character" in refused.value.read().decode(), "the bytes as they came"
 
 
 def test_half_requests_of_a_stranger_cost_nobody_anything(lonely: Fleet) -> None:

@@ -109,6 +109,7 @@ class Hub:
             logger=HttpLog(self._access.refusals),
             shutdown_timeout=self._timing.close_seconds,
             lingering_time=self._timing.close_seconds,
+            auto_decompress=False,  # 260 kB of a stranger would be 256 MiB, for which the loop stands still a second
         )
         await self._runner.setup()
         server, tls = self._runner.server, self._access.tls
