@@ -429,10 +429,10 @@ def test_names_that_change_without_end_do_not_fill_the_log(lonely: Fleet) -> Non
     """Whoever may write the run directory makes the daemon say something new with each of its looks."""
     broadcasts = lonely.directory / "run" / "broadcasts"
     broadcasts.mkdir(exist_ok=True)
-    strays = [broadcasts / f"stray{number}-0" for number in range(12)]
+    strays = [broadcasts / f"stray{number}-0" for number in range(9)]  # more with the same remedy are told as one
     for stray in strays:
         stray.mkdir()
-    for turn in range(1, 251):
+    for turn in range(1, 334):
         strays = [stray.rename(stray.with_name(f"{stray.name.partition('-')[0]}-{turn}")) for stray in strays]
         lonely.until(lambda names=strays: f"{names[-1].name}: wrongly" in str(told(lonely)), "a look")  # type: ignore[misc]
     assert lonely.daemon_log().count('"marker not believed"') < 2500, "of 3000, in two of its minutes at the most"
@@ -686,6 +686,18 @@ def test_an_engine_that_never_answers_delays_nobody_beyond_its_deadline(served: 
     assert log.count("STABLE of step 77 is of an earlier trainer (1); ignored") == 1
     told = json.loads((broadcasts / "step_1" / "COMMITTED").read_text())
     assert told["generation"] != 1
+
+
+def test_the_status_and_the_audit_log_name_the_same_digest_of_a_commit(served: Served) -> None:
+    served.publish()
+    digest = served.whole.status()["committed"]["digest"]
+    assert len(digest) == 64
+
+    def is_audited() -> bool:
+        lines = map(json.loads, (served.whole.directory / "state" / "audit.jsonl").read_text().splitlines())
+        return [line["result"] for line in lines if line["verb"] == "commit"][-1].startswith(f"digests: {digest} of 1:")
+
+    served.whole.until(is_audited, "the line of the commit")
 
 
 def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(served: Served) -> None:
