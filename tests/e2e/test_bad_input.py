@@ -425,21 +425,6 @@ def test_no_name_below_the_run_directory_ends_it_or_the_next_start(lonely: Fleet
     lonely.until(lambda: any("step_50/STABLE" in p for p in told(lonely)), "an ordinary problem")
 
 
-def test_names_that_change_without_end_do_not_fill_the_log(lonely: Fleet) -> None:
-    """Whoever may write the run directory makes the daemon say something new with each of its looks."""
-    broadcasts = lonely.directory / "run" / "broadcasts"
-    broadcasts.mkdir(exist_ok=True)
-    strays = [broadcasts / f"stray{number}-0" for number in range(9)]  # more with the same remedy are told as one
-    for stray in strays:
-        stray.mkdir()
-    for turn in range(1, 334):
-        strays = [stray.rename(stray.with_name(f"{stray.name.partition('-')[0]}-{turn}")) for stray in strays]
-        lonely.until(lambda names=strays: f"{names[-1].name}: wrongly" in str(told(lonely)), "a look")  # type: ignore[misc]
-    assert lonely.daemon_log().count('"marker not believed"') < 2500, "of 3000, in two of its minutes at the most"
-    for stray in strays:
-        stray.rmdir()
-
-
 def test_a_damaged_journal_is_78_and_a_row_that_cannot_be_read_is_none(lonely: Fleet, tmp_path: Path) -> None:
     state = tmp_path / "state"
     config = tmp_path / "config.yaml"
