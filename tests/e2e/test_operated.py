@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -136,3 +137,18 @@ def test_names_that_change_without_end_do_not_fill_the_log(whole: Fleet) -> None
         whole.until(is_told, "a look")
     told = sum(line["event"] == "marker not believed" for line in lines(whole))
     assert 1000 <= told <= 2000, "of 3000, in two of its minutes at the most"
+
+
+def test_a_pipe_among_the_lists_of_engines_stops_neither_rereading_nor_the_end(whole: Fleet) -> None:
+    lists = whole.directory / "lists"
+    lists.mkdir()
+    whole.settings["engines_from"] = str(lists)
+    whole.write_config()
+    daemon = whole.start_daemon()
+    os.mkfifo(lists / "pipe.yaml")
+    whole.until(lambda: "pipe.yaml: cannot be read: it is no plain file" in whole.daemon_log(), "it to be refused")
+    (lists / "pipe.yaml").unlink()
+    assert daemon.child is not None
+    daemon.child.send_signal(signal.SIGHUP)
+    whole.until(lambda: "the configuration was read again" in whole.daemon_log(), "it to read again")
+    assert daemon.stop() == 0
