@@ -55,7 +55,7 @@ async def test_a_good_server(config: Path) -> None:
         (vllm(without="/pause"), "the server has no /pause", "VLLM_SERVER_DEV_MODE=1"),
         (vllm(["one", "two"]), "leads to 2 servers in turn: a load balancer", "one entry"),
         (only(health=sends_on), "sends on to http://elsewhere/", "the server's own url"),
-        (only(index=answers), "is no vLLM: an HTTP server (Python/", "--port"),
+        (only(index=answers), "is no vLLM: an HTTP server (", "--port"),
         (only(healthz=answers), "but with /healthz, as this project's daemon", "--port"),
     ],
 )
