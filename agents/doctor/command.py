@@ -117,6 +117,7 @@ async def _ways(role: str, options: argparse.Namespace, environ: Mapping[str, st
         if not (place.hub_url and place.run_id):
             return found  # a demo's daemon says where it is
         url, token_file, run_id = place.hub_url, place.token_file, place.run_id
+    found += examined("hub_url", lambda: hub.plain(url))
     found += examined("token", lambda: hub.token(token_file))
     return found + await hub.daemon(url, token_file, run_id, options.timeout)
 

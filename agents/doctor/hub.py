@@ -9,6 +9,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
+from weightsync.agents.inference.place import VARIABLES, is_loopback
 from weightsync.agents.link.connection import ConnectionLost, TokenRejected, upgrade
 from weightsync.agents.link.examination import clock
 from weightsync.agents.link.tls import CA_VARIABLE, TlsError, tls_context
@@ -16,24 +17,39 @@ from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.files.ownership import NotOurs
 from weightsync.orchestrator.protocol.findings import Finding
 from weightsync.orchestrator.protocol.text import clean
-from weightsync.orchestrator.protocol.token import TokenError
+from weightsync.orchestrator.protocol.token import MIN_TOKEN_CHARS, TokenError
 
 HTTP: Final = {"ws": "http", "wss": "https"}
 """A hub's URL is a WebSocket's; the daemon answers HTTP at the same port."""
+
+HUB_VARIABLE: Final = VARIABLES["hub_url"]
 
 MEND_TOKEN: Final = "give this host the token file of its role from the daemon's credentials"
 MEND_URL: Final = "mend WEIGHTSYNC_HUB_URL: host and listen.port of the daemon"
 
 
+def plain(hub_url: str) -> Iterator[Finding]:
+    """Whether what is said to the daemon can be altered on its way."""
+    parts = urlsplit(hub_url)
+    if parts.scheme == "ws" and not is_loopback(hub_url):
+        what = f"{hub_url} is not TLS: whoever stands in that network can alter what is said, and so what is written"
+        fix = "listen.tls of the daemon, and wss:// here; or see that nobody else reaches that network"
+        yield Finding("warning", clean(what), fix, HUB_VARIABLE)
+
+
 def token(path: Path) -> Iterator[Finding]:
-    """Whether the token can be read here, and by nobody else."""
+    """Whether the token can be read here, and by nobody else, and cannot be guessed."""
     try:
-        read_token(path)
+        found = read_token(path)
     except TokenError as error:
         if isinstance(error.__cause__, NotOurs):
             yield Finding("error", f"{error.__cause__.place}: {error.__cause__.what}", error.__cause__.fix, "token")
         else:
             yield Finding("error", str(error), MEND_TOKEN, "token")
+        return
+    if len(found) < MIN_TOKEN_CHARS:
+        what = f"{path} holds a token of {len(found)} characters, which can be guessed, and no daemon takes it"
+        yield Finding("error", what, MEND_TOKEN, "token")
         return
     yield Finding("ok", str(path), check="token")
 

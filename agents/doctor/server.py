@@ -1,9 +1,9 @@
 """What a vLLM server needs in its environment, and what stands before its admin routes."""
 
 from collections.abc import Iterator, Mapping
-from urllib.parse import urlsplit
 
-from weightsync.agents.inference.place import LOOPBACK_VARIABLE, VARIABLES, Place, is_loopback
+from weightsync.agents.inference.place import LOOPBACK_VARIABLE, Place
+from weightsync.agents.vllm.guard import RUST_VARIABLE, has_rust_frontend
 from weightsync.agents.vllm.routes import OPEN_VARIABLE
 from weightsync.agents.vllm.worker_calls import ALLOW_VARIABLE
 from weightsync.orchestrator.protocol.findings import Finding
@@ -14,10 +14,6 @@ def guard(environ: Mapping[str, str], place: Place) -> Iterator[Finding]:
     if place.demo:
         what = f"{LOOPBACK_VARIABLE}=1: whoever is on this machine may call the server's admin routes"
         yield Finding("warning", what, f"unset {LOOPBACK_VARIABLE} where it is no demo", LOOPBACK_VARIABLE)
-    if urlsplit(place.hub_url).scheme == "ws" and not is_loopback(place.hub_url):
-        what = f"{VARIABLES['hub_url']} is {place.hub_url}: without TLS, whoever is between can alter what is said"
-        fix = "listen.tls of the daemon, and wss:// here; or see that nobody else reaches that network"
-        yield Finding("note", what, fix, VARIABLES["hub_url"])
     for name, who in ((OPEN_VARIABLE, "clients may ask for"), (ALLOW_VARIABLE, "holders of the admin key may call")):
         if environ.get(name, "").strip():
             yield Finding("note", f"{name}: {who} {environ[name]}", f"unset {name} where nobody needs it", name)
@@ -30,6 +26,9 @@ def engine(environ: Mapping[str, str], plugin: str) -> Iterator[Finding]:
         yield Finding(
             "error", what, "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment", "VLLM_SERVER_DEV_MODE"
         )
+    if has_rust_frontend(environ):
+        what = f"{RUST_VARIABLE}={environ[RUST_VARIABLE]}: nothing would stand before the server's admin routes"
+        yield Finding("error", what, f"unset {RUST_VARIABLE}: the server does not start with it", RUST_VARIABLE)
     allowed = environ.get("VLLM_PLUGINS")
     if allowed is not None and plugin not in allowed.split(","):  # as vLLM reads it: a blank is part of a name
         what = f"VLLM_PLUGINS={allowed} keeps the plugin {plugin} from being loaded"

@@ -7,6 +7,7 @@ finished.
 
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from weightsync.agents.tables.box import Box
 from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.shares import Share
+from weightsync.orchestrator.protocol.fields import Count, World
 from weightsync.orchestrator.protocol.layout import ROW_BOX, ROW_OFFSET, ROW_REGION, ROW_TENSOR, Layout, Matrix, Tensor
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 from weightsync.orchestrator.protocol.markers import BROADCASTS, step_name
@@ -105,8 +107,8 @@ class _SavedBox(msgspec.Struct, frozen=True):
 
 
 class _SavedPart(msgspec.Struct, frozen=True):
-    rank: int
-    world: int
+    rank: Count
+    world: World
     boxes: tuple[_SavedBox, ...]
 
 
@@ -191,6 +193,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
         raise CheckpointError(f"{path} holds no finished part of a checkpoint")
     ranks, worlds = set(), set()
     for index in indices:
+        _require_plain(index)
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise CheckpointError(f"{index} exceeds {MAX_INDEX_BYTES} bytes")
         try:
@@ -205,6 +208,12 @@ def _parts(path: Path) -> Iterator[tuple[Path, _SavedPart]]:
     missing = set(range(worlds.pop())) - ranks
     if missing:
         raise CheckpointError(f"{path} lacks the parts of ranks {sorted(missing)}")
+
+
+def _require_plain(file: Path) -> None:
+    """A pipe in its place would keep the worker for ever: whoever may write the run directory could put one there."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise CheckpointError(f"{file} is no plain file")
 
 
 def _covering(name: str, boxes: Sequence[_ReadableBox]) -> list[_ReadableBox]:
@@ -237,6 +246,7 @@ def _assembled(tensors: dict[str, list[_ReadableBox]]) -> Iterator[tuple[str, to
             for found in boxes:
                 try:
                     if found.file not in open_parts:
+                        _require_plain(found.file)
                         open_parts[found.file] = stack.enter_context(safe_open(found.file, framework="pt"))
                     saved = open_parts[found.file].get_tensor(found.key)
                 except (OSError, SafetensorError) as error:

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final
 
 from weightsync.agents.errors import AgentError
@@ -200,12 +200,17 @@ def require() -> Place:
             f"weightsync: nothing can stand before this vLLM's admin routes, it has no {', '.join(missing)}; use a vLLM"
             " that weightsync supports"
         )
-    if os.environ.get(RUST_VARIABLE, "0").strip().lower() not in ("", "0", "false"):
+    if has_rust_frontend(os.environ):
         raise GuardUnavailable(
             f"weightsync: {RUST_VARIABLE} is set, and nothing of ours can stand before the routes of that server;"
             f" unset {RUST_VARIABLE}"
         )
     return place_of(os.environ)
+
+
+def has_rust_frontend(environ: Mapping[str, str]) -> bool:
+    """Whether a server of this environment has routes that nothing of ours can stand before."""
+    return environ.get(RUST_VARIABLE, "0").strip().lower() not in ("", "0", "false")
 
 
 def install() -> None:

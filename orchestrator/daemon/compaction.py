@@ -13,6 +13,7 @@ from weightsync.orchestrator.core.memory import Memory, replay, saved
 from weightsync.orchestrator.core.records import (
     AnyRecord,
     Committed,
+    Decided,
     MemorySaved,
     RoundEnded,
     decode_record,
@@ -25,9 +26,9 @@ log = structlog.get_logger(__name__)
 SNAPSHOT_AFTER: Final = 1024
 """Entries. A start folds so many and some more; a snapshot, which has up to some hundred kB, costs less than they."""
 
-KEPT: Final = {RoundEnded.__name__: 10_000, Committed.__name__: 1}
+KEPT: Final = {RoundEnded.__name__: 10_000, Decided.__name__: 1, Committed.__name__: 1}
 """How many of a kind are kept for people although a snapshot holds what they mean: a week of rounds, one each minute,
-of about 1 kB each; the last commit, for when it was."""
+of about 1 kB each; the last commit, for when it was, and of what digest."""
 
 FOLD_SECONDS: Final = 0.005
 """Whoever appends meanwhile waits so long, or for one of the commits below."""

@@ -7,7 +7,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TextIO
 
 import structlog
@@ -21,6 +24,12 @@ WITHHELD: Final = "[withheld]"
 
 MIN_SECRET_CHARS: Final = 6
 """Shorter strings are in too many words to be searched for."""
+
+WINDOW_SECONDS: Final = 60.0
+
+MAX_LINES: Final = 1000
+"""Of one event within WINDOW_SECONDS: nobody reads more, and whoever holds a token, or may write the run directory,
+could otherwise fill the disk. A fleet that pushes a version each second says some 300."""
 
 _SECRET_KEY = re.compile(r"(^|_)(token|authorization|api_key|secret|password|passphrase|credentials?)$", re.IGNORECASE)
 _BEARER = re.compile(r"(?i)\bbearer\s+\S+")
@@ -63,6 +72,7 @@ def configure(settings: LogSection, stream: TextIO | None = None) -> None:
     )
     handler = logging.StreamHandler(out)
     formatter = _ForJournald if in_journal(out) else structlog.stdlib.ProcessorFormatter
+    handler.addFilter(_Bounded(time.monotonic))
     handler.setFormatter(
         formatter(
             foreign_pre_chain=[
@@ -120,6 +130,32 @@ def in_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
     except (OSError, ValueError):  # it is no file
         return False
     return environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
+
+
+class _Bounded(logging.Filter):
+    """Lets MAX_LINES of each event through within WINDOW_SECONDS, and one line that counts the others.
+
+    Of what a library says its logger's name stands for the event: the number of events is bounded, too.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock, self._began, self._lock = clock, clock(), threading.Lock()
+        self._lines: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is printed. Those of many threads come here."""
+        now, over = self._clock(), Counter[str]()
+        kind = str(record.msg.get("event", "")) if isinstance(record.msg, dict) else record.name
+        with self._lock:
+            if now - self._began >= WINDOW_SECONDS:
+                over, self._lines, self._began = self._lines, Counter(), now
+            self._lines[kind] += 1
+            lets = self._lines[kind] <= MAX_LINES
+        for other, lines in over.items():
+            if lines > MAX_LINES:
+                structlog.get_logger(__name__).warning("further lines", lines=other, more=lines - MAX_LINES)
+        return lets
 
 
 class _ForJournald(structlog.stdlib.ProcessorFormatter):

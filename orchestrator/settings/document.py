@@ -3,6 +3,9 @@
 pydantic sees values only; the composed YAML nodes are kept beside them, so that an error can name the line.
 """
 
+import errno
+import os
+import stat
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +21,14 @@ lines of nested aliases make billions. Each costs PyYAML a tenth of a millisecon
 
 MAX_DEPTH: Final = 32
 """The deepest key has three levels. An alias of a mapping that contains it goes on for ever."""
+
+
+def _open_plain(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return descriptor
 
 
 class TooMuch(ValueError):
@@ -93,14 +104,16 @@ class Document:
             raise ConfigError(file, _yaml_problem(error)) from error
 
     @classmethod
-    def read(cls, file: Path) -> "Document":
+    def read(cls, file: Path, *, plain: bool = False) -> "Document":
         """The document in ``file``, of which no more than MAX_CONFIG_BYTES are read.
+
+        ``plain``: it may be no pipe, for whose writer a reader waits without end.
 
         Raises:
             ConfigError: unreadable, too large, no UTF-8, or one that the constructor refuses.
         """
         try:
-            with file.open("rb") as stream:
+            with open(file, "rb", opener=_open_plain if plain else None) as stream:
                 data = stream.read(MAX_CONFIG_BYTES + 1)
             if len(data) > MAX_CONFIG_BYTES:
                 found, fix = f"over {MAX_CONFIG_BYTES} bytes", "is it a configuration file?"

@@ -87,7 +87,7 @@ def look(source: Path) -> Look:
 
 
 def _engines_in(file: Path) -> tuple[EngineSection, ...]:
-    document = Document.read(file)
+    document = Document.read(file, plain=True)
     try:
         listed = EngineList.model_validate(document.values)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Bad input, each kind at its real door: what is refused is named, and whoever did nothing wrong is not disturbed."""
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -346,6 +347,18 @@ def test_what_a_stolen_viewers_token_opens(lonely: Fleet) -> None:
     assert command_line("audit", "verify", "--config", str(lonely.config)).returncode == 0
 
 
+def test_nothing_that_a_stranger_or_an_operator_sends_is_unpacked(lonely: Fleet) -> None:
+    packed = gzip.compress(json.dumps({"target": "engine", "reason": "a test", "by": "tests"}).encode())
+    bearers = {"": 401, read_token(lonely.credentials / "viewer.token"): 403}
+    for token, status in (bearers | {read_token(lonely.credentials / "operator.token"): 400}).items():
+        headers = {"Content-Encoding": "gzip"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(f"{lonely.url}/verbs/release", packed, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        assert refused.value.code == status
+    assert "invalid character" in refused.value.read().decode(), "the bytes as they came"
+
+
 def test_half_requests_of_a_stranger_cost_nobody_anything(lonely: Fleet) -> None:
     assert lonely.daemon is not None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -658,6 +671,18 @@ def test_an_engine_that_never_answers_delays_nobody_beyond_its_deadline(served: 
     assert log.count("STABLE of step 77 is of an earlier trainer (1); ignored") == 1
     told = json.loads((broadcasts / "step_1" / "COMMITTED").read_text())
     assert told["generation"] != 1
+
+
+def test_the_status_and_the_audit_log_name_the_same_digest_of_a_commit(served: Served) -> None:
+    served.publish()
+    digest = served.whole.status()["committed"]["digest"]
+    assert len(digest) == 64
+
+    def is_audited() -> bool:
+        lines = map(json.loads, (served.whole.directory / "state" / "audit.jsonl").read_text().splitlines())
+        return [line["result"] for line in lines if line["verb"] == "commit"][-1].startswith(f"digests: {digest} of 1:")
+
+    served.whole.until(is_audited, "the line of the commit")
 
 
 def test_a_second_process_of_a_rank_is_refused_by_name_and_the_first_goes_on(served: Served) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import socket
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ from typing import Final
 from weightsync.orchestrator.cli.common import json_text
 from weightsync.orchestrator.cli.config import findings_of
 from weightsync.orchestrator.cli.doctor import directories, places, running, servers
+from weightsync.orchestrator.cli.doctor.weak import weak
 from weightsync.orchestrator.core.errors import JournalUnreadable
 from weightsync.orchestrator.daemon.admin import from_journal
 from weightsync.orchestrator.daemon.journal import JournalError, JournalLost
@@ -40,7 +40,7 @@ def diagnose(options: argparse.Namespace) -> int:
 def here(config: Path, settings: Settings) -> list[Finding]:
     """What this host shows, nobody asked."""
     run, state = settings.run.directory, settings.state_directory
-    found = examined("configuration", lambda: _file(config))
+    found = examined("configuration", lambda: weak(config, settings))
     pid = running.daemon_pid(settings)
     found += examined("configuration", lambda: _but_what_the_daemon_has(findings_of(settings), pid))
     found += examined("run.directory", lambda: directories.run_directory(run))
@@ -80,15 +80,6 @@ def _but_what_the_daemon_has(found: Iterable[Finding], pid: int | None) -> Itera
     for finding in found:
         if pid is None or (finding.check, finding.level) != ("listen.port", "note"):
             yield finding
-
-
-def _file(config: Path) -> Iterator[Finding]:
-    mode = stat.S_IMODE(config.stat().st_mode)
-    if mode & 0o022:
-        what = f"{config} has mode {mode:04o}: others can change what the daemon is told"
-        yield Finding("warning", what, f"chmod go-w {config}", "configuration")
-    else:
-        yield Finding("ok", str(config), check="configuration")
 
 
 def _version_bytes(settings: Settings) -> int:

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 from weightsync.orchestrator.cli.doctor.looking import Heard, Opening, Silent, look
 from weightsync.orchestrator.cli.doctor.vllm_server import BACKEND, INFO, ServerInfo, server_info
@@ -14,7 +13,6 @@ from weightsync.orchestrator.daemon.engines.interface import EngineFacts
 from weightsync.orchestrator.daemon.engines.kinds import CLIENTS, client_of, keys_now
 from weightsync.orchestrator.daemon.engines.vllm import TRANSFER_CONFIG
 from weightsync.orchestrator.protocol.findings import Finding, Level, broke
-from weightsync.orchestrator.settings.places import is_loopback
 from weightsync.orchestrator.settings.secrets import read_secret
 from weightsync.orchestrator.settings.sections import EngineSection
 from weightsync.orchestrator.settings.settings import Settings
@@ -87,7 +85,7 @@ async def _ask(engine: EngineSection, url: str, settings: Settings, seconds: flo
     # Of a light answer: a server that is busy tells the date at which it began to be.
     dates = [await _look(f"{url}/health", seconds, opening) for _ in range(LOOKS)]
     findings = [*_backend(info, check), *_balancer(infos, url, check), *clocks(dates, check)]
-    findings += _closed(await _look(url + ADMIN_ROUTE, seconds, stranger), url, opening, check)
+    findings += _closed(await _look(url + ADMIN_ROUTE, seconds, stranger), url, check)
     if not any(finding.level in ("error", "warning") for finding in findings):
         told = f", {BACKEND} backend" if info is not None else ""
         findings.append(Finding("ok", f"{url}: {facts.server}, {facts.ranks} ranks{told}", check=check))
@@ -101,15 +99,12 @@ async def _look(url: str, seconds: float, opening: Opening) -> Heard | None:
         return None
 
 
-def _closed(heard: Heard | None, url: str, opening: Opening, check: str) -> Iterator[Finding]:
-    """Whether the server answers a stranger on an admin route, and whether a key can be read on its way."""
+def _closed(heard: Heard | None, url: str, check: str) -> Iterator[Finding]:
+    """Whether the server answers a stranger on an admin route."""
     if heard is not None and heard.status == 200:
         what = f"{url} answers {ADMIN_ROUTE} to whoever asks: nothing stands before its admin routes"
         fix = "unset WEIGHTSYNC_LOOPBACK_DEMO there, and use the plugin of this release"
         yield Finding("warning", what, fix, check)
-    if opening.tls is None and not is_loopback(urlsplit(url).hostname or ""):
-        what = f"{url} is not TLS: whoever reads that network reads the key of its admin routes"
-        yield Finding("note", what, "--ssl-certfile and --ssl-keyfile of vLLM, and https in its url", check)
 
 
 async def _silent(error: EngineError, url: str, check: str, seconds: float, stranger: Opening) -> Finding:

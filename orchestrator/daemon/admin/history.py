@@ -1,14 +1,21 @@
 """What the journal's records leave for people to look at: the last rounds, and when the last commit was."""
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from weightsync.orchestrator.core.records import Committed, Record, RoundEnded, decode_row
+from weightsync.orchestrator.core.records import Committed, Decided, Record, RoundEnded, decode_row
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, RoundRow, VersionView, round_row, version_view
 from weightsync.orchestrator.daemon.journal import Entry
 
-SHOWN: Final = {RoundEnded.__name__: HISTORY_ROUNDS, Committed.__name__: 1}
-"""Kinds of records that leave something to look at, and how many of each."""
+SHOWN: Final = {RoundEnded.__name__: HISTORY_ROUNDS, Decided.__name__: 1, Committed.__name__: 1}
+"""Kinds of records that leave something to look at, in the order in which they are recalled, and how many of each."""
+
+
+def one_digest(digests: Mapping[str, str]) -> str:
+    """Of all members' digests: SHA-256 over the sorted lines ``member=digest``, as the audit log has it."""
+    lines = (f"{member}={digest}\n" for member, digest in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class History:
@@ -20,6 +27,7 @@ class History:
     def __init__(self) -> None:
         self.rounds: tuple[RoundRow, ...] = ()
         self.committed: VersionView | None = None
+        self._decided: Decided | None = None
 
     def recall(self, entries: Iterable[Entry]) -> None:
         """Keep what is shown of what is in the journal already. A row that cannot be read says so."""
@@ -28,8 +36,13 @@ class History:
 
     def remember(self, record: Record, unix_time: float) -> RoundRow | None:
         """Keep what is shown of a record that is durable since ``unix_time``; its row, if a round ended with it."""
+        if isinstance(record, Decided):
+            self._decided = record
         if isinstance(record, Committed):
-            self.committed = version_view(record.version, record.sequence, unix_time)
+            decided = self._decided
+            of_it = decided is not None and decided.round == record.round
+            digest = one_digest(decided.digests) if decided is not None and of_it else ""
+            self.committed = version_view(record.version, record.sequence, unix_time, digest)
         if not isinstance(record, RoundEnded):
             return None
         row = round_row(record, unix_time)

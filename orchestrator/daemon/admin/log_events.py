@@ -23,7 +23,8 @@ FIELDS: Final[dict[str, str]] = {
     "logger": "the library that speaks",
     "address": "of who asked", "call": "to an engine", "changed": "keys", "credential": "who asked",
     "audit_hash": "of the audit log's line", "host": "of the listener", "refusals": "event whose lines are counted",
-    "limit": "that was reached", "marker": "its kind", "more": "how many were not said", "path": "file or route",
+    "limit": "that was reached", "lines": "event whose lines are counted", "marker": "its kind",
+    "more": "how many were not said", "path": "file or route",
     "port": "of the listener", "problem": "what is wrong with it", "release": "of the daemon", "epoch": "of the daemon",
     "remote": "address of who was turned away", "round_may_take_seconds": "before the daemon ends without it",
     "seconds": "for how long", "size": "of an answer, in bytes",
@@ -48,6 +49,7 @@ EVENTS: Final[dict[str, str]] = {
     "the journal is no longer compacted": "a bug; it grows",
     "the supervisor cannot be told": "systemd, or what stands in for it",
     "the pages' stream broke": "a bug; the operators' pages connect again",
+    "further lines": "how many of an event were not said, beyond 1000 a minute",
     "note": "what has no name of its own",
     # Rounds and versions
     "round begins": "its engines are frozen",

@@ -68,10 +68,14 @@ class Overview:
 
     def _engines(self, fleet: Fleet, now: float, unix_now: float) -> tuple[EngineView, ...]:
         known = {section.name: section for section in self._sections()}
-        return tuple(_engine(fleet, name, known.get(name), now, unix_now) for name in fleet.engines)
+        # Whoever was torn when it was lost is so until it says otherwise: it is worst while nobody hears of it.
+        lost = {member.engine for member, agent in fleet.gone.items() if agent.status.torn}
+        return tuple(_engine(fleet, name, known.get(name), name in lost, now, unix_now) for name in fleet.engines)
 
 
-def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, unix_now: float) -> EngineView:
+def _engine(
+    fleet: Fleet, name: str, config: EngineSection | None, was_torn: bool, now: float, unix_now: float
+) -> EngineView:
     engine, ranks = fleet.engines[name], fleet.ranks_of(name)
     state = engine_word(fleet, name)
     error, fault = engine.complaint
@@ -84,7 +88,7 @@ def _engine(fleet: Fleet, name: str, config: EngineSection | None, now: float, u
         ranks_connected=len(ranks),
         ranks_expected=ranks[0].hello.world if ranks else 0,
         paused=engine.paused,
-        torn=fleet.torn(name),
+        torn=was_torn or fleet.torn(name),
         error=error,
         fault=fault,
         since=unix_now - (now - since(fleet, name, state, now)),

@@ -159,7 +159,7 @@ def application_routes(applications: Applications, access: Access) -> list[web.R
             await socket.close()
         return socket
 
-    return [web.get(ENGINES_PATH, receive)]
+    return [web.get(ENGINES_PATH, receive, allow_head=False)]
 
 
 async def _answered(applications: Applications, claim: Claim, said: bytes, remote: str) -> Admitted | Declined:

@@ -5,7 +5,6 @@ could not be written is told in the daemon's own log.
 """
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -13,6 +12,7 @@ from typing import Final
 import structlog
 from weightsync.orchestrator.core.records import Committed, Decided, Record
 from weightsync.orchestrator.daemon.admin.audit import Audit, AuditLine
+from weightsync.orchestrator.daemon.admin.history import one_digest
 from weightsync.orchestrator.protocol.names import RoundName
 from weightsync.orchestrator.protocol.text import clean
 
@@ -105,6 +105,5 @@ def _digests(digests: Mapping[str, str]) -> str:
     if not digests:
         return "digests: as the journal has them, decided before this daemon began"
     lines = [f"{member}={digest}" for member, digest in sorted(digests.items())]
-    whole = hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
     more = f" … {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
-    return f"digests: {whole} of {len(lines)}: {' '.join(lines[:MAX_SHOWN])}{more}"
+    return f"digests: {one_digest(digests)} of {len(lines)}: {' '.join(lines[:MAX_SHOWN])}{more}"

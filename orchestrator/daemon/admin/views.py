@@ -20,7 +20,8 @@ SHOWN: Final = 8
 
 
 class VersionView(msgspec.Struct, frozen=True, kw_only=True):
-    """A weight version. ``sequence`` is its place in the order of commits, 0 where it has none."""
+    """A weight version. ``sequence`` is its place in the order of commits, 0 where it has none; ``digest`` is that of
+    the newest commit over all its members, as in the audit log, empty where it is not known."""
 
     step: int
     generation: int
@@ -29,11 +30,15 @@ class VersionView(msgspec.Struct, frozen=True, kw_only=True):
     unix_time: float = 0.0
 
 
-def version_view(version: Version | None, sequence: int = 0, unix_time: float = 0.0) -> VersionView | None:
+def version_view(
+    version: Version | None, sequence: int = 0, unix_time: float = 0.0, digest: str = ""
+) -> VersionView | None:
     """A version of the protocol as a view."""
     if version is None:
         return None
-    return VersionView(step=version.step, generation=version.generation, sequence=sequence, unix_time=unix_time)
+    return VersionView(
+        step=version.step, generation=version.generation, sequence=sequence, digest=digest, unix_time=unix_time
+    )
 
 
 class LeftOutView(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +60,8 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     ``paused`` is what the engine itself said last, None where it did not say. ``fault``: which side has to mend
     ``error``: trainer, engine, daemon, network or config. ``left_out``: what rounds leave out of its connected ranks.
     ``mode``: how its ranks land, live, copy or flip, and ``mode_because`` why; empty while none has said so.
-    ``standby``: the version that all of them have beside the one that they serve.
+    ``standby``: the version that all of them have beside the one that they serve. ``torn``: also of a rank that is not
+    connected, as it said last.
     """
 
     name: str

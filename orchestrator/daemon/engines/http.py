@@ -22,6 +22,9 @@ MAX_EXCERPT_CHARS: Final = 1000
 MAX_READ_FOR_EXCERPT: Final = 64 * 1024
 """Of a refusal's body, larger ones are shown and not parsed: the loop has other things to do."""
 
+MIN_KEY_CHARS: Final = 6
+"""Shorter ones are in too many words to be searched for."""
+
 MAX_CONNECTIONS: Final = 8
 """To one engine at a time: the update call and a probe beside it, with room for the routes' probing."""
 
@@ -47,7 +50,7 @@ class EngineHttp:
         tls: ssl.SSLContext | None = None,
         admin_keys: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        self.name, self._admin_keys = name, admin_keys
+        self.name, self._admin_keys, self._api_key = name, admin_keys, api_key
         self._url = url.rstrip("/")
         # identity, and no decompression below: the cap on a body must hold for what it unpacks to.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
@@ -131,34 +134,53 @@ class EngineHttp:
         headers = {} if body is None else {"Content-Type": "application/json"}
         if context := traceparent.get():
             headers["traceparent"] = context
-        if keys := self._admin_keys():
+        keys = self._admin_keys()
+        if keys:
             headers[ADMIN_HEADER] = ",".join(keys)
+        shown = (*keys, self._api_key or "")
         try:
             async with self._session.request(
                 method, self._url + path, params=query, data=payload, headers=headers, allow_redirects=False
             ) as response:
                 # Followed, it would carry our key to wherever the answer says.
                 if 300 <= response.status < 400:
-                    where = response.headers.get("Location", "elsewhere")
+                    where = _without(response.headers.get("Location", "elsewhere"), shown)
                     what = f"a redirect to {where[:MAX_EXCERPT_CHARS]}, which is not followed; set the engine's own url"
                     raise EngineRefused(self.name, call, response.status, what)
-                return response.status, await self._body(response, call)
+                return response.status, await self._body(response, call, shown)
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             reason = _reason(error)
             raise EngineUnreachable(self.name, call, f"{self._url} cannot be reached: {reason}", sent=False) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            text = clean(str(error), MAX_EXCERPT_CHARS) or type(error).__name__
+            text = clean(_without(str(error), shown), MAX_EXCERPT_CHARS) or type(error).__name__
             raise EngineUnreachable(self.name, call, f"the connection broke: {text}") from error
 
-    async def _body(self, response: aiohttp.ClientResponse, call: str) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, call: str, shown: Sequence[str]) -> bytes:
         data = bytearray()
         async for chunk in response.content.iter_any():
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
                 response.close()  # the rest is not read, so the connection cannot be used again
-                what = f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {excerpt_of(bytes(data[:100]))}"
+                what = (
+                    f"a body over {MAX_ANSWER_BYTES} bytes, beginning with {excerpt_of(_withheld(data[:100], shown))}"
+                )
                 raise EngineRefused(self.name, call, response.status, what)
-        return bytes(data)
+        return _withheld(data, shown)
+
+
+def _withheld(data: bytearray, shown: Sequence[str]) -> bytes:
+    """``data`` without the keys that were shown to whoever sent it: what an answer says comes into log and status, and
+    a proxy may repeat a request's headers."""
+    found = bytes(data)
+    for key in shown:
+        if len(key) >= MIN_KEY_CHARS:
+            found = found.replace(key.encode(), b"[withheld]")
+    return found
+
+
+def _without(text: str, shown: Sequence[str]) -> str:
+    """As ``_withheld``."""
+    return _withheld(bytearray(text.encode(errors="replace")), shown).decode()
 
 
 def _reason(error: aiohttp.ClientConnectorError | aiohttp.InvalidURL) -> str:

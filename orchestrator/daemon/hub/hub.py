@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import web, web_response
 from websockets.frames import CloseCode
 from websockets.protocol import Side
 from weightsync.orchestrator.core.events import AgentConnected, AgentLost, AgentSaid, Event
@@ -45,6 +45,9 @@ from weightsync.orchestrator.protocol.websocket import message_frame
 log = structlog.get_logger(__name__)
 
 AGENTS_PATH: Final = "/agents"
+
+SERVER: Final = "weightsync-orchestrator"
+"""What each answer says of us, strangers' included: aiohttp's own tells its version and Python's."""
 
 MAX_CONNECTIONS: Final = 16_384
 """Four times the largest fleet that is measured; each costs a descriptor and some 50 kB."""
@@ -91,9 +94,10 @@ class Hub:
             OSError: the address is taken or not ours.
             RuntimeError: a route of others that ``daemon/access/policy.py`` does not know.
         """
+        web_response.SERVER_SOFTWARE = SERVER  # type: ignore[attr-defined]
         app = web.Application()
         self._access.guard.install(app)
-        app.router.add_get(AGENTS_PATH, self._handle)
+        app.router.add_get(AGENTS_PATH, self._handle, allow_head=False)
         if configure is not None:
             configure(app)
         missing = list(without_policy(app))
@@ -105,6 +109,7 @@ class Hub:
             logger=HttpLog(self._access.refusals),
             shutdown_timeout=self._timing.close_seconds,
             lingering_time=self._timing.close_seconds,
+            auto_decompress=False,  # 260 kB of a stranger would be 256 MiB, for which the loop stands still a second
         )
         await self._runner.setup()
         server, tls = self._runner.server, self._access.tls

@@ -108,7 +108,7 @@ def page_routes(page: Page) -> list[web.RouteDef]:
 
     return [
         *file_routes(),
-        web.get("/stream", stream),
+        web.get("/stream", stream, allow_head=False),  # it writes to the transport itself
         web.get("/plan/explanation", explanation),
         web.get("/plan/rates", rates),
         web.get("/audit", audit),

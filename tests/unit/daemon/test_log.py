@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import structlog
@@ -124,6 +125,27 @@ def test_one_line_per_round() -> None:
     assert (first["round"], first["step"], first["engines"], first["stall_ms"]) == ("3.7", 12, ["a", "b"], 250.0)
     assert "reason" not in first
     assert (second["event"], second["level"], second["reason"]) == ("round failed", "warning", "digest differs")
+
+
+def test_no_event_fills_the_disk_and_the_others_are_said_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_LINES", 3)
+    now, stream = 0.0, io.StringIO()
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now))
+    log.configure(LogSection(), stream)
+    for number in range(10):
+        structlog.get_logger("weightsync.orchestrator.daemon.x").warning("marker not believed", problem=str(number))
+        logging.getLogger("a.library").warning("line %d", number)
+    structlog.get_logger().info("state")
+    assert [line["event"] for line in lines(stream)] == [
+        *["marker not believed", "line 0", "marker not believed", "line 1", "marker not believed", "line 2"], "state",
+    ]  # fmt: skip
+    now = log.WINDOW_SECONDS
+    structlog.get_logger().warning("marker not believed", problem="again")
+    counted = [(line["event"], line.get("lines"), line.get("more")) for line in lines(stream)[7:]]
+    assert counted == [
+        ("further lines", "marker not believed", 7), ("further lines", "a.library", 7),
+        ("marker not believed", None, None),
+    ]  # fmt: skip
 
 
 def test_configuring_twice_prints_once() -> None:

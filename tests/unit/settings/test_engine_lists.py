@@ -1,5 +1,6 @@
 """Engines in files of their own: which files count, what is refused, and what tells that one has changed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_what_is_refused(config: Path, tmp_path: Path, text: str, said: str) -> 
     (tmp_path / "list.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         loaded(config, tmp_path / "list.yaml")
+
+
+def test_a_pipe_would_keep_its_reader_for_ever(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    os.mkfifo(tmp_path / "lists" / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: cannot be read: it is no plain file"):
+        loaded(config, tmp_path / "lists")
 
 
 def test_what_is_not_there(config: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from weightsync.agents.inference.place import place_of
         ({"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "lora,weightsync"}, []),
         ({}, ["VLLM_SERVER_DEV_MODE"]),
         ({"VLLM_SERVER_DEV_MODE": "0"}, ["VLLM_SERVER_DEV_MODE"]),
+        ({"VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_RUST_FRONTEND": "1"}, ["VLLM_USE_RUST_FRONTEND"]),
+        ({"VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_RUST_FRONTEND": "false"}, []),
         ({"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": ""}, ["VLLM_PLUGINS"]),
         ({"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "lora, weightsync"}, ["VLLM_PLUGINS"]),
     ],
@@ -36,6 +38,5 @@ def test_what_stands_before_the_admin_routes(tmp_path: Path) -> None:
     here = {"WEIGHTSYNC_HUB_URL": "ws://127.0.0.1:7410/agents"}
     assert told(**here) == []
     assert told(**here, WEIGHTSYNC_LOOPBACK_DEMO="1") == [("warning", "WEIGHTSYNC_LOOPBACK_DEMO")]
-    assert told(WEIGHTSYNC_HUB_URL="ws://head:7410/agents") == [("note", "WEIGHTSYNC_HUB_URL")]
     opened = told(WEIGHTSYNC_PUBLIC_ROUTES="/mine", WEIGHTSYNC_ALLOW_CALLS="mine")
     assert opened == [("note", "WEIGHTSYNC_PUBLIC_ROUTES"), ("note", "WEIGHTSYNC_ALLOW_CALLS")]

@@ -1,6 +1,7 @@
 """Parts of a checkpoint: what all ranks save is what the trainer has; a gap, an overlap or a lost part is named."""
 
 import json
+import os
 
 import pytest
 import tiny_fleet
@@ -105,6 +106,24 @@ def test_a_lost_part_is_named(saved):
         load_checkpoint_parts(folder)
     with pytest.raises(CheckpointError, match="holds no finished part"):
         load_checkpoint_parts(folder.parent)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", ["boxes.json", "safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(saved, suffix):
+    folder, _ = saved
+    place = folder / f"part-00000-of-00004.{suffix}"
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(CheckpointError, match=f"{suffix} is no plain file"):
+        dict(load_checkpoint_parts(folder))
+
+
+def test_a_world_without_bound_is_no_index(saved):
+    folder, _ = saved
+    edit(folder / "part-00000-of-00004.boxes.json", lambda content: content.update(world=10**12))
+    with pytest.raises(CheckpointError, match="is no index of a part"):
+        load_checkpoint_parts(folder)
 
 
 def test_a_lost_box_is_named(saved):

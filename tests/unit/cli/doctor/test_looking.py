@@ -14,7 +14,7 @@ async def test_an_answer_with_its_clock() -> None:
         answer = await look(f"{url}/version", 5)
     assert (answer.status, answer.body) == (200, b'{"version": "0.32.0"}')
     assert answer.skew == pytest.approx(-3600, abs=3)
-    assert "aiohttp" in answer.server
+    assert answer.server
 
 
 async def test_what_is_no_answer() -> None:

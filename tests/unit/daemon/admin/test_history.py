@@ -1,6 +1,8 @@
 """What records leave for people to look at."""
 
-from weightsync.orchestrator.core.records import Committed, EpochBegan, RoundEnded, encode_record
+import hashlib
+
+from weightsync.orchestrator.core.records import Committed, Decided, EpochBegan, RoundEnded, encode_record
 from weightsync.orchestrator.daemon.admin.history import History, rows_of
 from weightsync.orchestrator.daemon.admin.views import HISTORY_ROUNDS, VersionView
 from weightsync.orchestrator.daemon.journal import Entry
@@ -25,6 +27,16 @@ def test_the_newest_commit_counts() -> None:
         assert history.remember(committed(number), 100.0 + number) is None
     assert history.committed == VersionView(step=42, generation=7, sequence=2, unix_time=102.0)
     assert history.rounds == ()
+
+
+def test_the_newest_commit_has_the_digest_of_its_own_round() -> None:
+    history = History()
+    history.remember(Decided(round=RoundName(1, 1), version=Version(7, 41), digests={"e/1": "22", "e/0": "11"}), 1.0)
+    history.remember(committed(1), 2.0)
+    assert history.committed is not None
+    assert history.committed.digest == hashlib.sha256(b"e/0=11\ne/1=22\n").hexdigest()
+    history.remember(committed(2), 3.0)  # decided by a daemon before, of whose record nothing is left
+    assert history.committed.digest == ""
 
 
 def test_a_round_that_ended_is_a_row_and_only_the_newest_are_kept() -> None:

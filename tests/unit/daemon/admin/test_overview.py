@@ -62,6 +62,14 @@ def test_an_engine_in_the_status(overview: Overview) -> None:
     assert overview.status(fleet, History(), (), now=0.0).engines[0].error == "its layout is another model's"
 
 
+def test_who_was_torn_when_it_was_lost_is_so_until_it_says_otherwise(overview: Overview) -> None:
+    fleet = fleet_with(EngineStatus(applied=VERSION, torn=True), paused=True)
+    fleet.leave(MEMBER)
+    assert overview.status(fleet, History(), (), now=0.0).engines[0].torn, "or its alert ends while it is worst"
+    fleet.enter(ConnectedAgent(MEMBER, 2, HELLO, status=SERVING))
+    assert not overview.status(fleet, History(), (), now=0.0).engines[0].torn
+
+
 def test_an_engine_shows_how_it_lands_and_why(overview: Overview) -> None:
     fleet = fleet_with(SERVING)
     layout = Layout((), (), b"", lands="copy", lands_because="10 MiB are\nthere")

@@ -191,3 +191,21 @@ async def test_the_admin_keys_of_the_moment_are_shown() -> None:
         keys = []
         await exchanges.exchange("GET", "/x", 5, idempotent=True)
     assert seen == ["one,two", "three", None]
+
+
+async def test_no_answer_carries_our_keys_into_log_and_status() -> None:
+    """As of a proxy that shows the request that it refuses."""
+
+    async def repeat(request: web.Request) -> web.Response:
+        said = " ".join(f"{name}: {value}" for name, value in request.headers.items())
+        status = {"/refused": 500, "/sent-on": 307}.get(request.path, 200)
+        return web.Response(status=status, text=said, headers={"Location": "/?" + said.replace(" ", "+")})
+
+    keys = ("f" * 64, "e" * 64)
+    async with talking(repeat, api_key="an-api-key", admin_keys=lambda: keys) as exchanges:
+        for path in ("/refused", "/sent-on"):
+            with pytest.raises(EngineRefused) as refused:
+                await exchanges.exchange("GET", path, SECONDS, idempotent=True)
+            assert "[withheld],[withheld]" in str(refused.value)
+            assert not [key for key in ("an-api-key", *keys) if key in str(refused.value)]
+        assert b"Bearer [withheld]" in await exchanges.exchange("GET", "/", SECONDS, idempotent=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import math
 from collections.abc import AsyncIterator, Callable
@@ -621,6 +622,22 @@ async def test_others_may_serve_at_the_same_address(access: Access) -> None:
         assert await response.text() == "here"
     with pytest.raises(OSError, match="Address already in use"):
         await hub_of(access, lambda _: None).start("127.0.0.1", port)
+    await hub.close()
+
+
+async def test_no_body_is_unpacked(access: Access) -> None:
+    """A kilobyte would be a megabyte, and the loop would stand still for it, whoever has sent it."""
+
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(body=await request.read())
+
+    hub = hub_of(access, lambda _: None)
+    port = await hub.start("127.0.0.1", 0, lambda app: app.router.add_post("/verbs/{verb}", echo))
+    packed = gzip.compress(bytes(2**20))
+    headers = {"Authorization": f"Bearer {TOKENS['operator']}", "Content-Encoding": "gzip"}
+    url = f"http://127.0.0.1:{port}/verbs/hold"
+    async with aiohttp.ClientSession() as session, session.post(url, data=packed, headers=headers) as response:
+        assert await response.read() == packed
     await hub.close()
 
 
