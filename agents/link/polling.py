@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from weightsync.agents.link.turns import quick_turns
+from weightsync.agents.turns import quick_turns
 
 IDLE_SECONDS: Final = 0.01
 """Between polls when nothing is expected: only warm-ups of peers wait for it."""

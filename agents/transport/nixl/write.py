@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
-from weightsync.agents.link.turns import quick_turns
 from weightsync.agents.transport.filling import ALL
 from weightsync.agents.transport.nixl.cargo import CargoChunk
 from weightsync.agents.transport.nixl.edge import (
@@ -32,6 +31,7 @@ from weightsync.agents.transport.nixl.errors import (
 )
 from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.loader import Bindings
+from weightsync.agents.turns import quick_turns
 from weightsync.orchestrator.protocol.messages import Fault
 
 Ended = Callable[[EdgeResult], None]

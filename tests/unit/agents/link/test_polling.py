@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from weightsync.agents.link import polling
 from weightsync.agents.link.polling import Polling
-from weightsync.agents.link.turns import SWITCH_SECONDS
+from weightsync.agents.turns import SWITCH_SECONDS
 
 
 @pytest.fixture(autouse=True)

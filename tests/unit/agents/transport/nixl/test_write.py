@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from weightsync.agents.link.turns import SWITCH_SECONDS
 from weightsync.agents.transport.nixl import write as writes
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Transfer
@@ -20,6 +19,7 @@ from weightsync.agents.transport.nixl.errors import DisconnectedError
 from weightsync.agents.transport.nixl.flow import Loading
 from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.nixl.write import Writer
+from weightsync.agents.turns import SWITCH_SECONDS
 from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.names import RoundName

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from weightsync.agents.link.turns import SLACK_NANOSECONDS, SWITCH_SECONDS, quick_turns, timer_slack
+from weightsync.agents.turns import SLACK_NANOSECONDS, SWITCH_SECONDS, quick_turns, timer_slack
 
 ELSEWHERE = 0.004
 
