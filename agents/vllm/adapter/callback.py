@@ -25,7 +25,8 @@ class CallbackEngine(WeightTransferEngine):  # type: ignore[misc]
     def __init__(self, config: Any, parallel_config: Any, model: torch.nn.Module) -> None:
         super().__init__(config, parallel_config, model)
         self.device = next(model.parameters()).device
-        self.ranks, self.agent = engine.equip(model, self.device, parallel_config, config_of(model))
+        # Its expert layers have not been run by themselves on a GPU yet, and one that fails there ends the worker.
+        self.ranks, self.agent = engine.equip(model, self.device, parallel_config, config_of(model), lone_experts=False)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> calls.InitInfo:
         return calls.parse_init_info(init_dict)

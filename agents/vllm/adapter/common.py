@@ -49,8 +49,12 @@ class VllmModel:
     no_flip: str = ""
 
     @classmethod
-    def of(cls, module: torch.nn.Module, vllm_config: Any, peers: Peers = ALONE) -> "VllmModel":
+    def of(
+        cls, module: torch.nn.Module, vllm_config: Any, peers: Peers = ALONE, *, lone_experts: bool = True
+    ) -> "VllmModel":
         """The model with its layout as it is now, after a look at each kind of layer.
+
+        ``lone_experts``: whether this vLLM's expert layers can be run by themselves.
 
         Raises:
             RecordError: the layout is not known.
@@ -65,7 +69,8 @@ class VllmModel:
             recorded = recorded_layout(module, vllm_config)  # at its new addresses
         unprobed: dict[str, str] = {}
         for model in models_of(module):
-            unprobed |= probe.require(model, targets_of(model), recorded.refresh, vllm_config)
+            context = vllm_config if lone_experts else None
+            unprobed |= probe.require(model, targets_of(model), recorded.refresh, context)
         return cls._of(module, vllm_config, recorded, unprobed, placed)
 
     @classmethod
@@ -114,16 +119,22 @@ def _with_left_out(recorded: Recorded, unprobed: Mapping[str, str]) -> Layout:
 
 
 def make_agent(
-    ranks: EngineRanks, model: torch.nn.Module, device: torch.device, vllm_config: Any, boundary: bool = True
+    ranks: EngineRanks,
+    model: torch.nn.Module,
+    device: torch.device,
+    vllm_config: Any,
+    boundary: bool = True,
+    *,
+    lone_experts: bool = True,
 ) -> WeightHolder:
     """The agent of this worker, with the layout of ``model`` recorded and its landing memory allocated.
 
-    ``boundary``: see ``InferenceAgent``.
+    ``boundary``: see ``InferenceAgent``; ``lone_experts``: see ``VllmModel``.
     """
     from weightsync.agents.inference.agent import InferenceAgent
 
     peers = CoreRanks.here()
-    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config, peers)
+    live = _adapter(model, device, vllm_config) or VllmModel.of(model, vllm_config, peers, lone_experts=lone_experts)
     return InferenceAgent(ranks, device, live, balancer.drain, boundary, peers)
 
 
@@ -150,12 +161,18 @@ def _adapter(model: torch.nn.Module, device: torch.device, vllm_config: Any) -> 
 
 
 def equip(
-    model: torch.nn.Module, device: torch.device, parallel_config: Any, vllm_config: Any
+    model: torch.nn.Module,
+    device: torch.device,
+    parallel_config: Any,
+    vllm_config: Any,
+    *,
+    lone_experts: bool = True,
 ) -> tuple[EngineRanks, WeightHolder]:
     """What every adapter's constructor does: gate, ranks and agent, or a refusal to start.
 
     Args:
         vllm_config: that the model was loaded with.
+        lone_experts: see ``VllmModel``.
 
     Raises:
         PlaceError: the server's environment does not say whose it is.
@@ -173,7 +190,7 @@ def equip(
     ranks = engine_ranks(parallel_config)
     # Replicas of a dense model are engines of their own to vLLM; those of a mixture of experts meet in every step.
     boundary = parallel_config.data_parallel_size == 1
-    agent = make_agent(ranks, model, device, vllm_config, boundary)
+    agent = make_agent(ranks, model, device, vllm_config, boundary, lone_experts=lone_experts)
     logger.info("weightsync: agent of rank %d ready on %s; waiting for the daemon", ranks.rank, device)
     return ranks, agent
 

@@ -98,7 +98,7 @@ def story(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(guard, "require", lambda: story.append("guard required"))
     monkeypatch.setattr(hold, "require", lambda: story.append("hold required"))
     monkeypatch.setattr(gate, "install", lambda: story.append("gate installed"))
-    monkeypatch.setattr(engine, "make_agent", lambda ranks, *_: story.append(ranks.rank) or Agent(story))
+    monkeypatch.setattr(engine, "make_agent", lambda ranks, *_, **__: story.append(ranks.rank) or Agent(story))
     monkeypatch.setattr(calls, "synchronize", lambda device: story.append(f"synchronised {device}"))
     return story
 
@@ -138,12 +138,12 @@ PARALLEL = SimpleNamespace(
 def test_either_shape_knows_what_the_model_was_loaded_with(pretend_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised tensors, layers that need a forward context, drafters and adapters are known by it alone."""
     told: list[Any] = []
-    monkeypatch.setattr(engine, "make_agent", lambda ranks, model, device, vllm_config, _: told.append(vllm_config))
+    monkeypatch.setattr(engine, "make_agent", lambda *given, lone_experts: told.append((given[3], lone_experts)))
     settings, model = SimpleNamespace(parallel_config=PARALLEL), Model()
     pretend_base(LifecycleBase)(None, settings, torch.device("cpu"), model)
     monkeypatch.setitem(load_hook._loaded_with, model, settings)
     pretend_base(CallbackBase)(None, PARALLEL, model)
-    assert [each is settings for each in told] == [True, True]
+    assert [(known is settings, lone_experts) for known, lone_experts in told] == [(True, True), (True, False)]
 
 
 @pytest.mark.usefixtures("story")
@@ -153,7 +153,7 @@ def test_weights_change_between_two_steps_unless_ranks_of_several_cores_meet(
 ) -> None:
     """Independent replicas of a dense model say 1, whichever they are."""
     told: list[Any] = []
-    monkeypatch.setattr(engine, "make_agent", lambda *given: told.append(given[-1]))
+    monkeypatch.setattr(engine, "make_agent", lambda *given, lone_experts: told.append(given[-1]))
     parallel = SimpleNamespace(**vars(PARALLEL) | {"data_parallel_size": size, "data_parallel_index": size - 1})
     engine.equip(Model(), torch.device("cpu"), parallel, None)
     assert told == [boundary]
