@@ -52,6 +52,9 @@ CLOSE_SECONDS: Final = 30.0
 
 CLOSE_POLL_SECONDS: Final = 0.02
 
+GENERATION_BITS: Final = 53
+"""JSON's readers in many languages know no longer integers, and a generation is compared."""
+
 
 class Publisher:
     """What ``TrainerAgent`` and ``StreamAgent`` share: the ranks, the agent's thread, and what became of each version.
@@ -117,7 +120,7 @@ class Publisher:
                 self._settings = settings()
                 read_token(self._settings.token_file)
                 where = f"{self._settings.hub_url} {self._settings.run_id}"
-                said = self._ranks.agree(f"{secrets.randbits(62)} {where}", seconds=RANKS_SECONDS)
+                said = self._ranks.agree(f"{secrets.randbits(GENERATION_BITS)} {where}", seconds=RANKS_SECONDS)
                 self._generation = agreed_start(said)
                 yield
                 self._ranks.agree(seconds=RANKS_SECONDS)

@@ -249,7 +249,7 @@ def _committed(version: VersionView | None, now: float) -> str:
         return "nothing yet"
     age = f", {_age(now - version.unix_time)} ago" if version.unix_time else ""
     digest = f", digest {version.digest[:16]}" if version.digest else ""
-    return f"step {version.step} (generation {version.generation:x}), commit {version.sequence}{age}{digest}"
+    return f"step {version.step} (generation {version.generation}), commit {version.sequence}{age}{digest}"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], spare: tuple[str, ...] = ()) -> str:

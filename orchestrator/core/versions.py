@@ -77,7 +77,7 @@ def _note_stale_markers(turn: Turn) -> None:
         if seen.generation not in (None, fleet.generation) and seen not in fleet.stale_said:
             keep_newest(fleet.stale_said, seen, None, REMEMBERED_VERSIONS)
             turn.say(
-                f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation:x}); ignored",
+                f"STABLE of step {seen.step} is of an earlier trainer ({seen.generation}); ignored",
                 "warning",
                 event="marker stale",
             )

@@ -52,7 +52,7 @@ class Version(msgspec.Struct, frozen=True, order=True, array_like=True):
     step: Step
 
     def __str__(self) -> str:
-        return f"step {self.step} (generation {self.generation:x})"
+        return f"step {self.step} (generation {self.generation})"
 
 
 class RoundName(msgspec.Struct, frozen=True, order=True, array_like=True):

@@ -103,6 +103,7 @@ def environment(shim_parent: Path, extra: Mapping[str, str] | None = None, devic
         paths.append(before)
     everywhere = {
         "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONFAULTHANDLER": "1",
         "VLLM_SERVER_DEV_MODE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -238,7 +239,10 @@ class VllmServer:
     def log_tail(self, lines: int = 40) -> str:
         """The first errors and the end of the server's log; the cause of a failed start stands far above its end."""
         log = self.log_path.read_text(errors="replace").splitlines()
-        return "\n".join([*[line for line in log if "Error: " in line][:3], "…", *log[-lines:]])
+        signs = ("Error: ", "Fatal Python error", "fatal signal")
+        loud = (line for line in log if " INFO " not in line and " WARNING " not in line)
+        first = [line for line in loud if any(sign in line for sign in signs)]
+        return "\n".join([*first[:3], "…", *log[-lines:]])
 
     def processes(self) -> list[int]:
         """Ids of the processes of this server that are alive, the API server's first."""

@@ -84,7 +84,7 @@ def _objection(fleet: Fleet, member: Member, hello: Hello) -> Trouble | None:
             wanted = f"it says that there are {hello.world} ranks, the configuration {fleet.policy.trainer_world}"
             return Trouble(wanted, "config", retry=False)
         if fleet.memory.was_replaced(hello.generation):
-            replaced = f"its trainer generation {hello.generation:x} was replaced by a newer start"
+            replaced = f"its trainer generation {hello.generation} was replaced by a newer start"
             # Until it has closed its grants it comes again, for nobody else can say that they are.
             return Trouble(replaced, "trainer", retry=_has_unclosed(fleet, member, hello.incarnation))
         others = [a for a in peers if a.hello.generation != hello.generation]
@@ -131,7 +131,7 @@ def _enter_generation(turn: Turn, generation: int) -> None:
     if generation not in fleet.memory.generations:
         # Journaled, or one that was away would be taken for a new one after a restart, and the new one for replaced.
         turn.append(TrainerBegan(generation=generation))
-    turn.say(f"trainer generation {generation:x} begins", event="trainer begins")
+    turn.say(f"trainer generation {generation} begins", event="trainer begins")
 
 
 def _learn(turn: Turn, agent: ConnectedAgent) -> None:

@@ -87,7 +87,7 @@ def _let_stages_hand_on() -> None:
 def _follow(flag: Path) -> None:
     from weightsync.agents.vllm.adapter import common as engine
 
-    def make_agent(ranks: Any, model: Any, *others: Any) -> FlagAgent:
+    def make_agent(ranks: Any, model: Any, *others: Any, **named: Any) -> FlagAgent:
         flag.with_suffix(f".rank{ranks.rank}").write_text(json.dumps(asdict(ranks)))
         return FlagAgent(flag, ranks.rank, model)
 

@@ -79,7 +79,7 @@ CRITICAL: d: torn by step 39 [30 s]
     Fix: publish
 DEGRADED: broadcasts/step_007: wrongly named, ignored
 step 40 is served; waits for the next version
-committed: step 40 (generation ff), commit 3, 2 min ago, digest abababababababab
+committed: step 40 (generation 255), commit 3, 2 min ago, digest abababababababab
 round 2.7: step 40, attempt 2, for 0.4 s; writing for 0.3 s, waits for trainer/1
 publish of step 41: waits 12 s for the plan
 

@@ -21,7 +21,7 @@ from weightsync.orchestrator.protocol.names import (
 def test_names_in_log_lines() -> None:
     assert str(Member("trainer", "", 3)) == "trainer/3"
     assert str(Member("inference", "glm-a", 1)) == "glm-a/1"
-    assert str(Version(255, 40)) == "step 40 (generation ff)"
+    assert str(Version(255, 40)) == "step 40 (generation 255)"
     assert str(RoundName(2, 9)) == "2.9"
 
 

@@ -43,7 +43,7 @@ async def test_a_commit_names_version_sequence_and_digests(tmp_path: Path) -> No
     epoch = EpochBegan(epoch=3)
     (line,) = await written(tmp_path, epoch, decided(), COMMITTED)
     whole = hashlib.sha256(f"e0/0={'11' * 16}\ne0/1={'22' * 16}\n".encode()).hexdigest()
-    assert (line.number, line.who, line.verb, line.target) == (1, "the daemon", "commit", "step 40 (generation ab)")
+    assert (line.number, line.who, line.verb, line.target) == (1, "the daemon", "commit", "step 40 (generation 171)")
     assert line.reason == "round 3.7, sequence 5"
     assert line.result == f"digests: {whole} of 2: e0/0={'11' * 16} e0/1={'22' * 16}"
 
@@ -79,7 +79,7 @@ async def test_a_disk_that_fails_ends_nothing(tmp_path: Path) -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert [line["event"] for line in logs] == ["the audit log cannot be written"]
-    assert logs[0]["target"] == "step 40 (generation ab)"
+    assert logs[0]["target"] == "step 40 (generation 171)"
 
 
 async def test_a_disk_that_is_slow_costs_lines_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
