@@ -219,6 +219,7 @@ def test_the_image_runs_the_daemon_as_a_number_and_asks_it_by_its_configuration(
     assert 'ENTRYPOINT ["weightsync-orchestrator"]' in text
     assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE), "Kubernetes' runAsNonRoot wants a number"
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${PYTHON}"] * 2, "one argument pins both by digest"
+    assert re.findall(r"^ARG (.*)$", text, re.MULTILINE) == ["PYTHON"], "it has no default, which could be a tag alone"
     (check,) = re.findall(r'CMD \["weightsync-orchestrator", (.*)\]$', text, re.MULTILINE)
     options = parser().parse_args([word.strip(' "') for word in check.split(",")])
     assert (options.ready, options.config) == (True, None)
