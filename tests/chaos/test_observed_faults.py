@@ -104,7 +104,7 @@ async def test_rules_and_traces_of_a_real_fleet_with_faults(several: Several, mo
         several.daemon_env["WEIGHTSYNC__TRACES__OTLP_ENDPOINT"] = collector.endpoint
         away = await asyncio.to_thread(harm, several)
         families = await asyncio.to_thread(scraped, several)
-        await collector.until(lambda spans: bool(failures(spans)) and ends_well(spans, several.committed[-1]))
+        await collector.until(lambda spans: all_came(spans, several.committed[-1]))  # each process sends its own, late
     by_fault_of_each_rule(away, families)
     present = {sample.name: set() for family in families for sample in family.samples}
     for family in families:
@@ -132,6 +132,10 @@ def failures(spans: list[Received]) -> list[Received]:
     return [span for span in spans if span.name == "publish" and span.failed]
 
 
+def all_came(spans: list[Received], step: int) -> bool:
+    return bool(failures(spans)) and ends_well(spans, step) and not orphans(spans)
+
+
 def ends_well(spans: list[Received], step: int) -> bool:
     mine = [span.name for span in spans if span.trace in traces_of(spans, step)]
     return mine.count("publish") == 1 and mine.count("switch") == len(NAMES)
@@ -141,11 +145,15 @@ def traces_of(spans: list[Received], step: int) -> set[str]:
     return {span.trace for span in spans if span.attributes.get("weightsync.step") == step}
 
 
+def orphans(spans: list[Received]) -> list[Received]:
+    """Spans of traces that have ended whose parent has not come."""
+    ids, ended = {span.span for span in spans}, {span.trace for span in spans if not span.parent}
+    return [span for span in spans if span.trace in ended and span.parent and span.parent not in ids]
+
+
 def closed(spans: list[Received], several: Several) -> None:
     """Each span is below one that came, too; and what failed says why."""
-    ids = {span.span for span in spans}
-    ended = {trace for span in spans if not span.parent for trace in [span.trace]}
-    assert [span for span in spans if span.trace in ended and span.parent and span.parent not in ids] == []
+    assert orphans(spans) == []
     (publish,) = failures(spans)
     rounds = [span for span in spans if span.trace == publish.trace and span.name == "round"]
     assert rounds, "the attempts at it"
