@@ -75,7 +75,7 @@ def choose_landing(layout: Layout, device: torch.device, no_flip: str = "", peer
     missing = _missing(needed, budget, device, peers.count)
     if peers.least(int(not missing)) == 0:  # asked whatever the mode is, so that no rank waits for another's question
         missing = missing or ANOTHER_RANK
-    ring = usual_ring("VRAM" if device.type == "cuda" else "DRAM")
+    ring = usual_ring(on_device=device.type == "cuda")
     if mode == "live":
         return LandingChoice("live", ring if budget is None else budget, f"{MODE_VARIABLE}=live")
     if mode == "copy":
@@ -153,5 +153,5 @@ def declared_budget() -> int | None:
     if not value:
         return None
     if not value.isascii() or not value.isdigit() or len(value) > 9:
-        raise ModeRefused(f"{LANDING_VARIABLE} is {value!r}; give whole MiB, such as {usual_ring('VRAM') // MIB}")
+        raise ModeRefused(f"{LANDING_VARIABLE} is {value!r}; give whole MiB, such as 1024")
     return int(value) * MIB

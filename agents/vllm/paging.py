@@ -99,8 +99,9 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
         weights = sum(tensor.numel() for tensor in tensors if tensor.device == device)
         if most is not None:
             if weights > most:
+                ring = usual_ring(on_device=True) // MIB
                 return (
-                    f"a second set of {weights / MIB:.0f} MiB and a ring of {usual_ring('VRAM') // MIB} MiB are more"
+                    f"a second set of {weights / MIB:.0f} MiB and a ring of {ring} MiB are more"
                     f" than {LANDING_VARIABLE} allows, which is {(declared_budget() or 0) // MIB}"
                 )
             continue
@@ -116,4 +117,4 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
 def _most(mode: Mode) -> int | None:
     """Bytes that a second set may take; None: as many as are free. Who names ``flip`` declares its ring alone."""
     budget = declared_budget() if mode == "auto" else None
-    return None if budget is None else max(0, budget - usual_ring("VRAM"))
+    return None if budget is None else max(0, budget - usual_ring(on_device=True))

@@ -97,9 +97,9 @@ def longest_chunk(memory: Literal["DRAM", "VRAM"]) -> int:
     return _CHUNK_BYTES[memory]
 
 
-def usual_ring(memory: Literal["DRAM", "VRAM"]) -> int:
+def usual_ring(*, on_device: bool) -> int:
     """Bytes of a ring, at either end, where nobody says how many."""
-    return _RING_BYTES[memory]
+    return _RING_BYTES["VRAM" if on_device else "DRAM"]
 
 
 def chunk_bytes(ring: Region) -> int:

@@ -28,7 +28,7 @@ def ring_bytes(asked: int | None, device: torch.device, slots: int) -> int:
     more than the ``slots`` themselves have."""
     if asked is not None:
         return asked
-    usual = usual_ring("VRAM" if device.type == "cuda" else "DRAM")
+    usual = usual_ring(on_device=device.type == "cuda")
     return min(usual, -(-slots // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
 
 
