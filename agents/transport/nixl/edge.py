@@ -103,6 +103,8 @@ class EdgeProgress:
     started: float = 0.0
     ended: float = 0.0
     error: TransferError | None = None
+    settling: bool = False
+    """Its connection broke: what is in flight is waited for, since the edge can be written anew when that has ended."""
     over: bool = False
     arrived: set[int] = field(default_factory=set)
     """Numbers of transfers that ended well …"""
@@ -112,6 +114,11 @@ class EdgeProgress:
     @property
     def active(self) -> bool:
         return self.error is None and bool(self.waiting or self.in_flight or (self.flow and self.flow.open))
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the write goes on for it."""
+        return self.active or (self.settling and bool(self.in_flight))
 
     def result(self) -> EdgeResult:
         seconds = max(self.ended - self.started, 0.0)

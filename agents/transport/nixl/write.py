@@ -113,7 +113,8 @@ class Writer:
         self._all: list[EdgeProgress] = []
 
     async def write(self, edges: Sequence[Edge]) -> list[EdgeResult]:
-        """Post everything once and wait until each edge has ended or is given up; results in the order of ``edges``."""
+        """Post everything once and wait until each edge has ended or is given up; results in the order of ``edges``.
+        Of one whose connection breaks, what is in flight ends soon after, and is waited for: then it is over."""
         self._all = [self._begin(edge) for edge in edges]
         try:
             with quick_turns():
@@ -126,7 +127,7 @@ class Writer:
         eager_until, began = 0.0, time.monotonic()
         for progress in self._all:
             self._conclude(progress)
-        while any(progress.active for progress in self._all):
+        while any(progress.awaited for progress in self._all):
             if time.monotonic() >= self._deadline:
                 self._give_up("the deadline passed", DeadlineError)
                 return
@@ -134,10 +135,10 @@ class Writer:
             since, began = time.monotonic() - began, time.monotonic()
             self._listen()
             for progress in self._all:
-                if progress.active and self._turn(progress, turn_ends):
+                if progress.awaited and self._turn(progress, turn_ends):
                     eager_until = time.monotonic() + EAGER_SECONDS
                     progress.looked, progress.still = time.monotonic(), 0.0
-                elif progress.active:
+                elif progress.awaited:
                     self._stands_still(progress, min(since, LONGEST_LOOK_SECONDS))
                 self._conclude(progress)
                 if time.monotonic() >= turn_ends:
@@ -150,7 +151,7 @@ class Writer:
     def stop(self, peers: Collection[str], reason: str) -> None:
         """Post nothing more to ``peers``."""
         for progress in self._all:
-            if progress.active and progress.edge.peer in peers:
+            if progress.awaited and progress.edge.peer in peers:
                 self._give_up_edge(progress, reason, StoppedError)
 
     def settle(self) -> None:
@@ -327,6 +328,7 @@ class Writer:
         progress.edge.broken = True
         progress.waiting.clear()
         if progress.error is None:
+            progress.settling = True
             kind, reason, fault = refusal(cause, self._bindings)
             progress.error = self._error(kind, progress, where, reason, fault, retry=True)
             progress.error.__cause__ = cause
@@ -347,11 +349,12 @@ class Writer:
 
     def _give_up(self, reason: str, kind: type[TransferError] = TransferError) -> None:
         for progress in self._all:
-            if progress.active:
+            if progress.awaited:
                 self._give_up_edge(progress, reason, kind)
 
     def _give_up_edge(self, progress: EdgeProgress, reason: str, kind: type[TransferError] = TransferError) -> None:
         """Post nothing more; it is over once nothing is in flight."""
+        progress.settling = False
         if progress.error is None:
             stuck = (*progress.in_flight, *progress.waiting)[:1]
             tensor = stuck[0].where() if stuck else ""

@@ -136,20 +136,33 @@ async def test_a_refused_post_is_not_in_flight() -> None:
 async def test_after_the_first_failure_nothing_more_is_posted_and_what_is_in_flight_is_waited_for() -> None:
     write = Written(60.0, a1=["PROC", "PROC", "DONE"], a2=["ERR"], b1=["DONE"], b2=["DONE"])
     await write.write()
+    assert write.ends == {"b": (20, ""), "a": (10, "TransferError")}, "so that it can be tried anew at once"
+    assert write.writer.over
+
+
+@pytest.mark.parametrize("ends", ["stop", "stall", "deadline"])
+async def test_what_is_in_flight_over_a_broken_connection_and_hangs_is_not_waited_for_longer_than_any_other(ends):
+    seconds, stall = (0.05 if ends == "deadline" else 60.0), (0.05 if ends == "stall" else None)
+    write = Written(seconds, stall, a1=["PROC"], a2=["gone"], b1=["DONE"], b2=["DONE"])
+    began = time.monotonic()
+    task = asyncio.create_task(write.write())
+    await asyncio.sleep(0.02)
+    if ends == "stop":
+        assert not task.done()
+        write.writer.stop({"a"}, "left out")
+    await task
+    assert time.monotonic() - began < 5.0
     assert write.ends == {"b": (20, "")}
     assert [left.edge.peer for left in write.writer.left()] == ["a"]
-    while not write.writer.over:
-        write.writer.settle()
-    assert write.ends == {"b": (20, ""), "a": (10, "TransferError")}
+    write.writer.forget("a")
+    assert write.ends == {"b": (20, ""), "a": (0, "DisconnectedError")}, "its first error is what is told"
 
 
 async def test_a_post_that_raises_and_has_begun_is_in_flight() -> None:
     write = Written(60.0, a1=["refused", "PROC", "PROC", "PROC", "DONE"], a2=["DONE"], b1=["DONE"], b2=["DONE"])
     await write.write()
     assert write.nixl.posted == ["a1", "b1", "b2"]
-    assert write.edges[0].tainted
-    while not write.writer.over:
-        write.writer.settle()
+    assert not write.edges[0].tainted
     assert write.ends == {"b": (20, ""), "a": (10, "TransferError")}
 
 
