@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -28,33 +29,70 @@ def _prctl() -> Callable[..., int] | None:
 _call: Final = _prctl()
 
 
+class _Shared:
+    """A setting that several who overlap want: the first changes it, the last puts it back.
+
+    Args:
+        change: returns how to put it back.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._users = 0
+        self._back: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with _lock:
+            if not self._users:
+                self._back = self._change()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._users -= 1
+                if not self._users:
+                    self._back()
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.woken_in_time = _Shared(_less_slack)
+
+
 @contextmanager
 def quick_turns() -> Iterator[None]:
     """The process's threads take turns every SWITCH_SECONDS, unless somebody else has a say in it meanwhile, and the
-    calling one is woken in time for its own."""
+    calling one is woken in time for its own. Several may overlap: the last one to end puts back what was before."""
+    with _short_turns(), _of_thread.woken_in_time():
+        yield
+
+
+def _shorter_turns() -> Callable[[], None]:
     before = sys.getswitchinterval()
     if before <= SWITCH_SECONDS:
-        yield
-        return
+        return lambda: None
     sys.setswitchinterval(SWITCH_SECONDS)
     during = sys.getswitchinterval()
-    try:
-        with _woken_in_time():
-            yield
-    finally:
+
+    def back() -> None:
         if sys.getswitchinterval() == during:
             sys.setswitchinterval(before + HALF_MICROSECOND)
 
+    return back
 
-@contextmanager
-def _woken_in_time() -> Iterator[None]:
+
+def _less_slack() -> Callable[[], None]:
     before = timer_slack()
-    if before > SLACK_NANOSECONDS:
-        timer_slack(SLACK_NANOSECONDS)
-    try:
-        yield
-    finally:
+    if before <= SLACK_NANOSECONDS:
+        return lambda: None
+    timer_slack(SLACK_NANOSECONDS)
+
+    def back() -> None:
         timer_slack(before)
+
+    return back
 
 
 def timer_slack(nanoseconds: int = 0) -> int:
@@ -64,3 +102,8 @@ def timer_slack(nanoseconds: int = 0) -> int:
     if nanoseconds:
         _call(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds))
     return _call(PR_GET_TIMERSLACK)
+
+
+_lock: Final = threading.Lock()
+_short_turns: Final = _Shared(_shorter_turns)
+_of_thread: Final = _OfThread()

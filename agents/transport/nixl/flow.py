@@ -125,6 +125,7 @@ class Flow:
     def next(self) -> tuple[CargoChunk, int] | None:
         """The next chunk to post, and its place in the ring; packs ahead as far as there is room."""
         filled = self._filled()
+        self._make_room()
         while self._left and self._left[0].pack is not None and self._may_be_packed(self._left[0], filled):
             assert self._ring is not None, "what is packed has a ring"
             place = self._ring.take(self)
@@ -151,6 +152,17 @@ class Flow:
         """Before the peer has a place for it only where no other edge could want the one that it takes here."""
         assert self._ring is not None, "what is packed has a ring"
         return chunk.needs <= filled and (self._ring.suffices or self._may_land(chunk))
+
+    def _make_room(self) -> None:
+        """Give back places of what was packed ahead, which others want and its peer has no room for: it is packed
+        again."""
+        while self._packing and self._ring is not None and self._ring.owes(self):
+            chunk, place, packing = self._packing[-1]
+            if not packing.done() or self._may_land(chunk):
+                return
+            self._packing.pop()
+            self._left.appendleft(chunk)
+            self.give(place)
 
     def _may_leave(self, chunk: CargoChunk, filled: int) -> bool:
         return chunk.needs <= filled and self._may_land(chunk)

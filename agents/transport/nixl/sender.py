@@ -62,34 +62,49 @@ class _Way:
 class _Write:
     """One ``write``: how its edges end. One that breaks is not told of while it may be tried again.
 
+    Args:
+        until: its deadline, on ``time.monotonic``'s clock.
+        tell: told of each edge once.
+        again: asked to try one again that broke, by its endpoint.
+
     Attributes:
         broken: by endpoint, what became of edges whose connection broke, and that nothing is in flight over.
         stopped: endpoints that nothing more is posted to.
+        tries: under way, of those that broke.
     """
 
-    def __init__(self, until: float, tell: Callable[[EdgeResult], None]) -> None:
+    def __init__(self, until: float, tell: Callable[[EdgeResult], None], again: Callable[[str], None]) -> None:
         self.tell = tell
         self.broken: dict[str, EdgeResult] = {}
         self.stopped: set[str] = set()
+        self.tries: list[asyncio.Task[None]] = []
         self._until = until
-        self._tries: Counter[str] = Counter()
+        self._again = again
+        self._tried: Counter[str] = Counter()
         self._over = False
+
+    @property
+    def left_seconds(self) -> float:
+        return max(self._until - time.monotonic(), 0.0)
 
     def ended(self, result: EdgeResult) -> None:
         """Nothing is in flight over an edge."""
         name, error = result.peer, result.error
         # Stopped, late or given up: the connection is none the worse, or the bytes may still arrive.
         broke = error is not None and error.retry and type(error) in (TransferError, DisconnectedError)
-        self._tries[name] += 1
-        late = self._over or time.monotonic() >= self._until or name in self.stopped
-        if broke and not late and self._tries[name] < TRIES:
+        self._tried[name] += 1
+        late = self._over or not self.left_seconds or name in self.stopped
+        if broke and not late and self._tried[name] < TRIES:
             self.broken[name] = result
+            self._again(name)
         else:
             self.tell(result)
 
     def give_up(self) -> None:
         """Nothing is tried again; what is in flight is told of when it has ended."""
         self._over = True
+        for task in self.tries:
+            task.cancel()
         for name in list(self.broken):
             self.tell(self.broken.pop(name))
 
@@ -181,46 +196,45 @@ class NixlSender(Sender):
             elif member in self._shares:
                 ended(HandedOver(member, 0, error="" if way is not None else self._why_not(member)))
 
-        write = _Write(until, lambda result: self._told(ways[result.peer].share.peer.member, result, ended))
+        def again(name: str) -> None:
+            write.tries.append(asyncio.ensure_future(self._write_anew(ways[name].share, write, loading)))
+
+        told = lambda result: self._told(ways[result.peer].share.peer.member, result, ended)  # noqa: E731
+        write, loading = _Write(until, told, again), Loading(round_name, self._ring, self._packer, filled)
         self._writes.append(write)
-        loading = Loading(round_name, self._ring, self._packer, filled)
         self._loadings.append(loading)
         try:
-            edges = [way.edge for way in ways.values() if way.edge is not None]
-            while edges:
-                results = await self._opened.write(
-                    edges, loading=loading, deadline_seconds=max(until - time.monotonic(), 0.0), ended=write.ended
-                )
-                self._changed = self._changed or any(result.error is not None for result in results)
-                edges = await self._made_anew([ways[name].share for name in write.broken], write)
+            await self._write([way.edge for way in ways.values() if way.edge is not None], write, loading)
+            while write.tries:
+                await write.tries.pop()
         finally:
             write.give_up()
             self._writes.remove(write)
             self._loadings.remove(loading)
+
+    async def _write(self, edges: Sequence[Edge], write: _Write, loading: Loading) -> None:
+        seconds = write.left_seconds
+        results = await self._opened.write(edges, loading=loading, deadline_seconds=seconds, ended=write.ended)
+        self._changed = self._changed or any(result.error is not None for result in results)
 
     def _told(self, member: Member, result: EdgeResult, ended: Ended) -> None:
         self._changed = self._changed or result.error is not None
         error, taken = str(result.error or ""), self._opened.way_to(result.peer)
         ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error, link=taken.link, by=taken.by))
 
-    async def _made_anew(self, shares: Sequence[Share], write: "_Write") -> list[Edge]:
-        """Edges over other connections in the place of those that broke in a write, for what has not arrived."""
-        if shares:
-            await self.connect(list(self._shares.values()))
-        edges = []
-        for share in shares:
-            member, name = share.peer.member, share.peer.endpoint_name
-            way = self._ways.get(member)
-            before = write.broken.pop(name, None)
-            if before is None:
-                continue
-            if way is None or way.edge is None or way.share is not share or name in write.stopped:
-                write.tell(before)
-                continue
-            log.warning("%s: the edge broke and is written to anew over another connection", before.error)
-            way.edge.before = before
-            edges.append(way.edge)
-        return edges
+    async def _write_anew(self, share: Share, write: _Write, loading: Loading) -> None:
+        """Over another connection in the place of one that broke, what has not arrived; the others' edges go on."""
+        member, name = share.peer.member, share.peer.endpoint_name
+        await self.connect(list(self._shares.values()))
+        way, before = self._ways.get(member), write.broken.pop(name, None)
+        if before is None:
+            return
+        if way is None or way.edge is None or way.share is not share or name in write.stopped:
+            write.tell(before)
+            return
+        log.warning("%s: the edge broke and is written to anew over another connection", before.error)
+        way.edge.before = before
+        await self._write([way.edge], write, loading)
 
     def stop(self, members: Collection[Member], reason: str) -> None:
         names = {self._names[member] for member in members if member in self._names}

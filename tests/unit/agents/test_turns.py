@@ -55,3 +55,15 @@ def test_shorter_turns_stay() -> None:
     with quick_turns():
         assert sys.getswitchinterval() == shorter
     assert sys.getswitchinterval() == shorter
+
+
+def test_of_several_that_overlap_the_last_puts_back_what_was_before() -> None:
+    turns, slack = sys.getswitchinterval(), timer_slack()
+    first, second = quick_turns(), quick_turns()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    assert timer_slack() == min(slack, SLACK_NANOSECONDS)
+    second.__exit__(None, None, None)
+    assert (sys.getswitchinterval(), timer_slack()) == (turns, slack)

@@ -195,6 +195,19 @@ async def test_a_connection_that_breaks_in_mid_write_costs_nobody_the_round(flee
             await two.arrived(weights, peer)
 
 
+async def test_a_connection_that_breaks_is_made_anew_while_another_reader_hangs(fleet, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    two = fleet(2, 2, 2048, 2048, lands="flip")
+    await two.connect()
+    weights = masters(13)
+    await two.begin(weights)
+    await two.peers[0].ask("SIGSTOP", 30)
+    await two.peers[1].ask("SEVER", 60)
+    ends = await two.write(seconds=5.0)
+    assert (ends[0, 1].error, ends[1, 1].error) == ("", "")
+    await two.arrived(weights, two.peers[1])
+
+
 async def test_a_reader_that_hangs_is_named_with_its_chunk_and_comes_back_with_the_next_attempt(fleet):
     """What it hears of the first attempt when it goes on is of no round that is open any more."""
     two = fleet(2, 2, 2048, 2048)

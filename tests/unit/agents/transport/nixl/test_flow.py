@@ -125,6 +125,29 @@ async def test_nothing_is_packed_ahead_in_a_place_that_another_edge_may_want():
     assert quick.next()[0].number == 0
 
 
+async def test_what_was_packed_ahead_makes_room_for_an_edge_that_begins_later():
+    ring, hands = PackingRing(Region(4096, 256 * 6)), Hands()
+    hangs = Flow("hangs", cargo_of(9, places=1), ring, hands)
+    hangs.next()
+    for one in hands.begun:
+        one.set_result(None)
+    assert (hangs.next()[0].number, hangs.next(), len(hands.begun)) == (0, None, 5)
+    later = Flow("later", cargo_of(9, places=9), ring, hands)
+    for turns in range(3):
+        assert hangs.next() is None
+        assert later.next() is None
+        assert len(hands.begun) == 6 + turns, "two places come back, one at a time, as they are wanted"
+    later.next()
+    assert len(hands.begun) == 8, "each has its part"
+    hangs.scattered(0)
+    assert hangs.next()[0].number == 1
+    hangs.scattered(1)
+    assert hangs.next()[0].number == 2
+    hangs.scattered(2)
+    assert hangs.next() is None
+    assert hangs.waits_for() == "chunk 3 of 9 waits for a place to be packed in", "it is packed again"
+
+
 async def test_where_chunks_pass_all_of_them_are_waited_for_however_many_places_there_are():
     flow, _, hands = flow_of(cargo_of(1, places=4), 8)
     flow.next()
