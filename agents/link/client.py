@@ -2,6 +2,7 @@
 
 ``run`` connects, introduces the agent, delivers what the daemon says and comes back after every loss. It resends
 nothing: ``hello`` is asked anew for each connection and carries the agent's state, and the daemon decides from that.
+What is said after that Hello and before its Welcome waits for the Welcome, for no Hello carries it.
 Everything here belongs to the loop that ``run`` runs on, usually in a thread of its own inside a trainer or a vLLM
 worker; other threads go through ``loop.call_soon_threadsafe``.
 """
@@ -31,7 +32,16 @@ from weightsync.agents.link.tls import tls_context
 from weightsync.agents.link.token import read_token
 from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES
-from weightsync.orchestrator.protocol.messages import Bye, FromAgent, FromDaemon, Hello, Refused
+from weightsync.orchestrator.protocol.messages import (
+    Announce,
+    Bye,
+    Examined,
+    FromAgent,
+    FromDaemon,
+    Hello,
+    Ready,
+    Refused,
+)
 from weightsync.orchestrator.protocol.proof import Challenge, agent_proof
 from weightsync.orchestrator.protocol.token import TokenError
 
@@ -47,6 +57,9 @@ CONNECT_SECONDS: Final = 30.0
 
 CLOSE_SECONDS: Final = 2.0
 """Of the farewell: the end of a trainer or a worker waits so long at most for a daemon that does not answer."""
+
+OF_A_CONNECTION: Final = (Announce, Ready, Examined, Bye)
+"""Said anew on each connection, after its Welcome; all else tells how the agent's state has changed."""
 
 MAX_DOUBLINGS: Final = 32
 """Of a wait: beyond any sensible longest / first, and small enough for a float."""
@@ -122,6 +135,8 @@ class ControlClient:
         self._started = False
         self._attempt: asyncio.Timeout | None = None
         self._connection: DaemonConnection | None = None
+        self._since_hello: list[FromAgent] = []
+        """Said since the last Hello, while its Welcome is awaited."""
         self.trouble = ""
         """Why the last attempt or connection ended; for whoever gives up waiting."""
         self.dated = ("", 0.0)
@@ -140,15 +155,19 @@ class ControlClient:
         return self._connection.heard_at if self._connection is not None and self.connected else 0.0
 
     def send(self, message: FromAgent) -> None:
-        """Send ``message`` on the present connection, without waiting.
+        """Send ``message`` on the present connection, without waiting; before its Welcome, right after that.
 
         Raises:
             NotConnected: there is none, or too much waits for the daemon already (which ends the connection).
             ProtocolError: the message exceeds MAX_FRAME_BYTES.
         """
         if self._connection is None or not self.connected:
-            raise NotConnected("no connection to the daemon")
-        self._connection.send(encode(message))
+            awaited = self._connection is not None and not self._connection.welcomed.done()
+            if not awaited or isinstance(message, OF_A_CONNECTION):
+                raise NotConnected("no connection to the daemon")
+            self._since_hello.append(message)
+        else:
+            self._connection.send(encode(message))
 
     async def close(self, reason: str = "") -> None:
         """Say Bye, end the connection and wait for ``run`` to return."""
@@ -231,9 +250,10 @@ class ControlClient:
             raise ConnectionLost(str(error)) from error
         upgraded = await upgrade(session, self._url, token, self._tls)
         self.dated = (upgraded.response.headers.get(hdrs.DATE, ""), time.time())
-        return DaemonConnection(upgraded.response, self._on_message), token, upgraded.challenge
+        return DaemonConnection(upgraded.response, self._heard), token, upgraded.challenge
 
     def _introduce(self, connection: DaemonConnection, token: str, challenge: Challenge) -> None:
+        self._since_hello.clear()
         said = self._hello()
         if said.run_id != challenge.run_id:
             reason = f"it belongs to run {said.run_id!r}, this daemon serves run {challenge.run_id!r}"
@@ -244,6 +264,12 @@ class ControlClient:
         self._connection = connection  # Before its Welcome is delivered, so that the answer to it can be sent.
         with contextlib.suppress(NotConnected):  # Then ``welcomed`` says why.
             connection.send(agent_proof(token, challenge, hello) + hello)
+
+    def _heard(self, message: FromDaemon) -> None:
+        self._on_message(message)
+        while self._since_hello:
+            with contextlib.suppress(NotConnected):  # then the next Hello carries it
+                self.send(self._since_hello.pop(0))
 
     async def _until_lost(self, connection: DaemonConnection) -> None:
         if self._closing.is_set():

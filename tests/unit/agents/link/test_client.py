@@ -27,6 +27,8 @@ from weightsync.orchestrator.protocol.codec import ProtocolError, encode
 from weightsync.orchestrator.protocol.limits import MAX_HELLO_BYTES, SCHEMA_VERSION
 from weightsync.orchestrator.protocol.messages import (
     Bye,
+    Converting,
+    FromAgent,
     FromDaemon,
     Hello,
     HubRendezvous,
@@ -34,6 +36,7 @@ from weightsync.orchestrator.protocol.messages import (
     Outcome,
     Ready,
     Refused,
+    Staged,
     Welcome,
 )
 from weightsync.orchestrator.protocol.names import Member, Version
@@ -56,6 +59,7 @@ SECONDS = 20.0
 
 MEMBER = Member("trainer", "", 3)
 READY = Ready(fingerprint="f")
+NEWS = (Converting(version=None), Staged(version=Version(1, 3), bytes=8, convert_seconds=0.1, digest_seconds=0.1))
 OUTCOME = Outcome(version=Version(1, 2), committed=True)
 Headers = dict[str, str]
 AT_ONCE = Backoff(first=0.001, longest=0.01)
@@ -228,6 +232,35 @@ async def test_the_answer_to_welcome_can_be_sent_at_once(token_file: Path) -> No
     event = await daemon.next()
     assert isinstance(event, AgentSaid)
     assert event.message == READY
+    await agent.stop()
+    await daemon.hub.close()
+
+
+async def test_what_changes_between_hello_and_welcome_is_said_after_it(token_file: Path) -> None:
+    """In its order; what Hello has carried, and what each connection says anew, is not."""
+    daemon = Daemon(token_file)
+    agent = Agent(await daemon.hub.start("127.0.0.1", 0), token_file)
+    agent.client._on_message = lambda message: agent.client.send(READY)
+
+    def refuse(event: AgentConnected) -> None:
+        agent.client.send(Converting(version=Version(1, 2)))
+        daemon.decide = meanwhile
+        daemon.hub.refuse(event.member, event.connection, Refused(reason="later", fault="daemon", retry=True))
+
+    def meanwhile(event: AgentConnected) -> None:
+        assert not agent.client.connected
+        for message in NEWS:
+            agent.client.send(message)
+        with pytest.raises(NotConnected):
+            agent.client.send(READY)
+        daemon.accept(event)
+
+    daemon.decide = refuse
+    said: list[FromAgent] = []
+    while len(said) < 3:
+        event = await daemon.next()
+        said += [event.message] if isinstance(event, AgentSaid) else []
+    assert (said, agent.hellos) == ([READY, *NEWS], 2)
     await agent.stop()
     await daemon.hub.close()
 
