@@ -46,6 +46,8 @@ class Link:
         """… and so does the daemon."""
         self.cut = False
         self.accepted = False
+        self.welcomed = False
+        """As far as the agent has heard."""
         self.hello: Hello | None = None
         self._up = self._down = 0.0
 
@@ -135,6 +137,7 @@ class Agent(Process):
         self.ended = False
         """It was refused for good."""
         self._dialling = False
+        self._since_hello: list[FromAgent] = []
         self._words: dict[type, Word] = {}
         self._words_of: RoundName | None = None
 
@@ -163,6 +166,7 @@ class Agent(Process):
             self.dial(self.world.rng.uniform(0.2, 0.8))
             return
         self.link = link = Link(self.world, self, daemon)
+        self._since_hello = []
         daemon.links.append(link)
         link.to_daemon(self.introduce(Hello(
             schema=SCHEMA_VERSION, run_id="sim", member=self.member, incarnation=self.incarnation, world=self.size,
@@ -219,9 +223,11 @@ class Agent(Process):
 
     # ----------------------------------------------------------------------------------------------------- messages
     def say(self, message: FromAgent) -> None:
-        """Over the present connection, if there is one."""
-        if self.link is not None:
+        """Over the present connection, if there is one; before its Welcome, right after that."""
+        if self.link is not None and self.link.welcomed:
             self.link.to_daemon(message)
+        elif self.link is not None:
+            self._since_hello.append(message)
 
     def say_once(self, word: Word) -> None:
         """Now, and again after each Welcome, until words of another round take its place."""
@@ -252,10 +258,13 @@ class Agent(Process):
             link.closed_by_agent("a daemon of another life")
             return
         self.epoch, self.journal_id, self.life = welcome.epoch, welcome.journal_id, welcome.life
-        self.lease, self.silent_since = welcome.lease_seconds, None
+        self.lease, self.silent_since, link.welcomed = welcome.lease_seconds, None, True
         self.say(self.announce)
         for word in self._words.values():
             self.say(self.again(word))
+        since, self._since_hello = self._since_hello, []
+        for message in since:
+            self.say(message)
 
     def again(self, word: Word) -> Word:
         """A word that is repeated: what it says of the memory is true now."""
