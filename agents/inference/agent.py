@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+import msgspec
 import torch
 from weightsync.agents.environment.preflight import preflight
 from weightsync.agents.errors import AgentError, blame
@@ -265,9 +266,13 @@ class InferenceAgent:
         agent = self._agent
         assert agent is not None, "words are answers"
         try:
-            agent.post(lambda: agent.say_once(word))
+            agent.post(lambda: agent.say_once(self._as_it_is(word)))
         except RuntimeError:  # its loop has ended; whoever follows it says what it kept
             agent.obedience.keep(word)
+
+    def _as_it_is(self, word: RoundWord) -> RoundWord:
+        """A word that says what the memory holds may be overtaken: the agent's thread changes that, too."""
+        return msgspec.structs.replace(word, status=self.status) if isinstance(word, Left) else word
 
     def _require_the_same_place(self, info: InitInfo) -> None:
         assert self._info is not None, "whoever obeyed a daemon was introduced to it"
@@ -297,10 +302,10 @@ class InferenceAgent:
             log.exception("the weights cannot be looked at after a call from outside")
         log.error("a call from outside has changed the weights of %s; they count as torn", self.status.applied)
         self._holdings.tear(True)
-        agent, status = self._agent, self._holdings.status
+        agent = self._agent
         assert agent is not None, "only what a daemon has committed may run"
         with contextlib.suppress(RuntimeError):  # its loop has ended; whoever follows it says it with its Hello
-            agent.post(lambda: agent.send(Holding(status=status)))
+            agent.post(lambda: agent.send(Holding(status=self.status)))
 
     def _deaf(self) -> str:
         return NOBODY if self._agent is None else self._agent.ended

@@ -279,6 +279,7 @@ def test_after_a_call_that_changed_them_nothing_runs_and_the_daemon_is_told(
         assert agent.around(change) == "done"
     assert agent.status.torn
     assert not agent.may_run
+    agent._holdings.hold(True, "meanwhile")
     (word,) = thread.posted
     word()
     assert thread.sent == [Holding(status=agent.status)]
@@ -448,6 +449,18 @@ def test_experts_that_moved_since_the_plan_end_what_has_landed_before_anything_c
     assert agent.status == EngineStatus(applied=Version(1, 1))
     with pytest.raises(UpdateFailed, match="nothing"):
         agent.switch(ORDER)
+
+
+def test_what_the_agents_thread_has_changed_meanwhile_is_not_told_away() -> None:
+    """The daemon holds the engine while the main thread leaves a round: it must not hear of the state before last."""
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+    agent._agent = thread  # type: ignore[assignment]
+    agent._holdings.committed(Version(1, 1))
+    agent._tell(Left(round=ORDER.round, status=agent.status))
+    held = agent._holdings.hold(True, "maintenance")
+    for post in thread.posted:
+        post()
+    assert thread.said == [Left(round=ORDER.round, status=held)]
 
 
 def test_a_word_that_no_loop_takes_is_kept_for_the_next() -> None:
