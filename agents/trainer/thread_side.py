@@ -328,7 +328,7 @@ class TrainerSide:
             remaining = max(0.0, ends - time.monotonic())
             if members and filling is not None:
                 tell = partial(self._ended, grant, sizes)
-                await write_ahead(sender, grant.grant.round, members, remaining, filling, self._digests, tell)
+                await write_ahead(sender, grant, members, remaining, filling, self._digests, tell)
             elif members:
                 ended = partial(self._ended, grant, sizes, digests)
                 await sender.write(grant.grant.round, members, remaining, ended)

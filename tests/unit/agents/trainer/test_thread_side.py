@@ -19,6 +19,7 @@ from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
+from weightsync.agents.transport import ahead
 from weightsync.agents.transport.filling import Filled, Filling, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
@@ -294,6 +295,21 @@ async def test_what_is_given_up_is_said_before_its_grants_are_closed(rank: Any) 
     assert "a version in the making" in (await granted(rank, replace(GRANT, round=RoundName(3, 2)))).error
     rank.side.give_up("again")
     assert len(rank.thread.said) == 4, "there is nothing to give up"
+
+
+@pytest.mark.parametrize("members", [(), (TARGET,)])
+async def test_a_conversion_that_hangs_keeps_no_engine_that_the_daemon_has_let_go(
+    rank: Any, monkeypatch: pytest.MonkeyPatch, members: tuple[Member, ...]
+) -> None:
+    monkeypatch.setattr(ahead, "LOOK_SECONDS", 0.001)
+    filling = await converting(rank)
+    rank.side.heard(Abort(round=ROUND, torn=False, reason="trainer/1 was lost", members=members))
+    await asyncio.sleep(0.05)
+    assert not filling.ended.done()
+    [closed] = rank.thread.said[1:]
+    assert closed.final
+    assert [(end.peer, end.error) for end in closed.peers] == [(TARGET, "the daemon ended it: trainer/1 was lost")]
+    assert rank.side.status() == TrainerStatus(converting=VERSION), "no grant is open"
 
 
 async def test_what_is_staged_cannot_be_given_up(rank: Any) -> None:
