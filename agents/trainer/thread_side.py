@@ -292,6 +292,7 @@ class TrainerSide:
             self._link.spawn(self._carry_out(grant))
 
     async def _carry_out(self, grant: OpenGrant) -> None:
+        grant.posting = True  # or digested, and the slots are in use for that long
         objection = self._objection(grant)
         if objection:
             grant.leave((), objection, "trainer")
@@ -363,13 +364,11 @@ class TrainerSide:
             return
         reason = f"the daemon ended it: {abort.reason}"
         members = grant.stop(abort.members or grant.grant.members, reason)
-        if grant not in self._waiting:
-            for sender in self._senders:
-                sender.stop(members, reason)
-        elif grant.open == members:
+        for sender in self._senders:
+            sender.stop(members, reason)
+        if grant.final and grant in self._waiting:
             self._waiting.remove(grant)
-            grant.leave((), reason, "daemon")
-            self._forget_closed()
+        self._forget_closed()
 
     def _forget_closed(self) -> None:
         for name, grant in list(self._grants.items()):

@@ -39,6 +39,7 @@ class OpenGrant:
     Attributes:
         open: peers whose end has not been told.
         stopped: peers to which nothing may be posted any more, with the reason.
+        posting: whether anything may have been posted. Before that, ``stop`` is the end of whom it names.
         final: whether the last CLOSED has been said; after that there is nothing but ``repeat``.
     """
 
@@ -46,6 +47,7 @@ class OpenGrant:
         self.grant = grant
         self.open = set(grant.members)
         self.stopped: dict[Member, str] = {}
+        self.posting = False
         self.final = False
         self._say = say
         self._later = later
@@ -58,6 +60,8 @@ class OpenGrant:
         """Post nothing more to ``members``; those of them that have not ended."""
         named = frozenset(self.open.intersection(members))
         self.stopped |= dict.fromkeys(named, reason)
+        for member in () if self.posting else sorted(named):
+            self.ended(not_written(member, reason))  # a digest may hang, with the device that computes it
         return named
 
     def ended(self, transfer: PeerTransfer) -> None:

@@ -510,9 +510,13 @@ async def test_an_abort_reaches_a_grant_that_waits(rank: Any) -> None:
     assert rank.side.reserve() == ""
     rank.side.heard(BOTH)
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost", members=(OTHER,)))
-    assert rank.thread.said[1:] == []
+    assert [(said.final, [end.peer for end in said.peers]) for said in rank.thread.said[1:]] == [(False, [OTHER])]
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert (rank.thread.said[-1].final, rank.thread.said[-1].error) == (True, "the daemon ended it: a rank was lost")
+    closed = rank.thread.said[-1]
+    assert closed.final
+    assert {(end.peer, end.error) for end in closed.peers} == {
+        (member, "the daemon ended it: a rank was lost") for member in (TARGET, OTHER)
+    }
     rank.side.release()
     await asyncio.sleep(0)
     assert rank.wire.granted == []
