@@ -57,12 +57,14 @@ class OpenGrant:
         self._error: tuple[str, Fault, bool] = ("", "", True)
 
     def stop(self, members: Collection[Member], reason: str) -> frozenset[Member]:
-        """Post nothing more to ``members``; those of them that have not ended."""
+        """Post nothing more to ``members``; those of them that something may still be posted or on its way to."""
         named = frozenset(self.open.intersection(members))
         self.stopped |= dict.fromkeys(named, reason)
-        for member in () if self.posting else sorted(named):
+        if self.posting:
+            return named
+        for member in sorted(named):
             self.ended(not_written(member, reason))  # a digest may hang, with the device that computes it
-        return named
+        return frozenset()
 
     def ended(self, transfer: PeerTransfer) -> None:
         """Nothing is in flight to a peer, and nothing more will be posted."""
