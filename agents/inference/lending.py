@@ -157,6 +157,7 @@ class Lending:
         if grant is not None and self._senders is not None:
             reason = f"the daemon ended it: {abort.reason}"
             self._senders.current.stop(grant.stop(abort.members or grant.grant.members, reason), reason)
+            self._forget_closed()
         return grant is not None
 
     def changes(self) -> None:
@@ -214,6 +215,7 @@ class Lending:
                 self._forget_closed()
 
             members = [member for member in grant.grant.members if member in grant.open]
+            grant.posting = True
             if members:
                 await sender.write(grant.grant.round, members, max(0.0, ends - time.monotonic()), ended)
         except Exception as error:

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -41,12 +41,21 @@ async def computed(work: Callable[[], T]) -> T:
     A caller that is cancelled, and however often, leaves only when ``work`` has ended.
     """
     running = asyncio.get_running_loop().run_in_executor(None, work)
-    cancelled = False
-    while not running.done():
-        try:
-            await asyncio.wait([running])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError from running.exception()
+    try:
+        await until_ended([running])
+    except asyncio.CancelledError as error:
+        raise error from running.exception()
     return running.result()
+
+
+async def until_ended(work: Collection["asyncio.Future[Any]"]) -> None:
+    """Until all of ``work`` has ended, however it has. A caller that is cancelled, and however often, leaves only
+    then."""
+    cancelled: asyncio.CancelledError | None = None
+    while running := [each for each in work if not each.done()]:
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -1,17 +1,24 @@
 """When an agent's thread looks after its transport, which has neither a file descriptor nor a callback to wait for."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from weightsync.agents.turns import quick_turns
 
+log = logging.getLogger(__name__)
+
 IDLE_SECONDS: Final = 0.01
 """Between polls when nothing is expected: only warm-ups of peers wait for it."""
 
 BUSY_SECONDS: Final = 0.001
 """While a grant is open on either side."""
+
+SAY_SECONDS: Final = 10.0
+"""Between two words in the log about polls that fail."""
 
 
 class Polling:
@@ -27,6 +34,7 @@ class Polling:
     def __init__(self, poll: Callable[[], bool]) -> None:
         self._poll = poll
         self._woken = asyncio.Event()
+        self._say_at = 0.0
 
     def wake(self) -> None:
         """Something may have become busy: poll now."""
@@ -36,7 +44,7 @@ class Polling:
         """Until it is cancelled."""
         while True:
             self._woken.clear()
-            if self._poll():
+            if self._look():
                 await self._busy()
             with suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_SECONDS):
@@ -47,4 +55,15 @@ class Polling:
             busy = True
             while busy:
                 await asyncio.sleep(BUSY_SECONDS)
-                busy = self._poll()
+                busy = self._look()
+
+    def _look(self) -> bool:
+        """Poll. One that fails costs what it was about: were it the last one, this process would answer heartbeats and
+        nothing else, and every round would wait for it."""
+        try:
+            return self._poll()
+        except Exception:
+            if time.monotonic() >= self._say_at:
+                self._say_at = time.monotonic() + SAY_SECONDS
+                log.exception("a look at the transport has failed; the next one follows")
+            return False

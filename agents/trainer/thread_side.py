@@ -292,6 +292,7 @@ class TrainerSide:
             self._link.spawn(self._carry_out(grant))
 
     async def _carry_out(self, grant: OpenGrant) -> None:
+        grant.posting = True  # or digested, and the slots are in use for that long
         objection = self._objection(grant)
         if objection:
             grant.leave((), objection, "trainer")
@@ -328,7 +329,7 @@ class TrainerSide:
             remaining = max(0.0, ends - time.monotonic())
             if members and filling is not None:
                 tell = partial(self._ended, grant, sizes)
-                await write_ahead(sender, grant.grant.round, members, remaining, filling, self._digests, tell)
+                await write_ahead(sender, grant, members, remaining, filling, self._digests, tell)
             elif members:
                 ended = partial(self._ended, grant, sizes, digests)
                 await sender.write(grant.grant.round, members, remaining, ended)
@@ -363,13 +364,11 @@ class TrainerSide:
             return
         reason = f"the daemon ended it: {abort.reason}"
         members = grant.stop(abort.members or grant.grant.members, reason)
-        if grant not in self._waiting:
-            for sender in self._senders:
-                sender.stop(members, reason)
-        elif grant.open == members:
+        for sender in self._senders:
+            sender.stop(members, reason)
+        if grant.final and grant in self._waiting:
             self._waiting.remove(grant)
-            grant.leave((), reason, "daemon")
-            self._forget_closed()
+        self._forget_closed()
 
     def _forget_closed(self) -> None:
         for name, grant in list(self._grants.items()):

@@ -39,6 +39,7 @@ class OpenGrant:
     Attributes:
         open: peers whose end has not been told.
         stopped: peers to which nothing may be posted any more, with the reason.
+        posting: whether anything may have been posted. Before that, ``stop`` is the end of whom it names.
         final: whether the last CLOSED has been said; after that there is nothing but ``repeat``.
     """
 
@@ -46,6 +47,7 @@ class OpenGrant:
         self.grant = grant
         self.open = set(grant.members)
         self.stopped: dict[Member, str] = {}
+        self.posting = False
         self.final = False
         self._say = say
         self._later = later
@@ -55,10 +57,14 @@ class OpenGrant:
         self._error: tuple[str, Fault, bool] = ("", "", True)
 
     def stop(self, members: Collection[Member], reason: str) -> frozenset[Member]:
-        """Post nothing more to ``members``; those of them that have not ended."""
+        """Post nothing more to ``members``; those of them that something may still be posted or on its way to."""
         named = frozenset(self.open.intersection(members))
         self.stopped |= dict.fromkeys(named, reason)
-        return named
+        if self.posting:
+            return named
+        for member in sorted(named):
+            self.ended(not_written(member, reason))  # a digest may hang, with the device that computes it
+        return frozenset()
 
     def ended(self, transfer: PeerTransfer) -> None:
         """Nothing is in flight to a peer, and nothing more will be posted."""

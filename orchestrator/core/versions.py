@@ -15,7 +15,7 @@ from weightsync.orchestrator.core.events import NO_PLAN
 from weightsync.orchestrator.core.membership import rendezvous
 from weightsync.orchestrator.core.memory import REMEMBERED_VERSIONS, keep_newest
 from weightsync.orchestrator.core.records import StagedAgain
-from weightsync.orchestrator.core.round import blame, endings, entry, phases, relays, reports
+from weightsync.orchestrator.core.round import blame, endings, entry, lending, phases, relays, reports
 from weightsync.orchestrator.core.round.begin import begin
 from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.state import Fleet
@@ -35,11 +35,24 @@ def evaluate(turn: Turn) -> None:
     _note_waiting(turn)
     staged = conditions.staged(turn.fleet)
     _look_for_stable(turn, staged)
+    if turn.fleet.round is not None and turn.fleet.round.catch_up:
+        turn.fleet.round.keeps_another = _keeps_another(turn, turn.fleet.round, staged)
     tend_ahead(turn)
     version = staged or conditions.converted(turn.fleet)
     if version is not None and turn.fleet.round is None and version not in turn.fleet.memory.failed:
         _begin_if_due(turn, version)
     _fail_overdue(turn)
+
+
+def _keeps_another(turn: Turn, current: Round, staged: Version | None) -> bool:
+    """Whether somebody could write to one that waits. Its edges are no condition: plans are made between rounds."""
+    fleet, version, fan_out = turn.fleet, current.version, turn.fleet.policy.fan_out
+    return any(
+        (fan_out != "peers" and staged == version)
+        or (fan_out != "trainer" and lending.lender_of(fleet, name, turn.now) is not None)
+        for name in conditions.behind(fleet, version, turn.now)
+        if name not in current.engines and not fleet.engines[name].failures
+    )
 
 
 def tend_ahead(turn: Turn) -> None:

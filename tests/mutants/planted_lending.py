@@ -21,6 +21,13 @@ _RELAYED: Final = ("tests/unit/core/round/test_relays.py", "tests/sim/test_relay
 
 LENDING: Final = (
     Mutant(
+        "who takes is blamed for a seed that writes nothing",
+        _REPORTS,
+        "    everybody = current.remaining() if alone else phases.about(current)\n",
+        "    everybody = current.remaining() if current.wave else phases.about(current)\n",
+        _RELAYED,
+    ),
+    Mutant(
         "what stands by is written on before it is verified",
         _STANDBY,
         " == (current.version, verified.digest)\n",

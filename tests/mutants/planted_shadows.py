@@ -105,6 +105,13 @@ SHADOWS: Final = (
         "    elif phases.is_impatient(turn, current):\n",
     ),
     Mutant(
+        "a catch-up that hangs keeps others from catching up",
+        "core/round/phases.py",
+        "    keeps_another = current.keeps_another and ",
+        "    keeps_another = False and ",
+        ("tests/sim/test_one_bad_engine.py",),
+    ),
+    Mutant(
         "a version is decided before it is published",
         _WAITS,
         "    if current.ahead:\n",

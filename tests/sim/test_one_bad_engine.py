@@ -3,6 +3,7 @@
 import pytest
 from disturbances import ILLNESSES, make_ill
 from moments import CASES, begins
+from weightsync.orchestrator.core.policy import FanOut
 from weightsync.orchestrator.protocol.layout import Lands
 from world import World
 
@@ -52,6 +53,31 @@ def test_an_engine_that_is_ill(mode: Lands, illness: str, guarded: bool) -> None
     assert_the_others_go_on(world, deaf="pause" in illness)
     heal()
     assert_it_comes_back(world)
+
+
+HANGS = [(mode, illness) for mode, illness in ILL if illness.endswith("hangs") or illness == "silent"]
+
+
+@pytest.mark.parametrize("fan_out", ["trainer", "peers"])
+@pytest.mark.parametrize(("mode", "illness"), HANGS)
+def test_one_that_catches_up_and_hangs_keeps_no_other_from_catching_up(
+    mode: Lands, illness: str, fan_out: FanOut
+) -> None:
+    """The trainer publishes nothing more, and calls and phases have far longer than the patience."""
+    long = {"pause": 600.0, "quiesce": 600.0, "verify": 600.0, "finish": 600.0}
+    world = World(8, engines=4, lands=everybody(mode), fan_out=fan_out, **long)
+    world.run(10.0)
+    world.run_until_quiet()
+    ill = world.servers[BAD]
+    world.kill_engine(BAD)
+    while world.servers[BAD] is ill:
+        world.run(world.now + 0.01)
+    heal = make_ill(world, BAD, illness)
+    world.run(world.now + 1.0)
+    world.kill_engine("e1")
+    world.run(world.now + world.policy.patience + 3.0)
+    assert not [line for line in world.judge.behind() if not line.startswith(BAD)], world.story()
+    heal()
 
 
 @pytest.mark.parametrize("pairs", [(), [("e0", "e1")]], ids=["alone", "beside a pair"])

@@ -93,6 +93,26 @@ def test_what_a_seed_does_not_write_right_is_taken_from_the_trainer() -> None:
     assert [row.lenders for row in rows if row.version == failed[0].version and row.outcome == "committed"] == [{}]
 
 
+@pytest.mark.parametrize("engines", [2, 3])
+def test_a_seed_that_writes_nothing_costs_an_attempt_and_blames_nobody(engines: int) -> None:
+    """Its GPU hangs, say, while its agents answer. They close when the attempt is over."""
+    world = World(5, engines=engines, lands=dict.fromkeys(NAMES, "copy"), fan_out="peers")
+    world.run(5.0)
+    before = len(world.judge.committed)
+    [seed] = {lender for row in published(world) for lender in row.lenders.values()}
+    for worker in world.servers[seed].workers:
+        worker.may_post = lambda *_: False  # type: ignore[method-assign]
+    world.run(30.0)
+    rows = published(world)
+    [failed, *_] = [row for row in rows if row.outcome == "failed"]
+    [again] = [row for row in rows if row.version == failed.version and row.outcome == "committed"]
+    assert seed not in again.lenders.values()
+    assert world.daemon is not None
+    assert not any(engine.failures for engine in world.daemon.fleet.engines.values()), world.story()
+    assert len(world.judge.committed) > before + 3, world.story()
+    assert not world.judge.behind(), world.story()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_goes_wrong_no_engine_serves_a_mixture_and_all_recover(seed: int) -> None:
     world, kinds = world_of(seed + 10_000, "peers")

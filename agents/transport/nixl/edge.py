@@ -1,12 +1,15 @@
 """One edge's prepared transfers, kept from round to round: posting a round builds nothing."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
+from weightsync.agents.link.beside import until_ended
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.chunks import Chunk, Lane
 from weightsync.agents.transport.nixl.errors import DisconnectedError, TransferError
@@ -20,6 +23,10 @@ State = Literal["DONE", "PROC", "ERR"]
 
 Describe = Callable[[int, int], str]
 """(local region, local offset) → the tensor there."""
+
+
+TRIES: Final = 3
+"""Connections over which one write to one peer is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,74 @@ class EdgeProgress:
         chunks = frozenset(self.loaded) if self.flow is None else self.flow.arrived(frozenset(self.loaded))
         arrived = Arrived(frozenset(self.arrived), chunks)
         return EdgeResult(self.edge.peer, self.bytes_done, self.descriptors, seconds, self.error, arrived)
+
+
+class Retries:
+    """How the edges of one write end. One that breaks is not told of while it may be tried again.
+
+    Args:
+        until: its deadline, on ``time.monotonic``'s clock.
+        tell: told of each edge once.
+        again: asked to try one again that broke, by its endpoint.
+
+    Attributes:
+        broken: by endpoint, what became of edges whose connection broke, and that nothing is in flight over.
+        stopped: endpoints that nothing more is posted to.
+        tries: of those that broke, under way or ended.
+    """
+
+    def __init__(self, until: float, tell: Callable[[EdgeResult], None], again: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.broken: dict[str, EdgeResult] = {}
+        self.stopped: set[str] = set()
+        self.tries: list[asyncio.Task[None]] = []
+        self._until = until
+        self._again = again
+        self._tried: Counter[str] = Counter()
+        self._over = False
+
+    @property
+    def left_seconds(self) -> float:
+        return max(self._until - time.monotonic(), 0.0)
+
+    def ended(self, result: EdgeResult) -> None:
+        """Nothing is in flight over an edge."""
+        name, error = result.peer, result.error
+        # Stopped, late or given up: the connection is none the worse, or the bytes may still arrive.
+        broke = error is not None and error.retry and type(error) in (TransferError, DisconnectedError)
+        self._tried[name] += 1
+        late = self._over or not self.left_seconds or name in self.stopped
+        if broke and not late and self._tried[name] < TRIES:
+            self.broken[name] = result
+            self._again(name)
+        else:
+            self.tell(result)
+
+    def try_no_more(self, names: Collection[str]) -> None:
+        """Tell how those of ``names`` have ended that wait to be tried again."""
+        for name in [name for name in self.broken if name in names]:
+            self.tell(self.broken.pop(name))
+
+    def stop(self, names: Collection[str]) -> None:
+        """Nothing more is posted to ``names``."""
+        self.stopped.update(names)
+        self.try_no_more(names)
+
+    async def tried(self) -> None:
+        """Until all tries have ended, also those that they begin. Raises what one of them has raised."""
+        while running := [task for task in self.tries if not task.done()]:
+            await asyncio.wait(running)
+        for task in self.tries:
+            if not task.cancelled():
+                task.result()
+
+    async def give_up(self) -> None:
+        """Nothing is tried again; what is in flight is told of when it has ended."""
+        self._over = True
+        for task in self.tries:
+            task.cancel()
+        self.try_no_more(list(self.broken))
+        await until_ended(self.tries)
 
 
 def bytes_of(edge: Edge, arrived: Arrived) -> int:

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,12 +15,11 @@ from weightsync.agents.tables.cargo import plain_runs
 from weightsync.agents.tables.runs import tensor_names
 from weightsync.agents.transport.filling import Filled, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
-from weightsync.agents.transport.nixl.cargo import make_cargo
-from weightsync.agents.transport.nixl.edge import Edge, EdgeResult
+from weightsync.agents.transport.nixl.cargo import Cargo, make_cargo
+from weightsync.agents.transport.nixl.edge import Edge, EdgeResult, Retries
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import (
     ConnectError,
-    DisconnectedError,
     MetadataError,
     NixlError,
     TransferError,
@@ -31,6 +29,7 @@ from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.agents.transport.nixl.ring import PackingRing
 from weightsync.agents.transport.shares import Share
+from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Layout, Region
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName
@@ -43,9 +42,6 @@ an edge; a peer that is busy polls late, a dead one never."""
 
 WORD_POLL_SECONDS: Final = 0.001
 
-TRIES: Final = 3
-"""Connections over which one write to one peer is tried."""
-
 KEPT_ABSENT: Final = 64
 """Peers that have left the plan and stay connected, for one that comes back alive: a live one that is forgotten leaks
 two descriptors. Engines that scale come back under ever new names, and each would stay for good."""
@@ -57,56 +53,6 @@ class _Way:
 
     share: Share
     edge: Edge | None
-
-
-class _Write:
-    """One ``write``: how its edges end. One that breaks is not told of while it may be tried again.
-
-    Args:
-        until: its deadline, on ``time.monotonic``'s clock.
-        tell: told of each edge once.
-        again: asked to try one again that broke, by its endpoint.
-
-    Attributes:
-        broken: by endpoint, what became of edges whose connection broke, and that nothing is in flight over.
-        stopped: endpoints that nothing more is posted to.
-        tries: under way, of those that broke.
-    """
-
-    def __init__(self, until: float, tell: Callable[[EdgeResult], None], again: Callable[[str], None]) -> None:
-        self.tell = tell
-        self.broken: dict[str, EdgeResult] = {}
-        self.stopped: set[str] = set()
-        self.tries: list[asyncio.Task[None]] = []
-        self._until = until
-        self._again = again
-        self._tried: Counter[str] = Counter()
-        self._over = False
-
-    @property
-    def left_seconds(self) -> float:
-        return max(self._until - time.monotonic(), 0.0)
-
-    def ended(self, result: EdgeResult) -> None:
-        """Nothing is in flight over an edge."""
-        name, error = result.peer, result.error
-        # Stopped, late or given up: the connection is none the worse, or the bytes may still arrive.
-        broke = error is not None and error.retry and type(error) in (TransferError, DisconnectedError)
-        self._tried[name] += 1
-        late = self._over or not self.left_seconds or name in self.stopped
-        if broke and not late and self._tried[name] < TRIES:
-            self.broken[name] = result
-            self._again(name)
-        else:
-            self.tell(result)
-
-    def give_up(self) -> None:
-        """Nothing is tried again; what is in flight is told of when it has ended."""
-        self._over = True
-        for task in self.tries:
-            task.cancel()
-        for name in list(self.broken):
-            self.tell(self.broken.pop(name))
 
 
 class NixlSender(Sender):
@@ -126,6 +72,8 @@ class NixlSender(Sender):
         self._failed: dict[Member, Exception] = {}
         self._names: dict[Member, str] = {}
         """Of the endpoint that each member had last, in this plan or in one before; those of this plan come last."""
+        self._cargoes: dict[Share, Cargo | None] = {}
+        """Of this plan, as far as they are made: they outlive the connections."""
         self._silent: set[str] = set()
         """Endpoints that have let the time for the first word pass."""
         self._changed = False
@@ -136,8 +84,7 @@ class NixlSender(Sender):
         # Of its own, so that packing does not queue behind the kernels of the training.
         self._packer = Packer(torch.cuda.Stream(arena.device) if arena.is_cuda else None)  # type: ignore[no-untyped-call]
         self._ring = PackingRing(layout.regions[layout.staging]) if layout.staging >= 0 else None
-        self._writes: list[_Write] = []
-        self._connecting = asyncio.Lock()
+        self._writes: list[Retries] = []
         self._loadings: list[Loading] = []
         """Of the writes under way."""
 
@@ -157,13 +104,15 @@ class NixlSender(Sender):
 
     async def connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         """Prepare the edges that are not. Those of unchanged shares are kept as they are."""
-        async with self._connecting:  # a write that has lost a connection asks for another one, too
-            return await self._connect(shares)
-
-    async def _connect(self, shares: Sequence[Share]) -> Mapping[Member, Exception]:
         self._leave(shares)
-        ends = time.monotonic() + FIRST_WORD_SECONDS
-        asked = [share for share in shares if self._lacks(share)]
+        await self._prepare([share for share in shares if self._lacks(share)], FIRST_WORD_SECONDS)
+        left = self._ways.keys() & set(self.in_flight())
+        return self._failed | {member: _not_ended(member) for member in left}
+
+    async def _prepare(self, asked: Sequence[Share], seconds: float) -> None:
+        """Try each of ``asked``, again for so long while its peer has yet to take the first word. Whoever else wants
+        ways at the same time, of these or others, does not wait: a write that has lost a connection, another plan."""
+        ends = time.monotonic() + seconds
         while asked:
             silent = []
             for share in asked:
@@ -175,8 +124,6 @@ class NixlSender(Sender):
                 self._silent |= {share.peer.endpoint_name for share in asked}
                 break
             await asyncio.sleep(WORD_POLL_SECONDS if asked else 0)
-        left = self._ways.keys() & set(self.in_flight())
-        return self._failed | {member: _not_ended(member) for member in left}
 
     async def write(
         self,
@@ -200,19 +147,18 @@ class NixlSender(Sender):
             write.tries.append(asyncio.ensure_future(self._write_anew(ways[name].share, write, loading)))
 
         told = lambda result: self._told(ways[result.peer].share.peer.member, result, ended)  # noqa: E731
-        write, loading = _Write(until, told, again), Loading(round_name, self._ring, self._packer, filled)
+        write, loading = Retries(until, told, again), Loading(round_name, self._ring, self._packer, filled)
         self._writes.append(write)
         self._loadings.append(loading)
         try:
             await self._write([way.edge for way in ways.values() if way.edge is not None], write, loading)
-            while write.tries:
-                await write.tries.pop()
+            await write.tried()
         finally:
-            write.give_up()
             self._writes.remove(write)
             self._loadings.remove(loading)
+            await write.give_up()
 
-    async def _write(self, edges: Sequence[Edge], write: _Write, loading: Loading) -> None:
+    async def _write(self, edges: Sequence[Edge], write: Retries, loading: Loading) -> None:
         seconds = write.left_seconds
         results = await self._opened.write(edges, loading=loading, deadline_seconds=seconds, ended=write.ended)
         self._changed = self._changed or any(result.error is not None for result in results)
@@ -222,24 +168,26 @@ class NixlSender(Sender):
         error, taken = str(result.error or ""), self._opened.way_to(result.peer)
         ended(HandedOver(member, result.bytes, result.descriptors, result.seconds, error, link=taken.link, by=taken.by))
 
-    async def _write_anew(self, share: Share, write: _Write, loading: Loading) -> None:
+    async def _write_anew(self, share: Share, write: Retries, loading: Loading) -> None:
         """Over another connection in the place of one that broke, what has not arrived; the others' edges go on."""
         member, name = share.peer.member, share.peer.endpoint_name
-        await self.connect(list(self._shares.values()))
-        way, before = self._ways.get(member), write.broken.pop(name, None)
-        if before is None:
-            return
-        if way is None or way.edge is None or way.share is not share or name in write.stopped:
-            write.tell(before)
-            return
-        log.warning("%s: the edge broke and is written to anew over another connection", before.error)
-        way.edge.before = before
-        await self._write([way.edge], write, loading)
+        edge: Edge | None = None
+        try:
+            self._give_back({member})
+            await self._prepare([share], min(FIRST_WORD_SECONDS, write.left_seconds))
+            way = self._ways.get(member)
+            if name in write.broken and way is not None and way.edge is not None and way.share is share:
+                edge, way.edge.before = way.edge, write.broken.pop(name)
+        finally:
+            write.try_no_more({name})
+        if edge is not None and edge.before is not None:
+            log.warning("%s: the edge broke and is written to anew over another connection", edge.before.error)
+            await self._write([edge], write, loading)
 
     def stop(self, members: Collection[Member], reason: str) -> None:
         names = {self._names[member] for member in members if member in self._names}
         for write in self._writes:
-            write.stopped |= names
+            write.stop(names)
         self._opened.stop(names, reason)
 
     def in_flight(self) -> Sequence[Member]:
@@ -274,17 +222,8 @@ class NixlSender(Sender):
         now = {share.peer.member: share for share in shares}
         kept = {member for member, share in self._shares.items() if now.get(member) is share}
         self._failed = {member: error for member, error in self._failed.items() if member in kept}
-        left = set(self.in_flight())
-        for member, way in list(self._ways.items()):
-            broken = way.edge is not None and way.edge.broken and member not in left
-            if member in kept and not broken:
-                continue
-            del self._ways[member]  # first: an edge that is given back must not be used, whatever fails from here on
-            if way.edge is not None:
-                self._opened.stop({way.edge.peer}, "the plan has changed")
-                self._opened.release_edge(way.edge)
-            if broken:
-                self._forget(way.share.peer.endpoint_name)
+        self._cargoes = {share: cargo for share, cargo in self._cargoes.items() if now.get(share.peer.member) is share}
+        self._give_back(kept, self._ways.keys() - kept)
         for member, share in now.items():
             name = share.peer.endpoint_name
             known = self._names.pop(member, name)
@@ -293,10 +232,25 @@ class NixlSender(Sender):
             elif known != name:
                 self._forget(known)
             self._names[member] = name
+        left = self.in_flight()
         absent = [member for member in self._names if member not in now and member not in left]
         for member in absent[: max(0, len(absent) - KEPT_ABSENT)]:
             self._forget(self._names.pop(member))
         self._shares = now
+
+    def _give_back(self, broken: Collection[Member], others: Collection[Member] = ()) -> None:
+        """The ways to those of ``broken`` whose connection has broken, and to ``others``."""
+        left = set(self.in_flight())
+        for member, way in list(self._ways.items()):
+            lost = way.edge is not None and way.edge.broken and member not in left
+            if member not in others and not (lost and member in broken):
+                continue
+            del self._ways[member]  # first: an edge that is given back must not be used, whatever fails from here on
+            if way.edge is not None:
+                self._opened.stop({way.edge.peer}, "the plan has changed")
+                self._opened.release_edge(way.edge)
+            if lost:
+                self._forget(way.share.peer.endpoint_name)
 
     def _lacks(self, share: Share) -> bool:
         """Whether a try may give ``share`` a way that it has not."""
@@ -306,6 +260,8 @@ class NixlSender(Sender):
     async def _try(self, share: Share) -> bool:
         """One step towards a way for ``share``; whether its peer has yet to take the first word."""
         member, name = share.peer.member, share.peer.endpoint_name
+        if not self._wants(share):
+            return False
         try:
             if share.bytes:
                 if self._names[member] in self._opened.tainted_peers:
@@ -314,9 +270,13 @@ class NixlSender(Sender):
                 if not self._opened.warm(name):
                     self._failed[member] = ConnectError(f"{member} does not answer: it has not taken the first word")
                     return True
-            self._ways[member] = await self._way(share)
+                if share.peer.berth is not None and share not in self._cargoes:
+                    await self._make_cargo(share, share.peer.berth)
+                    return await self._try(share)  # it may have another connection by now, or be in no plan
+            self._ways[member] = self._way(share)
         except Exception as error:  # whatever it is, it is named, and costs this edge only
-            self._failed[member] = error
+            if self._shares.get(member) is share:
+                self._failed[member] = error
             if isinstance(error, TransferError):
                 self._forget(name)
         else:
@@ -324,18 +284,25 @@ class NixlSender(Sender):
             self._silent.discard(name)
         return False
 
-    async def _way(self, share: Share) -> _Way:
+    def _wants(self, share: Share) -> bool:
+        """Whether it is of the plan, and nobody else has made its way meanwhile."""
+        return self._shares.get(share.peer.member) is share and share.peer.member not in self._ways
+
+    async def _make_cargo(self, share: Share, berth: Berth) -> None:
+        peer = share.peer
+        # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
+        made = partial(make_cargo, share.copies, share.runs, berth, share.layout, share.arenas, peer.regions)
+        cargo = await computed(made)
+        if self._shares.get(peer.member) is share:
+            self._cargoes[share] = cargo
+
+    def _way(self, share: Share) -> _Way:
         if not share.bytes:
             return _Way(share, None)
-        arenas, layout, peer = share.arenas, share.layout, share.peer
-        cargo = None
-        if peer.berth is not None:
-            # Seconds for hundreds of thousands of copies, and the loop has heartbeats to answer.
-            made = partial(make_cargo, share.copies, share.runs, peer.berth, layout, arenas, peer.regions)
-            cargo = await computed(made)
+        peer, cargo = share.peer, self._cargoes.get(share)
         runs = plain_runs(share.runs, peer.berth)
         edge = self._opened.prepare_edge(
-            peer.endpoint_name, layout.regions, peer.regions, runs, cargo=cargo, describe=self._describe
+            peer.endpoint_name, share.layout.regions, peer.regions, runs, cargo=cargo, describe=self._describe
         )
         return _Way(share, edge)
 

@@ -118,9 +118,12 @@ def behind(fleet: Fleet, current: Round) -> set[str]:
 
 
 def is_impatient(turn: Turn, current: Round) -> bool:
-    """Engines that are done have waited for the others for as long as the policy allows, over all phases."""
+    """Engines that are done have waited for the others for as long as the policy allows, over all phases; or one has
+    that would catch up by the next round."""
     late = behind(turn.fleet, current)
-    if not late or len(late) == len(_concerned(current)):
+    # What is written takes as long as the links let it; there ``transport.stall_seconds`` finds who hangs.
+    keeps_another = current.keeps_another and current.phase is not Phase.WRITING
+    if not late or (len(late) == len(_concerned(current)) and not keeps_another):
         return False  # nobody waits for another
     if current.first_done is None:
         current.first_done = turn.now

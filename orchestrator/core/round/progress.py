@@ -123,6 +123,8 @@ class Round:
     """Why it was given up."""
     waited: float = 0.0
     """Of the patience, what earlier phases took."""
+    keeps_another: bool = False
+    """An engine that is not of it, and that nothing is wrong with, could catch up now instead."""
     first_done: float | None = None
     """When the first engine had nothing more to do in this phase, while others had."""
     away: dict[Member, tuple[float, str]] = field(default_factory=dict)

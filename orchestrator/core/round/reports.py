@@ -358,7 +358,8 @@ def _leave_out(turn: Turn, current: Round, why: Trouble, about: About) -> None:
 
 def _leave_out_late(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     late = phases.behind(turn.fleet, current)
-    everybody = current.remaining() if current.wave else phases.about(current)
+    alone = current.wave and current.phase is not Phase.WRITING  # who takes is not to blame for who gives nothing
+    everybody = current.remaining() if alone else phases.about(current)
     if len(late) == len(everybody) and not current.decided:
         for name in sorted(late) if why.fault == "engine" else ():
             blame.put(turn, name, why)
@@ -375,12 +376,8 @@ def _give_up(turn: Turn, current: Round, why: Trouble, about: About) -> None:
 def _drop(turn: Turn, current: Round, why: Trouble, about: About) -> None:
     agent = turn.fleet.agents.get(about.member) if about.member is not None else None
     if agent is not None:
-        turn.say(
-            f"{agent.member} contradicts the protocol and loses its connection: {why.reason}",
-            "warning",
-            event="agent dropped",
-            engine=agent.member.engine,
-        )
+        told = f"{agent.member} contradicts the protocol and loses its connection: {why.reason}"
+        turn.say(told, "warning", event="agent dropped", engine=agent.member.engine)
         turn.do(Drop(agent.member, agent.connection, why.reason))
         turn.fleet.leave(agent.member)  # of a connection that we end ourselves nobody reports the end
         agent_lost(turn, agent.member, why.reason)

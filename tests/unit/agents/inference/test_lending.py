@@ -1,6 +1,7 @@
 """A rank that lends what it serves to another one, over real NIXL and by the daemon's plan; and when it does not."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.transport.interface import Receiver, Sender, SourceMemory, TargetMemory
 from weightsync.agents.transport.registry import TRANSPORTS, Transport
+from weightsync.agents.transport.shares import NOT_READ, Reading
 from weightsync.orchestrator.core.commands import Announced, MakePlan
 from weightsync.orchestrator.daemon.planning import Planning
 from weightsync.orchestrator.protocol.edges import Peer
@@ -400,6 +402,32 @@ async def test_nothing_is_posted_any_more_when_another_version_is_about_to_land(
             lender.lending.changes()
             closed = await lender.thread.hears(Closed)
     assert "another version lands here" in closed.peers[0].error
+    assert lender.lending.open_rounds == ()
+
+
+async def test_a_digest_that_hangs_keeps_no_borrower() -> None:
+    """The device does not answer, and the agent's thread does: nothing was posted, so it says so."""
+    lender, borrower = Rank(LENDER, 1, "copy"), Rank(BORROWER, 2, "live", 8192)
+    lender.holdings.committed(VERSION)
+    computing, go_on = threading.Event(), threading.Event()
+
+    def hangs() -> Reading:
+        computing.set()
+        assert go_on.wait(PATIENCE), "the test lets it go on"
+        return NOT_READ
+
+    async with polled(lender, borrower):
+        facts = Planning().make(MakePlan(1, (lender.announced(),), (borrower.announced(),), lends=True))
+        lender.lending.prepare(facts.connects[LENDER])
+        await lender.thread.hears(Ready)
+        lender.lending._shares.read = hangs  # type: ignore[method-assign]
+        lender.lending.granted(grant(facts.connects[LENDER]))
+        assert await asyncio.to_thread(computing.wait, PATIENCE)
+        assert lender.lending.stop(Abort(round=ROUND, torn=False, reason="it took too long", members=(BORROWER,)))
+        closed = await lender.thread.hears(Closed)
+        go_on.set()
+    assert closed.final
+    assert [(end.peer, end.error) for end in closed.peers] == [(BORROWER, "the daemon ended it: it took too long")]
     assert lender.lending.open_rounds == ()
 
 

@@ -73,6 +73,23 @@ async def test_a_word_from_the_daemon_is_not_waited_with(monkeypatch: pytest.Mon
     assert transport.polled[1] - transport.polled[0] < 30
 
 
+async def test_a_poll_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(polling, "IDLE_SECONDS", 0.001)
+    transport = Transport(turns=6)
+
+    def poll() -> bool:
+        busy = transport.poll()
+        if len(transport.polled) in (1, 3, 4):
+            raise RuntimeError("out of memory")
+        return busy
+
+    await polled(transport, 8, Polling(poll))
+    assert len(caplog.records) == 1, "one in ten seconds"
+    assert "out of memory" in caplog.text
+
+
 async def test_it_polls_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling, "IDLE_SECONDS", 0.001)
     transport = Transport()

@@ -19,6 +19,7 @@ from weightsync.agents.trainer import thread_side
 from weightsync.agents.trainer.errors import ConversionTableError
 from weightsync.agents.trainer.publication import PublishError
 from weightsync.agents.trainer.thread_side import TrainerSide
+from weightsync.agents.transport import ahead
 from weightsync.agents.transport.filling import Filled, Filling, whole
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender, SourceMemory
 from weightsync.agents.transport.nixl.receiver import NixlReceiver
@@ -296,6 +297,21 @@ async def test_what_is_given_up_is_said_before_its_grants_are_closed(rank: Any) 
     assert len(rank.thread.said) == 4, "there is nothing to give up"
 
 
+@pytest.mark.parametrize("members", [(), (TARGET,)])
+async def test_a_conversion_that_hangs_keeps_no_engine_that_the_daemon_has_let_go(
+    rank: Any, monkeypatch: pytest.MonkeyPatch, members: tuple[Member, ...]
+) -> None:
+    monkeypatch.setattr(ahead, "LOOK_SECONDS", 0.001)
+    filling = await converting(rank)
+    rank.side.heard(Abort(round=ROUND, torn=False, reason="trainer/1 was lost", members=members))
+    await asyncio.sleep(0.05)
+    assert not filling.ended.done()
+    [closed] = rank.thread.said[1:]
+    assert closed.final
+    assert [(end.peer, end.error) for end in closed.peers] == [(TARGET, "the daemon ended it: trainer/1 was lost")]
+    assert rank.side.status() == TrainerStatus(converting=VERSION), "no grant is open"
+
+
 async def test_what_is_staged_cannot_be_given_up(rank: Any) -> None:
     await converting(rank)
     rank.side.staged(VERSION, 0.5, 0.25, Future())
@@ -494,9 +510,13 @@ async def test_an_abort_reaches_a_grant_that_waits(rank: Any) -> None:
     assert rank.side.reserve() == ""
     rank.side.heard(BOTH)
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost", members=(OTHER,)))
-    assert rank.thread.said[1:] == []
+    assert [(said.final, [end.peer for end in said.peers]) for said in rank.thread.said[1:]] == [(False, [OTHER])]
     rank.side.heard(Abort(round=ROUND, torn=True, reason="a rank was lost"))
-    assert (rank.thread.said[-1].final, rank.thread.said[-1].error) == (True, "the daemon ended it: a rank was lost")
+    closed = rank.thread.said[-1]
+    assert closed.final
+    assert {(end.peer, end.error) for end in closed.peers} == {
+        (member, "the daemon ended it: a rank was lost") for member in (TARGET, OTHER)
+    }
     rank.side.release()
     await asyncio.sleep(0)
     assert rank.wire.granted == []

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from weightsync.agents.transport.ahead import write_ahead
 from weightsync.agents.transport.filling import Filled, Filling, whole
+from weightsync.agents.transport.grants import OpenGrant
 from weightsync.agents.transport.interface import Ended, HandedOver, Sender
+from weightsync.orchestrator.protocol.messages import Grant
 from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 ROUND, VERSION = RoundName(3, 1), Version(7, 2)
@@ -49,8 +51,9 @@ async def begun() -> tuple[Wire, Filling, "asyncio.Task[None]", list[tuple[Membe
     def tell(known: Any, end: HandedOver) -> None:
         told.append((end.member, end.bytes, end.error, known.get(end.member)))
 
-    members = [FIRST, SECOND, HANGS]
-    task = asyncio.create_task(write_ahead(wire, ROUND, members, 5.0, filling, digests, tell))
+    members = (FIRST, SECOND, HANGS)
+    grant = OpenGrant(Grant(round=ROUND, version=VERSION, fingerprint="", members=members, deadline_seconds=5.0), print)
+    task = asyncio.create_task(write_ahead(wire, grant, members, 5.0, filling, digests, tell))
     await asyncio.sleep(0.01)
     return wire, filling, task, told
 

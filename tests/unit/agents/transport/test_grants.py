@@ -138,7 +138,19 @@ def test_a_failure_of_our_own_is_told_at_once_and_ends_with_what_is_in_flight(gr
     )
 
 
+def test_who_is_stopped_before_anything_is_posted_has_ended(grant: Opened) -> None:
+    """Whatever keeps it from that: a digest hangs with the device that computes it."""
+    assert grant.stop({B}, "left out") == frozenset()
+    assert grant.said == [closed(not_written(B, "left out"))]
+    assert grant.stop({A, B, C, D}, "it is over") == frozenset()
+    assert grant.final
+    assert {end.peer: end.error for end in grant.said[-1].peers} == {
+        B: "left out", A: "it is over", C: "it is over", D: "it is over",
+    }  # fmt: skip
+
+
 def test_only_what_has_not_ended_can_be_stopped(grant: Opened) -> None:
+    grant.posting = True
     grant.ended(sent(A))
     assert grant.stop({A, B, Member("inference", "stranger", 0)}, "left out") == {B}
     assert grant.stopped == {B: "left out"}

@@ -3,7 +3,8 @@
 Prints one JSON line with its layout, endpoint name and card, and polls until its standard input closes. Each line on it
 is answered by one: ``connect HEX``, ``begin EPOCH NUMBER``, ``end EPOCH NUMBER``, ``arrive`` (with what goes wrong),
 ``memory`` (in hex), ``clear``. After ``SIGSTOP N`` or ``SIGKILL N`` it sends that signal to itself when it hears that
-chunk N has landed, before anything is done about it; after ``SEVER N`` it breaks all its TCP connections then.
+chunk N has landed, before anything is done about it; after ``SEVER N`` it breaks all its TCP connections then. Several
+for one chunk are done in the order in which they came.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -29,12 +31,13 @@ class Process:
         self.rank = row_parallel.target(number, of, landing, lands)
         self.receiver = NixlReceiver(self.rank.target())
         self.receiver.open(NixlSettings())
-        self.at_chunk: dict[int, Callable[[], None]] = {}
+        self.at_chunk: defaultdict[int, list[Callable[[], None]]] = defaultdict(list)
         endpoint = self.receiver._opened
         self.heard, endpoint.heard = endpoint.heard, self.hears
 
     def hears(self, peer: str, notice: Notice) -> None:
-        self.at_chunk.pop(notice.chunk, lambda: None)()
+        for do in self.at_chunk.pop(notice.chunk, ()):
+            do()
         self.heard(peer, notice)
 
     def introduction(self) -> str:
@@ -62,9 +65,9 @@ class Process:
             case "clear":
                 self.rank.memory[0].zero_()
             case "SIGSTOP" | "SIGKILL":
-                self.at_chunk[int(arguments[0])] = partial(os.kill, os.getpid(), signal.Signals[word])
+                self.at_chunk[int(arguments[0])].append(partial(os.kill, os.getpid(), signal.Signals[word]))
             case "SEVER":
-                self.at_chunk[int(arguments[0])] = sever
+                self.at_chunk[int(arguments[0])].append(sever)
         return "done"
 
     async def live(self) -> None:

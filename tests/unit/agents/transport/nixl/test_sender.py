@@ -13,7 +13,7 @@ from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.trainer.publisher import source_of
 from weightsync.agents.transport.interface import HandedOver
 from weightsync.agents.transport.nixl import sender as senders
-from weightsync.agents.transport.nixl.edge import EdgeResult
+from weightsync.agents.transport.nixl.edge import TRIES, EdgeResult
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import ConnectError, DisconnectedError, MetadataError, NixlError
 from weightsync.agents.transport.nixl.receiver import reachable
@@ -361,7 +361,7 @@ async def test_an_edge_that_breaks_is_written_to_anew_over_another_connection(fl
 
 async def test_one_that_breaks_again_and_again_is_named_and_made_anew_for_the_next_round(fleet):
     await fleet.connect(r0="zero", r1="one")
-    fleet.double.failing["one"] = senders.TRIES
+    fleet.double.failing["one"] = TRIES
     ends = await fleet.write(FIRST, SECOND)
     assert (ends[FIRST].error, ends[SECOND].bytes) == ("", 0)
     assert "the peer is gone" in ends[SECOND].error
