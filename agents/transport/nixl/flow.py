@@ -49,10 +49,14 @@ class _Recorded:
 
 
 class Packer:
-    """Begins packing: on ``stream``, or on another thread where it is the CPU's work."""
+    """Begins packing: on ``stream``, or on another thread where it is the CPU's work.
+
+    What the stream has yet to do is kept: an edge may be given back meanwhile, and its tables would be others' memory.
+    """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
+        self._begun: deque[tuple[_Recorded, PreparedCopy]] = deque()
 
     def begin(self, pack: PreparedCopy, shift: int) -> Packing:
         if self._stream is None:
@@ -61,7 +65,11 @@ class Packer:
             pack(shift)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return _Recorded(event)
+        while self._begun and self._begun[0][0].done():
+            self._begun.popleft()
+        begun = _Recorded(event)
+        self._begun.append((begun, pack))
+        return begun
 
 
 class Flow:
