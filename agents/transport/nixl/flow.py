@@ -97,6 +97,7 @@ class Flow:
         self._packer = packer
         self._left = deque(chunk for chunk in cargo.chunks if chunk.number not in done)
         self._packing: deque[tuple[CargoChunk, int, Packing]] = deque()
+        self._in_vain: list[Packing] = []
         self._scattered: set[int] = set(done) if cargo.berth.passes else set()
         if self._ring is not None:
             self._ring.join(self)
@@ -113,6 +114,13 @@ class Flow:
     @property
     def _unscattered(self) -> int:
         return len(self._cargo.chunks) - len(self._scattered) if self._cargo.berth.passes else 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether something that nobody will post is still being packed: the ring may be the landing of whoever writes
+        here next, of an engine that lends."""
+        self._in_vain = [packing for packing in self._in_vain if not packing.done()]
+        return bool(self._in_vain)
 
     @property
     def waits_for_peer(self) -> bool:
@@ -224,6 +232,7 @@ class Flow:
         self._left.clear()
         for _, place, packing in self._packing:
             packing.add_done_callback(partial(self._packed_in_vain, place))
+            self._in_vain.append(packing)
         self._packing.clear()
         if self._ring is not None:
             self._ring.leave(self)
