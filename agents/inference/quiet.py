@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
+from weightsync.agents.turns import quick_turns
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,9 @@ NICE: Final = 10
 
 class Quiet:
     """The thread; it begins with the first thing to do. Call it with that.
+
+    While it has something to do the process's threads take quick turns: a device computes for it in milliseconds, and
+    an engine whose steps are bound by Python would keep it from the interpreter for 5 ms before and after.
 
     Args:
         device: on CUDA the thread has a stream of its own, of the lowest priority, so that it never waits in front of
@@ -43,6 +47,7 @@ class Quiet:
     @staticmethod
     def _perform(work: Callable[[], None]) -> None:
         try:
-            work()
+            with quick_turns():
+                work()
         except Exception:
             log.exception("weightsync: a thread beside the engine failed")

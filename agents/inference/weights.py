@@ -149,6 +149,7 @@ class LiveWeights:
 
         Raises:
             MemoryPlacementError: there is no spare, or no room for one; nothing was changed.
+            AgentError: the transport cannot be reached by another endpoint.
         """
         if not self.spares:
             raise MemoryPlacementError(
@@ -160,11 +161,13 @@ class LiveWeights:
         kept = self.layout.regions[: -len(left)]
         self.layout = msgspec.structs.replace(self.layout, regions=(*kept, *map(region_of, self._landing)))
         self._known = self._arrival = None
-        for receiver in self.receivers:
-            receiver.renew(self._target())
-            receiver.reopen()
-        for memory in left:
-            quarantine(memory)
+        try:
+            for receiver in self.receivers:
+                receiver.renew(self._target())
+                receiver.reopen()
+        finally:  # else it would be freed for others, and late writers reach it all the same
+            for memory in left:
+                quarantine(memory)
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""

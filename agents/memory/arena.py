@@ -16,6 +16,10 @@ from weightsync.orchestrator.protocol.layout import Region
 ALIGNMENT: Final = 256
 """Of every tensor within an arena, in bytes: what cudaMalloc gives, and enough for any vector load or NIC."""
 
+BLOCK_BYTES: Final = 2 << 20
+"""What is taken of a device at a time. CUDA cuts smaller allocations from blocks of this size, and another process that
+maps one of them by cuda_ipc maps all of its block, with what else lies there."""
+
 
 class _DeviceMemory(DeviceBytes):
     """Memory of cudaMalloc's that is freed with the last tensor of it."""
@@ -52,7 +56,8 @@ def arena(size: int, device: torch.device) -> torch.Tensor:
 
 
 def device_arena(size: int, device: torch.device) -> torch.Tensor:
-    """``size`` bytes (uint8) of plain device memory, uninitialised; freed with the last tensor of it.
+    """``size`` bytes (uint8) of plain device memory, uninitialised; freed with the last tensor of it. No other memory
+    is in its blocks (BLOCK_BYTES), at whose border it begins.
 
     Not torch's: memory of its expandable segments cannot be exported to another process or pinned by a NIC (NIXL then
     copies through the host at 0.4 GB/s without a word, or fails at the first write), and vLLM's budget for its KV cache
@@ -66,10 +71,11 @@ def device_arena(size: int, device: torch.device) -> torch.Tensor:
     if not torch.cuda.is_available():
         raise MemoryPlacementError("device arenas need a CUDA device, and torch sees none")
     runtime, number = Runtime(), device.index if device.index is not None else torch.cuda.current_device()
-    address = runtime.malloc(size, number)
+    taken = -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    address = runtime.malloc(taken, number)
     if address is None:
         torch.cuda.empty_cache()  # what torch has cached for later
-        address = runtime.malloc(size, number)
+        address = runtime.malloc(taken, number)
     if address is None:
         free = torch.cuda.mem_get_info(number)[0]
         raise MemoryPlacementError(f"no room for an arena of {size} bytes on cuda:{number}, where {free} are free")

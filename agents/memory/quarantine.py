@@ -57,10 +57,10 @@ def quarantine(memory: torch.Tensor) -> None:
     Pages that are locked cannot go back; a warning says so.
 
     Raises:
-        MemoryPlacementError: it begins within a page, or there is no ``room``.
+        MemoryPlacementError: there is no ``room``, or it is host memory that begins within a page.
     """
     address, size = memory.data_ptr(), memory.numel()
-    if address % mmap.PAGESIZE or room() < 1:
+    if room() < 1 or (not memory.is_cuda and address % mmap.PAGESIZE):
         raise MemoryPlacementError(
             f"{size} bytes on {memory.device} at {address:#x} cannot be quarantined: {MOST} arenas can"
         )

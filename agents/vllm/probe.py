@@ -190,7 +190,8 @@ def _expert_runner(layer: Any, memory: torch.Tensor, vllm_config: Any) -> Run:
 
     def run() -> torch.Tensor:
         with set_forward_context(None, vllm_config, num_tokens=TOKENS):
-            output: torch.Tensor = layer(hidden, logits)
+            # Its own each time: vLLM declares that the layer may write into what it is given.
+            output: torch.Tensor = layer(hidden.clone(), logits.clone())
         return output
 
     return run

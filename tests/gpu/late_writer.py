@@ -2,10 +2,12 @@
 
 Prints one JSON line with its layout, endpoint name and card. Each line on its standard input is answered by one:
 ``connect HEX``, ``fill SEED``, ``write EPOCH NUMBER SECONDS`` (what went wrong, or "done"). After ``stop before N``
-or ``stop after N`` it sends itself SIGSTOP around its N-th post from then on.
+or ``stop after N`` it sends itself SIGSTOP around its N-th post from then on. SIGUSR1 has it say where each of its
+threads is, on its standard error.
 """
 
 import asyncio
+import faulthandler
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ import torch
 from weightsync.agents.memory.arena import arena
 from weightsync.agents.transport.nixl.sender import NixlSender
 from weightsync.agents.transport.shares import Shares
+from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
 from weightsync.orchestrator.protocol.names import RoundName
 
@@ -84,5 +87,7 @@ class Process:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
+    warm_up(torch.device(sys.argv[1]))
     row_parallel.host_arena = partial(arena, device=torch.device(sys.argv[1]))  # type: ignore[assignment]
     asyncio.run(Process().live())

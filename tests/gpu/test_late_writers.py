@@ -5,13 +5,14 @@ changes, bit for bit. Real NIXL between processes that share one GPU, and the en
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from weightsync.agents.inference.weights import LiveWeights, landing_arenas
 from weightsync.agents.memory import quarantine
 from weightsync.agents.memory.arena import arena, region_of
 from weightsync.agents.memory.pages.paged import into_pages
+from weightsync.kernels.warm import warm_up
 from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import Lands, Layout
 from weightsync.orchestrator.protocol.messages import NixlSettings
@@ -45,35 +47,56 @@ POSTS = 8
 
 
 class Writer:
-    """``late_writer.py``."""
+    """``late_writer.py``. ``log``: what it says on its standard error; ``told``: what it was told last."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log, self.told = log, "nothing"
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "late_writer.py"), str(DEVICE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},
-        )
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "late_writer.py"), str(DEVICE)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},
+            )
         facts = json.loads(self._line())
         self.layout = msgspec.msgpack.decode(bytes.fromhex(facts["layout"]), type=Layout)
         self.name, self.card = facts["name"], bytes.fromhex(facts["card"])
 
     def _line(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        line = self.process.stdout.readline()
+        assert line, self.report()
+        return line
 
     def tell(self, *words: object) -> "asyncio.Future[str]":
         """Its answer, in a while."""
         assert self.process.stdin is not None
+        self.told = " ".join(map(str, words))[:100]
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
         return asyncio.ensure_future(asyncio.to_thread(self._line))
 
     @property
+    def state(self) -> str:
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    @property
     def stopped(self) -> bool:
-        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return self.state == "T"
+
+    def report(self) -> str:
+        """What became of it; it is ended, so that nobody waits for its answer any more."""
+        state = self.state
+        self.process.send_signal(signal.SIGUSR1)
+        self.process.send_signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2.0)
+        self.process.kill()
+        ended, said = self.process.wait(), self.log.read_text()[-4000:]
+        return f"writer {self.process.pid}, told {self.told!r}: state {state}, ended with {ended}, says:\n{said}"
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -119,7 +142,9 @@ def model(lands: Lands) -> Model:
 class Engine:
     """What an engine's worker does in a round, without the daemon."""
 
-    def __init__(self, lands: Lands) -> None:
+    def __init__(self, lands: Lands, writers: Sequence[Writer] = ()) -> None:
+        self.writers = writers
+        warm_up(DEVICE)  # a compiler would take some of the time that a writer has
         self.model = model(lands)
         size = arena_bytes(self.model.layout) if lands == "copy" else RING_BYTES
         self.weights = LiveWeights(self.model, DEVICE, landing_arenas(size, DEVICE), lands)
@@ -129,11 +154,25 @@ class Engine:
     async def until(self, answer: Awaitable[str]) -> str:
         """The transport makes progress meanwhile."""
         done = asyncio.ensure_future(answer)
-        async with asyncio.timeout(PATIENCE):
-            while not done.done():
-                self.poll()
-                await asyncio.sleep(0.001)
+        await self.until_true(done.done)
         return done.result().strip()
+
+    async def until_true(self, reached: Callable[[], bool]) -> None:
+        ends = time.monotonic() + PATIENCE
+        while not reached():
+            self.poll()
+            await asyncio.sleep(0.001)
+            assert time.monotonic() < ends, "\n".join([self.report(), *(writer.report() for writer in self.writers)])
+
+    def report(self) -> str:
+        """How far what lands here has come."""
+        arrivals = self.weights.receivers.current._arrivals  # type: ignore[attr-defined]
+        lines = [f"engine: round {arrivals._round}, {len(arrivals._waiting)} wait, {len(arrivals._copying)} copied"]
+        lines += [
+            f"{name}: of {edge.berth.chunks} chunks {len(edge.landed)} landed, {len(edge.scattered)} were scattered"
+            for name, edge in arrivals._edges.items()
+        ]
+        return "; ".join(lines)
 
     def poll(self) -> None:
         for receiver in self.weights.receivers:
@@ -191,23 +230,25 @@ def writers() -> Iterator[list[Writer]]:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("lands", ["copy", "flip"])
 async def test_a_writer_that_wakes_up_after_others_were_committed_changes_nothing(
-    lands: Lands, when: str, transports: str, writers: list[Writer], monkeypatch: pytest.MonkeyPatch
+    lands: Lands,
+    when: str,
+    transports: str,
+    writers: list[Writer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("UCX_TLS", transports)
-    writers += [Writer(), Writer()]
+    writers += [Writer(tmp_path / "late.log"), Writer(tmp_path / "other.log")]
     late, other = writers
-    engine = Engine(lands)
+    engine = Engine(lands, writers)
     await engine.meets(late)
     await engine.lands(late, 1)
     engine.switches(1)
 
     assert await engine.until(late.tell("stop", when, POSTS if lands == "flip" else 1)) == "done"
     answer = await engine.begins(late, 2, LATE_SECONDS)
-    ends = time.monotonic() + PATIENCE
-    while not late.stopped:
-        engine.poll()
-        await asyncio.sleep(0.001)
-        assert time.monotonic() < ends
+    await engine.until_true(lambda: late.stopped or answer.done())
+    assert late.stopped, f"it ended before it was stopped: {answer.result()}"
     engine.weights.receivers.current.end(RoundName(1, engine.round))
     engine.serves(1)
 

@@ -42,6 +42,7 @@ from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.memory.reach import check_reachable
 gpu = torch.device("cuda", 0)
 plain = [arena(size, gpu) for size in (1, 1 << 20, 3 << 20, 64 << 20)]
+assert all(part.data_ptr() % (2 << 20) == 0 for part in plain)
 check_reachable(region_of(part) for part in plain)
 ordinary = torch.empty(64 << 20, dtype=torch.uint8, device=gpu)
 try:

@@ -125,7 +125,12 @@ class EdgeProgress:
     @property
     def awaited(self) -> bool:
         """Whether the write goes on for it."""
-        return self.active or (self.settling and bool(self.in_flight))
+        return self.active or (self.settling and self.moves)
+
+    @property
+    def moves(self) -> bool:
+        """Whether something of it is in flight, or being packed."""
+        return bool(self.in_flight) or (self.flow is not None and self.flow.packs)
 
     def result(self) -> EdgeResult:
         seconds = max(self.ended - self.started, 0.0)

@@ -49,10 +49,14 @@ class _Recorded:
 
 
 class Packer:
-    """Begins packing: on ``stream``, or on another thread where it is the CPU's work."""
+    """Begins packing: on ``stream``, or on another thread where it is the CPU's work.
+
+    What the stream has yet to do is kept: an edge may be given back meanwhile, and its tables would be others' memory.
+    """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
+        self._begun: deque[tuple[_Recorded, PreparedCopy]] = deque()
 
     def begin(self, pack: PreparedCopy, shift: int) -> Packing:
         if self._stream is None:
@@ -61,7 +65,11 @@ class Packer:
             pack(shift)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return _Recorded(event)
+        while self._begun and self._begun[0][0].done():
+            self._begun.popleft()
+        begun = _Recorded(event)
+        self._begun.append((begun, pack))
+        return begun
 
 
 class Flow:
@@ -89,6 +97,7 @@ class Flow:
         self._packer = packer
         self._left = deque(chunk for chunk in cargo.chunks if chunk.number not in done)
         self._packing: deque[tuple[CargoChunk, int, Packing]] = deque()
+        self._in_vain: list[Packing] = []
         self._scattered: set[int] = set(done) if cargo.berth.passes else set()
         if self._ring is not None:
             self._ring.join(self)
@@ -105,6 +114,13 @@ class Flow:
     @property
     def _unscattered(self) -> int:
         return len(self._cargo.chunks) - len(self._scattered) if self._cargo.berth.passes else 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether something that nobody will post is still being packed: the ring may be the landing of whoever writes
+        here next, of an engine that lends."""
+        self._in_vain = [packing for packing in self._in_vain if not packing.done()]
+        return bool(self._in_vain)
 
     @property
     def waits_for_peer(self) -> bool:
@@ -216,6 +232,7 @@ class Flow:
         self._left.clear()
         for _, place, packing in self._packing:
             packing.add_done_callback(partial(self._packed_in_vain, place))
+            self._in_vain.append(packing)
         self._packing.clear()
         if self._ring is not None:
             self._ring.leave(self)

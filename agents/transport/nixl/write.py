@@ -68,7 +68,8 @@ RATE_FLOOR_BYTES: Final = 16 << 20
 class Writer:
     """One write of some edges. A peer that fails, stops or hangs ends its own edge only.
 
-    An edge that is given up while its transfers are in flight is over when ``settle`` sees the last of them end.
+    An edge that is given up while its transfers are in flight, or are packed, is over when ``settle`` sees the last of
+    them end.
 
     Args:
         rank: this agent, for errors.
@@ -338,7 +339,7 @@ class Writer:
     def _conclude(self, progress: EdgeProgress) -> None:
         """Tell of the edge if it is over."""
         # Of an edge that an earlier write has left, that write's transfers count, too.
-        if progress.over or progress.active or progress.in_flight or progress.edge.tainted:
+        if progress.over or progress.active or progress.moves or progress.edge.tainted:
             return
         self._judge_rate(progress)
         progress.edge.last_error = progress.error

@@ -105,7 +105,8 @@ class VllmModel:
         self.recorded.load(weights)
 
     def rebalanced(self, known: str) -> "VllmModel | None":
-        if expert_map(self.module) == known:
+        # Asked in each switch, and the maps are on the device: an engine without a balancer would stand still for that.
+        if not balancer.may_move(self.vllm_config) or expert_map(self.module) == known:
             return None
         fresh = recorded_layout(self.module, self.vllm_config)
         return self._of(self.module, self.vllm_config, fresh, self.unprobed, paging.Placed(self.pages, self.no_flip))

@@ -88,6 +88,15 @@ def is_asynchronous(parallel_config: Any) -> bool:
     return bool(getattr(parallel_config, "enable_eplb", False)) and bool(getattr(eplb, "use_async", False))
 
 
+def may_move(vllm_config: Any) -> bool:
+    """Whether experts may move while an engine of this configuration serves; of one that nobody knows they may.
+
+    Without load balancing only ``reinitialize_distributed`` would move them, which is refused.
+    """
+    parallel_config = getattr(vllm_config, "parallel_config", None)
+    return parallel_config is None or bool(getattr(parallel_config, "enable_eplb", True))
+
+
 def drain(seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
     """Bring every asynchronous balancer of this process to rest; collective over the ranks that share experts.
 

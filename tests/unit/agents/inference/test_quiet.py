@@ -2,11 +2,13 @@
 
 import logging
 import os
+import sys
 import threading
 
 import pytest
 import torch
 from weightsync.agents.inference.quiet import NICE, Quiet
+from weightsync.agents.turns import SWITCH_SECONDS
 
 
 def test_things_are_done_one_after_the_other_on_a_thread_of_low_priority() -> None:
@@ -24,6 +26,22 @@ def test_things_are_done_one_after_the_other_on_a_thread_of_low_priority() -> No
     assert told[0][0] != threading.get_ident()
     assert told[0][1] == min(here + NICE, 19) or told[0][1] == NICE
     assert os.getpriority(os.PRIO_PROCESS, 0) == here
+
+
+def test_whoever_computes_beside_an_engine_waits_for_no_long_turn_of_it() -> None:
+    quiet, done, told, before = Quiet(torch.device("cpu")), threading.Event(), [], sys.getswitchinterval()
+
+    def fail() -> None:
+        told.append(sys.getswitchinterval())
+        raise RuntimeError("no such memory")
+
+    quiet(fail)
+    quiet(lambda: told.append(sys.getswitchinterval()))
+    quiet(done.set)
+    assert done.wait(20)
+    quiet._thread.shutdown()
+    assert told == pytest.approx([SWITCH_SECONDS] * 2, abs=1e-6)
+    assert sys.getswitchinterval() == pytest.approx(before, abs=1e-6)
 
 
 def test_a_failure_is_logged_and_the_next_thing_is_done(caplog: pytest.LogCaptureFixture) -> None:

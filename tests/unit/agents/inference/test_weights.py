@@ -10,6 +10,7 @@ import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
 from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_arenas
+from weightsync.agents.memory import quarantine
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.tables.runs import digest_table
@@ -285,6 +286,22 @@ def test_other_memory_takes_the_place_of_the_landing(beside: tuple[Model, LiveWe
     assert weights.spares == spares - 1
     assert receiver.story[-2:] == ["renewed", "reopened"], "an endpoint is made for the new memory"
     assert receiver.memory.layout == weights.layout
+
+
+def test_a_landing_that_was_replaced_is_quarantined_although_the_transport_fails(
+    beside: tuple[Model, LiveWeights, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, weights, receiver = beside
+    old, spares = weights.tensors[-1], weights.spares
+
+    def fail() -> None:
+        raise NotLanded("the endpoint cannot be destroyed")
+
+    monkeypatch.setattr(receiver, "reopen", fail, raising=False)
+    with pytest.raises(NotLanded, match="cannot be destroyed"):
+        weights.replace_landing()
+    assert any(kept is old for kept in quarantine._kept)
+    assert weights.spares == spares - 1
 
 
 def test_live_memory_has_no_spare() -> None:

@@ -11,6 +11,8 @@ from weightsync.agents.memory.errors import MemoryPlacementError
 from weightsync.agents.transport.nixl.regions import check_regions
 from weightsync.orchestrator.protocol.layout import Region
 
+BLOCK = arena.BLOCK_BYTES
+
 
 def test_a_host_arena_is_exact_aligned_zero_and_registrable() -> None:
     memory = arena.arena(10_001, torch.device("cpu"))
@@ -61,8 +63,8 @@ def test_a_strided_tensor_is_no_region() -> None:
 
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
-    """A GPU with room for 100 bytes; what torch makes of its memory is the object that holds it."""
-    library = FakeCudart(room=100)
+    """A GPU with room for a block; what torch makes of its memory is the object that holds it."""
+    library = FakeCudart(room=BLOCK)
     monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: library.log.append(("empty torch's cache",)))
@@ -72,19 +74,27 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
 
 
 def test_a_device_arena_is_freed_with_its_last_tensor(cudart: FakeCudart) -> None:
-    memory: Any = arena.device_arena(100, torch.device("cuda", 1))
+    memory: Any = arena.device_arena(BLOCK, torch.device("cuda", 1))
     address = 0x7F0000000001
     assert memory.__cuda_array_interface__["data"] == (address, False)
-    assert cudart.log == [("malloc", 1, 100)]
+    assert cudart.log == [("malloc", 1, BLOCK)]
     del memory
     gc.collect()
-    assert cudart.log == [("malloc", 1, 100), ("free", 1, address)]
+    assert cudart.log == [("malloc", 1, BLOCK), ("free", 1, address)]
     assert cudart.device == 0, "the current device is the caller's"
 
 
+@pytest.mark.parametrize("size", [1, 2048, BLOCK - 1])
+def test_a_device_arena_shares_no_block_with_other_memory(cudart: FakeCudart, size: int) -> None:
+    """CUDA cuts less from a block that has others' memory in it; ``tests/gpu/test_memory.py`` asks the driver."""
+    memory: Any = arena.device_arena(size, torch.device("cuda", 1))
+    assert memory.__cuda_array_interface__["shape"] == (size,)
+    assert cudart.log == [("malloc", 1, BLOCK)]
+
+
 def test_without_room_torch_gives_back_what_it_has_cached_before_an_arena_is_refused(cudart: FakeCudart) -> None:
-    with pytest.raises(MemoryPlacementError, match="101 bytes on cuda:1, where 60 are free"):
-        arena.device_arena(101, torch.device("cuda", 1))
+    with pytest.raises(MemoryPlacementError, match=f"{BLOCK + 1} bytes on cuda:1, where 60 are free"):
+        arena.device_arena(BLOCK + 1, torch.device("cuda", 1))
     assert cudart.log == [("forget the error", 0), ("empty torch's cache",), ("forget the error", 0)]
 
 

@@ -63,6 +63,19 @@ def test_what_begins_within_a_page_has_neighbours_in_it(kept: list[torch.Tensor]
     assert kept == []
 
 
+def test_a_gpus_memory_is_quarantined_wherever_it_begins(kept: list[torch.Tensor]) -> None:
+    """Refused, it would be freed for others while a late writer reaches it."""
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    memory = host_arena(mmap.PAGESIZE).fill_(7)[512:].as_subclass(OnDevice)
+    quarantine(memory)
+    assert len(kept) == 1
+    assert kept[0] is memory
+    assert memory.as_subclass(torch.Tensor).eq(7).all(), "its pages are no host's to give back"
+
+
 def test_a_word_stays_mapped() -> None:
     word = mmap.mmap(-1, mmap.PAGESIZE)
     address = torch.frombuffer(word, dtype=torch.uint8).data_ptr()

@@ -209,12 +209,70 @@ def test_weights_that_were_processed_unwatched_are_refused() -> None:
         recording.finish()
 
 
-def test_a_parameter_that_the_engine_replaces_later_is_stale() -> None:
+def other_parameter(model: Model) -> None:
+    model.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+
+
+def other_data(model: Model) -> None:
+    model.weight.data = torch.randn(4, 3)
+
+
+def plain_attribute(model: Model) -> None:
+    del model._parameters["weight"]
+    model.__dict__["weight"] = torch.randn(4, 3)
+
+
+def plain_attribute_over_it(model: Model) -> None:
+    model.__dict__["weight"] = torch.randn(4, 3)
+
+
+def gone(model: Model) -> None:
+    del model.weight
+
+
+@pytest.mark.parametrize("change", [other_parameter, other_data, plain_attribute, plain_attribute_over_it, gone])
+def test_however_a_parameter_gets_other_memory_it_is_stale(change: Callable[[Model], None]) -> None:
     recording = processed(lambda model: None, torch.randn(4, 3))
     assert recording.finished is not None
-    assert recording.finished.stale() == []
-    recording.model.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    change(recording.model)
     assert recording.finished.stale() == ["weight"]
+
+
+def same_memory(model: Model) -> None:
+    model.weight = nn.Parameter(model.weight.data[1:], requires_grad=False)
+
+
+def moved_storage(model: Model) -> None:
+    """As into pages: what all views of it follow."""
+    storage = model.weight.untyped_storage()
+    storage.resize_(2 * storage.nbytes())
+
+
+@pytest.mark.parametrize("change", [same_memory, moved_storage])
+def test_a_parameter_with_the_memory_that_was_written_is_not_stale(change: Callable[[Model], None]) -> None:
+    recording = processed(lambda model: None, torch.randn(4, 3))
+    assert recording.finished is not None
+    change(recording.model)
+    assert recording.finished.stale() == []
+
+
+def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_of_its_module() -> None:
+    class Asked(Model):
+        asked = 0
+
+        def __getattr__(self, name: str) -> object:
+            Asked.asked += name == "weight"
+            return super().__getattr__(name)
+
+    model = Asked()
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
+    with recording.processing:
+        pass
+    recording.finish()
+    assert recording.finished is not None
+    before = Asked.asked
+    assert recording.finished.stale() == []
+    assert Asked.asked == before
 
 
 def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:

@@ -1,9 +1,11 @@
 """Real layers of vLLM's CPU build: a parameter that the forward does not read is found, and no byte stays changed."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,3 +127,21 @@ def test_an_engine_with_unread_weights_does_not_start(monkeypatch: pytest.Monkey
         probe.require(nn.Module(), [], lambda: None)
     monkeypatch.setenv(probe.PROBE_VARIABLE, "0")
     assert probe.require(nn.Module(), [], lambda: None) == {"all parameters": "WEIGHTSYNC_PROBE is 0"}
+
+
+def test_experts_that_write_into_what_they_are_given_answer_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(set_forward_context=lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
+
+    class InPlace(nn.Module):
+        routed_experts = SimpleNamespace(
+            moe_config=SimpleNamespace(hidden_dim=4, num_logical_experts=2, in_dtype=torch.float32)
+        )
+
+        def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            return hidden.mul_(2.0).add_(logits.mul_(3.0).sum())
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    run = probe._expert_runner(InPlace(), torch.zeros(1), config)
+    first = run().clone()
+    assert torch.equal(run(), first)

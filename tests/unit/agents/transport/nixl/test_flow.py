@@ -1,10 +1,14 @@
 """The order of one edge's chunks: packed ahead, posted when packed, and where places come again, when they are free."""
 
 import asyncio
+import gc
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.flow import Flow, Loading, Packer
 from weightsync.agents.transport.nixl.notices import Notice, decode
@@ -195,6 +199,49 @@ async def test_the_cpu_packs_beside_the_loop():
     packing = Packer(None).begin(packed.append, 512)
     await asyncio.wait_for(packing, 10.0)
     assert packed == [512]
+
+
+class Stream:
+    """In the place of a CUDA stream, whose work is done as far as the test says."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.given = 0, 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+
+class Event:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def record(self, stream):
+        stream.given += 1
+        self.number = stream.given
+
+    def query(self):
+        return self.stream.done >= self.number
+
+
+def test_what_a_device_has_yet_to_pack_is_kept_although_its_edge_is_given_back(monkeypatch):
+    """Its tables are read when the stream comes to it; freed, they would be others' memory by then."""
+    packer = Packer(stream := Stream(monkeypatch))
+    tables = [Table() for _ in range(3)]
+    known = [weakref.ref(table) for table in tables]
+    packings = [packer.begin(tables.pop(0), 0) for _ in range(2)]
+    assert not any(packing.done() for packing in packings)
+    packings.clear()
+    gc.collect()
+    assert [table() is not None for table in known] == [True, True, True]
+    stream.done = 2
+    assert not packer.begin(tables.pop(), 0).done()
+    gc.collect()
+    assert [table() is not None for table in known] == [False, False, True], "and not for ever"
+
+
+class Table:
+    """A prepared copy."""
+
+    def __call__(self, shift=0): ...
 
 
 # ------------------------------------------------------------------------------------------------ a write's flows

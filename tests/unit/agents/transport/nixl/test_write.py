@@ -358,6 +358,68 @@ async def test_of_a_peer_that_is_gone_nothing_holds_a_place() -> None:
     assert sent.error is None
 
 
+class Hands:
+    """Packed when the test says so. ``two``: that two chunks are under way."""
+
+    def __init__(self) -> None:
+        self.begun: list[asyncio.Future[None]] = []
+        self.two = asyncio.Event()
+
+    def begin(self, pack: Any, shift: int) -> Any:
+        self.begun.append(asyncio.Future())
+        if len(self.begun) == 2:
+            self.two.set()
+        return self.begun[-1]
+
+
+@pytest.mark.parametrize("end", ["stopped", "late", "gone"])
+async def test_an_edge_is_over_when_nothing_packs_for_it_any_more(end: str) -> None:
+    """Whoever hears of its end may write where it packs: an engine that lends packs in its landing."""
+    write, hands = Loaded(3), Hands()
+    packer: Any = hands
+    bindings: Any = SimpleNamespace(errors=(RuntimeError, ConnectionError), disconnected=ConnectionError)
+    writer = Writer(
+        "trainer/0", write.nixl, bindings, in_flight=9, deadline=time.monotonic() + (0.05 if end == "late" else 60),
+        ended=write.told.append, loading=Loading(RoundName(1, 1), write.ring, packer),
+    )  # fmt: skip
+    task = asyncio.create_task(writer.write([write.edges["a"]]))
+    await hands.two.wait()
+    if end == "stopped":
+        writer.stop({"a"}, "another version lands here")
+    elif end == "gone":
+        writer.forget("a")
+    await task
+    writer.settle()
+    assert write.told == []
+    hands.begun[0].set_result(None)
+    writer.settle()
+    assert write.told == []
+    hands.begun[1].set_result(None)
+    writer.settle()
+    assert [told.peer for told in write.told] == ["a"]
+    assert writer.over
+
+
+async def test_an_edge_that_broke_while_it_was_packed_is_told_of_within_the_write() -> None:
+    """For it is tried again there."""
+    write, hands = Loaded(3, a0=["gone"]), Hands()
+    packer: Any = hands
+    bindings: Any = SimpleNamespace(errors=(RuntimeError, ConnectionError), disconnected=ConnectionError)
+    writer = Writer(
+        "trainer/0", write.nixl, bindings, in_flight=9, deadline=time.monotonic() + 60, ended=write.told.append,
+        loading=Loading(RoundName(1, 1), write.ring, packer),
+    )  # fmt: skip
+    task = asyncio.create_task(writer.write([write.edges["a"]]))
+    await hands.two.wait()
+    hands.begun[0].set_result(None)
+    await asyncio.sleep(0.05)
+    assert (write.told, task.done()) == ([], False)
+    hands.begun[1].set_result(None)
+    [broken] = await task
+    assert isinstance(broken.error, DisconnectedError)
+    assert write.told == [broken]
+
+
 async def test_a_peer_whose_word_is_waited_for_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
     """All chunks are written and none was scattered: NIXL has nothing in flight that would end."""
     monkeypatch.setattr(writes, "PROBE_SECONDS", 0.0)

@@ -278,6 +278,19 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     assert story[3:] == [(module, "config")]
 
 
+def test_where_nobody_moves_experts_no_switch_asks_the_device_for_their_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(engine, "expert_map", lambda module: asked.append(module) or "elsewhere")
+    layout = Layout((), (), b"", expert_map="here")
+    for eplb in (False, True):
+        config: Any = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb))
+        recorded: Any = SimpleNamespace(layout=layout, tensors=[], unrecorded=(), unused=())
+        monkeypatch.setattr(engine, "recorded_layout", lambda *_, found=recorded: found)
+        model = engine.VllmModel(Model(), config, recorded, {}, layout)
+        assert (model.rebalanced("here") is None) is not eplb
+        assert len(asked) == int(eplb)
+
+
 def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's memory moves while its agent is made; what is announced is where it lies then."""
     memory = DramPages()

@@ -253,6 +253,13 @@ def parallel(*, eplb: bool, asynchronous: bool) -> Any:
     return SimpleNamespace(enable_eplb=eplb, eplb_config=SimpleNamespace(use_async=asynchronous))
 
 
+def test_experts_move_where_they_are_balanced_or_nobody_knows() -> None:
+    configured = [SimpleNamespace(parallel_config=parallel(eplb=eplb, asynchronous=True)) for eplb in (True, False)]
+    assert [balancer.may_move(config) for config in configured] == [True, False]
+    assert balancer.may_move(None)
+    assert balancer.may_move(SimpleNamespace(parallel_config=SimpleNamespace()))
+
+
 def test_a_vllm_without_a_drain_is_refused_by_name(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     balancer.require(parallel(eplb=True, asynchronous=True))
     monkeypatch.delattr(eplb_state.EplbState, "drain_async")
