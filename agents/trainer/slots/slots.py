@@ -128,7 +128,8 @@ class TrainerSlots:
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
         self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
-        shares = {key: _share(key, state, values=allocate is None) for key in self.read}
+        unchanged = _unchanged(specs)
+        shares = {key: _share(key, state, unchanged[key], values=allocate is None) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
@@ -216,9 +217,19 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
-def _share(key: str, state: State, *, values: bool) -> LocalShare:
+def _unchanged(specs: Iterable[ConversionSpec]) -> dict[str, frozenset[torch.dtype]]:
+    """Of each source, the dtypes that all of its specifications pass on as they are."""
+    found: dict[str, frozenset[torch.dtype]] = {}
+    for spec in specs:
+        for source in spec.sources:
+            own = spec.quantization.unchanged
+            found[source.key] = found.get(source.key, own) & own
+    return found
+
+
+def _share(key: str, state: State, unchanged: Collection[torch.dtype], *, values: bool) -> LocalShare:
     tensor = state[key]
-    refuse_unfit(key, tensor, values=values)
+    refuse_unfit(key, tensor, values=values, as_they_are=unchanged)
     share = local_share(key, tensor)
     merged = isinstance(state, MergedState) and state.is_merged(key)
     return replace(share, dtype=torch.float32) if merged else share

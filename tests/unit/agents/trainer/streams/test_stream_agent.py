@@ -41,7 +41,7 @@ def counted(passed: list[str], *pairs: tuple[str, torch.Tensor]) -> Iterator[tup
 def test_a_refused_stream_is_read_to_its_end_and_names_the_tensor(tmp_path: Path) -> None:
     agent, passed = stream_agent(tmp_path), []
     bad = ("codes", torch.ones(2, dtype=torch.int8))
-    with pytest.raises(PublishError, match=r"rank 0: StreamError: tensor 'codes' has the dtype torch\.int8"):
+    with pytest.raises(PublishError, match=r"rank 0: StreamError: tensor 'codes' is int8; "):
         agent.publish_stream(1, counted(passed, ("w", torch.ones(2)), bad, ("z", torch.ones(2))))
     assert passed == ["w", "codes", "z"]
     assert not (tmp_path / "broadcasts").exists()
@@ -89,7 +89,7 @@ def test_a_refusal_at_one_rank_reaches_all_after_everybodys_pass(in_ranks, tmp_p
 
     said = in_ranks(2, body)
     assert said[0] == said[1]
-    assert "step 1 was not published: rank 1: StreamError: tensor 'a' has the dtype torch.int32" in said[0]
+    assert "step 1 was not published: rank 1: StreamError: tensor 'a' is int32; " in said[0]
 
 
 def test_one_rank_of_a_job_enters_no_collective(in_ranks, tmp_path: Path) -> None:
