@@ -17,7 +17,7 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
-from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable, refuse_doubles
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
 from weightsync.agents.trainer.slots.gathering import Gathering
@@ -127,6 +127,7 @@ class TrainerSlots:
         options = options or SlotOptions()
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
+        refuse_doubles(specs)
         self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
         unchanged = _unchanged(specs)
         shares = {key: _share(key, state, unchanged[key], values=allocate is None) for key in self.read}
