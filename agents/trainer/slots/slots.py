@@ -240,7 +240,8 @@ def holds_slots(state: State, options: SlotOptions) -> bool:
     """Whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``); ``TrainerSlots.primary``."""
     if options.hsdp == "shared":
         return True
-    return _in_first_replica([local_share(name, tensor) for name, tensor in state.items()], options.replicate_dim)
+    tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))  # else extra state
+    return _in_first_replica([local_share(name, tensor) for name, tensor in tensors], options.replicate_dim)
 
 
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.fitness import ACCEPTED, hint, near_names, refuse_unfit
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+from weightsync.agents.trainer.slots.slots import holds_slots
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,6 +124,7 @@ def test_what_nothing_reads_may_be_anything(state):
     more = {"counts": torch.ones(3, dtype=torch.int64), "x._extra_state": b"", "y": torch.ones(1, device="meta")}
     slots = TrainerSlots(state | more, model_table(CONFIG), options=OPTIONS)
     assert slots.unrouted == ("counts", "x._extra_state", "y")
+    assert holds_slots(state | more, SlotOptions(hsdp="primary"))
 
 
 def test_a_sharded_tensor_is_judged_by_what_it_wraps(in_ranks):
