@@ -86,9 +86,9 @@ class TrainerAgent(Publisher):
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        super().__init__(process_group, nonfinite, publish_seconds)
-        self._source: TrainerSource | AdapterSource
         self._options = options or SlotOptions()
+        super().__init__(process_group, nonfinite, publish_seconds, compares=self._options.replicas == "compare")
+        self._source: TrainerSource | AdapterSource
         self._slots: TrainerSlots | None = None
         with self._starting(lambda: trainer_settings(hub_url, token_file, run_id, run_dir)):
             if adapter is None:

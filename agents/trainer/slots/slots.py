@@ -69,6 +69,11 @@ class FilledSlots(Protocol):
     """What is sent from, however it was filled. ``arenas``: one for each region of ``layout``, in their order."""
 
     @property
+    def slots(self) -> Sequence[Slot]:
+        """In the layout's order."""
+        ...
+
+    @property
     def layout(self) -> Layout:
         """For Announce."""
         ...
