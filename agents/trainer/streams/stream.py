@@ -24,6 +24,7 @@ from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Route, SlotPiece, ring_bytes
 from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote
 from weightsync.agents.trainer.slots.slots import Allocate, layout_of
+from weightsync.agents.trainer.sources.unread import ADAPTER
 from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_RANK
@@ -194,6 +195,11 @@ class StreamSlots:
         """Why ``tensor`` cannot travel; empty if it can."""
         if name in self._made_of:
             return f"holds scales, and {self._made_of[name]!r} is quantised here, which makes them; leave it out"
+        if self._treatments and name not in self._treatments and ADAPTER.search(name):
+            return (
+                "is an adapter's and read by nobody, engines would serve a model without it; yield merged weights (and"
+                " leave it out)"
+            )
         if isinstance(tensor, DTensor):
             return "is a DTensor; yield full_tensor(), or declare its pieces in the metadata and yield to_local()"
         if tensor.ndim > MAX_RANK:

@@ -1,6 +1,7 @@
 """Slots filled by streams: right bytes from any order and any pieces, nothing kept, and refusals by name."""
 
 import gc
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -307,6 +308,22 @@ def test_what_engines_hold_as_it_is_travels_as_it_is(dtype, assemble):
     slots = StreamSlots(treatments={"w": same})
     slots.fill([("w", given)])
     assert torch.equal(assemble([slots])["w"].view(torch.uint8), given.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["q.lora_A.weight", "q.lora_b.weight", "q.lora_A.default.weight", "base_model.model.q.lora_A.0", "q_adapter.up"],
+)
+def test_an_adapter_that_no_engine_needs_is_no_part_of_a_version(name, assemble):
+    pairs = {"q.weight": torch.ones(4, 4), name: torch.ones(2, 4), "value_head.weight": torch.ones(4)}
+    with pytest.raises(
+        StreamError, match=f"{re.escape(name)}' is an adapter's and read by nobody.*yield merged weights"
+    ):
+        StreamSlots(treatments={"q.weight": CAST}).fill(pairs.items())
+    for treatments in ({"q.weight": CAST, name: CAST}, {}):
+        slots = StreamSlots(treatments=treatments)
+        slots.fill(pairs.items())
+        assert assemble([slots]).keys() == pairs.keys()
 
 
 @pytest.mark.parametrize("first", ["w", "w" + FP8_SUFFIX])
