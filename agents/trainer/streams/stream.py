@@ -25,6 +25,7 @@ from weightsync.agents.trainer.slots.routing import Route, SlotPiece, ring_bytes
 from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote
 from weightsync.agents.trainer.slots.slots import Allocate, layout_of
 from weightsync.agents.trainer.sources.unread import ADAPTER
+from weightsync.agents.trainer.streams.heads import refuse_lost_head
 from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
 from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_RANK
@@ -130,7 +131,7 @@ class StreamSlots:
         ranks wait for this one.
 
         Raises:
-            StreamError: a tensor that cannot travel, a name twice or unknown, names that never came.
+            StreamError: a tensor that cannot travel, a name twice or unknown, names that never came, a lost head.
             ChangedTensor: another shape or dtype than before or than declared.
             What the stream itself raises, at once.
         """
@@ -147,6 +148,7 @@ class StreamSlots:
         if trouble is not None:
             raise trouble
         self._account(seen, unknown)
+        refuse_lost_head(self._slots, self._treatments)
         if not self._complete:
             self._seal()
 
