@@ -91,6 +91,17 @@ class DifferentCopies(TrainerError):
         )
 
 
+class DifferentGathering(TrainerError):
+    """Ranks of one mesh that would not gather the same tensors."""
+
+    def __init__(self, one: int, other: int, names: str) -> None:
+        super().__init__(
+            f"ranks {one} and {other} would not gather the same of {names}: all ranks of a mesh give tensors of the"
+            " same global shapes and placements, one table and the same SlotOptions (DTensor.from_local of uneven"
+            " shards needs shape= and stride=)"
+        )
+
+
 class ChangedTensor(TrainerError):
     """A tensor of the state has another shape, dtype or sharding than when the slots were made."""
 

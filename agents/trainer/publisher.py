@@ -19,7 +19,7 @@ from weightsync.agents.link.thread import AgentThread, ControlAddress
 from weightsync.agents.link.token import read_token
 from weightsync.agents.tables.spans import NOWHERE
 from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start
-from weightsync.agents.trainer.errors import DifferentCopies, ReplicaFailed, shown
+from weightsync.agents.trainer.errors import DifferentCopies, ReplicaFailed
 from weightsync.agents.trainer.following import await_needs, fingerprint_number
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.nonfinite import OnNonFinite, judge_numbers, known_option
@@ -27,7 +27,8 @@ from weightsync.agents.trainer.options import TrainerSettings, compare_run_dirs
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import FIRST_LOOK_SECONDS, LATER, LONGEST_LOOK_SECONDS, Group, TrainerRanks
 from weightsync.agents.trainer.slots.slots import FilledSlots
-from weightsync.agents.trainer.sources.copies import Copies, differing, unlike
+from weightsync.agents.trainer.sources.copies import Copies, differing
+from weightsync.agents.trainer.sources.gathered import disagreement
 from weightsync.agents.trainer.surroundings import trainer_look
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.filling import Filling
@@ -246,13 +247,10 @@ class Publisher:
         Raises:
             DifferentCopies: some have not, with the tensors' names.
         """
-        found = differing(said)
-        if found is None:
-            return
-        one, other, group = found
-        mine = self._copies[1].each(group) if self._copies is not None else b"{}"
-        names = unlike(mine, self._ranks.share(mine, one, seconds=RANKS_SECONDS))
-        raise DifferentCopies(one, other, self._ranks.agree(shown(names), seconds=RANKS_SECONDS)[other])
+        each = self._copies[1].each if self._copies is not None else lambda _: b"{}"
+        found = disagreement(self._ranks, said, each, RANKS_SECONDS)
+        if found is not None:
+            raise DifferentCopies(*found)
 
     def _admit(self, step: int) -> None:
         """That ``step`` may be the next version.

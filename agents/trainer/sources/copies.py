@@ -89,9 +89,9 @@ def differing(said: Sequence[str]) -> tuple[int, int, str] | None:
 
 
 def unlike(own: bytes, theirs: bytes) -> list[str]:
-    """Names of tensors whose digests (see ``each``) are not those of another rank."""
+    """Names of tensors of which two ranks say (see ``each``) different things, or one nothing; sorted."""
     mine, other = json.loads(own), json.loads(theirs)
-    return [name for name, sums in mine.items() if sums != other.get(name)]
+    return sorted(name for name in {**mine, **other} if mine.get(name) != other.get(name))
 
 
 def _kind(slot: Slot) -> object | None:

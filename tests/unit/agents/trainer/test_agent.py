@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from trainer_ranks import CONFIG, Run, daemon, in_processes, weights
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import AdapterError
@@ -242,6 +242,21 @@ def test_ranks_that_hold_other_values_of_one_tensor_publish_nothing(run: Run) ->
         assert "ranks 0 and 1 hold different values of model.norm.weight: engines would be sent a mixture" in heard[0]
     assert not (run.run_dir / "broadcasts" / "step_200" / "STABLE").exists()
     assert [said.value for said in in_processes(2, drift, run, "trust")] == [([], True)] * 2
+
+
+def from_local(rank: int, run: Run) -> None:
+    """Shards of 2 rows and of 1, of which no rank says the whole shape: one sees 4 rows, the other 2."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    state = {
+        name: DTensor.from_local(full.chunk(2)[rank], mesh, [Shard(0)], run_check=False)
+        for name, full in {**weights(), "model.norm.weight": torch.ones(3)}.items()
+    }
+    run.agent(state)
+
+
+def test_ranks_that_see_other_global_shapes_do_not_gather(run: Run) -> None:
+    for said in in_processes(2, from_local, run):
+        assert "ranks 0 and 1 would not gather the same of model.norm.weight: all ranks of a mesh" in said.text
 
 
 def busy_on_one(rank: int, run: Run, seconds: float) -> tuple[str, bool, list[bool]]:
