@@ -74,7 +74,7 @@ def _blocks(
     grid = padded.view(groups, padded.shape[1] // height, height, padded.shape[2] // width, width)
     amax = grid.abs().amax(dim=(2, 4))
     # A divisor on the tensor's own device: torch turns the division by a Python number into a product on CUDA.
-    limit = torch.full((), E4M3_MAX, device=values.device)
+    limit = values.new_full((), E4M3_MAX)
     scale = torch.maximum(amax / limit, torch.full_like(limit, SCALE_FLOOR))
     if scale_format == "ue8m0":
         scale = round_up_to_power_of_two(scale)

@@ -10,7 +10,7 @@ from typing import SupportsIndex
 
 import torch
 import torch.distributed as dist
-from weightsync.agents.trainer.errors import AdapterError
+from weightsync.agents.trainer.errors import AdapterError, DifferentGathering
 from weightsync.agents.trainer.following import FollowedNeeds, followed
 from weightsync.agents.trainer.interrupts import held_interrupts
 from weightsync.agents.trainer.models.table import ModelTable
@@ -22,6 +22,7 @@ from weightsync.agents.trainer.slots.conversion import ConversionTable
 from weightsync.agents.trainer.slots.reading import State, Taken
 from weightsync.agents.trainer.slots.slots import SlotOptions, TrainerSlots, holds_slots, nobody
 from weightsync.agents.trainer.sources.adapter import AdapterSource
+from weightsync.agents.trainer.sources.gathered import Gathered, disagreement
 from weightsync.agents.trainer.sources.lora import LoraMerge
 from weightsync.agents.trainer.state import StateSource, TrainerSource
 from weightsync.agents.trainer.step import step_number
@@ -86,10 +87,11 @@ class TrainerAgent(Publisher):
         publish_seconds: float = 600.0,
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
-        super().__init__(process_group, nonfinite, publish_seconds)
-        self._source: TrainerSource | AdapterSource
         self._options = options or SlotOptions()
+        super().__init__(process_group, nonfinite, publish_seconds, compares=self._options.replicas == "compare")
+        self._source: TrainerSource | AdapterSource
         self._slots: TrainerSlots | None = None
+        self._gathered = Gathered(())
         with self._starting(lambda: trainer_settings(hub_url, token_file, run_id, run_dir)):
             if adapter is None:
                 self._source = TrainerSource(source, lora=lora, ignore=ignore)
@@ -105,12 +107,25 @@ class TrainerAgent(Publisher):
                 self._slots = self._made_slots(table, state)
                 self._source.account_for(state, self._slots.read)
                 del state  # of a callable, it may be a second model in memory
+                self._meet()
             self._connect(connect_seconds)
 
     def _made_slots(self, table: ConversionTable, state: State) -> TrainerSlots:
         slots = TrainerSlots(state, table, options=self._options)
+        self._gathered = Gathered(slots.slots)
         warm_up(slots.arenas[0].device)  # here, and not on the agent's thread while a daemon waits for its word
         return slots
+
+    def _meet(self) -> None:
+        """All ranks are here, before the conversion's collectives, and would gather the same.
+
+        Raises:
+            DifferentGathering: they would not, with the tensors' names.
+        """
+        said = self._ranks.agree(self._gathered.said(), seconds=RANKS_SECONDS)
+        found = disagreement(self._ranks, said, self._gathered.each, RANKS_SECONDS)
+        if found is not None:
+            raise DifferentGathering(*found)
 
     @property
     def slots(self) -> TrainerSlots:
@@ -179,7 +194,7 @@ class TrainerAgent(Publisher):
             self._hold(slots)
             self._slots = slots
         taken = self._checked(state)
-        self._ranks.agree(seconds=RANKS_SECONDS)  # before the conversion's collectives
+        self._meet()
         follows.made_for = number
         return taken
 

@@ -52,7 +52,7 @@ class UnreadTensors(TrainerError):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
             f"{len(names)} trained tensors are read by nobody, engines would serve a model without them:"
-            f" {_shown(names)}. Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what"
+            f" {shown(names)}. Merge adapters by lora=LoraMerge(…) or a callable that returns merged weights; what"
             " engines do not need is declared by ignore=('pattern', …)"
         )
         self.names = tuple(names)
@@ -75,8 +75,30 @@ class NonFiniteWeights(TrainerError):
 
     def __init__(self, found: Sequence[object]) -> None:
         super().__init__(
-            f"{len(found)} tensors hold NaN or infinity in the dtype that engines are sent: {_shown(found)}. Publish a"
+            f"{len(found)} tensors hold NaN or infinity in the dtype that engines are sent: {shown(found)}. Publish a"
             " step before they came, or allow them by nonfinite='warn' or 'allow'"
+        )
+
+
+class DifferentCopies(TrainerError):
+    """Ranks that hold the same tensors hold other values of them."""
+
+    def __init__(self, one: int, other: int, names: str) -> None:
+        super().__init__(
+            f"ranks {one} and {other} hold different values of {names}: engines would be sent a mixture. Reduce or"
+            " broadcast what all ranks are to have alike; SlotOptions(hsdp='primary') sends from one replica,"
+            " replicas='trust' compares nothing"
+        )
+
+
+class DifferentGathering(TrainerError):
+    """Ranks of one mesh that would not gather the same tensors."""
+
+    def __init__(self, one: int, other: int, names: str) -> None:
+        super().__init__(
+            f"ranks {one} and {other} would not gather the same of {names}: all ranks of a mesh give tensors of the"
+            " same global shapes and placements, one table and the same SlotOptions (DTensor.from_local of uneven"
+            " shards needs shape= and stride=)"
         )
 
 
@@ -124,7 +146,7 @@ class ReplicaFailed(TrainerError):
         self.reason = reason
 
 
-def _shown(things: Sequence[object]) -> str:
+def shown(things: Sequence[object]) -> str:
     """The first of ``things``, and how many more there are."""
     more = f" and {len(things) - SHOWN_NAMES} more" if len(things) > SHOWN_NAMES else ""
     return ", ".join(map(str, things[:SHOWN_NAMES])) + more

@@ -19,7 +19,7 @@ from weightsync.agents.link.thread import AgentThread, ControlAddress
 from weightsync.agents.link.token import read_token
 from weightsync.agents.tables.spans import NOWHERE
 from weightsync.agents.trainer.agreed import COMMITTED, FAILED, agreed_end, agreed_staging, agreed_start
-from weightsync.agents.trainer.errors import ReplicaFailed
+from weightsync.agents.trainer.errors import DifferentCopies, ReplicaFailed
 from weightsync.agents.trainer.following import await_needs, fingerprint_number
 from weightsync.agents.trainer.markers import write_stable
 from weightsync.agents.trainer.nonfinite import OnNonFinite, judge_numbers, known_option
@@ -27,6 +27,8 @@ from weightsync.agents.trainer.options import TrainerSettings, compare_run_dirs
 from weightsync.agents.trainer.publication import BusyError, Publication, PublishError
 from weightsync.agents.trainer.replicas import FIRST_LOOK_SECONDS, LATER, LONGEST_LOOK_SECONDS, Group, TrainerRanks
 from weightsync.agents.trainer.slots.slots import FilledSlots
+from weightsync.agents.trainer.sources.copies import Copies, differing
+from weightsync.agents.trainer.sources.gathered import disagreement
 from weightsync.agents.trainer.surroundings import trainer_look
 from weightsync.agents.trainer.thread_side import TrainerSide
 from weightsync.agents.transport.filling import Filling
@@ -65,6 +67,7 @@ class Publisher:
         process_group: the trainer's ranks; see ``TrainerRanks``.
         nonfinite: what becomes of a version with NaN or infinity in what engines would be sent.
         publish_seconds: total deadline of a publish.
+        compares: whether ranks that hold the same tensors compare them before each version.
 
     Raises:
         ValueError: ``nonfinite`` is none of the options.
@@ -73,13 +76,19 @@ class Publisher:
     _settings: TrainerSettings
     _generation: int
 
-    def __init__(self, process_group: Group, nonfinite: OnNonFinite, publish_seconds: float) -> None:
+    def __init__(
+        self, process_group: Group, nonfinite: OnNonFinite, publish_seconds: float, *, compares: bool = True
+    ) -> None:
         self._nonfinite = known_option(nonfinite)
+        self._compares = compares
         self._publish_seconds = publish_seconds
         self._ranks = TrainerRanks(process_group)
         self._first_sender = 0
         self._agent: AgentThread[TrainerSide] | None = None
         self._last: Publication | None = None
+        self._copies: tuple[FilledSlots, Copies] | None = None
+        """Of the slots that were filled last."""
+        self._copies_said = ""
         self._committed: set[int] = set()
         self._failures: dict[int, int] = {}
         """Steps whose versions FAILED, and how often."""
@@ -153,6 +162,8 @@ class Publisher:
 
     def _hold(self, slots: FilledSlots) -> None:
         """Send from ``slots`` in the place of the former ones, which nothing is written from."""
+        if self._copies is not None and self._copies[0] is not slots:
+            self._copies = None  # they keep the former ones' memory
         if self._agent is not None:
             side, identity = self._agent.side, self._agent.identity
             memory, size = source_of(slots, identity.member, identity.world), staged_bytes_of(slots)
@@ -211,12 +222,35 @@ class Publisher:
     def _announce_together(self, version: Version, seconds: tuple[float, float], restaged: int) -> Publication:
         """The slots of all ranks hold ``version``: say so, with the seconds of its conversion and digest."""
         # … and after, so that STABLE speaks for all. It comes before STAGED, without which the daemon does not heed it.
-        self._ranks.agree(seconds=RANKS_SECONDS, then=lambda: self._mark(version, restaged))
+        said = self._ranks.agree(
+            self._copies_said, seconds=RANKS_SECONDS, then=lambda said: self._mark(version, restaged, said)
+        )
+        self._refuse_differing(said)
         self._last = self._report(version, *seconds, restaged)
         return self._last
 
-    def _mark(self, version: Version, restaged: int) -> None:
-        write_stable(self._settings.run_dir, self._settings.run_id, version, restaged)
+    def _mark(self, version: Version, restaged: int, said: tuple[str, ...]) -> None:
+        if differing(said) is None:
+            write_stable(self._settings.run_dir, self._settings.run_id, version, restaged)
+
+    def _say_copies(self, slots: FilledSlots) -> str:
+        """What this rank's slots hold that others hold as well; see ``Copies``."""
+        if self._ranks.world == 1 or not self._compares:
+            return ""
+        if self._copies is None or self._copies[0] is not slots:
+            self._copies = slots, Copies(slots.slots, slots.layout, slots.arenas)
+        return self._copies[1].said()
+
+    def _refuse_differing(self, said: tuple[str, ...]) -> None:
+        """That all ranks have said the same of what they hold alike.
+
+        Raises:
+            DifferentCopies: some have not, with the tensors' names.
+        """
+        each = self._copies[1].each if self._copies is not None else lambda _: b"{}"
+        found = disagreement(self._ranks, said, each, RANKS_SECONDS)
+        if found is not None:
+            raise DifferentCopies(*found)
 
     def _admit(self, step: int) -> None:
         """That ``step`` may be the next version.
@@ -317,6 +351,7 @@ class Publisher:
         finite = self._agent.side.read(version, slots) if self._agent is not None else NOWHERE
         digest_seconds = time.monotonic() - reads
         judge_numbers(slots, self._nonfinite, version, finite)
+        self._copies_said = self._say_copies(slots)
         return digest_seconds, time.monotonic() - began - digest_seconds
 
     def _prepared(self, version: Version) -> float:

@@ -90,13 +90,15 @@ class TrainerRanks:
             self._leave(self.rank, f"{type(error).__name__}: {error}")
             raise
 
-    def agree(self, value: str = "", *, seconds: float, then: Callable[[], None] | None = None) -> tuple[str, ...]:
+    def agree(
+        self, value: str = "", *, seconds: float, then: Callable[[tuple[str, ...]], None] | None = None
+    ) -> tuple[str, ...]:
         """Wait until all ranks are here; every rank's ``value``, cut to TEXT_CHARS, by rank.
 
         Args:
             value: what this rank has to say.
             seconds: total deadline.
-            then: the first rank does this when all are here; the others wait for it.
+            then: the first rank does this with all values when all are here; the others wait for it.
 
         Raises:
             ReplicaFailed: a rank has left the section, or has not come in time.
@@ -104,7 +106,7 @@ class TrainerRanks:
         self._phase += 1
         if self._store is None:
             if then is not None:
-                then()
+                then((value,))
             return (value,)
         name = f"{self._section}/{self._phase}"
         keys = [f"{name}/{rank}" for rank in range(self.world)]
@@ -113,7 +115,7 @@ class TrainerRanks:
             self._await(keys, seconds)
             values = [text.decode() for text in self._store.multi_get(keys)]
             if then is not None:
-                then()
+                then(tuple(values))
             distinct = list(dict.fromkeys(values))
             self._set(f"{name}/verdict", json.dumps([distinct, [distinct.index(text) for text in values]]))
             self._unread = f"{name}/read"

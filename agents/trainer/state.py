@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
 
 import torch
 from weightsync.agents.trainer.errors import AmbiguousName
@@ -14,6 +15,8 @@ from weightsync.agents.trainer.sources.unread import refuse_trained, unread
 
 StateSource = Callable[[], Mapping[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
+WANTED: Final = "give the model, a mapping from names to tensors, or a callable that returns such a mapping"
+
 log = logging.getLogger(__name__)
 
 
@@ -23,12 +26,23 @@ def current_state(source: StateSource) -> dict[str, torch.Tensor]:
     Of a module: what its ``state_dict`` gives, tied tensors under each of their names.
 
     Raises:
+        TypeError: it is none of these, or has names that are no text.
         UnfitTensor: a module that is sharded by FSDP1.
         AmbiguousName: two tensors would have one name without their wrappers'.
     """
     if isinstance(source, torch.nn.Module):
         return plain_state(module_tensors(source))
-    return plain_state(source if isinstance(source, Mapping) else source())
+    if not isinstance(source, Mapping) and not callable(source):
+        raise TypeError(f"source is a {type(source).__name__}; {WANTED}")
+    state = source if isinstance(source, Mapping) else source()
+    if isinstance(state, torch.nn.Module):
+        raise TypeError(f"source returned the module {type(state).__name__}; give it itself")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"source returned a {type(state).__name__}; {WANTED}")
+    wrong = next((name for name in state if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise TypeError(f"source has the name {wrong!r}, which is a {type(wrong).__name__}; {WANTED}")
+    return plain_state(state)
 
 
 class TrainerSource:

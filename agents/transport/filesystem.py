@@ -125,7 +125,8 @@ class _ReadableBox:
 def save_checkpoint_part(path: Path, memory: SourceMemory) -> Path:
     """Write this rank's part into the directory ``path``, through temporary files and renames.
 
-    Boxes that several ranks hold are saved by the first replica only.
+    Boxes that several ranks hold are saved by the first replica only. The first rank removes what a trainer of another
+    number of ranks has left there: a resumed one may come to the same step again.
 
     Returns:
         The safetensors file.
@@ -138,6 +139,10 @@ def save_checkpoint_part(path: Path, memory: SourceMemory) -> Path:
     stem = f"part-{rank:05d}-of-{world:05d}"
     file, index = path / f"{stem}.safetensors", path / f"{stem}{INDEX_SUFFIX}"
     index.unlink(missing_ok=True)  # from here on the part is not finished
+    if rank == 0:
+        for other in sorted(path.glob("part-*-of-*")):  # an index before what it is of
+            if f"-of-{world:05d}." not in other.name:
+                other.unlink(missing_ok=True)
     rows = memory.layout.matrix()[np.fromiter(memory.first_replica, dtype=bool, count=len(memory.first_replica))]
     boxes = tuple(_saved_box(number, row, memory.layout) for number, row in enumerate(rows))
     temporary = path / f".{stem}.tmp"

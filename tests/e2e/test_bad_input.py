@@ -162,7 +162,7 @@ def test_another_run_is_refused_for_good(lonely: Fleet) -> None:
 def test_a_tensor_that_is_no_weight_is_what_the_constructor_says(lonely: Fleet) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     state = masters(model_shapes(CONFIG), 0)
-    with pytest.raises(UnfitTensor, match=rf"^'{name}' is int8; .*give a callable that dequantises it"):
+    with pytest.raises(UnfitTensor, match=rf"^'{name}' is int8; .*give a callable that returns it dequantised"):
         in_process_trainer(lonely, lambda: state | {name: state[name].to(torch.int8)})
     adapter = name.replace("weight", "lora_a.weight")
     with pytest.raises(UnreadTensors, match=rf"^1 trained tensors are read by nobody.*: {adapter}\. "):

@@ -10,12 +10,13 @@ run in servers. ``WeightSource`` changed its shape in 0.33, and both are spoken:
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from weightsync.agents.trainer.adapters.connection import PUBLISH_SECONDS, Connection
@@ -25,9 +26,12 @@ from weightsync.agents.trainer.publisher import RANKS_SECONDS
 from weightsync.agents.trainer.replicas import ALONE, Group, TrainerRanks
 from weightsync.agents.trainer.streams.stream import drain
 from weightsync.agents.trainer.streams.stream_agent import StreamAgent
-from weightsync.agents.trainer.streams.streamed import StreamedTensor
+from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
 
 BACKEND: Final = "weightsync"
+
+PLACEMENTS: Final = ("Shard", "Replicate")
+"""Names of the classes, vLLM's and torch's, by which a piece is known."""
 
 
 @dataclass
@@ -173,6 +177,7 @@ def _planned(source: Any, rank: int, *, quantised: bool) -> _Pass:
         return _planned_by_names(source, [StreamedTensor(m.name, m.dtype, tuple(m.shape)) for m in metadata()])
     # Whole tensors where they are to be quantised: a piece may end inside a block.
     if source.implements_iter_local() and not (quantised and source.implements_iter_full()):
+        _refuse_unspoken(source)
         return _Pass([_piece(meta) for meta in metadata], frozenset(), every_rank=True, pieces=True)
     senders = {meta.name: 0 if meta.owners is None else meta.owners[0] for meta in metadata}
     declared = [StreamedTensor(m.name, m.dtype, tuple(m.shape), owners=(senders[m.name],)) for m in metadata]
@@ -190,8 +195,32 @@ def _planned_by_names(source: Any, declared: Sequence[StreamedTensor]) -> _Pass:
     return _Pass(held, frozenset(), every_rank=True)
 
 
+def _refuse_unspoken(source: Any) -> None:
+    """That ParamMeta's two words say how the parameters of a module lie, since vLLM's own source has no other.
+
+    Raises:
+        StreamError: one is strided (FSDP2 over tensor parallelism) or a sum that is pending.
+    """
+    module = getattr(source, "_module", None)
+    if type(source).__name__ != "ModuleSource" or not isinstance(module, torch.nn.Module):
+        return
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            _refuse_others(name, parameter.placements)
+
+
+def _refuse_others(name: str, placements: Iterable[object] | None) -> None:
+    for placement in placements or ():
+        if type(placement).__name__ not in PLACEMENTS:
+            raise StreamError(
+                f"{name!r} is placed by {placement!r}, and pieces are known by {' and '.join(PLACEMENTS)} alone; give a"
+                " source that yields whole tensors (iter_full), or a TrainerAgent the model"
+            )
+
+
 def _piece(meta: Any) -> StreamedTensor:
     """vLLM's ParamMeta of 0.33."""
+    _refuse_others(meta.name, meta.placements)
     placements = None if meta.placements is None else tuple(getattr(each, "dim", None) for each in meta.placements)
     return StreamedTensor(meta.name, meta.dtype, tuple(meta.shape), meta.owners, meta.mesh_shape, placements)
 

@@ -62,7 +62,8 @@ def saved_as(model: nn.Module | None, state: Mapping[str, torch.Tensor]) -> Save
         return Saved()
     from transformers.core_model_loading import revert_weight_conversion
 
-    entries = [Checkpoint(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()]
+    tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))  # else extra state
+    entries = [Checkpoint(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
     try:
         # Once to learn the shapes: the tracer must know the tensors that are written before it watches.
         empty = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}

@@ -16,12 +16,23 @@ EXPERT: Final = "{expert}"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A trainer tensor, or ``length`` entries of it from ``start`` along ``dim`` (the experts' dimension left out)."""
+    """A trainer tensor, or ``length`` entries of it from ``start`` along ``dim`` (the experts' dimension left out).
+
+    Raises:
+        ConversionTableError: numbers that count from the end, or no entries.
+    """
 
     key: str
     dim: int = 0
     start: int = 0
     length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 0 or self.start < 0 or (self.length is not None and self.length < 1):
+            raise ConversionTableError(
+                f"{self.key!r}: dim={self.dim}, start={self.start}, length={self.length}: dim and start are counted"
+                " from the beginning, and length is at least 1"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,10 @@ class ConversionSpec:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConversionTableError(f"{self.dst!r} has no sources")
+        if self.cat_dim < 0:
+            raise ConversionTableError(
+                f"{self.dst!r}: cat_dim={self.cat_dim}: it is counted from the beginning, from 0"
+            )
         if (EXPERT in self.dst) != (self.experts > 0):
             raise ConversionTableError(
                 f"{self.dst!r}: {EXPERT} stands in the name if and only if the sources stack experts"
@@ -71,6 +86,28 @@ class ConversionSpec:
         if not self.experts:
             return self.dst, self.scale_name
         return self.dst.replace(EXPERT, str(expert)), self.scale_name.replace(EXPERT, str(expert))
+
+
+def refuse_doubles(specs: Iterable[ConversionSpec]) -> None:
+    """That each logical tensor comes from one specification: the plan would send either.
+
+    Raises:
+        ConversionTableError: two make one tensor, or one makes the scales that another one has by their name.
+    """
+    made: dict[str, ConversionSpec] = {}
+    for spec in specs:
+        for expert in range(max(spec.experts, 1)):
+            for name in filter(None, spec.logical(expert)):
+                other = made.setdefault(name, spec)
+                if other is not spec:
+                    raise ConversionTableError(
+                        f"{name!r} is made twice, of {_read_by(other)} (for {other.dst!r}) and of {_read_by(spec)} (for"
+                        f" {spec.dst!r}); a version has one value for each name"
+                    )
+
+
+def _read_by(spec: ConversionSpec) -> str:
+    return ", ".join(repr(source.key) for source in spec.sources)
 
 
 class ConversionTable(Protocol):

@@ -68,6 +68,11 @@ class QuantizationSpec:
         """The narrowest dtype that masters may be cast to before they are gathered, with the same bytes at the end."""
         return self.dtype if self.keeps_master and not self.quantizes else self.forward_dtype
 
+    @property
+    def unchanged(self) -> frozenset[torch.dtype]:
+        """Dtypes whose elements travel as they are, whatever they stand for."""
+        return frozenset() if self.quantizes or self.gather_dtype != self.dtype else frozenset({self.dtype})
+
     def scale_name(self, name: str) -> str:
         """Name of the scales of the tensor ``name``.
 

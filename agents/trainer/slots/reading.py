@@ -154,7 +154,7 @@ class Readings:
             elif placements is not None:
                 raise self._refusal(key, state)
             if type(local) not in PLAIN:
-                refuse_unfit(key, tensor)
+                self._refuse_unfit(key, tensor)
             # A rank without a share may have a local tensor of any empty shape.
             if look is not None:
                 if local.layout is not torch.strided or local.is_meta:
@@ -163,7 +163,7 @@ class Readings:
                     raise self._refusal(key, state)
                 # Frameworks that shard or offload shrink what a tensor still describes to nothing.
                 if not local.untyped_storage().nbytes():
-                    refuse_unfit(key, tensor)
+                    self._refuse_unfit(key, tensor)
             append(local)
         return self._taken(taken, state)
 
@@ -172,6 +172,10 @@ class Readings:
             return Taken(locals_, {})
         return Taken(locals_, {n: read.key for n, read in enumerate(self._reads) if state.is_merged(read.key)}, state)
 
+    def _refuse_unfit(self, key: str, tensor: object) -> None:
+        # A dtype that its slot was made for was found fit then: integers that engines are sent unchanged.
+        refuse_unfit(key, tensor, as_they_are=(self._reads[self.numbers[key]].share.dtype,))
+
     def _refusal(self, key: str, state: State) -> TrainerError:
         """What is wrong with a tensor of ``state`` beside what its slot was made for."""
         number = self.numbers[key]
@@ -179,7 +183,7 @@ class Readings:
         tensor = state.get(key)
         if tensor is None:
             return MissingTensor(key, read.dst, hint(key, state))
-        refuse_unfit(key, tensor)
+        self._refuse_unfit(key, tensor)
         shape = tuple(tensor.shape)
         if shape != read.share.shape or isinstance(tensor, DTensor) != (read.share.grid is not None):
             whole = read.share.grid is not None and not isinstance(tensor, DTensor)

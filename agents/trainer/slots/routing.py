@@ -49,6 +49,7 @@ class SlotOptions:
     ``tensor_parallel_dims``: mesh dimensions whose slices must lie on the quantisation grid.
     ``staging_bytes``: of the ring that is packed in before it leaves, 0 for none; None: see ``ring_bytes``.
     ``pipeline``: a rank may lack whole layers and tensors outside the layers.
+    ``replicas``: whether ranks that hold the same boxes compare what they hold before each version; that reads it once.
     ``slots_on``: ``device``, where most of the rank's sources are, or ``cpu``, host memory, pinned where there is CUDA.
     Blocks are quantised where their source is, so FP8 slots of sources on a GPU cannot lie on the host.
     """
@@ -61,11 +62,14 @@ class SlotOptions:
     tensor_parallel_dims: tuple[str, ...] = ("tp",)
     expert_parallel: ExpertParallel | None = None
     pipeline: bool = False
+    replicas: Literal["compare", "trust"] = "compare"
     slots_on: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         if self.slots_on not in ("device", "cpu"):
             raise ValueError(f"slots_on={self.slots_on!r}; it is 'device' or 'cpu'")
+        if self.replicas not in ("compare", "trust"):
+            raise ValueError(f"replicas={self.replicas!r}; it is 'compare' or 'trust'")
 
 
 @dataclass(frozen=True, slots=True)

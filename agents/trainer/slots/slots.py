@@ -17,7 +17,7 @@ from weightsync.agents.tables.spans import NOWHERE, Spans
 from weightsync.agents.trainer.errors import ExpertPartitionError, MissingTensor, NoRoomForSlots, UnfitTensor
 from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare, local_share
-from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable, refuse_doubles
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
 from weightsync.agents.trainer.slots.fitness import hint, refuse_unfit
 from weightsync.agents.trainer.slots.gathering import Gathering
@@ -67,6 +67,11 @@ def nobody(offset: int) -> None:
 
 class FilledSlots(Protocol):
     """What is sent from, however it was filled. ``arenas``: one for each region of ``layout``, in their order."""
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """In the layout's order."""
+        ...
 
     @property
     def layout(self) -> Layout:
@@ -127,8 +132,10 @@ class TrainerSlots:
         options = options or SlotOptions()
         self.rank, self.world = _own_place(rank, world)
         specs = tuple(_held_specs(table.for_keys(state.keys()), state.keys(), options))
+        refuse_doubles(specs)
         self.read = tuple(dict.fromkeys(source.key for spec in specs for source in spec.sources))
-        shares = {key: _share(key, state, values=allocate is None) for key in self.read}
+        unchanged = _unchanged(specs)
+        shares = {key: _share(key, state, unchanged[key], values=allocate is None) for key in self.read}
         self.primary = options.hsdp == "shared" or _in_first_replica(shares.values(), options.replicate_dim)
         self.unrouted = tuple(sorted(set(state) - set(shares)))
         router, plan = Router(options, self.rank, self.primary), ArenaPlan()
@@ -216,9 +223,19 @@ class TrainerSlots:
         return tuple(slot.explain() for slot in self.slots)
 
 
-def _share(key: str, state: State, *, values: bool) -> LocalShare:
+def _unchanged(specs: Iterable[ConversionSpec]) -> dict[str, frozenset[torch.dtype]]:
+    """Of each source, the dtypes that all of its specifications pass on as they are."""
+    found: dict[str, frozenset[torch.dtype]] = {}
+    for spec in specs:
+        for source in spec.sources:
+            own = spec.quantization.unchanged
+            found[source.key] = found.get(source.key, own) & own
+    return found
+
+
+def _share(key: str, state: State, unchanged: Collection[torch.dtype], *, values: bool) -> LocalShare:
     tensor = state[key]
-    refuse_unfit(key, tensor, values=values)
+    refuse_unfit(key, tensor, values=values, as_they_are=unchanged)
     share = local_share(key, tensor)
     merged = isinstance(state, MergedState) and state.is_merged(key)
     return replace(share, dtype=torch.float32) if merged else share
@@ -228,7 +245,8 @@ def holds_slots(state: State, options: SlotOptions) -> bool:
     """Whether this rank's replica holds slots (always, unless ``hsdp`` is ``primary``); ``TrainerSlots.primary``."""
     if options.hsdp == "shared":
         return True
-    return _in_first_replica([local_share(name, tensor) for name, tensor in state.items()], options.replicate_dim)
+    tensors = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))  # else extra state
+    return _in_first_replica([local_share(name, tensor) for name, tensor in tensors], options.replicate_dim)
 
 
 def _own_place(rank: int | None, world: int | None) -> tuple[int, int]:

@@ -12,11 +12,17 @@ from weightsync.agents.trainer.sources.modules import module_tensors
 from weightsync.agents.trainer.sources.names import plain_names
 from weightsync.orchestrator.protocol.names import SAVED_PREFIX, SCALING
 
-MODEL_CHANGING: Final = ("pissa", "olora", "corda", "loftq")
-"""How peft may begin an adapter so that it changes the base, which engines keep: ``init_lora_weights``."""
+CARRIED: Final = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_alpha", "use_rslora",
+    "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights", "eva_config", "loftq_config", "corda_config",
+    "lora_ga_config", "velora_config", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying",
+})  # fmt: skip
+"""Settings of peft's LoraConfig that are in what engines are told, or change nothing of what an adapter computes."""
 
-UNSUPPORTED: Final = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
-"""Settings of peft's LoraConfig that change what an adapter computes and that no engine is told, when they are set."""
+BASE_KEPT: Final = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""``init_lora_weights`` with which an adapter begins without changing the base, which engines keep."""
 
 
 class AdapterSource:
@@ -94,14 +100,14 @@ class AdapterSource:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise AdapterError(self._adapter, f"peft_type is {kind}; only LORA can be published alone")
-        for setting in UNSUPPORTED:
-            if value := getattr(config, setting, None):
+        for setting, value in vars(config).items():
+            if value and setting not in CARRIED and not setting.startswith("_"):
                 raise AdapterError(
                     self._adapter, f"{setting} is {value!r}: an adapter alone does not carry it; publish merged weights"
                 )
         begin = getattr(config, "init_lora_weights", True)
-        if isinstance(begin, str) and begin.lower().startswith(MODEL_CHANGING):
+        if (begin.lower() if isinstance(begin, str) else begin) not in BASE_KEPT:
             raise AdapterError(
-                self._adapter, f"init_lora_weights is {begin!r}, which changed the base; publish merged weights"
+                self._adapter, f"init_lora_weights is {begin!r}, which may change the base; publish merged weights"
             )
         return [float(config.lora_alpha), float(config.use_rslora)]

@@ -135,10 +135,11 @@ def peft_merges(module: nn.Module, plain: Callable[[str], str], names: Collectio
         if any(outer in at and outer != place for outer in _places(place[:-1])):
             raise AdapterError(place.rstrip("."), "an adapter within another one; give a callable of merged weights")
         if _saves(part):
-            used = place + f"modules_to_save.{_active(part, place)[0]}."
+            copies = _active(part, place)  # none where the active adapter has no copy of this module
+            used = place + (f"modules_to_save.{copies[0]}." if copies else "original_module.")
         else:
             used = place + "base_layer."
-            adapters = tuple(_peft_adapters(part, place))
+            adapters = tuple(_peft_adapters(part, place, [n for n in below[place] if not n.startswith(used)]))
             if adapters:
                 merges[place + "weight"] = Merge(used + "weight", adapters)
         renamed |= {name: place + name.removeprefix(used) for name in below[place] if name.startswith(used)}
@@ -165,16 +166,19 @@ def _places(name: str) -> Iterator[str]:
         position = name.find(".", position + 1)
 
 
-def _peft_adapters(part: nn.Module, at: str) -> Iterator[Adapter]:
+def _peft_adapters(part: nn.Module, at: str, names: Sequence[str]) -> Iterator[Adapter]:
+    """What a module of peft adds to its weight; ``names`` are all of its tensors but the base's."""
     merged = set(getattr(part, "merged_adapters", ()))
     for name in _active(part, at):
         if name in merged:
             continue  # the base holds it
         factors = next((f for f in ("lora_A", "lora_embedding_A") if name in getattr(part, f, ())), None)
-        variants = (name in getattr(part, "lora_variant", ()), getattr(part, "use_dora", {}).get(name))
-        bias = getattr(part, "lora_bias", {})
-        unmerged = any(variants) or (isinstance(bias, Mapping) and bias.get(name)) or hasattr(part, "parameter_name")
-        if (factors is None and not hasattr(part, "lora_A")) or unmerged:
+        weight = ".weight" if factors == "lora_A" else ""
+        a, b = (f"{at}{(factors or 'lora_A').removesuffix('A')}{side}.{name}{weight}" for side in "AB")
+        # Whatever it holds beside its two factors (a magnitude, a bias, singular values) is part of what it adds.
+        own = {n for n in names if name in n.removeprefix(at).split(".")}
+        unmerged = name in getattr(part, "lora_variant", ()) or hasattr(part, "parameter_name")
+        if unmerged or (own != {a, b} if factors is not None else not hasattr(part, "lora_A")):
             raise AdapterError(
                 at.rstrip("."),
                 f"its adapter {name!r} ({type(part).__name__}) is no plain LoRA (DoRA, a bias, another kind of"
@@ -182,8 +186,6 @@ def _peft_adapters(part: nn.Module, at: str) -> Iterator[Adapter]:
             )
         if factors is None:
             continue  # this adapter does not reach this layer
-        weight = ".weight" if factors == "lora_A" else ""
-        a, b = (f"{at}{factors.removesuffix('A')}{side}.{name}{weight}" for side in "AB")
         transposed = factors == "lora_embedding_A" or bool(getattr(part, "fan_in_fan_out", False))
         yield Adapter(a, b, float(cast(Mapping[str, float], part.scaling)[name]), transposed)
 

@@ -19,12 +19,15 @@ from weightsync.agents.trainer.slots.arena import ArenaPlan
 from weightsync.agents.trainer.slots.boxes import LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, ConversionTable, Source
 from weightsync.agents.trainer.slots.finite import FiniteCheck, NonFinite
+from weightsync.agents.trainer.slots.fitness import objection
 from weightsync.agents.trainer.slots.quantization import QuantizationSpec
 from weightsync.agents.trainer.slots.routing import Route, SlotPiece, ring_bytes
-from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote, dtype_name
+from weightsync.agents.trainer.slots.slot import LayoutEntry, ShardedSlot, Slot, SlotNote
 from weightsync.agents.trainer.slots.slots import Allocate, layout_of
+from weightsync.agents.trainer.sources.unread import ADAPTER
+from weightsync.agents.trainer.streams.heads import refuse_lost_head
 from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
-from weightsync.orchestrator.protocol.layout import ITEMSIZE, Layout
+from weightsync.orchestrator.protocol.layout import Layout
 from weightsync.orchestrator.protocol.limits import MAX_NAME_CHARS, MAX_RANK
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -34,6 +37,12 @@ LARGEST_SEGMENT: Final = 1024 * 1024 * 1024
 """Of an arena that grows: each registration costs about a millisecond, and the end of each segment is wasted."""
 GROWTH: Final = 8
 """A further segment is an eighth of what there is, so that at most so much is wasted."""
+
+CODES: Final = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+"""May pass where nothing is made of them: engines that hold the same get them, and their scales, as they are."""
+
+GIVE: Final = "leave it out, or yield"
+"""What to do about a tensor that cannot travel as it is."""
 
 NAMES_SHOWN: Final = 5
 """Of a list in an error; the rest is counted."""
@@ -74,6 +83,7 @@ class StreamSlots:
     ) -> None:
         self._rank = rank
         self._treatments = treatments or {}
+        self._made_of = {t.scale_name(name): name for name, t in self._treatments.items() if t.quantizes}
         self._forward_dtype = forward_dtype
         self._staging_bytes = staging_bytes
         self._allocate = allocate
@@ -121,7 +131,7 @@ class StreamSlots:
         ranks wait for this one.
 
         Raises:
-            StreamError: a tensor that cannot travel, a name twice or unknown, names that never came.
+            StreamError: a tensor that cannot travel, a name twice or unknown, names that never came, a lost head.
             ChangedTensor: another shape or dtype than before or than declared.
             What the stream itself raises, at once.
         """
@@ -138,6 +148,7 @@ class StreamSlots:
         if trouble is not None:
             raise trouble
         self._account(seen, unknown)
+        refuse_lost_head(self._slots, self._treatments)
         if not self._complete:
             self._seal()
 
@@ -177,10 +188,27 @@ class StreamSlots:
             raise StreamError(f"a tensor's name is a string of 1 to {MAX_NAME_CHARS} characters, not {name!r:.200}")
         if not isinstance(tensor, torch.Tensor):
             raise StreamError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-        wrong = "" if self._looks.get(name) == _look(tensor) else _unfit(tensor)
+        wrong = "" if self._looks.get(name) == _look(tensor) else self._unfit(name, tensor)
         if wrong:
             raise StreamError(f"tensor {name!r} {wrong}")
         return name, tensor
+
+    def _unfit(self, name: str, tensor: torch.Tensor) -> str:
+        """Why ``tensor`` cannot travel; empty if it can."""
+        if name in self._made_of:
+            return f"holds scales, and {self._made_of[name]!r} is quantised here, which makes them; leave it out"
+        if self._treatments and name not in self._treatments and ADAPTER.search(name):
+            return (
+                "is an adapter's and read by nobody, engines would serve a model without it; yield merged weights (and"
+                " leave it out)"
+            )
+        if isinstance(tensor, DTensor):
+            return "is a DTensor; yield full_tensor(), or declare its pieces in the metadata and yield to_local()"
+        if tensor.ndim > MAX_RANK:
+            return f"has {tensor.ndim} dimensions; at most {MAX_RANK} can travel"
+        made = name in self._treatments or self._forward_dtype is not None
+        unchanged = self._treatment(name, tensor.dtype).unchanged if made else CODES
+        return objection(tensor, as_they_are=unchanged, give=GIVE)
 
     def _account(self, seen: set[str], unknown: list[str]) -> None:
         known = self._slots or self._owned(self._declared or {})
@@ -254,9 +282,12 @@ class StreamSlots:
         self._complete = True
 
     def _spec(self, tensor: StreamedTensor) -> ConversionSpec:
-        plain = self._forward_dtype or tensor.dtype
-        treatment = self._treatments.get(tensor.name) or QuantizationSpec(plain, forward_dtype=plain)
+        treatment = self._treatment(tensor.name, tensor.dtype)
         return ConversionSpec(tensor.name, (Source(tensor.name),), quantization=treatment)
+
+    def _treatment(self, name: str, dtype: torch.dtype) -> QuantizationSpec:
+        plain = self._forward_dtype or dtype
+        return self._treatments.get(name) or QuantizationSpec(plain, forward_dtype=plain)
 
 
 def drain(tensors: Pairs) -> None:
@@ -317,23 +348,6 @@ def _check_grid(name: str, box: Box, shape: tuple[int, ...], block: tuple[int, i
 
 def _next_segment(size: int) -> int:
     return min(LARGEST_SEGMENT, max(SMALLEST_SEGMENT, size // GROWTH))
-
-
-def _unfit(tensor: torch.Tensor) -> str:
-    """Why ``tensor`` cannot travel; empty if it can."""
-    if isinstance(tensor, DTensor):
-        return "is a DTensor; yield tensor.full_tensor(), or declare its pieces in the metadata and yield to_local()"
-    if tensor.device.type == "meta":
-        return "is on the meta device and has no values; load or gather it first"
-    if tensor.layout is not torch.strided:
-        return f"has the layout {tensor.layout}; yield a dense one (to_dense())"
-    if not tensor.dtype.is_floating_point or dtype_name(tensor.dtype) not in ITEMSIZE:
-        return (
-            f"has the dtype {tensor.dtype}, which is no weight of floating point; dequantise it first, or leave it out"
-        )
-    if tensor.ndim > MAX_RANK:
-        return f"has {tensor.ndim} dimensions; at most {MAX_RANK} can travel"
-    return ""
 
 
 def _look(tensor: torch.Tensor) -> tuple[object, ...]:

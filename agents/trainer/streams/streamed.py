@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from weightsync.agents.trainer.errors import TrainerError
 from weightsync.agents.trainer.slots.boxes import Cut, Grid, LocalShare
+
+TABLES: Final = (torch.int64, torch.bool)
+"""Of integers that are no packed weights, which some engines hold."""
 
 
 class StreamError(TrainerError):
@@ -70,7 +74,7 @@ class StreamedTensor:
         return tuple(reversed(coordinate))
 
     def _contradiction(self) -> str:
-        if not self.dtype.is_floating_point:
+        if not self.dtype.is_floating_point and self.dtype not in TABLES:
             return f"dtype {self.dtype} is no weight of floating point; dequantise it first, or leave it out"
         if 0 in self.shape:
             return f"shape {self.shape} has no elements: a placeholder (ZeRO-3); declare the shape of the whole tensor"

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -14,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from trainer_ranks import CONFIG, Run, daemon, in_processes, weights
 from weightsync.agents.trainer.agent import PublishError, TrainerAgent
 from weightsync.agents.trainer.errors import AdapterError
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.options import TrainerSettingsError
+from weightsync.agents.trainer.slots import SlotOptions
 from weightsync.orchestrator.protocol.markers import decode_manifest
 
 pytestmark = pytest.mark.e2e  # ranks in processes of their own, and a daemon: seconds each
@@ -216,6 +218,45 @@ def test_what_one_rank_cannot_publish_no_rank_does_and_the_next_step_goes_on(run
         assert [words in text for text in heard] == [True]
         assert heard[0].startswith("PublishError")
         assert then == 101
+
+
+def drift(rank: int, run: Run, replicas: Any) -> tuple[list[str], bool]:
+    """A publish of ranks that hold all alike but for one tensor, and then one of ranks that hold all alike."""
+    state, heard = weights(), []
+    with run.agent(state, options=SlotOptions(staging_bytes=0, replicas=replicas)) as agent:
+        norm = state["model.norm.weight"]
+        state["model.norm.weight"] = norm + rank
+        try:
+            agent.publish_async(200)
+        except PublishError as error:
+            heard.append(str(error))
+        state["model.norm.weight"] = norm
+        return heard, agent.publish_async(201).version.step == 201 if heard else True
+
+
+def test_ranks_that_hold_other_values_of_one_tensor_publish_nothing(run: Run) -> None:
+    for said in in_processes(3, drift, run, "compare"):
+        assert said.error == "", said.text
+        heard, then = said.value
+        assert then
+        assert "ranks 0 and 1 hold different values of model.norm.weight: engines would be sent a mixture" in heard[0]
+    assert not (run.run_dir / "broadcasts" / "step_200" / "STABLE").exists()
+    assert [said.value for said in in_processes(2, drift, run, "trust")] == [([], True)] * 2
+
+
+def from_local(rank: int, run: Run) -> None:
+    """Shards of 2 rows and of 1, of which no rank says the whole shape: one sees 4 rows, the other 2."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    state = {
+        name: DTensor.from_local(full.chunk(2)[rank], mesh, [Shard(0)], run_check=False)
+        for name, full in {**weights(), "model.norm.weight": torch.ones(3)}.items()
+    }
+    run.agent(state)
+
+
+def test_ranks_that_see_other_global_shapes_do_not_gather(run: Run) -> None:
+    for said in in_processes(2, from_local, run):
+        assert "ranks 0 and 1 would not gather the same of model.norm.weight: all ranks of a mesh" in said.text
 
 
 def busy_on_one(rank: int, run: Run, seconds: float) -> tuple[str, bool, list[bool]]:

@@ -73,7 +73,8 @@ def test_what_the_first_rank_does_for_all_fails_for_all(in_ranks):
         with pytest.raises(OSError if rank == 0 else ReplicaFailed, match="read-only"), ranks.section():
             ranks.agree(seconds=30, then=refuse)
 
-    def refuse():
+    def refuse(said):
+        assert said == ("", "", "")
         raise OSError("read-only")
 
     in_ranks(3, body)
@@ -139,10 +140,10 @@ def test_keys_do_not_pile_up(in_ranks):
 def test_alone_it_asks_nobody():
     ranks, done = TrainerRanks(), []
     with ranks.section():
-        assert ranks.agree("x", seconds=0, then=lambda: done.append(1)) == ("x",)
+        assert ranks.agree("x", seconds=0, then=done.append) == ("x",)
         ranks.look()
     ranks.close()
-    assert (ranks.rank, ranks.world, done) == (0, 1, [1])
+    assert (ranks.rank, ranks.world, done) == (0, 1, [("x",)])
 
 
 def test_a_rank_that_is_alone_in_its_job_meets_nobody(in_ranks):

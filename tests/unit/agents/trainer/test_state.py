@@ -1,6 +1,7 @@
 """What a training script has at hand, as tensors by the model's names; nothing that is trained goes unread."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,21 @@ def test_a_callable_is_asked_each_time() -> None:
     assert current_state(lambda: state).keys() == {"a"}
     state["b"] = torch.zeros(1)
     assert current_state(lambda: state).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("model", "source is a str; give the model, a mapping"),
+        (lambda: None, "source returned a NoneType; give the model, a mapping"),
+        (lambda: [("a", torch.zeros(1))], "source returned a list; "),
+        (Tied, "source returned the module Tied; give it itself"),
+        ({1: torch.zeros(1)}, "source has the name 1, which is a int; "),
+    ],
+)
+def test_what_is_no_state_is_told_apart(source: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{words}"):
+        current_state(source)
 
 
 def model() -> nn.Module:

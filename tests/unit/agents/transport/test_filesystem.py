@@ -169,6 +169,22 @@ def test_parts_of_two_worlds_or_kinds_do_not_mix(saved):
         load_checkpoint_parts(folder)
 
 
+def test_a_trainer_of_other_ranks_that_comes_to_the_same_step_leaves_its_own_parts_only(saved):
+    folder, masters = saved
+    later = {name: -tensor for name, tensor in masters.items()}
+    slots = TrainerSlots(later, model_table(CONFIG, fp8=False), rank=0, world=1, options=SlotOptions(staging_bytes=0))
+    slots.convert(later)
+    save_checkpoint_part(folder, memory_of(slots))
+    whole = dict(load_checkpoint_parts(folder))
+    assert {name: torch.equal(whole[name], later[name].to(torch.bfloat16)) for name in whole} == dict.fromkeys(
+        masters, True
+    )
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "part-00000-of-00001.boxes.json",
+        "part-00000-of-00001.safetensors",
+    ]
+
+
 def test_a_torn_file_is_named_when_it_is_read(saved):
     folder, _ = saved
     save_file({"other": torch.zeros(1)}, folder / "part-00001-of-00004.safetensors")

@@ -1,6 +1,7 @@
 """vLLM's trainer API: the installed package's own classes, and the source of 0.33 beside them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from trainer_ranks import CONFIG
 from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -17,7 +19,7 @@ from vllm_0_33_source import ModuleSource as Source33
 from weightsync.agents.trainer.adapters import vllm as adapter
 from weightsync.agents.trainer.adapters.vllm import WeightsyncTrainerEngine, WeightsyncTrainerInitInfo
 from weightsync.agents.trainer.publication import PublishError
-from weightsync.agents.trainer.streams.streamed import StreamedTensor
+from weightsync.agents.trainer.streams.streamed import StreamedTensor, StreamError
 
 
 def info(folder: Path, rank: int = 0, **more: Any) -> WeightsyncTrainerInitInfo:
@@ -124,14 +126,45 @@ def test_pieces_are_declared_as_033_does(in_ranks) -> None:
     assert (first, second) == ({"weight": (3, 3), "bias": (5,)}, {"weight": (2, 3), "bias": (5,)})
 
 
+def test_pieces_that_two_words_do_not_say_are_refused_by_name(in_ranks) -> None:
+    class Own(Source33):
+        """A trainer's own source, which gives torch's placements as they are."""
+
+        @property
+        def metadata(self) -> list[Any]:
+            given = {name: p for name, p in self._module.named_parameters() if isinstance(p, DTensor)}
+            return [replace(m, placements=given[m.name].placements) if m.name in given else m for m in super().metadata]
+
+    def body(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        heard = []
+        for odd in (_StridedShard(0, split_factor=2), Partial()):
+            module = nn.Linear(8, 8, bias=False)
+            placed = DTensor.from_local(
+                torch.ones(2, 8), mesh, [odd, Shard(0)], run_check=False, shape=torch.Size((8, 8)), stride=(8, 1)
+            )
+            module.weight = nn.Parameter(placed)
+            for source in (Source33(module), Own(module)):
+                try:
+                    adapter._planned(source, rank, quantised=False)
+                except StreamError as error:
+                    heard.append(str(error))
+        return heard
+
+    for heard in in_ranks(4, body):
+        assert [text.split(",")[0].split("(")[0] for text in heard] == [
+            "'weight' is placed by _StridedShard", "'weight' is placed by _StridedShard",
+            "'weight' is placed by Partial", "'weight' is placed by Partial",
+        ]  # fmt: skip
+        assert all("pieces are known by Shard and Replicate alone" in text for text in heard)
+
+
 def test_whole_tensors_of_033_come_from_their_first_owner(in_ranks) -> None:
     class Stages(Source33):
         """Rank 0 owns the bias, rank 1 the weight."""
 
         @property
         def metadata(self) -> list[Any]:
-            from dataclasses import replace
-
             owners = {"weight": (1,), "bias": (0, 1)}
             return [replace(m, owners=owners[m.name], mesh_shape=None, placements=None) for m in super().metadata]
 

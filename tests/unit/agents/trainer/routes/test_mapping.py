@@ -83,6 +83,7 @@ def test_wrappers_are_looked_through_and_other_models_are_left_alone() -> None:
     assert saved_as(skeleton_of(CONFIGS["gpt_neox"]), state) == saved_as(model, state)
     assert saved_as(nn.Linear(2, 2), {"weight": torch.empty(2, 2)}) == Saved()
     assert saved_as(None, state) == Saved()
+    assert saved_as(wrapped, {**state, "x._extra_state": b"no tensor"}) == saved_as(model, state)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_names_of_scales():
         ({"dst": "x", "sources": (Source("w"),), "experts": 4}, "if and only if"),
         ({"dst": "x.{expert}", "sources": (Source("w"),)}, "if and only if"),
         ({"dst": "x.{expert}", "sources": (Source("w"), Source("v")), "experts": 4}, "one source"),
+        ({"dst": "x", "sources": (Source("w"), Source("v")), "cat_dim": -1}, "'x': cat_dim=-1: it is counted from"),
     ],
 )
 def test_specifications_that_contradict_themselves(fields, message):
@@ -134,3 +135,35 @@ def test_specifications_that_do_not_fit_the_tensors(weights, spec, message):
     state = weights.state({"a": (8, 6), "b": (8, 4), "v": (8,)})
     with pytest.raises(ConversionTableError, match=message):
         TrainerSlots(state, table_of(spec))
+
+
+@pytest.mark.parametrize("numbers", [(-1, 0, 4), (0, -2, 4), (0, 2, 0)])
+def test_parts_are_counted_from_the_beginning(numbers):
+    with pytest.raises(ConversionTableError, match=f"'w': dim={numbers[0]}, start={numbers[1]}, length={numbers[2]}: "):
+        Source("w", *numbers)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (
+            (ConversionSpec("x", (Source("a"),)), ConversionSpec("x", (Source("b"),))),
+            r"'x' .* 'a' \(for 'x'\) and of 'b'",
+        ),
+        (
+            (ConversionSpec("x_scale_inv", (Source("c"),)), ConversionSpec("x", (Source("a"),), quantization=FP8)),
+            r"'x_scale_inv' is made twice, of 'c' \(for 'x_scale_inv'\) and of 'a' \(for 'x'\)",
+        ),
+        (
+            (
+                ConversionSpec("e.{expert}.w", (Source("stack"),), experts=2),
+                ConversionSpec("e.1.w", (Source("a"),), expert_id=1),
+            ),
+            r"'e.1.w' is made twice, of 'stack'",
+        ),
+    ],
+)
+def test_a_tensor_that_two_specifications_make_is_refused_wherever_they_are_owned(weights, specs, message):
+    state = weights.state({"a": (8, 6), "b": (8, 6), "c": (1, 1), "stack": (2, 8, 6)})
+    with pytest.raises(ConversionTableError, match=message):
+        TrainerSlots(state, table_of(*specs))

@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from weightsync.agents.trainer.errors import MissingTensor, UnfitTensor
+from weightsync.agents.trainer.errors import ChangedTensor, MissingTensor, UnfitTensor
 from weightsync.agents.trainer.models import model_table
+from weightsync.agents.trainer.routes.routes import NeededTable
 from weightsync.agents.trainer.slots import SlotOptions, TrainerSlots
+from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
 from weightsync.agents.trainer.slots.fitness import ACCEPTED, hint, near_names, refuse_unfit
+from weightsync.agents.trainer.slots.quantization import QuantizationSpec
+from weightsync.agents.trainer.slots.slots import holds_slots
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,7 +77,10 @@ UNFIT = {
         lambda: torch.ones(128, 128, dtype=torch.int8),
         "is int8; weights are float32, bfloat16, float16, float64",
     ),
-    "uint8": (lambda: torch.ones(128, 128, dtype=torch.uint8), "is uint8; .*give a callable that dequantises it"),
+    "uint8": (
+        lambda: torch.ones(128, 128, dtype=torch.uint8),
+        "is uint8; .*give a callable that returns it dequantised",
+    ),
     "fp8": (lambda: torch.ones(128, 128).to(torch.float8_e4m3fn), "is float8_e4m3fn; "),
     "e5m2": (lambda: torch.ones(128, 128).to(torch.float8_e5m2), "is float8_e5m2; "),
     "bool": (lambda: torch.ones(128, 128, dtype=torch.bool), "is bool; "),
@@ -117,6 +124,7 @@ def test_what_nothing_reads_may_be_anything(state):
     more = {"counts": torch.ones(3, dtype=torch.int64), "x._extra_state": b"", "y": torch.ones(1, device="meta")}
     slots = TrainerSlots(state | more, model_table(CONFIG), options=OPTIONS)
     assert slots.unrouted == ("counts", "x._extra_state", "y")
+    assert holds_slots(state | more, SlotOptions(hsdp="primary"))
 
 
 def test_a_sharded_tensor_is_judged_by_what_it_wraps(in_ranks):
@@ -147,6 +155,26 @@ def test_every_accepted_dtype_becomes_what_the_forward_uses(state, assemble, fp8
         assert torch.equal(held[Q + "_scale_inv"], scales)
     else:
         assert torch.equal(held[Q], given[Q].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_integers_that_engines_hold_travel_as_they_are_and_become_nothing_else(weights, assemble, dtype):
+    def slots(*wire):
+        treatments = [QuantizationSpec(each, forward_dtype=each, keeps_master=True) for each in wire]
+        specs = [ConversionSpec(f"t{n}", (Source("t"),), quantization=each) for n, each in enumerate(treatments)]
+        return TrainerSlots({"t": given}, NeededTable(specs), options=OPTIONS)
+
+    given = torch.arange(24).view(4, 6).to(dtype)
+    made = slots(dtype)
+    made.convert({"t": given})
+    made.convert({"t": given.flip(0)})
+    assert torch.equal(assemble([made])["t0"], given.flip(0))
+    for wire in ([torch.bfloat16], [torch.float32], [dtype, torch.bfloat16]):
+        with pytest.raises(UnfitTensor, match=f"^'t' is {str(dtype).removeprefix('torch.')}; weights are"):
+            slots(*wire)
+    for other in (given.to(torch.int32), given.to(torch.float32)):
+        with pytest.raises((UnfitTensor, ChangedTensor)):
+            made.check({"t": other})
 
 
 def test_a_matrix_elsewhere_than_its_slot_is_refused_before_the_kernel_would(state):

@@ -1,5 +1,6 @@
 """Casts and FP8 blocks, against plain arithmetic."""
 
+import contextlib
 import weakref
 
 import pytest
@@ -37,6 +38,62 @@ def test_a_float32_forward_keeps_float32():
     spec = QuantizationSpec(forward_dtype=torch.float32)
     assert spec.dtype == torch.float32
     assert torch.equal(applied(spec, THIRD), THIRD)
+
+
+def left_as_it_was(change, read, value):
+    """``change(value)`` for as long as the context lasts."""
+
+    @contextlib.contextmanager
+    def context():
+        before = read()
+        change(value)
+        try:
+            yield
+        finally:
+            change(before)
+
+    return context
+
+
+SETTINGS = {
+    "default dtype": left_as_it_was(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "deterministic": left_as_it_was(
+        torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        FP8,
+        QuantizationSpec(torch.float8_e4m3fn, "_scale", block=(1, 300), scale_dims=1),
+        QuantizationSpec(torch.float8_e4m3fn, "_scale", block=(128, 128), scale_format="ue8m0"),
+        QuantizationSpec(torch.float16, forward_dtype=torch.float16),
+        QuantizationSpec(torch.float32, forward_dtype=torch.bfloat16),
+    ],
+)
+def test_settings_of_the_training_script_change_no_byte(weights, spec, setting):
+    src = weights("a", 200, 300).clone()
+    src[:128, :128] = 0  # has the smallest scale that there is
+    src[128:, :128] *= 1e-20
+
+    def made():
+        out = torch.empty(src.shape, dtype=spec.dtype, device="cpu")
+        scales = (
+            torch.empty(spec.scale_shape((200, 300)), dtype=torch.float32, device="cpu") if spec.quantizes else None
+        )
+        spec.apply(src, out, scales)
+        return [part.clone().flatten().view(torch.uint8) for part in (out, scales) if part is not None]
+
+    expected = made()
+    with SETTINGS[setting]():
+        found = made()
+    assert all(torch.equal(own, other) for own, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 200), (1, 1), (576, 130)])

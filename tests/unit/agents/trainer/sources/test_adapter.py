@@ -83,11 +83,38 @@ def test_all_that_is_trained_must_be_read() -> None:
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern is"),
         ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora", "target_modules": ["q_proj"]}, "init_lora_weights is 'olora'"),
+        (
+            {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]},
+            "alora_invocation_tokens is",
+        ),
+        ({"trainable_token_indices": [1, 2], "target_modules": ["q_proj"]}, "trainable_token_indices is"),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, "target_parameters is"),
     ],
 )
 def test_what_an_adapter_alone_does_not_carry_is_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
         AdapterSource(adapted(**settings), "default")
+
+
+@pytest.mark.parametrize("field", ["init_lora_weights", "made_up_config"])
+def test_settings_of_later_versions_are_refused_until_they_are_known(field: str) -> None:
+    model = adapted(target_modules=["q_proj"])
+    source = AdapterSource(model, "default")
+    setattr(model.peft_config["default"], field, "lora_ga")  # which subtracts its first product from the base
+    with pytest.raises(AdapterError, match=f"{field} is 'lora_ga'"):
+        source.state()
+
+
+@pytest.mark.parametrize("begin", ["gaussian", "orthogonal", "mica"])
+def test_an_adapter_that_begins_beside_its_base_is_published(begin: str) -> None:
+    plain, model = LlamaForCausalLM(LlamaConfig(**SMALL)), LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.load_state_dict(plain.state_dict())
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=begin)
+    wrapped = peft.get_peft_model(model, config)
+    AdapterSource(wrapped, "default").state()
+    kept = {name.replace("base_layer.", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.state_dict().items())
 
 
 def test_sources_without_such_an_adapter_are_refused() -> None:

@@ -114,6 +114,7 @@ REFUSED = {
     "DoRA": (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), AdapterError, "is no plain LoRA"),
     "IA3": (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), AdapterError, "is no plain LoRA"),
     "a bias": (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), (AdapterError, UnreadTensors), "q_proj"),
+    "AdaLoRA": (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10), AdapterError, "is no plain LoRA"),
     "LoHa": (peft.LoHaConfig(target_modules=["q_proj"]), AdapterError, "is no plain LoRA"),
     "tokens": (
         peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}),
@@ -136,6 +137,25 @@ def test_what_is_no_sum_of_matrices_is_refused_by_name(assemble, kind):
         model.model.layers[0].self_attn.q_proj = nn.Linear(128, 128)
     with pytest.raises(errors, match=words):
         published(TrainerSource(peft.get_peft_model(model, config)), assemble)
+
+
+def test_a_saved_module_of_another_adapter_is_out_of_use(assemble):
+    model = adapted(Causal(), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter.normal_(std=0.1)
+    held = published(TrainerSource(model), assemble)
+    expected = by_peft(model)
+    assert all(torch.equal(held[name], expected[name]) for name in expected)
+    model.set_adapter("default")
+    again = published(TrainerSource(model), assemble)
+    assert all(torch.equal(again[name], tensor) for name, tensor in by_peft(model).items())
+    assert not torch.equal(again["lm_head.weight"], held["lm_head.weight"])
 
 
 def test_adapters_that_are_switched_off_are_not_published_in_silence():

@@ -1,6 +1,7 @@
 """Slots filled by streams: right bytes from any order and any pieces, nothing kept, and refusals by name."""
 
 import gc
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -219,10 +220,10 @@ def one_dtensor(rank):
 @pytest.mark.parametrize(
     ("pair", "says"),
     [
-        (("w", torch.ones(2, dtype=torch.int8)), r"'w' has the dtype torch\.int8.*dequantise"),
-        (("w", torch.ones(2, dtype=torch.bool)), r"'w' has the dtype torch\.bool"),
-        (("w", torch.ones(2, dtype=torch.complex64)), r"'w' has the dtype torch\.complex64"),
-        (("w", torch.empty(2, device="meta")), r"'w' is on the meta device"),
+        (("w", torch.ones(2, dtype=torch.int8)), r"'w' is int8; .*: leave it out, or yield it dequantised"),
+        (("w", torch.ones(2, dtype=torch.bool)), r"'w' is bool; "),
+        (("w", torch.ones(2, dtype=torch.complex64)), r"'w' is complex64; "),
+        (("w", torch.empty(2, device="meta")), r"'w' is on meta, it has no values"),
         (("w", torch.ones(2, 2).to_sparse()), r"'w' has the layout torch\.sparse_coo"),
         (("w", torch.ones(1, 1, 1, 1, 1)), r"'w' has 5 dimensions; at most 4"),
         (("w", torch.ones(0)), r"'w' has no elements: a placeholder \(ZeRO-3\)"),
@@ -248,8 +249,88 @@ def test_what_cannot_travel_is_refused_by_name_after_the_whole_pass(pair, says):
 
 def test_a_dtensor_is_refused_with_what_to_yield_instead(in_ranks):
     found = in_ranks(1, one_dtensor)[0]
-    with pytest.raises(StreamError, match=r"'w' is a DTensor; yield tensor\.full_tensor\(\)"):
+    with pytest.raises(StreamError, match=r"'w' is a DTensor; yield full_tensor\(\)"):
         StreamSlots().fill([("w", found)])
+
+
+CAST = QuantizationSpec(torch.bfloat16)
+
+
+class Dequantised(torch.Tensor):
+    """As torchao makes them: claims to be bfloat16, holds codes, and gives them to any operation."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16, device=codes.device)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(each.codes.float() if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+
+
+def emptied():
+    given_back = torch.ones(128, 128)
+    given_back.untyped_storage().resize_(0)
+    return given_back
+
+
+def partitioned():
+    placeholder = torch.ones(8)
+    placeholder.ds_shape = torch.Size((128, 128))
+    return placeholder
+
+
+@pytest.mark.parametrize(
+    "options", [{"treatments": {"w": CAST}}, {"treatments": {"w": FP8}}, {"forward_dtype": torch.bfloat16}]
+)
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.ones(128, 128).to(torch.float8_e4m3fn), "is float8_e4m3fn; .*yield it dequantised"),
+        (lambda: torch.ones(128, 128).to(torch.float8_e5m2), "is float8_e5m2; "),
+        (lambda: Dequantised(torch.ones(128, 128).to(torch.float8_e4m3fn)), "is a Dequantised, .*yield a plain tensor"),
+        (emptied, "has no memory now: .*yield it gathered"),
+        (partitioned, r"is a placeholder of DeepSpeed ZeRO-3 of shape \(8,\), the weight's is \(128, 128\)"),
+    ],
+)
+def test_codes_and_placeholders_are_never_taken_for_values(options, make, says):
+    with pytest.raises(StreamError, match=f"'w' {says}"):
+        StreamSlots(**options).fill([("w", make())])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_what_engines_hold_as_it_is_travels_as_it_is(dtype, assemble):
+    given = torch.arange(12).to(dtype)
+    same = QuantizationSpec(dtype, forward_dtype=dtype, keeps_master=True)
+    slots = StreamSlots(treatments={"w": same})
+    slots.fill([("w", given)])
+    assert torch.equal(assemble([slots])["w"].view(torch.uint8), given.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["q.lora_A.weight", "q.lora_b.weight", "q.lora_A.default.weight", "base_model.model.q.lora_A.0", "q_adapter.up"],
+)
+def test_an_adapter_that_no_engine_needs_is_no_part_of_a_version(name, assemble):
+    pairs = {"q.weight": torch.ones(4, 4), name: torch.ones(2, 4), "value_head.weight": torch.ones(4)}
+    with pytest.raises(
+        StreamError, match=f"{re.escape(name)}' is an adapter's and read by nobody.*yield merged weights"
+    ):
+        StreamSlots(treatments={"q.weight": CAST}).fill(pairs.items())
+    for treatments in ({"q.weight": CAST, name: CAST}, {}):
+        slots = StreamSlots(treatments=treatments)
+        slots.fill(pairs.items())
+        assert assemble([slots]).keys() == pairs.keys()
+
+
+@pytest.mark.parametrize("first", ["w", "w" + FP8_SUFFIX])
+def test_scales_beside_what_is_quantised_here_are_refused(first, masters):
+    pairs = {"w": masters["a.weight"], "w" + FP8_SUFFIX: torch.ones(3, 1)}
+    with pytest.raises(StreamError, match=r"'w_scale_inv' holds scales, and 'w' is quantised here, .*leave it out"):
+        StreamSlots(treatments={"w": FP8}).fill(sorted(pairs.items(), key=lambda pair: pair[0] != first))
 
 
 @pytest.mark.parametrize("known_before", [True, False], ids=["declared", "first pass"])

@@ -41,7 +41,7 @@ def counted(passed: list[str], *pairs: tuple[str, torch.Tensor]) -> Iterator[tup
 def test_a_refused_stream_is_read_to_its_end_and_names_the_tensor(tmp_path: Path) -> None:
     agent, passed = stream_agent(tmp_path), []
     bad = ("codes", torch.ones(2, dtype=torch.int8))
-    with pytest.raises(PublishError, match=r"rank 0: StreamError: tensor 'codes' has the dtype torch\.int8"):
+    with pytest.raises(PublishError, match=r"rank 0: StreamError: tensor 'codes' is int8; "):
         agent.publish_stream(1, counted(passed, ("w", torch.ones(2)), bad, ("z", torch.ones(2))))
     assert passed == ["w", "codes", "z"]
     assert not (tmp_path / "broadcasts").exists()
@@ -89,7 +89,7 @@ def test_a_refusal_at_one_rank_reaches_all_after_everybodys_pass(in_ranks, tmp_p
 
     said = in_ranks(2, body)
     assert said[0] == said[1]
-    assert "step 1 was not published: rank 1: StreamError: tensor 'a' has the dtype torch.int32" in said[0]
+    assert "step 1 was not published: rank 1: StreamError: tensor 'a' is int32; " in said[0]
 
 
 def test_one_rank_of_a_job_enters_no_collective(in_ranks, tmp_path: Path) -> None:
@@ -172,6 +172,7 @@ def test_what_engines_need_decides_what_travels_and_other_needs_make_other_slots
     impatient: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    passing = {name: tensor for name, tensor in weights().items() if name != "lm_head.weight"}
     told: list[Needs] = []
     monkeypatch.setattr(StreamAgent, "_told", lambda _: told[-1])
     with beside(impatient, monkeypatch, None) as agent:
@@ -179,14 +180,14 @@ def test_what_engines_need_decides_what_travels_and_other_needs_make_other_slots
             told.append(needs(name, "b" if name == up else "c"))
             before = agent.slots
             with pytest.raises(PublishError, match="nobody"):
-                agent.publish_stream(step, weights().items())
+                agent.publish_stream(step, passing.items())
             assert (agent.slots is before) == (step == 21)
             found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in agent.slots.layout.tensors}
             assert found.pop(name) == ("float8_e4m3fn", (24, 16))
             assert found.pop(f"{name}_scale") == ("float32", (24,))
             assert found.pop("model.norm.weight") == ("float16", (16,))
             assert {dtype for dtype, _ in found.values()} == {"float32"}, "what is not needed travels as it is"
-            assert len(found) == len(weights()) - 2
+            assert len(found) == len(passing) - 2
             assert agent._agent is not None
             announced = agent._agent.call(agent._agent.side.announcement)
             assert announced is not None
