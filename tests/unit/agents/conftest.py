@@ -1,7 +1,9 @@
 """Ranks as threads of this process, reference weights, and a reader of layouts that shares nothing with the slots."""
 
 import logging
+import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
+from weightsync.agents import turns
 from weightsync.agents.trainer.slots import TrainerSlots
 from weightsync.orchestrator.protocol.layout import ROW_BOX
 from weightsync.orchestrator.protocol.limits import MAX_RANK
@@ -27,6 +30,19 @@ def one_thread_per_operator() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_turns() -> Iterator[None]:
+    """Threads take turns as Python has it: what tests before have left behind on other threads is over."""
+    ends = time.monotonic() + 20.0
+    while turns._short_turns._users:
+        assert time.monotonic() < ends, "a thread of another test still takes quick turns"
+        time.sleep(0.001)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture

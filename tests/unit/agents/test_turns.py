@@ -1,7 +1,6 @@
 """The threads of a process take turns as before when a write is over."""
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 from weightsync.agents.turns import SLACK_NANOSECONDS, SWITCH_SECONDS, quick_turns, timer_slack
@@ -9,11 +8,7 @@ from weightsync.agents.turns import SLACK_NANOSECONDS, SWITCH_SECONDS, quick_tur
 ELSEWHERE = 0.004
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("own_turns")
 
 
 @pytest.mark.parametrize("microseconds", [699, 700, 701, 4900, 5000])

@@ -28,6 +28,7 @@ def test_things_are_done_one_after_the_other_on_a_thread_of_low_priority() -> No
     assert os.getpriority(os.PRIO_PROCESS, 0) == here
 
 
+@pytest.mark.usefixtures("own_turns")
 def test_whoever_computes_beside_an_engine_waits_for_no_long_turn_of_it() -> None:
     quiet, done, told, before = Quiet(torch.device("cpu")), threading.Event(), [], sys.getswitchinterval()
 

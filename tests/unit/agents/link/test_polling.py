@@ -3,20 +3,13 @@
 import asyncio
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 from weightsync.agents.link import polling
 from weightsync.agents.link.polling import Polling
 from weightsync.agents.turns import SWITCH_SECONDS
 
-
-@pytest.fixture(autouse=True)
-def python_default() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(0.005)
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("own_turns")
 
 
 class Transport:

@@ -24,12 +24,7 @@ from weightsync.orchestrator.protocol.landing import Berth
 from weightsync.orchestrator.protocol.layout import Region
 from weightsync.orchestrator.protocol.names import RoundName
 
-
-@pytest.fixture(autouse=True)
-def as_before() -> Any:
-    before = sys.getswitchinterval()
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("own_turns")
 
 
 class Wire:
