@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
-import torch
 from weightsync.agents.tables.runs import scatter_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
 from weightsync.agents.transport.nixl.errors import NixlError
-from weightsync.agents.transport.nixl.flow import Packer
+from weightsync.agents.transport.nixl.flow import Packer, packing_stream
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.kernels.copy import prepare as prepare_copy
@@ -30,7 +29,8 @@ EAGER_SECONDS: Final = 0.005
 """After a chunk has moved, the next is looked for …"""
 
 EAGER_POLL_SECONDS: Final = 0.0001
-"""… so often: a chunk of 128 MiB takes 0.4 ms over NVLink, and its place is waited for."""
+"""… so often: a chunk of 128 MiB takes 0.4 ms over NVLink, and its place is waited for. The thread sleeps, because an
+event loop's shortest wait is a millisecond, whatever it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,9 @@ class NixlReceiver(Receiver):
         """Of the endpoint of each peer that is told of chunks."""
         self._cards: dict[str, bytes] = {}
         """By which they are reached."""
+        self._eager_seconds = 0.0
         self._eager_until = 0.0
-        self._next_look: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.Handle | None = None
 
     def open(self, settings: NixlSettings) -> None:
         device = self._memory.device
@@ -72,9 +73,9 @@ class NixlReceiver(Receiver):
                 bind(device)  # the agent's thread may be another than the one that opened it
             return  # backends and ports of an open endpoint cannot be changed
         self._settings = settings
-        if device.type == "cuda":  # a stream of its own, which no kernel of the engine waits for
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._arrivals = Arrivals(Packer(stream), self._tell, AT_ONCE)
+        if device.type == "cuda":
+            self._arrivals = Arrivals(Packer(packing_stream(device)), self._tell, AT_ONCE)
+            self._eager_seconds = EAGER_SECONDS
         self._endpoint = self._new_endpoint(settings)
 
     def _new_endpoint(self, settings: NixlSettings) -> NixlEndpoint:
@@ -146,12 +147,13 @@ class NixlReceiver(Receiver):
             return
         self._endpoint.poll()
         if self._arrivals.turn():
-            self._eager_until = time.monotonic() + EAGER_SECONDS
+            self._eager_until = time.monotonic() + self._eager_seconds
         if self._next_look is None and time.monotonic() < self._eager_until:
-            self._next_look = asyncio.get_running_loop().call_later(EAGER_POLL_SECONDS, self._look)
+            self._next_look = asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         self._next_look = None
+        time.sleep(EAGER_POLL_SECONDS)
         self.poll()
 
     @property

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import torch
 from weightsync.agents.errors import blame
 from weightsync.agents.link.beside import computed
 from weightsync.agents.tables.cargo import plain_runs
@@ -24,7 +23,7 @@ from weightsync.agents.transport.nixl.errors import (
     NixlError,
     TransferError,
 )
-from weightsync.agents.transport.nixl.flow import Loading, Packer
+from weightsync.agents.transport.nixl.flow import Loading, Packer, packing_stream
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.agents.transport.nixl.ring import PackingRing
@@ -81,8 +80,7 @@ class NixlSender(Sender):
         """Peers to which a write was given up and has not ended, at the last look."""
         self._describe = tensor_names(memory.layout)
         arena, layout = memory.arenas[0], memory.layout
-        # Of its own, so that packing does not queue behind the kernels of the training.
-        self._packer = Packer(torch.cuda.Stream(arena.device) if arena.is_cuda else None)  # type: ignore[no-untyped-call]
+        self._packer = Packer(packing_stream(arena.device) if arena.is_cuda else None)
         self._ring = PackingRing(layout.regions[layout.staging]) if layout.staging >= 0 else None
         self._writes: list[Retries] = []
         self._loadings: list[Loading] = []

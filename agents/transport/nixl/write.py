@@ -43,9 +43,9 @@ IN_FLIGHT_BYTES: Final = 16 << 30
 TURN_SECONDS: Final = 0.002
 """Posting and polling in one go before other tasks get their turn."""
 
-EAGER_SECONDS: Final = 0.005
-"""After the last movement, polling goes on at every turn of the loop: 4 GiB within a GPU take 2 ms, and an event loop's
-shortest sleep of 1 ms would double that."""
+EAGER_SECONDS, EAGER_POLL_SECONDS = 0.005, 0.00005
+"""After the last movement polling goes on, with so long between two turns in which nothing moves: 4 GiB within a GPU
+take 2 ms, and an event loop's shortest wait is one. The thread sleeps, so that who converts has the interpreter."""
 
 POLL_SECONDS: Final = 0.001
 """Between polls after that. NIXL has no descriptor to wait on; an idle poll costs microseconds."""
@@ -125,7 +125,7 @@ class Writer:
         return [progress.result() for progress in self._all]
 
     async def _post_all(self) -> None:
-        eager_until, began = 0.0, time.monotonic()
+        moved_at, began = 0.0, time.monotonic()
         for progress in self._all:
             self._conclude(progress)
         while any(progress.awaited for progress in self._all):
@@ -137,15 +137,18 @@ class Writer:
             self._listen()
             for progress in self._all:
                 if progress.awaited and self._turn(progress, turn_ends):
-                    eager_until = time.monotonic() + EAGER_SECONDS
-                    progress.looked, progress.still = time.monotonic(), 0.0
+                    moved_at = progress.looked = time.monotonic()
+                    progress.still = 0.0
                 elif progress.awaited:
                     self._stands_still(progress, min(since, LONGEST_LOOK_SECONDS))
                 self._conclude(progress)
                 if time.monotonic() >= turn_ends:
                     await asyncio.sleep(0)
                     turn_ends = time.monotonic() + TURN_SECONDS
-            await asyncio.sleep(0 if time.monotonic() < eager_until else POLL_SECONDS)
+            eager = time.monotonic() < moved_at + EAGER_SECONDS
+            if eager and moved_at < began:
+                time.sleep(EAGER_POLL_SECONDS)  # noqa: ASYNC251
+            await asyncio.sleep(0 if eager else POLL_SECONDS)
         for progress in self._all:  # a peer's last word may have come to whoever else polls
             self._conclude(progress)
 
