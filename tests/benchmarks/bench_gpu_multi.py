@@ -13,6 +13,8 @@ Each name ends with that of its case.
 
 * ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU over those of peer copies into half of
   the GPUs at once, from one of the other half each, in the same process life.
+* ``multi_wire_over_floor``: what copies of the plan's bytes would take until the last GPU has its own, at the rates of
+  peer copies and of copies within a GPU, over what the wire took.
 * ``multi_publish_over_longest_part``: all of a publish over the longer of conversion and wire.
 * ``multi_sender_spread``, ``multi_receiver_spread``: most less least bytes of an end over the mean, by the plan.
 * ``multi_sent_over_engine``: bytes that left trainer ranks over those that one engine needs.
@@ -28,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,14 +37,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_gpu_stall import EXPERTS, GRAPHS, WARM_UP_PUSHES, Streams, gpu, p95, pushes
+from bench_gpu_stall import EXPERTS, GRAPHS, WARM_UP_PUSHES, Streams, gpu, over_longest_part, p95, pushes
 from fleet import Fleet, Trainer, fleet
+from gpu_copies import measured
 from serving import Answer, VllmServer, answers, several
 from stall_trainer import APART, REPLICAS, RING
 from tiny_models import FP8_BLOCKS, qwen3_moe_config, save_model
 
 LAYER_GB: Final = 0.62
-COPY_BYTES, COPIES = 1 << 30, 20
 REPEATABLE = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
@@ -127,31 +128,13 @@ def model_of(host: Host, case: Case, gb: float) -> dict[str, Any]:
     return qwen3_moe_config(**EXPERTS, num_hidden_layers=layers, **blocks)
 
 
-def peer_copy(host: Host) -> float:
-    """GB/s into each GPU of the last half while all receive from one of the first each; in a process of its own."""
+def copy_rates(host: Host) -> tuple[float, float]:
+    """GB/s into each GPU of the last half while all receive from one of the first each, and within one GPU; 0 where
+    there is none."""
+    if host.device != "cuda":
+        return 0.0, 0.0
     pairs = list(zip(host.gpus("first"), host.gpus("last"), strict=False))
-    script = f"from bench_gpu_multi import copy_rate; print(copy_rate({pairs!r}))"
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, timeout=120)
-    return float(done.stdout.split()[-1])
-
-
-def copy_rate(pairs: Sequence[tuple[int, int]]) -> float:
-    """Of the slowest pair (from, to) in GB/s, all at once."""
-    ends = []
-    for source, target in pairs:
-        here = torch.ones(COPY_BYTES, dtype=torch.uint8, device=f"cuda:{source}")
-        there = torch.empty_like(here, device=f"cuda:{target}")
-        there.copy_(here)
-        ends.append((here, there))
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(device)
-    began = time.monotonic()
-    for _ in range(COPIES):
-        for here, there in ends:
-            there.copy_(here, non_blocking=True)
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(device)
-    return COPIES * COPY_BYTES / (time.monotonic() - began) / 1e9
+    return (measured(pairs) if host.count > 1 else 0.0), measured([(0, 0)])
 
 
 def servers(
@@ -232,7 +215,7 @@ class Running:
 
     def measure(self) -> None:
         """Pushes while clients stream, and says their figures."""
-        ceiling = peer_copy(self.host) if self.host.device == "cuda" and self.host.count > 1 else 0.0
+        between, within = copy_rates(self.host)
         with Streams(next(iter(self.engines.values())), [7, 8, 9]).running() as streams:
             self.whole.until(lambda: len(streams.chunks) > 20, "streams", self.given.patience)
             pushes(self.whole, self.trainer, streams, 2, WARM_UP_PUSHES)
@@ -241,10 +224,25 @@ class Running:
         plan = explained(self.whole)
         self.served = {key: answers(server) for key, server in self.engines.items()}
         ranks = sum(server.tp for server in self.engines.values())
-        _say_pushes(self.say, rows, rounds, ceiling, ranks)
+        _say_pushes(self.say, rows, rounds, between, ranks)
         _say_plan(self.say, plan)
+        if within and self.case.fan_out == "trainer":
+            floor = self._floor_seconds(plan, between or within, within)
+            self.say("wire_over_floor", [1e3 * floor / row["times_ms"]["wire"] for row in rounds], "ratio")
         own = [row["trainer_bytes"] / row["bytes"] * self.case.engines for row in rounds]
         self.say("sent_over_engine", own, "ratio")
+
+    def _floor_seconds(self, plan: dict[str, Any], between: float, within: float) -> float:
+        """What copies of these rates (GB/s) would take until the last GPU has its bytes, one after the other."""
+        senders, receivers = self.host.ranks(self.case), self.host.gpus(self.case.serves)
+        tp = self.host.tp(self.case)
+        seconds = dict.fromkeys(receivers, 0.0)
+        for edge in plan["edges"]:
+            engine, _, rank = edge["target"].rpartition("/")
+            there = receivers[int(engine.removeprefix("e")) * tp + int(rank)]
+            rate = within if senders[int(edge["source"].rpartition("/")[2])] == there else between
+            seconds[there] += moved(edge) / rate / 1e9
+        return max(seconds.values())
 
     def judge(self) -> bool:
         """Whether every engine answered as a fresh one, which takes their place: it needs the room."""
@@ -278,7 +276,6 @@ def _say_pushes(
     say: Callable[..., None], rows: list[dict[str, float]], rounds: list[dict[str, Any]], ceiling: float, ranks: int
 ) -> None:
     wires = [row["bytes"] / ranks / max(row["times_ms"]["wire"], 1e-3) / 1e6 for row in rounds]
-    parts = [max(row["times_ms"]["wire"], row["times_ms"].get("convert", 0.0)) for row in rounds]
     say("stall_p95_ms", [row["stall"] for row in rows], "ms", p95)
     say("stall_p50_ms", [row["stall"] for row in rows], "ms")
     say("push_ms", [row["push"] for row in rows], "ms")
@@ -287,16 +284,17 @@ def _say_pushes(
     if ceiling:
         say("peer_copy_gb_per_s", [ceiling], "GB/s")
         say("wire_over_peer_copy", [wire / ceiling for wire in wires], "ratio")
-    whole = [row["push"] / part for row, part in zip(rows, parts, strict=True)]
-    say("publish_over_longest_part", whole, "ratio")
+    say("publish_over_longest_part", over_longest_part(rows, rounds), "ratio")
     for part in sorted(rounds[0]["times_ms"]):
         say(f"{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds], "ms")
 
 
-def _say_plan(say: Callable[..., None], plan: dict[str, Any]) -> None:
-    def moved(end: dict[str, Any]) -> int:
-        return int(end["moved"]["direct_bytes"]) + int(end["moved"]["packed_bytes"])
+def moved(part: dict[str, Any]) -> int:
+    """Bytes of an end or an edge of the plan."""
+    return int(part["moved"]["direct_bytes"]) + int(part["moved"]["packed_bytes"])
 
+
+def _say_plan(say: Callable[..., None], plan: dict[str, Any]) -> None:
     sent = [moved(end) for end in plan["senders"]]
     received = [moved(end) for end in plan["receivers"]]
     say("sender_spread", [(max(sent) - min(sent)) / statistics.mean(sent)], "ratio")

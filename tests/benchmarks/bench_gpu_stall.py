@@ -6,6 +6,8 @@
 Clients stream all the time. The stall of a push is the longest time between two chunks of one answer that any client
 saw during it, less the longest in as long a time right before. The trainer has the second GPU where there is one; else
 its own kernels slow the engine's down. Prints one JSON object a line; the weights change their signs with every push.
+``nvlink_wire_over_copy`` is the rate of the wire over that of copies from one GPU to the other in the same run,
+``publish_over_longest_part`` all of a publish over the longer of conversion and wire.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from fleet import Fleet, Trainer, fleet
+from gpu_copies import measured
 from serving import RequestFailed, VllmServer
 from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
 
@@ -141,6 +144,12 @@ def pushes(
     return found
 
 
+def over_longest_part(rows: Sequence[dict[str, float]], rounds: Sequence[dict[str, Any]]) -> list[float]:
+    """All of each push over the longer of its conversion and its wire."""
+    parts = [max(row["times_ms"]["wire"], row["times_ms"].get("convert", 0.0)) for row in rounds]
+    return [row["push"] / part for row, part in zip(rows, parts, strict=True)]
+
+
 def p95(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
 
@@ -217,6 +226,11 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
                     rounds = whole.ask(f"/rounds?last={given.pushes}")["rounds"]
                     say("gb", [row["bytes"] / 1e9 for row in rounds], "GB")
                     say("descriptors", [row["descriptors"] for row in rounds], "count")
+                    say("publish_over_longest_part", over_longest_part(rows, rounds), "ratio")
+                    if several:
+                        copied = 1e6 * measured([(1, 0)])  # bytes per millisecond
+                        wires = [row["bytes"] / row["times_ms"]["wire"] / copied for row in rounds]
+                        say("nvlink_wire_over_copy", wires, "ratio")
                     for part in sorted(rounds[0]["times_ms"]):
                         say(f"{mode}_{part}_ms", [row["times_ms"].get(part, 0.0) for row in rounds])
                     free, total = torch.cuda.mem_get_info(0)
