@@ -8,6 +8,8 @@ row means is in :mod:`weightsync.kernels.strided`.
 
 from typing import Final, NamedTuple
 
+import numpy as np
+
 RUN_BYTES, SRC_REGION, SRC_OFFSET, DST_REGION, DST_OFFSET = range(5)
 LOOPS: Final = 3
 """Loops around the contiguous run."""
@@ -51,3 +53,17 @@ CODES: Final = {name: code for code, name in enumerate(ELEMENTS, UNSEEN + 1)} | 
     "uint8": 1 + list(ELEMENTS).index("float8_e8m0fnu")  # exponents, where torch has no dtype for them
 }
 """What stands for them beside a table, by dtype."""
+
+
+def _test_of(element: Element) -> tuple[int, int]:
+    """Without a sign its place holds one more bit of the exponent."""
+    sign = 1 << (8 * element.itemsize - 1)
+    exponent = element.exponent & (sign - 1)
+    of_a_word = ((1 << 32) - 1) // ((sign << 1) - 1)  # a one for each element
+    lowest = exponent & -exponent
+    return of_a_word * (lowest << 32 | exponent), (1 << 32) - 1 if element.signed else 0
+
+
+WORD_TESTS: Final = np.array([(0, 0), *map(_test_of, ELEMENTS.values())], np.int64)
+"""By code, of a word of elements: exponent bits and the lowest ones of them (32 bits each), and bits that need not be
+set. Words of what is not looked at pass for finite."""

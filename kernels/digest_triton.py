@@ -18,16 +18,15 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.columns import DST_REGION, ELEMENTS, SRC_REGION, UNSEEN, Element
+from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
 from weightsync.kernels.dispatch import common_device, on_device
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
-"""Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys, and
-two of what elements are: exponent bits of a word and their lowest ones (32 bits each), bits that need not be set."""
-_ITEM_COLUMNS: Final = tl.constexpr(ITEM_COLUMNS)
-"""The same for the kernel: compiled functions read no other globals than constexpr ones."""
+"""Of int64: kind, address, logical offset, run bytes, count, address step, logical step, pieces per run, 2 keys, and a
+row of WORD_TESTS."""
+_ITEM_COLUMNS: Final = tl.constexpr(ITEM_COLUMNS)  # compiled functions read no other globals
 TILES, COLUMNS, ALIGNED_CHUNKS, CHUNKS = range(4)
 CHUNK_BYTES: Final = 256
 MIN_COLUMN_ROWS: Final = 1024
@@ -43,17 +42,9 @@ OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 """At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
 
 
-def _test_of(element: Element) -> tuple[int, int]:
-    """The last two columns of an item. Without a sign its place holds one more bit of the exponent."""
-    sign = 1 << (8 * element.itemsize - 1)
-    exponent = element.exponent & (sign - 1)
-    of_a_word = ((1 << 32) - 1) // ((sign << 1) - 1)  # a one for each element
-    lowest = exponent & -exponent
-    return of_a_word * (lowest << 32 | exponent), (1 << 32) - 1 if element.signed else 0
-
-
-TESTS: Final = np.array([(0, 0), *map(_test_of, ELEMENTS.values())], np.int64)
-"""By code; words of what is not looked at pass for finite."""
+BESIDE: Final = 2
+"""Of so many multiprocessors a digest beside others' kernels has one program at a time. A grid of all items would be
+handed out before the first kernel of the next batch, which then waits for the whole digest."""
 
 
 @triton.jit
@@ -237,8 +228,8 @@ def _chunks(item, weights, LOOK: tl.constexpr):
 
 
 @triton.jit
-def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
-    item = items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS
+def _digest_item(items, index, weights, sums, LOOK: tl.constexpr):
+    item = items + index.to(tl.int64) * _ITEM_COLUMNS
     kind = tl.load(item)
     if kind == 0:
         low, high, beyond = _tiles(item, weights, LOOK)
@@ -258,15 +249,27 @@ def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
         tl.atomic_or(sums + 2, found.to(tl.int64), mask=found)
 
 
+@triton.jit(do_not_specialize=["count"])  # a form of its own for some tables would be compiled in their first round
+def _digest_kernel(items, count, weights, sums, LOOK: tl.constexpr, STRIDE: tl.constexpr):
+    """One item a program, or with ``STRIDE`` one after the other of all ``count``."""
+    if STRIDE:
+        for index in range(tl.program_id(0), count, tl.num_programs(0)):
+            _digest_item(items, index, weights, sums, LOOK)
+    else:
+        _digest_item(items, tl.program_id(0), weights, sums, LOOK)
+
+
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table) -> None:
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table, beside: bool) -> None:
         """``regions``, ``table`` and ``codes`` as checked by ``prepare``. Items are uploaded here."""
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
         items = digest_items([region.data_ptr() for region in regions], table, codes)
-        self._programs = len(items)
+        self._beside, self._count = beside, len(items)
+        most = max(1, _multiprocessors(self._device) // BESIDE) if beside else len(items)
+        self._programs = min(len(items), most)
         self._items = torch.from_numpy(items).to(self._device)
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
@@ -279,7 +282,9 @@ class TritonDigest:
         self._sums.zero_()
         if self._programs:
             with on_device(self._device):
-                _digest_kernel[(self._programs,)](self._items, self._weights, self._sums, LOOK=self._look, **OPTIONS)
+                _digest_kernel[(self._programs,)](
+                    self._items, self._count, self._weights, self._sums, LOOK=self._look, STRIDE=self._beside, **OPTIONS
+                )
 
     def result(self) -> tuple[int, int]:
         """The sums of the last launch; waits for the device."""
@@ -297,11 +302,16 @@ class TritonDigest:
         return self.result()
 
 
+def _multiprocessors(device: torch.device) -> int:
+    """1 in the interpreter, which runs one program at a time."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
 def digest_items(bases: list[int], table: Table, codes: Table) -> Table:
     """The table as items int64[n, ITEM_COLUMNS], the largest first; ``bases`` are the regions' addresses, ``codes`` of
     the rows' elements."""
     rows = canonical(table)
-    facts = np.column_stack([outer_keys(rows[:, DST_REGION]).view(np.int64), TESTS[codes]])
+    facts = np.column_stack([outer_keys(rows[:, DST_REGION]).view(np.int64), WORD_TESTS[codes]])
     region = np.asarray(bases, np.int64)[rows[:, SRC_REGION]] if len(bases) else np.zeros(len(rows), np.int64)
     all_sheets = sheets(rows)
     long = all_sheets.run >= SMALL_RUN

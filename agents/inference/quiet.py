@@ -1,4 +1,4 @@
-"""A thread for what computes for seconds beside an engine that serves: one thing at a time, at low priority."""
+"""A thread for what computes beside an engine that serves: one thing at a time, at low priority."""
 
 import contextlib
 import logging
@@ -14,7 +14,8 @@ from weightsync.agents.turns import quick_turns
 log = logging.getLogger(__name__)
 
 NICE: Final = 10
-"""Added to the thread's niceness: on a busy core it gets a tenth of what the engine's threads get, never nothing."""
+"""Added to the thread's niceness where it computes itself: on a busy core it gets a tenth of what the engine's threads
+get, never nothing. One that launches kernels keeps its own: it would hold the interpreter while it waits for a core."""
 
 
 class Quiet:
@@ -37,9 +38,10 @@ class Quiet:
         self._thread.submit(self._perform, work)
 
     def _begin(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # a system that knows no priorities of threads
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        if self._device.type == "cuda":
+        if self._device.type != "cuda":
+            with contextlib.suppress(OSError, AttributeError):  # a system that knows no priorities of threads
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        else:
             torch.cuda.set_device(self._device)
             stream: Any = torch.cuda.Stream  # torch has no types for it
             torch.cuda.set_stream(stream(self._device))  # 0, the priority by default, is the lowest

@@ -249,7 +249,7 @@ class LiveWeights:
         )
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
-        self._digest = prepare_digest(self._tensors, table)
+        self._digest = prepare_digest(self._tensors, table, beside=self._lands != "live")
         self._known = self._arrival = self._standby_digest = None
         self.bytes = table_bytes(table)
 

@@ -165,8 +165,9 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
         st.sampled_from([KEY, OTHER]),
     )
     rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
-    host = [region.cpu() for region in regions]
-    assert digest(regions, rows) == reference(host, rows)()
+    right = reference([region.cpu() for region in regions], rows)()
+    assert digest(regions, rows) == right
+    assert digest_module.prepare(regions, rows, beside=True)() == right
 
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
