@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
-from weightsync.kernels.dispatch import common_device, on_device
+from weightsync.kernels.dispatch import common_device, multiprocessors, on_device
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
@@ -43,8 +43,8 @@ OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 
 
 BESIDE: Final = 2
-"""Of so many multiprocessors a digest beside others' kernels has one program at a time. A grid of all items would be
-handed out before the first kernel of the next batch, which then waits for the whole digest."""
+"""Of so many multiprocessors one has a program of a digest beside an engine. Of a grid of all items the next batch
+would wait for the last."""
 
 
 @triton.jit
@@ -268,7 +268,7 @@ class TritonDigest:
         self._device = common_device(self._regions)
         items = digest_items([region.data_ptr() for region in regions], table, codes)
         self._beside, self._count = beside, len(items)
-        most = max(1, _multiprocessors(self._device) // BESIDE) if beside else len(items)
+        most = max(1, multiprocessors(self._device) // BESIDE) if beside else len(items)
         self._programs = min(len(items), most)
         self._items = torch.from_numpy(items).to(self._device)
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
@@ -300,11 +300,6 @@ class TritonDigest:
         """``launch`` and ``result``."""
         self.launch()
         return self.result()
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """1 in the interpreter, which runs one program at a time."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def digest_items(bases: list[int], table: Table, codes: Table) -> Table:

@@ -44,3 +44,8 @@ def common_device(tensors: "list[torch.Tensor]") -> torch.device:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Launches inside go to ``device``'s current stream, whatever device the caller is on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 in the interpreter, which runs one program at a time."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
