@@ -29,7 +29,7 @@ class Ledger:
 
     def __init__(self, landings: Iterable[Landing], device: torch.device) -> None:
         """``device``: where the parameters are; boxes are digested there, as what they become."""
-        self._device = device
+        self.device = device
         self._wanted: dict[str, list[Landing]] = defaultdict(list)
         for landing in landings:
             self._wanted[landing.source.name].append(landing)
@@ -49,7 +49,7 @@ class Ledger:
 
     def _enter(self, landing: Landing, tensor: torch.Tensor) -> None:
         box = tensor.detach()[tuple(slice(c, c + n) for c, n in zip(landing.corner, landing.place.sizes, strict=True))]
-        box = box.to(self._device).to(landing.dtype)
+        box = box.to(self.device).to(landing.dtype)
         if landing.program:
             self.sent[landing] = box.clone()
         with torch.no_grad():
@@ -80,10 +80,11 @@ def stored_dtype(landing: Landing) -> torch.dtype:
     return landing.program[-1].stored if landing.program else landing.dtype
 
 
-def made_values(checkpoint: Sequence[Checkpoint]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Values for a checkpoint that nobody has: by position, unlike from tensor to tensor, finite and above zero."""
+def made_values(checkpoint: Sequence[Checkpoint], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Values for a checkpoint that nobody has: by position, unlike from tensor to tensor, finite and above zero. On
+    ``device``, where the parameters are: on a host, and from there to a GPU, 15 GB of them took a minute."""
     generator = torch.Generator().manual_seed(0)
-    block = torch.rand(MADE_PERIOD, generator=generator, device="cpu") + 0.5
+    block = (torch.rand(MADE_PERIOD, generator=generator, device="cpu") + 0.5).to(device)
     blocks: dict[torch.dtype, torch.Tensor] = {}  # of tens of thousands of tensors, many have less than a block
     for index, entry in enumerate(checkpoint):
         if (numbers := blocks.get(entry.dtype)) is None:

@@ -46,7 +46,8 @@ class Traced:
 
     def ledger(self, names: Collection[str]) -> Ledger:
         """A ledger for the landings of the checkpoint tensors of these names."""
-        landings = [landing for landing in self.landings if landing.source.name in names]
+        wanted = set(names)
+        landings = [landing for landing in self.landings if landing.source.name in wanted]
         tensors = [tensor for parameter in self.blueprint.parameters if (tensor := parameter.current()) is not None]
         return Ledger(landings, tensors[0].device if tensors else torch.device("cpu"))
 

@@ -81,7 +81,7 @@ def _prove_translated(traced: Traced) -> None:
 
 def _load_made(traced: Traced, ledger: Ledger, entries: Sequence[Checkpoint]) -> None:
     with torch.no_grad():
-        cast(Any, traced.model).load_weights(ledger.watch(made_values(entries)))
+        cast(Any, traced.model).load_weights(ledger.watch(made_values(entries, ledger.device)))
     _must_be_proved(ledger)
     traced.compare(ledger)
 

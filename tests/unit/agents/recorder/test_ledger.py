@@ -72,7 +72,9 @@ def test_only_so_many_differences_are_named() -> None:
 
 def test_made_values_differ_from_place_to_place_and_tensor_to_tensor() -> None:
     entries = [Checkpoint(n, (64, 32), dtype) for n, dtype in (("a", F32), ("b", F32), ("c", torch.float8_e4m3fn))]
-    made = dict(made_values([*entries, Checkpoint("i", (5,), torch.int8), Checkpoint("s", (), BF16)]))
+    made = dict(
+        made_values([*entries, Checkpoint("i", (5,), torch.int8), Checkpoint("s", (), BF16)], torch.device("cpu"))
+    )
     assert [(t.shape, t.dtype) for t in made.values()][:3] == [((64, 32), e.dtype) for e in entries]
     assert len(made["a"].unique()) > 2000
     assert not torch.equal(made["a"], made["b"])
