@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
-from weightsync.kernels.dispatch import common_device, multiprocessors, on_device
+from weightsync.kernels.dispatch import StreamMark, common_device, multiprocessors, on_device
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
@@ -42,7 +42,7 @@ OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 """At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
 
 
-BESIDE: Final = 2
+BESIDE: Final = 1
 """Of so many multiprocessors one has a program of a digest beside an engine. Of a grid of all items the next batch
 would wait for the last."""
 
@@ -276,18 +276,21 @@ class TritonDigest:
         self._look = bool((codes != UNSEEN).any())
         self._finite = True
         self._sums = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._done = StreamMark(self._device)
 
     def launch(self) -> None:
         """Start on the current stream."""
-        self._sums.zero_()
-        if self._programs:
-            with on_device(self._device):
+        with on_device(self._device):
+            self._sums.zero_()
+            if self._programs:
                 _digest_kernel[(self._programs,)](
                     self._items, self._count, self._weights, self._sums, LOOK=self._look, STRIDE=self._beside, **OPTIONS
                 )
+            self._done.mark()
 
     def result(self) -> tuple[int, int]:
         """The sums of the last launch; waits for the device."""
+        self._done.wait()
         low, high, beyond = self._sums.tolist()
         self._finite = not beyond
         return low & ((1 << 64) - 1), high & ((1 << 64) - 1)

@@ -64,8 +64,9 @@ def load_cargo(
     whole = shadow(targets)[target]
     packed = _packed(edge, source, target, size, runs, cost, sources, targets)
     at = np.flatnonzero(packed | whole)
-    # Packed pieces first: they lie one behind the other, so that one descriptor carries a chunk of them.
-    at = at[np.lexsort((~packed[at], edge[at]))]
+    # Packed pieces lie one behind the other, so that one descriptor carries a chunk of them; and last, because small
+    # ones of all layers share a chunk: what is not packed leaves while the last layers are still being converted.
+    at = at[np.lexsort((packed[at], edge[at]))]
     place = np.full(len(edge), -1, np.int64)
     padded = _up(size[at], PIECE_ALIGNMENT)
     begins = boundaries(edge[at])[:-1]

@@ -96,9 +96,11 @@ class EnginePart:
             edge = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
             at = np.flatnonzero(self.packed)
             first = boundaries(edge[at])[:-1]
+            begins = np.minimum.reduceat(self.place[at], first)
             ends = np.maximum.reduceat(self.place[at] + self.shapes.bytes[self.shape[at]], first)
-            chunk = np.array([1 if berth is None else berth.chunk_bytes for berth in self.berths], np.int64)
-            own[at[first]] = -(-ends // chunk[edge[at[first]]])
+            chunks = np.array([1 if berth is None else berth.chunk_bytes for berth in self.berths], np.int64)
+            chunk = chunks[edge[at[first]]]
+            own[at[first]] = -(-ends // chunk) - begins // chunk
         return own
 
 

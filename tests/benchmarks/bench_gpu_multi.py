@@ -5,9 +5,9 @@
 
 Half of the GPUs train unless a case says otherwise. Trainer ranks are FSDP2's, or HSDP's with two replicas, one on each
 training GPU. Engines are an FP8 Qwen3-MoE with ``--gb`` for each serving GPU, random, with CUDA graphs of what an eager
-engine runs, because compiled MoE engines differ among themselves. After its pushes every case is judged: a fresh engine
-loads what the trainer saves, and must answer the same, bit for bit. With one GPU ranks and engine share it.
-``--device cpu`` tries the script itself with a tiny model. JSON lines.
+engine runs, because compiled MoE engines differ among themselves. Requests go on with their KV. After its pushes every
+case is judged: a fresh engine loads what the trainer saves, and must answer the same, bit for bit. With one GPU ranks
+and engine share it. ``--device cpu`` tries the script itself with a tiny model. JSON lines.
 
 Each name ends with that of its case.
 
@@ -195,7 +195,9 @@ class Running:
         for server in self.engines.values():
             self.ends.callback(server.close)
             server.start()
-        settings = {"fan_out": self.case.fan_out} if self.case.fan_out != "trainer" else {}
+        settings: dict[str, Any] = {"pause": {"cache": "keep"}}
+        if self.case.fan_out != "trainer":
+            settings["fan_out"] = self.case.fan_out
         self.whole = self.ends.enter_context(fleet(self.directory / "fleet", self.engines, settings=settings))
         script = str(Path(__file__).resolve().parent / "stall_trainer.py")
         ranks = self.host.ranks(self.case)

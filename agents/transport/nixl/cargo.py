@@ -30,9 +30,9 @@ Descriptors = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class CargoChunk:
-    """One chunk: ``bytes`` of the layout in it, ``packed`` by ``pack`` into the first bytes of a place of the ring, and
-    what leaves from where it lies. The first of ``remote`` is for what is packed, if anything is. ``needs``: how much
-    of region 0 must be filled before (ALL if another region is read)."""
+    """One chunk: ``bytes`` of the layout in it, ``packed`` by ``pack`` into so many bytes of a place of the ring from
+    ``packed_at`` on, and what leaves from where it lies. The first of ``remote`` is for what is packed, if anything is.
+    ``needs``: how much of region 0 must be filled before (ALL if another region is read)."""
 
     number: int
     bytes: int
@@ -41,12 +41,13 @@ class CargoChunk:
     straight: Descriptors
     remote: Descriptors
     needs: int = 0
+    packed_at: int = 0
 
     def local(self, ring: Region, offset: int) -> Descriptors:
         """Where it is read, if what is packed lies ``offset`` bytes into the ``ring``."""
         if self.pack is None:
             return self.straight
-        gathered = np.array([[ring.base + offset, self.packed, ring.device]], np.uint64)
+        gathered = np.array([[ring.base + offset + self.packed_at, self.packed, ring.device]], np.uint64)
         return np.concatenate([gathered, self.straight])
 
 
@@ -96,8 +97,9 @@ def make_cargo(
     for number in numbers:
         rows, part = packing.of(number), straight.of(number)
         place = there.base + berth.place(number)
-        packed = int((rows[:, DST_OFFSET] + _sizes(rows)).max()) if len(rows) else 0
-        targets = [np.array([[place, packed, there.device]], np.uint64)] if packed else []
+        at = int(rows[:, DST_OFFSET].min(initial=berth.chunk_bytes))
+        packed = int((rows[:, DST_OFFSET] + _sizes(rows)).max(initial=at)) - at
+        targets = [np.array([[place + at, packed, there.device]], np.uint64)] if packed else []
         targets.append(_descriptors(place + part[:, RUN_REMOTE_OFFSET], part, there.device))
         chunks.append(
             CargoChunk(
@@ -108,6 +110,7 @@ def make_cargo(
                 local_spans(layout.regions, part).descriptors(part[:, RUN_LENGTH]),
                 np.concatenate(targets),
                 int(np.concatenate([_packing_needs(rows), _straight_needs(part)]).max(initial=0)),
+                at if packed else 0,
             )
         )
     return Cargo(berth, tuple(chunks), kinds.pop(), there.memory)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from weightsync.kernels.digest import prepare
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.dispatch import common_device, use_triton
+from weightsync.kernels.dispatch import StreamMark, common_device, use_triton
 from weightsync.kernels.errors import KernelUnavailableError
 
 CPU = torch.device("cpu")
@@ -29,3 +29,24 @@ def test_tensors_of_one_call_share_a_device() -> None:
     assert common_device([]) == CPU
     with pytest.raises(ValueError, match="different devices"):
         common_device([torch.empty(1), torch.empty(1, device="meta")])
+
+
+def test_what_a_device_has_yet_to_do_is_asked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = [False, False, True], []
+
+    class Event:
+        def record(self) -> None:
+            asked.append("marked")
+
+        def query(self) -> bool:
+            asked.append("asked")
+            return answers.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    mark = StreamMark(torch.device("cuda:0"))
+    mark.mark()
+    mark.wait()
+    assert asked == ["marked", *["asked"] * 3]
+    nothing = StreamMark(CPU)
+    nothing.mark()
+    nothing.wait()

@@ -123,9 +123,9 @@ def test_runs_longer_than_a_chunk_are_not_packed():
 
 
 @pytest.mark.parametrize("lands", ["copy", "flip"])
-def test_into_a_shadow_engine_everything_lands_packed_first(lands):
+def test_into_a_shadow_engine_everything_lands_packed_last(lands):
     place, packed, berths = loaded([0] * 3, [0] * 3, [500, 30, 40], 1 << 20, [1 << 20], lands)
-    assert place == [80, 0, 32]
+    assert place == [0, 512, 544]
     assert packed == [False, True, True]
     assert berths == (Berth(1, 0, 1 << 17, 1, 592, lands == "flip"),)
     assert loaded([0], [0], [500], 0, [1 << 20], lands) == (

@@ -19,15 +19,15 @@ COST = CostModel(alpha_seconds=1e-6, bytes_per_second=1e9, pack_bytes_per_second
 """A descriptor is worth 1000 bytes: half a row of 128 is packed, and a whole matrix of 8 KiB is not."""
 
 
-def planned(lands, landing, ring=4096):
+def planned(lands, landing, ring=4096, long=LONG):
     """(share's copies and runs, berth, layout and arenas of a source of both halves; the target's regions)."""
     source = Builder(trainer(0), ring)
-    for tensor in (*WIDE, LONG):
+    for tensor in (*WIDE, long):
         source.dense((tensor, ((0, 0), tensor.shape)))
     target = Builder(engine_rank("e"), landing, lands)
     for tensor in WIDE:
         target.dense((tensor, ((0, 32), (32, 32))))
-    target.dense((LONG, ((0, 0), LONG.shape)))
+    target.dense((long, ((0, 0), long.shape)))
     here, there = source.party(), target.party()
     plan = make_plan([here], [there], COST)
     arenas = [host_arena(region.length) for region in here.layout.regions]
@@ -66,16 +66,35 @@ def test_a_chunk_needs_what_it_is_read_from():
 
 
 def test_what_leaves_its_slot_is_cut_where_places_come_again():
-    """In front of pages: 4096 packed bytes, then a matrix of 8192, in 48 chunks."""
+    """Into pages: a matrix of 8192 bytes, then 4096 packed ones, in 24 chunks."""
     copies, table, berth, layout, arenas, remote = planned("flip", 4096)
     cargo = make_cargo(copies, table, berth, layout, arenas, remote)
     assert (berth.chunk_bytes, berth.places, len(cargo.chunks)) == (512, 8, 24)
     assert sum(chunk.bytes for chunk in cargo.chunks) == 4096 + 8192
-    last = cargo.chunks[23]
+    last = cargo.chunks[15]
     assert last.pack is None
     assert last.straight.tolist() == [[layout.regions[0].base + 8192 + 8192 - 512, 512, 0]]
     assert last.local(layout.regions[1], 0) is last.straight
     assert int(last.remote[0, 0]) == remote[berth.region].base + berth.offset + 7 * 512
+
+
+def test_of_a_chunk_that_both_share_what_is_packed_follows_what_leaves_its_slot():
+    """A matrix of 8064 bytes ends 384 bytes into chunk 15; two rows of 64 packed bytes follow."""
+    long = Tensor("model.embed", "bfloat16", (63, 64))
+    copies, table, berth, layout, arenas, remote = planned("flip", 4096, long=long)
+    chunk = make_cargo(copies, table, berth, layout, arenas, remote).chunks[15]
+    assert (chunk.bytes, chunk.packed, chunk.packed_at) == (512, 128, 384)
+    ring, there = layout.regions[1], remote[berth.region].base + berth.place(15)
+    assert chunk.local(ring, 512).tolist() == [
+        [ring.base + 512 + 384, 128, 0],
+        [layout.regions[0].base + 8192 + 8064 - 384, 384, 0],
+    ]
+    assert chunk.remote.tolist() == [[there + 384, 128, 0], [there, 384, 0]]
+    arenas[1].fill_(255)
+    chunk.pack(512)
+    rows = [128 * row + 64 for row in (0, 1)]
+    assert arenas[1][512 + 384 : 1024].tolist() == [(first + byte) % 251 for first in rows for byte in range(64)]
+    assert (arenas[1][: 512 + 384] == 255).all(), "nothing else of the ring is touched"
 
 
 def test_where_all_lands_only_what_is_packed_is_cargo():
