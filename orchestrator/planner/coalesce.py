@@ -47,14 +47,15 @@ def shadow(parties: Sequence[Decoded]) -> Flags:
 
 
 def load_cargo(
-    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, sources: Sequence[Decoded],
-    targets: Sequence[Decoded],
+    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, joins: Flags, cost: CostModel,
+    sources: Sequence[Decoded], targets: Sequence[Decoded],
 ) -> Loads:  # fmt: skip
     """Decide for pieces ``[n]`` that are sorted by edge, and by group within it.
 
     Args:
         edge: ascending number of each piece's edge; ``source`` and ``target`` are its ends.
         size, runs: bytes, and descriptors if it is not packed.
+        joins: that it shares the descriptor of the piece before, if neither is packed.
 
     Raises:
         LandingTooSmall: a shadow engine's landing is too small for what it must take.
@@ -62,7 +63,7 @@ def load_cargo(
     first = boundaries(edge)
     heads = first[:-1]
     whole = shadow(targets)[target]
-    packed = _packed(edge, source, target, size, runs, cost, sources, targets)
+    packed = _packed(edge, source, target, size, runs, joins, cost, sources, targets)
     at = np.flatnonzero(packed | whole)
     # Packed pieces lie one behind the other, so that one descriptor carries a chunk of them; and last, because small
     # ones of all layers share a chunk: what is not packed leaves while the last layers are still being converted.
@@ -80,22 +81,26 @@ def load_cargo(
 
 
 def _packed(
-    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, cost: CostModel, sources: Sequence[Decoded],
-    targets: Sequence[Decoded],
+    edge: Ints, source: Ids, target: Ids, size: Ints, runs: Ints, joins: Flags, cost: CostModel,
+    sources: Sequence[Decoded], targets: Sequence[Decoded],
 ) -> Flags:  # fmt: skip
-    """Which pieces the sender gathers."""
+    """Which pieces the sender gathers: of those that share a descriptor all or none."""
     ring = _ring_chunks(sources)
     whole = shadow(targets)
     below = np.array([pack_below(party, cost) for party in sources])[source]
-    wanted = np.flatnonzero((size < runs * below) & (ring[source] > 0))
+    together = np.cumsum(~joins) - 1
+    own, runs = size, np.where(joins, 0, runs)
+    size = np.bincount(together, size, together[-1] + 1 if len(together) else 0).astype(np.int64)[together]
+    needed = runs[~joins][together]
+    wanted = np.flatnonzero((size < needed * below) & (ring[source] > 0))
     # Of a live target's landing each edge has the same part at least. Chunks of it must be longer than the runs.
     rooms = np.array([landing_length(p.party.layout) for p in targets], np.int64)
     pairs = np.unique(edge[wanted], return_index=True)[1]
     edges = np.bincount(target[wanted][pairs], minlength=len(targets))
     part = rooms // np.maximum(edges, 1) // BERTH_ALIGNMENT * BERTH_ALIGNMENT
     chunk = np.where(whole, longest_chunk("VRAM"), np.maximum(part // PLACES, np.minimum(part, BERTH_ALIGNMENT)))
-    wanted = wanted[size[wanted] // np.maximum(runs[wanted], 1) < chunk[target[wanted]]]
-    wanted = wanted[_worthwhile(edge[wanted], size[wanted], runs[wanted], below[wanted])]
+    wanted = wanted[size[wanted] // np.maximum(needed[wanted], 1) < chunk[target[wanted]]]
+    wanted = wanted[_worthwhile(edge[wanted], own[wanted], runs[wanted], below[wanted])]
     # An engine's pages, which no transport reads, are left by way of the ring alone.
     paged = np.array([party.party.layout.lands == "flip" for party in sources], np.bool_)
     packed = paged[source] & (ring[source] > 0)

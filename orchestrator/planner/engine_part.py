@@ -22,7 +22,7 @@ from weightsync.orchestrator.planner.decode import Decoded, FormTable
 from weightsync.orchestrator.planner.inputs import CostModel, Party
 from weightsync.orchestrator.planner.match import Cells, Pieces, Wanted, match
 from weightsync.orchestrator.planner.names import NO_LAYER
-from weightsync.orchestrator.protocol.landing import Berth
+from weightsync.orchestrator.protocol.landing import PIECE_ALIGNMENT, Berth
 from weightsync.orchestrator.protocol.limits import MAX_RANK
 
 MAX_GROUPS: Final = 64
@@ -134,17 +134,20 @@ def plan_engine(catalogue: Catalogue, targets: tuple[Party, ...], cost: CostMode
     size = shapes.bytes[shape]
     runs = np.where(shadow(decoded)[target], shapes.source_runs[shape], shapes.runs[shape])
     edge = source.astype(np.int64) * len(targets) + target
-    cargo = load_cargo(edge, source, target, size, runs, cost, catalogue.sources, decoded)
     # A transfer joins the one before where both are single runs of one edge and group and adjoin in both memories.
-    whole = (runs == 1) & ~cargo.packed
+    follows = (
+        (runs[1:] == 1) & (runs[:-1] == 1) & (edge_group[1:] == edge_group[:-1])
+        & _adjoins(catalogue.held.region[held_row], catalogue.held.offset[held_row] + source_shift[shape], size)
+    )  # fmt: skip
+    fits = np.where(shadow(decoded)[target[1:]], size[:-1] % PIECE_ALIGNMENT == 0, _adjoins(region, offset, size))
+    cargo = load_cargo(
+        edge, source, target, size, runs, np.concatenate([[False], follows & fits])[: len(size)], cost,
+        catalogue.sources, decoded,
+    )  # fmt: skip
     lands = cargo.place >= 0
     there_region, there = np.where(lands, -1, region), np.where(lands, cargo.place, offset)
     merged = np.zeros(len(size), np.bool_)
-    source_offset = catalogue.held.offset[held_row] + source_shift[shape]
-    merged[1:] = (
-        whole[1:] & whole[:-1] & (edge_group[1:] == edge_group[:-1])
-        & _adjoins(there_region, there, size) & _adjoins(catalogue.held.region[held_row], source_offset, size)
-    )  # fmt: skip
+    merged[1:] = follows & ~cargo.packed[1:] & ~cargo.packed[:-1] & _adjoins(there_region, there, size)
     group = edge_group % MAX_GROUPS
     return EnginePart(
         decoded, shapes, source, target, wanted.tensor[pieces.row],

@@ -43,6 +43,8 @@ EXPERTS: dict[str, Any] = SIZES | {
 GRAPHS = json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]})
 """Of the kernels that an eager engine runs: what vLLM's compiler makes of a MoE differs from engine to engine, and its
 compilation of 15 GB takes 100 s."""
+SMALL, LARGE = "dense-2", "dense-15"
+"""Whose stalls are compared."""
 CLIENTS, TOKENS = 4, 1500
 PROMPTS = {"short": 8, "long": 4000}
 """Tokens of the context that a client begins with."""
@@ -242,7 +244,7 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--models", nargs="+", default=["dense-2", "dense-15"])
+    arguments.add_argument("--models", nargs="+", default=[SMALL, LARGE])
     arguments.add_argument("--modes", nargs="+", default=["flip"])
     arguments.add_argument("--cache", nargs="+", default=["keep"])
     arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
@@ -252,13 +254,13 @@ def main() -> None:
     arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")
     given = arguments.parse_args()
     for mode in given.modes:
-        stalls = []
+        stalls = {}
         for name in given.models:
             with tempfile.TemporaryDirectory(prefix="weightsync-bench-") as directory:
-                stalls.append(measure(name, mode, given, Path(directory)))
-        if len(stalls) > 1 and stalls[0] > 0:
-            line = {"figure": f"stall_{mode}_growth_8x", "value": round(stalls[1] / stalls[0], 3), "unit": "ratio"}
-            print(json.dumps(line | {"n": given.pushes, "spread": 0, "models": given.models[:2]}), flush=True)
+                stalls[name] = measure(name, mode, given, Path(directory))
+        if stalls.get(SMALL, 0.0) > 0 and LARGE in stalls:
+            growth = {"figure": f"stall_{mode}_growth_8x", "value": round(stalls[LARGE] / stalls[SMALL], 3)}
+            print(json.dumps(growth | {"unit": "ratio", "n": given.pushes, "spread": 0}), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ COST = CostModel(alpha_seconds=1e-6, bytes_per_second=1e8, pack_bytes_per_second
 NOTHING = Tensor("nothing", "bfloat16", (1,))
 
 
-def loaded(edge, target, size, source_room, target_room, lands="live", leaves="live"):
+def loaded(edge, target, size, source_room, target_room, lands="live", leaves="live", joins=()):
     """Places, flags and berths of pieces of one source."""
     decoder = Decoder()
 
@@ -50,7 +50,7 @@ def loaded(edge, target, size, source_room, target_room, lands="live", leaves="l
     targets = [decoded(engine_rank("e", n), room, lands) for n, room in enumerate(target_room)]
     cargo = load_cargo(
         np.array(edge), np.zeros(count, np.int32), np.array(target, np.int32), np.array(size), np.ones(count, np.int64),
-        COST, [decoded(trainer(0), source_room, leaves)], targets,
+        np.array(joins or [False] * count), COST, [decoded(trainer(0), source_room, leaves)], targets,
     )  # fmt: skip
     return cargo.place.tolist(), cargo.packed.tolist(), cargo.berths
 
@@ -102,13 +102,28 @@ def test_of_a_landing_that_is_too_small_each_edge_has_what_it_wants_or_what_the_
 
     cargo = load_cargo(
         np.array(edges), np.array(edges, np.int32), np.zeros(122, np.int32), np.array(sizes), np.ones(122, np.int64),
-        COST, [decoded(trainer(n), 8192) for n in range(3)], [decoded(engine_rank("e"), 4096)],
+        np.zeros(122, np.bool_), COST, [decoded(trainer(n), 8192) for n in range(3)], [decoded(engine_rank("e"), 4096)],
     )  # fmt: skip
     assert cargo.berths == (
         Berth(1, 0, 1024, 1, 32),
         Berth(1, 256, 512, 4, 5120, True),
         Berth(1, 2304, 256, 7, 2560, True),
     )
+
+
+def test_pieces_that_share_a_descriptor_are_packed_together_or_not_at_all():
+    """Three of 60 bytes are worth one descriptor, and each alone would not be."""
+    sizes, alone = [60, 60, 60, 30, 30, 30], [False, True, True, False, False, False]
+    for lands in ("live", "flip"):
+        _, packed, _ = loaded([0] * 6, [0] * 6, sizes, 1 << 20, [1 << 20], lands, joins=alone)
+        assert packed == [False] * 3 + [True] * 3
+        _, packed, _ = loaded([0] * 6, [0] * 6, sizes, 1 << 20, [1 << 20], lands)
+        assert packed == [True] * 6
+
+
+def test_what_shares_one_descriptor_saves_none_by_packing():
+    _, packed, _ = loaded([0] * 2, [0] * 2, [30, 30], 1 << 20, [1 << 20], joins=[False, True])
+    assert packed == [False] * 2, "60 bytes in one descriptor, packed or not"
 
 
 def test_runs_longer_than_a_chunk_are_not_packed():
