@@ -48,7 +48,7 @@ def prepare(
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
         codes: int64[n] of ``columns.CODES``, what the elements of each row are; None: none is looked at.
-        beside: on a GPU leave most of it to others' kernels, and take the longer for it.
+        beside: on a GPU, called as a whole, leave it to others' kernels again and again, and take the longer for it.
 
     Raises:
         KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor, or cuts an

@@ -11,6 +11,7 @@ are all ones in NaN and infinity, adding the lowest of them carries into the bit
 # Triton's functions are compiled from their source and have types of their own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
-from weightsync.kernels.dispatch import StreamMark, common_device, multiprocessors, on_device
+from weightsync.kernels.dispatch import StreamMark, common_device, on_device
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
@@ -42,9 +43,10 @@ OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 """At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
 
 
-BESIDE: Final = 1
-"""Of so many multiprocessors one has a program of a digest beside an engine. Of a grid of all items the next batch
-would wait for the last."""
+SLICE_ITEMS: Final = 4096
+"""Of a digest beside an engine that steps: 1 GiB and more, which an H100 reads in 0.4 ms …"""
+PAUSE_SECONDS: Final = 0.001
+"""… and so long nothing between two. Launched at once, 15 GB kept the engine's next step waiting for 5 ms to 20 ms."""
 
 
 @triton.jit
@@ -228,8 +230,8 @@ def _chunks(item, weights, LOOK: tl.constexpr):
 
 
 @triton.jit
-def _digest_item(items, index, weights, sums, LOOK: tl.constexpr):
-    item = items + index.to(tl.int64) * _ITEM_COLUMNS
+def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
+    item = items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS
     kind = tl.load(item)
     if kind == 0:
         low, high, beyond = _tiles(item, weights, LOOK)
@@ -249,16 +251,6 @@ def _digest_item(items, index, weights, sums, LOOK: tl.constexpr):
         tl.atomic_or(sums + 2, found.to(tl.int64), mask=found)
 
 
-@triton.jit(do_not_specialize=["count"])  # a form of its own for some tables would be compiled in their first round
-def _digest_kernel(items, count, weights, sums, LOOK: tl.constexpr, STRIDE: tl.constexpr):
-    """One item a program, or with ``STRIDE`` one after the other of all ``count``."""
-    if STRIDE:
-        for index in range(tl.program_id(0), count, tl.num_programs(0)):
-            _digest_item(items, index, weights, sums, LOOK)
-    else:
-        _digest_item(items, tl.program_id(0), weights, sums, LOOK)
-
-
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
@@ -267,10 +259,8 @@ class TritonDigest:
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
         items = digest_items([region.data_ptr() for region in regions], table, codes)
-        self._beside, self._count = beside, len(items)
-        most = max(1, multiprocessors(self._device) // BESIDE) if beside else len(items)
-        self._programs = min(len(items), most)
         self._items = torch.from_numpy(items).to(self._device)
+        self._beside = beside
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
         self._look = bool((codes != UNSEEN).any())
@@ -280,12 +270,13 @@ class TritonDigest:
 
     def launch(self) -> None:
         """Start on the current stream."""
+        self._sums.zero_()
+        self._launch(self._items)
+
+    def _launch(self, items: torch.Tensor) -> None:
         with on_device(self._device):
-            self._sums.zero_()
-            if self._programs:
-                _digest_kernel[(self._programs,)](
-                    self._items, self._count, self._weights, self._sums, LOOK=self._look, STRIDE=self._beside, **OPTIONS
-                )
+            if len(items):
+                _digest_kernel[(len(items),)](items, self._weights, self._sums, LOOK=self._look, **OPTIONS)
             self._done.mark()
 
     def result(self) -> tuple[int, int]:
@@ -300,8 +291,15 @@ class TritonDigest:
         return self._finite
 
     def __call__(self) -> tuple[int, int]:
-        """``launch`` and ``result``."""
-        self.launch()
+        """``launch`` and ``result``; beside an engine slice by slice."""
+        if not self._beside:
+            self.launch()
+            return self.result()
+        self._sums.zero_()
+        for items in self._items.split(SLICE_ITEMS):
+            self._launch(items)
+            self._done.wait()
+            time.sleep(PAUSE_SECONDS)
         return self.result()
 
 

@@ -51,11 +51,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 in the interpreter, which runs one program at a time."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
 class StreamMark:
     """When a device has done what a stream was given.
 

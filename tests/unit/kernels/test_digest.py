@@ -1,6 +1,7 @@
 """The digest: its definition, additivity over any cut, and every fault that it must catch."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -165,9 +166,7 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
         st.sampled_from([KEY, OTHER]),
     )
     rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
-    right = reference([region.cpu() for region in regions], rows)()
-    assert digest(regions, rows) == right
-    assert digest_module.prepare(regions, rows, beside=True)() == right
+    assert digest(regions, rows) == reference([region.cpu() for region in regions], rows)()
 
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
@@ -178,6 +177,22 @@ def test_long_runs_of_whole_tiles(device: torch.device) -> None:
     for shift in (0, 1, 2, 3, 4, 16):
         moved = torch.cat([random_bytes(shift, 4), data]).to(device)
         assert digest([moved], table(row(size, shift, 0))) == whole
+
+
+@pytest.mark.parametrize("items", [1, 3, 4096])
+def test_beside_an_engine_slices_add_up_to_the_whole(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int
+) -> None:
+    rows = table(*(row(5000, 9000 * n, 9000 * n) for n in range(7)))
+    region = random_bytes(60_000, 7, device)
+    beside = digest_module.prepare([region], rows, beside=True)
+    if (triton := sys.modules.get("weightsync.kernels.digest_triton")) is not None:
+        monkeypatch.setattr(triton, "SLICE_ITEMS", items)
+    right = reference([region.cpu()], rows)()
+    assert beside() == beside() == right
+    region[17] ^= 1
+    assert beside() == digest([region], rows) != right
+    assert digest_module.prepare([region], [], beside=True)() == (0, 0)
 
 
 def test_prepared_digests_read_the_bytes_of_now(device: torch.device) -> None:
