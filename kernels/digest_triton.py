@@ -297,10 +297,11 @@ class TritonDigest:
             self.launch()
             return self.result()
         self._sums.zero_()
-        for items in self._items.split(SLICE_ITEMS):
+        for number, items in enumerate(self._items.split(SLICE_ITEMS)):
+            if number:
+                self._done.wait()
+                time.sleep(PAUSE_SECONDS)
             self._launch(items)
-            self._done.wait()
-            time.sleep(PAUSE_SECONDS)
         return self.result()
 
 

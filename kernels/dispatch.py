@@ -59,14 +59,19 @@ class StreamMark:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._event: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def mark(self) -> None:
-        """All that the current stream of the current device has been given so far."""
+        """All that the device's current stream has been given so far."""
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    def reached(self) -> bool:
+        """Whether all that was marked is done; on a CPU it always is."""
+        return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
         """Until all that was marked is done."""
-        while self._event is not None and not self._event.query():
+        while not self.reached():
             time.sleep(LOOK_SECONDS)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from weightsync.kernels.dispatch import StreamMark
 from weightsync.orchestrator.protocol.names import Version
 
 ALL: Final = 2**63 - 1
@@ -35,19 +36,17 @@ class Filling:
         self.version = version
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._device = device
-        self._marks: deque[tuple[int, torch.cuda.Event | None]] = deque()
+        self._marks: deque[tuple[int, StreamMark]] = deque()
         self._filled = 0
 
     def reached(self, offset: int) -> None:
         """All below ``offset`` is converted, once the caller's stream has done what it has been given so far."""
-        event = None
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self._device))
-        self._marks.append((offset, event))
+        mark = StreamMark(self._device)
+        mark.mark()
+        self._marks.append((offset, mark))
 
     def filled(self) -> int:
         """See ``Filled``. On the agent's thread."""
-        while self._marks and ((event := self._marks[0][1]) is None or event.query()):  # type: ignore[no-untyped-call]
+        while self._marks and self._marks[0][1].reached():
             self._filled = self._marks.popleft()[0]
         return self._filled

@@ -135,25 +135,20 @@ def plan_engine(catalogue: Catalogue, targets: tuple[Party, ...], cost: CostMode
     runs = np.where(shadow(decoded)[target], shapes.source_runs[shape], shapes.runs[shape])
     edge = source.astype(np.int64) * len(targets) + target
     # A transfer joins the one before where both are single runs of one edge and group and adjoin in both memories.
-    follows = (
-        (runs[1:] == 1) & (runs[:-1] == 1) & (edge_group[1:] == edge_group[:-1])
+    # Cargo adjoins wherever no padding comes between.
+    there = np.where(shadow(decoded)[target[1:]], size[:-1] % PIECE_ALIGNMENT == 0, _adjoins(region, offset, size))
+    joins = np.zeros(len(size), np.bool_)
+    joins[1:] = (
+        (runs[1:] == 1) & (runs[:-1] == 1) & (edge_group[1:] == edge_group[:-1]) & there
         & _adjoins(catalogue.held.region[held_row], catalogue.held.offset[held_row] + source_shift[shape], size)
     )  # fmt: skip
-    fits = np.where(shadow(decoded)[target[1:]], size[:-1] % PIECE_ALIGNMENT == 0, _adjoins(region, offset, size))
-    cargo = load_cargo(
-        edge, source, target, size, runs, np.concatenate([[False], follows & fits])[: len(size)], cost,
-        catalogue.sources, decoded,
-    )  # fmt: skip
-    lands = cargo.place >= 0
-    there_region, there = np.where(lands, -1, region), np.where(lands, cargo.place, offset)
-    merged = np.zeros(len(size), np.bool_)
-    merged[1:] = follows & ~cargo.packed[1:] & ~cargo.packed[:-1] & _adjoins(there_region, there, size)
+    cargo = load_cargo(edge, source, target, size, runs, joins, cost, catalogue.sources, decoded)
     group = edge_group % MAX_GROUPS
     return EnginePart(
         decoded, shapes, source, target, wanted.tensor[pieces.row],
         group.astype(np.int32),
         catalogue.held.index[held_row], wanted.index[pieces.row], region, offset, shape.astype(np.int32),
-        cargo.place, cargo.packed, runs.astype(np.int32), merged, cargo.berths, load - load_before,
+        cargo.place, cargo.packed, runs.astype(np.int32), joins & ~cargo.packed, cargo.berths, load - load_before,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.notices import Notice, encode
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.kernels.copy import PreparedCopy
+from weightsync.kernels.dispatch import StreamMark
 from weightsync.orchestrator.protocol.names import RoundName
 
 
@@ -36,10 +37,10 @@ class Packing(Protocol):
 class _Recorded:
     """Packing on a stream. Later work on the stream comes after it, so its place may be given back at any time."""
 
-    event: torch.cuda.Event
+    mark: StreamMark
 
     def done(self) -> bool:
-        return bool(self.event.query())  # type: ignore[no-untyped-call]
+        return self.mark.reached()
 
     def result(self) -> object:
         return None
@@ -69,11 +70,11 @@ class Packer:
             return asyncio.get_running_loop().run_in_executor(None, partial(pack, shift))
         with torch.cuda.stream(self._stream):
             pack(shift)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
+            mark = StreamMark(self._stream.device)
+            mark.mark()
         while self._begun and self._begun[0][0].done():
             self._begun.popleft()
-        begun = _Recorded(event)
+        begun = _Recorded(mark)
         self._begun.append((begun, pack))
         return begun
 

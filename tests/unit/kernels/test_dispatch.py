@@ -35,18 +35,20 @@ def test_what_a_device_has_yet_to_do_is_asked_after(monkeypatch: pytest.MonkeyPa
     answers, asked = [False, False, True], []
 
     class Event:
-        def record(self) -> None:
-            asked.append("marked")
+        def record(self, stream: str) -> None:
+            asked.append(f"marked {stream}")
 
         def query(self) -> bool:
             asked.append("asked")
             return answers.pop(0)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     mark = StreamMark(torch.device("cuda:0"))
     mark.mark()
     mark.wait()
-    assert asked == ["marked", *["asked"] * 3]
+    assert asked == ["marked stream of cuda:0", *["asked"] * 3]
     nothing = StreamMark(CPU)
     nothing.mark()
+    assert nothing.reached()
     nothing.wait()

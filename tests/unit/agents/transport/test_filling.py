@@ -20,21 +20,21 @@ async def test_what_one_thread_has_reached_the_other_one_sees() -> None:
 
 
 class Later:
-    """An event of a device, which has not come to it."""
+    """A mark on a device's stream, which has not come to it."""
 
     def __init__(self) -> None:
         self.over = False
 
-    def query(self) -> bool:
+    def reached(self) -> bool:
         return self.over
 
 
 async def test_what_the_device_has_not_done_is_not_filled() -> None:
     filling = Filling(Version(7, 2), torch.device("cpu"))
-    events = [Later(), Later()]
-    filling._marks.extend(zip((64, 128), events, strict=True))  # type: ignore[arg-type]
+    marks = [Later(), Later()]
+    filling._marks.extend(zip((64, 128), marks, strict=True))  # type: ignore[arg-type]
     assert filling.filled() == 0
-    events[1].over = True
+    marks[1].over = True
     assert filling.filled() == 0, "in their order"
-    events[0].over = True
+    marks[0].over = True
     assert filling.filled() == 128

@@ -204,10 +204,13 @@ async def test_the_cpu_packs_beside_the_loop():
 class Stream:
     """In the place of a CUDA stream, whose work is done as far as the test says."""
 
+    device = torch.device("cuda:0")
+
     def __init__(self, monkeypatch):
-        self.done, self.given = 0, 0
+        self.done, self.given, current = 0, 0, []
         monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
-        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(current.append(stream)))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
 
 
 class Event:
