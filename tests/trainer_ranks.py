@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from ports import HOST, free_port
 from torch import multiprocessing
 from weightsync.agents.trainer.agent import TrainerAgent
 from weightsync.agents.trainer.models import model_table
 from weightsync.agents.trainer.slots.slots import SlotOptions
 from weightsync.orchestrator.settings.credentials import make_tokens
 
-HOST = "127.0.0.1"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
     "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
@@ -74,12 +74,6 @@ class Run:
         state = weights() if state is None else state
         given: dict[str, Any] = {"options": SlotOptions(staging_bytes=0), "connect_seconds": 20.0, **others}
         return TrainerAgent(lambda: state, model_table(CONFIG), **given)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -155,8 +149,8 @@ def _rank_main(rank: int, world: int, port: int, results: Any, body: Callable[..
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["UCX_TLS"] = "tcp,self,sm"
-    dist.init_process_group("gloo")
     try:
+        dist.init_process_group("gloo")
         said = Said(body(rank, *arguments), "", "", time.monotonic())
     except BaseException as error:
         traceback.print_exc()
@@ -164,6 +158,8 @@ def _rank_main(rank: int, world: int, port: int, results: Any, body: Callable[..
     results.put((rank, said))
     results.close()
     results.join_thread()
+    if not dist.is_initialized():
+        return
     # Whoever keeps the group's store ends last, as under a launcher.
     with contextlib.suppress(RuntimeError):
         dist.distributed_c10d._get_default_store().wait([f"gone/{r}" for r in range(1, world)]) if rank == 0 else (

@@ -20,7 +20,6 @@ import asyncio
 import hashlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_nixl import arena, report, tensor_runs
+from ports import free_port
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -136,10 +136,7 @@ def convert_ranks(rank: int, port: int, repeat: int) -> None:
 
 
 def bench_ranks(repeat: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(convert_ranks, (port, repeat), nprocs=2)
+    multiprocessing.spawn(convert_ranks, (free_port(), repeat), nprocs=2)
 
 
 class Beside:

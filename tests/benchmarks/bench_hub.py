@@ -32,7 +32,6 @@ import logging
 import math
 import multiprocessing
 import os
-import socket
 import ssl
 import statistics
 import tempfile
@@ -47,6 +46,7 @@ import aiohttp
 import numpy as np
 import structlog
 from hub_processes import SETUP_SECONDS, Child, Pipe, allow_sockets, closed
+from ports import free_port
 from weightsync.agents.link.client import ControlClient
 from weightsync.agents.link.connection import DaemonConnection
 from weightsync.agents.link.tls import CA_VARIABLE, tls_context
@@ -502,9 +502,7 @@ def run_spg(pipe: Pipe, ranks: int) -> None:
     import vllm.distributed.utils  # noqa: F401
 
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = []
     for rank in range(ranks):
         ours, theirs = context.Pipe(duplex=False)

@@ -6,7 +6,7 @@ from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from serving import HOST, free_port
+from ports import HOST, free_port
 
 UPSTREAM_SECONDS = 60.0
 

@@ -16,8 +16,8 @@ import torch
 from engine_places import place
 from fleet import HERE, Fleet, Process
 from pointed import Pointed
+from ports import HOST, free_port
 from safetensors.torch import load_file
-from serving import HOST, free_port
 from tiny_models import qwen3_config
 
 NAMES = ("e0", "e1", "e2")

@@ -10,8 +10,9 @@ from typing import Any
 
 from fleet import Fleet
 from pointed import Pointed
+from ports import HOST
 from reference import reference_answers
-from serving import DEFAULT_PROMPTS, HOST, RequestFailed, VllmServer
+from serving import DEFAULT_PROMPTS, RequestFailed, VllmServer
 
 PROMPT = DEFAULT_PROMPTS[0]
 FLEET_SECONDS = 120.0

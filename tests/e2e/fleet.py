@@ -17,7 +17,8 @@ from typing import Any, NoReturn, Self
 
 import preloaded
 import yaml
-from serving import HOST, VllmServer, free_port
+from ports import HOST, free_port
+from serving import VllmServer
 from weightsync.agents.link.tls import CA_VARIABLE
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.settings.credentials import make_tokens

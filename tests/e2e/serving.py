@@ -7,10 +7,8 @@ log-probabilities, never as text, so that two servers can be compared bit for bi
 import contextlib
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,19 +22,17 @@ from typing import Any, Self
 
 import preloaded
 from engine_places import place
+from ports import HOST, free_port
 from tiny_models import qwen3_config, qwen3_shapes, random_state, save_model, tiny_qwen3
 from weightsync.orchestrator.protocol.proof import ADMIN_HEADER, admin_key
 
 __all__ = [
-    "Answer", "Hammer", "RequestFailed", "VllmServer", "answers", "environment", "free_port",
+    "Answer", "Hammer", "RequestFailed", "VllmServer", "answers", "environment",
     "qwen3_config", "qwen3_shapes", "random_state", "save_model", "several", "tiny_qwen3",
 ]  # fmt: skip
 
 CPU_PLUGIN = Path(__file__).resolve().parent / "cpu_plugin"
-HOST = "127.0.0.1"
 MODEL = "tiny"
-PORTS = (15_000, 32_000)
-"""Below Linux's range for outgoing connections, any of which could take a port between its choice and its use."""
 READY_SECONDS = 240.0
 """A server is ready in about 20 s on two idle cores; several at once on busy ones take minutes."""
 ANSWER_SECONDS = 60.0
@@ -83,15 +79,6 @@ class RequestFailed(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------- server
-def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago; none that the kernel gives to connections."""
-    while True:
-        port = random.randrange(*PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((HOST, port))
-            return port
-
-
 def environment(shim_parent: Path, extra: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, str]:
     """The environment of a vLLM process: offline, loopback only; on a CPU one thread, with the CPU test plugin.
 

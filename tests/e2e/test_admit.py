@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from fleet import Fleet, fleet
-from serving import VllmServer, answers, free_port
+from ports import free_port
+from serving import VllmServer, answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import preloaded
 import pytest
-from serving import environment, free_port
+from ports import free_port
+from serving import environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

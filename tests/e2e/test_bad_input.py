@@ -27,8 +27,9 @@ import msgspec
 import pytest
 import torch
 from fleet import Fleet, Trainer, fleet
+from ports import HOST, free_port
 from scripted_trainer import masters
-from serving import DEFAULT_PROMPTS, HOST, Hammer, VllmServer, answers, free_port
+from serving import DEFAULT_PROMPTS, Hammer, VllmServer, answers
 from tiny_models import model_shapes, qwen3_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect

@@ -15,7 +15,7 @@ from pathlib import Path
 import kubelet
 import pytest
 from kubelet import MANIFESTS, Volumes, one
-from serving import HOST, free_port
+from ports import HOST, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

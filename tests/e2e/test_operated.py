@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fleet import Fleet
-from serving import HOST
+from ports import HOST
 from weightsync.orchestrator.daemon.admin.log_events import EVENTS, FIELDS
 from weightsync.orchestrator.release import release
 

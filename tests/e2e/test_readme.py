@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from fleet import Fleet, fleet
+from ports import HOST, free_port
 from reference import plain, reference_answers
-from serving import HOST, Serve, answers, free_port, tiny_qwen3
+from serving import Serve, answers, tiny_qwen3
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 from fleet import Fleet, fleet
+from ports import HOST, free_port
 from reference import plain, reference_answers
-from serving import HOST, VllmServer, answers, free_port
+from serving import VllmServer, answers
 from tiny_models import tiny_qwen3
 from weightsync.orchestrator.planner import Party, make_plan
 from weightsync.orchestrator.protocol.landing import Berth

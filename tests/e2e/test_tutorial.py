@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import free_port
+from ports import free_port
 from tutorial import PLACES, ROOT, blocks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1200)]

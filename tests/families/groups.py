@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 import preloaded
-from serving import environment, free_port
+from ports import free_port
+from serving import environment
 
 JUDGE: Final = Path(__file__).with_name("judge.py")
 START_SECONDS: Final = 240.0

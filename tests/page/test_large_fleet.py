@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from browser import Browser, Tab, browser
-from serving import HOST, free_port
+from ports import HOST, free_port
 from weightsync.orchestrator.daemon.admin.views import EngineView, RoundRow, RoundsView, StatusView, VersionView
 from weightsync.orchestrator.daemon.page.files import file_routes
 from weightsync.orchestrator.daemon.page.stream import HEADERS, Viewer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aiohttp import web
 from fleet import Fleet, Trainer
-from serving import HOST, free_port
+from ports import HOST, free_port
 from soak import SETTINGS, StandIn, counting
 from stopping_engine import VARIABLE
 

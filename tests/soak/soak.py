@@ -25,7 +25,8 @@ from counts import VARIABLE
 from engine_places import place
 from fleet import Fleet, Process, Timeout, Trainer
 from measure import Growth, Measured, megabytes_in
-from serving import HOST, VllmServer, free_port, tiny_qwen3
+from ports import HOST, free_port
+from serving import VllmServer, tiny_qwen3
 
 HERE = Path(__file__).resolve().parent
 COUNT_SECONDS = 20.0

@@ -36,9 +36,7 @@ async def test_a_server_that_is_not_ours(config: Path) -> None:
 
 async def test_a_daemon_that_never_answers(config: Path) -> None:
     listen = load(config, {}).listen
-    with socket.socket() as silent:
-        silent.bind((listen.host, listen.port))
-        silent.listen()
+    with socket.create_server((listen.host, listen.port)):
         done = await cli("status", "--config", config, "--timeout", "0.2")
     assert done.code == 75
     assert "did not answer within 0.2 s" in done.err

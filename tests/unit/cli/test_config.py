@@ -69,9 +69,7 @@ def test_config_check_says_that_a_port_is_taken_and_does_not_fail(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listen = load(config, {}).listen
-    with socket.socket() as taken:
-        taken.bind((listen.host, listen.port))
-        taken.listen()
+    with socket.create_server((listen.host, listen.port)):
         assert main(["config", "check", str(config)]) == 0
     assert "cannot be bound now" in capsys.readouterr().out
 

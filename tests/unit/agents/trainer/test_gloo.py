@@ -1,12 +1,12 @@
 """Real processes: two gloo ranks train with FSDP2, convert, and what all hold is what the model computes with."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -113,10 +113,7 @@ def train_and_save(rank, port, folder):
 
 
 def test_two_processes_train_and_save_what_their_forward_uses(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(train_and_save, (port, tmp_path), nprocs=2)
+    multiprocessing.spawn(train_and_save, (free_port(), tmp_path), nprocs=2)
     masters = torch.load(tmp_path / "masters.pt", weights_only=True)
     parts = dict(load_checkpoint_parts(tmp_path / "parts"))
     assert parts.keys() == masters.keys()

@@ -1,7 +1,6 @@
 """Each weak setting that docs/security.md and SECURITY.md warn of, in real files, told by the command itself."""
 
 import datetime
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +13,7 @@ from credentials import TOKENS, write_credentials
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from ports import free_port
 from weightsync.orchestrator.cli.certs import make_certificates
 from weightsync.orchestrator.protocol.findings import Findings
 
@@ -65,12 +65,6 @@ class Place:
         assert done.code == max(worst.get(finding.level, 0) for finding in told.findings)
         assert not [token for token in TOKENS.values() if token in done.out]
         return [(each.level, each.check, each.what, each.fix) for each in told.findings]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HERE, 0))
-        return int(free.getsockname()[1])
 
 
 def _insecure(place: Place) -> None:

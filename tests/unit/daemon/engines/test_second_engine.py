@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from credentials import TOKENS, write_credentials
+from ports import free_port
 from weightsync.agents.link.client import ControlClient
 from weightsync.orchestrator.core.records import Committed, decode_record
 from weightsync.orchestrator.daemon.engines import kinds
@@ -274,12 +274,6 @@ class Trainer:
     async def close(self) -> None:
         await self.agent.close()
         await self.running
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def settings_for(directory: Path, url: str, mode: str = "keep") -> Settings:

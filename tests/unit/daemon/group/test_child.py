@@ -2,12 +2,12 @@
 
 import asyncio
 import os
-import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from weightsync.orchestrator.daemon.group.child import CHILD_MODULE, TcpStoreError, TcpStoreRendezvousServer
 from weightsync.orchestrator.protocol import group
 from weightsync.orchestrator.protocol.messages import Connect, TcpStoreRendezvous
@@ -25,13 +25,6 @@ def answer(*messages):
         sys.stdout.buffer.write(group.packed(message))
     sys.stdout.flush()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def info(port: int = 1, seconds: float = 30.0) -> TcpStoreRendezvous:

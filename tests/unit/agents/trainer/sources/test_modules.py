@@ -1,11 +1,11 @@
 """Modules read as their state_dict gives them: real FSDP2, DDP and FSDP1 on two gloo ranks, wrappers on one."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 from torch import multiprocessing, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,10 +25,7 @@ TOKENS = torch.arange(64).view(2, 32) % 67
 
 
 def in_two_processes(body, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(started, (port, body, arguments), nprocs=2)
+    multiprocessing.spawn(started, (free_port(), body, arguments), nprocs=2)
 
 
 def started(rank, port, body, arguments):
