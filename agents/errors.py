@@ -33,6 +33,7 @@ On the right, the module below ``agents``::
     ├── PlaceError               an engine that is not told whose it is              inference.place
     ├── UpdateFailed             a round that was not committed here                 inference.window
     ├── NotLanded                less than a whole version has landed                inference.weights
+    ├── Superseded               an audit of weights that are served no more         inference.shadow
     ├── ModeRefused              a way of landing that an engine cannot have         inference.modes
     ├── AgentStuck               an agent's thread that does not end                  inference.agent
     ├── RecordError              a model whose layout cannot be recorded             recorder.trace

@@ -20,13 +20,27 @@ __all__ = ["PreparedDigest", "digest", "prepare", "tensor_key"]
 
 
 class PreparedDigest(Protocol):
-    """A digest whose table is already where it is needed. The regions are read anew each time."""
+    """A digest whose table is already where it is needed. The regions are read anew each time.
 
-    def launch(self) -> None:
-        """Start on the current stream; returns at once."""
+    Attributes:
+        parts: that it can be launched in, each of about a gigabyte: for who leaves the device to others in between.
+    """
+
+    @property
+    def parts(self) -> int: ...
+
+    def launch(self, part: int | None = None) -> None:
+        """Start on the current stream; returns at once.
+
+        Args:
+            part: of ``range(parts)``, all of which are launched in their order, instead of everything.
+        """
+
+    def wait(self) -> None:
+        """Until what was launched is done."""
 
     def result(self) -> tuple[int, int]:
-        """The two sums of the last launch, each in ``range(2**64)``; waits for the device."""
+        """The two sums of what was launched, each in ``range(2**64)``; waits for the device."""
 
     def finite(self) -> bool:
         """After ``result``: whether all that was looked at are finite numbers."""
@@ -36,11 +50,7 @@ class PreparedDigest(Protocol):
 
 
 def prepare(
-    regions: Sequence[torch.Tensor],
-    table: npt.ArrayLike,
-    codes: npt.ArrayLike | None = None,
-    *,
-    beside: bool = False,
+    regions: Sequence[torch.Tensor], table: npt.ArrayLike, codes: npt.ArrayLike | None = None
 ) -> PreparedDigest:
     """A digest over the runs of ``table``, ready to be taken many times.
 
@@ -48,7 +58,6 @@ def prepare(
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
         codes: int64[n] of ``columns.CODES``, what the elements of each row are; None: none is looked at.
-        beside: on a GPU, called as a whole, leave it to others' kernels again and again, and take the longer for it.
 
     Raises:
         KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor, or cuts an
@@ -64,7 +73,7 @@ def prepare(
     if use_triton(device):
         from weightsync.kernels.digest_triton import TritonDigest
 
-        return TritonDigest(regions, rows, kinds, beside)
+        return TritonDigest(regions, rows, kinds)
     return ReferenceDigest(regions, rows, kinds)
 
 

@@ -87,8 +87,16 @@ class ReferenceDigest:
         pieces = _cut(concatenate([runs.take(~long), runs.take(long).part(0 * head[long], head[long]), tail]))
         self._groups = _grouped(pieces, region, keys, codes)
 
-    def launch(self) -> None:
+    @property
+    def parts(self) -> int:
+        """One: whatever runs beside it has other cores."""
+        return 1
+
+    def launch(self, part: int | None = None) -> None:
         """Nothing to start: the CPU computes in :meth:`result`."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
     def result(self) -> tuple[int, int]:
         """The two sums over the bytes as they are now."""

@@ -11,7 +11,6 @@ are all ones in NaN and infinity, adding the lowest of them carries into the bit
 # Triton's functions are compiled from their source and have types of their own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -41,13 +40,10 @@ SMALL_RUN: Final = 2 * TILE_BYTES
 """Runs below this are chunks only; they need not hold a whole tile."""
 OPTIONS: Final = {"num_warps": 4, "maxnreg": 80}
 """At 80 registers six programs share a multiprocessor, at the 96 that the compiler would take five: 2 % slower."""
-
-
-SLICE_ITEMS: Final = 4096
-"""Of a digest beside an engine that steps: 1 GiB and more, which an H100 reads in 0.4 ms …"""
-PAUSE_SECONDS: Final = 0.001
-"""… and so long nothing between two. Hopper's GEMM and attention kernels take whole multiprocessors: all programs for
-15 GB, launched at once, held the next step up for 5 ms, and half as many, which stayed until the end, for 20 ms."""
+PART_ITEMS: Final = 4096
+"""1 GiB and more, which an H100 reads in 0.4 ms. Hopper's GEMM and attention kernels take whole multiprocessors: all
+programs for 15 GB, launched at once, held the next step up for 5 ms, and half as many, which stayed until the end, for
+20 ms."""
 
 
 @triton.jit
@@ -255,13 +251,12 @@ def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table, beside: bool) -> None:
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table) -> None:
         """``regions``, ``table`` and ``codes`` as checked by ``prepare``. Items are uploaded here."""
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
         items = digest_items([region.data_ptr() for region in regions], table, codes)
         self._items = torch.from_numpy(items).to(self._device)
-        self._beside = beside
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
         self._look = bool((codes != UNSEEN).any())
@@ -269,20 +264,28 @@ class TritonDigest:
         self._sums = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._done = StreamMark(self._device)
 
-    def launch(self) -> None:
-        """Start on the current stream."""
-        self._sums.zero_()
-        self._launch(self._items)
+    @property
+    def parts(self) -> int:
+        """That it can be launched in; at least one."""
+        return max(1, -(-len(self._items) // PART_ITEMS))
 
-    def _launch(self, items: torch.Tensor) -> None:
+    def launch(self, part: int | None = None) -> None:
+        """Start on the current stream: everything, or one part."""
+        items = self._items if part is None else self._items[part * PART_ITEMS : (part + 1) * PART_ITEMS]
         with on_device(self._device):
+            if not part:
+                self._sums.zero_()
             if len(items):
                 _digest_kernel[(len(items),)](items, self._weights, self._sums, LOOK=self._look, **OPTIONS)
             self._done.mark()
 
-    def result(self) -> tuple[int, int]:
-        """The sums of the last launch; waits for the device."""
+    def wait(self) -> None:
+        """Until what was launched is done."""
         self._done.wait()
+
+    def result(self) -> tuple[int, int]:
+        """The sums of what was launched; waits for the device."""
+        self.wait()
         low, high, beyond = self._sums.tolist()
         self._finite = not beyond
         return low & ((1 << 64) - 1), high & ((1 << 64) - 1)
@@ -292,16 +295,8 @@ class TritonDigest:
         return self._finite
 
     def __call__(self) -> tuple[int, int]:
-        """``launch`` and ``result``; beside an engine slice by slice."""
-        if not self._beside:
-            self.launch()
-            return self.result()
-        self._sums.zero_()
-        for number, items in enumerate(self._items.split(SLICE_ITEMS)):
-            if number:
-                self._done.wait()
-                time.sleep(PAUSE_SECONDS)
-            self._launch(items)
+        """``launch`` and ``result``."""
+        self.launch()
         return self.result()
 
 

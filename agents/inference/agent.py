@@ -105,7 +105,7 @@ class InferenceAgent:
         self._weights = LiveWeights(model, device, arenas, landing.lands, boundary, landing.why)
         self._holdings = Holdings()
         self._windows = Windows(self._holdings, self._abandoned, self._deaf)
-        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device))
+        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device), Quiet(device))
         self._lending = Lending(self._weights, self._holdings)
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None
@@ -194,6 +194,7 @@ class InferenceAgent:
         self._drain(info.deadline_seconds)  # before the look at the experts, which it may have caught half moved
         if self._weights.follow_experts():
             # The plan's targets hold other experts now, so it must be made anew before any byte is granted.
+            self._shadow.forget()
             agent.post(agent.announce)
             raise UpdateFailed(REBALANCED)
         left = round(max(0.0, info.deadline_seconds - (time.monotonic() - began)), 3)  # as people read it
@@ -262,9 +263,13 @@ class InferenceAgent:
             return f"the round's epoch is {epoch}, and this worker obeys a daemon of epoch {agent.epoch}"
         return ""
 
-    def _tell(self, word: RoundWord) -> None:
+    def _tell(self, word: RoundWord | Holding) -> None:
         agent = self._agent
         assert agent is not None, "words are answers"
+        if isinstance(word, Holding):
+            with contextlib.suppress(RuntimeError):  # its loop has ended; whoever follows it says it with its Hello
+                agent.post(lambda: agent.send(Holding(status=self.status)))
+            return
         try:
             agent.post(lambda: agent.say_once(self._as_it_is(word)))
         except RuntimeError:  # its loop has ended; whoever follows it says what it kept
@@ -302,10 +307,7 @@ class InferenceAgent:
             log.exception("the weights cannot be looked at after a call from outside")
         log.error("a call from outside has changed the weights of %s; they count as torn", self.status.applied)
         self._holdings.tear(True)
-        agent = self._agent
-        assert agent is not None, "only what a daemon has committed may run"
-        with contextlib.suppress(RuntimeError):  # its loop has ended; whoever follows it says it with its Hello
-            agent.post(lambda: agent.send(Holding(status=self.status)))
+        self._tell(Holding(status=self.status))
 
     def _deaf(self) -> str:
         return NOBODY if self._agent is None else self._agent.ended

@@ -18,8 +18,7 @@ class Holdings:
     @property
     def may_run(self) -> bool:
         """Live memory holds one whole committed version."""
-        status = self.status
-        return status.applied is not None and not status.torn and status.window is None
+        return self.status.whole is not None
 
     def hold(self, held: bool, reason: str) -> EngineStatus:
         """Refuse that the engine is resumed, or refuse it no longer; the status then."""

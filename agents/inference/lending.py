@@ -179,7 +179,7 @@ class Lending:
         if self._read:
             by = f"this rank has {status.standby or 'nothing'} in its standby, not {grant.version}"
             return by if status.standby != grant.version else ""
-        if status.applied != grant.version or status.torn or status.window is not None:
+        if status.whole != grant.version:
             torn = ", torn" if status.torn else ""
             return f"this rank holds {status.applied or 'no version'}{torn}, not {grant.version}"
         return ""

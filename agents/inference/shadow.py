@@ -1,10 +1,14 @@
 """A worker that serves while the next version lands beside its weights.
 
 The agent's thread hears the daemon's words about what lands (Expose, Verify, Abort). What takes long (the digest of
-what has landed, and that of live memory after a switch) runs on a thread of low priority, one thing at a time. The
-worker's main thread switches, inside one call of its engine between two steps: from then on it computes with the new
-weights, and what they hold is audited while it does. Until the audit agrees the status tells of the version before, so
-nobody takes the switch for done; if it does not agree, live memory counts as torn and nothing runs on it any more.
+what has landed, and that of live memory after a switch) runs on threads of low priority. The worker's main thread
+switches, inside one call of its engine between two steps: from then on it computes with the new weights, and what they
+hold is audited while it does.
+
+What was copied may be anything, so until a digest of all of it agrees the status tells of the version before, and
+nobody takes the switch for done. Where pages were exchanged, whose bytes were digested before, samples of every page
+tell whether they are there; the digest follows when the switch is done, as slowly as the engine likes. If one of them
+does not agree, live memory counts as torn and nothing runs on it any more.
 """
 
 import logging
@@ -14,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from weightsync.agents.errors import blame
+from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.window import UpdateFailed
@@ -24,6 +28,7 @@ from weightsync.orchestrator.protocol.messages import (
     Expose,
     Exposed,
     Fault,
+    Holding,
     Left,
     RoundOrder,
     RoundWord,
@@ -42,6 +47,10 @@ ASKING_ROUNDS: Final = 16
 """Rounds that ask for the same switch; each is answered. A daemon asks under another name only after a restart."""
 
 
+class Superseded(AgentError):
+    """Other weights are served than those that were being audited. Nothing to be done."""
+
+
 class Landed(Protocol):
     """What has arrived beside live memory, and live memory."""
 
@@ -51,7 +60,7 @@ class Landed(Protocol):
 
     @property
     def swaps(self) -> bool:
-        """Whether what was served before is in standby after ``take``."""
+        """Whether ``take`` exchanges pages: what was served before is in standby after it."""
 
     def landed(self, version: Version) -> Digest:
         """Of what has arrived, over the whole layout; on the thread beside.
@@ -63,13 +72,21 @@ class Landed(Protocol):
     def take(self, version: Version) -> None:
         """``version``, which has landed, becomes live, and what is derived from it; on the worker's main thread."""
 
-    def digest(self) -> Digest:
-        """Of live memory over the whole layout; on the thread beside."""
+    def shown(self) -> bool:
+        """Whether live memory is what was exchanged for it, by samples of each page: quick; on the thread beside.
+        Only of one that ``swaps``."""
+
+    def audit(self) -> Digest:
+        """Of live memory over the whole layout, leaving the device to batches again and again.
+
+        Raises:
+            Superseded: only of one that ``swaps``: it was changed meanwhile, rightly.
+        """
 
 
 @dataclass(slots=True)
 class _Taken:
-    """The last one. ``right``: what the audit found; None while it is under way. ``before``: what was served, and its
+    """The last one. ``right``: what the audit found; None while nothing is known. ``before``: what was served, and its
     digest; None where no switch brought it."""
 
     version: Version
@@ -89,6 +106,7 @@ class ShadowRounds:
         weights: live memory, and what lands beside it.
         tell: says a word to the daemon; callable on any thread.
         beside: runs one thing after the other on a thread that disturbs the main thread little.
+        later: likewise, what nobody waits for, on a thread of its own.
         clock: monotonic seconds.
     """
 
@@ -96,14 +114,15 @@ class ShadowRounds:
         self,
         holdings: Holdings,
         weights: Landed,
-        tell: Callable[[RoundWord], None],
+        tell: Callable[[RoundWord | Holding], None],
         beside: Callable[[Callable[[], None]], object],
+        later: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._holdings = holdings
         self._weights = weights
         self._tell = tell
-        self._beside = beside
+        self._beside, self._later = beside, later
         self._clock = clock
         self._lock = holdings.lock
         self._landing: RoundName | None = None
@@ -201,26 +220,41 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
-        began, found, why = self._clock(), None, ""
-        fault: Fault = ""
+        if not self._weights.swaps:
+            self._look(switch, lambda: self._weights.audit() == switch.digest)
+            return
+        self._look(switch, self._weights.shown)
+        if switch.right:
+            self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
+
+    def _look(self, switch: _Taken, agrees: Callable[[], bool]) -> None:
+        """Whether live memory is what ``switch`` made it. The first look is told as Left; after it only what tears."""
+        began, right, why = self._clock(), False, "it differs"
+        fault: Fault = "engine"
         retry = True
         try:
-            found = self._weights.digest()
+            right = agrees()
+        except Superseded:
+            return
         except Exception as error:
-            log.exception("%s cannot be audited", switch.version)
             (fault, retry), why = blame(error, "engine"), repr(error)
+            log.exception("%s cannot be audited", switch.version)
+        words: list[RoundWord | Holding] = []
         with self._lock:
             if self._last is not switch:
                 return  # another one has changed live memory since, and has an audit of its own
-            switch.audit_seconds = self._clock() - began
-            switch.right = found == switch.digest
-            if switch.right:
-                self._agreed(switch)
-            else:
-                fault = fault or "engine"
-                log.error("%s: live memory is not what was verified (%s); torn", switch.version, why or "digest")
+            first, switch.right = switch.right is None, right
+            if not right:
+                log.error("%s: live memory is not what was verified (%s); torn", switch.version, why)
                 self._tear()
-            words = [self._left(name, switch, fault, retry) for name in switch.rounds]
+            if first:
+                switch.audit_seconds = self._clock() - began
+                if right:
+                    self._agreed(switch)
+                    fault = ""
+                words += [self._left(name, switch, fault, retry) for name in switch.rounds]
+            elif not right:
+                words.append(Holding(status=self._holdings.status))
         for word in words:
             self._tell(word)
 

@@ -1,5 +1,7 @@
 """The weights of one inference rank as a round sees them: live memory, what lands beside it, and how bytes come in."""
 
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -8,8 +10,10 @@ import msgspec
 import torch
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import LiveModel, PagedModel
+from weightsync.agents.inference.samples import Samples
+from weightsync.agents.inference.shadow import Superseded
 from weightsync.agents.memory.arena import arena, region_of
-from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.errors import FlipFailed, MemoryPlacementError
 from weightsync.agents.memory.quarantine import quarantine, room, spare
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
@@ -24,6 +28,11 @@ from weightsync.orchestrator.protocol.limits import MAX_LANDS_CHARS
 from weightsync.orchestrator.protocol.messages import Connect, Fault
 from weightsync.orchestrator.protocol.names import Digest, Member, Version
 from weightsync.orchestrator.protocol.text import clean
+
+COPY_PAUSE_SECONDS: Final = 0.001
+"""Between two parts of an audit that the round waits for: a step of the engine comes in between."""
+FLIP_PAUSE_SECONDS: Final = 0.004
+"""And of one that nobody waits for: no step meets two of them."""
 
 READ_IN_PLACE: Final = "by this transport versions are read into the weights of a paused engine"
 
@@ -52,8 +61,8 @@ class LiveWeights:
     """One per worker, for as long as it lives; ``inference.shadow.Landed`` of it.
 
     Made on the worker's main thread, and so are the calls of ``arrive``, ``take`` and ``follow_experts``. The agent's
-    thread calls ``open`` and ``connect``, reads ``layout`` and uses ``receivers``; a thread beside calls ``landed``.
-    ``digest`` is called by one thread at a time.
+    thread calls ``open`` and ``connect``, reads ``layout`` and uses ``receivers``; a thread beside calls ``landed`` and
+    ``shown``, and it or another one ``audit``.
 
     Args:
         model: the live weights; a PagedModel where it ``lands`` by ``flip``.
@@ -88,7 +97,12 @@ class LiveWeights:
         self.bytes: int
         self._known: _Arrival | None
         self._arrival: _Arrival | None
-        self._standby_digest: PreparedDigest | None
+        self._standby_means: tuple[PreparedDigest, Samples] | None
+        self._digesting = threading.Lock()
+        """By who uses ``_digest``."""
+        self._changing = threading.Lock()
+        """By who exchanges pages, and who launches what reads served ones meanwhile."""
+        self._flips = 0
         self._adopt(model)
 
     def standby(self, landed: str) -> tuple[Layout, Sequence[torch.Tensor]]:
@@ -171,7 +185,8 @@ class LiveWeights:
 
     def digest(self) -> Digest:
         """Of the live memory over the whole layout. Waits for the device."""
-        return self._digest()
+        with self._digesting:
+            return self._digest()
 
     def digest_anew(self) -> Digest:
         """As ``digest``, by means of its own: also while another thread is inside that one."""
@@ -195,7 +210,10 @@ class LiveWeights:
         """
         if self.swaps:
             self.arrive(version)  # what has not passed the landing is brought to standby, too
-            return self._standby()()
+            standby, samples = self._standby()
+            digest = standby()
+            samples.take()
+            return digest
         self._arrival = None
         arrival = self._landed()
         digest = arrival.digest()
@@ -206,12 +224,48 @@ class LiveWeights:
         """See ``Landed.take``."""
         model = self._model
         if self.swaps and isinstance(model, PagedModel):
-            model.flip()
+            self._flip(model)
             model.refresh()
             return
         assert self._arrival is not None, "only what was digested is taken"
         self._arrival.scatter()
         model.refresh()
+
+    def _flip(self, model: PagedModel) -> None:
+        with self._changing:
+            self._flips += 1
+            try:
+                model.flip()
+            except FlipFailed:
+                self._flips -= 1
+                raise
+        self._standby()[1].exchange()
+
+    def shown(self) -> bool:
+        """See ``Landed.shown``."""
+        return self._standby()[1].agree()
+
+    def audit(self) -> Digest:
+        """See ``Landed.audit``.
+
+        Raises:
+            Superseded: pages were exchanged or experts moved meanwhile.
+        """
+        model, known = self._model, self.layout.expert_map
+        with self._digesting:
+            flips, pause = self._flips, FLIP_PAUSE_SECONDS if self.swaps else COPY_PAUSE_SECONDS
+            for part in range(self._digest.parts):
+                if part:
+                    self._digest.wait()
+                    time.sleep(pause)
+                with self._changing:
+                    if self._flips != flips:
+                        raise Superseded("the weights that were audited are served no more")
+                    self._digest.launch(part)
+            found = self._digest.result()
+        if self.swaps and known and model.rebalanced(known) is not None:
+            raise Superseded("experts have moved since the switch")
+        return found
 
     def _landed(self) -> "_Arrival":
         copies, known = self.receivers.current.landed, self._known
@@ -223,11 +277,12 @@ class LiveWeights:
             self._known = known = _Arrival(copies, prepare_digest(self._tensors, table), scatter)
         return known
 
-    def _standby(self) -> PreparedDigest:
-        if self._standby_digest is None:
-            table = digest_table(self.layout.matrix(), self.layout)
-            self._standby_digest = prepare_digest(self._written(), table)
-        return self._standby_digest
+    def _standby(self) -> tuple[PreparedDigest, Samples]:
+        """Means to digest standby, and to tell it from what is served."""
+        if self._standby_means is None:
+            table, written = digest_table(self.layout.matrix(), self.layout), self._written()
+            self._standby_means = prepare_digest(written, table), Samples(self._tensors, written, table)
+        return self._standby_means
 
     # ------------------------------------------------------------------------------------------------------ internals
     def follow_experts(self) -> bool:
@@ -249,8 +304,8 @@ class LiveWeights:
         )
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
-        self._digest = prepare_digest(self._tensors, table, beside=self._lands != "live")
-        self._known = self._arrival = self._standby_digest = None
+        self._digest = prepare_digest(self._tensors, table)
+        self._known = self._arrival = self._standby_means = None
         self.bytes = table_bytes(table)
 
     def _written(self) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,7 @@ def _resume_is_safe(fleet: Fleet, command: CallEngine) -> None:
     processes = tuple((agent.member.rank, agent.hello.incarnation) for agent in said)
     if not said or processes != command.ranks or len(said) != said[0].hello.world:
         raise InvariantViolation(f"S1: resume of {command.engine} means {command.ranks}, known are {processes}")
-    versions = {None if a.status.torn or a.status.window else a.status.applied for a in said}
+    versions = {agent.status.whole for agent in said}
     if len(versions) != 1 or not versions <= {fleet.memory.committed, decided} - {None}:
         raise InvariantViolation(
             f"S1: resume of {command.engine}, whose ranks hold {versions} (committed {fleet.memory.committed}, "
@@ -156,5 +156,5 @@ def _commit_is_verified(fleet: Fleet, current: Round | None, version: Version) -
         left = current.left.get(member)
         if not _is_verified(current, member):
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} is not verified")
-        if left is None or left.applied != version or left.torn:
+        if left is None or left.whole != version:
             raise InvariantViolation(f"S4: COMMITTED of {version}, but {member} has not confirmed it")

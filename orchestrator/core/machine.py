@@ -212,7 +212,7 @@ def _said(turn: Turn, event: AgentSaid) -> None:
             endings.staged_again(turn, message.version, message.restaged)
             endings.tell_trainers(turn, message.version)  # it may have failed while this rank was still converting
         case Quiesced():
-            agent.status = msgspec.structs.replace(agent.status, window=message.round)  # until it says LEFT
+            _status(turn, agent, msgspec.structs.replace(agent.status, window=message.round))  # until it says LEFT
             members.let_out(turn, agent)
         case Left() | Holding():
             _status(turn, agent, message.status)
@@ -238,7 +238,7 @@ def _status(turn: Turn, agent: ConnectedAgent, status: EngineStatus) -> None:
     if agent.member.role == "inference":
         agent.status = status
         turn.fleet.touch(agent.member.engine)
-        rounds.lender_changed(turn, agent)
+        rounds.status_changed(turn, agent)
 
 
 def _call_ended(turn: Turn, event: CallDone | CallFailed) -> None:

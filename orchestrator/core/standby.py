@@ -111,8 +111,7 @@ def has(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
 
 def serves(fleet: Fleet, agent: ConnectedAgent, version: Version) -> bool:
     """Its live memory is ``version``, whole and at rest, and the journal knows the digest of that."""
-    status = agent.status
-    whole = status.applied == version and not status.torn and status.window is None
+    whole = agent.status.whole == version
     return whole and any(known == version for known, _ in fleet.memory.held.get(str(agent.member), ()))
 
 

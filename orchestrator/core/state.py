@@ -328,12 +328,10 @@ class Fleet:
         ranks = self.engines[engine].ranks
         held: Version | None = None
         for agent in ranks.values():
-            status = agent.status
-            if status.torn or status.window or status.applied is None or agent.hello.world != len(ranks):
+            whole = agent.status.whole
+            if whole is None or agent.hello.world != len(ranks) or held not in (None, whole):
                 return None
-            if held is not None and status.applied != held:
-                return None
-            held = status.applied
+            held = whole
         return held
 
     def mixed(self, engine: str) -> bool:

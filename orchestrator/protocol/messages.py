@@ -35,8 +35,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
 
     ``open_rounds``: of grants without their final Closed, oldest first; one with a peer that hangs outlives its round.
     ``restaged``: as in Staged. ``follows_needs``: its slots are made from the engines' Needs; it announces no layout
-    before it has been told them.
-    """
+    before it has been told them."""
 
     staged: Version | None = None
     open_rounds: OpenRounds = ()
@@ -53,8 +52,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
     ``held``: the daemon said Hold; the worker refuses to be resumed until it is told otherwise.
     ``standby``: a whole version beside live memory, with the digest that was told of it when it was verified: one that
     landed and is not switched to, or, in ``flip``, the one before. ``torn`` does not concern it.
-    ``lending``: in Hello, the grants by which it lends what it serves and that it has not closed.
-    """
+    ``lending``: in Hello, the grants by which it lends what it serves and that it has not closed."""
 
     applied: Version | None = None
     window: RoundName | None = None
@@ -63,6 +61,11 @@ class EngineStatus(msgspec.Struct, frozen=True):
     standby: Version | None = None
     standby_digest: Digest = NO_BYTES
     lending: OpenRounds = ()
+
+    @property
+    def whole(self) -> Version | None:
+        """The version that may be computed with: live memory is all of it, and no round changes that now."""
+        return None if self.torn or self.window is not None else self.applied
 
 
 class Announce(Message, frozen=True, kw_only=True):
@@ -128,8 +131,7 @@ class Closed(Message, frozen=True, kw_only=True):
 
     A writer may say it several times, each time with all peers that it is done with. ``final``: it is done with every
     peer, those that it does not name included, and nothing is written after it. With ``error``: nothing more was
-    posted, ``fault`` says whose fault that is, ``retry`` whether another attempt at this version may succeed.
-    """
+    posted, ``fault`` says whose fault that is, ``retry`` whether another attempt at this version may succeed."""
 
     round: RoundName
     peers: Annotated[tuple[PeerTransfer, ...], msgspec.Meta(max_length=MAX_WORLD)] = ()
@@ -144,8 +146,7 @@ class Verified(Message, frozen=True, kw_only=True):
     """Digest over this rank's whole layout of what has arrived.
 
     In ``live`` of live memory, taken after scatter and refresh of derived tensors; else of its standby.
-    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed.
-    """
+    With ``error`` there is none: ``fault`` says whose it is, ``retry`` whether another attempt may succeed."""
 
     round: RoundName
     digest: Digest
@@ -161,10 +162,10 @@ class Verified(Message, frozen=True, kw_only=True):
 class Left(Message, frozen=True, kw_only=True):
     """The round has ended in this worker; its status is now ``status``.
 
-    In ``live`` the update call has. In ``copy`` and ``flip`` it has switched, and its live memory has the digest that
-    it told of the standby; or it has dropped what had landed. When it ended by itself, before Commit, Abort or a
-    switch: ``fault`` says why, ``retry`` whether another attempt may succeed.
-    ``switch_seconds``: how long the switch kept its main thread. ``audit_seconds``: of that digest, beside serving."""
+    In ``live`` the update call has. In ``copy`` and ``flip`` it has switched, and its live memory was looked at since:
+    it is what was told of the standby; or it has dropped what had landed. When it ended by itself, before Commit, Abort
+    or a switch: ``fault`` says why, ``retry`` whether another attempt may succeed.
+    ``switch_seconds``: how long the switch kept its main thread. ``audit_seconds``: of that look, beside serving."""
 
     round: RoundName
     status: EngineStatus
@@ -175,7 +176,7 @@ class Left(Message, frozen=True, kw_only=True):
 
 
 class Holding(Message, frozen=True, kw_only=True):
-    """The answer to Hold: this worker's status now."""
+    """This worker's status now: the answer to Hold, and what it says by itself when that changes between rounds."""
 
     status: EngineStatus
 
@@ -186,8 +187,7 @@ class Hello(Message, frozen=True, kw_only=True):
     ``epoch_seen``, ``journal_id`` and ``life_seen`` are the last daemon's that this agent obeyed. ``boot``: of the
     host, drawn anew by its kernel at each start. ``release``: of this project, in that process.
     After Welcome the agent repeats its words of its last round (Quiesced, Closed, Verified, Left), since the connection
-    before may have lost them.
-    """
+    before may have lost them."""
 
     schema: Count
     run_id: Name

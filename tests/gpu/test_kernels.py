@@ -224,8 +224,10 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     table = arena_table(1 << 22, 3)
     digest([region], table)
     whole = np.array([[region.numel(), 0, 0, digest_module.tensor_key("x"), 0, *[1, 0, 0] * 3]])
-    digest_module.prepare([region], whole, beside=True)()
-    digest_module.prepare([region], table, beside=True)()
+    for parts in (digest_module.prepare([region], whole), digest_module.prepare([region], table)):
+        for part in range(parts.parts):
+            parts.launch(part)
+        parts.result()
     for name in ELEMENTS:
         digest_module.prepare([region], whole, np.array([CODES[name]]))()
     table[:, 3:5] = 0, 0

@@ -107,15 +107,15 @@ LENDING: Final = (
     Mutant(
         "an engine lends what it does not serve",
         _STANDBY,
-        "    whole = status.applied == version and not status.torn and status.window is None\n",
-        "    whole = not status.torn and status.window is None\n",
+        "    whole = agent.status.whole == version\n",
+        "    whole = agent.status.whole is not None\n",
         _TESTS,
     ),
     Mutant(
         "a torn engine lends",
         _STANDBY,
-        "    whole = status.applied == version and not status.torn and status.window is None\n",
-        "    whole = status.applied == version and status.window is None\n",
+        "    whole = agent.status.whole == version\n",
+        "    whole = agent.status.applied == version and agent.status.window is None\n",
         _TESTS,
     ),
     Mutant(
@@ -149,7 +149,7 @@ LENDING: Final = (
     Mutant(
         "a lender that changes meanwhile goes on lending",
         "core/machine.py",
-        "        rounds.lender_changed(turn, agent)\n",
+        "        rounds.status_changed(turn, agent)\n",
         "",
         _TESTS,
     ),

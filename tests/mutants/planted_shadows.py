@@ -27,6 +27,12 @@ SHADOWS: Final = (
         "    return current.engines[engine].call_over\n",
     ),
     Mutant(
+        "a worker that is torn after its switch is resumed",
+        _REPORTS,
+        "        if agent.status.whole != current.version:\n",
+        "        if False:\n",
+    ),
+    Mutant(
         "a standby is remembered after it was exposed",
         _REPORTS,
         "                _stands_by(turn, current, member, None, NO_BYTES)\n",

@@ -222,11 +222,11 @@ def _ill(world: World) -> None:
         make_ill(world, server.name, what)
 
 
-WORKERS_ILLNESSES: Final = ("digest", "silent", "switch", "audit", "audit hangs")
+WORKERS_ILLNESSES: Final = ("digest", "silent", "switch", "audit", "audit hangs", "late audit")
 
 ILLNESSES: Final = (
     "digest", "silent", "pause 500", "pause hangs", "update 500", "update hangs", "finish 500", "finish hangs",
-    "resume 500", "resume hangs", "switch 500", "switch hangs", "switch", "audit", "audit hangs",
+    "resume 500", "resume hangs", "switch 500", "switch hangs", "switch", "audit", "audit hangs", "late audit",
 )  # fmt: skip
 
 

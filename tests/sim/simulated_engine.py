@@ -66,7 +66,8 @@ class Worker(Lender):
         self.window: RoundName | None = None
         self.lands = "live"
         self.ill = ""
-        """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``: these fail."""
+        """``digest``: it says a wrong one; ``silent``: it never answers Verify; ``switch``, ``audit``, ``late
+        audit``: these fail."""
         self.renew()
         self._connect: Connect | None = None
         self.relayed: Connect | None = None

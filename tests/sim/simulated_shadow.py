@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SPARES: Final = 100
 """Of a worker: more than a story takes."""
 
+AUDIT_SECONDS: Final = 0.02
+"""Of pages that were exchanged, when the switch is told and nobody waits."""
+
 
 class ShadowWorker(Worker):
     """One rank of an engine. ``memory`` is live memory, which nothing remote reaches.
@@ -211,3 +214,12 @@ class ShadowWorker(Worker):
                 self.standby, self.standby_digest = before if keeps else (None, NO_BYTES)
         for name in self._switches:
             self.say_once(Left(round=name, status=self.status, switch_seconds=0.001, audit_seconds=0.001))
+        if self.lands == "flip" and not self.torn:
+            self.later(AUDIT_SECONDS, lambda: self._audited_whole(audit))
+
+    def _audited_whole(self, audit: int) -> None:
+        """Of pages all is looked at when nobody waits for it any more."""
+        if audit == self._audits and self.ill == "late audit":
+            self.torn = True
+            self.standby, self.standby_digest = None, NO_BYTES
+            self.say(Holding(status=self.status))

@@ -10,11 +10,12 @@ from world import World
 BAD = "e2"
 LIVE_ONLY = {"update 500", "update hangs", "finish 500", "finish hangs", "pause 500", "pause hangs"}
 SHADOW_ONLY = {"switch 500", "switch hangs", "switch", "audit", "audit hangs"}
+FLIP_ONLY = {"late audit"}
 ILL = [
     (mode, illness)
     for mode in ("live", "copy", "flip")
     for illness in ILLNESSES
-    if illness not in (SHADOW_ONLY if mode == "live" else LIVE_ONLY)
+    if illness not in (SHADOW_ONLY if mode == "live" else LIVE_ONLY) and (mode == "flip" or illness not in FLIP_ONLY)
 ]
 GOOD_COMMITS = 10
 """Within half a minute, in which a healthy fleet makes thirty and more."""

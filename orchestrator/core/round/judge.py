@@ -125,9 +125,10 @@ def verified(fleet: Fleet, current: Round, member: Member) -> Verdict:
 def left(fleet: Fleet, current: Round, member: Member) -> Verdict:
     """A worker that was let out with the version must hold it."""
     status = current.left.get(member)
-    if status is None or (status.applied == current.version and not status.torn):
+    if status is None or status.whole == current.version:
         return FINE
-    held = f"holding {status.applied or 'no version'}{', torn' if status.torn else ''}"
+    inside = ", inside of a round" if status.window is not None else ""
+    held = f"holding {status.applied or 'no version'}{', torn' if status.torn else ''}{inside}"
     return _of(member, Trouble(f"{member} left the round {held}, not {current.version}", "engine"))
 
 

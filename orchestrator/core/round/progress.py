@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weightsync.orchestrator.core.errors import NO_TROUBLE, Trouble
-from weightsync.orchestrator.core.events import NO_PLAN, PlanFacts
+from weightsync.orchestrator.core.events import NO_PLAN, Call, PlanFacts
 from weightsync.orchestrator.core.round.transitions import Phase
 from weightsync.orchestrator.protocol.edges import PeerTransfer
 from weightsync.orchestrator.protocol.layout import Lands
@@ -57,6 +57,14 @@ class Progress:
     def shadow(self) -> bool:
         """Nothing remote reaches its live memory: a whole version lands beside it."""
         return self.lands != "live"
+
+    def asked(self, call: Call) -> bool:
+        """Whether this round has made ``call``, one of those that it makes."""
+        made = {
+            Call.PAUSE: self.pausing, Call.UPDATE: self.switching, Call.SWITCH: self.switching,
+            Call.FINISH: self.finishing, Call.RESUME: self.resuming,
+        }  # fmt: skip
+        return made[call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from weightsync.orchestrator.core.commands import Drop
 from weightsync.orchestrator.core.errors import NO_TROUBLE, ImpossibleTransition, Trouble
 from weightsync.orchestrator.core.events import AgentSaid, Call, CallDone, CallFailed
 from weightsync.orchestrator.core.round import blame, endings, entry, judge, lending, phases, waits
-from weightsync.orchestrator.core.round.progress import Progress, Round
+from weightsync.orchestrator.core.round.progress import Round
 from weightsync.orchestrator.core.round.transitions import TABLE, Action, Phase, Report
 from weightsync.orchestrator.core.state import ConnectedAgent
 from weightsync.orchestrator.core.turn import Turn
@@ -104,7 +104,7 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     if current is None or not current.has(event.engine) or event.call in (Call.PROBE, Call.ATTACH):
         return
     progress = current.engines[event.engine]
-    if not _asked(progress, event.call):
+    if not progress.asked(event.call):
         return  # by this round: it was for the engine as it is outside of one
     about = About(engine=event.engine)
     if event.call is Call.UPDATE:
@@ -121,14 +121,6 @@ def call_ended(turn: Turn, event: CallDone | CallFailed) -> None:
     elif event.call is Call.SWITCH and waits.all_hold(current, event.engine):
         report, progress.call_over, progress.paused = Report.SWITCHED, True, True  # one that runs may be resumed, too
     handle(turn, current, report, why, about)
-
-
-def _asked(progress: Progress, call: Call) -> bool:
-    asked = {
-        Call.PAUSE: progress.pausing, Call.UPDATE: progress.switching, Call.SWITCH: progress.switching,
-        Call.FINISH: progress.finishing, Call.RESUME: progress.resuming,
-    }  # fmt: skip
-    return asked[call]
 
 
 def _done(turn: Turn, current: Round, event: CallDone) -> Report:
@@ -172,7 +164,7 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
         if current.phase is Phase.SWITCHING and current.has(member.engine):
             _leave_out(turn, current, Trouble(f"{member} was started anew", "engine"), About(engine=member.engine))
             phases.advance(turn, current)
-    elif lender_changed(turn, agent):
+    elif status_changed(turn, agent):
         return
     elif current.phase in (Phase.MARKING, Phase.EXPOSING) and member in current.ranks and current.has(member.engine):
         entry.expose(turn, current, member)
@@ -185,11 +177,18 @@ def agent_returned(turn: Turn, agent: ConnectedAgent) -> None:
         phases.advance(turn, current)  # it may have waited for this writer
 
 
-def lender_changed(turn: Turn, agent: ConnectedAgent) -> bool:
-    """A rank has said what it holds; whether it lends in this round and can end nothing well, since its memory is not
-    whole, or of another version."""
+def status_changed(turn: Turn, agent: ConnectedAgent) -> bool:
+    """A rank has said what it holds; whether its part in this round ends by that: it has left it with the version and
+    holds something else since, or it lends and its memory is not whole any more, or of another version."""
     current, member = turn.fleet.round, agent.member
-    if current is None or not current.lending or member not in current.writing or current.is_done(member):
+    if current is None:
+        return False
+    if current.phase is Phase.SWITCHING and member in current.left and current.has(member.engine):
+        current.left[member] = agent.status
+        if agent.status.whole != current.version:
+            handle(turn, current, Report.LEFT, NO_TROUBLE, About(member, member.engine))
+            return True
+    if not current.lending or member not in current.writing or current.is_done(member):
         return False
     if standby.may_lend(turn.fleet, agent):
         return False

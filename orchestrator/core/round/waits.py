@@ -68,7 +68,7 @@ def applied(current: Round, engine: str) -> bool:
 def all_hold(current: Round, engine: str) -> bool:
     """Every worker of the engine says that it has left with the version, whole."""
     said = (current.left.get(member) for member in current.by_engine[engine])
-    return all(each is not None and each.applied == current.version and not each.torn for each in said)
+    return all(each is not None and each.whole == current.version for each in said)
 
 
 # ------------------------------------------------------------------------------------------------- engines behind them

@@ -180,19 +180,25 @@ def test_long_runs_of_whole_tiles(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("items", [1, 3, 4096])
-def test_beside_an_engine_slices_add_up_to_the_whole(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int
-) -> None:
+def test_parts_add_up_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int) -> None:
     rows = table(*(row(5000, 9000 * n, 9000 * n) for n in range(7)))
     region = random_bytes(60_000, 7, device)
-    beside = digest_module.prepare([region], rows, beside=True)
+    prepared = digest_module.prepare([region], rows)
     if (triton := sys.modules.get("weightsync.kernels.digest_triton")) is not None:
-        monkeypatch.setattr(triton, "SLICE_ITEMS", items)
+        monkeypatch.setattr(triton, "PART_ITEMS", items)
+        assert (prepared.parts > 1) == (items < 4096)
+
+    def in_parts(of: digest_module.PreparedDigest) -> tuple[int, int]:
+        for part in range(of.parts):
+            of.launch(part)
+            of.wait()
+        return of.result()
+
     right = reference([region.cpu()], rows)()
-    assert beside() == beside() == right
+    assert in_parts(prepared) == in_parts(prepared) == prepared() == right
     region[17] ^= 1
-    assert beside() == digest([region], rows) != right
-    assert digest_module.prepare([region], [], beside=True)() == (0, 0)
+    assert in_parts(prepared) == digest([region], rows) != right
+    assert in_parts(digest_module.prepare([region], [])) == (0, 0)
 
 
 def test_prepared_digests_read_the_bytes_of_now(device: torch.device) -> None:

@@ -99,9 +99,11 @@ def test_a_round_is_refused_before_the_worker_stands_still() -> None:
     agent = InferenceAgent(Ranks(), torch.device("cpu"), model(memory, 3, moved.get))
     before = agent._weights.digest()
     agent._agent = thread  # type: ignore[assignment]
+    agent._holdings.keep(Version(1, 1), before)
     with pytest.raises(UpdateFailed, match="rebalanced"):
         agent.update(UPDATE)
     assert thread.posted == [thread.announce]
+    assert agent.status.standby is None, "what waits there was laid out for other experts"
     assert agent.status.window is None
     assert not agent.status.torn
     assert agent._weights.layout.tensors[0].name == "experts.5.weight"

@@ -7,7 +7,7 @@ import pytest
 from weightsync.agents.errors import AgentError
 from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
-from weightsync.agents.inference.shadow import ShadowRounds
+from weightsync.agents.inference.shadow import ShadowRounds, Superseded
 from weightsync.agents.inference.window import UpdateFailed
 from weightsync.agents.memory.errors import FlipFailed, PagesTorn
 from weightsync.orchestrator.protocol.messages import (
@@ -16,6 +16,7 @@ from weightsync.orchestrator.protocol.messages import (
     Expose,
     Exposed,
     Fault,
+    Holding,
     Left,
     Verified,
     Verify,
@@ -37,6 +38,8 @@ class Memory:
         self.arrived: Version | None = None
         self.live: Version | None = None
         self.digests = dict(DIGESTS)
+        self.shows = True
+        self.superseded = False
         self.failure: Exception | None = None
         self.during: Callable[[], None] = lambda: None
 
@@ -52,20 +55,29 @@ class Memory:
             raise self.failure
         self.live, self.arrived = self.arrived, self.live if self.swaps else self.arrived
 
-    def digest(self) -> tuple[int, int]:
+    def shown(self) -> bool:
+        assert self.swaps
+        return self.shows
+
+    def audit(self) -> tuple[int, int]:
         assert self.live is not None
+        if self.superseded:
+            raise Superseded("experts have moved")
         return self.digests[self.live]
 
 
 class Worker:
-    """A worker whose thread beside does what it has to when it is told to."""
+    """A worker whose threads beside do what they have to when they are told to."""
 
     def __init__(self, swaps: bool = False) -> None:
         self.memory, self.holdings = Memory(swaps), Holdings()
         self.said: list[Any] = []
         self.beside: list[Callable[[], None]] = []
+        self.later: list[Callable[[], None]] = []
         self.synchronised = 0
-        self.shadow = ShadowRounds(self.holdings, self.memory, self.said.append, self.beside.append, lambda: 5.0)
+        self.shadow = ShadowRounds(
+            self.holdings, self.memory, self.said.append, self.beside.append, self.later.append, lambda: 5.0
+        )
 
     @property
     def status(self) -> EngineStatus:
@@ -74,6 +86,10 @@ class Worker:
     def computes(self) -> None:
         while self.beside:
             self.beside.pop(0)()
+
+    def audits(self) -> None:
+        while self.later:
+            self.later.pop(0)()
 
     def lands(self, name: RoundName, version: Version) -> None:
         self.shadow.heard(Expose(round=name))
@@ -106,6 +122,7 @@ def serving(version: Version = OLD, swaps: bool = False) -> Worker:
     worker.computes()
     worker.switches(FIRST, version)
     worker.computes()
+    worker.audits()
     worker.words()
     return worker
 
@@ -386,14 +403,79 @@ def test_the_version_before_is_gone_once_something_lands_on_it() -> None:
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=NEW))
 
 
-def test_pages_that_differ_after_a_flip_leave_nothing_in_standby() -> None:
+def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_standby() -> None:
     worker = serving(swaps=True)
     worker.lands(SECOND, NEW)
     worker.computes()
-    worker.memory.digests[NEW] = (0, 0)
+    worker.memory.shows = False
     worker.switches(SECOND, NEW)
     worker.computes()
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=OLD, torn=True), fault="engine")
+    assert worker.later == [], "there is nothing left to audit"
+
+
+def flipped() -> Worker:
+    """A worker that has told of its switch to NEW, which is not audited yet."""
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.switches(SECOND, NEW)
+    worker.computes()
+    whole = EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
+    assert worker.words()[-1] == Left(round=SECOND, status=whole), "pages that show it are enough for that"
+    return worker
+
+
+def test_nobody_waits_for_the_audit_of_a_flip_and_one_that_agrees_says_nothing() -> None:
+    worker = flipped()
+    worker.audits()
+    assert worker.words() == []
+    assert worker.holdings.may_run
+
+
+@pytest.mark.parametrize("failure", [False, True])
+def test_an_audit_of_a_flip_that_differs_tears_and_says_so(failure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = flipped()
+    if failure:
+
+        def lost() -> tuple[int, int]:
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(worker.memory, "audit", lost)
+    worker.memory.digests[NEW] = (0, 0)
+    worker.audits()
+    assert worker.words() == [Holding(status=EngineStatus(applied=NEW, torn=True))]
+    assert not worker.holdings.may_run
+    assert worker.shadow.refusal(order(THIRD, OLD)), "nobody knows any more what is in which pages"
+    monkeypatch.undo()
+    worker.memory.digests = dict(DIGESTS)
+    worker.lands(THIRD, NEW)
+    worker.computes()
+    worker.switches(THIRD, NEW)
+    worker.computes()
+    worker.audits()
+    assert worker.words()[-1] == Left(round=THIRD, status=EngineStatus(applied=NEW))
+    assert worker.holdings.may_run, "what is written anew mends it"
+
+
+def test_an_audit_of_a_flip_that_is_superseded_says_nothing() -> None:
+    worker = flipped()
+    worker.memory.superseded = True
+    worker.audits()
+    assert (worker.words(), worker.holdings.may_run) == ([], True)
+
+
+def test_a_flip_back_during_the_audit_ends_it_and_has_its_own() -> None:
+    worker = flipped()
+    late = worker.later.pop()
+    worker.memory.during = late
+    worker.memory.digests[NEW] = (0, 0)
+    worker.switches(THIRD, OLD)
+    worker.computes()
+    worker.audits()
+    back = EngineStatus(applied=OLD, standby=NEW, standby_digest=(2, 22))
+    assert worker.words() == [Left(round=THIRD, status=back)]
+    assert worker.holdings.may_run
 
 
 def test_a_flip_that_the_driver_refuses_leaves_both_versions_where_they_are() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from msgspec import structs
 from weightsync.agents.inference.calls import LiveModel
+from weightsync.agents.inference.shadow import Superseded
 from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_arenas
 from weightsync.agents.memory import quarantine
 from weightsync.agents.memory.arena import host_arena, region_of
-from weightsync.agents.memory.errors import MemoryPlacementError
+from weightsync.agents.memory.errors import FlipFailed, MemoryPlacementError
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
@@ -265,10 +266,92 @@ def test_pages_are_written_and_digested_in_standby_and_flipped() -> None:
     weights.take(Version(1, 2))
     assert (weights.digest(), weights.landed(Version(1, 1))) == (landed, before)
     assert weights.swaps
+    assert weights.audit() == landed
     assert live.refreshed == 1, "what is derived is made of live memory alone"
     receiver.memory.refresh()
     assert live.refreshed == 1
     assert receiver.story == ["opened", Version(1, 2), Version(1, 1)]
+
+
+def paged(expert_map: str = "", find: Callable[[str], LiveModel | None] = lambda known: None) -> Any:
+    """Two sets of pages, half of whose bytes are padding that no round writes."""
+    plain = model("norm", expert_map, find)
+    rows = np.array([row(0, 0, 2, (0,), (4,), (4,))], dtype="<i8")
+    other = host_arena(16)
+    other.copy_(torch.arange(100, 116, dtype=torch.uint8))
+    layout = structs.replace(plain.layout, tensors=(Tensor("norm", "bfloat16", (4,)),), rows=rows.tobytes())
+    live = Paged(layout, plain.tensors, find, standby_tensors=(other,))
+    weights = LiveWeights(live, CPU, landing_arenas(64, CPU), "flip")
+    weights.open(MEMBER, NixlSettings())
+    return live, weights
+
+
+@pytest.mark.usefixtures("recorder")
+def test_samples_tell_which_of_two_sets_is_served_and_leave_padding_to_the_engine() -> None:
+    live, weights = paged()
+    weights.landed(Version(1, 2))
+    live.tensors[0][0], live.standby_tensors[0][1] = 99, 99  # carried, or the engine's own
+    weights.take(Version(1, 2))
+    assert weights.shown()
+    weights.take(Version(1, 1))
+    assert weights.shown(), "what was served before, which nothing has landed on"
+    live.flip()
+    assert not weights.shown()
+    live.flip()
+    assert weights.shown()
+    live.tensors[0][2] ^= 1
+    assert not weights.shown()
+
+
+@pytest.mark.usefixtures("recorder")
+def test_pages_that_are_exchanged_end_an_audit_and_a_flip_that_failed_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live, weights = paged()
+    weights.landed(Version(1, 2))
+    prepared, launched = weights._digest, []
+
+    class InParts:
+        parts = 3
+
+        def launch(self, part: int) -> None:
+            launched.append(part)
+
+        def wait(self) -> None:
+            between()
+
+        def result(self) -> tuple[int, int]:
+            return prepared()
+
+    def failing() -> None:
+        raise FlipFailed("no")
+
+    def in_vain() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(live, "flip", failing)
+            with pytest.raises(FlipFailed):
+                weights.take(Version(1, 2))
+
+    monkeypatch.setattr(weights, "_digest", InParts())
+    between: Callable[[], None] = in_vain
+    assert weights.audit() == prepared()
+    assert launched == [0, 1, 2]
+    between = lambda: weights.take(Version(1, 2))  # noqa: E731
+    with pytest.raises(Superseded, match="served no more"):
+        weights.audit()
+    assert launched == [0, 1, 2, 0]
+
+
+@pytest.mark.usefixtures("recorder")
+def test_experts_that_moved_since_a_flip_are_no_fault_of_its_pages() -> None:
+    moved: list[LiveModel] = []
+    live, weights = paged("0,1", lambda known: moved[0] if moved else None)
+    weights.landed(Version(1, 2))
+    weights.take(Version(1, 2))
+    weights.audit()
+    moved.append(live)
+    with pytest.raises(Superseded, match="experts"):
+        weights.audit()
 
 
 def test_other_memory_takes_the_place_of_the_landing(beside: tuple[Model, LiveWeights, Any]) -> None:

@@ -178,7 +178,7 @@ async def test_a_whole_version_goes_over_a_transport_of_one_module(
     ranks = {}
     for member, weights_of in live.items():
         holdings = Holdings()
-        shadow = ShadowRounds(holdings, weights_of, thread.say_once, lambda work: work())
+        shadow = ShadowRounds(holdings, weights_of, thread.say_once, lambda work: work(), lambda work: work())
         lending = Lending(weights_of, holdings)
         ranks[member] = InferenceSide(thread, member, weights_of, Windows(holdings), shadow, lending)
     for rank in ranks.values():

@@ -10,7 +10,17 @@ from weightsync.orchestrator.core.events import Call, CallDone, HoldAsked
 from weightsync.orchestrator.core.invariants import commanded
 from weightsync.orchestrator.core.records import Committed, RoundEnded
 from weightsync.orchestrator.core.round.transitions import Phase
-from weightsync.orchestrator.protocol.messages import Abort, Closed, Commit, EngineStatus, Exposed, Hold, Left
+from weightsync.orchestrator.protocol.messages import (
+    Abort,
+    Closed,
+    Commit,
+    EngineStatus,
+    Exposed,
+    Hold,
+    Holding,
+    Left,
+    Quiesced,
+)
 from weightsync.orchestrator.protocol.names import Version
 
 FIRST, SECOND = Version(7, 1), Version(7, 2)
@@ -262,6 +272,32 @@ def test_a_worker_that_does_not_hold_the_version_costs_its_engine_the_place(driv
     fleet.says(rank("e1"), Left(round=fleet.round.name, status=EngineStatus(**{"applied": SECOND, **status})))
     assert "left the round holding" in fleet.round.engines["e1"].left_out
     assert fleet.round.remaining() == ["e0"]
+
+
+@pytest.mark.parametrize("paused", [True, False])
+@pytest.mark.parametrize("how", ["says so", "says it when it is back", "is inside of a round"])
+def test_a_worker_that_holds_the_version_no_more_costs_its_engine_the_place(drive: Any, how: str, paused: bool) -> None:
+    """After it has left with it, and before the others are there; an engine that was paused is not resumed then."""
+    fleet = switching(drive, engines=PAIR)
+    fleet.answers("e1", Call.SWITCH, paused, switch_seconds=0.001)
+    first, second = fleet.ranks_of("e1")
+    whole = EngineStatus(applied=SECOND)
+    fleet.says(first, Left(round=fleet.round.name, status=whole))
+    match how:
+        case "says so":
+            fleet.says(first, Holding(status=EngineStatus(applied=SECOND, torn=True)))
+        case "says it when it is back":
+            fleet.loses(first)
+            fleet.connect(first, EngineStatus(applied=SECOND, torn=True))
+        case _:
+            fleet.says(first, Quiesced(round=fleet.round.name))
+    fleet.says(second, Left(round=fleet.round.name, status=whole))
+    assert "left the round holding" in fleet.round.engines["e1"].left_out
+    assert Call.RESUME not in calls(fleet, "e1")
+    fleet.answers("e0", Call.SWITCH, False)
+    leaves(fleet, "e0")
+    fleet.durable()
+    assert fleet.fleet.memory.committed == SECOND
 
 
 def test_torn_by_its_switch_it_is_written_anew(drive: Any) -> None:
