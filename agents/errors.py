@@ -7,6 +7,7 @@ On the right, the module below ``agents``::
     │   ├── PagesUnavailable         weights that cannot lie in pages of ours
     │   └── StandbyMissing           no memory for a second set of them
     ├── FlipFailed, PagesTorn    sets of pages that did not change places            memory.errors
+    │   └── StandbyLost              … and of which one has no memory any more
     ├── DriverError              a call of the CUDA driver that failed               memory.pages.driver
     ├── NicError                 a GPU without a network port                        memory.nic
     ├── NetDeviceMissing         a network device that the host does not have        memory.nic

@@ -133,7 +133,15 @@ class PagedModel(LiveModel, Protocol):
     def no_flip(self) -> str: ...
 
     def flip(self) -> None:
-        """What is in standby is served and what was served is in standby; the device is idle before and after it."""
+        """What is in standby is served, and what was served is in standby once that has settled; the device is idle
+        before and after it."""
+
+    def settle(self) -> None:
+        """After a flip, before anything uses standby's addresses; callable on another thread, beside batches.
+
+        Raises:
+            StandbyLost: there is no standby any more.
+        """
 
 
 class WeightHolder(Protocol):

@@ -41,7 +41,7 @@ from weightsync.orchestrator.protocol.text import clean
 log = logging.getLogger(__name__)
 
 DEFERRED_WORDS: Final = 16
-"""Heard while the main thread switches, which takes milliseconds; a daemon says one to four about a round."""
+"""Heard during a switch, which takes milliseconds; a daemon says one to four about a round."""
 
 ASKING_ROUNDS: Final = 16
 """Rounds that ask for the same switch; each is answered. A daemon asks under another name only after a restart."""
@@ -71,6 +71,13 @@ class Landed(Protocol):
 
     def take(self, version: Version) -> None:
         """``version``, which has landed, becomes live, and what is derived from it; on the worker's main thread."""
+
+    def settle(self) -> None:
+        """After ``take``, before anything lands again; on the thread beside.
+
+        Raises:
+            AgentError: nothing can land here any more; live memory is whole.
+        """
 
     def shown(self) -> bool:
         """Whether live memory is what was exchanged for it, by samples of each page: quick; on the thread beside.
@@ -129,7 +136,10 @@ class ShadowRounds:
         self._verified: Verified | None = None
         self._verifying = False
         self._switching = False
+        """Until standby is what it is to be, too."""
         self._deferred: deque[RoundOrder] = deque(maxlen=DEFERRED_WORDS)
+        self._lost: Exception | None = None
+        """Why nothing can land any more."""
         self._last: _Taken | None = None
 
     # ------------------------------------------------------------------------------------------- the agent's thread
@@ -154,6 +164,11 @@ class ShadowRounds:
                     pass  # about another round, or Commit, which is said to live workers
 
     def _expose(self, name: RoundName) -> None:
+        if self._lost is not None:
+            log.error("round %s: nothing can land here: %s", name, self._lost)
+            fault, retry = blame(self._lost, "engine")
+            self._tell(Left(round=name, status=self._holdings.status, fault=fault, retry=retry))
+            return
         if name != self._landing:
             self._forget()
             self._landing = name
@@ -171,7 +186,7 @@ class ShadowRounds:
 
     def gives_up(self, copied: bool) -> bool:
         """Nothing lands any more, nor lies in the landing if what lands is ``copied`` from there. False, and nothing is
-        given up, while the main thread switches."""
+        given up, during a switch."""
         with self._lock:
             if self._switching:
                 return False
@@ -220,12 +235,30 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
+        self._settle()
         if not self._weights.swaps:
             self._look(switch, lambda: self._weights.audit() == switch.digest)
             return
         self._look(switch, self._weights.shown)
         if switch.right:
             self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
+
+    def _settle(self) -> None:
+        """What was served comes to its place, and what was heard meanwhile is heard now."""
+        try:
+            self._weights.settle()
+        except Exception as error:
+            log.exception("standby is lost, and nothing can land here any more")
+            self._lost = error
+        finally:
+            self._switched()
+
+    def _switched(self) -> None:
+        with self._lock:
+            self._switching = False
+            deferred, self._deferred = self._deferred, deque(maxlen=DEFERRED_WORDS)
+        for word in deferred:
+            self.heard(word)
 
     def _look(self, switch: _Taken, agrees: Callable[[], bool]) -> None:
         """Whether live memory is what ``switch`` made it. The first look is told as Left; after it only what tears."""
@@ -260,7 +293,7 @@ class ShadowRounds:
 
     def _agreed(self, switch: _Taken) -> None:
         lands, held, because = self._landing, self._holdings.status.held, self._holdings.held_because
-        previous = switch.before if self._weights.swaps and lands is None else None
+        previous = switch.before if self._weights.swaps and lands is None and self._lost is None else None
         self._holdings.committed(switch.version, *(previous or ()))
         if held:  # said since the switch, which had ended any hold before
             self._holdings.hold(True, because)
@@ -323,19 +356,16 @@ class ShadowRounds:
                 fault, retry = blame(error, "engine")
                 word = self._left(order.round, switch, fault, retry)
             self._tell(word)
+            self._switched()
             raise
         else:
             with self._lock:
                 switch.switch_seconds = self._clock() - began
                 self._last, self._landing, self._verified, self._verifying = switch, None, None, False
                 self._holdings.hold(False, "")
+            if not self._weights.swaps:
+                self._switched()
             self._beside(lambda: self._audit(switch))
-        finally:
-            with self._lock:
-                self._switching = False
-                deferred, self._deferred = self._deferred, deque(maxlen=DEFERRED_WORDS)
-            for word_heard in deferred:
-                self.heard(word_heard)
 
     def serves(self, version: Version) -> bool:
         """Whether live memory was switched to ``version`` and to nothing else since."""

@@ -39,15 +39,25 @@ class StandbyPages:
         self._carry = prepare(tuple(tensors), self.tensors, table) if len(table) else None
 
     def flip(self) -> None:
-        """The standby set is served and the other one is standby; again: back. What is derived is to be refreshed then.
+        """The standby set is served, and the other one is standby when ``settle`` was called; again: back. What is
+        derived is to be refreshed then.
 
         Raises:
             FlipFailed: not flipped; what is served is as it was.
             PagesTorn: served addresses have no memory.
         """
+        self.settle()
         if self._carry is not None:
             self._carry()
         self._pages.flip()
+
+    def settle(self) -> None:
+        """After a flip, before anything uses ``tensors``.
+
+        Raises:
+            StandbyLost: they have no memory; what is served is whole.
+        """
+        self._pages.settle()
 
 
 def unwritten(layout: Layout) -> Matrix:

@@ -211,12 +211,11 @@ class LiveWeights:
         if self.swaps:
             self.arrive(version)  # what has not passed the landing is brought to standby, too
             standby, samples = self._standby()
-            digest = standby()
             samples.take()
-            return digest
+            return _in_parts(standby)
         self._arrival = None
         arrival = self._landed()
-        digest = arrival.digest()
+        digest = _in_parts(arrival.digest)
         self._arrival = arrival
         return digest
 
@@ -240,6 +239,13 @@ class LiveWeights:
                 self._flips -= 1
                 raise
         self._standby()[1].exchange()
+
+    def settle(self) -> None:
+        """See ``Landed.settle``."""
+        model = self._model
+        if self.swaps and isinstance(model, PagedModel):
+            with self._changing:
+                model.settle()
 
     def shown(self) -> bool:
         """See ``Landed.shown``."""
@@ -319,6 +325,14 @@ class LiveWeights:
         model = self._model
         refresh = _nothing if self.swaps else model.refresh  # of standby nothing is derived; ``take`` refreshes
         return TargetMemory(self._name, self._device, self.layout, self._written(), refresh, model.load)
+
+
+def _in_parts(digest: PreparedDigest) -> Digest:
+    """One part after the other: between two of them a batch comes in that needs whole multiprocessors."""
+    for part in range(digest.parts):
+        digest.launch(part)
+        digest.wait()
+    return digest.result()
 
 
 def _nothing() -> None:

@@ -24,6 +24,13 @@ class FlipFailed(AgentError):
     retry: bool = True
 
 
+class StandbyLost(FlipFailed):
+    """After a flip the driver refused memory for the other set: nothing can land there, nor be flipped to. Restart the
+    engine when that suits; what it serves is whole."""
+
+    retry: bool = False
+
+
 class PagesTorn(AgentError):
     """The driver refused a flip and the way back, so that served addresses have no memory. Restart the engine."""
 

@@ -129,6 +129,10 @@ class Model:
         live.copy_(standby)
         standby.copy_(before)
 
+    def settle(self) -> None:
+        if self.pages is not None:
+            self.pages.settle()
+
 
 def model(lands: Lands) -> Model:
     rank = row_parallel.target(0, 1, RING_BYTES, lands)

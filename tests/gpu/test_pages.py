@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 BEGIN = """
 import gc, json, torch
-from weightsync.agents.memory.errors import FlipFailed, PagesTorn, PagesUnavailable, StandbyMissing
+from weightsync.agents.memory.errors import FlipFailed, PagesTorn, PagesUnavailable, StandbyLost, StandbyMissing
 from weightsync.agents.memory.pages import paged
 from weightsync.agents.memory.pages.driver import CudaMemory, DriverError
 from weightsync.agents.memory.pages.paged import into_pages
@@ -113,6 +113,8 @@ standby[1].view(torch.bfloat16).view(6144, 4096).copy_(fresh)
 torch.cuda.synchronize()
 unmoved = torch.equal(answer(), old)
 pages.flip()
+compute()  # an engine serves on while standby gets its pages
+pages.settle()
 new = answer()
 expected = torch.mm(x, fresh.t())
 said = dict(unmoved=unmoved, changed=not torch.equal(old, new), new=torch.equal(new, expected), others=torch.equal(served[0], standby[0]))
@@ -183,7 +185,17 @@ memory.calls = 0
 pages.flip()
 calls = memory.calls
 flipped = totals(weights) == ones
+memory.calls, memory.refused = 0, range(1, 2)
+try:
+    pages.settle()
+except StandbyLost as error:
+    lost = str(error)
+lost = dict(text=lost, served=totals(weights) == ones)
+memory.refused = range(0)
+pages.settle()
+lost |= dict(again=totals(standby) == values)
 pages.flip()
+pages.settle()
 kept = []
 for number in range(calls):
     memory.calls, memory.refused = 0, range(number, number + 1)
@@ -196,7 +208,7 @@ try:
     pages.flip()
 except PagesTorn as error:
     torn = str(error)
-print(json.dumps(dict(first=first, left=left, flipped=flipped, calls=calls, kept=kept, torn=torn)))
+print(json.dumps(dict(first=first, left=left, flipped=flipped, calls=calls, kept=kept, torn=torn, lost=lost)))
 """
 
 
@@ -207,6 +219,8 @@ def test_whatever_call_the_driver_refuses_one_set_stays_mapped_whole_or_the_erro
     assert told["flipped"]
     assert told["kept"] == [True] * told["calls"]
     assert "restart the engine" in told["torn"]
+    assert "what is served is whole" in told["lost"].pop("text")
+    assert told["lost"] == {"served": True, "again": True}
 
 
 def test_weights_on_the_host_or_on_two_devices_are_refused() -> None:

@@ -133,6 +133,9 @@ class HostPages:
             live.copy_(standby)
             standby.copy_(kept)
 
+    def settle(self) -> None:
+        """See ``paged.Pages.settle``: all of it was exchanged at once."""
+
     def _trade(self, of: _PageTrade) -> None:
         """All or nothing.
 

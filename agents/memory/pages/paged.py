@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import torch
-from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
+from weightsync.agents.memory.errors import PagesUnavailable, StandbyLost, StandbyMissing
 from weightsync.agents.memory.pages.driver import CudaMemory, DriverError, VirtualMemory
 from weightsync.agents.memory.pages.pool import PageAddresses, Relocation, span_of
-from weightsync.agents.memory.pages.ranges import CHUNK_BYTES, PageRange, flip
+from weightsync.agents.memory.pages.ranges import CHUNK_BYTES, PageRange, PhysicalChunks, flip
 
 MIB: Final = 1 << 20
 
@@ -29,11 +29,19 @@ class Pages(Protocol):
         """
 
     def flip(self) -> None:
-        """What was standby is served, and what was served is standby; again: back. Waits for the device.
+        """What was standby is served, and what was served is standby when ``settle`` was called; again: back. Waits
+        for the device.
 
         Raises:
             FlipFailed: not flipped; what is served is as it was.
             PagesTorn: served addresses have no memory.
+        """
+
+    def settle(self) -> None:
+        """After a flip, before anybody uses standby's addresses; the device may work. Again does nothing.
+
+        Raises:
+            StandbyLost: they have no memory; what is served is whole.
         """
 
 
@@ -51,6 +59,8 @@ class PagedMemory:
     def __init__(self, memory: VirtualMemory, live: PageRange, standby: PageRange) -> None:
         self._memory = memory
         self._live, self._standby = live, standby
+        self._left: PhysicalChunks | None = None
+        """What was served before a flip that has not settled."""
         self.bytes = 2 * standby.size
 
     def covers(self, tensor: torch.Tensor) -> bool:
@@ -69,7 +79,20 @@ class PagedMemory:
 
     def flip(self) -> None:
         """See ``Pages``."""
-        flip(self._memory, self._live, self._standby)
+        self.settle()
+        self._left = flip(self._memory, self._live, self._standby)
+
+    def settle(self) -> None:
+        """See ``Pages``."""
+        if self._left is None:
+            return
+        try:
+            self._standby.show(self._left)
+        except DriverError as error:
+            raise StandbyLost(
+                f"standby has no memory since a flip ({error}); what is served is whole; restart the engine"
+            ) from error
+        self._left = None
 
 
 def into_pages(

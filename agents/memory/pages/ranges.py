@@ -1,4 +1,4 @@
-"""Ranges of addresses, the physical chunks that they mean, and the flip: two ranges exchange their chunks.
+"""Ranges of addresses, the physical chunks that they mean, and the flip: one comes to mean the other's chunks.
 
 Kernels, captured graphs and compiled code keep their addresses and see the other memory from then on.
 """
@@ -119,30 +119,31 @@ class PageRange:
         self._memory.give_back(self.base, self.size)
 
 
-def flip(memory: VirtualMemory, live: PageRange, standby: PageRange) -> None:
-    """Exchange what the two ranges mean, or nothing. Both show chunks of one size; waits until the device is idle.
+def flip(memory: VirtualMemory, live: PageRange, standby: PageRange) -> PhysicalChunks:
+    """Let ``live`` mean what ``standby`` does, or change nothing. Both show chunks of one size; waits until the device
+    is idle.
+
+    Both mean the same memory then, so nobody may use ``standby`` before it shows what is returned: what ``live`` meant.
 
     Raises:
-        FlipFailed: the driver refused, and ``live`` is as it was; so is ``standby``, unless the message says otherwise.
+        FlipFailed: the driver refused; both are as they were.
         PagesTorn: the driver refused the way back too: nobody may use ``live`` any more.
     """
     served, waiting = live.chunks, standby.chunks
     if served is None:
         raise PagesTorn("served addresses were lost in a flip that failed; restart the engine")
-    if waiting is None:
-        raise FlipFailed("standby has no memory since a flip that failed; what is served is whole; restart the engine")
+    assert waiting is not None, "standby shows what was served before"
     memory.synchronise()
     try:
         live.show(waiting)
-        standby.show(served)
     except DriverError as error:
         try:
             live.show(served)
-            standby.show(waiting)
         except DriverError as again:
-            lost = f"flip failed ({error}), and so did the way back ({again})"
-            if live.chunks is served:
-                raise FlipFailed(f"{lost}: standby has no memory; what is served is as it was") from error
             live.chunks = None
-            raise PagesTorn(f"{lost}: served addresses are lost; restart the engine") from error
+            raise PagesTorn(
+                f"flip failed ({error}), and so did the way back ({again}): served addresses are lost; restart the"
+                " engine"
+            ) from error
         raise FlipFailed(f"flip failed: {error}; what is served is as it was") from error
+    return served

@@ -101,6 +101,10 @@ class VllmModel:
         assert self.standby is not None, "only a model with standby tensors is flipped"
         self.standby.flip()
 
+    def settle(self) -> None:
+        assert self.standby is not None, "only a model with standby tensors is flipped"
+        self.standby.settle()
+
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.recorded.load(weights)
 

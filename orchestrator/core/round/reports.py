@@ -73,7 +73,9 @@ def agent_said(turn: Turn, event: AgentSaid) -> None:
             current.left[member] = message.status
             progress = current.engines[member.engine]
             progress.audit_seconds = max(progress.audit_seconds, message.audit_seconds)
-            why = Trouble(f"{member} left the update call by itself", message.fault or "engine", message.retry)
+            why = Trouble(
+                f"{member} left the round by itself (its log says why)", message.fault or "engine", message.retry
+            )
             handle(turn, current, Report.LEFT, why, about)
         case _:
             pass

@@ -83,8 +83,9 @@ def _times(turn: Turn, current: Round) -> dict[str, float]:
     times["audit"] = _longest(engine.audit_seconds for engine in engines)
     times["applying"] = _longest(engine.applied_at - current.switched_at for engine in engines if engine.finishing)
     # Entering and leaving the update call is one HTTP call, too, but its answer waits for the round in between.
-    waits = _longest(engine.http_seconds for engine in engines)
-    times["http"] = waits + times.get("quiescing", 0.0) + times["applying"]
+    live = [engine for engine in engines if engine.finishing and not engine.shadow]
+    leaving = _longest(engine.applied_at - current.switched_at for engine in live)
+    times["http"] = _longest(engine.http_seconds for engine in engines) + times.get("quiescing", 0.0) + leaving
     times["total"] = turn.now - current.began
     times["wire"] = sum(  # what engines write to engines comes after what the trainer writes
         _longest(peer.seconds for writer, peer in _moved(current) if writer.role == role) for role in get_args(Role)

@@ -58,6 +58,8 @@ class Model:
 
     def flip(self) -> None: ...
 
+    def settle(self) -> None: ...
+
 
 def welcome(lends: bool = True) -> Welcome:
     return Welcome(

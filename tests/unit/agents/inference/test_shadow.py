@@ -9,7 +9,7 @@ from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.shadow import ShadowRounds, Superseded
 from weightsync.agents.inference.window import UpdateFailed
-from weightsync.agents.memory.errors import FlipFailed, PagesTorn
+from weightsync.agents.memory.errors import FlipFailed, PagesTorn, StandbyLost
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     EngineStatus,
@@ -40,6 +40,8 @@ class Memory:
         self.digests = dict(DIGESTS)
         self.shows = True
         self.superseded = False
+        self.settled = True
+        self.lost: Exception | None = None
         self.failure: Exception | None = None
         self.during: Callable[[], None] = lambda: None
 
@@ -54,6 +56,12 @@ class Memory:
         if self.failure is not None:
             raise self.failure
         self.live, self.arrived = self.arrived, self.live if self.swaps else self.arrived
+        self.settled = not self.swaps
+
+    def settle(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+        self.settled = True
 
     def shown(self) -> bool:
         assert self.swaps
@@ -394,13 +402,34 @@ def test_the_version_before_waits_after_a_flip_and_comes_back_by_another() -> No
 
 
 def test_the_version_before_is_gone_once_something_lands_on_it() -> None:
+    """Which nothing does before it is in its place."""
     worker = serving(swaps=True)
     worker.lands(SECOND, NEW)
     worker.computes()
+    worker.words()
     worker.switches(SECOND, NEW)
     worker.shadow.heard(Expose(round=THIRD))
+    assert (worker.words(), worker.memory.settled) == ([], False)
+    assert not worker.shadow.gives_up(copied=False)
     worker.computes()
+    assert (worker.said[0], worker.memory.settled) == (Exposed(round=THIRD), True)
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=NEW))
+
+
+@pytest.mark.parametrize("error", [StandbyLost("cuMemMap"), RuntimeError("device lost")])
+def test_what_was_served_may_be_lost_and_then_nothing_lands_any_more(error: Exception) -> None:
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.words()
+    worker.memory.lost = error
+    worker.switches(SECOND, NEW)
+    worker.computes()
+    assert worker.words() == [Left(round=SECOND, status=EngineStatus(applied=NEW))]
+    assert worker.holdings.may_run, "what is served is whole"
+    worker.shadow.heard(Expose(round=THIRD))
+    retry = not isinstance(error, StandbyLost)
+    assert worker.words() == [Left(round=THIRD, status=EngineStatus(applied=NEW), fault="engine", retry=retry)]
 
 
 def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_standby() -> None:

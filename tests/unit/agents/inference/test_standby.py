@@ -64,5 +64,6 @@ def test_a_flip_serves_what_landed_and_keeps_what_the_engine_has_in_between() ->
     assert served.view(4, 16).tolist() == [[2] * 8 + [7] * 8] * 4
     served.view(4, 16)[:, 8:] = 9
     pages.flip()
+    pages.settle()
     assert served.view(4, 16).tolist() == [[1] * 8 + [9] * 8] * 4
     assert torch.equal(pages.tensors[0].view(4, 16)[weights], torch.full((4, 8), 2, dtype=torch.uint8))

@@ -243,12 +243,16 @@ class Paged(Model):
 
     standby_tensors: tuple[torch.Tensor, ...] = ()
     no_flip: str = ""
+    settled: int = 0
 
     def flip(self) -> None:
         for one, other in zip(self.tensors, self.standby_tensors, strict=True):
             kept = one.clone()
             one.copy_(other)
             other.copy_(kept)
+
+    def settle(self) -> None:
+        self.settled += 1
 
 
 @pytest.mark.usefixtures("recorder")
@@ -264,6 +268,9 @@ def test_pages_are_written_and_digested_in_standby_and_flipped() -> None:
     before, landed = weights.digest(), weights.landed(Version(1, 2))
     assert before != landed
     weights.take(Version(1, 2))
+    assert live.settled == 0, "the engine stands still for what it is to serve alone"
+    weights.settle()
+    assert live.settled == 1
     assert (weights.digest(), weights.landed(Version(1, 1))) == (landed, before)
     assert weights.swaps
     assert weights.audit() == landed

@@ -84,6 +84,7 @@ def test_nothing_but_one_call_between_two_steps(drive: Any, mode: str) -> None:
     ended = [record for record in fleet.written() if isinstance(record, RoundEnded)][-1]
     assert (ended.kind, ended.modes, ended.switch_seconds) == ("publish", {"e0": mode}, {"e0": 0.002})
     assert (ended.times["switch"], ended.times["stall"]) == (0.002, 0.002)
+    assert ended.times["http"] == 0.01, "of the one call; nobody is inside of another one meanwhile"
 
 
 def test_an_engine_that_serves_nothing_yet_is_paused_and_resumed(drive: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from dram_pages import PAGE, DramPages
-from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
+from weightsync.agents.memory.errors import PagesUnavailable, StandbyLost, StandbyMissing
 from weightsync.agents.memory.pages import paged
 from weightsync.agents.memory.pages.paged import PagedMemory, into_pages
 from weightsync.agents.memory.pages.pool import PageAddresses
@@ -62,10 +62,39 @@ def test_standby_begins_as_a_copy_and_a_flip_shows_what_was_written_there(model:
     assert [t.unique().tolist() for t in model] == [[1], [2], [3]], "nothing is served of it yet"
     pages.flip()
     assert [t.unique().tolist() for t in model] == [[11], [12], [13]]
+    pages.settle()
     assert [t.unique().tolist() for t in standby] == [[1], [2], [3]]
+    calls = len(memory.calls)
+    pages.settle()
+    assert len(memory.calls) == calls, "again does nothing"
     pages.flip()
     assert [t.unique().tolist() for t in model] == [[1], [2], [3]]
     assert [t.data_ptr() for t in (*model, *standby)] == addresses
+
+
+def test_a_flip_back_settles_the_one_before(model: list[torch.Tensor]) -> None:
+    pages = moved(model, DramPages())
+    (standby,) = pages.standby_of(model[:1])
+    standby.fill_(9)
+    for value in (9, 1, 9):
+        pages.flip()
+        assert model[0].unique().tolist() == [value]
+
+
+def test_standby_that_gets_no_memory_after_a_flip_is_lost_until_the_driver_gives_it(model: list[torch.Tensor]) -> None:
+    memory = DramPages()
+    pages = moved(model, memory)
+    (standby,) = pages.standby_of(model[:1])
+    standby.fill_(9)
+    pages.flip()
+    memory.refuse = lambda number, name: name == "map"
+    for change in (pages.settle, pages.flip):
+        with pytest.raises(StandbyLost, match="what is served is whole; restart the engine"):
+            change()
+        assert model[0].unique().tolist() == [9]
+    memory.refuse = lambda number, name: False
+    pages.settle()
+    assert standby.unique().tolist() == [1]
 
 
 def test_memory_is_accounted_for_to_the_byte(model: list[torch.Tensor]) -> None:

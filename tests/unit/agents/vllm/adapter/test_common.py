@@ -327,6 +327,7 @@ def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.Mon
     assert model.layout.regions == (Region(live.base, 8),)
     assert [tensor.tolist() for tensor in model.standby_tensors] == [[1] * 8]
     model.flip()
+    model.settle()
     assert (served.tolist(), model.standby_tensors[0].tolist()) == ([1] * 8, [0] * 8)
     fresh = model.rebalanced("here")
     assert fresh is not None
