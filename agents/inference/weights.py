@@ -97,7 +97,9 @@ class LiveWeights:
         self.bytes: int
         self._known: _Arrival | None
         self._arrival: _Arrival | None
-        self._standby_means: tuple[PreparedDigest, Samples] | None
+        self._standby_digest: PreparedDigest | None
+        self._both: Samples | None
+        """Of standby and what is served."""
         self._digesting = threading.Lock()
         """By who uses ``_digest``."""
         self._changing = threading.Lock()
@@ -210,9 +212,11 @@ class LiveWeights:
         """
         if self.swaps:
             self.arrive(version)  # what has not passed the landing is brought to standby, too
-            standby, samples = self._standby()
-            samples.take()
-            return _in_parts(standby)
+            found = self.receivers.current.digest()
+            if found is None:
+                found = _in_parts(self._standby())
+            self._samples().take()
+            return found
         self._arrival = None
         arrival = self._landed()
         digest = _in_parts(arrival.digest)
@@ -238,7 +242,7 @@ class LiveWeights:
             except FlipFailed:
                 self._flips -= 1
                 raise
-        self._standby()[1].exchange()
+        self._samples().exchange()
 
     def settle(self) -> None:
         """See ``Landed.settle``."""
@@ -249,7 +253,7 @@ class LiveWeights:
 
     def shown(self) -> bool:
         """See ``Landed.shown``."""
-        return self._standby()[1].agree()
+        return self._samples().agree()
 
     def audit(self) -> Digest:
         """See ``Landed.audit``.
@@ -283,12 +287,17 @@ class LiveWeights:
             self._known = known = _Arrival(copies, prepare_digest(self._tensors, table), scatter)
         return known
 
-    def _standby(self) -> tuple[PreparedDigest, Samples]:
-        """Means to digest standby, and to tell it from what is served."""
-        if self._standby_means is None:
-            table, written = digest_table(self.layout.matrix(), self.layout), self._written()
-            self._standby_means = prepare_digest(written, table), Samples(self._tensors, written, table)
-        return self._standby_means
+    def _standby(self) -> PreparedDigest:
+        if self._standby_digest is None:
+            table = digest_table(self.layout.matrix(), self.layout)
+            self._standby_digest = prepare_digest(self._written(), table)
+        return self._standby_digest
+
+    def _samples(self) -> Samples:
+        if self._both is None:
+            table = digest_table(self.layout.matrix(), self.layout)
+            self._both = Samples(self._tensors, self._written(), table)
+        return self._both
 
     # ------------------------------------------------------------------------------------------------------ internals
     def follow_experts(self) -> bool:
@@ -311,7 +320,7 @@ class LiveWeights:
         self.layout = _with_landing(layout, self._landing)
         table = digest_table(self.layout.matrix(), self.layout)
         self._digest = prepare_digest(self._tensors, table)
-        self._known = self._arrival = self._standby_means = None
+        self._known = self._arrival = self._standby_digest = self._both = None
         self.bytes = table_bytes(table)
 
     def _written(self) -> tuple[torch.Tensor, ...]:

@@ -77,9 +77,15 @@ def runs(copies: Matrix, layout: Layout) -> Matrix:
 
 def copied_bytes(copies: Matrix, layout: Layout) -> int:
     """Bytes that ``copies`` are worth, packed or not; arguments and errors as for ``runs``."""
+    return int(copy_sizes(copies, layout).sum())
+
+
+def copy_sizes(copies: Matrix, layout: Layout) -> Column:
+    """Bytes of each of ``copies``: int64 ``[n]``; arguments and errors as for ``runs``."""
     copies = _checked(copies, COPY_COLUMNS)
     itemsize = _TensorFacts.of(layout).itemsize[_rows_of(copies, layout)[:, ROW_TENSOR]]
-    return int((copies[:, COPY_BOX + 1 : COPY_REMOTE : 2].prod(axis=1) * itemsize).sum())
+    sizes: Column = copies[:, COPY_BOX + 1 : COPY_REMOTE : 2].prod(axis=1) * itemsize
+    return sizes
 
 
 def pack_table(copies: Matrix, layout: Layout) -> Matrix:

@@ -31,7 +31,8 @@ batches, *agent* is the agent's own event loop (``link.thread``).
    c. ``Receiver.begin(round_name, relays)`` and ``end(round_name)`` (agent): around the time in which writers are
       granted; in between, what passes the landing is brought to its rows chunk by chunk.
    d. ``Receiver.arrive(version)`` (main, inside the round): all writers have finished. Afterwards the live memory
-      holds the version, derived tensors included; the digest that follows proves it.
+      holds the version, derived tensors included; the digest that follows proves it. Beside live memory it is on
+      another thread, and ``Receiver.digest()`` may know that digest already.
    e. A rank may be granted the same version again, after a failed attempt.
 
    f. ``Receiver.reopen()`` (agent): bytes of a writer hang on their way. The new ``announcement`` brings a new plan;
@@ -61,7 +62,7 @@ from weightsync.agents.transport.shares import Share
 from weightsync.orchestrator.protocol.edges import LinkKind
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix
 from weightsync.orchestrator.protocol.messages import Connect
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +256,15 @@ class Receiver(Protocol):
         Raises:
             AgentError: the version is not all there. The live memory may be torn.
         """
+
+    def digest(self) -> Digest | None:
+        """Of all that has arrived in the round that has ended, where its rows are, after ``arrive`` and in no other
+        order: as far as it could, it was taken while the rest was on its way. Waits for the device.
+
+        Returns:
+            None: it was not, or the plan in use does not reach each byte of the layout once.
+        """
+        return None
 
     def poll(self) -> None:
         """Let the transport make progress; must not block."""

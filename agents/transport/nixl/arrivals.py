@@ -14,6 +14,7 @@ import torch
 from weightsync.agents.errors import AgentError
 from weightsync.agents.tables.cargo import cut_scattering
 from weightsync.agents.tables.runs import scatter_table
+from weightsync.agents.transport.digesting import CargoDigest, Digester, digest_parts
 from weightsync.agents.transport.nixl.flow import Packing
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.kernels.columns import SRC_OFFSET
@@ -52,12 +53,17 @@ class Inbound:
     endpoint_name: str
     berth: Berth
     scatter: Sequence[PreparedCopy]
+    digest: CargoDigest | None = None
     landed: set[int] = field(default_factory=set)
     scattered: set[int] = field(default_factory=set)
 
 
 def inbound(
-    copies: Matrix, peers: Sequence[Peer], layout: Layout, tensors: Sequence[torch.Tensor]
+    copies: Matrix,
+    peers: Sequence[Peer],
+    layout: Layout,
+    tensors: Sequence[torch.Tensor],
+    digester: Digester | None = None,
 ) -> tuple[Inbound, ...]:
     """The edges of a Connect whose cargo comes chunk by chunk.
 
@@ -65,6 +71,7 @@ def inbound(
         copies: int64 ``[n, COPY_COLUMNS]``, with their places in the cargo.
         peers: of the Connect.
         layout: of this rank; ``tensors`` (uint8) are its regions.
+        digester: digests what is in its rows; None: nobody does before all is.
 
     Raises:
         RunTableError: copies that do not fit the layout.
@@ -73,14 +80,18 @@ def inbound(
     for number, peer in enumerate(peers):
         if peer.berth is None or not peer.berth.passes:
             continue
-        table = scatter_table(copies[copies[:, COPY_PEER] == number], layout)
+        mine = copies[copies[:, COPY_PEER] == number]
+        table = scatter_table(mine, layout)
         cut = cut_scattering(table, peer.berth.chunk_bytes)
         chunks = []
         for chunk in range(peer.berth.chunks):
             rows = cut.of(chunk).copy()
             rows[:, SRC_OFFSET] += peer.berth.place(chunk)
             chunks.append(prepare_copy(tensors, tensors, rows))
-        found.append(Inbound(peer.member, peer.endpoint_name, peer.berth, tuple(chunks)))
+        digest = None
+        if digester is not None:
+            digest = CargoDigest(digest_parts(mine, peer.berth.chunk_bytes, layout, tensors), digester.begin)
+        found.append(Inbound(peer.member, peer.endpoint_name, peer.berth, tuple(chunks), digest))
     return tuple(found)
 
 
@@ -117,6 +128,8 @@ class Arrivals:
         for edge in self._edges.values():
             edge.landed.clear()
             edge.scattered.clear()
+            if edge.digest is not None:
+                edge.digest.begin()
 
     def end(self, round_name: RoundName) -> None:
         """Nothing more of this round is scattered but what has begun."""
@@ -160,6 +173,8 @@ class Arrivals:
                 continue
             if round_name is not None and round_name == self._round:
                 edge.scattered.add(chunk)
+                if edge.digest is not None:
+                    edge.digest.scattered(chunk)
                 self._say(edge, Notice("scattered", round_name, chunk))
         while self._waiting and len(self._copying) < self._at_once:
             edge, chunk = self._waiting.popleft()

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
-from weightsync.agents.tables.runs import scatter_table
+import torch
+from weightsync.agents.tables.runs import digest_table, scatter_table
+from weightsync.agents.transport.digesting import Digester, covers
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
@@ -17,11 +19,13 @@ from weightsync.agents.transport.nixl.flow import Packer, packing_stream
 from weightsync.agents.transport.nixl.notices import Notice
 from weightsync.agents.transport.nixl.open import bind, open_endpoint
 from weightsync.kernels.copy import prepare as prepare_copy
+from weightsync.kernels.digest import PreparedDigest
+from weightsync.kernels.digest import prepare as prepare_digest
 from weightsync.orchestrator.protocol.edges import Peer
 from weightsync.orchestrator.protocol.landing import landed
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS, Layout, Matrix, Region, as_matrix
 from weightsync.orchestrator.protocol.messages import Connect, NixlSettings
-from weightsync.orchestrator.protocol.names import Member, RoundName, Version
+from weightsync.orchestrator.protocol.names import Digest, Member, RoundName, Version, add_digests
 
 NO_COPIES: Final = np.empty((0, COPY_COLUMNS), np.int64)
 
@@ -35,12 +39,14 @@ event loop's shortest wait is a millisecond, whatever it is asked for."""
 
 @dataclass(frozen=True, slots=True)
 class _Inflow:
-    """What comes by one plan: its ``landed``, the way of that to its rows, and edges whose cargo passes."""
+    """What comes by one plan: its ``landed``, the way of that to its rows, and edges whose cargo passes. ``digest``: of
+    what has landed, at its rows; None: of nothing, what passes included."""
 
     fingerprint: str = ""
     landed: Matrix = field(default_factory=lambda: NO_COPIES)
     scatter: Callable[[], None] = lambda: None
     edges: Sequence[Inbound] = ()
+    digest: PreparedDigest | None = None
 
 
 class NixlReceiver(Receiver):
@@ -58,6 +64,7 @@ class NixlReceiver(Receiver):
         self._endpoint: NixlEndpoint | None = None
         self._settings: NixlSettings | None = None
         self._arrivals = Arrivals(Packer(None), self._tell, 1)
+        self._digester = Digester(torch.device("cpu"))
         self._names: dict[Member, str] = {}
         """Of the endpoint of each peer that is told of chunks."""
         self._cards: dict[str, bytes] = {}
@@ -75,6 +82,7 @@ class NixlReceiver(Receiver):
         self._settings = settings
         if device.type == "cuda":
             self._arrivals = Arrivals(Packer(packing_stream(device)), self._tell, AT_ONCE)
+            self._digester = Digester(device)
             self._eager_seconds = EAGER_SECONDS
         self._endpoint = self._new_endpoint(settings)
 
@@ -107,11 +115,14 @@ class NixlReceiver(Receiver):
         copies = landed(loads, berths)
         # Seconds for hundreds of thousands of rows, and the loop has heartbeats to answer.
         table = await asyncio.to_thread(scatter_table, copies, memory.layout)
-        edges = await asyncio.to_thread(inbound, loads, connect.peers, memory.layout, memory.tensors)
+        beside = memory.layout.lands == "flip" and await asyncio.to_thread(covers, loads, memory.layout)
+        digester = self._digester if beside else None
+        edges = await asyncio.to_thread(inbound, loads, connect.peers, memory.layout, memory.tensors, digester)
         if memory is not self._memory:  # experts have moved meanwhile, and another plan follows
             return {}
         scatter = prepare_copy(memory.tensors, memory.tensors, table)
-        self._inflows[connect.relays] = _Inflow(connect.fingerprint, copies, scatter, edges)
+        digest = prepare_digest(memory.tensors, digest_table(copies, memory.layout)) if beside else None
+        self._inflows[connect.relays] = _Inflow(connect.fingerprint, copies, scatter, edges, digest)
         if connect.relays == self._relays:
             self._use(connect.relays)
         return self._reach(connect.peers)
@@ -141,6 +152,12 @@ class NixlReceiver(Receiver):
         self._arrivals.check()
         self._inflows[self._relays].scatter()
         self._memory.refresh()
+
+    def digest(self) -> Digest | None:
+        flow = self._inflows[self._relays]
+        found = [flow.digest() if flow.digest is not None else None]
+        found += [edge.digest.result() if edge.digest is not None else None for edge in flow.edges]
+        return None if None in found else add_digests(*filter(None, found))
 
     def poll(self) -> None:
         if self._endpoint is None:

@@ -361,6 +361,18 @@ def test_experts_that_moved_since_a_flip_are_no_fault_of_its_pages() -> None:
         weights.audit()
 
 
+@pytest.mark.usefixtures("recorder")
+def test_a_digest_that_was_taken_on_the_way_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weights = paged()
+    receiver, whole = weights.receivers.current, weights.landed(Version(1, 2))
+    monkeypatch.setattr(receiver, "digest", lambda: (5, 55))
+    monkeypatch.setattr(weights, "_standby_digest", None)
+    assert weights.landed(Version(1, 2)) == (5, 55) != whole
+    assert weights._standby_digest is None
+    weights.take(Version(1, 2))
+    assert weights.shown()
+
+
 def test_other_memory_takes_the_place_of_the_landing(beside: tuple[Model, LiveWeights, Any]) -> None:
     """And of nothing else: live memory and what is digested of it stay."""
     _, weights, receiver = beside

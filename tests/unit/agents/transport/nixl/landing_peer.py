@@ -2,9 +2,9 @@
 
 Prints one JSON line with its layout, endpoint name and card, and polls until its standard input closes. Each line on it
 is answered by one: ``connect HEX``, ``begin EPOCH NUMBER``, ``end EPOCH NUMBER``, ``arrive`` (with what goes wrong),
-``memory`` (in hex), ``clear``. After ``SIGSTOP N`` or ``SIGKILL N`` it sends that signal to itself when it hears that
-chunk N has landed, before anything is done about it; after ``SEVER N`` it breaks all its TCP connections then. Several
-for one chunk are done in the order in which they came.
+``digest`` (of the receiver, as JSON), ``memory`` (in hex), ``clear``. After ``SIGSTOP N`` or ``SIGKILL N`` it sends
+that signal to itself when it hears that chunk N has landed, before anything is done about it; after ``SEVER N`` it
+breaks all its TCP connections then. Several for one chunk are done in the order in which they came.
 """
 
 import asyncio
@@ -60,6 +60,8 @@ class Process:
                     self.receiver.arrive(Version(1, 1))
                 except AgentError as error:
                     return f"{type(error).__name__}: {error}"
+            case "digest":
+                return json.dumps(self.receiver.digest())
             case "memory":
                 return self.rank.memory[0].numpy().tobytes().hex()
             case "clear":

@@ -1,11 +1,14 @@
 """Cargo that passes a landing of a few KiB, over real NIXL into other processes: places come again dozens of times."""
 
+import json
 import re
 import signal
 
 import pytest
 from landing_fleet import CHUNK, CHUNKS, fleet
-from row_parallel import fill, masters
+from row_parallel import expected, fill, masters
+from weightsync.agents.tables.runs import digest_table
+from weightsync.kernels.digest import digest
 
 __all__ = ["fleet"]
 
@@ -27,6 +30,15 @@ async def test_several_writers_and_readers_version_after_version(fleet, monkeypa
         assert len(ends) == 4
         for peer in two.peers:
             await two.arrived(weights, peer)
+            found = json.loads(await peer.ask("digest"))
+            assert found == (digest_of(peer, weights) if lands == "flip" else None)
+            assert json.loads(await peer.ask("digest")) is None, "what is there afterwards is another question"
+
+
+def digest_of(peer, weights):
+    """As a digest of all of its memory has it."""
+    due = expected(peer.member.rank, 2, weights)
+    return list(digest([due], digest_table(peer.layout.matrix(), peer.layout)))
 
 
 async def test_more_edges_than_places_of_the_ring_share_them(fleet):
@@ -70,6 +82,7 @@ async def test_a_connection_that_breaks_in_mid_write_costs_nobody_the_round(flee
         assert [ends[number, 0].descriptors for number in (0, 1)] == [CHUNKS, CHUNKS]
         for peer in two.peers:
             await two.arrived(weights, peer)
+            assert json.loads(await peer.ask("digest")) == digest_of(peer, weights)
 
 
 async def test_a_connection_that_breaks_is_made_anew_while_another_reader_hangs(fleet, monkeypatch):
