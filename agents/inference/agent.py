@@ -105,7 +105,8 @@ class InferenceAgent:
         self._weights = LiveWeights(model, device, arenas, landing.lands, boundary, landing.why)
         self._holdings = Holdings()
         self._windows = Windows(self._holdings, self._abandoned, self._deaf)
-        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, Quiet(device), Quiet(device))
+        threads = Quiet(device), Quiet(device, waited_for=False)
+        self._shadow = ShadowRounds(self._holdings, self._weights, self._tell, *threads)
         self._lending = Lending(self._weights, self._holdings)
         self._agent: AgentThread[InferenceSide] | None = None
         self._info: InitInfo | None = None

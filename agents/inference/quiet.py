@@ -21,16 +21,19 @@ get, never nothing. One that launches kernels keeps its own: it would hold the i
 class Quiet:
     """The thread; it begins with the first thing to do. Call it with that.
 
-    While it has something to do the process's threads take quick turns: a device computes for it in milliseconds, and
-    an engine whose steps are bound by Python would keep it from the interpreter for 5 ms before and after.
+    While it has something to do that is waited for, the process's threads take quick turns: a device computes for it
+    in milliseconds, and an engine whose steps are bound by Python would keep it from the interpreter for 5 ms before
+    and after.
 
     Args:
         device: on CUDA the thread has a stream of its own, of the lowest priority, so that it never waits in front of
             a batch.
+        waited_for: whether anybody waits for what it does.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, waited_for: bool = True) -> None:
         self._device = device
+        self._turns = quick_turns if waited_for else contextlib.nullcontext
         self._thread = ThreadPoolExecutor(1, "weightsync beside", self._begin)
 
     def __call__(self, work: Callable[[], None]) -> None:
@@ -46,10 +49,9 @@ class Quiet:
             stream: Any = torch.cuda.Stream  # torch has no types for it
             torch.cuda.set_stream(stream(self._device))  # 0, the priority by default, is the lowest
 
-    @staticmethod
-    def _perform(work: Callable[[], None]) -> None:
+    def _perform(self, work: Callable[[], None]) -> None:
         try:
-            with quick_turns():
+            with self._turns():
                 work()
         except Exception:
             log.exception("weightsync: a thread beside the engine failed")

@@ -29,8 +29,10 @@ def test_things_are_done_one_after_the_other_on_a_thread_of_low_priority() -> No
 
 
 @pytest.mark.usefixtures("own_turns")
-def test_whoever_computes_beside_an_engine_waits_for_no_long_turn_of_it() -> None:
-    quiet, done, told, before = Quiet(torch.device("cpu")), threading.Event(), [], sys.getswitchinterval()
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_what_is_waited_for_beside_an_engine_waits_for_no_long_turn_of_it(waited_for: bool) -> None:
+    quiet, done = Quiet(torch.device("cpu"), waited_for=waited_for), threading.Event()
+    told, before = [], sys.getswitchinterval()
 
     def fail() -> None:
         told.append(sys.getswitchinterval())
@@ -41,7 +43,7 @@ def test_whoever_computes_beside_an_engine_waits_for_no_long_turn_of_it() -> Non
     quiet(done.set)
     assert done.wait(20)
     quiet._thread.shutdown()
-    assert told == pytest.approx([SWITCH_SECONDS] * 2, abs=1e-6)
+    assert told == pytest.approx([SWITCH_SECONDS if waited_for else before] * 2, abs=1e-6)
     assert sys.getswitchinterval() == pytest.approx(before, abs=1e-6)
 
 
