@@ -206,7 +206,9 @@ class Engine:
     def switches(self, seed: int) -> None:
         self.weights.take(Version(1, seed))
         self.serves(seed)
-        assert self.weights.digest() == self.found
+        self.weights.settle()
+        assert not self.weights.swaps or self.weights.shown()
+        assert self.weights.audit() == self.found
 
     def serves(self, seed: int) -> None:
         [live] = self.model.tensors
