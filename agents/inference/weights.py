@@ -261,18 +261,18 @@ class LiveWeights:
         Raises:
             Superseded: pages were exchanged or experts moved meanwhile.
         """
-        model, known = self._model, self.layout.expert_map
+        model, known, digest = self._model, self.layout.expert_map, self._digest
         with self._digesting:
             flips, pause = self._flips, FLIP_PAUSE_SECONDS if self.swaps else COPY_PAUSE_SECONDS
-            for part in range(self._digest.parts):
+            for part in range(digest.parts):
                 if part:
-                    self._digest.wait()
+                    digest.wait()
                     time.sleep(pause)
                 with self._changing:
                     if self._flips != flips:
                         raise Superseded("the weights that were audited are served no more")
-                    self._digest.launch(part)
-            found = self._digest.result()
+                    digest.launch(part)
+            found = digest.result()
         if self.swaps and known and model.rebalanced(known) is not None:
             raise Superseded("experts have moved since the switch")
         return found

@@ -7,6 +7,7 @@ this UCX has no such functions, nothing is known.
 
 import ctypes
 import functools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ SHOWN_LANES: Final = 4
 
 _TRANSPORTS: Final = 1 << 3
 """UCP_EP_ATTR_FIELD_TRANSPORTS of ucp.h."""
+
+_ADDRESS: Final = re.compile("0x([0-9a-f]+?)(?=0x|$)")
+"""Of an endpoint, by which UCX names it. An ``x`` is in no number, so it tells where the next begins."""
 
 _RDMA: Final = ("rc", "dc", "ud", "srd", "gga")
 _COPIES: Final = ("xpmem", "cma", "knem", "self")
@@ -86,9 +90,6 @@ class _Attributes(ctypes.Structure):
     )
 
 
-_Listed = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
-
-
 class UcxConnections:
     """The connections of one NIXL agent. To be asked on the thread that makes the agent's calls: no connection may come
     or go meanwhile.
@@ -135,12 +136,11 @@ class UcxConnections:
 
     def _found(self) -> Iterator[tuple[int, ctypes.CDLL]]:
         for ucs, ucp in self._libraries:
-            names: list[str] = []
+            names = ""
             for depth in range(len(self._path) + 1):  # UCX fills a directory when the one above is listed
                 names = _listed(ucs, "/" + "/".join(self._path[:depth]))
-            for name in names:
-                if name.startswith("0x"):
-                    yield int(name, 16), ucp
+            for address in _ADDRESS.findall(names):
+                yield int(address, 16), ucp
 
 
 @functools.cache
@@ -155,6 +155,7 @@ def _libraries() -> tuple[tuple[ctypes.CDLL, ctypes.CDLL], ...]:
             try:
                 pair = ctypes.CDLL(str(ucs)), ctypes.CDLL(str(ucp))
                 _declare(*pair)
+                _libc()
             except (OSError, AttributeError):  # replaced on disk since, or too old
                 continue
             found.append(pair)
@@ -169,16 +170,45 @@ def _maps() -> list[str]:
 
 
 def _declare(ucs: ctypes.CDLL, ucp: ctypes.CDLL) -> None:
-    ucs.ucs_vfs_path_list_dir.argtypes = (ctypes.c_char_p, _Listed, ctypes.c_void_p)
+    ucs.ucs_vfs_path_list_dir.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
     ucs.ucs_vfs_path_list_dir.restype = ctypes.c_byte
     ucp.ucp_ep_query.argtypes = (ctypes.c_void_p, ctypes.POINTER(_Attributes))
     ucp.ucp_ep_query.restype = ctypes.c_byte
 
 
-def _listed(ucs: ctypes.CDLL, path: str) -> list[str]:
-    names: list[str] = []
-    ucs.ucs_vfs_path_list_dir(path.encode(), _Listed(lambda name, _: names.append(name.decode(errors="replace"))), None)
-    return names
+def _listed(ucs: ctypes.CDLL, path: str) -> str:
+    """The names in a directory, one directly behind the other.
+
+    UCX tells each to a function that it calls with a spin lock in its hands, for which whoever makes or destroys an
+    endpoint waits, also with the interpreter in theirs, as the collection of a NIXL agent does. So that function must
+    never wait for the interpreter: it is C's ``fputs``.
+    """
+    libc = _libc()
+    text, size = ctypes.c_void_p(), ctypes.c_size_t()
+    stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+    if not stream:
+        return ""
+    ucs.ucs_vfs_path_list_dir(path.encode(), ctypes.cast(libc.fputs, ctypes.c_void_p), stream)
+    libc.fclose(stream)
+    try:
+        return ctypes.string_at(text, size.value).decode(errors="replace")
+    finally:
+        libc.free(text)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """With what collects text, of POSIX.
+
+    Raises:
+        AttributeError: this system's has no such functions.
+    """
+    libc = ctypes.CDLL(None)
+    libc.open_memstream.restype = ctypes.c_void_p
+    for name in ("fclose", "free"):
+        getattr(libc, name).argtypes = (ctypes.c_void_p,)
+    assert libc.fputs
+    return libc
 
 
 def _query(ucp: ctypes.CDLL, address: int) -> tuple[UcxLane, ...]:

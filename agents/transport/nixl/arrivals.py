@@ -173,9 +173,9 @@ class Arrivals:
                 continue
             if round_name is not None and round_name == self._round:
                 edge.scattered.add(chunk)
+                self._say(edge, Notice("scattered", round_name, chunk))
                 if edge.digest is not None:
                     edge.digest.scattered(chunk)
-                self._say(edge, Notice("scattered", round_name, chunk))
         while self._waiting and len(self._copying) < self._at_once:
             edge, chunk = self._waiting.popleft()
             self._copying.append((self._round, edge, chunk, self._copier.begin(edge.scatter[chunk], 0)))

@@ -1,6 +1,9 @@
 """Which transport an edge takes: as real UCX tells it, and how its words are read."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -60,6 +63,49 @@ async def test_a_peer_that_had_connected_to_us_before_is_known_too(made: list[Ni
     await connected(writer, peer)
     assert writer.way_to(peer.name) == Way("shm", "cma/memory")
     assert peer.way_to(writer.name) == Way("shm", "cma/memory")
+
+
+COLLECTED = """
+import gc, sys, threading, time
+from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
+from weightsync.orchestrator.protocol.messages import NixlSettings
+
+sys.setswitchinterval(1e-6)
+asker, over, asked = NixlEndpoint("trainer/0", NixlSettings()), threading.Event(), 0
+
+def ask():
+    global asked
+    while not over.is_set():
+        asker._ucx.endpoints()
+        asked += 1
+
+thread = threading.Thread(target=ask)
+thread.start()
+for number in range(25):
+    peers = [NixlEndpoint(f"engine/{number}-{side}", NixlSettings(), variables={"UCX_TLS": "tcp"}) for side in "ab"]
+    peers[0].connect(peers[1].name, peers[1].metadata())
+    while not peers[0].warm(peers[1].name):
+        peers[1].poll()
+    del peers
+    gc.collect()
+over.set()
+thread.join()
+print("asked", asked > 100)
+"""
+
+
+def test_connections_are_asked_for_while_a_collection_takes_others_away() -> None:
+    """On another thread, which has the interpreter while it waits for UCX."""
+    paths = [path for path in sys.path if path]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTED],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == "asked True\n", done.stderr
 
 
 def test_a_ucx_that_cannot_be_asked_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
