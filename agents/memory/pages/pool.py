@@ -8,7 +8,9 @@ and then each storage takes the very place that was made for it.
 """
 
 import ctypes
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -30,7 +32,8 @@ class PageAddresses:
     """The pair of C functions, as integers that torch accepts: addresses of a range, none of them twice.
 
     They take the GIL while torch holds its allocator's lock, so another thread that holds the GIL and waits for that
-    lock (``torch.cuda.memory_stats``) would wait for ever: only for the main thread, while an engine starts.
+    lock (``torch.cuda.memory_stats``) would wait for ever: only for the main thread, while an engine starts, and while
+    no garbage is collected, on whichever thread, of which tensors may be part.
 
     Attributes:
         used: bytes from ``base`` on that were handed out.
@@ -89,7 +92,7 @@ class Relocation:
         self._pool = _pool(addresses)
         large = sum(_up(s.nbytes(), BLOCK_BYTES) for s in self._storages if s.nbytes() > SMALL_BYTES)
         try:
-            with torch.cuda.use_mem_pool(self._pool, device):
+            with _no_collection(), torch.cuda.use_mem_pool(self._pool, device):
                 if large:
                     self._room(large)
                 self._places = [self._room(storage.nbytes()) for storage in self._storages]
@@ -108,13 +111,24 @@ class Relocation:
     def finish(self) -> None:
         """Copy every storage to its place; what it had goes back to torch. The pool lives as long as the process."""
         _never_dies(self._pool)
-        with torch.cuda.use_mem_pool(self._pool, self._device):
+        with _no_collection(), torch.cuda.use_mem_pool(self._pool, self._device):
             for storage in self._storages:
                 del self._places[0]
                 storage.resize_(storage.nbytes())
 
     def _room(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _pool(addresses: PageAddresses) -> Any:

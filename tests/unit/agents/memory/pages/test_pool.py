@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -56,6 +57,7 @@ def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def in_use(used: object, device: torch.device) -> Iterator[None]:
         assert (used, device) == ("pool", CPU)
+        assert not gc.isenabled(), "a tensor that is garbage would be freed with torch's lock in somebody's hands"
         yield
 
     monkeypatch.setattr(torch.cuda, "use_mem_pool", in_use)
@@ -74,6 +76,7 @@ def test_views_parameters_and_closures_follow_a_storage_with_their_values() -> N
     assert as_torch_calls(addresses, 1) is None, "what comes later would not be mapped"
     assert big.data_ptr() == before, "nothing has moved before memory is mapped"
     move.finish()
+    assert gc.isenabled()
     after = big.data_ptr()
     assert after != before
     assert parameter.data_ptr() == after
