@@ -59,7 +59,7 @@ WITHOUT_A_MODULE = {
     "test_doc_blocks.py": "the fenced blocks of README.md and the pages under docs/",
     "test_hooks.py": ".pre-commit-config.yaml",
     "test_preloaded.py": "tests/e2e/preloaded.py, from which the e2e tests start their processes",
-    "test_ports.py": "tests/ports.py, by which all tests choose the ports of their servers",
+    "test_ports.py": "tests/e2e/ports.py, by which all tests choose the ports of their servers",
     "test_families.py": "what make families prints, and docs/models.md",
     "test_kubernetes.py": "deploy/kubernetes/",
     "test_mirror.py": "the tree itself",

@@ -1,4 +1,4 @@
-"""What tests/ports.py promises to tests that run side by side."""
+"""What tests/e2e/ports.py promises to tests that run side by side."""
 
 import socket
 import subprocess
