@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -75,3 +77,23 @@ class StreamMark:
         """Until all that was marked is done."""
         while not self.reached():
             time.sleep(LOOK_SECONDS)
+
+
+class StreamWork:
+    """What one stream is given to do. What that reads is kept until it is done: its owner may give it back meanwhile,
+    and its tables would be others' memory."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._begun: deque[tuple[StreamMark, object]] = deque()
+
+    def begin(self, launch: Callable[[], object], reads: object) -> StreamMark:
+        """Have ``launch`` start something on the stream; the mark behind it."""
+        with torch.cuda.stream(self._stream):
+            launch()
+            mark = StreamMark(self._stream.device)
+            mark.mark()
+        while self._begun and self._begun[0][0].reached():
+            self._begun.popleft()
+        self._begun.append((mark, reads))
+        return mark

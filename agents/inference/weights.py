@@ -192,7 +192,7 @@ class LiveWeights:
 
     def digest_anew(self) -> Digest:
         """As ``digest``, by means of its own: also while another thread is inside that one."""
-        return prepare_digest(self._tensors, digest_table(self.layout.matrix(), self.layout))()
+        return prepare_digest(self._tensors, self._table)()
 
     def arrive(self, version: Version) -> None:
         """See ``Receiver.arrive``."""
@@ -289,14 +289,12 @@ class LiveWeights:
 
     def _standby(self) -> PreparedDigest:
         if self._standby_digest is None:
-            table = digest_table(self.layout.matrix(), self.layout)
-            self._standby_digest = prepare_digest(self._written(), table)
+            self._standby_digest = prepare_digest(self._written(), self._table)
         return self._standby_digest
 
     def _samples(self) -> Samples:
         if self._both is None:
-            table = digest_table(self.layout.matrix(), self.layout)
-            self._both = Samples(self._tensors, self._written(), table)
+            self._both = Samples(self._tensors, self._written(), self._table)
         return self._both
 
     # ------------------------------------------------------------------------------------------------------ internals
@@ -318,10 +316,11 @@ class LiveWeights:
             model.layout, lands=self._lands, boundary=self._boundary, lands_because=self._why
         )
         self.layout = _with_landing(layout, self._landing)
-        table = digest_table(self.layout.matrix(), self.layout)
-        self._digest = prepare_digest(self._tensors, table)
+        self._table = digest_table(self.layout.matrix(), self.layout)
+        """Of all that rounds write, for digests; whatever lies in the landing."""
+        self._digest = prepare_digest(self._tensors, self._table)
         self._known = self._arrival = self._standby_digest = self._both = None
-        self.bytes = table_bytes(table)
+        self.bytes = table_bytes(self._table)
 
     def _written(self) -> tuple[torch.Tensor, ...]:
         """What a transport brings bytes to: live memory, or the standby pages."""

@@ -5,8 +5,7 @@ what is left when the last writer has finished is the last chunks' part. On a CP
 others need the cores, all of it is.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +14,7 @@ import torch
 from weightsync.agents.tables.runs import copy_sizes, digest_table, table_bytes
 from weightsync.agents.tables.spans import Spans
 from weightsync.kernels.digest import PreparedDigest, prepare
-from weightsync.kernels.dispatch import StreamMark
+from weightsync.kernels.dispatch import StreamWork
 from weightsync.orchestrator.protocol.layout import COPY_STAGED, Layout, Matrix
 from weightsync.orchestrator.protocol.names import Digest, add_digests
 
@@ -24,26 +23,22 @@ PART_BYTES: Final = 256 << 20
 
 
 class Digester:
-    """Begins digests: on a stream of its own, for which no batch waits. What that has yet to read is kept: an edge may
-    be given back meanwhile, and its tables would be others' memory."""
+    """Begins digests: on ``stream``, or where there is none when they are asked for."""
 
-    def __init__(self, device: torch.device) -> None:
-        # 0, the priority by default, is the lowest.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._begun: deque[tuple[StreamMark, PreparedDigest]] = deque()
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._work = None if stream is None else StreamWork(stream)
 
     def begin(self, digest: PreparedDigest) -> None:
         """Of rows to which nothing comes any more; the device has done what has written them."""
-        if self._stream is None:
+        if self._work is None:
             digest.launch()
-            return
-        with torch.cuda.stream(self._stream):
-            digest.launch()
-            mark = StreamMark(self._stream.device)
-            mark.mark()
-        while self._begun and self._begun[0][0].reached():
-            self._begun.popleft()
-        self._begun.append((mark, digest))
+        else:
+            self._work.begin(digest.launch, digest)
+
+
+def digesting_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of its own, for which no batch waits: 0, the priority by default, is the lowest."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,8 @@ def digest_parts(
 
 
 class CargoDigest:
-    """Of one edge, on the agent's thread; ``result`` on another one, when nothing is scattered any more.
+    """Of one edge, on the agent's thread; ``result`` on another one, when nothing is scattered any more. Made for what
+    begins now, as after ``begin``.
 
     Args:
         parts: in the order in which they become whole.
@@ -95,13 +91,11 @@ class CargoDigest:
 
     def begin(self) -> None:
         """Nothing of this round is there."""
-        self._there: set[int] = set()
         self._whole = self._begun = 0
 
-    def scattered(self, chunk: int) -> None:
-        """``chunk`` is in its rows."""
-        self._there.add(chunk)
-        while self._whole in self._there:
+    def advance(self, scattered: Set[int]) -> None:
+        """All chunks ``scattered`` in this round are in their rows."""
+        while self._whole in scattered:
             self._whole += 1
         while self._begun < len(self._parts) and self._parts[self._begun].chunks <= self._whole:
             self._digest(self._parts[self._begun].digest)

@@ -29,8 +29,8 @@ SHADOWS: Final = (
     Mutant(
         "a worker that is torn after its switch is resumed",
         _REPORTS,
-        "        if agent.status.whole != current.version:\n",
-        "        if False:\n",
+        "    if has_left and agent.status.whole != current.version:\n",
+        "    if False:\n",
     ),
     Mutant(
         "a standby is remembered after it was exposed",

@@ -175,7 +175,7 @@ class Arrivals:
                 edge.scattered.add(chunk)
                 self._say(edge, Notice("scattered", round_name, chunk))
                 if edge.digest is not None:
-                    edge.digest.scattered(chunk)
+                    edge.digest.advance(edge.scattered)
         while self._waiting and len(self._copying) < self._at_once:
             edge, chunk = self._waiting.popleft()
             self._copying.append((self._round, edge, chunk, self._copier.begin(edge.scatter[chunk], 0)))

@@ -17,7 +17,7 @@ from weightsync.agents.transport.nixl.cargo import Cargo, CargoChunk
 from weightsync.agents.transport.nixl.notices import Notice, encode
 from weightsync.agents.transport.nixl.ring import NO_PLACE, PackingRing
 from weightsync.kernels.copy import PreparedCopy
-from weightsync.kernels.dispatch import StreamMark
+from weightsync.kernels.dispatch import StreamMark, StreamWork
 from weightsync.orchestrator.protocol.names import RoundName
 
 
@@ -56,27 +56,15 @@ def packing_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Packer:
-    """Begins packing: on ``stream``, or on another thread where it is the CPU's work.
-
-    What the stream has yet to do is kept: an edge may be given back meanwhile, and its tables would be others' memory.
-    """
+    """Begins packing: on ``stream``, or on another thread where it is the CPU's work."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        self._begun: deque[tuple[_Recorded, PreparedCopy]] = deque()
+        self._work = None if stream is None else StreamWork(stream)
 
     def begin(self, pack: PreparedCopy, shift: int) -> Packing:
-        if self._stream is None:
+        if self._work is None:
             return asyncio.get_running_loop().run_in_executor(None, partial(pack, shift))
-        with torch.cuda.stream(self._stream):
-            pack(shift)
-            mark = StreamMark(self._stream.device)
-            mark.mark()
-        while self._begun and self._begun[0][0].done():
-            self._begun.popleft()
-        begun = _Recorded(mark)
-        self._begun.append((begun, pack))
-        return begun
+        return _Recorded(self._work.begin(partial(pack, shift), pack))
 
 
 class Flow:

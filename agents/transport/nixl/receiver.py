@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
-import torch
 from weightsync.agents.tables.runs import digest_table, scatter_table
-from weightsync.agents.transport.digesting import Digester, covers
+from weightsync.agents.transport.digesting import Digester, covers, digesting_stream
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.arrivals import AT_ONCE, Arrivals, Inbound, inbound
 from weightsync.agents.transport.nixl.endpoint import NixlEndpoint
@@ -64,7 +63,7 @@ class NixlReceiver(Receiver):
         self._endpoint: NixlEndpoint | None = None
         self._settings: NixlSettings | None = None
         self._arrivals = Arrivals(Packer(None), self._tell, 1)
-        self._digester = Digester(torch.device("cpu"))
+        self._digester = Digester(None)
         self._names: dict[Member, str] = {}
         """Of the endpoint of each peer that is told of chunks."""
         self._cards: dict[str, bytes] = {}
@@ -82,7 +81,7 @@ class NixlReceiver(Receiver):
         self._settings = settings
         if device.type == "cuda":
             self._arrivals = Arrivals(Packer(packing_stream(device)), self._tell, AT_ONCE)
-            self._digester = Digester(device)
+            self._digester = Digester(digesting_stream(device))
             self._eager_seconds = EAGER_SECONDS
         self._endpoint = self._new_endpoint(settings)
 

@@ -185,11 +185,11 @@ def status_changed(turn: Turn, agent: ConnectedAgent) -> bool:
     current, member = turn.fleet.round, agent.member
     if current is None:
         return False
-    if current.phase is Phase.SWITCHING and member in current.left and current.has(member.engine):
+    has_left = current.phase is Phase.SWITCHING and member in current.left and current.has(member.engine)
+    if has_left and agent.status.whole != current.version:
         current.left[member] = agent.status
-        if agent.status.whole != current.version:
-            handle(turn, current, Report.LEFT, NO_TROUBLE, About(member, member.engine))
-            return True
+        handle(turn, current, Report.LEFT, NO_TROUBLE, About(member, member.engine))
+        return True
     if not current.lending or member not in current.writing or current.is_done(member):
         return False
     if standby.may_lend(turn.fleet, agent):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from row_parallel import connects, expected, masters, source, target
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.digesting import CargoDigest, Digester, covers, digest_parts
@@ -16,7 +15,6 @@ from weightsync.orchestrator.protocol.layout import (
 )
 from weightsync.orchestrator.protocol.names import add_digests
 
-CPU = torch.device("cpu")
 CHUNK, CHUNKS = 256, 96
 
 
@@ -75,14 +73,16 @@ def test_a_part_is_whole_when_its_last_chunk_was_scattered(reader):
 def test_parts_are_digested_in_their_order_whatever_comes_first_and_asked_for_once(reader):
     reader.holds(2)
     parts, begun = reader.parts(0, 1), []
-    cargo = CargoDigest(parts, begun.append)
+    cargo, scattered = CargoDigest(parts, begun.append), set()
     for chunk in (*range(1, 40), 0):
         assert begun == []
-        cargo.scattered(chunk)
+        scattered.add(chunk)
+        cargo.advance(scattered)
     assert begun == [part.digest for part in parts[:2]]
     assert cargo.result() is None
     for chunk in range(40, CHUNKS):
-        cargo.scattered(chunk)
+        scattered.add(chunk)
+        cargo.advance(scattered)
     assert begun == [part.digest for part in parts]
     assert cargo.result() == add_digests(*(part.digest() for part in parts))
     assert cargo.result() is None
@@ -91,17 +91,16 @@ def test_parts_are_digested_in_their_order_whatever_comes_first_and_asked_for_on
 def test_another_round_begins_anew(reader):
     begun = []
     cargo = CargoDigest(reader.parts(0, 1), begun.append)
-    for chunk in range(CHUNKS - 1):
-        cargo.scattered(chunk)
+    cargo.advance(set(range(CHUNKS - 1)))
     cargo.begin()
-    cargo.scattered(CHUNKS - 1)
+    cargo.advance({CHUNKS - 1})
     assert (len(begun), cargo.result()) == (5, None)
 
 
 def test_a_digest_of_a_cpu_is_taken_when_it_is_asked_for(reader):
     reader.holds(1)
     [part] = reader.parts(0, 1 << 30)
-    digester = Digester(CPU)
+    digester = Digester(None)
     digester.begin(part.digest)
     reader.holds(3)
     assert part.digest.result() == part.digest()
