@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collecting import no_collection
 from fleet import Fleet, Trainer, fleet
 from gpu_copies import measured
 from serving import RequestFailed, VllmServer
@@ -94,7 +95,8 @@ class Streams:
         for thread in threads:
             thread.start()
         try:
-            yield self
+            with no_collection():
+                yield self
         finally:
             self.stopped.set()
             for thread in threads:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.bench_e2e import LARGE, report, say
+from collecting import no_collection
 from fleet import Fleet, fleet
 from serving import DEFAULT_PROMPTS, VllmServer, tiny_qwen3
 from weightsync.agents.memory.arena import host_arena
@@ -115,7 +116,7 @@ def windows(whole: Fleet, server: VllmServer, pushes: int) -> list[Pair]:
         told = trainer.publish(step, save=False)
         assert told["sequence"] == step
     memcpy = Memcpy(whole.ask("/rounds?last=1")["rounds"][0]["bytes"])
-    with Stream(server) as stream:
+    with Stream(server) as stream, no_collection():
         length = told["seconds"] + AFTER_SECONDS
         for step in range(3, pushes + 3):
             begin = time.monotonic()
