@@ -42,7 +42,9 @@ class Samples:
 
     def take(self) -> None:
         """Each set is what it is now."""
-        self._of_live, self._of_standby = self._live(), self._standby()
+        self._live.launch()
+        self._standby.launch()
+        self._of_live, self._of_standby = self._live.result(), self._standby.result()
 
     def exchange(self) -> None:
         """What was standby is to be served, and what was served is to be standby."""

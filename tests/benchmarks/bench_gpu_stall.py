@@ -29,7 +29,9 @@ from collecting import no_collection
 from fleet import Fleet, Trainer, fleet
 from gpu_copies import measured
 from serving import RequestFailed, VllmServer
+from stall_trainer import RING
 from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
+from weightsync.orchestrator.protocol.landing import usual_ring
 
 SIZES: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -189,6 +191,7 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
     ) -> None:
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (0.0, 0.0, 0.0)
         given_as = [facts[key] for key in ("cache", "context") if facts[key] not in ("keep", "short")]
+        given_as += [mode] if mode != "flip" and mode not in figure.split("_")[:2] else []
         line = {
             "figure": "_".join([figure, name, *given_as]).replace("-", "_"),
             "value": round(of(values), 4),
@@ -201,7 +204,7 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
         for cache in given.cache:
             with fleet(directory / f"fleet-{cache}", {"engine": server}, settings={"pause": {"cache": cache}}) as whole:
                 script = str(Path(__file__).resolve().parent / "stall_trainer.py")
-                only = gpu(1) if several else {}
+                only = (gpu(1) if several else {}) | {RING: str(given.ring)}
                 trainer = whole.start_trainer(model, script=script, device="cuda", env=only)
                 trainer.hear(given.patience)
                 server.wait_ready(given.patience)
@@ -251,7 +254,8 @@ def main() -> None:
     arguments.add_argument("--cache", nargs="+", default=["keep"])
     arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
     arguments.add_argument("--pushes", type=int, default=30)
-    arguments.add_argument("--ring", type=int, default=1024, help="MiB of landing memory of flip and live")
+    ring = usual_ring(on_device=True) >> 20
+    arguments.add_argument("--ring", type=int, default=ring, help="MiB of either side for chunks, of flip and live")
     arguments.add_argument("--share", type=float, default=0.3, help="of the GPU's memory that must be free at start")
     arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")
     given = arguments.parse_args()

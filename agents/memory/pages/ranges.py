@@ -11,9 +11,9 @@ from weightsync.agents.memory.errors import FlipFailed, PagesTorn
 from weightsync.agents.memory.pages.driver import DriverError, VirtualMemory
 
 CHUNK_BYTES: Final = 4 << 30
-"""Of one physical allocation. A flip costs by their number and by their bytes: 15 GB on an H100 flip in 2.4 ms with
-chunks of 1 GiB, in 1.6 ms with 4 or 16 GiB (``tests/benchmarks/bench_gpu_flip.py``). The last one is as small as it can
-be."""
+"""Of one physical allocation. Remapping costs by their number and by their bytes: both sets of 15 GB on an H100 take
+2.4 ms with chunks of 1 GiB, 1.6 ms with 4 or 16 GiB (``tests/benchmarks/bench_gpu_flip.py``). The last one is as small
+as it can be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,8 +161,9 @@ class Arrivals:
         """Scatter what has landed and tell of what was scattered; whether anything moved. Must not block.
 
         Copies are made one after the other: one that an attempt has left behind never comes after those of the next.
+        What senders wait for comes first, and then the digests.
         """
-        moved = False
+        moved, advanced = self._begin(), dict[str, Inbound]()
         while self._copying and self._copying[0][3].done():
             round_name, edge, chunk, copying = self._copying.popleft()
             moved = True
@@ -174,13 +175,21 @@ class Arrivals:
             if round_name is not None and round_name == self._round:
                 edge.scattered.add(chunk)
                 self._say(edge, Notice("scattered", round_name, chunk))
-                if edge.digest is not None:
-                    edge.digest.advance(edge.scattered)
+                advanced[edge.endpoint_name] = edge
+        moved |= self._begin()
+        for edge in advanced.values():
+            if edge.digest is not None:
+                edge.digest.advance(edge.scattered)
+        return moved
+
+    def _begin(self) -> bool:
+        """As many copies as may be under way; whether any was begun."""
+        begun = False
         while self._waiting and len(self._copying) < self._at_once:
             edge, chunk = self._waiting.popleft()
             self._copying.append((self._round, edge, chunk, self._copier.begin(edge.scatter[chunk], 0)))
-            moved = True
-        return moved
+            begun = True
+        return begun
 
     def _say(self, edge: Inbound, notice: Notice) -> None:
         try:

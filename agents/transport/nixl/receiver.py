@@ -32,8 +32,11 @@ EAGER_SECONDS: Final = 0.005
 """After a chunk has moved, the next is looked for …"""
 
 EAGER_POLL_SECONDS: Final = 0.0001
-"""… so often: a chunk of 128 MiB takes 0.4 ms over NVLink, and its place is waited for. The thread sleeps, because an
+"""… so often: a chunk of 256 MiB takes 0.7 ms over NVLink, and its place is waited for. The thread sleeps, because an
 event loop's shortest wait is a millisecond, whatever it is asked for."""
+
+EAGER_POLLS: Final = 4
+"""In one turn of the event loop, which takes the interpreter twice more: an engine's steps hardly ever let go of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +157,11 @@ class NixlReceiver(Receiver):
 
     def digest(self) -> Digest | None:
         flow = self._inflows[self._relays]
-        found = [flow.digest() if flow.digest is not None else None]
-        found += [edge.digest.result() if edge.digest is not None else None for edge in flow.edges]
+        if flow.digest is None:
+            return None
+        found = [edge.digest.result() if edge.digest is not None else None for edge in flow.edges]
+        if len(flow.landed):
+            found.append(flow.digest())
         return None if None in found else add_digests(*filter(None, found))
 
     def poll(self) -> None:
@@ -164,13 +170,20 @@ class NixlReceiver(Receiver):
         self._endpoint.poll()
         if self._arrivals.turn():
             self._eager_until = time.monotonic() + self._eager_seconds
-        if self._next_look is None and time.monotonic() < self._eager_until:
+        if self._next_look is None and self._eager:
             self._next_look = asyncio.get_running_loop().call_soon(self._look)
+
+    @property
+    def _eager(self) -> bool:
+        return time.monotonic() < self._eager_until
 
     def _look(self) -> None:
         self._next_look = None
-        time.sleep(EAGER_POLL_SECONDS)
-        self.poll()
+        for _ in range(EAGER_POLLS):
+            time.sleep(EAGER_POLL_SECONDS)
+            self.poll()
+            if not self._eager:
+                return
 
     @property
     def _opened(self) -> NixlEndpoint:

@@ -137,8 +137,8 @@ def test_device_memory_is_taken_only_as_declared(monkeypatch: pytest.MonkeyPatch
 def test_pages_are_flipped_and_need_only_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("auto", "flip"):
         found = chosen(monkeypatch, mode, None, CUDA, no_flip="")
-        assert (found.lands, found.bytes) == ("flip", 1024 * MIB)
-    assert chosen(monkeypatch, "auto", 4000, CUDA, no_flip="").bytes == 1024 * MIB, (
+        assert (found.lands, found.bytes) == ("flip", 2048 * MIB)
+    assert chosen(monkeypatch, "auto", 4000, CUDA, no_flip="").bytes == 2048 * MIB, (
         "the rest of the budget is standby's"
     )
     assert chosen(monkeypatch, "flip", 4000, CUDA, no_flip="").bytes == 4000 * MIB

@@ -110,7 +110,7 @@ def test_auto_leaves_half_of_the_memory_that_is_free(
     assert paging.place(WEIGHTS, "flip").pages is PAGES
 
 
-@pytest.mark.parametrize(("budget", "fits"), [(1025, True), (1024, False), (10, False)])
+@pytest.mark.parametrize(("budget", "fits"), [(2049, True), (2048, False), (10, False)])
 def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
     budget: int, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +122,7 @@ def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
         assert moved == [(WEIGHTS, 1 << 20)], "it is held to, whatever the driver rounds up"
     else:
         assert placed.why_not == (
-            "a second set of 1 MiB and a ring of 1024 MiB are more than WEIGHTSYNC_LANDING_MIB allows,"
+            "a second set of 1 MiB and a ring of 2048 MiB are more than WEIGHTSYNC_LANDING_MIB allows,"
             f" which is {budget}"
         )
     assert paging.place(WEIGHTS, "flip").pages is PAGES, "who names it declares the ring alone"

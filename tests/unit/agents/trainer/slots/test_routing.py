@@ -27,7 +27,7 @@ def routed(spec, *held, rank=1, primary=True, options=SMALL):
     ("asked", "device", "slots", "expected"),
     [
         (None, "cpu", 1 << 40, 64 << 20),
-        (None, "cuda", 1 << 40, 1 << 30),
+        (None, "cuda", 1 << 40, 2 << 30),
         (None, "cuda", 1000, 1024),
         (None, "cpu", 0, 0),
         (0, "cpu", 1 << 40, 0),

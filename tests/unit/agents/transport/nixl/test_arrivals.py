@@ -83,6 +83,48 @@ async def test_on_a_device_several_are_begun():
     assert rank.told == [], "they are done in their order"
 
 
+class Digests:
+    """In the place of a CargoDigest: notes what was known of the round when it was asked to advance."""
+
+    def __init__(self, rank):
+        self.rank, self.seen = rank, []
+
+    def begin(self):
+        pass
+
+    def advance(self, scattered):
+        self.seen.append((sorted(scattered), len(self.rank.told), self.rank.copied))
+
+
+async def test_what_senders_wait_for_comes_before_the_digests():
+    rank = Rank(at_once=2)
+    digests = Digests(rank)
+    edge = Inbound(SENDER, "t-0", Berth(1, 0, 256, 4, 1280, passes=True), range(5), digests)
+    rank.arrivals.connect([edge])
+    rank.arrivals.begin(ROUND)
+    rank.lands(0, 1, 2, 3)
+    rank.arrivals.turn()
+    assert (rank.copied, digests.seen) == ([0, 1], [])
+    rank.hands.finish(0)
+    rank.hands.finish(1)
+    assert rank.arrivals.turn()
+    assert digests.seen == [([0, 1], 2, [0, 1, 2, 3])], "once for all that was scattered, when all else has begun"
+
+
+async def test_what_lands_is_scattered_before_anybody_is_told_of_what_was():
+    rank = Rank(at_once=8)
+    rank.arrivals.begin(ROUND)
+    rank.lands(0)
+    rank.arrivals.turn()
+    rank.hands.finish(0)
+    rank.lands(1)
+    told_after = []
+    begin = rank.hands.begin
+    rank.hands.begin = lambda pack, shift: told_after.append(len(rank.told)) or begin(pack, shift)
+    rank.arrivals.turn()
+    assert (rank.copied, told_after, len(rank.told)) == ([0, 1], [0], 1)
+
+
 async def test_only_chunks_of_the_open_round_count():
     rank = Rank()
     rank.lands(0)
