@@ -7,8 +7,9 @@ hold is audited while it does.
 
 What was copied may be anything, so until a digest of all of it agrees the status tells of the version before, and
 nobody takes the switch for done. Where pages were exchanged, whose bytes were digested before, samples of every page
-tell whether they are there; the digest follows when the switch is done, as slowly as the engine likes. If one of them
-does not agree, live memory counts as torn and nothing runs on it any more.
+tell whether they are there. What follows then lets the engine take its first steps: what was served gets the addresses
+of standby, where nothing lands before, and all of what is served is digested, as slowly as the engine likes. If samples
+or digest do not agree, live memory counts as torn and nothing runs on it any more.
 """
 
 import logging
@@ -22,7 +23,7 @@ from weightsync.agents.errors import AgentError, blame
 from weightsync.agents.inference.calls import SwitchInfo
 from weightsync.agents.inference.holdings import Holdings
 from weightsync.agents.inference.window import UpdateFailed
-from weightsync.agents.memory.errors import FlipFailed
+from weightsync.agents.memory.errors import FlipFailed, StandbyLost
 from weightsync.orchestrator.protocol.messages import (
     Abort,
     Expose,
@@ -73,7 +74,7 @@ class Landed(Protocol):
         """``version``, which has landed, becomes live, and what is derived from it; on the worker's main thread."""
 
     def settle(self) -> None:
-        """After ``take``, before anything lands again; on the thread beside.
+        """After ``take``, before anything lands again; on the later thread.
 
         Raises:
             AgentError: nothing can land here any more; live memory is whole.
@@ -235,23 +236,31 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
-        self._settle()
-        if not self._weights.swaps:
+        if self._weights.swaps:
+            self._look(switch, self._weights.shown)
+            self._later(lambda: self._follow(switch))
+        else:
             self._look(switch, lambda: self._weights.audit() == switch.digest)
-            return
-        self._look(switch, self._weights.shown)
-        if switch.right:
-            self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
 
-    def _settle(self) -> None:
-        """What was served comes to its place, and what was heard meanwhile is heard now."""
+    def _follow(self, switch: _Taken) -> None:
+        """What nobody waits for: what was served comes to its place, what was heard meanwhile is heard, and all of what
+        is served is audited."""
         try:
             self._weights.settle()
         except Exception as error:
             log.exception("standby is lost, and nothing can land here any more")
-            self._lost = error
-        finally:
-            self._switched()
+            with self._lock:
+                self._lose(error)
+            self._tell(Holding(status=self._holdings.status))
+        with self._lock:
+            if self._last is switch:  # else another one has begun, and has an end of its own
+                self._switched()
+        if switch.right:
+            self._look(switch, lambda: self._weights.audit() == switch.digest)
+
+    def _lose(self, error: Exception) -> None:
+        self._lost = error
+        self._holdings.keep(None)
 
     def _switched(self) -> None:
         with self._lock:
@@ -351,6 +360,8 @@ class ShadowRounds:
             with self._lock:
                 if isinstance(error, FlipFailed):
                     self._last = last  # what is served is whole, and what it was
+                    if isinstance(error, StandbyLost):
+                        self._lose(error)
                 else:
                     self._tear()
                 fault, retry = blame(error, "engine")

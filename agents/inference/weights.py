@@ -18,6 +18,7 @@ from weightsync.agents.memory.quarantine import quarantine, room, spare
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
+from weightsync.agents.turns import quick_turns
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import PreparedDigest
@@ -32,7 +33,8 @@ from weightsync.orchestrator.protocol.text import clean
 COPY_PAUSE_SECONDS: Final = 0.001
 """Between two parts of an audit that the round waits for: a step of the engine comes in between."""
 FLIP_PAUSE_SECONDS: Final = 0.004
-"""And of one that nobody waits for: no step meets two of them."""
+"""And of one that nobody waits for, and between a flip and what follows it: no step meets two of them, the first none.
+Nothing was prepared for that step, so clients wait for all that keeps it from the driver or the interpreter."""
 
 READ_IN_PLACE: Final = "by this transport versions are read into the weights of a paused engine"
 
@@ -248,7 +250,8 @@ class LiveWeights:
         """See ``Landed.settle``."""
         model = self._model
         if self.swaps and isinstance(model, PagedModel):
-            with self._changing:
+            time.sleep(FLIP_PAUSE_SECONDS)
+            with quick_turns(), self._changing:
                 model.settle()
 
     def shown(self) -> bool:

@@ -41,6 +41,7 @@ class Memory:
         self.shows = True
         self.superseded = False
         self.settled = True
+        self.audits: list[Version] = []
         self.lost: Exception | None = None
         self.failure: Exception | None = None
         self.during: Callable[[], None] = lambda: None
@@ -69,6 +70,7 @@ class Memory:
 
     def audit(self) -> tuple[int, int]:
         assert self.live is not None
+        self.audits.append(self.live)
         if self.superseded:
             raise Superseded("experts have moved")
         return self.digests[self.live]
@@ -412,8 +414,12 @@ def test_the_version_before_is_gone_once_something_lands_on_it() -> None:
     assert (worker.words(), worker.memory.settled) == ([], False)
     assert not worker.shadow.gives_up(copied=False)
     worker.computes()
-    assert (worker.said[0], worker.memory.settled) == (Exposed(round=THIRD), True)
-    assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=NEW))
+    beside = EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
+    assert (worker.words(), worker.memory.settled) == ([Left(round=SECOND, status=beside)], False)
+    assert not worker.shadow.gives_up(copied=False)
+    worker.audits()
+    assert (worker.words(), worker.memory.settled) == ([Exposed(round=THIRD)], True)
+    assert worker.status == EngineStatus(applied=NEW)
 
 
 @pytest.mark.parametrize("error", [StandbyLost("cuMemMap"), RuntimeError("device lost")])
@@ -425,8 +431,12 @@ def test_what_was_served_may_be_lost_and_then_nothing_lands_any_more(error: Exce
     worker.memory.lost = error
     worker.switches(SECOND, NEW)
     worker.computes()
-    assert worker.words() == [Left(round=SECOND, status=EngineStatus(applied=NEW))]
-    assert worker.holdings.may_run, "what is served is whole"
+    worker.words()
+    worker.shadow.heard(Expose(round=FIRST))
+    worker.audits()
+    alone = EngineStatus(applied=NEW)
+    assert worker.words()[0] == Holding(status=alone), "what it has said of its standby is no longer so"
+    assert (worker.status, worker.holdings.may_run) == (alone, True), "what is served is whole"
     worker.shadow.heard(Expose(round=THIRD))
     retry = not isinstance(error, StandbyLost)
     assert worker.words() == [Left(round=THIRD, status=EngineStatus(applied=NEW), fault="engine", retry=retry)]
@@ -440,7 +450,42 @@ def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_sta
     worker.switches(SECOND, NEW)
     worker.computes()
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=OLD, torn=True), fault="engine")
-    assert worker.later == [], "there is nothing left to audit"
+    worker.memory.audits = []
+    worker.audits()
+    assert (worker.words(), worker.memory.audits) == ([], []), "there is nothing left to audit"
+    worker.shadow.heard(Expose(round=THIRD))
+    assert worker.words() == [Exposed(round=THIRD)]
+
+
+def test_a_flip_back_before_the_first_one_has_settled_ends_by_itself() -> None:
+    """What the first one has left to do then ends nothing: words are heard when the second one has settled."""
+    worker = flipped()
+    first = worker.later.pop()
+    worker.memory.during = first
+    worker.shadow.heard(Expose(round=THIRD))
+    worker.switches(SECOND, OLD)
+    assert worker.words() == []
+    worker.computes()
+    back = EngineStatus(applied=OLD, standby=NEW, standby_digest=(2, 22))
+    assert worker.words() == [Left(round=SECOND, status=back)]
+    first()
+    assert (worker.words(), worker.status) == ([], back)
+    worker.audits()
+    assert (worker.words(), worker.status) == ([Exposed(round=THIRD)], EngineStatus(applied=OLD))
+
+
+def test_a_flip_back_finds_that_standby_is_lost() -> None:
+    worker = flipped()
+    worker.memory.lost = worker.memory.failure = StandbyLost("cuMemMap")
+    with pytest.raises(StandbyLost):
+        worker.switches(THIRD, OLD)
+    alone = EngineStatus(applied=NEW)
+    assert worker.words() == [Left(round=THIRD, status=alone, fault="engine", retry=False)]
+    worker.shadow.heard(Expose(round=SECOND))
+    assert worker.words() == [Left(round=SECOND, status=alone, fault="engine", retry=False)], "nothing lands there"
+    worker.memory.failure = None
+    worker.audits()
+    assert (worker.words(), worker.holdings.may_run) == ([Holding(status=alone)], True)
 
 
 def flipped() -> Worker:
