@@ -127,7 +127,7 @@ class Layout(msgspec.Struct, frozen=True):
 
     ``rows`` is an int64 matrix ``[n, ROW_COLUMNS]`` in little-endian bytes. ``staging`` is the index of the region
     that bytes pass through (-1: none): a trainer rank's ring, an engine's landing; its length is the budget.
-    ``expert_map`` is a fingerprint of the expert placement (empty without one): when it changes, the plan does.
+    ``expert_map`` is a fingerprint of the expert placement (empty where none can change); with it the plan changes.
     ``notes``, ascending and apart, explain rows; no transfer depends on them. ``quantized`` says which tensors are
     codes; ``quantization`` is the engine's name of its format (empty without one), for people. A trainer leaves both
     empty. ``unread``: of a trainer, names of its own tensors that are part of no row, at most MAX_UNREAD of them; for

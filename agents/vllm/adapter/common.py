@@ -83,6 +83,8 @@ class VllmModel:
         placed: paging.Placed,
     ) -> "VllmModel":
         layout, pages = _with_left_out(recorded, unprobed), placed.pages
+        if not balancer.may_move(vllm_config):  # its rows say all, and nobody asks the device in a switch or to lend
+            layout = structs.replace(layout, expert_map="")
         standby = None if pages is None else StandbyPages(pages, layout, recorded.tensors)
         return cls(module, vllm_config, recorded, unprobed, layout, pages, standby, placed.why_not)
 
@@ -109,8 +111,7 @@ class VllmModel:
         self.recorded.load(weights)
 
     def rebalanced(self, known: str) -> "VllmModel | None":
-        # Asked in each switch, and the maps are on the device: an engine without a balancer would stand still for that.
-        if not balancer.may_move(self.vllm_config) or expert_map(self.module) == known:
+        if expert_map(self.module) == known:
             return None
         fresh = recorded_layout(self.module, self.vllm_config)
         return self._of(self.module, self.vllm_config, fresh, self.unprobed, paging.Placed(self.pages, self.no_flip))

@@ -278,17 +278,19 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
     assert story[3:] == [(module, "config")]
 
 
-def test_where_nobody_moves_experts_no_switch_asks_the_device_for_their_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(engine, "expert_map", lambda module: asked.append(module) or "elsewhere")
-    layout = Layout((), (), b"", expert_map="here")
-    for eplb in (False, True):
-        config: Any = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb))
-        recorded: Any = SimpleNamespace(layout=layout, tensors=[], unrecorded=(), unused=())
-        monkeypatch.setattr(engine, "recorded_layout", lambda *_, found=recorded: found)
-        model = engine.VllmModel(Model(), config, recorded, {}, layout)
-        assert (model.rebalanced("here") is None) is not eplb
-        assert len(asked) == int(eplb)
+@pytest.mark.parametrize(("eplb", "announced"), [(True, "here"), (False, "")])
+def test_where_nobody_moves_experts_the_layout_has_no_map_to_follow(
+    eplb: bool, announced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No switch waits for the maps, which are on the device, and what is served may be lent."""
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb))
+    recorded: Any = SimpleNamespace(
+        layout=Layout((), (), b"", expert_map="here"), tensors=[], unrecorded=(), unused=(), refresh=lambda: None
+    )
+    monkeypatch.setattr(engine, "recorded_layout", lambda *_: recorded)
+    monkeypatch.setattr(engine, "targets_of", lambda module: [])
+    monkeypatch.setattr(engine.probe, "require", lambda *_: {})
+    assert engine.VllmModel.of(Model(), config).layout.expert_map == announced
 
 
 def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.MonkeyPatch) -> None:
