@@ -74,7 +74,7 @@ class Landed(Protocol):
         """``version``, which has landed, becomes live, and what is derived from it; on the worker's main thread."""
 
     def settle(self) -> None:
-        """After ``take``, before anything lands again; on the later thread.
+        """After ``take``, before anything lands again; on the thread beside, where it leaves the first step alone.
 
         Raises:
             AgentError: nothing can land here any more; live memory is whole.
@@ -236,15 +236,16 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
-        if self._weights.swaps:
-            self._look(switch, self._weights.shown)
-            self._later(lambda: self._follow(switch))
-        else:
+        if not self._weights.swaps:
             self._look(switch, lambda: self._weights.audit() == switch.digest)
+            return
+        self._look(switch, self._weights.shown)
+        self._settle(switch)
+        if switch.right:
+            self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
 
-    def _follow(self, switch: _Taken) -> None:
-        """What nobody waits for: what was served comes to its place, what was heard meanwhile is heard, and all of what
-        is served is audited."""
+    def _settle(self, switch: _Taken) -> None:
+        """What was served comes to its place, and what was heard meanwhile is heard now. No round waits for it."""
         try:
             self._weights.settle()
         except Exception as error:
@@ -255,8 +256,6 @@ class ShadowRounds:
         with self._lock:
             if self._last is switch:  # else another one has begun, and has an end of its own
                 self._switched()
-        if switch.right:
-            self._look(switch, lambda: self._weights.audit() == switch.digest)
 
     def _lose(self, error: Exception) -> None:
         self._lost = error

@@ -18,7 +18,6 @@ from weightsync.agents.memory.quarantine import quarantine, room, spare
 from weightsync.agents.tables.runs import digest_table, scatter_table, table_bytes
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.registry import Ends
-from weightsync.agents.turns import quick_turns
 from weightsync.kernels.copy import PreparedCopy
 from weightsync.kernels.copy import prepare as prepare_copy
 from weightsync.kernels.digest import PreparedDigest
@@ -251,7 +250,7 @@ class LiveWeights:
         model = self._model
         if self.swaps and isinstance(model, PagedModel):
             time.sleep(FLIP_PAUSE_SECONDS)
-            with quick_turns(), self._changing:
+            with self._changing:
                 model.settle()
 
     def shown(self) -> bool:

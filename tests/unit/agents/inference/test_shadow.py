@@ -45,6 +45,8 @@ class Memory:
         self.lost: Exception | None = None
         self.failure: Exception | None = None
         self.during: Callable[[], None] = lambda: None
+        self.before_it_settles: Callable[[], None] = lambda: None
+        self.wrong: list[AssertionError] = []
 
     def landed(self, version: Version) -> tuple[int, int]:
         if self.failure is not None:
@@ -60,6 +62,10 @@ class Memory:
         self.settled = not self.swaps
 
     def settle(self) -> None:
+        try:
+            self.before_it_settles()
+        except AssertionError as error:  # which would be logged, as all that goes wrong beside an engine
+            self.wrong.append(error)
         if self.lost is not None:
             raise self.lost
         self.settled = True
@@ -95,7 +101,12 @@ class Worker:
 
     def computes(self) -> None:
         while self.beside:
-            self.beside.pop(0)()
+            self.computes_one()
+
+    def computes_one(self) -> None:
+        self.beside.pop(0)()
+        for error in self.memory.wrong:
+            raise error
 
     def audits(self) -> None:
         while self.later:
@@ -413,11 +424,14 @@ def test_the_version_before_is_gone_once_something_lands_on_it() -> None:
     worker.shadow.heard(Expose(round=THIRD))
     assert (worker.words(), worker.memory.settled) == ([], False)
     assert not worker.shadow.gives_up(copied=False)
-    worker.computes()
     beside = EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
-    assert (worker.words(), worker.memory.settled) == ([Left(round=SECOND, status=beside)], False)
-    assert not worker.shadow.gives_up(copied=False)
-    worker.audits()
+
+    def told_of_it() -> None:
+        assert (worker.words(), worker.memory.settled) == ([Left(round=SECOND, status=beside)], False)
+        assert not worker.shadow.gives_up(copied=False)
+
+    worker.memory.before_it_settles = told_of_it
+    worker.computes()
     assert (worker.words(), worker.memory.settled) == ([Exposed(round=THIRD)], True)
     assert worker.status == EngineStatus(applied=NEW)
 
@@ -430,16 +444,17 @@ def test_what_was_served_may_be_lost_and_then_nothing_lands_any_more(error: Exce
     worker.words()
     worker.memory.lost = error
     worker.switches(SECOND, NEW)
-    worker.computes()
-    worker.words()
-    worker.shadow.heard(Expose(round=FIRST))
-    worker.audits()
-    alone = EngineStatus(applied=NEW)
-    assert worker.words()[0] == Holding(status=alone), "what it has said of its standby is no longer so"
-    assert (worker.status, worker.holdings.may_run) == (alone, True), "what is served is whole"
     worker.shadow.heard(Expose(round=THIRD))
-    retry = not isinstance(error, StandbyLost)
-    assert worker.words() == [Left(round=THIRD, status=EngineStatus(applied=NEW), fault="engine", retry=retry)]
+    worker.computes()
+    alone, beside = EngineStatus(applied=NEW), EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
+    assert worker.words() == [
+        Left(round=SECOND, status=beside),
+        Holding(status=alone),  # what it has said of its standby is no longer so
+        Left(round=THIRD, status=alone, fault="engine", retry=not isinstance(error, StandbyLost)),
+    ]
+    assert (worker.status, worker.holdings.may_run) == (alone, True), "what is served is whole"
+    worker.audits()
+    assert (worker.words(), worker.memory.audits[-1]) == ([], NEW)
 
 
 def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_standby() -> None:
@@ -450,40 +465,69 @@ def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_sta
     worker.switches(SECOND, NEW)
     worker.computes()
     assert worker.words()[-1] == Left(round=SECOND, status=EngineStatus(applied=OLD, torn=True), fault="engine")
-    worker.memory.audits = []
-    worker.audits()
-    assert (worker.words(), worker.memory.audits) == ([], []), "there is nothing left to audit"
+    assert (worker.later, worker.memory.settled) == ([], True), "there is nothing left to audit"
     worker.shadow.heard(Expose(round=THIRD))
     assert worker.words() == [Exposed(round=THIRD)]
 
 
-def test_a_flip_back_before_the_first_one_has_settled_ends_by_itself() -> None:
-    """What the first one has left to do then ends nothing: words are heard when the second one has settled."""
-    worker = flipped()
-    first = worker.later.pop()
-    worker.memory.during = first
+def before_it_has_settled(do: Callable[[Worker], None]) -> Worker:
+    """A worker that has told of its flip to NEW, of which OLD is not in its place yet when ``do`` is done."""
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.switches(SECOND, NEW)
+
+    def meanwhile() -> None:
+        worker.memory.before_it_settles = lambda: None
+        worker.words()
+        do(worker)
+
+    worker.memory.before_it_settles = meanwhile
+    worker.computes_one()
+    return worker
+
+
+def test_a_flip_back_before_the_first_one_has_settled_has_an_end_of_its_own() -> None:
+    def back(worker: Worker) -> None:
+        worker.shadow.heard(Expose(round=THIRD))
+        worker.switches(SECOND, OLD)
+
+    worker = before_it_has_settled(back)
+    assert worker.words() == [], "words are heard when the second one has settled"
+    worker.computes()
+    old = EngineStatus(applied=OLD, standby=NEW, standby_digest=(2, 22))
+    assert worker.words() == [Left(round=SECOND, status=old), Exposed(round=THIRD)]
+    worker.audits()
+    assert (worker.words(), worker.status) == ([], EngineStatus(applied=OLD))
+
+
+def test_the_first_one_settles_while_a_flip_back_is_under_way() -> None:
+    worker = serving(swaps=True)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.switches(SECOND, NEW)
+    worker.words()
+    worker.memory.during = worker.computes
     worker.shadow.heard(Expose(round=THIRD))
+    worker.holdings.committed(NEW, OLD, (1, 11))
     worker.switches(SECOND, OLD)
     assert worker.words() == []
     worker.computes()
-    back = EngineStatus(applied=OLD, standby=NEW, standby_digest=(2, 22))
-    assert worker.words() == [Left(round=SECOND, status=back)]
-    first()
-    assert (worker.words(), worker.status) == ([], back)
-    worker.audits()
-    assert (worker.words(), worker.status) == ([Exposed(round=THIRD)], EngineStatus(applied=OLD))
+    assert worker.words()[-1] == Exposed(round=THIRD)
 
 
 def test_a_flip_back_finds_that_standby_is_lost() -> None:
-    worker = flipped()
-    worker.memory.lost = worker.memory.failure = StandbyLost("cuMemMap")
-    with pytest.raises(StandbyLost):
-        worker.switches(THIRD, OLD)
     alone = EngineStatus(applied=NEW)
-    assert worker.words() == [Left(round=THIRD, status=alone, fault="engine", retry=False)]
-    worker.shadow.heard(Expose(round=SECOND))
-    assert worker.words() == [Left(round=SECOND, status=alone, fault="engine", retry=False)], "nothing lands there"
-    worker.memory.failure = None
+
+    def back(worker: Worker) -> None:
+        worker.memory.lost = worker.memory.failure = StandbyLost("cuMemMap")
+        with pytest.raises(StandbyLost):
+            worker.switches(THIRD, OLD)
+        assert worker.words() == [Left(round=THIRD, status=alone, fault="engine", retry=False)]
+        worker.shadow.heard(Expose(round=SECOND))
+        assert worker.words() == [Left(round=SECOND, status=alone, fault="engine", retry=False)], "nothing lands there"
+
+    worker = before_it_has_settled(back)
     worker.audits()
     assert (worker.words(), worker.holdings.may_run) == ([Holding(status=alone)], True)
 
