@@ -23,11 +23,11 @@ from weightsync.orchestrator.protocol.layout import Layout, Region, Tensor, row
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def layout() -> Layout:
-    """One tensor of 64 MiB."""
-    rows = np.array([row(0, 0, 0, (0,), (32 * MIB,), (2,))], dtype="<i8")
-    tensor = Tensor("w", "bfloat16", (32 * MIB,))
-    return Layout((tensor,), (Region(4096, 64 * MIB, "DRAM", 0),), rows.tobytes())
+def layout(mib: int = 64) -> Layout:
+    """One tensor of so many MiB."""
+    rows = np.array([row(0, 0, 0, (0,), (mib * MIB // 2,), (2,))], dtype="<i8")
+    tensor = Tensor("w", "bfloat16", (mib * MIB // 2,))
+    return Layout((tensor,), (Region(4096, mib * MIB, "DRAM", 0),), rows.tobytes())
 
 
 NO_PAGES = "pages are of CUDA devices"
@@ -59,11 +59,12 @@ def chosen(
     device: torch.device = CPU,
     no_flip: str = NO_PAGES,
     peers: Peers = ALONE,
+    mib: int = 64,
 ) -> LandingChoice:
     monkeypatch.setenv(MODE_VARIABLE, mode)
     if budget is not None:
         monkeypatch.setenv(LANDING_VARIABLE, str(budget))
-    return choose_landing(layout(), device, no_flip, peers)
+    return choose_landing(layout(mib), device, no_flip, peers)
 
 
 @pytest.mark.parametrize(("budget", "size"), [(None, 64 * MIB), (0, 0), (3, 3 * MIB)])
@@ -136,14 +137,23 @@ def test_device_memory_is_taken_only_as_declared(monkeypatch: pytest.MonkeyPatch
 
 def test_pages_are_flipped_and_need_only_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("auto", "flip"):
-        found = chosen(monkeypatch, mode, None, CUDA, no_flip="")
+        found = chosen(monkeypatch, mode, None, CUDA, no_flip="", mib=4000)
         assert (found.lands, found.bytes) == ("flip", 2048 * MIB)
-    assert chosen(monkeypatch, "auto", 4000, CUDA, no_flip="").bytes == 2048 * MIB, (
-        "the rest of the budget is standby's"
-    )
+    rest = chosen(monkeypatch, "auto", 8000, CUDA, no_flip="", mib=4000)
+    assert rest.bytes == 2048 * MIB, "the rest of the budget is standby's"
     assert chosen(monkeypatch, "flip", 4000, CUDA, no_flip="").bytes == 4000 * MIB
     with pytest.raises(ModeRefused, match="WEIGHTSYNC_MODE=flip: the weights do not lie in pages: pages are of CUDA"):
         chosen(monkeypatch, "flip")
+
+
+@pytest.mark.parametrize("mode", ["live", "flip"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_no_ring_is_longer_than_what_a_version_needs(
+    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = chosen(monkeypatch, mode, None, device, no_flip="", mib=16)
+    assert small.bytes == arena_bytes(layout(16)) < 20 * MIB
+    assert chosen(monkeypatch, mode, 100, device, no_flip="", mib=16).bytes == 100 * MIB, "unless somebody asks for it"
 
 
 @pytest.mark.parametrize("budget", ["many", "-1", "1.5", "9" * 10])
