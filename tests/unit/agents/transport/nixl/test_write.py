@@ -175,13 +175,13 @@ async def test_an_edge_that_hangs_at_the_deadline_is_over_when_its_last_transfer
 
 
 async def test_an_edge_of_which_nothing_moves_is_given_up_long_before_the_deadline() -> None:
-    write = Written(60.0, 0.05, a1=["DONE"], a2=["PROC"], b1=["DONE"], b2=["PROC"] * 20 + ["DONE"])
+    write = Written(60.0, 1.0, a1=["DONE"], a2=["PROC"], b1=["DONE"], b2=["PROC"] * 5 + ["DONE"])
     began = time.monotonic()
     await write.write()
-    assert 0.05 <= time.monotonic() - began < 5.0
+    assert 1.0 <= time.monotonic() - began < 30.0
     assert write.ends == {"b": (20, "")}
     assert [type(left.error).__name__ for left in write.writer.left()] == ["StalledError"]
-    assert "nothing has moved for 0 s with 1 transfers in flight" in str(write.edges[0].last_error)
+    assert "nothing has moved for 1 s with 1 transfers in flight" in str(write.edges[0].last_error)
     write.writer.forget("a")
     assert write.ends["a"] == (10, "StalledError")
 
