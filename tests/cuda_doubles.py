@@ -1,6 +1,7 @@
 """Doubles of CUDA's runtime and driver libraries, for machines without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,6 @@ class FakeCudart(SimpleNamespace):
         self.cudaMalloc = Call(self._malloc)
         self.cudaGetLastError = Call(lambda: self._note("forget the error"))
         self.cudaFree = Call(lambda address: self._note("free", address))
-        self.cudaGetDevice = Call(self._get)
         self.cudaSetDevice = Call(self._set)
         self.cudaHostRegister = Call(lambda address, size, flags: self._note("pin", address, size))
         self.cudaHostUnregister = Call(lambda address: self._note("unpin", address))
@@ -43,9 +43,12 @@ class FakeCudart(SimpleNamespace):
         out._obj.value = 0x7F0000000000 + self.device
         return self._note("malloc", size)
 
-    def _get(self, out: Any) -> int:
-        out._obj.value = self.device
-        return 0
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """As ``torch.cuda.device``, which a build without CUDA has not."""
+        before, self.device = self.device, device
+        yield
+        self.device = before
 
     def _set(self, device: int) -> int:
         if device >= DEVICES:

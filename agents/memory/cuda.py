@@ -2,8 +2,11 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final
 
+import torch
 from weightsync.agents.memory import preload
 from weightsync.agents.memory.errors import MemoryPlacementError
 
@@ -21,11 +24,19 @@ _DMA_BUF: Final = 124
 class Runtime:
     """Allocation calls of the process's libcudart.
 
+    Args:
+        library: if not the one that is found.
+        on: makes a device the calling thread's for as long as its context lasts. torch's does not go back to a device
+            that this process has not used: that alone would take half a gigabyte there, of GPU 0 for each worker.
+
     Raises:
         MemoryPlacementError: there is no libcudart.
     """
 
-    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL | None = None, on: Callable[[int], AbstractContextManager[object]] | None = None
+    ) -> None:
+        self._on = torch.cuda.device if on is None else on
         if library is None:
             path = preload.cudart()
             if path is None:
@@ -42,8 +53,6 @@ class Runtime:
         self._register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
         self._unregister = library.cudaHostUnregister
         self._unregister.argtypes = [ctypes.c_void_p]
-        self._get_device = library.cudaGetDevice
-        self._get_device.argtypes = [ctypes.POINTER(ctypes.c_int)]
         self._set_device = library.cudaSetDevice
         self._set_device.argtypes = [ctypes.c_int]
         self._forget_error = library.cudaGetLastError
@@ -64,9 +73,8 @@ class Runtime:
     def malloc(self, size: int, device: int) -> int | None:
         """Address of ``size`` bytes on ``device``; None when there is no room."""
         address = ctypes.c_void_p()
-        before = self._switch(device)
-        failed = self._malloc(ctypes.byref(address), size)
-        self._set_device(before)
+        with self._on(device):
+            failed = self._malloc(ctypes.byref(address), size)
         if failed:
             self._forget_error()  # else torch takes it for the failure of its next call
             return None
@@ -74,9 +82,8 @@ class Runtime:
 
     def free(self, address: int, device: int) -> None:
         """Give memory of ``malloc`` back. Waits for the device."""
-        before = self._switch(device)
-        self._free(address)
-        self._set_device(before)
+        with self._on(device):
+            self._free(address)
 
     def pin(self, address: int, size: int) -> int:
         """Page-lock host memory for fast copies; 0, or CUDA's error number."""
@@ -88,12 +95,6 @@ class Runtime:
     def unpin(self, address: int) -> None:
         """Undo ``pin``, before the memory is unmapped."""
         self._unregister(address)
-
-    def _switch(self, device: int) -> int:
-        before = ctypes.c_int()
-        self._get_device(ctypes.byref(before))
-        self._set_device(device)
-        return before.value
 
 
 class DeviceBytes:

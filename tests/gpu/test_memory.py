@@ -58,6 +58,26 @@ print(torch.cuda.memory_allocated() == 96 << 20)
     assert run_expandable(code) == "True"
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_arena_of_one_gpu_takes_nothing_of_another() -> None:
+    """In a thread for which the first GPU is current, as it is in every new one; a context there is half a gigabyte."""
+    code = """
+import threading
+import torch
+from weightsync.agents.memory.arena import arena
+def use():
+    memory = arena(64 << 20, torch.device("cuda", 1))
+    memory.fill_(7)
+    assert int(memory[-1]) == 7
+for _ in range(2):
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+    assert run_expandable(code) == "False True"
+
+
 def test_a_freed_arena_is_free_memory_again_to_the_byte() -> None:
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info(GPU)[0]

@@ -34,7 +34,7 @@ def test_views_keep_a_host_arena_alive() -> None:
 
 def test_a_pinned_arena_is_unpinned_before_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     library = FakeCudart()
-    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library))  # type: ignore[arg-type]
+    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library, library.on))  # type: ignore[arg-type]
     memory = arena.host_arena(8192, pin=True)
     address = memory.data_ptr()
     del memory
@@ -45,7 +45,7 @@ def test_a_pinned_arena_is_unpinned_before_it_goes(monkeypatch: pytest.MonkeyPat
 def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     library = FakeCudart()
     library.cudaHostRegister = Call(lambda address, size, flags: 2)
-    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library))  # type: ignore[arg-type]
+    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library, library.on))  # type: ignore[arg-type]
     with pytest.raises(MemoryPlacementError, match="ulimit -l"):
         arena.host_arena(8192, pin=True)
 
@@ -65,7 +65,7 @@ def test_a_strided_tensor_is_no_region() -> None:
 def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
     """A GPU with room for a block; what torch makes of its memory is the object that holds it."""
     library = FakeCudart(room=BLOCK)
-    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library))  # type: ignore[arg-type]
+    monkeypatch.setattr(arena, "Runtime", lambda: cuda.Runtime(library, library.on))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: library.log.append(("empty torch's cache",)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
