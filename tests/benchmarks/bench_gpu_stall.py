@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collecting import no_collection
 from fleet import Fleet, Trainer, fleet
 from gpu_copies import measured
 from serving import RequestFailed, VllmServer
 from stall_trainer import RING
 from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
+from weightsync.agents.turns import no_collection
 from weightsync.orchestrator.protocol.landing import usual_ring
 
 SIZES: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Streams:
         for thread in threads:
             thread.start()
         try:
-            with no_collection():
+            with no_collection():  # in which no thread of this process would see a token come
                 yield self
         finally:
             self.stopped.set()

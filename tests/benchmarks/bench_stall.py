@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.bench_e2e import LARGE, report, say
-from collecting import no_collection
 from fleet import Fleet, fleet
 from serving import DEFAULT_PROMPTS, VllmServer, tiny_qwen3
 from weightsync.agents.memory.arena import host_arena
+from weightsync.agents.turns import no_collection
 
 EIGHTH: dict[str, Any] = {**LARGE, "num_hidden_layers": 3, "vocab_size": 8192}
 TOKENS = 240

@@ -8,13 +8,12 @@ and then each storage takes the very place that was made for it.
 """
 
 import ctypes
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from weightsync.agents.memory.errors import PagesUnavailable
+from weightsync.agents.turns import no_collection
 
 SEGMENT_BYTES: Final = 2 << 20
 """What torch's allocator asks for at least, and in multiples of (``kSmallBuffer``, ``kRoundLarge``)."""
@@ -92,7 +91,7 @@ class Relocation:
         self._pool = _pool(addresses)
         large = sum(_up(s.nbytes(), BLOCK_BYTES) for s in self._storages if s.nbytes() > SMALL_BYTES)
         try:
-            with _no_collection(), torch.cuda.use_mem_pool(self._pool, device):
+            with no_collection(), torch.cuda.use_mem_pool(self._pool, device):
                 if large:
                     self._room(large)
                 self._places = [self._room(storage.nbytes()) for storage in self._storages]
@@ -111,24 +110,13 @@ class Relocation:
     def finish(self) -> None:
         """Copy every storage to its place; what it had goes back to torch. The pool lives as long as the process."""
         _never_dies(self._pool)
-        with _no_collection(), torch.cuda.use_mem_pool(self._pool, self._device):
+        with no_collection(), torch.cuda.use_mem_pool(self._pool, self._device):
             for storage in self._storages:
                 del self._places[0]
                 storage.resize_(storage.nbytes())
 
     def _room(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _pool(addresses: PageAddresses) -> Any:

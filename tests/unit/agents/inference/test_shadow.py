@@ -400,11 +400,17 @@ def test_nothing_runs_before_the_first_version_was_audited() -> None:
 
 
 # ------------------------------------------------------------------------------------------- pages that are exchanged
-def test_the_version_before_waits_after_a_flip_and_comes_back_by_another() -> None:
+def flipping() -> Worker:
+    """A worker whose pages were exchanged for NEW's; nobody has looked at them yet."""
     worker = serving(swaps=True)
     worker.lands(SECOND, NEW)
     worker.computes()
     worker.switches(SECOND, NEW)
+    return worker
+
+
+def test_the_version_before_waits_after_a_flip_and_comes_back_by_another() -> None:
+    worker = flipping()
     worker.computes()
     before = EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
     assert worker.words()[-1] == Left(round=SECOND, status=before)
@@ -472,10 +478,7 @@ def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_sta
 
 def before_it_has_settled(do: Callable[[Worker], None]) -> Worker:
     """A worker that has told of its flip to NEW, of which OLD is not in its place yet when ``do`` is done."""
-    worker = serving(swaps=True)
-    worker.lands(SECOND, NEW)
-    worker.computes()
-    worker.switches(SECOND, NEW)
+    worker = flipping()
 
     def meanwhile() -> None:
         worker.memory.before_it_settles = lambda: None
@@ -502,10 +505,7 @@ def test_a_flip_back_before_the_first_one_has_settled_has_an_end_of_its_own() ->
 
 
 def test_the_first_one_settles_while_a_flip_back_is_under_way() -> None:
-    worker = serving(swaps=True)
-    worker.lands(SECOND, NEW)
-    worker.computes()
-    worker.switches(SECOND, NEW)
+    worker = flipping()
     worker.words()
     worker.memory.during = worker.computes
     worker.shadow.heard(Expose(round=THIRD))
@@ -534,10 +534,7 @@ def test_a_flip_back_finds_that_standby_is_lost() -> None:
 
 def flipped() -> Worker:
     """A worker that has told of its switch to NEW, which is not audited yet."""
-    worker = serving(swaps=True)
-    worker.lands(SECOND, NEW)
-    worker.computes()
-    worker.switches(SECOND, NEW)
+    worker = flipping()
     worker.computes()
     whole = EngineStatus(applied=NEW, standby=OLD, standby_digest=(1, 11))
     assert worker.words()[-1] == Left(round=SECOND, status=whole), "pages that show it are enough for that"
