@@ -80,4 +80,5 @@ def test_a_trainer_rank_killed_in_a_round_leaves_the_engine_paused_until_it_is_r
     scene.start_trainer(2)
     assert scene.publish() == torn + 1
     failed = scene.whole.directory / "run" / "broadcasts" / f"step_{torn}" / "FAILED"
+    scene.whole.until(failed.exists, "the marker of the step that was given up")  # written beside the rounds
     assert "its trainer ended" in failed.read_text()

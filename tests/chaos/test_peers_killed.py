@@ -57,4 +57,5 @@ def test_a_trainer_rank_killed_in_a_round_changes_nothing_that_is_served(scene: 
     scene.start_trainer(2)
     assert scene.publish() == lost + 1
     failed = scene.whole.directory / "run" / "broadcasts" / f"step_{lost}" / "FAILED"
+    scene.whole.until(failed.exists, "the marker of the step that was given up")  # written beside the rounds
     assert "its trainer ended" in failed.read_text()
