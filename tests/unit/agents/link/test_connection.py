@@ -63,7 +63,7 @@ class Harness:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loop = asyncio.get_running_loop()
-        self._now = loop.time()
+        self._now = float(round(loop.time()))  # whole seconds: sums of whole seconds are exact
         monkeypatch.setattr(loop, "time", lambda: self._now)
         self.transport = RecordingTransport()
         held = SimpleNamespace(transport=self.transport, protocol=asyncio.Protocol())
