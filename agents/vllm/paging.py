@@ -49,7 +49,7 @@ def place(tensors: Sequence[torch.Tensor], mode: Mode, peers: Peers = ALONE) -> 
     pages: Pages | None = None
     try:
         on_host = all(tensor.device.type == "cpu" for tensor in tensors)
-        pages = _on_host(tensors) if on_host else into_pages(tensors, most=_most(mode))
+        pages = _on_host(tensors) if on_host else into_pages(tensors, most=_most(mode, tensors))
     except PagesUnavailable as error:
         if mode == "flip":
             raise
@@ -93,15 +93,14 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
     devices = {tensor.device for tensor in tensors}
     if any(device.type != "cuda" for device in devices):
         return f"pages of host memory are exchanged with {MODE_VARIABLE}=flip alone"
-    most = _most(mode)
+    most = _most(mode, tensors)
     for device in devices:
         torch.cuda.empty_cache()
         weights = sum(tensor.numel() for tensor in tensors if tensor.device == device)
         if most is not None:
             if weights > most:
-                ring = usual_ring(on_device=True) // MIB
                 return (
-                    f"a second set of {weights / MIB:.0f} MiB and a ring of {ring} MiB are more"
+                    f"a second set of {weights / MIB:.0f} MiB and a ring of {_ring(tensors) / MIB:.0f} MiB are more"
                     f" than {LANDING_VARIABLE} allows, which is {(declared_budget() or 0) // MIB}"
                 )
             continue
@@ -114,7 +113,11 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
     return ""
 
 
-def _most(mode: Mode) -> int | None:
+def _ring(tensors: Sequence[torch.Tensor]) -> int:
+    return usual_ring(sum(tensor.numel() for tensor in tensors), on_device=True)
+
+
+def _most(mode: Mode, tensors: Sequence[torch.Tensor]) -> int | None:
     """Bytes that a second set may take; None: as many as are free. Who names ``flip`` declares its ring alone."""
     budget = declared_budget() if mode == "auto" else None
-    return None if budget is None else max(0, budget - usual_ring(on_device=True))
+    return None if budget is None else max(0, budget - _ring(tensors))

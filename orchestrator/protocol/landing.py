@@ -98,9 +98,14 @@ def longest_chunk(memory: Literal["DRAM", "VRAM"]) -> int:
     return _CHUNK_BYTES[memory]
 
 
-def usual_ring(*, on_device: bool) -> int:
-    """Bytes of a ring, at either end, where nobody says how many."""
+def longest_ring(*, on_device: bool) -> int:
+    """Bytes of a ring, at either end, where nobody says how many and a version is longer than that."""
     return _RING_BYTES["VRAM" if on_device else "DRAM"]
+
+
+def usual_ring(held: int, *, on_device: bool) -> int:
+    """Bytes of a ring, at either end, where nobody says how many: no more than are ``held`` of a version there."""
+    return min(longest_ring(on_device=on_device), -(-held // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
 
 
 def chunk_bytes(ring: Region) -> int:

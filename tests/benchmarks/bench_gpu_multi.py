@@ -43,7 +43,7 @@ from gpu_copies import measured
 from serving import Answer, VllmServer, answers, several
 from stall_trainer import APART, REPLICAS, RING
 from tiny_models import FP8_BLOCKS, qwen3_moe_config, save_model
-from weightsync.orchestrator.protocol.landing import usual_ring
+from weightsync.orchestrator.protocol.landing import longest_ring
 
 LAYER_GB: Final = 0.62
 REPEATABLE = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
@@ -336,7 +336,7 @@ def main() -> None:
     arguments.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     arguments.add_argument("--gb", type=float, default=16.0, help="of weights for each serving GPU")
     arguments.add_argument("--pushes", type=int, default=10)
-    ring = usual_ring(on_device=True) >> 20
+    ring = longest_ring(on_device=True) >> 20
     arguments.add_argument("--ring", type=int, default=ring, help="MiB of each GPU of either side for chunks")
     arguments.add_argument("--at-once", type=int, default=1, help="how many cases the memory has room for")
     arguments.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

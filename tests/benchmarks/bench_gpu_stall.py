@@ -31,7 +31,7 @@ from serving import RequestFailed, VllmServer
 from stall_trainer import RING
 from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
 from weightsync.agents.turns import no_collection
-from weightsync.orchestrator.protocol.landing import usual_ring
+from weightsync.orchestrator.protocol.landing import longest_ring
 
 SIZES: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -254,7 +254,7 @@ def main() -> None:
     arguments.add_argument("--cache", nargs="+", default=["keep"])
     arguments.add_argument("--contexts", nargs="+", default=["short"], choices=list(PROMPTS))
     arguments.add_argument("--pushes", type=int, default=30)
-    ring = usual_ring(on_device=True) >> 20
+    ring = longest_ring(on_device=True) >> 20
     arguments.add_argument("--ring", type=int, default=ring, help="MiB of either side for chunks, of flip and live")
     arguments.add_argument("--share", type=float, default=0.3, help="of the GPU's memory that must be free at start")
     arguments.add_argument("--patience", type=float, default=240.0, help="seconds for each start")

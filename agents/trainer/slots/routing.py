@@ -10,7 +10,7 @@ from weightsync.agents.tables.box import Box, with_entry
 from weightsync.agents.trainer.errors import ConversionTableError, ExpertPartitionError, OffGridError
 from weightsync.agents.trainer.slots.boxes import HeldBox, LocalShare
 from weightsync.agents.trainer.slots.conversion import ConversionSpec, Source
-from weightsync.orchestrator.protocol.landing import BERTH_ALIGNMENT, usual_ring
+from weightsync.orchestrator.protocol.landing import usual_ring
 
 Kind = Literal["sharded", "gathered", "expert"]
 
@@ -28,8 +28,7 @@ def ring_bytes(asked: int | None, device: torch.device, slots: int) -> int:
     more than the ``slots`` themselves have."""
     if asked is not None:
         return asked
-    usual = usual_ring(on_device=device.type == "cuda")
-    return min(usual, -(-slots // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
+    return usual_ring(slots, on_device=device.type == "cuda")
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,22 +110,31 @@ def test_auto_leaves_half_of_the_memory_that_is_free(
     assert paging.place(WEIGHTS, "flip").pages is PAGES
 
 
-@pytest.mark.parametrize(("budget", "fits"), [(2049, True), (2048, False), (10, False)])
+@pytest.mark.parametrize(
+    ("weights_mib", "ring_mib", "budget", "fits"),
+    [(4000, 2048, 6048, True), (4000, 2048, 6047, False), (4000, 2048, 10, False), (3, 3, 6, True), (3, 3, 5, False)],
+)
 def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
-    budget: int, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
+    weights_mib: int,
+    ring_mib: int,
+    budget: int,
+    fits: bool,
+    moved: list[object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    weights: list[Any] = [SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: weights_mib << 20)]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
     monkeypatch.setenv(LANDING_VARIABLE, str(budget))
-    placed = paging.place(WEIGHTS, "auto")
+    placed = paging.place(weights, "auto")
     assert (placed.pages is PAGES) == fits
     if fits:
-        assert moved == [(WEIGHTS, 1 << 20)], "it is held to, whatever the driver rounds up"
+        assert moved == [(weights, weights_mib << 20)], "it is held to, whatever the driver rounds up"
     else:
         assert placed.why_not == (
-            "a second set of 1 MiB and a ring of 2048 MiB are more than WEIGHTSYNC_LANDING_MIB allows,"
-            f" which is {budget}"
+            f"a second set of {weights_mib} MiB and a ring of {ring_mib} MiB are more than WEIGHTSYNC_LANDING_MIB"
+            f" allows, which is {budget}"
         )
-    assert paging.place(WEIGHTS, "flip").pages is PAGES, "who names it declares the ring alone"
+    assert paging.place(weights, "flip").pages is PAGES, "who names it declares the ring alone"
 
 
 def test_what_one_rank_cannot_have_none_takes(moved: list[object]) -> None:
