@@ -9,7 +9,8 @@ What was copied may be anything, so until a digest of all of it agrees the statu
 nobody takes the switch for done. Where pages were exchanged, whose bytes were digested before, samples of every page
 tell whether they are there. What follows then lets the engine take its first steps: what was served gets the addresses
 of standby, where nothing lands before, and all of what is served is digested, as slowly as the engine likes. If samples
-or digest do not agree, live memory counts as torn and nothing runs on it any more.
+or digest do not agree, live memory counts as torn and nothing runs on it any more. Where batches may move weights to
+other places (experts), the first look comes before the next batch.
 """
 
 import logging
@@ -62,6 +63,10 @@ class Landed(Protocol):
     @property
     def swaps(self) -> bool:
         """Whether ``take`` exchanges pages: what was served before is in standby after it."""
+
+    @property
+    def restless(self) -> bool:
+        """Whether batches move what is served to other places, so that an audit beside them would find it changed."""
 
     def landed(self, version: Version) -> Digest:
         """Of what has arrived, over the whole layout; on the thread beside.
@@ -236,13 +241,9 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
-        if not self._weights.swaps:
-            self._look(switch, lambda: self._weights.audit() == switch.digest)
-            return
-        self._look(switch, self._weights.shown)
-        self._settle(switch)
-        if switch.right:
-            self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
+        self._look(
+            switch, self._weights.shown if self._weights.swaps else lambda: self._weights.audit() == switch.digest
+        )
 
     def _settle(self, switch: _Taken) -> None:
         """What was served comes to its place, and what was heard meanwhile is heard now. No round waits for it."""
@@ -256,6 +257,8 @@ class ShadowRounds:
         with self._lock:
             if self._last is switch:  # else another one has begun, and has an end of its own
                 self._switched()
+        if switch.right:
+            self._later(lambda: self._look(switch, lambda: self._weights.audit() == switch.digest))
 
     def _lose(self, error: Exception) -> None:
         self._lost = error
@@ -375,7 +378,12 @@ class ShadowRounds:
                 self._holdings.hold(False, "")
             if not self._weights.swaps:
                 self._switched()
-            self._beside(lambda: self._audit(switch))
+            if self._weights.restless:
+                self._audit(switch)  # before a batch
+            else:
+                self._beside(lambda: self._audit(switch))
+            if self._weights.swaps:
+                self._beside(lambda: self._settle(switch))
 
     def serves(self, version: Version) -> bool:
         """Whether live memory was switched to ``version`` and to nothing else since."""

@@ -205,6 +205,11 @@ class LiveWeights:
         """See ``Landed.swaps``."""
         return self._lands == "flip"
 
+    @property
+    def restless(self) -> bool:
+        """See ``Landed.restless``: the load balancer of experts does, in steps of its own choice."""
+        return bool(self.layout.expert_map)
+
     def landed(self, version: Version) -> Digest:
         """See ``Landed.landed``.
 

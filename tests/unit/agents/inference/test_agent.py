@@ -416,8 +416,13 @@ def standing_by(agent: InferenceAgent) -> None:
     agent._holdings.keep(ORDER.version, agent._weights.digest())
 
 
-def test_a_switch_is_told_when_live_memory_was_audited() -> None:
-    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3)), Thread()
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_switch_is_told_when_live_memory_was_audited(moving: bool) -> None:
+    of_experts = model(host_arena(16), 3)
+    held = (
+        of_experts if moving else Model(msgspec.structs.replace(of_experts.layout, expert_map=""), of_experts.tensors)
+    )
+    agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), held), Thread()
     agent._agent = thread  # type: ignore[assignment]
     assert agent.switchable(ORDER) == "what waits in standby is nothing, not step 2 (generation 1)"
     standing_by(agent)
@@ -428,8 +433,9 @@ def test_a_switch_is_told_when_live_memory_was_audited() -> None:
     assert agent.switchable(ORDER) == ""
     agent.switch(ORDER)
     assert taken == [ORDER.version]
-    assert thread.posted == []
-    audits[0]()
+    assert bool(thread.posted) == moving, "before a batch could move experts, or beside it"
+    for audit in audits:
+        audit()
     for post in thread.posted:
         post()
     (left,) = thread.said

@@ -34,7 +34,7 @@ class Memory:
     bytes = 640
 
     def __init__(self, swaps: bool) -> None:
-        self.swaps = swaps
+        self.swaps, self.restless = swaps, False
         self.arrived: Version | None = None
         self.live: Version | None = None
         self.digests = dict(DIGESTS)
@@ -476,6 +476,28 @@ def test_pages_that_do_not_show_what_was_exchanged_tear_and_leave_nothing_in_sta
     assert worker.words() == [Exposed(round=THIRD)]
 
 
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("right", [True, False])
+def test_what_batches_would_move_is_looked_at_before_the_next_one(swaps: bool, right: bool) -> None:
+    worker = serving(swaps=swaps)
+    worker.lands(SECOND, NEW)
+    worker.computes()
+    worker.words()
+    worker.memory.restless, worker.memory.shows = True, right
+    if not right:
+        worker.memory.digests[NEW] = (3, 33)
+    worker.switches(SECOND, NEW)
+    worker.memory.digests[NEW] = (4, 44)  # a batch has moved experts; a late audit of pages says so by Superseded
+    (left,) = worker.words()
+    assert (left.round, left.fault, worker.holdings.may_run) == (SECOND, "" if right else "engine", right)
+    worker.memory.superseded = True
+    worker.computes()
+    worker.audits()
+    assert (worker.words(), worker.holdings.may_run) == ([], right)
+    worker.shadow.heard(Expose(round=THIRD))
+    assert worker.words() == [Exposed(round=THIRD)], "the next one lands as ever"
+
+
 def before_it_has_settled(do: Callable[[Worker], None]) -> Worker:
     """A worker that has told of its flip to NEW, of which OLD is not in its place yet when ``do`` is done."""
     worker = flipping()
@@ -486,6 +508,7 @@ def before_it_has_settled(do: Callable[[Worker], None]) -> Worker:
         do(worker)
 
     worker.memory.before_it_settles = meanwhile
+    worker.computes_one()
     worker.computes_one()
     return worker
 
