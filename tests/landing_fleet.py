@@ -40,7 +40,7 @@ class Peer:
         paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},  # it answers on stdout
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
         self.member = Member("inference", "a", number)
 

@@ -59,7 +59,7 @@ class Writer:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UCX_LOG_FILE": "stderr"},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             )
         facts = json.loads(self._line())
         self.layout = msgspec.msgpack.decode(bytes.fromhex(facts["layout"]), type=Layout)

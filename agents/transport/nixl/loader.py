@@ -24,6 +24,8 @@ from weightsync.agents.transport.nixl.errors import NixlError, NixlMissingError
 
 PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
 
+LOG_FILE: Final = "UCX_LOG_FILE"
+
 _RDMA: Final = [f"{kind}{way}" for kind in ("rc", "ud", "dc") for way in ("", "_v", "_x", "_verbs", "_mlx5")]
 
 NETWORKS: Final = frozenset(["tcp", "self", "ib", "cuda_copy", "gdr_copy", *_RDMA])
@@ -80,7 +82,9 @@ class Bindings:
         )
         failures: tuple[type[Exception], ...] = (*self.errors, RuntimeError)
         try:
-            made = self.api.nixl_agent(name, config)
+            # UCX warns on stdout, in the middle of its host's lines; it reads this once, with its first agent.
+            with environment({LOG_FILE: os.environ.get(LOG_FILE, "stderr")}):
+                made = self.api.nixl_agent(name, config)
         except failures as error:
             devices = os.environ.get("UCX_NET_DEVICES", "")
             over = f" over UCX_NET_DEVICES={devices}; is there such a network device here?" if devices else ""

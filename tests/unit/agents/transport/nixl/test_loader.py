@@ -2,9 +2,12 @@
 
 import importlib
 import os
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from weightsync.agents.transport.nixl import loader as nixl_loader
@@ -53,6 +56,26 @@ def test_the_bindings_know_the_error_types() -> None:
     bindings = nixl_loader.load()
     assert bindings.disconnected in bindings.errors
     assert len(bindings.errors) >= 10
+
+
+@pytest.mark.parametrize("file", ["", "ucx.log"])
+def test_what_ucx_has_to_say_is_no_output_of_its_host(file: str, tmp_path: Path) -> None:
+    """It says it on stdout by itself; a file that somebody has named is where it goes."""
+    make = "load().agent('a', backends=('UCX',), progress_thread=False, threads=0)"
+    program = f"from weightsync.agents.transport.nixl.loader import load; agent = {make}"
+    named = {"UCX_LOG_FILE": str(tmp_path / file)} if file else {}
+    plain = {name: value for name, value in os.environ.items() if name != "UCX_LOG_FILE"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=plain | named | {"UCX_LOG_LEVEL": "info"},
+    )
+    told = (tmp_path / file).read_text() if file else done.stderr
+    assert "UCX  INFO" in told
+    assert done.stdout == ""
 
 
 # ---------------------------------------------------------------------------------------------------- environment
