@@ -75,7 +75,7 @@ def choose_landing(layout: Layout, device: torch.device, no_flip: str = "", peer
     missing = _missing(needed, budget, device, peers.count)
     if peers.least(int(not missing)) == 0:  # asked whatever the mode is, so that no rank waits for another's question
         missing = missing or ANOTHER_RANK
-    ring = usual_ring(sum(region.length for region in layout.regions), on_device=device.type == "cuda")
+    ring = usual_ring(needed, on_device=device.type == "cuda")
     if mode == "live":
         return LandingChoice("live", ring if budget is None else budget, f"{MODE_VARIABLE}=live")
     if mode == "copy":

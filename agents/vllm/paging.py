@@ -33,23 +33,25 @@ class Placed:
     why_not: str = ""
 
 
-def place(tensors: Sequence[torch.Tensor], mode: Mode, peers: Peers = ALONE) -> Placed:
+def place(tensors: Sequence[torch.Tensor], needed: int, mode: Mode, peers: Peers = ALONE) -> Placed:
     """Move the storages of ``tensors`` into pages if ``mode`` wants that and, with ``auto``, it can be in all ranks.
 
     Args:
         tensors: all that rounds write in this worker; they follow their storages.
+        needed: bytes of landing that a whole version takes here (``arena_bytes``): no ring is longer.
 
     Raises:
         PagesUnavailable: ``flip``, and it cannot be had; nothing was moved.
         StandbyMissing: they were moved, and there is no memory for a second set, here or in another rank.
     """
-    why_not = _why_not(tensors, mode)
+    ring = usual_ring(needed, on_device=True)
+    why_not = _why_not(tensors, mode, ring)
     if peers.least(int(not why_not)) == 0:
         return _not_placed(why_not or ANOTHER_RANK)
     pages: Pages | None = None
     try:
         on_host = all(tensor.device.type == "cpu" for tensor in tensors)
-        pages = _on_host(tensors) if on_host else into_pages(tensors, most=_most(mode, tensors))
+        pages = _on_host(tensors) if on_host else into_pages(tensors, most=_most(mode, ring))
     except PagesUnavailable as error:
         if mode == "flip":
             raise
@@ -84,7 +86,7 @@ def _not_placed(why_not: str) -> Placed:
     return Placed(None, why_not)
 
 
-def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
+def _why_not(tensors: Sequence[torch.Tensor], mode: Mode, ring: int) -> str:
     """Why ``mode`` does without pages before anybody has tried; empty where it does not."""
     if mode == "flip":
         return ""
@@ -93,14 +95,14 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
     devices = {tensor.device for tensor in tensors}
     if any(device.type != "cuda" for device in devices):
         return f"pages of host memory are exchanged with {MODE_VARIABLE}=flip alone"
-    most = _most(mode, tensors)
+    most = _most(mode, ring)
     for device in devices:
         torch.cuda.empty_cache()
         weights = sum(tensor.numel() for tensor in tensors if tensor.device == device)
         if most is not None:
             if weights > most:
                 return (
-                    f"a second set of {weights / MIB:.0f} MiB and a ring of {_ring(tensors) / MIB:.0f} MiB are more"
+                    f"a second set of {weights / MIB:.0f} MiB and a ring of {ring / MIB:.0f} MiB are more"
                     f" than {LANDING_VARIABLE} allows, which is {(declared_budget() or 0) // MIB}"
                 )
             continue
@@ -113,11 +115,7 @@ def _why_not(tensors: Sequence[torch.Tensor], mode: Mode) -> str:
     return ""
 
 
-def _ring(tensors: Sequence[torch.Tensor]) -> int:
-    return usual_ring(sum(tensor.numel() for tensor in tensors), on_device=True)
-
-
-def _most(mode: Mode, tensors: Sequence[torch.Tensor]) -> int | None:
+def _most(mode: Mode, ring: int) -> int | None:
     """Bytes that a second set may take; None: as many as are free. Who names ``flip`` declares its ring alone."""
     budget = declared_budget() if mode == "auto" else None
-    return None if budget is None else max(0, budget - _ring(tensors))
+    return None if budget is None else max(0, budget - ring)

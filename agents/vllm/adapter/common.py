@@ -28,6 +28,7 @@ from weightsync.agents.vllm.lora.served import ServedAdapter
 from weightsync.agents.vllm.peers import CoreRanks
 from weightsync.agents.vllm.ranks import EngineRanks, engine_ranks
 from weightsync.agents.vllm.recorder.recorded import Recorded, expert_map, models_of, recorded_layout, targets_of
+from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import Layout
 
 
@@ -62,7 +63,7 @@ class VllmModel:
             UnreadWeights: its layers compute with something else than what a round writes.
         """
         recorded = recorded_layout(module, vllm_config)
-        placed = paging.place(recorded.tensors, wanted_mode(), peers)
+        placed = paging.place(recorded.tensors, arena_bytes(recorded.layout), wanted_mode(), peers)
         if placed.pages is None:
             check_reachable(recorded.layout.regions)  # on the agent's thread only the daemon's coming would tell
         else:

@@ -148,9 +148,11 @@ def test_pages_are_flipped_and_need_only_a_ring(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("mode", ["live", "flip"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_no_ring_is_longer_than_a_version(mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ring_is_longer_than_what_a_version_needs(
+    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = chosen(monkeypatch, mode, None, device, no_flip="", mib=16)
-    assert small.bytes == 16 * MIB
+    assert small.bytes == arena_bytes(layout(16)) < 20 * MIB
     assert chosen(monkeypatch, mode, 100, device, no_flip="", mib=16).bytes == 100 * MIB, "unless somebody asks for it"
 
 

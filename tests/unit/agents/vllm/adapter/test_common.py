@@ -25,6 +25,7 @@ from weightsync.agents.vllm.backend import ADAPTER_VARIABLE
 from weightsync.agents.vllm.lora.declared import AdapterRefused
 from weightsync.agents.vllm.ranks import EngineRanks
 from weightsync.agents.vllm.recorder import load_hook
+from weightsync.orchestrator.protocol.landing import arena_bytes
 from weightsync.orchestrator.protocol.layout import Layout, LeftOut, Region, Tensor, row
 
 INIT = {
@@ -313,8 +314,8 @@ def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.Mon
             layout=layout, tensors=[served if placed else before], refresh=refresh, unrecorded=(), unused=()
         )
 
-    def place(tensors: Any, mode: str, peers: Any) -> paging.Placed:
-        placed.append((tensors, mode))
+    def place(tensors: Any, needed: int, mode: str, peers: Any) -> paging.Placed:
+        placed.append((tensors, needed, mode))
         return paging.Placed(PagedMemory(memory, live, standby))
 
     monkeypatch.setenv("WEIGHTSYNC_MODE", "flip")
@@ -324,8 +325,8 @@ def test_weights_in_pages_are_looked_up_anew_and_flipped(monkeypatch: pytest.Mon
     monkeypatch.setattr(engine.probe, "require", lambda *_: {})
     monkeypatch.setattr(engine, "targets_of", lambda model: ())
     model = engine.VllmModel.of(Model(), None)
-    [(tensors, mode)] = placed
-    assert (tensors[0] is before, mode) == (True, "flip")
+    [(tensors, needed, mode)] = placed
+    assert (tensors[0] is before, needed, mode) == (True, arena_bytes(model.layout), "flip")
     assert model.layout.regions == (Region(live.base, 8),)
     assert [tensor.tolist() for tensor in model.standby_tensors] == [[1] * 8]
     model.flip()
@@ -346,7 +347,7 @@ def test_weights_that_no_writer_can_reach_are_refused_at_start(monkeypatch: pyte
     monkeypatch.setattr(
         engine,
         "recorded_layout",
-        lambda *_: SimpleNamespace(layout=SimpleNamespace(regions=(region,)), tensors=(torch.zeros(8),)),
+        lambda *_: SimpleNamespace(layout=Layout((), (region,), b""), tensors=(torch.zeros(8),)),
     )
     monkeypatch.setattr(engine, "check_reachable", refuse)
     with pytest.raises(MemoryPlacementError, match="expandable segments"):
