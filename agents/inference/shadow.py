@@ -241,9 +241,8 @@ class ShadowRounds:
         self._tell(word)
 
     def _audit(self, switch: _Taken) -> None:
-        self._look(
-            switch, self._weights.shown if self._weights.swaps else lambda: self._weights.audit() == switch.digest
-        )
+        agrees = self._weights.shown if self._weights.swaps else lambda: self._weights.audit() == switch.digest
+        self._look(switch, agrees)
 
     def _settle(self, switch: _Taken) -> None:
         """What was served comes to its place, and what was heard meanwhile is heard now. No round waits for it."""
