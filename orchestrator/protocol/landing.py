@@ -104,7 +104,7 @@ def longest_ring(*, on_device: bool) -> int:
 
 
 def usual_ring(held: int, *, on_device: bool) -> int:
-    """Bytes of a ring, at either end, where nobody says how many: no more than a version takes, ``held`` there."""
+    """Bytes of a ring, at either end, where nobody says how many; ``held``: those that a whole version takes there."""
     return min(longest_ring(on_device=on_device), -(-held // BERTH_ALIGNMENT) * BERTH_ALIGNMENT)
 
 

@@ -10,8 +10,17 @@ from weightsync.agents.memory.errors import PagesUnavailable, StandbyMissing
 from weightsync.agents.vllm import paging
 
 TENSORS: list[Any] = [torch.zeros(1 << 20, dtype=torch.uint8)]
-WEIGHTS: list[Any] = [SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: 1 << 20)]
 PAGES = SimpleNamespace(bytes=2 << 20)
+NEEDED = 1 << 20
+"""Of landing, for a whole version."""
+
+
+def weights_of(mib: int) -> list[Any]:
+    """On a GPU."""
+    return [SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: mib << 20)]
+
+
+WEIGHTS = weights_of(1)
 
 
 class Ranks:
@@ -47,19 +56,19 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize("mode", ["auto", "flip"])
 def test_weights_are_moved_where_a_mode_wants_it(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(WEIGHTS, 1 << 20, mode) == paging.Placed(PAGES)  # type: ignore[arg-type]
+    assert paging.place(WEIGHTS, NEEDED, mode) == paging.Placed(PAGES)  # type: ignore[arg-type]
     assert moved == [(WEIGHTS, None)]
 
 
 @pytest.mark.parametrize("mode", ["live", "copy"])
 def test_other_modes_leave_them_where_they_are(mode: paging.Mode, moved: list[object]) -> None:
-    assert paging.place(TENSORS, 1 << 20, mode) == paging.Placed(None, f"WEIGHTSYNC_MODE={mode}")
+    assert paging.place(TENSORS, NEEDED, mode) == paging.Placed(None, f"WEIGHTSYNC_MODE={mode}")
     assert moved == []
 
 
 def test_flip_in_host_memory_moves_nothing_but_pages() -> None:
     served = torch.zeros(1 << 20, dtype=torch.uint8)
-    pages = paging.place([served], 1 << 20, "flip").pages
+    pages = paging.place([served], NEEDED, "flip").pages
     assert pages is not None
     (standby,) = pages.standby_of([served])
     standby.fill_(7)
@@ -70,16 +79,16 @@ def test_flip_in_host_memory_moves_nothing_but_pages() -> None:
 def test_flip_in_host_memory_needs_as_much_as_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paging, "free_bytes", lambda: (1 << 20) - 1)
     with pytest.raises(PagesUnavailable, match=r"a second set of 1 MiB .*; set WEIGHTSYNC_MODE=live"):
-        paging.place(TENSORS, 1 << 20, "flip")
+        paging.place(TENSORS, NEEDED, "flip")
 
 
 def test_flip_is_refused_where_weights_cannot_lie_in_pages() -> None:
     with pytest.raises(PagesUnavailable, match="overlap others; set WEIGHTSYNC_MODE=copy"):
-        paging.place([TENSORS[0], TENSORS[0][8:]], 1 << 20, "flip")
+        paging.place([TENSORS[0], TENSORS[0][8:]], NEEDED, "flip")
 
 
 def test_auto_does_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paging.place(TENSORS, 1 << 20, "auto") == paging.Placed(
+    assert paging.place(TENSORS, NEEDED, "auto") == paging.Placed(
         None, "pages of host memory are exchanged with WEIGHTSYNC_MODE=flip alone"
     )
 
@@ -87,9 +96,9 @@ def test_auto_does_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         raise PagesUnavailable("no bindings")
 
     monkeypatch.setattr(paging, "into_pages", into_pages)
-    assert paging.place(WEIGHTS, 1 << 20, "auto") == paging.Placed(None, "no bindings")
+    assert paging.place(WEIGHTS, NEEDED, "auto") == paging.Placed(None, "no bindings")
     with pytest.raises(PagesUnavailable):
-        paging.place(WEIGHTS, 1 << 20, "flip")
+        paging.place(WEIGHTS, NEEDED, "flip")
 
 
 def test_a_move_that_went_half_way_ends_the_start_in_auto_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +107,7 @@ def test_a_move_that_went_half_way_ends_the_start_in_auto_too(monkeypatch: pytes
 
     monkeypatch.setattr(paging, "into_pages", into_pages)
     with pytest.raises(StandbyMissing):
-        paging.place(WEIGHTS, 1 << 20, "auto")
+        paging.place(WEIGHTS, NEEDED, "auto")
 
 
 @pytest.mark.parametrize(("free_mib", "fits"), [(2, True), (1.99, False)])
@@ -106,8 +115,8 @@ def test_auto_leaves_half_of_the_memory_that_is_free(
     free_mib: float, fits: bool, moved: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_mib * (1 << 20)), 1 << 40))
-    assert (paging.place(WEIGHTS, 1 << 20, "auto").pages is PAGES) == fits
-    assert paging.place(WEIGHTS, 1 << 20, "flip").pages is PAGES
+    assert (paging.place(WEIGHTS, NEEDED, "auto").pages is PAGES) == fits
+    assert paging.place(WEIGHTS, NEEDED, "flip").pages is PAGES
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,7 @@ def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
     moved: list[object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weights: list[Any] = [SimpleNamespace(device=torch.device("cuda", 0), numel=lambda: weights_mib << 20)]
+    weights = weights_of(weights_mib)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
     monkeypatch.setenv(LANDING_VARIABLE, str(budget))
     placed = paging.place(weights, needed_mib << 20, "auto")
@@ -138,12 +147,12 @@ def test_with_auto_a_budget_holds_the_second_set_and_the_ring(
 
 
 def test_what_one_rank_cannot_have_none_takes(moved: list[object]) -> None:
-    placed = paging.place(WEIGHTS, 1 << 20, "auto", Ranks(0))
+    placed = paging.place(WEIGHTS, NEEDED, "auto", Ranks(0))
     assert placed == paging.Placed(None, "another rank of this engine cannot, and its log says why")
     assert moved == []
 
 
 def test_one_rank_in_pages_beside_one_that_is_not_ends_the_start(moved: list[object]) -> None:
     with pytest.raises(StandbyMissing, match=r"those of another rank of this engine do not.*WEIGHTSYNC_MODE=copy"):
-        paging.place(WEIGHTS, 1 << 20, "auto", Ranks(1, 0))
-    assert paging.place(WEIGHTS, 1 << 20, "auto", Ranks(1, 1)).pages is PAGES
+        paging.place(WEIGHTS, NEEDED, "auto", Ranks(1, 0))
+    assert paging.place(WEIGHTS, NEEDED, "auto", Ranks(1, 1)).pages is PAGES
