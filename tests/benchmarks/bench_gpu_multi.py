@@ -281,6 +281,7 @@ def _say_pushes(
     wires = [row["bytes"] / ranks / max(row["times_ms"]["wire"], 1e-3) / 1e6 for row in rounds]
     say("stall_p95_ms", [row["stall"] for row in rows], "ms", p95)
     say("stall_p50_ms", [row["stall"] for row in rows], "ms")
+    say("answers_begun_during_pushes", [sum(row["begun"] for row in rows)], "count")
     say("push_ms", [row["push"] for row in rows], "ms")
     say("gb_per_serving_gpu", [row["bytes"] / ranks / 1e9 for row in rounds], "GB")
     say("wire_gb_per_s", wires, "GB/s")

@@ -4,8 +4,11 @@
     … bench_gpu_stall.py --models dense-2 dense-15 moe-15 --modes flip copy live --cache keep recompute
 
 Clients stream all the time. The stall of a push is the longest time between two chunks of one answer that any client
-saw during it, less the longest in as long a time right before. The trainer has the second GPU where there is one; else
-its own kernels slow the engine's down. Prints one JSON object a line; the weights change their signs with every push.
+saw during it, less the longest in as long a time right before. An engine that begins an answer leaves the others
+waiting for as long as its prefill takes, eagerly (``beginning_gap_ms``), push or not: pushes begin where no answer is
+about to begin or to end, and ``answers_begun_during_pushes`` counts those that did. The trainer has the second GPU
+where there is one; else its own kernels slow the engine's down. Prints one JSON object a line; the weights change their
+signs with every push.
 ``nvlink_wire_over_copy`` is the rate of the wire over that of copies from one GPU to the other in the same run,
 ``publish_over_longest_part`` all of a publish over the longer of conversion and wire.
 """
@@ -56,6 +59,12 @@ REST_SECONDS = {"keep": 0.6, "drop": 0.6, "recompute": 3.0}
 LEFT_SECONDS = {"keep": 0.05, "drop": 0.05, "recompute": 1.5}
 """After a push, for what is on its way to clients or computed anew."""
 WARM_UP_PUSHES = 3
+BEGUN_SECONDS, TOKENS_LEFT = 0.3, 120
+"""Since the last answer began, and of each answer, when a push begins."""
+BEGINNING_SECONDS = 0.1
+"""Around an answer's first token, in which the others get theirs late."""
+ANSWERS_SECONDS = 60.0
+"""Until that comes; all answers last as long, and clients begin theirs at different times."""
 
 
 def gpu(number: int) -> dict[str, str]:
@@ -83,11 +92,14 @@ def cache_bytes(config: dict[str, Any]) -> int:
 
 @dataclass
 class Streams:
-    """Clients that stream answers one after another; ``chunks`` are (arrival, gap before it), in seconds."""
+    """Clients that stream answers one after another. ``chunks``: (arrival, gap before it), ``begun``: when answers had
+    their first one, in seconds. ``left``: tokens that each client's answer goes on for, 0 where it has not begun."""
 
     server: VllmServer
     prompt: Sequence[int]
     chunks: list[tuple[float, float]] = field(default_factory=list)
+    begun: list[float] = field(default_factory=list)
+    left: list[int] = field(default_factory=lambda: [0] * CLIENTS)
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
 
@@ -106,18 +118,29 @@ class Streams:
 
     def _run(self, index: int) -> None:
         while not self.stopped.is_set():
-            last = 0.0
+            last, self.left[index] = 0.0, 0
             try:
-                for _ in self.server.stream([index + 5, *self.prompt], TOKENS):
+                for came, _ in enumerate(self.server.stream([index + 5, *self.prompt], TOKENS), 1):
                     now = time.monotonic()
                     if last:
                         self.chunks.append((now, now - last))
-                    last = now
+                    else:
+                        self.begun.append(now)
+                    last, self.left[index] = now, TOKENS - came
                     if self.stopped.is_set():
                         return
             except (OSError, HTTPException, RequestFailed, KeyError):
                 self.failures += 1
                 self.stopped.wait(0.05)
+
+    def under_way(self) -> bool:
+        """Whether every client is in the middle of an answer, and has been for a while."""
+        return min(self.left) > TOKENS_LEFT and time.monotonic() - max(self.begun) > BEGUN_SECONDS
+
+    def beginnings(self, begin: float, end: float) -> list[float]:
+        """The longest gap that ended about when an answer began, for each that did in a span of time, in seconds."""
+        begun = [at for at in list(self.begun) if begin <= at <= end]
+        return [self.longest(at - BEGINNING_SECONDS, at + BEGINNING_SECONDS)[0] for at in begun]
 
     def longest(self, begin: float, end: float) -> tuple[float, int, float]:
         """The longest gap that ended in a span of time, in seconds, how many chunks came in it, and when it ended."""
@@ -129,11 +152,12 @@ class Streams:
 def pushes(
     whole: Fleet, trainer: Trainer, streams: Streams, first: int, count: int, cache: str = "keep"
 ) -> list[dict[str, float]]:
-    """Of each push: its stall, the ordinary gap, the time of all of it and when in it the stall was over, in ms, and
-    tokens that did not come."""
-    found, rest = [], REST_SECONDS[cache]
+    """Of each push: its stall, the ordinary gap, the time of all of it and when in it the stall was over, in ms, tokens
+    that did not come, answers that began meanwhile, and the longest gap of answers that began since the push before."""
+    found, rest, since = [], REST_SECONDS[cache], time.monotonic()
     for step in range(first, first + count):
         time.sleep(rest)
+        whole.until(streams.under_way, "answers in the middle", ANSWERS_SECONDS)
         begin = time.monotonic()
         told = trainer.publish(step)
         end = time.monotonic() + LEFT_SECONDS[cache]
@@ -146,8 +170,10 @@ def pushes(
         lost = usual * (end - begin) / span - came
         found.append(
             {"stall": 1e3 * (longest - ordinary), "gap": 1e3 * ordinary, "push": 1e3 * told["seconds"], "lost": lost}
-            | {"over": 1e3 * (over - begin)}
+            | {"over": 1e3 * (over - begin), "begun": len(streams.beginnings(begin - span, end))}
+            | {"beginning": 1e3 * max(streams.beginnings(since, begin - BEGUN_SECONDS), default=0.0)}
         )
+        since = end
     return found
 
 
@@ -229,6 +255,8 @@ def measure(name: str, mode: str, given: argparse.Namespace, directory: Path) ->
                     say("ordinary_gap_ms", [row["gap"] for row in rows])
                     say("push_ms", [row["push"] for row in rows])
                     say("tokens_lost_per_push", [row["lost"] for row in rows], "tokens", statistics.mean)
+                    say("beginning_gap_ms", [row["beginning"] for row in rows if row["beginning"]] or [0.0])
+                    say("answers_begun_during_pushes", [sum(row["begun"] for row in rows)], "count")
                     say("failed_requests", [failures], "count")
                     rounds = whole.ask(f"/rounds?last={given.pushes}")["rounds"]
                     say("gb", [row["bytes"] / 1e9 for row in rounds], "GB")
