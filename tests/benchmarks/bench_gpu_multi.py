@@ -11,8 +11,9 @@ and engine share it. ``--device cpu`` tries the script itself with a tiny model.
 
 Each name ends with that of its case.
 
-* ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU over those of peer copies into half of
-  the GPUs at once, from one of the other half each, in the same process life.
+* ``multi_wire_over_peer_copy``: bytes per second that arrive in a serving GPU while it is written to, over those of
+  peer copies into half of the GPUs at once, from one of the other half each, in the same process life. Engines that
+  take a version from each other are written to one after the other (``multi_hops``), for equal times.
 * ``multi_wire_over_floor``: what copies of the plan's bytes would take until the last GPU has its own, at the rates of
   peer copies and of copies within a GPU, over what the wire took.
 * ``multi_publish_over_longest_part``: all of a publish over the longer of conversion and wire.
@@ -227,7 +228,9 @@ class Running:
         plan = explained(self.whole)
         self.served = {key: answers(server) for key, server in self.engines.items()}
         ranks = sum(server.tp for server in self.engines.values())
-        _say_pushes(self.say, rows, rounds, between, ranks)
+        hops = 2 if self.case.engines > 1 and self.case.fan_out == "peers" else 1
+        self.say("hops", [hops], "count")
+        _say_pushes(self.say, rows, rounds, between, ranks, hops)
         _say_plan(self.say, plan)
         if within and self.case.fan_out == "trainer":
             floor = self._floor_seconds(plan, between or within, within)
@@ -276,9 +279,14 @@ class Running:
 
 
 def _say_pushes(
-    say: Callable[..., None], rows: list[dict[str, float]], rounds: list[dict[str, Any]], ceiling: float, ranks: int
+    say: Callable[..., None],
+    rows: list[dict[str, float]],
+    rounds: list[dict[str, Any]],
+    ceiling: float,
+    ranks: int,
+    hops: int,
 ) -> None:
-    wires = [row["bytes"] / ranks / max(row["times_ms"]["wire"], 1e-3) / 1e6 for row in rounds]
+    wires = [hops * row["bytes"] / ranks / max(row["times_ms"]["wire"], 1e-3) / 1e6 for row in rounds]
     say("stall_p95_ms", [row["stall"] for row in rows], "ms", p95)
     say("stall_p50_ms", [row["stall"] for row in rows], "ms")
     say("answers_begun_during_pushes", [sum(row["begun"] for row in rows)], "count")
