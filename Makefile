@@ -43,16 +43,25 @@ $(VENV)/.docs: tests/requirements-docs.txt $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-docs.txt
 	@touch $@
 
+# Apart from everything else, so that vLLM's CPU build does not find it.
+$(VENV)/.kernels: tests/requirements-kernels.txt $(VENV)/.installed
+	@rm -rf $(VENV)/kernels
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/kernels -r tests/requirements-kernels.txt
+	@touch $@
+
 docs: setup $(VENV)/.docs ## build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: setup ## daemon, two trainer ranks, two real vLLMs; five versions pushed while they answer
 	@$(BIN)/weightsync-orchestrator demo
 
-test: test-unit test-e2e ## all tests that need no GPU
+test: test-unit test-kernels test-e2e ## all tests that need no GPU
 
 test-unit: setup ## the quick ones, with the seeded simulation
 	$(PYTEST) -n $(WORKERS)
+
+test-kernels: setup $(VENV)/.kernels ## the Triton kernels, by Triton's interpreter
+	PYTHONPATH=$(VENV)/kernels $(PYTEST) -n $(WORKERS) tests/unit/kernels -k interpreter
 
 test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'e2e and not long'

@@ -246,6 +246,7 @@ class TritonQuantize:
         """Arguments as checked by ``prepare_quantize``. Tables are uploaded here."""
         self._block, self._scale_format = block, scale_format
         self._looks = [Look.of(job.src) for job in jobs]
+        self._outputs = [(job.out, job.scale_out) for job in jobs]  # must outlive the addresses in the tiles
         self._forward = forward_dtype
         self._device = self._looks[0].device if self._looks else torch.device("cpu")
         self._native = not interpreting() and torch.cuda.get_device_capability(self._device) >= (8, 9)

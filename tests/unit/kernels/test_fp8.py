@@ -292,3 +292,14 @@ def test_sources_are_not_kept(device: torch.device) -> None:
     launch([src])
     del src
     assert kept() is None
+
+
+def test_outputs_are_kept(device: torch.device) -> None:
+    """Their addresses are in tables, and others would be written to in their place."""
+    src = normal(130, 100, dtype=torch.bfloat16).to(device)
+    codes, scales = outputs(src)
+    kept = [weakref.ref(codes), weakref.ref(scales)]
+    launch = prepare_quantize([QuantizeJob(src, codes, scales)])
+    del codes, scales
+    assert all(ref() is not None for ref in kept)
+    launch([src])
