@@ -1,7 +1,7 @@
 """A writer that was stopped with an open grant and wakes up when other versions were committed: nothing that is served
 changes, bit for bit. Real NIXL between processes that share one GPU, and the engine's real ways of landing.
 
-``WEIGHTSYNC_TEST_DEVICE=cpu`` has all of it in host memory, without a GPU.
+Without a GPU all of it is in host memory.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ from weightsync.orchestrator.protocol.layout import Lands, Layout
 from weightsync.orchestrator.protocol.messages import NixlSettings
 from weightsync.orchestrator.protocol.names import Member, RoundName, Version
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
-DEVICE = torch.device(os.environ.get("WEIGHTSYNC_TEST_DEVICE", "cuda:0"))
+pytestmark = pytest.mark.timeout(300)
 HERE = Path(__file__).parent
 PATIENCE = 60.0
 LATE_SECONDS = 5.0
@@ -218,8 +218,6 @@ class Engine:
 @pytest.fixture(autouse=True)
 def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """All memory on the device; what other tests have quarantined is not counted."""
-    if DEVICE.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU here")
     monkeypatch.setattr(row_parallel, "host_arena", partial(arena, device=DEVICE))
     monkeypatch.setattr(quarantine, "_kept", [*quarantine._kept])
 
@@ -232,6 +230,7 @@ def writers() -> Iterator[list[Writer]]:
         writer.end()
 
 
+@pytest.mark.gpu if DEVICE.type == "cuda" else pytest.mark.e2e
 @pytest.mark.parametrize("transports", ["all", "tcp,self,sm,cuda_copy", "tcp,self,cuda_copy"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("lands", ["copy", "flip"])
@@ -277,7 +276,7 @@ async def test_a_writer_that_wakes_up_after_others_were_committed_changes_nothin
     engine.switches(5)
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="of host memory a spare costs nothing")
+@pytest.mark.gpu
 def test_a_spare_is_taken_only_of_what_the_engine_leaves_free() -> None:
     engine = Engine("flip")
     old = engine.weights.tensors[-1]
