@@ -64,7 +64,7 @@ BEGUN_SECONDS, TOKENS_LEFT = 0.3, 120
 BEGINNING_SECONDS = 0.1
 """Around an answer's first token, in which the others get theirs late."""
 ANSWERS_SECONDS = 60.0
-"""Until that comes; all answers last as long, and clients begin theirs at different times."""
+"""That a push waits for this at most; all answers last as long, and clients begin theirs at different times."""
 
 
 def gpu(number: int) -> dict[str, str]:
@@ -138,9 +138,8 @@ class Streams:
         return min(self.left) > TOKENS_LEFT and time.monotonic() - max(self.begun) > BEGUN_SECONDS
 
     def beginnings(self, begin: float, end: float) -> list[float]:
-        """The longest gap that ended about when an answer began, for each that did in a span of time, in seconds."""
-        begun = [at for at in list(self.begun) if begin <= at <= end]
-        return [self.longest(at - BEGINNING_SECONDS, at + BEGINNING_SECONDS)[0] for at in begun]
+        """When answers began in a span of time."""
+        return [at for at in list(self.begun) if begin <= at <= end]
 
     def longest(self, begin: float, end: float) -> tuple[float, int, float]:
         """The longest gap that ended in a span of time, in seconds, how many chunks came in it, and when it ended."""
@@ -168,10 +167,12 @@ def pushes(
         longest, came, over = streams.longest(begin, end)
         ordinary, usual, _ = streams.longest(begin - span, begin)
         lost = usual * (end - begin) / span - came
+        beginnings = streams.beginnings(since, begin - BEGUN_SECONDS)
+        gaps = [streams.longest(at - BEGINNING_SECONDS, at + BEGINNING_SECONDS)[0] for at in beginnings]
         found.append(
             {"stall": 1e3 * (longest - ordinary), "gap": 1e3 * ordinary, "push": 1e3 * told["seconds"], "lost": lost}
             | {"over": 1e3 * (over - begin), "begun": len(streams.beginnings(begin - span, end))}
-            | {"beginning": 1e3 * max(streams.beginnings(since, begin - BEGUN_SECONDS), default=0.0)}
+            | {"beginning": 1e3 * max(gaps, default=0.0)}
         )
         since = end
     return found
