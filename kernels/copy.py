@@ -27,7 +27,11 @@ class PreparedCopy(Protocol):
 
 
 def prepare(
-    sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: npt.ArrayLike
+    sources: Sequence[torch.Tensor],
+    destinations: Sequence[torch.Tensor],
+    table: npt.ArrayLike,
+    *,
+    beside: bool = False,
 ) -> PreparedCopy:
     """The copies of ``table``, ready to be made many times.
 
@@ -35,6 +39,7 @@ def prepare(
         sources: contiguous uint8[n] tensors; their addresses are kept, so they must stay.
         destinations: likewise, on the same device. Runs of one table must not overlap here.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`).
+        beside: leave half of a GPU to the kernels of others, see :func:`weightsync.kernels.dispatch.programs_beside`.
 
     Raises:
         KernelTableError: a row reaches outside its regions.
@@ -50,7 +55,7 @@ def prepare(
     if use_triton(device):
         from weightsync.kernels.copy_triton import TritonCopy
 
-        return TritonCopy(sources, destinations, rows, room)
+        return TritonCopy(sources, destinations, rows, room, beside)
     return ReferenceCopy(sources, destinations, rows, room)
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION
-from weightsync.kernels.dispatch import common_device, on_device
+from weightsync.kernels.dispatch import common_device, on_device, programs_beside
 from weightsync.kernels.strided import (
     SHIFT_UNIT,
     Sheets,
@@ -81,14 +81,13 @@ def _pieces(item, UNIT: tl.constexpr, shift):
         tl.store(store_at + element, tl.load(load_at + element, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "units"])
-def _copy_kernel(blocks, count, items, units):
-    program = tl.program_id(0).to(tl.int64)
-    shift = units.to(tl.int64) * 16
-    if program < count:
-        _stretch(tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1) + shift, 16384)
+@triton.jit
+def _job(blocks, count, items, shift, number):
+    """One block or item, of which the blocks come first."""
+    if number < count:
+        _stretch(tl.load(blocks + number * 2), tl.load(blocks + number * 2 + 1) + shift, 16384)
     else:
-        item = items + (program - count) * _ITEM_COLUMNS
+        item = items + (number - count) * _ITEM_COLUMNS
         kind = tl.load(item)
         if kind == 0:
             _stretch(tl.load(item + 1), tl.load(item + 2) + shift, tl.load(item + 3))
@@ -100,11 +99,26 @@ def _copy_kernel(blocks, count, items, units):
             _pieces(item, 1, shift)
 
 
+@triton.jit(do_not_specialize=["count", "units", "jobs"])
+def _copy_kernel(blocks, count, items, units, jobs, PERSISTENT: tl.constexpr):
+    shift = units.to(tl.int64) * 16
+    if PERSISTENT:
+        for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
+            _job(blocks, count, items, shift, job + tl.full([], 0, tl.int64))
+    else:
+        _job(blocks, count, items, shift, tl.program_id(0).to(tl.int64))
+
+
 class TritonCopy:
     """A copy with its items on the device; see :class:`weightsync.kernels.copy.PreparedCopy`."""
 
     def __init__(
-        self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor], table: Table, room: int
+        self,
+        sources: Sequence[torch.Tensor],
+        destinations: Sequence[torch.Tensor],
+        table: Table,
+        room: int,
+        beside: bool = False,
     ) -> None:
         """Arguments as checked by ``prepare``; ``room``: bytes by which a copy may be shifted. Blocks and items are
         uploaded here."""
@@ -114,16 +128,21 @@ class TritonCopy:
         bases = [[region.data_ptr() for region in side] for side in (sources, destinations)]
         blocks, items = blocks_and_items(bases[0], bases[1], table)
         self._blocks, self._items = (torch.from_numpy(part).to(self._device) for part in (blocks, items))
+        self._jobs = len(blocks) + len(items)
+        self._beside = beside
+        self._programs = min(self._jobs, programs_beside(self._device)) if beside else self._jobs
 
     def __call__(self, shift: int = 0) -> None:
         """Copy on the current stream."""
         check_shift(shift, self._room)
-        programs = len(self._blocks) + len(self._items)
-        if programs:
+        if self._jobs:
             with on_device(self._device):
                 # In units, so that it is 32 bits wide whatever the region: another width would be compiled anew.
                 units = shift // SHIFT_UNIT
-                _copy_kernel[(programs,)](self._blocks, len(self._blocks), self._items, units, **OPTIONS)
+                _copy_kernel[(self._programs,)](
+                    self._blocks, len(self._blocks), self._items, units, self._jobs,
+                    PERSISTENT=self._beside, **OPTIONS
+                )  # fmt: skip
 
 
 def blocks_and_items(source_bases: list[int], destination_bases: list[int], table: Table) -> tuple[Table, Table]:

@@ -50,7 +50,11 @@ class PreparedDigest(Protocol):
 
 
 def prepare(
-    regions: Sequence[torch.Tensor], table: npt.ArrayLike, codes: npt.ArrayLike | None = None
+    regions: Sequence[torch.Tensor],
+    table: npt.ArrayLike,
+    codes: npt.ArrayLike | None = None,
+    *,
+    beside: bool = False,
 ) -> PreparedDigest:
     """A digest over the runs of ``table``, ready to be taken many times.
 
@@ -58,6 +62,7 @@ def prepare(
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
         codes: int64[n] of ``columns.CODES``, what the elements of each row are; None: none is looked at.
+        beside: leave half of a GPU to the kernels of others, see :func:`weightsync.kernels.dispatch.programs_beside`.
 
     Raises:
         KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor, or cuts an
@@ -73,7 +78,7 @@ def prepare(
     if use_triton(device):
         from weightsync.kernels.digest_triton import TritonDigest
 
-        return TritonDigest(regions, rows, kinds)
+        return TritonDigest(regions, rows, kinds, beside)
     return ReferenceDigest(regions, rows, kinds)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
-from weightsync.kernels.dispatch import StreamMark, common_device, on_device
+from weightsync.kernels.dispatch import StreamMark, common_device, on_device, programs_beside
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
@@ -209,10 +209,8 @@ def _chunks(item, weights, LOOK: tl.constexpr):
         above = tl.load(aligned + 1, mask=some & (tl.minimum(after, 4) + skew > 4), other=0).to(tl.uint64)
         words = ((above << 32) | below) >> (skew * 8).to(tl.uint64)
         ones = tl.full((8, 16, 4), 0xFFFFFFFF, tl.uint64)
-        keep = (ones << (tl.minimum(tl.maximum(before, 0), 4) * 8).to(tl.uint64)) & (
-            ones >> ((4 - tl.minimum(tl.maximum(after, 0), 4)) * 8).to(tl.uint64)
-        )
-        keep = tl.where(some, keep, 0)
+        keep = ones << (tl.minimum(tl.maximum(before, 0), 4) * 8).to(tl.uint64)
+        keep = tl.where(some, keep & (ones >> ((4 - tl.minimum(tl.maximum(after, 0), 4)) * 8).to(tl.uint64)), 0)
         words &= keep
         if LOOK:
             beyond |= tl.reduce(_beyond(words.to(tl.uint32), item), 2, _either)
@@ -227,8 +225,7 @@ def _chunks(item, weights, LOOK: tl.constexpr):
 
 
 @triton.jit
-def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
-    item = items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS
+def _add_item(item, weights, sums, LOOK: tl.constexpr):
     kind = tl.load(item)
     if kind == 0:
         low, high, beyond = _tiles(item, weights, LOOK)
@@ -248,10 +245,19 @@ def _digest_kernel(items, weights, sums, LOOK: tl.constexpr):
         tl.atomic_or(sums + 2, found.to(tl.int64), mask=found)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _digest_kernel(items, weights, sums, count, LOOK: tl.constexpr, PERSISTENT: tl.constexpr):
+    if PERSISTENT:
+        for number in range(tl.program_id(0), count, tl.num_programs(0)):
+            _add_item(items + (number + tl.full([], 0, tl.int64)) * _ITEM_COLUMNS, weights, sums, LOOK)
+    else:
+        _add_item(items + tl.program_id(0).to(tl.int64) * _ITEM_COLUMNS, weights, sums, LOOK)
+
+
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table) -> None:
+    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table, beside: bool = False) -> None:
         """``regions``, ``table`` and ``codes`` as checked by ``prepare``. Items are uploaded here."""
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
@@ -260,6 +266,7 @@ class TritonDigest:
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
         self._look = bool((codes != UNSEEN).any())
+        self._beside, self._most = beside, programs_beside(self._device) if beside else len(items)
         self._finite = True
         self._sums = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._done = StreamMark(self._device)
@@ -276,7 +283,11 @@ class TritonDigest:
             if not part:
                 self._sums.zero_()
             if len(items):
-                _digest_kernel[(len(items),)](items, self._weights, self._sums, LOOK=self._look, **OPTIONS)
+                count = len(items)
+                programs = min(count, self._most)
+                _digest_kernel[(programs,)](
+                    items, self._weights, self._sums, count, LOOK=self._look, PERSISTENT=self._beside, **OPTIONS
+                )
             self._done.mark()
 
     def wait(self) -> None:
@@ -345,15 +356,9 @@ def _same_place(sheets_of_chunks: Sheets) -> Sheets:
     which = np.repeat(np.arange(len(phases)), phases)
     phase = np.arange(len(which), dtype=np.int64) - (np.cumsum(phases) - phases)[which]
     part, stride = sheets_of_chunks.take(which), phases[which]
-    return Sheets(
-        part.row,
-        part.run,
-        part.src + phase * part.src_step,
-        part.dst + phase * part.dst_step,
-        (part.count - phase + stride - 1) // stride,
-        part.src_step * stride,
-        part.dst_step * stride,
-    )
+    count = (part.count - phase + stride - 1) // stride
+    src, dst = part.src + phase * part.src_step, part.dst + phase * part.dst_step
+    return Sheets(part.row, part.run, src, dst, count, part.src_step * stride, part.dst_step * stride)
 
 
 def _by_chunk(tall: Sheets) -> Sheets:

@@ -28,9 +28,10 @@ def warm_up(device: torch.device) -> None:
     table = np.zeros((1, COLUMNS), np.int64)
     table[0, RUN_BYTES] = _BYTES
     table[0, list(COUNTS)] = 1
-    copy_module.prepare([source], [destination], table)()
-    for code in (UNSEEN, CODES["bfloat16"]):  # without and with a look at the elements: one form each
-        digest_module.prepare([source], table, np.array([code]))()
+    for beside in (False, True):
+        copy_module.prepare([source], [destination], table, beside=beside)()
+        for code in (UNSEEN, CODES["bfloat16"]):  # without and with a look at the elements: one form each
+            digest_module.prepare([source], table, np.array([code]), beside=beside)()
     torch.cuda.synchronize(device)
 
 

@@ -1,5 +1,7 @@
 """What only a GPU can show of the kernels: native rounding, large offsets, streams, and no compiler inside a round."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -124,10 +126,11 @@ def arena_table(length: int, seed: int) -> np.ndarray:
         offset += run * count
 
 
-def test_the_digest_of_an_arena_is_that_of_the_reference() -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_digest_of_an_arena_is_that_of_the_reference(beside: bool) -> None:
     arena = torch.randint(0, 256, (1 << 29,), dtype=torch.uint8, device=CUDA)
     table = arena_table(arena.numel(), 1)
-    prepared = digest_module.prepare([arena], table)
+    prepared = digest_module.prepare([arena], table, beside=beside)
     expected = ReferenceDigest([arena.cpu()], table, np.full(len(table), UNSEEN))()
     assert prepared() == expected
     assert prepared() == expected
@@ -194,6 +197,9 @@ def test_scatter_of_a_whole_arena_and_back() -> None:
     for run, _, offset, *_rest in table.tolist():
         covered[offset : offset + run * _rest[8]] = True
     assert torch.equal(returned, torch.where(covered, source, torch.zeros_like(source)))
+    again = torch.zeros_like(target)
+    copy_module.prepare([source], [again], table, beside=True)()
+    assert torch.equal(again, target)
     host_target = torch.zeros(target.numel(), dtype=torch.uint8)
     copy_module.strided_copy([source.cpu()], [host_target], table)
     assert torch.equal(target.cpu(), host_target)
@@ -228,10 +234,11 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         for part in range(parts.parts):
             parts.launch(part)
         parts.result()
-    for name in ELEMENTS:
-        digest_module.prepare([region], whole, np.array([CODES[name]]))()
+    digest_module.prepare([region], table, beside=True)()
+    for name, beside in itertools.product(ELEMENTS, (False, True)):
+        digest_module.prepare([region], whole, np.array([CODES[name]]), beside=beside)()
     table[:, 3:5] = 0, 0
-    copied = copy_module.prepare([region], [torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)], table)
-    for shift in (0, 16, 1 << 20):
-        copied(shift)
+    target = torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)
+    for shift, beside in itertools.product((0, 16, 1 << 20), (False, True)):
+        copy_module.prepare([region], [target], table, beside=beside)(shift)
     assert compiled_kernels() == before

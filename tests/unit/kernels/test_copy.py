@@ -45,8 +45,11 @@ def by_definition(sources: list[torch.Tensor], destinations: list[torch.Tensor],
 def check(sources: list[torch.Tensor], destinations: list[torch.Tensor], rows: list[list[int]]) -> None:
     table = np.array(rows, np.int64)
     expected = by_definition(sources, destinations, table)
+    others = [one.clone() for one in destinations]
     strided_copy(sources, destinations, table)
     assert [one.cpu().numpy().tobytes() for one in destinations] == expected
+    copy_module.prepare(sources, others, table, beside=True)()
+    assert [one.cpu().numpy().tobytes() for one in others] == expected, "by a few programs"
 
 
 @pytest.mark.parametrize("shift", [0, 1, 4, 16])

@@ -166,7 +166,9 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
         st.sampled_from([KEY, OTHER]),
     )
     rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
-    assert digest(regions, rows) == reference([region.cpu() for region in regions], rows)()
+    right = reference([region.cpu() for region in regions], rows)()
+    assert digest(regions, rows) == right
+    assert digest_module.prepare(regions, rows, beside=True)() == right, "by a few programs"
 
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
@@ -179,11 +181,14 @@ def test_long_runs_of_whole_tiles(device: torch.device) -> None:
         assert digest([moved], table(row(size, shift, 0))) == whole
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("items", [1, 3, 4096])
-def test_parts_add_up_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int) -> None:
+def test_parts_add_up_to_the_whole(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int, beside: bool
+) -> None:
     rows = table(*(row(5000, 9000 * n, 9000 * n) for n in range(7)))
     region = random_bytes(60_000, 7, device)
-    prepared = digest_module.prepare([region], rows)
+    prepared = digest_module.prepare([region], rows, beside=beside)
     module = sys.modules[type(prepared).__module__]
     if module.__name__ == "weightsync.kernels.digest_triton":
         monkeypatch.setattr(module, "PART_ITEMS", items)

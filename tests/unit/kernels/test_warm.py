@@ -1,5 +1,6 @@
 """Warming up: what is run ahead of time on a device that compiles. (That it suffices, a GPU shows: tests/gpu.)"""
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -43,22 +44,25 @@ def test_copy_and_digest_run_once_over_a_table_that_they_accept(
 ) -> None:
     moved: list[list[int]] = []
     digests: list[tuple[int, int]] = []
-    looked: list[list[int]] = []
+    looked: list[tuple[bool, bool]] = []
 
-    def copy(sources: list[torch.Tensor], destinations: list[torch.Tensor], table: Table) -> Callable[[], None]:
-        return lambda: moved.append(as_table(table)[0].tolist())
+    def copy(
+        sources: list[torch.Tensor], destinations: list[torch.Tensor], table: Table, *, beside: bool
+    ) -> Callable[[], None]:
+        return lambda: moved.append([int(beside), *as_table(table)[0].tolist()])
 
-    def digest(regions: list[torch.Tensor], table: Table, codes: Table) -> Callable[[], None]:
-        looked.append(codes.tolist())
+    def digest(regions: list[torch.Tensor], table: Table, codes: Table, *, beside: bool) -> Callable[[], None]:
+        looked.append((beside, bool(any(codes))))
         return lambda: digests.append(ReferenceDigest(regions, as_table(table), codes)())
 
     monkeypatch.setattr(warm.copy_module, "prepare", copy)
     monkeypatch.setattr(warm.digest_module, "prepare", digest)
     warm.warm_up(compiling)
-    assert moved == [[64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]]
+    assert moved == [[beside, 64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0] for beside in (0, 1)]
     whole = np.array([[64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
-    assert digests == [ReferenceDigest([torch.arange(64, dtype=torch.uint8)], whole, np.array([UNSEEN]))()] * 2
-    assert [any(codes) for codes in looked] == [False, True], "with a look at the elements and without"
+    assert digests == [ReferenceDigest([torch.arange(64, dtype=torch.uint8)], whole, np.array([UNSEEN]))()] * 4
+    forms = list(itertools.product((False, True), repeat=2))
+    assert looked == forms, "beside others and alone, with a look at the elements and without"
 
 
 def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +274,30 @@ def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_o
     before = Asked.asked
     assert recording.finished.stale() == []
     assert Asked.asked == before
+
+
+def test_nor_by_those_of_its_class() -> None:
+    class Engines(nn.Parameter):
+        asked = 0
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Engines.asked += 1
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model = Model()
+    model.weight = Engines(model.weight.data, requires_grad=False)
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
+    with recording.processing:
+        pass
+    recording.finish()
+    assert recording.finished is not None
+    before = Engines.asked
+    assert before
+    assert recording.finished.stale() == []
+    assert Engines.asked == before
+    model.weight.data = torch.randn(4, 3)
+    assert recording.finished.stale() == ["weight"]
 
 
 def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
