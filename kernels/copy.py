@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy.typing as npt
 import torch
 from weightsync.kernels.copy_reference import ReferenceCopy
-from weightsync.kernels.dispatch import common_device, use_triton
+from weightsync.kernels.dispatch import Beside, common_device, use_triton
 from weightsync.kernels.strided import as_table, check_bounds, check_regions, slack
 
 __all__ = ["PreparedCopy", "prepare", "strided_copy"]
@@ -31,7 +31,7 @@ def prepare(
     destinations: Sequence[torch.Tensor],
     table: npt.ArrayLike,
     *,
-    beside: bool = False,
+    beside: Beside | None = None,
 ) -> PreparedCopy:
     """The copies of ``table``, ready to be made many times.
 
@@ -39,7 +39,7 @@ def prepare(
         sources: contiguous uint8[n] tensors; their addresses are kept, so they must stay.
         destinations: likewise, on the same device. Runs of one table must not overlap here.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`).
-        beside: leave half of a GPU to the kernels of others, see :func:`weightsync.kernels.dispatch.programs_beside`.
+        beside: what it must not hold up, see :func:`weightsync.kernels.dispatch.programs_beside`; None: nothing.
 
     Raises:
         KernelTableError: a row reaches outside its regions.

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION
-from weightsync.kernels.dispatch import common_device, on_device, programs_beside
+from weightsync.kernels.dispatch import Beside, common_device, on_device, programs_beside
 from weightsync.kernels.strided import (
     SHIFT_UNIT,
     Sheets,
@@ -118,7 +118,7 @@ class TritonCopy:
         destinations: Sequence[torch.Tensor],
         table: Table,
         room: int,
-        beside: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         """Arguments as checked by ``prepare``; ``room``: bytes by which a copy may be shifted. Blocks and items are
         uploaded here."""
@@ -129,8 +129,8 @@ class TritonCopy:
         blocks, items = blocks_and_items(bases[0], bases[1], table)
         self._blocks, self._items = (torch.from_numpy(part).to(self._device) for part in (blocks, items))
         self._jobs = len(blocks) + len(items)
-        self._beside = beside
-        self._programs = min(self._jobs, programs_beside(self._device)) if beside else self._jobs
+        self._persistent = beside is not None
+        self._programs = min(self._jobs, programs_beside(beside, self._device)) if beside else self._jobs
 
     def __call__(self, shift: int = 0) -> None:
         """Copy on the current stream."""
@@ -141,7 +141,7 @@ class TritonCopy:
                 units = shift // SHIFT_UNIT
                 _copy_kernel[(self._programs,)](
                     self._blocks, len(self._blocks), self._items, units, self._jobs,
-                    PERSISTENT=self._beside, **OPTIONS
+                    PERSISTENT=self._persistent, **OPTIONS
                 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from weightsync.kernels.columns import UNSEEN
 from weightsync.kernels.digest_multipliers import tensor_key
 from weightsync.kernels.digest_reference import ReferenceDigest
-from weightsync.kernels.dispatch import common_device, use_triton
+from weightsync.kernels.dispatch import Beside, common_device, use_triton
 from weightsync.kernels.strided import as_codes, as_table, check_bounds, check_logical, check_regions
 
 __all__ = ["PreparedDigest", "digest", "prepare", "tensor_key"]
@@ -54,7 +54,7 @@ def prepare(
     table: npt.ArrayLike,
     codes: npt.ArrayLike | None = None,
     *,
-    beside: bool = False,
+    beside: Beside | None = None,
 ) -> PreparedDigest:
     """A digest over the runs of ``table``, ready to be taken many times.
 
@@ -62,7 +62,7 @@ def prepare(
         regions: contiguous uint8[n] tensors, all on one device; their addresses are kept, so they must stay.
         table: int64[n, COLUMNS] (:mod:`weightsync.kernels.columns`); the destination columns are logical.
         codes: int64[n] of ``columns.CODES``, what the elements of each row are; None: none is looked at.
-        beside: leave half of a GPU to the kernels of others, see :func:`weightsync.kernels.dispatch.programs_beside`.
+        beside: what it must not hold up, see :func:`weightsync.kernels.dispatch.programs_beside`; None: nothing.
 
     Raises:
         KernelTableError: a row reaches outside its region or past ``MAX_LOGICAL_BYTES`` of its tensor, or cuts an

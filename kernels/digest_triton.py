@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from weightsync.kernels.columns import DST_REGION, SRC_REGION, UNSEEN, WORD_TESTS
 from weightsync.kernels.digest_multipliers import TILE_BYTES, inner_multipliers, outer_keys
-from weightsync.kernels.dispatch import StreamMark, common_device, on_device, programs_beside
+from weightsync.kernels.dispatch import Beside, StreamMark, common_device, on_device, programs_beside
 from weightsync.kernels.strided import Sheets, Table, canonical, concatenate, sheets
 
 ITEM_COLUMNS: Final = 12
@@ -257,7 +257,9 @@ def _digest_kernel(items, weights, sums, count, LOOK: tl.constexpr, PERSISTENT: 
 class TritonDigest:
     """A digest with its items on the device; see :class:`weightsync.kernels.digest.PreparedDigest`."""
 
-    def __init__(self, regions: Sequence[torch.Tensor], table: Table, codes: Table, beside: bool = False) -> None:
+    def __init__(
+        self, regions: Sequence[torch.Tensor], table: Table, codes: Table, beside: Beside | None = None
+    ) -> None:
         """``regions``, ``table`` and ``codes`` as checked by ``prepare``. Items are uploaded here."""
         self._regions = list(regions)  # their memory must outlive the addresses in the items
         self._device = common_device(self._regions)
@@ -266,7 +268,7 @@ class TritonDigest:
         weights = np.ascontiguousarray(inner_multipliers().T.astype(np.uint32)).view(np.int32)
         self._weights = torch.from_numpy(weights).to(self._device).view(torch.uint32)
         self._look = bool((codes != UNSEEN).any())
-        self._beside, self._most = beside, programs_beside(self._device) if beside else len(items)
+        self._most = programs_beside(beside, self._device) if beside else 0
         self._finite = True
         self._sums = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._done = StreamMark(self._device)
@@ -282,11 +284,9 @@ class TritonDigest:
         with on_device(self._device):
             if not part:
                 self._sums.zero_()
-            if len(items):
-                count = len(items)
-                programs = min(count, self._most)
-                _digest_kernel[(programs,)](
-                    items, self._weights, self._sums, count, LOOK=self._look, PERSISTENT=self._beside, **OPTIONS
+            if count := len(items):
+                _digest_kernel[(min(count, self._most or count),)](
+                    items, self._weights, self._sums, count, LOOK=self._look, PERSISTENT=self._most > 0, **OPTIONS
                 )
             self._done.mark()
 

@@ -5,13 +5,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from weightsync.kernels.errors import KernelUnavailableError
 
 LOOK_SECONDS: Final = 0.0001
 """Between two looks at whether a device is done."""
+Beside = Literal["batches", "wire"]
+"""What a kernel runs beside and must not hold up."""
+
 INTERPRETED_PROGRAMS: Final = 3
 """Fewer than most tables have jobs, so that each program does several."""
 
@@ -55,16 +58,21 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def programs_beside(device: torch.device) -> int:
-    """Of a persistent kernel that runs beside what others wait for: one for every other multiprocessor.
+def programs_beside(beside: Beside, device: torch.device) -> int:
+    """How many programs of a persistent kernel leave ``device`` to what they run beside.
 
-    A kernel with programs enough for all of them keeps each from the others' until it ends: steps of a dense model took
-    23 instead of 13 ms while 15 GB were scattered and digested. Half of an H100 still does that as fast as the wire
-    brings it; a fifth does not.
+    Beside batches, one for every other multiprocessor: programs enough for all keep each from others until they end,
+    and steps of a dense model took 23 instead of 13 ms while 15 GB were scattered and digested. Half of an H100 does
+    that as fast as NVLink brings it; a fifth does not.
+
+    Beside a wire, two for each: they keep the memory busy, and have so few requests under way that copy engines get
+    their turn. With all that the device holds, conversion and digest of 15 GB were 7 and 21 % faster and slowed the
+    wire, which takes longer, by 5 %.
     """
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // 2)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * count if beside == "wire" else max(1, count // 2)
 
 
 class StreamMark:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.dispatch import interpreting, on_device
+from weightsync.kernels.dispatch import interpreting, on_device, programs_beside
 from weightsync.kernels.fp8_jobs import Look, QuantizeJob, checked_sources
 from weightsync.kernels.fp8_reference import ScaleFormat
 from weightsync.kernels.strided import Table
@@ -176,11 +176,10 @@ def _encode_rows(
 
 
 @triton.jit
-def _quantize_kernel(
-    sources, tiles, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
+def _quantize_tile(
+    tile, sources, tiles, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
     POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
     at = tiles + tile.to(tl.int64) * _TILE_COLUMNS
     source, out, scales = tl.load(sources + tile), tl.load(at), tl.load(at + 1)
     rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
@@ -221,9 +220,20 @@ def _quantize_kernel(
         tl.store(pointer + (out_offsets + 64 * out_row), codes, mask=lower_mask)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _quantize_kernel(
+    sources, tiles, count, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    for number in range(tl.program_id(0), count, tl.num_programs(0)):
+        tile = number + tl.full([], 0, tl.int32)
+        _quantize_tile(tile, sources, tiles, ACCESS, DTYPE, FORWARD, SCALE_BYTES, POW2, HEIGHT, WIDTH, NATIVE)
+
+
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """One launch: all jobs of one kind. Programs find what they need in their tile, so that one load leads to data."""
+    """One launch: all jobs of one kind. Programs take tile after tile and find what they need there, so that one load
+    leads to data."""
 
     dtype: torch.dtype
     scale_bytes: int
@@ -249,6 +259,7 @@ class TritonQuantize:
         self._outputs = [(job.out, job.scale_out) for job in jobs]  # must outlive the addresses in the tiles
         self._forward = forward_dtype
         self._device = self._looks[0].device if self._looks else torch.device("cpu")
+        self._programs = programs_beside("wire", self._device)
         self._native = not interpreting() and torch.cuda.get_device_capability(self._device) >= (8, 9)
         kinds: dict[tuple[torch.dtype, int, int], list[int]] = {}
         for index, job in enumerate(jobs):
@@ -280,9 +291,10 @@ class TritonQuantize:
             if access == VECTORS and any(address % 16 for address in addresses):
                 access = ROWS  # a source that stands in may be aligned worse than the one it was prepared with
             with on_device(self._device):
-                _quantize_kernel[(len(launch.tiles),)](
+                _quantize_kernel[(min(len(launch.tiles), self._programs),)](
                     launch.sources.at(addresses),
                     launch.tiles,
+                    len(launch.tiles),
                     ACCESS=access,
                     DTYPE=DTYPES[launch.dtype],
                     FORWARD=DTYPES[self._forward or launch.dtype],

@@ -7,6 +7,7 @@ import torch
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels import digest as digest_module
 from weightsync.kernels.columns import CODES, COLUMNS, COUNTS, RUN_BYTES, UNSEEN
+from weightsync.kernels.dispatch import Beside
 from weightsync.kernels.fp8 import prepare_quantize
 from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.fp8_reference import ScaleFormat
@@ -28,7 +29,8 @@ def warm_up(device: torch.device) -> None:
     table = np.zeros((1, COLUMNS), np.int64)
     table[0, RUN_BYTES] = _BYTES
     table[0, list(COUNTS)] = 1
-    for beside in (False, True):
+    forms: tuple[Beside | None, ...] = (None, "batches")  # persistent or not; how many programs is not compiled
+    for beside in forms:
         copy_module.prepare([source], [destination], table, beside=beside)()
         for code in (UNSEEN, CODES["bfloat16"]):  # without and with a look at the elements: one form each
             digest_module.prepare([source], table, np.array([code]), beside=beside)()

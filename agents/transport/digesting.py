@@ -73,7 +73,7 @@ def digest_parts(
     for part in np.unique(number):
         mine = order[number == part]
         table = digest_table(copies[mine], layout)
-        parts.append(DigestPart(int(last[mine].max()) + 1, prepare(tensors, table, beside=True)))
+        parts.append(DigestPart(int(last[mine].max()) + 1, prepare(tensors, table, beside="batches")))
     return tuple(parts)
 
 

@@ -117,6 +117,6 @@ class Shares:
         codes = element_codes(logical, self._layout)
         looked = Spans.of(logical[codes != UNSEEN])
         with torch.cuda.stream(self._stream):  # its tables are zeroed and uploaded where it will run
-            digest = prepare_digest(self._arenas, logical, codes)
+            digest = prepare_digest(self._arenas, logical, codes, beside="wire")
         memory = self._layout, self._arenas
         return Share(peer, copies, runs(copies, memory[0]), copied_bytes(copies, memory[0]), digest, looked, *memory)

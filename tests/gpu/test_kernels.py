@@ -10,6 +10,7 @@ from weightsync.kernels import digest as digest_module
 from weightsync.kernels.columns import CODES, ELEMENTS, UNSEEN
 from weightsync.kernels.digest import digest
 from weightsync.kernels.digest_reference import ReferenceDigest
+from weightsync.kernels.dispatch import Beside
 from weightsync.kernels.fp8 import prepare_quantize, quantize_blocks
 from weightsync.kernels.fp8_jobs import QuantizeJob
 from weightsync.kernels.fp8_reference import quantize_reference
@@ -17,6 +18,7 @@ from weightsync.kernels.warm import warm_up, warm_up_quantize
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+BESIDE: tuple[Beside | None, ...] = (None, "batches", "wire")
 FORMATS = [("fp32", (128, 128)), ("ue8m0", (128, 128)), ("ue8m0", (1, 32)), ("fp32", (1, 128))]
 
 
@@ -126,8 +128,8 @@ def arena_table(length: int, seed: int) -> np.ndarray:
         offset += run * count
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_the_digest_of_an_arena_is_that_of_the_reference(beside: bool) -> None:
+@pytest.mark.parametrize("beside", BESIDE)
+def test_the_digest_of_an_arena_is_that_of_the_reference(beside: Beside | None) -> None:
     arena = torch.randint(0, 256, (1 << 29,), dtype=torch.uint8, device=CUDA)
     table = arena_table(arena.numel(), 1)
     prepared = digest_module.prepare([arena], table, beside=beside)
@@ -198,7 +200,7 @@ def test_scatter_of_a_whole_arena_and_back() -> None:
         covered[offset : offset + run * _rest[8]] = True
     assert torch.equal(returned, torch.where(covered, source, torch.zeros_like(source)))
     again = torch.zeros_like(target)
-    copy_module.prepare([source], [again], table, beside=True)()
+    copy_module.prepare([source], [again], table, beside="batches")()
     assert torch.equal(again, target)
     host_target = torch.zeros(target.numel(), dtype=torch.uint8)
     copy_module.strided_copy([source.cpu()], [host_target], table)
@@ -234,11 +236,11 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         for part in range(parts.parts):
             parts.launch(part)
         parts.result()
-    digest_module.prepare([region], table, beside=True)()
-    for name, beside in itertools.product(ELEMENTS, (False, True)):
+    digest_module.prepare([region], table, beside="wire")()
+    for name, beside in itertools.product(ELEMENTS, BESIDE):
         digest_module.prepare([region], whole, np.array([CODES[name]]), beside=beside)()
     table[:, 3:5] = 0, 0
     target = torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)
-    for shift, beside in itertools.product((0, 16, 1 << 20), (False, True)):
+    for shift, beside in itertools.product((0, 16, 1 << 20), BESIDE):
         copy_module.prepare([region], [target], table, beside=beside)(shift)
     assert compiled_kernels() == before

@@ -87,7 +87,7 @@ def inbound(
         for chunk in range(peer.berth.chunks):
             rows = cut.of(chunk).copy()
             rows[:, SRC_OFFSET] += peer.berth.place(chunk)
-            chunks.append(prepare_copy(tensors, tensors, rows, beside=True))
+            chunks.append(prepare_copy(tensors, tensors, rows, beside="batches"))
         digest = None
         if digester is not None:
             digest = CargoDigest(digest_parts(mine, peer.berth.chunk_bytes, layout, tensors), digester.begin)

@@ -7,12 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsync.kernels import copy as copy_module
 from weightsync.kernels.copy import strided_copy
+from weightsync.kernels.dispatch import Beside
 from weightsync.kernels.errors import KernelTableError
 
 hypothesis_settings = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 POISON = 0xEE
+BESIDE: tuple[Beside, ...] = ("batches", "wire")
 
 
 def row(run: int, src: int, dst: int, *loops: tuple[int, int, int], regions: tuple[int, int] = (0, 0)) -> list[int]:
@@ -45,11 +47,12 @@ def by_definition(sources: list[torch.Tensor], destinations: list[torch.Tensor],
 def check(sources: list[torch.Tensor], destinations: list[torch.Tensor], rows: list[list[int]]) -> None:
     table = np.array(rows, np.int64)
     expected = by_definition(sources, destinations, table)
-    others = [one.clone() for one in destinations]
+    persistent = {beside: [one.clone() for one in destinations] for beside in BESIDE}
     strided_copy(sources, destinations, table)
     assert [one.cpu().numpy().tobytes() for one in destinations] == expected
-    copy_module.prepare(sources, others, table, beside=True)()
-    assert [one.cpu().numpy().tobytes() for one in others] == expected, "by a few programs"
+    for beside, others in persistent.items():
+        copy_module.prepare(sources, others, table, beside=beside)()
+        assert [one.cpu().numpy().tobytes() for one in others] == expected, beside
 
 
 @pytest.mark.parametrize("shift", [0, 1, 4, 16])

@@ -19,6 +19,7 @@ from weightsync.kernels.digest_multipliers import (
     outer_multipliers,
 )
 from weightsync.kernels.digest_reference import ReferenceDigest
+from weightsync.kernels.dispatch import Beside
 from weightsync.kernels.errors import KernelTableError
 
 MASK = (1 << 64) - 1
@@ -168,7 +169,8 @@ def test_any_table_gives_what_the_reference_gives(device: torch.device, data: st
     rows = table(*data.draw(st.lists(one, min_size=1, max_size=4)))
     right = reference([region.cpu() for region in regions], rows)()
     assert digest(regions, rows) == right
-    assert digest_module.prepare(regions, rows, beside=True)() == right, "by a few programs"
+    assert digest_module.prepare(regions, rows, beside="batches")() == right
+    assert digest_module.prepare(regions, rows, beside="wire")() == right
 
 
 def test_long_runs_of_whole_tiles(device: torch.device) -> None:
@@ -181,10 +183,10 @@ def test_long_runs_of_whole_tiles(device: torch.device) -> None:
         assert digest([moved], table(row(size, shift, 0))) == whole
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("beside", [None, "batches"])
 @pytest.mark.parametrize("items", [1, 3, 4096])
 def test_parts_add_up_to_the_whole(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int, beside: bool
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, items: int, beside: Beside | None
 ) -> None:
     rows = table(*(row(5000, 9000 * n, 9000 * n) for n in range(7)))
     region = random_bytes(60_000, 7, device)

@@ -42,26 +42,26 @@ def test_on_the_cpu_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch)
 def test_copy_and_digest_run_once_over_a_table_that_they_accept(
     compiling: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved: list[list[int]] = []
+    moved: list[list[object]] = []
     digests: list[tuple[int, int]] = []
-    looked: list[tuple[bool, bool]] = []
+    looked: list[tuple[str | None, bool]] = []
 
     def copy(
-        sources: list[torch.Tensor], destinations: list[torch.Tensor], table: Table, *, beside: bool
+        sources: list[torch.Tensor], destinations: list[torch.Tensor], table: Table, *, beside: str | None
     ) -> Callable[[], None]:
-        return lambda: moved.append([int(beside), *as_table(table)[0].tolist()])
+        return lambda: moved.append([beside, *as_table(table)[0].tolist()])
 
-    def digest(regions: list[torch.Tensor], table: Table, codes: Table, *, beside: bool) -> Callable[[], None]:
+    def digest(regions: list[torch.Tensor], table: Table, codes: Table, *, beside: str | None) -> Callable[[], None]:
         looked.append((beside, bool(any(codes))))
         return lambda: digests.append(ReferenceDigest(regions, as_table(table), codes)())
 
     monkeypatch.setattr(warm.copy_module, "prepare", copy)
     monkeypatch.setattr(warm.digest_module, "prepare", digest)
     warm.warm_up(compiling)
-    assert moved == [[beside, 64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0] for beside in (0, 1)]
+    assert moved == [[beside, 64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0] for beside in (None, "batches")]
     whole = np.array([[64, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
     assert digests == [ReferenceDigest([torch.arange(64, dtype=torch.uint8)], whole, np.array([UNSEEN]))()] * 4
-    forms = list(itertools.product((False, True), repeat=2))
+    forms = list(itertools.product((None, "batches"), (False, True)))
     assert looked == forms, "beside others and alone, with a look at the elements and without"
 
 
