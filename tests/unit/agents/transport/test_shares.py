@@ -5,6 +5,7 @@ import torch
 from tiny_fleet import LAYER, SHAPES, Target, made_slots, planned, rebuilt, replace_name, with_peers
 from weightsync.agents.tables.spans import NOWHERE
 from weightsync.agents.trainer.slots.finite import NonFinite
+from weightsync.agents.transport import shares as shares_module
 from weightsync.agents.transport.shares import PlanMismatch, Shares
 from weightsync.orchestrator.protocol.layout import COPY_COLUMNS
 from weightsync.orchestrator.protocol.names import NO_BYTES, add_digests
@@ -85,3 +86,13 @@ def test_what_nobody_is_owed_is_still_looked_at(slots, weights):
     slots.convert(state)
     assert shares.read().finite is NOWHERE
     assert slots.nonfinite() == (NonFinite(name, 3, 64 * 64, blocks=False),)
+
+
+def test_what_is_written_meanwhile_is_digested_beside_the_wire(plan, monkeypatch):
+    shares, connect, _ = plan
+    asked, prepare = [], shares_module.prepare_digest
+    monkeypatch.setattr(
+        shares_module, "prepare_digest", lambda *given, beside: asked.append(beside) or prepare(*given, beside=beside)
+    )
+    assert len(shares.replan(connect)) == len(asked) == 2
+    assert set(asked) == {"wire"}

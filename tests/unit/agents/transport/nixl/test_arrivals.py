@@ -6,6 +6,8 @@ import pytest
 import torch
 from msgspec import structs
 from row_parallel import connects, expected, masters, source, target
+from weightsync.agents.transport import digesting
+from weightsync.agents.transport.nixl import arrivals
 from weightsync.agents.transport.nixl.arrivals import Arrivals, ChunksMissing, Inbound, inbound
 from weightsync.agents.transport.nixl.errors import NixlError
 from weightsync.agents.transport.nixl.notices import Notice
@@ -223,3 +225,19 @@ def test_each_chunk_goes_from_its_place_to_its_rows():
     assert torch.equal(reader.memory[0], due.reshape(-1))
     stays = [structs.replace(peer, berth=Berth(1, 0, 256, 96, 24576)) for peer in connect.peers]
     assert inbound(as_matrix(connect.copies, COPY_COLUMNS), stays, reader.layout, reader.memory) == ()
+
+
+def test_what_lands_beside_batches_is_scattered_and_digested_beside_them(monkeypatch):
+    asked = []
+
+    def noted(prepare, name):
+        return lambda *given, **options: asked.append((name, options)) or prepare(*given, **options)
+
+    monkeypatch.setattr(arrivals, "prepare_copy", noted(arrivals.prepare_copy, "copy"))
+    monkeypatch.setattr(digesting, "prepare", noted(digesting.prepare, "digest"))
+    sources, reader = [source(number, 2, 2048) for number in range(2)], target(1, 2, 2048, "flip")
+    connect = connects({rank.member: (rank.layout, "", b"") for rank in (*sources, reader)})[reader.member]
+    digester = digesting.Digester(None)
+    inbound(as_matrix(connect.copies, COPY_COLUMNS), connect.peers, reader.layout, reader.memory, digester)
+    assert {name for name, _ in asked} == {"copy", "digest"}
+    assert all(options == {"beside": "batches"} for _, options in asked)
