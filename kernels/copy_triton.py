@@ -128,21 +128,18 @@ class TritonCopy:
         bases = [[region.data_ptr() for region in side] for side in (sources, destinations)]
         blocks, items = blocks_and_items(bases[0], bases[1], table)
         self._blocks, self._items = (torch.from_numpy(part).to(self._device) for part in (blocks, items))
-        self._jobs = len(blocks) + len(items)
-        self._persistent = beside is not None
-        self._programs = min(self._jobs, programs_beside(beside, self._device)) if beside else self._jobs
+        self._most = programs_beside(beside, self._device) if beside else 0
 
     def __call__(self, shift: int = 0) -> None:
         """Copy on the current stream."""
         check_shift(shift, self._room)
-        if self._jobs:
+        if jobs := len(self._blocks) + len(self._items):
             with on_device(self._device):
                 # In units, so that it is 32 bits wide whatever the region: another width would be compiled anew.
                 units = shift // SHIFT_UNIT
-                _copy_kernel[(self._programs,)](
-                    self._blocks, len(self._blocks), self._items, units, self._jobs,
-                    PERSISTENT=self._persistent, **OPTIONS
-                )  # fmt: skip
+                _copy_kernel[(min(jobs, self._most or jobs),)](
+                    self._blocks, len(self._blocks), self._items, units, jobs, PERSISTENT=self._most > 0, **OPTIONS
+                )
 
 
 def blocks_and_items(source_bases: list[int], destination_bases: list[int], table: Table) -> tuple[Table, Table]:

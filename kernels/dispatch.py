@@ -12,6 +12,7 @@ from weightsync.kernels.errors import KernelUnavailableError
 
 LOOK_SECONDS: Final = 0.0001
 """Between two looks at whether a device is done."""
+
 Beside = Literal["batches", "wire"]
 """What a kernel runs beside and must not hold up."""
 

@@ -66,7 +66,8 @@ def prepare_quantize(
     """Quantise many tensors, each on its own block grid, in one launch (one per source dtype that occurs).
 
     The outputs may be adjacent ranges of one slot and of its scale tile: q, k and v; gate and up; all local experts;
-    a whole layer. They are kept, sources are not. Arguments and errors as :func:`quantize_blocks`.
+    a whole layer. They are kept, sources are not. On a GPU it leaves a wire its turn, see
+    :func:`weightsync.kernels.dispatch.programs_beside`. Arguments and errors as :func:`quantize_blocks`.
     """
     for job in jobs:
         check_job(job, block, forward_dtype, scale_format)

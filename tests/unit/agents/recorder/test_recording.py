@@ -10,7 +10,7 @@ from torch import nn
 from weightsync.agents.recorder.blueprint import ParameterPlace
 from weightsync.agents.recorder.contents import Checkpoint, storage_key
 from weightsync.agents.recorder.interface import KernelLayout, Shadow
-from weightsync.agents.recorder.recording import Recording
+from weightsync.agents.recorder.recording import Finished, Recording
 from weightsync.agents.recorder.rows import build_rows, fill
 from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.recorder.traced import trace_loader
@@ -257,6 +257,16 @@ def test_a_parameter_with_the_memory_that_was_written_is_not_stale(change: Calla
     assert recording.finished.stale() == []
 
 
+def left_as_loaded(model: Model) -> Finished:
+    """What a recording of ``model`` comes to that processing leaves alone."""
+    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
+    with recording.processing:
+        pass
+    recording.finish()
+    assert recording.finished is not None
+    return recording.finished
+
+
 def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_of_its_module() -> None:
     class Asked(Model):
         asked = 0
@@ -266,13 +276,9 @@ def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_o
             return super().__getattr__(name)
 
     model = Asked()
-    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
-    with recording.processing:
-        pass
-    recording.finish()
-    assert recording.finished is not None
+    finished = left_as_loaded(model)
     before = Asked.asked
-    assert recording.finished.stale() == []
+    assert finished.stale() == []
     assert Asked.asked == before
 
 
@@ -287,17 +293,13 @@ def test_nor_by_those_of_its_class() -> None:
 
     model = Model()
     model.weight = Engines(model.weight.data, requires_grad=False)
-    recording = Recording(trace_loader(model, CHECKPOINT, Engine()))
-    with recording.processing:
-        pass
-    recording.finish()
-    assert recording.finished is not None
+    finished = left_as_loaded(model)
     before = Engines.asked
     assert before
-    assert recording.finished.stale() == []
+    assert finished.stale() == []
     assert Engines.asked == before
     model.weight.data = torch.randn(4, 3)
-    assert recording.finished.stale() == ["weight"]
+    assert finished.stale() == ["weight"]
 
 
 def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
