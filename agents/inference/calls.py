@@ -107,6 +107,13 @@ class LiveModel(Protocol):
     @property
     def tensors(self) -> Sequence[torch.Tensor]: ...
 
+    def check(self) -> None:
+        """Before a version is served, while batches may run; callable on any thread. Changes nothing.
+
+        Raises:
+            AgentError: the engine reads other memory than the tensors, or would refuse to ``refresh``.
+        """
+
     def refresh(self) -> None:
         """Bring up to date what is derived from the tensors; runs after a write, before the engine computes again."""
 

@@ -215,7 +215,9 @@ class LiveWeights:
 
         Raises:
             NotLanded: less than all of ``version`` is there.
+            AgentError: the engine reads other memory than what the version would be served from.
         """
+        self.check()  # an engine that would be refused by ``take`` has not stood still for it yet
         if self.swaps:
             self.arrive(version)  # what has not passed the landing is brought to standby, too
             found = self.receivers.current.digest()
@@ -303,6 +305,10 @@ class LiveWeights:
         if self._both is None:
             self._both = Samples(self._tensors, self._written(), self._table)
         return self._both
+
+    def check(self) -> None:
+        """See ``LiveModel.check``."""
+        self._model.check()
 
     # ------------------------------------------------------------------------------------------------------ internals
     def follow_experts(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -45,15 +45,18 @@ class Finished:
     refreshes: list[Callable[[], None]] = field(default_factory=list)
     derived: list[Derived] = field(default_factory=list)
     shadows: list[str] = field(default_factory=list)
-    checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
-    """By parameter: whether the engine's memory is what a round has written, or would be made of it now."""
+    places: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    """By parameter: whether its memory is where it was when this was recorded."""
+    contents: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    """By parameter that is made of what a round writes: whether it is what would be made now."""
+
+    def replaced(self) -> list[str]:
+        """Parameters that the engine has given other memory since, which no write and no refresh reaches."""
+        return _failing(self.places)
 
     def stale(self) -> list[str]:
         """Parameters that are not what was written and refreshed: replaced since, or refreshed to no avail."""
-        # Engines' parameters are of classes of their own, for which torch takes a detour of 1 µs at each use: of an
-        # engine that stands still, with thousands of them.
-        with torch._C.DisableTorchFunctionSubclass():
-            return sorted(name for name, check in self.checks.items() if not check())
+        return sorted({*_failing(self.places), *_failing(self.contents)})
 
 
 class UnprovedPlace(RecordError):
@@ -174,7 +177,7 @@ class Recording:
         if found is not None:
             if not found.untouched:
                 _must_tell_places(parameter, found.tensor)
-            done.checks[parameter.name] = _is_still(parameter, found.tensor)
+            done.places[parameter.name] = _is_still(parameter, found.tensor)
             where = with_halves_exchanged(landings, before.loaded) if found.halves_exchanged else landings
             return None if where is None else target(found.tensor, where)
         if before.copy is None:
@@ -185,7 +188,8 @@ class Recording:
             if layout.may_apply(parameter) and live is not None and _gives(layout, parameter, before.copy, live):
                 _must_tell_places(parameter, before.copy)
                 done.refreshes.append(_refresh(layout, parameter, before.copy, live.detach()))
-                done.checks[parameter.name] = _check(layout, parameter, before.copy)
+                done.places[parameter.name] = _is_still(parameter, live.detach())
+                done.contents[parameter.name] = _check(layout, parameter, before.copy)
                 done.derived.append(Derived(parameter.name, layout.name))
                 done.shadows.append(parameter.name)
                 return target(before.copy, landings)
@@ -212,9 +216,8 @@ class Recording:
             done.derived.append(Derived(parameter.name, f"{described(landing.program)} of {landing.source.name}"))
         done.shadows.append(parameter.name)
         done.refreshes.append(_run_again(steps))
-        there = done.checks[parameter.name]
-        done.checks[parameter.name] = lambda: (
-            there() and all(same_bits(run(program, sent), live) for program, sent, live in steps)
+        done.contents[parameter.name] = lambda: all(
+            same_bits(run(program, sent), live) for program, sent, live in steps
         )
         return [
             *([replace(target, landings=plain)] if plain else []),
@@ -238,6 +241,13 @@ class Recording:
             if tensor is not None:
                 accounted.add(tensor.untyped_storage().data_ptr())
         return accounted
+
+
+def _failing(checks: Mapping[str, Callable[[], bool]]) -> list[str]:
+    # Engines' parameters are of classes of their own, for which torch takes a detour of 1 µs at each use: of an engine
+    # that stands still, with thousands of them.
+    with torch._C.DisableTorchFunctionSubclass():
+        return sorted(name for name, check in checks.items() if not check())
 
 
 def _distinct_places(group: Sequence[_Before]) -> list[tuple[_Before, list[_Before]]]:

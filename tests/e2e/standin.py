@@ -49,6 +49,9 @@ class Model(LiveModel, Protocol):
 class Dense:
     """What is the same for any ``Model`` here."""
 
+    def check(self) -> None:
+        """Nothing moves."""
+
     def refresh(self) -> None:
         """Nothing is derived."""
 

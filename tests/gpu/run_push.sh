@@ -14,7 +14,7 @@ export PYTHONPATH
 PYTHONPATH=$(tests/gpu/link.sh)
 running=()
 for name in "${tests[@]}"; do
-  python3 -m pytest tests/gpu/test_push.py -m gpu -k "$name" -s -q -p no:cacheprovider --basetemp "$out/work-$name" \
+  python3 -m pytest tests/gpu/test_push.py -m gpu -k "$name" -x -s -q -p no:cacheprovider --basetemp "$out/work-$name" \
     > "$out/$name.log" 2>&1 &
   running+=($!)
 done

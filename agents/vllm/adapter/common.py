@@ -93,6 +93,9 @@ class VllmModel:
     def tensors(self) -> Sequence[torch.Tensor]:
         return self.recorded.tensors
 
+    def check(self) -> None:
+        self.recorded.check()
+
     def refresh(self) -> None:
         self.recorded.refresh()
 

@@ -67,19 +67,31 @@ class ServedAdapter:
         scaling = [float(declared.config["lora_alpha"]), float(bool(declared.config.get("use_rslora")))]
         self._fill({**first, SCALING: torch.tensor(scaling, dtype=torch.float64)})
 
-    def refresh(self) -> None:
-        """Have vLLM load what the arena holds, in place of what it has loaded.
+    def check(self) -> None:
+        """See ``LiveModel.check``.
 
         Raises:
             AdapterRefused: vLLM has not been asked for this adapter since it started, so that nobody could use it.
         """
+        self._asked()
+
+    def _asked(self) -> LoadAsked:
         if self.asked is None:
             name = self.declared.name
             raise AdapterRefused(
                 f"adapter {name!r} is written by rounds ({ADAPTER_VARIABLE}), and the server does not serve it; start"
                 f" it with --enable-lora --lora-modules {name}={self.declared.directory}"
             )
-        manager, request = self.asked.manager, self.asked.request
+        return self.asked
+
+    def refresh(self) -> None:
+        """Have vLLM load what the arena holds, in place of what it has loaded.
+
+        Raises:
+            AdapterRefused: see ``check``; or vLLM does not list the adapter after it has loaded it.
+        """
+        asked = self._asked()
+        manager, request = asked.manager, asked.request
         manager.remove_adapter(request.lora_int_id)
         manager.add_adapter(request)
         if request.lora_int_id not in manager.list_adapters():

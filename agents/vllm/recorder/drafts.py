@@ -122,7 +122,8 @@ def let_go_of_shared(drafter: Kept, model: nn.Module) -> None:
             f"no tensor of the drafter's checkpoint reaches {', '.join(unfilled)}, and the drafter does not share it"
         )
     drafter.finished.targets = [target for target in drafter.finished.targets if id(target.owner) in owners]
-    drafter.finished.checks = _of(mine, drafter.finished.checks)
+    drafter.finished.places = _of(mine, drafter.finished.places)
+    drafter.finished.contents = _of(mine, drafter.finished.contents)
 
 
 def _of(modules: Mapping[str, nn.Module], by_parameter: Mapping[str, T]) -> dict[str, T]:

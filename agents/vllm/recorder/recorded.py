@@ -48,16 +48,18 @@ MAX_NAMES: Final = 8
 class Recorded:
     """What an inference rank needs to be written to.
 
-    ``tensors`` are uint8 views of the regions' memory, in the order of ``layout.regions``. ``refresh`` brings kernel
-    layouts and derived tensors up to date after a write and must run before the engine computes again. ``load`` fills
-    everything from full logical tensors (any order, more than needed) and refreshes. ``unrecorded`` are bytes that stay
-    as the engine's start left them, with the reason; ``unused`` are checkpoint tensors of which this rank needs nothing
-    (other ranks' experts and layers, and what the model does not have, such as MTP layers). ``shadows`` are parameters
-    whose target is a copy in the checkpoint's layout.
+    ``tensors`` are uint8 views of the regions' memory, in the order of ``layout.regions``. ``check`` raises if the
+    engine has given parameters other memory since. ``refresh`` brings kernel layouts and derived tensors up to date
+    after a write and must run before the engine computes again. ``load`` fills everything from full logical tensors
+    (any order, more than needed) and refreshes. ``unrecorded`` are bytes that stay as the engine's start left them,
+    with the reason; ``unused`` are checkpoint tensors of which this rank needs nothing (other ranks' experts and
+    layers, and what the model does not have, such as MTP layers). ``shadows`` are parameters whose target is a copy in
+    the checkpoint's layout.
     """
 
     layout: Layout
     tensors: list[torch.Tensor]
+    check: Callable[[], None]
     refresh: Callable[[], None]
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], None]
     unrecorded: tuple[Unrecorded, ...]
@@ -158,6 +160,14 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
                 "it loaded; restart the engine"
             )
 
+    def check() -> None:
+        replaced = [part.prefix + name for part in parts for name in part.finished.replaced()]
+        if replaced:
+            raise RecordError(
+                f"{bounded(replaced)}: the engine has given these parameters other memory since it loaded, which no"
+                " version reaches; restart the engine"
+            )
+
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         fill(rows, weights)
         refresh()
@@ -167,6 +177,7 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
     return Recorded(
         layout=layout,
         tensors=list(rows.memory),
+        check=check,
         refresh=refresh,
         load=load,
         unrecorded=(

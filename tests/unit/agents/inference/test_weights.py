@@ -14,6 +14,7 @@ from weightsync.agents.inference.weights import LiveWeights, NotLanded, landing_
 from weightsync.agents.memory import quarantine
 from weightsync.agents.memory.arena import host_arena, region_of
 from weightsync.agents.memory.errors import FlipFailed, MemoryPlacementError
+from weightsync.agents.recorder.trace import RecordError
 from weightsync.agents.tables.runs import digest_table
 from weightsync.agents.transport.interface import Receiver, TargetMemory
 from weightsync.agents.transport.nixl.sender import NixlSender
@@ -45,6 +46,11 @@ class Model:
     tensors: list[torch.Tensor]
     find: Callable[[str], LiveModel | None] = lambda known: None
     refreshed: int = 0
+    replaced: bool = False
+
+    def check(self) -> None:
+        if self.replaced:
+            raise RecordError("norm: it lies elsewhere")
 
     def refresh(self) -> None:
         self.refreshed += 1
@@ -209,6 +215,16 @@ def test_what_has_landed_has_the_digest_that_live_memory_has_afterwards(
     assert live.refreshed == 1
     assert weights.digest() == landed
     assert receiver.story == ["opened"]
+
+
+@pytest.mark.usefixtures("recorder")
+@pytest.mark.parametrize("lands", ["copy", "flip"])
+def test_an_engine_that_reads_other_memory_is_found_before_it_stands_still(lands: str, beside: Any) -> None:
+    live, weights = paged() if lands == "flip" else beside[:2]
+    live.replaced = True
+    with pytest.raises(RecordError, match="elsewhere"):
+        weights.landed(Version(1, 2))
+    assert live.refreshed == 0
 
 
 def test_the_digest_of_what_has_landed_follows_the_plan(beside: tuple[Model, LiveWeights, Any]) -> None:

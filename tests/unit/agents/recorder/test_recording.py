@@ -236,7 +236,7 @@ def test_however_a_parameter_gets_other_memory_it_is_stale(change: Callable[[Mod
     recording = processed(lambda model: None, torch.randn(4, 3))
     assert recording.finished is not None
     change(recording.model)
-    assert recording.finished.stale() == ["weight"]
+    assert recording.finished.replaced() == recording.finished.stale() == ["weight"]
 
 
 def same_memory(model: Model) -> None:
@@ -254,7 +254,7 @@ def test_a_parameter_with_the_memory_that_was_written_is_not_stale(change: Calla
     recording = processed(lambda model: None, torch.randn(4, 3))
     assert recording.finished is not None
     change(recording.model)
-    assert recording.finished.stale() == []
+    assert recording.finished.replaced() == recording.finished.stale() == []
 
 
 def left_as_loaded(model: Model) -> Finished:
@@ -312,5 +312,8 @@ def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
     assert recording.finished.stale() == []
     model.weight.data[0, 0] += 1
     assert recording.finished.stale() == ["weight"]
+    assert recording.finished.replaced() == [], "what it is made of may be on its way, and its memory is where it was"
     write(recording, torch.randn(4, 3))
     assert recording.finished.stale() == []
+    model.weight = nn.Parameter(model.weight.data.clone(), requires_grad=False)
+    assert recording.finished.replaced() == recording.finished.stale() == ["weight"]

@@ -124,6 +124,8 @@ class Model:
     def tensors(self) -> list[torch.Tensor]:
         return self.target.memory
 
+    def check(self) -> None: ...
+
     def refresh(self) -> None:
         self.refreshed.append(True)
 

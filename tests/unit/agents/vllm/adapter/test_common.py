@@ -251,6 +251,7 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
         return SimpleNamespace(
             layout=Layout((), (), b"", expert_map=f"layout {len(story)}"),
             tensors=[region],
+            check=lambda: story.append("checked"),
             refresh=lambda: story.append("refreshed"),
             load=story.append,
             unrecorded=(Unrecorded("cache", 8, "a buffer"),),
@@ -269,14 +270,15 @@ def test_a_vllm_model_is_what_was_recorded_of_it(monkeypatch: pytest.MonkeyPatch
         "pages of host memory are exchanged with WEIGHTSYNC_MODE=flip alone",
     )
     assert model.layout == Layout((), (), b"", expert_map="layout 1", left_out=left_out)
+    model.check()
     model.refresh()
     model.load([])
-    assert story == [(module, "config"), "refreshed", []]
+    assert story == [(module, "config"), "checked", "refreshed", []]
     assert model.rebalanced("map of 5") is None
     fresh = model.rebalanced("map of 3")
     assert fresh is not None
-    assert fresh.layout == Layout((), (), b"", expert_map="layout 4", left_out=left_out), "after three events so far"
-    assert story[3:] == [(module, "config")]
+    assert fresh.layout == Layout((), (), b"", expert_map="layout 5", left_out=left_out), "after four events so far"
+    assert story[4:] == [(module, "config")]
 
 
 @pytest.mark.parametrize(("eplb", "announced"), [(True, "here"), (False, "")])

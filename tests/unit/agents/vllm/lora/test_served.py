@@ -104,8 +104,9 @@ def test_a_tensor_that_did_not_come_or_does_not_fit(policy: ServedAdapter) -> No
 
 
 def test_an_adapter_that_the_server_does_not_serve(policy: ServedAdapter) -> None:
-    with pytest.raises(AdapterRefused, match="--enable-lora --lora-modules policy="):
-        policy.refresh()
+    for asked in (policy.check, policy.refresh):
+        with pytest.raises(AdapterRefused, match="--enable-lora --lora-modules policy="):
+            asked()
 
 
 def loaded(policy: ServedAdapter, **changed: torch.Tensor) -> Any:

@@ -111,6 +111,7 @@ def test_an_embedding_that_is_shared_is_the_models(names: tuple[str, ...]) -> No
     assert recorded.unused == (("draft.embed.weight",) if len(names) == 2 else ())
     assert before not in {tensor.untyped_storage().data_ptr() for tensor in recorded.tensors}
     written(recorded)
+    recorded.check()
     assert recorded_layout(model, CONFIG).layout == recorded.layout, "asked again, it is the same"
 
 
@@ -126,8 +127,10 @@ def test_a_drafters_memory_that_was_replaced_is_seen_by_its_name() -> None:
     model, drafter = loaded(WHOLE), loaded(WHOLE, drafts.PREFIX)
     recorded = recorded_layout(model, CONFIG)
     drafter.norm.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
-    with pytest.raises(RecordError, match=r"draft\.norm\.weight"):
+    with pytest.raises(RecordError, match=r"1 \(draft\.norm\.weight\).*replaced or changed it since"):
         recorded.refresh()
+    with pytest.raises(RecordError, match=r"1 \(draft\.norm\.weight\).*other memory since it loaded"):
+        recorded.check()
 
 
 def speculating(method: str, draft: Any, target: Any) -> Any:
