@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from weightsync.kernels.dispatch import common_device, use_triton
+from weightsync.kernels.dispatch import Beside, common_device, use_triton
 from weightsync.kernels.fp8_jobs import Look, QuantizeJob, check_job, checked_sources
 from weightsync.kernels.fp8_reference import ScaleFormat, quantize_reference
 
@@ -62,19 +62,21 @@ def prepare_quantize(
     block: tuple[int, int] = (128, 128),
     forward_dtype: torch.dtype | None = None,
     scale_format: ScaleFormat = "fp32",
+    beside: Beside | None = None,
 ) -> PreparedQuantize:
     """Quantise many tensors, each on its own block grid, in one launch (one per source dtype that occurs).
 
     The outputs may be adjacent ranges of one slot and of its scale tile: q, k and v; gate and up; all local experts;
-    a whole layer. They are kept, sources are not. On a GPU it leaves a wire its turn, see
-    :func:`weightsync.kernels.dispatch.programs_beside`. Arguments and errors as :func:`quantize_blocks`.
+    a whole layer. They are kept, sources are not. ``beside``: what it must not hold up on a GPU, see
+    :func:`weightsync.kernels.dispatch.programs_beside`; None: nothing. Other arguments and errors as
+    :func:`quantize_blocks`.
     """
     for job in jobs:
         check_job(job, block, forward_dtype, scale_format)
     if use_triton(common_device([job.src for job in jobs])):
         from weightsync.kernels.fp8_triton import TritonQuantize
 
-        return TritonQuantize(jobs, block, forward_dtype, scale_format)
+        return TritonQuantize(jobs, block, forward_dtype, scale_format, beside)
     return _ReferenceQuantize(jobs, block, forward_dtype, scale_format)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from weightsync.kernels.dispatch import interpreting, on_device, programs_beside
+from weightsync.kernels.dispatch import Beside, interpreting, on_device, programs_beside
 from weightsync.kernels.fp8_jobs import Look, QuantizeJob, checked_sources
 from weightsync.kernels.fp8_reference import ScaleFormat
 from weightsync.kernels.strided import Table
@@ -252,6 +252,7 @@ class TritonQuantize:
         block: tuple[int, int],
         forward_dtype: torch.dtype | None,
         scale_format: ScaleFormat,
+        beside: Beside | None,
     ) -> None:
         """Arguments as checked by ``prepare_quantize``. Tables are uploaded here."""
         self._block, self._scale_format = block, scale_format
@@ -259,7 +260,7 @@ class TritonQuantize:
         self._outputs = [(job.out, job.scale_out) for job in jobs]  # must outlive the addresses in the tiles
         self._forward = forward_dtype
         self._device = self._looks[0].device if self._looks else torch.device("cpu")
-        self._programs = programs_beside("wire", self._device)
+        self._most = programs_beside(beside, self._device) if beside else 0
         self._native = not interpreting() and torch.cuda.get_device_capability(self._device) >= (8, 9)
         kinds: dict[tuple[torch.dtype, int, int], list[int]] = {}
         for index, job in enumerate(jobs):
@@ -291,10 +292,11 @@ class TritonQuantize:
             if access == VECTORS and any(address % 16 for address in addresses):
                 access = ROWS  # a source that stands in may be aligned worse than the one it was prepared with
             with on_device(self._device):
-                _quantize_kernel[(min(len(launch.tiles), self._programs),)](
+                count = len(launch.tiles)
+                _quantize_kernel[(min(count, self._most or count),)](
                     launch.sources.at(addresses),
                     launch.tiles,
-                    len(launch.tiles),
+                    count,
                     ACCESS=access,
                     DTYPE=DTYPES[launch.dtype],
                     FORWARD=DTYPES[self._forward or launch.dtype],

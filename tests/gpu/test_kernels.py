@@ -90,7 +90,8 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
         assert torch.equal(scales[group], theirs[1])
 
 
-def test_a_layer_on_a_stream_of_its_own() -> None:
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_layer_on_a_stream_of_its_own(beside: Beside | None) -> None:
     sources = [torch.randn(shape, device=CUDA).bfloat16() for shape in [(2048, 6144), (576, 6144), (4, 2048, 640)]]
     slot = torch.zeros(sum(src.numel() for src in sources), dtype=torch.uint8, device=CUDA)
     jobs, offset = [], 0
@@ -98,7 +99,7 @@ def test_a_layer_on_a_stream_of_its_own() -> None:
         _, scales = outputs(src)
         jobs.append(QuantizeJob(src, slot[offset : offset + src.numel()].view(src.shape), scales))
         offset += src.numel()
-    launch = prepare_quantize(jobs)
+    launch = prepare_quantize(jobs, beside=beside)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

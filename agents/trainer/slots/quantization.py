@@ -129,7 +129,11 @@ class QuantizationSpec:
         jobs = [QuantizeJob(c.src, c.out, c.scale_out) for c in conversions if c.scale_out is not None]
         if self.block in BLOCKS:
             return prepare_quantize(
-                jobs, block=self.block, forward_dtype=self.forward_dtype, scale_format=self.scale_format
+                jobs,
+                block=self.block,
+                forward_dtype=self.forward_dtype,
+                scale_format=self.scale_format,
+                beside="wire",
             )
         outs = [(job.out, job.scale_out) for job in jobs]  # without the sources, which are not ours to keep
         return lambda sources: self._in_whole_rows(sources, outs)

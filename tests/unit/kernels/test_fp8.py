@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from weightsync.kernels.dispatch import Beside
 from weightsync.kernels.errors import KernelError
 from weightsync.kernels.fp8 import prepare_quantize, quantize_blocks
 from weightsync.kernels.fp8_jobs import QuantizeJob
@@ -217,7 +218,8 @@ def test_power_of_two_scales(device: torch.device, block: tuple[int, int], scale
     assert ((codes.float() * spread - src.cpu().float()).abs() <= 0.0625 * src.cpu().float().abs() + spread / 512).all()
 
 
-def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> None:
+@pytest.mark.parametrize("beside", [None, "batches", "wire"])
+def test_many_sources_land_side_by_side_in_one_slot(device: torch.device, beside: Beside | None) -> None:
     """q, k, v into one parameter: each on its own grid, codes by rows, scale tiles by ceil(rows / 128)."""
     sources = [normal(rows, 256, dtype=torch.bfloat16, seed=rows).to(device) for rows in (256, 130, 576, 1)]
     sources += [normal(2, 100, 256, dtype=torch.bfloat16).to(device)]
@@ -230,7 +232,7 @@ def test_many_sources_land_side_by_side_in_one_slot(device: torch.device) -> Non
         out, scale = slot[row : row + rows].view(E4M3), tile[block_row : block_row + blocks]
         jobs.append(QuantizeJob(src, out.view(src.shape), scale.view(*src.shape[:-2], -1, 2)))
         row, block_row = row + rows, block_row + blocks
-    launch = prepare_quantize(jobs)
+    launch = prepare_quantize(jobs, beside=beside)
     launch(sources)
     for job in jobs:
         codes, scales = check(job.src)

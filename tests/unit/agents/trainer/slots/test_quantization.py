@@ -200,3 +200,16 @@ def test_what_it_is_prepared_with_is_not_kept(spec, dtype):
     assert kept() is None
     prepared([torch.ones(4, 8, dtype=dtype)])
     assert out.float().abs().min() > 0
+
+
+def test_a_conversion_leaves_a_wire_its_turn(monkeypatch):
+    asked = []
+
+    def prepare(jobs, **options):
+        asked.append(options["beside"])
+        return lambda sources: None
+
+    monkeypatch.setattr(quantization, "prepare_quantize", prepare)
+    codes, scales = torch.empty(4, 8, dtype=FP8.dtype), torch.empty(FP8.scale_shape((4, 8)))
+    FP8.prepare([Conversion(torch.ones(4, 8), codes, scales)])
+    assert asked == ["wire"]
