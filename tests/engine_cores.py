@@ -33,7 +33,7 @@ class Worker:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         status = SimpleNamespace(torn=False, applied=None, window=None)
-        self.unfit = ""  # why it cannot switch
+        self.unready = self.unfit = ""  # why it cannot switch, beside its last batches and after them
         self.agent = SimpleNamespace(
             may_run=False,
             status=status,
@@ -41,6 +41,7 @@ class Worker:
             incarnation=100 + rank,
             lease=None,
             landing="lands copy",
+            ready=lambda order: self.unready,
             switchable=lambda order: self.unfit,
             switch=self.switch,
             around=self.around,

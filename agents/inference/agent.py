@@ -213,6 +213,16 @@ class InferenceAgent:
 
         self._windows.serve_round(update, self._synchronise, self._verify, tell)
 
+    def ready(self, info: SwitchInfo) -> str:
+        """See ``WeightHolder.ready``."""
+        agent = self._agent
+        if agent is None:
+            return NOBODY
+        reason = self._unfit(agent, info.round.epoch) or self._shadow.refusal(info)
+        if not reason and not self._shadow.serves(info.version):
+            self._weights.check()
+        return reason
+
     def switchable(self, info: SwitchInfo) -> str:
         """See ``WeightHolder.switchable``. Experts that have moved since the plan was made end what has landed."""
         agent = self._agent

@@ -108,10 +108,11 @@ class LiveModel(Protocol):
     def tensors(self) -> Sequence[torch.Tensor]: ...
 
     def check(self) -> None:
-        """Before a version is served, while batches may run; callable on any thread. Changes nothing.
+        """Whether the engine reads the tensors; runs before it computes with what was written to them, on any thread,
+        also beside batches. Changes nothing.
 
         Raises:
-            AgentError: the engine reads other memory than the tensors, or would refuse to ``refresh``.
+            AgentError: it reads other memory, or would refuse to ``refresh``.
         """
 
     def refresh(self) -> None:
@@ -159,6 +160,13 @@ class WeightHolder(Protocol):
 
     def update(self, info: UpdateInfo, /) -> None:
         """One round; returns when its version is committed and raises when it is not."""
+
+    def ready(self, info: SwitchInfo, /) -> str:
+        """As ``switchable``, of what batches that are under way do not change: asked before it, beside them.
+
+        Raises:
+            AgentError: the engine reads other memory than what it would be switched to.
+        """
 
     def switchable(self, info: SwitchInfo, /) -> str:
         """Why ``switch`` would be refused; empty when it would not. Changes nothing."""

@@ -342,9 +342,13 @@ class LiveWeights:
             return (*model.standby_tensors, *self._landing)
         return self._tensors
 
+    def _refresh(self) -> None:
+        self._model.check()
+        self._model.refresh()
+
     def _target(self) -> TargetMemory:
         model = self._model
-        refresh = _nothing if self.swaps else model.refresh  # of standby nothing is derived; ``take`` refreshes
+        refresh = _nothing if self.swaps else self._refresh  # of standby nothing is derived; ``take`` refreshes
         return TargetMemory(self._name, self._device, self.layout, self._written(), refresh, model.load)
 
 

@@ -55,8 +55,8 @@ class Finished:
         return _failing(self.places)
 
     def stale(self) -> list[str]:
-        """Parameters that are not what was written and refreshed: replaced since, or refreshed to no avail."""
-        return sorted({*_failing(self.places), *_failing(self.contents)})
+        """Parameters that are not what is made of what was written, refreshed to no avail."""
+        return _failing(self.contents)
 
 
 class UnprovedPlace(RecordError):
@@ -244,8 +244,7 @@ class Recording:
 
 
 def _failing(checks: Mapping[str, Callable[[], bool]]) -> list[str]:
-    # Engines' parameters are of classes of their own, for which torch takes a detour of 1 µs at each use: of an engine
-    # that stands still, with thousands of them.
+    # Engines' parameters are of classes of their own, for which torch takes a detour of 1 µs at each use.
     with torch._C.DisableTorchFunctionSubclass():
         return sorted(name for name, check in checks.items() if not check())
 
@@ -328,7 +327,7 @@ def _check(layout: KernelLayout, parameter: ParameterPlace, shadow: torch.Tensor
 
 
 def _is_still(parameter: ParameterPlace, target: torch.Tensor) -> Callable[[], bool]:
-    """That ``target`` is memory of the parameter's, asked of each in every switch, while the engine stands still."""
+    """That ``target`` is memory of the parameter's, asked of each in front of every switch."""
     module, attribute, known = parameter.module, parameter.attribute, parameter.current()
     ahead = known.data_ptr() - target.data_ptr() if known is not None else 0
 

@@ -2,13 +2,13 @@
 
 Nobody pauses the engine: the core runs this call on the thread that takes its steps, so no batch is scheduled
 meanwhile. Batches that asynchronous scheduling or pipelining have in flight are drained first; each of them is whole
-with the old weights, because a worker takes batches and calls in one order. Then every worker says whether it can
-switch, and only when all can does any. One that fails then leaves the core paused at once: its ranks may hold two
-versions.
+with the old weights, because a worker takes batches and calls in one order. Every worker says whether it can switch,
+what takes long beside those batches and the rest after them, and only when all can does any. One that fails then leaves
+the core paused at once: its ranks may hold two versions.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -92,11 +92,12 @@ def _perform(core: Any, order: SwitchInfo) -> LastSwitch:
     before = core.scheduler.pause_state
     workers.pause_all(core)
     try:
+        began, under_way = time.monotonic(), bool(getattr(core, "batch_queue", None))
+        _require(core, gate.ready, order)
         drain(core)
-        began = time.monotonic()
-        reports = workers.ask(core, gate.switchable, order)
-        if refusals := workers.refusals(reports, order.incarnations):
-            raise SwitchRefused(f"weightsync: {order.version} is not served: {'; '.join(refusals)}")
+        if under_way:
+            began = time.monotonic()
+        _require(core, gate.switchable, order)
         kv.forget(core, order.cache)
     except BaseException:
         core.scheduler.set_pause_state(before)
@@ -108,6 +109,11 @@ def _perform(core: Any, order: SwitchInfo) -> LastSwitch:
     seconds = time.monotonic() - began
     logger.info("weightsync: round %s: serving %s after %.1f ms", order.round, order.version, 1e3 * seconds)
     return LastSwitch(order.round, order.version, seconds)
+
+
+def _require(core: Any, question: Callable[..., gate.WorkerReport], order: SwitchInfo) -> None:
+    if refusals := workers.refusals(workers.ask(core, question, order), order.incarnations):
+        raise SwitchRefused(f"weightsync: {order.version} is not served: {'; '.join(refusals)}")
 
 
 def _require_no_meeting(core: Any) -> None:

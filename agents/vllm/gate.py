@@ -81,11 +81,20 @@ def report(worker: Any, nonce: str) -> WorkerReport:
         return WorkerReport(nonce, rank, f"{type(error).__name__}: {error}", False)
 
 
+def ready(worker: Any, nonce: str, order: SwitchInfo) -> WorkerReport:
+    """Runs in every worker beside its last batches; ``reason`` is empty where it is. Never raises: see ``call``."""
+    return _whether(worker, nonce, lambda agent: agent.ready(order))
+
+
 def switchable(worker: Any, nonce: str, order: SwitchInfo) -> WorkerReport:
     """Runs in every worker before any switches; ``reason`` is empty where it can. Never raises: see ``call``."""
+    return _whether(worker, nonce, lambda agent: agent.switchable(order))
+
+
+def _whether(worker: Any, nonce: str, reason_of: Callable[[Any], str]) -> WorkerReport:
     rank, agent = _rank(worker), _agent(worker)
     try:
-        reason = "this worker has no weightsync agent" if agent is None else agent.switchable(order)
+        reason = "this worker has no weightsync agent" if agent is None else reason_of(agent)
         return WorkerReport(nonce, rank, reason, False, 0 if agent is None else agent.incarnation)
     except Exception as error:
         logger.exception("weightsync: this worker cannot say whether it can switch")

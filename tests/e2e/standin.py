@@ -130,7 +130,7 @@ class Engine:
         order, began = parse_switch_info(kwargs), time.monotonic()
         me = self._agent.incarnation
         _require(order.incarnations == {0: me}, f"weightsync: this is {me}, not {order.incarnations}")
-        reason = self._agent.switchable(order)
+        reason = self._agent.ready(order) or self._agent.switchable(order)
         _require(not reason, f"weightsync: {order.version} is not served: {reason}")
         before, self._paused = self._paused, True
         self._agent.switch(order)

@@ -156,8 +156,8 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
             stale = [part.prefix + name for part in parts for name in part.finished.stale()]
         if stale:
             raise RecordError(
-                f"{bounded(stale)}: the engine's memory is not what was written: it has replaced or changed it since "
-                "it loaded; restart the engine"
+                f"{bounded(stale)}: the engine's memory is not what its refresh makes of what was written: it has"
+                " changed since the engine loaded; restart the engine"
             )
 
     def check() -> None:
@@ -169,6 +169,7 @@ def recorded_layout(model: nn.Module, vllm_config: Any) -> Recorded:
             )
 
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        check()
         fill(rows, weights)
         refresh()
 

@@ -137,6 +137,9 @@ class FlagAgent:
         if self.status.torn:
             raise RuntimeError(f"round {update_info.round_number} tore the weights")
 
+    def ready(self, order: Any) -> str:
+        return ""
+
     def switchable(self, order: Any) -> str:
         return "nothing waits in standby" if self._empty.exists() else ""
 

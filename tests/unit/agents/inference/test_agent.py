@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,9 +69,11 @@ class Model:
 
     layout: Layout
     tensors: list[torch.Tensor]
+    checks: list[bool] = field(default_factory=list, kw_only=True)
     find: Callable[[str], LiveModel | None] = lambda known: None
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        self.checks.append(True)
 
     def refresh(self) -> None: ...
 
@@ -399,13 +401,13 @@ ORDER = SwitchInfo(
 
 def test_a_switch_needs_a_daemon_that_is_obeyed() -> None:
     agent = InferenceAgent(Ranks(), torch.device("cpu"), model(host_arena(16), 3))
-    assert agent.switchable(ORDER) == "no daemon has been introduced to this worker yet"
+    assert agent.ready(ORDER) == agent.switchable(ORDER) == "no daemon has been introduced to this worker yet"
     with pytest.raises(UpdateFailed, match="no daemon has been introduced"):
         agent.switch(ORDER)
     agent._agent = thread = Thread()  # type: ignore[assignment]
     late = msgspec.structs.replace(ORDER, round=RoundName(7, 2))
     refusal = "the round's epoch is 7, and this worker obeys a daemon of epoch 1"
-    assert agent.switchable(late) == refusal
+    assert agent.ready(late) == agent.switchable(late) == refusal
     with pytest.raises(UpdateFailed, match=refusal):
         agent.switch(late)
     thread.ended = "the agent of this worker has ended: its token is refused"
@@ -426,8 +428,12 @@ def test_a_switch_is_told_when_live_memory_was_audited(moving: bool) -> None:
     )
     agent, thread = InferenceAgent(Ranks(), torch.device("cpu"), held), Thread()
     agent._agent = thread  # type: ignore[assignment]
-    assert agent.switchable(ORDER) == "what waits in standby is nothing, not step 2 (generation 1)"
+    for asked in (agent.ready, agent.switchable):
+        assert asked(ORDER) == "what waits in standby is nothing, not step 2 (generation 1)"
     standing_by(agent)
+    assert not held.checks
+    assert agent.ready(ORDER) == ""
+    assert len(held.checks) == 1, "whether what is switched to is what the engine reads"
     taken: list[Version] = []
     agent._weights.take = taken.append  # type: ignore[method-assign]
     audits: list[Callable[[], None]] = []
@@ -445,6 +451,8 @@ def test_a_switch_is_told_when_live_memory_was_audited(moving: bool) -> None:
     assert left.switch_seconds > 0.0
     assert left.audit_seconds > 0.0
     assert agent.switchable(ORDER) == "", "it has taken place"
+    assert agent.ready(ORDER) == ""
+    assert len(held.checks) == 1
 
 
 def test_experts_that_moved_since_the_plan_end_what_has_landed_before_anything_changes() -> None:

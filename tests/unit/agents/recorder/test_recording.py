@@ -232,11 +232,11 @@ def gone(model: Model) -> None:
 
 
 @pytest.mark.parametrize("change", [other_parameter, other_data, plain_attribute, plain_attribute_over_it, gone])
-def test_however_a_parameter_gets_other_memory_it_is_stale(change: Callable[[Model], None]) -> None:
+def test_however_a_parameter_gets_other_memory_it_is_told(change: Callable[[Model], None]) -> None:
     recording = processed(lambda model: None, torch.randn(4, 3))
     assert recording.finished is not None
     change(recording.model)
-    assert recording.finished.replaced() == recording.finished.stale() == ["weight"]
+    assert recording.finished.replaced() == ["weight"]
 
 
 def same_memory(model: Model) -> None:
@@ -250,11 +250,11 @@ def moved_storage(model: Model) -> None:
 
 
 @pytest.mark.parametrize("change", [same_memory, moved_storage])
-def test_a_parameter_with_the_memory_that_was_written_is_not_stale(change: Callable[[Model], None]) -> None:
+def test_a_parameter_with_the_memory_that_was_written_is_none_of_them(change: Callable[[Model], None]) -> None:
     recording = processed(lambda model: None, torch.randn(4, 3))
     assert recording.finished is not None
     change(recording.model)
-    assert recording.finished.replaced() == recording.finished.stale() == []
+    assert recording.finished.replaced() == []
 
 
 def left_as_loaded(model: Model) -> Finished:
@@ -267,7 +267,7 @@ def left_as_loaded(model: Model) -> Finished:
     return recording.finished
 
 
-def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_of_its_module() -> None:
+def test_in_front_of_a_switch_no_parameter_is_asked_for_by_the_detours_of_its_module() -> None:
     class Asked(Model):
         asked = 0
 
@@ -278,7 +278,7 @@ def test_while_an_engine_stands_still_no_parameter_is_asked_for_by_the_detours_o
     model = Asked()
     finished = left_as_loaded(model)
     before = Asked.asked
-    assert finished.stale() == []
+    assert finished.replaced() == []
     assert Asked.asked == before
 
 
@@ -296,10 +296,10 @@ def test_nor_by_those_of_its_class() -> None:
     finished = left_as_loaded(model)
     before = Engines.asked
     assert before
-    assert finished.stale() == []
+    assert finished.replaced() == []
     assert Engines.asked == before
     model.weight.data = torch.randn(4, 3)
-    assert finished.stale() == ["weight"]
+    assert finished.replaced() == ["weight"]
 
 
 def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
@@ -316,4 +316,4 @@ def test_a_kernel_layout_that_is_not_what_its_shadow_makes_is_stale() -> None:
     write(recording, torch.randn(4, 3))
     assert recording.finished.stale() == []
     model.weight = nn.Parameter(model.weight.data.clone(), requires_grad=False)
-    assert recording.finished.replaced() == recording.finished.stale() == ["weight"]
+    assert recording.finished.replaced() == ["weight"]

@@ -103,6 +103,26 @@ def test_no_worker_switches_unless_all_can(core_class: type[EngineCore]) -> None
     assert core.scheduler.pause_state is PauseState.UNPAUSED
 
 
+def test_what_takes_long_is_asked_beside_the_batches_in_flight(core_class: type[EngineCore]) -> None:
+    """And an engine that cannot switch for such a reason does not stand still for them."""
+    core = running(core_class)
+    core.batch_queue.append("batch")
+    story: list[str] = []
+
+    def asked(order: Any) -> str:
+        story.append(f"ready with {len(core.batch_queue)} under way")
+        return "w: it lies elsewhere" if len(story) == 1 else ""
+
+    core.model_executor.workers[1].agent.ready = asked
+    core._process_engine_step = lambda: story.append(core.batch_queue.pop())
+    with pytest.raises(boundary.SwitchRefused, match=r"step 40 \(generation 7\) is not served: rank 1: w: it lies"):
+        core.collective_rpc(boundary.SWITCH, kwargs=order())
+    assert core.scheduler.pause_state is PauseState.UNPAUSED
+    core.collective_rpc(boundary.SWITCH, kwargs=order())
+    assert story == ["ready with 1 under way", "ready with 1 under way", "batch"]
+    assert calls(core) == [["switch"], ["switch"]]
+
+
 def test_another_process_than_the_one_that_is_meant_switches_nobody(core_class: type[EngineCore]) -> None:
     core = running(core_class)
     with pytest.raises(boundary.SwitchRefused, match="rank 1: it is incarnation 101, and the call means 7"):
