@@ -5,7 +5,7 @@
 
 Half of the GPUs train unless a case says otherwise. Trainer ranks are FSDP2's, or HSDP's with two replicas, one on each
 training GPU. Engines are an FP8 Qwen3-MoE with ``--gb`` for each serving GPU, random, with CUDA graphs of what an eager
-engine runs, because compiled MoE engines differ among themselves. Requests go on with their KV. After its pushes every
+engine runs, because compiled engines differ among themselves. Requests go on with their KV. After its pushes every
 case is judged: a fresh engine loads what the trainer saves, and must answer the same, bit for bit. With one GPU ranks
 and engine share it. ``--device cpu`` tries the script itself with a tiny model. JSON lines.
 
@@ -38,10 +38,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_gpu_stall import EXPERTS, GRAPHS, WARM_UP_PUSHES, Streams, gpu, over_longest_part, p95, pushes
+from bench_gpu_stall import EXPERTS, WARM_UP_PUSHES, Streams, gpu, over_longest_part, p95, pushes
 from fleet import Fleet, Trainer, fleet
 from gpu_copies import measured
-from serving import Answer, VllmServer, answers, several
+from serving import GRAPHS, Answer, VllmServer, answers, several
 from stall_trainer import APART, REPLICAS, RING
 from tiny_models import FP8_BLOCKS, qwen3_moe_config, save_model
 from weightsync.orchestrator.protocol.landing import longest_ring

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from fleet import Fleet, Trainer, fleet
 from gpu_copies import measured
-from serving import RequestFailed, VllmServer
+from serving import GRAPHS, RequestFailed, VllmServer
 from stall_trainer import RING
 from tiny_models import FP8_BLOCKS, qwen3_config, qwen3_moe_config, save_model
 from weightsync.agents.turns import no_collection
@@ -46,9 +46,6 @@ EXPERTS: dict[str, Any] = SIZES | {
     "moe_intermediate_size": 768,
 }  # fmt: skip
 """The layers of Qwen3-30B-A3B; 0.61 GB each in FP8."""
-GRAPHS = json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]})
-"""Of the kernels that an eager engine runs: what vLLM's compiler makes of a MoE differs from engine to engine, and its
-compilation of 15 GB takes 100 s."""
 SMALL, LARGE = "dense-2", "dense-15"
 """Whose stalls are compared."""
 CLIENTS, TOKENS = 4, 1500

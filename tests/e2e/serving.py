@@ -40,6 +40,9 @@ STOP_SECONDS = 10.0
 TOP_LOGPROBS = 5
 KV_CACHE_BYTES = 64 * 1024 * 1024
 GPU_SHARE = 0.1
+GRAPHS = json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]})
+"""Of the kernels that an eager engine runs: two engines that compile, each for itself, round apart; vLLM's compilation
+of 15 GB takes 100 s besides."""
 """What must be free of the GPU when a server starts; the KV cache has its fixed size, and the others need room too."""
 
 

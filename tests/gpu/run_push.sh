@@ -2,13 +2,13 @@
 # The whole product on this machine's GPU, each model in a pytest of its own, all at once: most of the time is vLLM's
 # start, and each needs little of a GPU. Prints what failed and the figures of every round; logs go to $OUT.
 #
-#   tests/gpu/run_push.sh [TEST...]      default: dense graphs rows experts returns
+#   tests/gpu/run_push.sh [TEST...]      default: dense graphs rows experts compiled returns
 #
 # Needs vLLM >= 0.24, NIXL, torch, triton and pytest for python3.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 tests=("$@")
-[ $# -gt 0 ] || tests=(dense graphs rows experts returns)
+[ $# -gt 0 ] || tests=(dense graphs rows experts compiled returns)
 out=${OUT:-$(mktemp -d)}
 export PYTHONPATH
 PYTHONPATH=$(tests/gpu/link.sh)
