@@ -1,6 +1,6 @@
-"""FP8 block quantise in Triton: one program per 128 × 128 tile, any number of tensors in one launch.
+"""FP8 block quantise in Triton by tiles of 128 × 128, any number of tensors in one launch.
 
-A table on the device says what each program does: addresses, shape and strides of its tile. Addresses are raw, so that
+A table on the device says what a program does: addresses, shape and strides of its tile. Addresses are raw, so that
 no launch depends on how many tensors there are.
 """
 # Triton's functions are compiled from their source and have types of their own.
@@ -223,17 +223,20 @@ def _quantize_tile(
 @triton.jit(do_not_specialize=["count"])
 def _quantize_kernel(
     sources, tiles, count, ACCESS: tl.constexpr, DTYPE: tl.constexpr, FORWARD: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr,
+    POW2: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NATIVE: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    for number in range(tl.program_id(0), count, tl.num_programs(0)):
-        tile = number + tl.full([], 0, tl.int32)
+    if PERSISTENT:
+        for number in range(tl.program_id(0), count, tl.num_programs(0)):
+            tile = number + tl.full([], 0, tl.int32)
+            _quantize_tile(tile, sources, tiles, ACCESS, DTYPE, FORWARD, SCALE_BYTES, POW2, HEIGHT, WIDTH, NATIVE)
+    else:
+        tile = tl.program_id(0)
         _quantize_tile(tile, sources, tiles, ACCESS, DTYPE, FORWARD, SCALE_BYTES, POW2, HEIGHT, WIDTH, NATIVE)
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """One launch: all jobs of one kind. Programs take tile after tile and find what they need there, so that one load
-    leads to data."""
+    """One launch: all jobs of one kind. A program finds at its tile what it needs, so that one load leads to data."""
 
     dtype: torch.dtype
     scale_bytes: int
@@ -305,6 +308,7 @@ class TritonQuantize:
                     HEIGHT=self._block[0],
                     WIDTH=self._block[1],
                     NATIVE=self._native,
+                    PERSISTENT=self._most > 0,
                     **OPTIONS[launch.dtype.itemsize],
                 )
 

@@ -45,6 +45,7 @@ def warm_up_quantize(
     forward_dtype: torch.dtype | None = None,
     scale_format: ScaleFormat = "fp32",
     scale_dtype: torch.dtype = torch.float32,
+    beside: Beside | None = None,
 ) -> None:
     """Run the quantise kernel once for every way in which sources of these dtypes may lie in memory.
 
@@ -64,5 +65,7 @@ def warm_up_quantize(
             grid = [-(-src.shape[0] // block[0]), -(-src.shape[1] // block[1])]
             scale = torch.empty(grid, dtype=scale_dtype, device=device)
             jobs = [QuantizeJob(src, out, scale)]
-            prepare_quantize(jobs, block=block, forward_dtype=forward_dtype, scale_format=scale_format)([src])
+            prepare_quantize(jobs, block=block, forward_dtype=forward_dtype, scale_format=scale_format, beside=beside)(
+                [src]
+            )
     torch.cuda.synchronize(device)

@@ -220,7 +220,8 @@ def compiled_kernels() -> int:
 
 def test_nothing_is_compiled_after_the_warm_up() -> None:
     warm_up(CUDA)
-    warm_up_quantize(CUDA, [torch.bfloat16, torch.float32], forward_dtype=torch.bfloat16)
+    for beside in (None, "wire"):
+        warm_up_quantize(CUDA, [torch.bfloat16, torch.float32], forward_dtype=torch.bfloat16, beside=beside)
     before = compiled_kernels()
     assert before > 0
     for shape in [(128, 128), (1, 1), (577, 6144), (3, 130, 70), (64, 16)]:
@@ -229,6 +230,8 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
             quantize_blocks(src, *outputs(src), forward_dtype=torch.bfloat16)
             turned = src.transpose(-1, -2)
             quantize_blocks(turned, *outputs(turned), forward_dtype=torch.bfloat16)
+            jobs = [QuantizeJob(src, *outputs(src)), QuantizeJob(turned, *outputs(turned))]
+            prepare_quantize(jobs, forward_dtype=torch.bfloat16, beside="wire")([src, turned])
     region = torch.zeros(1 << 24, dtype=torch.uint8, device=CUDA)
     table = arena_table(1 << 22, 3)
     digest([region], table)

@@ -16,6 +16,9 @@ BLOCK: Final = (128, 128)
 SCALE_DTYPE: Final = torch.float32
 """Of the scales on the wire in DeepSeek-style checkpoints."""
 
+BESIDE: Final = "wire"
+"""What is converted goes out while the rest is."""
+
 ROUNDING_BYTES: Final = 64 * 1024 * 1024
 """Of the buffer that values are rounded in on their way to another dtype, unless a single tensor needs more."""
 
@@ -133,7 +136,7 @@ class QuantizationSpec:
                 block=self.block,
                 forward_dtype=self.forward_dtype,
                 scale_format=self.scale_format,
-                beside="wire",
+                beside=BESIDE,
             )
         outs = [(job.out, job.scale_out) for job in jobs]  # without the sources, which are not ours to keep
         return lambda sources: self._in_whole_rows(sources, outs)
@@ -151,6 +154,7 @@ class QuantizationSpec:
                 forward_dtype=self.forward_dtype,
                 scale_dtype=self.scale_dtype,
                 scale_format=self.scale_format,
+                beside=BESIDE,
             )
 
     def _check(self, conversion: Conversion) -> None:

@@ -82,7 +82,10 @@ def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(
         return run
 
     monkeypatch.setattr(warm, "prepare_quantize", prepare)
-    warm.warm_up_quantize(compiling, [torch.bfloat16, torch.float32], block=(1, 32), forward_dtype=torch.float16)
+    warm.warm_up_quantize(
+        compiling, [torch.bfloat16, torch.float32], block=(1, 32), forward_dtype=torch.float16, beside="wire"
+    )
     ways = [((8, 32), (48, 1), [8, 1]), ((8, 32), (48, 1), [8, 1]), ((32, 8), (1, 48), [32, 1])]
     assert seen == [(dtype, *way) for dtype in (torch.bfloat16, torch.float32) for way in ways]
-    assert options == [{"block": (1, 32), "forward_dtype": torch.float16, "scale_format": "fp32"}] * 6
+    given = {"block": (1, 32), "forward_dtype": torch.float16, "scale_format": "fp32", "beside": "wire"}
+    assert options == [given] * 6

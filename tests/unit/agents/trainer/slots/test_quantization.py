@@ -210,6 +210,8 @@ def test_a_conversion_leaves_a_wire_its_turn(monkeypatch):
         return lambda sources: None
 
     monkeypatch.setattr(quantization, "prepare_quantize", prepare)
+    monkeypatch.setattr(quantization, "warm_up_quantize", lambda *given, **options: asked.append(options["beside"]))
     codes, scales = torch.empty(4, 8, dtype=FP8.dtype), torch.empty(FP8.scale_shape((4, 8)))
     FP8.prepare([Conversion(torch.ones(4, 8), codes, scales)])
-    assert asked == ["wire"]
+    FP8.warm_up(torch.device("cpu"), [torch.float32])
+    assert asked == ["wire", "wire"]
