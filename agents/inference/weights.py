@@ -217,7 +217,7 @@ class LiveWeights:
             NotLanded: less than all of ``version`` is there.
             AgentError: the engine reads other memory than what the version would be served from.
         """
-        self.check()  # an engine that would be refused by ``take`` has not stood still for it yet
+        self.check()  # here too, where nothing is decided yet
         if self.swaps:
             self.arrive(version)  # what has not passed the landing is brought to standby, too
             found = self.receivers.current.digest()

@@ -82,8 +82,10 @@ class Bench:
         """As ``fresh``, with what the held engine has compiled: vLLM finds that by the model's directory, so the
         checkpoint takes the place of what the held engine was started from."""
         self.trainer.save(step)
+        for file in self.server.model_dir.glob("*.safetensors"):
+            file.unlink()  # not overwritten: the held engine may map it
         for file in (self.whole.checkpoints / f"step_{step}").glob("*.safetensors"):
-            shutil.copy(file, self.server.model_dir / file.name)
+            shutil.copy(file, self.server.model_dir)
         return self._ordinary(self.server.model_dir, self.whole.directory / f"fresh-{step}.log")
 
     def _ordinary(self, checkpoint: Path, log: Path) -> VllmServer:
