@@ -575,6 +575,7 @@ def test_every_way_of_quantising_is_compiled_when_the_slots_are_made(in_ranks, w
             "forward_dtype": torch.bfloat16,
             "scale_dtype": torch.float32,
             "scale_format": "fp32",
+            "beside": "wire",
         }
 
 
