@@ -27,6 +27,7 @@ LOOK_SECONDS = 0.0005
 def register() -> None:
     """Entry point of ``vllm.general_plugins``; runs in every vLLM process."""
     _keep_linear_weights_live()
+    _attend_to_latent_keys_without_amx()
     if os.environ.get(CROWDED_FLAG):
         _sleep_between_looks()
     flag = os.environ.get(SERVABLE_FLAG)
@@ -56,6 +57,25 @@ def _keep_linear_weights_live() -> None:
 
     dispatch.keeps_weights_live = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _attend_to_latent_keys_without_amx() -> None:
+    """On a CPU with AMX vLLM 0.32 takes a backend that it cannot make: it gives it an argument too many."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    update = CpuPlatform.check_and_update_config.__func__
+    reference = getattr(AttentionBackendEnum, "CPU_MLA", None)
+    if reference is None or getattr(update, "without_amx", False):
+        return
+
+    def updated(cls: Any, vllm_config: Any) -> None:
+        if getattr(vllm_config.model_config, "use_mla", False):
+            vllm_config.attention_config.backend = reference
+        update(cls, vllm_config)
+
+    updated.without_amx = True  # type: ignore[attr-defined]
+    CpuPlatform.check_and_update_config = classmethod(updated)
 
 
 def _sleep_between_looks() -> None:
