@@ -215,26 +215,22 @@ class InferenceAgent:
 
     def ready(self, info: SwitchInfo) -> str:
         """See ``WeightHolder.ready``."""
-        agent = self._agent
-        if agent is None:
-            return NOBODY
-        reason = self._unfit(agent, info.round.epoch) or self._shadow.refusal(info)
+        reason = self._refusal(info)
         if not reason and not self._shadow.serves(info.version):
             self._weights.check()
         return reason
 
     def switchable(self, info: SwitchInfo) -> str:
         """See ``WeightHolder.switchable``. Experts that have moved since the plan was made end what has landed."""
-        agent = self._agent
-        if agent is None:
-            return NOBODY
-        reason = self._unfit(agent, info.round.epoch) or self._shadow.refusal(info)
+        reason = self._refusal(info)
         if reason or self._shadow.serves(info.version):
             return reason
         self._drain(info.deadline_seconds)
         if not self._weights.follow_experts():
             return ""
         self._shadow.forget()
+        agent = self._agent
+        assert agent is not None, "else it had been refused"
         agent.post(agent.announce)
         return REBALANCED
 
@@ -265,6 +261,11 @@ class InferenceAgent:
             self._agent.close("the worker ends")
 
     # ----------------------------------------------------------------------------------------------------- internals
+    def _refusal(self, info: SwitchInfo) -> str:
+        if self._agent is None:
+            return NOBODY
+        return self._unfit(self._agent, info.round.epoch) or self._shadow.refusal(info)
+
     @staticmethod
     def _unfit(agent: AgentThread[InferenceSide], epoch: int) -> str:
         """Why no round can be served; empty when one of ``epoch`` can."""
