@@ -89,7 +89,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
 
     ``fault`` says which side ``reason`` is the fault of; empty for a round that did not fail, whose ``reason`` is why
     engines were left out of it. ``unclosed``: writers that had not said CLOSED to everybody when it ended. ``modes``:
-    how each engine lands; ``switch_seconds``: of those that switched, how long each took no step for it. ``links``:
+    how each engine lands; ``stall_seconds``: of each that served on, how long it took no step. ``links``:
     what moved, by kind of link. ``lenders``: engine → the engine that wrote to it in the place of the trainer.
     ``trainer_bytes``: of ``bytes``, what left the trainer.
     ``trace``: context of the publish that it was for.
@@ -109,7 +109,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
     unclosed: dict[str, Taint] = msgspec.field(default_factory=dict)
     kind: RoundKind = "publish"
     modes: dict[str, Lands] = msgspec.field(default_factory=dict)
-    switch_seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    stall_seconds: dict[str, float] = msgspec.field(default_factory=dict)
     lenders: dict[str, str] = msgspec.field(default_factory=dict)
     links: dict[str, LinkUse] = msgspec.field(default_factory=dict)
     trainer_bytes: int = 0
@@ -121,7 +121,7 @@ class RoundEnded(Record, frozen=True, kw_only=True):
         super().__post_init__()
         for field in ("bytes", "trainer_bytes", "descriptors"):
             msgspec.structs.force_setattr(self, field, min(getattr(self, field), MAX_COUNT))
-        for field in ("times", "switch_seconds"):
+        for field in ("times", "stall_seconds"):
             told = getattr(self, field).items()
             kept = {name: seconds if abs(seconds) <= MAX_SECONDS else 0.0 for name, seconds in told}
             msgspec.structs.force_setattr(self, field, kept)

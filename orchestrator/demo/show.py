@@ -130,10 +130,8 @@ class Screen:
 
     def row(self, row: RoundRow, loss: str, said: str) -> None:
         """One round; a failed one with its reason."""
-        cells = (
-            str(row.step), loss, size(row.bytes), f"{row.wire_gb_per_s:.2f}",
-            *(f"{still(row, name):.0f}" if name in row.engines else "-" for name in ENGINES), f"{row.total_ms:.0f}",
-        )  # fmt: skip
+        stalls = (f"{row.stalls_ms[name]:.0f}" if name in row.stalls_ms else "-" for name in ENGINES)
+        cells = (str(row.step), loss, size(row.bytes), f"{row.wire_gb_per_s:.2f}", *stalls, f"{row.total_ms:.0f}")
         text = "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
         self.line(f"  {text}  {self.style(said, _CYAN)}".rstrip())
         if row.outcome != "committed":
@@ -163,11 +161,6 @@ def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count} B"
 
 
-def still(row: RoundRow, engine: str) -> float:
-    """Milliseconds for which the engine took no step in this round: its switch, or all the time that it was paused."""
-    return row.switches_ms.get(engine, row.stall_ms)
-
-
 def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
     """What all rounds together say, as (name, text)."""
     done = [row for row in rows if row.outcome == "committed"]
@@ -187,12 +180,12 @@ def summary(rows: Sequence[RoundRow]) -> list[tuple[str, str]]:
 
 def _stood_still(done: Sequence[RoundRow], engine: str) -> str:
     """In the rounds but its first, before which it was held."""
-    took_part = [row for row in done if engine in row.engines]
+    took_part = [row for row in done if engine in row.stalls_ms]
     rows = took_part[1:] or took_part
     if not rows:
         return "took part in no round"
     mode = rows[-1].modes.get(engine, "live")
-    took = f"{statistics.median(still(row, engine) for row in rows):.0f} ms (median)"
+    took = f"{statistics.median(row.stalls_ms[engine] for row in rows):.0f} ms (median)"
     if mode == "live":
         return f"live: stood still for {took}, while bytes arrived"
     return f"{mode}: stood still for {took}, to switch; it served while bytes arrived"

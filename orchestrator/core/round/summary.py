@@ -34,7 +34,7 @@ def summary(turn: Turn, current: Round, outcome: str) -> RoundEnded:
         unclosed={str(writer): taint_of(writer, pending) for writer, pending in open_grants.items()},
         kind="rollback" if current.rollback else "catch-up" if current.catch_up else "publish",
         modes={name: progress.lands for name, progress in current.engines.items()},
-        switch_seconds={n: round(p.switch_seconds, 6) for n, p in current.engines.items() if p.shadow and p.call_over},
+        stall_seconds={n: round(_stall(p), 6) for n, p in current.engines.items() if p.resumed},
         lenders=current.lenders,
         trainer_bytes=sum(peer.bytes for writer, peer in _moved(current) if writer.role == "trainer"),
         links=links,
@@ -99,7 +99,7 @@ def _times(turn: Turn, current: Round) -> dict[str, float]:
 
 
 def _stall(engine: Progress) -> float:
-    """How long it did not serve: from its pause on, or for the switch alone."""
+    """How long it took no step: from its pause on, or for the switch alone."""
     return engine.resumed_at - engine.paused_at if engine.pausing else engine.switch_seconds
 
 

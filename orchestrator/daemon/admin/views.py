@@ -134,14 +134,13 @@ class LinkView(msgspec.Struct, frozen=True, kw_only=True):
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One finished round. ``bytes`` over all edges; ``wire_gb_per_s`` in 10^9 bytes per second, 0 if nothing moved.
 
-    ``pause_ms``: until the last engine was paused; ``stall_ms``: the longest that one of them did not serve;
+    ``pause_ms``: until the last engine was paused; ``stall_ms``: the longest that one of them took no step;
     ``switch_ms``: the longest switch of an engine that served meanwhile; ``skew_ms``: from the first engine that served
     the version to the last; ``verify_ms``: from the last closed writer to the last digest; ``total_ms``: the whole
     round. ``fault``: which side has to mend ``reason``: trainer, engine, daemon, network or config; of a round that was
-    committed, ``reason`` is why engines were ``left_out``. ``kind``: publish,
-    catch-up or rollback. ``modes``: how each engine landed; ``switches_ms``: of each that switched, how long it took no
-    step. ``lenders``: engine to the engine that it got its bytes from, of those that the trainer did not write to;
-    ``trainer_bytes``: what left the trainer.
+    committed, ``reason`` is why engines were ``left_out``. ``kind``: publish, catch-up or rollback. ``modes``: how each
+    engine landed; ``stalls_ms``: of each that served on, how long it took no step. ``lenders``: engine to the engine
+    that it got its bytes from, of those that the trainer did not write to; ``trainer_bytes``: what left the trainer.
     """
 
     round: str
@@ -166,7 +165,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     unix_time: float = 0.0
     kind: str = "publish"
     modes: dict[str, str] = {}
-    switches_ms: dict[str, float] = {}
+    stalls_ms: dict[str, float] = {}
     lenders: dict[str, str] = {}
     trainer_bytes: int = 0
     links: tuple[LinkView, ...] = ()
@@ -190,7 +189,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in _LONG}
 
 
-_LONG: Final = ("times_ms", "unix_time", "modes", "switches_ms", "lenders", "links")
+_LONG: Final = ("times_ms", "unix_time", "modes", "stalls_ms", "lenders", "links")
 """Fields of a RoundRow that a log line does without."""
 
 
@@ -330,7 +329,7 @@ def round_row(record: RoundEnded, unix_time: float) -> RoundRow:
         unix_time=unix_time,
         kind=record.kind,
         modes=dict(record.modes),
-        switches_ms={name: round(seconds * 1e3, 3) for name, seconds in record.switch_seconds.items()},
+        stalls_ms={name: round(seconds * 1e3, 3) for name, seconds in record.stall_seconds.items()},
         lenders=dict(record.lenders),
         trainer_bytes=record.trainer_bytes,
         links=tuple(_link_view(link, use) for link, use in record.links.items()),

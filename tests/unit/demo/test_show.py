@@ -11,7 +11,7 @@ ROW = RoundRow(
     round="1.1", step=6, generation=1, attempt=1, outcome="committed", engines=("engine-0", "engine-1"),
     bytes=38_812_160, wire_gb_per_s=1.234,
     pause_ms=3.21, stall_ms=123.4, verify_ms=45.6, total_ms=150.0, unix_time=1.0,
-    modes={"engine-0": "copy", "engine-1": "live"}, switches_ms={"engine-0": 2.4},
+    modes={"engine-0": "copy", "engine-1": "live"}, stalls_ms={"engine-0": 2.4, "engine-1": 99.6},
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_the_table_fits_a_hundred_columns_and_says_why_an_attempt_failed() -> No
         "MB",
         "1.23",
         "2",
-        "123",
+        "100",
         "150",
         "whole,",
         "and",
@@ -53,7 +53,10 @@ def test_the_last_bit_of_a_log_probability_counts() -> None:
 
 def test_an_engine_that_was_in_no_round_has_no_figure_and_its_version_counts_once() -> None:
     out = io.StringIO()
-    alone = RoundRow(**{name: getattr(ROW, name) for name in ROW.__struct_fields__} | {"engines": ("engine-0",)})
+    alone = RoundRow(
+        **{name: getattr(ROW, name) for name in ROW.__struct_fields__}
+        | {"engines": ("engine-0",), "stalls_ms": {"engine-0": 2.4}}
+    )
     Screen(out).row(alone, "3.45", "")
     assert out.getvalue().split() == ["6", "3.45", "38.8", "MB", "1.23", "2", "-", "150"]
     told = dict(summary([alone, alone]))
@@ -67,5 +70,5 @@ def test_the_summary_counts_what_failed() -> None:
     assert told["versions"] == "1 pushed, 1 attempts failed"
     assert told["weights"].startswith("38.8 MB over NIXL at 1.23 GB/s")
     assert told["engine-0"].startswith("copy: stood still for 2 ms (median), to switch")
-    assert told["engine-1"].startswith("live: stood still for 123 ms (median), while bytes arrived")
+    assert told["engine-1"].startswith("live: stood still for 100 ms (median), while bytes arrived")
     assert max(len(f"  {name:<9} {text}") for name, text in told.items()) <= WIDTH

@@ -65,7 +65,7 @@ export class HistoryView {
       bar.style.width = `max(2px, ${(100 * row.times_ms[phase]) / all}%)`;
       return h("tr", {}, h("th", { scope: "row", text: phase }), h("td", { class: "track", "aria-hidden": "true" }, h("div", {}, bar)), h("td", { class: "says", text: seconds(row.times_ms[phase] / 1000) }));
     });
-    const engines = row.engines.map((name) => `${name}${row.modes[name] ? ` (${row.modes[name]}${row.switches_ms[name] ? `, switched in ${seconds(row.switches_ms[name] / 1000)}` : ""})` : ""}`);
+    const engines = row.engines.map((name) => `${name}${row.modes[name] ? ` (${row.modes[name]}${row.stalls_ms[name] === undefined ? "" : `, stood still ${seconds(row.stalls_ms[name] / 1000)}`})` : ""}`);
     const from = Object.entries(row.lenders).map(([taker, lender]) => `${taker} from ${lender}`);
     const facts = [`Engines: ${engines.join(", ")}.`];
     if (row.left_out.length) facts.push(`${without(row)}.`);

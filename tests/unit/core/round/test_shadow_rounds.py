@@ -82,7 +82,7 @@ def test_nothing_but_one_call_between_two_steps(drive: Any, mode: str) -> None:
     assert not fleet.sent(rank("e0"), Commit)
     assert fleet.fleet.memory.committed == SECOND
     ended = [record for record in fleet.written() if isinstance(record, RoundEnded)][-1]
-    assert (ended.kind, ended.modes, ended.switch_seconds) == ("publish", {"e0": mode}, {"e0": 0.002})
+    assert (ended.kind, ended.modes, ended.stall_seconds) == ("publish", {"e0": mode}, {"e0": 0.002})
     assert (ended.times["switch"], ended.times["stall"]) == (0.002, 0.002)
     assert ended.times["http"] == 0.01, "of the one call; nobody is inside of another one meanwhile"
 
@@ -111,9 +111,14 @@ def test_each_lands_in_its_own_way(drive: Any) -> None:
     assert calls(fleet, "e0") == [Call.PAUSE, Call.UPDATE]
     assert calls(fleet, "e1") == [Call.SWITCH]
     assert [len(fleet.sent(rank(name), Commit)) for name in PAIR] == [1, 0]
+    began = fleet.round.began
+    fleet.now += 0.5
     fleet.to(Phase.RECORDING)
     fleet.durable()
     assert fleet.fleet.memory.committed == SECOND
+    ended = [record for record in fleet.written() if isinstance(record, RoundEnded)][-1]
+    assert ended.stall_seconds == {"e0": fleet.now - began, "e1": 0.002}, "one has waited for its bytes, one switched"
+    assert ended.times["stall"] == fleet.now - began
 
 
 def test_a_slow_pause_of_others_is_not_waited_for_by_who_serves(drive: Any) -> None:
