@@ -60,8 +60,8 @@ test: test-unit test-kernels test-e2e ## all tests that need no GPU
 test-unit: setup ## the quick ones, with the seeded simulation
 	$(PYTEST) -n $(WORKERS)
 
-test-kernels: setup $(VENV)/.kernels ## the Triton kernels, by Triton's interpreter
-	PYTHONPATH=$(VENV)/kernels $(PYTEST) -n $(WORKERS) tests/unit/kernels -k interpreter
+test-kernels: setup $(VENV)/.kernels ## the Triton kernels, by Triton's interpreter and its compiler
+	PYTHONPATH=$(VENV)/kernels $(PYTEST) -n $(WORKERS) tests/unit/kernels -k "interpreter or compiled"
 
 test-e2e: setup ## real vLLM engines, real trainer ranks, the real daemon
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'e2e and not long'

@@ -1,9 +1,15 @@
-"""Warming up: what is run ahead of time on a device that compiles. (That it suffices, a GPU shows: tests/gpu.)"""
+"""Warming up: what is run ahead of time on a device that compiles."""
 
+import importlib.util
 import itertools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import kernel_compiler
 import numpy as np
 import pytest
 import torch
@@ -16,21 +22,9 @@ from weightsync.kernels.strided import Table, as_table
 CPU = torch.device("cpu")
 
 
-class Compiling:
-    """Says that it is CUDA when asked, and lets torch make tensors on the CPU."""
-
-    type = "cuda"
-
-
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    for name in ("arange", "zeros", "empty"):
-        make: Callable[..., torch.Tensor] = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *size, make=make, device=None, **options: make(*size, **options), raising=True
-        )
-    return Compiling()  # type: ignore[return-value]
+    return kernel_compiler.compiling_device(monkeypatch)
 
 
 def test_on_the_cpu_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +83,26 @@ def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(
     assert seen == [(dtype, *way) for dtype in (torch.bfloat16, torch.float32) for way in ways]
     given = {"block": (1, 32), "forward_dtype": torch.float16, "scale_format": "fp32", "beside": "wire"}
     assert options == [given] * 6
+
+
+if importlib.util.find_spec("triton") is not None:
+
+    @pytest.mark.timeout(300)
+    @pytest.mark.parametrize("architecture", [80, 89, 90, 100], ids=["A100", "L40S", "H100", "B200"])
+    def test_every_form_is_compiled_by_the_warm_up(architecture: int, tmp_path: Path) -> None:
+        """By Triton's compiler, which brings each GPU's assembler; in this process they are interpreted."""
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, kernel_compiler.__file__, str(architecture)],
+            check=False,
+            env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        counts = {name: found["warmed"].count(name) for name in found["warmed"]}
+        quantised = 2 * 2 * 2 * 3  # beside or not, two scale formats, two dtypes, three ways to lie in memory
+        assert counts == {"_copy_kernel": 2, "_digest_kernel": 2 * 2, "_quantize_kernel": quantised}
+        assert found["later"] == [], "no round waits for a compiler"
