@@ -14,8 +14,8 @@ from witness import Scene
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 LEASE = 4.0
-MARGIN = 2.0
-"""From the end of the lease until an engine must serve, in seconds."""
+MARGIN = 8.0
+"""From the end of the lease until an engine must serve on a busy machine, in seconds. Without one it never does."""
 PATIENCE = {"quiesce_seconds": 5, "transfer_seconds": 5, "verify_seconds": 5, "finish_seconds": 5}
 """So that an update call that nobody ends is over in 20 s."""
 
@@ -62,7 +62,7 @@ def test_an_engine_that_may_be_torn_does_not(leased: Scene) -> None:
     step, _ = dies_at(leased, "hearing Closed")
     said = leased.witness.count()
     with pytest.raises(AssertionError, match="nobody has answered"):
-        leased.witness.next(LEASE + 2 * MARGIN)
+        leased.witness.next(2 * LEASE)
     assert leased.witness.count() == said
     leased.start_daemon()
     leased.end(step)
