@@ -1,4 +1,4 @@
-"""Plants bugs, one at a time, into a copy of the daemon, and runs tests against it that must fail.
+"""Plants bugs, one at a time, into a copy of the daemon or of the agents, and runs tests against it that must fail.
 
 ``python tests/mutants/plant.py`` runs all of them, ``… NAME …`` those with such a word in their names.
 """
@@ -15,6 +15,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 
+PARTS: Final = frozenset({"orchestrator", "agents", "kernels"})
+
 CORE: Final = "tests/unit/core"
 BAD_ENGINE: Final = "tests/sim/test_one_bad_engine.py"
 HISTORIES: Final = "tests/sim/test_histories.py"
@@ -30,13 +32,19 @@ SECONDS: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A bug: in ``file``, below ``orchestrator/``, ``old`` becomes ``new``. ``tests`` are those that catch it."""
+    """A bug: in ``file``, below ``part``, ``old`` becomes ``new``. ``tests`` are those that catch it."""
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...] = EVERYTHING
+    part: str = "orchestrator"
+
+    @property
+    def path(self) -> Path:
+        """The file as it is."""
+        return ROOT / self.part / self.file
 
     def applied(self) -> str:
         """The file with the bug in it.
@@ -44,10 +52,17 @@ class Mutant:
         Raises:
             ValueError: the place is not there, or there are several.
         """
-        text = (ROOT / "orchestrator" / self.file).read_text()
+        text = self.path.read_text()
         if text.count(self.old) != 1:
             raise ValueError(f"{self.name}: {self.file} holds {text.count(self.old)} times {self.old!r}")
         return text.replace(self.old, self.new)
+
+
+def in_agents(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    """A bug of an agent. ``tests``: below ``tests/unit/agents``; by default the file's own."""
+    folder, _, module = file.rpartition("/")
+    chosen = tests or (f"{folder}/test_{module}",)
+    return Mutant(name, file, old, new, tuple(f"tests/unit/agents/{each}" for each in chosen), "agents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +77,10 @@ def run(mutant: Mutant) -> Result:
     """Run the mutant's tests against a copy with the bug; they stop at the first failure."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
         package = Path(scratch) / "weightsync"
-        copytree(ROOT / "orchestrator", package / "orchestrator", ignore=lambda *_: ["__pycache__"])
-        for beside in ("agents", "kernels"):
+        copytree(ROOT / mutant.part, package / mutant.part, ignore=lambda *_: ["__pycache__"])
+        for beside in PARTS - {mutant.part}:
             (package / beside).symlink_to(ROOT / beside)
-        (package / "orchestrator" / mutant.file).write_text(mutant.applied())
+        (package / mutant.part / mutant.file).write_text(mutant.applied())
         environment = {
             **os.environ,
             "PYTHONPATH": scratch,  # before what is installed

@@ -3,6 +3,8 @@
 from typing import Final
 
 from plant import BAD_ENGINE, Mutant
+from planted_engines import ENGINES
+from planted_holds import HOLDS
 from planted_lending import LENDING
 from planted_shadows import SHADOWS
 
@@ -498,4 +500,15 @@ _ADMISSION: Final = (
     ),
 )
 
-PLANTED: Final = (*_TAINTS, *_COMMIT, *_SERVING, *_BLAME, *_CONNECTIONS, *_ADMISSION, *SHADOWS, *LENDING)
+PLANTED: Final = (
+    *_TAINTS,
+    *_COMMIT,
+    *_SERVING,
+    *_BLAME,
+    *_CONNECTIONS,
+    *_ADMISSION,
+    *SHADOWS,
+    *LENDING,
+    *ENGINES,
+    *HOLDS,
+)

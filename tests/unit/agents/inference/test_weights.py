@@ -227,6 +227,19 @@ def test_an_engine_that_reads_other_memory_is_found_before_it_stands_still(lands
     assert live.refreshed == 0
 
 
+@pytest.mark.usefixtures("recorder")
+def test_a_paused_engine_that_reads_other_memory_is_not_verified() -> None:
+    live = model("norm")
+    weights = LiveWeights(live, CPU, ())
+    weights.open(MEMBER, NixlSettings())
+    target = weights.receivers.current.memory
+    target.refresh()
+    live.replaced = True
+    with pytest.raises(RecordError, match="elsewhere"):
+        target.refresh()
+    assert live.refreshed == 1
+
+
 def test_the_digest_of_what_has_landed_follows_the_plan(beside: tuple[Model, LiveWeights, Any]) -> None:
     _, weights, receiver = beside
     landed = weights.landed(Version(1, 2))

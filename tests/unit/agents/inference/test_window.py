@@ -181,6 +181,10 @@ def test_words_about_another_round_or_version_let_nobody_out() -> None:
     worker = after(serving(), *stray, COMMIT)
     worker.hold()
     assert worker.windows.holdings.status == EngineStatus(applied=NEW)
+    worker = after(serving(), *stray, TORN)
+    with pytest.raises(UpdateFailed, match=TORN.reason):
+        worker.hold()
+    assert worker.windows.holdings.status == EngineStatus(applied=OLD, torn=True)
 
 
 def test_words_left_over_from_a_round_are_not_those_of_the_next() -> None:

@@ -1,6 +1,7 @@
 """The worker's gate, on fakes of vLLM's worker wrapper."""
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ class Wrapper:
 
     rank = 3
 
-    def __init__(self, agent: Agent | None) -> None:
+    def __init__(self, agent: Any) -> None:
         if agent is not None:
             self.weight_transfer_engine = SimpleNamespace(agent=agent)
         self.ran: list[Any] = []
@@ -149,6 +150,16 @@ def test_replicas_are_told_apart_by_their_rank_in_the_engine() -> None:
 def test_a_report_that_fails_is_a_reason_and_no_exception() -> None:
     found = gate.report(SimpleNamespace(rank=1, weight_transfer_engine=SimpleNamespace(agent=object())), "n")
     assert "AttributeError" in found.reason
+
+
+@pytest.mark.parametrize("question", [gate.ready, gate.switchable])
+def test_whoever_cannot_look_can_not_switch(question: Callable[..., gate.WorkerReport]) -> None:
+    order: Any = object()
+    broken = SimpleNamespace(rank=1, weight_transfer_engine=SimpleNamespace(agent=object()))
+    assert "AttributeError" in question(broken, "n", order).reason
+    assert question(Wrapper(None), "n", order).reason == "this worker has no weightsync agent"
+    fit = SimpleNamespace(incarnation=77, **{question.__name__: lambda asked: "" if asked is order else "another"})
+    assert question(Wrapper(fit), "n", order) == gate.WorkerReport("n", 3, "", False, 77)
 
 
 def test_calls_answer_even_when_they_fail() -> None:
