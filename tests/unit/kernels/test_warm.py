@@ -88,7 +88,7 @@ def test_quantising_runs_for_each_dtype_and_each_way_of_lying_in_memory(
 if importlib.util.find_spec("triton") is not None:
 
     @pytest.mark.timeout(300)
-    @pytest.mark.parametrize("architecture", [80, 89, 90, 100], ids=["A100", "L40S", "H100", "B200"])
+    @pytest.mark.parametrize("architecture", [80, 90, 100], ids=["A100", "H100", "B200"])
     def test_every_form_is_compiled_by_the_warm_up(architecture: int, tmp_path: Path) -> None:
         """By Triton's compiler, which brings each GPU's assembler; in this process they are interpreted."""
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
