@@ -22,6 +22,9 @@ REGION_BYTES, ROOM_BYTES = 1 << 17, 1 << 16
 
 BESIDE = (None, "batches", "wire")
 
+QUANTISED = tuple(itertools.product((None, "wire"), ((torch.bfloat16, "fp32"), (None, "ue8m0"))))
+"""What it runs beside, and the dtype that it goes through with the format of its scales."""
+
 
 class Compiling:
     """Says that it is CUDA when asked, and lets torch make tensors on the CPU."""
@@ -78,10 +81,9 @@ def warm_all() -> None:
     with pytest.MonkeyPatch.context() as patch:
         device = compiling_device(patch)
         warm.warm_up(device)
-        for beside in (None, "wire"):
-            for forward, scales in ((torch.bfloat16, "fp32"), (None, "ue8m0")):
-                dtypes = (torch.bfloat16, torch.float32)
-                warm.warm_up_quantize(device, dtypes, forward_dtype=forward, scale_format=scales, beside=beside)
+        for beside, (forward, scales) in QUANTISED:
+            dtypes = (torch.bfloat16, torch.float32)
+            warm.warm_up_quantize(device, dtypes, forward_dtype=forward, scale_format=scales, beside=beside)
 
 
 def launch_all() -> None:
@@ -91,10 +93,9 @@ def launch_all() -> None:
             src = torch.randn(shape).to(dtype)
             turned = src.transpose(-1, -2)
             jobs = [_job(src), _job(turned), _job(src[..., 1:])] if shape[-1] > 1 else [_job(src)]
-            for beside, forward, scales in itertools.product((None, "wire"), (torch.bfloat16, None), ("fp32", "ue8m0")):
-                if (forward is None) == (scales == "ue8m0"):
-                    prepared = fp8.prepare_quantize(jobs, forward_dtype=forward, scale_format=scales, beside=beside)
-                    prepared([job.src for job in jobs])
+            for beside, (forward, scales) in QUANTISED:
+                prepared = fp8.prepare_quantize(jobs, forward_dtype=forward, scale_format=scales, beside=beside)
+                prepared([job.src for job in jobs])
     region = torch.zeros(REGION_BYTES, dtype=torch.uint8)
     target = torch.zeros(REGION_BYTES + ROOM_BYTES, dtype=torch.uint8)
     tables = [_table(1, 0), _table(REGION_BYTES, 0), _table(4, 3), _table(1000, 1), _many()]
@@ -123,7 +124,7 @@ def _table(run: int, offset: int) -> Table:
 
 def _many() -> Table:
     """More rows than a digest has items in one part."""
-    from weightsync.kernels.digest_triton import PART_ITEMS  # needs Triton, which who warms up nothing has not
+    from weightsync.kernels.digest_triton import PART_ITEMS  # without Triton this module can be imported, too
 
     rows = np.repeat(_table(16, 0), PART_ITEMS + 1, axis=0)
     rows[:, [SRC_OFFSET, DST_OFFSET]] = 16 * np.arange(len(rows))[:, np.newaxis]
